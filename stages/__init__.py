@@ -1,0 +1,1 @@
+"""Compute half of genai-quant: calibrate a graph, then search quantized weights from the cache."""

@@ -1,0 +1,98 @@
+"""Write whole or not at all: scratch copies beside the target, fsync, then rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.errors import UserError
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _fsync(path: Path) -> None:
+    # Windows can't open a directory for reading; its renames are durable without it.
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _recover(path: Path) -> None:
+    """Undo what a killed run left: a half-written scratch folder, or a replacement stopped between its two renames."""
+    replaced = _replaced(path)
+    if replaced.exists():
+        if path.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(path)
+    if _partial(path).exists():
+        shutil.rmtree(_partial(path))
+
+
+def refuse_existing(path: Path, *, overwrite: bool, option: str) -> None:
+    """Raise UserError when ``path`` (a file, or a folder that isn't empty) exists and may not be replaced."""
+    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if occupied and not overwrite:
+        raise UserError(f"{option} {path} already exists; choose another path or pass --overwrite to replace it.")
+
+
+@contextmanager
+def whole_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``path`` only if the block succeeds.
+
+    Args:
+        path: the folder to create. Its parent is created when missing.
+        overwrite: replace a folder that is there; else it is refused before any work.
+        option: the command-line option that named ``path``, for messages.
+
+    Raises:
+        UserError: the folder exists and ``overwrite`` is off, or can't be written.
+    """
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _recover(path)
+        refuse_existing(path, overwrite=overwrite, option=option)
+        partial = _partial(path)
+        partial.mkdir()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{option} {path} can't be written ({reason}); choose a folder you may write to.") from error
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _fsync(partial)
+        if path.is_dir():
+            path.rename(_replaced(path))
+        partial.rename(path)
+        _fsync(path.parent)
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch path; what the block writes there replaces ``path`` in one step, or is removed."""
+    partial = _partial(path)
+    try:
+        yield partial
+        _fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+"""Every option of the command lines: its name, default, help and validation, once.
+
+Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises RecipeError with
+the option's name; nothing here touches files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from stages.errors import RecipeError
+
+Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full"]
+ScaleRange = Literal["full", "compat7"]
+AccuracyLevel = Literal[0, 1, 2, 3, 4]
+Verification = Literal["full", "quick", "off"]
+
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecipeError(message)
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The default companion folder of a model: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
+    folder = path.absolute()
+    folder = folder.parent if folder.suffix == ".onnx" else folder
+    return folder.with_name(folder.name + suffix)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateConfig:
+    """Run the base model once per batch and cache the statistics that stage two searches with."""
+
+    onnx_path: Path
+    """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
+    model_name: str | None = None
+    """Hub name or folder to take the tokenizer from; default: the model's own folder."""
+    dataset: str = "cnn"
+    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose in CPython's own documentation, no download), or a
+    local .txt / .jsonl / .parquet file."""
+    calib_size: int = 128
+    """Windows of seq_len tokens in all; a tenth of them is held out from the search."""
+    seq_len: int = 512
+    """Tokens in a window; windows are packed full, without padding."""
+    batch_size: int = 1
+    """Windows in one forward pass."""
+    calibration_eps: str = "cuda,cpu"
+    """Execution providers for the forward passes, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
+    cache_dir: Path | None = None
+    """Folder for the cache; default: the model's folder name with .calibration added."""
+    use_random_calib: bool = False
+    """Random token ids in place of text (smoke tests; never for accuracy)."""
+    add_position_ids: bool = False
+    """Accepted for compatibility: the graph itself tells whether it has position_ids."""
+    trust_remote_code: bool = False
+    """Allow the tokenizer's own Python code to run."""
+    device: str = "auto"
+    """Where statistics are accumulated: auto, cpu, cuda, cuda:1, mps."""
+    seed: int = 0
+    """Seed of the document order (and of random tokens)."""
+    overwrite: bool = False
+    """Replace a cache of other tokens, options or model."""
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or beside(self.onnx_path, ".calibration")
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option that can't be used."""
+        _require(self.calib_size >= 2, "--calib_size must be at least 2: one window to calibrate on, one held out.")
+        _require(self.seq_len >= 2, "--seq_len must be at least 2.")
+        _require(self.batch_size >= 1, "--batch_size must be at least 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig:
+    """Search quantized weights from the cache, save them, and export the model."""
+
+    onnx_path: Path
+    """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
+    output_path: Path
+    """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
+    algo: Algorithm = "awq_full"
+    """rtn: rounding, Q->DQ nodes. rtn_dq: rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search.
+    awq_full: both."""
+    cache_dir: Path | None = None
+    """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn and rtn_dq."""
+    weights_path: Path | None = None
+    """Folder for the quantized weights before export; default: the output folder's name with .weights added."""
+    block_size: int = 128
+    """Inputs that share a scale: a power of two from 16 to 256."""
+    use_zero_point: bool = False
+    """Unsigned codes with a zero point per block (4 / block_size more bits a weight)."""
+    scale_range: ScaleRange = "full"
+    """full: scale = max(-min/8, max/7), all sixteen levels. compat7: |w|max/7, as the tool that this one replaces."""
+    awqlite_alpha_step: float = 0.1
+    """Step of the exponent in the input scale search."""
+    awqlite_run_per_subgraph: bool = False
+    """Search one input scale for all sites that read an activation even where none is folded. Sites whose scale is
+    folded always share one."""
+    awqlite_disable_fuse_nodes: bool = False
+    """Keep every input scale as a Mul node; without awqlite_run_per_subgraph each site then gets its own."""
+    awqclip_alpha_step: float = 0.05
+    """Step of the clip ratio."""
+    awqclip_alpha_min: float = 0.5
+    """Smallest clip ratio tried."""
+    awqclip_bsz_col: int = 1024
+    """Output channels searched at once: smaller needs less memory, the result is the same."""
+    exclude: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = "lm_head"
+    """Comma-separated parts of node names that stay as they are; '' quantizes all."""
+    accuracy_level: AccuracyLevel | None = None
+    """Written into genai_config.json's session options: 1 keeps activations in float32 on CPU, the runtime's default 4
+    rounds them to int8 (faster, less exact)."""
+    verify: Verification = "full"
+    """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
+    device: str = "auto"
+    """Where the search runs: auto, cpu, cuda, cuda:1, mps."""
+    overwrite: bool = False
+    """Replace an output (and quantized weights of other options) that is there."""
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or beside(self.onnx_path, ".calibration")
+
+    @property
+    def weights_folder(self) -> Path:
+        return self.weights_path or beside(self.output_path, ".weights")
+
+    @property
+    def needs_cache(self) -> bool:
+        return self.algo not in ("rtn", "rtn_dq")
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option that can't be used."""
+        size = self.block_size
+        _require(
+            _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
+            f"--block_size {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
+            "ONNX Runtime fuses no other block size on every version.",
+        )
+        _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
+        _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
+        _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")
+        _require(self.awqclip_bsz_col >= 1, "--awqclip_bsz_col must be at least 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """Write saved quantized weights into the base graph again, without searching."""
+
+    onnx_path: Path
+    """The base model that the weights were made from."""
+    weights_path: Path
+    """Folder that stages.quantize saved its weights to."""
+    output_path: Path
+    """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
+    accuracy_level: AccuracyLevel | None = None
+    """Written into genai_config.json's session options (1: exact on CPU, 4: the runtime's default)."""
+    verify: Verification = "full"
+    """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
+    overwrite: bool = False
+    """Replace an output that is there."""

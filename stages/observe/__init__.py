@@ -1,0 +1,1 @@
+"""Watching the base model: token batches, streaming activation statistics, the calibration cache."""

@@ -1,0 +1,296 @@
+"""The value types that cross rooms: all frozen, keyword-only, and free of behaviour beyond derived values.
+
+Shapes: N = out_features, K = in_features, T = tokens, B = block size, nB = ceil(K / B) blocks along K.
+Weights are always [N, K] here, whatever the graph stores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FloatName = Literal["float32", "float16", "bfloat16"]
+"""Floating-point storage types a base model can have, named as torch names them."""
+
+_TORCH_FLOATS: dict[FloatName, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def torch_float(name: FloatName) -> torch.dtype:
+    """The torch dtype that ``name`` stands for."""
+    return _TORCH_FLOATS[name]
+
+
+# --------------------------------------------------------------------------- the graph's sites
+
+
+class WeightLayout(StrEnum):
+    """How the graph stores a site's weight."""
+
+    K_BY_N = "k_by_n"
+    """MatMul's own layout, also Gemm with transB = 0."""
+    N_BY_K = "n_by_k"
+    """Gemm with transB = 1."""
+    N_BY_K_TRANSPOSED = "n_by_k_transposed"
+    """An [N, K] initializer read through a Transpose node (tied embedding and lm_head)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatMulSite:
+    """One MatMul or Gemm whose second input is a constant weight.
+
+    ``output`` is the node's output value: unique in a graph, so it identifies the node even where nodes are unnamed.
+    """
+
+    name: str
+    op_type: Literal["MatMul", "Gemm"]
+    weight: str
+    activation: str
+    output: str
+    in_features: int
+    out_features: int
+    layout: WeightLayout
+    dtype: FloatName
+    weight_shared_with: tuple[str, ...] = ()
+    """Outputs of the other nodes that read the same initializer."""
+    feeds_logits: bool = False
+
+
+# --------------------------------------------------------------------------- where an input scale can be folded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormAbsorber:
+    """A normalization whose gain (and LayerNorm bias) can be divided by the input scale."""
+
+    kind: Literal["norm"] = "norm"
+    output: str
+    """First output of the norm node: the activation itself."""
+    parameters: tuple[str, ...]
+    """Initializers [K] to divide: gain, and bias where the norm adds one of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAbsorber:
+    """A linear site that multiplies into the activation (up_proj): its output channels are divided."""
+
+    kind: Literal["linear"] = "linear"
+    site: str
+    bias: str | None = None
+    """Initializer [N] added after the site, divided too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSharing:
+    """Grouped-query attention: ``group_size`` query heads read one key/value head.
+
+    An input scale of o_proj, [kv_heads * group_size * head_size], must repeat over the query heads of a group to be
+    foldable into v_proj's [kv_heads * head_size] output channels.
+    """
+
+    kv_heads: int
+    group_size: int
+    head_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueAbsorber:
+    """The value projection of an attention node: output is linear in V, so v_proj's channels are divided."""
+
+    kind: Literal["value"] = "value"
+    site: str
+    first_channel: int
+    """Index of the first V channel in the site's output (0, or after Q and K inside a packed qkv)."""
+    heads: HeadSharing
+    bias: str | None = None
+
+
+Absorber = NormAbsorber | LinearAbsorber | ValueAbsorber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationGroup:
+    """The sites that read one activation, and so can share one AWQ input scale (q/k/v; gate/up)."""
+
+    activation: str
+    in_features: int
+    sites: tuple[MatMulSite, ...]
+    absorber: Absorber | None
+    unfoldable_because: str = ""
+    """Why there is no absorber, in words a person can read; empty where there is one."""
+
+
+# --------------------------------------------------------------------------- number formats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerChannel:
+    """One scale for a whole row of K inputs."""
+
+    kind: Literal["per_channel"] = "per_channel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerBlock:
+    """One scale for each ``block_size`` consecutive inputs of a row; the last block may be shorter."""
+
+    kind: Literal["per_block"] = "per_block"
+    block_size: int
+
+
+Granularity = PerChannel | PerBlock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """How one weight is stored: w = (code - zero_point) * scale.
+
+    Symmetric codes are signed with an implied zero point 0; asymmetric codes are unsigned with one stored zero point a
+    scale, as ONNX DequantizeLinear defines both.
+    """
+
+    bits: Literal[4, 8]
+    symmetric: bool
+    granularity: Granularity
+    scale_dtype: FloatName
+
+    @property
+    def code_min(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def code_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def block_size(self, in_features: int) -> int:
+        """Block size B for a row of ``in_features`` inputs; the whole row where scales are per channel."""
+        match self.granularity:
+            case PerBlock(block_size=size):
+                return size
+            case PerChannel():
+                return in_features
+
+    def num_blocks(self, in_features: int) -> int:
+        return -(-in_features // self.block_size(in_features))
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of codes, scales and zero points for an [N, K] weight."""
+        scales = out_features * self.num_blocks(in_features)
+        code_bits = out_features * in_features * self.bits
+        zero_point_bits = 0 if self.symmetric else scales * self.bits
+        return -(-code_bits // 8) + -(-zero_point_bits // 8) + scales * torch_float(self.scale_dtype).itemsize
+
+
+class WeightForm(StrEnum):
+    """Which nodes stand before the MatMul."""
+
+    DQ = "dq"
+    """Packed codes and DequantizeLinear."""
+    QDQ = "qdq"
+    """The floating-point weight, QuantizeLinear and DequantizeLinear: ONNX Runtime packs it when it loads."""
+
+
+# --------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """Second-order statistics of one activation over ``num_tokens`` tokens.
+
+    Exactly one of ``gram`` ([K, K], float32, X^T X / T) and ``rows`` ([T, K], the model's type) is present; rows are
+    kept where T < K, because they are then smaller and cheaper to multiply with.
+    """
+
+    num_tokens: int
+    abs_mean: Tensor
+    """[K] float32, mean over tokens of |x_k|."""
+    gram: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationStats:
+    """What the search minimises over (``calibration``) and what may veto its choice (``held_out``)."""
+
+    calibration: TokenStats
+    held_out: TokenStats
+
+
+# --------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """One site's stored weight: W[n, k] * input_scale[k] is approximated by (code - zero_point) * scale."""
+
+    site: MatMulSite
+    spec: QuantSpec
+    codes: Tensor
+    """[N, K] int8 (symmetric) or uint8 (asymmetric), unpacked."""
+    scales: Tensor
+    """[N, nB] in the spec's scale type."""
+    zero_points: Tensor | None = None
+    """[N, nB] uint8, or None where symmetric."""
+    input_scale: Tensor | None = None
+    """[K] float32 AWQ scale that the weight was multiplied with and the activation must be divided by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport:
+    """What was chosen for a site and what it costs: one JSON line.
+
+    Losses are mean squared output errors relative to the mean squared output: tr(D G D^T) / tr(W G W^T); None where no
+    statistics were used (RTN).
+    """
+
+    site: str
+    algorithm: str
+    bits: int
+    block_size: int
+    bytes: int
+    loss_rtn: float | None = None
+    loss: float | None = None
+    held_out_loss_rtn: float | None = None
+    held_out_loss: float | None = None
+    scale_family: str = "identity"
+    alpha: float | None = None
+    mean_clip_ratio: float | None = None
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedGroup:
+    """Everything the solver found for one activation group."""
+
+    group: ActivationGroup
+    weights: tuple[QuantizedWeight, ...]
+    reports: tuple[SiteReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRecipe:
+    """What the exporter must know besides the weights themselves; stored as recipe.json beside them."""
+
+    model_fingerprint: str
+    weight_form: WeightForm
+    fold_input_scales: bool
+    groups: tuple[ActivationGroup, ...]
+    """The groups that hold quantized sites, in graph order; only those sites."""
+    kept: tuple[tuple[str, str], ...]
+    """(site, why) for each site that stays as it is."""
+    search: str
+    """Fingerprint of the algorithm, options and cache: a folder with another one is refused, not mixed."""
+    summary: str
+    """The algorithm and options in words."""

@@ -1,0 +1,1 @@
+"""Choosing quantized weights: pure functions of weights and activation statistics."""
