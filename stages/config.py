@@ -35,6 +35,14 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What both ``stages.quantize`` and ``export`` tell the exporter."""
+
+    accuracy_level: AccuracyLevel | None
+    verify: Verification
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateConfig:
     """Run the base model once per batch and cache the statistics that stage two searches with."""
 
@@ -134,6 +142,10 @@ class QuantizeConfig:
         return self.weights_path or beside(self.output_path, ".weights")
 
     @property
+    def export_options(self) -> ExportOptions:
+        return ExportOptions(accuracy_level=self.accuracy_level, verify=self.verify)
+
+    @property
     def needs_cache(self) -> bool:
         return self.algo not in ("rtn", "rtn_dq")
 
@@ -167,3 +179,7 @@ class ExportConfig:
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
     overwrite: bool = False
     """Replace an output that is there."""
+
+    @property
+    def export_options(self) -> ExportOptions:
+        return ExportOptions(accuracy_level=self.accuracy_level, verify=self.verify)

@@ -16,7 +16,7 @@ GENAI_CONFIG = "genai_config.json"
 class ModelDirectory:
     """A model on disk.
 
-    ``kv_heads`` and ``head_size`` come from genai_config.json and are None without it; the graph's own input shapes
+    ``kv_heads``, ``head_size`` and ``vocab_size`` come from genai_config.json and are None without it; the graph's own input shapes
     win where they are fixed.
     """
 
@@ -25,6 +25,7 @@ class ModelDirectory:
     has_genai_config: bool
     kv_heads: int | None = None
     head_size: int | None = None
+    vocab_size: int | None = None
 
     @property
     def genai_config_path(self) -> Path:
@@ -66,11 +67,13 @@ def locate_model(path: Path) -> ModelDirectory:
         raise GraphError(f"{path} does not exist; pass the base model's .onnx file or its folder.")
     folder = path if path.is_dir() else path.parent
     has_config = (folder / GENAI_CONFIG).is_file()
-    decoder = read_genai_config(folder).get("model", {}).get("decoder", {}) if has_config else {}
+    model = read_genai_config(folder).get("model", {}) if has_config else {}
+    decoder = model.get("decoder", {})
     return ModelDirectory(
         folder=folder,
         onnx_file=path if path.is_file() else _onnx_in(folder, decoder.get("filename")),
         has_genai_config=has_config,
         kv_heads=decoder.get("num_key_value_heads"),
         head_size=decoder.get("head_size"),
+        vocab_size=model.get("vocab_size"),
     )

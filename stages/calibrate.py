@@ -1,0 +1,160 @@
+"""Stage one: ``python -m stages.calibrate``. Runs the base model once per batch and caches the statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from stages.cli import choose_device, progress_bar, run_command
+from stages.config import CalibrateConfig
+from stages.errors import CacheMismatch
+from stages.fingerprint import fingerprint_model
+from stages.graph.load import load_graph
+from stages.graph.run import ActivationTap, open_tap
+from stages.graph.sites import find_groups
+from stages.model_directory import ModelDirectory, locate_model
+from stages.observe.cache import CacheKey, CacheWriter, find_cache, new_cache
+from stages.observe.dataset import TokenWindows, WindowRequest, load_windows
+from stages.observe.statistics import StatisticsAccumulator
+from stages.records import ActivationGroup, ActivationStats, TokenStats
+from stages.session import ProviderChoice, choose_providers
+
+
+def calibrate(config: CalibrateConfig, console: Console) -> None:
+    """Build the calibration cache that ``config`` describes, unless it is there already."""
+    config.validate()
+    started = time.perf_counter()
+    device = choose_device(config.device)
+    directory = locate_model(config.onnx_path)
+    model = load_graph(directory)
+    groups = find_groups(model)
+    providers = choose_providers(config.calibration_eps)
+    windows = load_windows(_window_request(config, directory))
+    key = _cache_key(directory, windows, providers)
+    if _is_current(config, key):
+        console.print(f"{config.cache_path} already holds exactly this calibration; nothing to do.", highlight=False)
+        return
+    with new_cache(config.cache_path, key, overwrite=config.overwrite) as writer:
+        tap = open_tap(model, directory, groups, providers.names)
+        writer.write_tokens(windows.calibration, windows.held_out)
+        with progress_bar(console) as progress:
+            held_out = _observe(tap, groups, windows.held_out, config.batch_size, device, progress, "held-out windows")
+            calibration = _observe(
+                tap, groups, windows.calibration, config.batch_size, device, progress, "calibration windows"
+            )
+        _save(writer, groups, calibration, held_out)
+    console.print(_summary(config, windows, groups, providers, time.perf_counter() - started))
+
+
+def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> WindowRequest:
+    return WindowRequest(
+        dataset=config.dataset,
+        tokenizer_path=config.model_name or str(directory.folder),
+        vocab_size=directory.vocab_size,
+        calib_size=config.calib_size,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        use_random=config.use_random_calib,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _cache_key(directory: ModelDirectory, windows: TokenWindows, providers: ProviderChoice) -> CacheKey:
+    return CacheKey(
+        model_fingerprint=fingerprint_model(directory),
+        token_fingerprint=windows.fingerprint,
+        source=windows.source,
+        calibration_windows=len(windows.calibration),
+        held_out_windows=len(windows.held_out),
+        seq_len=windows.calibration.shape[1],
+        providers=providers.names,
+    )
+
+
+def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
+    """Whether the cache is there already; one that differs is refused unless it may be overwritten."""
+    try:
+        existing = find_cache(config.cache_path)
+    except CacheMismatch:
+        if config.overwrite:
+            return False
+        raise
+    if existing is None:
+        return False
+    reason = existing.manifest.key.difference(key)
+    if reason and not config.overwrite:
+        raise CacheMismatch(
+            f"--cache_dir {config.cache_path} holds another calibration: {reason}; "
+            "choose another folder or pass --overwrite."
+        )
+    return not reason
+
+
+def _observe(
+    tap: ActivationTap,
+    groups: tuple[ActivationGroup, ...],
+    windows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress,
+    description: str,
+) -> dict[str, TokenStats]:
+    """One forward pass per batch; every tapped activation is folded into its statistics at once."""
+    accumulators = {
+        group.activation: StatisticsAccumulator(group.activation, group.in_features, windows.size, device)
+        for group in groups
+    }
+    task = progress.add_task(description, total=len(windows))
+    for batch in _batches(windows, batch_size):
+        for activation, values in tap.run(batch):
+            accumulators[activation].add(values)
+        progress.advance(task, len(batch))
+    return {activation: accumulator.finish() for activation, accumulator in accumulators.items()}
+
+
+def _batches(windows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(windows), batch_size):
+        yield windows[start : start + batch_size]
+
+
+def _save(
+    writer: CacheWriter,
+    groups: tuple[ActivationGroup, ...],
+    calibration: dict[str, TokenStats],
+    held_out: dict[str, TokenStats],
+) -> None:
+    for group in groups:
+        stats = ActivationStats(calibration=calibration[group.activation], held_out=held_out[group.activation])
+        writer.write(group.activation, stats)
+
+
+def _summary(
+    config: CalibrateConfig,
+    windows: TokenWindows,
+    groups: tuple[ActivationGroup, ...],
+    providers: ProviderChoice,
+    seconds: float,
+) -> Table:
+    table = Table(title="calibration cache", show_header=False)
+    size = sum(file.stat().st_size for file in config.cache_path.iterdir())
+    seq_len = windows.calibration.shape[1]
+    table.add_row("cache", f"{config.cache_path} ({size / 1e6:.0f} MB)")
+    table.add_row("text", windows.source)
+    table.add_row("windows", f"{len(windows.calibration)} to search with + {len(windows.held_out)} held out, {seq_len}")
+    table.add_row("tapped", f"{len(groups)} activations of {sum(len(group.sites) for group in groups)} MatMuls")
+    table.add_row("ran on", ", ".join(providers.names))
+    for name, why in providers.missing:
+        table.add_row("not used", f"{name}: {why}")
+    table.add_row("seconds", f"{seconds:.1f}")
+    table.add_row("next", f"python -m stages.quantize --onnx_path {config.onnx_path} --output_path ...")
+    return table
+
+
+if __name__ == "__main__":
+    run_command(CalibrateConfig, calibrate, "python -m stages.calibrate")

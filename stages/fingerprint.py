@@ -1,0 +1,36 @@
+"""Fingerprint of a base model, by which caches and quantized weights know what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import onnx_ir as ir
+
+from stages.model_directory import ModelDirectory
+
+_SAMPLE = 4096
+
+
+def fingerprint_model(directory: ModelDirectory) -> str:
+    """Hex digest over the graph and a sample of every external tensor.
+
+    The .onnx file is hashed whole; of each external tensor its place and its first and last 4 KiB: training changes
+    every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them.
+    """
+    digest = hashlib.sha256(directory.onnx_file.read_bytes())
+    for graph in ir.load(directory.onnx_file).graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                digest.update(_sample(value.const_value))
+    return digest.hexdigest()
+
+
+def _sample(tensor: ir.ExternalTensor) -> bytes:
+    offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
+    with Path(tensor.path).open("rb") as file:
+        file.seek(offset)
+        head = file.read(min(_SAMPLE, length))
+        file.seek(offset + max(length - _SAMPLE, 0))
+        tail = file.read(min(_SAMPLE, length))
+    return head + tail

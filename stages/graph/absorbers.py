@@ -1,0 +1,122 @@
+"""Where an AWQ input scale can disappear: the node before an activation that can be divided by it exactly.
+
+x / s is folded into the gain of the norm that makes x; into the output channels of up_proj where x = act(gate) * up is
+linear in up; into v_proj's channels where x is attention's output, which is linear in V (AWQ, Lin et al. 2023, section
+3.2; the grouped-query case needs one scale for all query heads of a key/value head).
+
+Only the graph's structure is judged here, once, so that the search knows the shape of the scale that will really be
+used; the exporter checks every guard again before it edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from stages.records import Absorber, HeadSharing, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
+
+_GAIN_INPUT = {
+    "SimplifiedLayerNormalization": 1,
+    "RMSNormalization": 1,
+    "LayerNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+    "SkipLayerNormalization": 2,
+}
+_BIAS_INPUT = {"LayerNormalization": 2, "SkipLayerNormalization": 3}
+
+
+def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
+    """The absorber for the activation ``value``, or the reason in words why there is none.
+
+    Args:
+        value: the activation; None where it is a graph input.
+        in_features: K, the activation's last dimension.
+        sites: all sites of the graph by their output value.
+    """
+    node = None if value is None else value.producer()
+    if value is None or node is None:
+        return "the activation is an input of the graph"
+    if value.is_graph_output():
+        return "the activation is an output of the graph"
+    if node.op_type in _GAIN_INPUT and value is node.outputs[0]:
+        return _norm(node, value)
+    if node.op_type == "Mul":
+        return _elementwise_product(node, in_features, sites)
+    if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
+        return _attention_value(node, in_features, sites)
+    return f"it comes from {node.op_type}, which can't take a scale exactly"
+
+
+def _norm(node: ir.Node, value: ir.Value) -> Absorber | str:
+    gain = node.inputs[_GAIN_INPUT[node.op_type]]
+    if gain is None or not gain.is_initializer():
+        return f"the gain of its {node.op_type} is not a constant"
+    parameters = [gain]
+    bias_index = _BIAS_INPUT.get(node.op_type)
+    if bias_index is not None and len(node.inputs) > bias_index and (bias := node.inputs[bias_index]) is not None:
+        if not bias.is_initializer():
+            return f"the bias of its {node.op_type} is not a constant"
+        parameters.append(bias)
+    return NormAbsorber(output=str(value.name), parameters=tuple(str(parameter.name) for parameter in parameters))
+
+
+def _elementwise_product(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
+    """act(gate) * up: the factor that comes straight from a linear site of the same width, and from nowhere else."""
+    if node.inputs[0] is node.inputs[1]:
+        return "its Mul squares one factor"
+    for factor in node.inputs:
+        linear = None if factor is None else _linear_source(factor, node, sites)
+        if linear is not None and linear[0].out_features == in_features:
+            site, bias = linear
+            return LinearAbsorber(site=site.name, bias=bias)
+    return "no factor of its Mul comes from a linear layer alone"
+
+
+def _linear_source(
+    value: ir.Value, reader: ir.Node, sites: Mapping[str, MatMulSite]
+) -> tuple[MatMulSite, str | None] | None:
+    """The site (and bias added behind it) that ``value`` is, when ``reader`` is the only one to see it."""
+    if value.is_graph_output() or {id(node) for node in value.consumers()} != {id(reader)}:
+        return None
+    if (site := sites.get(str(value.name))) is not None:
+        return site, _gemm_bias(value.producer())
+    node = value.producer()
+    if node is None or node.op_type != "Add":
+        return None
+    for linear, bias in (node.inputs, tuple(reversed(node.inputs))):
+        site = None if linear is None else sites.get(str(linear.name))
+        if linear is None or site is None or bias is None or not bias.is_initializer():
+            continue
+        if linear.is_graph_output() or len(linear.consumers()) != 1 or _gemm_bias(linear.producer()) is not None:
+            return None
+        return site, str(bias.name)
+    return None
+
+
+def _gemm_bias(node: ir.Node | None) -> str | None:
+    if node is None or node.op_type != "Gemm" or len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    return str(node.inputs[2].name)
+
+
+def _attention_value(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
+    query, _, value = (list(node.inputs) + [None] * 3)[:3]
+    heads = node.attributes["num_heads"].as_int()
+    kv_heads = node.attributes["kv_num_heads"].as_int()
+    packed = value is None
+    source = query if packed else value
+    linear = None if source is None else _linear_source(source, node, sites)
+    if linear is None:
+        return "attention's V does not come from a linear layer alone"
+    site, bias = linear
+    head_size = in_features // heads
+    first_channel = (heads + kv_heads) * head_size if packed else 0
+    if first_channel + kv_heads * head_size != site.out_features or heads % kv_heads:
+        return "the width of attention's V doesn't fit its head counts"
+    return ValueAbsorber(
+        site=site.name,
+        first_channel=first_channel,
+        heads=HeadSharing(kv_heads=kv_heads, group_size=heads // kv_heads, head_size=head_size),
+        bias=bias,
+    )

@@ -1,0 +1,49 @@
+"""Open a base model lazily: the graph in memory, the weights left in their mapped files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from stages.errors import GraphError
+from stages.model_directory import ModelDirectory
+
+
+def load_graph(directory: ModelDirectory) -> ir.Model:
+    """Parse the .onnx file; weights stay external tensors that map their file when read.
+
+    Raises:
+        GraphError: the file isn't an ONNX model, or its external data is missing or truncated.
+    """
+    try:
+        model = ir.load(directory.onnx_file)
+    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        raise GraphError(f"{directory.onnx_file} is not a readable ONNX model ({error}); build it again.") from error
+    _check_external_data(model)
+    return model
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Every initializer that lies in an external data file, subgraphs included."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def _check_external_data(model: ir.Model) -> None:
+    sizes: dict[Path, int] = {}
+    for tensor in external_tensors(model):
+        path = Path(tensor.path)
+        if path not in sizes:
+            if not path.is_file():
+                raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
+            sizes[path] = path.stat().st_size
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if end > sizes[path]:
+            raise GraphError(
+                f"External data file {path} is truncated: '{tensor.name}' ends at byte {end}, the file has "
+                f"{sizes[path]}; copy or build it again."
+            )

@@ -1,0 +1,163 @@
+"""Find what can be quantized: MatMul and Gemm nodes with a constant weight, grouped by the activation they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import onnx_ir as ir
+
+from stages.errors import GraphError
+from stages.graph.absorbers import find_absorber
+from stages.records import ActivationGroup, FloatName, MatMulSite, WeightLayout
+
+_FLOATS: dict[ir.DataType, FloatName] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+}
+_SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
+
+
+def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
+    """All sites of the main graph, in graph order.
+
+    A site is a MatMul, or a Gemm without transA and with alpha = 1, whose second input is a rank-2 floating-point
+    initializer, directly or through a Transpose.
+    """
+    return tuple(site for node in model.graph if (site := _as_site(node)) is not None)
+
+
+def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
+    """Sites grouped by the activation they read, with the place where an input scale could be folded.
+
+    Raises:
+        GraphError: the graph holds no site.
+    """
+    sites = find_sites(model)
+    if not sites:
+        raise GraphError(
+            "The model holds no MatMul or Gemm with a constant floating-point weight: nothing to quantize."
+        )
+    by_activation: dict[str, list[MatMulSite]] = {}
+    for site in sites:
+        by_activation.setdefault(site.activation, []).append(site)
+    by_output = {site.output: site for site in sites}
+    values = {output.name: output for node in model.graph for output in node.outputs}
+    return tuple(
+        _as_group(activation, members, values.get(activation), by_output)
+        for activation, members in by_activation.items()
+    )
+
+
+def _as_group(
+    activation: str, members: list[MatMulSite], value: ir.Value | None, by_output: dict[str, MatMulSite]
+) -> ActivationGroup:
+    found = find_absorber(value, members[0].in_features, by_output)
+    absorber, reason = (None, found) if isinstance(found, str) else (found, "")
+    return ActivationGroup(
+        activation=activation,
+        in_features=members[0].in_features,
+        sites=tuple(members),
+        absorber=absorber,
+        unfoldable_because=reason,
+    )
+
+
+def _as_site(node: ir.Node) -> MatMulSite | None:
+    layout_and_weight = _weight_of(node)
+    if layout_and_weight is None:
+        return None
+    layout, weight = layout_and_weight
+    assert weight.shape is not None
+    assert weight.dtype is not None
+    rows, columns = weight.shape.numpy()
+    activation, output = node.inputs[0], node.outputs[0]
+    assert activation is not None
+    k_by_n = layout is WeightLayout.K_BY_N
+    return MatMulSite(
+        name=node.name or _name_from_weight(weight, output),
+        op_type=_op_type(node),
+        weight=_name(weight),
+        activation=_name(activation),
+        output=_name(output),
+        in_features=rows if k_by_n else columns,
+        out_features=columns if k_by_n else rows,
+        layout=layout,
+        dtype=_FLOATS[weight.dtype],
+        weight_shared_with=tuple(_name(other.outputs[0]) for other in _readers(weight) if other is not node),
+        feeds_logits=_becomes_logits(output),
+    )
+
+
+def _op_type(node: ir.Node) -> Literal["MatMul", "Gemm"]:
+    return "MatMul" if node.op_type == "MatMul" else "Gemm"
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name, "onnx-ir names every value it loads"
+    return value.name
+
+
+def _name_from_weight(weight: ir.Value, output: ir.Value) -> str:
+    """Unnamed nodes are called after their weight; the output keeps two users of one weight apart."""
+    return f"{weight.name}->{output.name}"
+
+
+def _weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
+    """The constant weight of a MatMul or Gemm and how it is stored, or None where the node isn't a site."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    if node.op_type == "Gemm" and not _is_plain_gemm(node):
+        return None
+    value = node.inputs[1]
+    transposed = node.op_type == "Gemm" and _int_attribute(node, "transB") == 1
+    layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
+    if value is not None and not transposed and (source := _swapped_initializer(value)) is not None:
+        layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
+    if value is None or not value.is_initializer() or value.dtype not in _FLOATS:
+        return None
+    if value.shape is None or len(value.shape) != 2:
+        return None
+    return layout, value
+
+
+def _is_plain_gemm(node: ir.Node) -> bool:
+    alpha = node.attributes.get("alpha")
+    return _int_attribute(node, "transA") == 0 and (alpha is None or alpha.as_float() == 1.0)
+
+
+def _int_attribute(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return 0 if attribute is None else attribute.as_int()
+
+
+def _swapped_initializer(value: ir.Value) -> ir.Value | None:
+    """The rank-2 initializer behind a Transpose that swaps its axes."""
+    node = value.producer()
+    if node is None or node.op_type != "Transpose":
+        return None
+    permutation = node.attributes.get("perm")
+    if permutation is not None and list(permutation.as_ints()) != [1, 0]:
+        return None
+    source = node.inputs[0]
+    return source if source is not None and source.is_initializer() else None
+
+
+def _readers(weight: ir.Value) -> Iterator[ir.Node]:
+    """Nodes that read the weight; a Transpose counts as the nodes behind it."""
+    for consumer in weight.consumers():
+        if consumer.op_type == "Transpose":
+            yield from consumer.outputs[0].consumers()
+        else:
+            yield consumer
+
+
+def _becomes_logits(value: ir.Value) -> bool:
+    """Whether ``value`` is the graph's logits, or becomes them through casts and elementwise nodes (soft-capping)."""
+    while not value.is_graph_output():
+        consumers = value.consumers()
+        if len(consumers) != 1 or consumers[0].op_type not in _SHAPE_KEEPING:
+            return False
+        value = consumers[0].outputs[0]
+    return value.name == "logits"

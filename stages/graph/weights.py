@@ -1,0 +1,42 @@
+"""The only reader of weights: any ONNX layout and type becomes a canonical [N, K] tensor."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.errors import GraphError, SolveError
+from stages.records import MatMulSite, WeightLayout
+
+
+def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Float[Tensor, "N K"]:
+    """One site's weight in float32 on ``device``; nothing of it stays in host memory afterwards.
+
+    Raises:
+        GraphError: the initializer is gone.
+        SolveError: the weight holds NaN or infinite values.
+    """
+    value = model.graph.initializers.get(site.weight)
+    if value is None or value.const_value is None:
+        raise GraphError(f"The weight '{site.weight}' of {site.name} is not in the graph; build the model again.")
+    weight = to_torch(value.const_value.numpy()).to(device=device, dtype=torch.float32, copy=True)
+    if isinstance(value.const_value, ir.ExternalTensor):
+        value.const_value.release()
+    if site.layout is WeightLayout.K_BY_N:
+        weight = weight.T.contiguous()
+    if not bool(torch.isfinite(weight).all()):
+        raise SolveError(f"The weight of {site.name} holds NaN or infinite values; build the base model again.")
+    return weight
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A torch tensor with the array's values and type, bfloat16 included."""
+    if not array.flags.writeable:
+        array = array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,156 @@
+"""Where calibration text comes from: hub data sets, local files, or CPython's documentation."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import datasets
+
+from stages.errors import UserError
+from stages.observe.offline_text import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
+
+Row = dict[str, Any]
+_SHUFFLE_BUFFER = 2000
+_LONGEST_HUB_DOCUMENT = 16384
+_FILE_READERS = {".jsonl": "json", ".parquet": "parquet"}
+_FILE_COLUMNS = ("text", "article", "content")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """One data set of the Hugging Face hub (or a local folder laid out like one)."""
+
+    path: str
+    config: str | None
+    split: str
+    column: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.path.rsplit('/', 1)[-1]} {self.split}"
+
+
+HUB_SOURCES: Mapping[str, HubSource] = MappingProxyType(
+    {
+        "cnn": HubSource(path="abisee/cnn_dailymail", config="3.0.0", split="train", column="article"),
+        "pilevel": HubSource(path="mit-han-lab/pile-val-backup", config=None, split="validation", column="text"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """Texts in the order that the seed gives; read once, as far as needed."""
+
+    title: str
+    texts: Iterator[str]
+
+
+def open_documents(dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES) -> Documents:
+    """The documents that ``--dataset`` means: a hub data set's short name, ``offline``, or a local file.
+
+    Raises:
+        UserError: the name is unknown or the file is missing; also, while texts are read, when the hub can't be
+            reached, a file is damaged, or it has no column of text.
+    """
+    if dataset in hub_sources:
+        source = hub_sources[dataset]
+        return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
+    if dataset == "offline":
+        texts = offline_calibration_documents()
+        return Documents(title="offline: CPython documentation topics", texts=_shuffled(texts, seed))
+    path = Path(dataset)
+    if path.suffix not in (".txt", *_FILE_READERS):
+        raise UserError(
+            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, "
+            "and no .txt, .jsonl or .parquet file; pass one of these."
+        )
+    if not path.is_file():
+        raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
+    texts_of_file = _text_file(path, seed) if path.suffix == ".txt" else _table_file(path, seed)
+    return Documents(title=path.name, texts=texts_of_file)
+
+
+def _shuffled(texts: list[str], seed: int) -> Iterator[str]:
+    random.Random(seed).shuffle(texts)
+    return iter(texts)
+
+
+# --------------------------------------------------------------------------- text files
+
+
+def _text_file(path: Path, seed: int) -> Iterator[str]:
+    """Documents are separated by two or more blank lines; without any, paragraphs are gathered into documents."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--dataset {path} can't be read as UTF-8 text ({error}); repair it or pass another."
+        ) from error
+    texts = [part for part in re.split(r"\n(?:[^\S\n]*\n){2,}", text) if part.strip()]
+    if len(texts) < 2:
+        texts = list(gather(paragraphs(text), DOCUMENT_CHARACTERS))
+    return _shuffled(texts, seed)
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def _stream(rows: datasets.IterableDataset, seed: int) -> Iterable[Row]:
+    shuffled: Iterable[Row] = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    return shuffled
+
+
+def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
+    try:
+        rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
+        for text in _column(_stream(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
+            # A book would otherwise fill every window.
+            yield text[:_LONGEST_HUB_DOCUMENT]
+    except UserError:
+        raise
+    except Exception as error:  # the hub's clients raise classes without a common base
+        raise UserError(
+            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({_reason(error)}); check the "
+            "network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
+        ) from error
+
+
+def _table_file(path: Path, seed: int) -> Iterator[str]:
+    kind = _FILE_READERS[path.suffix]
+    try:
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        yield from _column(_stream(rows, seed), _FILE_COLUMNS, f"--dataset {path}")
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow, pandas, datasets and json each have errors of their own
+        raise UserError(
+            f"--dataset {path} can't be read as {path.suffix[1:]} ({_reason(error)}); repair the file or pass another."
+        ) from error
+
+
+def _column(rows: Iterable[Row], columns: tuple[str, ...], where: str) -> Iterator[str]:
+    """The text of each row that has any, from the first of ``columns`` that the rows have."""
+    for row in rows:
+        name = next((column for column in columns if column in row), None)
+        if name is None:
+            raise UserError(
+                f"{where} has the columns {', '.join(row)} and none of {', '.join(columns)}; "
+                "rename the one with the text."
+            )
+        text = row[name]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: column {name} holds {type(text).__name__}, not text; store one string a row.")
+        if text and text.strip():
+            yield text
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,95 @@
+"""Choose scales and zero points for blocks of weights, quantize, dequantize.
+
+w = (code - zero_point) * scale, codes rounded half to even, as ONNX QuantizeLinear / DequantizeLinear define it.
+Scales are rounded to their stored type before any code is chosen, so that the codes fit what the runtime reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records import FloatName, QuantSpec, torch_float
+
+RangeRule = Literal["full", "compat7"]
+"""full: every level is used, scale = max(-min / 2^(b-1), max / (2^(b-1) - 1)). compat7: |w|max / (2^(b-1) - 1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockParameters:
+    """Scales and zero points of blocks, in float32 (zero points hold integers); None means zero point 0."""
+
+    scales: Float[Tensor, "*batch nB"]
+    zero_points: Float[Tensor, "*batch nB"] | None
+
+
+def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:
+    """Scales as the file will hold them, in float32: rounded, never below the type's smallest normal number."""
+    dtype = torch_float(name)
+    info = torch.finfo(dtype)
+    return scales.clamp(info.tiny, info.max).to(dtype).float()
+
+
+def choose_parameters(
+    blocks: Float[Tensor, "*batch nB B"],
+    spec: QuantSpec,
+    rule: RangeRule = "full",
+    clip_ratio: float | Float[Tensor, "*#batch nB"] = 1.0,
+) -> BlockParameters:
+    """Range of every block, shrunk by ``clip_ratio``, as scales and zero points.
+
+    An all-zero block gets scale 1. The asymmetric range always contains 0, so that the zero point exists for blocks of
+    one sign.
+    """
+    if spec.symmetric:
+        return _symmetric(blocks, spec, rule, clip_ratio)
+    return _asymmetric(blocks, spec, clip_ratio)
+
+
+def _symmetric(blocks: Tensor, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Tensor) -> BlockParameters:
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    if rule == "full":
+        extent = torch.maximum(low / spec.code_min, high / spec.code_max)
+    else:
+        extent = torch.maximum(-low, high) / spec.code_max
+    return BlockParameters(scales=_storable(extent * clip_ratio, spec), zero_points=None)
+
+
+def _asymmetric(blocks: Tensor, spec: QuantSpec, clip_ratio: float | Tensor) -> BlockParameters:
+    low = blocks.amin(dim=-1).clamp(max=0) * clip_ratio
+    high = blocks.amax(dim=-1).clamp(min=0) * clip_ratio
+    scales = _storable((high - low) / spec.code_max, spec)
+    zero_points = torch.round(-low / scales).clamp(spec.code_min, spec.code_max)
+    return BlockParameters(scales=scales, zero_points=zero_points)
+
+
+def _storable(extent: Tensor, spec: QuantSpec) -> Tensor:
+    return round_to_storage(torch.where(extent > 0, extent, torch.ones_like(extent)), spec.scale_dtype)
+
+
+def quantize(
+    blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
+) -> Float[Tensor, "*batch nB B"]:
+    """Codes as float32 integers in [code_min, code_max]."""
+    codes = torch.round(blocks / parameters.scales.unsqueeze(-1))
+    if parameters.zero_points is not None:
+        codes = codes + parameters.zero_points.unsqueeze(-1)
+    return codes.clamp_(spec.code_min, spec.code_max)
+
+
+def dequantize(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters) -> Float[Tensor, "*batch nB B"]:
+    """(codes - zero_points) * scales, in float32."""
+    if parameters.zero_points is not None:
+        codes = codes - parameters.zero_points.unsqueeze(-1)
+    return codes * parameters.scales.unsqueeze(-1)
+
+
+def round_trip(
+    blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
+) -> Float[Tensor, "*batch nB B"]:
+    """What the runtime will compute with in place of ``blocks``."""
+    return dequantize(quantize(blocks, parameters, spec), parameters)

@@ -1,0 +1,94 @@
+"""AWQ input scales (Lin et al., AWQ: Activation-aware Weight Quantization, 2023, section 3.2).
+
+Channels that carry large activations are quantized more finely: W diag(s) is rounded and x / s multiplied with it. Two
+families are searched, s = a^r (the paper's) and s = a^r / w^(1-r) ("duo", llm-awq and AutoAWQ), and the identity, so
+that the result is never worse than plain rounding. Siblings are searched jointly, at the scale that is really used.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records import HeadSharing, QuantSpec, TokenStats
+from stages.solve.accept import first_accepted
+from stages.solve.blocks import join, split
+from stages.solve.evaluate import candidate_errors
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
+
+_SMALLEST, _LARGEST = 1e-4, 1e4
+"""Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
+
+
+def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """The input scale with the smallest joint error that the held-out tokens don't veto."""
+    ranked = rank_input_scales(problem, options)
+    choices = [(SiteChoice(input_scale=scale),) * len(problem.weights) for scale in ranked]
+    return first_accepted(problem, options, choices)
+
+
+def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
+    """All candidates from the smallest to the largest joint calibration error, none worse than the identity.
+
+    The list ends with the identity: what comes after it is never taken.
+    """
+    assert problem.stats is not None
+    stats = problem.stats.calibration
+    candidates = [IDENTITY, *input_scale_candidates(problem, stats, options.alpha_step)]
+    scales = torch.stack([_as_tensor(candidate, stats) for candidate in candidates])
+    totals = torch.zeros(len(candidates), dtype=torch.float64)
+    for weight, spec in zip(problem.weights, problem.specs, strict=True):
+        totals += candidate_errors(weight, spec, scales, options.range_rule, stats)
+    order = torch.argsort(totals, stable=True).tolist()
+    return [candidates[index] for index in order[: order.index(0) + 1]]
+
+
+def _as_tensor(candidate: InputScale, stats: TokenStats) -> Tensor:
+    return torch.ones_like(stats.abs_mean) if candidate.scale is None else candidate.scale
+
+
+def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step: float) -> list[InputScale]:
+    """a^r for r in (0, 1] and a^r / w^(1-r) for r in [0, 1), without the identity."""
+    activation = stats.abs_mean
+    weight = weight_magnitude(problem.weights, problem.specs)
+    if problem.head_sharing is not None:
+        activation = share_over_heads(activation, problem.head_sharing)
+        weight = share_over_heads(weight, problem.head_sharing)
+    activation, weight = _positive(activation), _positive(weight)
+    steps = round(1 / alpha_step)
+    alphas = [round(min(1.0, index * alpha_step), 9) for index in range(steps + 1)]
+    power = [InputScale(family="activation", alpha=alpha, scale=_normalized(activation**alpha)) for alpha in alphas[1:]]
+    duo = [
+        InputScale(family="duo", alpha=alpha, scale=_normalized(activation**alpha / weight ** (1 - alpha)))
+        for alpha in alphas[:-1]
+    ]
+    return power + duo
+
+
+def weight_magnitude(weights: tuple[Tensor, ...], specs: tuple[QuantSpec, ...]) -> Float[Tensor, " K"]:
+    """w_k: mean over all output channels of |W_nk| relative to the largest weight of its own block."""
+    parts = [_relative_magnitude(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
+    return torch.cat(parts).mean(dim=0)
+
+
+def _relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
+    blocks = split(weight.abs(), spec.block_size(weight.shape[1]))
+    largest = blocks.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(blocks.dtype).tiny)
+    return join(blocks / largest, weight.shape[1])
+
+
+def share_over_heads(values: Float[Tensor, " K"], heads: HeadSharing) -> Float[Tensor, " K"]:
+    """Mean over the query heads of each key/value head, repeated: the form that v_proj can absorb."""
+    grouped = values.reshape(heads.kv_heads, heads.group_size, heads.head_size)
+    return grouped.mean(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
+
+
+def _positive(values: Tensor) -> Tensor:
+    """Channels that are never used (0) count as very quiet ones, so that powers stay finite."""
+    return values.clamp_min(max(float(values.max()) * 1e-8, torch.finfo(values.dtype).tiny))
+
+
+def _normalized(scale: Tensor) -> Tensor:
+    scale = scale / (scale.max().sqrt() * scale.min().sqrt())
+    return scale.clamp(_SMALLEST, _LARGEST)

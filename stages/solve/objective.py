@@ -1,0 +1,55 @@
+"""The reconstruction error of a weight error D [N, K]: ||X D^T||^2 / T = tr(D G D^T), G = X^T X / T.
+
+Exact for a linear layer, and computed from G or from the rows X themselves, whichever the cache holds.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records import TokenStats
+from stages.solve.blocks import diagonal_blocks, split
+
+
+def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float[Tensor, "*batch N"]:
+    """Mean over tokens of the squared output error of every output channel, in float32."""
+    if stats.gram is not None:
+        return ((error @ stats.gram) * error).sum(dim=-1)
+    assert stats.rows is not None
+    return (error @ stats.rows.to(error.dtype).T).square().sum(dim=-1) / stats.num_tokens
+
+
+def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
+    """Diagonal blocks of the Gram matrix, from whichever form the statistics have."""
+    if stats.gram is not None:
+        return diagonal_blocks(stats.gram, block_size)
+    assert stats.rows is not None
+    blocks = split(stats.rows.float(), block_size)  # [T, nB, B]
+    return torch.einsum("tbi,tbj->bij", blocks, blocks) / stats.num_tokens
+
+
+def block_error(error: Float[Tensor, "*batch nB N B"], blocks: Float[Tensor, "nB B B"]) -> Float[Tensor, "*batch nB N"]:
+    """d^T G_bb d for the error d of every (block, output channel): the error that each block makes by itself."""
+    return ((error @ blocks) * error).sum(dim=-1)
+
+
+def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
+    """The statistics with their tensors on ``device``."""
+    return TokenStats(
+        num_tokens=stats.num_tokens,
+        abs_mean=stats.abs_mean.to(device),
+        gram=None if stats.gram is None else stats.gram.to(device),
+        rows=None if stats.rows is None else stats.rows.to(device),
+    )
+
+
+def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:
+    """Statistics of x / s: the same loss, for errors of the scaled weight W diag(s)."""
+    return TokenStats(
+        num_tokens=stats.num_tokens,
+        abs_mean=stats.abs_mean / input_scale,
+        gram=None if stats.gram is None else stats.gram / input_scale / input_scale[:, None],
+        rows=None if stats.rows is None else stats.rows.float() / input_scale,
+    )

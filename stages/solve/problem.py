@@ -1,0 +1,65 @@
+"""What an algorithm is given and what it returns: one activation group, its weights and statistics, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stages.records import ActivationGroup, ActivationStats, HeadSharing, QuantSpec
+from stages.solve.affine import RangeRule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """Numbers that steer the searches; defaults live in stages.config alone."""
+
+    range_rule: RangeRule
+    alpha_step: float
+    clip_step: float
+    clip_min: float
+    column_chunk: int
+    """Output channels whose clip ratios are searched at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProblem:
+    """The sites that share one input scale.
+
+    ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too.
+    ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head.
+    """
+
+    group: ActivationGroup
+    weights: tuple[Tensor, ...]
+    specs: tuple[QuantSpec, ...]
+    stats: ActivationStats | None
+    head_sharing: HeadSharing | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputScale:
+    """An AWQ scale candidate: W is multiplied by ``scale`` [K] and the activation divided by it.
+
+    ``scale`` is None for the identity: plain rounding.
+    """
+
+    family: str
+    alpha: float | None
+    scale: Tensor | None
+
+
+IDENTITY = InputScale(family="identity", alpha=None, scale=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteChoice:
+    """How one site is quantized: the group's input scale and the clip ratio of every block ([N, nB]; None: 1)."""
+
+    input_scale: InputScale
+    clip_ratios: Tensor | None = None
+
+
+Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
+"""A pure function: one choice for every site of the group."""

@@ -1,0 +1,133 @@
+"""One group at a time: pose the problem, run the planned algorithm, turn its choices into codes and reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stages.records import (
+    ActivationGroup,
+    ActivationStats,
+    MatMulSite,
+    QuantizedWeight,
+    QuantSpec,
+    SiteReport,
+    SolvedGroup,
+    TokenStats,
+    ValueAbsorber,
+    torch_float,
+)
+from stages.solve.evaluate import quantize_site, site_error
+from stages.solve.objective import output_error, to_device
+from stages.solve.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSolver:
+    """Everything that stays the same from group to group.
+
+    ``read_weight`` gives a site's [N, K] float32 weight on the device; ``read_stats`` a group's statistics by
+    activation, or is None where the algorithm needs none. ``fold`` says that input scales will be folded into the
+    producer where there is one; ``one_scale`` that sites of a group share a scale even where it is not folded.
+    """
+
+    algorithm_name: str
+    algorithm: Algorithm
+    options: SearchOptions
+    specs: Mapping[str, QuantSpec]
+    device: torch.device
+    read_weight: Callable[[MatMulSite], Tensor]
+    read_stats: Callable[[str], ActivationStats] | None
+    fold: bool
+    one_scale: bool
+
+    def solve(self, group: ActivationGroup) -> SolvedGroup:
+        """Quantize all sites of ``group``."""
+        started = time.perf_counter()
+        problem = self._pose(group)
+        problems = [problem] if self.fold or self.one_scale else _one_by_one(problem)
+        pairs = [
+            (part, index, choice)
+            for part in problems
+            for index, choice in enumerate(self.algorithm(part, self.options))
+        ]
+        weights = tuple(_carry_out(part, index, choice, self.options) for part, index, choice in pairs)
+        seconds = (time.perf_counter() - started) / len(pairs)
+        reports = tuple(
+            replace(_report(part, index, choice, self.options), algorithm=self.algorithm_name, seconds=seconds)
+            for part, index, choice in pairs
+        )
+        return SolvedGroup(group=group, weights=weights, reports=reports)
+
+    def _pose(self, group: ActivationGroup) -> GroupProblem:
+        stats = None
+        if self.read_stats is not None:
+            both = self.read_stats(group.activation)
+            stats = ActivationStats(
+                calibration=to_device(both.calibration, self.device), held_out=to_device(both.held_out, self.device)
+            )
+        absorber = group.absorber if self.fold else None
+        return GroupProblem(
+            group=group,
+            weights=tuple(self.read_weight(site) for site in group.sites),
+            specs=tuple(self.specs[site.name] for site in group.sites),
+            stats=stats,
+            head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
+        )
+
+
+def _one_by_one(problem: GroupProblem) -> list[GroupProblem]:
+    """The same sites, each with an input scale of its own."""
+    return [
+        replace(problem, group=replace(problem.group, sites=(site,)), weights=(weight,), specs=(spec,))
+        for site, weight, spec in zip(problem.group.sites, problem.weights, problem.specs, strict=True)
+    ]
+
+
+def _carry_out(problem: GroupProblem, index: int, choice: SiteChoice, options: SearchOptions) -> QuantizedWeight:
+    spec = problem.specs[index]
+    codes, parameters = quantize_site(problem.weights[index], spec, choice, options.range_rule)
+    zero_points = parameters.zero_points
+    scale = choice.input_scale.scale
+    return QuantizedWeight(
+        site=problem.group.sites[index],
+        spec=spec,
+        codes=codes.to(spec.code_dtype).cpu(),
+        scales=parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
+        zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
+        input_scale=None if scale is None else scale.cpu(),
+    )
+
+
+def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: SearchOptions) -> SiteReport:
+    site, spec = problem.group.sites[index], problem.specs[index]
+    ratios = choice.clip_ratios
+    report = SiteReport(
+        site=site.name,
+        algorithm="",
+        bits=spec.bits,
+        block_size=spec.block_size(site.in_features),
+        bytes=spec.stored_bytes(site.out_features, site.in_features),
+        scale_family=choice.input_scale.family,
+        alpha=choice.input_scale.alpha,
+        mean_clip_ratio=None if ratios is None else float(ratios.mean()),
+    )
+    if problem.stats is None:
+        return report
+    weight, plain = problem.weights[index], SiteChoice(input_scale=IDENTITY)
+
+    def relative(which: SiteChoice, stats: TokenStats) -> float:
+        signal = float(output_error(weight, stats).double().sum())
+        return site_error(weight, spec, which, options.range_rule, stats) / max(signal, 1e-30)
+
+    return replace(
+        report,
+        loss_rtn=relative(plain, problem.stats.calibration),
+        loss=relative(choice, problem.stats.calibration),
+        held_out_loss_rtn=relative(plain, problem.stats.held_out),
+        held_out_loss=relative(choice, problem.stats.held_out),
+    )

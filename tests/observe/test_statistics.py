@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+import torch
+
+from stages.errors import SolveError
+from stages.observe.statistics import StatisticsAccumulator
+
+CPU = torch.device("cpu")
+
+
+def _accumulate(tokens: torch.Tensor, planned: int):
+    accumulator = StatisticsAccumulator("x", tokens.shape[-1], planned, CPU)
+    for batch in torch.split(tokens, 7):
+        accumulator.add(batch.reshape(1, *batch.shape))
+    return accumulator.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_streamed_sums_equal_the_float64_sums_over_all_tokens(dtype: torch.dtype) -> None:
+    # Loud float16 channels: a float16 Gram would overflow, a float16 mean would stall.
+    tokens = (torch.randn(100, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 900, 12)).to(dtype)
+    stats = _accumulate(tokens, planned=100)
+    exact = tokens.double().numpy()
+    assert stats.gram is not None
+    assert stats.rows is None
+    assert stats.gram.dtype == torch.float32
+    assert stats.num_tokens == 100
+    scale = np.sqrt(np.outer(np.square(exact).mean(0), np.square(exact).mean(0)))
+    # float32 sums of 100 products, relative to what Cauchy-Schwarz allows for the entry.
+    assert np.abs((stats.gram.double().numpy() - exact.T @ exact / 100) / scale).max() < 1e-5
+    np.testing.assert_allclose(stats.abs_mean.numpy(), np.abs(exact).mean(0), rtol=1e-6)
+
+
+def test_rows_are_kept_in_the_models_type_where_they_are_fewer_than_channels() -> None:
+    tokens = torch.randn(9, 12).half()
+    stats = _accumulate(tokens, planned=9)
+    assert stats.gram is None
+    assert stats.rows is not None
+    assert torch.equal(stats.rows, tokens)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_name_the_activation(bad: float) -> None:
+    tokens = torch.zeros(3, 4)
+    tokens[1, 2] = bad
+    with pytest.raises(SolveError, match="'x' holds NaN or infinite values"):
+        _accumulate(tokens, planned=3)

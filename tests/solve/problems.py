@@ -1,0 +1,80 @@
+"""Random layers with the traits that matter: correlated, heavy-tailed activations and a few outlier channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.records import (
+    ActivationGroup,
+    ActivationStats,
+    HeadSharing,
+    MatMulSite,
+    PerBlock,
+    QuantSpec,
+    TokenStats,
+    WeightLayout,
+)
+from stages.solve.problem import GroupProblem, SearchOptions
+
+OPTIONS = SearchOptions(range_rule="full", alpha_step=0.1, clip_step=0.05, clip_min=0.5, column_chunk=7)
+
+
+def spec(*, symmetric: bool = True, block_size: int = 16, bits: int = 4) -> QuantSpec:
+    return QuantSpec(bits=bits, symmetric=symmetric, granularity=PerBlock(block_size=block_size), scale_dtype="float32")
+
+
+def gram_stats(tokens: Tensor) -> TokenStats:
+    return TokenStats(num_tokens=len(tokens), abs_mean=tokens.abs().mean(0), gram=tokens.T @ tokens / len(tokens))
+
+
+def row_stats(tokens: Tensor) -> TokenStats:
+    return TokenStats(num_tokens=len(tokens), abs_mean=tokens.abs().mean(0), rows=tokens)
+
+
+def site(name: str, out_features: int, in_features: int) -> MatMulSite:
+    return MatMulSite(
+        name=name,
+        op_type="MatMul",
+        weight=f"{name}.weight",
+        activation="x",
+        output=f"{name}.output",
+        in_features=in_features,
+        out_features=out_features,
+        layout=WeightLayout.K_BY_N,
+        dtype="float32",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomLayer:
+    tokens: Tensor
+    held_out: Tensor
+    problem: GroupProblem
+
+
+def random_layer(
+    seed: int,
+    *,
+    in_features: int = 48,
+    widths: tuple[int, ...] = (20,),
+    symmetric: bool = True,
+    heads: HeadSharing | None = None,
+) -> RandomLayer:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    loudness = torch.exp(1.5 * torch.randn(in_features, generator=generator))
+    draw = torch.randn(400, in_features, generator=generator) @ mixing * loudness
+    tokens, held_out = draw[:300], draw[300:]
+    weights = tuple(torch.randn(width, in_features, generator=generator) for width in widths)
+    sites = tuple(site(f"site{index}", width, in_features) for index, width in enumerate(widths))
+    problem = GroupProblem(
+        group=ActivationGroup(activation="x", in_features=in_features, sites=sites, absorber=None),
+        weights=weights,
+        specs=tuple(spec(symmetric=symmetric) for _ in widths),
+        stats=ActivationStats(calibration=gram_stats(tokens), held_out=gram_stats(held_out)),
+        head_sharing=heads,
+    )
+    return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
