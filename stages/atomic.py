@@ -49,6 +49,15 @@ def refuse_existing(path: Path, *, overwrite: bool, option: str) -> None:
         raise UserError(f"{option} {path} already exists; choose another path or pass --overwrite to replace it.")
 
 
+def require_creatable(path: Path, *, option: str) -> None:
+    """Raise UserError when ``path`` could not be created, before hours of work depend on it."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{option} {path} can't be written ({parent} is no writable folder); choose another path.")
+
+
 @contextmanager
 def whole_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` only if the block succeeds.

@@ -16,8 +16,8 @@ GENAI_CONFIG = "genai_config.json"
 class ModelDirectory:
     """A model on disk.
 
-    ``kv_heads``, ``head_size`` and ``vocab_size`` come from genai_config.json and are None without it; the graph's own input shapes
-    win where they are fixed.
+    ``kv_heads``, ``head_size`` and ``vocab_size`` come from genai_config.json and are None without it; the graph's own
+    input shapes win where they are fixed.
     """
 
     folder: Path

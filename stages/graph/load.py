@@ -41,9 +41,22 @@ def _check_external_data(model: ir.Model) -> None:
             if not path.is_file():
                 raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
             sizes[path] = path.stat().st_size
+            _require_readable(tensor, path)
         end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
         if end > sizes[path]:
             raise GraphError(
                 f"External data file {path} is truncated: '{tensor.name}' ends at byte {end}, the file has "
                 f"{sizes[path]}; copy or build it again."
             )
+
+
+def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
+    """onnx-ir reads no external data through links that lead out of the model's folder, for safety."""
+    if tensor.nbytes > path.stat().st_size:
+        return
+    try:
+        tensor.numpy()
+    except (ValueError, OSError) as error:
+        raise GraphError(f"External data file {path} can't be read ({error}); put a real copy there.") from error
+    finally:
+        tensor.release()

@@ -53,7 +53,7 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
 def _as_group(
     activation: str, members: list[MatMulSite], value: ir.Value | None, by_output: dict[str, MatMulSite]
 ) -> ActivationGroup:
-    found = find_absorber(value, members[0].in_features, by_output)
+    found = _other_reader(value, members) or find_absorber(value, members[0].in_features, by_output)
     absorber, reason = (None, found) if isinstance(found, str) else (found, "")
     return ActivationGroup(
         activation=activation,
@@ -62,6 +62,14 @@ def _as_group(
         absorber=absorber,
         unfoldable_because=reason,
     )
+
+
+def _other_reader(value: ir.Value | None, members: list[MatMulSite]) -> str:
+    """Why the activation can't be divided for the sites alone: somebody else reads it; empty where nobody does."""
+    outputs = {site.output for site in members}
+    readers = () if value is None else value.consumers()
+    others = [node.op_type for node in readers if node.outputs[0].name not in outputs]
+    return f"a {others[0]} node reads the activation too" if others else ""
 
 
 def _as_site(node: ir.Node) -> MatMulSite | None:

@@ -45,9 +45,13 @@ def test_statistics_come_back_exactly(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), new_cache(tmp_path / "cache", KEY, overwrite=False) as writer:
-        writer.write("/x", STATS)
-        raise RuntimeError("stop")
+    def stopped_half_way() -> None:
+        with new_cache(tmp_path / "cache", KEY, overwrite=False) as writer:
+            writer.write("/x", STATS)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped_half_way()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,9 @@ def _accumulate(tokens: torch.Tensor, planned: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_streamed_sums_equal_the_float64_sums_over_all_tokens(dtype: torch.dtype) -> None:
     # Loud float16 channels: a float16 Gram would overflow, a float16 mean would stall.
-    tokens = (torch.randn(100, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 900, 12)).to(dtype)
+    tokens = (torch.randn(100, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 900, 12)).to(
+        dtype
+    )
     stats = _accumulate(tokens, planned=100)
     exact = tokens.double().numpy()
     assert stats.gram is not None

@@ -1,0 +1,31 @@
+"""Write saved quantized weights into the base model again: ``python -m export``."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from export.export_model import Destination, export_model
+from export.tables import export_table
+from stages.cli import run_command
+from stages.config import ExportConfig
+from stages.errors import CacheMismatch
+from stages.fingerprint import fingerprint_model
+from stages.model_directory import locate_model
+from stages.quantized_store import open_store
+
+
+def export(config: ExportConfig, console: Console) -> None:
+    """Export the weights that ``config`` describes and print what was written."""
+    base = locate_model(config.onnx_path)
+    store = open_store(config.weights_path)
+    destination = Destination.from_path(config.output_path, base, overwrite=config.overwrite)
+    if fingerprint_model(base) != store.recipe.model_fingerprint:
+        raise CacheMismatch(
+            f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
+            "that stages.quantize read."
+        )
+    console.print(export_table(export_model(base, store, destination, config.export_options, console)))
+
+
+if __name__ == "__main__":
+    run_command(ExportConfig, export, "python -m export")

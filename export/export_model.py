@@ -1,0 +1,116 @@
+"""Export: rewrite the base graph, write the output folder whole, and verify it before it gets its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from rich.console import Console
+
+from export.fold import FoldOutcome
+from export.rewrite import RewriteResult, rewrite
+from export.save import (
+    Destination,
+    copy_side_files,
+    data_name,
+    external_files,
+    patch_genai_config,
+    save_model,
+)
+from export.verify import VerifyReport, verify
+from stages.atomic import whole_directory
+from stages.config import ExportOptions
+from stages.errors import GraphError, UserError
+from stages.model_directory import ModelDirectory
+from stages.quantized_store import QuantizedStore
+
+__all__ = ["Destination", "ExportSummary", "export_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSummary:
+    """What was written, and what a person should know about it."""
+
+    onnx_file: Path
+    bytes_before: int
+    """Base graph and its external data."""
+    bytes_after: int
+    folds: tuple[FoldOutcome, ...]
+    kept: tuple[tuple[str, str], ...]
+    """(site, why) for each site that stayed as it was."""
+    report: VerifyReport | None
+    """None where verification was off."""
+    notes: tuple[str, ...] = ()
+
+
+def export_model(
+    base: ModelDirectory, store: QuantizedStore, destination: Destination, options: ExportOptions, console: Console
+) -> ExportSummary:
+    """Write ``store``'s weights into a copy of the ``base`` model directory.
+
+    Raises:
+        GraphError: the base can't be read, is too old, isn't the one of the weights, or the output failed a check.
+        RecipeError: ``store`` isn't complete.
+        UserError: the destination can't be used or written.
+    """
+    destination.require_apart_from(store.folder, "the quantized weights")
+    model = _load(base)
+    result = rewrite(model, store)
+    try:
+        with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
+            save_model(result.model, scratch, destination.onnx_name, console)
+            copy_side_files(base, model, scratch, destination.onnx_name)
+            notes = _configure(base, scratch, destination, options)
+            report = _verify(scratch / destination.onnx_name, result, base, options, console)
+    except OSError as error:
+        raise UserError(
+            f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "
+            "choose another folder."
+        ) from error
+    return ExportSummary(
+        onnx_file=destination.onnx_file,
+        bytes_before=_size(base.onnx_file, *external_files(model)),
+        bytes_after=_size(destination.onnx_file, destination.folder / data_name(destination.onnx_name)),
+        folds=result.folds,
+        kept=store.recipe.kept,
+        report=report,
+        notes=notes,
+    )
+
+
+def _load(base: ModelDirectory) -> ir.Model:
+    try:
+        model = ir.load(base.onnx_file)
+    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        raise GraphError(f"{base.onnx_file} is not a readable ONNX model ({error}); build it again.") from error
+    for path in external_files(model):
+        if not path.is_file():
+            raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
+        # onnx-ir refuses to read through links that could lead anywhere; say so before anything is written.
+        if base.folder.resolve() not in path.parents or path.stat().st_nlink > 1:
+            raise GraphError(f"External data file {path} is a link; copy the base folder with its files and pass that.")
+    return model
+
+
+def _configure(
+    base: ModelDirectory, scratch: Path, destination: Destination, options: ExportOptions
+) -> tuple[str, ...]:
+    if base.has_genai_config:
+        patch_genai_config(scratch, destination.onnx_name, options.accuracy_level)
+        return ()
+    if options.accuracy_level is None:
+        return ()
+    return ("the base has no genai_config.json: set the accuracy level in your own session options",)
+
+
+def _verify(
+    onnx_file: Path, result: RewriteResult, base: ModelDirectory, options: ExportOptions, console: Console
+) -> VerifyReport | None:
+    if options.verify == "off":
+        return None
+    return verify(onnx_file, result.sites, base, options.verify, console)
+
+
+def _size(*files: Path) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())

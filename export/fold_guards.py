@@ -1,0 +1,98 @@
+"""What must hold in the graph before a division may move; each function raises CannotFold with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from export.divide import CannotFold
+from export.graph_edit import called, name_of
+from stages.records import HeadSharing, MatMulSite, ValueAbsorber
+
+_VALUE_INPUT = 2
+_PAST_INPUTS = (3, 4)
+
+
+def require_seen_only_by(sites: Collection[MatMulSite], activation: ir.Value) -> None:
+    """Every reader of ``activation`` must be one of ``sites``, through its first input."""
+    if activation.is_graph_output():
+        raise CannotFold("the activation is an output of the graph")
+    members = {site.output for site in sites}
+    for node, index in activation.uses():
+        if index != 0 or name_of(node.outputs[0]) not in members:
+            raise CannotFold(f"the activation is also read by {called(node)}")
+
+
+def require_producer(activation: ir.Value, op_type: str) -> ir.Node:
+    """The node that makes ``activation`` as its first output, which must be an ``op_type``."""
+    node = activation.producer()
+    if node is None or node.op_type != op_type or activation.index() != 0:
+        found = "a graph input" if node is None else called(node)
+        raise CannotFold(f"the activation comes from {found}, not from {op_type}")
+    return node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPath:
+    """How a linear layer reaches ``target``: the (node, input) of its bias, and the input of ``target`` it enters."""
+
+    bias: tuple[tuple[ir.Node, int], ...]
+    entry: int
+
+
+def require_path(linear: ir.Node, target: ir.Node, planned_bias: str | None) -> LinearPath:
+    """From ``linear`` to ``target`` there is nothing but the planned bias, and nobody else reads on the way."""
+    bias = []
+    if linear.op_type == "Gemm" and len(linear.inputs) > 2 and linear.inputs[2] is not None:
+        bias.append((linear, 2))
+    reader, entry = _sole_reader(linear.outputs[0])
+    if reader is not target and reader.op_type == "Add":
+        bias.append((reader, 1 - entry))
+        reader, entry = _sole_reader(reader.outputs[0])
+    if reader is not target:
+        raise CannotFold(f"{called(reader)} lies between {called(linear)} and the activation")
+    found = [None if (value := node.inputs[index]) is None else value.name for node, index in bias]
+    if found != ([] if planned_bias is None else [planned_bias]):
+        raise CannotFold(f"the bias of {called(linear)} isn't the one that was planned")
+    return LinearPath(bias=tuple(bias), entry=entry)
+
+
+def _sole_reader(value: ir.Value) -> tuple[ir.Node, int]:
+    uses = list(value.uses())
+    if value.is_graph_output() or len(uses) != 1:
+        raise CannotFold(f"'{value.name}' is also read elsewhere, where the change would be seen")
+    return uses[0].node, uses[0].idx
+
+
+def require_linear_in_value(attention: ir.Node, path: LinearPath, absorber: ValueAbsorber, out_features: int) -> None:
+    """Attention reads V where planned, and its cache holds only what it wrote itself, unrounded."""
+    packed = len(attention.inputs) <= _VALUE_INPUT or attention.inputs[_VALUE_INPUT] is None
+    width = absorber.heads.kv_heads * absorber.heads.head_size
+    if path.entry != (0 if packed else _VALUE_INPUT) or absorber.first_channel + width != out_features:
+        raise CannotFold(f"{called(attention)} doesn't read V from the planned channels")
+    if not packed and absorber.first_channel != 0:
+        raise CannotFold(f"{called(attention)} doesn't read V from the planned channels")
+    if attention.attributes.get_string("v_quant_type", "NONE") != "NONE":
+        raise CannotFold(f"{called(attention)} quantizes its value cache")
+    for index in _PAST_INPUTS:
+        past = attention.inputs[index] if index < len(attention.inputs) else None
+        if past is not None and (not past.is_graph_input() or len(past.uses()) != 1):
+            raise CannotFold(f"{called(attention)} shares its cache with another node")
+    if any(output.uses() for output in attention.outputs[1:]):
+        raise CannotFold(f"another node reads the cache of {called(attention)}")
+
+
+def untie_heads(scale: Float32[Tensor, " K"], heads: HeadSharing) -> Float32[Tensor, " V"]:
+    """One scale a V channel, [kv_heads * head_size], from o_proj's [kv_heads * group_size * head_size]."""
+    shape = (heads.kv_heads, heads.group_size, heads.head_size)
+    if scale.numel() != heads.kv_heads * heads.group_size * heads.head_size:
+        raise CannotFold("the input scale's length doesn't fit the attention's head counts")
+    grouped = scale.reshape(shape)
+    if not torch.equal(grouped, grouped[:, :1].expand(shape)):
+        raise CannotFold("the input scale differs between query heads that share one value head")
+    return grouped[:, 0].reshape(-1)

@@ -1,0 +1,92 @@
+"""Small edits on an onnx-ir graph, each in constant time: every lookup is a dictionary built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from stages.errors import GraphError
+
+
+def name_of(value: ir.Value) -> str:
+    """A value's name; onnx-ir names every value it loads."""
+    assert value.name, "onnx-ir names every value it loads"
+    return value.name
+
+
+def called(node: ir.Node) -> str:
+    """A node as messages call it: its type and its name, or its output's where it has none."""
+    return f"{node.op_type} '{node.name or node.outputs[0].name}'"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphEditor:
+    """Finds nodes by name or output and adds nodes and initializers under names that are still free."""
+
+    by_output: dict[str, ir.Node]
+    by_name: dict[str, ir.Node]
+    _taken: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, model: ir.Model) -> GraphEditor:
+        """Index all nodes of ``model``, subgraphs included."""
+        nodes = list(model.graph.all_nodes())
+        by_output = {output.name: node for node in nodes for output in node.outputs if output.name}
+        taken = set(by_output)
+        for graph in model.graphs():
+            taken.update(graph.initializers)
+            taken.update(name_of(value) for value in graph.inputs)
+        return cls(by_output, {node.name: node for node in nodes if node.name}, taken)
+
+    def producer(self, output: str) -> ir.Node:
+        """The node that makes the value ``output``.
+
+        Raises:
+            GraphError: no node does.
+        """
+        node = self.by_output.get(output)
+        if node is None:
+            raise GraphError(
+                f"The base model has no node that makes '{output}', which the quantized weights name; pass the base "
+                "model that they were made from."
+            )
+        return node
+
+    def site_node(self, site: str) -> ir.Node | None:
+        """The node of the site called ``site``; unnamed nodes are called "weight->output"."""
+        return self.by_name.get(site) or self.by_output.get(site.rpartition("->")[2])
+
+    def add_initializer(self, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Register ``tensor`` in the graph that holds ``node``, as ``name`` or a free name made from it."""
+        shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        value = ir.Value(name=self._free(name), shape=shape, type=dtype, const_value=tensor)
+        tensor.name = value.name
+        assert isinstance(node.graph, ir.Graph)
+        node.graph.register_initializer(value)
+        return value
+
+    def insert_before(
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: Iterable[ir.Value],
+        name: str,
+        attributes: Mapping[str, int],
+        output: Callable[[str], ir.Value],
+    ) -> ir.Value:
+        """Insert a one-output node before ``node`` and return its output, made by ``output`` from a free name."""
+        made = output(self._free(f"{name}/output_0"))
+        new = ir.node(op_type, list(inputs), attributes=dict(attributes), outputs=[made], name=name)
+        assert isinstance(node.graph, ir.Graph)
+        node.graph.insert_before(node, new)
+        return made
+
+    def _free(self, wanted: str) -> str:
+        name, count = wanted, 1
+        while name in self._taken:
+            count += 1
+            name = f"{wanted}_{count}"
+        self._taken.add(name)
+        return name

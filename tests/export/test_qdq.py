@@ -1,0 +1,116 @@
+"""Every storage format computes (code - zero_point) * scale in ONNX Runtime, fused and unfused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from export.rewrite import rewrite
+from stages.records import Granularity, PerBlock, PerChannel, WeightForm
+from tests.export.builders import exact_weight, group_of, relative_difference, run, site_of, spec_of, store_of
+from tests.graphs import TinyGraph, onnx_type
+from tests.reference.dequantize import dequantize
+
+BLOCKS = [PerBlock(block_size=16), PerBlock(block_size=32), PerBlock(block_size=128), PerChannel()]
+# Square, K not divisible by the block, K smaller than the block, an odd number of codes.
+SHAPES = [(64, 48), (64, 64), (80, 48), (33, 7)]
+# Sums of at most 80 products in float32; float16 outputs are rounded to 11 bits, after rounded weights where unfused.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
+
+
+def quantized_matmul(
+    folder: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str, form: WeightForm
+) -> tuple[ir.Model, np.ndarray, np.ndarray]:
+    """A model of one quantized MatMul, an input for it, and the float64 output."""
+    rng = np.random.default_rng(0)
+    site = site_of("y", "x", *shape, dtype=dtype)
+    spec = spec_of(bits, symmetric=symmetric, granularity=blocks, scale_dtype=dtype)
+    weight = exact_weight(site, spec, rng)
+    graph = TinyGraph()
+    graph.input("x", onnx_type(dtype), ["t", shape[0]])
+    graph.output("y", onnx_type(dtype), ["t", shape[1]])
+    graph.linear("x", weight.matrix, "y")
+    store = store_of(folder / "weights", [(group_of([weight]), [weight])], form=form)
+    x = rng.standard_normal((8, shape[0])).astype(dtype)
+    stored = weight.stored
+    zero_points = None if stored.zero_points is None else stored.zero_points.numpy()
+    rows = dequantize(stored.codes.numpy(), stored.scales.numpy(), zero_points, spec.block_size(shape[0]))
+    return rewrite(graph.model(), store).model, x, x.astype(np.float64) @ rows.T
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_give_the_reference_product_fused_and_unfused(
+    tmp_path: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str
+) -> None:
+    model, x, expected = quantized_matmul(tmp_path, shape, bits, symmetric, blocks, dtype, WeightForm.DQ)
+    optimized = tmp_path / "optimized.onnx"
+    (fused,) = run(model, {"x": x}, optimized_file=optimized)
+    (unfused,) = run(model, {"x": x}, optimize=False)
+    assert relative_difference(fused, expected) < TOLERANCE[dtype]
+    assert relative_difference(unfused, expected) < TOLERANCE[dtype]
+    counts = Counter(node.op_type for node in onnx.load(optimized).graph.node)
+    assert counts["MatMulNBits"] == 1
+    assert counts["DequantizeLinear"] == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_only_asymmetric_weights_store_zero_points(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    model, _, _ = quantized_matmul(
+        tmp_path, (64, 48), bits, symmetric, PerBlock(block_size=16), "float32", WeightForm.DQ
+    )
+    dequantize_node = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    assert len(dequantize_node.inputs) == (2 if symmetric else 3)
+    types = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
+    codes = model.graph.initializers["y/MatMul/codes"]
+    assert codes.dtype == ir.DataType[types[bits, symmetric]]
+    assert codes.shape == (64, 48)
+    if not symmetric:
+        assert model.graph.initializers["y/MatMul/zero_points"].dtype == codes.dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("blocks", [PerBlock(block_size=32), PerChannel()])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_float_form_is_quantized_back_to_the_same_codes_and_fused(
+    tmp_path: Path, bits: int, symmetric: bool, blocks: Granularity, dtype: str
+) -> None:
+    model, x, expected = quantized_matmul(tmp_path, (80, 48), bits, symmetric, blocks, dtype, WeightForm.QDQ)
+    optimized = tmp_path / "optimized.onnx"
+    (y,) = run(model, {"x": x}, optimized_file=optimized)
+    assert relative_difference(y, expected) < TOLERANCE[dtype]
+    assert Counter(node.op_type for node in onnx.load(optimized).graph.node)["MatMulNBits"] == 1
+    # A code that came back as its neighbour would move its weight by a whole scale; equal weights have equal codes.
+    weight = model.graph.initializers["y/MatMul/weight"].const_value
+    dequantize_node = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    model.graph.outputs.append(dequantize_node.outputs[0])
+    assert weight is not None
+    np.testing.assert_array_equal(run(model, {"x": x}, optimize=False)[1], weight.numpy())
+
+
+def test_bfloat16_scales_are_stored_as_they_are(tmp_path: Path) -> None:
+    import torch
+
+    from export.qdq import scales_tensor
+    from stages.records import QuantizedWeight
+
+    scales = torch.tensor([[0.125, 3.0], [1.5, 0.75]], dtype=torch.bfloat16)
+    weight = QuantizedWeight(
+        site=site_of("y", "x", 32, 2, dtype="bfloat16"),
+        spec=spec_of(4, scale_dtype="bfloat16"),
+        codes=torch.zeros(2, 32, dtype=torch.int8),
+        scales=scales,
+    )
+    tensor = scales_tensor(weight, None)
+    assert tensor.dtype == ir.DataType.BFLOAT16
+    np.testing.assert_array_equal(tensor.numpy().astype(np.float32), scales.float().numpy().T)

@@ -1,0 +1,171 @@
+"""A rewrite copies, touches only what it should, and says no where it can't."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto
+
+from export.rewrite import rewrite
+from stages.errors import GraphError, RecipeError
+from stages.records import NormAbsorber, WeightForm, WeightLayout
+from tests.export.builders import (
+    exact_weight,
+    group_of,
+    input_scale,
+    relative_difference,
+    run,
+    site_of,
+    spec_of,
+    store_of,
+)
+from tests.graphs import TinyGraph, tiny_decoder
+
+# Sums of at most 96 products in float32, in another order.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def tokens() -> dict[str, np.ndarray]:
+    return {"input_ids": np.arange(7)[None]}
+
+
+def test_the_input_model_stays_as_it_was(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 96), spec_of(), rng, input_scale(rng, 64))
+    down = exact_weight(site_of("down", "product", 96, 64), spec_of(), rng)
+    model = tiny_decoder(up.matrix, down.matrix, rng).model()
+    before = ir.to_proto(model).SerializeToString()
+    groups = [
+        (group_of([up], absorber=NormAbsorber(output="x", parameters=("gain",))), [up]),
+        (group_of([down]), [down]),
+    ]
+    result = rewrite(model, store_of(tmp_path / "weights", groups))
+    assert ir.to_proto(model).SerializeToString() == before
+    assert ir.to_proto(result.model).SerializeToString() != before
+
+
+@pytest.mark.parametrize("form", list(WeightForm))
+def test_a_tied_head_is_quantized_and_the_embedding_kept(
+    tmp_path: Path, rng: np.random.Generator, form: WeightForm
+) -> None:
+    site = site_of(
+        "logits",
+        "down",
+        64,
+        32,
+        weight="embedding",
+        layout=WeightLayout.N_BY_K_TRANSPOSED,
+        weight_shared_with=("h",),
+    )
+    head = exact_weight(site, spec_of(), rng)
+    graph = tiny_decoder(np.ones((64, 96), np.float32) / 64, np.ones((96, 64), np.float32) / 96, rng)
+    table = next(tensor for tensor in graph.initializers if tensor.name == "embedding")
+    table.raw_data = np.ascontiguousarray(head.matrix.T).tobytes()
+    result = rewrite(graph.model(), store_of(tmp_path / "weights", [(group_of([head]), [head])], form=form))
+    kinds = [node.op_type for node in result.model.graph]
+    assert "Transpose" not in kinds
+    assert kinds.count("Gather") == 1
+    assert "embedding" in result.model.graph.initializers
+    assert relative_difference(run(result.model, tokens())[0], run(graph.model(), tokens())[0]) < TOLERANCE
+
+
+def test_a_weight_that_two_sites_read_gets_a_dequantize_each(tmp_path: Path, rng: np.random.Generator) -> None:
+    first = exact_weight(site_of("a", "x", 32, 32, weight="shared"), spec_of(), rng)
+    second_site = site_of("b", "a", 32, 32, weight="shared")
+    second = replace(first, stored=replace(first.stored, site=second_site))
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", 32])
+    graph.constant("shared", first.matrix)
+    graph.node("MatMul", ["x", "shared"], ["a"])
+    graph.node("MatMul", ["a", "shared"], ["b"])
+    graph.output("b", TensorProto.FLOAT, ["t", 32])
+    groups = [(group_of([first]), [first]), (group_of([second]), [second])]
+    result = rewrite(graph.model(), store_of(tmp_path / "weights", groups))
+    made = [node.outputs[0] for node in result.model.graph if node.op_type == "DequantizeLinear"]
+    assert [len(value.uses()) for value in made] == [1, 1]
+    assert "shared" not in result.model.graph.initializers
+    x = {"x": rng.standard_normal((5, 32)).astype(np.float32)}
+    assert relative_difference(run(result.model, x)[0], run(graph.model(), x)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (32, 32)])
+def test_a_transposed_gemm_reads_the_weight_the_other_way_round(
+    tmp_path: Path, rng: np.random.Generator, shape: tuple[int, int]
+) -> None:
+    site = site_of("y", "x", *shape, name="y/Gemm", op_type="Gemm", layout=WeightLayout.N_BY_K)
+    weight = exact_weight(site, spec_of(), rng)
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, [5, shape[0]])
+    bias = graph.constant("bias", rng.standard_normal(shape[1]).astype(np.float32))
+    transposed = graph.constant("y.weight", np.ascontiguousarray(weight.matrix.T))
+    graph.node("Gemm", ["x", transposed, bias], ["y"], {"transB": 1})
+    graph.output("y", TensorProto.FLOAT, [5, shape[1]])
+    result = rewrite(graph.model(), store_of(tmp_path / "weights", [(group_of([weight]), [weight])]))
+    x = {"x": rng.standard_normal((5, shape[0])).astype(np.float32)}
+    assert relative_difference(run(result.model, x)[0], run(graph.model(), x)[0]) < TOLERANCE
+
+
+def test_unnamed_nodes_get_their_sites_name_and_ir_version_10(tmp_path: Path, rng: np.random.Generator) -> None:
+    weight = exact_weight(site_of("y", "x", 32, 32, name="y.weight->y"), spec_of(), rng)
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", 32])
+    graph.output("y", TensorProto.FLOAT, ["t", 32])
+    graph.linear("x", weight.matrix, "y")
+    graph.nodes[0].name = ""
+    model = graph.model()
+    model.ir_version = 8
+    result = rewrite(model, store_of(tmp_path / "weights", [(group_of([weight]), [weight])]))
+    assert [node.name for node in result.model.graph if node.op_type == "MatMul"] == ["y.weight->y"]
+    assert result.sites[0].node == "y.weight->y"
+    assert (model.ir_version, result.model.ir_version) == (8, 10)
+
+
+def test_an_old_opset_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 96), spec_of(), rng)
+    model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng, opset=20).model()
+    with pytest.raises(GraphError, match="opset 20"):
+        rewrite(model, store_of(tmp_path / "weights", [(group_of([up]), [up])]))
+
+
+def test_an_unfinished_store_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 96), spec_of(), rng)
+    model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng).model()
+    store = store_of(tmp_path / "weights", [(group_of([up]), [up])])
+    store.group_file(0).unlink()
+    with pytest.raises(RecipeError, match=r"lacks 1 of 1 groups.*run stages.quantize again"):
+        rewrite(model, store)
+
+
+def test_a_site_of_another_model_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    other = exact_weight(site_of("missing", "x", 64, 96), spec_of(), rng)
+    model = tiny_decoder(other.matrix, np.ones((96, 64), np.float32), rng).model()
+    with pytest.raises(GraphError, match="'missing'"):
+        rewrite(model, store_of(tmp_path / "weights", [(group_of([other]), [other])]))
+
+
+def test_scales_of_another_type_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 96), spec_of(scale_dtype="float16"), rng)
+    model = tiny_decoder(up.matrix.astype(np.float32), np.ones((96, 64), np.float32), rng).model()
+    with pytest.raises(RecipeError, match="float16 scales in a float32 model"):
+        rewrite(model, store_of(tmp_path / "weights", [(group_of([up]), [up])]))
+
+
+def test_weights_are_read_when_they_are_saved_and_not_before(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 96), spec_of(symmetric=False), rng)
+    model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng).model()
+    store = store_of(tmp_path / "weights", [(group_of([up]), [up])])
+    result = rewrite(model, store)
+    store.group_file(0).unlink()
+    for part in ("codes", "scales", "zero_points"):
+        tensor = result.model.graph.initializers[f"up/MatMul/{part}"].const_value
+        assert tensor is not None
+        with pytest.raises(RecipeError, match="missing"):
+            tensor.tobytes()

@@ -1,0 +1,83 @@
+"""The summary says in a few lines what a person needs, however many sites there are."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from export.data_file import DataFileUse
+from export.export_model import ExportSummary
+from export.fold import FoldOutcome
+from export.site_check import SiteError
+from export.tables import export_table
+from export.verify import UnfusedSite, VerifyReport
+
+
+def mul(reason: str) -> FoldOutcome:
+    return FoldOutcome(activation="x", sites=("s",), how="mul", reason=reason)
+
+
+SUMMARY = ExportSummary(
+    onnx_file=Path("out/model.onnx"),
+    bytes_before=400_000_000,
+    bytes_after=100_000_000,
+    folds=(
+        FoldOutcome(activation="a", sites=("q", "k"), how="norm"),
+        FoldOutcome(activation="b", sites=("d",), how="none"),
+        *[mul("the activation is also read by Softmax '/x/[a]'")] * 40,
+    ),
+    kept=(("lm_head", "excluded by --exclude"),),
+    report=VerifyReport(
+        sites=43,
+        data=DataFileUse(file_bytes=5000, referenced_bytes=4000, padding_bytes=1000),
+        fused=42,
+        unfused=(UnfusedSite(site="q", reason="block size 8 is not a power of two from 16 to 256"),),
+        worst_exact=SiteError(site="up", exact=2e-7, default=1e-3),
+        worst_default=SiteError(site="down", exact=1e-7, default=6e-3),
+    ),
+)
+
+
+def text(summary: ExportSummary) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(export_table(summary))
+    return console.file.getvalue()
+
+
+def test_figures_and_reasons_are_counted() -> None:
+    shown = text(SUMMARY)
+    for part in (
+        "400.0 MB -> 100.0 MB (4.00x smaller)",
+        "1 in norms, 40 as Mul nodes",
+        "40 x the activation is also read by Softmax '/x/[a]'",
+        "1 x excluded by --exclude",
+        "42 of 43 sites run as MatMulNBits",
+        "1 x block size 8",
+        "2.0e-07 at accuracy level 1 (up)",
+        "6.0e-03 at the runtime's default level (down)",
+        "5,000 bytes: 4,000 in tensors, 1,000 padding",
+    ):
+        assert part in shown
+    assert len(shown.splitlines()) < 20
+
+
+def test_many_reasons_are_cut_short() -> None:
+    shown = text(replace(SUMMARY, folds=tuple(mul(f"reason {index}") for index in range(9))))
+    assert shown.count("reason ") == 3
+    assert "and 6 more reasons" in shown
+
+
+def test_what_was_not_verified_is_said() -> None:
+    assert "--verify off" in text(replace(SUMMARY, report=None))
+    assert SUMMARY.report is not None
+    skipped = replace(SUMMARY.report, fused=None, skipped=("fusion: no kernel",))
+    shown = text(replace(SUMMARY, report=skipped))
+    assert "fusion: no kernel" in shown
+    assert "MatMulNBits" not in shown
+
+
+def test_an_output_that_grew_says_so() -> None:
+    assert "1.25x larger" in text(replace(SUMMARY, bytes_after=500_000_000))

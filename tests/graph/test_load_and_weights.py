@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto
+
+from stages.errors import GraphError, SolveError
+from stages.fingerprint import fingerprint_model
+from stages.graph.load import load_graph
+from stages.graph.sites import find_sites
+from stages.graph.weights import read_weight, to_torch
+from stages.model_directory import locate_model
+from tests.graphs import TinyGraph
+
+CPU = torch.device("cpu")
+
+
+def _saved(folder: Path, weight: np.ndarray) -> Path:
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", weight.shape[0]])
+    graph.linear("x", weight, "y")
+    graph.output("y", TensorProto.FLOAT, ["t", weight.shape[1]])
+    folder.mkdir()
+    ir.save(
+        ir.from_proto(graph.proto()), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0
+    )
+    return folder
+
+
+def test_weights_of_every_layout_and_type_become_n_by_k_float32(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+    read = read_weight(model, find_sites(model)[0], CPU)
+    assert read.dtype == torch.float32
+    np.testing.assert_array_equal(read.numpy(), weight.T)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_every_float_type_keeps_its_values(dtype: type) -> None:
+    array = np.linspace(-2, 2, 12).astype(dtype).reshape(3, 4)
+    array.flags.writeable = False
+    np.testing.assert_array_equal(to_torch(array).float().numpy(), array.astype(np.float32))
+
+
+def test_nan_weights_name_the_site(tmp_path: Path) -> None:
+    weight = np.full((6, 4), np.nan, np.float32)
+    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+    with pytest.raises(SolveError, match="weight of y/MatMul holds NaN"):
+        read_weight(model, find_sites(model)[0], CPU)
+
+
+def test_truncated_external_data_says_so(tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "m", np.ones((6, 4), np.float32))
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-8])
+    with pytest.raises(GraphError, match="truncated"):
+        load_graph(locate_model(folder))
+    data.unlink()
+    with pytest.raises(GraphError, match="is missing"):
+        load_graph(locate_model(folder))
+
+
+def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a model at all")
+    with pytest.raises(GraphError, match="not a readable ONNX model"):
+        load_graph(locate_model(tmp_path))
+
+
+def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="does not exist"):
+        locate_model(tmp_path / "nothing")
+    with pytest.raises(GraphError, match=r"no \.onnx file"):
+        locate_model(tmp_path)
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(GraphError, match=r"a\.onnx, b\.onnx"):
+        locate_model(tmp_path)
+    assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"
+
+
+def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    weight = np.ones((200, 40), np.float32)
+    first = _saved(tmp_path / "a", weight)
+    shutil.copytree(first, tmp_path / "b")
+    same = fingerprint_model(locate_model(tmp_path / "b"))
+    assert fingerprint_model(locate_model(first)) == same
+    weight[-1, -1] = 2
+    assert fingerprint_model(locate_model(_saved(tmp_path / "c", weight))) != same

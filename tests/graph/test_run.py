@@ -1,0 +1,68 @@
+"""Taps on a real builder-made model: each activation once, right values, original weights in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from stages.graph.load import load_graph
+from stages.graph.run import open_tap, tapped_graph
+from stages.graph.sites import find_groups
+from stages.model_directory import locate_model
+
+CPU = ("CPUExecutionProvider",)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_model", "tiny_model_dml"])
+def test_every_distinct_input_is_tapped_once_with_the_value_that_the_site_reads(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    directory = locate_model(request.getfixturevalue(fixture))
+    model = load_graph(directory)
+    groups = find_groups(model)
+    tap = open_tap(model, directory, groups, CPU)
+    tokens = np.arange(24).reshape(2, 12)
+    taps = dict(tap.run(tokens))
+    assert len(tap.activations) == len(set(tap.activations)) == len(groups)
+    assert set(taps) == {site.activation for group in groups for site in group.sites}
+    for group in groups:
+        assert taps[group.activation].shape == (2, 12, group.in_features)
+
+    # lm_head's input times lm_head's weight must be the logits of the untouched model.
+    head = next(site for group in groups for site in group.sites if site.feeds_logits)
+    weight = np.asarray(model.graph.initializers[head.weight].const_value.numpy())
+    session = ort.InferenceSession(str(directory.onnx_file), providers=list(CPU))
+    logits = session.run(["logits"], tap.feeds(tokens))[0].astype(np.float32)
+    ours = taps[head.activation].float().numpy() @ weight.astype(np.float32)
+    tolerance = 2e-2 if logits.dtype == np.float16 or fixture.endswith("dml") else 1e-4  # float16 rounding of logits
+    np.testing.assert_allclose(ours, logits, atol=tolerance * np.abs(logits).max())
+
+
+def test_the_tapped_graph_is_small_refers_to_the_original_data_and_leaves_the_model_alone(tiny_model: Path) -> None:
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    before = [output.name for output in model.graph.outputs]
+    groups = find_groups(model)
+    serialized = tapped_graph(model, tuple(group.activation for group in groups))
+    assert [output.name for output in model.graph.outputs] == before
+    weights = sum(site.in_features * site.out_features * 4 for group in groups for site in group.sites)
+    assert len(serialized) < 0.3 * weights
+    proto = ir.serde.onnx.ModelProto.FromString(serialized)
+    large = [tensor for tensor in proto.graph.initializer if np.prod(tensor.dims) > 1000]
+    assert large
+    assert all(entry.value == "model.onnx.data" for t in large for entry in t.external_data if entry.key == "location")
+
+
+def test_batches_do_not_influence_each_other(tiny_model: Path) -> None:
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    tap = open_tap(model, directory, find_groups(model), CPU)
+    tokens = np.arange(40).reshape(2, 20)
+    together, alone = dict(tap.run(tokens)), dict(tap.run(tokens[1:]))
+    for activation, values in alone.items():
+        torch.testing.assert_close(together[activation][1:], values, rtol=1e-4, atol=1e-5)

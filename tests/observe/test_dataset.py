@@ -1,0 +1,240 @@
+"""Windows are deterministic, packed without loss, split without overlap, and every bad input is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from stages.errors import UserError
+from stages.observe.dataset import WindowRequest, load_windows, pack_windows
+from stages.observe.documents import HubSource
+
+STORIES = [
+    f"Story {number} tells of {number * 7} ships and the {number}th harbour they never reached." for number in range(60)
+]
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    # datasets sleeps 5 s after each parquet stream, so that pyarrow's threads end before the interpreter does.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2)
+
+
+@pytest.fixture
+def request_for(tiny_tokenizer: Path) -> WindowRequest:
+    return WindowRequest(
+        dataset="offline",
+        tokenizer_path=str(tiny_tokenizer),
+        vocab_size=300,
+        calib_size=10,
+        seq_len=32,
+        seed=0,
+        use_random=False,
+        trust_remote_code=False,
+    )
+
+
+def write_jsonl(path: Path, column: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(STORIES)), "utf-8")
+    return path
+
+
+def write_parquet(path: Path, column: str = "text") -> Path:
+    pq.write_table(pa.table({"id": list(range(len(STORIES))), column: STORIES}), path)
+    return path
+
+
+def write_text(path: Path) -> Path:
+    path.write_text("\n\n\n".join(STORIES), encoding="utf-8")
+    return path
+
+
+def hub_folder(folder: Path, column: str = "article") -> Path:
+    """A data set as the hub stores it: card with named configurations, one parquet file a split."""
+    (folder / "3.0.0").mkdir(parents=True)
+    write_parquet(folder / "3.0.0" / "train-00000-of-00001.parquet", column)
+    files = "  data_files:\n  - split: train\n    path: 3.0.0/train-*\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: 3.0.0\n{files}---\n", encoding="utf-8")
+    return folder
+
+
+def all_windows(request: WindowRequest) -> np.ndarray:
+    windows = load_windows(request)
+    return np.concatenate([windows.calibration, windows.held_out])
+
+
+def texts_of(windows: np.ndarray, tokenizer_path: str) -> list[str]:
+    """The documents that full windows hold, cut ones at the end left out."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    return [part.removeprefix("<s>") for part in tokenizer.decode(windows.reshape(-1)).split("</s>")[:-1]]
+
+
+# --------------------------------------------------------------------------- packing and splitting
+
+
+@pytest.mark.parametrize(("calib_size", "held_out"), [(2, 1), (10, 1), (16, 2), (25, 2)])
+def test_a_tenth_of_the_windows_and_at_least_one_is_held_out(
+    request_for: WindowRequest, calib_size: int, held_out: int
+) -> None:
+    windows = load_windows(replace(request_for, calib_size=calib_size))
+    assert windows.held_out.shape == (held_out, 32)
+    assert windows.calibration.shape == (calib_size - held_out, 32)
+    assert windows.calibration.dtype == np.int64
+
+
+def test_packing_keeps_every_token_in_order_and_drops_only_the_remainder() -> None:
+    packed = pack_windows(iter(range(23)), 10, 5)
+    np.testing.assert_array_equal(packed, np.arange(20).reshape(4, 5))
+    np.testing.assert_array_equal(pack_windows(iter(range(23)), 2, 5), np.arange(10).reshape(2, 5))
+
+
+@pytest.mark.parametrize("write", [write_text, write_jsonl, write_parquet])
+def test_windows_hold_whole_documents_once_between_bos_and_eos(
+    request_for: WindowRequest, tmp_path: Path, write: type
+) -> None:
+    suffix = {write_text: "txt", write_jsonl: "jsonl", write_parquet: "parquet"}[write]
+    path = write(tmp_path / f"stories.{suffix}")
+    request = replace(request_for, dataset=str(path), calib_size=40)
+    texts = texts_of(all_windows(request), request.tokenizer_path)
+    assert len(texts) > 20
+    assert set(texts) < set(STORIES)
+    assert len(set(texts)) == len(texts)
+
+
+# --------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("dataset", ["offline", "jsonl"])
+def test_the_same_request_gives_the_same_windows_and_another_seed_gives_others(
+    request_for: WindowRequest, tmp_path: Path, dataset: str
+) -> None:
+    name = str(write_jsonl(tmp_path / "s.jsonl")) if dataset == "jsonl" else dataset
+    request = replace(request_for, dataset=name)
+    first, again, other = (load_windows(r) for r in (request, request, replace(request, seed=1)))
+    np.testing.assert_array_equal(first.calibration, again.calibration)
+    assert first.fingerprint == again.fingerprint
+    assert first.fingerprint != other.fingerprint
+    assert len(first.fingerprint) == 64
+
+
+def test_the_fingerprint_knows_the_shape_and_the_split(request_for: WindowRequest) -> None:
+    # 10 windows of 32 are the same 320 tokens as 5 windows of 64, and as 20 windows of 16.
+    shapes = [(10, 32), (5, 64), (20, 16)]
+    requests = [replace(request_for, calib_size=count, seq_len=length) for count, length in shapes]
+    streams = [all_windows(request).reshape(-1) for request in requests]
+    np.testing.assert_array_equal(streams[0], streams[1])
+    np.testing.assert_array_equal(streams[0], streams[2])
+    assert len({load_windows(request).fingerprint for request in requests}) == 3
+
+
+def test_random_tokens_are_seeded_uniform_and_need_no_tokenizer(request_for: WindowRequest) -> None:
+    request = replace(request_for, use_random=True, tokenizer_path="nowhere", vocab_size=7, calib_size=40)
+    windows = load_windows(request)
+    counts = np.bincount(windows.calibration.reshape(-1), minlength=7)
+    # 36 * 32 = 1152 draws over 7 values: mean 165, standard deviation 12; five deviations.
+    assert counts.shape == (7,)
+    assert np.abs(counts - 1152 / 7).max() < 60
+    assert windows.fingerprint == load_windows(request).fingerprint
+    assert windows.fingerprint != load_windows(replace(request, seed=1)).fingerprint
+    assert windows.source == "random tokens"
+
+
+# --------------------------------------------------------------------------- the hub
+
+
+def test_a_hub_data_set_is_read_by_configuration_split_and_column(request_for: WindowRequest, tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "cnn_dailymail")
+    source = HubSource(path=str(folder), config="3.0.0", split="train", column="article")
+    request = replace(request_for, dataset="cnn")
+    windows = load_windows(request, {"cnn": source})
+    assert windows.source == "cnn_dailymail train"
+    assert set(texts_of(windows.calibration, request.tokenizer_path)) < set(STORIES)
+    assert windows.fingerprint == load_windows(request, {"cnn": source}).fingerprint
+
+
+def test_a_hub_data_set_without_its_column_names_those_it_has(request_for: WindowRequest, tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "cnn", column="story")
+    source = HubSource(path=str(folder), config="3.0.0", split="train", column="article")
+    with pytest.raises(UserError, match="columns id, story and none of article"):
+        load_windows(replace(request_for, dataset="cnn"), {"cnn": source})
+
+
+def test_without_a_network_the_error_tells_what_to_use_instead(
+    request_for: WindowRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> Iterator[object]:
+        raise ConnectionError("Couldn't reach 'abisee/cnn_dailymail' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"abisee/cnn_dailymail can't be read.*--dataset offline or a local"):
+        load_windows(replace(request_for, dataset="cnn"))
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def test_too_little_text_states_both_numbers(request_for: WindowRequest, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("A short story.", encoding="utf-8")
+    with pytest.raises(UserError, match=r"gives 0 windows of 32 tokens and --calib_size is 10; lower"):
+        load_windows(replace(request_for, dataset=str(path)))
+
+
+def test_an_unknown_name_lists_the_choices(request_for: WindowRequest) -> None:
+    with pytest.raises(UserError, match="--dataset wikitext is none of cnn, pilevel, offline"):
+        load_windows(replace(request_for, dataset="wikitext"))
+
+
+def test_a_missing_file_is_named(request_for: WindowRequest) -> None:
+    with pytest.raises(UserError, match=r"--dataset missing\.jsonl does not exist"):
+        load_windows(replace(request_for, dataset="missing.jsonl"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_damaged_file_is_named_with_its_kind(request_for: WindowRequest, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"damaged.{suffix}"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "cut of')
+    with pytest.raises(UserError, match=rf"damaged\.{suffix} can't be read as {suffix} .*; repair the file"):
+        load_windows(replace(request_for, dataset=str(path)))
+
+
+def test_a_text_file_that_is_not_utf8_is_named(request_for: WindowRequest, tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt can't be read as UTF-8"):
+        load_windows(replace(request_for, dataset=str(path)))
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_a_file_without_a_text_column_names_its_columns(
+    request_for: WindowRequest, tmp_path: Path, write: type
+) -> None:
+    path = write(tmp_path / f"t.{'jsonl' if write is write_jsonl else 'parquet'}", "story")
+    with pytest.raises(UserError, match="columns id, story and none of text, article, content"):
+        load_windows(replace(request_for, dataset=str(path)))
+
+
+def test_a_column_of_lists_is_refused(request_for: WindowRequest, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"text": ["one", "two"]}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="column text holds list, not text"):
+        load_windows(replace(request_for, dataset=str(path)))
+
+
+def test_without_a_tokenizer_the_option_is_named(request_for: WindowRequest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"No tokenizer can be loaded.*--model_name"):
+        load_windows(replace(request_for, tokenizer_path=str(tmp_path)))
+
+
+def test_a_tokenizer_of_another_model_is_refused(request_for: WindowRequest) -> None:
+    with pytest.raises(UserError, match="vocabulary has 100; pass the model's own tokenizer"):
+        load_windows(replace(request_for, vocab_size=100))

@@ -1,0 +1,53 @@
+"""Perplexity, divergence and agreement against a float64 reference, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scripts.accuracy import score_window, summarize
+from tests.reference import accuracy as reference
+
+
+def random_logits(tokens: int, vocabulary: int, seed: int) -> torch.Tensor:
+    return 3 * torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+# 64 predictions fill a chunk: one less, exactly one chunk, one more, several.
+@pytest.mark.parametrize("length", [2, 64, 65, 66, 150])
+def test_scores_equal_the_reference(length: int) -> None:
+    base = random_logits(length, 37, seed=0)
+    model = base + 0.3 * random_logits(length, 37, seed=1)
+    tokens = torch.randint(37, (length,), generator=torch.Generator().manual_seed(2))
+    result = summarize([score_window(base, model, tokens)])
+    rows, base_rows = model.double().tolist(), base.double().tolist()
+    assert result.tokens == length - 1
+    # Both sides compute in float64; only the order of sums differs.
+    assert result.perplexity == pytest.approx(reference.perplexity(rows, tokens.tolist()), rel=1e-12)
+    assert result.mean_divergence == pytest.approx(reference.mean_divergence(base_rows, rows), rel=1e-9)
+    assert result.top1_agreement == pytest.approx(reference.top1_agreement(base_rows, rows), rel=1e-12)
+
+
+def test_windows_are_weighted_by_their_tokens() -> None:
+    base, model = random_logits(40, 11, seed=3), random_logits(40, 11, seed=4)
+    tokens = torch.arange(40) % 11
+    whole = score_window(base, model, tokens)
+    parts = [score_window(base[:31], model[:31], tokens[:31]), score_window(base[30:], model[30:], tokens[30:])]
+    assert summarize(parts).mean_divergence == pytest.approx(summarize([whole]).mean_divergence, rel=1e-12)
+    assert summarize(parts).tokens == 39
+
+
+def test_divergence_is_zero_only_for_the_same_distribution() -> None:
+    base = random_logits(20, 11, seed=5)
+    tokens = torch.zeros(20, dtype=torch.int64)
+    # A constant added to all logits of a row changes no probability; float32 keeps it to about 1e-7 of a logit.
+    same = score_window(base, base + 7.0, tokens)
+    assert same.divergence.abs().max() < 1e-10
+    assert same.agrees.all()
+    assert (score_window(base, base.flip(1), tokens).divergence > 0).all()
+
+
+def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:
+    flat = torch.zeros(10, 50)
+    result = summarize([score_window(flat, flat, torch.arange(10))])
+    assert result.perplexity == pytest.approx(50, rel=1e-12)

@@ -1,0 +1,113 @@
+"""The rotation leaves the function alone, and takes the weights off a grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from scripts.off_grid import move_off_grid, random_rotation
+from stages.errors import UserError
+
+TOKENS = torch.arange(24)[None] * 5 % 300
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return model
+
+
+def on_grid(model: PreTrainedModel) -> PreTrainedModel:
+    """Round every projection to sixteen values a block of 32, as a 4-bit file stores them."""
+    for name, parameter in model.named_parameters():
+        if "_proj" in name and name.endswith("weight"):
+            blocks = parameter.data.view(parameter.shape[0], -1, 32)
+            scale = blocks.abs().amax(-1, keepdim=True) / 7
+            parameter.data = ((blocks / scale).round() * scale).view_as(parameter)
+    return model
+
+
+def most_values_in_a_block(weight: torch.Tensor) -> int:
+    return max(len(block.unique()) for block in weight.detach().reshape(-1, 32))
+
+
+def llama_with_biases() -> LlamaForCausalLM:
+    """Odd hidden size: one channel has no partner. Tied: the head must come loose from the embedding."""
+    config = LlamaConfig(
+        hidden_size=35,
+        head_dim=8,
+        intermediate_size=50,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        vocab_size=300,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = LlamaForCausalLM(config).double()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_logits_stay_in_float64(biases: bool, tiny_hf: Path) -> None:
+    model = llama_with_biases() if biases else load(tiny_hf)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        move_off_grid(model)
+        after = model(TOKENS).logits
+    # RMSNorm's epsilon is untouched by a rotation; what is left is float64 rounding, and float32 inside RMSNorm.
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_weights_leave_their_grid(tiny_hf: Path) -> None:
+    model = on_grid(load(tiny_hf))
+    assert most_values_in_a_block(model.model.layers[0].mlp.up_proj.weight) <= 15
+    move_off_grid(model)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            assert most_values_in_a_block(linear.weight) > 28
+
+
+def test_the_same_seed_gives_the_same_weights_without_touching_the_global_generator(tiny_hf: Path) -> None:
+    first, second, other = load(tiny_hf), load(tiny_hf), load(tiny_hf)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    move_off_grid(first)
+    assert torch.rand(1) == expected
+    move_off_grid(second)
+    move_off_grid(other, seed=1)
+    assert torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
+    assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_the_rotation_is_orthogonal_and_mixes_every_pair(channels: int) -> None:
+    rotation = random_rotation(channels, seed=0)
+    matrix = rotation.of_columns(torch.eye(channels))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-15)
+    assert (matrix != 0).sum() == 2 * (channels // 2) * 2 + channels % 2
+    weight = torch.randn(5, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(rotation.of_columns(weight), weight @ matrix, rtol=0, atol=1e-14)
+    torch.testing.assert_close(rotation.of_rows(weight.T), matrix.T @ weight.T, rtol=0, atol=1e-14)
+    gain = weight[0]
+    torch.testing.assert_close(rotation.mean_gain(gain), (matrix.T**2) @ gain.abs(), rtol=0, atol=1e-14)
+
+
+def test_an_unknown_architecture_is_named_with_the_mend() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
+    with pytest.raises(UserError, match=r"architecture 'gpt2'.*pass --keep_grid"):
+        move_off_grid(model)

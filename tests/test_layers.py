@@ -1,0 +1,64 @@
+"""The direction of imports: rooms below never know rooms above."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENTRIES = {"stages.calibrate", "stages.quantize"}
+ROOMS = {"stages.graph", "stages.observe", "stages.solve", "export", "scripts"}
+ALLOWED = {
+    "stages.graph": {"stages.graph"},
+    "stages.observe": {"stages.observe"},
+    "stages.solve": {"stages.solve"},
+    "export": {"export"},
+    "stages": set(),
+    "stages.calibrate": {"stages.graph", "stages.observe"},
+    "stages.quantize": {"stages.graph", "stages.observe", "stages.solve", "export"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def _room(module: str) -> str:
+    rooms = [room for room in ROOMS if module == room or module.startswith(room + ".")]
+    return rooms[0] if rooms else ("stages" if module.startswith("stages") else "")
+
+
+FILES = sorted([*ROOT.glob("stages/**/*.py"), *ROOT.glob("export/**/*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    here = module if module in ENTRIES else _room(module)
+    for imported in _imports(path):
+        target = _room(imported)
+        assert imported not in ENTRIES, f"{module} imports the entry point {imported}"
+        assert target in ALLOWED[here] | {"", "stages"}, f"{module} must not import {imported}"
+
+
+def test_package_markers_hold_one_docstring() -> None:
+    for path in FILES:
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            assert len(body) == 1, path
+
+
+def test_no_module_that_can_stand_on_the_path_hides_a_standard_one() -> None:
+    """``python stages/calibrate.py`` puts its own folder first on the path; deeper modules can't hide anything."""
+    top = {path.stem for path in [*ROOT.glob("stages/*.py"), *ROOT.glob("export/*.py"), *ROOT.glob("scripts/*.py")]}
+    assert top
+    assert not top & (set(sys.stdlib_module_names) - {"__init__", "__main__"})
