@@ -15,7 +15,7 @@ from stages.records import HeadSharing, QuantSpec, TokenStats
 from stages.solve.accept import first_accepted
 from stages.solve.blocks import join, split
 from stages.solve.evaluate import candidate_errors
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice, Trial
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 """Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
@@ -23,13 +23,11 @@ _SMALLEST, _LARGEST = 1e-4, 1e4
 
 def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The input scale with the smallest joint error that the held-out tokens don't veto."""
-    ranked = rank_input_scales(problem, options)
-    choices = [(SiteChoice(input_scale=scale),) * len(problem.weights) for scale in ranked]
-    return first_accepted(problem, options, choices)
+    return first_accepted(problem, options, rank_input_scales(problem, options))
 
 
-def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
-    """All candidates from the smallest to the largest joint calibration error, none worse than the identity.
+def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[Trial]:
+    """Unclipped trials of all candidates from the smallest to the largest joint error, none worse than the identity.
 
     The list ends with the identity: what comes after it is never taken.
     """
@@ -37,11 +35,20 @@ def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[Inp
     stats = problem.stats.calibration
     candidates = [IDENTITY, *input_scale_candidates(problem, stats, options.alpha_step)]
     scales = torch.stack([_as_tensor(candidate, stats) for candidate in candidates])
-    totals = torch.zeros(len(candidates), dtype=torch.float64)
-    for weight, spec in zip(problem.weights, problem.specs, strict=True):
-        totals += candidate_errors(weight, spec, scales, options.range_rule, stats)
-    order = torch.argsort(totals, stable=True).tolist()
-    return [candidates[index] for index in order[: order.index(0) + 1]]
+    errors = torch.stack(
+        [
+            candidate_errors(weight, spec, scales, options.range_rule, stats)
+            for weight, spec in zip(problem.weights, problem.specs, strict=True)
+        ]
+    )
+    order = torch.argsort(errors.sum(dim=0), stable=True).tolist()
+    return [
+        Trial(
+            choices=(SiteChoice(input_scale=candidates[index]),) * len(problem.weights),
+            errors=tuple(errors[:, index].tolist()),
+        )
+        for index in order[: order.index(0) + 1]
+    ]
 
 
 def _as_tensor(candidate: InputScale, stats: TokenStats) -> Tensor:

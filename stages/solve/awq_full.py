@@ -5,7 +5,6 @@ from __future__ import annotations
 from stages.solve.accept import first_accepted
 from stages.solve.awq import rank_input_scales
 from stages.solve.clip import clip_sites
-from stages.solve.evaluate import group_error
 from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
 
 _SHORTLIST = 4
@@ -14,9 +13,6 @@ _SHORTLIST = 4
 
 def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The best of the few best input scales and the identity, each with its own clip ratios."""
-    assert problem.stats is not None
-    stats = problem.stats.calibration
     *scales, identity = rank_input_scales(problem, options)
-    trials = [clip_sites(problem, options, scale) for scale in (*scales[:_SHORTLIST], identity)]
-    trials.sort(key=lambda trial: group_error(problem, trial, options.range_rule, stats))
-    return first_accepted(problem, options, trials)
+    trials = [clip_sites(problem, options, unclipped) for unclipped in (*scales[:_SHORTLIST], identity)]
+    return first_accepted(problem, options, sorted(trials, key=lambda trial: trial.error))

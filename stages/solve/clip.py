@@ -15,41 +15,37 @@ from stages.records import QuantSpec
 from stages.solve.accept import first_accepted
 from stages.solve.affine import RangeRule, choose_parameters, round_trip
 from stages.solve.blocks import split
-from stages.solve.evaluate import site_error
+from stages.solve.evaluate import site_errors
 from stages.solve.objective import block_error, gram_blocks, in_scaled_space
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice, Trial
 
 
 def awq_clip(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """Clip ratios for every site, without an input scale."""
-    return first_accepted(problem, options, [clip_sites(problem, options, IDENTITY)])
-
-
-def clip_sites(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
-    """Every site with its best clip ratios under ``scale``, or unclipped where that is better or held-out says so."""
-    choices = []
-    for weight, spec in zip(problem.weights, problem.specs, strict=True):
-        plain = SiteChoice(input_scale=scale)
-        clipped = SiteChoice(input_scale=scale, clip_ratios=_site_ratios(problem, options, weight, spec, scale))
-        choices.append(clipped if _improves(problem, options, weight, spec, clipped, plain) else plain)
-    return tuple(choices)
-
-
-def _improves(
-    problem: GroupProblem,
-    options: SearchOptions,
-    weight: Tensor,
-    spec: QuantSpec,
-    clipped: SiteChoice,
-    plain: SiteChoice,
-) -> bool:
-    """Blocks were judged one by one; the whole row decides, on calibration and on held-out tokens."""
     assert problem.stats is not None
-    return all(
-        site_error(weight, spec, clipped, options.range_rule, stats)
-        <= site_error(weight, spec, plain, options.range_rule, stats)
-        for stats in (problem.stats.calibration, problem.stats.held_out)
+    choices = (SiteChoice(input_scale=IDENTITY),) * len(problem.weights)
+    errors = site_errors(problem, choices, options.range_rule, problem.stats.calibration)
+    return first_accepted(problem, options, [clip_sites(problem, options, Trial(choices=choices, errors=errors))])
+
+
+def clip_sites(problem: GroupProblem, options: SearchOptions, unclipped: Trial) -> Trial:
+    """The trial with every site's best clip ratios, or none at a site whose error gets no smaller.
+
+    Blocks are searched one by one; the error of whole rows decides whether their ratios are taken.
+    """
+    assert problem.stats is not None
+    stats = problem.stats.calibration
+    clipped = tuple(
+        SiteChoice(
+            input_scale=choice.input_scale,
+            clip_ratios=_site_ratios(problem, options, weight, spec, choice.input_scale),
+        )
+        for weight, spec, choice in zip(problem.weights, problem.specs, unclipped.choices, strict=True)
     )
+    errors = site_errors(problem, clipped, options.range_rule, stats)
+    pairs = zip(clipped, errors, unclipped.choices, unclipped.errors, strict=True)
+    best = [(choice, error) if error <= other else (plain, other) for choice, error, plain, other in pairs]
+    return Trial(choices=tuple(choice for choice, _ in best), errors=tuple(error for _, error in best))
 
 
 def _site_ratios(

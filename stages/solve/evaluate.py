@@ -69,9 +69,11 @@ def weight_error(
     return (stored if scale is None else stored / scale) - weight
 
 
-def group_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], rule: RangeRule, stats: TokenStats) -> float:
-    """The error summed over the sites of a group, which all read the same activation."""
-    return sum(
+def site_errors(
+    problem: GroupProblem, choices: tuple[SiteChoice, ...], rule: RangeRule, stats: TokenStats
+) -> tuple[float, ...]:
+    """``site_error`` of every site of a group."""
+    return tuple(
         site_error(weight, spec, choice, rule, stats)
         for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
     )

@@ -17,7 +17,8 @@ from stages.records import (
     TokenStats,
     WeightLayout,
 )
-from stages.solve.problem import GroupProblem, SearchOptions
+from stages.solve.evaluate import site_errors
+from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
 
 OPTIONS = SearchOptions(range_rule="full", alpha_step=0.1, clip_step=0.05, clip_min=0.5, column_chunk=7)
 
@@ -78,3 +79,8 @@ def random_layer(
         head_sharing=heads,
     )
     return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
+
+
+def joint_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> float:
+    """The error summed over the sites of the group, at full range."""
+    return sum(site_errors(problem, choices, "full", stats))

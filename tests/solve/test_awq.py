@@ -6,12 +6,12 @@ import torch
 
 from stages.records import HeadSharing
 from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, share_over_heads, weight_magnitude
-from stages.solve.evaluate import candidate_errors, group_error, weight_error
+from stages.solve.evaluate import candidate_errors, weight_error
 from stages.solve.problem import IDENTITY, InputScale, SiteChoice
 from stages.solve.runner import _one_by_one
 from tests.reference.search import awq_loss
 from tests.reference.search import weight_magnitude as reference_magnitude
-from tests.solve.problems import OPTIONS, random_layer, spec
+from tests.solve.problems import OPTIONS, joint_error, random_layer, spec
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -58,14 +58,14 @@ def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> Non
     plain = (SiteChoice(input_scale=IDENTITY),) * 2
     assert layer.problem.stats is not None
     for stats in (layer.problem.stats.calibration, layer.problem.stats.held_out):
-        assert group_error(layer.problem, chosen, "full", stats) <= group_error(layer.problem, plain, "full", stats)
+        assert joint_error(layer.problem, chosen, stats) <= joint_error(layer.problem, plain, stats)
     assert chosen[0].input_scale is chosen[1].input_scale
 
 
 def test_siblings_are_ranked_by_the_loss_at_the_shared_scale() -> None:
     layer = random_layer(7, widths=(12, 30))
     assert layer.problem.stats is not None
-    ranked = rank_input_scales(layer.problem, OPTIONS)
+    ranked = [trial.choices[0].input_scale for trial in rank_input_scales(layer.problem, OPTIONS)]
     losses = [
         sum(
             awq_loss(
@@ -93,16 +93,18 @@ def test_mean_of_separate_sibling_scales_is_worse() -> None:
     for seed in range(20):
         problem = random_layer(seed, widths=(12, 12)).problem
         assert problem.stats is not None
-        separate = [rank_input_scales(single, OPTIONS)[0].scale for single in _one_by_one(problem)]
+        separate = [
+            rank_input_scales(single, OPTIONS)[0].choices[0].input_scale.scale for single in _one_by_one(problem)
+        ]
         mean = torch.stack([torch.ones(48) if scale is None else scale for scale in separate]).mean(dim=0)
         for name, scale in (
             ("mean", InputScale(family="mean", alpha=None, scale=mean)),
-            ("joint", rank_input_scales(problem, OPTIONS)[0]),
+            ("joint", rank_input_scales(problem, OPTIONS)[0].choices[0].input_scale),
         ):
             choices = (SiteChoice(input_scale=scale),) * 2
             plain = (SiteChoice(input_scale=IDENTITY),) * 2
             stats = problem.stats.calibration
-            relative = group_error(problem, choices, "full", stats) / group_error(problem, plain, "full", stats)
+            relative = joint_error(problem, choices, stats) / joint_error(problem, plain, stats)
             averaged, joint = averaged + relative * (name == "mean"), joint + relative * (name == "joint")
     assert joint < averaged
 

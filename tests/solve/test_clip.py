@@ -6,12 +6,11 @@ from stages.records import PerChannel, QuantSpec
 from stages.solve.awq import awq_lite
 from stages.solve.awq_full import awq_full
 from stages.solve.clip import awq_clip, clip_ratio_grid, search_clip_ratios
-from stages.solve.evaluate import group_error
 from stages.solve.objective import gram_blocks, in_scaled_space
 from stages.solve.problem import IDENTITY, SiteChoice
 from tests.reference.rounding import round_trip
 from tests.reference.search import best_clip_ratio, output_loss
-from tests.solve.problems import OPTIONS, random_layer, spec
+from tests.solve.problems import OPTIONS, joint_error, random_layer, spec
 
 RATIOS = clip_ratio_grid(0.5, 0.05)
 
@@ -83,12 +82,10 @@ def test_no_algorithm_is_worse_than_rounding_and_full_is_the_best(seed: int, sym
         for name, algorithm in (("lite", awq_lite), ("clip", awq_clip), ("full", awq_full))
     }
     calibration = {
-        name: group_error(layer.problem, choices, "full", layer.problem.stats.calibration)
-        for name, choices in results.items()
+        name: joint_error(layer.problem, choices, layer.problem.stats.calibration) for name, choices in results.items()
     }
     held_out = {
-        name: group_error(layer.problem, choices, "full", layer.problem.stats.held_out)
-        for name, choices in results.items()
+        name: joint_error(layer.problem, choices, layer.problem.stats.held_out) for name, choices in results.items()
     }
     assert all(calibration[name] <= calibration["rtn"] for name in results)
     assert all(held_out[name] <= held_out["rtn"] for name in results)
