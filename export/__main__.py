@@ -6,7 +6,7 @@ from rich.console import Console
 
 from export.export_model import Destination, export_model
 from export.tables import export_table
-from stages.cli import run_command
+from stages.cli import run_command, show
 from stages.config import ExportConfig
 from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
@@ -24,7 +24,7 @@ def export(config: ExportConfig, console: Console) -> None:
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
             "that stages.quantize read."
         )
-    console.print(export_table(export_model(base, store, destination, config.export_options, console)))
+    show(export_table(export_model(base, store, destination, config.export_options, console)))
 
 
 if __name__ == "__main__":

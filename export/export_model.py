@@ -18,7 +18,7 @@ from export.save import (
     patch_genai_config,
     save_model,
 )
-from export.verify import VerifyReport, verify
+from export.verify import VerifyReport, save_report, verify
 from stages.atomic import whole_directory
 from stages.config import ExportOptions
 from stages.errors import GraphError, UserError
@@ -68,6 +68,8 @@ def export_model(
             f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "
             "choose another folder."
         ) from error
+    if report is not None:
+        save_report(report, store.folder)
     return ExportSummary(
         onnx_file=destination.onnx_file,
         bytes_before=_size(base.onnx_file, *external_files(model)),

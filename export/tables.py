@@ -58,7 +58,7 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         return
     if report.fused is not None:
         yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits"
-    yield from _counted("not fused", Counter(unfused.reason for unfused in report.unfused))
+    yield from _unfused(report)
     if report.worst_exact is not None and report.worst_default is not None:
         exact, default = report.worst_exact, report.worst_default
         yield "largest error", f"{exact.exact:.1e} at accuracy level 1 ({exact.site})"
@@ -68,6 +68,16 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
     yield "data file", f"{data.file_bytes:,} bytes: {used}"
     for skipped in report.skipped:
         yield "not checked", skipped
+
+
+def _unfused(report: VerifyReport) -> Iterator[tuple[str, str]]:
+    """Each reason with the first sites that it holds for; verification.json names all."""
+    sites: dict[str, list[str]] = {}
+    for unfused in report.unfused:
+        sites.setdefault(unfused.reason, []).append(unfused.site)
+    for reason, names in sites.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        yield "not fused", f"{reason}: {', '.join(names[:_SHOWN])}{more}"
 
 
 def _counted(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 from jaxtyping import Shaped
+from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from export.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, 
 from export.qdq import RewrittenSite, dequantized, divided_scales
 from export.save import data_name
 from export.site_check import SiteError, measure_site
+from stages.atomic import whole_file
 from stages.cli import progress_bar
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
@@ -86,6 +88,12 @@ def verify(
         worst_default=max(errors, key=lambda error: error.default, default=None),
         skipped=skipped_runs,
     )
+
+
+def save_report(report: VerifyReport, folder: Path) -> None:
+    """Write every figure and every unfused site as verification.json, whole or not at all."""
+    with whole_file(folder / "verification.json") as partial:
+        partial.write_bytes(TypeAdapter(VerifyReport).dump_json(report, indent=1))
 
 
 def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:

@@ -85,7 +85,9 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
     for directory in directories[1:]:
         _check_vocabulary(directory.folder, _vocabulary(directories[0]), _vocabulary(directory))
     windows = _read_windows(config, directories[0].folder)
-    settings = SessionSettings(providers=choose_providers(config.eps).names, accuracy_level=config.accuracy_level)
+    settings = SessionSettings(
+        providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
+    )
     comparison = Comparison(
         models=tuple((directory.folder.name, fingerprint_model(directory)) for directory in directories),
         tokens=hashlib.sha256(repr(windows.shape).encode() + windows.tobytes()).hexdigest(),

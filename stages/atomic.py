@@ -20,10 +20,10 @@ def _replaced(path: Path) -> Path:
 
 
 def _fsync(path: Path) -> None:
-    # Windows can't open a directory for reading; its renames are durable without it.
+    # Windows can't open a directory, and flushes a file only through a handle that may write.
     if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

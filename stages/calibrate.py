@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from stages.cli import choose_device, progress_bar, run_command
+from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import CalibrateConfig
 from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
@@ -49,7 +49,7 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
                 tap, groups, windows.calibration, config.batch_size, device, progress, "calibration windows"
             )
         _save(writer, groups, calibration, held_out)
-    console.print(_summary(config, windows, groups, providers, time.perf_counter() - started))
+    show(_summary(config, windows, groups, providers, time.perf_counter() - started))
 
 
 def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> WindowRequest:

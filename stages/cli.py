@@ -11,7 +11,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from stages.errors import UserError
 
@@ -29,6 +31,11 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def show(table: Table) -> None:
+    """Print a result to standard output; progress and messages go to standard error."""
+    Console().print(table)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -57,7 +64,7 @@ def run_command(config_type: type[Config], command: Callable[[Config, Console], 
     try:
         command(config, console)
     except UserError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("stopped; what was finished is kept, run the same command again to go on.", highlight=False)

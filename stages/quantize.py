@@ -11,7 +11,7 @@ from rich.console import Console
 
 from export.export_model import Destination, export_model
 from export.tables import export_table
-from stages.cli import choose_device, progress_bar, run_command
+from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
 from stages.graph.load import load_graph
@@ -42,9 +42,9 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     recipe = _recipe(config, plan, fingerprint, cache)
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
     _solve_unfinished(_solver(config, model, plan, cache), store, console)
-    console.print(quantization_table(store, time.perf_counter() - started))
+    show(quantization_table(store, time.perf_counter() - started))
     summary = export_model(directory, store, destination, config.export_options, console)
-    console.print(export_table(summary))
+    show(export_table(summary))
 
 
 def _search_options(config: QuantizeConfig) -> SearchOptions:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from statistics import mean
 
+from rich import box
 from rich.table import Table
 
 from stages.quantized_store import QuantizedStore
 from stages.records import SiteReport
 
 _WORST = 3
+_COLUMNS = ("sites", "bits", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
-    """One row for each kind of site (the same name in every layer), then the sites that lost most."""
+    """One row for each kind of site (the same name in every layer), then the sites that lost most.
+
+    Errors are mean squared output errors relative to the output: as plain rounding would give, as chosen, and as
+    chosen on held-out text.
+    """
     reports = store.reports()
     weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
     bits_per_weight = 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
     table = Table(
         title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("sites", "count", "bits", "MB", "error if rounded", "error", "held-out error", "scale", "clip"):
-        table.add_column(name, justify="left" if name in ("sites", "scale") else "right", overflow="fold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == _COLUMNS[0] else "right", no_wrap=True)
     kinds: dict[str, list[SiteReport]] = defaultdict(list)
     for report in reports:
         kinds[_kind(report.site)].append(report)
     for kind, members in kinds.items():
-        table.add_row(*_row(kind, members))
+        table.add_row(*_row(f"{len(members)} x {kind}", members))
     measured = [report for report in reports if report.held_out_loss is not None]
     if measured and len(reports) > len(kinds):
         table.add_section()
@@ -51,7 +59,6 @@ def _short(site: str) -> str:
 def _row(name: str, members: list[SiteReport]) -> list[str]:
     return [
         name,
-        str(len(members)),
         "/".join(sorted({f"{member.bits}b{member.block_size}" for member in members})),
         f"{sum(member.bytes for member in members) / 1e6:.1f}",
         _percent([member.loss_rtn for member in members]),
@@ -64,7 +71,7 @@ def _row(name: str, members: list[SiteReport]) -> list[str]:
 
 def _percent(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{100 * mean(known):.3f} %" if known else "-"
+    return f"{100 * mean(known):.3f}%" if known else "-"
 
 
 def _mean(values: list[float | None]) -> str:
@@ -73,7 +80,9 @@ def _mean(values: list[float | None]) -> str:
 
 
 def _families(members: list[SiteReport]) -> str:
-    if len(members) == 1 and members[0].alpha is not None:
-        return f"{members[0].scale_family} {members[0].alpha:.2g}"
-    families = sorted({member.scale_family for member in members})
-    return ", ".join(f"{sum(member.scale_family == family for member in members)} {family}" for family in families)
+    """One site: the family and alpha of its scale; many: how many took a^r, duo and no scale."""
+    if len(members) == 1:
+        alpha = members[0].alpha
+        return members[0].scale_family if alpha is None else f"{members[0].scale_family} {alpha:.2g}"
+    counts = Counter(member.scale_family for member in members)
+    return "/".join(str(counts[family]) for family in ("activation", "duo", "identity"))

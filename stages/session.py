@@ -35,7 +35,7 @@ class ProviderChoice:
     missing: tuple[tuple[str, str], ...]
 
 
-def choose_providers(wanted: str) -> ProviderChoice:
+def choose_providers(wanted: str, option: str = "--calibration_eps") -> ProviderChoice:
     """Parse a list such as ``cuda,cpu`` and keep what loads on this machine; the CPU is always last.
 
     Raises:
@@ -49,7 +49,7 @@ def choose_providers(wanted: str) -> ProviderChoice:
         if not short:
             continue
         if short not in _PROVIDERS:
-            raise UserError(f"--calibration_eps: '{raw}' is not one of cuda, cpu, dml, NvTensorRtRtx.")
+            raise UserError(f"{option}: '{raw}' is not one of cuda, cpu, dml, NvTensorRtRtx.")
         provider = _PROVIDERS[short]
         if provider not in available:
             missing.append((raw, "this onnxruntime package was built without it"))

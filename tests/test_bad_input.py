@@ -37,8 +37,9 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", ["calibrate", "quantize"])
 def test_missing_model(command: str, tmp_path: Path, commands: Commands) -> None:
     output = ["--output_path", tmp_path / "out", "--algo", "rtn_dq"] if command == "quantize" else []
-    result = getattr(commands, command)("--onnx_path", tmp_path / "nothing.onnx", *output)
-    _check(result, "nothing.onnx", "does not exist")
+    # Square brackets are markup to the library that prints.
+    result = getattr(commands, command)("--onnx_path", tmp_path / "[bold]nothing.onnx", *output)
+    _check(result, "[bold]nothing.onnx", "does not exist")
     assert _left(tmp_path) == set()
 
 

@@ -40,6 +40,8 @@ def test_the_output_runs_as_it_stands_and_computes_what_the_base_does(
     assert (report.sites, report.fused, report.unfused, report.skipped) == (2, 2, (), ())
     assert report.worst_exact is not None
     assert 0 < report.worst_exact.exact < 1e-4
+    saved = json.loads((tiny.store.folder / "verification.json").read_text(encoding="utf-8"))
+    assert (saved["fused"], saved["unfused"], saved["worst_exact"]["site"]) == (2, [], report.worst_exact.site)
 
 
 def test_every_side_file_is_there_and_nothing_else(tmp_path: Path) -> None:

@@ -55,13 +55,20 @@ def test_figures_and_reasons_are_counted() -> None:
         "40 x the activation is also read by Softmax '/x/[a]'",
         "1 x excluded by --exclude",
         "42 of 43 sites run as MatMulNBits",
-        "1 x block size 8",
+        "block size 8 is not a power of two from 16 to 256: q",
         "2.0e-07 at accuracy level 1 (up)",
         "6.0e-03 at the runtime's default level (down)",
         "5,000 bytes: 4,000 in tensors, 1,000 padding",
     ):
         assert part in shown
     assert len(shown.splitlines()) < 20
+
+
+def test_unfused_sites_are_named_and_cut_short() -> None:
+    assert SUMMARY.report is not None
+    unfused = tuple(UnfusedSite(site=f"site{index}", reason="why") for index in range(5))
+    shown = text(replace(SUMMARY, report=replace(SUMMARY.report, unfused=unfused)))
+    assert "why: site0, site1, site2 and 2 more" in shown
 
 
 def test_many_reasons_are_cut_short() -> None:

@@ -1,0 +1,94 @@
+"""Feeds from what a graph declares, and providers that really load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto
+
+from stages.errors import GraphError, UserError
+from stages.session import CausalFeeds, choose_providers
+from tests.graphs import TinyGraph
+
+TOKENS = np.array([[5, 6, 7], [8, 9, 10]])
+INT32, INT64, FLOAT, FLOAT16, STRING = (
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.STRING,
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    name: str
+    type: int
+    shape: list[int | str]
+
+
+def _feeds(*inputs: Input, kv_heads: int | None = 2, head_size: int | None = 16) -> dict[str, np.ndarray]:
+    graph = TinyGraph()
+    for declared in inputs:
+        graph.input(declared.name, declared.type, declared.shape)
+        graph.node("Identity", [declared.name], [f"{declared.name}_out"])
+        graph.output(f"{declared.name}_out", declared.type, declared.shape)
+    session = ort.InferenceSession(graph.proto().SerializeToString(), providers=["CPUExecutionProvider"])
+    return CausalFeeds(session, kv_heads, head_size)(TOKENS)
+
+
+def test_every_input_gets_its_declared_type_and_an_empty_past() -> None:
+    feeds = _feeds(
+        Input("input_ids", INT32, ["b", "s"]),
+        Input("attention_mask", INT64, ["b", "t"]),
+        Input("position_ids", INT64, ["b", "s"]),
+        Input("past_key_values.0.key", FLOAT16, ["b", 3, "past", "kv_cache_dim"]),
+    )
+    assert feeds["input_ids"].dtype == np.int32
+    np.testing.assert_array_equal(feeds["attention_mask"], np.ones((2, 3)))
+    np.testing.assert_array_equal(feeds["position_ids"], [[0, 1, 2], [0, 1, 2]])
+    # The graph's own 3 heads win over genai_config's 2; the open head size comes from there.
+    assert feeds["past_key_values.0.key"].shape == (2, 3, 0, 16)
+    assert feeds["past_key_values.0.key"].dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        (Input("pixel_values", FLOAT, ["b", 3, 224, 224]), "pixel_values.*text decoder"),
+        (Input("past_state", FLOAT, ["b", 3]), "not a key/value cache"),
+        (Input("input_ids", STRING, ["b", "s"]), "can't feed"),
+    ],
+)
+def test_inputs_that_are_not_a_decoders_are_named(declared: Input, words: str) -> None:
+    with pytest.raises(GraphError, match=words):
+        _feeds(declared)
+
+
+def test_open_cache_sizes_without_genai_config_are_refused() -> None:
+    with pytest.raises(GraphError, match="num_key_value_heads and head_size"):
+        _feeds(Input("past_key_values.0.key", FLOAT, ["b", 3, "past", "dim"]), head_size=None)
+
+
+def test_the_cpu_is_always_last_and_missing_providers_are_named() -> None:
+    choice = choose_providers("[dml, cpu]")
+    assert choice.names[-1] == "CPUExecutionProvider"
+    if "DmlExecutionProvider" not in choice.names:
+        assert choice.missing[0][0] == "dml"
+        assert "built without it" in choice.missing[0][1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device, so cuda is not missing")
+def test_cuda_is_not_asked_for_without_a_device() -> None:
+    choice = choose_providers("cuda,cpu")
+    assert choice.names == ("CPUExecutionProvider",)
+    assert choice.missing[0][0] == "cuda"
+
+
+def test_an_unknown_provider_names_its_option() -> None:
+    with pytest.raises(UserError, match="--eps: 'gpu' is not one of"):
+        choose_providers("gpu", "--eps")
