@@ -17,6 +17,7 @@ from stages.errors import RecipeError
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
+LmHead = Literal["4", "8", "none"]
 Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
@@ -25,6 +26,14 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise RecipeError(message)
+
+
+def _require_block_size(option: str, size: int) -> None:
+    _require(
+        _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
+        f"{option} {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
+        "ONNX Runtime fuses no other block size on every version.",
+    )
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -104,6 +113,16 @@ class QuantizeConfig:
     """Folder for the quantized weights before export; default: the output folder's name with .weights added."""
     block_size: int = 128
     """Inputs that share a scale: a power of two from 16 to 256."""
+    enable_mixed_quant: bool = False
+    """INT8 for the qkv (or v) and down projections of the first eighth, the last eighth and every third of the other
+    layers; INT4 for the rest."""
+    layers_8bit: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = ""
+    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8, in place
+    of enable_mixed_quant's choice."""
+    int8_block_size: int | None = None
+    """Inputs that share an INT8 scale: a power of two from 16 to 256; default: one scale per output channel."""
+    lm_head: LmHead | None = None
+    """Store lm_head as INT4 (4) or INT8 (8), or leave it (none), whatever exclude says; default: exclude decides."""
     use_zero_point: bool = False
     """Unsigned codes with a zero point per block (4 / block_size more bits a weight)."""
     scale_range: ScaleRange = "full"
@@ -151,12 +170,9 @@ class QuantizeConfig:
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
-        size = self.block_size
-        _require(
-            _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
-            f"--block_size {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
-            "ONNX Runtime fuses no other block size on every version.",
-        )
+        _require_block_size("--block_size", self.block_size)
+        if self.int8_block_size is not None:
+            _require_block_size("--int8_block_size", self.int8_block_size)
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")

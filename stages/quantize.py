@@ -20,10 +20,10 @@ from stages.graph.weights import read_weight
 from stages.model_directory import locate_model
 from stages.observe.cache import CalibrationCache, open_cache
 from stages.quantized_store import QuantizedStore, create_or_resume_store
-from stages.records import ExportRecipe, PerBlock, QuantSpec, WeightForm
+from stages.records import ExportRecipe, PerBlock, PerChannel, QuantSpec, WeightForm
 from stages.report import quantization_table
 from stages.solve.problem import SearchOptions
-from stages.solve.recipe import QuantPlan, make_plan
+from stages.solve.recipe import FormatRules, QuantPlan, make_plan
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
 
@@ -37,14 +37,26 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    granularity = PerBlock(block_size=config.block_size)
-    plan = make_plan(find_groups(model), config.exclude, granularity, symmetric=not config.use_zero_point)
+    plan = make_plan(find_groups(model), _format_rules(config))
     recipe = _recipe(config, plan, fingerprint, cache)
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
     _solve_unfinished(_solver(config, model, plan, cache), store, console)
     show(quantization_table(store, time.perf_counter() - started))
     summary = export_model(directory, store, destination, config.export_options, console)
     show(export_table(summary))
+
+
+def _format_rules(config: QuantizeConfig) -> FormatRules:
+    size = config.int8_block_size
+    return FormatRules(
+        four_bit=PerBlock(block_size=config.block_size),
+        eight_bit=PerChannel() if size is None else PerBlock(block_size=size),
+        symmetric=not config.use_zero_point,
+        exclude=config.exclude,
+        layers_8bit=config.layers_8bit,
+        mixed=config.enable_mixed_quant,
+        lm_head=config.lm_head,
+    )
 
 
 def _search_options(config: QuantizeConfig) -> SearchOptions:
@@ -67,7 +79,6 @@ def _recipe(config: QuantizeConfig, plan: QuantPlan, fingerprint: str, cache: Ca
         b"" if cache is None else cache.manifest.key.digest().encode(),
     ):
         digest.update(part)
-    zero_point = "with" if config.use_zero_point else "without"
     return ExportRecipe(
         model_fingerprint=fingerprint,
         weight_form=WeightForm.QDQ if config.algo == "rtn" else WeightForm.DQ,
@@ -75,8 +86,14 @@ def _recipe(config: QuantizeConfig, plan: QuantPlan, fingerprint: str, cache: Ca
         groups=plan.groups,
         kept=plan.kept,
         search=digest.hexdigest(),
-        summary=f"{config.algo} INT4 block {config.block_size} {zero_point} zero point",
+        summary=_summary(config, plan),
     )
+
+
+def _summary(config: QuantizeConfig, plan: QuantPlan) -> str:
+    zero_point = "with" if config.use_zero_point else "without"
+    mixed = f", INT8 at {plan.eight_bit_sites} sites" if plan.eight_bit_sites else ""
+    return f"{config.algo} INT4 block {config.block_size} {zero_point} zero point{mixed}"
 
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: QuantPlan, cache: CalibrationCache | None) -> GroupSolver:

@@ -173,6 +173,15 @@ class QuantSpec:
     def code_dtype(self) -> torch.dtype:
         return torch.int8 if self.symmetric else torch.uint8
 
+    @property
+    def label(self) -> str:
+        """Short name for tables: 4b32 is INT4 in blocks of 32, 8ch is INT8 with a scale per channel."""
+        match self.granularity:
+            case PerBlock(block_size=size):
+                return f"{self.bits}b{size}"
+            case PerChannel():
+                return f"{self.bits}ch"
+
     def block_size(self, in_features: int) -> int:
         """Block size B for a row of ``in_features`` inputs; the whole row where scales are per channel."""
         match self.granularity:
@@ -256,8 +265,8 @@ class SiteReport:
 
     site: str
     algorithm: str
-    bits: int
-    block_size: int
+    format: str
+    """The QuantSpec's label."""
     bytes: int
     loss_rtn: float | None = None
     loss: float | None = None

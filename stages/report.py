@@ -13,7 +13,7 @@ from stages.quantized_store import QuantizedStore
 from stages.records import SiteReport
 
 _WORST = 3
-_COLUMNS = ("sites", "bits", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
+_COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
@@ -59,7 +59,7 @@ def _short(site: str) -> str:
 def _row(name: str, members: list[SiteReport]) -> list[str]:
     return [
         name,
-        "/".join(sorted({f"{member.bits}b{member.block_size}" for member in members})),
+        "/".join(sorted({member.format for member in members})),
         f"{sum(member.bytes for member in members) / 1e6:.1f}",
         _percent([member.loss_rtn for member in members]),
         _percent([member.loss for member in members]),

@@ -144,6 +144,38 @@ def test_fp16_with_separate_projections(
     assert np.linalg.norm(ours - base) / np.linalg.norm(base) < 0.4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sites", "eight_bit"),
+    [
+        (["--enable_mixed_quant"], 10, 2),
+        (["--enable_mixed_quant", "--use_zero_point", "--int8_block_size", 32], 10, 2),
+        (["--layers_8bit", "qkv_proj,down_proj", "--int8_block_size", 16], 10, 4),
+        (["--layers_8bit", "layers.1", "--lm_head", 8], 11, 6),
+        (["--lm_head", 4], 11, 0),
+    ],
+)
+def test_mixed_precision_is_fused_and_nearer_to_the_base(
+    arguments: list[object],
+    sites: int,
+    eight_bit: int,
+    tiny_model: Path,
+    cache: Path,
+    tmp_path: Path,
+    commands: Commands,
+) -> None:
+    output = tmp_path / "mixed"
+    code, printed = commands.quantize(
+        "--onnx_path", tiny_model, "--output_path", output, "--block_size", 16, "--cache_dir", cache, *arguments
+    )
+    assert code == 0, printed
+    assert f"{sites} of {sites} sites run as MatMulNBits" in printed
+    assert (f"INT8 at {eight_bit} sites" in printed) == (eight_bit > 0)
+    tokens = np.arange(40).reshape(1, 40) * 7 % 300
+    base, ours = _logits(tiny_model, tokens), _logits(output, tokens)
+    assert np.linalg.norm(ours - base) / np.linalg.norm(base) < 0.4
+    assert len(_generate(output)) == 24
+
+
 def test_folding_changes_no_result(tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands) -> None:
     """The same choice with Mul nodes and folded must compute the same logits: v_proj's sharing aside, which is kept."""
     tokens = np.arange(40).reshape(1, 40) * 11 % 300

@@ -71,7 +71,7 @@ def _solved() -> SolvedGroup:
         for member, spec in zip(GROUPS[0].sites, SPECS, strict=True)
     )
     reports = tuple(
-        SiteReport(site=member.name, algorithm="awq_full", bits=4, block_size=4, bytes=9, loss=0.25)
+        SiteReport(site=member.name, algorithm="awq_full", format="4b4", bytes=9, loss=0.25)
         for member in GROUPS[0].sites
     )
     return SolvedGroup(group=GROUPS[0], weights=weights, reports=reports)

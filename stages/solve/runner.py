@@ -109,8 +109,7 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     report = SiteReport(
         site=site.name,
         algorithm="",
-        bits=spec.bits,
-        block_size=spec.block_size(site.in_features),
+        format=spec.label,
         bytes=spec.stored_bytes(site.out_features, site.in_features),
         scale_family=choice.input_scale.family,
         alpha=choice.input_scale.alpha,

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from stages.errors import RecipeError
-from stages.records import ActivationGroup, NormAbsorber, PerBlock
-from stages.solve.recipe import QuantPlan, make_plan
+from stages.records import ActivationGroup, MatMulSite, NormAbsorber, PerBlock, PerChannel
+from stages.solve.recipe import FormatRules, QuantPlan, make_plan, reference_mixed_rule
 from tests.solve.problems import site
 
 
@@ -22,8 +24,24 @@ GROUPS = (
 )
 
 
+RULES = FormatRules(
+    four_bit=PerBlock(block_size=32),
+    eight_bit=PerChannel(),
+    symmetric=True,
+    exclude="lm_head",
+    layers_8bit="",
+    mixed=False,
+    lm_head=None,
+)
+
+
 def _plan(exclude: str) -> QuantPlan:
-    return make_plan(GROUPS, exclude, PerBlock(block_size=32), symmetric=True)
+    return make_plan(GROUPS, replace(RULES, exclude=exclude))
+
+
+def _eight_bit(**changes: object) -> set[str]:
+    plan = make_plan(GROUPS, replace(RULES, **changes))
+    return {name for name, spec in plan.specs.items() if spec.bits == 8}
 
 
 def test_plan_is_total() -> None:
@@ -49,9 +67,66 @@ def test_a_pattern_that_matches_nothing_lists_the_nearest_names() -> None:
 
 
 def test_a_model_without_lm_head_is_fine_by_default() -> None:
-    assert len(make_plan(GROUPS[:2], "lm_head", PerBlock(block_size=32), symmetric=True).specs) == 3
+    assert len(make_plan(GROUPS[:2], RULES).specs) == 3
 
 
 def test_excluding_everything_is_refused() -> None:
     with pytest.raises(RecipeError, match="nothing would be quantized"):
         _plan("model,lm_head")
+
+
+def _layers(count: int, *kinds: str) -> list[MatMulSite]:
+    return [site(f"/model/layers.{index}/{kind}/MatMul", 4, 4) for index in range(count) for kind in kinds]
+
+
+def test_mixed_rule_is_the_references_for_32_layers() -> None:
+    chosen = reference_mixed_rule(_layers(32, "attn/qkv_proj", "attn/o_proj", "mlp/down_proj", "mlp/up_proj"))
+    expected = {0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 29, 30, 31}
+    assert set(chosen) == {
+        f"/model/layers.{index}/{kind}/MatMul" for index in expected for kind in ("attn/qkv_proj", "mlp/down_proj")
+    }
+
+
+def test_mixed_rule_takes_v_where_projections_are_separate_and_orders_layers_by_number() -> None:
+    chosen = reference_mixed_rule(_layers(12, "attn/q_proj", "attn/k_proj", "attn/v_proj"))
+    assert set(chosen) == {f"/model/layers.{index}/attn/v_proj/MatMul" for index in (0, 1, 4, 7, 10, 11)}
+
+
+def test_mixed_rule_that_finds_nothing_is_an_error() -> None:
+    # The competitor silently stores nothing as INT8.
+    with pytest.raises(RecipeError, match=r"--enable_mixed_quant.*--layers_8bit"):
+        reference_mixed_rule([site("transformer/h.0/mlp/c_proj", 4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ("layers.1", {"/model/layers.1/attn/q_proj/MatMul", "/model/layers.1/attn/v_proj/MatMul"}),
+        ("model/layers.1/attn/v_proj", {"/model/layers.1/attn/v_proj/MatMul"}),
+        ("v_proj,down_proj", {"/model/layers.1/attn/v_proj/MatMul", "/model/layers.10/mlp/down_proj/MatMul"}),
+        ("lm_head", {"/lm_head/MatMul"}),
+    ],
+)
+def test_layers_8bit_takes_layers_paths_parts_of_names_and_lm_head(patterns: str, expected: set[str]) -> None:
+    assert _eight_bit(layers_8bit=patterns) == expected
+
+
+def test_layers_8bit_replaces_the_mixed_rule_and_refuses_what_matches_nothing() -> None:
+    assert _eight_bit(mixed=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
+    with pytest.raises(RecipeError, match=r"--layers_8bit: 'layers\.7' matches no site"):
+        _eight_bit(layers_8bit="layers.7")
+
+
+def test_lm_head_option_wins_over_patterns() -> None:
+    head = "/lm_head/MatMul"
+    specs = {choice: make_plan(GROUPS, replace(RULES, lm_head=choice)).specs for choice in ("4", "8", "none")}
+    assert (specs["4"][head].bits, specs["8"][head].bits) == (4, 8)
+    assert head not in specs["none"]
+    assert head not in make_plan(GROUPS, replace(RULES, exclude="", lm_head="none")).specs
+    assert make_plan(GROUPS, replace(RULES, layers_8bit="lm_head", lm_head="4")).specs[head].bits == 4
+
+
+def test_eight_bit_sites_have_their_own_granularity() -> None:
+    plan = make_plan(GROUPS, replace(RULES, layers_8bit="down_proj", eight_bit=PerBlock(block_size=128)))
+    assert {spec.label for spec in plan.specs.values()} == {"4b32", "8b128"}
+    assert plan.eight_bit_sites == 1
