@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -73,7 +73,7 @@ class GraphEditor:
         op_type: str,
         inputs: Iterable[ir.Value],
         name: str,
-        attributes: Mapping[str, int],
+        attributes: Mapping[str, int | Sequence[int]],
         output: Callable[[str], ir.Value],
     ) -> ir.Value:
         """Insert a one-output node before ``node`` and return its output, made by ``output`` from a free name."""

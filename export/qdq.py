@@ -2,7 +2,8 @@
 
 The store holds rows, [N, K]; MatMul wants [K, N]. Blocks run along K, so a per-block weight has axis 0, scales
 [nB, N] and an explicit block_size; a per-channel one has axis 1 and scales [N]. That is the form which ONNX Runtime
-fuses into MatMulNBits when the MatMul alone reads it.
+fuses into MatMulNBits when the MatMul alone reads it. Column-major weights keep the store's rows: blocks lie on axis 1,
+channels on axis 0, and a Transpose follows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import onnx_ir as ir
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
@@ -52,11 +53,17 @@ def code_type(spec: QuantSpec) -> ir.DataType:
     return _CODE_TYPES[spec.bits, spec.symmetric]
 
 
-def scales_shape(site: MatMulSite, spec: QuantSpec) -> tuple[int, ...]:
-    """Shape of scales and zero points in the graph: [nB, N], or [N] per channel."""
+def oriented(rows: Shaped[Tensor, "N columns"], form: WeightForm) -> Shaped[Tensor, "first second"]:
+    """The store's rows as the graph holds them: [N, columns] in column-major form, else [columns, N]."""
+    return rows.contiguous() if form is WeightForm.DQ_COLUMN_MAJOR else rows.t().contiguous()
+
+
+def scales_shape(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> tuple[int, ...]:
+    """Shape of scales and zero points in the graph: [nB, N] ([N, nB] in column-major form), or [N] per channel."""
     match spec.granularity:
         case PerBlock():
-            return (spec.num_blocks(site.in_features), site.out_features)
+            shape = (spec.num_blocks(site.in_features), site.out_features)
+            return shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape
         case PerChannel():
             return (site.out_features,)
 
@@ -88,27 +95,29 @@ def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int)
 # --------------------------------------------------------------------------- tensors in the graph's layout
 
 
-def codes_tensor(weight: QuantizedWeight) -> ir.TensorProtocol:
-    """Codes [K, N], packed where they have four bits."""
-    return _integers(weight.codes.t().contiguous(), weight.spec)
+def codes_tensor(weight: QuantizedWeight, form: WeightForm) -> ir.TensorProtocol:
+    """Codes in the graph's layout, packed where they have four bits."""
+    return _integers(oriented(weight.codes, form), weight.spec)
 
 
-def zero_points_tensor(weight: QuantizedWeight) -> ir.TensorProtocol:
+def zero_points_tensor(weight: QuantizedWeight, form: WeightForm) -> ir.TensorProtocol:
     """Zero points in the scales' shape and the codes' type."""
     assert weight.zero_points is not None
-    shape = scales_shape(weight.site, weight.spec)
-    return _integers(weight.zero_points.t().reshape(shape).contiguous(), weight.spec)
+    shape = scales_shape(weight.site, weight.spec, form)
+    return _integers(oriented(weight.zero_points, form).reshape(shape), weight.spec)
 
 
-def scales_tensor(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> ir.TensorProtocol:
+def scales_tensor(
+    weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None, form: WeightForm
+) -> ir.TensorProtocol:
     """Scales in the graph's shape and the spec's type."""
-    shape = scales_shape(weight.site, weight.spec)
-    return TorchTensor(divided_scales(weight, row_divisor).t().reshape(shape).contiguous())
+    shape = scales_shape(weight.site, weight.spec, form)
+    return TorchTensor(oriented(divided_scales(weight, row_divisor), form).reshape(shape))
 
 
 def float_tensor(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> ir.TensorProtocol:
     """The dequantized weight [K, N]."""
-    return TorchTensor(dequantized(weight, row_divisor).t().contiguous())
+    return TorchTensor(oriented(dequantized(weight, row_divisor), WeightForm.QDQ))
 
 
 def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:
@@ -151,23 +160,16 @@ class RewrittenSite:
 def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm) -> RewrittenSite:
     """Feed ``node``'s second input from its own new [Q ->] DequantizeLinear; a shared one would never be fused."""
     site, spec = source.site, source.spec
-    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source))
+    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source, form))
     quantization = [scales]
     if not spec.symmetric:
-        quantization.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
-    if form is WeightForm.DQ:
-        weight = codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source))
-    else:
+        quantization.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source, form)))
+    if form is WeightForm.QDQ:
         weight = editor.add_initializer(node, f"{site.name}/weight", _lazy_floats(source))
         codes = _quantize(editor, node, source, [weight, *quantization])
-    floats = editor.insert_before(
-        node,
-        "DequantizeLinear",
-        [codes, *quantization],
-        f"{site.name}/DequantizeLinear",
-        _axis(spec),
-        partial(_matrix_value, site, float_type(spec.scale_dtype)),
-    )
+    else:
+        weight = codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source, form))
+    floats = _dequantize(editor, node, source, form, [codes, *quantization])
     node.replace_input_with(1, floats)
     return RewrittenSite(
         source=source,
@@ -179,6 +181,25 @@ def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, fo
     )
 
 
+def _dequantize(
+    editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm, inputs: list[ir.Value]
+) -> ir.Value:
+    """DequantizeLinear, and the Transpose that a column-major weight needs: the [K, N] that MatMul reads."""
+    site, dtype = source.site, float_type(source.spec.scale_dtype)
+    floats = editor.insert_before(
+        node,
+        "DequantizeLinear",
+        inputs,
+        f"{site.name}/DequantizeLinear",
+        _axis(source.spec, form),
+        partial(_matrix_value, site, form, dtype),
+    )
+    if form is not WeightForm.DQ_COLUMN_MAJOR:
+        return floats
+    value = partial(_matrix_value, site, WeightForm.DQ, dtype)
+    return editor.insert_before(node, "Transpose", [floats], f"{site.name}/Transpose", {"perm": [1, 0]}, value)
+
+
 def _quantize(editor: GraphEditor, node: ir.Node, source: StoredSite, inputs: list[ir.Value]) -> ir.Value:
     site, spec = source.site, source.spec
     # A zero point already says the type of the codes.
@@ -188,30 +209,35 @@ def _quantize(editor: GraphEditor, node: ir.Node, source: StoredSite, inputs: li
         "QuantizeLinear",
         inputs,
         f"{site.name}/QuantizeLinear",
-        _axis(spec) | output_type,
-        partial(_matrix_value, site, code_type(spec)),
+        _axis(spec, WeightForm.QDQ) | output_type,
+        partial(_matrix_value, site, WeightForm.QDQ, code_type(spec)),
     )
 
 
-def _axis(spec: QuantSpec) -> dict[str, int]:
+def _axis(spec: QuantSpec, form: WeightForm) -> dict[str, int]:
+    """Blocks lie along K, channels along N, whichever axis that is."""
+    along_k, along_n = (1, 0) if form is WeightForm.DQ_COLUMN_MAJOR else (0, 1)
     match spec.granularity:
         case PerBlock(block_size=size):
-            return {"axis": 0, "block_size": size}
+            return {"axis": along_k, "block_size": size}
         case PerChannel():
-            return {"axis": 1}
+            return {"axis": along_n}
 
 
-def _matrix_shape(site: MatMulSite) -> ir.Shape:
-    return ir.Shape((site.in_features, site.out_features))
+def _matrix_shape(site: MatMulSite, form: WeightForm) -> ir.Shape:
+    shape = (site.in_features, site.out_features)
+    return ir.Shape(shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape)
 
 
-def _matrix_value(site: MatMulSite, dtype: ir.DataType, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=_matrix_shape(site), type=ir.TensorType(dtype))
+def _matrix_value(site: MatMulSite, form: WeightForm, dtype: ir.DataType, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=_matrix_shape(site, form), type=ir.TensorType(dtype))
 
 
-def _lazy_codes(source: StoredSite) -> ir.LazyTensor:
+def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: codes_tensor(source.read()), dtype=code_type(source.spec), shape=_matrix_shape(source.site)
+        lambda: codes_tensor(source.read(), form),
+        dtype=code_type(source.spec),
+        shape=_matrix_shape(source.site, form),
     )
 
 
@@ -219,21 +245,21 @@ def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
     return ir.LazyTensor(
         lambda: float_tensor(source.read(), source.row_divisor),
         dtype=float_type(source.spec.scale_dtype),
-        shape=_matrix_shape(source.site),
+        shape=_matrix_shape(source.site, WeightForm.QDQ),
     )
 
 
-def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
+def _lazy_scales(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: scales_tensor(source.read(), source.row_divisor),
+        lambda: scales_tensor(source.read(), source.row_divisor, form),
         dtype=float_type(source.spec.scale_dtype),
-        shape=ir.Shape(scales_shape(source.site, source.spec)),
+        shape=ir.Shape(scales_shape(source.site, source.spec, form)),
     )
 
 
-def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:
+def _lazy_zero_points(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: zero_points_tensor(source.read()),
+        lambda: zero_points_tensor(source.read(), form),
         dtype=code_type(source.spec),
-        shape=ir.Shape(scales_shape(source.site, source.spec)),
+        shape=ir.Shape(scales_shape(source.site, source.spec, form)),
     )

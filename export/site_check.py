@@ -121,16 +121,24 @@ def _reference(x: Float64[np.ndarray, "T K"], node: ir.Node, site: RewrittenSite
 def _dequantized_rows(node: ir.Node, site: RewrittenSite) -> Iterator[tuple[slice, Float64[np.ndarray, "rows N"]]]:
     source = site.source
     in_features = source.site.in_features
-    matrix = read_initializer(node, site.weight)
     per_block = (source.spec.num_blocks(in_features), source.site.out_features)
-    scales = read_initializer(node, site.scales).reshape(per_block)
-    zero_points = None if site.zero_points is None else read_initializer(node, site.zero_points).reshape(per_block)
+    matrix = _inputs_first(node, site, site.weight, (in_features, source.site.out_features))
+    scales = _inputs_first(node, site, site.scales, per_block)
+    zero_points = None if site.zero_points is None else _inputs_first(node, site, site.zero_points, per_block)
     for start in range(0, in_features, _ROWS):
         rows = slice(start, min(start + _ROWS, in_features))
         weight = matrix[rows].astype(np.float64)
-        if site.form is WeightForm.DQ:
+        if site.form is not WeightForm.QDQ:
             blocks = np.arange(rows.start, rows.stop) // source.spec.block_size(in_features)
             if zero_points is not None:
                 weight -= zero_points[blocks].astype(np.float64)
             weight *= scales[blocks].astype(np.float64)
         yield rows, weight
+
+
+def _inputs_first(node: ir.Node, site: RewrittenSite, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """An initializer as [K or nB, N], whatever the form that it is stored in."""
+    stored = read_initializer(node, name)
+    if site.form is WeightForm.DQ_COLUMN_MAJOR:
+        return stored.reshape(shape[::-1]).T
+    return stored.reshape(shape)

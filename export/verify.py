@@ -16,7 +16,7 @@ from torch import Tensor
 
 from export.data_file import DataFileUse, account_for_bytes, read_initializer
 from export.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
-from export.qdq import RewrittenSite, dequantized, divided_scales
+from export.qdq import RewrittenSite, dequantized, divided_scales, oriented
 from export.save import data_name
 from export.site_check import SiteError, measure_site
 from stages.atomic import whole_file
@@ -99,7 +99,7 @@ def save_report(report: VerifyReport, folder: Path) -> None:
 def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
     """Codes equal the store's exactly; scales too, after the one rounding that a fold costs."""
     weight, divisor = site.source.read(), site.source.row_divisor
-    matrix = weight.codes if site.form is WeightForm.DQ else dequantized(weight, divisor)
+    matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
     _check_equal(node, site, site.weight, matrix)
     _check_equal(node, site, site.scales, divided_scales(weight, divisor))
     if weight.zero_points is not None:
@@ -109,7 +109,7 @@ def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
 
 def _check_equal(node: ir.Node, site: RewrittenSite, name: str, expected: Shaped[Tensor, "N columns"]) -> None:
     found = read_initializer(node, name)
-    wanted = expected.float().numpy().T.reshape(found.shape)
+    wanted = oriented(expected.float(), site.form).numpy().reshape(found.shape)
     if not np.array_equal(found.astype(np.float32), wanted):
         raise GraphError(
             f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "

@@ -123,6 +123,9 @@ class QuantizeConfig:
     """Inputs that share an INT8 scale: a power of two from 16 to 256; default: one scale per output channel."""
     lm_head: LmHead | None = None
     """Store lm_head as INT4 (4) or INT8 (8), or leave it (none), whatever exclude says; default: exclude decides."""
+    use_column_major: bool = False
+    """Store weights in rows of output channels with a Transpose behind them, for execution providers that ask for it.
+    ONNX Runtime's CPU and CUDA providers don't fuse INT4 in this form and run it many times slower."""
     use_zero_point: bool = False
     """Unsigned codes with a zero point per block (4 / block_size more bits a weight)."""
     scale_range: ScaleRange = "full"
@@ -173,6 +176,10 @@ class QuantizeConfig:
         _require_block_size("--block_size", self.block_size)
         if self.int8_block_size is not None:
             _require_block_size("--int8_block_size", self.int8_block_size)
+        _require(
+            not (self.use_column_major and self.algo == "rtn"),
+            "--use_column_major goes with DequantizeLinear alone; use --algo rtn_dq in place of rtn.",
+        )
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")

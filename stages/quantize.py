@@ -81,13 +81,19 @@ def _recipe(config: QuantizeConfig, plan: QuantPlan, fingerprint: str, cache: Ca
         digest.update(part)
     return ExportRecipe(
         model_fingerprint=fingerprint,
-        weight_form=WeightForm.QDQ if config.algo == "rtn" else WeightForm.DQ,
+        weight_form=_weight_form(config),
         fold_input_scales=not config.awqlite_disable_fuse_nodes,
         groups=plan.groups,
         kept=plan.kept,
         search=digest.hexdigest(),
         summary=_summary(config, plan),
     )
+
+
+def _weight_form(config: QuantizeConfig) -> WeightForm:
+    if config.use_column_major:
+        return WeightForm.DQ_COLUMN_MAJOR
+    return WeightForm.QDQ if config.algo == "rtn" else WeightForm.DQ
 
 
 def _summary(config: QuantizeConfig, plan: QuantPlan) -> str:

@@ -208,6 +208,9 @@ class WeightForm(StrEnum):
     """Packed codes and DequantizeLinear."""
     QDQ = "qdq"
     """The floating-point weight, QuantizeLinear and DequantizeLinear: ONNX Runtime packs it when it loads."""
+    DQ_COLUMN_MAJOR = "dq_column_major"
+    """Packed codes in rows of output channels, DequantizeLinear and Transpose: for execution providers that ask for it;
+    ONNX Runtime's own never fuse it."""
 
 
 # --------------------------------------------------------------------------- statistics

@@ -144,6 +144,24 @@ def test_fp16_with_separate_projections(
     assert np.linalg.norm(ours - base) / np.linalg.norm(base) < 0.4
 
 
+def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
+    tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
+) -> None:
+    arguments = ["--onnx_path", tiny_model, "--block_size", 16, "--cache_dir", cache, "--enable_mixed_quant"]
+    code, printed = commands.quantize(*arguments, "--use_column_major", "--output_path", tmp_path / "columns")
+    assert code == 0, printed
+    assert "column-major" in printed
+    assert commands.quantize(*arguments, "--output_path", tmp_path / "rows")[0] == 0
+    tokens = np.arange(40).reshape(1, 40) * 7 % 300
+    columns, rows = _logits(tmp_path / "columns", tokens), _logits(tmp_path / "rows", tokens)
+    # The same codes and scales; only the order of float32 sums differs.
+    np.testing.assert_allclose(columns, rows, atol=1e-4 * np.abs(rows).max())
+    code, printed = commands.quantize(
+        *arguments, "--use_column_major", "--algo", "rtn", "--output_path", tmp_path / "x"
+    )
+    assert (code, "--use_column_major" in printed) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sites", "eight_bit"),
     [

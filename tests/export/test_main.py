@@ -19,12 +19,11 @@ def config(tiny: TinyExport) -> ExportConfig:
     return ExportConfig(onnx_path=tiny.base.folder, weights_path=tiny.store.folder, output_path=tiny.output)
 
 
-def test_weights_go_into_their_own_base(tmp_path: Path) -> None:
+def test_weights_go_into_their_own_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = tiny_export(tmp_path)
-    console = quiet()
-    export(config(tiny), console)
+    export(config(tiny), quiet())
     assert (tiny.output / "model.onnx").is_file()
-    assert "2 of 2 sites run as MatMulNBits" in console.file.getvalue()
+    assert "2 of 2 sites run as MatMulNBits" in capsys.readouterr().out
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
