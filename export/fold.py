@@ -23,11 +23,13 @@ from torch import Tensor
 from export.divide import CannotFold, divided_matrix, divided_vector, leaves_range
 from export.fold_guards import (
     LinearPath,
+    before_cast,
     require_linear_in_value,
     require_path,
     require_producer,
     require_seen_only_by,
     untie_heads,
+    value_reader,
 )
 from export.graph_edit import GraphEditor, called, name_of
 from export.qdq import StoredSite, divided_scales
@@ -140,8 +142,9 @@ class InputScaleFolder:
         return group.absorber.kind
 
     def _into_norm(self, absorber: NormAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
-        node = activation.producer()
-        if node is None or name_of(activation) != absorber.output or activation.index() != 0:
+        normed = before_cast(activation)
+        node = normed.producer()
+        if node is None or name_of(normed) != absorber.output or normed.index() != 0:
             raise CannotFold("the activation isn't the first output of the norm that was planned")
         slots = [index for index, value in enumerate(node.inputs) if value and value.name in absorber.parameters]
         if len(slots) != len(absorber.parameters):
@@ -160,7 +163,7 @@ class InputScaleFolder:
     def _into_value(self, absorber: ValueAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
         attention = require_producer(activation, "GroupQueryAttention")
         linear = self._linear(absorber.site)
-        path = require_path(linear.node, attention, absorber.bias)
+        path = require_path(linear.node, value_reader(attention), absorber.bias)
         require_linear_in_value(attention, path, absorber, linear.out_features)
         divisor = torch.ones(linear.out_features)
         divisor[absorber.first_channel :] = untie_heads(scale, absorber.heads)

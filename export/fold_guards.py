@@ -28,6 +28,15 @@ def require_seen_only_by(sites: Collection[MatMulSite], activation: ir.Value) ->
             raise CannotFold(f"the activation is also read by {called(node)}")
 
 
+def before_cast(activation: ir.Value) -> ir.Value:
+    """What a Cast makes ``activation`` from, which it alone may read; the activation itself where there is no Cast."""
+    cast = activation.producer()
+    if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
+        return activation
+    _sole_reader(cast.inputs[0])
+    return cast.inputs[0]
+
+
 def require_producer(activation: ir.Value, op_type: str) -> ir.Node:
     """The node that makes ``activation`` as its first output, which must be an ``op_type``."""
     node = activation.producer()
@@ -69,13 +78,27 @@ def _sole_reader(value: ir.Value) -> tuple[ir.Node, int]:
     return uses[0].node, uses[0].idx
 
 
+def value_reader(attention: ir.Node) -> ir.Node:
+    """The node that must read the layer which makes V: attention itself, or the Split whose last part is V alone."""
+    value = attention.inputs[_VALUE_INPUT] if len(attention.inputs) > _VALUE_INPUT else None
+    split = None if value is None else value.producer()
+    if value is None or split is None or split.op_type != "Split":
+        return attention
+    _sole_reader(value)
+    # V has rank 3: batch, length, channels.
+    if value is not split.outputs[-1] or split.attributes.get_int("axis", 0) not in (-1, 2):
+        raise CannotFold(f"{called(split)} doesn't split off V's channels last")
+    return split
+
+
 def require_linear_in_value(attention: ir.Node, path: LinearPath, absorber: ValueAbsorber, out_features: int) -> None:
     """Attention reads V where planned, and its cache holds only what it wrote itself, unrounded."""
-    packed = len(attention.inputs) <= _VALUE_INPUT or attention.inputs[_VALUE_INPUT] is None
+    apart = len(attention.inputs) > _VALUE_INPUT and attention.inputs[_VALUE_INPUT] is not None
+    apart = apart and value_reader(attention) is attention
     width = absorber.heads.kv_heads * absorber.heads.head_size
-    if path.entry != (0 if packed else _VALUE_INPUT) or absorber.first_channel + width != out_features:
+    if path.entry != (_VALUE_INPUT if apart else 0) or absorber.first_channel + width != out_features:
         raise CannotFold(f"{called(attention)} doesn't read V from the planned channels")
-    if not packed and absorber.first_channel != 0:
+    if apart and absorber.first_channel != 0:
         raise CannotFold(f"{called(attention)} doesn't read V from the planned channels")
     if attention.attributes.get_string("v_quant_type", "NONE") != "NONE":
         raise CannotFold(f"{called(attention)} quantizes its value cache")

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from export.relu import blocks_fusion
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.records import PerBlock, PerChannel, QuantSpec
@@ -65,11 +66,12 @@ def _run_one_token(onnx_file: Path, base: ModelDirectory, settings: SessionSetti
             raise CannotRun("its operators have no CPU kernel for this type") from error
         raise
     try:
-        feeds = CausalFeeds(session, base.kv_heads, base.head_size)(np.zeros((1, 1), np.int64))
+        feeds = CausalFeeds(session, base.kv_heads, base.head_size, base.windowed_caches)
+        one_token = feeds(np.zeros((1, 1), np.int64))
     except GraphError as error:
         raise CannotRun(f"its inputs can't be made here: {error}") from error
     try:
-        session.run(None, feeds)
+        session.run(None, one_token)
     except Exception as error:  # onnxruntime raises classes without a common base
         raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
     finally:
@@ -119,6 +121,8 @@ def _because_of_graph(node: ir.Node, version: Version) -> str | None:
         return f"its weight comes from {maker.op_type}, not from DequantizeLinear"
     if len(weight.uses()) != 1 or weight.is_graph_output():
         return "another node reads the same DequantizeLinear"
+    if (reader := blocks_fusion(node)) is not None:
+        return f"a {reader.op_type} alone reads its result"
     if node.op_type == "Gemm" and version < _EIGHT_BITS:
         return f"ONNX Runtime {_EIGHT_BITS[0]}.{_EIGHT_BITS[1]} is the first to fuse Gemm"
     if node.op_type == "Gemm" and not _is_plain_gemm(node):

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from export.fold import FoldOutcome, InputScaleFolder
 from export.graph_edit import GraphEditor, called
 from export.qdq import RewrittenSite, StoredSite, insert_dequantize
+from export.relu import replace_relu
 from stages.errors import GraphError, RecipeError
 from stages.quantized_store import QuantizedStore
 
@@ -100,4 +101,5 @@ def _rewrite_site(editor: GraphEditor, source: StoredSite, store: QuantizedStore
         node.name = source.site.name
     if node.attributes.get_int("transB", 0) == 1:
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
+    replace_relu(editor, node, source.site.dtype)
     return insert_dequantize(editor, node, source, store.recipe.weight_form)

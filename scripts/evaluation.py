@@ -171,7 +171,7 @@ def _read_text(path: Path) -> str:
 
 def _logits(directory: ModelDirectory, prepared: PreparedEvaluation) -> Iterator[Float32[np.ndarray, "L V"]]:
     session = open_session(directory.onnx_file, prepared.settings)
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
     for window in prepared.windows:
         try:
             logits = session.run(["logits"], feeds(window[None]))[0][0]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from stages.errors import GraphError
 
 GENAI_CONFIG = "genai_config.json"
+_PAST_INPUTS = slice(3, 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +20,8 @@ class ModelDirectory:
     """A model on disk.
 
     ``kv_heads``, ``head_size`` and ``vocab_size`` come from genai_config.json and are None without it; the graph's own
-    input shapes win where they are fixed.
+    input shapes win where they are fixed. ``windowed_caches`` gives the length of those key/value cache inputs that
+    slide: their attention drops old tokens itself, in a buffer that holds a whole window from the start.
     """
 
     folder: Path
@@ -26,6 +30,7 @@ class ModelDirectory:
     kv_heads: int | None = None
     head_size: int | None = None
     vocab_size: int | None = None
+    windowed_caches: dict[str, int] = field(default_factory=dict)
 
     @property
     def genai_config_path(self) -> Path:
@@ -69,11 +74,28 @@ def locate_model(path: Path) -> ModelDirectory:
     has_config = (folder / GENAI_CONFIG).is_file()
     model = read_genai_config(folder).get("model", {}) if has_config else {}
     decoder = model.get("decoder", {})
+    onnx_file = path if path.is_file() else _onnx_in(folder, decoder.get("filename"))
     return ModelDirectory(
         folder=folder,
-        onnx_file=path if path.is_file() else _onnx_in(folder, decoder.get("filename")),
+        onnx_file=onnx_file,
         has_genai_config=has_config,
         kv_heads=decoder.get("num_key_value_heads"),
         head_size=decoder.get("head_size"),
         vocab_size=model.get("vocab_size"),
+        windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder else {},
     )
+
+
+def _windowed_caches(onnx_file: Path) -> dict[str, int]:
+    """Window length by cache input, for the attention nodes that say that they drop old tokens themselves."""
+    try:
+        nodes = tuple(ir.load(onnx_file).graph)
+    except Exception:  # what is wrong with the file, load_graph says
+        return {}
+    return {
+        str(past.name): node.attributes.get_int("local_window_size", 0)
+        for node in nodes
+        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("sliding_window_cache", 0) == 1
+        for past in node.inputs[_PAST_INPUTS]
+        if past is not None
+    }

@@ -68,11 +68,14 @@ class MatMulSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormAbsorber:
-    """A normalization whose gain (and LayerNorm bias) can be divided by the input scale."""
+    """A normalization whose gain (and LayerNorm bias) can be divided by the input scale.
+
+    Where a norm is written out in small nodes, it is the Mul by the gain that ends it.
+    """
 
     kind: Literal["norm"] = "norm"
     output: str
-    """First output of the norm node: the activation itself."""
+    """First output of the norm node: the activation itself, or what a Cast makes the activation from."""
     parameters: tuple[str, ...]
     """Initializers [K] to divide: gain, and bias where the norm adds one of its own."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -107,13 +108,12 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
         raise GraphError(f"ONNX Runtime can't open {where}: {str(error).splitlines()[0]}") from error
 
 
-def _past_shape(node: ort.NodeArg, batch: int, kv_heads: int | None, head_size: int | None) -> tuple[int, ...]:
-    """Shape of an empty past: [batch, kv_heads, 0, head_size]; fixed dimensions of the graph win."""
+def _past_shape(node: ort.NodeArg, empty: tuple[int, int | None, int, int | None]) -> tuple[int, ...]:
+    """Shape of an empty past: ``empty``, [batch, kv_heads, length, head_size]; fixed dimensions of the graph win."""
     declared = list(node.shape)
     if len(declared) != 4:
         raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
-    fallback = [batch, kv_heads, 0, head_size]
-    shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, fallback, strict=True)]
+    shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]
     if any(dim is None for dim in shape):
         raise GraphError(
             f"Graph input '{node.name}' leaves its head count or size open and genai_config.json doesn't give "
@@ -126,12 +126,14 @@ def _past_shape(node: ort.NodeArg, batch: int, kv_heads: int | None, head_size: 
 class CausalFeeds:
     """Builds the inputs of a decoder graph for full windows of tokens and an empty past, by the graph's own names.
 
-    Position ids are 0, 1, 2, ...; the attention mask is all ones: windows hold no padding.
+    Position ids are 0, 1, 2, ...; the attention mask is all ones: windows hold no padding. An empty past has length 0,
+    or the length that ``windowed_caches`` gives for its input: then a buffer of zeros, of which nothing is valid yet.
     """
 
     session: ort.InferenceSession
     kv_heads: int | None
     head_size: int | None
+    windowed_caches: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Feeds for ``tokens`` [batch, length] (any integer type).
@@ -153,7 +155,8 @@ class CausalFeeds:
         if node.name == "position_ids":
             return np.broadcast_to(np.arange(length, dtype=dtype), (batch, length)).copy()
         if "past" in node.name:
-            return np.zeros(_past_shape(node, batch, self.kv_heads, self.head_size), dtype)
+            empty = (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size)
+            return np.zeros(_past_shape(node, empty), dtype)
         raise GraphError(
             f"Graph input '{node.name}' is not one that a text decoder has "
             "(input_ids, attention_mask, position_ids, past key/values); pass the decoder's .onnx file."

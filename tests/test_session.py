@@ -56,6 +56,19 @@ def test_every_input_gets_its_declared_type_and_an_empty_past() -> None:
     assert feeds["past_key_values.0.key"].dtype == np.float16
 
 
+def test_a_cache_that_slides_starts_as_a_buffer_of_one_window() -> None:
+    graph = TinyGraph()
+    for name in ("past_key_values.0.key", "past_key_values.1.key"):
+        graph.input(name, FLOAT, ["b", 2, f"{name}_length", 16])
+        graph.node("Identity", [name], [f"{name}_out"])
+        graph.output(f"{name}_out", FLOAT, ["b", 2, f"{name}_length", 16])
+    session = ort.InferenceSession(graph.proto().SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = CausalFeeds(session, 2, 16, {"past_key_values.0.key": 8})(TOKENS)
+    assert feeds["past_key_values.0.key"].shape == (2, 2, 8, 16)
+    assert not feeds["past_key_values.0.key"].any()
+    assert feeds["past_key_values.1.key"].shape == (2, 2, 0, 16)
+
+
 @pytest.mark.parametrize(
     ("declared", "words"),
     [

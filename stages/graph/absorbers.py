@@ -39,8 +39,8 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
         return "the activation is an input of the graph"
     if value.is_graph_output():
         return "the activation is an output of the graph"
-    if node.op_type in _GAIN_INPUT and value is node.outputs[0]:
-        return _norm(node, value)
+    if (norm := _norm(_before_cast(value), in_features)) is not None:
+        return norm
     if node.op_type == "Mul":
         return _elementwise_product(node, in_features, sites)
     if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
@@ -48,7 +48,31 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
     return f"it comes from {node.op_type}, which can't take a scale exactly"
 
 
-def _norm(node: ir.Node, value: ir.Value) -> Absorber | str:
+def _before_cast(value: ir.Value) -> ir.Value:
+    """What a Cast makes ``value`` from, where it alone reads that (norms of float32 in narrower models)."""
+    cast = value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    return value if source is None or len(source.uses()) != 1 or source.is_graph_output() else source
+
+
+def _norm(value: ir.Value, in_features: int) -> Absorber | str | None:
+    """The norm that ``value`` is the first output of, or the Mul by a gain that a norm written out ends with."""
+    node = value.producer()
+    if node is None or value is not node.outputs[0]:
+        return None
+    if node.op_type == "Mul":
+        gains = [factor for factor in node.inputs if factor is not None and _is_vector(factor, in_features)]
+        return NormAbsorber(output=str(value.name), parameters=(str(gains[0].name),)) if len(gains) == 1 else None
+    if node.op_type not in _GAIN_INPUT:
+        return None
+    return _norm_node(node, value)
+
+
+def _is_vector(value: ir.Value, size: int) -> bool:
+    return value.is_initializer() and value.shape is not None and list(value.shape.numpy()) == [size]
+
+
+def _norm_node(node: ir.Node, value: ir.Value) -> Absorber | str:
     gain = node.inputs[_GAIN_INPUT[node.op_type]]
     if gain is None or not gain.is_initializer():
         return f"the gain of its {node.op_type} is not a constant"
@@ -101,17 +125,16 @@ def _gemm_bias(node: ir.Node | None) -> str | None:
 
 
 def _attention_value(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
-    query, _, value = (list(node.inputs) + [None] * 3)[:3]
     heads = node.attributes["num_heads"].as_int()
     kv_heads = node.attributes["kv_num_heads"].as_int()
-    packed = value is None
-    source = query if packed else value
-    linear = None if source is None else _linear_source(source, node, sites)
+    reader, source = _value_reader(node)
+    linear = None if source is None else _linear_source(source, reader, sites)
     if linear is None:
         return "attention's V does not come from a linear layer alone"
     site, bias = linear
     head_size = in_features // heads
-    first_channel = (heads + kv_heads) * head_size if packed else 0
+    apart = reader is node and len(node.inputs) > 2 and node.inputs[2] is not None
+    first_channel = 0 if apart else (heads + kv_heads) * head_size
     if first_channel + kv_heads * head_size != site.out_features or heads % kv_heads:
         return "the width of attention's V doesn't fit its head counts"
     return ValueAbsorber(
@@ -120,3 +143,20 @@ def _attention_value(node: ir.Node, in_features: int, sites: Mapping[str, MatMul
         heads=HeadSharing(kv_heads=kv_heads, group_size=heads // kv_heads, head_size=head_size),
         bias=bias,
     )
+
+
+def _value_reader(attention: ir.Node) -> tuple[ir.Node, ir.Value | None]:
+    """The node that reads the layer which makes V, and what it reads.
+
+    That is attention itself, or the Split whose last part is V (models that normalize q and k behind a packed qkv).
+    """
+    query, _, value = (list(attention.inputs) + [None] * 3)[:3]
+    split = None if value is None else value.producer()
+    if value is None:
+        return attention, query
+    if split is None or split.op_type != "Split" or len(value.uses()) != 1 or value.is_graph_output():
+        return attention, value
+    # V has rank 3: batch, length, channels.
+    if value is not split.outputs[-1] or split.attributes.get_int("axis", 0) not in (-1, 2):
+        return attention, value
+    return split, split.inputs[0]

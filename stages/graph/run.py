@@ -63,4 +63,5 @@ def open_tap(
         map_weights=providers == ("CPUExecutionProvider",),
     )
     session = open_session(tapped_graph(model, activations), settings)
-    return ActivationTap(CausalFeeds(session, directory.kv_heads, directory.head_size), activations)
+    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
+    return ActivationTap(feeds, activations)

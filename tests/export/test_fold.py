@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from export.fold import FoldOutcome
 from export.rewrite import RewriteResult, rewrite
@@ -171,6 +171,40 @@ def test_layer_normalization_divides_its_bias_too(tmp_path: Path, rng: np.random
     feeds = {"h": rng.standard_normal((1, T, K)).astype(np.float32)}
     result = check(tmp_path, graph, [(group_of([weight], absorber=absorber), [weight])], feeds)
     assert only(result).how == "norm"
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_a_gain_before_a_cast_takes_the_scale(tmp_path: Path, rng: np.random.Generator, written_out: bool) -> None:
+    """Norms of float32 in narrower models; the last node of one that is written out is a Mul by the gain."""
+    out = exact_weight(site_of("y", "x", K, N), spec_of(), rng, input_scale(rng, K))
+    graph = TinyGraph()
+    floats(graph, "h", K)
+    constant = graph.constant("gain", gain(rng))
+    graph.node("Mul" if written_out else "SimplifiedLayerNormalization", ["h", constant], ["wide"])
+    graph.node("Cast", ["wide"], ["x"], {"to": TensorProto.FLOAT})
+    graph.linear("x", out.matrix, "y")
+    show(graph, "y", N)
+    feeds = {"h": rng.standard_normal((1, T, K)).astype(np.float32)}
+    group = group_of([out], absorber=NormAbsorber(output="wide", parameters=("gain",)))
+    result = check(tmp_path, graph, [(group, [out])], feeds)
+    assert only(result).how == "norm"
+    assert op_types(result.model).count("Mul") == written_out
+
+
+def test_a_gain_whose_uncast_output_is_seen_forces_a_mul(tmp_path: Path, rng: np.random.Generator) -> None:
+    out = exact_weight(site_of("y", "x", K, N), spec_of(), rng, input_scale(rng, K))
+    graph = TinyGraph()
+    floats(graph, "h", K)
+    graph.node("SimplifiedLayerNormalization", ["h", graph.constant("gain", gain(rng))], ["wide"])
+    graph.node("Cast", ["wide"], ["x"], {"to": TensorProto.FLOAT})
+    graph.linear("x", out.matrix, "y")
+    show(graph, "y", N)
+    show(graph, "wide", K)
+    feeds = {"h": rng.standard_normal((1, T, K)).astype(np.float32)}
+    group = group_of([out], absorber=NormAbsorber(output="wide", parameters=("gain",)))
+    result = check(tmp_path, graph, [(group, [out])], feeds)
+    assert only(result).how == "mul"
+    assert "read elsewhere" in only(result).reason
 
 
 def test_another_reader_of_the_activation_forces_a_mul(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -487,6 +521,44 @@ def test_the_value_projection_takes_a_scale_that_repeats_over_query_heads(
     result = check(tmp_path, graph, groups, feeds, ignored=["present_value"])
     assert result.folds[-1].how == "value"
     assert "Mul" not in op_types(result.model)
+
+
+def split_before_attention(graph: TinyGraph, parts: list[str], sizes: list[int]) -> None:
+    """Attention reads q, k and v out of a Split of what was packed; q and k are negated on their way."""
+    attention = next(node for node in graph.nodes if node.op_type == "GroupQueryAttention")
+    packed = attention.input[0]
+    graph.constant("sizes", np.array(sizes, np.int64))
+    split = helper.make_node("Split", [packed, "sizes"], parts, name="Split", axis=-1)
+    negated = [helper.make_node("Neg", [part], [f"{part}_negated"], name=f"{part}/Neg") for part in ("q", "k")]
+    attention.input[:3] = ["q_negated", "k_negated", "v"]
+    at = graph.nodes.index(attention)
+    graph.nodes[at:at] = [split, *negated]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_projection_takes_the_scale_through_a_split(
+    tmp_path: Path, rng: np.random.Generator, bias: bool
+) -> None:
+    value, out = attention_weights(rng, packed=True, scale=tied_scale(rng))
+    graph, feeds = attention_graph(rng, value, out, packed=True, bias=bias)
+    split_before_attention(graph, ["q", "k", "v"], [QUERY, VALUE, VALUE])
+    groups = [
+        (group_of([value]), [value]),
+        (group_of([out], absorber=value_absorber(packed=True, bias=bias)), [out]),
+    ]
+    result = check(tmp_path, graph, groups, feeds, ignored=["present_value"])
+    assert result.folds[-1].how == "value"
+    assert "Mul" not in op_types(result.model)
+
+
+def test_a_value_that_is_not_split_off_last_forces_a_mul(tmp_path: Path, rng: np.random.Generator) -> None:
+    value, out = attention_weights(rng, packed=True, scale=tied_scale(rng))
+    graph, feeds = attention_graph(rng, value, out, packed=True, bias=False)
+    split_before_attention(graph, ["q", "v", "k"], [QUERY, VALUE, VALUE])
+    group = group_of([out], absorber=value_absorber(packed=True, bias=False))
+    result = check(tmp_path, graph, [(group, [out])], feeds)
+    assert only(result).how == "mul"
+    assert "V's channels last" in only(result).reason
 
 
 def test_the_value_cache_goes_on_where_it_stopped(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -138,6 +138,29 @@ def test_norm_parameters_that_must_be_divided(op_type: str) -> None:
     assert absorber == NormAbsorber(output="h", parameters=expected)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_norm_behind_a_cast_absorbs_where_the_cast_alone_reads_it(seen: bool) -> None:
+    graph = _graph()
+    graph.node("Cast", [_norm(graph, "x", "wide")], ["h"], {"to": TensorProto.FLOAT16})
+    graph.linear("h", _matrix(8, 8).astype(np.float16), "y")
+    graph.output("y", TensorProto.FLOAT16, ["t", 8])
+    if seen:
+        graph.output(graph.node("Neg", ["wide"], ["other"]), FLOAT, ["t", 8])
+    group = _by_activation(graph)["h"]
+    assert group.absorber == (None if seen else NormAbsorber(output="wide", parameters=("wide.gain",)))
+    assert group.unfoldable_because == ("it comes from Cast, which can't take a scale exactly" if seen else "")
+
+
+@pytest.mark.parametrize(("shape", "absorbs"), [((8,), True), ((), False), ((1,), False)])
+def test_a_norm_written_out_ends_with_a_mul_by_its_gain(shape: tuple[int, ...], absorbs: bool) -> None:
+    graph = _graph()
+    graph.node("Mul", ["x", graph.constant("gain", np.ones(shape, np.float32))], ["h"])
+    graph.linear("h", _matrix(8, 8), "y")
+    graph.output("y", FLOAT, ["t", 8])
+    expected = NormAbsorber(output="h", parameters=("gain",)) if absorbs else None
+    assert _by_activation(graph)["h"].absorber == expected
+
+
 def _gated(graph: TinyGraph, *, bias: bool = False, square: bool = False) -> None:
     graph.linear("x", _matrix(8, 6), "gate")
     graph.linear("x", _matrix(8, 6), "up")
@@ -204,3 +227,42 @@ def test_value_projection_under_grouped_query_attention(packed: bool, bias: bool
         heads=HeadSharing(kv_heads=kv_heads, group_size=2, head_size=size),
         bias=f"{source}.bias" if bias else None,
     )
+
+
+@pytest.mark.parametrize("last", ["v", "k"])
+def test_a_packed_projection_that_is_split_absorbs_where_its_last_part_is_v(last: str) -> None:
+    """Models that normalize q and k unpack them first."""
+    graph = _graph(32)
+    graph.linear("x", _matrix(32, 64), "qkv")
+    sizes = graph.constant("sizes", np.array([32, 16, 16], np.int64))
+    parts = ["q", "k", "v"] if last == "v" else ["q", "v", "k"]
+    graph.node("Split", ["qkv", sizes], parts, {"axis": -1})
+    inputs = [_norm(graph, "q", "q_normed", 32), _norm(graph, "k", "k_normed", 16), "v", "past_k", "past_v"]
+    graph.node(
+        "GroupQueryAttention",
+        [*inputs, "lens", "total"],
+        ["attention", "k_out", "v_out"],
+        {"num_heads": 4, "kv_num_heads": 2},
+        MICROSOFT,
+    )
+    graph.linear("attention", _matrix(32, 32), "o")
+    graph.output("o", FLOAT, ["t", 32])
+    group = _by_activation(graph)["attention"]
+    if last == "v":
+        heads = HeadSharing(kv_heads=2, group_size=2, head_size=8)
+        assert group.absorber == ValueAbsorber(site="qkv/MatMul", first_channel=48, heads=heads)
+    else:
+        assert group.absorber is None
+        assert "linear layer alone" in group.unfoldable_because
+
+
+@pytest.mark.parametrize("cap", [True, False])
+def test_logits_are_known_behind_a_soft_cap(cap: bool) -> None:
+    graph = _graph()
+    graph.linear("x", _matrix(8, 5), "head" if cap else "logits")
+    if cap:
+        limit = graph.constant("limit", np.array(30, np.float32))
+        graph.node("Tanh", [graph.node("Div", ["head", limit], ["small"])], ["squashed"])
+        graph.node("Mul", ["squashed", limit], ["logits"])
+    graph.output("logits", FLOAT, ["t", 5])
+    assert [site.feeds_logits for site in find_sites(_model(graph))] == [True]

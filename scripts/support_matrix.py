@@ -1,0 +1,94 @@
+"""Print the support matrix as Markdown: ``python -m scripts.support_matrix RESULTS.jsonl``.
+
+tests/test_families.py writes the results, one JSON line a family, into the file that SUPPORT_MATRIX_OUT names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from stages.cli import run_command
+from stages.errors import UserError
+
+_PLACES = {"norm": "norms", "value": "v_proj", "linear": "up_proj", "mul": "Mul nodes"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyResult:
+    """What the test of one model family measured."""
+
+    name: str
+    models: tuple[str, ...]
+    """Released models of this architecture."""
+    architecture: str
+    peculiar: str
+    sites: int
+    fused: int
+    folds: dict[str, int]
+    """Input scales by the place that took them: norm, value, linear, or mul where a node remained."""
+    reasons: tuple[str, ...]
+    """Why Mul nodes remained."""
+    against_own_weights: float
+    """Relative error of the logits against the base graph with the same dequantized weights: folding alone."""
+    against_base: float
+    """Relative error of the logits against the base model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixConfig:
+    """Print the support matrix of a test run."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """The file that SUPPORT_MATRIX_OUT named."""
+
+
+def read_results(path: Path) -> list[FamilyResult]:
+    """The results in the file, the last one of each family.
+
+    Raises:
+        UserError: the file can't be read or holds something else.
+    """
+    lines = TypeAdapter(FamilyResult)
+    try:
+        found = [lines.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValidationError) as error:
+        raise UserError(
+            f"RESULTS {path} can't be read ({error}); run tests/test_families.py with SUPPORT_MATRIX_OUT={path}."
+        ) from error
+    return list({result.name: result for result in found}.values())
+
+
+def markdown(results: list[FamilyResult]) -> str:
+    """One row for each released model."""
+    header = [
+        "| model | architecture | fused | input scales go into | error of folding |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*header, *(_row(model, result) for result in results for model in result.models)])
+
+
+def _row(model: str, result: FamilyResult) -> str:
+    places = ", ".join(_PLACES[how] for how in _PLACES if result.folds.get(how))
+    cells = (
+        model,
+        f"{result.architecture}: {result.peculiar}",
+        f"{result.fused} of {result.sites}",
+        places + "".join(f" ({reason})" for reason in result.reasons),
+        f"{result.against_own_weights:.0e}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def show_matrix(config: MatrixConfig, _console: Console) -> None:
+    """Print the table to standard output."""
+    print(markdown(read_results(config.results)))
+
+
+if __name__ == "__main__":
+    run_command(MatrixConfig, show_matrix, "python -m scripts.support_matrix")
