@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from rich.console import Console
 
+from export.embedding import TableOutcome, table_outcomes
 from export.fold import FoldOutcome
 from export.rewrite import RewriteResult, rewrite
 from export.save import (
@@ -42,6 +43,7 @@ class ExportSummary:
     report: VerifyReport | None
     """None where verification was off."""
     notes: tuple[str, ...] = ()
+    tables: tuple[TableOutcome, ...] = ()
 
 
 def export_model(
@@ -78,6 +80,7 @@ def export_model(
         kept=store.recipe.kept,
         report=report,
         notes=notes,
+        tables=table_outcomes(result.model, result.tables),
     )
 
 
@@ -111,7 +114,7 @@ def _verify(
 ) -> VerifyReport | None:
     if options.verify == "off":
         return None
-    return verify(onnx_file, result.sites, base, options.verify, console)
+    return verify(onnx_file, result.sites, base, options.verify, console, result.tables)
 
 
 def _size(*files: Path) -> int:

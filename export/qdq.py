@@ -16,8 +16,8 @@ from jaxtyping import Float, Float32, Shaped
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.bitpack import pack_4bit
 from export.graph_edit import GraphEditor, name_of
+from stages.bitpack import pack_4bit
 from stages.quantized_store import QuantizedStore
 from stages.records import (
     FloatName,

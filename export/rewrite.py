@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from export.embedding import RewrittenTable, rewrite_tables
 from export.fold import FoldOutcome, InputScaleFolder
 from export.graph_edit import GraphEditor, called
 from export.qdq import RewrittenSite, StoredSite, insert_dequantize
@@ -29,6 +30,7 @@ class RewriteResult:
     model: ir.Model
     folds: tuple[FoldOutcome, ...]
     sites: tuple[RewrittenSite, ...]
+    tables: tuple[RewrittenTable, ...] = ()
 
 
 def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
@@ -52,8 +54,9 @@ def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
     # All row divisors must be known first: a site can take the scale of a later group.
     divided = [replace(source, row_divisor=folder.row_divisors.get(name)) for name, source in stored.items()]
     sites = tuple(_rewrite_site(editor, source, store) for source in divided)
+    tables = rewrite_tables(editor, store)
     RemoveUnusedNodesPass()(edited)
-    return RewriteResult(model=edited, folds=folds, sites=sites)
+    return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables)
 
 
 def require_finished(store: QuantizedStore) -> None:
@@ -63,6 +66,12 @@ def require_finished(store: QuantizedStore) -> None:
         raise RecipeError(
             f"{store.folder} lacks {len(missing)} of {len(store.recipe.groups)} groups (first: "
             f"{store.group_file(missing[0]).name}); run stages.quantize again to complete it."
+        )
+    files = [store.table_file(index) for index in range(len(store.recipe.embeddings))]
+    unfinished = [file.path.name for file in files if not file.is_finished()]
+    if unfinished:
+        raise RecipeError(
+            f"{store.folder} lacks the quantized embedding {unfinished[0]}; run stages.quantize again to complete it."
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
+from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome, How
 from export.verify import VerifyReport
@@ -26,7 +27,13 @@ def export_table(summary: ExportSummary) -> Table:
     table = Table(title=Text(f"written to {summary.onnx_file}"), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    rows = [("size", _sizes(summary)), *_folds(summary.folds), *_kept(summary.kept), *_checks(summary.report)]
+    rows = [
+        ("size", _sizes(summary)),
+        *_embeddings(summary.tables),
+        *_folds(summary.folds),
+        *_kept(summary.kept),
+        *_checks(summary.report),
+    ]
     for name, text in [*rows, *(("note", note) for note in summary.notes)]:
         # Text, because a node name with brackets is not markup.
         table.add_row(name, Text(text))
@@ -37,6 +44,20 @@ def _sizes(summary: ExportSummary) -> str:
     before, after = summary.bytes_before / 1e6, summary.bytes_after / 1e6
     change = f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
     return f"{before:,.1f} MB -> {after:,.1f} MB ({change})"
+
+
+def _embeddings(tables: tuple[TableOutcome, ...]) -> Iterator[tuple[str, str]]:
+    for table in tables:
+        before, after = table.bytes_before / 1e6, table.bytes_after / 1e6
+        size = f"INT4, {before:,.1f} MB -> {after:,.1f} MB"
+        if table.still_read_by:
+            size = (
+                f"INT4, {after:,.1f} MB beside the original's {before:,.1f} MB, which stays because "
+                f"{', '.join(table.still_read_by)} reads it too"
+            )
+        yield "embedding", size
+        if table.plan.form == "dq":
+            yield "", "ONNX Runtime dequantizes this whole table for every token (--gather_form dq)"
 
 
 def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
@@ -63,6 +84,8 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         exact, default = report.worst_exact, report.worst_default
         yield "largest error", f"{exact.exact:.1e} at accuracy level 1 ({exact.site})"
         yield "", f"{default.default:.1e} at the runtime's default level ({default.site})"
+    for table in report.tables:
+        yield "lookup error", f"{table.error:.1e} ({table.table})"
     data = report.data
     used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
     yield "data file", f"{data.file_bytes:,} bytes: {used}"

@@ -15,10 +15,12 @@ from rich.console import Console
 from torch import Tensor
 
 from export.data_file import DataFileUse, account_for_bytes, read_initializer
+from export.embedding import RewrittenTable
 from export.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
 from export.qdq import RewrittenSite, dequantized, divided_scales, oriented
 from export.save import data_name
 from export.site_check import SiteError, measure_site
+from export.table_check import TableError, check_stored_table, measure_table
 from stages.atomic import whole_file
 from stages.cli import progress_bar
 from stages.errors import GraphError
@@ -54,6 +56,7 @@ class VerifyReport:
     worst_default: SiteError | None = None
     """Largest error at the runtime's default level, where activations are rounded to int8."""
     skipped: tuple[str, ...] = ()
+    tables: tuple[TableError, ...] = ()
 
 
 def verify(
@@ -62,6 +65,7 @@ def verify(
     base: ModelDirectory,
     level: Literal["full", "quick"],
     console: Console,
+    tables: Sequence[RewrittenTable] = (),
 ) -> VerifyReport:
     """Check the model at ``onnx_file`` against the weights that it was made from.
 
@@ -74,6 +78,9 @@ def verify(
     pairs = [(nodes[site.source.site.output], site) for site in sites]
     for node, site in pairs:
         _check_stored_numbers(node, site)
+    lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
+    for node, table in lookups:
+        check_stored_table(node, table)
     if any(site.source.spec.scale_dtype == "bfloat16" for site in sites):
         skipped = "fusion and products: bfloat16 models can't run on the CPU"
         return VerifyReport(sites=len(sites), data=data, fused=None, skipped=(skipped,))
@@ -87,6 +94,7 @@ def verify(
         worst_exact=max(errors, key=lambda error: error.exact, default=None),
         worst_default=max(errors, key=lambda error: error.default, default=None),
         skipped=skipped_runs,
+        tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
     )
 
 

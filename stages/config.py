@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from stages.errors import RecipeError
+from stages.records import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 ScaleRange = Literal["full", "compat7"]
@@ -33,6 +34,14 @@ def _require_block_size(option: str, size: int) -> None:
         _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
         f"{option} {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
         "ONNX Runtime fuses no other block size on every version.",
+    )
+
+
+def _require_gather_block_size(size: int) -> None:
+    _require(
+        _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
+        f"--gather_block_size {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
+        "GatherBlockQuantized takes no other.",
     )
 
 
@@ -126,6 +135,14 @@ class QuantizeConfig:
     use_column_major: bool = False
     """Store weights in rows of output channels with a Transpose behind them, for execution providers that ask for it.
     ONNX Runtime's CPU and CUDA providers don't fuse INT4 in this form and run it many times slower."""
+    gather_quantize_axis: BlockAxis | None = None
+    """Store the token embedding as INT4 too: 1 groups numbers of one token (use this one), 0 groups tokens; default:
+    it stays as it is."""
+    gather_block_size: int = 32
+    """Numbers of the embedding that share a scale: a power of two from 16 to 256."""
+    gather_form: GatherForm = "gather_block_quantized"
+    """gather_block_quantized: one node that reads only the rows it needs. dq: DequantizeLinear and Gather, standard
+    operators, but ONNX Runtime dequantizes the whole table for every token."""
     use_zero_point: bool = False
     """Unsigned codes with a zero point per block (4 / block_size more bits a weight)."""
     scale_range: ScaleRange = "full"
@@ -180,6 +197,7 @@ class QuantizeConfig:
             not (self.use_column_major and self.algo == "rtn"),
             "--use_column_major goes with DequantizeLinear alone; use --algo rtn_dq in place of rtn.",
         )
+        _require_gather_block_size(self.gather_block_size)
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")

@@ -1,4 +1,4 @@
-"""A folder of quantized weights: recipe.json, and one safetensors file for each finished activation group.
+"""A folder of quantized weights: recipe.json, and one safetensors file for each finished group and embedding.
 
 Each file appears only when whole, so a search that is stopped resumes at the first group that has none; a folder whose
 recipe differs is refused. The exporter reads weights one site at a time.
@@ -20,6 +20,7 @@ from torch import Tensor
 from stages.atomic import whole_file
 from stages.errors import CacheMismatch, RecipeError, UserError
 from stages.records import ExportRecipe, MatMulSite, QuantizedWeight, QuantSpec, SiteReport, SolvedGroup
+from stages.table_file import TableFile
 
 RECIPE = "recipe.json"
 REPORT = "report.jsonl"
@@ -37,9 +38,12 @@ class QuantizedStore:
 
     def group_file(self, index: int) -> Path:
         """Path of group ``index``'s file, named after its first site so that people find it."""
-        first = self.recipe.groups[index].sites[0].name
-        slug = re.sub(r"[^A-Za-z0-9_]+", ".", first).strip(".")
-        return self.folder / f"{index:04d}.{slug}.safetensors"
+        return self.folder / f"{index:04d}.{_slug(self.recipe.groups[index].sites[0].name)}.safetensors"
+
+    def table_file(self, index: int) -> TableFile:
+        """The file of embedding ``index``, named after its initializer."""
+        name = _slug(self.recipe.embeddings[index].table.weight)
+        return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors")
 
     def is_finished(self, index: int) -> bool:
         return self.group_file(index).is_file()
@@ -106,6 +110,10 @@ class QuantizedStore:
         with safe_open(self.group_file(index), "pt") as file:
             metadata: dict[str, str] = file.metadata()
         return metadata
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", ".", name).strip(".")
 
 
 def _as_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -216,6 +216,79 @@ class WeightForm(StrEnum):
     ONNX Runtime's own never fuse it."""
 
 
+# --------------------------------------------------------------------------- embeddings
+
+GatherForm = Literal["gather_block_quantized", "dq"]
+"""com.microsoft GatherBlockQuantized, or DequantizeLinear and Gather."""
+
+BlockAxis = Literal[0, 1]
+"""Axis of a [V, D] table that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingTable:
+    """A constant [V, D] table that token ids are looked up in, by every Gather that does so.
+
+    ``transposed`` says that the graph stores it as [D, V] and reads it through a Transpose, as the model builder does
+    where lm_head multiplies with the same initializer.
+    """
+
+    weight: str
+    gathers: tuple[str, ...]
+    """Outputs of the Gather nodes, in graph order."""
+    vocabulary: int
+    hidden: int
+    transposed: bool
+    dtype: FloatName
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.vocabulary, self.hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingPlan:
+    """How one table is stored: symmetric INT4 codes [V, D], and a scale for each block along ``axis``."""
+
+    table: EmbeddingTable
+    axis: BlockAxis
+    block_size: int
+    form: GatherForm
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(
+            bits=4,
+            symmetric=True,
+            granularity=PerBlock(block_size=self.block_size),
+            scale_dtype=self.table.dtype,
+        )
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        rows, columns = self.table.shape
+        blocks = self.spec.num_blocks(self.table.shape[self.axis])
+        return (blocks, columns) if self.axis == 0 else (rows, blocks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        rows, columns = self.scales_shape
+        codes = -(-self.table.vocabulary * self.table.hidden // 2)
+        return codes + rows * columns * torch_float(self.table.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTable:
+    """One embedding's stored numbers: table[v, d] is approximated by code * scale."""
+
+    packed: Tensor
+    """[ceil(V * D / 2)] uint8: codes in C order, two to a byte, as ONNX stores INT4; unpacked they would need twice
+    the memory."""
+    scales: Tensor
+    """[V, nB] (axis 1) or [nB, D] (axis 0), in the table's type."""
+
+
 # --------------------------------------------------------------------------- statistics
 
 
@@ -309,3 +382,5 @@ class ExportRecipe:
     """Fingerprint of the algorithm, options and cache: a folder with another one is refused, not mixed."""
     summary: str
     """The algorithm and options in words."""
+    embeddings: tuple[EmbeddingPlan, ...] = ()
+    """The tables whose Gather nodes read INT4 codes."""

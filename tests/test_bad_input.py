@@ -71,6 +71,26 @@ def test_everything_excluded_and_unmatched_pattern(model: Path, tmp_path: Path, 
     _check(commands.quantize(*arguments, "--exclude", "dwn_proj"), "dwn_proj", "nearest names", "down_proj")
 
 
+def test_no_embedding_to_quantize(tmp_path: Path, commands: Commands) -> None:
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", 32])
+    graph.linear("x", np.ones((32, 32), np.float32), "y")
+    graph.output("y", TensorProto.FLOAT, ["t", 32])
+    graph.save(tmp_path / "base")
+    before = _left(tmp_path)
+    arguments = ["--onnx_path", tmp_path / "base", "--output_path", tmp_path / "out", "--algo", "rtn_dq"]
+    _check(commands.quantize(*arguments, "--gather_quantize_axis", 1), "--gather_quantize_axis", "leave the option out")
+    assert _left(tmp_path) == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("--gather_quantize_axis", "2"), ("--gather_form", "gather")])
+def test_unknown_choices_are_refused_with_code_2(option: str, value: str, commands: Commands) -> None:
+    code, printed = commands.quantize("--onnx_path", "a", "--output_path", "b", option, value)
+    assert code == 2
+    assert option.removeprefix("--") in printed.replace("-", "_")
+    assert "Traceback" not in printed
+
+
 def test_unknown_dataset(model: Path, tmp_path: Path, commands: Commands) -> None:
     before = _left(tmp_path)
     _check(commands.calibrate("--onnx_path", model, "--dataset", "wikitex"), "wikitex", "cnn", "offline")
@@ -147,6 +167,8 @@ def test_nan_activations(value: float, model: Path, tiny_text: Path, tmp_path: P
     [
         (["--block_size", "48"], ["--block_size 48", "power of two"]),
         (["--block_size", "512"], ["--block_size 512"]),
+        (["--gather_quantize_axis", "1", "--gather_block_size", "24"], ["--gather_block_size 24", "power of two"]),
+        (["--gather_block_size", "8"], ["--gather_block_size 8"]),
         (["--awqlite_alpha_step", "0"], ["--awqlite_alpha_step"]),
         (["--awqclip_alpha_min", "1.5"], ["--awqclip_alpha_min"]),
         (["--device", "cuda:77"], ["--device cuda:77"]),

@@ -24,6 +24,7 @@ from stages.records import (
     ValueAbsorber,
     WeightForm,
 )
+from tests.embeddings import plan_of
 from tests.solve.problems import site
 
 GROUPS = (
@@ -100,6 +101,17 @@ def test_files_are_named_after_their_first_site_and_the_report_has_a_line_a_site
     store.write(0, _solved())
     assert (tmp_path / "w" / "0000.layers.0.q_proj.MatMul.safetensors").is_file()
     assert len(store.write_report().read_text().splitlines()) == 2
+
+
+def test_embeddings_have_files_of_their_own_and_belong_to_the_recipe(tmp_path: Path) -> None:
+    plan = plan_of(8, 16, weight="/model.embed/weight")
+    recipe = replace(RECIPE, embeddings=(plan,))
+    store = create_or_resume_store(tmp_path / "w", recipe, overwrite=False)
+    assert store.table_file(0).path.name == "embedding.0000.model.embed.weight.safetensors"
+    assert open_store(tmp_path / "w").recipe == recipe
+    for other in (RECIPE, replace(recipe, embeddings=(replace(plan, block_size=32),))):
+        with pytest.raises(CacheMismatch):
+            create_or_resume_store(tmp_path / "w", other, overwrite=False)
 
 
 def test_the_same_recipe_resumes_another_is_refused(tmp_path: Path) -> None:

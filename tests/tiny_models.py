@@ -30,8 +30,8 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
-def save_tiny_llama(folder: Path, tokenizer: Path) -> None:
-    """A random Llama with grouped-query attention (4 query heads, 2 key/value heads of 16) and untied lm_head.
+def save_tiny_llama(folder: Path, tokenizer: Path, *, tied: bool = False) -> None:
+    """A random Llama with grouped-query attention (4 query heads, 2 key/value heads of 16); lm_head may be tied.
 
     Weights are drawn wide enough that tokens differ in their logits; norm gains differ, so that folding into them
     can be seen.
@@ -46,7 +46,7 @@ def save_tiny_llama(folder: Path, tokenizer: Path) -> None:
         num_hidden_layers=2,
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,

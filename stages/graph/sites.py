@@ -121,7 +121,7 @@ def _weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
     value = node.inputs[1]
     transposed = node.op_type == "Gemm" and _int_attribute(node, "transB") == 1
     layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
-    if value is not None and not transposed and (source := _swapped_initializer(value)) is not None:
+    if value is not None and not transposed and (source := swapped_initializer(value)) is not None:
         layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
     if value is None or not value.is_initializer() or value.dtype not in _FLOATS:
         return None
@@ -140,7 +140,7 @@ def _int_attribute(node: ir.Node, name: str) -> int:
     return 0 if attribute is None else attribute.as_int()
 
 
-def _swapped_initializer(value: ir.Value) -> ir.Value | None:
+def swapped_initializer(value: ir.Value) -> ir.Value | None:
     """The rank-2 initializer behind a Transpose that swaps its axes."""
     node = value.producer()
     if node is None or node.op_type != "Transpose":

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.errors import GraphError, SolveError
-from stages.records import MatMulSite, WeightLayout
+from stages.records import EmbeddingTable, MatMulSite, WeightLayout
 
 
 def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Float[Tensor, "N K"]:
@@ -31,6 +31,27 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
     if not bool(torch.isfinite(weight).all()):
         raise SolveError(f"The weight of {site.name} holds NaN or infinite values; build the base model again.")
     return weight
+
+
+def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch.device) -> Float[Tensor, "rows D"]:
+    """Some rows of an embedding in float32 on ``device``; the others are not read.
+
+    Raises:
+        GraphError: the initializer is gone.
+        SolveError: the rows hold NaN or infinite values.
+    """
+    value = model.graph.initializers.get(table.weight)
+    if value is None or value.const_value is None:
+        raise GraphError(f"The embedding '{table.weight}' is not in the graph; build the model again.")
+    stored = value.const_value.numpy()
+    part = np.array(stored[:, rows].T if table.transposed else stored[rows], order="C")
+    del stored
+    if isinstance(value.const_value, ir.ExternalTensor):
+        value.const_value.release()
+    numbers = to_torch(part).to(device=device, dtype=torch.float32)
+    if not bool(torch.isfinite(numbers).all()):
+        raise SolveError(f"The embedding '{table.weight}' holds NaN or infinite values; build the base model again.")
+    return numbers
 
 
 def to_torch(array: np.ndarray) -> Tensor:

@@ -9,11 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from export.data_file import DataFileUse
+from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome
 from export.site_check import SiteError
+from export.table_check import TableError
 from export.tables import export_table
 from export.verify import UnfusedSite, VerifyReport
+from tests.embeddings import plan_of
 
 
 def mul(reason: str) -> FoldOutcome:
@@ -62,6 +65,18 @@ def test_figures_and_reasons_are_counted() -> None:
     ):
         assert part in shown
     assert len(shown.splitlines()) < 20
+
+
+def test_an_embedding_says_what_it_does_to_the_size() -> None:
+    outcome = TableOutcome(plan=plan_of(1000, 64), bytes_before=113_000_000, bytes_after=16_000_000, still_read_by=())
+    assert "INT4, 113.0 MB -> 16.0 MB" in text(replace(SUMMARY, tables=(outcome,)))
+    tied = replace(outcome, still_read_by=("/lm_head/MatMul",), plan=plan_of(1000, 64, form="dq"))
+    shown = text(replace(SUMMARY, tables=(tied,)))
+    assert "16.0 MB beside the original's 113.0 MB, which stays because /lm_head/MatMul reads it too" in shown
+    assert "dequantizes this whole table for every token" in shown
+    assert SUMMARY.report is not None
+    measured = replace(SUMMARY.report, tables=(TableError(table="embed", error=4e-8),))
+    assert "4.0e-08 (embed)" in text(replace(SUMMARY, report=measured))
 
 
 def test_unfused_sites_are_named_and_cut_short() -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from export.bitpack import pack_4bit, unpack_4bit
+from stages.bitpack import pack_4bit, unpack_4bit
 
 SHAPES = [(1,), (2,), (7,), (3, 5), (4, 6), (2, 3, 5)]
 
