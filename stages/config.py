@@ -29,19 +29,10 @@ def _require(condition: bool, message: str) -> None:
         raise RecipeError(message)
 
 
-def _require_block_size(option: str, size: int) -> None:
+def _require_block_size(option: str, size: int, because: str) -> None:
     _require(
         _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
-        f"{option} {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
-        "ONNX Runtime fuses no other block size on every version.",
-    )
-
-
-def _require_gather_block_size(size: int) -> None:
-    _require(
-        _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
-        f"--gather_block_size {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: "
-        "GatherBlockQuantized takes no other.",
+        f"{option} {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: {because}.",
     )
 
 
@@ -190,14 +181,15 @@ class QuantizeConfig:
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
-        _require_block_size("--block_size", self.block_size)
+        fusible = "ONNX Runtime fuses no other block size on every version"
+        _require_block_size("--block_size", self.block_size, fusible)
         if self.int8_block_size is not None:
-            _require_block_size("--int8_block_size", self.int8_block_size)
+            _require_block_size("--int8_block_size", self.int8_block_size, fusible)
         _require(
             not (self.use_column_major and self.algo == "rtn"),
             "--use_column_major goes with DequantizeLinear alone; use --algo rtn_dq in place of rtn.",
         )
-        _require_gather_block_size(self.gather_block_size)
+        _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")
