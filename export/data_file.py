@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.errors import GraphError
+from stages.external_data import external_tensors
 
 # Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
 _PAGE, _LARGEST_ALIGNMENT = 4096, 65536
@@ -32,7 +32,7 @@ def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
     """
     size = path.stat().st_size if path.is_file() else 0
     end = padding = referenced = 0
-    for tensor in sorted(_external_tensors(model), key=lambda tensor: tensor.offset or 0):
+    for tensor in sorted(external_tensors(model), key=lambda tensor: tensor.offset or 0):
         offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
         if Path(tensor.path).resolve() != path.resolve() or length != tensor.nbytes or offset + length > size:
             raise GraphError(f"{path.name} is not whole: '{tensor.name}' doesn't fit in it; export again.")
@@ -49,13 +49,6 @@ def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
 def _is_padding(end: int, offset: int) -> bool:
     gap = offset - end
     return gap == 0 or (0 < gap < _LARGEST_ALIGNMENT and offset % _PAGE == 0)
-
-
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
 
 
 def read_initializer(node: ir.Node, name: str) -> np.ndarray:

@@ -11,10 +11,11 @@ from pathlib import Path
 import onnx_ir as ir
 from rich.console import Console
 
-from stages.atomic import refuse_existing, require_creatable
+from stages.atomic import is_occupied, refuse_existing, require_creatable
 from stages.cli import progress_bar
 from stages.config import AccuracyLevel
 from stages.errors import UserError
+from stages.external_data import external_tensors
 from stages.model_directory import GENAI_CONFIG, ModelDirectory, read_genai_config
 from stages.session import ACCURACY_LEVEL
 
@@ -68,8 +69,7 @@ class Destination:
             raise UserError(f"{_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
 
     def _require_replaceable(self) -> None:
-        occupied = self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()))
-        if occupied and not self.onnx_file.is_file():
+        if is_occupied(self.folder) and not self.onnx_file.is_file():
             raise UserError(
                 f"{_OPTION} {self.folder} holds no {self.onnx_name}, so it isn't an earlier output and --overwrite "
                 "won't delete it; choose another path."
@@ -83,14 +83,7 @@ def data_name(onnx_name: str) -> str:
 
 def external_files(model: ir.Model) -> Iterator[Path]:
     """The external data files that ``model``'s initializers lie in, each once."""
-    seen: set[Path] = set()
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                path = Path(value.const_value.path).resolve()
-                if path not in seen:
-                    seen.add(path)
-                    yield path
+    yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in external_tensors(model))
 
 
 def save_model(model: ir.Model, folder: Path, onnx_name: str, console: Console) -> None:

@@ -20,6 +20,7 @@ from scripts.accuracy import Accuracy, TokenScores, score_window, summarize
 from scripts.options import EvaluateConfig
 from stages.atomic import whole_file
 from stages.errors import UserError
+from stages.external_data import external_tensors
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.dataset import load_tokenizer, pack_windows
@@ -120,10 +121,8 @@ def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Report:
 
 def stored_bytes(directory: ModelDirectory) -> int:
     """Bytes of the .onnx file and of every file of external data that it refers to."""
-    files = {directory.onnx_file}
-    for graph in ir.load(directory.onnx_file).graphs():
-        tensors = (value.const_value for value in graph.initializers.values())
-        files |= {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    tensors = external_tensors(ir.load(directory.onnx_file))
+    files = {directory.onnx_file, *(Path(tensor.path) for tensor in tensors)}
     return sum(file.stat().st_size for file in files)
 
 

@@ -42,10 +42,14 @@ def _recover(path: Path) -> None:
         shutil.rmtree(_partial(path))
 
 
+def is_occupied(path: Path) -> bool:
+    """Whether ``path`` is a file, or a folder that isn't empty."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
 def refuse_existing(path: Path, *, overwrite: bool, option: str) -> None:
     """Raise UserError when ``path`` (a file, or a folder that isn't empty) exists and may not be replaced."""
-    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
-    if occupied and not overwrite:
+    if is_occupied(path) and not overwrite:
         raise UserError(f"{option} {path} already exists; choose another path or pass --overwrite to replace it.")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from stages.external_data import external_tensors
 from stages.model_directory import ModelDirectory
 
 _SAMPLE = 4096
@@ -19,10 +20,8 @@ def fingerprint_model(directory: ModelDirectory) -> str:
     every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them.
     """
     digest = hashlib.sha256(directory.onnx_file.read_bytes())
-    for graph in ir.load(directory.onnx_file).graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                digest.update(_sample(value.const_value))
+    for tensor in external_tensors(ir.load(directory.onnx_file)):
+        digest.update(_sample(tensor))
     return digest.hexdigest()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 
 from stages.errors import GraphError
+from stages.external_data import external_tensors
 from stages.model_directory import ModelDirectory
 
 
@@ -23,14 +23,6 @@ def load_graph(directory: ModelDirectory) -> ir.Model:
         raise GraphError(f"{directory.onnx_file} is not a readable ONNX model ({error}); build it again.") from error
     _check_external_data(model)
     return model
-
-
-def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Every initializer that lies in an external data file, subgraphs included."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
 
 
 def _check_external_data(model: ir.Model) -> None:
