@@ -19,6 +19,7 @@ Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
+WeightOperator = Literal["dq", "matmul_nbits"]
 Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
@@ -126,6 +127,9 @@ class QuantizeConfig:
     use_column_major: bool = False
     """Store weights in rows of output channels with a Transpose behind them, for execution providers that ask for it.
     ONNX Runtime's CPU and CUDA providers don't fuse INT4 in this form and run it many times slower."""
+    weight_operator: WeightOperator | None = None
+    """dq: DequantizeLinear and MatMul, standard operators that ONNX Runtime fuses when it loads. matmul_nbits: the
+    fused operator itself. Default: dq, and matmul_nbits where nothing fuses dq (bfloat16, or a target that says so)."""
     gather_quantize_axis: BlockAxis | None = None
     """Store the token embedding as INT4 too: 1 groups numbers of one token (use this one), 0 groups tokens; default:
     it stays as it is."""

@@ -214,6 +214,8 @@ class WeightForm(StrEnum):
     DQ_COLUMN_MAJOR = "dq_column_major"
     """Packed codes in rows of output channels, DequantizeLinear and Transpose: for execution providers that ask for it;
     ONNX Runtime's own never fuse it."""
+    MATMUL_NBITS = "matmul_nbits"
+    """com.microsoft MatMulNBits in place of the MatMul, for runtimes that fuse no DequantizeLinear and for bfloat16."""
 
 
 # --------------------------------------------------------------------------- embeddings
@@ -384,3 +386,5 @@ class ExportRecipe:
     """The algorithm and options in words."""
     embeddings: tuple[EmbeddingPlan, ...] = ()
     """The tables whose Gather nodes read INT4 codes."""
+    session_options: tuple[tuple[str, str], ...] = ()
+    """(key, value) that the target runtime needs in genai_config.json's session options."""
