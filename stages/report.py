@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from statistics import mean
 
 from rich import box
@@ -13,11 +14,12 @@ from stages.quantized_store import QuantizedStore
 from stages.records import SiteReport
 
 _WORST = 3
+_LAYER = re.compile(r"layers\.(\d+)")
 _COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
-    """One row for each kind of site (the same name in every layer), then the sites that lost most.
+    """One row for each kind of site (the same name in every layer) and format, then the sites that lost most.
 
     Errors are mean squared output errors relative to the output: as plain rounding would give, as chosen, and as
     chosen on held-out text.
@@ -32,23 +34,50 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
         padding=(0, 1, 0, 0),
     )
     for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == _COLUMNS[0] else "right", no_wrap=True)
-    kinds: dict[str, list[SiteReport]] = defaultdict(list)
-    for report in reports:
-        kinds[_kind(report.site)].append(report)
-    for kind, members in kinds.items():
-        table.add_row(*_row(f"{len(members)} x {kind}", members))
+        left = name == _COLUMNS[0]
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    rows = _by_kind_and_format(reports)
+    for name, members in rows:
+        table.add_row(*_row(name, members))
     measured = [report for report in reports if report.held_out_loss is not None]
-    if measured and len(reports) > len(kinds):
+    if measured and len(reports) > len(rows):
         table.add_section()
         for report in sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]:
             table.add_row(*_row(_short(report.site), [report]))
     return table
 
 
+def _by_kind_and_format(reports: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
+    """Sites of one kind and format together; their layers are named where the kind has several formats."""
+    members: dict[tuple[str, str], list[SiteReport]] = defaultdict(list)
+    for report in reports:
+        members[_kind(report.site), report.format].append(report)
+    formats = Counter(kind for kind, _ in members)
+    return [
+        (f"{len(same)} x {_in_layers(kind, same) if formats[kind] > 1 else kind}", same)
+        for (kind, _), same in members.items()
+    ]
+
+
 def _kind(site: str) -> str:
     """The site's short name with its layer number left open."""
-    return re.sub(r"layers\.\d+", "layers.*", _short(site))
+    return _LAYER.sub("layers.*", _short(site))
+
+
+def _in_layers(kind: str, members: Sequence[SiteReport]) -> str:
+    layers = [int(match[1]) for member in members if (match := _LAYER.search(member.site)) is not None]
+    return kind.replace("*", ranges(sorted(layers)), 1)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: 0-2,5,7-8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _short(site: str) -> str:
@@ -59,7 +88,7 @@ def _short(site: str) -> str:
 def _row(name: str, members: list[SiteReport]) -> list[str]:
     return [
         name,
-        "/".join(sorted({member.format for member in members})),
+        members[0].format,
         f"{sum(member.bytes for member in members) / 1e6:.1f}",
         _percent([member.loss_rtn for member in members]),
         _percent([member.loss for member in members]),
