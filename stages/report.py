@@ -14,7 +14,9 @@ from stages.quantized_store import QuantizedStore
 from stages.records import SiteReport
 
 _WORST = 3
-_LAYER = re.compile(r"layers\.(\d+)")
+Rows = dict[tuple[str, str], list[SiteReport]]
+"""(kind of site, format) -> its sites."""
+_LAYER = re.compile(r"layers\.(\d+)/")
 _COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
 
 
@@ -31,14 +33,15 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
         title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        caption_justify="left",
         padding=(0, 1, 0, 0),
     )
     for name in _COLUMNS:
-        left = name == _COLUMNS[0]
-        table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        table.add_column(name, justify="left" if name == _COLUMNS[0] else "right", no_wrap=True)
     rows = _by_kind_and_format(reports)
-    for name, members in rows:
-        table.add_row(*_row(name, members))
+    for (kind, _), members in rows.items():
+        table.add_row(*_row(f"{len(members)} x {kind}", members))
+    table.caption = "\n".join(_layers_by_format(rows))
     measured = [report for report in reports if report.held_out_loss is not None]
     if measured and len(reports) > len(rows):
         table.add_section()
@@ -47,26 +50,28 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     return table
 
 
-def _by_kind_and_format(reports: Sequence[SiteReport]) -> list[tuple[str, list[SiteReport]]]:
-    """Sites of one kind and format together; their layers are named where the kind has several formats."""
-    members: dict[tuple[str, str], list[SiteReport]] = defaultdict(list)
+def _by_kind_and_format(reports: Sequence[SiteReport]) -> Rows:
+    """Sites of one kind and format together, the formats of a kind beside each other."""
+    kinds: dict[str, dict[str, list[SiteReport]]] = defaultdict(lambda: defaultdict(list))
     for report in reports:
-        members[_kind(report.site), report.format].append(report)
-    formats = Counter(kind for kind, _ in members)
-    return [
-        (f"{len(same)} x {_in_layers(kind, same) if formats[kind] > 1 else kind}", same)
-        for (kind, _), same in members.items()
-    ]
+        kinds[_kind(report.site)][report.format].append(report)
+    return {(kind, form): members for kind, formats in kinds.items() for form, members in formats.items()}
+
+
+def _layers_by_format(rows: Rows) -> list[str]:
+    """For kinds stored in several formats: which layers have which, kinds with the same layers in one line."""
+    formats = Counter(kind for kind, _ in rows)
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (kind, form), members in rows.items():
+        layers = [int(match[1]) for member in members if (match := _LAYER.search(member.site)) is not None]
+        if formats[kind] > 1 and layers:
+            kinds[form, ranges(sorted(layers))].append(kind)
+    return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
 
 
 def _kind(site: str) -> str:
-    """The site's short name with its layer number left open."""
-    return _LAYER.sub("layers.*", _short(site))
-
-
-def _in_layers(kind: str, members: Sequence[SiteReport]) -> str:
-    layers = [int(match[1]) for member in members if (match := _LAYER.search(member.site)) is not None]
-    return kind.replace("*", ranges(sorted(layers)), 1)
+    """The site's short name without its layer."""
+    return _LAYER.sub("", _short(site))
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -30,9 +30,12 @@ def test_runs_of_layers_are_drawn_together():
 def test_layers_of_a_mixed_kind_are_named_and_uniform_kinds_are_not(tmp_path):
     store = _store(tmp_path / "w", {0: "8ch", 1: "4b32", 2: "4b32", 3: "8ch"})
     text = _printed(store)
-    assert "2 x layers.0,3/mlp/down_proj 8ch" in text
-    assert "2 x layers.1-2/mlp/down_proj 4b32" in text
-    assert "4 x layers.*/mlp/up_proj 4b32" in text
+    assert "2 x mlp/down_proj 8ch" in text
+    assert "2 x mlp/down_proj 4b32" in text
+    assert "4 x mlp/up_proj 4b32" in text
+    assert "8ch: mlp/down_proj of layers 0,3" in text
+    assert "4b32: mlp/down_proj of layers 1-2" in text
+    assert "mlp/up_proj of layers" not in text
 
 
 def test_the_title_gives_the_bits_that_the_bytes_come_to(tmp_path):
