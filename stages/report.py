@@ -17,7 +17,7 @@ _WORST = 3
 Rows = dict[tuple[str, str], list[SiteReport]]
 """(kind of site, format) -> its sites."""
 _LAYER = re.compile(r"layers\.(\d+)/")
-_COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
+_COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "unseen", "a^r/duo/none", "clip")
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
