@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stages.base_graph import load_graph
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import CalibrateConfig
 from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
-from stages.graph.load import load_graph
 from stages.graph.run import ActivationTap, open_tap
 from stages.graph.sites import find_groups
 from stages.model_directory import ModelDirectory, locate_model

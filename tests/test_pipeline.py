@@ -82,8 +82,8 @@ def test_forward_passes_equal_batches(
 def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model: Path) -> None:
     from safetensors.numpy import load_file
 
+    from stages.base_graph import load_graph
     from stages.fingerprint import fingerprint_model
-    from stages.graph.load import load_graph
     from stages.graph.run import open_tap
     from stages.graph.sites import find_groups
 

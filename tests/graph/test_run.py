@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from stages.graph.load import load_graph
+from stages.base_graph import load_graph
 from stages.graph.run import open_tap, tapped_graph
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
