@@ -39,7 +39,7 @@ def test_weights_stay_in_their_file(folder: Path) -> None:
 def test_truncated_and_missing_data(folder: Path) -> None:
     data = folder / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-8])
-    with pytest.raises(GraphError, match="truncated: 'y.weight' ends at byte 96, the file has 88"):
+    with pytest.raises(GraphError, match=r"truncated: 'y\.weight' ends at byte 96, the file has 88"):
         load_graph(locate_model(folder))
     data.unlink()
     with pytest.raises(GraphError, match="is missing"):
