@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
 from rich.console import Console
 
 from export.embedding import TableOutcome, table_outcomes
@@ -15,14 +14,14 @@ from export.save import (
     Destination,
     copy_side_files,
     data_name,
-    external_files,
     patch_genai_config,
     save_model,
 )
 from export.verify import VerifyReport, save_report, verify
 from stages.atomic import whole_directory
+from stages.base_graph import external_files, load_graph
 from stages.config import ExportOptions
-from stages.errors import GraphError, UserError
+from stages.errors import UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
 
@@ -52,12 +51,12 @@ def export_model(
     """Write ``store``'s weights into a copy of the ``base`` model directory.
 
     Raises:
-        GraphError: the base can't be read, is too old, isn't the one of the weights, or the output failed a check.
+        GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
         RecipeError: ``store`` isn't complete.
         UserError: the destination can't be used or written.
     """
     destination.require_apart_from(store.folder, "the quantized weights")
-    model = _load(base)
+    model = load_graph(base)
     result = rewrite(model, store)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
@@ -79,23 +78,13 @@ def export_model(
         folds=result.folds,
         kept=store.recipe.kept,
         report=report,
-        notes=notes,
+        notes=(*_opset_note(result), *notes),
         tables=table_outcomes(result.model, result.tables),
     )
 
 
-def _load(base: ModelDirectory) -> ir.Model:
-    try:
-        model = ir.load(base.onnx_file)
-    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
-        raise GraphError(f"{base.onnx_file} is not a readable ONNX model ({error}); build it again.") from error
-    for path in external_files(model):
-        if not path.is_file():
-            raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
-        # onnx-ir refuses to read through links that could lead anywhere; say so before anything is written.
-        if base.folder.resolve() not in path.parents or path.stat().st_nlink > 1:
-            raise GraphError(f"External data file {path} is a link; copy the base folder with its files and pass that.")
-    return model
+def _opset_note(result: RewriteResult) -> tuple[str, ...]:
+    return () if result.opset is None else (str(result.opset),)
 
 
 def _configure(

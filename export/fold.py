@@ -161,7 +161,7 @@ class InputScaleFolder:
         self._divide_outputs(linear, path, scale)
 
     def _into_value(self, absorber: ValueAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
-        attention = require_producer(activation, "GroupQueryAttention")
+        attention = require_producer(activation, "GroupQueryAttention", "MultiHeadAttention")
         linear = self._linear(absorber.site)
         path = require_path(linear.node, value_reader(attention), absorber.bias)
         require_linear_in_value(attention, path, absorber, linear.out_features)

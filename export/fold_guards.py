@@ -13,9 +13,11 @@ from torch import Tensor
 from export.divide import CannotFold
 from export.graph_edit import called, name_of
 from stages.records import HeadSharing, MatMulSite, ValueAbsorber
+from stages.repeated_heads import repeated_heads
 
 _VALUE_INPUT = 2
-_PAST_INPUTS = (3, 4)
+_BIAS_INPUT = 3
+_PAST_INPUTS = {"GroupQueryAttention": (3, 4), "MultiHeadAttention": (6, 7)}
 
 
 def require_seen_only_by(sites: Collection[MatMulSite], activation: ir.Value) -> None:
@@ -37,12 +39,12 @@ def before_cast(activation: ir.Value) -> ir.Value:
     return cast.inputs[0]
 
 
-def require_producer(activation: ir.Value, op_type: str) -> ir.Node:
-    """The node that makes ``activation`` as its first output, which must be an ``op_type``."""
+def require_producer(activation: ir.Value, *op_types: str) -> ir.Node:
+    """The node that makes ``activation`` as its first output, which must be one of ``op_types``."""
     node = activation.producer()
-    if node is None or node.op_type != op_type or activation.index() != 0:
+    if node is None or node.op_type not in op_types or activation.index() != 0:
         found = "a graph input" if node is None else called(node)
-        raise CannotFold(f"the activation comes from {found}, not from {op_type}")
+        raise CannotFold(f"the activation comes from {found}, not from {' or '.join(op_types)}")
     return node
 
 
@@ -79,10 +81,18 @@ def _sole_reader(value: ir.Value) -> tuple[ir.Node, int]:
 
 
 def value_reader(attention: ir.Node) -> ir.Node:
-    """The node that must read the layer which makes V: attention itself, or the Split whose last part is V alone."""
-    value = attention.inputs[_VALUE_INPUT] if len(attention.inputs) > _VALUE_INPUT else None
-    split = None if value is None else value.producer()
-    if value is None or split is None or split.op_type != "Split":
+    """The node that must read the layer which makes V.
+
+    That is attention itself, the Split whose last part is V alone, or the first node of those that repeat V's heads.
+    """
+    value = _input(attention, _VALUE_INPUT)
+    if value is None:
+        return attention
+    if attention.op_type == "MultiHeadAttention":
+        repeated = repeated_heads(value, attention.attributes.get_int("num_heads", 0))
+        return attention if repeated is None else repeated.entry
+    split = value.producer()
+    if split is None or split.op_type != "Split":
         return attention
     _sole_reader(value)
     # V has rank 3: batch, length, channels.
@@ -93,21 +103,46 @@ def value_reader(attention: ir.Node) -> ir.Node:
 
 def require_linear_in_value(attention: ir.Node, path: LinearPath, absorber: ValueAbsorber, out_features: int) -> None:
     """Attention reads V where planned, and its cache holds only what it wrote itself, unrounded."""
-    apart = len(attention.inputs) > _VALUE_INPUT and attention.inputs[_VALUE_INPUT] is not None
-    apart = apart and value_reader(attention) is attention
     width = absorber.heads.kv_heads * absorber.heads.head_size
-    if path.entry != (_VALUE_INPUT if apart else 0) or absorber.first_channel + width != out_features:
-        raise CannotFold(f"{called(attention)} doesn't read V from the planned channels")
-    if apart and absorber.first_channel != 0:
+    fits = absorber.first_channel + width == out_features
+    if attention.op_type == "MultiHeadAttention":
+        fits = fits and _reads_planned_heads(attention, path, absorber)
+    else:
+        fits = fits and _reads_planned_channels(attention, path, absorber)
+    if not fits:
         raise CannotFold(f"{called(attention)} doesn't read V from the planned channels")
     if attention.attributes.get_string("v_quant_type", "NONE") != "NONE":
         raise CannotFold(f"{called(attention)} quantizes its value cache")
-    for index in _PAST_INPUTS:
-        past = attention.inputs[index] if index < len(attention.inputs) else None
+    _require_own_cache(attention)
+
+
+def _reads_planned_channels(attention: ir.Node, path: LinearPath, absorber: ValueAbsorber) -> bool:
+    """GroupQueryAttention: V apart, or behind Q and K in one packed input."""
+    apart = _input(attention, _VALUE_INPUT) is not None and value_reader(attention) is attention
+    return path.entry == (_VALUE_INPUT if apart else 0) and not (apart and absorber.first_channel)
+
+
+def _reads_planned_heads(attention: ir.Node, path: LinearPath, absorber: ValueAbsorber) -> bool:
+    """MultiHeadAttention: V apart and without another bias, its heads as they are or repeated by nodes."""
+    value, heads = _input(attention, _VALUE_INPUT), attention.attributes.get_int("num_heads", 0)
+    if value is None or _input(attention, _BIAS_INPUT) is not None or absorber.first_channel:
+        return False
+    repeated = repeated_heads(value, heads)
+    entry, kv_heads = (_VALUE_INPUT, heads) if repeated is None else (0, repeated.kv_heads)
+    return (path.entry, absorber.heads.kv_heads, absorber.heads.group_size) == (entry, kv_heads, heads // kv_heads)
+
+
+def _require_own_cache(attention: ir.Node) -> None:
+    for index in _PAST_INPUTS[attention.op_type]:
+        past = _input(attention, index)
         if past is not None and (not past.is_graph_input() or len(past.uses()) != 1):
             raise CannotFold(f"{called(attention)} shares its cache with another node")
     if any(output.uses() for output in attention.outputs[1:]):
         raise CannotFold(f"another node reads the cache of {called(attention)}")
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def untie_heads(scale: Float32[Tensor, " K"], heads: HeadSharing) -> Float32[Tensor, " V"]:

@@ -71,9 +71,9 @@ class GraphEditor:
         self,
         node: ir.Node,
         op_type: str,
-        inputs: Iterable[ir.Value],
+        inputs: Iterable[ir.Value | None],
         name: str,
-        attributes: Mapping[str, int | Sequence[int]],
+        attributes: Mapping[str, int | Sequence[int] | ir.Attr],
         output: Callable[[str], ir.Value],
     ) -> ir.Value:
         """Insert a one-output node before ``node`` and return its output, made by ``output`` from a free name."""

@@ -1,8 +1,8 @@
 """Put quantized weights into a graph.
 
-Requires opset 21 or later, and sites that are where the quantized weights say. Ensures that the input model is left
-untouched, that every quantized site reads its own DequantizeLinear, that other nodes compute what they did, and that
-nodes and initializers which nobody reads any more are gone.
+Requires sites that are where the quantized weights say. Ensures that the input model is left untouched, that the opset
+is one which has the nodes that are written, that every quantized site reads its own DequantizeLinear, that other nodes
+compute what they did, and that nodes and initializers which nobody reads any more are gone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from export.embedding import RewrittenTable, rewrite_tables
 from export.fold import FoldOutcome, InputScaleFolder
 from export.graph_edit import GraphEditor, called
+from export.opset import OpsetChange, lowest_opset, raise_opset
 from export.qdq import RewrittenSite, StoredSite, insert_dequantize
 from export.relu import replace_relu
 from stages.errors import GraphError, RecipeError
 from stages.quantized_store import QuantizedStore
 
-_OPSET, _IR_VERSION = 21, 10
+_IR_VERSION = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +32,20 @@ class RewriteResult:
     folds: tuple[FoldOutcome, ...]
     sites: tuple[RewrittenSite, ...]
     tables: tuple[RewrittenTable, ...] = ()
+    opset: OpsetChange | None = None
+    """None where the base's opset was high enough."""
 
 
 def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
     """A copy of ``model`` in which every site of ``store`` reads its quantized weight.
 
     Raises:
-        GraphError: the opset is older than 21, or a site isn't in the model.
+        GraphError: the opset can't be raised, or a site isn't in the model.
         RecipeError: a group isn't finished, or its numbers don't fit the model.
     """
-    _require_opset(model)
     require_finished(store)
     edited = model.clone()
+    opset = raise_opset(edited, lowest_opset(store.recipe))
     edited.ir_version = max(edited.ir_version, _IR_VERSION)
     editor = GraphEditor.of(edited)
     stored = _stored_sites(store)
@@ -56,7 +59,7 @@ def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
     sites = tuple(_rewrite_site(editor, source, store) for source in divided)
     tables = rewrite_tables(editor, store)
     RemoveUnusedNodesPass()(edited)
-    return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables)
+    return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, opset=opset)
 
 
 def require_finished(store: QuantizedStore) -> None:
@@ -72,15 +75,6 @@ def require_finished(store: QuantizedStore) -> None:
     if unfinished:
         raise RecipeError(
             f"{store.folder} lacks the quantized embedding {unfinished[0]}; run stages.quantize again to complete it."
-        )
-
-
-def _require_opset(model: ir.Model) -> None:
-    opset = model.opset_imports.get("", 0)
-    if opset < _OPSET:
-        raise GraphError(
-            f"The base model has opset {opset} and 4-bit weights need {_OPSET}; rebuild it with the current "
-            "onnxruntime-genai model builder, which writes opset 21 or later."
         )
 
 

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from rich.console import Console
 
 from stages.atomic import is_occupied, refuse_existing, require_creatable
+from stages.base_graph import external_files
 from stages.cli import progress_bar
 from stages.config import AccuracyLevel
 from stages.errors import UserError
-from stages.external_data import external_tensors
 from stages.model_directory import GENAI_CONFIG, ModelDirectory, read_genai_config
 from stages.session import ACCURACY_LEVEL
 
@@ -79,11 +79,6 @@ class Destination:
 def data_name(onnx_name: str) -> str:
     """Name of the external data file beside ``onnx_name``."""
     return f"{onnx_name}.data"
-
-
-def external_files(model: ir.Model) -> Iterator[Path]:
-    """The external data files that ``model``'s initializers lie in, each once."""
-    yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in external_tensors(model))
 
 
 def save_model(model: ir.Model, folder: Path, onnx_name: str, console: Console) -> None:

@@ -6,24 +6,26 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from stages.base_graph import load_graph
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import CalibrateConfig
 from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
-from stages.graph.load import load_graph
 from stages.graph.run import ActivationTap, open_tap
 from stages.graph.sites import find_groups
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.cache import CacheKey, CacheWriter, find_cache, new_cache
 from stages.observe.dataset import TokenWindows, WindowRequest, load_windows
 from stages.observe.statistics import StatisticsAccumulator
+from stages.provider_profile import ShapeProfile, WindowShape, decoder_sizes
 from stages.records import ActivationGroup, ActivationStats, TokenStats
-from stages.session import ProviderChoice, choose_providers
+from stages.session import NV_TENSORRT_RTX, ProviderChoice, choose_providers
 
 
 def calibrate(config: CalibrateConfig, console: Console) -> None:
@@ -34,14 +36,16 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
     directory = locate_model(config.onnx_path)
     model = load_graph(directory)
     groups = find_groups(model)
-    providers = choose_providers(config.calibration_eps)
+    choice = choose_providers(config.calibration_eps)
+    options = _provider_options(config, directory, model, choice)
     windows = load_windows(_window_request(config, directory))
-    key = _cache_key(directory, windows, providers)
+    # Before the key: which provider works shows only when a session is made.
+    tap = open_tap(model, directory, groups, choice, options)
+    key = _cache_key(directory, windows, tap.providers)
     if _is_current(config, key):
         console.print(f"{config.cache_path} already holds exactly this calibration; nothing to do.", highlight=False)
         return
     with new_cache(config.cache_path, key, overwrite=config.overwrite) as writer:
-        tap = open_tap(model, directory, groups, providers.names)
         writer.write_tokens(windows.calibration, windows.held_out)
         with progress_bar(console) as progress:
             held_out = _observe(tap, groups, windows.held_out, config.batch_size, device, progress, "held-out windows")
@@ -49,7 +53,7 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
                 tap, groups, windows.calibration, config.batch_size, device, progress, "calibration windows"
             )
         _save(writer, groups, calibration, held_out)
-    show(_summary(config, windows, groups, providers, time.perf_counter() - started))
+    show(_summary(config, windows, groups, tap.providers, time.perf_counter() - started))
 
 
 def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> WindowRequest:
@@ -63,6 +67,20 @@ def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> Windo
         use_random=config.use_random_calib,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _provider_options(
+    config: CalibrateConfig, directory: ModelDirectory, model: ir.Model, choice: ProviderChoice
+) -> dict[str, dict[str, str]]:
+    """Options by provider: NvTensorRtRtx builds its engine for the shapes that will be fed."""
+    if NV_TENSORRT_RTX not in choice.names:
+        return {}
+    profile = ShapeProfile(
+        window=WindowShape(batch_size=config.batch_size, seq_len=config.seq_len),
+        sizes=decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code),
+        windowed_caches=directory.windowed_caches,
+    )
+    return {NV_TENSORRT_RTX: profile.provider_options(model.graph.inputs)}
 
 
 def _cache_key(directory: ModelDirectory, windows: TokenWindows, providers: ProviderChoice) -> CacheKey:

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from export.export_model import Destination, export_model
 from export.tables import export_table
+from stages.base_graph import load_graph
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
 from stages.graph.embeddings import find_embeddings
-from stages.graph.load import load_graph
 from stages.graph.sites import find_groups
 from stages.graph.weights import read_rows, read_weight
 from stages.model_directory import locate_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,16 @@ import torch
 
 from stages.errors import GraphError, UserError
 
+CPU = "CPUExecutionProvider"
+NV_TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
 _PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
+    "cpu": CPU,
     "cuda": "CUDAExecutionProvider",
     "dml": "DmlExecutionProvider",
-    "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider",
+    "nvtensorrtrtx": NV_TENSORRT_RTX,
 }
+_SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
+_REASON_LENGTH = 200
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -56,10 +60,10 @@ def choose_providers(wanted: str, option: str = "--calibration_eps") -> Provider
             missing.append((raw, "this onnxruntime package was built without it"))
         elif short == "cuda" and not torch.cuda.is_available():
             missing.append((raw, "no CUDA device, or torch was installed without CUDA"))
-        else:
+        elif provider not in names:
             names.append(provider)
-    if _PROVIDERS["cpu"] not in names:
-        names.append(_PROVIDERS["cpu"])
+    if CPU not in names:
+        names.append(CPU)
     if _PROVIDERS["cuda"] in names:
         ort.preload_dlls()
     return ProviderChoice(names=tuple(names), missing=tuple(missing))
@@ -69,12 +73,13 @@ def choose_providers(wanted: str, option: str = "--calibration_eps") -> Provider
 class SessionSettings:
     """Everything about a session that callers here vary.
 
-    ``external_data_folder`` lets a graph given as bytes read its weights where they lie. ``map_weights`` keeps weights
-    as mapped file pages instead of repacked copies. ``profile_prefix`` writes a profile whose kernel events name the
-    nodes of the optimized graph.
+    ``provider_options`` go to the provider that they are listed under. ``external_data_folder`` lets a graph given as
+    bytes read its weights where they lie. ``map_weights`` keeps weights as mapped file pages instead of repacked
+    copies. ``profile_prefix`` writes a profile whose kernel events name the nodes of the optimized graph.
     """
 
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = (CPU,)
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     external_data_folder: Path | None = None
     map_weights: bool = False
     accuracy_level: int | None = None
@@ -101,11 +106,60 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
         options.enable_profiling = True
         options.profile_file_prefix = str(settings.profile_prefix)
     source = model if isinstance(model, bytes) else str(model)
+    providers = [(name, dict(settings.provider_options.get(name, {}))) for name in settings.providers]
     try:
-        return ort.InferenceSession(source, options, providers=list(settings.providers))
+        # Without enable_fallback=0 the library prints a failing provider's error and goes on without it.
+        return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes without a common base
         where = "the tapped graph" if isinstance(model, bytes) else str(model)
         raise GraphError(f"ONNX Runtime can't open {where}: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    """A session, and the providers that it really has."""
+
+    session: ort.InferenceSession
+    providers: ProviderChoice
+
+
+def open_first_session(model: bytes, settings: SessionSettings, choice: ProviderChoice) -> OpenedSession:
+    """Open ``model`` with the providers of ``choice``, without those that turn out not to work for it.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model on the CPU too.
+    """
+    try:
+        session = open_session(model, replace(settings, providers=choice.names))
+    except GraphError as error:
+        culprit = _first_failing(model, settings, choice)
+        if culprit is None:
+            raise error from error.__cause__
+        return open_first_session(model, settings, _without(choice, *culprit))
+    there = session.get_providers()
+    for name in choice.names:
+        if name not in there:
+            choice = _without(choice, name, "ONNX Runtime could not load it; a driver or library is missing")
+    return OpenedSession(session, choice)
+
+
+def _first_failing(model: bytes, settings: SessionSettings, choice: ProviderChoice) -> tuple[str, str] | None:
+    """The first provider that fails by itself, and its reason; None where the CPU is the only one."""
+    others = [name for name in choice.names if name != CPU]
+    for name in others:
+        try:
+            open_session(model, replace(settings, providers=(name, CPU)))
+        except GraphError as error:
+            return name, str(error)
+    return (others[0], "it fails beside the providers behind it") if others else None
+
+
+def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
+    short = reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]}..."
+    return ProviderChoice(
+        names=tuple(other for other in choice.names if other != name),
+        missing=(*choice.missing, (_SHORT_NAMES[name], short)),
+    )
 
 
 def _past_shape(node: ort.NodeArg, empty: tuple[int, int | None, int, int | None]) -> tuple[int, ...]:

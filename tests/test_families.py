@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
 from scripts.support_matrix import FamilyResult
+from stages.base_graph import load_graph
 from stages.calibrate import calibrate
 from stages.config import CalibrateConfig, QuantizeConfig
-from stages.graph.load import load_graph
 from stages.model_directory import ModelDirectory, locate_model
 from stages.quantize import quantize
 from stages.quantized_store import QuantizedStore, open_store

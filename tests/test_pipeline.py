@@ -13,7 +13,7 @@ import pytest
 from stages.graph.run import ActivationTap
 from stages.model_directory import locate_model
 from stages.observe.cache import open_cache
-from stages.session import CausalFeeds
+from stages.session import CausalFeeds, choose_providers
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
 
@@ -82,15 +82,15 @@ def test_forward_passes_equal_batches(
 def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model: Path) -> None:
     from safetensors.numpy import load_file
 
+    from stages.base_graph import load_graph
     from stages.fingerprint import fingerprint_model
-    from stages.graph.load import load_graph
     from stages.graph.run import open_tap
     from stages.graph.sites import find_groups
 
     directory = locate_model(tiny_model)
     model = load_graph(directory)
     groups = find_groups(model)
-    tap = open_tap(model, directory, groups, ("CPUExecutionProvider",))
+    tap = open_tap(model, directory, groups, choose_providers("cpu"), {})
     tokens = load_file(cache / "tokens.safetensors")
     assert (len(tokens["calibration"]), len(tokens["held_out"])) == (18, 2)
     opened = open_cache(cache, fingerprint_model(directory))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime as ort
@@ -11,7 +11,15 @@ import torch
 from onnx import TensorProto
 
 from stages.errors import GraphError, UserError
-from stages.session import CausalFeeds, choose_providers
+from stages.session import (
+    CPU,
+    NV_TENSORRT_RTX,
+    CausalFeeds,
+    ProviderChoice,
+    SessionSettings,
+    choose_providers,
+    open_first_session,
+)
 from tests.graphs import TinyGraph
 
 TOKENS = np.array([[5, 6, 7], [8, 9, 10]])
@@ -105,3 +113,82 @@ def test_cuda_is_not_asked_for_without_a_device() -> None:
 def test_an_unknown_provider_names_its_option() -> None:
     with pytest.raises(UserError, match="--eps: 'gpu' is not one of"):
         choose_providers("gpu", "--eps")
+
+
+# --------------------------------------------------------------------------- providers that turn out not to work
+
+
+CUDA, DML = "CUDAExecutionProvider", "DmlExecutionProvider"
+
+
+class Session(ort.InferenceSession):
+    """A session that only knows its providers."""
+
+    def __init__(self, providers: list[str]) -> None:
+        self.there = providers
+
+    def get_providers(self) -> list[str]:
+        return self.there
+
+
+@dataclass
+class Machine:
+    """Stands for onnxruntime.InferenceSession on a machine where some providers fail and some load silently not."""
+
+    failing: dict[str, str]
+    silent: tuple[str, ...] = ()
+    asked: list[list[tuple[str, dict[str, str]]]] = field(default_factory=list)
+    fallbacks: list[object] = field(default_factory=list)
+
+    def __call__(self, *_: object, providers: list, enable_fallback: object) -> Session:
+        self.asked.append(providers)
+        self.fallbacks.append(enable_fallback)
+        names = [name for name, _ in providers]
+        for name in names:
+            if name in self.failing:
+                raise RuntimeError(self.failing[name])
+        return Session([name for name in names if name not in self.silent])
+
+
+def _open(machine: Machine, monkeypatch: pytest.MonkeyPatch, *names: str, **options: dict[str, str]) -> ProviderChoice:
+    monkeypatch.setattr(ort, "InferenceSession", machine)
+    choice = ProviderChoice(names=names, missing=(("dml", "not built in"),))
+    return open_first_session(b"", SessionSettings(provider_options=options), choice).providers
+
+
+def test_every_provider_gets_its_own_options_and_no_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine({})
+    shapes = {"nv_profile_min_shapes": "input_ids:1x1"}
+    choice = _open(machine, monkeypatch, NV_TENSORRT_RTX, CUDA, CPU, **{NV_TENSORRT_RTX: shapes})
+    assert machine.asked == [[(NV_TENSORRT_RTX, shapes), (CUDA, {}), (CPU, {})]]
+    assert machine.fallbacks == [0]
+    assert choice.missing == (("dml", "not built in"),)
+
+
+@pytest.mark.parametrize("failing", [NV_TENSORRT_RTX, CUDA])
+def test_a_provider_that_fails_is_named_and_the_others_are_kept(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine({failing: "no driver\nstack"})
+    choice = _open(machine, monkeypatch, NV_TENSORRT_RTX, CUDA, CPU)
+    assert choice.names == tuple(name for name in (NV_TENSORRT_RTX, CUDA, CPU) if name != failing)
+    assert [name for name, _ in machine.asked[-1]] == list(choice.names)
+    short = {NV_TENSORRT_RTX: "NvTensorRtRtx", CUDA: "cuda"}[failing]
+    assert choice.missing[1][0] == short
+    assert "no driver" in choice.missing[1][1]
+    assert "\n" not in choice.missing[1][1]
+
+
+def test_when_all_others_fail_the_cpu_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = _open(Machine({NV_TENSORRT_RTX: "no driver", CUDA: "no device"}), monkeypatch, NV_TENSORRT_RTX, CUDA, CPU)
+    assert choice.names == (CPU,)
+    assert [name for name, _ in choice.missing] == ["dml", "NvTensorRtRtx", "cuda"]
+
+
+def test_a_provider_that_loads_silently_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = _open(Machine({}, silent=(CUDA,)), monkeypatch, CUDA, CPU)
+    assert choice.names == (CPU,)
+    assert choice.missing[1] == ("cuda", "ONNX Runtime could not load it; a driver or library is missing")
+
+
+def test_a_model_that_fails_everywhere_is_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GraphError, match="bad model"):
+        _open(Machine({CUDA: "no device", CPU: "bad model"}), monkeypatch, CUDA, CPU)

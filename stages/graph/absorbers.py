@@ -11,10 +11,12 @@ used; the exporter checks every guard again before it edits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from stages.records import Absorber, HeadSharing, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
+from stages.repeated_heads import repeated_heads
 
 _GAIN_INPUT = {
     "SimplifiedLayerNormalization": 1,
@@ -43,7 +45,7 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
         return norm
     if node.op_type == "Mul":
         return _elementwise_product(node, in_features, sites)
-    if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
+    if node.op_type in ("GroupQueryAttention", "MultiHeadAttention") and value is node.outputs[0]:
         return _attention_value(node, in_features, sites)
     return f"it comes from {node.op_type}, which can't take a scale exactly"
 
@@ -126,23 +128,50 @@ def _gemm_bias(node: ir.Node | None) -> str | None:
 
 def _attention_value(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
     heads = node.attributes["num_heads"].as_int()
-    kv_heads = node.attributes["kv_num_heads"].as_int()
-    reader, source = _value_reader(node)
-    linear = None if source is None else _linear_source(source, reader, sites)
+    path = _grouped_value(node) if node.op_type == "GroupQueryAttention" else _multi_head_value(node, heads)
+    linear = None if path.source is None else _linear_source(path.source, path.reader, sites)
     if linear is None:
         return "attention's V does not come from a linear layer alone"
     site, bias = linear
     head_size = in_features // heads
-    apart = reader is node and len(node.inputs) > 2 and node.inputs[2] is not None
-    first_channel = 0 if apart else (heads + kv_heads) * head_size
-    if first_channel + kv_heads * head_size != site.out_features or heads % kv_heads:
+    first_channel = (heads + path.kv_heads) * head_size if path.packed else 0
+    if first_channel + path.kv_heads * head_size != site.out_features or heads % path.kv_heads:
         return "the width of attention's V doesn't fit its head counts"
     return ValueAbsorber(
         site=site.name,
         first_channel=first_channel,
-        heads=HeadSharing(kv_heads=kv_heads, group_size=heads // kv_heads, head_size=head_size),
+        heads=HeadSharing(kv_heads=path.kv_heads, group_size=heads // path.kv_heads, head_size=head_size),
         bias=bias,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ValuePath:
+    """What V is made from (None: unknown), the node that reads it, and whether Q and K lie before V in it."""
+
+    reader: ir.Node
+    source: ir.Value | None
+    kv_heads: int
+    packed: bool
+
+
+def _grouped_value(node: ir.Node) -> _ValuePath:
+    reader, source = _value_reader(node)
+    apart = reader is node and len(node.inputs) > 2 and node.inputs[2] is not None
+    kv_heads = node.attributes["kv_num_heads"].as_int()
+    return _ValuePath(reader=reader, source=source, kv_heads=kv_heads, packed=not apart)
+
+
+def _multi_head_value(node: ir.Node, heads: int) -> _ValuePath:
+    """V apart from Q and K, without a bias of attention's own; its heads may be repeated by nodes before."""
+    value, bias = (list(node.inputs) + [None] * 4)[2:4]
+    if value is None or bias is not None:
+        return _ValuePath(reader=node, source=None, kv_heads=heads, packed=False)
+    repeated = repeated_heads(value, heads)
+    if repeated is None:
+        return _ValuePath(reader=node, source=value, kv_heads=heads, packed=False)
+    source = repeated.entry.inputs[0]
+    return _ValuePath(reader=repeated.entry, source=source, kv_heads=repeated.kv_heads, packed=False)
 
 
 def _value_reader(attention: ir.Node) -> tuple[ir.Node, ir.Value | None]:

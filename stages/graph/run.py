@@ -6,7 +6,7 @@ whose weights are mapped from the base model's own files. Nodes behind the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stages.model_directory import ModelDirectory
 from stages.records import ActivationGroup
-from stages.session import CausalFeeds, SessionSettings, open_session
+from stages.session import CPU, CausalFeeds, ProviderChoice, SessionSettings, open_first_session
 
 
 def tapped_graph(model: ir.Model, activations: tuple[str, ...]) -> bytes:
@@ -40,6 +40,8 @@ class ActivationTap:
 
     feeds: CausalFeeds
     activations: tuple[str, ...]
+    providers: ProviderChoice
+    """What it runs on: the providers asked for, without those that failed."""
 
     def run(self, tokens: np.ndarray) -> Iterator[tuple[str, Tensor]]:
         """One forward pass over ``tokens`` [batch, length]: (activation, [batch, length, K] in the model's type)."""
@@ -49,19 +51,23 @@ class ActivationTap:
 
 
 def open_tap(
-    model: ir.Model, directory: ModelDirectory, groups: tuple[ActivationGroup, ...], providers: tuple[str, ...]
+    model: ir.Model,
+    directory: ModelDirectory,
+    groups: tuple[ActivationGroup, ...],
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
 ) -> ActivationTap:
-    """Open the tapped graph with one output for each group's activation.
+    """Open the tapped graph with one output for each group's activation, on the first providers that take it.
 
     Raises:
         GraphError: ONNX Runtime can't open the base model.
     """
     activations = tuple(group.activation for group in groups)
     settings = SessionSettings(
-        providers=providers,
+        provider_options=provider_options,
         external_data_folder=directory.folder,
-        map_weights=providers == ("CPUExecutionProvider",),
+        map_weights=choice.names == (CPU,),
     )
-    session = open_session(tapped_graph(model, activations), settings)
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
-    return ActivationTap(feeds, activations)
+    opened = open_first_session(tapped_graph(model, activations), settings, choice)
+    feeds = CausalFeeds(opened.session, directory.kv_heads, directory.head_size, directory.windowed_caches)
+    return ActivationTap(feeds, activations, opened.providers)

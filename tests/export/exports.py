@@ -40,7 +40,12 @@ def options(level: str = "full", accuracy_level: int | None = None) -> ExportOpt
 
 
 def tiny_export(
-    folder: Path, *, spec: QuantSpec | None = None, form: WeightForm = WeightForm.DQ, name: str = "quantized"
+    folder: Path,
+    *,
+    spec: QuantSpec | None = None,
+    form: WeightForm = WeightForm.DQ,
+    name: str = "quantized",
+    opset: int = 21,
 ) -> TinyExport:
     """up (scale folded into the norm, and taking down's) and down (scale folded into up) of the tiny decoder."""
     rng = np.random.default_rng(0)
@@ -49,7 +54,7 @@ def tiny_export(
     up = exact_weight(site_of("up", "x", 64, 96, dtype=dtype), spec, rng, input_scale(rng, 64))
     down = exact_weight(site_of("down", "product", 96, 64, dtype=dtype), spec, rng, input_scale(rng, 96))
     base_folder = folder / "base"
-    tiny_decoder(up.matrix, down.matrix, rng).save(base_folder)
+    tiny_decoder(up.matrix, down.matrix, rng, opset).save(base_folder)
     write_side_files(base_folder)
     base = locate_model(base_folder)
     groups = [

@@ -46,6 +46,16 @@ def test_the_output_runs_as_it_stands_and_computes_what_the_base_does(
     assert saved["worst_exact"]["site"] == report.worst_exact.site
 
 
+@pytest.mark.parametrize("opset", [14, 17])
+def test_an_older_base_is_converted_and_the_table_says_so(tmp_path: Path, opset: int) -> None:
+    tiny = tiny_export(tmp_path, opset=opset)
+    summary = tiny.run(options())
+    assert summary.notes[0].startswith(f"converted from opset {opset} to 21")
+    assert ir.load(summary.onnx_file).opset_imports[""] == 21
+    assert ir.load(tiny.base.onnx_file).opset_imports[""] == opset
+    assert relative_difference(logits(summary.onnx_file), logits(tiny.base.onnx_file)) < 1e-5
+
+
 def test_every_side_file_is_there_and_nothing_else(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     tiny.run(options())

@@ -10,12 +10,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from stages.graph.load import load_graph
+from stages.base_graph import load_graph
 from stages.graph.run import open_tap, tapped_graph
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
+from stages.session import choose_providers
 
-CPU = ("CPUExecutionProvider",)
+CPU = choose_providers("cpu")
 
 
 @pytest.mark.parametrize("fixture", ["tiny_model", "tiny_model_dml"])
@@ -25,7 +26,7 @@ def test_every_distinct_input_is_tapped_once_with_the_value_that_the_site_reads(
     directory = locate_model(request.getfixturevalue(fixture))
     model = load_graph(directory)
     groups = find_groups(model)
-    tap = open_tap(model, directory, groups, CPU)
+    tap = open_tap(model, directory, groups, CPU, {})
     tokens = np.arange(24).reshape(2, 12)
     taps = dict(tap.run(tokens))
     assert len(tap.activations) == len(set(tap.activations)) == len(groups)
@@ -36,7 +37,7 @@ def test_every_distinct_input_is_tapped_once_with_the_value_that_the_site_reads(
     # lm_head's input times lm_head's weight must be the logits of the untouched model.
     head = next(site for group in groups for site in group.sites if site.feeds_logits)
     weight = np.asarray(model.graph.initializers[head.weight].const_value.numpy())
-    session = ort.InferenceSession(str(directory.onnx_file), providers=list(CPU))
+    session = ort.InferenceSession(str(directory.onnx_file), providers=list(CPU.names))
     logits = session.run(["logits"], tap.feeds(tokens))[0].astype(np.float32)
     ours = taps[head.activation].float().numpy() @ weight.astype(np.float32)
     tolerance = 2e-2 if logits.dtype == np.float16 or fixture.endswith("dml") else 1e-4  # float16 rounding of logits
@@ -61,7 +62,7 @@ def test_the_tapped_graph_is_small_refers_to_the_original_data_and_leaves_the_mo
 def test_batches_do_not_influence_each_other(tiny_model: Path) -> None:
     directory = locate_model(tiny_model)
     model = load_graph(directory)
-    tap = open_tap(model, directory, find_groups(model), CPU)
+    tap = open_tap(model, directory, find_groups(model), CPU, {})
     tokens = np.arange(40).reshape(2, 20)
     together, alone = dict(tap.run(tokens)), dict(tap.run(tokens[1:]))
     for activation, values in alone.items():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from stages.base_graph import load_graph
 from stages.errors import GraphError, SolveError
 from stages.fingerprint import fingerprint_model
-from stages.graph.load import load_graph
 from stages.graph.sites import find_sites
 from stages.graph.weights import read_weight, to_torch
 from stages.model_directory import locate_model
@@ -53,23 +53,6 @@ def test_nan_weights_name_the_site(tmp_path: Path) -> None:
     model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
     with pytest.raises(SolveError, match="weight of y/MatMul holds NaN"):
         read_weight(model, find_sites(model)[0], CPU)
-
-
-def test_truncated_external_data_says_so(tmp_path: Path) -> None:
-    folder = _saved(tmp_path / "m", np.ones((6, 4), np.float32))
-    data = folder / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-8])
-    with pytest.raises(GraphError, match="truncated"):
-        load_graph(locate_model(folder))
-    data.unlink()
-    with pytest.raises(GraphError, match="is missing"):
-        load_graph(locate_model(folder))
-
-
-def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"not a model at all")
-    with pytest.raises(GraphError, match="not a readable ONNX model"):
-        load_graph(locate_model(tmp_path))
 
 
 def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
