@@ -88,6 +88,8 @@ class LinearAbsorber:
     site: str
     bias: str | None = None
     """Initializer [N] added after the site, divided too."""
+    power: Literal[1, 2] = 1
+    """2 where the activation is the square of the site's output or of its Relu: channels take the scale's root."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
