@@ -25,6 +25,7 @@ from stages.config import ExportOptions
 from stages.errors import GraphError, UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
+from stages.records import UnreachedWeights
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
 
@@ -44,6 +45,8 @@ class ExportSummary:
     """None where verification was off."""
     notes: tuple[str, ...] = ()
     tables: tuple[TableOutcome, ...] = ()
+    unreached: tuple[UnreachedWeights, ...] = ()
+    """Large weights that no MatMul or Gemm reads."""
 
 
 def export_model(
@@ -81,6 +84,7 @@ def export_model(
         report=report,
         notes=notes,
         tables=table_outcomes(result.model, result.tables),
+        unreached=store.recipe.unreached,
     )
 
 
