@@ -95,8 +95,8 @@ def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int
     told = [in_words(part) for part in unreached if _is_worth_a_warning(part)]
     if not told and not routers:
         return ""
-    mixture = [f"a mixture of experts, whose {routers} routers stay as they are"] if routers else []
-    return "; ".join([f"{quantized} MatMuls are quantized", *mixture, *told])
+    mixture = [f"routers of experts kept: {routers}"] if routers else []
+    return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *told])
 
 
 def _is_worth_a_warning(part: UnreachedWeights) -> bool:

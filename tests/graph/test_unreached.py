@@ -67,7 +67,7 @@ def test_experts_are_summed_over_all_nodes_and_say_what_to_do() -> None:
     assert found.num_bytes == 2 * 4 * (4 * 32 * 16 * 2 + 4 * 32)
     assert "moe_quant_type=int4" in found.reason
     line = unreached_warning(tuple(unreached(graph).values()), quantized=1, routers=2)
-    assert line.startswith("1 MatMuls are quantized; a mixture of experts, whose 2 routers stay as they are; MoE keeps")
+    assert line.startswith("MatMuls that are quantized: 1; routers of experts kept: 2; MoE keeps 0.fc1")
     assert "and 5 more" in line
     assert "table" not in line
     assert "\n" not in line
