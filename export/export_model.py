@@ -24,6 +24,7 @@ from stages.config import ExportOptions
 from stages.errors import UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
+from stages.records import UnreachedWeights
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
 
@@ -43,6 +44,8 @@ class ExportSummary:
     """None where verification was off."""
     notes: tuple[str, ...] = ()
     tables: tuple[TableOutcome, ...] = ()
+    unreached: tuple[UnreachedWeights, ...] = ()
+    """Large weights that no MatMul or Gemm reads."""
 
 
 def export_model(
@@ -80,6 +83,7 @@ def export_model(
         report=report,
         notes=(*_opset_note(result), *notes),
         tables=table_outcomes(result.model, result.tables),
+        unreached=store.recipe.unreached,
     )
 
 

@@ -31,7 +31,7 @@ def export_table(summary: ExportSummary) -> Table:
         ("size", _sizes(summary)),
         *_embeddings(summary.tables),
         *_folds(summary.folds),
-        *_kept(summary.kept),
+        *_kept(summary),
         *_checks(summary.report),
     ]
     for name, text in [*rows, *(("note", note) for note in summary.notes)]:
@@ -69,8 +69,12 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
     yield from _counted("Mul, because", reasons)
 
 
-def _kept(kept: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:
-    yield from _counted("kept as it was", Counter(why for _, why in kept))
+def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
+    yield from _counted("kept as it was", Counter(why for _, why in summary.kept))
+    for part in summary.unreached:
+        size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
+        more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
+        yield "kept as it was", f"{part.op_type}: {part.weights[0]}{more} ({size}): {part.reason}"
 
 
 def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from functools import partial
 
 import onnx_ir as ir
 import torch
 from pydantic import TypeAdapter
 from rich.console import Console
+from rich.markup import escape
 
 from export.export_model import Destination, export_model
 from export.tables import export_table
@@ -19,6 +21,7 @@ from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
 from stages.graph.embeddings import find_embeddings
 from stages.graph.sites import find_groups
+from stages.graph.unreached import find_unreached, unreached_warning
 from stages.graph.weights import read_rows, read_weight
 from stages.model_directory import locate_model
 from stages.observe.cache import CalibrationCache, open_cache
@@ -43,13 +46,20 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     plan = make_plan(find_groups(model), _format_rules(config))
     embeddings = _embedding_plans(config, model)
-    recipe = _recipe(config, plan, embeddings, fingerprint, cache)
+    unreached = find_unreached(model, {plan.table.weight for plan in embeddings})
+    _warn(console, unreached_warning(unreached, quantized=len(plan.specs), routers=plan.kept_routers))
+    recipe = replace(_recipe(config, plan, embeddings, fingerprint, cache), unreached=unreached)
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
     _solve_unfinished(_solver(config, model, plan, cache), store, console)
     _round_unfinished(model, store, choose_device(config.device))
     show(quantization_table(store, time.perf_counter() - started))
     summary = export_model(directory, store, destination, config.export_options, console)
     show(export_table(summary))
+
+
+def _warn(console: Console, line: str) -> None:
+    if line:
+        console.print(f"[bold yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _format_rules(config: QuantizeConfig) -> FormatRules:

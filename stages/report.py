@@ -29,9 +29,12 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     reports = store.reports()
     weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
     bits_per_weight = 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
+    notes = Counter(report.note for report in reports if report.note)
     table = Table(
         title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
+        caption="\n".join(f"{count} x {note}" for note, count in notes.items()) or None,
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         caption_justify="left",
         padding=(0, 1, 0, 0),

@@ -13,6 +13,7 @@ from stages.errors import RecipeError
 from stages.records import ActivationGroup, Granularity, MatMulSite, QuantSpec
 
 _LM_HEAD = "lm_head"
+_ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
 _SENSITIVE = re.compile(r"layers[./](\d+)[./](?:(?:attn|self_attn)[./](qkv_proj|v_proj)|mlp[./](down_proj))(?![\w])")
 
 
@@ -39,6 +40,10 @@ class QuantPlan:
     groups: tuple[ActivationGroup, ...]
     specs: Mapping[str, QuantSpec]
     kept: tuple[tuple[str, str], ...]
+
+    @property
+    def kept_routers(self) -> int:
+        return sum(why == _ROUTER for _, why in self.kept)
 
     @property
     def eight_bit_sites(self) -> int:
@@ -82,8 +87,10 @@ def _eight_bit(sites: Sequence[MatMulSite], rules: FormatRules) -> frozenset[str
 
 
 def _kept(sites: Sequence[MatMulSite], rules: FormatRules, eight_bit: frozenset[str]) -> dict[str, str]:
-    """Site name -> the words why it is kept; an lm_head that was asked for by name is not."""
+    """Site name -> the words why it is kept; an lm_head or a router that was asked for by name is not."""
     kept = _matches(sites, rules.exclude, "--exclude")
+    # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
+    kept |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*kept, *eight_bit}}
     for site in sites:
         if not matches_site(_LM_HEAD, site):
             continue

@@ -130,3 +130,20 @@ def test_eight_bit_sites_have_their_own_granularity() -> None:
     plan = make_plan(GROUPS, replace(RULES, layers_8bit="down_proj", eight_bit=PerBlock(block_size=128)))
     assert {spec.label for spec in plan.specs.values()} == {"4b32", "8b128"}
     assert plan.eight_bit_sites == 1
+
+
+def _with_router() -> tuple[ActivationGroup, ...]:
+    group = _group("/model/layers.1/moe/router/MatMul")
+    return (*GROUPS, replace(group, sites=tuple(replace(member, routes_experts=True) for member in group.sites)))
+
+
+def test_a_router_is_kept_unless_it_is_named() -> None:
+    router = "/model/layers.1/moe/router/MatMul"
+    plan = make_plan(_with_router(), RULES)
+    assert "router of a mixture of experts" in dict(plan.kept)[router]
+    assert plan.kept_routers == 1
+    named = make_plan(_with_router(), replace(RULES, layers_8bit="router"))
+    assert named.specs[router].bits == 8
+    assert named.kept_routers == 0
+    excluded = make_plan(_with_router(), replace(RULES, exclude="router,lm_head"))
+    assert dict(excluded.kept)[router] == "--exclude router"

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.records import ActivationStats, NormAbsorber, QuantizedWeight
+from stages.records import ActivationStats, NormAbsorber, QuantizedWeight, TokenStats
 from stages.solve.objective import output_error
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
-from tests.solve.problems import OPTIONS, RandomLayer, random_layer
+from tests.solve.problems import OPTIONS, RandomLayer, gram_stats, random_layer
 
 
 def _solver(layer: RandomLayer, name: str, *, fold: bool = True, one_scale: bool = False) -> GroupSolver:
@@ -83,3 +83,45 @@ def test_siblings_share_one_scale_unless_each_may_have_its_own() -> None:
     assert own.reports[0].site != own.reports[1].site
     # Each alone can only fit its own output better (relative losses weigh sites a little differently).
     assert losses[0] <= losses[1] * 1.001
+
+
+def _unseen(kind: str, in_features: int) -> TokenStats:
+    if kind == "zeros":
+        return gram_stats(torch.zeros(4, in_features))
+    rows = torch.zeros(0, in_features)
+    gram = torch.zeros(in_features, in_features) if kind == "no gram" else None
+    return TokenStats(num_tokens=0, abs_mean=torch.zeros(in_features), gram=gram, rows=rows if gram is None else None)
+
+
+@pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
+@pytest.mark.parametrize("kind", ["no gram", "no rows", "zeros"])
+def test_an_expert_that_no_token_chose_is_rounded_and_says_so(name: str, kind: str) -> None:
+    layer = random_layer(23, widths=(12,))
+    silent = _unseen(kind, layer.problem.group.in_features)
+    problem = replace(layer.problem, stats=ActivationStats(calibration=silent, held_out=silent))
+    (weight,) = _solver(replace(layer, problem=problem), name).solve(problem.group).weights
+    (rounded,) = _solver(layer, "rtn").solve(problem.group).weights
+    assert torch.equal(weight.codes, rounded.codes)
+    assert torch.equal(weight.scales, rounded.scales)
+    assert weight.input_scale is None
+    (report,) = _solver(replace(layer, problem=problem), name).solve(problem.group).reports
+    assert report.algorithm == "rtn"
+    assert "no calibration token" in report.note
+    assert (report.loss, report.loss_rtn, report.held_out_loss) == (None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["no gram", "no rows", "zeros"])
+def test_an_expert_that_only_held_out_tokens_missed_is_searched(kind: str) -> None:
+    layer = random_layer(24, widths=(12,))
+    assert layer.problem.stats is not None
+    silent = _unseen(kind, layer.problem.group.in_features)
+    stats = ActivationStats(calibration=layer.problem.stats.calibration, held_out=silent)
+    problem = replace(layer.problem, stats=stats)
+    solved = _solver(replace(layer, problem=problem), "awq_full").solve(problem.group)
+    (report,) = solved.reports
+    assert report.note == ""
+    assert report.held_out_loss is None
+    assert report.loss is not None
+    assert report.loss_rtn is not None
+    assert report.loss < report.loss_rtn
+    assert bool(torch.isfinite(solved.weights[0].scales).all())
