@@ -24,6 +24,7 @@ from stages.observe.dataset import TokenWindows, WindowRequest, load_windows
 from stages.observe.statistics import StatisticsAccumulator
 from stages.records import ActivationGroup, ActivationStats, TokenStats
 from stages.session import ProviderChoice, choose_providers
+from stages.widen import WIDENED_BECAUSE
 
 
 def calibrate(config: CalibrateConfig, console: Console) -> None:
@@ -40,8 +41,11 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
     if _is_current(config, key):
         console.print(f"{config.cache_path} already holds exactly this calibration; nothing to do.", highlight=False)
         return
-    with new_cache(config.cache_path, key, overwrite=config.overwrite) as writer:
-        tap = open_tap(model, directory, groups, providers.names)
+    with (
+        new_cache(config.cache_path, key, overwrite=config.overwrite) as writer,
+        open_tap(model, directory, groups, providers.names, config.cache_path.absolute().parent) as tap,
+    ):
+        widened = tap.widened
         writer.write_tokens(windows.calibration, windows.held_out)
         with progress_bar(console) as progress:
             held_out = _observe(tap, groups, windows.held_out, config.batch_size, device, progress, "held-out windows")
@@ -49,7 +53,7 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
                 tap, groups, windows.calibration, config.batch_size, device, progress, "calibration windows"
             )
         _save(writer, groups, calibration, held_out)
-    show(_summary(config, windows, groups, providers, time.perf_counter() - started))
+    show(_summary(config, windows, groups, providers, widened, time.perf_counter() - started))
 
 
 def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> WindowRequest:
@@ -139,6 +143,7 @@ def _summary(
     windows: TokenWindows,
     groups: tuple[ActivationGroup, ...],
     providers: ProviderChoice,
+    widened: bool,
     seconds: float,
 ) -> Table:
     table = Table(title="calibration cache", show_header=False)
@@ -149,6 +154,8 @@ def _summary(
     table.add_row("windows", f"{len(windows.calibration)} to search with + {len(windows.held_out)} held out, {seq_len}")
     table.add_row("tapped", f"{len(groups)} activations of {sum(len(group.sites) for group in groups)} MatMuls")
     table.add_row("ran on", ", ".join(providers.names))
+    if widened:
+        table.add_row("", WIDENED_BECAUSE)
     for name, why in providers.missing:
         table.add_row("not used", f"{name}: {why}")
     table.add_row("seconds", f"{seconds:.1f}")

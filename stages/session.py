@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
@@ -18,6 +19,8 @@ _PROVIDERS = {
     "dml": "DmlExecutionProvider",
     "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider",
 }
+CPU_ONLY = (_PROVIDERS["cpu"],)
+_BFLOAT16 = "tensor(bfloat16)"
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -135,7 +138,7 @@ class CausalFeeds:
     head_size: int | None
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
 
-    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
         """Feeds for ``tokens`` [batch, length] (any integer type).
 
         Raises:
@@ -143,8 +146,10 @@ class CausalFeeds:
         """
         return {node.name: self._feed(node, tokens) for node in self.session.get_inputs()}
 
-    def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray:
+    def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray | ort.OrtValue:
         batch, length = tokens.shape
+        if "past" in node.name and node.type == _BFLOAT16:
+            return _bfloat16_zeros(self._past_shape(node, batch))
         dtype = _NUMPY_TYPES.get(node.type)
         if dtype is None:
             raise GraphError(f"Graph input '{node.name}' has type {node.type}, which calibration can't feed.")
@@ -155,9 +160,16 @@ class CausalFeeds:
         if node.name == "position_ids":
             return np.broadcast_to(np.arange(length, dtype=dtype), (batch, length)).copy()
         if "past" in node.name:
-            empty = (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size)
-            return np.zeros(_past_shape(node, empty), dtype)
+            return np.zeros(self._past_shape(node, batch), dtype)
         raise GraphError(
             f"Graph input '{node.name}' is not one that a text decoder has "
             "(input_ids, attention_mask, position_ids, past key/values); pass the decoder's .onnx file."
         )
+
+    def _past_shape(self, node: ort.NodeArg, batch: int) -> tuple[int, ...]:
+        return _past_shape(node, (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size))
+
+
+def _bfloat16_zeros(shape: tuple[int, ...]) -> ort.OrtValue:
+    """numpy has no bfloat16 that ONNX Runtime takes; all bits zero are 0 in every type."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), ir.DataType.BFLOAT16)
