@@ -218,7 +218,7 @@ class ExportConfig:
     weight_operator: WeightOperator | None = None
     """dq or matmul_nbits, in place of the form that stages.quantize chose."""
     accuracy_level: AccuracyLevel | None = None
-    """Written into genai_config.json's session options, with matmul_nbits into the nodes (1: exact on CPU, 4: faster)."""
+    """Written into genai_config.json's session options, with matmul_nbits into its nodes (1: exact on CPU, 4: fast)."""
     verify: Verification = "full"
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
     overwrite: bool = False
