@@ -20,11 +20,11 @@ from export.save import (
 from export.verify import VerifyReport, save_report, verify
 from stages.atomic import whole_directory
 from stages.base_graph import external_files, load_graph
-from stages.config import ExportOptions
+from stages.config import AccuracyLevel, ExportOptions
 from stages.errors import UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
-from stages.records import UnreachedWeights
+from stages.records import UnreachedWeights, WeightForm
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
 
@@ -60,12 +60,12 @@ def export_model(
     """
     destination.require_apart_from(store.folder, "the quantized weights")
     model = load_graph(base)
-    result = rewrite(model, store)
+    result = rewrite(model, store, options.accuracy_level)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
             save_model(result.model, scratch, destination.onnx_name, console)
             copy_side_files(base, model, scratch, destination.onnx_name)
-            notes = _configure(base, scratch, destination, options)
+            notes = _configure(base, scratch, destination, _session_level(store, options))
             report = _verify(scratch / destination.onnx_name, result, base, options, console)
     except OSError as error:
         raise UserError(
@@ -91,13 +91,18 @@ def _opset_note(result: RewriteResult) -> tuple[str, ...]:
     return () if result.opset is None else (str(result.opset),)
 
 
+def _session_level(store: QuantizedStore, options: ExportOptions) -> AccuracyLevel | None:
+    """MatMulNBits nodes carry the level themselves: the session's reaches only those that the runtime fuses."""
+    return None if store.recipe.weight_form is WeightForm.MATMUL_NBITS else options.accuracy_level
+
+
 def _configure(
-    base: ModelDirectory, scratch: Path, destination: Destination, options: ExportOptions
+    base: ModelDirectory, scratch: Path, destination: Destination, session_level: AccuracyLevel | None
 ) -> tuple[str, ...]:
     if base.has_genai_config:
-        patch_genai_config(scratch, destination.onnx_name, options.accuracy_level)
+        patch_genai_config(scratch, destination.onnx_name, session_level)
         return ()
-    if options.accuracy_level is None:
+    if session_level is None:
         return ()
     return ("the base has no genai_config.json: set the accuracy level in your own session options",)
 

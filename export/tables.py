@@ -12,6 +12,7 @@ from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome, How
 from export.verify import VerifyReport
+from stages.widen import WIDENED_BECAUSE
 
 _PLACES: dict[How, str] = {
     "norm": "in norms",
@@ -83,6 +84,8 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         return
     if report.fused is not None:
         yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits"
+    if report.widened:
+        yield "ran", WIDENED_BECAUSE
     yield from _unfused(report)
     if report.worst_exact is not None and report.worst_default is not None:
         exact, default = report.worst_exact, report.worst_default

@@ -159,7 +159,7 @@ class QuantizeConfig:
     """Comma-separated parts of node names that stay as they are; '' quantizes all."""
     accuracy_level: AccuracyLevel | None = None
     """Written into genai_config.json's session options: 1 keeps activations in float32 on CPU, the runtime's default 4
-    rounds them to int8 (faster, less exact)."""
+    rounds them to int8 (faster, less exact). Into the nodes themselves with matmul_nbits, whose default is exact."""
     verify: Verification = "full"
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
     device: str = "auto"
@@ -193,6 +193,11 @@ class QuantizeConfig:
             not (self.use_column_major and self.algo == "rtn"),
             "--use_column_major goes with DequantizeLinear alone; use --algo rtn_dq in place of rtn.",
         )
+        _require(
+            self.weight_operator != "matmul_nbits" or not (self.use_column_major or self.algo == "rtn"),
+            "--weight_operator matmul_nbits is another form than --use_column_major and --algo rtn ask for; leave them "
+            "out (rtn_dq rounds in the same way).",
+        )
         _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
@@ -210,8 +215,10 @@ class ExportConfig:
     """Folder that stages.quantize saved its weights to."""
     output_path: Path
     """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
+    weight_operator: WeightOperator | None = None
+    """dq or matmul_nbits, in place of the form that stages.quantize chose."""
     accuracy_level: AccuracyLevel | None = None
-    """Written into genai_config.json's session options (1: exact on CPU, 4: the runtime's default)."""
+    """Written into genai_config.json's session options, with matmul_nbits into its nodes (1: exact on CPU, 4: fast)."""
     verify: Verification = "full"
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
     overwrite: bool = False

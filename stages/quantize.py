@@ -113,7 +113,7 @@ def _recipe(
         digest.update(part)
     return ExportRecipe(
         model_fingerprint=fingerprint,
-        weight_form=_weight_form(config),
+        weight_form=_weight_form(config, plan),
         fold_input_scales=not config.awqlite_disable_fuse_nodes,
         groups=plan.groups,
         kept=plan.kept,
@@ -123,10 +123,15 @@ def _recipe(
     )
 
 
-def _weight_form(config: QuantizeConfig) -> WeightForm:
+def _weight_form(config: QuantizeConfig, plan: QuantPlan) -> WeightForm:
     if config.use_column_major:
         return WeightForm.DQ_COLUMN_MAJOR
-    return WeightForm.QDQ if config.algo == "rtn" else WeightForm.DQ
+    if config.algo == "rtn":
+        return WeightForm.QDQ
+    if config.weight_operator is not None:
+        return WeightForm(config.weight_operator)
+    fusible = all(spec.scale_dtype != "bfloat16" for spec in plan.specs.values())
+    return WeightForm.DQ if fusible else WeightForm.MATMUL_NBITS
 
 
 def _summary(config: QuantizeConfig, plan: QuantPlan, embeddings: tuple[EmbeddingPlan, ...]) -> str:

@@ -33,8 +33,6 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     table = Table(
         title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
-        caption="\n".join(f"{count} x {note}" for note, count in notes.items()) or None,
-        caption_justify="left",
         box=box.SIMPLE_HEAD,
         caption_justify="left",
         padding=(0, 1, 0, 0),
@@ -44,7 +42,7 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     rows = _by_kind_and_format(reports)
     for (kind, _), members in rows.items():
         table.add_row(*_row(f"{len(members)} x {kind}", members))
-    table.caption = "\n".join(_layers_by_format(rows))
+    table.caption = "\n".join([*_layers_by_format(rows), *(f"{count} x {note}" for note, count in notes.items())])
     measured = [report for report in reports if report.held_out_loss is not None]
     if measured and len(reports) > len(rows):
         table.add_section()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stages.base_graph import load_graph
-from stages.graph.run import open_tap, tapped_graph
+from stages.graph.run import open_tap, tapped_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.session import choose_providers
@@ -49,7 +49,7 @@ def test_the_tapped_graph_is_small_refers_to_the_original_data_and_leaves_the_mo
     model = load_graph(directory)
     before = [output.name for output in model.graph.outputs]
     groups = find_groups(model)
-    serialized = tapped_graph(model, tuple(group.activation for group in groups))
+    serialized = ir.to_proto(tapped_model(model, tuple(group.activation for group in groups))).SerializeToString()
     assert [output.name for output in model.graph.outputs] == before
     weights = sum(site.in_features * site.out_features * 4 for group in groups for site in group.sites)
     assert len(serialized) < 0.3 * weights
