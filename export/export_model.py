@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from export.embedding import TableOutcome, table_outcomes
@@ -21,10 +23,12 @@ from export.save import (
 )
 from export.verify import VerifyReport, save_report, verify
 from stages.atomic import whole_directory
-from stages.config import ExportOptions
+from stages.config import AccuracyLevel, ExportOptions
 from stages.errors import GraphError, UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
+from stages.records import ExportRecipe
+from stages.session import ACCURACY_LEVEL
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
 
@@ -57,13 +61,14 @@ def export_model(
         UserError: the destination can't be used or written.
     """
     destination.require_apart_from(store.folder, "the quantized weights")
+    options = _with_target_level(options, store.recipe)
     model = _load(base)
     result = rewrite(model, store)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
             save_model(result.model, scratch, destination.onnx_name, console)
             copy_side_files(base, model, scratch, destination.onnx_name)
-            notes = _configure(base, scratch, destination, options)
+            notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options, console)
     except OSError as error:
         raise UserError(
@@ -98,15 +103,30 @@ def _load(base: ModelDirectory) -> ir.Model:
     return model
 
 
+def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOptions:
+    """``options`` with the accuracy level that the weights' target runs fast, where none was asked for."""
+    chosen = dict(recipe.session_options).get(ACCURACY_LEVEL)
+    if options.accuracy_level is not None or chosen is None:
+        return options
+    return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
+
+
+def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:
+    """What the target needs, and the accuracy level that was asked for."""
+    level = {} if options.accuracy_level is None else {ACCURACY_LEVEL: str(options.accuracy_level)}
+    return dict(recipe.session_options) | level
+
+
 def _configure(
-    base: ModelDirectory, scratch: Path, destination: Destination, options: ExportOptions
+    base: ModelDirectory, scratch: Path, destination: Destination, session_options: Mapping[str, str]
 ) -> tuple[str, ...]:
     if base.has_genai_config:
-        patch_genai_config(scratch, destination.onnx_name, options.accuracy_level)
+        patch_genai_config(scratch, destination.onnx_name, session_options)
         return ()
-    if options.accuracy_level is None:
-        return ()
-    return ("the base has no genai_config.json: set the accuracy level in your own session options",)
+    return tuple(
+        f"the base has no genai_config.json: set {key} to {value} in your own session options"
+        for key, value in session_options.items()
+    )
 
 
 def _verify(
