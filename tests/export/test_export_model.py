@@ -92,7 +92,7 @@ def test_an_accuracy_level_without_genai_config_is_noted(tmp_path: Path) -> None
     tiny.base.genai_config_path.unlink()
     without = type(tiny.base)(folder=tiny.base.folder, onnx_file=tiny.base.onnx_file, has_genai_config=False)
     summary = type(tiny)(base=without, store=tiny.store, output=tiny.output).run(options("quick", 1))
-    assert "accuracy level" in summary.notes[0]
+    assert "set session.qdq_matmulnbits_accuracy_level to 1" in summary.notes[0]
 
 
 def test_an_existing_output_is_refused_unless_overwritten(tmp_path: Path) -> None:
