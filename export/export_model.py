@@ -27,7 +27,7 @@ from stages.config import AccuracyLevel, ExportOptions
 from stages.errors import GraphError, UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
-from stages.records import ExportRecipe
+from stages.records import ExportRecipe, WeightForm
 from stages.session import ACCURACY_LEVEL
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
@@ -112,9 +112,11 @@ def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOp
 
 
 def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:
-    """What the target needs, and the accuracy level that was asked for."""
-    level = {} if options.accuracy_level is None else {ACCURACY_LEVEL: str(options.accuracy_level)}
-    return dict(recipe.session_options) | level
+    """What the target needs, and the accuracy level, which MatMulNBits nodes carry themselves."""
+    needed = {key: value for key, value in recipe.session_options if key != ACCURACY_LEVEL}
+    if options.accuracy_level is None or recipe.weight_form is WeightForm.MATMUL_NBITS:
+        return needed
+    return needed | {ACCURACY_LEVEL: str(options.accuracy_level)}
 
 
 def _configure(

@@ -388,4 +388,4 @@ class ExportRecipe:
     """The tables whose Gather nodes read INT4 codes."""
     session_options: tuple[tuple[str, str], ...] = ()
     """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
-    holds where none is asked for, and for MatMulNBits nodes too."""
+    holds where none is asked for; MatMulNBits nodes carry it themselves."""

@@ -34,7 +34,9 @@ def prefer(request: Request) -> Preferences:
     written = request.wishes.form or form.value
     return Preferences(
         form=form,
-        block_size=Preference(128, "0.87 ms a token at 4096 x 4096; 32 is more exact and takes 0.91 ms, 16 takes 1.90 ms"),
+        block_size=Preference(
+            128, "0.87 ms a token at 4096 x 4096; 32 is more exact and takes 0.91 ms, 16 takes 1.90 ms"
+        ),
         eight_bit=eight_bit,
         zero_point="signed codes need none; with one they are fused too, at 4 / block_size more bits a weight",
         embedding="reads only the rows it needs; DequantizeLinear and Gather expand the table for every token",
