@@ -59,7 +59,7 @@ def _merge(wishes: FormatWishes, preferred: Preferences) -> FormatChoice:
         eight_bit=eight_bit,
         symmetric=not wishes.zero_point,
         gather_form=wishes.gather_form or "gather_block_quantized",
-        gather_block_size=wishes.gather_block_size or preferred.gather_block_size,
+        gather_block_size=wishes.gather_block_size or preferred.gather_block_size.value,
         accuracy_level=wanted if wishes.accuracy_level is None else wishes.accuracy_level,
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
         session_options=(*preferred.session_options, *_level_option(wishes, wanted)),

@@ -62,9 +62,10 @@ def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
     return Preference(WeightForm.DQ, "fused into MatMulNBits as on the CPU: rows [K, N], one reader each; not run here")
 
 
-def _gather_block(request: Request) -> int:
+def _gather_block(request: Request) -> Preference[int]:
     """ORT#32663: GatherBlockQuantized reads another block's scale where blocks don't divide the width."""
-    return 32 if all(width % 32 == 0 for width in request.traits.embedding_widths) else 16
+    divides = all(width % 32 == 0 for width in request.traits.embedding_widths)
+    return Preference(32 if divides else 16, "CUDA's kernel needs a size that divides the width (ORT#32663)")
 
 
 def objections(request: Request, choice: FormatChoice) -> Iterator[str]:

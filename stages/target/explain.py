@@ -90,8 +90,13 @@ def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -
         yield Explanation(option="embedding", chosen="as it is", why="a Gather of floating point is fast everywhere")
     else:
         why = _ASKED if request.wishes.gather_form else preferred.embedding
-        chosen = f"{choice.gather_form}, blocks of {choice.gather_block_size}"
-        yield Explanation(option="--gather_form", chosen=chosen, why=why)
+        yield Explanation(option="--gather_form", chosen=choice.gather_form, why=why)
+        asked = request.wishes.gather_block_size is not None
+        yield Explanation(
+            option="--gather_block_size",
+            chosen=str(choice.gather_block_size),
+            why=_ASKED if asked else preferred.gather_block_size.why,
+        )
 
 
 def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:

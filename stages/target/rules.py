@@ -68,7 +68,7 @@ class Preferences:
     """Why none."""
     embedding: str
     """Where GatherBlockQuantized runs, should an embedding be quantized."""
-    gather_block_size: int = 32
+    gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()
