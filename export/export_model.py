@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from export.embedding import TableOutcome, table_outcomes
@@ -24,7 +26,8 @@ from stages.config import AccuracyLevel, ExportOptions
 from stages.errors import UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
-from stages.records import UnreachedWeights, WeightForm
+from stages.records import ExportRecipe, UnreachedWeights, WeightForm
+from stages.session import ACCURACY_LEVEL
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
 
@@ -59,13 +62,14 @@ def export_model(
         UserError: the destination can't be used or written.
     """
     destination.require_apart_from(store.folder, "the quantized weights")
+    options = _with_target_level(options, store.recipe)
     model = load_graph(base)
     result = rewrite(model, store, options.accuracy_level)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
             save_model(result.model, scratch, destination.onnx_name, console)
             copy_side_files(base, model, scratch, destination.onnx_name)
-            notes = _configure(base, scratch, destination, _session_level(store, options))
+            notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options, console)
     except OSError as error:
         raise UserError(
@@ -91,20 +95,32 @@ def _opset_note(result: RewriteResult) -> tuple[str, ...]:
     return () if result.opset is None else (str(result.opset),)
 
 
-def _session_level(store: QuantizedStore, options: ExportOptions) -> AccuracyLevel | None:
-    """MatMulNBits nodes carry the level themselves: the session's reaches only those that the runtime fuses."""
-    return None if store.recipe.weight_form is WeightForm.MATMUL_NBITS else options.accuracy_level
+def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOptions:
+    """``options`` with the accuracy level that the weights' target runs fast, where none was asked for."""
+    chosen = dict(recipe.session_options).get(ACCURACY_LEVEL)
+    if options.accuracy_level is not None or chosen is None:
+        return options
+    return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
+
+
+def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:
+    """What the target needs, and the accuracy level, which MatMulNBits nodes carry themselves."""
+    needed = {key: value for key, value in recipe.session_options if key != ACCURACY_LEVEL}
+    if options.accuracy_level is None or recipe.weight_form is WeightForm.MATMUL_NBITS:
+        return needed
+    return needed | {ACCURACY_LEVEL: str(options.accuracy_level)}
 
 
 def _configure(
-    base: ModelDirectory, scratch: Path, destination: Destination, session_level: AccuracyLevel | None
+    base: ModelDirectory, scratch: Path, destination: Destination, session_options: Mapping[str, str]
 ) -> tuple[str, ...]:
     if base.has_genai_config:
-        patch_genai_config(scratch, destination.onnx_name, session_level)
+        patch_genai_config(scratch, destination.onnx_name, session_options)
         return ()
-    if session_level is None:
-        return ()
-    return ("the base has no genai_config.json: set the accuracy level in your own session options",)
+    return tuple(
+        f"the base has no genai_config.json: set {key} to {value} in your own session options"
+        for key, value in session_options.items()
+    )
 
 
 def _verify(

@@ -11,6 +11,7 @@ from rich.text import Text
 from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome, How
+from export.fusion import runtime_version
 from export.verify import VerifyReport
 from stages.widen import WIDENED_BECAUSE
 
@@ -83,7 +84,9 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "verified", "no (--verify off)"
         return
     if report.fused is not None:
-        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits"
+        major, minor = runtime_version()
+        here = f"on this machine's CPU with ONNX Runtime {major}.{minor}"
+        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits {here}"
     if report.widened:
         yield "ran", WIDENED_BECAUSE
     yield from _unfused(report)

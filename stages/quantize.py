@@ -26,13 +26,26 @@ from stages.graph.weights import read_rows, read_weight
 from stages.model_directory import locate_model
 from stages.observe.cache import CalibrationCache, open_cache
 from stages.quantized_store import QuantizedStore, create_or_resume_store
-from stages.records import EmbeddingPlan, ExportRecipe, PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.records import (
+    EmbeddingPlan,
+    EmbeddingTable,
+    ExportRecipe,
+    Granularity,
+    PerBlock,
+    PerChannel,
+    QuantSpec,
+    WeightForm,
+)
 from stages.report import quantization_table
 from stages.solve.embedding import plan_embeddings, quantize_table
 from stages.solve.problem import SearchOptions
 from stages.solve.recipe import FormatRules, QuantPlan, make_plan
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
+from stages.target.choose import choose_formats
+from stages.target.explain import choice_table
+from stages.target.formats import FormatChoice, FormatWishes, traits_of
+from stages.target.name import Target
 
 
 def quantize(config: QuantizeConfig, console: Console) -> None:
@@ -44,11 +57,14 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    plan = make_plan(find_groups(model), _format_rules(config))
-    embeddings = _embedding_plans(config, model)
+    groups, tables = find_groups(model), find_embeddings(model)
+    choice = choose_formats(config.parsed_target, _wishes(config), traits_of(groups, tables))
+    _show_choice(config.parsed_target, choice, console)
+    plan = make_plan(groups, _format_rules(config, choice))
+    embeddings = _embedding_plans(config, choice, tables)
     unreached = find_unreached(model, {plan.table.weight for plan in embeddings})
     _warn(console, unreached_warning(unreached, quantized=len(plan.specs), routers=plan.kept_routers))
-    recipe = replace(_recipe(config, plan, embeddings, fingerprint, cache), unreached=unreached)
+    recipe = replace(_recipe(config, choice, plan, embeddings, fingerprint, cache), unreached=unreached)
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
     _solve_unfinished(_solver(config, model, plan, cache), store, console)
     _round_unfinished(model, store, choose_device(config.device))
@@ -62,26 +78,68 @@ def _warn(console: Console, line: str) -> None:
         console.print(f"[bold yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 
-def _format_rules(config: QuantizeConfig) -> FormatRules:
-    size = config.int8_block_size
+def _wishes(config: QuantizeConfig) -> FormatWishes:
+    """The options that were given, and not left to the target."""
+    return FormatWishes(
+        form=_weight_form(config),
+        block_size=config.block_size,
+        eight_bit=_eight_bit_wish(config),
+        mixed=config.enable_mixed_quant and not config.layers_8bit,
+        named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
+        zero_point=config.use_zero_point,
+        gather_axis=config.gather_quantize_axis,
+        gather_form=config.gather_form,
+        gather_block_size=config.gather_block_size,
+        accuracy_level=config.accuracy_level,
+    )
+
+
+def _eight_bit_wish(config: QuantizeConfig) -> Granularity | None:
+    match config.int8_block_size:
+        case None:
+            return None
+        case "channel":
+            return PerChannel()
+        case int(size):
+            return PerBlock(block_size=size)
+
+
+def _weight_form(config: QuantizeConfig) -> WeightForm | None:
+    """The form that was asked for, if one was."""
+    if config.use_column_major:
+        return WeightForm.DQ_COLUMN_MAJOR
+    if config.algo == "rtn":
+        return WeightForm.QDQ
+    return None if config.weight_operator is None else WeightForm(config.weight_operator)
+
+
+def _show_choice(target: Target | None, choice: FormatChoice, console: Console) -> None:
+    if target is not None:
+        show(choice_table(target, choice))
+    for warning in choice.warnings:
+        _warn(console, warning)
+
+
+def _format_rules(config: QuantizeConfig, choice: FormatChoice) -> FormatRules:
     return FormatRules(
-        four_bit=PerBlock(block_size=config.block_size),
-        eight_bit=PerChannel() if size is None else PerBlock(block_size=size),
-        symmetric=not config.use_zero_point,
+        four_bit=choice.four_bit,
+        eight_bit=choice.eight_bit,
+        symmetric=choice.symmetric,
         exclude=config.exclude,
         layers_8bit=config.layers_8bit,
         mixed=config.enable_mixed_quant,
         lm_head=config.lm_head,
+        keep_mixed_because=choice.keep_mixed_because,
     )
 
 
-def _embedding_plans(config: QuantizeConfig, model: ir.Model) -> tuple[EmbeddingPlan, ...]:
+def _embedding_plans(
+    config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
+) -> tuple[EmbeddingPlan, ...]:
     axis = config.gather_quantize_axis
     if axis is None:
         return ()
-    return plan_embeddings(
-        find_embeddings(model), axis=axis, block_size=config.gather_block_size, form=config.gather_form
-    )
+    return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
 
 
 def _search_options(config: QuantizeConfig) -> SearchOptions:
@@ -96,6 +154,7 @@ def _search_options(config: QuantizeConfig) -> SearchOptions:
 
 def _recipe(
     config: QuantizeConfig,
+    choice: FormatChoice,
     plan: QuantPlan,
     embeddings: tuple[EmbeddingPlan, ...],
     fingerprint: str,
@@ -113,32 +172,26 @@ def _recipe(
         digest.update(part)
     return ExportRecipe(
         model_fingerprint=fingerprint,
-        weight_form=_weight_form(config, plan),
+        weight_form=choice.form,
         fold_input_scales=not config.awqlite_disable_fuse_nodes,
         groups=plan.groups,
         kept=plan.kept,
         search=digest.hexdigest(),
-        summary=_summary(config, plan, embeddings),
+        summary=_summary(config, choice, plan, embeddings),
         embeddings=embeddings,
+        session_options=choice.session_options,
     )
 
 
-def _weight_form(config: QuantizeConfig, plan: QuantPlan) -> WeightForm:
-    if config.use_column_major:
-        return WeightForm.DQ_COLUMN_MAJOR
-    if config.algo == "rtn":
-        return WeightForm.QDQ
-    if config.weight_operator is not None:
-        return WeightForm(config.weight_operator)
-    fusible = all(spec.scale_dtype != "bfloat16" for spec in plan.specs.values())
-    return WeightForm.DQ if fusible else WeightForm.MATMUL_NBITS
-
-
-def _summary(config: QuantizeConfig, plan: QuantPlan, embeddings: tuple[EmbeddingPlan, ...]) -> str:
-    zero_point = "with" if config.use_zero_point else "without"
+def _summary(
+    config: QuantizeConfig, choice: FormatChoice, plan: QuantPlan, embeddings: tuple[EmbeddingPlan, ...]
+) -> str:
+    zero_point = "without" if choice.symmetric else "with"
     mixed = f", INT8 at {plan.eight_bit_sites} sites" if plan.eight_bit_sites else ""
-    table = f", embedding INT4 block {config.gather_block_size}" if embeddings else ""
-    return f"{config.algo} INT4 block {config.block_size} {zero_point} zero point{mixed}{table}"
+    table = f", embedding INT4 block {choice.gather_block_size}" if embeddings else ""
+    target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
+    size = choice.four_bit.block_size
+    return f"{config.algo} INT4 block {size} {zero_point} zero point{mixed}{table}{target}"
 
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: QuantPlan, cache: CalibrationCache | None) -> GroupSolver:

@@ -414,4 +414,5 @@ class ExportRecipe:
     unreached: tuple[UnreachedWeights, ...] = ()
     """Large weights that no MatMul or Gemm reads, and so stay as they are."""
     session_options: tuple[tuple[str, str], ...] = ()
-    """(key, value) that the target runtime needs in genai_config.json's session options."""
+    """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
+    holds where none is asked for; MatMulNBits nodes carry it themselves."""

@@ -111,6 +111,20 @@ def test_layers_8bit_takes_layers_paths_parts_of_names_and_lm_head(patterns: str
     assert _eight_bit(layers_8bit=patterns) == expected
 
 
+def test_sites_of_the_mixed_rule_stay_where_the_target_has_no_int8_and_named_ones_do_not() -> None:
+    rules = replace(RULES, mixed=True, keep_mixed_because="it has none")
+    plan = make_plan(GROUPS, rules)
+    kept = dict(plan.kept)
+    # Both of the rule's sites: one of one v_proj, one of one down_proj.
+    for name in ("/model/layers.1/attn/v_proj/MatMul", "/model/layers.10/mlp/down_proj/MatMul"):
+        assert kept[name] == "--enable_mixed_quant: it has none"
+    assert {spec.label for spec in plan.specs.values()} == {"4b32"}
+    named = make_plan(GROUPS, replace(rules, layers_8bit="down_proj", lm_head="8"))
+    eight_bit = {name for name, spec in named.specs.items() if spec.bits == 8}
+    assert eight_bit == {"/model/layers.10/mlp/down_proj/MatMul", "/lm_head/MatMul"}
+    assert named.kept == ()
+
+
 def test_layers_8bit_replaces_the_mixed_rule_and_refuses_what_matches_nothing() -> None:
     assert _eight_bit(mixed=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
     with pytest.raises(RecipeError, match=r"--layers_8bit: 'layers\.7' matches no site"):
