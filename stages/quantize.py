@@ -13,6 +13,7 @@ from rich.console import Console
 
 from export.export_model import Destination, export_model
 from export.tables import export_table
+from stages.atomic import require_creatable
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
@@ -50,6 +51,18 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     show(quantization_table(store, time.perf_counter() - started))
     summary = export_model(directory, store, destination, config.export_options, console)
     show(export_table(summary))
+
+
+def check_before_calibration(config: QuantizeConfig) -> None:
+    """Raise what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
+    config.validate()
+    directory = locate_model(config.onnx_path)
+    Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
+    require_creatable(config.weights_folder, option="--weights_path")
+    choose_device(config.device)
+    model = load_graph(directory)
+    make_plan(find_groups(model), _format_rules(config))
+    _embedding_plans(config, model)
 
 
 def _format_rules(config: QuantizeConfig) -> FormatRules:

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
+from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.records import ActivationGroup
 from stages.session import CausalFeeds, SessionSettings, open_session
+
+_FATAL = 4
 
 
 def tapped_graph(model: ir.Model, activations: tuple[str, ...]) -> bytes:
@@ -42,8 +46,21 @@ class ActivationTap:
     activations: tuple[str, ...]
 
     def run(self, tokens: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-        """One forward pass over ``tokens`` [batch, length]: (activation, [batch, length, K] in the model's type)."""
-        outputs = self.feeds.session.run(list(self.activations), self.feeds(tokens))
+        """One forward pass over ``tokens`` [batch, length]: (activation, [batch, length, K] in the model's type).
+
+        Raises:
+            GraphError: ONNX Runtime stops; its reason is repeated.
+        """
+        session, feeds = self.feeds.session, self.feeds(tokens)
+        options = ort.RunOptions()
+        options.log_severity_level = _FATAL  # what it would log is in the exception
+        try:
+            outputs = session.run(list(self.activations), feeds, options)
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise GraphError(
+                f"The base model stops on {session.get_providers()[0]}: {str(error).splitlines()[0]}; choose another "
+                "--calibration_eps, or build the model for this one."
+            ) from error
         for activation, output in zip(self.activations, outputs, strict=True):
             yield activation, torch.from_numpy(output)
 
