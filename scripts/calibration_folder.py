@@ -9,7 +9,10 @@ from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 
+from scripts.options import DropInConfig
+from stages.atomic import require_creatable
 from stages.config import CalibrateConfig, beside
+from stages.errors import UserError
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import locate_model
 from stages.session import choose_providers
@@ -22,13 +25,21 @@ _WITHOUT_EFFECT = frozenset(
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
 
 
-def calibration_folder(config: CalibrateConfig) -> Path:
+def calibration_folder(config: DropInConfig) -> Path:
     """Where the statistics that ``config`` asks for lie, or will: beside the base model.
+
+    Beside the output where the base model's place can't be written: nothing but the output's had to be there.
 
     Raises:
         UserError: there is no model, or an execution provider is unknown.
     """
-    return beside(config.onnx_path, f".{_digest(config)}.calibration")
+    name = f".{_digest(config)}.calibration"
+    folder = beside(config.onnx_path, name)
+    try:
+        require_creatable(folder, option="--cache_dir")
+    except UserError:
+        return folder if folder.is_dir() else beside(config.output_path, name)
+    return folder
 
 
 def _digest(config: CalibrateConfig) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.errors import UserError
@@ -45,14 +46,26 @@ def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) 
     try:
         return FoundTokenizer(tokenizer=_load(path, trust_remote_code), source=path, title=path)
     except _CannotLoad as error:
-        # A folder was meant as it is: whoever names one wants that tokenizer or none.
-        found = None if stand_in is None or Path(path).is_dir() else _stand_in(stand_in, path, error, trust_remote_code)
+        # Whoever names a folder wants that tokenizer or none.
+        found = None
+        if stand_in is not None and _is_hub_name(path):
+            found = _stand_in(stand_in, path, error, trust_remote_code)
         if found is None:
             raise UserError(
                 f"No tokenizer can be loaded from {path} ({error}); "
                 "pass a folder that has one, or the model's hub name, as --model_name."
             ) from error
         return found
+
+
+def _is_hub_name(path: str) -> bool:
+    if Path(path).is_dir():
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _stand_in(folder: str, wanted: str, reason: _CannotLoad, trust_remote_code: bool) -> FoundTokenizer | None:
@@ -76,6 +89,8 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
 
 def _reason(error: BaseException) -> str:
     for cause in _causes(error):
+        if isinstance(cause, HFValidationError):
+            return "there is no such folder, and it is no hub name"
         if isinstance(cause, GatedRepoError):
             return "its terms must be accepted on the Hugging Face hub; do that, then log in with 'hf auth login'"
         if isinstance(cause, RepositoryNotFoundError):

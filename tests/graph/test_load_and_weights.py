@@ -66,6 +66,20 @@ def test_truncated_external_data_says_so(tmp_path: Path) -> None:
         load_graph(locate_model(folder))
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_file_that_may_not_be_read_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Simulated, because a superuser may read everything.
+    folder = _saved(tmp_path / "m", np.ones((6, 4), np.float32))
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    directory = locate_model(folder)
+    monkeypatch.setattr(*((ir, "load") if name == "model.onnx" else (ir.ExternalTensor, "numpy")), refused)
+    with pytest.raises(GraphError, match=rf"{name} can't be read \(Permission denied\); get the right to read it"):
+        load_graph(directory)
+
+
 def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a model at all")
     with pytest.raises(GraphError, match="not a readable ONNX model"):

@@ -118,6 +118,11 @@ def test_a_folder_without_a_tokenizer_is_not_replaced_by_another(tiny_tokenizer:
         find_tokenizer(str(tmp_path), str(tiny_tokenizer), trust_remote_code=False)
 
 
+def test_a_path_that_leads_nowhere_is_not_replaced_either(tiny_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=r"\(there is no such folder, and it is no hub name\); pass a folder"):
+        find_tokenizer(r"E:\models\llama", str(tiny_tokenizer), trust_remote_code=False)
+
+
 def test_two_places_without_a_tokenizer_are_one_message(no_hub: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No tokenizer can be loaded from someone/model \(the Hugging Face hub"):
         find_tokenizer("someone/model", str(tmp_path), trust_remote_code=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -388,6 +389,19 @@ def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
     content[-1] ^= 1
     data.write_bytes(content)
     assert "stage one is skipped" not in run(into="fourth", onnx_path=base).printed
+
+
+def test_a_base_model_that_may_only_be_read_is_calibrated_beside_the_output(
+    tiny_model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = tmp_path / "read only"
+    base = Path(shutil.copytree(tiny_model, shelf / "base"))
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shelf and may(path, mode))
+    run(into="first", onnx_path=base)
+    assert [path.name for path in shelf.iterdir()] == ["base"]
+    (cache,) = tmp_path.glob("*.calibration")
+    assert cache.name.startswith("first.")
 
 
 def test_a_named_cache_folder_keeps_the_rules_of_the_stages(
