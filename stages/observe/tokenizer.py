@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.errors import UserError
@@ -48,7 +47,7 @@ def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) 
     except _CannotLoad as error:
         # Whoever names a folder wants that tokenizer or none.
         found = None
-        if stand_in is not None and _is_hub_name(path):
+        if stand_in is not None and not _names_a_place(path, error):
             found = _stand_in(stand_in, path, error, trust_remote_code)
         if found is None:
             raise UserError(
@@ -58,14 +57,9 @@ def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) 
         return found
 
 
-def _is_hub_name(path: str) -> bool:
-    if Path(path).is_dir():
-        return False
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True
+def _names_a_place(path: str, error: BaseException) -> bool:
+    """Whether a folder was meant: one that is there, or a path that no hub name looks like."""
+    return Path(path).is_dir() or any(isinstance(cause, HFValidationError) for cause in _causes(error))
 
 
 def _stand_in(folder: str, wanted: str, reason: _CannotLoad, trust_remote_code: bool) -> FoundTokenizer | None:
