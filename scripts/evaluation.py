@@ -23,8 +23,9 @@ from stages.errors import UserError
 from stages.external_data import external_tensors
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.dataset import load_tokenizer, pack_windows
+from stages.observe.dataset import pack_windows
 from stages.observe.offline_text import offline_evaluation_text
+from stages.observe.tokenizer import load_tokenizer
 from stages.session import CausalFeeds, SessionSettings, choose_providers, open_session
 from stages.widen import must_widen, runnable_file
 

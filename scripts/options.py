@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from stages.config import AccuracyLevel, Algorithm
+import tyro
+
+from stages.config import AccuracyLevel, Algorithm, CalibrateConfig, QuantizeConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,3 +92,29 @@ class MeasureConfig:
     """Windows of seq_len tokens of each text."""
     seq_len: int = 512
     """Tokens in a window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropInConfig(QuantizeConfig, CalibrateConfig):
+    """Calibrate where needed, quantize and export in one command, with ModelOpt-Windows' options and both stages' own.
+
+    Statistics are kept: the next call with another --algo, block size or layer choice goes straight to the search.
+    """
+
+    algo: Algorithm = "awq_lite"
+    cache_dir: Path | None = None
+    """Calibration cache; default: a folder beside the base model's, named after what the statistics depend on, so that
+    other calibrations get folders of their own. Not needed for rtn and rtn_dq."""
+    use_fp32: Flag = False
+    """Accepted for compatibility: past key/values get the type that the graph declares."""
+    no_past_kv_inputs: Flag = False
+    """Accepted for compatibility: past key/values are fed, empty, where the graph has them."""
+    use_buffer_share: Flag = False
+    """Accepted for compatibility: a shared buffer holds nothing before the first token, so statistics are the same."""
+    no_position_ids: Flag = False
+    """Accepted for compatibility (older versions of that tool): the graph itself tells whether it has position_ids."""
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option of either stage that can't be used."""
+        CalibrateConfig.validate(self)
+        QuantizeConfig.validate(self)

@@ -16,7 +16,7 @@ from stages.atomic import existing_parent
 from stages.base_graph import load_graph
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import CalibrateConfig
-from stages.errors import CacheMismatch
+from stages.errors import CacheMismatch, GraphError
 from stages.fingerprint import fingerprint_model
 from stages.graph.run import ActivationTap, open_tap
 from stages.graph.sites import find_groups
@@ -36,6 +36,7 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
     started = time.perf_counter()
     device = choose_device(config.device)
     directory = locate_model(config.onnx_path)
+    _require_context(config.seq_len, directory)
     model = load_graph(directory)
     groups = find_groups(model)
     choice = choose_providers(config.calibration_eps)
@@ -77,10 +78,20 @@ def _fill_cache(
         _save(writer, groups, calibration, held_out)
 
 
+def _require_context(seq_len: int, directory: ModelDirectory) -> None:
+    context = directory.context_length
+    if context is not None and seq_len > context:
+        raise GraphError(
+            f"--seq_len {seq_len} is longer than the context of {directory.folder}, {context} tokens by its "
+            f"genai_config.json; pass --seq_len {context} or less."
+        )
+
+
 def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> WindowRequest:
     return WindowRequest(
         dataset=config.dataset,
         tokenizer_path=config.model_name or str(directory.folder),
+        stand_in_path=str(directory.folder),
         vocab_size=directory.vocab_size,
         calib_size=config.calib_size,
         seq_len=config.seq_len,
@@ -192,6 +203,7 @@ def _summary(
     seq_len = windows.calibration.shape[1]
     table.add_row("cache", f"{config.cache_path} ({size / 1e6:.0f} MB)")
     table.add_row("text", windows.source)
+    table.add_row("tokenizer", windows.tokenizer)
     table.add_row("windows", f"{len(windows.calibration)} to search with + {len(windows.held_out)} held out, {seq_len}")
     table.add_row("tapped", f"{len(groups)} activations of {sum(len(group.sites) for group in groups)} MatMuls")
     table.add_row("ran on", ", ".join(tap.providers.names))
@@ -200,9 +212,20 @@ def _summary(
     for name, why in tap.providers.missing:
         table.add_row("not used", f"{name}: {why}")
     table.add_row("seconds", f"{seconds:.1f}")
-    table.add_row("next", f"python -m stages.quantize --onnx_path {config.onnx_path} --output_path ...")
     return table
 
 
+def calibrate_and_point_on(config: CalibrateConfig, console: Console) -> None:
+    """The command: ``calibrate``, then the next one to type."""
+    calibrate(config, console)
+    cache = "" if config.cache_dir is None else f" --cache_dir {config.cache_dir}"
+    console.print(
+        f"next: python -m stages.quantize --onnx_path {config.onnx_path}{cache} --output_path ...",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 if __name__ == "__main__":
-    run_command(CalibrateConfig, calibrate, "python -m stages.calibrate")
+    run_command(CalibrateConfig, calibrate_and_point_on, "python -m stages.calibrate")

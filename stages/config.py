@@ -54,7 +54,8 @@ class ExportOptions:
     verify: Verification
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots, so that a command that takes the options of both stages can inherit from both configurations.
+@dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
     """Run the base model once per batch and cache the statistics that stage two searches with."""
 

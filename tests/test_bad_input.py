@@ -105,6 +105,13 @@ def test_no_tokenizer(model: Path, commands: Commands) -> None:
     _check(commands.calibrate("--onnx_path", model, "--dataset", "offline"), "--model_name")
 
 
+def test_windows_longer_than_the_context(model: Path, tmp_path: Path, commands: Commands) -> None:
+    before = _left(tmp_path)
+    result = commands.calibrate("--onnx_path", model, "--dataset", "offline", "--seq_len", 1025)
+    _check(result, "--seq_len 1025", "context", "1024 tokens")
+    assert _left(tmp_path) == before
+
+
 def test_no_cache_cache_of_another_model_and_other_options(
     model: Path, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:

@@ -15,15 +15,18 @@ from types import TracebackType
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxruntime import InferenceSession
 from torch import Tensor
 
+from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.records import ActivationGroup
 from stages.session import CPU_ONLY, CausalFeeds, ProviderChoice, SessionSettings, open_first_session, open_session
 from stages.widen import must_widen, runnable_graph
+
+_FATAL = 4
 
 
 def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:
@@ -71,8 +74,21 @@ class ActivationTap:
         self.temporary.close()
 
     def run(self, tokens: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-        """One forward pass over ``tokens`` [batch, length]: (activation, [batch, length, K] in the graph's type)."""
-        outputs = self.feeds.session.run(None, self.feeds(tokens))
+        """One forward pass over ``tokens`` [batch, length]: (activation, [batch, length, K] in the graph's type).
+
+        Raises:
+            GraphError: ONNX Runtime stops; its reason is repeated.
+        """
+        session, feeds = self.feeds.session, self.feeds(tokens)
+        options = ort.RunOptions()
+        options.log_severity_level = _FATAL  # what it would log is in the exception
+        try:
+            outputs = session.run(None, feeds, options)
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise GraphError(
+                f"The base model stops on {session.get_providers()[0]}: {str(error).splitlines()[0]}; choose another "
+                "--calibration_eps, or build the model for this one."
+            ) from error
         for activation, output in zip(self.activations, outputs, strict=True):
             yield activation, torch.from_numpy(output)
 
@@ -97,7 +113,7 @@ def open_tap(
     tapped = tapped_model(model, activations)
     with ExitStack() as temporary:
 
-        def open_with(providers: tuple[str, ...]) -> InferenceSession:
+        def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
             graph = temporary.enter_context(runnable_graph(tapped, providers, scratch))
             settings = SessionSettings(
                 providers=providers,
