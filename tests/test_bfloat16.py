@@ -83,7 +83,9 @@ def test_taps_of_a_graph_that_runs_as_it_is_come_out_as_float32(tiny_model_bf16:
     assert any(value.dtype == ir.DataType.BFLOAT16 for value in tapped.graph.inputs)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--use_zero_point", "--enable_mixed_quant"], ["--lm_head", 4]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--use_zero_point", "--enable_mixed_quant"], ["--lm_head", 4], ["--awqlite_disable_fuse_nodes"]]
+)
 def test_a_bfloat16_base_becomes_matmul_nbits_that_stays_near_it(
     arguments: list[object],
     calibrated: tuple[Path, str],

@@ -204,6 +204,19 @@ def test_the_input_model_is_left_alone_and_gets_the_operator_set_that_it_needs(t
     assert [node.op_type for node in model.graph] == ["MatMul"]
 
 
+def test_a_relu_behind_it_stays_because_nothing_has_to_be_fused(tmp_path: Path) -> None:
+    weight = random_weight((64, 48), 4, True, PerBlock(block_size=16))
+    graph = matmul_graph(weight)
+    graph.outputs.clear()
+    graph.output("z", onnx_type("float32"), ["t", 48])
+    graph.node("Relu", ["y"], ["z"])
+    model = rewritten(tmp_path, weight, graph)
+    assert [node.op_type for node in model.graph] == ["MatMulNBits", "Relu"]
+    x = np.random.default_rng(1).standard_normal((8, 64)).astype(np.float32)
+    expected = np.maximum(x.astype(np.float64) @ expected_rows(weight).T, 0)
+    assert relative_difference(run(model, {"x": x})[0], expected) < TOLERANCE["float32"]
+
+
 def test_an_opset_without_four_bit_types_is_enough(tmp_path: Path) -> None:
     weight = random_weight((64, 48), 4, True, PerBlock(block_size=16))
     graph = matmul_graph(weight)
