@@ -23,10 +23,9 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     chosen on held-out text.
     """
     reports = store.reports()
-    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
-    bits_per_weight = 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
+    bits = bits_per_weight(store)
     table = Table(
-        title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
+        title=f"{store.recipe.summary}: {len(reports)} sites, {bits:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -44,6 +43,13 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
         for report in sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]:
             table.add_row(*_row(_short(report.site), [report]))
     return table
+
+
+def bits_per_weight(store: QuantizedStore) -> float:
+    """Stored bits, scales and zero points included, a weight of the quantized sites; kept ones don't count."""
+    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
+    reports = store.reports()
+    return 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
 
 
 def _kind(site: str) -> str:
