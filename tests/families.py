@@ -252,8 +252,8 @@ FAMILIES = (
         models=("Gemma 3 1B (text)",),
         config=_gemma3,
         peculiar=(
-            "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 reads its "
-            "configuration as scripts.build_base_model writes it)"
+            "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 reads "
+            "its configuration as scripts.build_base_model writes it)"
         ),
         sites=10,
         folds=_PACKED,
