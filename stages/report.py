@@ -27,11 +27,10 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     chosen on held-out text.
     """
     reports = store.reports()
-    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
-    bits_per_weight = 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
     notes = Counter(report.note for report in reports if report.note)
+    bits = bits_per_weight(store)
     table = Table(
-        title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
+        title=f"{store.recipe.summary}: {len(reports)} sites, {bits:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         caption_justify="left",
@@ -68,6 +67,13 @@ def _layers_by_format(rows: Rows) -> list[str]:
         if formats[kind] > 1 and layers:
             kinds[form, ranges(sorted(layers))].append(kind)
     return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
+
+
+def bits_per_weight(store: QuantizedStore) -> float:
+    """Stored bits, scales and zero points included, a weight of the quantized sites; kept ones don't count."""
+    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
+    reports = store.reports()
+    return 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
 
 
 def _kind(site: str) -> str:

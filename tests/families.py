@@ -317,8 +317,8 @@ FAMILIES = (
         models=("Gemma 3 270M, 1B (text)",),
         config=_gemma3,
         peculiar=(
-            "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 can't "
-            "read its released configuration through transformers 5: KeyError 'rope_type')"
+            "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 reads "
+            "its configuration as scripts.build_base_model writes it)"
         ),
         width=0.2,
         folds=_PACKED,
