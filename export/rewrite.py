@@ -99,9 +99,8 @@ def _require_fit(source: StoredSite, node: ir.Node) -> None:
 
 def _rewrite_site(editor: GraphEditor, source: StoredSite, store: QuantizedStore) -> RewrittenSite:
     node = editor.producer(source.site.output)
-    if not node.name:
-        # The fused kernel keeps the node's name: without one, no profile could show that it was fused.
-        node.name = source.site.name
+    # The fused kernel keeps the node's name: without one of its own, no profile could show that it was fused.
+    node.name = source.site.name
     if node.attributes.get_int("transB", 0) == 1:
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
     replace_relu(editor, node, source.site.dtype)

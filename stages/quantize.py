@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from functools import partial
 
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
 from stages.graph.embeddings import find_embeddings
+from stages.graph.rejected import find_rejected
 from stages.graph.sites import find_groups
 from stages.graph.weights import read_rows, read_weight
 from stages.model_directory import locate_model
@@ -42,6 +44,7 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     fingerprint = fingerprint_model(directory)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     plan = make_plan(find_groups(model), _format_rules(config))
+    plan = replace(plan, kept=(*plan.kept, *find_rejected(model)))
     embeddings = _embedding_plans(config, model)
     recipe = _recipe(config, plan, embeddings, fingerprint, cache)
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
