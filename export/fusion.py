@@ -129,6 +129,8 @@ def _because_of_graph(node: ir.Node, version: Version) -> str | None:
         return f"ONNX Runtime {_EIGHT_BITS[0]}.{_EIGHT_BITS[1]} is the first to fuse Gemm"
     if node.op_type == "Gemm" and not _is_plain_gemm(node):
         return "the Gemm scales or transposes its inputs"
+    if node.op_type == "Gemm" and not _adds_a_vector(node):
+        return "the Gemm's bias is not a constant vector of its outputs"
     return None
 
 
@@ -136,3 +138,10 @@ def _is_plain_gemm(node: ir.Node) -> bool:
     factors = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
     transposed = node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0)
     return factors == (1.0, 1.0) and transposed == (0, 0)
+
+
+def _adds_a_vector(node: ir.Node) -> bool:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return True
+    return bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1

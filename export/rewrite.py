@@ -106,9 +106,8 @@ def _rewrite_site(
     editor: GraphEditor, source: StoredSite, form: WeightForm, accuracy_level: AccuracyLevel | None
 ) -> RewrittenSite:
     node = editor.producer(source.site.output)
-    if not node.name:
-        # The fused kernel keeps the node's name: without one, no profile could show that it was fused.
-        node.name = source.site.name
+    # The fused kernel keeps the node's name: without one of its own, no profile could show that it was fused.
+    node.name = source.site.name
     if form is WeightForm.MATMUL_NBITS:
         return insert_matmul_nbits(editor, node, source, accuracy_level)
     if node.attributes.get_int("transB", 0) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 from rich.text import Text
@@ -72,7 +72,7 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
-    yield from _counted("kept as it was", Counter(why for _, why in summary.kept))
+    yield from _named("kept as it was", summary.kept)
     for part in summary.unreached:
         size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
         more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
@@ -104,13 +104,18 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
 
 
 def _unfused(report: VerifyReport) -> Iterator[tuple[str, str]]:
-    """Each reason with the first sites that it holds for; verification.json names all."""
-    sites: dict[str, list[str]] = {}
-    for unfused in report.unfused:
-        sites.setdefault(unfused.reason, []).append(unfused.site)
-    for reason, names in sites.items():
+    """verification.json names every site."""
+    yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
+
+
+def _named(row: str, sites: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Each reason of (site, reason) with the first sites that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for site, reason in sites:
+        by_reason.setdefault(reason, []).append(site)
+    for reason, names in by_reason.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        yield "not fused", f"{reason}: {', '.join(names[:_SHOWN])}{more}"
+        yield row, f"{len(names)} x {reason}: {', '.join(names[:_SHOWN])}{more}"
 
 
 def _counted(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
 from stages.config import QuantizeConfig
 from stages.graph.embeddings import find_embeddings
+from stages.graph.rejected import find_rejected
 from stages.graph.sites import find_groups
 from stages.graph.unreached import find_unreached
 from stages.records import (
@@ -49,10 +50,11 @@ def plan_model(config: QuantizeConfig, model: ir.Model) -> ModelPlan:
     """
     groups, tables = find_groups(model), find_embeddings(model)
     choice = choose_formats(config.parsed_target, _wishes(config), traits_of(groups, tables))
+    sites = make_plan(groups, _format_rules(config, choice))
     embeddings = _embedding_plans(config, choice, tables)
     return ModelPlan(
         choice=choice,
-        sites=make_plan(groups, _format_rules(config, choice)),
+        sites=replace(sites, kept=(*sites.kept, *find_rejected(model))),
         embeddings=embeddings,
         unreached=find_unreached(model, {plan.table.weight for plan in embeddings}),
     )

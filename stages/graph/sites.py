@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import onnx_ir as ir
@@ -12,7 +14,7 @@ from stages.graph.absorbers import find_absorber
 from stages.graph.experts import routes_experts
 from stages.records import ActivationGroup, FloatName, MatMulSite, WeightLayout
 
-_FLOATS: dict[ir.DataType, FloatName] = {
+FLOAT_NAMES: dict[ir.DataType, FloatName] = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
@@ -24,9 +26,11 @@ def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
     """All sites of the main graph, in graph order.
 
     A site is a MatMul, or a Gemm without transA and with alpha = 1, whose second input is a rank-2 floating-point
-    initializer, directly or through a Transpose.
+    initializer, directly or through a Transpose. Nodes of one name get their output added to it.
     """
-    return tuple(site for node in model.graph if (site := _as_site(node)) is not None)
+    sites = [site for node in model.graph if (site := _as_site(node)) is not None]
+    nodes = Counter(site.name for site in sites)
+    return tuple(site if nodes[site.name] == 1 else replace(site, name=f"{site.name}->{site.output}") for site in sites)
 
 
 def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
@@ -74,7 +78,7 @@ def _other_reader(value: ir.Value | None, members: list[MatMulSite]) -> str:
 
 
 def _as_site(node: ir.Node) -> MatMulSite | None:
-    layout_and_weight = _weight_of(node)
+    layout_and_weight = weight_of(node)
     if layout_and_weight is None:
         return None
     layout, weight = layout_and_weight
@@ -93,7 +97,7 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         in_features=in_features,
         out_features=out_features,
         layout=layout,
-        dtype=_FLOATS[weight.dtype],
+        dtype=FLOAT_NAMES[weight.dtype],
         weight_shared_with=tuple(_name(other.outputs[0]) for other in _readers(weight) if other is not node),
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
@@ -115,7 +119,7 @@ def _name_from_weight(weight: ir.Value, output: ir.Value) -> str:
     return f"{weight.name}->{output.name}"
 
 
-def _weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
+def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
     """The constant weight of a MatMul or Gemm and how it is stored, or None where the node isn't a site."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
         return None
@@ -126,7 +130,7 @@ def _weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
     layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
     if value is not None and not transposed and (source := swapped_initializer(value)) is not None:
         layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
-    if value is None or not value.is_initializer() or value.dtype not in _FLOATS:
+    if value is None or not value.is_initializer() or value.dtype not in FLOAT_NAMES:
         return None
     if value.shape is None or len(value.shape) != 2:
         return None
