@@ -310,8 +310,8 @@ FAMILIES = (
     Family(
         name="mistral-nemo",
         models=(
-            # Nobody outside NVIDIA's download page can read the two smaller ones' configurations; either they are
-            # Mistral-NeMo pruned like the 8B one, or Nemotron, which stands above.
+            # The 8B one's configuration is MistralForCausalLM. The smaller ones' were not seen (NVIDIA's download page
+            # alone has them): they are pruned Mistral-NeMo too by their name, and Nemotron stands above if not.
             "Mistral-NeMo-Minitron-2B-128k-Instruct",
             "Mistral-NeMo-Minitron-4B-128k-Instruct",
             "Mistral-NeMo-Minitron-8B-128k-Instruct",
