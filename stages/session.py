@@ -172,6 +172,9 @@ def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
 def _past_shape(node: ort.NodeArg, empty: tuple[int, int | None, int, int | None]) -> tuple[int, ...]:
     """Shape of an empty past: ``empty``, [batch, kv_heads, length, head_size]; fixed dimensions of the graph win."""
     declared = list(node.shape)
+    if len(declared) == 3 and all(isinstance(dim, int) for dim in declared[1:]):
+        # The state of a short convolution: always of this size, and zero before the first token.
+        return empty[0], *declared[1:]
     if len(declared) != 4:
         raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
     shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]

@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GptOssConfig,
+    Lfm2MoeConfig,
     LlamaConfig,
     MistralConfig,
     NemotronConfig,
@@ -219,6 +220,21 @@ def _gpt_oss() -> GptOssConfig:
     )
 
 
+def lfm2_moe() -> Lfm2MoeConfig:
+    """LFM2-MoE: short convolutions between attention layers, and experts in all layers but the first."""
+    return Lfm2MoeConfig(
+        **_SIZES,
+        moe_intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_dense_layers=1,
+        layer_types=["conv", "full_attention"] * 2,
+        max_position_embeddings=_CONTEXT,
+    )
+
+
 _PACKED = {"qkv_proj": "norm", "o_proj": "value", "gate_proj": "norm", "down_proj": "linear"}
 
 FAMILIES = (
@@ -294,8 +310,8 @@ FAMILIES = (
     Family(
         name="mistral-nemo",
         models=(
-            # Nobody outside NVIDIA's download page can read the two smaller ones' configurations; either they are
-            # Mistral-NeMo pruned like the 8B one, or Nemotron, which stands above.
+            # The 8B one's configuration is MistralForCausalLM. The smaller ones' were not seen (NVIDIA's download page
+            # alone has them): they are pruned Mistral-NeMo too by their name, and Nemotron stands above if not.
             "Mistral-NeMo-Minitron-2B-128k-Instruct",
             "Mistral-NeMo-Minitron-4B-128k-Instruct",
             "Mistral-NeMo-Minitron-8B-128k-Instruct",
@@ -368,11 +384,13 @@ def save_random_model(config: PretrainedConfig, width: float, folder: Path, toke
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def build_in_process(source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu") -> None:
-    """onnxruntime-genai's builder, without a new interpreter for each of a dozen models."""
+def build_in_process(
+    source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu", *extra: str
+) -> None:
+    """onnxruntime-genai's builder with ``extra`` options, without a new interpreter for each of a dozen models."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     place = ("", str(source), str(output), precision, execution_provider, str(output / "cache"))
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        create_model(*place, **parse_extra_options(*place, []))
+        create_model(*place, **parse_extra_options(*place, list(extra)))

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
+import onnxruntime_genai as og
 import pytest
 from onnx import TensorProto
 
+from stages.model_directory import locate_model
+from stages.session import CausalFeeds, SessionSettings, open_session
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
-from tests.families import FAMILIES, build_in_process, save_random_model
+from tests.families import FAMILIES, build_in_process, lfm2_moe, save_random_model
 from tests.graphs import TinyGraph
 from tests.tiny_models import VOCABULARY
 
@@ -67,6 +69,50 @@ def test_a_router_is_stored_as_int8_where_it_is_named(gpt_oss: Path, tmp_path: P
     assert "12 of 12 sites run as MatMulNBits" in printed
 
 
+@pytest.mark.parametrize("extra", [(), ("moe_quant_type=int4",)], ids=["MoE", "QMoE"])
+def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_experts_are_stored_as(
+    extra: tuple[str, ...], tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
+) -> None:
+    save_random_model(lfm2_moe(), 0.2, tmp_path / "hf", tiny_tokenizer)
+    build_in_process(tmp_path / "hf", tmp_path / "base", "fp32", "cpu", *extra)
+    text = ("--dataset", tiny_text, "--calib_size", 8, "--seq_len", 32)
+    code, printed = commands.calibrate("--onnx_path", tmp_path / "base", *text)
+    assert code == 0, printed
+    target = ("--output_path", tmp_path / "int4", "--accuracy_level", 1)
+    code, printed = commands.quantize("--onnx_path", tmp_path / "base", *target, "--block_size", 16)
+    assert code == 0, printed
+    assert "11 of 11 sites run as MatMulNBits" in printed
+    assert "3 x router of a mixture of experts" in printed
+    assert ("QMoE: " if extra else "MoE: ") + "model.layers.1.moe.experts.gate_up_proj." in printed
+    assert ("quantized already" in printed) == bool(extra)
+    tokens = np.arange(10)[None] * 7 % VOCABULARY
+    before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)
+    # INT4 rounding of random weights in four layers; weights in a wrong place give 1 and more.
+    assert np.linalg.norm(after - before) < 0.4 * np.linalg.norm(before)
+    first = generated(tmp_path / "int4", [int(token) for token in tokens[0]])[10]
+    allowed = after[0, -1].copy()
+    allowed[1] = -np.inf
+    assert first == int(allowed.argmax())
+
+
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    directory = locate_model(folder)
+    session = open_session(directory.onnx_file, SessionSettings(accuracy_level=1))
+    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    return np.asarray(session.run(["logits"], feeds(tokens))[0])
+
+
+def generated(folder: Path, prompt: list[int]) -> list[int]:
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=12, min_length=12, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)]
+
+
 def expert(graph: TinyGraph, rng: np.random.Generator, index: int) -> str:
     """The tokens that chose this expert, gathered, through up and down, added where they came from."""
     here = graph.node("Equal", ["chosen", graph.constant(f"e{index}", np.array([[index]], np.int64))], [f"{index}.is"])
@@ -113,13 +159,6 @@ def separate_experts() -> TinyGraph:
     return graph
 
 
-def logits(model: Path, tokens: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["logits"], {"input_ids": tokens})[0])
-
-
 def test_experts_as_matmuls_are_quantized_and_one_that_no_token_chose_is_rounded(
     tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
 ) -> None:
@@ -141,6 +180,6 @@ def test_experts_as_matmuls_are_quantized_and_one_that_no_token_chose_is_rounded
                 ("rtn", True) if index == NEVER_CHOSEN else ("awq_full", False)
             )
     tokens = np.arange(64, dtype=np.int64).reshape(2, 32) * 5 % VOCABULARY
-    before, after = logits(model, tokens), logits(tmp_path / "int4" / "model.onnx", tokens)
+    before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)
     # Two layers of INT4 in small blocks; a token that another expert got would differ by more than itself.
     assert np.linalg.norm(after - before) < 0.2 * np.linalg.norm(before)

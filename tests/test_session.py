@@ -90,6 +90,12 @@ def test_a_cache_that_slides_starts_as_a_buffer_of_one_window() -> None:
     assert feeds["past_key_values.1.key"].shape == (2, 2, 0, 16)
 
 
+def test_the_state_of_a_convolution_is_zeros_of_its_own_size() -> None:
+    feeds = _feeds(Input("past.0.conv", FLOAT, ["b", 64, 2]), kv_heads=None, head_size=None)
+    assert feeds["past.0.conv"].shape == (len(TOKENS), 64, 2)
+    assert not feeds["past.0.conv"].any()
+
+
 @pytest.mark.parametrize(
     ("declared", "words"),
     [
