@@ -21,16 +21,16 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from rich.console import Console
-from stages.graph.load import load_graph
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from export.rewrite import rewrite
+from stages.base_graph import load_graph
 from stages.calibrate import calibrate
 from stages.config import CalibrateConfig
 from stages.errors import RecipeError
 from stages.graph.embeddings import find_embeddings
-from stages.graph.run import tapped_graph
+from stages.graph.run import tapped_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.observe.dataset import WindowRequest, load_windows
@@ -665,7 +665,7 @@ def test_b22_no_copy_of_the_weights_is_made(
         base = saved_decoder(tmp_path / f"base{width}", decoder_graph(width))
         model = load_graph(locate_model(base))
         activations = tuple(group.activation for group in find_groups(model))
-        sizes["ours"].append(len(tapped_graph(model, activations)))
+        sizes["ours"].append(len(ir.to_proto(tapped_model(model, activations)).SerializeToString()))
         sizes["theirs"].append(len(competitor.augmented_copy(onnx.load(base / "model.onnx"), activations)))
     # Nodes and names are the same; the wider model's dimensions and offsets take a few more bytes.
     assert abs(sizes["ours"][0] - sizes["ours"][1]) < 64
