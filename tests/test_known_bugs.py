@@ -41,10 +41,11 @@ from stages.session import CausalFeeds, SessionSettings, open_session
 from stages.solve.affine import choose_parameters, quantize, round_trip
 from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, weight_magnitude
 from stages.solve.blocks import join, split
-from stages.solve.clip import clip_ratio_grid, search_clip_ratios
+from stages.solve.clip import clip_ratio_grid, clip_sites, search_clip_ratios
 from stages.solve.embedding import plan_embeddings
-from stages.solve.objective import gram_blocks, in_scaled_space, output_error
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SiteChoice
+from stages.solve.evaluate import site_errors
+from stages.solve.objective import gram_blocks, output_error
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SiteChoice, Trial
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
 from tests.export.builders import quantized_matmul, relative_difference, run
@@ -201,8 +202,8 @@ def test_b04_plain_rounding_is_a_candidate() -> None:
     weight[:, ::16] = 7 / 8
     problem = replace(layer.problem, weights=(weight,))
     assert problem.stats is not None
+    assert rank_input_scales(problem, OPTIONS)[0].choices[0].input_scale is IDENTITY
     chosen = awq_lite(problem, OPTIONS)
-    assert chosen[0].input_scale is IDENTITY
     assert joint_error(problem, chosen, problem.stats.calibration) == 0
     tokens, theirs = layer.tokens.numpy(), weight.numpy().T
     assert np.array_equal(competitor.round_trip(theirs, 16), theirs)
@@ -260,16 +261,19 @@ def test_b07_clip_ratios_of_scaled_weights_meet_scaled_activations() -> None:
     """awq_full clips the scaled weight against the unscaled activation: channel k counts s_k^2 times too much."""
     layer = random_layer(12)
     assert layer.problem.stats is not None
-    stats = layer.problem.stats.calibration
+    weight, stats = layer.problem.weights[0], layer.problem.stats.calibration
     scale = torch.rand(48, generator=torch.Generator().manual_seed(3)) * 4 + 0.2
-    right = held_out_clip_loss(layer.held_out, layer.problem.weights[0], scale, in_scaled_space(stats, scale))
-    wrong = held_out_clip_loss(layer.held_out, layer.problem.weights[0], scale, stats)
+    plain = SiteChoice(input_scale=InputScale(family="test", alpha=None, scale=scale))
+    errors = site_errors(layer.problem, (plain,), "full", stats)
+    (ours,) = clip_sites(layer.problem, OPTIONS, Trial(choices=(plain,), errors=errors)).choices
+    assert ours.clip_ratios is not None
+    theirs = search_clip_ratios(weight * scale, spec(), "full", gram_blocks(stats, 16), RATIOS)
+    right, wrong = (held_out_loss(layer.held_out, weight, scale, ratios) for ratios in (ours.clip_ratios, theirs))
     assert right < wrong
 
 
-def held_out_clip_loss(held_out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, stats: Any) -> float:
-    """Output error on other tokens of diag(s) W, clipped by the ratios that ``stats`` ask for."""
-    ratios = search_clip_ratios(weight * scale, spec(), "full", gram_blocks(stats, 16), RATIOS)
+def held_out_loss(held_out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, ratios: torch.Tensor) -> float:
+    """Output error of diag(s) W, clipped by ``ratios``, on tokens that no search saw."""
     stored = reference_round_trip((weight * scale).numpy(), 16, 4, symmetric=True, ratios=ratios.numpy())
     return output_loss(held_out.numpy(), stored / scale.numpy() - weight.numpy())
 
@@ -296,7 +300,10 @@ def test_b08_every_token_counts() -> None:
     torch.testing.assert_close(stats.gram.double(), exact, rtol=1e-4, atol=1e-4)
     weight, ones = torch.randn(24, in_features, generator=generator), torch.ones(in_features)
     sampled = gram_stats(tokens[competitor.sampled_rows(len(tokens))])
-    losses = [held_out_clip_loss(windows[-1], weight, ones, seen) for seen in (stats, sampled)]
+    losses = []
+    for seen in (stats, sampled):
+        ratios = search_clip_ratios(weight, spec(), "full", gram_blocks(seen, 16), RATIOS)
+        losses.append(held_out_loss(windows[-1], weight, ones, ratios))
     assert losses[0] < losses[1]
 
 
