@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from export.export_model import Destination, export_model
@@ -12,12 +14,16 @@ from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import locate_model
 from stages.quantized_store import open_store
+from stages.records import WeightForm
 
 
 def export(config: ExportConfig, console: Console) -> None:
     """Export the weights that ``config`` describes and print what was written."""
     base = locate_model(config.onnx_path)
     store = open_store(config.weights_path)
+    if config.weight_operator is not None:
+        recipe = replace(store.recipe, weight_form=WeightForm(config.weight_operator))
+        store = replace(store, recipe=recipe)
     destination = Destination.from_path(config.output_path, base, overwrite=config.overwrite)
     if fingerprint_model(base) != store.recipe.model_fingerprint:
         raise CacheMismatch(

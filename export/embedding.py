@@ -124,7 +124,8 @@ def _value(shape: ir.Shape, dtype: ir.TensorType, name: str) -> ir.Value:
 def _make_block_quantized(node: ir.Node, plan: EmbeddingPlan, codes: ir.Value, scales: ir.Value) -> None:
     """Turn the Gather itself into GatherBlockQuantized: its name and its output's stay.
 
-    Signed codes need no zero point, and any width of the table will do; packed in uint8 an odd one would not.
+    Signed codes need no zero point, and any width of the table will do; packed in uint8 an odd one would not. The
+    number of bits, which is 4 unless said, stays unsaid: ONNX Runtime up to 1.22 refuses that attribute.
     """
     assert isinstance(node.graph, ir.Graph)
     node.graph.opset_imports.setdefault(_MICROSOFT, 1)
@@ -137,7 +138,6 @@ def _make_block_quantized(node: ir.Node, plan: EmbeddingPlan, codes: ir.Value, s
         ("gather_axis", 0),
         ("quantize_axis", plan.axis),
         ("block_size", plan.block_size),
-        ("bits", plan.spec.bits),
     ):
         node.attributes[name] = ir.AttrInt64(name, number)
 

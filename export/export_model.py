@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from export.embedding import TableOutcome, table_outcomes
@@ -20,10 +22,12 @@ from export.save import (
 from export.verify import VerifyReport, save_report, verify
 from stages.atomic import whole_directory
 from stages.base_graph import external_files, load_graph
-from stages.config import ExportOptions
+from stages.config import AccuracyLevel, ExportOptions
 from stages.errors import UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
+from stages.records import ExportRecipe, UnreachedWeights, WeightForm
+from stages.session import ACCURACY_LEVEL
 
 __all__ = ["Destination", "ExportSummary", "export_model"]
 
@@ -43,6 +47,8 @@ class ExportSummary:
     """None where verification was off."""
     notes: tuple[str, ...] = ()
     tables: tuple[TableOutcome, ...] = ()
+    unreached: tuple[UnreachedWeights, ...] = ()
+    """Large weights that no MatMul or Gemm reads."""
 
 
 def export_model(
@@ -56,13 +62,14 @@ def export_model(
         UserError: the destination can't be used or written.
     """
     destination.require_apart_from(store.folder, "the quantized weights")
+    options = _with_target_level(options, store.recipe)
     model = load_graph(base)
-    result = rewrite(model, store)
+    result = rewrite(model, store, options.accuracy_level)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
             save_model(result.model, scratch, destination.onnx_name, console)
             copy_side_files(base, model, scratch, destination.onnx_name)
-            notes = _configure(base, scratch, destination, options)
+            notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options, console)
     except OSError as error:
         raise UserError(
@@ -80,6 +87,7 @@ def export_model(
         report=report,
         notes=(*_opset_note(result), *notes),
         tables=table_outcomes(result.model, result.tables),
+        unreached=store.recipe.unreached,
     )
 
 
@@ -87,15 +95,32 @@ def _opset_note(result: RewriteResult) -> tuple[str, ...]:
     return () if result.opset is None else (str(result.opset),)
 
 
+def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOptions:
+    """``options`` with the accuracy level that the weights' target runs fast, where none was asked for."""
+    chosen = dict(recipe.session_options).get(ACCURACY_LEVEL)
+    if options.accuracy_level is not None or chosen is None:
+        return options
+    return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
+
+
+def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:
+    """What the target needs, and the accuracy level, which MatMulNBits nodes carry themselves."""
+    needed = {key: value for key, value in recipe.session_options if key != ACCURACY_LEVEL}
+    if options.accuracy_level is None or recipe.weight_form is WeightForm.MATMUL_NBITS:
+        return needed
+    return needed | {ACCURACY_LEVEL: str(options.accuracy_level)}
+
+
 def _configure(
-    base: ModelDirectory, scratch: Path, destination: Destination, options: ExportOptions
+    base: ModelDirectory, scratch: Path, destination: Destination, session_options: Mapping[str, str]
 ) -> tuple[str, ...]:
     if base.has_genai_config:
-        patch_genai_config(scratch, destination.onnx_name, options.accuracy_level)
+        patch_genai_config(scratch, destination.onnx_name, session_options)
         return ()
-    if options.accuracy_level is None:
-        return ()
-    return ("the base has no genai_config.json: set the accuracy level in your own session options",)
+    return tuple(
+        f"the base has no genai_config.json: set {key} to {value} in your own session options"
+        for key, value in session_options.items()
+    )
 
 
 def _verify(

@@ -1,8 +1,8 @@
 """Divide activations by their AWQ input scales without a node, where the node before can be divided exactly.
 
 x / s is folded into a norm's gain (and LayerNorm's bias), into the output channels of up_proj where x is
-act(gate) * up, or into v_proj's channels where x is attention's output. Wherever a guard fails, one Mul by 1 / s is
-inserted and the reason kept (AWQ, Lin et al. 2023, section 3.2).
+act(gate) * up or relu(up)^2 (then by sqrt(s)), or into v_proj's channels where x is attention's output. Wherever a
+guard fails, one Mul by 1 / s is inserted and the reason kept (AWQ, Lin et al. 2023, section 3.2).
 
 Requires the original sites still in place: run it before weights are replaced. Ensures that nothing but the sites of a
 group sees another activation than before; a value cache then holds V divided by s, on the way in and out alike.
@@ -26,6 +26,7 @@ from export.fold_guards import (
     before_cast,
     require_linear_in_value,
     require_path,
+    require_power,
     require_producer,
     require_seen_only_by,
     untie_heads,
@@ -155,10 +156,10 @@ class InputScaleFolder:
 
     def _into_linear(self, absorber: LinearAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
         linear = self._linear(absorber.site)
-        path = require_path(linear.node, require_producer(activation, "Mul"), absorber.bias)
+        path = require_path(linear.node, require_power(activation, absorber.power), absorber.bias)
         if linear.out_features != scale.numel():
             raise CannotFold(f"{called(linear.node)} doesn't have one output channel for each scale")
-        self._divide_outputs(linear, path, scale)
+        self._divide_outputs(linear, path, scale if absorber.power == 1 else scale.sqrt())
 
     def _into_value(self, absorber: ValueAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
         attention = require_producer(activation, "GroupQueryAttention", "MultiHeadAttention")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -48,6 +49,38 @@ def require_producer(activation: ir.Value, *op_types: str) -> ir.Node:
     return node
 
 
+def require_power(activation: ir.Value, power: Literal[1, 2]) -> ir.Node:
+    """The node that a linear layer must reach for ``activation`` to be proportional to its ``power``-th power.
+
+    That is the Mul with another factor, or a Relu; where it is squared, the Relu behind the square, or the square.
+    """
+    node = activation.producer()
+    if node is None or activation.index() != 0:
+        raise CannotFold("the activation is a graph input")
+    if power == 1:
+        if node.op_type not in ("Mul", "Relu") or squares(node):
+            raise CannotFold(f"the activation comes from {called(node)}, not from the product that was planned")
+        return node
+    if not squares(node):
+        raise CannotFold(f"the activation comes from {called(node)}, which is not the square that was planned")
+    base = node.inputs[0]
+    relu = None if base is None else base.producer()
+    if base is None or relu is None or relu.op_type != "Relu":
+        return node
+    _sole_reader(base)
+    return relu
+
+
+def squares(node: ir.Node) -> bool:
+    """Whether ``node`` makes the square of its first input: Mul with itself, or Pow with the constant exponent 2."""
+    if node.op_type == "Mul":
+        return node.inputs[0] is not None and node.inputs[0] is node.inputs[1]
+    if node.op_type != "Pow" or node.inputs[1] is None:
+        return False
+    exponent = ir.convenience.get_const_tensor(node.inputs[1])
+    return exponent is not None and exponent.size == 1 and float(exponent.numpy().item()) == 2
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearPath:
     """How a linear layer reaches ``target``: the (node, input) of its bias, and the input of ``target`` it enters."""
@@ -75,7 +108,8 @@ def require_path(linear: ir.Node, target: ir.Node, planned_bias: str | None) -> 
 
 def _sole_reader(value: ir.Value) -> tuple[ir.Node, int]:
     uses = list(value.uses())
-    if value.is_graph_output() or len(uses) != 1:
+    squared = len(uses) == 2 and uses[0].node is uses[1].node and squares(uses[0].node)
+    if value.is_graph_output() or not (len(uses) == 1 or squared):
         raise CannotFold(f"'{value.name}' is also read elsewhere, where the change would be seen")
     return uses[0].node, uses[0].idx
 

@@ -20,6 +20,7 @@ from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.records import PerBlock, PerChannel, QuantSpec
 from stages.session import CausalFeeds, SessionSettings, open_session
+from stages.widen import runnable_file
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
@@ -38,7 +39,7 @@ def runtime_version() -> Version:
 
 
 def nodes_run_as_matmulnbits(onnx_file: Path, base: ModelDirectory) -> frozenset[str]:
-    """Names of the nodes that ran as MatMulNBits when one token went through the model on the CPU.
+    """Names of the nodes that ran as MatMulNBits when one token went through the model on the CPU, widened if needed.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
@@ -46,7 +47,8 @@ def nodes_run_as_matmulnbits(onnx_file: Path, base: ModelDirectory) -> frozenset
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = SessionSettings(accuracy_level=1, profile_prefix=Path(folder) / "profile")
-        profile = _run_one_token(onnx_file, base, settings)
+        with runnable_file(onnx_file, settings.providers, onnx_file.parent) as runnable:
+            profile = _run_one_token(runnable, base, settings)
         events = json.loads(profile.read_text(encoding="utf-8"))
     suffix = "_kernel_time"
     return frozenset(
@@ -89,7 +91,7 @@ def why_not_fused(node: ir.Node, spec: QuantSpec, version: Version) -> str:
 
 def _because_of_type(spec: QuantSpec, version: Version) -> str | None:
     if spec.scale_dtype == "bfloat16":
-        return "scales are bfloat16; ONNX Runtime fuses float32 and float16 only"
+        return "scales are bfloat16, which ONNX Runtime fuses nowhere; --weight_operator matmul_nbits needs no fusion"
     if version >= _EIGHT_BITS:
         return None
     release = f"ONNX Runtime {_EIGHT_BITS[0]}.{_EIGHT_BITS[1]} is the first to fuse"

@@ -75,10 +75,11 @@ class GraphEditor:
         name: str,
         attributes: Mapping[str, int | Sequence[int] | ir.Attr],
         output: Callable[[str], ir.Value],
+        domain: str = "",
     ) -> ir.Value:
         """Insert a one-output node before ``node`` and return its output, made by ``output`` from a free name."""
         made = output(self._free(f"{name}/output_0"))
-        new = ir.node(op_type, list(inputs), attributes=dict(attributes), outputs=[made], name=name)
+        new = ir.node(op_type, list(inputs), attributes=dict(attributes), domain=domain, outputs=[made], name=name)
         assert isinstance(node.graph, ir.Graph)
         node.graph.insert_before(node, new)
         return made

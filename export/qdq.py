@@ -151,6 +151,8 @@ class RewrittenSite:
     source: StoredSite
     form: WeightForm
     node: str
+    output: str
+    """What the node makes: the site's output, but where a Gemm's bias is added after it."""
     weight: str
     """Codes (DQ) or the floating-point weight (QDQ)."""
     scales: str
@@ -175,6 +177,7 @@ def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, fo
         source=source,
         form=form,
         node=str(node.name),
+        output=site.output,
         weight=name_of(weight),
         scales=name_of(scales),
         zero_points=None if spec.symmetric else name_of(quantization[1]),

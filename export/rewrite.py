@@ -1,7 +1,7 @@
 """Put quantized weights into a graph.
 
 Requires sites that are where the quantized weights say. Ensures that the input model is left untouched, that the opset
-is one which has the nodes that are written, that every quantized site reads its own DequantizeLinear, that other nodes
+is one which has the nodes that are written, that every quantized site reads its own weight, that other nodes
 compute what they did, and that nodes and initializers which nobody reads any more are gone.
 """
 
@@ -15,11 +15,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from export.embedding import RewrittenTable, rewrite_tables
 from export.fold import FoldOutcome, InputScaleFolder
 from export.graph_edit import GraphEditor, called
+from export.nbits import insert_matmul_nbits
 from export.opset import OpsetChange, lowest_opset, raise_opset
 from export.qdq import RewrittenSite, StoredSite, insert_dequantize
 from export.relu import replace_relu
+from stages.config import AccuracyLevel
 from stages.errors import GraphError, RecipeError
 from stages.quantized_store import QuantizedStore
+from stages.records import WeightForm
 
 _IR_VERSION = 10
 
@@ -36,8 +39,10 @@ class RewriteResult:
     """None where the base's opset was high enough."""
 
 
-def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
+def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLevel | None = None) -> RewriteResult:
     """A copy of ``model`` in which every site of ``store`` reads its quantized weight.
+
+    ``accuracy_level`` goes into MatMulNBits nodes that are written here; the runtime decides for those that it fuses.
 
     Raises:
         GraphError: the opset can't be raised, or a site isn't in the model.
@@ -56,7 +61,7 @@ def rewrite(model: ir.Model, store: QuantizedStore) -> RewriteResult:
     folds = tuple(outcome for group in store.recipe.groups for outcome in treat(group))
     # All row divisors must be known first: a site can take the scale of a later group.
     divided = [replace(source, row_divisor=folder.row_divisors.get(name)) for name, source in stored.items()]
-    sites = tuple(_rewrite_site(editor, source, store) for source in divided)
+    sites = tuple(_rewrite_site(editor, source, store.recipe.weight_form, accuracy_level) for source in divided)
     tables = rewrite_tables(editor, store)
     RemoveUnusedNodesPass()(edited)
     return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, opset=opset)
@@ -97,11 +102,15 @@ def _require_fit(source: StoredSite, node: ir.Node) -> None:
         )
 
 
-def _rewrite_site(editor: GraphEditor, source: StoredSite, store: QuantizedStore) -> RewrittenSite:
+def _rewrite_site(
+    editor: GraphEditor, source: StoredSite, form: WeightForm, accuracy_level: AccuracyLevel | None
+) -> RewrittenSite:
     node = editor.producer(source.site.output)
     # The fused kernel keeps the node's name: without one of its own, no profile could show that it was fused.
     node.name = source.site.name
+    if form is WeightForm.MATMUL_NBITS:
+        return insert_matmul_nbits(editor, node, source, accuracy_level)
     if node.attributes.get_int("transB", 0) == 1:
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
     replace_relu(editor, node, source.site.dtype)
-    return insert_dequantize(editor, node, source, store.recipe.weight_form)
+    return insert_dequantize(editor, node, source, form)

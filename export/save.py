@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,8 @@ from rich.console import Console
 from stages.atomic import is_occupied, refuse_existing, require_creatable
 from stages.base_graph import external_files
 from stages.cli import progress_bar
-from stages.config import AccuracyLevel
 from stages.errors import UserError
 from stages.model_directory import GENAI_CONFIG, ModelDirectory, read_genai_config
-from stages.session import ACCURACY_LEVEL
 
 _OPTION = "--output_path"
 _OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
@@ -121,11 +119,11 @@ def _files_of_model(folder: Path) -> Iterator[Path]:
             yield from (file for file in sorted(entry.rglob("*")) if file.is_file())
 
 
-def patch_genai_config(folder: Path, onnx_name: str, accuracy_level: AccuracyLevel | None) -> None:
-    """Point genai_config.json at the output's graph and, where asked, set the runtime's accuracy level in it."""
+def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str]) -> None:
+    """Point genai_config.json at the output's graph and add ``session_options``, which onnxruntime-genai passes on."""
     content = read_genai_config(folder)
     decoder = content.setdefault("model", {}).setdefault("decoder", {})
     decoder["filename"] = onnx_name
-    if accuracy_level is not None:
-        decoder.setdefault("session_options", {})[ACCURACY_LEVEL] = str(accuracy_level)
+    if session_options:
+        decoder.setdefault("session_options", {}).update(session_options)
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float, Float64
 
-from export.data_file import read_initializer
 from export.qdq import RewrittenSite, float_type
+from export.stored_numbers import stored_matrix, stored_scales, stored_width, stored_zero_points
+from stages.config import AccuracyLevel
 from stages.records import FloatName, WeightForm
-from stages.session import SessionSettings, open_session
+from stages.session import CPU_ONLY, SessionSettings, open_session
+from stages.widen import runnable_graph
 
 _TOKENS = 8
 _ROWS = 256
@@ -43,14 +45,19 @@ def measure_site(folder: Path, node: ir.Node, site: RewrittenSite) -> SiteError:
     source = site.source
     x = np.random.default_rng(0).standard_normal((_TOKENS, source.site.in_features))
     x = x.astype(_NUMPY_FLOATS[source.spec.scale_dtype])
-    model = ir.to_proto(_MatMulAlone(node, site).build()).SerializeToString()
     reference = _reference(x.astype(np.float64), node, site)
-    levels: list[int | None] = [1, None]
-    errors = []
-    for level in levels:
-        session = open_session(model, SessionSettings(external_data_folder=folder, accuracy_level=level))
-        errors.append(_relative_error(session.run(None, {"x": x})[0], reference))
-    return SiteError(site=source.site.name, exact=errors[0], default=errors[1])
+    exact, default = (_relative_error(_product(folder, node, site, x, level), reference) for level in (1, None))
+    return SiteError(site=source.site.name, exact=exact, default=default)
+
+
+def _product(
+    folder: Path, node: ir.Node, site: RewrittenSite, x: Float[np.ndarray, "T K"], level: AccuracyLevel | None
+) -> Float[np.ndarray, "T N"]:
+    with runnable_graph(_MatMulAlone(node, site, level).build(), CPU_ONLY, folder) as graph:
+        widened = isinstance(graph, Path)
+        settings = SessionSettings(external_data_folder=None if widened else folder, accuracy_level=level)
+        product: np.ndarray = open_session(graph, settings).run(None, {"x": x.astype(np.float32) if widened else x})[0]
+        return product
 
 
 def _relative_error(y: Float[np.ndarray, "T N"], reference: Float64[np.ndarray, "T N"]) -> float:
@@ -63,10 +70,12 @@ def _relative_error(y: Float[np.ndarray, "T N"], reference: Float64[np.ndarray, 
 
 @dataclass(frozen=True, slots=True)
 class _MatMulAlone:
-    """x [8, K] -> MatMul with the node's own [QuantizeLinear and] DequantizeLinear and initializers."""
+    """x [8, K] -> MatMul behind the node's own [QuantizeLinear and] DequantizeLinear, or the MatMulNBits that it is."""
 
     node: ir.Node
     site: RewrittenSite
+    level: AccuracyLevel | None
+    """For MatMulNBits, which session options don't reach; None: as the node says."""
     _values: dict[str, ir.Value] = field(default_factory=dict)
     _nodes: list[ir.Node] = field(default_factory=list)
 
@@ -75,9 +84,7 @@ class _MatMulAlone:
         site, dtype = self.site.source.site, float_type(self.site.source.spec.scale_dtype)
         x = ir.Value(name="x", shape=ir.Shape((_TOKENS, site.in_features)), type=ir.TensorType(dtype))
         y = ir.Value(name="y", shape=ir.Shape((_TOKENS, site.out_features)), type=ir.TensorType(dtype))
-        weight = self.node.inputs[1]
-        assert weight is not None
-        self._nodes.append(ir.node("MatMul", [x, self._copy(weight)], outputs=[y], name="MatMul"))
+        self._nodes.append(self._multiply(x, y))
         initializers = [value for value in self._values.values() if value.const_value is not None]
         assert self.node.graph is not None
         graph = ir.Graph(
@@ -89,6 +96,15 @@ class _MatMulAlone:
             name="site",
         )
         return ir.Model(graph, ir_version=10)
+
+    def _multiply(self, x: ir.Value, y: ir.Value) -> ir.Node:
+        weights = [self._copy(value) for value in self.node.inputs[1:] if value is not None]
+        if self.site.form is not WeightForm.MATMUL_NBITS:
+            return ir.node("MatMul", [x, weights[0]], outputs=[y], name="MatMul")
+        attributes = dict(self.node.attributes)
+        if self.level is not None:
+            attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", self.level)
+        return ir.Node(self.node.domain, self.node.op_type, [x, *weights], list(attributes.values()), outputs=[y])
 
     def _copy(self, value: ir.Value) -> ir.Value:
         name = str(value.name)
@@ -119,26 +135,13 @@ def _reference(x: Float64[np.ndarray, "T K"], node: ir.Node, site: RewrittenSite
 
 
 def _dequantized_rows(node: ir.Node, site: RewrittenSite) -> Iterator[tuple[slice, Float64[np.ndarray, "rows N"]]]:
-    source = site.source
-    in_features = source.site.in_features
-    per_block = (source.spec.num_blocks(in_features), source.site.out_features)
-    matrix = _inputs_first(node, site, site.weight, (in_features, source.site.out_features))
-    scales = _inputs_first(node, site, site.scales, per_block)
-    zero_points = None if site.zero_points is None else _inputs_first(node, site, site.zero_points, per_block)
-    for start in range(0, in_features, _ROWS):
-        rows = slice(start, min(start + _ROWS, in_features))
+    matrix, scales, zero_points = stored_matrix(node, site), stored_scales(node, site), stored_zero_points(node, site)
+    for start in range(0, len(matrix), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(matrix)))
         weight = matrix[rows].astype(np.float64)
         if site.form is not WeightForm.QDQ:
-            blocks = np.arange(rows.start, rows.stop) // source.spec.block_size(in_features)
+            blocks = np.arange(rows.start, rows.stop) // stored_width(site)
             if zero_points is not None:
                 weight -= zero_points[blocks].astype(np.float64)
             weight *= scales[blocks].astype(np.float64)
         yield rows, weight
-
-
-def _inputs_first(node: ir.Node, site: RewrittenSite, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """An initializer as [K or nB, N], whatever the form that it is stored in."""
-    stored = read_initializer(node, name)
-    if site.form is WeightForm.DQ_COLUMN_MAJOR:
-        return stored.reshape(shape[::-1]).T
-    return stored.reshape(shape)

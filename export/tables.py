@@ -11,7 +11,9 @@ from rich.text import Text
 from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome, How
+from export.fusion import runtime_version
 from export.verify import VerifyReport
+from stages.widen import WIDENED_BECAUSE
 
 _PLACES: dict[How, str] = {
     "norm": "in norms",
@@ -31,7 +33,7 @@ def export_table(summary: ExportSummary) -> Table:
         ("size", _sizes(summary)),
         *_embeddings(summary.tables),
         *_folds(summary.folds),
-        *_kept(summary.kept),
+        *_kept(summary),
         *_checks(summary.report),
     ]
     for name, text in [*rows, *(("note", note) for note in summary.notes)]:
@@ -69,8 +71,12 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
     yield from _counted("Mul, because", reasons)
 
 
-def _kept(kept: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:
-    yield from _named("kept as it was", kept)
+def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
+    yield from _named("kept as it was", summary.kept)
+    for part in summary.unreached:
+        size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
+        more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
+        yield "kept as it was", f"{part.op_type}: {part.weights[0]}{more} ({size}): {part.reason}"
 
 
 def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
@@ -78,7 +84,11 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "verified", "no (--verify off)"
         return
     if report.fused is not None:
-        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits"
+        major, minor = runtime_version()
+        here = f"on this machine's CPU with ONNX Runtime {major}.{minor}"
+        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits {here}"
+    if report.widened:
+        yield "ran", WIDENED_BECAUSE
     yield from _unfused(report)
     if report.worst_exact is not None and report.worst_default is not None:
         exact, default = report.worst_exact, report.worst_default

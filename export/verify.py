@@ -14,24 +14,34 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
 
-from export.data_file import DataFileUse, account_for_bytes, read_initializer
+from export.data_file import DataFileUse, account_for_bytes
 from export.embedding import RewrittenTable
 from export.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
-from export.qdq import RewrittenSite, dequantized, divided_scales, oriented
+from export.qdq import RewrittenSite, dequantized, divided_scales
 from export.save import data_name
 from export.site_check import SiteError, measure_site
+from export.stored_numbers import stored_matrix, stored_scales, stored_zero_points
 from export.table_check import TableError, check_stored_table, measure_table
 from stages.atomic import whole_file
 from stages.cli import progress_bar
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.records import WeightForm
+from stages.session import CPU_ONLY
+from stages.widen import must_widen
 
 _TOLERANCE = {
     # Sums of a few thousand float32 products in another order.
     "float32": 1e-4,
     # The output itself is rounded to float16, twice where a Q is folded: a few times 2^-11.
     "float16": 2e-3,
+    # Computed in float32, with numbers that bfloat16 holds.
+    "bfloat16": 1e-4,
+}
+_ROUNDED_WEIGHT_TOLERANCE = {
+    **_TOLERANCE,
+    # The float form rounds the weight itself to bfloat16, 2^-9, and quantizes it again when it runs.
+    "bfloat16": 1e-2,
 }
 
 
@@ -57,6 +67,8 @@ class VerifyReport:
     """Largest error at the runtime's default level, where activations are rounded to int8."""
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
+    widened: bool = False
+    """Whether a bfloat16 model ran as float32."""
 
 
 def verify(
@@ -75,15 +87,12 @@ def verify(
     model = ir.load(onnx_file)
     data = account_for_bytes(model, onnx_file.with_name(data_name(onnx_file.name)))
     nodes = {output.name: node for node in model.graph.all_nodes() for output in node.outputs}
-    pairs = [(nodes[site.source.site.output], site) for site in sites]
+    pairs = [(nodes[site.output], site) for site in sites]
     for node, site in pairs:
         _check_stored_numbers(node, site)
     lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
     for node, table in lookups:
         check_stored_table(node, table)
-    if any(site.source.spec.scale_dtype == "bfloat16" for site in sites):
-        skipped = "fusion and products: bfloat16 models can't run on the CPU"
-        return VerifyReport(sites=len(sites), data=data, fused=None, skipped=(skipped,))
     fused, unfused, skipped_runs = _prove_fusion(onnx_file, pairs, base)
     errors = _measure(onnx_file.parent, pairs, console) if level == "full" else []
     return VerifyReport(
@@ -95,6 +104,7 @@ def verify(
         worst_default=max(errors, key=lambda error: error.default, default=None),
         skipped=skipped_runs,
         tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
+        widened=must_widen(model, CPU_ONLY),
     )
 
 
@@ -108,16 +118,20 @@ def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
     """Codes equal the store's exactly; scales too, after the one rounding that a fold costs."""
     weight, divisor = site.source.read(), site.source.row_divisor
     matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
-    _check_equal(node, site, site.weight, matrix)
-    _check_equal(node, site, site.scales, divided_scales(weight, divisor))
+    _check_equal(site, site.weight, stored_matrix(node, site), matrix)
+    _check_equal(site, site.scales, stored_scales(node, site), divided_scales(weight, divisor))
+    found = stored_zero_points(node, site)
     if weight.zero_points is not None:
+        assert found is not None
         assert site.zero_points is not None
-        _check_equal(node, site, site.zero_points, weight.zero_points)
+        _check_equal(site, site.zero_points, found, weight.zero_points)
 
 
-def _check_equal(node: ir.Node, site: RewrittenSite, name: str, expected: Shaped[Tensor, "N columns"]) -> None:
-    found = read_initializer(node, name)
-    wanted = oriented(expected.float(), site.form).numpy().reshape(found.shape)
+def _check_equal(site: RewrittenSite, name: str, found: np.ndarray, expected: Shaped[Tensor, "N columns"]) -> None:
+    wanted = expected.float().t().numpy()
+    if site.form is WeightForm.MATMUL_NBITS and len(wanted) == 1:
+        # One scale per channel stands in every block.
+        wanted = np.broadcast_to(wanted, found.shape)
     if not np.array_equal(found.astype(np.float32), wanted):
         raise GraphError(
             f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "
@@ -136,9 +150,14 @@ def _prove_fusion(
     unfused = tuple(
         UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, site.source.spec, version))
         for node, site in pairs
-        if site.node not in fused
+        if site.node not in fused or _fuses_only_widened(site)
     )
     return len(pairs) - len(unfused), unfused, ()
+
+
+def _fuses_only_widened(site: RewrittenSite) -> bool:
+    """Whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
+    return site.source.spec.scale_dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
 
 
 def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]], console: Console) -> list[SiteError]:
@@ -146,7 +165,8 @@ def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]], console: 
     with progress_bar(console) as bar:
         for node, site in bar.track(pairs, description="checking products"):
             error = measure_site(folder, node, site)
-            tolerance = _TOLERANCE[site.source.spec.scale_dtype]
+            tolerances = _ROUNDED_WEIGHT_TOLERANCE if site.form is WeightForm.QDQ else _TOLERANCE
+            tolerance = tolerances[site.source.spec.scale_dtype]
             if not error.exact < tolerance:
                 raise GraphError(
                     f"The saved weight of '{error.site}' gives outputs {error.exact:.1e} away from its own numbers "

@@ -10,15 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from scripts.builder_input import as_builder_input
 from scripts.checkpoints import (
     Checkpoint,
     FolderCheckpoint,
     GgufCheckpoint,
     HubCheckpoint,
+    PackagedCheckpoint,
     dequantize_gguf,
     find_checkpoint,
 )
 from scripts.options import BuildConfig
+from scripts.packaged_gguf import join_parts
 from stages.atomic import whole_directory
 from stages.cli import run_command
 from stages.errors import UserError
@@ -35,23 +38,33 @@ def build(config: BuildConfig, console: Console) -> None:
         whole_directory(config.output, overwrite=config.overwrite, option="--output") as output,
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):
-        model = _as_builder_input(checkpoint, Path(scratch) / "checkpoint", config, console)
+        model = _builder_arguments(checkpoint, Path(scratch), config, console)
         with console.status("onnxruntime-genai builds the graph"):
             _run_builder(model, output, Path(scratch) / "cache", config, console)
     console.print(f"base model: {config.output}", highlight=False)
 
 
-def _as_builder_input(checkpoint: Checkpoint, folder: Path, config: BuildConfig, console: Console) -> list[str]:
+def _builder_arguments(checkpoint: Checkpoint, scratch: Path, config: BuildConfig, console: Console) -> list[str]:
     """The builder's arguments that name the checkpoint."""
     match checkpoint:
         case HubCheckpoint(name=name):
             return ["-m", name]
-        case FolderCheckpoint(folder=local):
-            return ["-i", str(local)]
+        case FolderCheckpoint(folder=folder):
+            pass
         case GgufCheckpoint(file=file):
-            console.print(f"dequantizing {file.name}", highlight=False)
-            dequantize_gguf(file, folder, keep_grid=config.keep_grid)
-            return ["-i", str(folder)]
+            folder = _dequantized(file, scratch, config, console)
+        case PackagedCheckpoint(source=source):
+            file = scratch / f"{source}.gguf"
+            join_parts(source, file)
+            folder = _dequantized(file, scratch, config, console)
+    return ["-i", str(as_builder_input(folder, scratch / "readable"))]
+
+
+def _dequantized(file: Path, scratch: Path, config: BuildConfig, console: Console) -> Path:
+    console.print(f"dequantizing {file.name}", highlight=False)
+    folder = scratch / "checkpoint"
+    dequantize_gguf(file, folder, keep_grid=config.keep_grid)
+    return folder
 
 
 def _run_builder(model: list[str], output: Path, cache: Path, config: BuildConfig, console: Console) -> None:

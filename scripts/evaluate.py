@@ -8,6 +8,7 @@ from rich.table import Table
 from scripts.evaluation import ModelRow, Report, evaluate, load_report, prepare, save_report
 from scripts.options import EvaluateConfig
 from stages.cli import progress_bar, run_command
+from stages.widen import WIDENED_BECAUSE
 
 
 def run(config: EvaluateConfig, console: Console) -> None:
@@ -30,6 +31,8 @@ def _table(report: Report) -> Table:
         table.add_column(heading, justify="right")
     for row in report.rows:
         table.add_row(*_cells(row, base))
+    if widened := [row.name for row in report.rows if row.widened]:
+        table.caption = f"{', '.join(widened)} ran {WIDENED_BECAUSE}"
     return table
 
 

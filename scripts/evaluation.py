@@ -23,9 +23,11 @@ from stages.errors import UserError
 from stages.external_data import external_tensors
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.dataset import load_tokenizer, pack_windows
+from stages.observe.dataset import pack_windows
 from stages.observe.offline_text import offline_evaluation_text
+from stages.observe.tokenizer import load_tokenizer
 from stages.session import CausalFeeds, SessionSettings, choose_providers, open_session
+from stages.widen import must_widen, runnable_file
 
 Windows = Int64[np.ndarray, "windows seq_len"]
 
@@ -50,6 +52,8 @@ class ModelRow:
     bytes: int
     """The .onnx file and the external data that it refers to."""
     accuracy: Accuracy
+    widened: bool = False
+    """Whether it holds bfloat16 and ran as float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,15 +111,16 @@ def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Report:
     task = progress.add_task("evaluate", total=len(prepared.directories) * len(prepared.windows))
 
     def watched(directory: ModelDirectory) -> Iterator[Float32[np.ndarray, "L V"]]:
-        for logits in _logits(directory, prepared):
-            progress.update(task, advance=1, description=directory.folder.name)
-            yield logits
+        with runnable_file(directory.onnx_file, prepared.settings.providers, Path(scratch)) as onnx_file:
+            for logits in _logits(onnx_file, directory, prepared):
+                progress.update(task, advance=1, description=directory.folder.name)
+                yield logits
 
     base, *others = prepared.directories
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         expected = _record(watched(base), len(prepared.windows), Path(scratch) / "base_logits")
-        rows = [_score_model(base, expected, iter(expected), prepared.windows)]
-        rows += [_score_model(other, expected, watched(other), prepared.windows) for other in others]
+        rows = [_score_model(base, expected, iter(expected), prepared)]
+        rows += [_score_model(other, expected, watched(other), prepared) for other in others]
     return Report(comparison=prepared.comparison, rows=tuple(rows))
 
 
@@ -168,8 +173,10 @@ def _read_text(path: Path) -> str:
         raise UserError(f"--text {path} can't be read ({error}); pass a UTF-8 text file, or offline.") from error
 
 
-def _logits(directory: ModelDirectory, prepared: PreparedEvaluation) -> Iterator[Float32[np.ndarray, "L V"]]:
-    session = open_session(directory.onnx_file, prepared.settings)
+def _logits(
+    onnx_file: Path, directory: ModelDirectory, prepared: PreparedEvaluation
+) -> Iterator[Float32[np.ndarray, "L V"]]:
+    session = open_session(onnx_file, prepared.settings)
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
     for window in prepared.windows:
         try:
@@ -195,13 +202,18 @@ def _score_model(
     directory: ModelDirectory,
     expected: Float32[np.ndarray, "W L V"],
     logits: Iterator[Float32[np.ndarray, "L V"]],
-    windows: Windows,
+    prepared: PreparedEvaluation,
 ) -> ModelRow:
     scores: list[TokenScores] = []
-    for base, current, tokens in zip(expected, logits, windows, strict=True):
+    for base, current, tokens in zip(expected, logits, prepared.windows, strict=True):
         _check_logits(directory.folder, base, current)
         scores.append(score_window(*(torch.from_numpy(np.array(array)) for array in (base, current, tokens))))
-    return ModelRow(name=directory.folder.name, bytes=stored_bytes(directory), accuracy=summarize(scores))
+    return ModelRow(
+        name=directory.folder.name,
+        bytes=stored_bytes(directory),
+        accuracy=summarize(scores),
+        widened=must_widen(ir.load(directory.onnx_file), prepared.settings.providers),
+    )
 
 
 def _vocabulary(directory: ModelDirectory) -> int | None:

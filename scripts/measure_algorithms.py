@@ -23,9 +23,10 @@ from scripts.evaluation import Report, evaluate, load_report, prepare, save_repo
 from scripts.options import EvaluateConfig, MeasureConfig
 from stages.atomic import whole_file
 from stages.cli import progress_bar, run_command
-from stages.config import Algorithm, beside
+from stages.config import Algorithm, LmHead, beside
 from stages.errors import UserError
-from stages.quantized_store import REPORT
+from stages.quantized_store import REPORT, open_store
+from stages.report import bits_per_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +36,55 @@ class Variant:
     algo: Algorithm
     block_size: int
     zero_point: bool
+    mixed: bool
+    int8_block_size: int | None
+    lm_head: LmHead | None
+    column_major: bool
 
     @property
     def name(self) -> str:
-        return f"{self.algo}-b{self.block_size}{'-zp' if self.zero_point else ''}"
+        mixed = "-mixed" if self.mixed else ""
+        mixed += f"-int8b{self.int8_block_size}" if self.int8_block_size is not None else ""
+        head = f"-head{self.lm_head}" if self.lm_head is not None else ""
+        zero_point = "-zp" if self.zero_point else ""
+        return f"{self.algo}-b{self.block_size}{zero_point}{mixed}{head}{'-col' if self.column_major else ''}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options of stages.quantize that make this variant."""
+        arguments = [f"--algo={self.algo}", f"--block_size={self.block_size}"]
+        arguments += ["--use_zero_point"] if self.zero_point else []
+        arguments += ["--enable_mixed_quant"] if self.mixed else []
+        arguments += [f"--int8_block_size={self.int8_block_size}"] if self.int8_block_size is not None else []
+        arguments += [f"--lm_head={self.lm_head}"] if self.lm_head is not None else []
+        return arguments + (["--use_column_major"] if self.column_major else [])
+
+
+def variants_of(config: MeasureConfig) -> list[Variant]:
+    """Every combination of the options once; where nothing is INT8, its block size makes no difference."""
+    combinations = itertools.product(
+        config.block_size,
+        config.zero_point,
+        config.enable_mixed_quant,
+        config.int8_block_size,
+        config.lm_head,
+        config.use_column_major,
+        config.algo,
+    )
+    return list(
+        dict.fromkeys(
+            Variant(
+                algo=algo,
+                block_size=block_size,
+                zero_point=zero_point,
+                mixed=mixed,
+                int8_block_size=int8_block_size if mixed or lm_head == "8" else None,
+                lm_head=lm_head,
+                column_major=column_major,
+            )
+            for block_size, zero_point, mixed, int8_block_size, lm_head, column_major, algo in combinations
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +101,7 @@ _COSTS = TypeAdapter(Cost)
 
 def run(config: MeasureConfig, console: Console) -> None:
     """Quantize all variants, evaluate them on each text, print one table a text."""
-    variants = [
-        Variant(algo=algo, block_size=block_size, zero_point=zero_point)
-        for block_size, zero_point, algo in itertools.product(config.block_size, config.zero_point, config.algo)
-    ]
+    variants = variants_of(config)
     config.output.mkdir(parents=True, exist_ok=True)
     with progress_bar(console) as progress:
         task = progress.add_task("quantize", total=len(variants))
@@ -69,7 +112,8 @@ def run(config: MeasureConfig, console: Console) -> None:
             progress.advance(task)
     for text in config.text:
         report = _evaluated(config, variants, text, console)
-        Console().print(_table(text, variants, costs, report))
+        bits = [bits_per_weight(open_store(beside(config.output / variant.name, ".weights"))) for variant in variants]
+        Console().print(_table(text, variants, costs, bits, report))
 
 
 def _measured_run(config: MeasureConfig, variant: Variant) -> Cost:
@@ -80,8 +124,7 @@ def _measured_run(config: MeasureConfig, variant: Variant) -> Cost:
     folder = config.output / variant.name
     cache = config.cache_dir or beside(config.base, ".calibration")
     command = [sys.executable, "-m", "stages.quantize", f"--onnx_path={config.base}", f"--output_path={folder}"]
-    command += [f"--algo={variant.algo}", f"--block_size={variant.block_size}", f"--cache_dir={cache}", "--overwrite"]
-    command += ["--use_zero_point"] if variant.zero_point else []
+    command += [*variant.arguments, f"--cache_dir={cache}", "--overwrite"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -123,18 +166,19 @@ def _evaluated(config: MeasureConfig, variants: list[Variant], text: str, consol
     return report
 
 
-def _table(text: str, variants: list[Variant], costs: list[Cost], report: Report) -> Table:
+def _table(text: str, variants: list[Variant], costs: list[Cost], bits: list[float], report: Report) -> Table:
     base, *rows = report.rows
     table = Table(title=f"{text}: {base.accuracy.tokens} tokens, base perplexity {base.accuracy.perplexity:.3f}")
     table.add_column("variant")
-    for heading in ("search s", "total s", "peak MB", "MB", "perplexity", "KL (nats)", "same top-1"):
+    for heading in ("search s", "total s", "peak MB", "bits a weight", "MB", "perplexity", "KL (nats)", "same top-1"):
         table.add_column(heading, justify="right")
-    for variant, cost, row in zip(variants, costs, rows, strict=True):
+    for variant, cost, width, row in zip(variants, costs, bits, rows, strict=True):
         table.add_row(
             variant.name,
             f"{cost.search_seconds:.1f}",
             f"{cost.total_seconds:.1f}",
             f"{cost.peak_bytes / 1e6:.0f}",
+            f"{width:.3f}",
             f"{row.bytes / 1e6:.1f}",
             f"{row.accuracy.perplexity:.3f}",
             f"{row.accuracy.mean_divergence:.5f}",

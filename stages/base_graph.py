@@ -21,6 +21,10 @@ def load_graph(directory: ModelDirectory) -> ir.Model:
     """
     try:
         model = ir.load(directory.onnx_file)
+    except PermissionError as error:
+        raise GraphError(
+            f"{directory.onnx_file} can't be read ({error.strerror}); get the right to read it."
+        ) from error
     except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
         raise GraphError(f"{directory.onnx_file} is not a readable ONNX model ({error}); build it again.") from error
     for path in external_files(model):
@@ -63,6 +67,10 @@ def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
     """One tensor of each file is mapped once: permissions, and whatever else onnx-ir may refuse."""
     try:
         tensor.numpy()
+    except PermissionError as error:
+        raise GraphError(
+            f"External data file {path} can't be read ({error.strerror}); get the right to read it."
+        ) from error
     except (ValueError, OSError) as error:
         raise GraphError(f"External data file {path} can't be read ({error}); put a real copy there.") from error
     finally:

@@ -14,12 +14,14 @@ import tyro
 
 from stages.errors import RecipeError
 from stages.records import BlockAxis, GatherForm
+from stages.target.name import Target, parse_target
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
 WeightOperator = Literal["dq", "matmul_nbits"]
+PerChannelWord = Literal["channel"]
 Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
@@ -30,9 +32,9 @@ def _require(condition: bool, message: str) -> None:
         raise RecipeError(message)
 
 
-def _require_block_size(option: str, size: int, because: str) -> None:
+def _require_block_size(option: str, size: int | None, because: str) -> None:
     _require(
-        _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0,
+        size is None or (_SMALLEST_BLOCK <= size <= _LARGEST_BLOCK and size & (size - 1) == 0),
         f"{option} {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}: {because}.",
     )
 
@@ -52,7 +54,8 @@ class ExportOptions:
     verify: Verification
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots, so that a command that takes the options of both stages can inherit from both configurations.
+@dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
     """Run the base model once per batch and cache the statistics that stage two searches with."""
 
@@ -112,16 +115,21 @@ class QuantizeConfig:
     """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn and rtn_dq."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export; default: the output folder's name with .weights added."""
-    block_size: int = 128
-    """Inputs that share a scale: a power of two from 16 to 256."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="RUNTIME[@VERSION]")] = None
+    """cpu, cuda, dml, trt-rtx, webgpu or qnn, with the version of ONNX Runtime if it isn't the newest (cpu@1.24):
+    store weights as that runtime runs them fast, and say why. Options that are given win; default: no runtime in
+    particular."""
+    block_size: int | None = None
+    """Inputs that share a scale: a power of two from 16 to 256; default: 128, or what --target runs best."""
     enable_mixed_quant: bool = False
     """INT8 for the qkv (or v) and down projections of the first eighth, the last eighth and every third of the other
     layers; INT4 for the rest."""
     layers_8bit: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = ""
     """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8, in place
     of enable_mixed_quant's choice."""
-    int8_block_size: int | None = None
-    """Inputs that share an INT8 scale: a power of two from 16 to 256; default: one scale per output channel."""
+    int8_block_size: int | PerChannelWord | None = None
+    """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel;
+    default: channel, or what --target runs best."""
     lm_head: LmHead | None = None
     """Store lm_head as INT4 (4) or INT8 (8), or leave it (none), whatever exclude says; default: exclude decides."""
     use_column_major: bool = False
@@ -133,11 +141,12 @@ class QuantizeConfig:
     gather_quantize_axis: BlockAxis | None = None
     """Store the token embedding as INT4 too: 1 groups numbers of one token (use this one), 0 groups tokens; default:
     it stays as it is."""
-    gather_block_size: int = 32
-    """Numbers of the embedding that share a scale: a power of two from 16 to 256."""
-    gather_form: GatherForm = "gather_block_quantized"
-    """gather_block_quantized: one node that reads only the rows it needs. dq: DequantizeLinear and Gather, standard
-    operators, but ONNX Runtime dequantizes the whole table for every token."""
+    gather_block_size: int | None = None
+    """Numbers of the embedding that share a scale: a power of two from 16 to 256; default: 32, or what --target runs
+    best."""
+    gather_form: GatherForm | None = None
+    """gather_block_quantized (default): one node that reads only the rows it needs. dq: DequantizeLinear and Gather,
+    standard operators, but ONNX Runtime dequantizes the whole table for every token."""
     use_zero_point: bool = False
     """Unsigned codes with a zero point per block (4 / block_size more bits a weight)."""
     scale_range: ScaleRange = "full"
@@ -159,7 +168,7 @@ class QuantizeConfig:
     """Comma-separated parts of node names that stay as they are; '' quantizes all."""
     accuracy_level: AccuracyLevel | None = None
     """Written into genai_config.json's session options: 1 keeps activations in float32 on CPU, the runtime's default 4
-    rounds them to int8 (faster, less exact)."""
+    rounds them to int8 (faster, less exact). Into the nodes themselves with matmul_nbits, whose default is exact."""
     verify: Verification = "full"
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
     device: str = "auto"
@@ -180,6 +189,11 @@ class QuantizeConfig:
         return ExportOptions(accuracy_level=self.accuracy_level, verify=self.verify)
 
     @property
+    def parsed_target(self) -> Target | None:
+        """The runtime that ``target`` names; RecipeError where it names none."""
+        return None if self.target is None else parse_target(self.target)
+
+    @property
     def needs_cache(self) -> bool:
         return self.algo not in ("rtn", "rtn_dq")
 
@@ -187,11 +201,18 @@ class QuantizeConfig:
         """Raise RecipeError naming the first option that can't be used."""
         fusible = "ONNX Runtime fuses no other block size on every version"
         _require_block_size("--block_size", self.block_size, fusible)
-        if self.int8_block_size is not None:
+        if self.int8_block_size != "channel":
             _require_block_size("--int8_block_size", self.int8_block_size, fusible)
+        if self.target is not None:
+            parse_target(self.target)
         _require(
             not (self.use_column_major and self.algo == "rtn"),
             "--use_column_major goes with DequantizeLinear alone; use --algo rtn_dq in place of rtn.",
+        )
+        _require(
+            self.weight_operator != "matmul_nbits" or not (self.use_column_major or self.algo == "rtn"),
+            "--weight_operator matmul_nbits is another form than --use_column_major and --algo rtn ask for; leave them "
+            "out (rtn_dq rounds in the same way).",
         )
         _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
@@ -210,8 +231,10 @@ class ExportConfig:
     """Folder that stages.quantize saved its weights to."""
     output_path: Path
     """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
+    weight_operator: WeightOperator | None = None
+    """dq or matmul_nbits, in place of the form that stages.quantize chose."""
     accuracy_level: AccuracyLevel | None = None
-    """Written into genai_config.json's session options (1: exact on CPU, 4: the runtime's default)."""
+    """Written into genai_config.json's session options, with matmul_nbits into its nodes (1: exact on CPU, 4: fast)."""
     verify: Verification = "full"
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
     overwrite: bool = False

@@ -19,9 +19,10 @@ _PAST_INPUTS = slice(3, 5)
 class ModelDirectory:
     """A model on disk.
 
-    ``kv_heads``, ``head_size`` and ``vocab_size`` come from genai_config.json and are None without it; the graph's own
-    input shapes win where they are fixed. ``windowed_caches`` gives the length of those key/value cache inputs that
-    slide: their attention drops old tokens itself, in a buffer that holds a whole window from the start.
+    ``kv_heads``, ``head_size``, ``vocab_size`` and ``context_length`` come from genai_config.json and are None without
+    it; the graph's own input shapes win where they are fixed. ``windowed_caches`` gives the length of those key/value
+    cache inputs that slide: their attention drops old tokens itself, in a buffer that holds a whole window from the
+    start.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class ModelDirectory:
     kv_heads: int | None = None
     head_size: int | None = None
     vocab_size: int | None = None
+    context_length: int | None = None
     windowed_caches: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -82,6 +84,7 @@ def locate_model(path: Path) -> ModelDirectory:
         kv_heads=decoder.get("num_key_value_heads"),
         head_size=decoder.get("head_size"),
         vocab_size=model.get("vocab_size"),
+        context_length=model.get("context_length"),
         windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder else {},
     )
 

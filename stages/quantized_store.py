@@ -58,8 +58,14 @@ class QuantizedStore:
             "specs": _SPECS.dump_json(specs).decode(),
             "reports": _REPORTS.dump_json(solved.reports).decode(),
         }
-        with whole_file(self.group_file(index)) as partial:
-            save_file(tensors, partial, metadata)
+        try:
+            with whole_file(self.group_file(index)) as partial:
+                save_file(tensors, partial, metadata)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"Quantized weights can't be written to {self.folder} ({error}); free space there, or choose another "
+                "place with --weights_path."
+            ) from error
 
     def reports(self) -> list[SiteReport]:
         """The reports of all finished groups, in graph order."""

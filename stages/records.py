@@ -61,6 +61,8 @@ class MatMulSite:
     weight_shared_with: tuple[str, ...] = ()
     """Outputs of the other nodes that read the same initializer."""
     feeds_logits: bool = False
+    routes_experts: bool = False
+    """Whether its output decides which experts of a mixture a token goes to."""
 
 
 # --------------------------------------------------------------------------- where an input scale can be folded
@@ -88,6 +90,8 @@ class LinearAbsorber:
     site: str
     bias: str | None = None
     """Initializer [N] added after the site, divided too."""
+    power: Literal[1, 2] = 1
+    """2 where the activation is the square of the site's output or of its Relu: channels take the scale's root."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +295,22 @@ class QuantizedTable:
     """[V, nB] (axis 1) or [nB, D] (axis 0), in the table's type."""
 
 
+# --------------------------------------------------------------------------- what stays as it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreachedWeights:
+    """Matrices that one kind of node reads and that quantization leaves alone."""
+
+    op_type: str
+    weights: tuple[str, ...]
+    """Initializers, in graph order."""
+    num_bytes: int
+    share: float
+    """Part of the bytes of all the model's weights, 0 to 1."""
+    reason: str
+
+
 # --------------------------------------------------------------------------- statistics
 
 
@@ -307,6 +327,11 @@ class TokenStats:
     """[K] float32, mean over tokens of |x_k|."""
     gram: Tensor | None = None
     rows: Tensor | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing was seen: no token came here (an expert nobody chose), or only zeros."""
+        return not bool(self.abs_mean.any())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -386,5 +411,8 @@ class ExportRecipe:
     """The algorithm and options in words."""
     embeddings: tuple[EmbeddingPlan, ...] = ()
     """The tables whose Gather nodes read INT4 codes."""
+    unreached: tuple[UnreachedWeights, ...] = ()
+    """Large weights that no MatMul or Gemm reads, and so stay as they are."""
     session_options: tuple[tuple[str, str], ...] = ()
-    """(key, value) that the target runtime needs in genai_config.json's session options."""
+    """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
+    holds where none is asked for; MatMulNBits nodes carry it themselves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from statistics import mean
 
 from rich import box
@@ -13,42 +14,82 @@ from stages.quantized_store import QuantizedStore
 from stages.records import SiteReport
 
 _WORST = 3
-_COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "held out", "a^r/duo/none", "clip")
+Rows = dict[tuple[str, str], list[SiteReport]]
+"""(kind of site, format) -> its sites."""
+_LAYER = re.compile(r"layers\.(\d+)/")
+_COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "unseen", "a^r/duo/none", "clip")
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
-    """One row for each kind of site (the same name in every layer), then the sites that lost most.
+    """One row for each kind of site (the same name in every layer) and format, then the sites that lost most.
 
     Errors are mean squared output errors relative to the output: as plain rounding would give, as chosen, and as
     chosen on held-out text.
     """
     reports = store.reports()
-    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
-    bits_per_weight = 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
+    notes = Counter(report.note for report in reports if report.note)
+    bits = bits_per_weight(store)
     table = Table(
-        title=f"{store.recipe.summary}: {len(reports)} sites, {bits_per_weight:.3f} bits a weight, {seconds:.1f} s",
+        title=f"{store.recipe.summary}: {len(reports)} sites, {bits:.3f} bits a weight, {seconds:.1f} s",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        caption_justify="left",
         padding=(0, 1, 0, 0),
     )
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == _COLUMNS[0] else "right", no_wrap=True)
-    kinds: dict[str, list[SiteReport]] = defaultdict(list)
-    for report in reports:
-        kinds[_kind(report.site)].append(report)
-    for kind, members in kinds.items():
+    rows = _by_kind_and_format(reports)
+    for (kind, _), members in rows.items():
         table.add_row(*_row(f"{len(members)} x {kind}", members))
+    table.caption = "\n".join([*_layers_by_format(rows), *(f"{count} x {note}" for note, count in notes.items())])
     measured = [report for report in reports if report.held_out_loss is not None]
-    if measured and len(reports) > len(kinds):
+    if measured and len(reports) > len(rows):
         table.add_section()
         for report in sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]:
             table.add_row(*_row(_short(report.site), [report]))
     return table
 
 
+def _by_kind_and_format(reports: Sequence[SiteReport]) -> Rows:
+    """Sites of one kind and format together, the formats of a kind beside each other."""
+    kinds: dict[str, dict[str, list[SiteReport]]] = defaultdict(lambda: defaultdict(list))
+    for report in reports:
+        kinds[_kind(report.site)][report.format].append(report)
+    return {(kind, form): members for kind, formats in kinds.items() for form, members in formats.items()}
+
+
+def _layers_by_format(rows: Rows) -> list[str]:
+    """For kinds stored in several formats: which layers have which, kinds with the same layers in one line."""
+    formats = Counter(kind for kind, _ in rows)
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (kind, form), members in rows.items():
+        layers = [int(match[1]) for member in members if (match := _LAYER.search(member.site)) is not None]
+        if formats[kind] > 1 and layers:
+            kinds[form, ranges(sorted(layers))].append(kind)
+    return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
+
+
+def bits_per_weight(store: QuantizedStore) -> float:
+    """Stored bits, scales and zero points included, a weight of the quantized sites; kept ones don't count."""
+    weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
+    reports = store.reports()
+    return 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
+
+
 def _kind(site: str) -> str:
-    """The site's short name with its layer number left open."""
-    return re.sub(r"layers\.\d+", "layers.*", _short(site))
+    """The site's short name without its layer."""
+    return _LAYER.sub("", _short(site))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: 0-2,5,7-8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _short(site: str) -> str:
@@ -59,7 +100,7 @@ def _short(site: str) -> str:
 def _row(name: str, members: list[SiteReport]) -> list[str]:
     return [
         name,
-        "/".join(sorted({member.format for member in members})),
+        members[0].format,
         f"{sum(member.bytes for member in members) / 1e6:.1f}",
         _percent([member.loss_rtn for member in members]),
         _percent([member.loss for member in members]),

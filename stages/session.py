@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
 from stages.errors import GraphError, UserError
 
 CPU = "CPUExecutionProvider"
+CPU_ONLY = (CPU,)
 NV_TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
 _PROVIDERS = {
     "cpu": CPU,
@@ -22,6 +24,7 @@ _PROVIDERS = {
 }
 _SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
 _REASON_LENGTH = 200
+_BFLOAT16 = "tensor(bfloat16)"
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -123,19 +126,23 @@ class OpenedSession:
     providers: ProviderChoice
 
 
-def open_first_session(model: bytes, settings: SessionSettings, choice: ProviderChoice) -> OpenedSession:
-    """Open ``model`` with the providers of ``choice``, without those that turn out not to work for it.
+SessionOpener = Callable[[tuple[str, ...]], ort.InferenceSession]
+"""Opens a session with the providers of these names."""
+
+
+def open_first_session(open_with: SessionOpener, choice: ProviderChoice) -> OpenedSession:
+    """Open a session with the providers of ``choice``, without those that turn out not to work for it.
 
     Raises:
         GraphError: ONNX Runtime refuses the model on the CPU too.
     """
     try:
-        session = open_session(model, replace(settings, providers=choice.names))
+        session = open_with(choice.names)
     except GraphError as error:
-        culprit = _first_failing(model, settings, choice)
+        culprit = _first_failing(open_with, choice)
         if culprit is None:
             raise error from error.__cause__
-        return open_first_session(model, settings, _without(choice, *culprit))
+        return open_first_session(open_with, _without(choice, *culprit))
     there = session.get_providers()
     for name in choice.names:
         if name not in there:
@@ -143,12 +150,12 @@ def open_first_session(model: bytes, settings: SessionSettings, choice: Provider
     return OpenedSession(session, choice)
 
 
-def _first_failing(model: bytes, settings: SessionSettings, choice: ProviderChoice) -> tuple[str, str] | None:
+def _first_failing(open_with: SessionOpener, choice: ProviderChoice) -> tuple[str, str] | None:
     """The first provider that fails by itself, and its reason; None where the CPU is the only one."""
     others = [name for name in choice.names if name != CPU]
     for name in others:
         try:
-            open_session(model, replace(settings, providers=(name, CPU)))
+            open_with((name, CPU))
         except GraphError as error:
             return name, str(error)
     return (others[0], "it fails beside the providers behind it") if others else None
@@ -165,6 +172,9 @@ def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
 def _past_shape(node: ort.NodeArg, empty: tuple[int, int | None, int, int | None]) -> tuple[int, ...]:
     """Shape of an empty past: ``empty``, [batch, kv_heads, length, head_size]; fixed dimensions of the graph win."""
     declared = list(node.shape)
+    if len(declared) == 3 and all(isinstance(dim, int) for dim in declared[1:]):
+        # The state of a short convolution: always of this size, and zero before the first token.
+        return empty[0], *declared[1:]
     if len(declared) != 4:
         raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
     shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]
@@ -189,7 +199,7 @@ class CausalFeeds:
     head_size: int | None
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
 
-    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
         """Feeds for ``tokens`` [batch, length] (any integer type).
 
         Raises:
@@ -197,8 +207,10 @@ class CausalFeeds:
         """
         return {node.name: self._feed(node, tokens) for node in self.session.get_inputs()}
 
-    def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray:
+    def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray | ort.OrtValue:
         batch, length = tokens.shape
+        if "past" in node.name and node.type == _BFLOAT16:
+            return _bfloat16_zeros(self._past_shape(node, batch))
         dtype = _NUMPY_TYPES.get(node.type)
         if dtype is None:
             raise GraphError(f"Graph input '{node.name}' has type {node.type}, which calibration can't feed.")
@@ -209,9 +221,16 @@ class CausalFeeds:
         if node.name == "position_ids":
             return np.broadcast_to(np.arange(length, dtype=dtype), (batch, length)).copy()
         if "past" in node.name:
-            empty = (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size)
-            return np.zeros(_past_shape(node, empty), dtype)
+            return np.zeros(self._past_shape(node, batch), dtype)
         raise GraphError(
             f"Graph input '{node.name}' is not one that a text decoder has "
             "(input_ids, attention_mask, position_ids, past key/values); pass the decoder's .onnx file."
         )
+
+    def _past_shape(self, node: ort.NodeArg, batch: int) -> tuple[int, ...]:
+        return _past_shape(node, (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size))
+
+
+def _bfloat16_zeros(shape: tuple[int, ...]) -> ort.OrtValue:
+    """numpy has no bfloat16 that ONNX Runtime takes; all bits zero are 0 in every type."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), ir.DataType.BFLOAT16)

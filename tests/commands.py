@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from export.__main__ import export
+from scripts.drop_in import quantize_in_one_go
+from scripts.options import DropInConfig
 from stages.calibrate import calibrate
 from stages.cli import run_command
 from stages.config import CalibrateConfig, ExportConfig, QuantizeConfig
@@ -18,7 +20,7 @@ from stages.quantize import quantize
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """The three programs; each call returns (exit code, what was printed)."""
+    """The programs; each call returns (exit code, what was printed)."""
 
     capsys: pytest.CaptureFixture[str]
     monkeypatch: pytest.MonkeyPatch
@@ -31,6 +33,9 @@ class Commands:
 
     def export(self, *arguments: object) -> tuple[int, str]:
         return self._run(ExportConfig, export, arguments)
+
+    def drop_in(self, *arguments: object) -> tuple[int, str]:
+        return self._run(DropInConfig, quantize_in_one_go, arguments)
 
     def _run(
         self, config: type, command: Callable[[object, Console], None], arguments: tuple[object, ...]

@@ -51,6 +51,14 @@ def tiny_model_dml(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> P
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_model_bf16(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
+    """ORT-GenAI folder of the tiny Llama, bf16 for CUDA: key/value caches are bfloat16 too, the logits float32."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bf16"
+    build_genai_model(tiny_hf, folder, "bf16", "cuda")
+    return folder
+
+
 @pytest.fixture
 def commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
     """The command lines, run inside the test process."""

@@ -15,6 +15,8 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
+    Lfm2MoeConfig,
     LlamaConfig,
     MistralConfig,
     NemotronConfig,
@@ -28,7 +30,7 @@ from tests.tiny_models import VOCABULARY
 
 # Tokens of the tiny tokenizer, and sizes that every family shares.
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, **_TOKENS}
+_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, **_TOKENS}
 _CONTEXT = 256
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -50,20 +52,32 @@ class Family:
     config: Callable[[], PretrainedConfig]
     peculiar: str
     """What sets it apart from a plain Llama, in words."""
-    sites: int
-    """Quantized sites of two layers (the head stays as it is)."""
+    kinds: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Quantized sites of a layer, by their builder's name."""
     folds: Mapping[str, str]
     """How the input scale of each kind of activation leaves, by the first site that reads it."""
-    reason: str = ""
-    """Why a Mul remains where ``folds`` says so."""
+    int8_layers: tuple[int, ...] = (0, 3)
+    """Layers whose qkv and down projections the reference's mixed rule stores as INT8: of four, every third."""
+    int8_head: bool = False
+    """Whether the mixed model is made with --lm_head 8."""
+    width: float = 0.25
+    """Standard deviation of embedding and head: by it, predictions are neither flat nor certain."""
+    routers: int = 0
+    """Routers of experts, which stay as they are."""
+
+    @property
+    def sites(self) -> int:
+        """Quantized sites of all layers (the head stays as it is)."""
+        return len(self.kinds) * int(self.config().num_hidden_layers)
 
 
-def _llama(rope: dict[str, object] | None, tied: bool) -> LlamaConfig:
+def _llama(rope: dict[str, object] | None, *, tied: bool, layers: int = 4) -> LlamaConfig:
     return LlamaConfig(
-        **_SIZES,
+        **(_SIZES | {"num_hidden_layers": layers}),
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
+        rms_norm_eps=1e-5,
         max_position_embeddings=_CONTEXT,
         rope_parameters=rope,
         tie_word_embeddings=tied,
@@ -76,7 +90,8 @@ def _phi3() -> Phi3Config:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=_CONTEXT,
-        original_max_position_embeddings=64,
+        # Shorter than the test's texts and longer than its prompts: both rotation tables are used.
+        original_max_position_embeddings=32,
         # Wider than the context, as released: nothing slides.
         sliding_window=2 * _CONTEXT,
         rope_parameters={
@@ -95,6 +110,7 @@ def _mistral(head_dim: int) -> MistralConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=head_dim,
+        rms_norm_eps=1e-5,
         max_position_embeddings=_CONTEXT,
         sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
@@ -131,7 +147,7 @@ def _gemma3() -> Gemma3TextConfig:
         query_pre_attn_scalar=32,
         max_position_embeddings=_CONTEXT,
         sliding_window=16,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -146,7 +162,8 @@ def _gemma3() -> Gemma3TextConfig:
 def _nemotron() -> NemotronConfig:
     return NemotronConfig(
         **_SIZES,
-        num_attention_heads=4,
+        # Three query heads share a key/value head, as in Nemotron-Mini 4B.
+        num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=_CONTEXT,
@@ -180,99 +197,127 @@ def _qwen3() -> Qwen3Config:
     )
 
 
+def _gpt_oss() -> GptOssConfig:
+    return GptOssConfig(
+        **_SIZES,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=_CONTEXT,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150_000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    )
+
+
+def lfm2_moe() -> Lfm2MoeConfig:
+    """LFM2-MoE: short convolutions between attention layers, and experts in all layers but the first."""
+    return Lfm2MoeConfig(
+        **_SIZES,
+        moe_intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_dense_layers=1,
+        layer_types=["conv", "full_attention"] * 2,
+        max_position_embeddings=_CONTEXT,
+    )
+
+
 _PACKED = {"qkv_proj": "norm", "o_proj": "value", "gate_proj": "norm", "down_proj": "linear"}
 
 FAMILIES = (
     Family(
         name="llama-3.1",
-        models=("Llama 3.1 8B", "DeepSeek-R1-Distill-Llama 8B"),
+        models=("Llama3.1-8B-Instruct", "DeepSeek-R1-Distill-Llama-8B"),
         config=lambda: _llama(_LLAMA3_ROPE, tied=False),
         peculiar="rope scaling llama3",
-        sites=10,
         folds=_PACKED,
     ),
     Family(
         name="llama-3.2",
-        models=("Llama 3.2 1B, 3B",),
+        models=("Llama3.2-3B-Instruct (and 1B)",),
         config=lambda: _llama(_LLAMA3_ROPE, tied=True),
         peculiar="rope scaling llama3, head tied to the embedding",
-        sites=10,
+        width=0.22,
         folds=_PACKED,
-    ),
-    Family(
-        name="smollm",
-        models=("SmolLM, SmolLM2",),
-        config=lambda: _llama(None, tied=True),
-        peculiar="head tied to the embedding",
-        sites=10,
-        folds=_PACKED,
+        int8_head=True,
     ),
     Family(
         name="phi-3.5",
-        models=("Phi-3.5 mini",),
+        models=("Phi3.5-mini-Instruct",),
         config=_phi3,
         peculiar="longrope: two rotation tables behind an If; qkv and gate_up are packed in the checkpoint",
-        sites=10,
         folds=_PACKED,
     ),
     Family(
         name="mistral",
-        models=("Mistral 7B v0.3",),
+        models=("Mistral-7B-Instruct-v0.3",),
         config=lambda: _mistral(16),
         peculiar="grouped-query attention",
-        sites=10,
-        folds=_PACKED,
-    ),
-    Family(
-        name="mistral-nemo",
-        models=("Mistral-NeMo-Minitron 2B, 4B, 8B",),
-        config=lambda: _mistral(32),
-        peculiar="head_dim * heads may differ from the hidden size",
-        sites=10,
         folds=_PACKED,
     ),
     Family(
         name="gemma",
-        models=("Gemma 2B",),
+        models=("Gemma-2b-it",),
         config=_gemma,
         peculiar="one key/value head, head_dim * heads over the hidden size, gelu, gains 1 + w, scaled embedding",
-        sites=10,
+        width=0.11,
         folds=_PACKED,
     ),
     Family(
         name="gemma-2",
-        models=("Gemma 2 2B, 9B",),
+        models=("Gemma-2-2b", "Gemma-2-9b"),
         config=_gemma2,
         peculiar="a norm behind each half of a layer too, soft-capped attention and logits, every other layer slides",
-        sites=10,
+        width=0.2,
         folds=_PACKED,
-    ),
-    Family(
-        name="gemma-3",
-        models=("Gemma 3 1B (text)",),
-        config=_gemma3,
-        peculiar=(
-            "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 can't "
-            "read its released configuration through transformers 5: KeyError 'rope_type')"
-        ),
-        sites=10,
-        folds=_PACKED,
+        int8_head=True,
     ),
     Family(
         name="nemotron",
-        models=("Nemotron-Mini 4B", "Minitron 4B, 8B"),
+        models=("Nemotron Mini 4B Instruct (and Minitron 4B, 8B)",),
         config=_nemotron,
         peculiar="LayerNorm with gain 1 + w and bias, partial rotation, MLP without a gate: relu(up)^2",
-        sites=8,
-        folds={"qkv_proj": "norm", "o_proj": "value", "up_proj": "norm", "down_proj": "mul"},
-        reason="it comes from Pow",
+        kinds=("qkv_proj", "o_proj", "up_proj", "down_proj"),
+        width=0.13,
+        folds={"qkv_proj": "norm", "o_proj": "value", "up_proj": "norm", "down_proj": "linear"},
     ),
     Family(
         name="qwen2.5",
-        models=("Qwen2.5 7B", "DeepSeek-R1-Distill-Qwen 1.5B, 7B, 14B"),
+        models=(
+            "Qwen2.5-7B-Instruct",
+            "DeepSeek-R1-Distil-Qwen-1.5B",
+            "DeepSeek-R1-Distil-Qwen-7B",
+            "DeepSeek-R1-Distill-Qwen-14B",
+        ),
         config=_qwen2,
         peculiar="bias behind q, k and v",
-        sites=10,
+        folds=_PACKED,
+        int8_head=True,
+    ),
+    Family(
+        name="mistral-nemo",
+        models=(
+            # The 8B one's configuration is MistralForCausalLM. The smaller ones' were not seen (NVIDIA's download page
+            # alone has them): they are pruned Mistral-NeMo too by their name, and Nemotron stands above if not.
+            "Mistral-NeMo-Minitron-2B-128k-Instruct",
+            "Mistral-NeMo-Minitron-4B-128k-Instruct",
+            "Mistral-NeMo-Minitron-8B-128k-Instruct",
+        ),
+        config=lambda: _mistral(32),
+        peculiar="head_dim is given, head_dim * heads may differ from the hidden size",
         folds=_PACKED,
     ),
     Family(
@@ -280,17 +325,47 @@ FAMILIES = (
         models=("Qwen3 (dense)",),
         config=_qwen3,
         peculiar="norms of q and k, head tied to the embedding",
-        sites=10,
         folds=_PACKED,
+        int8_head=True,
+    ),
+    Family(
+        name="gemma-3",
+        models=("Gemma 3 270M, 1B (text)",),
+        config=_gemma3,
+        peculiar=(
+            "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 reads "
+            "its configuration as scripts.build_base_model writes it)"
+        ),
+        width=0.2,
+        folds=_PACKED,
+    ),
+    Family(
+        name="smollm",
+        models=("SmolLM, SmolLM2",),
+        config=lambda: _llama(None, tied=True, layers=8),
+        peculiar="head tied to the embedding",
+        folds=_PACKED,
+        # The first eighth, the last eighth, and every third of those between.
+        int8_layers=(0, 1, 4, 7),
+    ),
+    Family(
+        name="gpt-oss",
+        models=("gpt-oss (mixture of experts)",),
+        config=_gpt_oss,
+        peculiar="experts inside MoE nodes, attention sinks, every other layer slides, bias behind each projection",
+        kinds=("qkv_proj", "o_proj"),
+        folds={"qkv_proj": "norm", "o_proj": "value"},
+        routers=4,
     ),
 )
 
 
-def save_random_model(config: PretrainedConfig, folder: Path, tokenizer: Path) -> None:
-    """Hugging Face folder of a random model: weights wide enough that tokens differ in their logits.
+def save_random_model(config: PretrainedConfig, width: float, folder: Path, tokenizer: Path) -> None:
+    """Hugging Face folder of a random model whose predictions are neither flat nor certain.
 
-    Gains are drawn around one whichever way the family stores them (Gemma and Nemotron keep gain - 1). Each layer's
-    outputs have unlike sizes, so that every activation has channels that matter more and an input scale pays.
+    The embedding and head are wide enough for an entropy of some nats less than uniform: a KL divergence then means
+    something. Gains are drawn around one whichever way the family stores them (Gemma and Nemotron keep gain - 1). Each
+    layer's outputs have unlike sizes, so that every activation has channels that matter more and an input scale pays.
     """
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -301,18 +376,21 @@ def save_random_model(config: PretrainedConfig, folder: Path, tokenizer: Path) -
                 # Fresh models hold gains of one, or of zero where one is added; biases are zero.
                 parameter.copy_(parameter.mean().round() + 0.3 * noise)
             else:
-                sizes = torch.exp(0.7 * torch.randn(len(parameter), 1, generator=generator))
-                # Layers add less than the embedding holds, so that two of them don't drown the logits in rounding.
-                parameter.copy_(0.05 * noise * sizes if name.endswith("proj.weight") else 0.1 * noise)
+                # Layers add less than the embedding holds, so that all of them don't drown the logits in rounding.
+                parameter.copy_((0.05 if "proj" in name else width) * noise)
+            if name.endswith("proj.weight"):
+                parameter.mul_(torch.exp(0.7 * torch.randn(len(parameter), 1, generator=generator)))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def build_in_process(source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu") -> None:
-    """onnxruntime-genai's builder, without a new interpreter for each of a dozen models."""
+def build_in_process(
+    source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu", *extra: str
+) -> None:
+    """onnxruntime-genai's builder with ``extra`` options, without a new interpreter for each of a dozen models."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     place = ("", str(source), str(output), precision, execution_provider, str(output / "cache"))
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        create_model(*place, **parse_extra_options(*place, []))
+        create_model(*place, **parse_extra_options(*place, list(extra)))

@@ -29,8 +29,8 @@ class TinyGraph:
         self.inputs.append(helper.make_tensor_value_info(name, elem_type, list(shape)))
         return name
 
-    def output(self, name: str, elem_type: int, shape: Sequence[int | str]) -> str:
-        self.outputs.append(helper.make_tensor_value_info(name, elem_type, list(shape)))
+    def output(self, name: str, elem_type: int, shape: Sequence[int | str] | None) -> str:
+        self.outputs.append(helper.make_tensor_value_info(name, elem_type, None if shape is None else list(shape)))
         return name
 
     def constant(self, name: str, value: np.ndarray) -> str:

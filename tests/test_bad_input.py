@@ -83,7 +83,9 @@ def test_no_embedding_to_quantize(tmp_path: Path, commands: Commands) -> None:
     assert _left(tmp_path) == before
 
 
-@pytest.mark.parametrize(("option", "value"), [("--gather_quantize_axis", "2"), ("--gather_form", "gather")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--gather_quantize_axis", "2"), ("--gather_form", "gather"), ("--int8_block_size", "chanel")]
+)
 def test_unknown_choices_are_refused_with_code_2(option: str, value: str, commands: Commands) -> None:
     code, printed = commands.quantize("--onnx_path", "a", "--output_path", "b", option, value)
     assert code == 2
@@ -101,6 +103,13 @@ def test_no_tokenizer(model: Path, commands: Commands) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         (model / name).unlink(missing_ok=True)
     _check(commands.calibrate("--onnx_path", model, "--dataset", "offline"), "--model_name")
+
+
+def test_windows_longer_than_the_context(model: Path, tmp_path: Path, commands: Commands) -> None:
+    before = _left(tmp_path)
+    result = commands.calibrate("--onnx_path", model, "--dataset", "offline", "--seq_len", 1025)
+    _check(result, "--seq_len 1025", "context", "1024 tokens")
+    assert _left(tmp_path) == before
 
 
 def test_no_cache_cache_of_another_model_and_other_options(
@@ -167,6 +176,12 @@ def test_nan_activations(value: float, model: Path, tiny_text: Path, tmp_path: P
     [
         (["--block_size", "48"], ["--block_size 48", "power of two"]),
         (["--block_size", "512"], ["--block_size 512"]),
+        (["--int8_block_size", "48"], ["--int8_block_size 48", "power of two"]),
+        (["--target", "tpu"], ["--target tpu", "cpu, cuda, dml, trt-rtx, webgpu, qnn"]),
+        (["--target", "cpu@latest"], ["--target cpu@latest", "1.24"]),
+        (["--target", "cuda@1.18"], ["--target cuda@1.18", "before 1.20"]),
+        # The target leaves an option that can't be to the same error as without it.
+        (["--target", "cpu", "--block_size", "48"], ["--block_size 48", "power of two"]),
         (["--gather_quantize_axis", "1", "--gather_block_size", "24"], ["--gather_block_size 24", "power of two"]),
         (["--gather_block_size", "8"], ["--gather_block_size 8"]),
         (["--awqlite_alpha_step", "0"], ["--awqlite_alpha_step"]),

@@ -25,6 +25,7 @@ from stages.records import (
     WeightForm,
 )
 from tests.embeddings import plan_of
+from tests.full_disk import full_after
 from tests.solve.problems import site
 
 GROUPS = (
@@ -142,3 +143,11 @@ def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "w" / "recipe.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"recipe\.json can't be read"):
         open_store(tmp_path / "w")
+
+
+def test_a_full_disk_is_a_message_and_leaves_no_half_group(tmp_path: Path) -> None:
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    with full_after(100), pytest.raises(UserError, match=r"File too large.*free space there, or .*--weights_path"):
+        store.write(0, _solved())
+    assert not store.is_finished(0)
+    assert [path.name for path in store.folder.iterdir()] == ["recipe.json"]

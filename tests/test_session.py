@@ -19,15 +19,17 @@ from stages.session import (
     SessionSettings,
     choose_providers,
     open_first_session,
+    open_session,
 )
 from tests.graphs import TinyGraph
 
 TOKENS = np.array([[5, 6, 7], [8, 9, 10]])
-INT32, INT64, FLOAT, FLOAT16, STRING = (
+INT32, INT64, FLOAT, FLOAT16, BFLOAT16, STRING = (
     TensorProto.INT32,
     TensorProto.INT64,
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
     TensorProto.STRING,
 )
 
@@ -64,6 +66,17 @@ def test_every_input_gets_its_declared_type_and_an_empty_past() -> None:
     assert feeds["past_key_values.0.key"].dtype == np.float16
 
 
+def test_a_bfloat16_cache_is_fed_as_zeros_of_its_own_type() -> None:
+    graph = TinyGraph()
+    graph.input("past_key_values.0.key", BFLOAT16, ["b", 3, "past", 16])
+    graph.node("Cast", ["past_key_values.0.key"], ["past"], {"to": FLOAT})
+    graph.output("past", FLOAT, ["b", 3, "past", 16])
+    session = ort.InferenceSession(graph.proto().SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = CausalFeeds(session, 2, 16, {"past_key_values.0.key": 8})(TOKENS)
+    (past,) = session.run(None, feeds)
+    np.testing.assert_array_equal(past, np.zeros((2, 3, 8, 16), np.float32))
+
+
 def test_a_cache_that_slides_starts_as_a_buffer_of_one_window() -> None:
     graph = TinyGraph()
     for name in ("past_key_values.0.key", "past_key_values.1.key"):
@@ -75,6 +88,12 @@ def test_a_cache_that_slides_starts_as_a_buffer_of_one_window() -> None:
     assert feeds["past_key_values.0.key"].shape == (2, 2, 8, 16)
     assert not feeds["past_key_values.0.key"].any()
     assert feeds["past_key_values.1.key"].shape == (2, 2, 0, 16)
+
+
+def test_the_state_of_a_convolution_is_zeros_of_its_own_size() -> None:
+    feeds = _feeds(Input("past.0.conv", FLOAT, ["b", 64, 2]), kv_heads=None, head_size=None)
+    assert feeds["past.0.conv"].shape == (len(TOKENS), 64, 2)
+    assert not feeds["past.0.conv"].any()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +172,11 @@ class Machine:
 def _open(machine: Machine, monkeypatch: pytest.MonkeyPatch, *names: str, **options: dict[str, str]) -> ProviderChoice:
     monkeypatch.setattr(ort, "InferenceSession", machine)
     choice = ProviderChoice(names=names, missing=(("dml", "not built in"),))
-    return open_first_session(b"", SessionSettings(provider_options=options), choice).providers
+
+    def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
+        return open_session(b"", SessionSettings(providers=providers, provider_options=options))
+
+    return open_first_session(open_with, choice).providers
 
 
 def test_every_provider_gets_its_own_options_and_no_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

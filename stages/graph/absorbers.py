@@ -2,7 +2,8 @@
 
 x / s is folded into the gain of the norm that makes x; into the output channels of up_proj where x = act(gate) * up is
 linear in up; into v_proj's channels where x is attention's output, which is linear in V (AWQ, Lin et al. 2023, section
-3.2; the grouped-query case needs one scale for all query heads of a key/value head).
+3.2; the grouped-query case needs one scale for all query heads of a key/value head). Relu lets positive factors
+through, so x = relu(up) takes s and x = relu(up)^2 takes sqrt(s) in up_proj too.
 
 Only the graph's structure is judged here, once, so that the search knows the shape of the scale that will really be
 used; the exporter checks every guard again before it edits.
@@ -43,6 +44,8 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
         return "the activation is an output of the graph"
     if (norm := _norm(_before_cast(value), in_features)) is not None:
         return norm
+    if node.op_type in ("Relu", "Pow") or _squares(node):
+        return _power_of_linear(node, in_features, sites)
     if node.op_type == "Mul":
         return _elementwise_product(node, in_features, sites)
     if node.op_type in ("GroupQueryAttention", "MultiHeadAttention") and value is node.outputs[0]:
@@ -89,14 +92,43 @@ def _norm_node(node: ir.Node, value: ir.Value) -> Absorber | str:
 
 def _elementwise_product(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
     """act(gate) * up: the factor that comes straight from a linear site of the same width, and from nowhere else."""
-    if node.inputs[0] is node.inputs[1]:
-        return "its Mul squares one factor"
     for factor in node.inputs:
         linear = None if factor is None else _linear_source(factor, node, sites)
         if linear is not None and linear[0].out_features == in_features:
             site, bias = linear
             return LinearAbsorber(site=site.name, bias=bias)
     return "no factor of its Mul comes from a linear layer alone"
+
+
+def _squares(node: ir.Node) -> bool:
+    if node.op_type == "Mul":
+        return node.inputs[0] is not None and node.inputs[0] is node.inputs[1]
+    if node.op_type != "Pow" or node.inputs[1] is None:
+        return False
+    exponent = ir.convenience.get_const_tensor(node.inputs[1])
+    return exponent is not None and exponent.size == 1 and float(exponent.numpy().item()) == 2
+
+
+def _power_of_linear(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
+    """relu(up), relu(up)^2 or up^2, where up comes straight from a linear site of the same width."""
+    if node.op_type == "Pow" and not _squares(node):
+        return "it comes from Pow, whose exponent isn't the constant 2"
+    reader = node if node.op_type == "Relu" else _relu_before(node)
+    base = reader.inputs[0]
+    linear = None if base is None else _linear_source(base, reader, sites)
+    if linear is None or linear[0].out_features != in_features:
+        return f"what its {reader.op_type} reads does not come from a linear layer alone"
+    site, bias = linear
+    return LinearAbsorber(site=site.name, bias=bias, power=1 if node.op_type == "Relu" else 2)
+
+
+def _relu_before(square: ir.Node) -> ir.Node:
+    """The Relu whose output ``square`` alone reads, or ``square`` itself."""
+    base = square.inputs[0]
+    relu = None if base is None else base.producer()
+    if base is None or relu is None or relu.op_type != "Relu" or base.is_graph_output():
+        return square
+    return relu if {id(node) for node in base.consumers()} == {id(square)} else square
 
 
 def _linear_source(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.graph.absorbers import find_absorber
+from stages.graph.experts import routes_experts
 from stages.records import ActivationGroup, FloatName, MatMulSite, WeightLayout
 
 FLOAT_NAMES: dict[ir.DataType, FloatName] = {
@@ -86,19 +87,21 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
     rows, columns = weight.shape.numpy()
     activation, output = node.inputs[0], node.outputs[0]
     assert activation is not None
-    k_by_n = layout is WeightLayout.K_BY_N
+    in_features, out_features = (rows, columns) if layout is WeightLayout.K_BY_N else (columns, rows)
     return MatMulSite(
         name=node.name or _name_from_weight(weight, output),
         op_type=_op_type(node),
         weight=_name(weight),
         activation=_name(activation),
         output=_name(output),
-        in_features=rows if k_by_n else columns,
-        out_features=columns if k_by_n else rows,
+        in_features=in_features,
+        out_features=out_features,
         layout=layout,
         dtype=FLOAT_NAMES[weight.dtype],
         weight_shared_with=tuple(_name(other.outputs[0]) for other in _readers(weight) if other is not node),
         feeds_logits=_becomes_logits(output),
+        # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
+        routes_experts=out_features < in_features and routes_experts(output),
     )
 
 

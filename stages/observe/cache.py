@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.atomic import whole_directory
-from stages.errors import CacheMismatch
+from stages.errors import CacheMismatch, UserError
 from stages.records import ActivationStats, TokenStats
 
 MANIFEST = "manifest.json"
@@ -127,12 +127,24 @@ class CacheWriter:
         """Save one activation's statistics."""
         name = f"{len(self.files):04d}.safetensors"
         tensors = _as_tensors("calibration", stats.calibration) | _as_tensors("held_out", stats.held_out)
-        save_file(tensors, self.folder / name, {"activation": activation})
+        with self._place_for(name) as path:
+            save_file(tensors, path, {"activation": activation})
         self.files[activation] = name
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
-        save_arrays({"calibration": calibration, "held_out": held_out}, self.folder / "tokens.safetensors")
+        with self._place_for("tokens.safetensors") as path:
+            save_arrays({"calibration": calibration, "held_out": held_out}, path)
+
+    @contextmanager
+    def _place_for(self, name: str) -> Iterator[Path]:
+        try:
+            yield self.folder / name
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The calibration cache can't be written to {self.folder.parent} ({error}); free space there, or "
+                "choose another place with --cache_dir."
+            ) from error
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from itertools import islice
 import datasets
 import numpy as np
 from jaxtyping import Int64
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stages.errors import UserError
 from stages.observe.documents import HUB_SOURCES, HubSource, open_documents
+from stages.observe.tokenizer import find_tokenizer
 
 _HELD_OUT_SHARE = 10
-_REASON_LENGTH = 160
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 
 
@@ -29,12 +28,14 @@ _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 class WindowRequest:
     """Which tokens to calibrate on.
 
-    ``tokenizer_path`` is a folder or hub name; ``vocab_size`` is the model's (None: unknown), ``calib_size`` counts
-    windows of ``seq_len`` tokens, held-out ones included; ``use_random`` replaces text by uniform token ids.
+    ``tokenizer_path`` is a folder or hub name; ``stand_in_path`` is a folder whose tokenizer is taken where the hub
+    can't give that one. ``vocab_size`` is the model's (None: unknown), ``calib_size`` counts windows of ``seq_len``
+    tokens, held-out ones included; ``use_random`` replaces text by uniform token ids.
     """
 
     dataset: str
     tokenizer_path: str
+    stand_in_path: str | None = None
     vocab_size: int | None
     calib_size: int
     seq_len: int
@@ -51,6 +52,8 @@ class TokenWindows:
     held_out: Int64[np.ndarray, "held_out_windows seq_len"]
     source: str
     """The text's origin in words, for tables."""
+    tokenizer: str
+    """The tokenizer's origin in words, for tables."""
     fingerprint: str
     """sha256 hex over token ids, shapes and split."""
 
@@ -65,36 +68,21 @@ def load_windows(request: WindowRequest, hub_sources: Mapping[str, HubSource] = 
         UserError: the data or tokenizer can't be read, the text is too short, or its ids don't fit the vocabulary.
     """
     if request.use_random:
-        return _split(_random_windows(request), "random tokens")
+        return _split(_random_windows(request), source="random tokens", tokenizer="none")
     with _quiet_libraries():
         documents = open_documents(request.dataset, request.seed, hub_sources)
-        tokenizer = load_tokenizer(request.tokenizer_path, trust_remote_code=request.trust_remote_code)
-        stream = _token_stream(tokenizer, documents.texts)
+        found = find_tokenizer(
+            request.tokenizer_path, request.stand_in_path, trust_remote_code=request.trust_remote_code
+        )
+        stream = _token_stream(found.tokenizer, documents.texts)
         windows = pack_windows(stream, request.calib_size, request.seq_len)
     if len(windows) < request.calib_size:
         raise UserError(
             f"--dataset {request.dataset} gives {len(windows)} windows of {request.seq_len} tokens and --calib_size is "
             f"{request.calib_size}; lower --calib_size or --seq_len, or pass more text."
         )
-    _check_vocabulary(windows, request)
-    return _split(windows, documents.title)
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        UserError: there is none, or it can't be loaded.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own
-        reason = textwrap.shorten(str(error), _REASON_LENGTH)
-        raise UserError(
-            f"No tokenizer can be loaded from {path} ({reason}); "
-            "pass a folder that has one, or the model's hub name, as --model_name."
-        ) from error
-    return tokenizer
+    _check_vocabulary(windows, found.source, request.vocab_size)
+    return _split(windows, source=documents.title, tokenizer=found.title)
 
 
 def pack_windows(tokens: Iterable[int], count: int, seq_len: int) -> Int64[np.ndarray, "windows seq_len"]:
@@ -120,22 +108,23 @@ def _random_windows(request: WindowRequest) -> Int64[np.ndarray, "windows seq_le
     return generator.integers(request.vocab_size, size=(request.calib_size, request.seq_len), dtype=np.int64)
 
 
-def _check_vocabulary(windows: Int64[np.ndarray, "windows seq_len"], request: WindowRequest) -> None:
+def _check_vocabulary(windows: Int64[np.ndarray, "windows seq_len"], tokenizer: str, vocab_size: int | None) -> None:
     largest = int(windows.max())
-    if request.vocab_size is not None and largest >= request.vocab_size:
+    if vocab_size is not None and largest >= vocab_size:
         raise UserError(
-            f"The tokenizer of {request.tokenizer_path} gives token {largest}, but the model's vocabulary has "
-            f"{request.vocab_size}; pass the model's own tokenizer as --model_name."
+            f"The tokenizer of {tokenizer} gives token {largest}, but the model's vocabulary has {vocab_size}; pass "
+            "the model's own tokenizer as --model_name."
         )
 
 
-def _split(windows: Int64[np.ndarray, "windows seq_len"], source: str) -> TokenWindows:
+def _split(windows: Int64[np.ndarray, "windows seq_len"], *, source: str, tokenizer: str) -> TokenWindows:
     # The last windows, not scattered ones: neighbours in one document would be no test.
     held_out = max(1, round(len(windows) / _HELD_OUT_SHARE))
     return TokenWindows(
         calibration=windows[:-held_out],
         held_out=windows[-held_out:],
         source=source,
+        tokenizer=tokenizer,
         fingerprint=_fingerprint(windows, held_out),
     )
 

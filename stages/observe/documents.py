@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from stages.errors import UserError
+from stages.observe.hub import in_short, why_unreachable
 from stages.observe.offline_text import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
 
 Row = dict[str, Any]
@@ -53,14 +54,14 @@ class Documents:
 
 
 def open_documents(dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES) -> Documents:
-    """The documents that ``--dataset`` means: a hub data set's short name, ``offline``, or a local file.
+    """The documents that ``--dataset`` means: a hub data set's short or own name, ``offline``, or a local file.
 
     Raises:
         UserError: the name is unknown or the file is missing; also, while texts are read, when the hub can't be
             reached, a file is damaged, or it has no column of text.
     """
-    if dataset in hub_sources:
-        source = hub_sources[dataset]
+    source = hub_sources.get(dataset) or _by_hub_name(dataset, hub_sources)
+    if source is not None:
         return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
     if dataset == "offline":
         texts = offline_calibration_documents()
@@ -75,6 +76,11 @@ def open_documents(dataset: str, seed: int, hub_sources: Mapping[str, HubSource]
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
     texts_of_file = _text_file(path, seed) if path.suffix == ".txt" else _table_file(path, seed)
     return Documents(title=path.name, texts=texts_of_file)
+
+
+def _by_hub_name(dataset: str, hub_sources: Mapping[str, HubSource]) -> HubSource | None:
+    """The source that the hub calls ``dataset``, with or without its owner: cnn_dailymail is cnn."""
+    return next((s for s in hub_sources.values() if dataset in (s.path, s.path.rsplit("/", 1)[-1])), None)
 
 
 def _shuffled(texts: list[str], seed: int) -> Iterator[str]:
@@ -108,6 +114,12 @@ def _stream(rows: datasets.IterableDataset, seed: int) -> Iterable[Row]:
 
 
 def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
+    unreachable = None if Path(source.path).is_dir() else why_unreachable(source.path, "dataset")
+    if unreachable is not None:
+        raise UserError(
+            f"--dataset {name}: {source.path} can't be read, {unreachable}; check the network, use --dataset offline "
+            "or a local .txt, .jsonl or .parquet file, or set HF_HUB_OFFLINE=1 to use a copy in HF_HOME."
+        )
     try:
         rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
         for text in _column(_stream(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
@@ -117,7 +129,7 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
         raise
     except Exception as error:  # the hub's clients raise classes without a common base
         raise UserError(
-            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({_reason(error)}); check the "
+            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({in_short(error)}); check the "
             "network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
         ) from error
 
@@ -131,7 +143,7 @@ def _table_file(path: Path, seed: int) -> Iterator[str]:
         raise
     except Exception as error:  # pyarrow, pandas, datasets and json each have errors of their own
         raise UserError(
-            f"--dataset {path} can't be read as {path.suffix[1:]} ({_reason(error)}); repair the file or pass another."
+            f"--dataset {path} can't be read as {path.suffix[1:]} ({in_short(error)}); repair the file or pass another."
         ) from error
 
 
@@ -149,8 +161,3 @@ def _column(rows: Iterable[Row], columns: tuple[str, ...], where: str) -> Iterat
             raise UserError(f"{where}: column {name} holds {type(text).__name__}, not text; store one string a row.")
         if text and text.strip():
             yield text
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -54,10 +54,11 @@ class StatisticsAccumulator:
             self._rows.append(stored.cpu().clone())
 
     def finish(self) -> TokenStats:
-        """The statistics so far, on the CPU."""
+        """The statistics so far, on the CPU; zeros where no token came (an expert that nobody chose)."""
+        divisor = max(self._num_tokens, 1)
         return TokenStats(
             num_tokens=self._num_tokens,
-            abs_mean=(self._abs_sum / self._num_tokens).float(),
-            gram=None if self._gram is None else (self._gram / self._num_tokens).cpu(),
+            abs_mean=(self._abs_sum / divisor).float(),
+            gram=None if self._gram is None else (self._gram / divisor).cpu(),
             rows=None if self._rows is None else torch.cat(self._rows),
         )

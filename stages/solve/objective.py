@@ -18,7 +18,7 @@ def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float
     if stats.gram is not None:
         return ((error @ stats.gram) * error).sum(dim=-1)
     assert stats.rows is not None
-    return (error @ stats.rows.to(error.dtype).T).square().sum(dim=-1) / stats.num_tokens
+    return (error @ stats.rows.to(error.dtype).T).square().sum(dim=-1) / max(stats.num_tokens, 1)
 
 
 def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
@@ -27,7 +27,7 @@ def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
         return diagonal_blocks(stats.gram, block_size)
     assert stats.rows is not None
     blocks = split(stats.rows.float(), block_size)  # [T, nB, B]
-    return torch.einsum("tbi,tbj->bij", blocks, blocks) / stats.num_tokens
+    return torch.einsum("tbi,tbj->bij", blocks, blocks) / max(stats.num_tokens, 1)
 
 
 def block_error(error: Float[Tensor, "*batch nB N B"], blocks: Float[Tensor, "nB B B"]) -> Float[Tensor, "*batch nB N"]:

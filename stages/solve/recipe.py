@@ -13,6 +13,7 @@ from stages.errors import RecipeError
 from stages.records import ActivationGroup, Granularity, MatMulSite, QuantSpec
 
 _LM_HEAD = "lm_head"
+_ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
 _SENSITIVE = re.compile(r"layers[./](\d+)[./](?:(?:attn|self_attn)[./](qkv_proj|v_proj)|mlp[./](down_proj))(?![\w])")
 
 
@@ -30,6 +31,8 @@ class FormatRules:
     layers_8bit: str
     mixed: bool
     lm_head: Literal["4", "8", "none"] | None
+    keep_mixed_because: str = ""
+    """Why the sites that ``mixed`` alone would make INT8 stay as they are; empty where they become INT8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,10 @@ class QuantPlan:
     groups: tuple[ActivationGroup, ...]
     specs: Mapping[str, QuantSpec]
     kept: tuple[tuple[str, str], ...]
+
+    @property
+    def kept_routers(self) -> int:
+        return sum(why == _ROUTER for _, why in self.kept)
 
     @property
     def eight_bit_sites(self) -> int:
@@ -74,7 +81,7 @@ def _eight_bit(sites: Sequence[MatMulSite], rules: FormatRules) -> frozenset[str
     if rules.layers_8bit:
         chosen = set(_matches(sites, rules.layers_8bit, "--layers_8bit"))
     else:
-        chosen = set(reference_mixed_rule(sites)) if rules.mixed else set()
+        chosen = set(reference_mixed_rule(sites)) if rules.mixed and not rules.keep_mixed_because else set()
     if rules.lm_head is not None:
         heads = {site.name for site in sites if matches_site(_LM_HEAD, site)}
         chosen = chosen | heads if rules.lm_head == "8" else chosen - heads
@@ -82,8 +89,12 @@ def _eight_bit(sites: Sequence[MatMulSite], rules: FormatRules) -> frozenset[str
 
 
 def _kept(sites: Sequence[MatMulSite], rules: FormatRules, eight_bit: frozenset[str]) -> dict[str, str]:
-    """Site name -> the words why it is kept; an lm_head that was asked for by name is not."""
+    """Site name -> the words why it is kept; an lm_head or a router that was asked for by name is not."""
     kept = _matches(sites, rules.exclude, "--exclude")
+    # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
+    kept |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*kept, *eight_bit}}
+    if rules.mixed and not rules.layers_8bit and rules.keep_mixed_because:
+        kept |= dict.fromkeys(reference_mixed_rule(sites), f"--enable_mixed_quant: {rules.keep_mixed_because}")
     for site in sites:
         if not matches_site(_LM_HEAD, site):
             continue

@@ -24,6 +24,9 @@ from stages.records import (
 from stages.solve.evaluate import quantize_site, site_error
 from stages.solve.objective import output_error, to_device
 from stages.solve.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
+from stages.solve.rtn import rtn
+
+_UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +49,20 @@ class GroupSolver:
     one_scale: bool
 
     def solve(self, group: ActivationGroup) -> SolvedGroup:
-        """Quantize all sites of ``group``."""
+        """Quantize all sites of ``group``; by plain rounding where calibration never saw its activation."""
         started = time.perf_counter()
         problem = self._pose(group)
         problems = [problem] if self.fold or self.one_scale else _one_by_one(problem)
+        unseen = problem.stats is not None and problem.stats.calibration.is_silent
+        algorithm = rtn if unseen else self.algorithm
         pairs = [
-            (part, index, choice)
-            for part in problems
-            for index, choice in enumerate(self.algorithm(part, self.options))
+            (part, index, choice) for part in problems for index, choice in enumerate(algorithm(part, self.options))
         ]
         weights = tuple(_carry_out(part, index, choice, self.options) for part, index, choice in pairs)
         seconds = (time.perf_counter() - started) / len(pairs)
+        name, note = ("rtn", _UNSEEN) if unseen else (self.algorithm_name, "")
         reports = tuple(
-            replace(_report(part, index, choice, self.options), algorithm=self.algorithm_name, seconds=seconds)
+            replace(_report(part, index, choice, self.options), algorithm=name, note=note, seconds=seconds)
             for part, index, choice in pairs
         )
         return SolvedGroup(group=group, weights=weights, reports=reports)
@@ -119,7 +123,9 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
         return report
     weight, plain = problem.weights[index], SiteChoice(input_scale=IDENTITY)
 
-    def relative(which: SiteChoice, stats: TokenStats) -> float:
+    def relative(which: SiteChoice, stats: TokenStats) -> float | None:
+        if stats.is_silent:
+            return None
         signal = float(output_error(weight, stats).double().sum())
         return site_error(weight, spec, which, options.range_rule, stats) / max(signal, 1e-30)
 

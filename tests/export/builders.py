@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from export.rewrite import rewrite
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.records import (
     ActivationGroup,
@@ -24,6 +25,7 @@ from stages.records import (
     WeightForm,
     WeightLayout,
 )
+from tests.graphs import TinyGraph, onnx_type
 from tests.reference.dequantize import dequantize
 
 
@@ -151,3 +153,23 @@ def run(
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     expected = expected.astype(np.float64)
     return float(np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max())
+
+
+def quantized_matmul(
+    folder: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str, form: WeightForm
+) -> tuple[ir.Model, np.ndarray, np.ndarray]:
+    """A model of one quantized MatMul, an input for it, and the float64 output."""
+    rng = np.random.default_rng(0)
+    site = site_of("y", "x", *shape, dtype=dtype)
+    spec = spec_of(bits, symmetric=symmetric, granularity=blocks, scale_dtype=dtype)
+    weight = exact_weight(site, spec, rng)
+    graph = TinyGraph()
+    graph.input("x", onnx_type(dtype), ["t", shape[0]])
+    graph.output("y", onnx_type(dtype), ["t", shape[1]])
+    graph.linear("x", weight.matrix, "y")
+    store = store_of(folder / "weights", [(group_of([weight]), [weight])], form=form)
+    x = rng.standard_normal((8, shape[0])).astype(dtype)
+    stored = weight.stored
+    zero_points = None if stored.zero_points is None else stored.zero_points.numpy()
+    rows = dequantize(stored.codes.numpy(), stored.scales.numpy(), zero_points, spec.block_size(shape[0]))
+    return rewrite(graph.model(), store).model, x, x.astype(np.float64) @ rows.T

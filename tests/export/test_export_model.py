@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from export.export_model import Destination
 from stages.errors import GraphError, UserError
 from stages.records import WeightForm
 from tests.export.builders import relative_difference, spec_of
-from tests.export.exports import options, quiet, tiny_export
+from tests.export.exports import TinyExport, options, quiet, tiny_export
 
 
 def logits(path: Path) -> np.ndarray:
@@ -97,12 +98,38 @@ def test_genai_config_names_the_graph_and_the_accuracy_level(
     assert (decoder["hidden_size"], content["search"]) == (64, {"top_k": 50})
 
 
+def _for_target(tiny: TinyExport, form: WeightForm, *session_options: tuple[str, str]) -> TinyExport:
+    recipe = replace(tiny.store.recipe, weight_form=form, session_options=session_options)
+    return replace(tiny, store=replace(tiny.store, recipe=recipe))
+
+
+def _session_options(tiny: TinyExport, accuracy_level: int | None = None) -> dict[str, str]:
+    tiny.run(options("off", accuracy_level), overwrite=True)
+    content = json.loads((tiny.output / "genai_config.json").read_text())
+    session_options: dict[str, str] = content["model"]["decoder"]["session_options"]
+    return session_options
+
+
+def test_session_options_of_the_recipe_reach_genai_config(tmp_path: Path) -> None:
+    level, blocks = "session.qdq_matmulnbits_accuracy_level", "session.qdq_matmulnbits_block_size"
+    tiny = _for_target(tiny_export(tmp_path), WeightForm.DQ, (blocks, "128"), (level, "4"))
+    assert _session_options(tiny) == {"log_id": "kept", blocks: "128", level: "4"}
+    assert _session_options(tiny, accuracy_level=1) == {"log_id": "kept", blocks: "128", level: "1"}
+
+
+def test_matmulnbits_nodes_carry_the_accuracy_level_themselves(tmp_path: Path) -> None:
+    level = "session.qdq_matmulnbits_accuracy_level"
+    tiny = _for_target(tiny_export(tmp_path), WeightForm.MATMUL_NBITS, (level, "4"), ("session.x", "1"))
+    assert _session_options(tiny) == {"log_id": "kept", "session.x": "1"}
+    assert _session_options(tiny, accuracy_level=1) == {"log_id": "kept", "session.x": "1"}
+
+
 def test_an_accuracy_level_without_genai_config_is_noted(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     tiny.base.genai_config_path.unlink()
     without = type(tiny.base)(folder=tiny.base.folder, onnx_file=tiny.base.onnx_file, has_genai_config=False)
     summary = type(tiny)(base=without, store=tiny.store, output=tiny.output).run(options("quick", 1))
-    assert "accuracy level" in summary.notes[0]
+    assert "set session.qdq_matmulnbits_accuracy_level to 1" in summary.notes[0]
 
 
 def test_an_existing_output_is_refused_unless_overwritten(tmp_path: Path) -> None:

@@ -410,6 +410,99 @@ def test_an_absorber_that_is_not_in_the_graph_forces_a_mul(tmp_path: Path, rng: 
     assert "elsewhere" in only(result).reason
 
 
+# --------------------------------------------------------------------------- up_proj behind a Relu or a square
+
+
+def powered_graph(
+    rng: np.random.Generator,
+    up: np.ndarray,
+    down: ExactWeight,
+    *,
+    nodes: Sequence[str] = ("Relu", "Pow"),
+    bias: np.ndarray | None = None,
+    exponent: np.ndarray | None = None,
+) -> tuple[TinyGraph, dict[str, np.ndarray]]:
+    """x -> up [+ bias] -> ``nodes`` one after another (Mul: with itself) -> down, as Nemotron's MLP has it."""
+    graph = TinyGraph()
+    floats(graph, "x", K)
+    value = graph.linear("x", up, "up")
+    if bias is not None:
+        value = graph.node("Add", [value, graph.constant("up.bias", bias)], ["up_plus"])
+    two = np.array([2], np.int32) if exponent is None else exponent
+    for index, op_type in enumerate(nodes):
+        inputs = {"Relu": [value], "Mul": [value, value], "Pow": [value, "two"]}[op_type]
+        value = graph.node(op_type, inputs, ["product" if index == len(nodes) - 1 else "positive"])
+    graph.constant("two", two)
+    graph.linear("product", down.matrix, "y")
+    show(graph, "y", N)
+    return graph, {"x": rng.standard_normal((1, T, K)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    ("nodes", "power"), [(("Relu", "Pow"), 2), (("Relu", "Mul"), 2), (("Pow",), 2), (("Mul",), 2), (("Relu",), 1)]
+)
+def test_an_up_projection_takes_the_scale_through_a_relu_and_its_root_through_a_square(
+    tmp_path: Path, rng: np.random.Generator, nodes: tuple[str, ...], power: int, with_bias: bool, quantized: bool
+) -> None:
+    up = exact_weight(site_of("up", "x", K, HIDDEN), spec_of(), rng)
+    down = down_weight(rng)
+    bias = rng.standard_normal(HIDDEN).astype(np.float32) if with_bias else None
+    graph, feeds = powered_graph(rng, up.matrix, down, nodes=nodes, bias=bias)
+    absorber = LinearAbsorber(site="up/MatMul", bias="up.bias" if with_bias else None, power=power)
+    groups = [(group_of([down], absorber=absorber), [down])]
+    result = check(tmp_path, graph, [(group_of([up]), [up]), *groups] if quantized else groups, feeds)
+    assert result.folds[-1].how == "linear"
+    # Nothing was added: what multiplies is the square itself.
+    assert op_types(result.model).count("Mul") == nodes.count("Mul")
+
+
+@pytest.mark.parametrize(
+    ("planned", "nodes"), [(1, ("Relu", "Pow")), (1, ("Mul",)), (2, ("Relu",)), (2, ("Pow", "Relu"))]
+)
+def test_a_power_that_is_not_the_planned_one_forces_a_mul(
+    tmp_path: Path, rng: np.random.Generator, planned: int, nodes: tuple[str, ...]
+) -> None:
+    down = down_weight(rng)
+    graph, feeds = powered_graph(rng, matrix(rng, K, HIDDEN), down, nodes=nodes)
+    group = group_of([down], absorber=LinearAbsorber(site="up/MatMul", power=planned))
+    result = check(tmp_path, graph, [(group, [down])], feeds)
+    assert only(result).how == "mul"
+    assert "planned" in only(result).reason
+
+
+@pytest.mark.parametrize("exponent", [np.array([3], np.int32), np.array([2.5], np.float32), np.full(HIDDEN, 2.0, "f4")])
+def test_another_exponent_forces_a_mul(tmp_path: Path, rng: np.random.Generator, exponent: np.ndarray) -> None:
+    down = down_weight(rng)
+    graph, feeds = powered_graph(rng, matrix(rng, K, HIDDEN), down, exponent=exponent)
+    group = group_of([down], absorber=LinearAbsorber(site="up/MatMul", power=2))
+    result = check(tmp_path, graph, [(group, [down])], feeds)
+    assert only(result).how == "mul"
+    assert "not the square" in only(result).reason
+
+
+def test_an_exponent_that_is_not_constant_forces_a_mul(tmp_path: Path, rng: np.random.Generator) -> None:
+    down = down_weight(rng)
+    graph, feeds = powered_graph(rng, matrix(rng, K, HIDDEN), down)
+    graph.initializers = [tensor for tensor in graph.initializers if tensor.name != "two"]
+    graph.input("two", TensorProto.INT32, [1])
+    group = group_of([down], absorber=LinearAbsorber(site="up/MatMul", power=2))
+    result = check(tmp_path, graph, [(group, [down])], feeds | {"two": np.array([2], np.int32)})
+    assert only(result).how == "mul"
+
+
+@pytest.mark.parametrize("seen", ["up", "positive"])
+def test_a_square_whose_base_others_see_is_left_alone(tmp_path: Path, rng: np.random.Generator, seen: str) -> None:
+    down = down_weight(rng)
+    graph, feeds = powered_graph(rng, matrix(rng, K, HIDDEN), down)
+    show(graph, graph.node("Neg", [seen], ["other"]), HIDDEN)
+    group = group_of([down], absorber=LinearAbsorber(site="up/MatMul", power=2))
+    result = check(tmp_path, graph, [(group, [down])], feeds)
+    assert only(result).how == "mul"
+    assert "read elsewhere" in only(result).reason
+
+
 @pytest.mark.parametrize("factor", [2.0**12, 2.0**-24])
 def test_float16_scales_that_would_leave_their_range_force_a_mul(
     tmp_path: Path, rng: np.random.Generator, factor: float

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from export.__main__ import export
@@ -24,6 +26,15 @@ def test_weights_go_into_their_own_base(tmp_path: Path, capsys: pytest.CaptureFi
     export(config(tiny), quiet())
     assert (tiny.output / "model.onnx").is_file()
     assert "2 of 2 sites run as MatMulNBits" in capsys.readouterr().out
+
+
+def test_another_form_can_be_written_from_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = tiny_export(tmp_path)
+    export(replace(config(tiny), weight_operator="matmul_nbits"), quiet())
+    assert "2 of 2 sites run as MatMulNBits" in capsys.readouterr().out
+    operators = [node.op_type for node in ir.load(tiny.output / "model.onnx").graph]
+    assert operators.count("MatMulNBits") == 2
+    assert "DequantizeLinear" not in operators
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -10,37 +10,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.rewrite import rewrite
 from stages.records import Granularity, PerBlock, PerChannel, WeightForm
-from tests.export.builders import exact_weight, group_of, relative_difference, run, site_of, spec_of, store_of
-from tests.graphs import TinyGraph, onnx_type
-from tests.reference.dequantize import dequantize
+from tests.export.builders import quantized_matmul, relative_difference, run, site_of, spec_of
 
 BLOCKS = [PerBlock(block_size=16), PerBlock(block_size=32), PerBlock(block_size=128), PerChannel()]
 # Square, K not divisible by the block, K smaller than the block, an odd number of codes.
 SHAPES = [(64, 48), (64, 64), (80, 48), (33, 7)]
 # Sums of at most 80 products in float32; float16 outputs are rounded to 11 bits, after rounded weights where unfused.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
-
-
-def quantized_matmul(
-    folder: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str, form: WeightForm
-) -> tuple[ir.Model, np.ndarray, np.ndarray]:
-    """A model of one quantized MatMul, an input for it, and the float64 output."""
-    rng = np.random.default_rng(0)
-    site = site_of("y", "x", *shape, dtype=dtype)
-    spec = spec_of(bits, symmetric=symmetric, granularity=blocks, scale_dtype=dtype)
-    weight = exact_weight(site, spec, rng)
-    graph = TinyGraph()
-    graph.input("x", onnx_type(dtype), ["t", shape[0]])
-    graph.output("y", onnx_type(dtype), ["t", shape[1]])
-    graph.linear("x", weight.matrix, "y")
-    store = store_of(folder / "weights", [(group_of([weight]), [weight])], form=form)
-    x = rng.standard_normal((8, shape[0])).astype(dtype)
-    stored = weight.stored
-    zero_points = None if stored.zero_points is None else stored.zero_points.numpy()
-    rows = dequantize(stored.codes.numpy(), stored.scales.numpy(), zero_points, spec.block_size(shape[0]))
-    return rewrite(graph.model(), store).model, x, x.astype(np.float64) @ rows.T
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -16,6 +16,7 @@ from export.site_check import SiteError
 from export.table_check import TableError
 from export.tables import export_table
 from export.verify import UnfusedSite, VerifyReport
+from stages.records import UnreachedWeights
 from tests.embeddings import plan_of
 
 
@@ -77,6 +78,15 @@ def test_an_embedding_says_what_it_does_to_the_size() -> None:
     assert SUMMARY.report is not None
     measured = replace(SUMMARY.report, tables=(TableError(table="embed", error=4e-8),))
     assert "4.0e-08 (embed)" in text(replace(SUMMARY, report=measured))
+
+
+def test_weights_that_nothing_reaches_are_named_with_their_size() -> None:
+    experts = UnreachedWeights(
+        op_type="MoE", weights=("fc1", "fc2", "fc3"), num_bytes=31_000_000, share=0.923, reason="experts, because"
+    )
+    shown = text(replace(SUMMARY, unreached=(experts,)))
+    assert "MoE: fc1 and 2 more (31.0 MB, 92% of the base's weights): experts, because" in shown
+    assert "1 x excluded by --exclude" in shown
 
 
 def test_unfused_sites_are_named_and_cut_short() -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+import torch
+from onnx import TensorProto
 
 import export.verify
 from export.rewrite import RewriteResult, rewrite
 from export.save import save_model
 from export.verify import VerifyReport, verify
 from stages.errors import GraphError
-from stages.records import PerBlock, QuantSpec, WeightForm
-from tests.export.builders import spec_of
+from stages.model_directory import ModelDirectory
+from stages.records import PerBlock, PerChannel, QuantizedWeight, QuantSpec, WeightForm
+from tests.export.builders import ExactWeight, group_of, site_of, spec_of, store_of
 from tests.export.exports import TinyExport, quiet, tiny_export
+from tests.graphs import TinyGraph
 
 
 def saved(
@@ -37,20 +43,44 @@ def check(parts: tuple[TinyExport, RewriteResult, Path], level: str = "full") ->
 def flip(path: Path, tensor: str, byte: int = 0) -> None:
     """Flip the lowest bit of one byte of a saved tensor."""
     value = ir.load(path).graph.initializers[tensor].const_value
-    assert isinstance(value, ir.ExternalTensor)
+    if not isinstance(value, ir.ExternalTensor):
+        flip_inside(path, tensor, byte)
+        return
     data = path.with_name("model.onnx.data")
     content = bytearray(data.read_bytes())
     content[(value.offset or 0) + byte] ^= 1
     data.write_bytes(content)
 
 
+def flip_inside(path: Path, tensor: str, byte: int) -> None:
+    """The same for a tensor so small that it lies in the .onnx file."""
+    model = onnx.load(path, load_external_data=False)
+    stored = next(initializer for initializer in model.graph.initializer if initializer.name == tensor)
+    content = bytearray(stored.raw_data)
+    content[byte] ^= 1
+    stored.raw_data = bytes(content)
+    path.write_bytes(model.SerializeToString())
+
+
 @pytest.mark.parametrize("part", ["codes", "scales", "zero_points"])
 @pytest.mark.parametrize("site", ["up", "down"])
-def test_one_wrong_bit_is_noticed(tmp_path: Path, part: str, site: str) -> None:
-    parts = saved(tmp_path, spec=spec_of(8, symmetric=False))
+@pytest.mark.parametrize(
+    ("form", "bits"), [(WeightForm.DQ, 8), (WeightForm.MATMUL_NBITS, 8), (WeightForm.MATMUL_NBITS, 4)]
+)
+def test_one_wrong_bit_is_noticed(tmp_path: Path, form: WeightForm, bits: int, part: str, site: str) -> None:
+    parts = saved(tmp_path, spec=spec_of(bits, symmetric=False), form=form)
     check(parts, "quick")
     flip(parts[2], f"{site}/MatMul/{part}", byte=17)
     with pytest.raises(GraphError, match=f"'{site}/MatMul/{part}' differs"):
+        check(parts, "quick")
+
+
+@pytest.mark.parametrize("byte", [0, 200])
+def test_one_wrong_bit_of_a_repeated_channel_scale_is_noticed(tmp_path: Path, byte: int) -> None:
+    parts = saved(tmp_path, spec=spec_of(8, granularity=PerChannel()), form=WeightForm.MATMUL_NBITS)
+    assert check(parts).fused == 2
+    flip(parts[2], "down/MatMul/scales", byte)
+    with pytest.raises(GraphError, match="'down/MatMul/scales' differs"):
         check(parts, "quick")
 
 
@@ -140,14 +170,8 @@ def test_a_model_that_the_runtime_refuses_fails(tmp_path: Path) -> None:
         verify(path, result.sites, tiny.base, "quick", quiet())
 
 
-def test_bfloat16_is_checked_but_not_run(tmp_path: Path) -> None:
-    import ml_dtypes
-    import torch
-
-    from stages.records import QuantizedWeight
-    from tests.export.builders import ExactWeight, group_of, site_of, store_of
-    from tests.graphs import TinyGraph
-
+def bfloat16_export(folder: Path, form: WeightForm) -> tuple[TinyExport, RewriteResult, Path]:
+    """input_ids -> embedding x -> quantized y, all bfloat16, as a file; ``base`` only says how to feed it."""
     rng = np.random.default_rng(0)
     spec = spec_of(4, scale_dtype="bfloat16")
     stored = QuantizedWeight(
@@ -158,18 +182,36 @@ def test_bfloat16_is_checked_but_not_run(tmp_path: Path) -> None:
     )
     weight = ExactWeight(stored=stored, matrix=np.zeros((64, 96), np.float32))
     graph = TinyGraph()
-    graph.input("x", 16, ["t", 64])
-    graph.output("y", 16, ["t", 96])
-    graph.linear("x", weight.matrix, "y")
+    graph.input("input_ids", TensorProto.INT64, ["batch", "length"])
+    graph.output("y", TensorProto.BFLOAT16, ["batch", "length", 96])
+    table = graph.constant("table", rng.standard_normal((32, 64)).astype(np.float32))
+    graph.linear(graph.node("Gather", [table, "input_ids"], ["x"]), weight.matrix, "y")
     model = graph.model()
-    bfloat16 = ir.tensor(weight.matrix.astype(ml_dtypes.bfloat16), name="y.weight")
-    model.graph.initializers["y.weight"].const_value = bfloat16
-    result = rewrite(model, store_of(tmp_path / "weights", [(group_of([weight]), [weight])]))
-    save_model(result.model, tmp_path, "model.onnx", quiet())
-    base = tiny_export(tmp_path / "other").base
-    report = verify(tmp_path / "model.onnx", result.sites, base, "full", quiet())
-    assert (report.fused, report.worst_exact) == (None, None)
-    assert "bfloat16" in report.skipped[0]
-    flip(tmp_path / "model.onnx", "y/MatMul/scales")
+    for name, matrix in {"y.weight": weight.matrix, "table": rng.standard_normal((32, 64))}.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(matrix.astype(ml_dtypes.bfloat16), name=name)
+        value.type = ir.TensorType(ir.DataType.BFLOAT16)
+    store = store_of(folder / "weights", [(group_of([weight]), [weight])], form=form)
+    result = rewrite(model, store)
+    output = folder / "quantized"
+    output.mkdir()
+    save_model(result.model, output, "model.onnx", quiet())
+    path = output / "model.onnx"
+    base = ModelDirectory(folder=output, onnx_file=path, has_genai_config=False)
+    return TinyExport(base=base, store=store, output=output), result, path
+
+
+@pytest.mark.parametrize("form", list(WeightForm))
+def test_bfloat16_runs_widened_and_only_the_operator_itself_counts_as_fused(tmp_path: Path, form: WeightForm) -> None:
+    parts = bfloat16_export(tmp_path, form)
+    report = check(parts)
+    assert report.widened
+    assert report.worst_exact is not None
+    # Float32 arithmetic on bfloat16 numbers; the float form alone rounds its weight to 9 bits and back.
+    assert report.worst_exact.exact < (1e-2 if form is WeightForm.QDQ else 1e-5)
+    assert report.fused == (1 if form is WeightForm.MATMUL_NBITS else 0)
+    assert all("bfloat16" in unfused.reason for unfused in report.unfused)
+    assert sorted(file.name for file in parts[2].parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    flip(parts[2], "y/MatMul/scales")
     with pytest.raises(GraphError, match="differs"):
-        verify(tmp_path / "model.onnx", result.sites, base, "full", quiet())
+        check(parts, "quick")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from stages.base_graph import load_graph
-from stages.graph.run import open_tap, tapped_graph
+from stages.errors import GraphError
+from stages.graph.run import open_tap, tapped_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.session import choose_providers
@@ -49,7 +50,7 @@ def test_the_tapped_graph_is_small_refers_to_the_original_data_and_leaves_the_mo
     model = load_graph(directory)
     before = [output.name for output in model.graph.outputs]
     groups = find_groups(model)
-    serialized = tapped_graph(model, tuple(group.activation for group in groups))
+    serialized = ir.to_proto(tapped_model(model, tuple(group.activation for group in groups))).SerializeToString()
     assert [output.name for output in model.graph.outputs] == before
     weights = sum(site.in_features * site.out_features * 4 for group in groups for site in group.sites)
     assert len(serialized) < 0.3 * weights
@@ -67,3 +68,12 @@ def test_batches_do_not_influence_each_other(tiny_model: Path) -> None:
     together, alone = dict(tap.run(tokens)), dict(tap.run(tokens[1:]))
     for activation, values in alone.items():
         torch.testing.assert_close(together[activation][1:], values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_stops_while_it_runs_is_a_message(tiny_model: Path) -> None:
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    tap = open_tap(model, directory, find_groups(model), CPU, {})
+    assert directory.context_length is not None
+    with pytest.raises(GraphError, match=r"stops on CPUExecutionProvider: .*cos_cache.*--calibration_eps"):
+        list(tap.run(np.zeros((1, directory.context_length + 1), np.int64)))

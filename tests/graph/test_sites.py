@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from stages.errors import GraphError
 from stages.graph.sites import find_groups, find_sites
@@ -161,14 +161,14 @@ def test_a_norm_written_out_ends_with_a_mul_by_its_gain(shape: tuple[int, ...], 
     assert _by_activation(graph)["h"].absorber == expected
 
 
-def _gated(graph: TinyGraph, *, bias: bool = False, square: bool = False) -> None:
+def _gated(graph: TinyGraph, *, bias: bool = False) -> None:
     graph.linear("x", _matrix(8, 6), "gate")
     graph.linear("x", _matrix(8, 6), "up")
     up = "up"
     if bias:
         up = graph.node("Add", [graph.constant("up.bias", np.ones(6, np.float32)), "up"], ["up_biased"])
     graph.node("Sigmoid", ["gate"], ["act"])
-    graph.node("Mul", [up, up] if square else ["act", up], ["product"])
+    graph.node("Mul", ["act", up], ["product"])
     graph.linear("product", _matrix(6, 8), "down")
     graph.output("down", FLOAT, ["t", 8])
 
@@ -181,12 +181,67 @@ def test_up_projection_absorbs_the_scale_of_down(bias: bool) -> None:
     assert _by_activation(graph)["product"].absorber == expected
 
 
-def test_a_squared_factor_is_not_linear() -> None:
+def _squared(graph: TinyGraph, *, bias: bool = False, relu: bool = True, op_type: str = "Pow") -> None:
+    """x -> up [+ bias] [-> Relu] -> ^2 -> down."""
+    value = graph.linear("x", _matrix(8, 6), "up")
+    if bias:
+        value = graph.node("Add", [value, graph.constant("up.bias", np.ones(6, np.float32))], ["up_biased"])
+    value = graph.node("Relu", [value], ["positive"]) if relu else value
+    two = graph.constant("two", np.array([2], np.int32))
+    graph.node(op_type, [value, value if op_type == "Mul" else two], ["square"])
+    graph.linear("square", _matrix(6, 8), "down")
+    graph.output("down", FLOAT, ["t", 8])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("op_type", ["Pow", "Mul"])
+def test_up_projection_absorbs_the_root_of_the_scale_through_a_square(op_type: str, relu: bool, bias: bool) -> None:
     graph = _graph()
-    _gated(graph, square=True)
-    group = _by_activation(graph)["product"]
+    _squared(graph, bias=bias, relu=relu, op_type=op_type)
+    expected = LinearAbsorber(site="up/MatMul", bias="up.bias" if bias else None, power=2)
+    assert _by_activation(graph)["square"].absorber == expected
+
+
+def test_up_projection_absorbs_the_scale_through_a_relu() -> None:
+    graph = _graph()
+    graph.node("Relu", [graph.linear("x", _matrix(8, 6), "up")], ["positive"])
+    graph.linear("positive", _matrix(6, 8), "down")
+    graph.output("down", FLOAT, ["t", 8])
+    assert _by_activation(graph)["positive"].absorber == LinearAbsorber(site="up/MatMul", power=1)
+
+
+@pytest.mark.parametrize("seen", ["up", "positive"])
+def test_a_square_whose_base_others_read_absorbs_nothing(seen: str) -> None:
+    graph = _graph()
+    _squared(graph)
+    graph.output(graph.node("Neg", [seen], ["other"]), FLOAT, ["t", 6])
+    group = _by_activation(graph)["square"]
     assert group.absorber is None
-    assert "squares" in group.unfoldable_because
+    assert "does not come from a linear layer alone" in group.unfoldable_because
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_another_power_absorbs_nothing(constant: bool) -> None:
+    graph = _graph()
+    _squared(graph)
+    graph.initializers = [tensor for tensor in graph.initializers if tensor.name != "two"]
+    if constant:
+        graph.constant("two", np.array([3], np.int32))
+    else:
+        graph.input("two", TensorProto.INT32, [1])
+    group = _by_activation(graph)["square"]
+    assert group.absorber is None
+    assert "exponent isn't the constant 2" in group.unfoldable_because
+
+
+def test_the_exponent_may_come_from_a_constant_node() -> None:
+    graph = _graph()
+    _squared(graph)
+    tensor = next(tensor for tensor in graph.initializers if tensor.name == "two")
+    graph.initializers.remove(tensor)
+    graph.nodes.insert(0, helper.make_node("Constant", [], ["two"], value=tensor))
+    assert _by_activation(graph)["square"].absorber == LinearAbsorber(site="up/MatMul", power=2)
 
 
 def test_an_up_projection_with_a_second_reader_absorbs_nothing() -> None:

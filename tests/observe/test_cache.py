@@ -8,6 +8,7 @@ import torch
 from stages.errors import CacheMismatch, UserError
 from stages.observe.cache import CacheKey, CalibrationCache, find_cache, new_cache, open_cache
 from stages.records import ActivationStats
+from tests.full_disk import full_after
 from tests.solve.problems import gram_stats, row_stats
 
 KEY = CacheKey(
@@ -52,6 +53,13 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         stopped_half_way()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_message_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    words = rf"can't be written to {tmp_path} \(.*File too large.*\); free space there, or .*--cache_dir"
+    with full_after(100), pytest.raises(UserError, match=words):
+        _write(tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
 

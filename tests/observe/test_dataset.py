@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+import stages.observe.documents
 from stages.errors import UserError
 from stages.observe.dataset import WindowRequest, load_windows, pack_windows
-from stages.observe.documents import HubSource
+from stages.observe.documents import HubSource, open_documents
 
 STORIES = [
     f"Story {number} tells of {number * 7} ships and the {number}th harbour they never reached." for number in range(60)
@@ -175,8 +176,16 @@ def test_without_a_network_the_error_tells_what_to_use_instead(
         raise ConnectionError("Couldn't reach 'abisee/cnn_dailymail' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"abisee/cnn_dailymail can't be read.*--dataset offline or a local"):
-        load_windows(replace(request_for, dataset="cnn"))
+    for reason in (None, "the hub can't be reached"):
+        # Found out before the libraries' own patience is over, or by them.
+        monkeypatch.setattr(stages.observe.documents, "why_unreachable", lambda *_, reason=reason: reason)
+        with pytest.raises(UserError, match=r"abisee/cnn_dailymail can't be read.*--dataset offline or a local"):
+            load_windows(replace(request_for, dataset="cnn"))
+
+
+@pytest.mark.parametrize("name", ["cnn_dailymail", "abisee/cnn_dailymail"])
+def test_a_hub_data_set_is_known_by_its_own_name_too(name: str) -> None:
+    assert open_documents(name, 0).title == "cnn_dailymail train"
 
 
 # --------------------------------------------------------------------------- bad input

@@ -41,6 +41,21 @@ def test_rows_are_kept_in_the_models_type_where_they_are_fewer_than_channels() -
     assert torch.equal(stats.rows, tokens)
 
 
+@pytest.mark.parametrize("planned", [5, 100])
+def test_an_activation_that_no_token_came_to_is_silent(planned: int) -> None:
+    accumulator = StatisticsAccumulator("x", 12, planned, CPU)
+    accumulator.add(torch.zeros(0, 12))
+    stats = accumulator.finish()
+    assert stats.num_tokens == 0
+    assert stats.is_silent
+    assert torch.equal(stats.abs_mean, torch.zeros(12))
+    found = stats.gram if planned > 12 else stats.rows
+    assert found is not None
+    assert torch.equal(found, torch.zeros(12, 12) if planned > 12 else torch.zeros(0, 12))
+    accumulator.add(torch.ones(1, 12))
+    assert not accumulator.finish().is_silent
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_name_the_activation(bad: float) -> None:
     tokens = torch.zeros(3, 4)

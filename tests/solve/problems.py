@@ -13,12 +13,15 @@ from stages.records import (
     HeadSharing,
     MatMulSite,
     PerBlock,
+    QuantizedWeight,
     QuantSpec,
     TokenStats,
     WeightLayout,
 )
 from stages.solve.evaluate import site_errors
 from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
+from stages.solve.registry import ALGORITHMS
+from stages.solve.runner import GroupSolver
 
 OPTIONS = SearchOptions(range_rule="full", alpha_step=0.1, clip_step=0.05, clip_min=0.5, column_chunk=7)
 
@@ -84,3 +87,35 @@ def random_layer(
 def joint_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> float:
     """The error summed over the sites of the group, at full range."""
     return sum(site_errors(problem, choices, "full", stats))
+
+
+def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale: bool = False) -> GroupSolver:
+    """A solver that reads ``problem``'s weights and statistics."""
+    weights = {site.name: weight for site, weight in zip(problem.group.sites, problem.weights, strict=True)}
+
+    def read_stats(_: str) -> ActivationStats:
+        assert problem.stats is not None
+        return problem.stats
+
+    return GroupSolver(
+        algorithm_name=name,
+        algorithm=ALGORITHMS[name],
+        options=OPTIONS,
+        specs={site.name: spec for site, spec in zip(problem.group.sites, problem.specs, strict=True)},
+        device=torch.device("cpu"),
+        read_weight=lambda site: weights[site.name],
+        read_stats=None if name.startswith("rtn") else read_stats,
+        fold=fold,
+        one_scale=one_scale,
+    )
+
+
+def stored_weight(weight: QuantizedWeight) -> Tensor:
+    """(code - zero point) * scale / input scale, block by block."""
+    codes = weight.codes.float()
+    size = weight.spec.block_size(codes.shape[1])
+    for block in range(weight.scales.shape[1]):
+        part = slice(block * size, (block + 1) * size)
+        zero = 0 if weight.zero_points is None else weight.zero_points[:, block, None].float()
+        codes[:, part] = (codes[:, part] - zero) * weight.scales[:, block, None].float()
+    return codes if weight.input_scale is None else codes / weight.input_scale

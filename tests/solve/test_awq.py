@@ -5,13 +5,11 @@ import pytest
 import torch
 
 from stages.records import HeadSharing
-from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, share_over_heads, weight_magnitude
-from stages.solve.evaluate import candidate_errors, weight_error
-from stages.solve.problem import IDENTITY, InputScale, SiteChoice
-from stages.solve.runner import _one_by_one
+from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, share_over_heads
+from stages.solve.evaluate import candidate_errors
+from stages.solve.problem import IDENTITY, SiteChoice
 from tests.reference.search import awq_loss
-from tests.reference.search import weight_magnitude as reference_magnitude
-from tests.solve.problems import OPTIONS, joint_error, random_layer, spec
+from tests.solve.problems import OPTIONS, joint_error, random_layer
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -26,12 +24,6 @@ def test_candidate_errors_match_the_scaled_activation_spelled_out(symmetric: boo
         direct = awq_loss(layer.tokens.double().numpy(), weight.numpy(), scale.numpy(), 16, 4, symmetric=symmetric)
         # A tie may round the other way in float64: one code of 960 is at most about 1 % of the loss.
         assert float(loss) == pytest.approx(direct, rel=2e-2)
-
-
-def test_weight_magnitude_normalizes_by_the_contiguous_block() -> None:
-    weight = torch.rand(5, 8) * torch.tensor([1.0, 1, 1, 1, 100, 100, 100, 100])
-    ours = weight_magnitude((weight,), (spec(block_size=4),))
-    np.testing.assert_allclose(ours.numpy(), reference_magnitude(weight.double().numpy(), 4), rtol=1e-6)
 
 
 def test_grid_holds_both_families_without_repeats() -> None:
@@ -51,7 +43,7 @@ def test_alpha_step_is_honoured(step: float) -> None:
     assert len(candidates) == 2 * round(1 / step)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(100))
 def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> None:
     layer = random_layer(seed, widths=(12, 8))
     chosen = awq_lite(layer.problem, OPTIONS)
@@ -86,29 +78,6 @@ def test_siblings_are_ranked_by_the_loss_at_the_shared_scale() -> None:
     assert all(earlier <= later * 1.01 for earlier, later in itertools.pairwise(losses))
 
 
-def test_mean_of_separate_sibling_scales_is_worse() -> None:
-    # Negative control for the competitor's bug B5: the arithmetic mean of separately searched scales. Single layers
-    # can be lucky with it; over twenty of them the joint search must win.
-    averaged, joint = 0.0, 0.0
-    for seed in range(20):
-        problem = random_layer(seed, widths=(12, 12)).problem
-        assert problem.stats is not None
-        separate = [
-            rank_input_scales(single, OPTIONS)[0].choices[0].input_scale.scale for single in _one_by_one(problem)
-        ]
-        mean = torch.stack([torch.ones(48) if scale is None else scale for scale in separate]).mean(dim=0)
-        for name, scale in (
-            ("mean", InputScale(family="mean", alpha=None, scale=mean)),
-            ("joint", rank_input_scales(problem, OPTIONS)[0].choices[0].input_scale),
-        ):
-            choices = (SiteChoice(input_scale=scale),) * 2
-            plain = (SiteChoice(input_scale=IDENTITY),) * 2
-            stats = problem.stats.calibration
-            relative = joint_error(problem, choices, stats) / joint_error(problem, plain, stats)
-            averaged, joint = averaged + relative * (name == "mean"), joint + relative * (name == "joint")
-    assert joint < averaged
-
-
 def test_scale_repeats_over_the_query_heads_of_a_group() -> None:
     heads = HeadSharing(kv_heads=2, group_size=3, head_size=8)
     layer = random_layer(1, heads=heads)
@@ -132,13 +101,3 @@ def test_dead_channels_give_finite_scales() -> None:
         assert torch.isfinite(candidate.scale).all()
         assert bool((candidate.scale >= 1e-4).all())
         assert bool((candidate.scale <= 1e4).all())
-
-
-def test_result_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = random_layer(4, widths=(33,))
-    assert layer.problem.stats is not None
-    whole = awq_lite(layer.problem, OPTIONS)[0]
-    monkeypatch.setattr("stages.solve.evaluate._CPU_ELEMENTS", 48)
-    assert awq_lite(layer.problem, OPTIONS)[0].input_scale.alpha == whole.input_scale.alpha
-    error = weight_error(layer.problem.weights[0], layer.problem.specs[0], whole, "full")
-    assert error.shape == (33, 48)

@@ -111,6 +111,20 @@ def test_layers_8bit_takes_layers_paths_parts_of_names_and_lm_head(patterns: str
     assert _eight_bit(layers_8bit=patterns) == expected
 
 
+def test_sites_of_the_mixed_rule_stay_where_the_target_has_no_int8_and_named_ones_do_not() -> None:
+    rules = replace(RULES, mixed=True, keep_mixed_because="it has none")
+    plan = make_plan(GROUPS, rules)
+    kept = dict(plan.kept)
+    # Both of the rule's sites: one of one v_proj, one of one down_proj.
+    for name in ("/model/layers.1/attn/v_proj/MatMul", "/model/layers.10/mlp/down_proj/MatMul"):
+        assert kept[name] == "--enable_mixed_quant: it has none"
+    assert {spec.label for spec in plan.specs.values()} == {"4b32"}
+    named = make_plan(GROUPS, replace(rules, layers_8bit="down_proj", lm_head="8"))
+    eight_bit = {name for name, spec in named.specs.items() if spec.bits == 8}
+    assert eight_bit == {"/model/layers.10/mlp/down_proj/MatMul", "/lm_head/MatMul"}
+    assert named.kept == ()
+
+
 def test_layers_8bit_replaces_the_mixed_rule_and_refuses_what_matches_nothing() -> None:
     assert _eight_bit(mixed=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
     with pytest.raises(RecipeError, match=r"--layers_8bit: 'layers\.7' matches no site"):
@@ -130,3 +144,20 @@ def test_eight_bit_sites_have_their_own_granularity() -> None:
     plan = make_plan(GROUPS, replace(RULES, layers_8bit="down_proj", eight_bit=PerBlock(block_size=128)))
     assert {spec.label for spec in plan.specs.values()} == {"4b32", "8b128"}
     assert plan.eight_bit_sites == 1
+
+
+def _with_router() -> tuple[ActivationGroup, ...]:
+    group = _group("/model/layers.1/moe/router/MatMul")
+    return (*GROUPS, replace(group, sites=tuple(replace(member, routes_experts=True) for member in group.sites)))
+
+
+def test_a_router_is_kept_unless_it_is_named() -> None:
+    router = "/model/layers.1/moe/router/MatMul"
+    plan = make_plan(_with_router(), RULES)
+    assert "router of a mixture of experts" in dict(plan.kept)[router]
+    assert plan.kept_routers == 1
+    named = make_plan(_with_router(), replace(RULES, layers_8bit="router"))
+    assert named.specs[router].bits == 8
+    assert named.kept_routers == 0
+    excluded = make_plan(_with_router(), replace(RULES, exclude="router,lm_head"))
+    assert dict(excluded.kept)[router] == "--exclude router"

@@ -7,50 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.records import ActivationStats, NormAbsorber, QuantizedWeight
+from stages.records import ActivationStats, NormAbsorber, TokenStats
 from stages.solve.objective import output_error
 from stages.solve.registry import ALGORITHMS
-from stages.solve.runner import GroupSolver
-from tests.solve.problems import OPTIONS, RandomLayer, random_layer
-
-
-def _solver(layer: RandomLayer, name: str, *, fold: bool = True, one_scale: bool = False) -> GroupSolver:
-    problem = layer.problem
-    weights = {site.name: weight for site, weight in zip(problem.group.sites, problem.weights, strict=True)}
-
-    def read_stats(_: str) -> ActivationStats:
-        assert problem.stats is not None
-        return problem.stats
-
-    return GroupSolver(
-        algorithm_name=name,
-        algorithm=ALGORITHMS[name],
-        options=OPTIONS,
-        specs={site.name: spec for site, spec in zip(problem.group.sites, problem.specs, strict=True)},
-        device=torch.device("cpu"),
-        read_weight=lambda site: weights[site.name],
-        read_stats=None if name.startswith("rtn") else read_stats,
-        fold=fold,
-        one_scale=one_scale,
-    )
-
-
-def _stored(weight: QuantizedWeight) -> torch.Tensor:
-    """(code - zero point) * scale / input scale, block by block."""
-    codes = weight.codes.float()
-    size = weight.spec.block_size(codes.shape[1])
-    for block in range(weight.scales.shape[1]):
-        part = slice(block * size, (block + 1) * size)
-        zero = 0 if weight.zero_points is None else weight.zero_points[:, block, None].float()
-        codes[:, part] = (codes[:, part] - zero) * weight.scales[:, block, None].float()
-    return codes if weight.input_scale is None else codes / weight.input_scale
+from tests.solve.problems import OPTIONS, gram_stats, random_layer, solver_of, stored_weight
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_reported_losses_are_those_of_the_stored_numbers(name: str, symmetric: bool) -> None:
     layer = random_layer(21, widths=(12, 8), symmetric=symmetric)
-    solved = _solver(layer, name).solve(layer.problem.group)
+    solved = solver_of(layer.problem, name).solve(layer.problem.group)
     assert layer.problem.stats is not None
     for weight, original, report in zip(solved.weights, layer.problem.weights, solved.reports, strict=True):
         assert weight.codes.dtype == (torch.int8 if symmetric else torch.uint8)
@@ -62,7 +29,7 @@ def test_reported_losses_are_those_of_the_stored_numbers(name: str, symmetric: b
             assert report.loss is None
             continue
         stats = layer.problem.stats.calibration
-        error = float(output_error(_stored(weight) - original, stats).sum() / output_error(original, stats).sum())
+        error = float(output_error(stored_weight(weight) - original, stats).sum() / output_error(original, stats).sum())
         # The same float32 sums in another order.
         assert report.loss == pytest.approx(error, rel=1e-3)
         assert report.loss_rtn is not None
@@ -72,14 +39,75 @@ def test_reported_losses_are_those_of_the_stored_numbers(name: str, symmetric: b
 def test_siblings_share_one_scale_unless_each_may_have_its_own() -> None:
     layer = random_layer(22, widths=(12, 8))
     group = replace(layer.problem.group, absorber=NormAbsorber(output="x", parameters=("gain",)))
-    shared = _solver(layer, "awq_lite").solve(group).weights
+    shared = solver_of(layer.problem, "awq_lite").solve(group).weights
     assert shared[0].input_scale is not None
     assert shared[1].input_scale is not None
     assert torch.equal(shared[0].input_scale, shared[1].input_scale)
-    own = _solver(layer, "awq_lite", fold=False).solve(group)
-    joint = _solver(layer, "awq_lite", fold=False, one_scale=True).solve(group)
+    own = solver_of(layer.problem, "awq_lite", fold=False).solve(group)
+    joint = solver_of(layer.problem, "awq_lite", fold=False, one_scale=True).solve(group)
     assert {report.alpha for report in joint.reports} == {joint.reports[0].alpha}
     losses = [sum(report.loss or 0 for report in result.reports) for result in (own, joint)]
     assert own.reports[0].site != own.reports[1].site
     # Each alone can only fit its own output better (relative losses weigh sites a little differently).
     assert losses[0] <= losses[1] * 1.001
+
+
+def _unseen(kind: str, in_features: int) -> TokenStats:
+    if kind == "zeros":
+        return gram_stats(torch.zeros(4, in_features))
+    rows = torch.zeros(0, in_features)
+    gram = torch.zeros(in_features, in_features) if kind == "no gram" else None
+    return TokenStats(num_tokens=0, abs_mean=torch.zeros(in_features), gram=gram, rows=rows if gram is None else None)
+
+
+@pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
+@pytest.mark.parametrize("kind", ["no gram", "no rows", "zeros"])
+def test_an_expert_that_no_token_chose_is_rounded_and_says_so(name: str, kind: str) -> None:
+    layer = random_layer(23, widths=(12,))
+    silent = _unseen(kind, layer.problem.group.in_features)
+    problem = replace(layer.problem, stats=ActivationStats(calibration=silent, held_out=silent))
+    (weight,) = solver_of(problem, name).solve(problem.group).weights
+    (rounded,) = solver_of(layer.problem, "rtn").solve(problem.group).weights
+    assert torch.equal(weight.codes, rounded.codes)
+    assert torch.equal(weight.scales, rounded.scales)
+    assert weight.input_scale is None
+    (report,) = solver_of(problem, name).solve(problem.group).reports
+    assert report.algorithm == "rtn"
+    assert "no calibration token" in report.note
+    assert (report.loss, report.loss_rtn, report.held_out_loss) == (None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["no gram", "no rows", "zeros"])
+def test_an_expert_that_only_held_out_tokens_missed_is_searched(kind: str) -> None:
+    layer = random_layer(24, widths=(12,))
+    assert layer.problem.stats is not None
+    silent = _unseen(kind, layer.problem.group.in_features)
+    stats = ActivationStats(calibration=layer.problem.stats.calibration, held_out=silent)
+    problem = replace(layer.problem, stats=stats)
+    solved = solver_of(problem, "awq_full").solve(problem.group)
+    (report,) = solved.reports
+    assert report.note == ""
+    assert report.held_out_loss is None
+    assert report.loss is not None
+    assert report.loss_rtn is not None
+    assert report.loss < report.loss_rtn
+    assert bool(torch.isfinite(solved.weights[0].scales).all())
+
+
+@pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
+def test_codes_depend_neither_on_chunks_nor_on_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_layer(4, widths=(33,)).problem
+    solver = solver_of(problem, name)
+    threads = torch.get_num_threads()
+    whole = solver.solve(problem.group)
+    monkeypatch.setattr("stages.solve.evaluate._CPU_ELEMENTS", 48)
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        parts = replace(solver, options=replace(OPTIONS, column_chunk=1024)).solve(problem.group)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(parts.weights[0].codes, whole.weights[0].codes)
+    assert torch.equal(parts.weights[0].scales, whole.weights[0].scales)
+    assert whole.reports[0].loss is not None
+    # The same float32 sums in another order.
+    assert parts.reports[0].loss == pytest.approx(whole.reports[0].loss, rel=1e-5)

@@ -1,0 +1,240 @@
+"""From stored codes to com.microsoft MatMulNBits, which ONNX Runtime otherwise makes of DequantizeLinear and MatMul.
+
+The store's rows, [N, K], are cut into blocks along K, each a run of bytes: a weight is [N, nB, bytes], and a row's last
+block is filled up. Codes are unsigned: where no zero point is stored the operator takes 2^(bits - 1), and signed codes
+move up by that. It knows no scale per channel: such a scale is repeated over blocks, which changes no number.
+
+Requires a site's MatMul or Gemm in place, with input scales folded. Ensures that MatMulNBits has the site's name, and
+that the site's output keeps its own. A Gemm's bias becomes an Add: not every execution provider takes it inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from jaxtyping import Int16, UInt8
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from export.graph_edit import GraphEditor, name_of
+from export.qdq import RewrittenSite, StoredSite, divided_scales, float_type
+from stages.bitpack import pack_4bit, unpack_4bit
+from stages.config import AccuracyLevel
+from stages.errors import RecipeError
+from stages.records import MatMulSite, PerBlock, PerChannel, QuantizedWeight, QuantSpec, WeightForm
+
+MICROSOFT = "com.microsoft"
+_SMALLEST_BLOCK = 16
+_CHANNEL_BLOCKS = (128, 64, 32, 16)
+"""Block sizes that a scale per channel is repeated over: all of those that CUDA's 4-bit kernels take."""
+_BIAS_INPUT = 2
+
+
+def stored_block_size(site: MatMulSite, spec: QuantSpec) -> int:
+    """Inputs in a block of the operator; scales per channel take the size that fills up least, the largest such.
+
+    Raises:
+        RecipeError: the operator knows no such block size.
+    """
+    match spec.granularity:
+        case PerChannel():
+            return min(_CHANNEL_BLOCKS, key=lambda size: -site.in_features % size)
+        case PerBlock(block_size=size):
+            if size < _SMALLEST_BLOCK or size & (size - 1):
+                raise RecipeError(
+                    f"'{site.name}' has blocks of {size} and MatMulNBits takes powers of two from {_SMALLEST_BLOCK}; "
+                    "quantize with another --block_size or --weight_operator dq."
+                )
+            return size
+
+
+def implied_zero_point(spec: QuantSpec) -> int:
+    """The zero point that the operator takes where none is stored."""
+    return 1 << (spec.bits - 1)
+
+
+# --------------------------------------------------------------------------- bytes
+
+
+def packed_codes(weight: QuantizedWeight) -> UInt8[np.ndarray, "N nB bytes"]:
+    """Codes as the operator reads them; what fills up a row's last block dequantizes to 0."""
+    spec, (rows, columns) = weight.spec, weight.codes.shape
+    width = stored_block_size(weight.site, spec)
+    blocks = -(-columns // width)
+    unsigned = torch.empty((rows, blocks * width), dtype=torch.uint8)
+    if weight.zero_points is None:
+        unsigned.fill_(implied_zero_point(spec))
+        unsigned[:, :columns] = (weight.codes.to(torch.int16) + implied_zero_point(spec)).to(torch.uint8)
+    else:
+        unsigned[:] = weight.zero_points[:, -1:]
+        unsigned[:, :columns] = weight.codes
+    packed = unsigned.numpy() if spec.bits == 8 else pack_4bit(unsigned)
+    return packed.reshape(rows, blocks, width * spec.bits // 8)
+
+
+def unpacked_codes(
+    packed: UInt8[np.ndarray, "N nB bytes"], site: MatMulSite, spec: QuantSpec
+) -> Int16[np.ndarray, "N K"]:
+    """The inverse of ``packed_codes``: codes as the store has them, signed where symmetric."""
+    rows = packed.shape[0]
+    codes = packed.reshape(rows, -1)
+    if spec.bits == 4:
+        codes = unpack_4bit(codes.reshape(-1), (rows, 2 * codes.shape[1]), np.dtype(np.uint8))
+    return codes[:, : site.in_features].astype(np.int16) - (implied_zero_point(spec) if spec.symmetric else 0)
+
+
+def packed_zero_points(weight: QuantizedWeight) -> UInt8[np.ndarray, "N bytes"]:
+    """Zero points as the operator reads them: each row begins with a new byte."""
+    assert weight.zero_points is not None
+    per_block = _per_stored_block(weight.zero_points, weight.site, weight.spec)
+    if weight.spec.bits == 8:
+        return per_block.numpy()
+    even = torch.nn.functional.pad(per_block, (0, per_block.shape[1] % 2))
+    return pack_4bit(even).reshape(even.shape[0], even.shape[1] // 2)
+
+
+def unpacked_zero_points(
+    packed: UInt8[np.ndarray, "N bytes"], site: MatMulSite, spec: QuantSpec
+) -> UInt8[np.ndarray, "N nB"]:
+    """The inverse of ``packed_zero_points``."""
+    if spec.bits == 8:
+        return packed
+    codes = unpack_4bit(packed.reshape(-1), (packed.shape[0], 2 * packed.shape[1]), np.dtype(np.uint8))
+    return codes[:, : _num_blocks(site, spec)]
+
+
+def _num_blocks(site: MatMulSite, spec: QuantSpec) -> int:
+    return -(-site.in_features // stored_block_size(site, spec))
+
+
+def _per_stored_block(per_block: Tensor, site: MatMulSite, spec: QuantSpec) -> Tensor:
+    """[N, 1] repeated over the operator's blocks where scales are per channel; [N, nB] as it is."""
+    match spec.granularity:
+        case PerChannel():
+            return per_block.expand(-1, _num_blocks(site, spec)).contiguous()
+        case PerBlock():
+            return per_block.contiguous()
+
+
+# --------------------------------------------------------------------------- nodes
+
+
+def insert_matmul_nbits(
+    editor: GraphEditor, node: ir.Node, source: StoredSite, accuracy_level: AccuracyLevel | None
+) -> RewrittenSite:
+    """Put MatMulNBits in the place of ``node``, or before the Add that a Gemm with a bias becomes.
+
+    ``accuracy_level`` is written as the operator's attribute: session options don't reach it.
+
+    Raises:
+        RecipeError: the operator knows no such block size.
+    """
+    site, spec, name = source.site, source.spec, str(node.name)
+    codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source))
+    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source))
+    weights = [codes, scales]
+    if not spec.symmetric:
+        weights.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
+    attributes = _attributes(site, spec, accuracy_level)
+    if _has_bias(node):
+        product = _insert_before_bias(editor, node, weights, attributes, float_type(spec.scale_dtype))
+    else:
+        product = node.outputs[0]
+        _become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.opset_imports.setdefault(MICROSOFT, 1)
+    return RewrittenSite(
+        source=source,
+        form=WeightForm.MATMUL_NBITS,
+        node=name,
+        output=name_of(product),
+        weight=name_of(codes),
+        scales=name_of(scales),
+        zero_points=None if spec.symmetric else name_of(weights[2]),
+    )
+
+
+def _attributes(site: MatMulSite, spec: QuantSpec, accuracy_level: AccuracyLevel | None) -> dict[str, int]:
+    needed = {
+        "K": site.in_features,
+        "N": site.out_features,
+        "bits": spec.bits,
+        "block_size": stored_block_size(site, spec),
+    }
+    return needed if accuracy_level is None else needed | {"accuracy_level": accuracy_level}
+
+
+def _has_bias(node: ir.Node) -> bool:
+    bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT else None
+    return node.op_type == "Gemm" and bias is not None and node.attributes.get_float("beta", 1.0) != 0
+
+
+def _insert_before_bias(
+    editor: GraphEditor, node: ir.Node, weights: list[ir.Value], attributes: Mapping[str, int], dtype: ir.DataType
+) -> ir.Value:
+    """MatMulNBits before the Gemm, which becomes the Add of its (scaled) bias; the operator takes over its name."""
+    activation, bias, y = node.inputs[0], node.inputs[_BIAS_INPUT], node.outputs[0]
+    assert activation is not None
+    assert bias is not None
+    name, node.name = str(node.name), f"{node.name}/Add"
+    value = partial(_value, y.shape, y.type)
+    product = editor.insert_before(node, "MatMulNBits", [activation, *weights], name, attributes, value, MICROSOFT)
+    _become(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
+    return product
+
+
+def _times_beta(editor: GraphEditor, gemm: ir.Node, bias: ir.Value, dtype: ir.DataType) -> ir.Value:
+    beta = gemm.attributes.get_float("beta", 1.0)
+    if beta == 1:
+        return bias
+    factor = editor.add_initializer(gemm, f"{gemm.name}/beta", ir.tensor(beta, dtype=dtype))
+    value = partial(_value, bias.shape, ir.TensorType(dtype))
+    return editor.insert_before(gemm, "Mul", [bias, factor], f"{gemm.name}/Mul", {}, value)
+
+
+def _value(shape: ir.Shape | None, kind: ir.TypeProtocol | None, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=shape, type=kind)
+
+
+def _become(
+    node: ir.Node, domain: str, op_type: str, inputs: list[ir.Value | None], attributes: Mapping[str, int]
+) -> None:
+    """Turn ``node`` into another operator; its name and outputs stay."""
+    node.domain, node.op_type = domain, op_type
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+    node.attributes.clear()
+    for name, number in attributes.items():
+        node.attributes[name] = ir.AttrInt64(name, number)
+
+
+# --------------------------------------------------------------------------- tensors that are read when written
+
+
+def _lazy_codes(source: StoredSite) -> ir.LazyTensor:
+    site, spec = source.site, source.spec
+    width = stored_block_size(site, spec)
+    shape = (site.out_features, _num_blocks(site, spec), width * spec.bits // 8)
+    return ir.LazyTensor(lambda: ir.tensor(packed_codes(source.read())), dtype=ir.DataType.UINT8, shape=ir.Shape(shape))
+
+
+def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
+    site, spec = source.site, source.spec
+
+    def read() -> ir.TensorProtocol:
+        scales = divided_scales(source.read(), source.row_divisor)
+        return TorchTensor(_per_stored_block(scales, site, spec))
+
+    shape = ir.Shape((site.out_features, _num_blocks(site, spec)))
+    return ir.LazyTensor(read, dtype=float_type(spec.scale_dtype), shape=shape)
+
+
+def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:
+    site, spec = source.site, source.spec
+    shape = ir.Shape((site.out_features, -(-_num_blocks(site, spec) * spec.bits // 8)))
+    return ir.LazyTensor(lambda: ir.tensor(packed_zero_points(source.read())), dtype=ir.DataType.UINT8, shape=shape)

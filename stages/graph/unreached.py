@@ -1,0 +1,110 @@
+"""Large weights that quantization leaves as they are because no MatMul or Gemm reads them, with the reason.
+
+Expert weights inside a MoE node, packed weights of an Attention node, kernels of a convolution, tables of a Gather: a
+model in which they are a large part gets only a little smaller, and a person must be told before the search starts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+
+import onnx_ir as ir
+
+from stages.graph.embeddings import find_embeddings
+from stages.graph.experts import EXPERT_NODES
+from stages.records import UnreachedWeights
+
+_SMALLEST_SHARE = 0.01
+_WORTH_A_WARNING = 0.05
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+_LINEAR = frozenset({"MatMul", "Gemm"})
+_QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
+_EMBEDDING = "token embedding; --gather_quantize_axis 1 stores it as INT4"
+_EXPERTS = (
+    "a MoE node multiplies with floating-point experts; onnxruntime-genai's builder stores them as INT4 with "
+    "--extra_options moe_quant_type=int4, and the rest is quantized here"
+)
+_OTHERS = "only weights of MatMul and Gemm are quantized"
+
+
+def find_unreached(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnreachedWeights, ...]:
+    """Weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node that does.
+
+    Each entry holds at least 1 % of the bytes of all weights. ``quantized_tables`` are embeddings that will be
+    quantized. MatMul and Gemm nodes that can't be quantized are the plan's to explain.
+    """
+    embeddings = {table.weight for table in find_embeddings(model)}
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    total = sum(_num_bytes(value) for value in values)
+    found: dict[tuple[str, str], list[ir.Value]] = defaultdict(list)
+    for value in values:
+        op_type = None if value.name in quantized_tables else _reader(value)
+        if op_type is not None:
+            found[op_type, _EMBEDDING if value.name in embeddings else _reason(op_type)].append(value)
+    groups = (_as_group(op_type, reason, members, total) for (op_type, reason), members in found.items())
+    return tuple(group for group in groups if group.share >= _SMALLEST_SHARE)
+
+
+def _reason(op_type: str) -> str:
+    if op_type == "MoE":
+        return _EXPERTS
+    return "quantized already" if op_type in _QUANTIZED else _OTHERS
+
+
+def _reader(value: ir.Value) -> str | None:
+    """The kind of node that reads this weight and isn't a MatMul; None where there is none, or it is no matrix."""
+    if value.shape is None or len(value.shape) < 2:
+        return None
+    kinds = [node.op_type for node in _readers(value) if node.op_type not in _LINEAR]
+    if value.dtype not in _FLOATS:
+        kinds = [kind for kind in kinds if kind in _QUANTIZED]
+    return kinds[0] if kinds else None
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    for node in value.consumers():
+        if node.op_type in _PASSED_THROUGH:
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
+
+
+def _num_bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) -> UnreachedWeights:
+    num_bytes = sum(_num_bytes(value) for value in members)
+    return UnreachedWeights(
+        op_type=op_type,
+        weights=tuple(str(value.name) for value in members),
+        num_bytes=num_bytes,
+        share=num_bytes / max(total, 1),
+        reason=reason,
+    )
+
+
+def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int, routers: int) -> str:
+    """One line about what a person may have expected to shrink; empty where there is nothing to say.
+
+    An embedding is no surprise; experts are always named, and anything else from 5 % of the weights. ``quantized`` and
+    ``routers`` count the MatMuls that will be quantized, and the routers that won't.
+    """
+    told = [in_words(part) for part in unreached if _is_worth_a_warning(part)]
+    if not told and not routers:
+        return ""
+    mixture = [f"routers of experts kept: {routers}"] if routers else []
+    return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *told])
+
+
+def _is_worth_a_warning(part: UnreachedWeights) -> bool:
+    return part.op_type in EXPERT_NODES or (part.reason != _EMBEDDING and part.share >= _WORTH_A_WARNING)
+
+
+def in_words(part: UnreachedWeights) -> str:
+    """Which weights stay, how large they are, and why."""
+    more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
+    size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
+    return f"{part.op_type} keeps {part.weights[0]}{more} ({size}): {part.reason}"

@@ -1,0 +1,1 @@
+"""What ``--target`` decides: the formats that a runtime runs fast, with the reasons."""

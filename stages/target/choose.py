@@ -1,0 +1,81 @@
+"""Choose every format for a target: what was asked for, and for the rest what the target prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from stages.config import AccuracyLevel
+from stages.records import Granularity, PerBlock, PerChannel, WeightForm
+from stages.session import ACCURACY_LEVEL
+from stages.target import cpu, cuda, dml, qnn, trt_rtx, webgpu
+from stages.target.explain import explain
+from stages.target.formats import FormatChoice, FormatWishes, ModelTraits
+from stages.target.name import Runtime, Target
+from stages.target.rules import Preferences, Request, Rules
+
+RULES: Mapping[Runtime, Rules] = {
+    "cpu": Rules(cpu.prefer, cpu.objections),
+    "cuda": Rules(cuda.prefer, cuda.objections),
+    "dml": Rules(dml.prefer, dml.objections),
+    "trt-rtx": Rules(trt_rtx.prefer, trt_rtx.objections),
+    "webgpu": Rules(webgpu.prefer, webgpu.objections),
+    "qnn": Rules(qnn.prefer, qnn.objections),
+}
+_DEFAULT_EIGHT_BIT = PerChannel()
+
+
+def choose_formats(target: Target | None, wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
+    """Formats for ``target``, with the reasons; without a target the tool's defaults, without reasons."""
+    if target is None:
+        return _defaults(wishes, traits)
+    request = Request(release=target.release, wishes=wishes, traits=traits)
+    rules = RULES[target.runtime]
+    preferred = rules.prefer(request)
+    choice = _merge(wishes, preferred)
+    warnings = (*rules.objections(request, choice), *_objections_everywhere(wishes, choice))
+    return replace(choice, explanations=explain(target, request, preferred, choice), warnings=warnings)
+
+
+def _defaults(wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
+    form = WeightForm.MATMUL_NBITS if "bfloat16" in traits.dtypes else WeightForm.DQ
+    return FormatChoice(
+        form=wishes.form or form,
+        four_bit=PerBlock(block_size=wishes.block_size or 128),
+        eight_bit=wishes.eight_bit or _DEFAULT_EIGHT_BIT,
+        symmetric=not wishes.zero_point,
+        gather_form=wishes.gather_form or "gather_block_quantized",
+        gather_block_size=wishes.gather_block_size or 32,
+        accuracy_level=wishes.accuracy_level,
+    )
+
+
+def _merge(wishes: FormatWishes, preferred: Preferences) -> FormatChoice:
+    eight_bit: Granularity = wishes.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
+    wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
+    return FormatChoice(
+        form=wishes.form or preferred.form.value,
+        four_bit=PerBlock(block_size=wishes.block_size or preferred.block_size.value),
+        eight_bit=eight_bit,
+        symmetric=not wishes.zero_point,
+        gather_form=wishes.gather_form or "gather_block_quantized",
+        gather_block_size=wishes.gather_block_size or preferred.gather_block_size.value,
+        accuracy_level=wanted if wishes.accuracy_level is None else wishes.accuracy_level,
+        keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
+        session_options=(*preferred.session_options, *_level_option(wishes, wanted)),
+    )
+
+
+def _level_option(wishes: FormatWishes, wanted: AccuracyLevel | None) -> tuple[tuple[str, str], ...]:
+    """Recorded, so that exporting again alone gives the same level; a level that was asked for is given again."""
+    return () if wanted is None or wishes.accuracy_level is not None else ((ACCURACY_LEVEL, str(wanted)),)
+
+
+def _objections_everywhere(wishes: FormatWishes, choice: FormatChoice) -> Iterator[str]:
+    if wishes.mixed and choice.keep_mixed_because:
+        yield f"{choice.keep_mixed_because}: the sites of --enable_mixed_quant stay in floating point."
+    if wishes.gather_axis is not None and choice.gather_form == "dq":
+        yield (
+            "ONNX Runtime never fuses DequantizeLinear and Gather: it expands the whole table for every token; leave "
+            "--gather_form dq out."
+        )

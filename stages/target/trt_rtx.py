@@ -1,0 +1,54 @@
+"""TensorRT for RTX (NvTensorRTRTX provider): section 2g and NVIDIA's "Quantized types and schemes". Not run here.
+
+There: INT4 "requires per-block scales. The supported block sizes are {64, 128}"; INT8 and INT4 are code * scale, with
+no zero point. Our scales are positive always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.records import PerChannel, WeightForm
+from stages.target.formats import FormatChoice, ModelTraits
+from stages.target.rules import Preference, Preferences, Request, looks_up_quantized
+
+_BLOCKS = (128, 64)
+
+
+def prefer(request: Request) -> Preferences:
+    return Preferences(
+        form=Preference(WeightForm.DQ, "what onnxruntime-genai's builder writes for it (use_qdq); not run here"),
+        block_size=_block(request.traits),
+        eight_bit=Preference(
+            PerChannel(), "what the tool that this one replaces writes; blocks are for INT4 alone; not run here"
+        ),
+        zero_point="TensorRT multiplies a code with a positive scale, nothing else",
+        embedding="TensorRT for RTX has no kernel for it",
+    )
+
+
+def _block(traits: ModelTraits) -> Preference[int]:
+    for size in _BLOCKS:
+        if all(features % size == 0 for features in traits.in_features):
+            return Preference(size, "TensorRT takes 64 and 128: the larger that divides every row; not run here")
+    return Preference(_BLOCKS[0], "TensorRT takes 64 and 128, and neither divides every row; not run here")
+
+
+def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    yield from _block_objections(request, choice)
+    if not choice.symmetric:
+        yield "TensorRT knows no zero point (microsoft/olive-recipes#573); leave --use_zero_point out."
+    if choice.form is WeightForm.MATMUL_NBITS:
+        yield "TensorRT for RTX runs no MatMulNBits; choose --weight_operator dq."
+    if choice.eight_bit != PerChannel() and request.stores_eight_bit(choice.eight_bit):
+        yield "TensorRT takes blocks for INT4 alone; choose --int8_block_size channel."
+    if looks_up_quantized(request, choice):
+        yield "TensorRT for RTX has no GatherBlockQuantized; leave --gather_quantize_axis out."
+
+
+def _block_objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    size = choice.four_bit.block_size
+    if size not in _BLOCKS:
+        yield f"TensorRT takes INT4 in blocks of 64 and 128, not of {size}; choose one of these."
+    elif uneven := sorted(features for features in request.traits.in_features if features % size):
+        yield f"Blocks of {size} don't divide rows of {uneven[0]}, which TensorRT may refuse; not run here."
