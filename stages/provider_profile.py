@@ -17,6 +17,7 @@ import onnx_ir as ir
 from transformers import AutoConfig
 
 from stages.errors import GraphError, UserError
+from stages.hub import why_unreachable
 from stages.model_directory import GENAI_CONFIG, ModelDirectory, read_genai_config
 
 HF_CONFIG = "config.json"
@@ -192,6 +193,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _hub_config(model_name: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    unreachable = why_unreachable(model_name, "model")
+    if unreachable is not None:
+        raise UserError(
+            f"--model_name {model_name} has no configuration that can be read ({unreachable}); check the network, or "
+            f"put the model's {HF_CONFIG} into its folder."
+        )
     try:
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its hub client raise classes without a common base

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 
 from stages.errors import UserError
-from stages.observe.hub import in_short, why_unreachable
+from stages.hub import in_short, why_unreachable
 from stages.observe.offline_text import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
 
 Row = dict[str, Any]

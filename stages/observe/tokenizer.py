@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.errors import UserError
-from stages.observe.hub import in_short, why_unreachable
+from stages.hub import in_short, why_unreachable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

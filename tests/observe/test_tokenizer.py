@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import stages.observe.tokenizer
 from stages.errors import UserError
-from stages.observe.hub import why_unreachable
+from stages.hub import why_unreachable
 from stages.observe.tokenizer import find_tokenizer
 
 ANSWERS = {
