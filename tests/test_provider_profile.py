@@ -144,13 +144,13 @@ def test_a_hub_name_is_asked_last_and_its_failure_named(tmp_path: Path, monkeypa
             raise OSError("offline\nand more")
 
     monkeypatch.setattr(stages.provider_profile, "AutoConfig", Hub)
-    monkeypatch.setattr(stages.provider_profile, "why_unreachable", lambda name, kind: None)
+    monkeypatch.setattr(stages.provider_profile, "why_unreachable", lambda *_: None)
     known = _directory(tmp_path, {"context_length": 64}, kv_heads=2, head_size=16)
     assert decoder_sizes(known, "owner/model", trust_remote_code=False).head_size == 16
     assert asked == []
     with pytest.raises(UserError, match=r"--model_name owner/model has no configuration.*\(offline\)"):
         decoder_sizes(_directory(tmp_path, None), "owner/model", trust_remote_code=False)
-    monkeypatch.setattr(stages.provider_profile, "why_unreachable", lambda name, kind: "no answer")
+    monkeypatch.setattr(stages.provider_profile, "why_unreachable", lambda *_: "no answer")
     asked.clear()
     with pytest.raises(UserError, match=r"\(no answer\); check the network"):
         decoder_sizes(_directory(tmp_path, None), "owner/model", trust_remote_code=False)
