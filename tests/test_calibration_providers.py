@@ -14,14 +14,15 @@ from tests.commands import Commands
 def test_nv_tensorrt_rtx_is_given_the_shapes_of_the_models_own_inputs(
     tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked = ort.InferenceSession, []
+    asked: list[list[tuple[str, dict[str, str]]]] = []
 
-    def without_the_provider(*model: object, providers: list, enable_fallback: int) -> ort.InferenceSession:
-        asked.append(providers)
-        there = [pair for pair in providers if pair[0] != NV_TENSORRT_RTX]
-        return real(*model, providers=there, enable_fallback=enable_fallback)
+    class WithoutTheProvider(ort.InferenceSession):
+        def __init__(self, *model: object, providers: list, enable_fallback: int) -> None:
+            asked.append(providers)
+            there = [pair for pair in providers if pair[0] != NV_TENSORRT_RTX]
+            super().__init__(*model, providers=there, enable_fallback=enable_fallback)
 
-    monkeypatch.setattr(ort, "InferenceSession", without_the_provider)
+    monkeypatch.setattr(ort, "InferenceSession", WithoutTheProvider)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [NV_TENSORRT_RTX, CPU])
     code, printed = commands.calibrate(
         "--onnx_path", tiny_model, "--dataset", tiny_text, "--calib_size", 4, "--seq_len", 16, "--batch_size", 2,
