@@ -21,6 +21,8 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT1
 _PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
 _LINEAR = frozenset({"MatMul", "Gemm"})
 _QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
+_ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
+"""Inputs that take tables of cosines and sines: computed from positions, never learned."""
 _EMBEDDING = "token embedding; --gather_quantize_axis 1 stores it as INT4"
 _EXPERTS = (
     "a MoE node multiplies with floating-point experts; onnxruntime-genai's builder stores them as INT4 with "
@@ -32,8 +34,9 @@ _OTHERS = "only weights of MatMul and Gemm are quantized"
 def find_unreached(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnreachedWeights, ...]:
     """Weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node that does.
 
-    Each entry holds at least 1 % of the bytes of all weights. ``quantized_tables`` are embeddings that will be
-    quantized. MatMul and Gemm nodes that can't be quantized are the plan's to explain.
+    Each entry holds at least 1 % of the bytes of all weights; tables of rotary embeddings are no weights.
+    ``quantized_tables`` are embeddings that will be quantized. MatMul and Gemm nodes that can't be quantized are the
+    plan's to explain.
     """
     embeddings = {table.weight for table in find_embeddings(model)}
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
@@ -64,10 +67,10 @@ def _reader(value: ir.Value) -> str | None:
 
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    for node in value.consumers():
+    for node, index in value.uses():
         if node.op_type in _PASSED_THROUGH:
             yield from _readers(node.outputs[0])
-        else:
+        elif index not in _ROTATION_INPUTS.get(node.op_type, ()):
             yield node
 
 

@@ -41,6 +41,19 @@ def test_the_embedding_is_named_until_it_is_quantized() -> None:
     assert unreached(start(), "table") == {}
 
 
+def test_tables_of_rotations_are_no_weights() -> None:
+    graph = start()
+    graph.input("positions", TensorProto.INT64, ["b", "t"])
+    graph.input("q", FLOAT, ["b", "t", 16])
+    tables = [graph.constant(name, matrix(512, 8)) for name in ("cos_cache", "sin_cache")]
+    graph.node("RotaryEmbedding", ["q", "positions", *tables], ["turned"], domain=MICROSOFT)
+    graph.output("turned", FLOAT, ["b", "t", 16])
+    assert list(unreached(graph)) == ["Gather"]
+    # A node that rotates nothing keeps what it reads.
+    graph.node("Conv", ["kernel_input", "cos_cache"], ["convolved"])
+    assert unreached(graph)["Conv"].weights == ("cos_cache",)
+
+
 def test_a_tied_embedding_is_found_behind_its_transpose() -> None:
     graph = TinyGraph()
     graph.input("input_ids", TensorProto.INT64, ["t"])
