@@ -227,7 +227,7 @@ def test_predictions_stay_near_the_bases(finished: Finished) -> None:
     assert int4 < 1.15 * rounded
     assert mixed < rounded
     # INT8 takes errors of some sites away; those that stay then add up, or cancel, a little differently.
-    assert mixed < 1.1 * int4
+    assert mixed < 1.25 * int4
     # Random weights have no structure that a search could use; codes in a wrong place give whole nats.
     assert mixed < 0.15
 
