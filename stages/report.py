@@ -123,7 +123,7 @@ def _mean(values: list[float | None]) -> str:
 def _families(members: list[SiteReport]) -> str:
     """One site: the family and alpha of its scale; many: how many took a^r, duo and no scale."""
     if len(members) == 1:
-        alpha = members[0].alpha
-        return members[0].scale_family if alpha is None else f"{members[0].scale_family} {alpha:.2g}"
+        alpha, family = members[0].alpha, members[0].scale_family.replace("activation", "a^r")
+        return family if alpha is None else f"{family} {alpha:.2g}"
     counts = Counter(member.scale_family for member in members)
     return "/".join(str(counts[family]) for family in ("activation", "duo", "identity"))
