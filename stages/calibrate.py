@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -41,13 +42,14 @@ def calibrate(config: CalibrateConfig, console: Console) -> None:
     groups = find_groups(model)
     choice = choose_providers(config.calibration_eps)
     windows = load_windows(_window_request(config, directory))
-    if _existing_difference(config, _cache_key(directory, windows, choice)) == "":
+    wanted = _cache_key(directory, windows, choice)
+    if _existing_difference(config, wanted) == "":
         _say_current(config, console)
         return
     options = _provider_options(config, directory, model, choice)
     with open_tap(model, directory, groups, choice, options, existing_parent(config.cache_path)) as tap:
         # Only now it is known which providers work.
-        key = _cache_key(directory, windows, tap.providers)
+        key = replace(wanted, providers=tap.providers.names)
         if _is_current(config, key):
             _say_current(config, console)
             return
