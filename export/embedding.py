@@ -13,14 +13,12 @@ from functools import partial
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.graph_edit import GraphEditor, called, name_of
+from export.graph_edit import MICROSOFT, GraphEditor, become, called, import_microsoft, name_of
 from export.qdq import float_type
 from stages.errors import GraphError
 from stages.quantized_store import QuantizedStore
 from stages.records import EmbeddingPlan, torch_float
 from stages.table_file import TableFile
-
-_MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,19 +125,9 @@ def _make_block_quantized(node: ir.Node, plan: EmbeddingPlan, codes: ir.Value, s
     Signed codes need no zero point, and any width of the table will do; packed in uint8 an odd one would not. The
     number of bits, which is 4 unless said, stays unsaid: ONNX Runtime up to 1.22 refuses that attribute.
     """
-    assert isinstance(node.graph, ir.Graph)
-    node.graph.opset_imports.setdefault(_MICROSOFT, 1)
-    node.domain, node.op_type = _MICROSOFT, "GatherBlockQuantized"
-    node.resize_inputs(3)
-    node.replace_input_with(0, codes)
-    node.replace_input_with(2, scales)
-    node.attributes.clear()
-    for name, number in (
-        ("gather_axis", 0),
-        ("quantize_axis", plan.axis),
-        ("block_size", plan.block_size),
-    ):
-        node.attributes[name] = ir.AttrInt64(name, number)
+    import_microsoft(node)
+    attributes = {"gather_axis": 0, "quantize_axis": plan.axis, "block_size": plan.block_size}
+    become(node, MICROSOFT, "GatherBlockQuantized", [codes, node.inputs[1], scales], attributes)
 
 
 def _lazy_codes(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:

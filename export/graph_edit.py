@@ -9,6 +9,9 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
+
 
 def name_of(value: ir.Value) -> str:
     """A value's name; onnx-ir names every value it loads."""
@@ -19,6 +22,25 @@ def name_of(value: ir.Value) -> str:
 def called(node: ir.Node) -> str:
     """A node as messages call it: its type and its name, or its output's where it has none."""
     return f"{node.op_type} '{node.name or node.outputs[0].name}'"
+
+
+def become(
+    node: ir.Node, domain: str, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
+) -> None:
+    """Turn ``node`` into another operator; its name and outputs stay."""
+    node.domain, node.op_type = domain, op_type
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+    node.attributes.clear()
+    for name, number in attributes.items():
+        node.attributes[name] = ir.AttrInt64(name, number)
+
+
+def import_microsoft(node: ir.Node) -> None:
+    """Let ``node``'s graph hold ONNX Runtime's own operators."""
+    assert isinstance(node.graph, ir.Graph)
+    node.graph.opset_imports.setdefault(MICROSOFT, 1)
 
 
 @dataclass(frozen=True, slots=True)

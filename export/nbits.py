@@ -20,14 +20,13 @@ from jaxtyping import Int16, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.graph_edit import GraphEditor, name_of
+from export.graph_edit import MICROSOFT, GraphEditor, become, import_microsoft, name_of
 from export.qdq import RewrittenSite, StoredSite, divided_scales, float_type
 from stages.bitpack import pack_4bit, unpack_4bit
 from stages.config import AccuracyLevel
 from stages.errors import RecipeError
 from stages.records import MatMulSite, PerBlock, PerChannel, QuantizedWeight, QuantSpec, WeightForm
 
-MICROSOFT = "com.microsoft"
 _SMALLEST_BLOCK = 16
 _CHANNEL_BLOCKS = (128, 64, 32, 16)
 """Block sizes that a scale per channel is repeated over: all of those that CUDA's 4-bit kernels take."""
@@ -144,9 +143,8 @@ def insert_matmul_nbits(
         product = _insert_before_bias(editor, node, weights, attributes, float_type(spec.scale_dtype))
     else:
         product = node.outputs[0]
-        _become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
-    assert isinstance(node.graph, ir.Graph)
-    node.graph.opset_imports.setdefault(MICROSOFT, 1)
+        become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
+    import_microsoft(node)
     return RewrittenSite(
         source=source,
         form=WeightForm.MATMUL_NBITS,
@@ -183,7 +181,7 @@ def _insert_before_bias(
     name, node.name = str(node.name), f"{node.name}/Add"
     value = partial(_value, y.shape, y.type)
     product = editor.insert_before(node, "MatMulNBits", [activation, *weights], name, attributes, value, MICROSOFT)
-    _become(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
+    become(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
     return product
 
 
@@ -198,19 +196,6 @@ def _times_beta(editor: GraphEditor, gemm: ir.Node, bias: ir.Value, dtype: ir.Da
 
 def _value(shape: ir.Shape | None, kind: ir.TypeProtocol | None, name: str) -> ir.Value:
     return ir.Value(name=name, shape=shape, type=kind)
-
-
-def _become(
-    node: ir.Node, domain: str, op_type: str, inputs: list[ir.Value | None], attributes: Mapping[str, int]
-) -> None:
-    """Turn ``node`` into another operator; its name and outputs stay."""
-    node.domain, node.op_type = domain, op_type
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
-    node.attributes.clear()
-    for name, number in attributes.items():
-        node.attributes[name] = ir.AttrInt64(name, number)
 
 
 # --------------------------------------------------------------------------- tensors that are read when written
