@@ -15,6 +15,7 @@ from export.divide import CannotFold
 from export.graph_edit import called, name_of
 from stages.records import HeadSharing, MatMulSite, ValueAbsorber
 from stages.repeated_heads import repeated_heads
+from stages.squares import squares
 
 _VALUE_INPUT = 2
 _BIAS_INPUT = 3
@@ -69,16 +70,6 @@ def require_power(activation: ir.Value, power: Literal[1, 2]) -> ir.Node:
         return node
     _sole_reader(base)
     return relu
-
-
-def squares(node: ir.Node) -> bool:
-    """Whether ``node`` makes the square of its first input: Mul with itself, or Pow with the constant exponent 2."""
-    if node.op_type == "Mul":
-        return node.inputs[0] is not None and node.inputs[0] is node.inputs[1]
-    if node.op_type != "Pow" or node.inputs[1] is None:
-        return False
-    exponent = ir.convenience.get_const_tensor(node.inputs[1])
-    return exponent is not None and exponent.size == 1 and float(exponent.numpy().item()) == 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from stages.records import Absorber, HeadSharing, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.repeated_heads import repeated_heads
+from stages.squares import squares
 
 _GAIN_INPUT = {
     "SimplifiedLayerNormalization": 1,
@@ -44,7 +45,7 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
         return "the activation is an output of the graph"
     if (norm := _norm(_before_cast(value), in_features)) is not None:
         return norm
-    if node.op_type in ("Relu", "Pow") or _squares(node):
+    if node.op_type in ("Relu", "Pow") or squares(node):
         return _power_of_linear(node, in_features, sites)
     if node.op_type == "Mul":
         return _elementwise_product(node, in_features, sites)
@@ -100,18 +101,9 @@ def _elementwise_product(node: ir.Node, in_features: int, sites: Mapping[str, Ma
     return "no factor of its Mul comes from a linear layer alone"
 
 
-def _squares(node: ir.Node) -> bool:
-    if node.op_type == "Mul":
-        return node.inputs[0] is not None and node.inputs[0] is node.inputs[1]
-    if node.op_type != "Pow" or node.inputs[1] is None:
-        return False
-    exponent = ir.convenience.get_const_tensor(node.inputs[1])
-    return exponent is not None and exponent.size == 1 and float(exponent.numpy().item()) == 2
-
-
 def _power_of_linear(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
     """relu(up), relu(up)^2 or up^2, where up comes straight from a linear site of the same width."""
-    if node.op_type == "Pow" and not _squares(node):
+    if node.op_type == "Pow" and not squares(node):
         return "it comes from Pow, whose exponent isn't the constant 2"
     reader = node if node.op_type == "Relu" else _relu_before(node)
     base = reader.inputs[0]
