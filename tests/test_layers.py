@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 ENTRIES = {"stages.calibrate", "stages.quantize"}
 COMPOSERS = {"stages.planning"}
 """Parts of the entry points: they join rooms, and nobody else may import them."""
-ROOMS = {"stages.graph", "stages.observe", "stages.solve", "export", "scripts"}
+ROOMS = {"stages.block", "stages.graph", "stages.observe", "stages.solve", "export", "scripts"}
 ALLOWED = {
+    "stages.block": {"stages.block", "stages.graph"},
     "stages.graph": {"stages.graph"},
     "stages.observe": {"stages.observe"},
     "stages.solve": {"stages.solve"},
