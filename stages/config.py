@@ -16,8 +16,8 @@ from stages.errors import RecipeError
 from stages.records import BlockAxis, GatherForm
 from stages.target.name import Target, parse_target
 
-Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "signround"]
-OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
+Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
+OneShot = Literal["rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
@@ -111,7 +111,9 @@ class QuantizeConfig:
     """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
     algo: Algorithm = "awq_full"
     """rtn: rounding, Q->DQ nodes. rtn_dq: rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search.
-    awq_full: both. signround: another one's result, tuned decoder block by decoder block with gradients (AutoRound)."""
+    awq_full: both. mse: range search by weights alone. gptq: range search, then codes that make up for each other's
+    errors. awq_gptq: awq_full, then the same. signround: another one's result, tuned decoder block by decoder block
+    with gradients (AutoRound)."""
     signround_start: OneShot = "awq_full"
     """The algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -123,7 +125,8 @@ class QuantizeConfig:
     signround_seed: int = 0
     """Seed of the order in which the descent sees the windows."""
     cache_dir: Path | None = None
-    """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn and rtn_dq."""
+    """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn, rtn_dq,
+    mse."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export; default: the output folder's name with .weights added."""
     target: Annotated[str | None, tyro.conf.arg(metavar="RUNTIME[@VERSION]")] = None
@@ -175,6 +178,13 @@ class QuantizeConfig:
     """Smallest clip ratio tried."""
     awqclip_bsz_col: int = 1024
     """Output channels searched at once: smaller needs less memory, the result is the same."""
+    gptq_damping: float = 0.01
+    """Part of the mean squared activation that GPTQ adds to every channel's: more trusts the calibration text less."""
+    gptq_act_order: bool = True
+    """Quantize the loudest channels first; the stored layout is the same."""
+    descent_passes: int = 2
+    """Walks over all columns after GPTQ that set each code and scale to its best value beside the others; 0: GPTQ
+    alone."""
     exclude: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = "lm_head"
     """Comma-separated parts of node names that stay as they are; '' quantizes all."""
     accuracy_level: AccuracyLevel | None = None
@@ -206,7 +216,7 @@ class QuantizeConfig:
 
     @property
     def needs_cache(self) -> bool:
-        return self.algo not in ("rtn", "rtn_dq")
+        return self.algo not in ("rtn", "rtn_dq", "mse")
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
@@ -232,6 +242,8 @@ class QuantizeConfig:
         _require(self.signround_iters >= 1, "--signround_iters must be at least 1.")
         _require(self.signround_lr is None or self.signround_lr > 0, "--signround_lr must be positive.")
         _require(self.signround_batch_size >= 1, "--signround_batch_size must be at least 1.")
+        _require(self.gptq_damping > 0, "--gptq_damping must be above 0.")
+        _require(self.descent_passes >= 0, "--descent_passes must be 0 or more.")
         _require(self.awqclip_bsz_col >= 1, "--awqclip_bsz_col must be at least 1.")
 
 
