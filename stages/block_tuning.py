@@ -150,6 +150,7 @@ class BlockTuner:
                 algorithm=ALGORITHM,
                 loss=_relative_loss(weight, originals[weight.site.name], calibration),
                 held_out_loss=_relative_loss(weight, originals[weight.site.name], held_out),
+                mean_clip_ratio=None,
                 block_loss_start=result.start_loss,
                 block_loss=result.loss,
             )
