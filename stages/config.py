@@ -114,6 +114,9 @@ class QuantizeConfig:
     awq_full: both. mse: range search by weights alone. gptq: range search, then codes that make up for each other's
     errors. awq_gptq: awq_full, then the same. signround: another one's result, tuned decoder block by decoder block
     with gradients (AutoRound)."""
+    refine: bool = False
+    """After the search go through the decoder blocks once more: each layer is solved again for what the quantized
+    layers before it really give, so that it makes up for their errors."""
     signround_start: OneShot = "awq_full"
     """The algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -215,8 +218,18 @@ class QuantizeConfig:
         return None if self.target is None else parse_target(self.target)
 
     @property
+    def tunes_blocks(self) -> bool:
+        """Whether decoder blocks are run after the search."""
+        return self.refine or self.algo == "signround"
+
+    @property
+    def search_algorithm(self) -> Algorithm:
+        """The algorithm of the search, whatever follows it."""
+        return self.signround_start if self.algo == "signround" else self.algo
+
+    @property
     def needs_cache(self) -> bool:
-        return self.algo not in ("rtn", "rtn_dq", "mse")
+        return self.refine or self.algo not in ("rtn", "rtn_dq", "mse")
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""

@@ -144,9 +144,11 @@ def signround_options(config: QuantizeConfig) -> SignRoundOptions:
 
 def _tuning(config: QuantizeConfig) -> bytes:
     """What the codes depend on besides the search, where blocks are tuned; else nothing."""
+    refine = b"refine" if config.refine else b""
     if config.algo != "signround":
-        return b""
-    return TypeAdapter(SignRoundOptions).dump_json(signround_options(config)) + config.signround_start.encode()
+        return refine
+    options = TypeAdapter(SignRoundOptions).dump_json(signround_options(config))
+    return refine + options + config.signround_start.encode()
 
 
 def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache_digest: str) -> ExportRecipe:
@@ -185,5 +187,6 @@ def _summary(config: QuantizeConfig, plan: ModelPlan) -> str:
     table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
     size = choice.four_bit.block_size
-    algorithm = f"signround from {config.signround_start}" if config.algo == "signround" else config.algo
+    algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
+    algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
     return f"{algorithm} INT4 block {size} {zero_point} zero point{mixed}{table}{target}"

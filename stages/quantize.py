@@ -17,7 +17,6 @@ from export.tables import export_table
 from stages.atomic import require_creatable
 from stages.base_graph import load_graph
 from stages.block.tunable import open_blocks
-from stages.block_tuning import BlockTuner
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
@@ -33,9 +32,7 @@ from stages.solve.recipe import QuantPlan
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
 from stages.target.explain import choice_table
-
-_START = "start"
-"""Folder inside that of the weights for the search that tuning starts from; gone when all blocks are tuned."""
+from stages.tune.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 
 
 def quantize(config: QuantizeConfig, console: Console) -> None:
@@ -51,7 +48,7 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     _show_plan(config, plan, console)
     recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
-    if config.algo == "signround":
+    if config.tunes_blocks:
         assert cache is not None
         _tune_unfinished(config, model, directory, plan, cache, store, console)
     else:
@@ -71,7 +68,7 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     choose_device(config.device)
     model = load_graph(directory)
     plan = plan_model(config, model)
-    if config.algo == "signround":
+    if config.tunes_blocks:
         open_blocks(model, plan.sites.groups)
 
 
@@ -121,24 +118,43 @@ def _tune_unfinished(
     store: QuantizedStore,
     console: Console,
 ) -> None:
-    """Search what tuning starts from, and tune the blocks that have no files yet."""
+    """Search what tuning starts from, and tune the blocks that have no files yet, step after step."""
     if store.is_complete():
         return
     blocks = open_blocks(model, store.recipe.groups)
-    search = replace(config, algo=config.signround_start)
-    recipe = make_recipe(search, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
-    start = create_or_resume_store(config.weights_folder / _START, recipe, overwrite=config.overwrite)
-    _solve_unfinished(_solver(search, model, plan.sites, cache), start, console)
-    BlockTuner(
-        model=blocks,
-        directory=directory,
-        cache=cache,
-        start=start,
-        store=store,
-        options=signround_options(config),
-        device=choose_device(config.device),
-    ).tune(console)
-    shutil.rmtree(start.folder)
+    search = replace(config, algo=config.search_algorithm, refine=False)
+    begun = _store_inside(store, "start", search, plan, cache)
+    _solve_unfinished(_solver(search, model, plan.sites, cache), begun, console)
+    steps = _block_steps(config)
+    for number, step in enumerate(steps):
+        is_last = number == len(steps) - 1
+        reached = store if is_last else _store_inside(store, step.name, replace(search, refine=True), plan, cache)
+        BlockTuner(
+            model=blocks,
+            directory=directory,
+            cache=cache,
+            start=begun,
+            store=reached,
+            step=step,
+            batch_size=config.signround_batch_size,
+            device=choose_device(config.device),
+        ).tune(console)
+        shutil.rmtree(begun.folder)
+        begun = reached
+
+
+def _block_steps(config: QuantizeConfig) -> list[BlockStep]:
+    """What is done block by block after the search, in this order."""
+    refine: list[BlockStep] = [RefineStep(search_options(config))] if config.refine else []
+    return [*refine, SignRoundStep(signround_options(config))] if config.algo == "signround" else refine
+
+
+def _store_inside(
+    store: QuantizedStore, name: str, config: QuantizeConfig, plan: ModelPlan, cache: CalibrationCache
+) -> QuantizedStore:
+    """The folder of an earlier step, inside that of the result."""
+    recipe = make_recipe(config, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
+    return create_or_resume_store(store.folder / name, recipe, overwrite=config.overwrite)
 
 
 def _round_unfinished(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import stages.block_tuning
+import stages.tune.tuner
 from stages.quantized_store import open_store
 from stages.records import QuantizedWeight
 from tests.commands import Commands
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
     code, printed = _quantize(commands, tiny_model, cache, tmp_path / "whole", *_TUNING)
     assert code == 0, printed
     calls: list[int] = []
-    original = stages.block_tuning.tune_block
+    original = stages.tune.tuner.tune_block
 
     def stopped(*arguments: Any) -> Any:
         calls.append(1)
@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(stages.block_tuning, "tune_block", stopped)
+    monkeypatch.setattr(stages.tune.tuner, "tune_block", stopped)
     code, printed = _quantize(commands, tiny_model, cache, tmp_path / "two", *_TUNING)
     assert code == 130
     store = open_store(tmp_path / "two.weights")
@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_tuned_again(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _quantize(commands, tiny_model, cache, tmp_path / "out", *_TUNING, "--verify", "off")[0] == 0
-    monkeypatch.setattr(stages.block_tuning, "tune_block", _never)
+    monkeypatch.setattr(stages.tune.tuner, "tune_block", _never)
     code, printed = _quantize(commands, tiny_model, cache, tmp_path / "out", *_TUNING, "--overwrite")
     assert code == 0, printed
     code, printed = _quantize(

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENTRIES = {"stages.calibrate", "stages.quantize"}
-COMPOSERS = {"stages.block_tuning", "stages.planning"}
+COMPOSERS = {"stages.planning"}
 """Parts of the entry points: they join rooms, and nobody else may import them."""
-ROOMS = {"stages.block", "stages.graph", "stages.observe", "stages.solve", "export", "scripts"}
+ROOMS = {"stages.block", "stages.graph", "stages.observe", "stages.solve", "stages.tune", "export", "scripts"}
 ALLOWED = {
     "stages.block": {"stages.block", "stages.graph"},
     "stages.graph": {"stages.graph"},
@@ -21,9 +21,9 @@ ALLOWED = {
     "export": {"export"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
-    "stages.block_tuning": {"stages.block", "stages.graph", "stages.observe", "stages.solve"},
+    "stages.tune": {"stages.tune", "stages.block", "stages.graph", "stages.observe", "stages.solve"},
     "stages.calibrate": {"stages.graph", "stages.observe"},
-    "stages.quantize": {"stages.block", "stages.graph", "stages.observe", "stages.solve", "export"},
+    "stages.quantize": {"stages.block", "stages.graph", "stages.observe", "stages.solve", "stages.tune", "export"},
 }
 
 

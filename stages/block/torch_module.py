@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.block.converters.linear import Linear
 from stages.block.converters.register import register_converters
 from stages.block.cut import BlockGraph, DecoderBlock
 from stages.block.onnx2torch_import import import_onnx2torch
@@ -50,3 +52,25 @@ class BlockModule:
         others = [shared[name] for name in self.shared]
         behind: Tensor = self._module(stream, *others, *(weights[site.name] for site in self.block.sites))
         return behind
+
+    @contextmanager
+    def watched(self, weights: Mapping[str, Tensor], sites: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """Collect what ``sites`` read: after each call inside, the dictionary holds their inputs [batch, length, K].
+
+        ``weights`` must be those of the calls inside: a site is known by its weight.
+        """
+        names = {id(weights[name]): name for name in sites}
+        seen: dict[str, Tensor] = {}
+
+        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            hidden, weight = inputs[:2]
+            if (name := names.get(id(weight))) is not None:
+                seen[name] = hidden
+
+        linears = (module for module in self._module.modules() if isinstance(module, Linear))
+        handles = [linear.register_forward_pre_hook(keep) for linear in linears]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()

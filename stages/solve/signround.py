@@ -40,17 +40,20 @@ class SignRoundOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPair:
-    """Windows in front of a block, and what is wanted behind it: both [windows, length, hidden] float32, on any device.
+    """Windows in front of a block, and what is wanted behind it: all [windows, length, hidden] float32, on any device.
 
-    ``quantized`` comes from the blocks as quantized so far; ``wanted`` from the float block on the float stream.
+    ``exact`` comes from the float blocks, ``quantized`` from the blocks as quantized so far; ``wanted`` is what the
+    float block makes of ``exact``.
     """
 
+    exact: Tensor
     quantized: Tensor
     wanted: Tensor
 
     def batch(self, indices: Tensor, device: torch.device) -> StreamPair:
         """The windows of ``indices``, on ``device``."""
-        return StreamPair(quantized=self.quantized[indices].to(device), wanted=self.wanted[indices].to(device))
+        exact, quantized, wanted = (stream[indices].to(device) for stream in (self.exact, self.quantized, self.wanted))
+        return StreamPair(exact=exact, quantized=quantized, wanted=wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,9 +44,8 @@ def _problem(seed: int) -> tuple[dict[str, Tensor], tuple[QuantizedWeight, ...],
     pairs = []
     for windows in (16, 6):
         exact = random(windows, LENGTH, HIDDEN) @ mix
-        pairs.append(
-            StreamPair(quantized=exact + 0.02 * random(windows, LENGTH, HIDDEN), wanted=_run(exact, originals))
-        )
+        drifted = exact + 0.02 * random(windows, LENGTH, HIDDEN)
+        pairs.append(StreamPair(exact=exact, quantized=drifted, wanted=_run(exact, originals)))
     return originals, starts, pairs
 
 
@@ -83,7 +83,7 @@ def test_tuning_beats_rounding_on_held_out_windows() -> None:
 def test_the_start_stays_where_held_out_windows_speak_against_tuning() -> None:
     """Calibration windows that want something else altogether teach nothing."""
     originals, starts, (calibration, held_out) = _problem(0)
-    wrong = StreamPair(quantized=calibration.quantized, wanted=-calibration.wanted)
+    wrong = replace(calibration, wanted=-calibration.wanted)
     result = tune_block(_run, originals, starts, wrong, held_out, OPTIONS, lambda: None)
     assert result.loss == result.start_loss
     assert all(kept is start for kept, start in zip(result.weights, starts, strict=True))
@@ -121,7 +121,7 @@ def test_every_window_is_seen_before_one_is_seen_again() -> None:
 
     options = SignRoundOptions(**{**_fields(OPTIONS), "iterations": 8})
     steps: list[int] = []
-    pair = StreamPair(quantized=marked, wanted=calibration.wanted)
+    pair = replace(calibration, quantized=marked)
     tune_block(run, originals, starts, pair, held_out, options, lambda: steps.append(1))
     assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
     assert seen[:16] != seen[16:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,10 +27,71 @@ from stages.observe.cache import CalibrationCache
 from stages.quantized_store import QuantizedStore
 from stages.records import QuantizedWeight, SolvedGroup, TokenStats
 from stages.solve.objective import output_error, to_device
+from stages.solve.problem import SearchOptions
 from stages.solve.rounding import effective_weight
 from stages.solve.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
+from stages.tune.refining import Refiner
 
-ALGORITHM = "signround"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInHand:
+    """One block, the quantization that it starts with, and the windows in front of it."""
+
+    run: BlockRunner
+    originals: Mapping[str, Tensor]
+    starts: tuple[SolvedGroup, ...]
+    calibration: StreamPair
+    held_out: StreamPair
+
+
+@runtime_checkable
+class BlockStep(Protocol):
+    """A way to improve a block; never worse than its start on the held-out windows."""
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name for reports."""
+
+    @property
+    def ticks(self) -> int | None:
+        """How often ``advance`` is called a block; None: once a group."""
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SignRoundStep:
+    """Roundings and ranges by signed gradient descent."""
+
+    options: SignRoundOptions
+    name: str = "signround"
+
+    @property
+    def ticks(self) -> int | None:
+        return self.options.iterations
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
+        starts = tuple(weight for group in hand.starts for weight in group.weights)
+        return tune_block(hand.run, hand.originals, starts, hand.calibration, hand.held_out, self.options, advance)
+
+
+@dataclass(frozen=True, slots=True)
+class RefineStep:
+    """Codes and ranges solved anew for what the quantized layers before give."""
+
+    options: SearchOptions
+    name: str = "refine"
+    ticks: int | None = None
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
+        refiner = Refiner(
+            run=hand.run,
+            originals=hand.originals,
+            calibration=hand.calibration,
+            held_out=hand.held_out,
+            options=self.options,
+        )
+        return refiner.refine_block(hand.starts, advance)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,8 +106,8 @@ class _Streams:
         """Calibration and held-out windows, with what is wanted behind the block."""
         count = self.calibration_windows
         return (
-            StreamPair(quantized=self.tuned[:count], wanted=wanted[:count]),
-            StreamPair(quantized=self.tuned[count:], wanted=wanted[count:]),
+            StreamPair(exact=self.exact[:count], quantized=self.tuned[:count], wanted=wanted[:count]),
+            StreamPair(exact=self.exact[count:], quantized=self.tuned[count:], wanted=wanted[count:]),
         )
 
 
@@ -61,7 +123,8 @@ class BlockTuner:
     cache: CalibrationCache
     start: QuantizedStore
     store: QuantizedStore
-    options: SignRoundOptions
+    step: BlockStep
+    batch_size: int
     device: torch.device
 
     def tune(self, console: Console) -> None:
@@ -91,15 +154,15 @@ class BlockTuner:
         blocks = list(zip(self.model.blocks, self.model.groups, strict=True))[: last + 1]
         done = sum(self._is_finished(groups) for _, groups in blocks)
         with progress_bar(console) as progress:
-            steps = self.options.iterations
-            task = progress.add_task("tuning", total=len(blocks) * steps, completed=done * steps)
+            ticks = [self.step.ticks or len(groups) for _, groups in blocks]
+            task = progress.add_task(self.step.name, total=sum(ticks), completed=sum(ticks[:done]))
             for block, groups in blocks:
                 progress.update(task, description=f"layer {block.layer}")
                 self._take(block, groups, inputs.shared, streams, lambda: progress.advance(task))
 
     def _inputs(self, calibration: np.ndarray, held_out: np.ndarray) -> BlockInputs:
         windows = np.concatenate([calibration, held_out])
-        size = self.options.batch_size
+        size = self.batch_size
         counts = (len(windows), len(calibration), len(held_out))
         sizes = {len(batch) for count in counts for batch in in_batches(count, size)}
         first = self.model.blocks[0].stream_in
@@ -115,14 +178,14 @@ class BlockTuner:
     ) -> None:
         """Tune and save one block unless it is finished, and lead both streams through it."""
         module = BlockModule(cut_block(self.model.graph, block), self.device)
-        run = BlockRunner(module=module, shared=shared, batch_size=self.options.batch_size)
+        run = BlockRunner(module=module, shared=shared, batch_size=self.batch_size)
         originals = {site.name: read_weight(self.model.graph, site, self.device) for site in block.sites}
         wanted = run.over(streams.exact, originals)
         if not self._is_finished(groups):
-            starts = tuple(weight for index in groups for weight in self.start.read_group(index).weights)
-            self._save(
-                groups, tune_block(run, originals, starts, *streams.pairs(wanted), self.options, advance), originals
-            )
+            starts = tuple(self.start.read_group(index) for index in groups)
+            calibration, held_out = streams.pairs(wanted)
+            hand = BlockInHand(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
+            self._save(groups, self.step(hand, advance), originals)
         kept = (weight for index in groups for weight in self.store.read_group(index).weights)
         tuned = originals | {weight.site.name: effective_weight(weight, self.device) for weight in kept}
         streams.exact, streams.tuned = wanted, run.over(streams.tuned, tuned)
@@ -147,7 +210,7 @@ class BlockTuner:
         reports = tuple(
             replace(
                 report,
-                algorithm=ALGORITHM,
+                algorithm=self.step.name,
                 loss=_relative_loss(weight, originals[weight.site.name], calibration),
                 held_out_loss=_relative_loss(weight, originals[weight.site.name], held_out),
                 mean_clip_ratio=None,

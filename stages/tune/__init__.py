@@ -1,0 +1,1 @@
+"""Going through the decoder blocks after the search: rooms joined for it alone."""

@@ -1,0 +1,113 @@
+"""``--refine`` through the whole command, on a model that onnxruntime-genai's builder wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stages.tune.tuner
+from stages.block.cut import cut_block
+from stages.block.torch_module import BlockModule
+from stages.quantized_store import open_store
+from tests.block.blocks import CPU, open_model
+from tests.commands import Commands
+from tests.test_block_tuning import _TOKENS, _calibrated, _quantize
+from tests.test_pipeline import _logits
+
+_SEARCH = ("--algo", "gptq", "--block_size", 16)
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _calibrated(tiny_model, tiny_text, tmp_path_factory.mktemp("refined"))
+
+
+def _reports(output: Path) -> list[dict[str, Any]]:
+    lines = (output.with_name(f"{output.name}.weights") / "report.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_sites_are_watched_by_their_weights(tiny_model: Path) -> None:
+    opened = open_model(tiny_model)
+    block = opened.blocks[1]
+    graph = cut_block(opened.model, block)
+    activations = tuple(dict.fromkeys(site.activation for site in block.sites))
+    values = opened.tap((block.stream_in, *activations, *graph.shared), _TOKENS)
+    module, weights = BlockModule(graph, CPU), opened.weights(block)
+    names = [site.name for site in block.sites]
+    with torch.no_grad(), module.watched(weights, names) as seen:
+        module(values[block.stream_in], weights, values)
+    assert set(seen) == set(names)
+    for site in block.sites:
+        # Both in float32, along different orders of summation.
+        torch.testing.assert_close(seen[site.name], values[site.activation], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--use_zero_point",), ("--awqlite_disable_fuse_nodes",)], ids=str)
+def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
+    arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
+) -> None:
+    plain, refined = tmp_path / "plain", tmp_path / "refined"
+    search = ("--algo", "awq_gptq", "--block_size", 16, "--accuracy_level", 1, *arguments)
+    for output, more in ((plain, ()), (refined, ("--refine",))):
+        code, printed = _quantize(commands, tiny_model, cache, output, *search, *more)
+        assert code == 0, printed
+    assert "awq_gptq refined INT4" in printed
+    assert "sites run as MatMulNBits" in printed
+    inside = [line for line in _reports(refined) if "layers" in line["site"]]
+    assert all(line["algorithm"] == "refine" for line in inside)
+    assert all(line["block_loss"] <= line["block_loss_start"] for line in inside)
+    assert any(line["block_loss"] < line["block_loss_start"] for line in inside)
+    base = _logits(tiny_model, _TOKENS)
+    before, behind = (np.linalg.norm(_logits(folder, _TOKENS) - base) for folder in (plain, refined))
+    # Random weights answer to errors at random; the held-out windows' loss above is what must fall.
+    assert behind < 1.1 * before
+
+
+def test_signround_goes_on_from_the_refined_weights(
+    tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
+) -> None:
+    options = ("--algo", "signround", "--signround_start", "gptq", "--signround_iters", 10, "--block_size", 16)
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "both", *options, "--refine")
+    assert code == 0, printed
+    assert "signround from gptq refined" in printed
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "first", *_SEARCH, "--refine")
+    assert code == 0, printed
+    refined = {line["site"]: line for line in _reports(tmp_path / "first")}
+    tuned = [line for line in _reports(tmp_path / "both") if "layers.0" in line["site"]]
+    # Before the first layer both streams are the same, so tuning there starts with the loss that refining ended with.
+    assert all(line["block_loss_start"] == pytest.approx(refined[line["site"]]["block_loss"]) for line in tuned)
+    left = {path.name for path in (tmp_path / "both.weights").iterdir() if path.is_dir()}
+    assert left == set()
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "whole", *_SEARCH, "--refine")
+    assert code == 0, printed
+    calls: list[int] = []
+    original = stages.tune.tuner.RefineStep.__call__
+
+    def stopped(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.tune.tuner.RefineStep, "__call__", stopped)
+        code, _ = _quantize(commands, tiny_model, cache, tmp_path / "stopped", *_SEARCH, "--refine")
+    assert code != 0
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "stopped", *_SEARCH, "--refine")
+    assert code == 0, printed
+    for index in range(len(open_store(tmp_path / "whole.weights").recipe.groups)):
+        first, second = (open_store(tmp_path / f"{name}.weights").read_group(index) for name in ("whole", "stopped"))
+        for one, other in zip(first.weights, second.weights, strict=True):
+            assert torch.equal(one.codes, other.codes)
+            assert torch.equal(one.scales, other.scales)
