@@ -21,6 +21,7 @@ from stages.graph.unreached import unreached_warning
 from stages.graph.weights import read_rows, read_weight
 from stages.model_directory import locate_model
 from stages.observe.cache import CalibrationCache, open_cache
+from stages.plan_file import PLAN, write_plan
 from stages.planning import ModelPlan, make_recipe, plan_model, search_options
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.report import quantization_table
@@ -28,6 +29,7 @@ from stages.solve.embedding import quantize_table
 from stages.solve.recipe import QuantPlan
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
+from stages.spending import spend_budget
 from stages.target.explain import choice_table
 
 
@@ -40,10 +42,18 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    plan = plan_model(config, model)
+    plan = plan_model(config, model, directory)
     _show_plan(config, plan, console)
+    spent = None
+    if plan.left_open is not None:
+        assert cache is not None, "a budget needs the cache"
+        spent = spend_budget(config, model, directory, cache, plan, choose_device(config.device), console)
+        plan = spent.plan
+        console.print(spent.summary, highlight=False, markup=False, soft_wrap=True)
     recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
+    if spent is not None:
+        write_plan(store.folder / PLAN, spent.file_text)
     _solve_unfinished(_solver(config, model, plan.sites, cache), store, console)
     _round_unfinished(model, store, choose_device(config.device))
     show(quantization_table(store, time.perf_counter() - started))
@@ -58,7 +68,7 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
     require_creatable(config.weights_folder, option="--weights_path")
     choose_device(config.device)
-    plan_model(config, load_graph(directory))
+    plan_model(config, load_graph(directory), directory)
 
 
 def _show_plan(config: QuantizeConfig, plan: ModelPlan, console: Console) -> None:

@@ -55,10 +55,8 @@ def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model
     nodes = {node.outputs[0].name: node for node in changed.graph}
     for site in sites:
         node = nodes[site.output]
-        old = node.inputs[1]
-        assert old is not None
-        new = ir.Value(name=input_name(site), shape=ir.Shape(_fed_shape(site)), type=old.type)
-        new.dtype = model.graph.initializers[site.weight].dtype
+        kind = model.graph.initializers[site.weight].type
+        new = ir.Value(name=input_name(site), shape=ir.Shape(_fed_shape(site)), type=kind)
         node.replace_input_with(1, new)
         changed.graph.inputs.append(new)
     changed.graph.outputs[:] = logits

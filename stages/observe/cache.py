@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from stages.errors import CacheMismatch, UserError
 from stages.records import ActivationStats, TokenStats
 
 MANIFEST = "manifest.json"
+TOKENS = "tokens.safetensors"
 _FORMAT = 1
 
 
@@ -96,6 +98,18 @@ class CalibrationCache:
             calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
         )
 
+    def read_calibration_tokens(self) -> np.ndarray:
+        """The windows [windows, seq_len] that the statistics to search with were made from.
+
+        Raises:
+            CacheMismatch: their file is missing or damaged.
+        """
+        path = self.folder / TOKENS
+        try:
+            return load_arrays(path)["calibration"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise CacheMismatch(f"{path} is damaged ({error}); run stages.calibrate again with --overwrite.") from error
+
 
 def _token_stats(tensors: dict[str, Tensor], part: str) -> TokenStats:
     return TokenStats(
@@ -133,7 +147,7 @@ class CacheWriter:
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
-        with self._place_for("tokens.safetensors") as path:
+        with self._place_for(TOKENS) as path:
             save_arrays({"calibration": calibration, "held_out": held_out}, path)
 
     @contextmanager

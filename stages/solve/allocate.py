@@ -146,7 +146,5 @@ def _hull_steps(site: str, ladder: list[Candidate]) -> list[_Step]:
         rates = [(here.loss - other.loss) / (other.cost - here.cost) for other in ladder[current + 1 :]]
         current += 1 + max(range(len(rates)), key=rates.__getitem__)
         corner = ladder[current]
-        steps.append(
-            _Step(site=site, candidate=corner, cost=corner.cost - here.cost, gain=here.loss - corner.loss)
-        )
+        steps.append(_Step(site=site, candidate=corner, cost=corner.cost - here.cost, gain=here.loss - corner.loss))
     return steps

@@ -1,4 +1,4 @@
-"""Fixed rules that say which sites become INT8 by their names and places alone: those of the tools that are out there."""
+"""Fixed rules that say by names and places alone which sites become INT8: those of the tools that are out there."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal
 
+from stages.config import MixedRule
 from stages.errors import RecipeError
 from stages.records import MatMulSite
-
-MixedRule = Literal["modelopt", "llamacpp"]
 
 _SENSITIVE = re.compile(r"layers[./](\d+)[./](?:(?:attn|self_attn)[./](qkv_proj|v_proj)|mlp[./](down_proj))(?![\w])")
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from stages.config import MixedRule
 from stages.errors import RecipeError
 from stages.records import ActivationGroup, Granularity, MatMulSite, QuantSpec
-from stages.solve.mixed_rules import MixedRule, sensitive_sites
+from stages.solve.mixed_rules import sensitive_sites
 
 _LM_HEAD = "lm_head"
 _ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
@@ -59,8 +60,8 @@ def make_plan(groups: tuple[ActivationGroup, ...], rules: FormatRules) -> QuantP
         RecipeError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
     """
     sites = all_sites(groups)
-    eight_bit = _eight_bit(sites, rules)
-    kept = _kept(sites, rules, eight_bit)
+    named = named_by_rules(sites, rules)
+    eight_bit, kept = named.eight_bit, named.kept
     if len(kept) == len(sites):
         raise RecipeError(f"--exclude {rules.exclude} matches every MatMul of the model: nothing would be quantized.")
     specs = {site.name: _spec(site, rules, 8 if site.name in eight_bit else 4) for site in sites}
@@ -72,15 +73,13 @@ def all_sites(groups: Sequence[ActivationGroup]) -> list[MatMulSite]:
     return [site for group in groups for site in group.sites]
 
 
-def plan_of(
-    groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], kept: Mapping[str, str]
-) -> QuantPlan:
+def plan_of(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], kept: Mapping[str, str]) -> QuantPlan:
     """The plan that gives every site its spec; sites without one are ``kept``, for the reason that stands there."""
     quantized = tuple(_without(group, kept) for group in groups if any(site.name in specs for site in group.sites))
     return QuantPlan(
         groups=quantized,
         specs={site.name: specs[site.name] for site in all_sites(quantized)},
-        kept=tuple((site.name, kept[site.name]) for site in all_sites(groups) if site.name not in specs),
+        kept=tuple((name, why) for name, why in kept.items() if name not in specs),
     )
 
 
@@ -93,13 +92,38 @@ def _spec(site: MatMulSite, rules: FormatRules, bits: Literal[4, 8]) -> QuantSpe
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedSites:
+    """The sites that a person's rules decide about: INT8, or kept for the reason that stands there."""
+
+    eight_bit: frozenset[str]
+    kept: Mapping[str, str]
+
+
+def named_by_rules(sites: Sequence[MatMulSite], rules: FormatRules) -> NamedSites:
+    """What ``rules`` say about ``sites``.
+
+    Raises:
+        RecipeError: a pattern matches no site, or mixed precision finds no site of its rule.
+    """
+    eight_bit = _eight_bit(sites, rules)
+    return NamedSites(eight_bit=eight_bit, kept=_kept(sites, rules, eight_bit))
+
+
+def is_lm_head(site: MatMulSite) -> bool:
+    """Whether the site is called lm_head or makes the logits."""
+    return matches_site(_LM_HEAD, site)
+
+
 def _eight_bit(sites: Sequence[MatMulSite], rules: FormatRules) -> frozenset[str]:
     if rules.layers_8bit:
         chosen = set(_matches(sites, rules.layers_8bit, "--layers_8bit"))
     else:
-        chosen = set(sensitive_sites(sites, rules.mixed_rule)) if rules.mixed and not rules.keep_mixed_because else set()
+        chosen = (
+            set(sensitive_sites(sites, rules.mixed_rule)) if rules.mixed and not rules.keep_mixed_because else set()
+        )
     if rules.lm_head is not None:
-        heads = {site.name for site in sites if matches_site(_LM_HEAD, site)}
+        heads = {site.name for site in sites if is_lm_head(site)}
         chosen = chosen | heads if rules.lm_head == "8" else chosen - heads
     return frozenset(chosen)
 
@@ -110,9 +134,11 @@ def _kept(sites: Sequence[MatMulSite], rules: FormatRules, eight_bit: frozenset[
     # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
     kept |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*kept, *eight_bit}}
     if rules.mixed and not rules.layers_8bit and rules.keep_mixed_because:
-        kept |= dict.fromkeys(sensitive_sites(sites, rules.mixed_rule), f"--enable_mixed_quant: {rules.keep_mixed_because}")
+        kept |= dict.fromkeys(
+            sensitive_sites(sites, rules.mixed_rule), f"--enable_mixed_quant: {rules.keep_mixed_because}"
+        )
     for site in sites:
-        if not matches_site(_LM_HEAD, site):
+        if not is_lm_head(site):
             continue
         if rules.lm_head == "none":
             kept[site.name] = "--lm_head none"

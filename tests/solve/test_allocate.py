@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_a_larger_budget_never_gives_a_larger_loss(seed: int, largest_table: int
     budgets = range(smallest_cost(menu), largest_cost(menu) + 10)
     losses = [allocate(menu, budget, largest_table).loss for budget in budgets]
     # 1e-12: sums of the same numbers in another order.
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(losses))
 
 
 def test_ends_of_the_range() -> None:
