@@ -137,7 +137,7 @@ def _parsed(path: Path, text: str, name: str, fields: Mapping[str, object]) -> P
 def _place(path: Path, text: str, name: str) -> str:
     """The file and, where the name stands in it as we write it, the line."""
     for number, line in enumerate(text.splitlines(), start=1):
-        if name in line and not line.lstrip().startswith("#"):
+        if (name in line or _quoted(name) in line) and not line.lstrip().startswith("#"):
             return f"--plan {path}, line {number}"
     return f"--plan {path}"
 

@@ -131,9 +131,8 @@ def _candidates(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
 def _reach(menus: Sequence[SiteMenu], budget: Budget) -> Reach:
     if isinstance(budget, SizeBudget):
         costs = [[budget.cost(menu, label) for label in menu.formats] for menu in menus]
-        return Reach(
-            smallest=budget.fixed_bytes + sum(map(min, costs)), largest=budget.fixed_bytes + sum(map(max, costs))
-        )
+        ends = [(budget.fixed_bytes + sum(map(min, costs)), budget.fixed_bytes + sum(map(max, costs)))]
+        return Reach(smallest=float(ends[0][0]), largest=float(ends[0][1]))
     ends = []
     for case in _cases(menus, budget):
         costs = [[stored_bytes(menu, label) for label in menu.formats] for menu in case.menus]
