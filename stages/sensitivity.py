@@ -76,7 +76,7 @@ class SensitivityMeasure:
     sections: Mapping[str, Sections]
 
     def measure(self, groups: Sequence[ActivationGroup], console: Console) -> dict[str, float]:
-        """Nats for a unit of relative error, by activation; says what it will cost before it starts.
+        """Nats for a unit of relative error, by site; says what it will cost before it starts.
 
         Raises:
             GraphError: ONNX Runtime can't run the base model.
@@ -87,7 +87,7 @@ class SensitivityMeasure:
         left = [group for group in groups if group.activation not in done]
         if left:
             done |= self._measure_missing(left, done, label, console)
-        return {group.activation: done[group.activation].weight for group in groups}
+        return {site.name: done[group.activation].weight for group in groups for site in group.sites}
 
     def _measure_missing(
         self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str, console: Console

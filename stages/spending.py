@@ -11,16 +11,17 @@ from rich.console import Console
 
 from stages.cli import progress_bar
 from stages.config import QuantizeConfig
+from stages.forecast_file import forecast_key, read_forecasts, write_forecasts
 from stages.graph.sites import find_groups
 from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
 from stages.plan_file import PlannedSite, plan_text
 from stages.planning import ModelPlan, OpenPlan
-from stages.records import ActivationGroup, MatMulSite, QuantSpec
+from stages.records import ActivationGroup, MatMulSite, QuantSpec, SiteForecast
 from stages.sensitivity import SensitivityMeasure
 from stages.solve.allocate import Allocation
-from stages.solve.forecast import WHOLE, SiteForecast, forecast_site
+from stages.solve.forecast import WHOLE, forecast_site
 from stages.solve.menu import SiteMenu, chosen_plan
 from stages.solve.objective import to_device
 from stages.solve.residual_share import output_sections, residual_shares
@@ -69,8 +70,11 @@ def spend_budget(
     else:
         weights = residual_shares(groups, {name: forecast.energy for name, forecast in forecasts.items()})
     losses = {
-        name: {label: weights.get(name, 0.0) * error for label, error in forecast.errors.items()}
-        for name, forecast in forecasts.items()
+        menu.site.name: {
+            label: weights.get(menu.site.name, 0.0) * forecasts[menu.site.name].errors[forecast_key(spec)]
+            for label, spec in _specs(menu).items()
+        }
+        for menu in left_open.menus
     }
     allocation = spend(left_open.menus, left_open.budget, losses)
     return _spent(config, plan, groups, allocation, losses)
@@ -84,17 +88,30 @@ def _forecast(
     device: torch.device,
     console: Console,
 ) -> dict[str, SiteForecast]:
-    specs = {menu.site.name: _specs(menu) for menu in menus}
+    specs = {menu.site.name: {forecast_key(spec): spec for spec in _specs(menu).values()} for menu in menus}
+    known = read_forecasts(cache.folder)
+    missing = [group for group in groups if not all(_knows(known, site.name, specs) for site in group.sites)]
     sections = output_sections(groups)
     found: dict[str, SiteForecast] = {}
     with progress_bar(console) as progress:
-        for group in progress.track(groups, description="forecast"):
+        for group in progress.track(missing, description="forecast"):
             stats = to_device(cache.read(group.activation).calibration, device)
             for site in group.sites:
                 weight = read_weight(model, site, device)
                 parts = sections.get(site.name, WHOLE)
                 found[site.name] = forecast_site(site, weight, specs[site.name], stats, parts)
-    return found
+    if found:
+        known |= {name: _joined(known.get(name), forecast) for name, forecast in found.items()}
+        write_forecasts(cache.folder, known)
+    return {name: known[name] for name in specs}
+
+
+def _knows(known: Mapping[str, SiteForecast], site: str, specs: Mapping[str, Mapping[str, QuantSpec]]) -> bool:
+    return site in known and set(specs[site]) <= set(known[site].errors)
+
+
+def _joined(old: SiteForecast | None, new: SiteForecast) -> SiteForecast:
+    return new if old is None else replace(new, errors={**old.errors, **new.errors})
 
 
 def _specs(menu: SiteMenu) -> dict[str, QuantSpec]:

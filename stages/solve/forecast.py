@@ -8,13 +8,12 @@ that of the forecast by 0.4, around that of rounding by 0.55. INT8 is rounded: c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.records import MatMulSite, QuantSpec, TokenStats
+from stages.records import MatMulSite, QuantSpec, SiteForecast, TokenStats
 from stages.solve.affine import choose_parameters, round_trip
 from stages.solve.blocks import join, split
 from stages.solve.clip import search_clip_ratios
@@ -27,14 +26,6 @@ _RATIOS = [1.0, 0.9, 0.8, 0.7, 0.6]
 Sections = tuple[slice, ...]
 """Output channels whose relative errors count one by one."""
 WHOLE: Sections = (slice(None),)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteForecast:
-    """A site's energy (mean squared output, summed over channels) and, by label, each format's relative error."""
-
-    energy: float
-    errors: Mapping[str, float]
 
 
 def quick_weight(weight: Float[Tensor, "N K"], spec: QuantSpec, stats: TokenStats) -> Float[Tensor, "N K"]:

@@ -3,11 +3,13 @@ import torch
 
 from stages.records import PerBlock, QuantSpec
 from stages.solve.clip import awq_clip
-from stages.solve.evaluate import site_errors
+from stages.solve.evaluate import site_error, site_errors
 from stages.solve.forecast import forecast_site
+from stages.solve.problem import IDENTITY, SiteChoice
 from tests.solve.problems import OPTIONS, random_layer, spec
 from tests.solve.problems import site as make_site
 
+PLAIN = SiteChoice(input_scale=IDENTITY)
 SPECS = {
     "4b16": spec(block_size=16),
     "4b48": QuantSpec(bits=4, symmetric=True, granularity=PerBlock(block_size=48), scale_dtype="float32"),
@@ -26,15 +28,16 @@ def test_energy_and_errors_are_those_of_the_tokens_outputs() -> None:
     assert found.errors["8b16"] < found.errors["4b16"] < found.errors["4b48"]
 
 
-def test_the_forecast_lies_near_what_the_full_clip_search_reaches() -> None:
+def test_the_forecast_lies_between_the_full_clip_search_and_rounding() -> None:
     for seed in range(4):
         layer = random_layer(seed)
         problem = layer.problem
         assert problem.stats is not None
         found = forecast_site(problem.group.sites[0], problem.weights[0], SPECS, problem.stats.calibration)
         searched = site_errors(problem, awq_clip(problem, OPTIONS), "full", problem.stats.calibration)[0] / found.energy
-        # Five ratios for the search's eleven: a little worse at most.
-        assert searched * 0.98 <= found.errors["4b16"] <= searched * 1.1
+        plain = site_error(problem.weights[0], SPECS["4b16"], PLAIN, "full", problem.stats.calibration) / found.energy
+        # Blocks are searched one by one, so a coarser search can be luckier by a little.
+        assert searched * 0.98 <= found.errors["4b16"] < plain
 
 
 def test_relative_errors_of_sections_count_one_by_one() -> None:

@@ -25,9 +25,7 @@ RULES = FormatRules(
     mixed_rule="modelopt",
     lm_head=None,
 )
-FORMATS = OpenFormats(
-    four_bit=(PerBlock(block_size=128), PerBlock(block_size=32)), eight_bit=PerBlock(block_size=128)
-)
+FORMATS = OpenFormats(four_bit=(PerBlock(block_size=128), PerBlock(block_size=32)), eight_bit=PerBlock(block_size=128))
 ALL = {"4b128", "4b32", "8b128"}
 
 
