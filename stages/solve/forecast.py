@@ -16,9 +16,9 @@ from torch import Tensor
 from stages.records import MatMulSite, QuantSpec, SiteForecast, TokenStats
 from stages.solve.affine import choose_parameters, round_trip
 from stages.solve.blocks import join, split
-from stages.solve.clip import search_clip_ratios
 from stages.solve.evaluate import rows_per_chunk
 from stages.solve.objective import gram_blocks, output_error
+from stages.solve.ranges import search_clip_ratios
 
 _RATIOS = [1.0, 0.9, 0.8, 0.7, 0.6]
 

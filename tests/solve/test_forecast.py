@@ -3,13 +3,12 @@ import torch
 
 from stages.records import PerBlock, QuantSpec
 from stages.solve.clip import awq_clip
-from stages.solve.evaluate import site_error, site_errors
+from stages.solve.evaluate import full_ranges, site_errors
 from stages.solve.forecast import forecast_site
-from stages.solve.problem import IDENTITY, SiteChoice
+from stages.solve.problem import IDENTITY
 from tests.solve.problems import OPTIONS, random_layer, spec
 from tests.solve.problems import site as make_site
 
-PLAIN = SiteChoice(input_scale=IDENTITY)
 SPECS = {
     "4b16": spec(block_size=16),
     "4b48": QuantSpec(bits=4, symmetric=True, granularity=PerBlock(block_size=48), scale_dtype="float32"),
@@ -34,8 +33,9 @@ def test_the_forecast_lies_between_the_full_clip_search_and_rounding() -> None:
         problem = layer.problem
         assert problem.stats is not None
         found = forecast_site(problem.group.sites[0], problem.weights[0], SPECS, problem.stats.calibration)
-        searched = site_errors(problem, awq_clip(problem, OPTIONS), "full", problem.stats.calibration)[0] / found.energy
-        plain = site_error(problem.weights[0], SPECS["4b16"], PLAIN, "full", problem.stats.calibration) / found.energy
+        searched = site_errors(problem, awq_clip(problem, OPTIONS), problem.stats.calibration)[0] / found.energy
+        plain_choice = full_ranges(problem, "full", IDENTITY)
+        plain = site_errors(problem, plain_choice, problem.stats.calibration)[0] / found.energy
         # Blocks are searched one by one, so a coarser search can be luckier by a little.
         assert searched * 0.98 <= found.errors["4b16"] < plain
 
