@@ -130,12 +130,15 @@ def _candidates(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
 
 def _reach(menus: Sequence[SiteMenu], budget: Budget) -> Reach:
     if isinstance(budget, SizeBudget):
-        costs = [[budget.cost(menu, label) for label in menu.formats] for menu in menus]
-        ends = [(budget.fixed_bytes + sum(map(min, costs)), budget.fixed_bytes + sum(map(max, costs)))]
-        return Reach(smallest=float(ends[0][0]), largest=float(ends[0][1]))
-    ends = []
+        low, high = _cost_range(menus, budget.cost)
+        return Reach(smallest=float(budget.fixed_bytes + low), largest=float(budget.fixed_bytes + high))
+    ends: list[float] = []
     for case in _cases(menus, budget):
-        costs = [[stored_bytes(menu, label) for label in menu.formats] for menu in case.menus]
-        weights = num_weights(case.menus)
-        ends.append((8 * sum(map(min, costs)) / weights, 8 * sum(map(max, costs)) / weights))
-    return Reach(smallest=min(low for low, _ in ends), largest=max(high for _, high in ends))
+        ends += [8 * total / num_weights(case.menus) for total in _cost_range(case.menus, stored_bytes)]
+    return Reach(smallest=min(ends), largest=max(ends))
+
+
+def _cost_range(menus: Sequence[SiteMenu], cost: Callable[[SiteMenu, str], int]) -> tuple[int, int]:
+    """The smallest and the largest sum of the sites' costs."""
+    costs = [[cost(menu, label) for label in menu.formats] for menu in menus]
+    return sum(map(min, costs)), sum(map(max, costs))
