@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from stages.channel_blocks import channel_block_size
 from stages.external_data import external_tensors
 from stages.model_directory import ModelDirectory
 from stages.records import EmbeddingPlan, MatMulSite, PerBlock, QuantSpec, WeightForm, torch_float
@@ -15,8 +16,6 @@ _GRAPH_BYTES = 700
 """A site's new nodes and initializers in the .onnx file, besides its names; about 300 were seen."""
 _NAMES = 10
 """Times that a site's name stands in its new nodes, initializers and values; up to 8 were seen."""
-_CHANNEL_BLOCKS = (128, 64, 32, 16)
-"""Blocks that MatMulNBits repeats a scale per channel over, the size that fills up least first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +70,10 @@ def _stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
     if form is not WeightForm.MATMUL_NBITS:
         return spec.stored_bytes(site.out_features, site.in_features)
     # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows blocks alone.
-    size = spec.granularity.block_size if isinstance(spec.granularity, PerBlock) else _channel_block(site)
+    size = (
+        spec.granularity.block_size if isinstance(spec.granularity, PerBlock) else channel_block_size(site.in_features)
+    )
     blocks = -(-site.in_features // size)
     zero_points = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
     scales = blocks * torch_float(spec.scale_dtype).itemsize
     return site.out_features * (blocks * size * spec.bits // 8 + zero_points + scales)
-
-
-def _channel_block(site: MatMulSite) -> int:
-    return min(_CHANNEL_BLOCKS, key=lambda size: -site.in_features % size)

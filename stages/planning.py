@@ -265,15 +265,15 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
 def _summary(config: QuantizeConfig, plan: ModelPlan) -> str:
     choice = plan.choice
     zero_point = "without" if choice.symmetric else "with"
+    by_site = config.plan is not None or config.has_budget
+    formats = _formats_in_words(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
+    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
     table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
-    return f"{config.algo} {_formats_in_words(config, plan)} {zero_point} zero point{table}{target}"
+    return f"{config.algo} {formats} {zero_point} zero point{mixed}{table}{target}"
 
 
 def _formats_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
-    if config.plan is not None or config.has_budget:
-        counts = Counter(spec.label for spec in plan.sites.specs.values())
-        decided = "--plan" if config.plan is not None else config.budget_in_words
-        return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"
-    mixed = f" and INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites else ""
-    return f"INT4 block {plan.choice.four_bit.block_size}{mixed}"
+    counts = Counter(spec.label for spec in plan.sites.specs.values())
+    decided = "--plan" if config.plan is not None else config.budget_in_words
+    return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"
