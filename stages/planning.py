@@ -35,6 +35,7 @@ from stages.solve.embedding import plan_embeddings
 from stages.solve.menu import SiteMenu, chosen_plan, site_menus
 from stages.solve.problem import SearchOptions
 from stages.solve.recipe import FormatRules, QuantPlan, all_sites, make_plan, plan_of
+from stages.solve.signround import SignRoundOptions
 from stages.solve.spend import BitsBudget, Budget, Reach, SizeBudget, check_budget
 from stages.target.choose import choose_formats, open_formats
 from stages.target.formats import Explanation, FormatChoice, FormatWishes, ModelTraits, OpenFormats, traits_of
@@ -234,6 +235,23 @@ def search_options(config: QuantizeConfig) -> SearchOptions:
     )
 
 
+def signround_options(config: QuantizeConfig) -> SignRoundOptions:
+    """What block-level tuning is told."""
+    return SignRoundOptions(
+        iterations=config.signround_iters,
+        learning_rate=config.signround_lr,
+        batch_size=config.signround_batch_size,
+        seed=config.signround_seed,
+    )
+
+
+def _tuning(config: QuantizeConfig) -> bytes:
+    """What the codes depend on besides the search, where blocks are tuned; else nothing."""
+    if config.algo != "signround":
+        return b""
+    return TypeAdapter(SignRoundOptions).dump_json(signround_options(config)) + config.signround_start.encode()
+
+
 def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache_digest: str) -> ExportRecipe:
     """What is being made of the model with ``fingerprint``; its ``search`` digest covers all that the codes depend on.
 
@@ -246,6 +264,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         repr((config.algo, config.awqlite_run_per_subgraph, config.awqlite_disable_fuse_nodes)).encode(),
         TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
         cache_digest.encode(),
+        _tuning(config),
     ):
         digest.update(part)
     return ExportRecipe(
@@ -270,7 +289,8 @@ def _summary(config: QuantizeConfig, plan: ModelPlan) -> str:
     mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
     table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
-    return f"{config.algo} {formats} {zero_point} zero point{mixed}{table}{target}"
+    algorithm = f"signround from {config.signround_start}" if config.algo == "signround" else config.algo
+    return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
 
 
 def _formats_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:

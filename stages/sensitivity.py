@@ -93,7 +93,7 @@ class SensitivityMeasure:
         self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str, console: Console
     ) -> dict[str, GroupSensitivity]:
         sites = [site for group in groups for site in group.sites]
-        windows = _windows(self.cache.read_calibration_tokens())
+        windows = _windows(self.cache.read_tokens()[0])
         measured = dict(done)
         with open_trials(self.model, self.directory, sites, choose_providers("cuda,cpu")) as trials:
             started = time.perf_counter()

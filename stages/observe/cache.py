@@ -25,7 +25,7 @@ from stages.errors import CacheMismatch, UserError
 from stages.records import ActivationStats, TokenStats
 
 MANIFEST = "manifest.json"
-TOKENS = "tokens.safetensors"
+_TOKENS = "tokens.safetensors"
 _FORMAT = 1
 
 
@@ -98,17 +98,20 @@ class CalibrationCache:
             calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
         )
 
-    def read_calibration_tokens(self) -> np.ndarray:
-        """The windows [windows, seq_len] that the statistics to search with were made from.
+    def read_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """The windows that the statistics come from: calibration and held out, each [windows, length] int64.
 
         Raises:
             CacheMismatch: their file is missing or damaged.
         """
-        path = self.folder / TOKENS
+        path = self.folder / _TOKENS
         try:
-            return load_arrays(path)["calibration"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise CacheMismatch(f"{path} is damaged ({error}); run stages.calibrate again with --overwrite.") from error
+            windows = load_arrays(path)
+        except (OSError, SafetensorError) as error:
+            raise CacheMismatch(
+                f"{path} is missing or damaged ({error}); run stages.calibrate again with --overwrite."
+            ) from error
+        return windows["calibration"], windows["held_out"]
 
 
 def _token_stats(tensors: dict[str, Tensor], part: str) -> TokenStats:
@@ -147,7 +150,7 @@ class CacheWriter:
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
-        with self._place_for(TOKENS) as path:
+        with self._place_for(_TOKENS) as path:
             save_arrays({"calibration": calibration, "held_out": held_out}, path)
 
     @contextmanager
