@@ -23,13 +23,12 @@ from torch import Tensor
 from export.graph_edit import MICROSOFT, GraphEditor, become, import_microsoft, name_of
 from export.qdq import RewrittenSite, StoredSite, divided_scales, float_type
 from stages.bitpack import pack_4bit, unpack_4bit
+from stages.channel_blocks import channel_block_size
 from stages.config import AccuracyLevel
 from stages.errors import RecipeError
 from stages.records import MatMulSite, PerBlock, PerChannel, QuantizedWeight, QuantSpec, WeightForm
 
 _SMALLEST_BLOCK = 16
-_CHANNEL_BLOCKS = (128, 64, 32, 16)
-"""Block sizes that a scale per channel is repeated over: all of those that CUDA's 4-bit kernels take."""
 _BIAS_INPUT = 2
 
 
@@ -41,7 +40,7 @@ def stored_block_size(site: MatMulSite, spec: QuantSpec) -> int:
     """
     match spec.granularity:
         case PerChannel():
-            return min(_CHANNEL_BLOCKS, key=lambda size: -site.in_features % size)
+            return channel_block_size(site.in_features)
         case PerBlock(block_size=size):
             if size < _SMALLEST_BLOCK or size & (size - 1):
                 raise RecipeError(

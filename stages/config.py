@@ -6,12 +6,14 @@ the option's name; nothing here touches files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from stages.amounts import parse_bytes
 from stages.errors import RecipeError
 from stages.records import BlockAxis, GatherForm
 from stages.target.name import Target, parse_target
@@ -23,6 +25,8 @@ AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
 WeightOperator = Literal["dq", "matmul_nbits"]
 PerChannelWord = Literal["channel"]
+MixedRule = Literal["modelopt", "llamacpp"]
+Sensitivity = Literal["cache", "measured"]
 Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
@@ -141,6 +145,21 @@ class QuantizeConfig:
     enable_mixed_quant: bool = False
     """INT8 for the qkv (or v) and down projections of the first eighth, the last eighth and every third of the other
     layers; INT4 for the rest."""
+    mixed_rule: MixedRule = "modelopt"
+    """Which of the other layers enable_mixed_quant takes: modelopt (the first of every three) or llamacpp (the
+    last)."""
+    target_bpw: float | None = None
+    """Bits a weight to spend, scales and zero points counted, over the sites that are quantized: INT4 in blocks of 128,
+    64 or 32 or INT8, whichever serves each site best, and lm_head quantized or not, unless it is named."""
+    target_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+    """The same, for a model (.onnx file and external data, embeddings and all) of at most 1.1GB, 900MB or 850MiB."""
+    sensitivity: Sensitivity | None = None
+    """How target_bpw and target_size know what a site's error does to the answers. cache (default): from the
+    statistics alone. measured: the model runs once for each group of sites with that group quantized, on a few
+    calibration windows; kept beside the statistics."""
+    plan: Path | None = None
+    """A plan.toml with the format of every site, as runs with target_bpw or target_size write it beside the quantized
+    weights, edited or not."""
     layers_8bit: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = ""
     """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8, in place
     of enable_mixed_quant's choice."""
@@ -188,8 +207,9 @@ class QuantizeConfig:
     descent_passes: int = 2
     """Walks over all columns after GPTQ that set each code and scale to its best value beside the others; 0: GPTQ
     alone."""
-    exclude: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = "lm_head"
-    """Comma-separated parts of node names that stay as they are; '' quantizes all."""
+    exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
+    """Comma-separated parts of node names that stay as they are; '' quantizes all. Default: lm_head, but with a budget
+    (target_bpw, target_size) nothing: it decides about lm_head too."""
     accuracy_level: AccuracyLevel | None = None
     """Written into genai_config.json's session options: 1 keeps activations in float32 on CPU, the runtime's default 4
     rounds them to int8 (faster, less exact). Into the nodes themselves with matmul_nbits, whose default is exact."""
@@ -228,8 +248,25 @@ class QuantizeConfig:
         return self.signround_start if self.algo == "signround" else self.algo
 
     @property
+    def has_budget(self) -> bool:
+        """Whether formats are chosen site by site for a number of bits or bytes."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    @property
+    def budget_in_words(self) -> str:
+        """The budget as it was given."""
+        return f"--target_size {self.target_size}" if self.target_bpw is None else f"--target_bpw {self.target_bpw:g}"
+
+    @property
+    def excluded(self) -> str:
+        """The patterns of sites that stay as they are."""
+        if self.exclude is not None:
+            return self.exclude
+        return "" if self.has_budget else "lm_head"
+
+    @property
     def needs_cache(self) -> bool:
-        return self.refine or self.algo not in ("rtn", "rtn_dq", "mse")
+        return self.has_budget or self.refine or self.algo not in ("rtn", "rtn_dq", "mse")
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
@@ -248,6 +285,7 @@ class QuantizeConfig:
             "--weight_operator matmul_nbits is another form than --use_column_major and --algo rtn ask for; leave them "
             "out (rtn_dq rounds in the same way).",
         )
+        self._validate_bits()
         _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
@@ -258,6 +296,48 @@ class QuantizeConfig:
         _require(self.gptq_damping > 0, "--gptq_damping must be above 0.")
         _require(self.descent_passes >= 0, "--descent_passes must be 0 or more.")
         _require(self.awqclip_bsz_col >= 1, "--awqclip_bsz_col must be at least 1.")
+
+    def _validate_bits(self) -> None:
+        """What decides about the sites' formats: one of a budget, a plan, a rule."""
+        _require(
+            self.mixed_rule == "modelopt" or self.enable_mixed_quant, "--mixed_rule goes with --enable_mixed_quant."
+        )
+        _require(self.sensitivity is None or self.has_budget, "--sensitivity goes with --target_bpw or --target_size.")
+        _require(self.target_bpw is None or self.target_bpw > 0, "--target_bpw must be more than 0.")
+        if self.target_size is not None:
+            parse_bytes(self.target_size, "--target_size")
+        if self.has_budget:
+            given = {
+                "--enable_mixed_quant": self.enable_mixed_quant,
+                "--target_size": self.target_bpw and self.target_size,
+            }
+            self._refuse_beside("--target_size" if self.target_bpw is None else "--target_bpw", given)
+            _require(
+                self.algo != "rtn",
+                "--algo rtn writes weights in floating point with Q and DQ nodes, so no budget of bytes holds for it; "
+                "use rtn_dq.",
+            )
+        if self.plan is not None:
+            self._refuse_beside("--plan", self._formats_given)
+
+    @property
+    def _formats_given(self) -> dict[str, object]:
+        """The options that decide about formats, with whether each was given."""
+        return {
+            "--target_bpw": self.target_bpw,
+            "--target_size": self.target_size,
+            "--enable_mixed_quant": self.enable_mixed_quant,
+            "--layers_8bit": self.layers_8bit,
+            "--lm_head": self.lm_head,
+            "--exclude": self.exclude is not None,
+            "--block_size": self.block_size,
+            "--int8_block_size": self.int8_block_size,
+        }
+
+    @staticmethod
+    def _refuse_beside(option: str, others: Mapping[str, object]) -> None:
+        for other, given in others.items():
+            _require(not given, f"{option} decides about every site's format, and so does {other}; leave one out.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
+from stages.amounts import parse_bytes
 from stages.config import QuantizeConfig
+from stages.errors import RecipeError
 from stages.graph.embeddings import find_embeddings
 from stages.graph.rejected import find_rejected
 from stages.graph.sites import find_groups
 from stages.graph.unreached import find_unreached
+from stages.model_directory import ModelDirectory
+from stages.output_size import OutputSize, output_size
+from stages.plan_file import read_plan, spec_of
 from stages.records import (
+    ActivationGroup,
     EmbeddingPlan,
     EmbeddingTable,
     ExportRecipe,
@@ -25,40 +32,135 @@ from stages.records import (
     WeightForm,
 )
 from stages.solve.embedding import plan_embeddings
+from stages.solve.menu import SiteMenu, chosen_plan, site_menus
 from stages.solve.problem import SearchOptions
-from stages.solve.recipe import FormatRules, QuantPlan, make_plan
+from stages.solve.recipe import FormatRules, QuantPlan, all_sites, make_plan, plan_of
 from stages.solve.signround import SignRoundOptions
-from stages.target.choose import choose_formats
-from stages.target.formats import FormatChoice, FormatWishes, traits_of
+from stages.solve.spend import BitsBudget, Budget, Reach, SizeBudget, check_budget
+from stages.target.choose import choose_formats, open_formats
+from stages.target.formats import Explanation, FormatChoice, FormatWishes, ModelTraits, OpenFormats, traits_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPlan:
+    """What is left to decide once losses are known: every site's menu, and the budget that all share."""
+
+    menus: tuple[SiteMenu, ...]
+    budget: Budget
+    reach: Reach
+    size: OutputSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """The formats, what each site and embedding becomes, and the weights that nothing here reaches."""
+    """The formats, what each site and embedding becomes, and the weights that nothing here reaches.
+
+    With a budget ``sites`` holds each site's smallest format until ``left_open`` is decided.
+    """
 
     choice: FormatChoice
     sites: QuantPlan
     embeddings: tuple[EmbeddingPlan, ...]
     unreached: tuple[UnreachedWeights, ...]
+    left_open: OpenPlan | None = None
 
 
-def plan_model(config: QuantizeConfig, model: ir.Model) -> ModelPlan:
-    """Decide about every weight of ``model``.
+def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> ModelPlan:
+    """Decide about every weight of ``model``, which lies in ``directory``.
 
     Raises:
         GraphError: the model holds nothing to quantize.
-        RecipeError: options that fit neither each other nor the model.
+        RecipeError: options that fit neither each other nor the model, a budget that can't be reached, or a plan file
+            that can't be used.
     """
     groups, tables = find_groups(model), find_embeddings(model)
-    choice = choose_formats(config.parsed_target, _wishes(config), traits_of(groups, tables))
-    sites = make_plan(groups, _format_rules(config, choice))
+    traits = traits_of(groups, tables)
+    left_open: OpenPlan | None = None
+    if config.plan is not None:
+        choice, sites = _given_plan(config, groups, traits)
+    elif config.has_budget:
+        choice, menus = _open_choice(config, groups, traits)
+        left_open = _open_plan(
+            config, menus, output_size(directory, model, choice.form, _embedding_plans(config, choice, tables))
+        )
+        sites = chosen_plan(groups, menus, {menu.site.name: next(iter(menu.formats)) for menu in menus}, "")
+    else:
+        choice = choose_formats(config.parsed_target, _wishes(config), traits)
+        sites = make_plan(groups, _format_rules(config, choice))
     embeddings = _embedding_plans(config, choice, tables)
     return ModelPlan(
         choice=choice,
         sites=replace(sites, kept=(*sites.kept, *find_rejected(model))),
         embeddings=embeddings,
         unreached=find_unreached(model, {plan.table.weight for plan in embeddings}),
+        left_open=left_open,
     )
+
+
+def _given_plan(
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], traits: ModelTraits
+) -> tuple[FormatChoice, QuantPlan]:
+    """``--plan``: the file decides about formats, the target about everything else."""
+    assert config.plan is not None
+    sites = all_sites(groups)
+    planned = read_plan(config.plan, sites)
+    formats = {site.name: spec_of(planned[site.name], site, symmetric=not config.use_zero_point) for site in sites}
+    specs = {name: spec for name, spec in formats.items() if spec is not None}
+    if not specs:
+        raise RecipeError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
+    kept = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
+    return _choice_of_specs(config, tuple(specs.values()), traits), plan_of(groups, specs, kept)
+
+
+def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], traits: ModelTraits) -> FormatChoice:
+    """The choice for the commonest INT4 block, with what the target says against each of the formats."""
+    sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
+    eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
+    wishes = [
+        replace(_wishes(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
+        for size in sizes or [None]
+        for granularity in eight_bit or [None]
+    ]
+    choices = [choose_formats(config.parsed_target, each, traits) for each in wishes]
+    warnings = dict.fromkeys(warning for choice in choices for warning in choice.warnings)
+    return replace(choices[0], warnings=tuple(warnings))
+
+
+def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularity, int]]:
+    return Counter(spec.granularity for spec in specs if spec.bits == bits).most_common()
+
+
+def _open_choice(
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], traits: ModelTraits
+) -> tuple[FormatChoice, tuple[SiteMenu, ...]]:
+    """The target's choice for all that a budget leaves alone, and the menus that it chooses from."""
+    wishes = _wishes(config)
+    formats = open_formats(config.parsed_target, wishes, traits)
+    named = wishes.named_eight_bit or formats.eight_bit is not None
+    choice = choose_formats(config.parsed_target, replace(wishes, named_eight_bit=named), traits)
+    explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
+    choice = replace(choice, explanations=explained)
+    return choice, site_menus(groups, _format_rules(config, choice), formats)
+
+
+def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
+    if line.option != "--block_size" or len(formats.four_bit) == 1:
+        return line
+    sizes = ", ".join(str(each.block_size) for each in formats.four_bit)
+    return replace(line, chosen=sizes, why="the budget chooses among those that this runtime runs fast")
+
+
+def _open_plan(config: QuantizeConfig, menus: tuple[SiteMenu, ...], size: OutputSize) -> OpenPlan:
+    budget: Budget
+    if config.target_bpw is not None:
+        budget = BitsBudget(bits_per_weight=config.target_bpw)
+    else:
+        budget = SizeBudget(
+            num_bytes=parse_bytes(config.target_size or "", "--target_size"),
+            fixed_bytes=size.fixed_bytes([menu.site for menu in menus]),
+            cost=lambda menu, label: size.site_bytes(menu.site, menu.formats[label]),
+        )
+    return OpenPlan(menus=menus, budget=budget, reach=check_budget(menus, budget), size=size)
 
 
 def _wishes(config: QuantizeConfig) -> FormatWishes:
@@ -101,9 +203,10 @@ def _format_rules(config: QuantizeConfig, choice: FormatChoice) -> FormatRules:
         four_bit=choice.four_bit,
         eight_bit=choice.eight_bit,
         symmetric=choice.symmetric,
-        exclude=config.exclude,
+        exclude=config.excluded,
         layers_8bit=config.layers_8bit,
         mixed=config.enable_mixed_quant,
+        mixed_rule=config.mixed_rule,
         lm_head=config.lm_head,
         keep_mixed_because=choice.keep_mixed_because,
     )
@@ -183,10 +286,17 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
 def _summary(config: QuantizeConfig, plan: ModelPlan) -> str:
     choice = plan.choice
     zero_point = "without" if choice.symmetric else "with"
-    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites else ""
+    by_site = config.plan is not None or config.has_budget
+    formats = _formats_in_words(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
+    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
     table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
-    size = choice.four_bit.block_size
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
-    return f"{algorithm} INT4 block {size} {zero_point} zero point{mixed}{table}{target}"
+    return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
+
+
+def _formats_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
+    counts = Counter(spec.label for spec in plan.sites.specs.values())
+    decided = "--plan" if config.plan is not None else config.budget_in_words
+    return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"

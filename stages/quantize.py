@@ -24,6 +24,7 @@ from stages.graph.unreached import unreached_warning
 from stages.graph.weights import read_rows, read_weight
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.cache import CalibrationCache, open_cache
+from stages.plan_file import PLAN, write_plan
 from stages.planning import ModelPlan, make_recipe, plan_model, search_options, signround_options
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.report import quantization_table
@@ -31,6 +32,7 @@ from stages.solve.embedding import quantize_table
 from stages.solve.recipe import QuantPlan
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
+from stages.spending import SpentBudget, spend_budget
 from stages.target.explain import choice_table
 from stages.tune.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 
@@ -44,10 +46,14 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    plan = plan_model(config, model)
+    plan = plan_model(config, model, directory)
     _show_plan(config, plan, console)
+    spent = _spent(config, model, directory, plan, cache, console)
+    plan = plan if spent is None else spent.plan
     recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
+    if spent is not None:
+        write_plan(store.folder / PLAN, spent.file_text)
     if config.tunes_blocks:
         assert cache is not None
         _tune_unfinished(config, model, directory, plan, cache, store, console)
@@ -67,7 +73,7 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     require_creatable(config.weights_folder, option="--weights_path")
     choose_device(config.device)
     model = load_graph(directory)
-    plan = plan_model(config, model)
+    plan = plan_model(config, model, directory)
     if config.tunes_blocks:
         open_blocks(model, plan.sites.groups)
 
@@ -80,6 +86,23 @@ def _show_plan(config: QuantizeConfig, plan: ModelPlan, console: Console) -> Non
     left = unreached_warning(plan.unreached, quantized=len(sites.specs), routers=sites.kept_routers)
     for warning in filter(None, (*plan.choice.warnings, left)):
         console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _spent(
+    config: QuantizeConfig,
+    model: ir.Model,
+    directory: ModelDirectory,
+    plan: ModelPlan,
+    cache: CalibrationCache | None,
+    console: Console,
+) -> SpentBudget | None:
+    """What ``plan`` left open, decided; None where it left nothing open."""
+    if plan.left_open is None:
+        return None
+    assert cache is not None, "a budget needs the cache"
+    spent = spend_budget(config, model, directory, cache, plan, choose_device(config.device), console)
+    console.print(spent.summary, highlight=False, markup=False, soft_wrap=True)
+    return spent
 
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: QuantPlan, cache: CalibrationCache | None) -> GroupSolver:

@@ -391,6 +391,16 @@ class SiteReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteForecast:
+    """What formats would cost a site, before any search."""
+
+    energy: float
+    """Mean squared output, summed over channels."""
+    errors: dict[str, float]
+    """Relative output error by format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SolvedGroup:
     """Everything the solver found for one activation group."""
 

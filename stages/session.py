@@ -198,6 +198,8 @@ class CausalFeeds:
     kv_heads: int | None
     head_size: int | None
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
+    fed_otherwise: frozenset[str] = frozenset()
+    """Inputs that the caller feeds."""
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
         """Feeds for ``tokens`` [batch, length] (any integer type).
@@ -205,7 +207,8 @@ class CausalFeeds:
         Raises:
             GraphError: an input of the graph is none of input_ids, attention_mask, position_ids, past key/values.
         """
-        return {node.name: self._feed(node, tokens) for node in self.session.get_inputs()}
+        own = [node for node in self.session.get_inputs() if node.name not in self.fed_otherwise]
+        return {node.name: self._feed(node, tokens) for node in own}
 
     def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray | ort.OrtValue:
         batch, length = tokens.shape

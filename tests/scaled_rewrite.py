@@ -55,6 +55,7 @@ def filled_store(folder: Path, model: ir.Model, exclude: str = "") -> QuantizedS
             exclude=exclude,
             layers_8bit="",
             mixed=False,
+            mixed_rule="modelopt",
             lm_head=None,
         ),
     )

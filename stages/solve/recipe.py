@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from stages.config import MixedRule
 from stages.errors import RecipeError
 from stages.records import ActivationGroup, Granularity, MatMulSite, QuantSpec
+from stages.solve.mixed_rules import sensitive_sites
 
 _LM_HEAD = "lm_head"
 _ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
-_SENSITIVE = re.compile(r"layers[./](\d+)[./](?:(?:attn|self_attn)[./](qkv_proj|v_proj)|mlp[./](down_proj))(?![\w])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class FormatRules:
     exclude: str
     layers_8bit: str
     mixed: bool
+    mixed_rule: MixedRule
     lm_head: Literal["4", "8", "none"] | None
     keep_mixed_because: str = ""
     """Why the sites that ``mixed`` alone would make INT8 stay as they are; empty where they become INT8."""
@@ -58,32 +59,71 @@ def make_plan(groups: tuple[ActivationGroup, ...], rules: FormatRules) -> QuantP
     Raises:
         RecipeError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
     """
-    sites = [site for group in groups for site in group.sites]
-    eight_bit = _eight_bit(sites, rules)
-    kept = _kept(sites, rules, eight_bit)
-    quantized = tuple(_without(group, kept) for group in groups if any(site.name not in kept for site in group.sites))
-    if not quantized:
+    sites = all_sites(groups)
+    named = named_by_rules(sites, rules)
+    eight_bit, kept = named.eight_bit, named.kept
+    if len(kept) == len(sites):
         raise RecipeError(f"--exclude {rules.exclude} matches every MatMul of the model: nothing would be quantized.")
-    specs = {
-        site.name: QuantSpec(
-            bits=8 if site.name in eight_bit else 4,
-            symmetric=rules.symmetric,
-            granularity=rules.eight_bit if site.name in eight_bit else rules.four_bit,
-            scale_dtype=site.dtype,
-        )
-        for group in quantized
-        for site in group.sites
-    }
-    return QuantPlan(groups=quantized, specs=specs, kept=tuple(kept.items()))
+    specs = {site.name: _spec(site, rules, 8 if site.name in eight_bit else 4) for site in sites}
+    return plan_of(groups, {name: spec for name, spec in specs.items() if name not in kept}, kept)
+
+
+def all_sites(groups: Sequence[ActivationGroup]) -> list[MatMulSite]:
+    """The sites of all groups, in graph order."""
+    return [site for group in groups for site in group.sites]
+
+
+def plan_of(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], kept: Mapping[str, str]) -> QuantPlan:
+    """The plan that gives every site its spec; sites without one are ``kept``, for the reason that stands there."""
+    quantized = tuple(_without(group, kept) for group in groups if any(site.name in specs for site in group.sites))
+    return QuantPlan(
+        groups=quantized,
+        specs={site.name: specs[site.name] for site in all_sites(quantized)},
+        kept=tuple((name, why) for name, why in kept.items() if name not in specs),
+    )
+
+
+def _spec(site: MatMulSite, rules: FormatRules, bits: Literal[4, 8]) -> QuantSpec:
+    return QuantSpec(
+        bits=bits,
+        symmetric=rules.symmetric,
+        granularity=rules.eight_bit if bits == 8 else rules.four_bit,
+        scale_dtype=site.dtype,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedSites:
+    """The sites that a person's rules decide about: INT8, or kept for the reason that stands there."""
+
+    eight_bit: frozenset[str]
+    kept: Mapping[str, str]
+
+
+def named_by_rules(sites: Sequence[MatMulSite], rules: FormatRules) -> NamedSites:
+    """What ``rules`` say about ``sites``.
+
+    Raises:
+        RecipeError: a pattern matches no site, or mixed precision finds no site of its rule.
+    """
+    eight_bit = _eight_bit(sites, rules)
+    return NamedSites(eight_bit=eight_bit, kept=_kept(sites, rules, eight_bit))
+
+
+def is_lm_head(site: MatMulSite) -> bool:
+    """Whether the site is called lm_head or makes the logits."""
+    return matches_site(_LM_HEAD, site)
 
 
 def _eight_bit(sites: Sequence[MatMulSite], rules: FormatRules) -> frozenset[str]:
     if rules.layers_8bit:
         chosen = set(_matches(sites, rules.layers_8bit, "--layers_8bit"))
     else:
-        chosen = set(reference_mixed_rule(sites)) if rules.mixed and not rules.keep_mixed_because else set()
+        chosen = (
+            set(sensitive_sites(sites, rules.mixed_rule)) if rules.mixed and not rules.keep_mixed_because else set()
+        )
     if rules.lm_head is not None:
-        heads = {site.name for site in sites if matches_site(_LM_HEAD, site)}
+        heads = {site.name for site in sites if is_lm_head(site)}
         chosen = chosen | heads if rules.lm_head == "8" else chosen - heads
     return frozenset(chosen)
 
@@ -94,46 +134,17 @@ def _kept(sites: Sequence[MatMulSite], rules: FormatRules, eight_bit: frozenset[
     # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
     kept |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*kept, *eight_bit}}
     if rules.mixed and not rules.layers_8bit and rules.keep_mixed_because:
-        kept |= dict.fromkeys(reference_mixed_rule(sites), f"--enable_mixed_quant: {rules.keep_mixed_because}")
+        kept |= dict.fromkeys(
+            sensitive_sites(sites, rules.mixed_rule), f"--enable_mixed_quant: {rules.keep_mixed_because}"
+        )
     for site in sites:
-        if not matches_site(_LM_HEAD, site):
+        if not is_lm_head(site):
             continue
         if rules.lm_head == "none":
             kept[site.name] = "--lm_head none"
         elif rules.lm_head is not None or site.name in eight_bit:
             kept.pop(site.name, None)
     return kept
-
-
-def reference_mixed_rule(sites: Sequence[MatMulSite]) -> tuple[str, ...]:
-    """The sites that NVIDIA ModelOpt's default mixed strategy stores as INT8 (graph_utils.py, 917-929).
-
-    Of the n qkv (or v) projections in layer order, and of the n down projections: the first n // 8, the last n // 8,
-    and every third of those between, starting with the first of them.
-
-    Raises:
-        RecipeError: no site has a name that the rule knows.
-    """
-    kinds: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for site in sites:
-        if (match := _SENSITIVE.search(site.name)) is not None:
-            kinds[match[2] or match[3]].append((int(match[1]), site.name))
-    if not kinds:
-        raise RecipeError(
-            "--enable_mixed_quant: no site is called layers.N/attn/qkv_proj, v_proj or layers.N/mlp/down_proj; "
-            "name the sensitive sites with --layers_8bit."
-        )
-    return tuple(
-        name
-        for members in kinds.values()
-        for rank, (_, name) in enumerate(sorted(members))
-        if _is_sensitive(rank, len(members))
-    )
-
-
-def _is_sensitive(rank: int, count: int) -> bool:
-    edge = count // 8
-    return rank < edge or rank >= count - edge or (rank - edge) % 3 == 0
 
 
 def _without(group: ActivationGroup, kept: Mapping[str, str]) -> ActivationGroup:

@@ -10,9 +10,9 @@ from stages.records import Granularity, PerBlock, PerChannel, WeightForm
 from stages.session import ACCURACY_LEVEL
 from stages.target import cpu, cuda, dml, qnn, trt_rtx, webgpu
 from stages.target.explain import explain
-from stages.target.formats import FormatChoice, FormatWishes, ModelTraits
+from stages.target.formats import FormatChoice, FormatWishes, ModelTraits, OpenFormats
 from stages.target.name import Runtime, Target
-from stages.target.rules import Preferences, Request, Rules
+from stages.target.rules import BLOCKS, Preferences, Request, Rules
 
 RULES: Mapping[Runtime, Rules] = {
     "cpu": Rules(cpu.prefer, cpu.objections),
@@ -23,6 +23,8 @@ RULES: Mapping[Runtime, Rules] = {
     "qnn": Rules(qnn.prefer, qnn.objections),
 }
 _DEFAULT_EIGHT_BIT = PerChannel()
+_OPEN_EIGHT_BIT = PerBlock(block_size=128)
+"""Of a budget: nearly the same bytes as a scale per channel, and exact over long rows too."""
 
 
 def choose_formats(target: Target | None, wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
@@ -35,6 +37,21 @@ def choose_formats(target: Target | None, wishes: FormatWishes, traits: ModelTra
     choice = _merge(wishes, preferred)
     warnings = (*rules.objections(request, choice), *_objections_everywhere(wishes, choice))
     return replace(choice, explanations=explain(target, request, preferred, choice), warnings=warnings)
+
+
+def open_formats(target: Target | None, wishes: FormatWishes, traits: ModelTraits) -> OpenFormats:
+    """The formats that a budget may give a site; what was asked for wins here too."""
+    if target is None:
+        return _opened(wishes, BLOCKS, wishes.eight_bit or _OPEN_EIGHT_BIT)
+    request = Request(release=target.release, wishes=wishes, traits=traits)
+    preferred = RULES[target.runtime].prefer(request)
+    fast = preferred.eight_bit.value
+    return _opened(wishes, preferred.open_blocks, None if fast is None else wishes.eight_bit or fast)
+
+
+def _opened(wishes: FormatWishes, blocks: tuple[int, ...], eight_bit: Granularity | None) -> OpenFormats:
+    sizes = blocks if wishes.block_size is None else (wishes.block_size,)
+    return OpenFormats(four_bit=tuple(PerBlock(block_size=size) for size in sizes), eight_bit=eight_bit)
 
 
 def _defaults(wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:

@@ -84,3 +84,12 @@ class FormatChoice:
     explanations: tuple[Explanation, ...] = ()
     warnings: tuple[str, ...] = ()
     """One sentence for each thing that the target will not run fast, or at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFormats:
+    """What a budget may choose from; ``eight_bit`` is None where the runtime has no INT8."""
+
+    four_bit: tuple[PerBlock, ...]
+    """From the coarsest to the finest."""
+    eight_bit: Granularity | None

@@ -23,6 +23,7 @@ def prefer(_: Request) -> Preferences:
             WeightForm.MATMUL_NBITS, "QNN's GPU backend translates it (ORT#26340), not DequantizeLinear; not run here"
         ),
         block_size=Preference(_BLOCK, "the only size that QNN's GPU backend translates; not run here"),
+        open_blocks=(_BLOCK,),
         eight_bit=Preference(None, "QNN's GPU backend translates 4-bit MatMulNBits alone"),
         zero_point="QNN's GPU backend translates symmetric codes alone",
         embedding="on the GPU from onnxruntime-qnn#356 on, before that on the CPU; not run here",

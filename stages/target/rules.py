@@ -24,6 +24,8 @@ DQ_FUSES_ALL: Release = (1, 25)
 _LOADS_COLUMN_MAJOR_INT8: Release = (1, 28)
 """First CPU release that loads column-major INT8 per channel without a zero point."""
 FROM_DQ = frozenset({WeightForm.DQ, WeightForm.QDQ})
+BLOCKS = (128, 64, 32)
+"""INT4 blocks that a budget chooses from where the runtime says nothing else."""
 NEVER_BFLOAT16 = "DequantizeLinear with bfloat16 scales is never fused"
 
 
@@ -68,6 +70,8 @@ class Preferences:
     """Why none."""
     embedding: str
     """Where GatherBlockQuantized runs, should an embedding be quantized."""
+    open_blocks: tuple[int, ...] = BLOCKS
+    """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""

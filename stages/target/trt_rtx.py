@@ -19,6 +19,7 @@ def prefer(request: Request) -> Preferences:
     return Preferences(
         form=Preference(WeightForm.DQ, "what onnxruntime-genai's builder writes for it (use_qdq); not run here"),
         block_size=_block(request.traits),
+        open_blocks=_dividing(request.traits) or _BLOCKS,
         eight_bit=Preference(
             PerChannel(), "what the tool that this one replaces writes; blocks are for INT4 alone; not run here"
         ),
@@ -28,10 +29,13 @@ def prefer(request: Request) -> Preferences:
 
 
 def _block(traits: ModelTraits) -> Preference[int]:
-    for size in _BLOCKS:
-        if all(features % size == 0 for features in traits.in_features):
-            return Preference(size, "TensorRT takes 64 and 128: the larger that divides every row; not run here")
+    if dividing := _dividing(traits):
+        return Preference(dividing[0], "TensorRT takes 64 and 128: the larger that divides every row; not run here")
     return Preference(_BLOCKS[0], "TensorRT takes 64 and 128, and neither divides every row; not run here")
+
+
+def _dividing(traits: ModelTraits) -> tuple[int, ...]:
+    return tuple(size for size in _BLOCKS if all(features % size == 0 for features in traits.in_features))
 
 
 def objections(request: Request, choice: FormatChoice) -> Iterator[str]:

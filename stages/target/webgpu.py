@@ -21,6 +21,7 @@ def prefer(request: Request) -> Preferences:
             WeightForm.MATMUL_NBITS, "the rule that fuses DequantizeLinear leaves WebGPU out; not run here"
         ),
         block_size=Preference(32, "its fastest kernels take no other (ORT#23908); not run here"),
+        open_blocks=(32,),
         eight_bit=_eight_bit(request),
         zero_point="signed codes need none, and some of its kernels take none (ORT#23908); not run here",
         embedding=since(request, _GATHER, "WebGPU has the kernel (ORT#25413)"),

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from stages.errors import RecipeError
-from stages.records import ActivationGroup, MatMulSite, NormAbsorber, PerBlock, PerChannel
-from stages.solve.recipe import FormatRules, QuantPlan, make_plan, reference_mixed_rule
+from stages.records import ActivationGroup, NormAbsorber, PerBlock, PerChannel
+from stages.solve.recipe import FormatRules, QuantPlan, make_plan
 from tests.solve.problems import site
 
 
@@ -31,6 +31,7 @@ RULES = FormatRules(
     exclude="lm_head",
     layers_8bit="",
     mixed=False,
+    mixed_rule="modelopt",
     lm_head=None,
 )
 
@@ -73,29 +74,6 @@ def test_a_model_without_lm_head_is_fine_by_default() -> None:
 def test_excluding_everything_is_refused() -> None:
     with pytest.raises(RecipeError, match="nothing would be quantized"):
         _plan("model,lm_head")
-
-
-def _layers(count: int, *kinds: str) -> list[MatMulSite]:
-    return [site(f"/model/layers.{index}/{kind}/MatMul", 4, 4) for index in range(count) for kind in kinds]
-
-
-def test_mixed_rule_is_the_references_for_32_layers() -> None:
-    chosen = reference_mixed_rule(_layers(32, "attn/qkv_proj", "attn/o_proj", "mlp/down_proj", "mlp/up_proj"))
-    expected = {0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 29, 30, 31}
-    assert set(chosen) == {
-        f"/model/layers.{index}/{kind}/MatMul" for index in expected for kind in ("attn/qkv_proj", "mlp/down_proj")
-    }
-
-
-def test_mixed_rule_takes_v_where_projections_are_separate_and_orders_layers_by_number() -> None:
-    chosen = reference_mixed_rule(_layers(12, "attn/q_proj", "attn/k_proj", "attn/v_proj"))
-    assert set(chosen) == {f"/model/layers.{index}/attn/v_proj/MatMul" for index in (0, 1, 4, 7, 10, 11)}
-
-
-def test_mixed_rule_that_finds_nothing_is_an_error() -> None:
-    # The competitor silently stores nothing as INT8.
-    with pytest.raises(RecipeError, match=r"--enable_mixed_quant.*--layers_8bit"):
-        reference_mixed_rule([site("transformer/h.0/mlp/c_proj", 4, 4)])
 
 
 @pytest.mark.parametrize(

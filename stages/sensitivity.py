@@ -1,0 +1,165 @@
+"""``--sensitivity measured``: what quantizing one activation group alone does to the model's answers.
+
+Each group's weights are replaced by roughly quantized ones and the model runs on a few windows of the calibration text;
+the Kullback-Leibler divergence of its logits from the base's, divided by the group's relative error, is what a unit of
+relative error costs there. Results are kept in the cache's folder, group by group: nothing is measured twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from jaxtyping import Float
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from torch import Tensor
+
+from stages.atomic import whole_file
+from stages.cli import progress_bar
+from stages.errors import UserError
+from stages.graph.weight_inputs import TrialRunner, open_trials
+from stages.graph.weights import read_weight
+from stages.model_directory import ModelDirectory
+from stages.observe.cache import CalibrationCache
+from stages.records import ActivationGroup, MatMulSite, QuantSpec
+from stages.session import choose_providers
+from stages.solve.forecast import WHOLE, Sections, quick_error, quick_weight
+from stages.solve.objective import to_device
+
+FILE = "sensitivity.json"
+_WINDOWS, _LENGTH = 4, 128
+"""512 tokens: each group's divergence is compared with the same base on the same tokens, so few are enough."""
+_CHUNK = 64
+"""Tokens whose distributions are held in float64 at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSensitivity:
+    """Divergence of the logits, in nats a token, with the sum of the relative errors that caused it."""
+
+    divergence: float
+    error: float
+
+    @property
+    def weight(self) -> float:
+        """Nats for a unit of relative error."""
+        return self.divergence / self.error if self.error > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """The file: by activation, for one format of the rough weights and one set of tokens."""
+
+    format: str
+    tokens: int
+    groups: dict[str, GroupSensitivity]
+
+
+_FILES = TypeAdapter(_Measured)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityMeasure:
+    """Everything that stays the same from group to group; ``spec_of`` gives the rough format of a site."""
+
+    model: ir.Model
+    directory: ModelDirectory
+    cache: CalibrationCache
+    device: torch.device
+    spec_of: Callable[[MatMulSite], QuantSpec]
+    sections: Mapping[str, Sections]
+
+    def measure(self, groups: Sequence[ActivationGroup], console: Console) -> dict[str, float]:
+        """Nats for a unit of relative error, by site; says what it will cost before it starts.
+
+        Raises:
+            GraphError: ONNX Runtime can't run the base model.
+            UserError: the cache's folder can't be written.
+        """
+        label = self.spec_of(groups[0].sites[0]).label
+        done = _read(self.cache.folder / FILE, label)
+        left = [group for group in groups if group.activation not in done]
+        if left:
+            done |= self._measure_missing(left, done, label, console)
+        return {site.name: done[group.activation].weight for group in groups for site in group.sites}
+
+    def _measure_missing(
+        self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str, console: Console
+    ) -> dict[str, GroupSensitivity]:
+        sites = [site for group in groups for site in group.sites]
+        windows = _windows(self.cache.read_tokens()[0])
+        measured = dict(done)
+        with open_trials(self.model, self.directory, sites, choose_providers("cuda,cpu")) as trials:
+            started = time.perf_counter()
+            base = trials.logits(windows)
+            minutes = (time.perf_counter() - started) * len(groups) / 60
+            console.print(
+                f"--sensitivity measured: {len(groups)} runs of the base model on {windows.size} calibration tokens, "
+                f"about {minutes:.1f} minutes; kept in {self.cache.folder / FILE}.",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+            with progress_bar(console) as progress:
+                for group in progress.track(groups, description="sensitivity"):
+                    measured[group.activation] = self._measure_group(group, trials, windows, base)
+                    _write(self.cache.folder / FILE, _Measured(format=label, tokens=windows.size, groups=measured))
+        return measured
+
+    def _measure_group(
+        self, group: ActivationGroup, trials: TrialRunner, windows: np.ndarray, base: Tensor
+    ) -> GroupSensitivity:
+        stats = to_device(self.cache.read(group.activation).calibration, self.device)
+        if stats.is_silent:
+            return GroupSensitivity(divergence=0.0, error=0.0)
+        replaced: list[tuple[MatMulSite, Tensor]] = []
+        error = 0.0
+        for site in group.sites:
+            weight = read_weight(self.model, site, self.device)
+            rough = quick_weight(weight, self.spec_of(site), stats)
+            error += quick_error(site, weight, rough, stats, self.sections.get(site.name, WHOLE))
+            replaced.append((site, rough))
+        return GroupSensitivity(divergence=divergence(base, trials.logits(windows, replaced)), error=error)
+
+
+def divergence(base: Float[Tensor, "*tokens V"], other: Float[Tensor, "*tokens V"]) -> float:
+    """Mean over tokens of KL(base || other) of the distributions that these logits mean, in nats."""
+    mine_theirs = (torch.split(logits.flatten(0, -2), _CHUNK) for logits in (base, other))
+    pairs = zip(*mine_theirs, strict=True)
+    total = sum(_summed_divergence(mine.double(), theirs.double()) for mine, theirs in pairs)
+    return max(total / base.flatten(0, -2).shape[0], 0.0)
+
+
+def _summed_divergence(base: Tensor, other: Tensor) -> float:
+    p, q = torch.log_softmax(base, dim=-1), torch.log_softmax(other, dim=-1)
+    return float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
+
+
+def _windows(tokens: np.ndarray) -> np.ndarray:
+    """The beginnings of a few windows, spread over the calibration text."""
+    chosen = np.linspace(0, len(tokens) - 1, min(_WINDOWS, len(tokens))).astype(int)
+    return tokens[chosen, :_LENGTH]
+
+
+def _read(path: Path, label: str) -> dict[str, GroupSensitivity]:
+    """What is there for this format; nothing where the file is missing, damaged or of another format."""
+    try:
+        found = _FILES.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return {}
+    return found.groups if found.format == label else {}
+
+
+def _write(path: Path, measured: _Measured) -> None:
+    try:
+        with whole_file(path) as partial:
+            partial.write_bytes(_FILES.dump_json(measured, indent=1))
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written ({error.strerror}): --sensitivity measured keeps its results there; choose a "
+            "--cache_dir that can be written."
+        ) from error
