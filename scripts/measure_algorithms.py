@@ -19,12 +19,12 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from scripts.evaluation import Report, evaluate, load_report, prepare, save_report
-from scripts.options import EvaluateConfig, MeasureConfig
+from scripts.options import MeasureConfig
 from stages.atomic import whole_file
 from stages.cli import progress_bar, run_command
-from stages.config import Algorithm, LmHead, beside
+from stages.config import Algorithm, EvaluateConfig, LmHead, beside
 from stages.errors import UserError
+from stages.evaluation.compare import Report, evaluate, load_report, prepare, save_report
 from stages.quantized_store import REPORT, open_store
 from stages.report import bits_per_weight
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from stages.config import AccuracyLevel, Algorithm, CalibrateConfig, LmHead, QuantizeConfig
+from stages.config import Algorithm, CalibrateConfig, LmHead, QuantizeConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
@@ -34,28 +34,6 @@ class BuildConfig:
     function unchanged, since a quantizer would otherwise only find the old grid again."""
     overwrite: bool = False
     """Replace an output that is there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig:
-    """Compare models with their base on the same text: perplexity, KL divergence, top-1 agreement, size."""
-
-    base: Path
-    """Base model: the .onnx file or its folder; its tokenizer is used for all."""
-    model: tuple[Path, ...]
-    """Models to compare: .onnx files or folders."""
-    text: str = "offline"
-    """A UTF-8 text file, or offline: those topics of CPython's documentation that calibration never sees."""
-    windows: int = 16
-    """Windows of seq_len tokens, from the beginning of the text."""
-    seq_len: int = 512
-    """Tokens in a window."""
-    accuracy_level: AccuracyLevel = 1
-    """1 computes activations in float32 on CPU; the runtime's default 4 rounds them to int8, in every model alike."""
-    eps: str = "cpu"
-    """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
-    json: Path | None = None
-    """Where the numbers are written; the same comparison is then shown from there, not run again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

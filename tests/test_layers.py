@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent
 ENTRIES = {"stages.calibrate", "stages.quantize"}
 COMPOSERS = {"stages.planning"}
 """Parts of the entry points: they join rooms, and nobody else may import them."""
-ROOMS = {"stages.graph", "stages.observe", "stages.solve", "export", "scripts"}
+ROOMS = {"stages.graph", "stages.observe", "stages.solve", "stages.evaluation", "export", "scripts"}
 ALLOWED = {
     "stages.graph": {"stages.graph"},
     "stages.observe": {"stages.observe"},
     "stages.solve": {"stages.solve"},
+    "stages.evaluation": {"stages.evaluation", "stages.observe"},
     "export": {"export"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},

@@ -16,10 +16,10 @@ from jaxtyping import Float32, Int64
 from pydantic import TypeAdapter, ValidationError
 from rich.progress import Progress
 
-from scripts.accuracy import Accuracy, TokenScores, score_window, summarize
-from scripts.options import EvaluateConfig
 from stages.atomic import whole_file
+from stages.config import EvaluateConfig
 from stages.errors import UserError
+from stages.evaluation.accuracy import Accuracy, TokenScores, score_window, summarize
 from stages.external_data import external_tensors
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
