@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRIES = {"stages.calibrate", "stages.quantize"}
+ENTRIES = {"stages.calibrate", "stages.quantize", "stages.sweep"}
 COMPOSERS = {"stages.planning"}
 """Parts of the entry points: they join rooms, and nobody else may import them."""
 ROOMS = {"stages.graph", "stages.observe", "stages.solve", "stages.evaluation", "export", "scripts"}
@@ -22,6 +22,7 @@ ALLOWED = {
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
     "stages.calibrate": {"stages.graph", "stages.observe"},
+    "stages.sweep": {"stages.evaluation"},
     "stages.quantize": {"stages.graph", "stages.observe", "stages.solve", "export"},
 }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from stages.errors import CacheMismatch, UserError
 from stages.records import ActivationStats, TokenStats
 
 MANIFEST = "manifest.json"
+TOKENS = "tokens.safetensors"
 _FORMAT = 1
 
 
@@ -133,7 +135,7 @@ class CacheWriter:
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
-        with self._place_for("tokens.safetensors") as path:
+        with self._place_for(TOKENS) as path:
             save_arrays({"calibration": calibration, "held_out": held_out}, path)
 
     @contextmanager
@@ -179,6 +181,28 @@ def find_cache(folder: Path) -> CalibrationCache | None:
     if manifest.format != _FORMAT:
         raise CacheMismatch(f"{path} has format {manifest.format}, not {_FORMAT}; calibrate with --overwrite.")
     return CalibrationCache(folder, manifest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedTokens:
+    """The token windows that a cache was made from, [windows, seq_len] int64 each."""
+
+    calibration: np.ndarray
+    held_out: np.ndarray
+
+
+def read_tokens(folder: Path) -> CachedTokens:
+    """The tokens that the cache in ``folder`` was made from.
+
+    Raises:
+        CacheMismatch: they are missing or damaged.
+    """
+    path = folder / TOKENS
+    try:
+        arrays = load_arrays(path)
+        return CachedTokens(calibration=arrays["calibration"], held_out=arrays["held_out"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CacheMismatch(f"{path} can't be read ({error}); run stages.calibrate again with --overwrite.") from error
 
 
 def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
