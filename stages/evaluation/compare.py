@@ -18,10 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from rich.progress import Progress
 
 from stages.atomic import whole_file
+from stages.base_graph import external_files, load_graph
 from stages.config import EvaluateConfig
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy, TokenScores, score_window, summarize
-from stages.external_data import external_tensors
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.dataset import pack_windows
@@ -181,9 +181,12 @@ def _watched(
 
 
 def stored_bytes(directory: ModelDirectory) -> int:
-    """Bytes of the .onnx file and of every file of external data that it refers to."""
-    tensors = external_tensors(ir.load(directory.onnx_file))
-    files = {directory.onnx_file, *(Path(tensor.path) for tensor in tensors)}
+    """Bytes of the .onnx file and of every file of external data that it refers to.
+
+    Raises:
+        GraphError: the model can't be read, or isn't whole.
+    """
+    files = {directory.onnx_file.resolve(), *external_files(load_graph(directory))}
     return sum(file.stat().st_size for file in files)
 
 
