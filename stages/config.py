@@ -16,7 +16,7 @@ from stages.errors import RecipeError
 from stages.records import BlockAxis, GatherForm
 from stages.target.name import Target, parse_target
 
-Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full"]
+Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
@@ -112,9 +112,11 @@ class QuantizeConfig:
     """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
     algo: Algorithm = "awq_full"
     """rtn: rounding, Q->DQ nodes. rtn_dq: rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search.
-    awq_full: both."""
+    awq_full: both. mse: range search by weights alone. gptq: range search, then codes that make up for each other's
+    errors. awq_gptq: awq_full, then the same."""
     cache_dir: Path | None = None
-    """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn and rtn_dq."""
+    """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn, rtn_dq,
+    mse."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export; default: the output folder's name with .weights added."""
     target: Annotated[str | None, tyro.conf.arg(metavar="RUNTIME[@VERSION]")] = None
@@ -166,6 +168,13 @@ class QuantizeConfig:
     """Smallest clip ratio tried."""
     awqclip_bsz_col: int = 1024
     """Output channels searched at once: smaller needs less memory, the result is the same."""
+    gptq_damping: float = 0.01
+    """Part of the mean squared activation that GPTQ adds to every channel's: more trusts the calibration text less."""
+    gptq_act_order: bool = True
+    """Quantize the loudest channels first; the stored layout is the same."""
+    descent_passes: int = 2
+    """Walks over all columns after GPTQ that set each code and scale to its best value beside the others; 0: GPTQ
+    alone."""
     exclude: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = "lm_head"
     """Comma-separated parts of node names that stay as they are; '' quantizes all."""
     accuracy_level: AccuracyLevel | None = None
@@ -197,7 +206,7 @@ class QuantizeConfig:
 
     @property
     def needs_cache(self) -> bool:
-        return self.algo not in ("rtn", "rtn_dq")
+        return self.algo not in ("rtn", "rtn_dq", "mse")
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
@@ -220,6 +229,8 @@ class QuantizeConfig:
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")
+        _require(self.gptq_damping > 0, "--gptq_damping must be above 0.")
+        _require(self.descent_passes >= 0, "--descent_passes must be 0 or more.")
         _require(self.awqclip_bsz_col >= 1, "--awqclip_bsz_col must be at least 1.")
 
 

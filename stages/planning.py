@@ -125,6 +125,9 @@ def search_options(config: QuantizeConfig) -> SearchOptions:
         clip_step=config.awqclip_alpha_step,
         clip_min=config.awqclip_alpha_min,
         column_chunk=config.awqclip_bsz_col,
+        damping=config.gptq_damping,
+        act_order=config.gptq_act_order,
+        descent_passes=config.descent_passes,
     )
 
 

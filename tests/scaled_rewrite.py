@@ -19,6 +19,7 @@ from stages.graph.weights import read_weight
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.records import ExportRecipe, PerBlock, WeightForm
 from stages.solve.awq import share_over_heads
+from stages.solve.evaluate import full_ranges
 from stages.solve.problem import GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.solve.recipe import FormatRules, make_plan
 from stages.solve.runner import GroupSolver
@@ -40,7 +41,7 @@ def scaled_rounding(problem: GroupProblem, options: SearchOptions) -> tuple[Site
     scale = known_scale(problem.group.in_features)
     if problem.head_sharing is not None:
         scale = share_over_heads(scale, problem.head_sharing)
-    return (SiteChoice(input_scale=InputScale(family="test", alpha=None, scale=scale)),) * len(problem.weights)
+    return full_ranges(problem, options.range_rule, InputScale(family="test", alpha=None, scale=scale))
 
 
 def filled_store(folder: Path, model: ir.Model, exclude: str = "") -> QuantizedStore:

@@ -41,11 +41,12 @@ from stages.session import CausalFeeds, SessionSettings, open_session
 from stages.solve.affine import choose_parameters, quantize, round_trip
 from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, weight_magnitude
 from stages.solve.blocks import join, split
-from stages.solve.clip import clip_ratio_grid, clip_sites, search_clip_ratios
+from stages.solve.clip import clip_sites
 from stages.solve.embedding import plan_embeddings
-from stages.solve.evaluate import site_errors
+from stages.solve.evaluate import full_range, full_ranges, site_errors
 from stages.solve.objective import gram_blocks, output_error
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SiteChoice, Trial
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, Trial
+from stages.solve.ranges import clip_ratio_grid, search_clip_ratios
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
 from tests.export.builders import quantized_matmul, relative_difference, run
@@ -202,7 +203,7 @@ def test_b04_plain_rounding_is_a_candidate() -> None:
     weight[:, ::16] = 7 / 8
     problem = replace(layer.problem, weights=(weight,))
     assert problem.stats is not None
-    assert rank_input_scales(problem, OPTIONS)[0].choices[0].input_scale is IDENTITY
+    assert rank_input_scales(problem, OPTIONS)[0].input_scale is IDENTITY
     chosen = awq_lite(problem, OPTIONS)
     assert joint_error(problem, chosen, problem.stats.calibration) == 0
     tokens, theirs = layer.tokens.numpy(), weight.numpy().T
@@ -216,10 +217,10 @@ def test_b05_siblings_are_searched_at_the_scale_that_they_share() -> None:
     joint, averaged = 0.0, 0.0
     for seed in range(20):
         problem = random_layer(seed, widths=(12, 12)).problem
-        alone = [rank_input_scales(single, OPTIONS)[0].choices[0].input_scale for single in each_alone(problem)]
+        alone = [rank_input_scales(single, OPTIONS)[0].input_scale for single in each_alone(problem)]
         found = [np.ones(48) if one.scale is None else one.scale.numpy() for one in alone]
         mean = torch.from_numpy(competitor.shared_scale(found)).float()
-        joint += relative_held_out_error(problem, rank_input_scales(problem, OPTIONS)[0].choices[0].input_scale)
+        joint += relative_held_out_error(problem, rank_input_scales(problem, OPTIONS)[0].input_scale)
         averaged += relative_held_out_error(problem, InputScale(family="mean", alpha=None, scale=mean))
     assert joint < averaged
 
@@ -231,7 +232,7 @@ def each_alone(problem: GroupProblem) -> Iterator[GroupProblem]:
 
 def relative_held_out_error(problem: GroupProblem, scale: InputScale) -> float:
     assert problem.stats is not None
-    plain, scaled = ((SiteChoice(input_scale=which),) * len(problem.weights) for which in (IDENTITY, scale))
+    plain, scaled = (full_ranges(problem, "full", which) for which in (IDENTITY, scale))
     stats = problem.stats.held_out
     return joint_error(problem, scaled, stats) / joint_error(problem, plain, stats)
 
@@ -263,12 +264,12 @@ def test_b07_clip_ratios_of_scaled_weights_meet_scaled_activations() -> None:
     assert layer.problem.stats is not None
     weight, stats = layer.problem.weights[0], layer.problem.stats.calibration
     scale = torch.rand(48, generator=torch.Generator().manual_seed(3)) * 4 + 0.2
-    plain = SiteChoice(input_scale=InputScale(family="test", alpha=None, scale=scale))
-    errors = site_errors(layer.problem, (plain,), "full", stats)
-    (ours,) = clip_sites(layer.problem, OPTIONS, Trial(choices=(plain,), errors=errors)).choices
-    assert ours.clip_ratios is not None
+    plain = full_range(weight, spec(), "full", InputScale(family="test", alpha=None, scale=scale))
+    errors = site_errors(layer.problem, (plain,), stats)
+    (choice,) = clip_sites(layer.problem, OPTIONS, Trial(choices=(plain,), errors=errors)).choices
+    ours = choice.parameters.scales / plain.parameters.scales
     theirs = search_clip_ratios(weight * scale, spec(), "full", gram_blocks(stats, 16), RATIOS)
-    right, wrong = (held_out_loss(layer.held_out, weight, scale, ratios) for ratios in (ours.clip_ratios, theirs))
+    right, wrong = (held_out_loss(layer.held_out, weight, scale, ratios) for ratios in (ours, theirs))
     assert right < wrong
 
 

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from stages.solve.evaluate import site_errors
+from torch import Tensor
+
+from stages.records import QuantSpec, TokenStats
+from stages.solve.evaluate import full_ranges, site_error, site_errors
 from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoice, Trial
 
 
 def first_accepted(problem: GroupProblem, options: SearchOptions, ranked: Iterable[Trial]) -> tuple[SiteChoice, ...]:
     """The first of ``ranked`` (best calibration error first) that is no worse than plain rounding on held-out tokens.
 
-    Clip ratios that held-out tokens speak against are dropped first. Plain rounding is the answer where none passes.
+    Refinements that held-out tokens speak against are undone first. Plain rounding is the answer where none passes.
     """
-    plain = (SiteChoice(input_scale=IDENTITY),) * len(problem.weights)
-    limit = sum(_held_out(problem, options, plain))
+    assert problem.stats is not None
+    plain = full_ranges(problem, options.range_rule, IDENTITY)
+    limit = sum(site_errors(problem, plain, problem.stats.held_out))
     for trial in ranked:
-        choices, errors = _without_vetoed_clips(problem, options, trial.choices)
-        if sum(errors) <= limit:
+        choices, error = settle(problem, trial.choices)
+        if error <= limit:
             return choices
     return plain
 
 
-def _held_out(problem: GroupProblem, options: SearchOptions, choices: tuple[SiteChoice, ...]) -> tuple[float, ...]:
+def settle(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[tuple[SiteChoice, ...], float]:
+    """Every site's choice, or the fallback that does better on held-out tokens, and their joint held-out error."""
     assert problem.stats is not None
-    return site_errors(problem, choices, options.range_rule, problem.stats.held_out)
+    settled = [
+        _settle_site(weight, spec, choice, problem.stats.held_out)
+        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+    ]
+    return tuple(choice for choice, _ in settled), sum(error for _, error in settled)
 
 
-def _without_vetoed_clips(
-    problem: GroupProblem, options: SearchOptions, choices: tuple[SiteChoice, ...]
-) -> tuple[tuple[SiteChoice, ...], tuple[float, ...]]:
-    """The choices, unclipped at each site where that is better on held-out tokens, and their held-out errors."""
-    errors = _held_out(problem, options, choices)
-    if all(choice.clip_ratios is None for choice in choices):
-        return choices, errors
-    unclipped = tuple(SiteChoice(input_scale=choice.input_scale) for choice in choices)
-    pairs = zip(choices, errors, unclipped, _held_out(problem, options, unclipped), strict=True)
-    best = [(choice, error) if error <= other else (plain, other) for choice, error, plain, other in pairs]
-    return tuple(choice for choice, _ in best), tuple(error for _, error in best)
+def _settle_site(weight: Tensor, spec: QuantSpec, choice: SiteChoice, held_out: TokenStats) -> tuple[SiteChoice, float]:
+    error = site_error(weight, spec, choice, held_out)
+    if choice.fallback is None:
+        return choice, error
+    other, other_error = _settle_site(weight, spec, choice.fallback, held_out)
+    return (choice, error) if error <= other_error else (other, other_error)

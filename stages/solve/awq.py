@@ -7,6 +7,8 @@ that the result is never worse than plain rounding. Siblings are searched jointl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from stages.records import HeadSharing, QuantSpec, TokenStats
 from stages.solve.accept import first_accepted
 from stages.solve.blocks import join, split
-from stages.solve.evaluate import candidate_errors
+from stages.solve.evaluate import candidate_errors, full_ranges
 from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice, Trial
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
@@ -23,11 +25,25 @@ _SMALLEST, _LARGEST = 1e-4, 1e4
 
 def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The input scale with the smallest joint error that the held-out tokens don't veto."""
-    return first_accepted(problem, options, rank_input_scales(problem, options))
+    ranked = rank_input_scales(problem, options)
+    return first_accepted(problem, options, (unclipped(problem, options, which) for which in ranked))
 
 
-def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[Trial]:
-    """Unclipped trials of all candidates from the smallest to the largest joint error, none worse than the identity.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedScale:
+    """An input scale, and each site's error on the calibration tokens under it at full range."""
+
+    input_scale: InputScale
+    errors: tuple[float, ...]
+
+
+def unclipped(problem: GroupProblem, options: SearchOptions, ranked: RankedScale) -> Trial:
+    """The trial of an input scale with every block at its full range."""
+    return Trial(choices=full_ranges(problem, options.range_rule, ranked.input_scale), errors=ranked.errors)
+
+
+def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[RankedScale]:
+    """All candidates from the smallest to the largest joint error, none worse than the identity.
 
     The list ends with the identity: what comes after it is never taken.
     """
@@ -43,10 +59,7 @@ def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[Tri
     )
     order = torch.argsort(errors.sum(dim=0), stable=True).tolist()
     return [
-        Trial(
-            choices=(SiteChoice(input_scale=candidates[index]),) * len(problem.weights),
-            errors=tuple(errors[:, index].tolist()),
-        )
+        RankedScale(input_scale=candidates[index], errors=tuple(errors[:, index].tolist()))
         for index in order[: order.index(0) + 1]
     ]
 

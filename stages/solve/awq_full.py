@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stages.solve.accept import first_accepted
-from stages.solve.awq import rank_input_scales
+from stages.solve.awq import rank_input_scales, unclipped
 from stages.solve.clip import clip_sites
 from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
 
@@ -14,5 +14,6 @@ _SHORTLIST = 4
 def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The best of the few best input scales and the identity, each with its own clip ratios."""
     *scales, identity = rank_input_scales(problem, options)
-    trials = [clip_sites(problem, options, unclipped) for unclipped in (*scales[:_SHORTLIST], identity)]
+    shortlist = (unclipped(problem, options, ranked) for ranked in (*scales[:_SHORTLIST], identity))
+    trials = [clip_sites(problem, options, trial) for trial in shortlist]
     return first_accepted(problem, options, sorted(trials, key=lambda trial: trial.error))

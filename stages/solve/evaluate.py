@@ -1,16 +1,18 @@
-"""Carry out a choice: codes and scales of a site, and the output error that they cause."""
+"""Carry out a choice: codes of a site, and the output error that they cause."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.records import QuantSpec, TokenStats
-from stages.solve.affine import BlockParameters, RangeRule, choose_parameters, quantize, round_trip
+from stages.solve.affine import BlockParameters, RangeRule, choose_parameters, dequantize, quantize, round_trip
 from stages.solve.blocks import join, split
 from stages.solve.objective import output_error
-from stages.solve.problem import GroupProblem, SiteChoice
+from stages.solve.problem import GroupProblem, InputScale, SiteChoice
 
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 1 << 22, 1 << 27
 """Elements of one temporary: about what a CPU's caches hold; a few hundred megabytes on an accelerator."""
@@ -22,59 +24,68 @@ def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
     return max(1, budget // (weight.shape[1] * candidates))
 
 
-def _prepare(
-    weight: Tensor, spec: QuantSpec, choice: SiteChoice, rule: RangeRule
-) -> tuple[Float[Tensor, "N nB B"], BlockParameters]:
-    """Blocks of the scaled weight, and the parameters that ``choice`` gives them."""
+def scaled_weight(weight: Float[Tensor, "N K"], input_scale: InputScale) -> Float[Tensor, "N K"]:
+    """W diag(s): what is stored under an input scale."""
+    return weight if input_scale.scale is None else weight * input_scale.scale
+
+
+def full_range(weight: Float[Tensor, "N K"], spec: QuantSpec, rule: RangeRule, input_scale: InputScale) -> SiteChoice:
+    """Rounding to nearest under ``input_scale``: every block keeps its full range."""
+    blocks = split(scaled_weight(weight, input_scale), spec.block_size(weight.shape[1]))
+    return SiteChoice(input_scale=input_scale, parameters=choose_parameters(blocks, spec, rule))
+
+
+def full_ranges(problem: GroupProblem, rule: RangeRule, input_scale: InputScale) -> tuple[SiteChoice, ...]:
+    """``full_range`` of every site of a group."""
+    return tuple(
+        full_range(weight, spec, rule, input_scale) for weight, spec in zip(problem.weights, problem.specs, strict=True)
+    )
+
+
+def quantize_site(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
+    """Codes of one site under ``choice``, integers in float32."""
+    if choice.codes is not None:
+        return choice.codes
+    blocks = split(scaled_weight(weight, choice.input_scale), spec.block_size(weight.shape[1]))
+    return join(quantize(blocks, choice.parameters, spec), weight.shape[1])
+
+
+def weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
+    """D = Q(W diag(s)) diag(1/s) - W: the error as the unscaled activation sees it."""
+    codes = split(quantize_site(weight, spec, choice), spec.block_size(weight.shape[1]))
+    stored = join(dequantize(codes, choice.parameters), weight.shape[1])
     scale = choice.input_scale.scale
-    blocks = split(weight if scale is None else weight * scale, spec.block_size(weight.shape[1]))
-    ratios = 1.0 if choice.clip_ratios is None else choice.clip_ratios
-    return blocks, choose_parameters(blocks, spec, rule, ratios)
+    return (stored if scale is None else stored / scale) - weight
 
 
-def quantize_site(
-    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, rule: RangeRule
-) -> tuple[Float[Tensor, "N K"], BlockParameters]:
-    """Codes (integers in float32) and parameters of one site under ``choice``."""
-    blocks, parameters = _prepare(weight, spec, choice, rule)
-    return join(quantize(blocks, parameters, spec), weight.shape[1]), parameters
-
-
-def site_error(
-    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, rule: RangeRule, stats: TokenStats
-) -> float:
+def site_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: TokenStats) -> float:
     """tr(D G D^T): mean over tokens of the squared output error of the site, summed over its channels."""
     total = 0.0
     size = rows_per_chunk(weight)
     for start in range(0, weight.shape[0], size):
         chunk = slice(start, start + size)
-        part = choice if choice.clip_ratios is None else _restrict(choice, chunk)
-        error = weight_error(weight[chunk], spec, part, rule)
+        error = weight_error(weight[chunk], spec, _restrict(choice, chunk))
         total += float(output_error(error, stats).double().sum())
     return total
 
 
 def _restrict(choice: SiteChoice, chunk: slice) -> SiteChoice:
-    assert choice.clip_ratios is not None
-    return SiteChoice(input_scale=choice.input_scale, clip_ratios=choice.clip_ratios[chunk])
+    """The choice for some of the output channels."""
+    zero_points = choice.parameters.zero_points
+    return replace(
+        choice,
+        parameters=BlockParameters(
+            scales=choice.parameters.scales[chunk],
+            zero_points=None if zero_points is None else zero_points[chunk],
+        ),
+        codes=None if choice.codes is None else choice.codes[chunk],
+    )
 
 
-def weight_error(
-    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, rule: RangeRule
-) -> Float[Tensor, "N K"]:
-    """D = Q(W diag(s)) diag(1/s) - W: the error as the unscaled activation sees it."""
-    blocks, parameters = _prepare(weight, spec, choice, rule)
-    stored = join(round_trip(blocks, parameters, spec), weight.shape[1])
-    scale = choice.input_scale.scale
-    return (stored if scale is None else stored / scale) - weight
-
-
-def site_errors(
-    problem: GroupProblem, choices: tuple[SiteChoice, ...], rule: RangeRule, stats: TokenStats
-) -> tuple[float, ...]:
+def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
     """``site_error`` of every site of a group."""
     return tuple(
-        site_error(weight, spec, choice, rule, stats)
+        site_error(weight, spec, choice, stats)
         for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
     )
 
@@ -86,7 +97,7 @@ def candidate_errors(
     rule: RangeRule,
     stats: TokenStats,
 ) -> Float[Tensor, " A"]:
-    """tr(D G D^T) for each of A input scales at once, without clipping, in float64."""
+    """tr(D G D^T) for each of A input scales at once, at full range, in float64."""
     totals = torch.zeros(input_scales.shape[0], dtype=torch.float64)
     size = rows_per_chunk(weight, input_scales.shape[0])
     block_size = spec.block_size(weight.shape[1])

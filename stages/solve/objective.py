@@ -21,6 +21,15 @@ def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float
     return (error @ stats.rows.to(error.dtype).T).square().sum(dim=-1) / max(stats.num_tokens, 1)
 
 
+def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
+    """The Gram matrix X^T X / T, from whichever form the statistics have."""
+    if stats.gram is not None:
+        return stats.gram
+    assert stats.rows is not None
+    rows = stats.rows.float()
+    return rows.T @ rows / max(stats.num_tokens, 1)
+
+
 def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
     """Diagonal blocks of the Gram matrix, from whichever form the statistics have."""
     if stats.gram is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stages.records import ActivationGroup, ActivationStats, HeadSharing, QuantSpec
-from stages.solve.affine import RangeRule
+from stages.solve.affine import BlockParameters, RangeRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,12 @@ class SearchOptions:
     clip_min: float
     column_chunk: int
     """Output channels whose clip ratios are searched at once."""
+    damping: float
+    """Part of the Gram matrix's mean diagonal that GPTQ adds to its diagonal."""
+    act_order: bool
+    """Whether GPTQ starts with the loudest channels."""
+    descent_passes: int
+    """Walks of coordinate descent over all columns after GPTQ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +61,16 @@ IDENTITY = InputScale(family="identity", alpha=None, scale=None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteChoice:
-    """How one site is quantized: the group's input scale and the clip ratio of every block ([N, nB]; None: 1)."""
+    """How one site is stored: the group's input scale, and scales, zero points and codes of the scaled weight.
+
+    ``parameters`` are [N, nB]; ``codes`` [N, K] hold integers in float32, or are None where they are what rounding
+    gives. ``fallback`` is the choice that this one refines: it is taken where held-out tokens speak against this one.
+    """
 
     input_scale: InputScale
-    clip_ratios: Tensor | None = None
+    parameters: BlockParameters
+    codes: Tensor | None = None
+    fallback: SiteChoice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,10 @@ from types import MappingProxyType
 
 from stages.solve.awq import awq_lite
 from stages.solve.awq_full import awq_full
+from stages.solve.awq_gptq import awq_gptq
 from stages.solve.clip import awq_clip
+from stages.solve.gptq import gptq
+from stages.solve.mse import mse
 from stages.solve.problem import Algorithm
 from stages.solve.rtn import rtn
 
@@ -18,5 +21,8 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "awq_lite": awq_lite,
         "awq_clip": awq_clip,
         "awq_full": awq_full,
+        "mse": mse,
+        "gptq": gptq,
+        "awq_gptq": awq_gptq,
     }
 )

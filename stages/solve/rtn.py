@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from stages.solve.evaluate import full_ranges
 from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoice
 
 
-def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:  # noqa: ARG001 - Algorithm's shape
+def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """Plain rounding for every site."""
-    return (SiteChoice(input_scale=IDENTITY),) * len(problem.weights)
+    return full_ranges(problem, options.range_rule, IDENTITY)

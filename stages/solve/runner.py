@@ -21,7 +21,7 @@ from stages.records import (
     ValueAbsorber,
     torch_float,
 )
-from stages.solve.evaluate import quantize_site, site_error
+from stages.solve.evaluate import full_range, quantize_site, site_error
 from stages.solve.objective import output_error, to_device
 from stages.solve.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.solve.rtn import rtn
@@ -58,7 +58,7 @@ class GroupSolver:
         pairs = [
             (part, index, choice) for part in problems for index, choice in enumerate(algorithm(part, self.options))
         ]
-        weights = tuple(_carry_out(part, index, choice, self.options) for part, index, choice in pairs)
+        weights = tuple(_carry_out(part, index, choice) for part, index, choice in pairs)
         seconds = (time.perf_counter() - started) / len(pairs)
         name, note = ("rtn", _UNSEEN) if unseen else (self.algorithm_name, "")
         reports = tuple(
@@ -92,24 +92,23 @@ def _one_by_one(problem: GroupProblem) -> list[GroupProblem]:
     ]
 
 
-def _carry_out(problem: GroupProblem, index: int, choice: SiteChoice, options: SearchOptions) -> QuantizedWeight:
+def _carry_out(problem: GroupProblem, index: int, choice: SiteChoice) -> QuantizedWeight:
     spec = problem.specs[index]
-    codes, parameters = quantize_site(problem.weights[index], spec, choice, options.range_rule)
-    zero_points = parameters.zero_points
+    codes = quantize_site(problem.weights[index], spec, choice)
+    zero_points = choice.parameters.zero_points
     scale = choice.input_scale.scale
     return QuantizedWeight(
         site=problem.group.sites[index],
         spec=spec,
         codes=codes.to(spec.code_dtype).cpu(),
-        scales=parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
+        scales=choice.parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
         zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
         input_scale=None if scale is None else scale.cpu(),
     )
 
 
 def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: SearchOptions) -> SiteReport:
-    site, spec = problem.group.sites[index], problem.specs[index]
-    ratios = choice.clip_ratios
+    site, spec, weight = problem.group.sites[index], problem.specs[index], problem.weights[index]
     report = SiteReport(
         site=site.name,
         algorithm="",
@@ -117,17 +116,17 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
         bytes=spec.stored_bytes(site.out_features, site.in_features),
         scale_family=choice.input_scale.family,
         alpha=choice.input_scale.alpha,
-        mean_clip_ratio=None if ratios is None else float(ratios.mean()),
+        mean_clip_ratio=_mean_clip_ratio(choice, full_range(weight, spec, options.range_rule, choice.input_scale)),
     )
     if problem.stats is None:
         return report
-    weight, plain = problem.weights[index], SiteChoice(input_scale=IDENTITY)
+    plain = full_range(weight, spec, options.range_rule, IDENTITY)
 
     def relative(which: SiteChoice, stats: TokenStats) -> float | None:
         if stats.is_silent:
             return None
         signal = float(output_error(weight, stats).double().sum())
-        return site_error(weight, spec, which, options.range_rule, stats) / max(signal, 1e-30)
+        return site_error(weight, spec, which, stats) / max(signal, 1e-30)
 
     return replace(
         report,
@@ -136,3 +135,9 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
         held_out_loss_rtn=relative(plain, problem.stats.held_out),
         held_out_loss=relative(choice, problem.stats.held_out),
     )
+
+
+def _mean_clip_ratio(choice: SiteChoice, full: SiteChoice) -> float | None:
+    """How large the chosen scales are beside those of full ranges; None where they are the same."""
+    ratios = choice.parameters.scales / full.parameters.scales
+    return None if bool((ratios == 1).all()) else float(ratios.mean())

@@ -23,7 +23,16 @@ from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
 
-OPTIONS = SearchOptions(range_rule="full", alpha_step=0.1, clip_step=0.05, clip_min=0.5, column_chunk=7)
+OPTIONS = SearchOptions(
+    range_rule="full",
+    alpha_step=0.1,
+    clip_step=0.05,
+    clip_min=0.5,
+    column_chunk=7,
+    damping=0.01,
+    act_order=True,
+    descent_passes=2,
+)
 
 
 def spec(*, symmetric: bool = True, block_size: int = 16, bits: int = 4) -> QuantSpec:
@@ -85,8 +94,8 @@ def random_layer(
 
 
 def joint_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> float:
-    """The error summed over the sites of the group, at full range."""
-    return sum(site_errors(problem, choices, "full", stats))
+    """The error summed over the sites of the group."""
+    return sum(site_errors(problem, choices, stats))
 
 
 def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale: bool = False) -> GroupSolver:

@@ -6,8 +6,8 @@ import torch
 
 from stages.records import HeadSharing
 from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, share_over_heads
-from stages.solve.evaluate import candidate_errors
-from stages.solve.problem import IDENTITY, SiteChoice
+from stages.solve.evaluate import candidate_errors, full_ranges
+from stages.solve.problem import IDENTITY
 from tests.reference.search import awq_loss
 from tests.solve.problems import OPTIONS, joint_error, random_layer
 
@@ -47,7 +47,7 @@ def test_alpha_step_is_honoured(step: float) -> None:
 def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> None:
     layer = random_layer(seed, widths=(12, 8))
     chosen = awq_lite(layer.problem, OPTIONS)
-    plain = (SiteChoice(input_scale=IDENTITY),) * 2
+    plain = full_ranges(layer.problem, "full", IDENTITY)
     assert layer.problem.stats is not None
     for stats in (layer.problem.stats.calibration, layer.problem.stats.held_out):
         assert joint_error(layer.problem, chosen, stats) <= joint_error(layer.problem, plain, stats)
@@ -57,7 +57,7 @@ def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> Non
 def test_siblings_are_ranked_by_the_loss_at_the_shared_scale() -> None:
     layer = random_layer(7, widths=(12, 30))
     assert layer.problem.stats is not None
-    ranked = [trial.choices[0].input_scale for trial in rank_input_scales(layer.problem, OPTIONS)]
+    ranked = [one.input_scale for one in rank_input_scales(layer.problem, OPTIONS)]
     losses = [
         sum(
             awq_loss(

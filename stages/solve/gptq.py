@@ -1,0 +1,100 @@
+"""GPTQ: each column's rounding error is made up for by the columns that follow (Frantar et al., 2022).
+
+Scales are fixed before (static groups), so that the order of columns is free and the layout stays plain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records import QuantSpec, TokenStats
+from stages.solve.accept import settle
+from stages.solve.affine import BlockParameters
+from stages.solve.clip import awq_clip
+from stages.solve.descent import descend
+from stages.solve.evaluate import scaled_weight
+from stages.solve.factor import InverseFactor, damped, inverse_factor
+from stages.solve.objective import full_gram, in_scaled_space
+from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
+
+_TILE = 128
+"""Columns whose errors reach the columns behind them in one product."""
+
+
+def gptq(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """The ranges of ``awq_clip``, with codes that make up for each other's errors."""
+    return compensate(problem, options, awq_clip(problem, options))
+
+
+def compensate(
+    problem: GroupProblem, options: SearchOptions, choices: tuple[SiteChoice, ...]
+) -> tuple[SiteChoice, ...]:
+    """GPTQ and coordinate descent from ``choices``, kept at the sites where held-out tokens agree.
+
+    All choices must share one input scale, as those of one activation do.
+    """
+    assert problem.stats is not None
+    gram = _scaled_gram(problem.stats.calibration, choices[0])
+    factor = inverse_factor(gram, options.damping, act_order=options.act_order)
+    tied = damped(gram, options.damping)
+    refined = []
+    for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True):
+        scaled = scaled_weight(weight, choice.input_scale)
+        codes = gptq_codes(scaled, choice.parameters, spec, factor)
+        step = replace(choice, codes=codes, fallback=choice)
+        if options.descent_passes:
+            codes, parameters = descend(scaled, codes, choice.parameters, spec, tied, options.descent_passes)
+            step = replace(step, codes=codes, parameters=parameters, fallback=step)
+        refined.append(step)
+    return settle(problem, tuple(refined))[0]
+
+
+def _scaled_gram(stats: TokenStats, choice: SiteChoice) -> Float[Tensor, "K K"]:
+    scale = choice.input_scale.scale
+    return full_gram(stats if scale is None else in_scaled_space(stats, scale))
+
+
+def gptq_codes(
+    weight: Float[Tensor, "N K"], parameters: BlockParameters, spec: QuantSpec, factor: InverseFactor
+) -> Float[Tensor, "N K"]:
+    """Codes, integers in float32, chosen column by column in the factor's order.
+
+    q_k = Q(w_k), e = (w_k - q_k) / U_kk, and w_j -= U_kj e for the columns j that follow.
+    """
+    in_features = weight.shape[1]
+    columns = factor.order // spec.block_size(in_features)
+    pending = weight[:, factor.order].T.contiguous()  # [K, N]: a column of the weight is a row here
+    scales = parameters.scales.T[columns]
+    zero_points = None if parameters.zero_points is None else parameters.zero_points.T[columns]
+    codes = torch.empty_like(pending)
+    for start in range(0, in_features, _TILE):
+        tile = slice(start, min(start + _TILE, in_features))
+        zeros = None if zero_points is None else zero_points[tile]
+        errors = _tile_codes(pending[tile], scales[tile], zeros, factor.upper[tile, tile], spec, codes[tile])
+        pending[tile.stop :] -= factor.upper[tile, tile.stop :].T @ errors
+    result = torch.empty_like(codes)
+    result[factor.order] = codes
+    return result.T.contiguous()
+
+
+def _tile_codes(
+    pending: Float[Tensor, "k N"],
+    scales: Float[Tensor, "k N"],
+    zero_points: Float[Tensor, "k N"] | None,
+    upper: Float[Tensor, "k k"],
+    spec: QuantSpec,
+    codes: Float[Tensor, "k N"],
+) -> Float[Tensor, "k N"]:
+    """Fill ``codes`` and return the errors e; ``pending`` is used up."""
+    errors = torch.empty_like(pending)
+    for index in range(pending.shape[0]):
+        zero = 0 if zero_points is None else zero_points[index]
+        code = torch.round(pending[index] / scales[index]).add_(zero).clamp_(spec.code_min, spec.code_max)
+        error = (pending[index] - (code - zero) * scales[index]) / upper[index, index]
+        codes[index], errors[index] = code, error
+        pending[index:].addr_(upper[index, index:], error, alpha=-1)
+    return errors

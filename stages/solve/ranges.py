@@ -1,0 +1,124 @@
+"""The range of every block: a grid of clip ratios, then a least-squares refit of scale and zero point.
+
+The error of block b of output channel n is d^T G_bb d, with G_bb the block's piece of the Gram matrix: exactly the
+mean squared output error that the block causes by itself, over all tokens (AWQ's weight clipping, Lin et al., 2023;
+the refit after llama.cpp's make_qx_quants, which has diag(G) alone in G's place). Without a Gram matrix it is the
+weights' own squared error.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records import QuantSpec
+from stages.solve.affine import (
+    BlockParameters,
+    RangeRule,
+    choose_parameters,
+    dequantize,
+    quantize,
+    round_to_storage,
+    round_trip,
+)
+from stages.solve.blocks import split
+from stages.solve.objective import block_error
+
+_REFITS = 3
+"""Refits of scale and codes in turn; each is kept only where it helps, and the fourth hardly ever does."""
+
+
+def clip_ratio_grid(smallest: float, step: float) -> list[float]:
+    """1, 1 - step, ... down to ``smallest``."""
+    count = int((1 - smallest) / step + 1e-9)
+    return [1 - index * step for index in range(count + 1)]
+
+
+def search_ranges(
+    weight: Float[Tensor, "N K"],
+    spec: QuantSpec,
+    rule: RangeRule,
+    gram: Float[Tensor, "nB B B"] | None,
+    ratios: list[float],
+) -> BlockParameters:
+    """For every block of every output channel the scale (and zero point) with the smallest error that is found."""
+    blocks = split(weight, spec.block_size(weight.shape[1]))
+    ratio = search_clip_ratios(weight, spec, rule, gram, ratios)
+    best = choose_parameters(blocks, spec, rule, ratio)
+    error = _errors(blocks, best, spec, gram)
+    for _ in range(_REFITS):
+        refitted = refit(blocks, best, spec, gram)
+        refitted_error = _errors(blocks, refitted, spec, gram)
+        better = refitted_error < error
+        error = torch.where(better, refitted_error, error)
+        best = _where(better, refitted, best)
+    return best
+
+
+def search_clip_ratios(
+    weight: Float[Tensor, "N K"],
+    spec: QuantSpec,
+    rule: RangeRule,
+    gram: Float[Tensor, "nB B B"] | None,
+    ratios: list[float],
+) -> Float[Tensor, "N nB"]:
+    """For every block of every output channel the ratio with the smallest error; the first of equals wins."""
+    blocks = split(weight, spec.block_size(weight.shape[1]))
+    best_error = torch.full(blocks.shape[:-1], torch.inf, device=weight.device)
+    best_ratio = torch.full_like(best_error, ratios[0])
+    for ratio in ratios:
+        error = _errors(blocks, choose_parameters(blocks, spec, rule, ratio), spec, gram)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_ratio = torch.where(better, torch.full_like(best_ratio, ratio), best_ratio)
+    return best_ratio
+
+
+def refit(
+    blocks: Float[Tensor, "N nB B"],
+    parameters: BlockParameters,
+    spec: QuantSpec,
+    gram: Float[Tensor, "nB B B"] | None,
+) -> BlockParameters:
+    """The scale that fits the codes best, scale = c^T G w / c^T G c with c = code - zero point, then the zero point.
+
+    Blocks whose best scale would not be positive keep theirs.
+    """
+    codes = quantize(blocks, parameters, spec)
+    steps = dequantize(codes, _unit_scales(parameters))
+    pulled = steps if gram is None else (steps.transpose(0, 1) @ gram).transpose(0, 1)
+    fitted = (pulled * blocks).sum(dim=-1) / (pulled * steps).sum(dim=-1)
+    usable = torch.isfinite(fitted) & (fitted > 0)
+    scales = round_to_storage(torch.where(usable, fitted, parameters.scales), spec.scale_dtype)
+    if parameters.zero_points is None:
+        return BlockParameters(scales=scales, zero_points=None)
+    pull = torch.ones_like(blocks) if gram is None else gram.sum(dim=1).expand_as(blocks)
+    offset = (pull * (codes - blocks / scales.unsqueeze(-1))).sum(dim=-1) / pull.sum(dim=-1)
+    zero_points = torch.where(torch.isfinite(offset), torch.round(offset), parameters.zero_points)
+    return BlockParameters(scales=scales, zero_points=zero_points.clamp(spec.code_min, spec.code_max))
+
+
+def _unit_scales(parameters: BlockParameters) -> BlockParameters:
+    return BlockParameters(scales=torch.ones_like(parameters.scales), zero_points=parameters.zero_points)
+
+
+def _errors(
+    blocks: Float[Tensor, "N nB B"],
+    parameters: BlockParameters,
+    spec: QuantSpec,
+    gram: Float[Tensor, "nB B B"] | None,
+) -> Float[Tensor, "N nB"]:
+    error = round_trip(blocks, parameters, spec) - blocks
+    if gram is None:
+        return error.square().sum(dim=-1)
+    return block_error(error.transpose(0, 1), gram).T
+
+
+def _where(better: Tensor, first: BlockParameters, second: BlockParameters) -> BlockParameters:
+    if first.zero_points is None or second.zero_points is None:
+        return BlockParameters(scales=torch.where(better, first.scales, second.scales), zero_points=None)
+    return BlockParameters(
+        scales=torch.where(better, first.scales, second.scales),
+        zero_points=torch.where(better, first.zero_points, second.zero_points),
+    )
