@@ -285,8 +285,8 @@ class EvaluateConfig:
 class SweepGrid:
     """Options of ``stages.quantize`` with several values each: every combination is a point."""
 
-    algo: tuple[Algorithm, ...] = ("rtn_dq", "awq_lite", "awq_clip", "awq_full")
-    """Algorithms."""
+    algo: tuple[Algorithm, ...] = ("rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq")
+    """Algorithms; by default all but rtn, whose numbers are rtn_dq's."""
     block_size: tuple[int | None, ...] = (32, 128)
     """Inputs that share a scale; None: as stages.quantize chooses."""
     use_zero_point: tuple[bool, ...] = (False, True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from stages.errors import UserError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_MARK = re.compile(r"^(error: |\w*(Error|Exception): )")
+_MARK = re.compile(r"^(error: |ERROR: |\w*(Error|Exception): )")
 _SIGNALS = 128
 _KILLED = 9
 

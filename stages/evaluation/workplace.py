@@ -108,7 +108,7 @@ def raise_failures(records: Mapping[str, Record]) -> None:
 
 def _as_markdown(table: Table) -> str:
     page = io.StringIO()
-    title, table.title, table.box = table.title, None, box.MARKDOWN
+    title, table.title, table.box, table.padding = table.title, None, box.MARKDOWN, (0, 1)
     Console(file=page, width=_WIDE).print(table)
     return f"{title}\n\n{page.getvalue()}"
 

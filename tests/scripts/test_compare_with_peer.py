@@ -131,25 +131,25 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     """ONNX Runtime's quantizer for real; ModelOpt's place is taken by a fake that copies the base, or fails."""
     output = tmp_path / "proof"
     arguments = ["--base", tiny_model, "--cache_dir", cache, "--output", output, "--text", other_text]
-    arguments += ["--windows", 2, "--seq_len", 32, "--algo", "rtn_dq", "--block_size", 32, "--use_zero_point", False]
+    arguments += ["--windows", 2, "--seq_len", 32, "--algo", "rtn_dq", "--block_size", 16, "--use_zero_point", False]
     arguments += ["--modelopt", "awq_lite", "awq_clip", "--modelopt_windows", 3]
     arguments += ["--modelopt_environment", fake_environment]
     code, printed = commands.compare(*arguments)
     # A competitor that fails is a finding, not an error.
     assert code == 0, printed
     divergences = {}
-    for name in ("rtn_dq-b32", "ort-default-b32", "ort-hqq-b32-zp", "ort-k_quant-b32-zp", "modelopt-awq_lite-b32"):
+    for name in ("rtn_dq-b16", "ort-default-b16", "ort-hqq-b16-zp", "ort-k_quant-b16-zp", "modelopt-awq_lite-b16"):
         record = record_of(output, name)
         assert record.failure is None, record.failure
         (accuracy,) = record.accuracy.values()
         divergences[name] = accuracy.mean_divergence
         assert (output / name / "genai_config.json").is_file()
         assert (output / name / "tokenizer.json").is_file()
-    assert divergences.pop("modelopt-awq_lite-b32") == 0
+    assert divergences.pop("modelopt-awq_lite-b16") == 0
     assert min(divergences.values()) > 0
-    assert record_of(output, "modelopt-awq_clip-b32").failure == "'numpy.ndarray' object has no attribute 'get'"
+    assert record_of(output, "modelopt-awq_clip-b16").failure == "'numpy.ndarray' object has no attribute 'get'"
     assert "'numpy.ndarray' object has no attribute 'get'" in printed
-    kept = {node.name for node in onnx.load(output / "ort-default-b32" / "model.onnx").graph.node}
+    kept = {node.name for node in onnx.load(output / "ort-default-b16" / "model.onnx").graph.node}
     assert "/lm_head/MatMul" in kept
     assert "/model/layers.0/mlp/down_proj/MatMul" not in kept
     feeds = read_feeds(output / "modelopt-feeds-3.safetensors")
@@ -157,7 +157,7 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     assert np.array_equal([feed["input_ids"][0] for feed in feeds], tokens[:3])
     assert all(feed["past_key_values.0.key"].shape == (1, 2, 0, 16) for feed in feeds)
 
-    calls = output / "modelopt-awq_lite-b32" / "calls"
+    calls = output / "modelopt-awq_lite-b16" / "calls"
     calls.unlink()
     code, again = commands.compare(*arguments)
     assert code == 0, again
@@ -167,7 +167,7 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
 def test_a_competitor_that_can_not_be_installed_says_so(tmp_path: Path) -> None:
     requirements = tmp_path / "pins.txt"
     requirements.write_text("/no/such/folder/package.whl\n")
-    with pytest.raises(UserError, match=r"pins\.txt can't be installed \(.*/no/such/folder/package\.whl"):
+    with pytest.raises(UserError, match=r"pins\.txt can't be installed \(package\.whl is not a valid wheel filename"):
         ensure_environment(tmp_path / "environment", requirements)
     assert not (tmp_path / "environment" / "installed.txt").exists()
     assert "package.whl" in (tmp_path / "environment.log").read_text()
