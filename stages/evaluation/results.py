@@ -13,6 +13,7 @@ from stages.evaluation.bench import Record
 
 _ACCURACY = ("perplexity", "KL (nats)", "same top-1")
 _UNKNOWN = "-"
+_SAME_SIZE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +34,17 @@ class Result:
 
 
 def pareto_front(points: Sequence[tuple[int, float] | None]) -> list[bool]:
-    """Which points no other one beats: at least as small in both coordinates and smaller in one; None never counts."""
+    """Which (bytes, loss) no other one beats: one with less loss in as many bytes, or as little loss in fewer.
+
+    Up to a thousandth more is as many: graphs of the same weights differ by a few names. None is never on the front.
+    """
     known = [point for point in points if point is not None]
     return [point is not None and not any(_beats(other, point) for other in known) for point in points]
 
 
 def _beats(one: tuple[int, float], other: tuple[int, float]) -> bool:
-    return one != other and one[0] <= other[0] and one[1] <= other[1]
+    (size, loss), (other_size, other_loss) = one, other
+    return size <= other_size * (1 + _SAME_SIZE) if loss < other_loss else loss == other_loss and size < other_size
 
 
 def on_front(results: Sequence[Result]) -> list[bool]:

@@ -56,6 +56,13 @@ def test_the_front_is_sorted_points_that_lower_the_loss() -> None:
         assert pareto_front(points) == [point in expected for point in points]
 
 
+def test_a_few_bytes_do_not_save_a_worse_model() -> None:
+    assert pareto_front([(100_000, 0.5), (100_090, 0.4)]) == [False, True]
+    assert pareto_front([(100_000, 0.5), (100_200, 0.4)]) == [True, True]
+    assert pareto_front([(100_000, 0.5), (100_001, 0.5)]) == [True, False]
+    assert pareto_front([(100_000, 0.5), (100_000, 0.5)]) == [True, True]
+
+
 def test_unknown_points_are_never_on_the_front_and_beat_nothing() -> None:
     assert pareto_front([None, (1, 1.0), None]) == [False, True, False]
 

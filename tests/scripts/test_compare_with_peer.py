@@ -33,30 +33,6 @@ for file in Path(request["base"]).parent.glob("model.onnx*"):
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
-    """A calibration of the tiny model: 18 windows to search with."""
-    from rich.console import Console
-
-    from stages.calibrate import calibrate
-    from stages.config import CalibrateConfig
-
-    folder = tmp_path_factory.mktemp("caches") / "tiny"
-    config = CalibrateConfig(
-        onnx_path=tiny_model, dataset=str(tiny_text), calib_size=20, seq_len=32, batch_size=4, cache_dir=folder
-    )
-    calibrate(config, Console(quiet=True))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text that the tiny model was not calibrated on."""
-    path = tmp_path_factory.mktemp("text") / "other.txt"
-    path.write_text(" ".join(f"Line {n} holds {n * n % 89} apples." for n in range(60)), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def fake_environment(tmp_path: Path) -> Path:
     """What looks like ModelOpt's finished environment, with a quantizer that copies the base, or fails at awq_clip."""
@@ -126,11 +102,11 @@ def test_modelopt_is_asked_for_the_same_sites_and_without_its_crash(tiny_model: 
 
 
 def test_ort_and_a_broken_competitor_stand_in_one_table(
-    commands: Commands, tiny_model: Path, cache: Path, other_text: Path, fake_environment: Path, tmp_path: Path
+    commands: Commands, tiny_model: Path, tiny_cache: Path, unseen_text: Path, fake_environment: Path, tmp_path: Path
 ) -> None:
     """ONNX Runtime's quantizer for real; ModelOpt's place is taken by a fake that copies the base, or fails."""
     output = tmp_path / "proof"
-    arguments = ["--base", tiny_model, "--cache_dir", cache, "--output", output, "--text", other_text]
+    arguments = ["--base", tiny_model, "--cache_dir", tiny_cache, "--output", output, "--text", unseen_text]
     arguments += ["--windows", 2, "--seq_len", 32, "--algo", "rtn_dq", "--block_size", 16, "--use_zero_point", False]
     arguments += ["--modelopt", "awq_lite", "awq_clip", "--modelopt_windows", 3]
     arguments += ["--modelopt_environment", fake_environment]
@@ -153,7 +129,7 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     assert "/lm_head/MatMul" in kept
     assert "/model/layers.0/mlp/down_proj/MatMul" not in kept
     feeds = read_feeds(output / "modelopt-feeds-3.safetensors")
-    tokens = load_file(cache / "tokens.safetensors")["calibration"]
+    tokens = load_file(tiny_cache / "tokens.safetensors")["calibration"]
     assert np.array_equal([feed["input_ids"][0] for feed in feeds], tokens[:3])
     assert all(feed["past_key_values.0.key"].shape == (1, 2, 0, 16) for feed in feeds)
 
