@@ -22,8 +22,9 @@ from stages.base_graph import load_graph
 from stages.config import QuantizeConfig
 from stages.errors import UserError
 from stages.evaluation.bench import Run
+from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.cache import read_tokens
+from stages.observe.cache import open_cache
 from stages.planning import plan_model
 from stages.session import CausalFeeds, SessionSettings, open_session
 
@@ -156,9 +157,10 @@ def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
     """The model's inputs for the first windows of our own calibration cache.
 
     Raises:
-        UserError: there are fewer windows, or an input has a type that numpy can't hold.
+        UserError: there is no cache of this model, it holds fewer windows, or numpy can't hold an input's type.
     """
-    wanted, windows = config.modelopt_windows, read_tokens(config.cache_path).calibration
+    windows, _ = open_cache(config.cache_path, fingerprint_model(base)).read_tokens()
+    wanted = config.modelopt_windows
     if len(windows) < wanted:
         raise UserError(f"--modelopt_windows {wanted}: {config.cache_path} holds {len(windows)} calibration windows.")
     session = open_session(base.onnx_file, SessionSettings())

@@ -39,6 +39,9 @@ install_project() {
     rm -f "$stamp"
     "$(programs)/python" -m pip install --quiet --disable-pip-version-check -e ".[genai,dev]" -c constraints.txt ||
         fail "pip could not install the project; its message is above"
+    # Without what it asks for: the registry's torchvision breaks transformers wherever torch is a CPU build.
+    "$(programs)/python" -m pip install --quiet --disable-pip-version-check --no-deps onnx2torch -c constraints.txt ||
+        fail "pip could not install onnx2torch; its message is above"
     wanted >"$stamp"
 }
 

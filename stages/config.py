@@ -16,7 +16,8 @@ from stages.errors import RecipeError
 from stages.records import BlockAxis, GatherForm
 from stages.target.name import Target, parse_target
 
-Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
+Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
+OneShot = Literal["rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
@@ -113,7 +114,18 @@ class QuantizeConfig:
     algo: Algorithm = "awq_full"
     """rtn: rounding, Q->DQ nodes. rtn_dq: rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search.
     awq_full: both. mse: range search by weights alone. gptq: range search, then codes that make up for each other's
-    errors. awq_gptq: awq_full, then the same."""
+    errors. awq_gptq: awq_full, then the same. signround: another one's result, tuned decoder block by decoder block
+    with gradients (AutoRound)."""
+    signround_start: OneShot = "awq_full"
+    """The algorithm whose result signround tunes."""
+    signround_iters: int = 200
+    """Steps of signed gradient descent a block."""
+    signround_lr: float | None = None
+    """First step of the descent, falling linearly to 0; default: 1 / signround_iters."""
+    signround_batch_size: int = 4
+    """Windows in one step of the descent; 8 as published."""
+    signround_seed: int = 0
+    """Seed of the order in which the descent sees the windows."""
     cache_dir: Path | None = None
     """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn, rtn_dq,
     mse."""
@@ -229,6 +241,9 @@ class QuantizeConfig:
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")
+        _require(self.signround_iters >= 1, "--signround_iters must be at least 1.")
+        _require(self.signround_lr is None or self.signround_lr > 0, "--signround_lr must be positive.")
+        _require(self.signround_batch_size >= 1, "--signround_batch_size must be at least 1.")
         _require(self.gptq_damping > 0, "--gptq_damping must be above 0.")
         _require(self.descent_passes >= 0, "--descent_passes must be 0 or more.")
         _require(self.awqclip_bsz_col >= 1, "--awqclip_bsz_col must be at least 1.")
@@ -286,7 +301,7 @@ class SweepGrid:
     """Options of ``stages.quantize`` with several values each: every combination is a point."""
 
     algo: tuple[Algorithm, ...] = ("rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq")
-    """Algorithms; by default all but rtn, whose numbers are rtn_dq's."""
+    """Algorithms; by default all that search one site at a time."""
     block_size: tuple[int | None, ...] = (32, 128)
     """Inputs that share a scale; None: as stages.quantize chooses."""
     use_zero_point: tuple[bool, ...] = (False, True)

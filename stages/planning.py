@@ -27,6 +27,7 @@ from stages.records import (
 from stages.solve.embedding import plan_embeddings
 from stages.solve.problem import SearchOptions
 from stages.solve.recipe import FormatRules, QuantPlan, make_plan
+from stages.solve.signround import SignRoundOptions
 from stages.target.choose import choose_formats
 from stages.target.formats import FormatChoice, FormatWishes, traits_of
 
@@ -131,6 +132,23 @@ def search_options(config: QuantizeConfig) -> SearchOptions:
     )
 
 
+def signround_options(config: QuantizeConfig) -> SignRoundOptions:
+    """What block-level tuning is told."""
+    return SignRoundOptions(
+        iterations=config.signround_iters,
+        learning_rate=config.signround_lr,
+        batch_size=config.signround_batch_size,
+        seed=config.signround_seed,
+    )
+
+
+def _tuning(config: QuantizeConfig) -> bytes:
+    """What the codes depend on besides the search, where blocks are tuned; else nothing."""
+    if config.algo != "signround":
+        return b""
+    return TypeAdapter(SignRoundOptions).dump_json(signround_options(config)) + config.signround_start.encode()
+
+
 def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache_digest: str) -> ExportRecipe:
     """What is being made of the model with ``fingerprint``; its ``search`` digest covers all that the codes depend on.
 
@@ -143,6 +161,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         repr((config.algo, config.awqlite_run_per_subgraph, config.awqlite_disable_fuse_nodes)).encode(),
         TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
         cache_digest.encode(),
+        _tuning(config),
     ):
         digest.update(part)
     return ExportRecipe(
@@ -166,4 +185,5 @@ def _summary(config: QuantizeConfig, plan: ModelPlan) -> str:
     table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
     size = choice.four_bit.block_size
-    return f"{config.algo} INT4 block {size} {zero_point} zero point{mixed}{table}{target}"
+    algorithm = f"signround from {config.signround_start}" if config.algo == "signround" else config.algo
+    return f"{algorithm} INT4 block {size} {zero_point} zero point{mixed}{table}{target}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from dataclasses import replace
 from functools import partial
 
 import onnx_ir as ir
@@ -14,14 +16,16 @@ from export.export_model import Destination, export_model
 from export.tables import export_table
 from stages.atomic import require_creatable
 from stages.base_graph import load_graph
+from stages.block.tunable import open_blocks
+from stages.block_tuning import BlockTuner
 from stages.cli import choose_device, progress_bar, run_command, show
 from stages.config import QuantizeConfig
 from stages.fingerprint import fingerprint_model
 from stages.graph.unreached import unreached_warning
 from stages.graph.weights import read_rows, read_weight
-from stages.model_directory import locate_model
+from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.cache import CalibrationCache, open_cache
-from stages.planning import ModelPlan, make_recipe, plan_model, search_options
+from stages.planning import ModelPlan, make_recipe, plan_model, search_options, signround_options
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.report import quantization_table
 from stages.solve.embedding import quantize_table
@@ -29,6 +33,9 @@ from stages.solve.recipe import QuantPlan
 from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver
 from stages.target.explain import choice_table
+
+_START = "start"
+"""Folder inside that of the weights for the search that tuning starts from; gone when all blocks are tuned."""
 
 
 def quantize(config: QuantizeConfig, console: Console) -> None:
@@ -44,7 +51,11 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     _show_plan(config, plan, console)
     recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
-    _solve_unfinished(_solver(config, model, plan.sites, cache), store, console)
+    if config.algo == "signround":
+        assert cache is not None
+        _tune_unfinished(config, model, directory, plan, cache, store, console)
+    else:
+        _solve_unfinished(_solver(config, model, plan.sites, cache), store, console)
     _round_unfinished(model, store, choose_device(config.device))
     show(quantization_table(store, time.perf_counter() - started))
     summary = export_model(directory, store, destination, config.export_options, console)
@@ -58,7 +69,10 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
     require_creatable(config.weights_folder, option="--weights_path")
     choose_device(config.device)
-    plan_model(config, load_graph(directory))
+    model = load_graph(directory)
+    plan = plan_model(config, model)
+    if config.algo == "signround":
+        open_blocks(model, plan.sites.groups)
 
 
 def _show_plan(config: QuantizeConfig, plan: ModelPlan, console: Console) -> None:
@@ -96,6 +110,35 @@ def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, console: Conso
                 store.write(index, solver.solve(group))
             progress.advance(task)
     store.write_report()
+
+
+def _tune_unfinished(
+    config: QuantizeConfig,
+    model: ir.Model,
+    directory: ModelDirectory,
+    plan: ModelPlan,
+    cache: CalibrationCache,
+    store: QuantizedStore,
+    console: Console,
+) -> None:
+    """Search what tuning starts from, and tune the blocks that have no files yet."""
+    if store.is_complete():
+        return
+    blocks = open_blocks(model, store.recipe.groups)
+    search = replace(config, algo=config.signround_start)
+    recipe = make_recipe(search, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
+    start = create_or_resume_store(config.weights_folder / _START, recipe, overwrite=config.overwrite)
+    _solve_unfinished(_solver(search, model, plan.sites, cache), start, console)
+    BlockTuner(
+        model=blocks,
+        directory=directory,
+        cache=cache,
+        start=start,
+        store=store,
+        options=signround_options(config),
+        device=choose_device(config.device),
+    ).tune(console)
+    shutil.rmtree(start.folder)
 
 
 def _round_unfinished(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:

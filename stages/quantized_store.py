@@ -48,6 +48,10 @@ class QuantizedStore:
     def is_finished(self, index: int) -> bool:
         return self.group_file(index).is_file()
 
+    def is_complete(self) -> bool:
+        """Whether every group is finished."""
+        return all(self.is_finished(index) for index in range(len(self.recipe.groups)))
+
     def write(self, index: int, solved: SolvedGroup) -> None:
         """Save one group; the file gets its name when it is whole."""
         tensors: dict[str, Tensor] = {}
@@ -66,6 +70,17 @@ class QuantizedStore:
                 f"Quantized weights can't be written to {self.folder} ({error}); free space there, or choose another "
                 "place with --weights_path."
             ) from error
+
+    def read_group(self, index: int) -> SolvedGroup:
+        """Load one finished group.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        group = self.recipe.groups[index]
+        weights = tuple(self.read(index, site) for site in group.sites)
+        reports = _REPORTS.validate_json(self._metadata(index)["reports"])
+        return SolvedGroup(group=group, weights=weights, reports=reports)
 
     def reports(self) -> list[SiteReport]:
         """The reports of all finished groups, in graph order."""

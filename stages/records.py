@@ -381,6 +381,11 @@ class SiteReport:
     scale_family: str = "identity"
     alpha: float | None = None
     mean_clip_ratio: float | None = None
+    block_loss_start: float | None = None
+    """Where a decoder block was tuned: mean squared error of its output on held-out tokens, each relative to the
+    token's squared length, as tuning found it."""
+    block_loss: float | None = None
+    """The same, as tuning left it."""
     note: str = ""
     seconds: float = 0.0
 

@@ -1,4 +1,4 @@
-"""A bfloat16 graph as a float32 one, for the CPU provider, which has no bfloat16 kernels.
+"""A narrow floating-point graph as a float32 one: bfloat16 for the CPU provider, which has no kernels for it.
 
 Every bfloat16 is a float32, so weights and constants stay exactly what they are; activations are rounded less than they
 would be. Nothing is held in memory: widened weights go tensor by tensor into a temporary file.
@@ -20,6 +20,8 @@ _WIDENED = "model.onnx"
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "precision", "softmax_precision"})
 """Attributes whose number is an ONNX element type."""
 
+_BFLOAT16 = frozenset({ir.DataType.BFLOAT16})
+
 WIDENED_BECAUSE = "as float32: the CPU has no bfloat16 kernels, and every bfloat16 is a float32"
 """What tables say of a widened run."""
 
@@ -29,21 +31,21 @@ def must_widen(model: ir.Model, providers: tuple[str, ...]) -> bool:
     return providers == CPU_ONLY and any(value.dtype == ir.DataType.BFLOAT16 for value in _values(model))
 
 
-def widened(model: ir.Model) -> ir.Model:
-    """A copy of ``model`` with float32 wherever it had bfloat16; ``model`` is left as it was.
+def widened(model: ir.Model, narrow: frozenset[ir.DataType] = _BFLOAT16) -> ir.Model:
+    """A copy of ``model`` with float32 wherever it had a type of ``narrow``; ``model`` is left as it was.
 
     Ensures: initializers are read and widened when they are written, inputs and outputs of the graph (key/value caches)
     change their type too, and so do constants and the types that Cast and its like name.
     """
     wide = model.clone()
     for value in _values(wide):
-        if value.dtype == ir.DataType.BFLOAT16:
+        if value.dtype in narrow:
             value.type = ir.TensorType(ir.DataType.FLOAT)
             if value.const_value is not None:
                 value.const_value = _lazily_widened(value.const_value)
     for node in _nodes(wide):
         for name, attribute in tuple(node.attributes.items()):
-            node.attributes[name] = _widened_attribute(attribute)
+            node.attributes[name] = _widened_attribute(attribute, narrow)
     return wide
 
 
@@ -107,12 +109,12 @@ def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(values, name=tensor.name)
 
 
-def _widened_attribute(attribute: ir.Attr) -> ir.Attr:
+def _widened_attribute(attribute: ir.Attr, narrow: frozenset[ir.DataType]) -> ir.Attr:
     if attribute.is_ref():
         return attribute
-    if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
+    if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in narrow:
         return ir.AttrTensor(attribute.name, _float32(attribute.as_tensor()))
     named_type = attribute.name in _TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT
-    if named_type and attribute.as_int() == ir.DataType.BFLOAT16:
+    if named_type and attribute.as_int() in narrow:
         return ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
     return attribute

@@ -43,9 +43,9 @@ from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales
 from stages.solve.blocks import join, split
 from stages.solve.clip import clip_sites
 from stages.solve.embedding import plan_embeddings
-from stages.solve.evaluate import full_range, full_ranges, site_errors
+from stages.solve.evaluate import full_range, full_ranges
 from stages.solve.objective import gram_blocks, output_error
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, Trial
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale
 from stages.solve.ranges import clip_ratio_grid, search_clip_ratios
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
@@ -203,7 +203,7 @@ def test_b04_plain_rounding_is_a_candidate() -> None:
     weight[:, ::16] = 7 / 8
     problem = replace(layer.problem, weights=(weight,))
     assert problem.stats is not None
-    assert rank_input_scales(problem, OPTIONS)[0].input_scale is IDENTITY
+    assert rank_input_scales(problem, OPTIONS)[0] is IDENTITY
     chosen = awq_lite(problem, OPTIONS)
     assert joint_error(problem, chosen, problem.stats.calibration) == 0
     tokens, theirs = layer.tokens.numpy(), weight.numpy().T
@@ -217,10 +217,10 @@ def test_b05_siblings_are_searched_at_the_scale_that_they_share() -> None:
     joint, averaged = 0.0, 0.0
     for seed in range(20):
         problem = random_layer(seed, widths=(12, 12)).problem
-        alone = [rank_input_scales(single, OPTIONS)[0].input_scale for single in each_alone(problem)]
+        alone = [rank_input_scales(single, OPTIONS)[0] for single in each_alone(problem)]
         found = [np.ones(48) if one.scale is None else one.scale.numpy() for one in alone]
         mean = torch.from_numpy(competitor.shared_scale(found)).float()
-        joint += relative_held_out_error(problem, rank_input_scales(problem, OPTIONS)[0].input_scale)
+        joint += relative_held_out_error(problem, rank_input_scales(problem, OPTIONS)[0])
         averaged += relative_held_out_error(problem, InputScale(family="mean", alpha=None, scale=mean))
     assert joint < averaged
 
@@ -265,8 +265,7 @@ def test_b07_clip_ratios_of_scaled_weights_meet_scaled_activations() -> None:
     weight, stats = layer.problem.weights[0], layer.problem.stats.calibration
     scale = torch.rand(48, generator=torch.Generator().manual_seed(3)) * 4 + 0.2
     plain = full_range(weight, spec(), "full", InputScale(family="test", alpha=None, scale=scale))
-    errors = site_errors(layer.problem, (plain,), stats)
-    (choice,) = clip_sites(layer.problem, OPTIONS, Trial(choices=(plain,), errors=errors)).choices
+    (choice,) = clip_sites(layer.problem, OPTIONS, (plain,))
     ours = choice.parameters.scales / plain.parameters.scales
     theirs = search_clip_ratios(weight * scale, spec(), "full", gram_blocks(stats, 16), RATIOS)
     right, wrong = (held_out_loss(layer.held_out, weight, scale, ratios) for ratios in (ours, theirs))

@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENTRIES = {"stages.calibrate", "stages.quantize", "stages.sweep"}
-COMPOSERS = {"stages.planning"}
+COMPOSERS = {"stages.block_tuning", "stages.planning"}
 """Parts of the entry points: they join rooms, and nobody else may import them."""
-ROOMS = {"stages.graph", "stages.observe", "stages.solve", "stages.evaluation", "export", "scripts"}
+ROOMS = {"stages.block", "stages.evaluation", "stages.graph", "stages.observe", "stages.solve", "export", "scripts"}
 ALLOWED = {
+    "stages.block": {"stages.block", "stages.graph"},
     "stages.graph": {"stages.graph"},
     "stages.observe": {"stages.observe"},
     "stages.solve": {"stages.solve"},
@@ -21,9 +22,10 @@ ALLOWED = {
     "export": {"export"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
+    "stages.block_tuning": {"stages.block", "stages.graph", "stages.observe", "stages.solve"},
     "stages.calibrate": {"stages.graph", "stages.observe"},
     "stages.sweep": {"stages.evaluation"},
-    "stages.quantize": {"stages.graph", "stages.observe", "stages.solve", "export"},
+    "stages.quantize": {"stages.block", "stages.graph", "stages.observe", "stages.solve", "export"},
 }
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 
 from stages.errors import UserError
-from stages.observe.cache import find_cache, read_tokens
+from stages.observe.cache import find_cache
 
 _RUN = 16
 """Tokens. Ordinary prose repeats hardly any run of this length; set phrases are shorter."""
@@ -33,10 +33,10 @@ def refuse_calibrated(text: str, tokens: Int64[np.ndarray, "windows L"], cache: 
 
     A cache that doesn't exist has seen nothing.
     """
-    if find_cache(cache) is None:
+    found = find_cache(cache)
+    if found is None:
         return
-    seen = read_tokens(cache)
-    share = common_share(tokens, np.concatenate([seen.calibration, seen.held_out]))
+    share = common_share(tokens, np.concatenate(found.read_tokens()))
     if share > _TOLERATED:
         raise UserError(
             f"--text {text}: {share:.0%} of its runs of {_RUN} tokens were calibrated on ({cache}); pass text that "

@@ -101,7 +101,20 @@ def open_tap(
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None = None,
 ) -> ActivationTap:
-    """Open the tapped graph with one output for each group's activation, on the first providers that take it.
+    """Open the tapped graph with one output for each group's activation; see ``open_value_tap``."""
+    activations = tuple(group.activation for group in groups)
+    return open_value_tap(model, directory, activations, choice, provider_options, scratch)
+
+
+def open_value_tap(
+    model: ir.Model,
+    directory: ModelDirectory,
+    values: tuple[str, ...],
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
+    scratch: Path | None = None,
+) -> ActivationTap:
+    """Open the tapped graph with ``values`` as its outputs, on the first providers that take it.
 
     ``scratch`` is where a widened copy of a bfloat16 model may lie, twice the model's size (None: the system's folder
     for temporary files).
@@ -109,8 +122,7 @@ def open_tap(
     Raises:
         GraphError: ONNX Runtime can't open the base model.
     """
-    activations = tuple(group.activation for group in groups)
-    tapped = tapped_model(model, activations)
+    tapped = tapped_model(model, values)
     with ExitStack() as temporary:
 
         def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
@@ -126,4 +138,4 @@ def open_tap(
         opened = open_first_session(open_with, choice)
         feeds = CausalFeeds(opened.session, directory.kv_heads, directory.head_size, directory.windowed_caches)
         widened = must_widen(tapped, opened.providers.names)
-        return ActivationTap(feeds, activations, opened.providers, widened, temporary.pop_all())
+        return ActivationTap(feeds, values, opened.providers, widened, temporary.pop_all())

@@ -25,7 +25,7 @@ from stages.errors import CacheMismatch, UserError
 from stages.records import ActivationStats, TokenStats
 
 MANIFEST = "manifest.json"
-TOKENS = "tokens.safetensors"
+_TOKENS = "tokens.safetensors"
 _FORMAT = 1
 
 
@@ -98,6 +98,21 @@ class CalibrationCache:
             calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
         )
 
+    def read_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """The windows that the statistics come from: calibration and held out, each [windows, length] int64.
+
+        Raises:
+            CacheMismatch: their file is missing or damaged.
+        """
+        path = self.folder / _TOKENS
+        try:
+            windows = load_arrays(path)
+        except (OSError, SafetensorError) as error:
+            raise CacheMismatch(
+                f"{path} is missing or damaged ({error}); run stages.calibrate again with --overwrite."
+            ) from error
+        return windows["calibration"], windows["held_out"]
+
 
 def _token_stats(tensors: dict[str, Tensor], part: str) -> TokenStats:
     return TokenStats(
@@ -135,7 +150,7 @@ class CacheWriter:
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
-        with self._place_for(TOKENS) as path:
+        with self._place_for(_TOKENS) as path:
             save_arrays({"calibration": calibration, "held_out": held_out}, path)
 
     @contextmanager
@@ -181,28 +196,6 @@ def find_cache(folder: Path) -> CalibrationCache | None:
     if manifest.format != _FORMAT:
         raise CacheMismatch(f"{path} has format {manifest.format}, not {_FORMAT}; calibrate with --overwrite.")
     return CalibrationCache(folder, manifest)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedTokens:
-    """The token windows that a cache was made from, [windows, seq_len] int64 each."""
-
-    calibration: np.ndarray
-    held_out: np.ndarray
-
-
-def read_tokens(folder: Path) -> CachedTokens:
-    """The tokens that the cache in ``folder`` was made from.
-
-    Raises:
-        CacheMismatch: they are missing or damaged.
-    """
-    path = folder / TOKENS
-    try:
-        arrays = load_arrays(path)
-        return CachedTokens(calibration=arrays["calibration"], held_out=arrays["held_out"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CacheMismatch(f"{path} can't be read ({error}); run stages.calibrate again with --overwrite.") from error
 
 
 def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:

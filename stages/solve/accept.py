@@ -8,20 +8,23 @@ from torch import Tensor
 
 from stages.records import QuantSpec, TokenStats
 from stages.solve.evaluate import full_ranges, site_error, site_errors
-from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoice, Trial
+from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoice
 
 
-def first_accepted(problem: GroupProblem, options: SearchOptions, ranked: Iterable[Trial]) -> tuple[SiteChoice, ...]:
-    """The first of ``ranked`` (best calibration error first) that is no worse than plain rounding on held-out tokens.
+def first_accepted(
+    problem: GroupProblem, options: SearchOptions, ranked: Iterable[tuple[SiteChoice, ...]]
+) -> tuple[SiteChoice, ...]:
+    """The first of ``ranked`` (best first) that is no worse than plain rounding, on calibration and held-out tokens.
 
     Refinements that held-out tokens speak against are undone first. Plain rounding is the answer where none passes.
     """
     assert problem.stats is not None
+    calibration, held_out = problem.stats.calibration, problem.stats.held_out
     plain = full_ranges(problem, options.range_rule, IDENTITY)
-    limit = sum(site_errors(problem, plain, problem.stats.held_out))
-    for trial in ranked:
-        choices, error = settle(problem, trial.choices)
-        if error <= limit:
+    limits = [sum(site_errors(problem, plain, stats)) for stats in (calibration, held_out)]
+    for candidate in ranked:
+        choices, error = settle(problem, candidate)
+        if error <= limits[1] and sum(site_errors(problem, choices, calibration)) <= limits[0]:
             return choices
     return plain
 

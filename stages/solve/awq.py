@@ -7,8 +7,6 @@ that the result is never worse than plain rounding. Siblings are searched jointl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,33 +15,21 @@ from stages.records import HeadSharing, QuantSpec, TokenStats
 from stages.solve.accept import first_accepted
 from stages.solve.blocks import join, split
 from stages.solve.evaluate import candidate_errors, full_ranges
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice, Trial
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.solve.sample import represented, sampled
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 """Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
 
 
 def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
-    """The input scale with the smallest joint error that the held-out tokens don't veto."""
+    """The input scale with the smallest joint error that neither the held-out tokens nor all channels veto."""
     ranked = rank_input_scales(problem, options)
-    return first_accepted(problem, options, (unclipped(problem, options, which) for which in ranked))
+    return first_accepted(problem, options, (full_ranges(problem, options.range_rule, scale) for scale in ranked))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankedScale:
-    """An input scale, and each site's error on the calibration tokens under it at full range."""
-
-    input_scale: InputScale
-    errors: tuple[float, ...]
-
-
-def unclipped(problem: GroupProblem, options: SearchOptions, ranked: RankedScale) -> Trial:
-    """The trial of an input scale with every block at its full range."""
-    return Trial(choices=full_ranges(problem, options.range_rule, ranked.input_scale), errors=ranked.errors)
-
-
-def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[RankedScale]:
-    """All candidates from the smallest to the largest joint error, none worse than the identity.
+def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
+    """Candidates from the smallest to the largest joint error at full range, measured on a sample of the channels.
 
     The list ends with the identity: what comes after it is never taken.
     """
@@ -51,17 +37,13 @@ def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[Ran
     stats = problem.stats.calibration
     candidates = [IDENTITY, *input_scale_candidates(problem, stats, options.alpha_step)]
     scales = torch.stack([_as_tensor(candidate, stats) for candidate in candidates])
-    errors = torch.stack(
-        [
-            candidate_errors(weight, spec, scales, options.range_rule, stats)
-            for weight, spec in zip(problem.weights, problem.specs, strict=True)
-        ]
-    )
-    order = torch.argsort(errors.sum(dim=0), stable=True).tolist()
-    return [
-        RankedScale(input_scale=candidates[index], errors=tuple(errors[:, index].tolist()))
-        for index in order[: order.index(0) + 1]
+    errors = [
+        candidate_errors(weight, spec, scales, options.range_rule, stats).tolist()
+        for weight, spec in zip(sampled(problem).weights, problem.specs, strict=True)
     ]
+    joint = [represented(problem, of_sites) for of_sites in zip(*errors, strict=True)]
+    order = sorted(range(len(candidates)), key=joint.__getitem__)
+    return [candidates[index] for index in order[: order.index(0) + 1]]
 
 
 def _as_tensor(candidate: InputScale, stats: TokenStats) -> Tensor:

@@ -1,19 +1,31 @@
-"""Input scale and clip ratios together: clipping is searched in the space of the scale that it goes with."""
+"""Input scale and ranges together: ranges are searched in the space of the scale that they go with."""
 
 from __future__ import annotations
 
 from stages.solve.accept import first_accepted
-from stages.solve.awq import rank_input_scales, unclipped
+from stages.solve.awq import rank_input_scales
 from stages.solve.clip import clip_sites
-from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
+from stages.solve.evaluate import full_ranges, site_errors
+from stages.solve.problem import GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.solve.sample import represented, sampled
 
 _SHORTLIST = 4
 """Input scales that are clipped before one is chosen: clipping can reorder the best few."""
 
 
 def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
-    """The best of the few best input scales and the identity, each with its own clip ratios."""
+    """The best of the few best input scales and the identity, each with its own ranges."""
     *scales, identity = rank_input_scales(problem, options)
-    shortlist = (unclipped(problem, options, ranked) for ranked in (*scales[:_SHORTLIST], identity))
-    trials = [clip_sites(problem, options, trial) for trial in shortlist]
-    return first_accepted(problem, options, sorted(trials, key=lambda trial: trial.error))
+    ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(problem, options, scale))
+    return first_accepted(problem, options, (_clipped(problem, options, scale) for scale in ranked))
+
+
+def _clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
+    return clip_sites(problem, options, full_ranges(problem, options.range_rule, scale))
+
+
+def _clipped_error(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> float:
+    """The joint error with ranges searched, measured on a sample of the channels."""
+    assert problem.stats is not None
+    few = sampled(problem)
+    return represented(problem, site_errors(few, _clipped(few, options, scale), problem.stats.calibration))

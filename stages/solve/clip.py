@@ -15,32 +15,32 @@ from stages.solve.accept import first_accepted
 from stages.solve.affine import BlockParameters
 from stages.solve.evaluate import full_ranges, scaled_weight, site_errors
 from stages.solve.objective import gram_blocks, in_scaled_space
-from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice, Trial
+from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.solve.ranges import clip_ratio_grid, search_ranges
 
 
 def awq_clip(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The best ranges for every site, without an input scale."""
-    assert problem.stats is not None
-    choices = full_ranges(problem, options.range_rule, IDENTITY)
-    errors = site_errors(problem, choices, problem.stats.calibration)
-    return first_accepted(problem, options, [clip_sites(problem, options, Trial(choices=choices, errors=errors))])
+    unclipped = full_ranges(problem, options.range_rule, IDENTITY)
+    return first_accepted(problem, options, [clip_sites(problem, options, unclipped)])
 
 
-def clip_sites(problem: GroupProblem, options: SearchOptions, unclipped: Trial) -> Trial:
-    """The trial with every site's best ranges, or the full ones at a site whose error gets no smaller.
+def clip_sites(
+    problem: GroupProblem, options: SearchOptions, unclipped: tuple[SiteChoice, ...]
+) -> tuple[SiteChoice, ...]:
+    """``unclipped`` with every site's best ranges, or as it is at a site whose error gets no smaller.
 
     Blocks are searched one by one; the error of whole rows decides whether their ranges are taken.
     """
     assert problem.stats is not None
     clipped = tuple(
         replace(choice, parameters=_site_ranges(problem, options, weight, spec, choice.input_scale), fallback=choice)
-        for weight, spec, choice in zip(problem.weights, problem.specs, unclipped.choices, strict=True)
+        for weight, spec, choice in zip(problem.weights, problem.specs, unclipped, strict=True)
     )
-    errors = site_errors(problem, clipped, problem.stats.calibration)
-    pairs = zip(clipped, errors, unclipped.choices, unclipped.errors, strict=True)
-    best = [(choice, error) if error <= other else (plain, other) for choice, error, plain, other in pairs]
-    return Trial(choices=tuple(choice for choice, _ in best), errors=tuple(error for _, error in best))
+    stats = problem.stats.calibration
+    errors, others = site_errors(problem, clipped, stats), site_errors(problem, unclipped, stats)
+    both = zip(clipped, errors, unclipped, others, strict=True)
+    return tuple(choice if error <= other else plain for choice, error, plain, other in both)
 
 
 def _site_ranges(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.records import QuantSpec, TokenStats
+from stages.records import MatMulSite, QuantizedWeight, QuantSpec, TokenStats, torch_float
 from stages.solve.affine import BlockParameters, RangeRule, choose_parameters, dequantize, quantize, round_trip
 from stages.solve.blocks import join, split
 from stages.solve.objective import output_error
@@ -48,6 +48,21 @@ def quantize_site(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteCho
         return choice.codes
     blocks = split(scaled_weight(weight, choice.input_scale), spec.block_size(weight.shape[1]))
     return join(quantize(blocks, choice.parameters, spec), weight.shape[1])
+
+
+def stored_weight(
+    site: MatMulSite, weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice
+) -> QuantizedWeight:
+    """What the file will hold for one site under ``choice``, on the CPU."""
+    zero_points, scale = choice.parameters.zero_points, choice.input_scale.scale
+    return QuantizedWeight(
+        site=site,
+        spec=spec,
+        codes=quantize_site(weight, spec, choice).to(spec.code_dtype).cpu(),
+        scales=choice.parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
+        zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
+        input_scale=None if scale is None else scale.cpu(),
+    )
 
 
 def weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:

@@ -73,18 +73,5 @@ class SiteChoice:
     fallback: SiteChoice | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A choice for every site of a group, and each site's error on the calibration tokens."""
-
-    choices: tuple[SiteChoice, ...]
-    errors: tuple[float, ...]
-
-    @property
-    def error(self) -> float:
-        """The joint error: the sites read the same activation."""
-        return sum(self.errors)
-
-
 Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
 """A pure function: one choice for every site of the group."""

@@ -13,15 +13,13 @@ from stages.records import (
     ActivationGroup,
     ActivationStats,
     MatMulSite,
-    QuantizedWeight,
     QuantSpec,
     SiteReport,
     SolvedGroup,
     TokenStats,
     ValueAbsorber,
-    torch_float,
 )
-from stages.solve.evaluate import full_range, quantize_site, site_error
+from stages.solve.evaluate import full_range, site_error, stored_weight
 from stages.solve.objective import output_error, to_device
 from stages.solve.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.solve.rtn import rtn
@@ -58,7 +56,10 @@ class GroupSolver:
         pairs = [
             (part, index, choice) for part in problems for index, choice in enumerate(algorithm(part, self.options))
         ]
-        weights = tuple(_carry_out(part, index, choice) for part, index, choice in pairs)
+        weights = tuple(
+            stored_weight(part.group.sites[index], part.weights[index], part.specs[index], choice)
+            for part, index, choice in pairs
+        )
         seconds = (time.perf_counter() - started) / len(pairs)
         name, note = ("rtn", _UNSEEN) if unseen else (self.algorithm_name, "")
         reports = tuple(
@@ -90,21 +91,6 @@ def _one_by_one(problem: GroupProblem) -> list[GroupProblem]:
         replace(problem, group=replace(problem.group, sites=(site,)), weights=(weight,), specs=(spec,))
         for site, weight, spec in zip(problem.group.sites, problem.weights, problem.specs, strict=True)
     ]
-
-
-def _carry_out(problem: GroupProblem, index: int, choice: SiteChoice) -> QuantizedWeight:
-    spec = problem.specs[index]
-    codes = quantize_site(problem.weights[index], spec, choice)
-    zero_points = choice.parameters.zero_points
-    scale = choice.input_scale.scale
-    return QuantizedWeight(
-        site=problem.group.sites[index],
-        spec=spec,
-        codes=codes.to(spec.code_dtype).cpu(),
-        scales=choice.parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
-        zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
-        input_scale=None if scale is None else scale.cpu(),
-    )
 
 
 def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: SearchOptions) -> SiteReport:

@@ -57,7 +57,7 @@ def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> Non
 def test_siblings_are_ranked_by_the_loss_at_the_shared_scale() -> None:
     layer = random_layer(7, widths=(12, 30))
     assert layer.problem.stats is not None
-    ranked = [one.input_scale for one in rank_input_scales(layer.problem, OPTIONS)]
+    ranked = rank_input_scales(layer.problem, OPTIONS)
     losses = [
         sum(
             awq_loss(

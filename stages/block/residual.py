@@ -1,0 +1,66 @@
+"""Write fused residual norms out as Add and norm, so that one tensor, the residual stream, leads from block to block.
+
+SkipSimplifiedLayerNormalization hands the next block two tensors: the sum, and the sum normalized. The sum alone is
+what a block's loss is measured on, and the norm belongs to the block that reads it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+_NORMS = {
+    "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+    "SkipLayerNormalization": "LayerNormalization",
+}
+_SUM = 3
+"""Index of the output that holds the sum."""
+
+
+def write_out_residuals(model: ir.Model) -> ir.Model:
+    """A copy of ``model`` whose skip norms are Add and norm nodes; ``model`` is left as it was.
+
+    Ensures: the values keep their names, and every sum has one.
+    """
+    plain = model.clone()
+    for node in tuple(plain.graph):
+        if node.op_type in _NORMS:
+            _write_out(plain.graph, node)
+    return plain
+
+
+def _write_out(graph: ir.Graph, node: ir.Node) -> None:
+    total = _add(graph, node, node.inputs[0], node.inputs[1], f"{node.name}/sum")
+    if (bias := _bias(node)) is not None:
+        total = _add(graph, node, total, bias, f"{node.name}/sum_with_bias")
+    parameters = [value for value in node.inputs[2 : _bias_index(node)] if value is not None]
+    norm = ir.node(_NORMS[node.op_type], [total, *parameters], attributes=node.attributes, name=f"{node.name}/norm")
+    graph.insert_before(node, norm)
+    _replace(node.outputs[0], norm.outputs[0])
+    if len(node.outputs) > _SUM and node.outputs[_SUM].name:
+        _replace(node.outputs[_SUM], total)
+    graph.remove(node, safe=True)
+
+
+def _add(graph: ir.Graph, before: ir.Node, left: ir.Value | None, right: ir.Value | None, name: str) -> ir.Value:
+    assert left is not None
+    added = ir.node("Add", [left, right], name=name)
+    added.outputs[0].name, added.outputs[0].type = name, left.type
+    graph.insert_before(before, added)
+    return added.outputs[0]
+
+
+def _bias_index(node: ir.Node) -> int:
+    """SkipLayerNormalization has the norm's own bias, beta, before the one that is added to the sum."""
+    return 4 if node.op_type == "SkipLayerNormalization" else 3
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    index = _bias_index(node)
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    name, new.type, new.shape = old.name, old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name = None
+    new.name = name
