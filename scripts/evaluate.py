@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from scripts.evaluation import ModelRow, Report, evaluate, load_report, prepare, save_report
-from scripts.options import EvaluateConfig
 from stages.cli import progress_bar, run_command
+from stages.config import EvaluateConfig
+from stages.evaluation.compare import ModelRow, Report, evaluate, load_report, prepare, save_report
 from stages.widen import WIDENED_BECAUSE
 
 

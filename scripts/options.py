@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from stages.config import AccuracyLevel, Algorithm, CalibrateConfig, LmHead, QuantizeConfig
+from stages.config import Algorithm, BenchConfig, CalibrateConfig, Flag, QuantizeConfig, SweepGrid
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+OrtMethod = Literal["default", "hqq", "k_quant"]
+ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,28 +36,6 @@ class BuildConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig:
-    """Compare models with their base on the same text: perplexity, KL divergence, top-1 agreement, size."""
-
-    base: Path
-    """Base model: the .onnx file or its folder; its tokenizer is used for all."""
-    model: tuple[Path, ...]
-    """Models to compare: .onnx files or folders."""
-    text: str = "offline"
-    """A UTF-8 text file, or offline: those topics of CPython's documentation that calibration never sees."""
-    windows: int = 16
-    """Windows of seq_len tokens, from the beginning of the text."""
-    seq_len: int = 512
-    """Tokens in a window."""
-    accuracy_level: AccuracyLevel = 1
-    """1 computes activations in float32 on CPU; the runtime's default 4 rounds them to int8, in every model alike."""
-    eps: str = "cpu"
-    """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
-    json: Path | None = None
-    """Where the numbers are written; the same comparison is then shown from there, not run again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig:
     """Let models answer a prompt greedily through onnxruntime-genai."""
 
@@ -70,36 +47,28 @@ class GenerateConfig:
     """Generation stops here, at the end of the first sentence, or where the model ends it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasureConfig:
-    """Quantize one base model in many ways and measure each: seconds, memory, bytes, accuracy."""
+@dataclass(frozen=True, kw_only=True)
+class PeerConfig(BenchConfig, SweepGrid):
+    """Quantize one base model with our algorithms and with the competitors', and judge all in the same way.
 
-    base: Path
-    """Base model: its folder. Its calibration must be there already."""
-    output: Path
-    """Folder for the measured models, the reports and the table; runs that are there are not repeated."""
-    cache_dir: Path | None = None
-    """Calibration cache; default: the model's folder name with .calibration added."""
-    algo: tuple[Algorithm, ...] = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full")
-    """Algorithms to measure."""
-    block_size: tuple[int, ...] = (32, 128)
-    """Block sizes to measure each algorithm with."""
-    zero_point: tuple[bool, ...] = (False, True)
-    """Without a zero point, with one, or both."""
-    enable_mixed_quant: tuple[bool, ...] = (False,)
-    """All sites in INT4, mixed INT4 and INT8, or both."""
-    int8_block_size: tuple[int | None, ...] = (None,)
-    """Inputs that share an INT8 scale where there is INT8; None: one scale per output channel."""
-    lm_head: tuple[LmHead | None, ...] = (None,)
-    """lm_head as INT4 (4), INT8 (8), as it is (none), or several of these."""
-    use_column_major: tuple[bool, ...] = (False,)
-    """Weights as MatMul wants them, in rows of output channels, or both."""
-    text: tuple[str, ...] = ("offline",)
-    """UTF-8 text files, or offline; none of them may have been calibrated on."""
-    windows: int = 16
-    """Windows of seq_len tokens of each text."""
-    seq_len: int = 512
-    """Tokens in a window."""
+    Where both have the choice, block sizes and zero points hold for the competitors too.
+    """
+
+    ort: tuple[OrtMethod, ...] = ("default", "hqq", "k_quant")
+    """Methods of ONNX Runtime's MatMulNBitsQuantizer."""
+    modelopt: tuple[ModelOptMethod, ...] = ("rtn_dq", "awq_lite", "awq_clip", "awq_full")
+    """Methods of NVIDIA ModelOpt's ONNX INT4 quantizer."""
+    modelopt_windows: int = 8
+    """Windows of our calibration cache that ModelOpt calibrates on; it runs the whole model on each of them once for
+    every weight, and so takes hours for many."""
+    modelopt_fast_path: Flag = False
+    """Let awq_lite and awq_full keep all activations in memory: the same result sooner."""
+    modelopt_environment: Path | None = None
+    """Where ModelOpt is installed, in a virtual environment of its own; default: modelopt-venv in the output folder."""
+
+    @property
+    def modelopt_environment_path(self) -> Path:
+        return (self.modelopt_environment or self.output / "modelopt-venv").absolute()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ PerChannelWord = Literal["channel"]
 MixedRule = Literal["modelopt", "llamacpp"]
 Sensitivity = Literal["cache", "measured"]
 Verification = Literal["full", "quick", "off"]
+Keep = Literal["all", "best", "none"]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 
@@ -362,3 +364,87 @@ class ExportConfig:
     @property
     def export_options(self) -> ExportOptions:
         return ExportOptions(accuracy_level=self.accuracy_level, verify=self.verify)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Compare models with their base on the same text: perplexity, KL divergence, top-1 agreement, size."""
+
+    base: Path
+    """Base model: the .onnx file or its folder; its tokenizer is used for all."""
+    model: tuple[Path, ...]
+    """Models to compare: .onnx files or folders."""
+    text: str = "offline"
+    """A UTF-8 text file, or offline: those topics of CPython's documentation that calibration never sees."""
+    windows: int = 16
+    """Windows of seq_len tokens, from the beginning of the text."""
+    seq_len: int = 512
+    """Tokens in a window."""
+    accuracy_level: AccuracyLevel = 1
+    """1 computes activations in float32 on CPU; the runtime's default 4 rounds them to int8, in every model alike."""
+    eps: str = "cpu"
+    """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
+    json: Path | None = None
+    """Where the numbers are written; the same comparison is then shown from there, not run again."""
+
+
+# Without slots, so that the commands below can inherit.
+@dataclass(frozen=True, kw_only=True)
+class SweepGrid:
+    """Options of ``stages.quantize`` with several values each: every combination is a point."""
+
+    algo: tuple[Algorithm, ...] = ("rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq")
+    """Algorithms; by default all that search one site at a time."""
+    block_size: tuple[int | None, ...] = (32, 128)
+    """Inputs that share a scale; None: as stages.quantize chooses."""
+    use_zero_point: tuple[bool, ...] = (False, True)
+    """Without a zero point, with one, or both."""
+    enable_mixed_quant: tuple[bool, ...] = (False,)
+    """All sites in INT4, mixed INT4 and INT8, or both."""
+    int8_block_size: tuple[int | PerChannelWord | None, ...] = (None,)
+    """Inputs that share an INT8 scale where there is INT8; None: as stages.quantize chooses."""
+    lm_head: tuple[LmHead | None, ...] = (None,)
+    """lm_head as INT4 (4), INT8 (8), as it is (none), or several of these; None: as stages.quantize chooses."""
+    use_column_major: tuple[bool, ...] = (False,)
+    """Weights as MatMul wants them, in rows of output channels, or both."""
+    options: tuple[str, ...] = ("",)
+    """Further options of stages.quantize without their dashes, a value for each variant: '' 'layers_8bit=down_proj'
+    'target=cuda accuracy_level=1'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Where models are made and how they are judged."""
+
+    base: Path
+    """Base model: the .onnx file or its folder."""
+    output: Path
+    """Folder for the models, their records and the table; what is there is not made again."""
+    cache_dir: Path | None = None
+    """Calibration cache; default: the model's folder name with .calibration added."""
+    text: tuple[str, ...] = ("offline",)
+    """UTF-8 text files, or offline, to judge on. Text that was calibrated on is refused."""
+    windows: int = 16
+    """Windows of seq_len tokens of each text."""
+    seq_len: int = 512
+    """Tokens in a window."""
+    retry_failed: Flag = False
+    """Try again what failed before."""
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or beside(self.base, ".calibration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(BenchConfig, SweepGrid):
+    """Quantize one base model in many ways from one cache and compare them: bytes, seconds, memory, accuracy.
+
+    A sweep that is stopped goes on with the same command.
+    """
+
+    no_evaluation: Flag = False
+    """Run no model: compare held-out layer losses alone."""
+    keep: Keep = "all"
+    """Which models stay on disk: all, best (those that no other one beats in bytes and loss), or none. Their records
+    stay in any case, and each can be made again with the command that is printed."""

@@ -10,12 +10,14 @@ import pytest
 from rich.console import Console
 
 from export.__main__ import export
+from scripts.compare_with_peer import compare_with_peer
 from scripts.drop_in import quantize_in_one_go
-from scripts.options import DropInConfig
+from scripts.options import DropInConfig, PeerConfig
 from stages.calibrate import calibrate
 from stages.cli import run_command
-from stages.config import CalibrateConfig, ExportConfig, QuantizeConfig
+from stages.config import CalibrateConfig, ExportConfig, QuantizeConfig, SweepConfig
 from stages.quantize import quantize
+from stages.sweep import sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,12 @@ class Commands:
 
     def drop_in(self, *arguments: object) -> tuple[int, str]:
         return self._run(DropInConfig, quantize_in_one_go, arguments)
+
+    def sweep(self, *arguments: object) -> tuple[int, str]:
+        return self._run(SweepConfig, sweep, arguments)
+
+    def compare(self, *arguments: object) -> tuple[int, str]:
+        return self._run(PeerConfig, compare_with_peer, arguments)
 
     def _run(
         self, config: type, command: Callable[[object, Console], None], arguments: tuple[object, ...]

@@ -6,7 +6,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from rich.console import Console
 
+from stages.calibrate import calibrate
+from stages.config import CalibrateConfig
 from tests.commands import Commands
 from tests.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
 
@@ -57,6 +60,25 @@ def tiny_model_bf16(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> 
     folder = tmp_path_factory.mktemp("models") / "tiny-bf16"
     build_genai_model(tiny_hf, folder, "bf16", "cuda")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
+    """A calibration of the tiny model: 18 windows of 32 tokens to search with, 2 held out."""
+    folder = tmp_path_factory.mktemp("caches") / "tiny"
+    config = CalibrateConfig(
+        onnx_path=tiny_model, dataset=str(tiny_text), calib_size=20, seq_len=32, batch_size=4, cache_dir=folder
+    )
+    calibrate(config, Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unseen_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .txt file that the tiny model was not calibrated on."""
+    path = tmp_path_factory.mktemp("text") / "unseen.txt"
+    path.write_text(" ".join(f"Line {n} holds {n * n % 89} apples." for n in range(60)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture

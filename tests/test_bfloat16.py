@@ -13,9 +13,9 @@ import pytest
 from rich.progress import Progress
 
 from scripts.evaluate import _table
-from scripts.evaluation import evaluate, prepare
-from scripts.options import EvaluateConfig
 from stages.base_graph import load_graph
+from stages.config import EvaluateConfig
+from stages.evaluation.compare import evaluate, prepare
 from stages.fingerprint import fingerprint_model
 from stages.graph.run import open_tap, tapped_model
 from stages.graph.sites import find_groups

@@ -28,11 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
-from scripts.accuracy import score_window, summarize
 from scripts.support_matrix import FamilyResult
 from stages.base_graph import load_graph
 from stages.calibrate import calibrate
 from stages.config import CalibrateConfig, QuantizeConfig
+from stages.evaluation.accuracy import score_window, summarize
 from stages.model_directory import ModelDirectory, locate_model
 from stages.quantize import quantize
 from stages.quantized_store import QuantizedStore, open_store

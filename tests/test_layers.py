@@ -9,15 +9,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRIES = {"stages.calibrate", "stages.quantize"}
+ENTRIES = {"stages.calibrate", "stages.quantize", "stages.sweep"}
 COMPOSERS = {"stages.planning", "stages.sensitivity", "stages.spending"}
 """Parts of the entry points: they join rooms, and only entry points and each other may import them."""
-ROOMS = {"stages.block", "stages.graph", "stages.observe", "stages.solve", "stages.tune", "export", "scripts"}
+ROOMS = {
+    "stages.block",
+    "stages.evaluation",
+    "stages.graph",
+    "stages.observe",
+    "stages.solve",
+    "stages.tune",
+    "export",
+    "scripts",
+}
 ALLOWED = {
     "stages.block": {"stages.block", "stages.graph"},
     "stages.graph": {"stages.graph"},
     "stages.observe": {"stages.observe"},
     "stages.solve": {"stages.solve"},
+    "stages.evaluation": {"stages.evaluation", "stages.observe"},
     "export": {"export"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
@@ -26,6 +36,7 @@ ALLOWED = {
     "stages.spending": {"stages.graph", "stages.observe", "stages.solve"},
     "stages.calibrate": {"stages.graph", "stages.observe"},
     "stages.quantize": {"stages.block", "stages.graph", "stages.observe", "stages.solve", "stages.tune", "export"},
+    "stages.sweep": {"stages.evaluation"},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,11 +17,11 @@ from jaxtyping import Float32, Int64
 from pydantic import TypeAdapter, ValidationError
 from rich.progress import Progress
 
-from scripts.accuracy import Accuracy, TokenScores, score_window, summarize
-from scripts.options import EvaluateConfig
 from stages.atomic import whole_file
+from stages.base_graph import external_files, load_graph
+from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.external_data import external_tensors
+from stages.evaluation.accuracy import Accuracy, TokenScores, score_window, summarize
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.dataset import pack_windows
@@ -65,21 +66,49 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedEvaluation:
-    """Models found and text cut into windows; nothing has run yet."""
+class PreparedBase:
+    """The base found and the text cut into windows; nothing has run yet."""
 
-    directories: tuple[ModelDirectory, ...]
-    """The base first."""
+    directory: ModelDirectory
     windows: Windows
     settings: SessionSettings
+
+    @property
+    def tokens(self) -> str:
+        """sha256 of the windows."""
+        return hashlib.sha256(repr(self.windows.shape).encode() + self.windows.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedEvaluation:
+    """The base with its text, and the models to compare with it."""
+
+    base: PreparedBase
+    models: tuple[ModelDirectory, ...]
     comparison: Comparison
 
 
 _REPORTS = TypeAdapter(Report)
 
 
+def prepare_base(config: EvaluateConfig) -> PreparedBase:
+    """Find the base and tokenize the text with its tokenizer.
+
+    Raises:
+        UserError: the base, its tokenizer or the text can't be read, or the text is too short.
+    """
+    directory = locate_model(config.base)
+    return PreparedBase(
+        directory=directory,
+        windows=_read_windows(config, directory.folder),
+        settings=SessionSettings(
+            providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
+        ),
+    )
+
+
 def prepare(config: EvaluateConfig) -> PreparedEvaluation:
-    """Find the models and tokenize the text with the base's tokenizer.
+    """``prepare_base``, and find the models.
 
     Raises:
         UserError: a model, the tokenizer or the text can't be read, or the text is too short.
@@ -89,17 +118,43 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
     directories = tuple(locate_model(path) for path in (config.base, *config.model))
     for directory in directories[1:]:
         _check_vocabulary(directory.folder, _vocabulary(directories[0]), _vocabulary(directory))
-    windows = _read_windows(config, directories[0].folder)
-    settings = SessionSettings(
-        providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
-    )
+    base = prepare_base(config)
     comparison = Comparison(
         models=tuple((directory.folder.name, fingerprint_model(directory)) for directory in directories),
-        tokens=hashlib.sha256(repr(windows.shape).encode() + windows.tobytes()).hexdigest(),
+        tokens=base.tokens,
         accuracy_level=config.accuracy_level,
-        providers=settings.providers,
+        providers=base.settings.providers,
     )
-    return PreparedEvaluation(directories=directories, windows=windows, settings=settings, comparison=comparison)
+    return PreparedEvaluation(base=base, models=directories[1:], comparison=comparison)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The base's logits, on disk, which models are scored against."""
+
+    base: PreparedBase
+    logits: Float32[np.ndarray, "W L V"]
+    row: ModelRow
+    """The base's own."""
+    scratch: Path
+
+    def score(self, directory: ModelDirectory, progress: Progress) -> ModelRow:
+        """Run a model on the same windows; one session is open meanwhile.
+
+        Raises:
+            UserError: it has another vocabulary than the base, or logits that aren't finite, or doesn't run.
+        """
+        return _score_model(directory, self.logits, _watched(directory, self.base, self.scratch, progress), self.base)
+
+
+@contextmanager
+def open_reference(base: PreparedBase, progress: Progress) -> Iterator[Reference]:
+    """Run the base on its text; its logits wait in a temporary file until the block ends."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
+        logits = _record(_watched(base.directory, base, folder, progress), len(base.windows), folder / "base_logits")
+        row = _score_model(base.directory, logits, iter(logits), base)
+        yield Reference(base=base, logits=logits, row=row, scratch=folder)
 
 
 def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Report:
@@ -108,26 +163,30 @@ def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Report:
     Raises:
         UserError: a model has another vocabulary than the base, or logits that aren't finite.
     """
-    task = progress.add_task("evaluate", total=len(prepared.directories) * len(prepared.windows))
-
-    def watched(directory: ModelDirectory) -> Iterator[Float32[np.ndarray, "L V"]]:
-        with runnable_file(directory.onnx_file, prepared.settings.providers, Path(scratch)) as onnx_file:
-            for logits in _logits(onnx_file, directory, prepared):
-                progress.update(task, advance=1, description=directory.folder.name)
-                yield logits
-
-    base, *others = prepared.directories
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        expected = _record(watched(base), len(prepared.windows), Path(scratch) / "base_logits")
-        rows = [_score_model(base, expected, iter(expected), prepared)]
-        rows += [_score_model(other, expected, watched(other), prepared) for other in others]
+    with open_reference(prepared.base, progress) as reference:
+        rows = [reference.row, *(reference.score(model, progress) for model in prepared.models)]
     return Report(comparison=prepared.comparison, rows=tuple(rows))
 
 
+def _watched(
+    directory: ModelDirectory, base: PreparedBase, scratch: Path, progress: Progress
+) -> Iterator[Float32[np.ndarray, "L V"]]:
+    """The model's logits on each window, with a bar of its own that goes when it is done."""
+    task = progress.add_task(directory.folder.name, total=len(base.windows))
+    with runnable_file(directory.onnx_file, base.settings.providers, scratch) as onnx_file:
+        for logits in _logits(onnx_file, directory, base):
+            progress.advance(task)
+            yield logits
+    progress.remove_task(task)
+
+
 def stored_bytes(directory: ModelDirectory) -> int:
-    """Bytes of the .onnx file and of every file of external data that it refers to."""
-    tensors = external_tensors(ir.load(directory.onnx_file))
-    files = {directory.onnx_file, *(Path(tensor.path) for tensor in tensors)}
+    """Bytes of the .onnx file and of every file of external data that it refers to.
+
+    Raises:
+        GraphError: the model can't be read, or isn't whole.
+    """
+    files = {directory.onnx_file.resolve(), *external_files(load_graph(directory))}
     return sum(file.stat().st_size for file in files)
 
 
@@ -173,12 +232,10 @@ def _read_text(path: Path) -> str:
         raise UserError(f"--text {path} can't be read ({error}); pass a UTF-8 text file, or offline.") from error
 
 
-def _logits(
-    onnx_file: Path, directory: ModelDirectory, prepared: PreparedEvaluation
-) -> Iterator[Float32[np.ndarray, "L V"]]:
-    session = open_session(onnx_file, prepared.settings)
+def _logits(onnx_file: Path, directory: ModelDirectory, base: PreparedBase) -> Iterator[Float32[np.ndarray, "L V"]]:
+    session = open_session(onnx_file, base.settings)
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
-    for window in prepared.windows:
+    for window in base.windows:
         try:
             logits = session.run(["logits"], feeds(window[None]))[0][0]
         except Exception as error:  # onnxruntime raises classes without a common base
@@ -202,17 +259,17 @@ def _score_model(
     directory: ModelDirectory,
     expected: Float32[np.ndarray, "W L V"],
     logits: Iterator[Float32[np.ndarray, "L V"]],
-    prepared: PreparedEvaluation,
+    base: PreparedBase,
 ) -> ModelRow:
     scores: list[TokenScores] = []
-    for base, current, tokens in zip(expected, logits, prepared.windows, strict=True):
-        _check_logits(directory.folder, base, current)
-        scores.append(score_window(*(torch.from_numpy(np.array(array)) for array in (base, current, tokens))))
+    for wanted, current, tokens in zip(expected, logits, base.windows, strict=True):
+        _check_logits(directory.folder, wanted, current)
+        scores.append(score_window(*(torch.from_numpy(np.array(array)) for array in (wanted, current, tokens))))
     return ModelRow(
         name=directory.folder.name,
         bytes=stored_bytes(directory),
         accuracy=summarize(scores),
-        widened=must_widen(ir.load(directory.onnx_file), prepared.settings.providers),
+        widened=must_widen(ir.load(directory.onnx_file), base.settings.providers),
     )
 
 

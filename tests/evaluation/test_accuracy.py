@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.accuracy import score_window, summarize
+from stages.evaluation.accuracy import score_window, summarize
 from tests.reference import accuracy as reference
 
 

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from rich.progress import Progress
 
-from scripts.evaluation import evaluate, load_report, prepare, save_report, stored_bytes
-from scripts.options import EvaluateConfig
+from stages.config import EvaluateConfig
 from stages.errors import UserError
+from stages.evaluation.compare import evaluate, load_report, prepare, save_report, stored_bytes
 from stages.model_directory import locate_model
 
 

@@ -1,0 +1,37 @@
+"""Our algorithms beside the competitors': ``python -m scripts.compare_with_peer --base DIR --output DIR``.
+
+Each quantizes the same base model in a process of its own, whose seconds and peak memory the operating system reports;
+then all run through the same evaluation at accuracy level 1. A competitor that can't be installed, or fails, gets a
+row that says so.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from scripts.options import PeerConfig
+from scripts.peers import peers_of
+from stages.cli import progress_bar, run_command
+from stages.evaluation.bench import measure
+from stages.evaluation.points import points_of
+from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks
+
+
+def compare_with_peer(config: PeerConfig, console: Console) -> None:
+    """Make and judge everything that isn't there, and show the tables.
+
+    Raises:
+        UserError: at once where options or texts can't be used; after everything else where our own runs failed.
+    """
+    ours = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
+    peers = peers_of(config)
+    runs = [*ours, *(peer.run for peer in peers)]
+    bench, yardsticks = open_bench(config), read_yardsticks(config)
+    with progress_bar(console) as progress:
+        records = measure(bench, runs, yardsticks, progress, lambda _: None)
+    publish(bench, runs, records, yardsticks, {peer.run.name: peer.note for peer in peers})
+    raise_failures({run.name: records[run.name] for run in ours})
+
+
+if __name__ == "__main__":
+    run_command(PeerConfig, compare_with_peer, "python -m scripts.compare_with_peer")

@@ -1,0 +1,56 @@
+"""Quantize one model with ONNX Runtime's own MatMulNBitsQuantizer: ``python -m scripts.peer_ort JSON``.
+
+The JSON holds ``base`` and ``output`` (.onnx files), ``method`` (default, hqq, k_quant), ``block_size``,
+``use_zero_point`` and ``exclude`` (node names).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import onnx
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantConfig,
+    KQuantWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+    WeightOnlyQuantConfig,
+)
+
+_FLOAT32_ACTIVATIONS = 1
+"""The accuracy level that all models are compared at."""
+
+
+def main(request: dict[str, Any]) -> None:
+    """Quantize as ``request`` says and save the graph with its data beside it."""
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(request["base"]),
+        bits=4,
+        block_size=request["block_size"],
+        is_symmetric=not request["use_zero_point"],
+        accuracy_level=_FLOAT32_ACTIVATIONS,
+        nodes_to_exclude=request["exclude"],
+        algo_config=_algorithm(request),
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(request["output"], True)
+
+
+def _algorithm(request: dict[str, Any]) -> WeightOnlyQuantConfig:
+    match request["method"]:
+        case "hqq":
+            return HQQWeightOnlyQuantConfig(block_size=request["block_size"], bits=4)
+        case "k_quant":
+            return KQuantWeightOnlyQuantConfig()
+        case _:
+            return DefaultWeightOnlyQuantConfig(
+                block_size=request["block_size"],
+                is_symmetric=not request["use_zero_point"],
+                accuracy_level=_FLOAT32_ACTIVATIONS,
+            )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

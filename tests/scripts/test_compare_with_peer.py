@@ -1,0 +1,170 @@
+"""Competitors beside our algorithms: what they are asked for, their models, their failures, and one table of all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from pydantic import TypeAdapter
+from safetensors.numpy import load_file
+
+from scripts.options import PeerConfig
+from scripts.peer_environment import ensure_environment, python_of
+from scripts.peer_modelopt import arguments_of, read_feeds
+from scripts.peers import MODELOPT_REQUIREMENTS, MODELOPT_RUNNER, modelopt_requests, ort_requests, peers_of
+from stages.errors import UserError
+from stages.evaluation.bench import Record
+from tests.commands import Commands
+
+FAKE_QUANTIZER = """#!{python}
+import json, shutil, sys
+from pathlib import Path
+request = json.loads(sys.argv[2])
+if request["method"] == "awq_clip":
+    raise AttributeError("'numpy.ndarray' object has no attribute 'get'")
+output = Path(request["output"]).parent
+for file in Path(request["base"]).parent.glob("model.onnx*"):
+    shutil.copy(file, output)
+(output / "calls").write_text("x")
+"""
+
+
+@pytest.fixture
+def fake_environment(tmp_path: Path) -> Path:
+    """What looks like ModelOpt's finished environment, with a quantizer that copies the base, or fails at awq_clip."""
+    folder = tmp_path / "environment"
+    python_of(folder).parent.mkdir(parents=True)
+    python_of(folder).write_text(FAKE_QUANTIZER.format(python=sys.executable))
+    python_of(folder).chmod(0o755)
+    (folder / "installed.txt").write_text(MODELOPT_REQUIREMENTS.read_text())
+    return folder
+
+
+def record_of(output: Path, name: str) -> Record:
+    return TypeAdapter(Record).validate_json((output / f"{name}.run.json").read_bytes())
+
+
+def test_methods_meet_the_block_sizes_and_zero_points_that_they_know() -> None:
+    config = PeerConfig(base=Path("base"), output=Path("out"), block_size=(32, 128), use_zero_point=(False, True))
+    assert [request.name("ort") for request in ort_requests(config)] == [
+        f"ort-{name}"
+        for size in (32, 128)
+        for name in (f"default-b{size}", f"default-b{size}-zp", f"hqq-b{size}-zp", f"k_quant-b{size}-zp")
+    ]
+    assert [request.name("modelopt") for request in modelopt_requests(config)] == [
+        f"modelopt-{name}-b{size}{zero_point}"
+        for size in (32, 128)
+        for name, zero_point in [
+            ("rtn_dq", ""),
+            ("awq_lite", ""),
+            ("awq_lite", "-zp"),
+            ("awq_clip", ""),
+            ("awq_full", ""),
+            ("awq_full", "-zp"),
+        ]
+    ]
+
+
+def test_modelopt_is_asked_for_the_same_sites_and_without_its_crash(tiny_model: Path, tmp_path: Path) -> None:
+    config = PeerConfig(
+        base=tiny_model,
+        output=tmp_path,
+        ort=(),
+        modelopt=("rtn_dq", "awq_lite"),
+        block_size=(32,),
+        use_zero_point=(False,),
+        modelopt_fast_path=True,
+        modelopt_environment=tmp_path / "environment",
+    )
+    rounding, searching = (peer.run for peer in peers_of(config))
+    program, runner, content = searching.command
+    assert (program, runner) == (str(python_of(tmp_path / "environment")), str(MODELOPT_RUNNER))
+    request = json.loads(content)
+    assert Path(request["base"]) == tiny_model / "model.onnx"
+    assert Path(request["output"]).parent == searching.model
+    assert arguments_of(request) == {
+        "calibration_method": "awq_lite",
+        "calibration_eps": ["cpu"],
+        "use_zero_point": False,
+        "block_size": 32,
+        "nodes_to_exclude": ["/lm_head/MatMul$"],
+        "awqlite_fuse_nodes": False,
+        "enable_fast_path_using_high_sysram": True,
+    }
+    assert set(arguments_of(json.loads(rounding.command[2]))) == set(arguments_of(request)) - {
+        "awqlite_fuse_nodes",
+        "enable_fast_path_using_high_sysram",
+    }
+
+
+def test_ort_and_a_broken_competitor_stand_in_one_table(
+    commands: Commands, tiny_model: Path, tiny_cache: Path, unseen_text: Path, fake_environment: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime's quantizer for real; ModelOpt's place is taken by a fake that copies the base, or fails."""
+    output = tmp_path / "proof"
+    arguments = ["--base", tiny_model, "--cache_dir", tiny_cache, "--output", output, "--text", unseen_text]
+    arguments += ["--windows", 2, "--seq_len", 32, "--algo", "rtn_dq", "--block_size", 16, "--use_zero_point", False]
+    arguments += ["--modelopt", "awq_lite", "awq_clip", "--modelopt_windows", 3]
+    arguments += ["--modelopt_environment", fake_environment]
+    code, printed = commands.compare(*arguments)
+    # A competitor that fails is a finding, not an error.
+    assert code == 0, printed
+    divergences = {}
+    for name in ("rtn_dq-b16", "ort-default-b16", "ort-hqq-b16-zp", "ort-k_quant-b16-zp", "modelopt-awq_lite-b16"):
+        record = record_of(output, name)
+        assert record.failure is None, record.failure
+        (accuracy,) = record.accuracy.values()
+        divergences[name] = accuracy.mean_divergence
+        assert (output / name / "genai_config.json").is_file()
+        assert (output / name / "tokenizer.json").is_file()
+    assert divergences.pop("modelopt-awq_lite-b16") == 0
+    assert min(divergences.values()) > 0
+    assert record_of(output, "modelopt-awq_clip-b16").failure == "'numpy.ndarray' object has no attribute 'get'"
+    assert "'numpy.ndarray' object has no attribute 'get'" in printed
+    kept = {node.name for node in onnx.load(output / "ort-default-b16" / "model.onnx").graph.node}
+    assert "/lm_head/MatMul" in kept
+    assert "/model/layers.0/mlp/down_proj/MatMul" not in kept
+    feeds = read_feeds(output / "modelopt-feeds-3.safetensors")
+    tokens = load_file(tiny_cache / "tokens.safetensors")["calibration"]
+    assert np.array_equal([feed["input_ids"][0] for feed in feeds], tokens[:3])
+    assert all(feed["past_key_values.0.key"].shape == (1, 2, 0, 16) for feed in feeds)
+
+    calls = output / "modelopt-awq_lite-b16" / "calls"
+    calls.unlink()
+    code, again = commands.compare(*arguments)
+    assert code == 0, again
+    assert not calls.exists()
+
+
+def test_a_competitor_that_can_not_be_installed_says_so(tmp_path: Path) -> None:
+    requirements = tmp_path / "pins.txt"
+    requirements.write_text("/no/such/folder/package.whl\n")
+    with pytest.raises(UserError, match=r"pins\.txt can't be installed \(package\.whl is not a valid wheel filename"):
+        ensure_environment(tmp_path / "environment", requirements)
+    assert not (tmp_path / "environment" / "installed.txt").exists()
+    assert "package.whl" in (tmp_path / "environment.log").read_text()
+
+
+def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path) -> None:
+    requirements = tmp_path / "pins.txt"
+    requirements.write_text("# nothing\n")
+    folder = tmp_path / "environment"
+    ensure_environment(folder, requirements)
+    made = python_of(folder).lstat().st_mtime_ns
+    (folder / "mark").write_text("")
+    ensure_environment(folder, requirements)
+    assert (folder / "mark").exists()
+    assert python_of(folder).lstat().st_mtime_ns == made
+    requirements.write_text("# something else\n")
+    ensure_environment(folder, requirements)
+    assert not (folder / "mark").exists()
+
+
+def test_the_pins_are_exact() -> None:
+    lines = [line for line in MODELOPT_REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+    assert "nvidia-modelopt==0.47.0" in lines
+    assert all(line.count("==") == 1 for line in lines)
