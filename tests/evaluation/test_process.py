@@ -44,6 +44,8 @@ def test_an_interruption_ends_the_command_and_what_it_started(tmp_path: Path) ->
     beats = tmp_path / "beats"
     endless = f"import time\nwhile True:\n    open({str(beats)!r}, 'a').write('x')\n    time.sleep(0.02)"
     measuring = (
+        # A shell that starts the tests in the background makes programs ignore Ctrl-C.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from pathlib import Path; from stages.evaluation.process import run_measured; "
         f"run_measured({python(endless)!r}, Path({str(tmp_path / 'log')!r}))"
     )
