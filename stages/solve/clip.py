@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from stages.records import QuantSpec
@@ -16,7 +15,7 @@ from stages.solve.affine import BlockParameters
 from stages.solve.evaluate import full_ranges, scaled_weight, site_errors
 from stages.solve.objective import gram_blocks, in_scaled_space
 from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
-from stages.solve.ranges import clip_ratio_grid, search_ranges
+from stages.solve.ranges import site_ranges
 
 
 def awq_clip(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
@@ -52,19 +51,4 @@ def _site_ranges(
     if scale.scale is not None:
         stats = in_scaled_space(stats, scale.scale)
     blocks = gram_blocks(stats, spec.block_size(weight.shape[1]))
-    ratios = clip_ratio_grid(options.clip_min, options.clip_step)
-    return stacked(
-        [
-            search_ranges(rows, spec, options.range_rule, blocks, ratios)
-            for rows in torch.split(weight, options.column_chunk)
-        ]
-    )
-
-
-def stacked(parts: list[BlockParameters]) -> BlockParameters:
-    """The parameters of consecutive output channels as one."""
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
-    return BlockParameters(
-        scales=torch.cat([part.scales for part in parts]),
-        zero_points=torch.cat(zero_points) if zero_points else None,
-    )
+    return site_ranges(weight, spec, blocks, options)

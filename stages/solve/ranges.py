@@ -24,6 +24,7 @@ from stages.solve.affine import (
 )
 from stages.solve.blocks import split
 from stages.solve.objective import block_error
+from stages.solve.problem import SearchOptions
 
 _REFITS = 3
 """Refits of scale and codes in turn; each is kept only where it helps, and the fourth hardly ever does."""
@@ -35,6 +36,22 @@ def clip_ratio_grid(smallest: float, step: float) -> list[float]:
     return [1 - index * step for index in range(count + 1)]
 
 
+def site_ranges(
+    weight: Float[Tensor, "N K"], spec: QuantSpec, gram: Float[Tensor, "nB B B"] | None, options: SearchOptions
+) -> BlockParameters:
+    """``search_ranges`` of a whole site, some output channels at a time."""
+    ratios = clip_ratio_grid(options.clip_min, options.clip_step)
+    parts = [
+        search_ranges(rows, spec, options.range_rule, gram, ratios)
+        for rows in torch.split(weight, options.column_chunk)
+    ]
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return BlockParameters(
+        scales=torch.cat([part.scales for part in parts]),
+        zero_points=torch.cat(zero_points) if zero_points else None,
+    )
+
+
 def search_ranges(
     weight: Float[Tensor, "N K"],
     spec: QuantSpec,
@@ -44,9 +61,8 @@ def search_ranges(
 ) -> BlockParameters:
     """For every block of every output channel the scale (and zero point) with the smallest error that is found."""
     blocks = split(weight, spec.block_size(weight.shape[1]))
-    ratio = search_clip_ratios(weight, spec, rule, gram, ratios)
+    ratio, error = _best_ratios(blocks, spec, rule, gram, ratios)
     best = choose_parameters(blocks, spec, rule, ratio)
-    error = _errors(blocks, best, spec, gram)
     for _ in range(_REFITS):
         refitted = refit(blocks, best, spec, gram)
         refitted_error = _errors(blocks, refitted, spec, gram)
@@ -64,15 +80,25 @@ def search_clip_ratios(
     ratios: list[float],
 ) -> Float[Tensor, "N nB"]:
     """For every block of every output channel the ratio with the smallest error; the first of equals wins."""
-    blocks = split(weight, spec.block_size(weight.shape[1]))
-    best_error = torch.full(blocks.shape[:-1], torch.inf, device=weight.device)
+    return _best_ratios(split(weight, spec.block_size(weight.shape[1])), spec, rule, gram, ratios)[0]
+
+
+def _best_ratios(
+    blocks: Float[Tensor, "N nB B"],
+    spec: QuantSpec,
+    rule: RangeRule,
+    gram: Float[Tensor, "nB B B"] | None,
+    ratios: list[float],
+) -> tuple[Float[Tensor, "N nB"], Float[Tensor, "N nB"]]:
+    """The best ratios and their errors."""
+    best_error = torch.full(blocks.shape[:-1], torch.inf, device=blocks.device)
     best_ratio = torch.full_like(best_error, ratios[0])
     for ratio in ratios:
         error = _errors(blocks, choose_parameters(blocks, spec, rule, ratio), spec, gram)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_ratio = torch.where(better, torch.full_like(best_ratio, ratio), best_ratio)
-    return best_ratio
+    return best_ratio, best_error
 
 
 def refit(
