@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -30,7 +31,10 @@ def first_accepted(
 
 
 def settle(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[tuple[SiteChoice, ...], float]:
-    """Every site's choice, or the fallback that does better on held-out tokens, and their joint held-out error."""
+    """Every site's choice, or the fallback that does better on held-out tokens, and their joint held-out error.
+
+    What is returned has no fallback any more: the question is decided, and its tensors can be freed.
+    """
     assert problem.stats is not None
     settled = [
         _settle_site(weight, spec, choice, problem.stats.held_out)
@@ -44,4 +48,4 @@ def _settle_site(weight: Tensor, spec: QuantSpec, choice: SiteChoice, held_out: 
     if choice.fallback is None:
         return choice, error
     other, other_error = _settle_site(weight, spec, choice.fallback, held_out)
-    return (choice, error) if error <= other_error else (other, other_error)
+    return (replace(choice, fallback=None), error) if error <= other_error else (other, other_error)

@@ -18,6 +18,10 @@ _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 1 << 22, 1 << 27
 """Elements of one temporary: about what a CPU's caches hold; a few hundred megabytes on an accelerator."""
 
 
+_SILENCE = 1e-30
+"""Least energy that an error is divided by."""
+
+
 def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
     """Output channels to work on at once so that temporaries stay small, whatever the layer's size."""
     budget = _CPU_ELEMENTS if weight.device.type == "cpu" else _ACCELERATOR_ELEMENTS
@@ -82,6 +86,14 @@ def site_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice
         error = weight_error(weight[chunk], spec, _restrict(choice, chunk))
         total += float(output_error(error, stats).double().sum())
     return total
+
+
+def output_energy(weight: Float[Tensor, "N K"], stats: TokenStats) -> float | None:
+    """tr(W G W^T), what errors are reported relative to; None where no token was seen."""
+    if stats.is_silent:
+        return None
+    chunks = torch.split(weight, rows_per_chunk(weight))
+    return max(sum(float(output_error(rows, stats).double().sum()) for rows in chunks), _SILENCE)
 
 
 def _restrict(choice: SiteChoice, chunk: slice) -> SiteChoice:

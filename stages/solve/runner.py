@@ -19,8 +19,8 @@ from stages.records import (
     TokenStats,
     ValueAbsorber,
 )
-from stages.solve.evaluate import full_range, site_error, stored_weight
-from stages.solve.objective import output_error, to_device
+from stages.solve.evaluate import full_range, output_energy, site_error, stored_weight
+from stages.solve.objective import to_device
 from stages.solve.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.solve.rtn import rtn
 
@@ -107,20 +107,19 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     if problem.stats is None:
         return report
     plain = full_range(weight, spec, options.range_rule, IDENTITY)
-
-    def relative(which: SiteChoice, stats: TokenStats) -> float | None:
-        if stats.is_silent:
-            return None
-        signal = float(output_error(weight, stats).double().sum())
-        return site_error(weight, spec, which, stats) / max(signal, 1e-30)
-
-    return replace(
-        report,
-        loss_rtn=relative(plain, problem.stats.calibration),
-        loss=relative(choice, problem.stats.calibration),
-        held_out_loss_rtn=relative(plain, problem.stats.held_out),
-        held_out_loss=relative(choice, problem.stats.held_out),
+    seen, unseen = (
+        _relative_losses(weight, spec, (plain, choice), stats)
+        for stats in (problem.stats.calibration, problem.stats.held_out)
     )
+    return replace(report, loss_rtn=seen[0], loss=seen[1], held_out_loss_rtn=unseen[0], held_out_loss=unseen[1])
+
+
+def _relative_losses(
+    weight: Tensor, spec: QuantSpec, choices: tuple[SiteChoice, ...], stats: TokenStats
+) -> list[float | None]:
+    """Each choice's output error as a part of the output's energy; None where no token was seen."""
+    energy = output_energy(weight, stats)
+    return [None if energy is None else site_error(weight, spec, choice, stats) / energy for choice in choices]
 
 
 def _mean_clip_ratio(choice: SiteChoice, full: SiteChoice) -> float | None:

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stages.block.stream import BlockRunner, in_batches
+from stages.block.stream import in_batches
 from stages.records import QuantizedWeight, SolvedGroup
 from stages.solve.feedback import DriftAccumulator, DriftStats, refine
 from stages.solve.problem import GroupProblem, SearchOptions
 from stages.solve.rounding import effective_weight
 from stages.solve.signround import StreamPair, TunedBlock, block_loss
+from stages.tune.in_hand import BlockInHand
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Refiner:
     """Solves a block's groups one after another, in graph order."""
 
-    run: BlockRunner
-    originals: Mapping[str, Tensor]
-    """Float32 weights [N, K] of all the block's sites by name, on the device where it is solved."""
-    calibration: StreamPair
-    held_out: StreamPair
+    hand: BlockInHand
     options: SearchOptions
 
-    def refine_block(self, starts: Sequence[SolvedGroup], advance: Callable[[], None]) -> TunedBlock:
+    def refine_block(self, advance: Callable[[], None]) -> TunedBlock:
         """The block's sites with errors fed back, or as they start where held-out windows come out no nearer.
 
         ``advance`` is called behind each group. Two passes of the block over all windows a group.
         """
-        begun = {weight.site.name: weight for group in starts for weight in group.weights}
+        begun = {weight.site.name: weight for group in self.hand.starts for weight in group.weights}
         stored = dict(begun)
-        for group in starts:
+        for group in self.hand.starts:
             stored |= {weight.site.name: weight for weight in self._refine_group(group, stored)}
             advance()
         losses = [self._held_out_loss(weights) for weights in (begun, stored)]
@@ -44,11 +41,13 @@ class Refiner:
     def _refine_group(self, solved: SolvedGroup, stored: Mapping[str, QuantizedWeight]) -> Iterator[QuantizedWeight]:
         names = [weight.site.name for weight in solved.weights]
         weights = self._effective(stored)
-        calibration, held_out = (self._drift(pair, names[0], weights) for pair in (self.calibration, self.held_out))
+        calibration, held_out = (
+            self._drift(pair, names[0], weights) for pair in (self.hand.calibration, self.hand.held_out)
+        )
         for starts in _sharing_a_scale(tuple(stored[name] for name in names)):
             problem = GroupProblem(
                 group=replace(solved.group, sites=tuple(start.site for start in starts)),
-                weights=tuple(self.originals[start.site.name] for start in starts),
+                weights=tuple(self.hand.originals[start.site.name] for start in starts),
                 specs=tuple(start.spec for start in starts),
                 stats=None,
                 head_sharing=None,
@@ -56,31 +55,31 @@ class Refiner:
             yield from refine(problem, self.options, starts, calibration, held_out)
 
     def _effective(self, stored: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-        device = next(iter(self.originals.values())).device
-        return dict(self.originals) | {name: effective_weight(weight, device) for name, weight in stored.items()}
+        device = next(iter(self.hand.originals.values())).device
+        return dict(self.hand.originals) | {name: effective_weight(weight, device) for name, weight in stored.items()}
 
     @torch.no_grad()
     def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> DriftStats:
         """Statistics of what ``site`` reads in both models."""
-        original = self.originals[site]
+        original = self.hand.originals[site]
         accumulator = DriftAccumulator(original.shape[1], original.device)
-        for batch in in_batches(len(pair.wanted), self.run.batch_size):
+        for batch in in_batches(len(pair.wanted), self.hand.run.batch_size):
             exact, quantized = (
                 self._read(stream[batch].to(original.device), site, used)
-                for stream, used in ((pair.exact, self.originals), (pair.quantized, weights))
+                for stream, used in ((pair.exact, self.hand.originals), (pair.quantized, weights))
             )
             accumulator.add(quantized, exact)
         return accumulator.finish()
 
     def _read(self, stream: Tensor, site: str, weights: Mapping[str, Tensor]) -> Tensor:
-        with self.run.module.watched(weights, (site,)) as seen:
-            self.run(stream, weights)
+        with self.hand.run.module.watched(weights, (site,)) as seen:
+            self.hand.run(stream, weights)
         return seen[site]
 
     @torch.no_grad()
     def _held_out_loss(self, stored: Mapping[str, QuantizedWeight]) -> float:
-        behind = self.run.over(self.held_out.quantized, self._effective(stored))
-        return float(block_loss(behind, self.held_out.wanted))
+        behind = self.hand.run.over(self.hand.held_out.quantized, self._effective(stored))
+        return float(block_loss(behind, self.hand.held_out.wanted))
 
 
 def _sharing_a_scale(starts: tuple[QuantizedWeight, ...]) -> list[tuple[QuantizedWeight, ...]]:

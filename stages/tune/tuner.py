@@ -7,7 +7,7 @@ compute themselves, as torch modules. A run that was stopped sends both streams 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -26,22 +26,13 @@ from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
 from stages.quantized_store import QuantizedStore
 from stages.records import QuantizedWeight, SolvedGroup, TokenStats
+from stages.solve.evaluate import output_energy
 from stages.solve.objective import output_error, to_device
 from stages.solve.problem import SearchOptions
 from stages.solve.rounding import effective_weight
 from stages.solve.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
+from stages.tune.in_hand import BlockInHand
 from stages.tune.refining import Refiner
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockInHand:
-    """One block, the quantization that it starts with, and the windows in front of it."""
-
-    run: BlockRunner
-    originals: Mapping[str, Tensor]
-    starts: tuple[SolvedGroup, ...]
-    calibration: StreamPair
-    held_out: StreamPair
 
 
 @runtime_checkable
@@ -84,14 +75,7 @@ class RefineStep:
     ticks: int | None = None
 
     def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
-        refiner = Refiner(
-            run=hand.run,
-            originals=hand.originals,
-            calibration=hand.calibration,
-            held_out=hand.held_out,
-            options=self.options,
-        )
-        return refiner.refine_block(hand.starts, advance)
+        return Refiner(hand, self.options).refine_block(advance)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -185,47 +169,38 @@ class BlockTuner:
             starts = tuple(self.start.read_group(index) for index in groups)
             calibration, held_out = streams.pairs(wanted)
             hand = BlockInHand(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
-            self._save(groups, self.step(hand, advance), originals)
+            for index, solved in zip(groups, self._reported(hand, self.step(hand, advance)), strict=True):
+                self.store.write(index, solved)
         kept = (weight for index in groups for weight in self.store.read_group(index).weights)
         tuned = originals | {weight.site.name: effective_weight(weight, self.device) for weight in kept}
         streams.exact, streams.tuned = wanted, run.over(streams.tuned, tuned)
 
-    def _save(self, groups: tuple[int, ...], result: TunedBlock, originals: Mapping[str, Tensor]) -> None:
+    def _reported(self, hand: BlockInHand, result: TunedBlock) -> Iterator[SolvedGroup]:
+        """The block's groups with their tuned weights, and what those cost."""
         weights = {weight.site.name: weight for weight in result.weights}
-        for index in groups:
-            solved = self.start.read_group(index)
-            kept = tuple(weights[weight.site.name] for weight in solved.weights)
-            self.store.write(index, self._reported(solved, kept, result, originals))
-
-    def _reported(
-        self,
-        solved: SolvedGroup,
-        weights: tuple[QuantizedWeight, ...],
-        result: TunedBlock,
-        originals: Mapping[str, Tensor],
-    ) -> SolvedGroup:
-        """The group with its tuned ``weights``, and what they cost."""
-        stats = self.cache.read(solved.group.activation)
-        calibration, held_out = (to_device(part, self.device) for part in (stats.calibration, stats.held_out))
-        reports = tuple(
-            replace(
-                report,
-                algorithm=self.step.name,
-                loss=_relative_loss(weight, originals[weight.site.name], calibration),
-                held_out_loss=_relative_loss(weight, originals[weight.site.name], held_out),
-                mean_clip_ratio=None,
-                block_loss_start=result.start_loss,
-                block_loss=result.loss,
+        for solved in hand.starts:
+            stats = self.cache.read(solved.group.activation)
+            calibration, held_out = (to_device(part, self.device) for part in (stats.calibration, stats.held_out))
+            tuned = tuple(weights[weight.site.name] for weight in solved.weights)
+            reports = tuple(
+                replace(
+                    report,
+                    algorithm=self.step.name,
+                    loss=_relative_loss(weight, hand.originals[weight.site.name], calibration),
+                    held_out_loss=_relative_loss(weight, hand.originals[weight.site.name], held_out),
+                    mean_clip_ratio=None,
+                    block_loss_start=result.start_loss,
+                    block_loss=result.loss,
+                )
+                for weight, report in zip(tuned, solved.reports, strict=True)
             )
-            for weight, report in zip(weights, solved.reports, strict=True)
-        )
-        return SolvedGroup(group=solved.group, weights=weights, reports=reports)
+            yield SolvedGroup(group=solved.group, weights=tuned, reports=reports)
 
 
 def _relative_loss(weight: QuantizedWeight, original: Tensor, stats: TokenStats) -> float | None:
     """tr(D G D^T) / tr(W G W^T), as the search reports it."""
-    if stats.is_silent:
+    energy = output_energy(original, stats)
+    if energy is None:
         return None
     error = effective_weight(weight, original.device) - original
-    signal = output_error(original, stats).double().sum().clamp_min(1e-30)
-    return float(output_error(error, stats).double().sum() / signal)
+    return float(output_error(error, stats).double().sum()) / energy
