@@ -36,6 +36,9 @@ from stages.spending import SpentBudget, spend_budget
 from stages.target.explain import choice_table
 from stages.tune.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 
+_START = "start"
+"""Folder of the search's result while blocks are tuned from it."""
+
 
 def quantize(config: QuantizeConfig, console: Console) -> None:
     """Quantize and export the model that ``config`` describes."""
@@ -57,6 +60,7 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     if config.tunes_blocks:
         assert cache is not None
         _tune_unfinished(config, model, directory, plan, cache, store, console)
+        _remove_earlier_steps(config, store)
     else:
         _solve_unfinished(_solver(config, model, plan.sites, cache), store, console)
     _round_unfinished(model, store, choose_device(config.device))
@@ -146,7 +150,7 @@ def _tune_unfinished(
         return
     blocks = open_blocks(model, store.recipe.groups)
     search = replace(config, algo=config.search_algorithm, refine=False)
-    begun = _store_inside(store, "start", search, plan, cache)
+    begun = _store_inside(store, _START, search, plan, cache)
     _solve_unfinished(_solver(search, model, plan.sites, cache), begun, console)
     steps = _block_steps(config)
     for number, step in enumerate(steps):
@@ -162,8 +166,13 @@ def _tune_unfinished(
             batch_size=config.signround_batch_size,
             device=choose_device(config.device),
         ).tune(console)
-        shutil.rmtree(begun.folder)
         begun = reached
+
+
+def _remove_earlier_steps(config: QuantizeConfig, store: QuantizedStore) -> None:
+    """What the steps began with: kept until the last one is through, so that a stopped run never searches again."""
+    for name in (_START, *(step.name for step in _block_steps(config)[:-1])):
+        shutil.rmtree(store.folder / name, ignore_errors=True)
 
 
 def _block_steps(config: QuantizeConfig) -> list[BlockStep]:

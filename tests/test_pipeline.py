@@ -21,21 +21,8 @@ ALGORITHMS = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full")
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
-    """A finished calibration of the tiny model."""
-    from rich.console import Console
-
-    from stages.calibrate import calibrate
-    from stages.config import CalibrateConfig
-
-    folder = tmp_path_factory.mktemp("caches") / "tiny"
-    calibrate(
-        CalibrateConfig(
-            onnx_path=tiny_model, dataset=str(tiny_text), calib_size=20, seq_len=32, batch_size=4, cache_dir=folder
-        ),
-        Console(quiet=True),
-    )
-    return folder
+def cache(tiny_cache: Path) -> Path:
+    return tiny_cache
 
 
 def _logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

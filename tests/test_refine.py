@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import stages.solve.runner
 import stages.tune.tuner
 from stages.block.cut import cut_block
 from stages.block.torch_module import BlockModule
@@ -111,3 +112,37 @@ def test_a_stopped_run_goes_on_where_it_was(
         for one, other in zip(first.weights, second.weights, strict=True):
             assert torch.equal(one.codes, other.codes)
             assert torch.equal(one.scales, other.scales)
+
+
+def test_a_run_stopped_in_its_second_step_does_not_search_again(
+    tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (
+        "--algo",
+        "signround",
+        "--signround_start",
+        "gptq",
+        "--signround_iters",
+        2,
+        "--block_size",
+        16,
+        "--refine",
+    )
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.tune.tuner.SignRoundStep, "__call__", stopped)
+        code, _ = _quantize(commands, tiny_model, cache, tmp_path / "out", *options)
+    assert code != 0
+
+    def searched_again(*_: object) -> None:
+        raise AssertionError("the search was finished")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.solve.runner.GroupSolver, "solve", searched_again)
+        patch.setattr(stages.tune.tuner.RefineStep, "__call__", searched_again)
+        code, printed = _quantize(commands, tiny_model, cache, tmp_path / "out", *options)
+    assert code == 0, printed
+    assert not [path for path in (tmp_path / "out.weights").iterdir() if path.is_dir()]

@@ -21,10 +21,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from stages.errors import GraphError
+from stages.graph.opened import open_graph
 from stages.model_directory import ModelDirectory
 from stages.records import ActivationGroup
-from stages.session import CPU_ONLY, CausalFeeds, ProviderChoice, SessionSettings, open_first_session, open_session
-from stages.widen import must_widen, runnable_graph
+from stages.session import CausalFeeds, ProviderChoice
+from stages.widen import must_widen
 
 _FATAL = 4
 
@@ -124,18 +125,7 @@ def open_value_tap(
     """
     tapped = tapped_model(model, values)
     with ExitStack() as temporary:
-
-        def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
-            graph = temporary.enter_context(runnable_graph(tapped, providers, scratch))
-            settings = SessionSettings(
-                providers=providers,
-                provider_options=provider_options,
-                external_data_folder=directory.folder if isinstance(graph, bytes) else None,
-                map_weights=providers == CPU_ONLY,
-            )
-            return open_session(graph, settings)
-
-        opened = open_first_session(open_with, choice)
+        opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
         feeds = CausalFeeds(opened.session, directory.kv_heads, directory.head_size, directory.windowed_caches)
         widened = must_widen(tapped, opened.providers.names)
         return ActivationTap(feeds, values, opened.providers, widened, temporary.pop_all())

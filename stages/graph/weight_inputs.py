@@ -20,11 +20,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from stages.errors import GraphError
+from stages.graph.opened import open_graph
 from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
 from stages.records import MatMulSite, WeightLayout
-from stages.session import CPU_ONLY, CausalFeeds, ProviderChoice, SessionSettings, open_first_session, open_session
-from stages.widen import runnable_graph
+from stages.session import CausalFeeds, ProviderChoice
 
 _LOGITS = "logits"
 _TORCH_TYPES = {
@@ -122,17 +122,7 @@ def open_trials(
     """
     changed = with_weight_inputs(model, sites)
     with ExitStack() as temporary:
-
-        def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
-            graph = temporary.enter_context(runnable_graph(changed, providers, scratch))
-            settings = SessionSettings(
-                providers=providers,
-                external_data_folder=directory.folder if isinstance(graph, bytes) else None,
-                map_weights=providers == CPU_ONLY,
-            )
-            return open_session(graph, settings)
-
-        session = open_first_session(open_with, choice).session
+        session = open_graph(changed, directory, choice, scratch, temporary).session
         feeds = CausalFeeds(
             session,
             directory.kv_heads,
