@@ -20,7 +20,7 @@ fi
 if [ ! -d "$int4" ]; then
     say "2/4 calibrate and quantize: $int4"
     python -m stages.calibrate --onnx_path "$base" --dataset offline --calib_size 32
-    python -m stages.quantize --onnx_path "$base" --output_path "$int4" --algo awq_full --block_size 32 \
+    python -m stages.quantize --onnx_path "$base" --output_path "$int4" --block_size 32 \
         --accuracy_level 1
 fi
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -20,6 +20,8 @@ from stages.target.name import Target, parse_target
 
 Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
 OneShot = Literal["rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
+ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
+AwqObjective = Literal["layer", "block"]
 ScaleRange = Literal["full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
@@ -115,15 +117,18 @@ class QuantizeConfig:
     """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
     output_path: Path
     """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
-    algo: Algorithm = "awq_full"
+    algo: Algorithm = "awq_gptq"
     """rtn: rounding, Q->DQ nodes. rtn_dq: rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search.
     awq_full: both. mse: range search by weights alone. gptq: range search, then codes that make up for each other's
     errors. awq_gptq: awq_full, then the same. signround: another one's result, tuned decoder block by decoder block
     with gradients (AutoRound)."""
+    awq_objective: AwqObjective = "layer"
+    """What input scales are judged by. layer: the output error of the sites that read the activation, from the cache.
+    block: the decoder block's output, as AWQ published it; runs each block two dozen times for each activation."""
     refine: bool = False
     """After the search go through the decoder blocks once more: each layer is solved again for what the quantized
     layers before it really give, so that it makes up for their errors."""
-    signround_start: OneShot = "awq_full"
+    signround_start: OneShot = "awq_gptq"
     """The algorithm whose result signround tunes."""
     signround_iters: int = 200
     """Steps of signed gradient descent a block."""
@@ -242,7 +247,7 @@ class QuantizeConfig:
     @property
     def tunes_blocks(self) -> bool:
         """Whether decoder blocks are run after the search."""
-        return self.refine or self.algo == "signround"
+        return self.refine or self.awq_objective == "block" or self.algo == "signround"
 
     @property
     def search_algorithm(self) -> Algorithm:
@@ -268,7 +273,7 @@ class QuantizeConfig:
 
     @property
     def needs_cache(self) -> bool:
-        return self.has_budget or self.refine or self.algo not in ("rtn", "rtn_dq", "mse")
+        return self.has_budget or self.tunes_blocks or self.algo not in ("rtn", "rtn_dq", "mse")
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
@@ -292,6 +297,11 @@ class QuantizeConfig:
         _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")
+        _require(
+            self.awq_objective == "layer" or self.search_algorithm in get_args(ScaleSearch),
+            f"--awq_objective block is about input scales, and {self.search_algorithm} has none; use one of "
+            f"{', '.join(get_args(ScaleSearch))}.",
+        )
         _require(self.signround_iters >= 1, "--signround_iters must be at least 1.")
         _require(self.signround_lr is None or self.signround_lr > 0, "--signround_lr must be positive.")
         _require(self.signround_batch_size >= 1, "--signround_batch_size must be at least 1.")

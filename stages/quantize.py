@@ -30,14 +30,14 @@ from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.report import quantization_table
 from stages.solve.embedding import quantize_table
 from stages.solve.recipe import QuantPlan
-from stages.solve.registry import ALGORITHMS
+from stages.solve.registry import ALGORITHMS, FINISHES
 from stages.solve.runner import GroupSolver
 from stages.spending import SpentBudget, spend_budget
 from stages.target.explain import choice_table
-from stages.tune.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
+from stages.tune.tuner import BlockScaleStep, BlockStep, BlockTuner, RefineStep, SignRoundStep
 
-_START = "start"
-"""Folder of the search's result while blocks are tuned from it."""
+_EARLIER = "earlier"
+"""Folder of what block by block steps begin with, inside that of the result."""
 
 
 def quantize(config: QuantizeConfig, console: Console) -> None:
@@ -60,7 +60,8 @@ def quantize(config: QuantizeConfig, console: Console) -> None:
     if config.tunes_blocks:
         assert cache is not None
         _tune_unfinished(config, model, directory, plan, cache, store, console)
-        _remove_earlier_steps(config, store)
+        # Not sooner: a stopped run never searches again.
+        shutil.rmtree(store.folder / _EARLIER, ignore_errors=True)
     else:
         _solve_unfinished(_solver(config, model, plan.sites, cache), store, console)
     _round_unfinished(model, store, choose_device(config.device))
@@ -149,13 +150,13 @@ def _tune_unfinished(
     if store.is_complete():
         return
     blocks = open_blocks(model, store.recipe.groups)
-    search = replace(config, algo=config.search_algorithm, refine=False)
-    begun = _store_inside(store, _START, search, plan, cache)
-    _solve_unfinished(_solver(search, model, plan.sites, cache), begun, console)
-    steps = _block_steps(config)
-    for number, step in enumerate(steps):
-        is_last = number == len(steps) - 1
-        reached = store if is_last else _store_inside(store, step.name, replace(search, refine=True), plan, cache)
+    search = replace(config, algo=config.search_algorithm, refine=False, awq_objective="layer")
+    solver = _solver(search, model, plan.sites, cache)
+    begun = _earlier_store(store, "search", search, plan, cache)
+    _solve_unfinished(solver, begun, console)
+    *earlier, last = _block_steps(config, solver)
+    for step, result in (*earlier, last):
+        reached = store if step is last[0] else _earlier_store(store, step.name, result, plan, cache)
         BlockTuner(
             model=blocks,
             directory=directory,
@@ -169,24 +170,26 @@ def _tune_unfinished(
         begun = reached
 
 
-def _remove_earlier_steps(config: QuantizeConfig, store: QuantizedStore) -> None:
-    """What the steps began with: kept until the last one is through, so that a stopped run never searches again."""
-    for name in (_START, *(step.name for step in _block_steps(config)[:-1])):
-        shutil.rmtree(store.folder / name, ignore_errors=True)
+def _block_steps(config: QuantizeConfig, solver: GroupSolver) -> list[tuple[BlockStep, QuantizeConfig]]:
+    """What is done block by block after the search, in this order, each with what it makes of the search."""
+    scaled = replace(config, algo=config.search_algorithm, refine=False)
+    refined = replace(config, algo=config.search_algorithm)
+    steps: list[tuple[BlockStep, QuantizeConfig]] = []
+    if config.awq_objective == "block":
+        steps.append((BlockScaleStep(solver, FINISHES[config.search_algorithm]), scaled))
+    if config.refine:
+        steps.append((RefineStep(search_options(config)), refined))
+    if config.algo == "signround":
+        steps.append((SignRoundStep(signround_options(config)), config))
+    return steps
 
 
-def _block_steps(config: QuantizeConfig) -> list[BlockStep]:
-    """What is done block by block after the search, in this order."""
-    refine: list[BlockStep] = [RefineStep(search_options(config))] if config.refine else []
-    return [*refine, SignRoundStep(signround_options(config))] if config.algo == "signround" else refine
-
-
-def _store_inside(
+def _earlier_store(
     store: QuantizedStore, name: str, config: QuantizeConfig, plan: ModelPlan, cache: CalibrationCache
 ) -> QuantizedStore:
-    """The folder of an earlier step, inside that of the result."""
+    """The folder of a step before the last."""
     recipe = make_recipe(config, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
-    return create_or_resume_store(store.folder / name, recipe, overwrite=config.overwrite)
+    return create_or_resume_store(store.folder / _EARLIER / name, recipe, overwrite=config.overwrite)
 
 
 def _round_unfinished(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:

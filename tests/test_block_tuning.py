@@ -17,7 +17,18 @@ from tests.commands import Commands
 from tests.families import FAMILIES, build_in_process, save_random_model
 from tests.test_pipeline import _generate, _logits
 
-_TUNING = ("--algo", "signround", "--signround_iters", 40, "--signround_batch_size", 8, "--block_size", 16)
+_TUNING = (
+    "--algo",
+    "signround",
+    "--signround_start",
+    "awq_full",
+    "--signround_iters",
+    40,
+    "--signround_batch_size",
+    8,
+    "--block_size",
+    16,
+)
 _TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 
 
@@ -65,7 +76,7 @@ def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     sites = 11 if "--lm_head" in arguments else 10
     assert f"{sites} of {sites} sites run as MatMulNBits" in printed
     assert "of 2 layers improved; error of a layer's output on held-out text" in printed
-    assert not (tmp_path / "tuned.weights" / "start").exists()
+    assert not (tmp_path / "tuned.weights" / "earlier").exists()
     for line in _report(tuned):
         in_block = "layers" in line["site"]
         assert line["algorithm"] == ("signround" if in_block else "awq_full")
@@ -162,7 +173,7 @@ def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_searched(
     assert code == 2
     assert "Layer 0 can't become a torch module" in printed
     assert "MoE" in printed
-    assert not (tmp_path / "out.weights" / "start").exists()
+    assert not (tmp_path / "out.weights" / "earlier").exists()
 
 
 @pytest.mark.parametrize(

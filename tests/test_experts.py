@@ -177,7 +177,7 @@ def test_experts_as_matmuls_are_quantized_and_one_that_no_token_chose_is_rounded
         for kind in ("up", "down"):
             report = reports[f"{index}.{kind}/MatMul"]
             assert (report["algorithm"], report["loss"] is None) == (
-                ("rtn", True) if index == NEVER_CHOSEN else ("awq_full", False)
+                ("rtn", True) if index == NEVER_CHOSEN else ("awq_gptq", False)
             )
     tokens = np.arange(64, dtype=np.int64).reshape(2, 32) * 5 % VOCABULARY
     before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)

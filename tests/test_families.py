@@ -1,9 +1,9 @@
 """Every architecture of the support matrix goes the whole way: build, calibrate, quantize, export, run, generate.
 
 Tiny random models with each family's own configuration; what released weights lose is scripts.evaluate's to say. Each
-family is calibrated once and quantized three times: awq_full with INT4 alone, awq_full with the reference's mixed rule,
-and plain rounding to compare with. With SUPPORT_MATRIX_OUT=FILE each family adds the line that scripts.support_matrix
-makes its table from.
+family is calibrated once and quantized three times: the default search with INT4 alone, the same with the reference's
+mixed rule, and plain rounding to compare with. With SUPPORT_MATRIX_OUT=FILE each family adds the line that
+scripts.support_matrix makes its table from.
 """
 
 from __future__ import annotations

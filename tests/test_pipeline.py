@@ -17,7 +17,7 @@ from stages.session import CausalFeeds, choose_providers
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
 
-ALGORITHMS = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full")
+ALGORITHMS = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "awq_gptq")
 
 
 @pytest.fixture(scope="session")

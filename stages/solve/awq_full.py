@@ -17,10 +17,11 @@ def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice,
     """The best of the few best input scales and the identity, each with its own ranges."""
     *scales, identity = rank_input_scales(problem, options)
     ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(problem, options, scale))
-    return first_accepted(problem, options, (_clipped(problem, options, scale) for scale in ranked))
+    return first_accepted(problem, options, (clipped(problem, options, scale) for scale in ranked))
 
 
-def _clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
+def clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
+    """The best ranges of all sites under a given input scale."""
     return clip_sites(problem, options, full_ranges(problem, options.range_rule, scale))
 
 
@@ -28,4 +29,4 @@ def _clipped_error(problem: GroupProblem, options: SearchOptions, scale: InputSc
     """The joint error with ranges searched, measured on a sample of the channels."""
     assert problem.stats is not None
     few = sampled(problem)
-    return represented(problem, site_errors(few, _clipped(few, options, scale), problem.stats.calibration))
+    return represented(problem, site_errors(few, clipped(few, options, scale), problem.stats.calibration))

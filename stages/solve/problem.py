@@ -43,6 +43,11 @@ class GroupProblem:
     stats: ActivationStats | None
     head_sharing: HeadSharing | None
 
+    @property
+    def is_unseen(self) -> bool:
+        """Whether calibration never reached these sites."""
+        return self.stats is not None and self.stats.calibration.is_silent
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputScale:
@@ -75,3 +80,6 @@ class SiteChoice:
 
 Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
 """A pure function: one choice for every site of the group."""
+
+Finish = Callable[[GroupProblem, SearchOptions, InputScale], tuple[SiteChoice, ...]]
+"""The same for an input scale that is given."""

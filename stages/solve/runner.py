@@ -49,9 +49,8 @@ class GroupSolver:
     def solve(self, group: ActivationGroup) -> SolvedGroup:
         """Quantize all sites of ``group``; by plain rounding where calibration never saw its activation."""
         started = time.perf_counter()
-        problem = self._pose(group)
-        problems = [problem] if self.fold or self.one_scale else _one_by_one(problem)
-        unseen = problem.stats is not None and problem.stats.calibration.is_silent
+        problems = self.problems(group)
+        unseen = any(part.is_unseen for part in problems)
         algorithm = rtn if unseen else self.algorithm
         pairs = [
             (part, index, choice) for part in problems for index, choice in enumerate(algorithm(part, self.options))
@@ -67,6 +66,11 @@ class GroupSolver:
             for part, index, choice in pairs
         )
         return SolvedGroup(group=group, weights=weights, reports=reports)
+
+    def problems(self, group: ActivationGroup) -> list[GroupProblem]:
+        """What is searched for ``group``: all its sites at once, or each alone where each has its own input scale."""
+        problem = self._pose(group)
+        return [problem] if self.fold or self.one_scale else _one_by_one(problem)
 
     def _pose(self, group: ActivationGroup) -> GroupProblem:
         stats = None

@@ -12,8 +12,7 @@ from stages.block.stream import in_batches
 from stages.records import QuantizedWeight, SolvedGroup
 from stages.solve.feedback import DriftAccumulator, DriftStats, refine
 from stages.solve.problem import GroupProblem, SearchOptions
-from stages.solve.rounding import effective_weight
-from stages.solve.signround import StreamPair, TunedBlock, block_loss
+from stages.solve.signround import StreamPair, TunedBlock
 from stages.tune.in_hand import BlockInHand
 
 
@@ -29,18 +28,18 @@ class Refiner:
 
         ``advance`` is called behind each group. Two passes of the block over all windows a group.
         """
-        begun = {weight.site.name: weight for group in self.hand.starts for weight in group.weights}
+        begun = self.hand.stored
         stored = dict(begun)
         for group in self.hand.starts:
             stored |= {weight.site.name: weight for weight in self._refine_group(group, stored)}
             advance()
-        losses = [self._held_out_loss(weights) for weights in (begun, stored)]
+        losses = [self.hand.held_out_loss(weights) for weights in (begun, stored)]
         kept = stored if losses[1] < losses[0] else begun
         return TunedBlock(weights=tuple(kept.values()), start_loss=losses[0], loss=min(losses))
 
     def _refine_group(self, solved: SolvedGroup, stored: Mapping[str, QuantizedWeight]) -> Iterator[QuantizedWeight]:
         names = [weight.site.name for weight in solved.weights]
-        weights = self._effective(stored)
+        weights = self.hand.effective(stored)
         calibration, held_out = (
             self._drift(pair, names[0], weights) for pair in (self.hand.calibration, self.hand.held_out)
         )
@@ -53,10 +52,6 @@ class Refiner:
                 head_sharing=None,
             )
             yield from refine(problem, self.options, starts, calibration, held_out)
-
-    def _effective(self, stored: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-        device = next(iter(self.hand.originals.values())).device
-        return dict(self.hand.originals) | {name: effective_weight(weight, device) for name, weight in stored.items()}
 
     @torch.no_grad()
     def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> DriftStats:
@@ -75,11 +70,6 @@ class Refiner:
         with self.hand.run.module.watched(weights, (site,)) as seen:
             self.hand.run(stream, weights)
         return seen[site]
-
-    @torch.no_grad()
-    def _held_out_loss(self, stored: Mapping[str, QuantizedWeight]) -> float:
-        behind = self.hand.run.over(self.hand.held_out.quantized, self._effective(stored))
-        return float(block_loss(behind, self.hand.held_out.wanted))
 
 
 def _sharing_a_scale(starts: tuple[QuantizedWeight, ...]) -> list[tuple[QuantizedWeight, ...]]:

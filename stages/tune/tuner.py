@@ -25,14 +25,16 @@ from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
 from stages.quantized_store import QuantizedStore
-from stages.records import QuantizedWeight, SolvedGroup, TokenStats
+from stages.records import QuantizedWeight, SiteReport, SolvedGroup, TokenStats
 from stages.solve.evaluate import output_energy
 from stages.solve.objective import output_error, to_device
-from stages.solve.problem import SearchOptions
+from stages.solve.problem import Finish, InputScale, SearchOptions
 from stages.solve.rounding import effective_weight
+from stages.solve.runner import GroupSolver
 from stages.solve.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.tune.in_hand import BlockInHand
 from stages.tune.refining import Refiner
+from stages.tune.scaling import BlockScaler
 
 
 @runtime_checkable
@@ -64,6 +66,19 @@ class SignRoundStep:
     def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
         starts = tuple(weight for group in hand.starts for weight in group.weights)
         return tune_block(hand.run, hand.originals, starts, hand.calibration, hand.held_out, self.options, advance)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScaleStep:
+    """Input scales chosen by the block's output."""
+
+    solver: GroupSolver
+    finish: Finish
+    name: str = "block_scales"
+    ticks: int | None = None
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
+        return BlockScaler(hand, self.solver.options, self.finish, self.solver.problems).scale_block(advance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +199,7 @@ class BlockTuner:
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
             reports = tuple(
                 replace(
-                    report,
+                    _rescaled(report, result.chosen.get(report.site)),
                     algorithm=self.step.name,
                     loss=_relative_loss(weight, hand.originals[weight.site.name], calibration),
                     held_out_loss=_relative_loss(weight, hand.originals[weight.site.name], held_out),
@@ -195,6 +210,11 @@ class BlockTuner:
                 for weight, report in zip(tuned, solved.reports, strict=True)
             )
             yield SolvedGroup(group=solved.group, weights=tuned, reports=reports)
+
+
+def _rescaled(report: SiteReport, scale: InputScale | None) -> SiteReport:
+    """The report, with the input scale where a new one was chosen."""
+    return report if scale is None else replace(report, scale_family=scale.family, alpha=scale.alpha)
 
 
 def _relative_loss(weight: QuantizedWeight, original: Tensor, stats: TokenStats) -> float | None:
