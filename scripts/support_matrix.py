@@ -47,9 +47,9 @@ class FamilyResult:
     divergence_rounded: float
     """Mean KL(base || model) over tokens, nats: INT4 rounded to nearest."""
     divergence_int4: float
-    """The same of awq_full in INT4."""
+    """The same of the default search in INT4."""
     divergence_mixed: float
-    """The same of awq_full with INT8 where the mixed rule says."""
+    """The same of the default search with INT8 where the mixed rule says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
