@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+import stages.block.converters.linear
 import stages.solve.runner
 import stages.tune.tuner
 from stages.block.cut import cut_block
@@ -33,20 +35,40 @@ def _reports(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_sites_are_watched_by_their_weights(tiny_model: Path) -> None:
+def test_what_a_site_reads_is_what_onnx_runtime_gives_it(tiny_model: Path) -> None:
     opened = open_model(tiny_model)
     block = opened.blocks[1]
     graph = cut_block(opened.model, block)
     activations = tuple(dict.fromkeys(site.activation for site in block.sites))
     values = opened.tap((block.stream_in, *activations, *graph.shared), _TOKENS)
     module, weights = BlockModule(graph, CPU), opened.weights(block)
-    names = [site.name for site in block.sites]
-    with torch.no_grad(), module.watched(weights, names) as seen:
-        module(values[block.stream_in], weights, values)
-    assert set(seen) == set(names)
     for site in block.sites:
+        read = module.read(values[block.stream_in], weights, values, site.name)
         # Both in float32, along different orders of summation.
-        torch.testing.assert_close(seen[site.name], values[site.activation], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(read, values[site.activation], rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_runs_no_further_than_the_site_that_is_read(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_model(tiny_model)
+    block = opened.blocks[0]
+    graph = cut_block(opened.model, block)
+    values = opened.tap((block.stream_in, *graph.shared), _TOKENS)
+    module, weights = BlockModule(graph, CPU), opened.weights(block)
+    products: list[Tensor] = []
+
+    def counted(hidden: Tensor, weight: Tensor) -> Tensor:
+        products.append(weight)
+        return torch.nn.functional.linear(hidden, weight)
+
+    monkeypatch.setattr(stages.block.converters.linear, "linear", counted)
+    for count, site in enumerate(block.sites):
+        products.clear()
+        module.read(values[block.stream_in], weights, values, site.name)
+        assert len(products) <= count
+        assert all(weight is not weights[site.name] for weight in products)
+    products.clear()
+    module(values[block.stream_in], weights, values)
+    assert len(products) == len(block.sites)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--use_zero_point",), ("--awqlite_disable_fuse_nodes",)], ids=str)

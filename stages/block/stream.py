@@ -80,8 +80,17 @@ class BlockRunner:
         self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor]
     ) -> Float[Tensor, "batch length hidden"]:
         """The stream of some windows behind the block, on their device, which must be the module's."""
-        shared = {name: value.to(stream.device) for name, value in self.shared[len(stream)].items()}
-        return self.module(stream, weights, shared)
+        return self.module(stream, weights, self._shared_by(stream))
+
+    @torch.no_grad()
+    def read(
+        self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor], site: str
+    ) -> Float[Tensor, "batch length K"]:
+        """What ``site`` reads when ``stream`` enters the block."""
+        return self.module.read(stream, weights, self._shared_by(stream), site)
+
+    def _shared_by(self, stream: Tensor) -> dict[str, Tensor]:
+        return {name: value.to(stream.device) for name, value in self.shared[len(stream)].items()}
 
     @torch.no_grad()
     def over(

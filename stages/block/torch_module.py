@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import onnx_ir as ir
 import torch
@@ -15,6 +14,13 @@ from stages.block.converters.register import register_converters
 from stages.block.cut import BlockGraph, DecoderBlock
 from stages.block.onnx2torch_import import import_onnx2torch
 from stages.errors import GraphError
+
+
+class _Reached(Exception):
+    """Ends a run of a block at the site whose input is wanted."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
 
 
 class BlockModule:
@@ -53,24 +59,28 @@ class BlockModule:
         behind: Tensor = self._module(stream, *others, *(weights[site.name] for site in self.block.sites))
         return behind
 
-    @contextmanager
-    def watched(self, weights: Mapping[str, Tensor], sites: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """Collect what ``sites`` read: after each call inside, the dictionary holds their inputs [batch, length, K].
+    def read(
+        self,
+        stream: Float[Tensor, "batch length hidden"],
+        weights: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        site: str,
+    ) -> Float[Tensor, "batch length K"]:
+        """What ``site`` reads; the block is run that far and no further."""
+        wanted = weights[site]
 
-        ``weights`` must be those of the calls inside: a site is known by its weight.
-        """
-        names = {id(weights[name]): name for name in sites}
-        seen: dict[str, Tensor] = {}
-
-        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             hidden, weight = inputs[:2]
-            if (name := names.get(id(weight))) is not None:
-                seen[name] = hidden
+            if weight is wanted:
+                raise _Reached(hidden)
 
         linears = (module for module in self._module.modules() if isinstance(module, Linear))
-        handles = [linear.register_forward_pre_hook(keep) for linear in linears]
+        handles = [linear.register_forward_pre_hook(stop) for linear in linears]
         try:
-            yield seen
+            self(stream, weights, shared)
+        except _Reached as reached:
+            return reached.hidden
         finally:
             for handle in handles:
                 handle.remove()
+        raise AssertionError(f"{site} isn't in layer {self.block.layer}")

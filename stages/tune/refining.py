@@ -26,7 +26,7 @@ class Refiner:
     def refine_block(self, advance: Callable[[], None]) -> TunedBlock:
         """The block's sites with errors fed back, or as they start where held-out windows come out no nearer.
 
-        ``advance`` is called behind each group. Two passes of the block over all windows a group.
+        ``advance`` is called behind each group. Both models' blocks are run once a group, as far as its activation.
         """
         begun = self.hand.stored
         stored = dict(begun)
@@ -53,23 +53,17 @@ class Refiner:
             )
             yield from refine(problem, self.options, starts, calibration, held_out)
 
-    @torch.no_grad()
     def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> DriftStats:
         """Statistics of what ``site`` reads in both models."""
         original = self.hand.originals[site]
         accumulator = DriftAccumulator(original.shape[1], original.device)
         for batch in in_batches(len(pair.wanted), self.hand.run.batch_size):
             exact, quantized = (
-                self._read(stream[batch].to(original.device), site, used)
+                self.hand.run.read(stream[batch].to(original.device), used, site)
                 for stream, used in ((pair.exact, self.hand.originals), (pair.quantized, weights))
             )
             accumulator.add(quantized, exact)
         return accumulator.finish()
-
-    def _read(self, stream: Tensor, site: str, weights: Mapping[str, Tensor]) -> Tensor:
-        with self.hand.run.module.watched(weights, (site,)) as seen:
-            self.hand.run(stream, weights)
-        return seen[site]
 
 
 def _sharing_a_scale(starts: tuple[QuantizedWeight, ...]) -> list[tuple[QuantizedWeight, ...]]:
