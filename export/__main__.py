@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rich.console import Console
-
 from export.export_model import Destination, export_model
 from export.tables import export_table
-from stages.cli import run_command, show
+from stages.cli import run_command
 from stages.config import ExportConfig
 from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import locate_model
 from stages.quantized_store import open_store
 from stages.records import WeightForm
+from stages.screen import Screen
 
 
-def export(config: ExportConfig, console: Console) -> None:
+def export(config: ExportConfig, screen: Screen) -> None:
     """Export the weights that ``config`` describes and print what was written."""
     base = locate_model(config.onnx_path)
     store = open_store(config.weights_path)
@@ -30,7 +29,8 @@ def export(config: ExportConfig, console: Console) -> None:
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
             "that stages.quantize read."
         )
-    show(export_table(export_model(base, store, destination, config.export_options, console)))
+    exported = export_model(base, store, destination, config.export_options, screen.console)
+    screen.show("export", export_table(exported), exported)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
         offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
         if Path(tensor.path).resolve() != path.resolve() or length != tensor.nbytes or offset + length > size:
             raise GraphError(f"{path.name} is not whole: '{tensor.name}' doesn't fit in it; export again.")
-        if not _is_padding(end, offset):
+        if not is_padding(end, offset):
             raise GraphError(f"{path.name} has overlapping or unused bytes before '{tensor.name}'; export again.")
         padding += offset - end
         referenced += length
@@ -46,7 +46,8 @@ def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
     return DataFileUse(file_bytes=size, referenced_bytes=referenced, padding_bytes=padding)
 
 
-def _is_padding(end: int, offset: int) -> bool:
+def is_padding(end: int, offset: int) -> bool:
+    """Whether the bytes from ``end`` to ``offset`` do nothing but align what lies at ``offset``."""
     gap = offset - end
     return gap == 0 or (0 < gap < _LARGEST_ALIGNMENT and offset % _PAGE == 0)
 

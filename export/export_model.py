@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from export.verify import VerifyReport, save_report, verify
 from stages.atomic import whole_directory
 from stages.base_graph import external_files, load_graph
 from stages.config import AccuracyLevel, ExportOptions
-from stages.errors import UserError
+from stages.errors import RecipeError, UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
 from stages.records import ExportRecipe, UnreachedWeights, WeightForm
@@ -52,9 +52,17 @@ class ExportSummary:
 
 
 def export_model(
-    base: ModelDirectory, store: QuantizedStore, destination: Destination, options: ExportOptions, console: Console
+    base: ModelDirectory,
+    store: QuantizedStore,
+    destination: Destination,
+    options: ExportOptions,
+    console: Console,
+    before_it_is_named: Callable[[Path], None] = lambda _: None,
 ) -> ExportSummary:
     """Write ``store``'s weights into a copy of the ``base`` model directory.
+
+    ``before_it_is_named`` gets the finished .onnx file while its folder still has a name of its own: a run that is
+    killed in it is done again, whole.
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
@@ -71,13 +79,13 @@ def export_model(
             copy_side_files(base, model, scratch, destination.onnx_name)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options, console)
+            notes = (*notes, *_kept_report(report, store.folder))
+            before_it_is_named(scratch / destination.onnx_name)
     except OSError as error:
         raise UserError(
             f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "
             "choose another folder."
         ) from error
-    if report is not None:
-        save_report(report, store.folder)
     return ExportSummary(
         onnx_file=destination.onnx_file,
         bytes_before=_size(base.onnx_file, *external_files(model)),
@@ -91,6 +99,17 @@ def export_model(
     )
 
 
+def _kept_report(report: VerifyReport | None, folder: Path) -> tuple[str, ...]:
+    """Keep the figures beside the weights; a note where that can't be, for the model itself is whole."""
+    if report is None:
+        return ()
+    try:
+        save_report(report, folder)
+    except OSError as error:
+        return (f"verification.json can't be written to {folder} ({error.strerror})",)
+    return ()
+
+
 def _opset_note(result: RewriteResult) -> tuple[str, ...]:
     return () if result.opset is None else (str(result.opset),)
 
@@ -100,7 +119,12 @@ def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOp
     chosen = dict(recipe.session_options).get(ACCURACY_LEVEL)
     if options.accuracy_level is not None or chosen is None:
         return options
-    return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
+    try:
+        return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
+    except ValueError as error:  # pydantic's own is one
+        raise RecipeError(
+            f"recipe.json asks for the accuracy level '{chosen}', which is none of 0 to 4; run stages.quantize again."
+        ) from error
 
 
 def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +21,17 @@ import onnxruntime as ort
 from export.relu import blocks_fusion
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
+from stages.pieces import Piece, cut_into_pieces, readers
 from stages.records import PerBlock, PerChannel, QuantSpec
-from stages.session import CausalFeeds, SessionSettings, open_session
-from stages.widen import runnable_file
+from stages.session import CPU_ONLY, CausalFeeds, SessionSettings, open_session
+from stages.widen import must_widen, widened_file
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
 """First release that fuses 8-bit codes, per-channel scales, float16 scales and Gemm."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
+_PIECE_BYTES = 1 << 28
+"""ONNX Runtime repacks weights, so that a piece takes up to three times as much."""
 
 
 class CannotRun(Exception):
@@ -38,55 +44,116 @@ def runtime_version() -> Version:
     return int(major), int(minor)
 
 
-def nodes_run_as_matmulnbits(onnx_file: Path, base: ModelDirectory) -> frozenset[str]:
+def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
     """Names of the nodes that ran as MatMulNBits when one token went through the model on the CPU, widened if needed.
+
+    The model runs in pieces: the weights of one alone are in memory at a time. Nodes behind the last of ``sites``
+    (names of their outputs) don't run.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
         CannotRun: the model's inputs, types or operators are not for the CPU.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        settings = SessionSettings(accuracy_level=1, profile_prefix=Path(folder) / "profile")
-        with runnable_file(onnx_file, settings.providers, onnx_file.parent) as runnable:
-            profile = _run_one_token(runnable, base, settings)
-        events = json.loads(profile.read_text(encoding="utf-8"))
+    model = ir.load(onnx_file)
+    widens = must_widen(model, CPU_ONLY)
+    computed: dict[str, np.ndarray] = {}
+    names: set[str] = set()
+    with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
+        settings = SessionSettings(
+            accuracy_level=1, profile_prefix=Path(profiles) / "profile", external_data_folder=onnx_file.parent
+        )
+        for piece in cut_into_pieces(model, wanted=_ends(model, sites), limit=_PIECE_BYTES, together=sites):
+            _declare_types(piece, computed)
+            source = widened_file(piece.model, onnx_file.parent) if widens else nullcontext(_serialized(piece.model))
+            with source as runnable:
+                run = _run_piece(runnable, piece, computed, base, settings)
+            names |= _matmulnbits_in(run.profile)
+            computed |= run.outputs
+    return frozenset(names)
+
+
+def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
+    """What the nodes behind the sites compute: they too decide whether a product is fused.
+
+    A product that were an output itself would be kept from fusing with its reader.
+    """
+    behind = {str(node.outputs[0].name) for node in readers(model, sites)}
+    read = {value.name for node in readers(model, sites) for value in node.inputs if value is not None}
+    return frozenset(behind - sites | sites - read)
+
+
+@dataclass(frozen=True, slots=True)
+class _PieceRun:
+    outputs: dict[str, np.ndarray]
+    profile: Path
+
+
+def _serialized(model: ir.Model) -> bytes:
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def _declare_types(piece: Piece, computed: Mapping[str, np.ndarray]) -> None:
+    """Give the inputs that earlier pieces computed the types that they turned out to have."""
+    for value in piece.model.graph.inputs:
+        if value.name in piece.carried_in:
+            value.type = ir.TensorType(ir.DataType.from_numpy(computed[value.name].dtype))
+
+
+def _run_piece(
+    source: Path | bytes,
+    piece: Piece,
+    computed: Mapping[str, np.ndarray],
+    base: ModelDirectory,
+    settings: SessionSettings,
+) -> _PieceRun:
+    """One token through ``piece``."""
+    carried = {name: computed[name] for name in piece.carried_in}
+    if isinstance(source, Path):
+        settings = replace(settings, external_data_folder=None)
+    try:
+        session = open_session(source, settings)
+    except GraphError as error:
+        if type(error.__cause__).__name__ == "NotImplemented":
+            raise CannotRun("its operators have no CPU kernel for this type") from error
+        raise
+    try:
+        feeds = CausalFeeds(session, base.kv_heads, base.head_size, base.windowed_caches, frozenset(carried))
+        one_token = feeds(np.zeros((1, 1), np.int64))
+    except GraphError as error:
+        raise CannotRun(f"its inputs can't be made here: {error}") from error
+    try:
+        outputs = session.run(None, one_token | carried)
+    except Exception as error:  # onnxruntime raises classes without a common base
+        raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
+    finally:
+        profile = Path(session.end_profiling())
+    names = [node.name for node in session.get_outputs()]
+    return _PieceRun(dict(zip(names, outputs, strict=True)), profile)
+
+
+def _matmulnbits_in(profile: Path) -> frozenset[str]:
+    """Names of the nodes that ran as MatMulNBits."""
     suffix = "_kernel_time"
     return frozenset(
         event["name"].removesuffix(suffix)
-        for event in events
+        for event in json.loads(profile.read_text(encoding="utf-8"))
         if event.get("cat") == "Node"
         and event["name"].endswith(suffix)
         and event["args"].get("op_name") == "MatMulNBits"
     )
 
 
-def _run_one_token(onnx_file: Path, base: ModelDirectory, settings: SessionSettings) -> Path:
-    try:
-        session = open_session(onnx_file, settings)
-    except GraphError as error:
-        if type(error.__cause__).__name__ == "NotImplemented":
-            raise CannotRun("its operators have no CPU kernel for this type") from error
-        raise
-    try:
-        feeds = CausalFeeds(session, base.kv_heads, base.head_size, base.windowed_caches)
-        one_token = feeds(np.zeros((1, 1), np.int64))
-    except GraphError as error:
-        raise CannotRun(f"its inputs can't be made here: {error}") from error
-    try:
-        session.run(None, one_token)
-    except Exception as error:  # onnxruntime raises classes without a common base
-        raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
-    finally:
-        profile = Path(session.end_profiling())
-    return profile
-
-
 def why_not_fused(node: ir.Node, spec: QuantSpec, version: Version) -> str:
     """The reason that ONNX Runtime ``version`` leaves ``node``'s weight (stored as ``spec``) unfused."""
-    for reason in (_because_of_type(spec, version), _because_of_blocks(spec), _because_of_graph(node, version)):
-        if reason is not None:
-            return reason
-    return f"ONNX Runtime {version[0]}.{version[1]} left it unfused for a reason this tool doesn't know"
+    known = known_objection(node, spec, version)
+    return known or f"ONNX Runtime {version[0]}.{version[1]} left it unfused for a reason this tool doesn't know"
+
+
+def known_objection(node: ir.Node, spec: QuantSpec, version: Version) -> str | None:
+    """The condition of ONNX Runtime ``version`` that ``node``'s weight (stored as ``spec``) breaks, if any is known."""
+    reasons = (_because_of_type(spec, version), _because_of_blocks(spec), _because_of_graph(node, version))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _because_of_type(spec: QuantSpec, version: Version) -> str | None:

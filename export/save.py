@@ -13,9 +13,10 @@ from rich.console import Console
 
 from stages.atomic import is_occupied, refuse_existing, require_creatable
 from stages.base_graph import external_files
-from stages.cli import progress_bar
 from stages.errors import UserError
-from stages.model_directory import GENAI_CONFIG, ModelDirectory, read_genai_config
+from stages.genai_config import GENAI_CONFIG, read_genai_config
+from stages.model_directory import ModelDirectory
+from stages.progress import progress_bar
 
 _OPTION = "--output_path"
 _OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
@@ -82,10 +83,11 @@ def data_name(onnx_name: str) -> str:
 def save_model(model: ir.Model, folder: Path, onnx_name: str, console: Console) -> None:
     """Write ``model`` and its data file into ``folder``, one tensor in memory at a time."""
     with progress_bar(console) as bar:
-        task = bar.add_task("writing tensors", total=None)
+        task = bar.add_task("writing", total=None, unit="tensors")
 
         def advance(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-            bar.update(task, total=info.total, advance=1)
+            bar.update(task, total=info.total)
+            bar.advance(task)
 
         ir.save(model, folder / onnx_name, external_data=data_name(onnx_name), callback=advance)
 

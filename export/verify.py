@@ -23,9 +23,10 @@ from export.site_check import SiteError, measure_site
 from export.stored_numbers import stored_matrix, stored_scales, stored_zero_points
 from export.table_check import TableError, check_stored_table, measure_table
 from stages.atomic import whole_file
-from stages.cli import progress_bar
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
+from stages.progress import progress_bar
+from stages.quantized_store import VERIFICATION
 from stages.records import WeightForm
 from stages.session import CPU_ONLY
 from stages.widen import must_widen
@@ -110,7 +111,7 @@ def verify(
 
 def save_report(report: VerifyReport, folder: Path) -> None:
     """Write every figure and every unfused site as verification.json, whole or not at all."""
-    with whole_file(folder / "verification.json") as partial:
+    with whole_file(folder / VERIFICATION) as partial:
         partial.write_bytes(TypeAdapter(VerifyReport).dump_json(report, indent=1))
 
 
@@ -143,7 +144,7 @@ def _prove_fusion(
     onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory
 ) -> tuple[int | None, tuple[UnfusedSite, ...], tuple[str, ...]]:
     try:
-        fused = nodes_run_as_matmulnbits(onnx_file, base)
+        fused = nodes_run_as_matmulnbits(onnx_file, frozenset(site.output for _, site in pairs), base)
     except CannotRun as reason:
         return None, (), (f"fusion: {reason}",)
     version = runtime_version()
@@ -163,7 +164,7 @@ def _fuses_only_widened(site: RewrittenSite) -> bool:
 def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]], console: Console) -> list[SiteError]:
     errors = []
     with progress_bar(console) as bar:
-        for node, site in bar.track(pairs, description="checking products"):
+        for node, site in bar.track(pairs, description="checking products", unit="sites"):
             error = measure_site(folder, node, site)
             tolerances = _ROUNDED_WEIGHT_TOLERANCE if site.form is WeightForm.QDQ else _TOLERANCE
             tolerance = tolerances[site.source.spec.scale_dtype]

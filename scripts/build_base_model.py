@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-from rich.console import Console
 
 from scripts.builder_input import as_builder_input
 from scripts.checkpoints import (
@@ -25,11 +24,13 @@ from scripts.packaged_gguf import join_parts
 from stages.atomic import whole_directory
 from stages.cli import run_command
 from stages.errors import UserError
+from stages.screen import Screen
 
+_LOGGER = logging.getLogger(__name__)
 _BUILDER = "onnxruntime_genai.models.builder"
 
 
-def build(config: BuildConfig, console: Console) -> None:
+def build(config: BuildConfig, screen: Screen) -> None:
     """Find the checkpoint, dequantize it where it is GGUF, and run the model builder on it."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise UserError('Building needs the package onnxruntime-genai: pip install -e ".[genai]"')
@@ -38,13 +39,13 @@ def build(config: BuildConfig, console: Console) -> None:
         whole_directory(config.output, overwrite=config.overwrite, option="--output") as output,
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):
-        model = _builder_arguments(checkpoint, Path(scratch), config, console)
-        with console.status("onnxruntime-genai builds the graph"):
-            _run_builder(model, output, Path(scratch) / "cache", config, console)
-    console.print(f"base model: {config.output}", highlight=False)
+        model = _builder_arguments(checkpoint, Path(scratch), config)
+        with screen.console.status("onnxruntime-genai builds the graph"):
+            _run_builder(model, output, Path(scratch) / "cache", config)
+    _LOGGER.info("base model: %s", config.output)
 
 
-def _builder_arguments(checkpoint: Checkpoint, scratch: Path, config: BuildConfig, console: Console) -> list[str]:
+def _builder_arguments(checkpoint: Checkpoint, scratch: Path, config: BuildConfig) -> list[str]:
     """The builder's arguments that name the checkpoint."""
     match checkpoint:
         case HubCheckpoint(name=name):
@@ -52,27 +53,27 @@ def _builder_arguments(checkpoint: Checkpoint, scratch: Path, config: BuildConfi
         case FolderCheckpoint(folder=folder):
             pass
         case GgufCheckpoint(file=file):
-            folder = _dequantized(file, scratch, config, console)
+            folder = _dequantized(file, scratch, config)
         case PackagedCheckpoint(source=source):
             file = scratch / f"{source}.gguf"
             join_parts(source, file)
-            folder = _dequantized(file, scratch, config, console)
+            folder = _dequantized(file, scratch, config)
     return ["-i", str(as_builder_input(folder, scratch / "readable"))]
 
 
-def _dequantized(file: Path, scratch: Path, config: BuildConfig, console: Console) -> Path:
-    console.print(f"dequantizing {file.name}", highlight=False)
+def _dequantized(file: Path, scratch: Path, config: BuildConfig) -> Path:
+    _LOGGER.info("dequantizing %s", file.name)
     folder = scratch / "checkpoint"
     dequantize_gguf(file, folder, keep_grid=config.keep_grid)
     return folder
 
 
-def _run_builder(model: list[str], output: Path, cache: Path, config: BuildConfig, console: Console) -> None:
+def _run_builder(model: list[str], output: Path, cache: Path, config: BuildConfig) -> None:
     command = [sys.executable, "-m", _BUILDER, *model, "-o", str(output), "-c", str(cache)]
     command += ["-p", config.precision, "-e", config.execution_provider]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
-        console.print(done.stdout, highlight=False, markup=False)
+        _LOGGER.warning("onnxruntime-genai's builder said:\n%s", done.stdout)
         raise UserError(
             f"onnxruntime-genai's builder failed on --source {config.source} with --precision {config.precision} and "
             f"--execution_provider {config.execution_provider}; its output is above."

@@ -15,14 +15,15 @@ from stages.config import CalibrateConfig, beside
 from stages.errors import UserError
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import locate_model
+from stages.observe.documents import dataset_names
 from stages.session import choose_providers
 
 _DIGITS = 10
 # A new option counts unless it is named here.
 _WITHOUT_EFFECT = frozenset(
-    {"onnx_path", "cache_dir", "overwrite", "device", "batch_size", "add_position_ids", "trust_remote_code"}
+    {"onnx_path", "cache_dir", "overwrite", "device", "batch_size", "add_position_ids", "trust_remote_code", "printing"}
 )
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*")
 
 
 def calibration_folder(config: DropInConfig) -> Path:
@@ -52,15 +53,14 @@ def _digest(config: CalibrateConfig) -> str:
     named |= {
         "model": fingerprint_model(directory),
         "calibration_eps": ",".join(choose_providers(config.calibration_eps).names),
-        "text": _digest_of(_text_files(Path(config.dataset))),
+        "text": _digest_of(_text_files(config.dataset)),
         "tokenizer": _digest_of(_tokenizer_files(Path(config.model_name or directory.folder))),
     }
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
-def _text_files(dataset: Path) -> Iterator[Path]:
-    if dataset.is_file():
-        yield dataset
+def _text_files(dataset: str) -> Iterator[Path]:
+    yield from filter(Path.is_file, map(Path, dataset_names(dataset)))
 
 
 def _tokenizer_files(source: Path) -> Iterator[Path]:

@@ -7,17 +7,20 @@ row that says so.
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from scripts.options import PeerConfig
 from scripts.peers import peers_of
-from stages.cli import progress_bar, run_command
+from stages.cli import run_command
 from stages.evaluation.bench import measure
 from stages.evaluation.points import points_of
 from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks
+from stages.page.document import write_report
+from stages.page.from_sweep import sweep_document
+from stages.page.render import render
+from stages.progress import progress_bar
+from stages.screen import Screen
 
 
-def compare_with_peer(config: PeerConfig, console: Console) -> None:
+def compare_with_peer(config: PeerConfig, screen: Screen) -> None:
     """Make and judge everything that isn't there, and show the tables.
 
     Raises:
@@ -27,9 +30,11 @@ def compare_with_peer(config: PeerConfig, console: Console) -> None:
     peers = peers_of(config)
     runs = [*ours, *(peer.run for peer in peers)]
     bench, yardsticks = open_bench(config), read_yardsticks(config)
-    with progress_bar(console) as progress:
+    with progress_bar(screen.console) as progress:
         records = measure(bench, runs, yardsticks, progress, lambda _: None)
-    publish(bench, runs, records, yardsticks, {peer.run.name: peer.note for peer in peers})
+    notes = {peer.run.name: peer.note for peer in peers}
+    publish(bench, runs, records, yardsticks, notes, screen)
+    write_report(sweep_document(bench, runs, records, yardsticks, notes), render, bench.folder)
     raise_failures({run.name: records[run.name] for run in ours})
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from scripts.generation import generate_sentence
 from scripts.options import GenerateConfig
 from stages.cli import run_command
 from stages.errors import UserError
+from stages.screen import Screen, unwrapped
 
 
-def run(config: GenerateConfig, _: Console) -> None:
+def run(config: GenerateConfig, screen: Screen) -> None:
     """Print the prompt and each model's answer."""
     if config.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1.")
-    output = Console()
-    output.print(f"prompt: {config.prompt}", highlight=False, markup=False, soft_wrap=True)
+    screen.show("prompt", unwrapped(f"prompt: {config.prompt}"), config.prompt)
+    answers: dict[str, str] = {}
     for folder in config.model:
-        sentence = generate_sentence(folder, config.prompt, config.max_new_tokens)
-        output.print(f"{folder.name}: {sentence}", highlight=False, markup=False, soft_wrap=True)
+        answers[str(folder)] = sentence = generate_sentence(folder, config.prompt, config.max_new_tokens)
+        screen.show("answers", unwrapped(f"{folder.name}: {sentence}"), answers)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""Greedy text from an ORT-GenAI model folder, through onnxruntime-genai."""
+"""One greedy sentence from an ORT-GenAI model folder, through onnxruntime-genai."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import onnxruntime_genai as og
+from stages.evaluation.genai_session import GenaiSession, cannot_run, open_genai
 
-from stages.errors import UserError
-from stages.model_directory import GENAI_CONFIG, locate_model
-
+_OPTION = "--model"
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n\n")
 
 
@@ -23,40 +20,18 @@ def generate_sentence(folder: Path, prompt: str, max_new_tokens: int) -> str:
     Raises:
         UserError: the folder isn't an ORT-GenAI model, or the runtime can't run it here.
     """
-    if not locate_model(folder).has_genai_config:
-        raise UserError(f"--model {folder} has no {GENAI_CONFIG}; pass a folder that onnxruntime-genai can run.")
+    session = open_genai(folder, _OPTION)
     try:
-        model = og.Model(str(folder))
-        tokenizer = og.Tokenizer(model)
-        if _has_template(folder):
-            prompt = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]))
-        return until_sentence_end(_pieces(model, tokenizer, prompt, max_new_tokens))
+        return until_sentence_end(_pieces(session, prompt, max_new_tokens))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model {folder} can't be run by onnxruntime-genai here ({reason}); "
-            "pass a model built for this machine's execution provider."
-        ) from error
+        raise cannot_run(folder, _OPTION, error) from error
 
 
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
-
-
-def _pieces(model: og.Model, tokenizer: og.Tokenizer, prompt: str, max_new_tokens: int) -> Iterator[str]:
+def _pieces(session: GenaiSession, prompt: str, max_new_tokens: int) -> Iterator[str]:
     """Decoded text, one token at a time."""
-    tokens = tokenizer.encode(prompt)
-    settings = og.GeneratorParams(model)
-    settings.set_search_options(max_length=len(tokens) + max_new_tokens, do_sample=False)
-    generator = og.Generator(model, settings)
-    generator.append_tokens(tokens)
-    decoder = tokenizer.create_stream()
-    while not generator.is_done():
-        generator.generate_next_token()
-        yield decoder.decode(generator.get_next_tokens()[0])
+    decoder = session.tokenizer.create_stream()
+    for token in session.greedy(session.prompt_tokens(prompt), max_new_tokens):
+        yield decoder.decode(token)
 
 
 def until_sentence_end(pieces: Iterable[str]) -> str:

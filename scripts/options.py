@@ -6,17 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.config import Algorithm, BenchConfig, CalibrateConfig, Flag, QuantizeConfig, SweepGrid
+from stages.config import (
+    Algorithm,
+    BenchConfig,
+    CalibrateConfig,
+    CommandOptions,
+    Flag,
+    QuantizeConfig,
+    SweepGrid,
+    beside,
+)
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
 
+LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
+LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuildConfig:
+class BuildConfig(CommandOptions):
     """Make an ORT-GenAI base model with onnxruntime-genai's model builder."""
 
     output: Path
@@ -36,7 +47,47 @@ class BuildConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig:
+class LargeModelConfig(CommandOptions):
+    """Write a base model of a real model's shapes with random weights, for benchmarks."""
+
+    output: Path
+    """Folder for the base model. Must not exist yet."""
+    shape: LargeShape = "llama-3-8b"
+    """Whose sizes it has (qwen2.5-1.5b without that model's biases)."""
+    layers: int | None = None
+    """Decoder blocks; default: all that the shape has."""
+    precision: LargePrecision = "fp16"
+    """Type of weights and activations."""
+    seed: int = 0
+    """Seed of the weights."""
+    overwrite: bool = False
+    """Replace an output that is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FuzzConfig(CommandOptions):
+    """Give our loaders damaged files until they fail in another way than with a sentence."""
+
+    base: Path
+    """Base model, a small one: the folder."""
+    weights_path: Path
+    """Its quantized weights, as stages.quantize saved them."""
+    output: Path
+    """Folder for what each target's process said, and for inputs that were found."""
+    cache_dir: Path | None = None
+    """Its calibration cache; default: the model's folder name with .calibration added."""
+    seconds: int = 600
+    """For all targets together."""
+    target: tuple[str, ...] = ()
+    """Targets; default: all."""
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or beside(self.base, ".calibration")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig(CommandOptions):
     """Let models answer a prompt greedily through onnxruntime-genai."""
 
     model: tuple[Path, ...]
@@ -69,6 +120,38 @@ class PeerConfig(BenchConfig, SweepGrid):
     @property
     def modelopt_environment_path(self) -> Path:
         return (self.modelopt_environment or self.output / "modelopt-venv").absolute()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkConfig(CommandOptions):
+    """Measure both stages, their parts and the competitor in one run; nothing else should run on the machine."""
+
+    base: Path
+    """Base model: the .onnx file or its folder."""
+    output: Path
+    """Folder for benchmark.json, growth.svg, logs and the models that are made."""
+    algo: tuple[Algorithm, ...] = ("awq_full", "awq_gptq")
+    """Searches that are measured."""
+    block_size: int = 32
+    """Inputs that share a scale."""
+    dataset: str = "offline"
+    """What is calibrated on; see stages.calibrate."""
+    calib_size: int = 32
+    """Windows of 512 tokens."""
+    calibration_eps: str = "cuda,cpu"
+    """Execution providers of the forward passes, tried in this order."""
+    device: str = "auto"
+    """Where statistics are added up and the search runs."""
+    rounds: int = 5
+    """Passes of plain inference and of calibration that medians are taken of."""
+    no_growth: Flag = False
+    """Leave out the synthetic models."""
+    no_competitor: Flag = False
+    """Leave out NVIDIA ModelOpt, which takes most of the time."""
+    modelopt_windows: int = 8
+    """Windows that ModelOpt's awq_lite calibrates on."""
+    modelopt_environment: Path | None = None
+    """Where ModelOpt is installed; default: modelopt-venv in the output folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ if [ ! -d "$int4" ]; then
 fi
 
 say "3/4 accuracy on text that calibration did not see"
-python -m scripts.evaluate --base "$base" --model "$int4" --json "$int4.accuracy.json"
+python -m stages.evaluate --base "$base" --model "$int4" --results "$int4.accuracy.json"
 
 say "4/4 one sentence from both"
 python -m scripts.generate --model "$base" "$int4"

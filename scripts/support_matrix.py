@@ -11,10 +11,11 @@ from typing import Annotated
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
 
 from stages.cli import run_command
+from stages.config import CommandOptions
 from stages.errors import UserError
+from stages.screen import Screen, unwrapped
 
 _PLACES = {"norm": "norms", "value": "v_proj", "linear": "up_proj", "mul": "Mul nodes"}
 
@@ -53,7 +54,7 @@ class FamilyResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixConfig:
+class MatrixConfig(CommandOptions):
     """Print the support matrix of a test run."""
 
     results: Annotated[Path, tyro.conf.Positional]
@@ -103,9 +104,10 @@ def _row(model: str, result: FamilyResult) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def show_matrix(config: MatrixConfig, _console: Console) -> None:
+def show_matrix(config: MatrixConfig, screen: Screen) -> None:
     """Print the table to standard output."""
-    print(markdown(read_results(config.results)))
+    results = read_results(config.results)
+    screen.show("families", unwrapped(markdown(results)), results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from stages.errors import RecipeError
@@ -20,7 +21,7 @@ def parse_bytes(text: str, option: str) -> int:
         RecipeError: ``text`` is no such amount, or zero.
     """
     match = _AMOUNT.fullmatch(text.strip().replace(" ", "").lower())
-    number = int(float(match[1]) * _UNITS[match[2]]) if match is not None and match[2] in _UNITS else 0
-    if number <= 0:
+    number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.0
+    if not 1 <= number < math.inf:
         raise RecipeError(f"{option} '{text}' is no size; write one such as 1.1GB, 900MB or 850MiB.")
-    return number
+    return int(number)

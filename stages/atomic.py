@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stages.errors import UserError
+from stages.file_names import reachable
 
 
 def _partial(path: Path) -> Path:
@@ -63,9 +64,22 @@ def existing_parent(path: Path) -> Path:
 
 def require_creatable(path: Path, *, option: str) -> None:
     """Raise UserError when ``path`` could not be created, before hours of work depend on it."""
-    parent = existing_parent(path)
+    try:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{option} {path} is a link that leads nowhere; choose another path.")
+        path.exists()
+        parent = existing_parent(path)
+    except OSError as error:
+        raise UserError(f"{option} {path} can't be written ({error.strerror}); choose another path.") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{option} {path} can't be written ({parent} is no writable folder); choose another path.")
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove the first of ``folders``, each the next one's child, that hold nothing."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextmanager
@@ -80,7 +94,9 @@ def whole_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Pat
     Raises:
         UserError: the folder exists and ``overwrite`` is off, or can't be written.
     """
-    path = path.absolute()
+    # Of a link, what it leads to is replaced.
+    path = reachable(path.resolve() if path.is_symlink() else path.absolute())
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _recover(path)
@@ -103,6 +119,24 @@ def whole_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Pat
         shutil.rmtree(_replaced(path), ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+
+
+@contextmanager
+def scratch_beside(path: Path, *, owner: bool) -> Iterator[Path]:
+    """Yield a folder for temporary files beside ``path``, which is gone afterwards.
+
+    Of the processes that share it the ``owner`` alone removes it, and before that what a killed run left there; it must
+    come first. Who puts something there makes the folder.
+    """
+    folder = path.absolute().with_name(f".{path.name}.scratch")
+    if owner:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        if owner:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -5,33 +5,76 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.external_data import external_tensors
 from stages.model_directory import ModelDirectory
+from stages.one_line import in_one_line
+from stages.sound_graph import fault_of_graph, fault_of_proto
 
 
 def load_graph(directory: ModelDirectory) -> ir.Model:
     """Parse the .onnx file; weights stay external tensors that map their file when read.
 
     Raises:
-        GraphError: the file isn't an ONNX model; its external data is missing, a link or truncated; or a graph output
-            is made by no node.
+        GraphError: the file isn't an ONNX model, or its graph doesn't hang together; its external data is missing, a
+            link, elsewhere or truncated; or a graph output is made by no node.
     """
-    try:
-        model = ir.load(directory.onnx_file)
-    except PermissionError as error:
-        raise GraphError(
-            f"{directory.onnx_file} can't be read ({error.strerror}); get the right to read it."
-        ) from error
-    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
-        raise GraphError(f"{directory.onnx_file} is not a readable ONNX model ({error}); build it again.") from error
-    for path in external_files(model):
+    model = parse_graph(directory)
+    require_weights(model, directory)
+    return model
+
+
+def require_weights(model: ir.Model, directory: ModelDirectory) -> None:
+    """Raise GraphError where external data of ``model`` is missing, a link, elsewhere or truncated."""
+    for path in _named_files(model, directory.onnx_file):
         _require_real_file(path, directory.folder)
     _require_whole(model)
+
+
+def parse_graph(directory: ModelDirectory) -> ir.Model:
+    """Parse the .onnx file alone: the data files may be missing.
+
+    Raises:
+        GraphError: the file isn't an ONNX model, its graph doesn't hang together, or an output is made by no node.
+    """
+    file = directory.onnx_file
+    try:
+        proto = onnx.load(file, load_external_data=False)
+        fault = fault_of_proto(proto)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, str(file.parent))
+        fault = fault or (fault_of_graph(model) if model.graph.outputs else None)
+    except PermissionError as error:
+        raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
+    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        raise GraphError(f"{file} is not a readable ONNX model ({in_one_line(error)}); build it again.") from error
+    if not model.graph.outputs:
+        raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
+    if fault is not None:
+        raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
     _require_outputs(model, directory)
+    _size_weights(model)
     return model
+
+
+def _size_weights(model: ir.Model) -> None:
+    """A declaration may leave open what the weight itself says."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and (value.shape is None or not value.shape.is_static()):
+                value.shape = ir.Shape(value.const_value.shape.numpy())
+
+
+def _named_files(model: ir.Model, file: Path) -> list[Path]:
+    try:
+        return list(external_files(model))
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, no UTF-8, a loop of links
+        raise GraphError(
+            f"{file} names an external data file that can't be ({in_one_line(error)}); build it again."
+        ) from error
 
 
 def external_files(model: ir.Model) -> Iterator[Path]:
@@ -41,9 +84,14 @@ def external_files(model: ir.Model) -> Iterator[Path]:
 
 def _require_real_file(path: Path, folder: Path) -> None:
     """onnx-ir refuses to read through links, which could lead anywhere; say so before anything is computed."""
+    if not path.is_relative_to(folder.resolve()):
+        raise GraphError(
+            f"External data file {path} lies outside of {folder}, or a link leads there; copy the base folder with its "
+            "files and pass that."
+        )
     if not path.is_file():
         raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
-    if folder.resolve() not in path.parents or path.stat().st_nlink > 1:
+    if path.stat().st_nlink > 1:
         raise GraphError(f"External data file {path} is a link; copy the base folder with its files and pass that.")
 
 
@@ -72,7 +120,9 @@ def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
             f"External data file {path} can't be read ({error.strerror}); get the right to read it."
         ) from error
     except (ValueError, OSError) as error:
-        raise GraphError(f"External data file {path} can't be read ({error}); put a real copy there.") from error
+        raise GraphError(
+            f"External data file {path} can't be read ({in_one_line(error)}); put a real copy there."
+        ) from error
     finally:
         tensor.release()
 

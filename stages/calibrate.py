@@ -2,82 +2,136 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
+import psutil
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from stages.atomic import existing_parent
+from stages.amounts import parse_bytes
+from stages.atomic import scratch_beside
 from stages.base_graph import load_graph
-from stages.cli import choose_device, progress_bar, run_command, show
-from stages.config import CalibrateConfig
+from stages.calibration_table import CalibrationSummary, PassSummary, calibration_table
+from stages.cli import choose_device, run_command
+from stages.config import PART_OF_FREE_MEMORY, CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.fingerprint import fingerprint_model
-from stages.graph.run import ActivationTap, open_tap
+from stages.graph.run import ActivationTap
 from stages.graph.sites import find_groups
 from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.cache import CacheKey, CacheWriter, find_cache, new_cache
+from stages.observation import Observation
+from stages.observe.cache import CacheKey, CacheWriter, find_cache, new_cache, require_place
 from stages.observe.dataset import TokenWindows, WindowRequest, load_windows
-from stages.observe.statistics import StatisticsAccumulator
+from stages.observe.own_text import OwnTextSource
+from stages.prepared import PreparedCalibration
+from stages.processes import Processes, join_processes
 from stages.provider_profile import ShapeProfile, WindowShape, decoder_sizes
-from stages.records import ActivationGroup, ActivationStats, TokenStats
-from stages.session import NV_TENSORRT_RTX, ProviderChoice, choose_providers
-from stages.widen import WIDENED_BECAUSE
+from stages.screen import Screen
+from stages.session import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
+
+_LOGGER = logging.getLogger(__name__)
 
 
-def calibrate(config: CalibrateConfig, console: Console) -> None:
-    """Build the calibration cache that ``config`` describes, unless it is there already."""
+def calibrate(config: CalibrateConfig, screen: Screen) -> None:
+    """Build the calibration cache that ``config`` describes, unless it is there already.
+
+    Processes launched together share the windows.
+    """
     config.validate()
     started = time.perf_counter()
+    processes = join_processes()
+    with ExitStack() as until_the_end:
+        with processes.first_goes_first():
+            require_place(config.cache_path)
+            folder = scratch_beside(config.cache_path, owner=processes.is_first)
+            console = processes.console(screen.console)
+            prepared = _prepare(config, processes, until_the_end.enter_context(folder), console)
+            if _existing_difference(config, prepared.key) == "":
+                _show_current(config, screen)
+                return
+        _observe(config, prepared, processes, screen, started)
+
+
+def _observe(
+    config: CalibrateConfig, prepared: PreparedCalibration, processes: Processes, screen: Screen, started: float
+) -> None:
+    """Run the model and write the cache."""
+    observation = prepared.observation
+    pieces = observation.cut(prepared.model, processes.hear_first(_memory(config, observation.device, processes)))
+    with observation.open_first(pieces[0], prepared.choice) as tap:
+        # Only now it is known which providers work.
+        key = replace(prepared.key, providers=tap.providers.names)
+        if _is_current(config, key):
+            _show_current(config, screen)
+            return
+        with _new_cache(config, key, observation, processes) as writer:
+            observation.fill(writer, pieces, tap, processes.console(screen.console))
+    if processes.is_first:
+        made = _pass_summary(observation, len(pieces), tap, time.perf_counter() - started)
+        _show(_summary(config, made), screen)
+
+
+def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path, console: Console) -> PreparedCalibration:
     device = choose_device(config.device)
     directory = locate_model(config.onnx_path)
     _require_context(config.seq_len, directory)
     model = load_graph(directory)
-    groups = find_groups(model)
     choice = choose_providers(config.calibration_eps)
-    windows = load_windows(_window_request(config, directory))
-    wanted = _cache_key(directory, windows, choice)
-    if _existing_difference(config, wanted) == "":
-        _say_current(config, console)
-        return
-    options = _provider_options(config, directory, model, choice)
-    with open_tap(model, directory, groups, choice, options, existing_parent(config.cache_path)) as tap:
-        # Only now it is known which providers work.
-        key = replace(wanted, providers=tap.providers.names)
-        if _is_current(config, key):
-            _say_current(config, console)
-            return
-        _fill_cache(config, key, tap, groups, windows, device, console)
-        show(_summary(config, windows, groups, tap, time.perf_counter() - started))
+    own_text = OwnTextSource(
+        directory=directory, providers=choice.names, folder=config.cache_path.absolute().parent, console=console
+    )
+    observation = Observation(
+        directory=directory,
+        groups=find_groups(model),
+        windows=load_windows(_window_request(config, directory), own_text=own_text),
+        batch_size=config.batch_size,
+        device=device,
+        provider_options=_provider_options(config, directory, model, choice, processes),
+        scratch=scratch,
+        processes=processes,
+    )
+    key = _cache_key(directory, observation.windows, choice)
+    return PreparedCalibration(model=model, observation=observation, choice=choice, key=key)
 
 
-def _say_current(config: CalibrateConfig, console: Console) -> None:
-    console.print(f"{config.cache_path} already holds exactly this calibration; nothing to do.", highlight=False)
+@contextmanager
+def _new_cache(
+    config: CalibrateConfig, key: CacheKey, observation: Observation, processes: Processes
+) -> Iterator[CacheWriter]:
+    """The first process makes the folder and gives it its place; all fill it."""
+    activations = [group.activation for group in observation.groups]
+    if processes.is_first:
+        with new_cache(config.cache_path, key, activations, overwrite=config.overwrite) as writer:
+            writer.write_tokens(observation.windows.calibration, observation.windows.held_out)
+            processes.hear_first(writer.folder)
+            yield writer
+    else:
+        yield CacheWriter.of(processes.hear_first(Path()), activations)
 
 
-def _fill_cache(
-    config: CalibrateConfig,
-    key: CacheKey,
-    tap: ActivationTap,
-    groups: tuple[ActivationGroup, ...],
-    windows: TokenWindows,
-    device: torch.device,
-    console: Console,
-) -> None:
-    with new_cache(config.cache_path, key, overwrite=config.overwrite) as writer:
-        writer.write_tokens(windows.calibration, windows.held_out)
-        with progress_bar(console) as progress:
-            held_out = _observe(tap, groups, windows.held_out, config.batch_size, device, progress, "held-out windows")
-            calibration = _observe(
-                tap, groups, windows.calibration, config.batch_size, device, progress, "calibration windows"
-            )
-        _save(writer, groups, calibration, held_out)
+def _show_current(config: CalibrateConfig, screen: Screen) -> None:
+    _LOGGER.info("%s already holds exactly this calibration; nothing to do.", config.cache_path)
+    _show(_summary(config, made=None), screen)
+
+
+def _show(summary: CalibrationSummary, screen: Screen) -> None:
+    screen.show("calibration", calibration_table(summary), summary)
+
+
+def _memory(config: CalibrateConfig, device: torch.device, processes: Processes) -> int:
+    """Bytes that a piece of the graph may take in one process: what was asked for, or a part of what is free."""
+    if config.max_memory is not None:
+        return parse_bytes(config.max_memory, "--max_memory")
+    free = psutil.virtual_memory().available // processes.count_here
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return int(free * PART_OF_FREE_MEMORY)
 
 
 def _require_context(seq_len: int, directory: ModelDirectory) -> None:
@@ -98,23 +152,29 @@ def _window_request(config: CalibrateConfig, directory: ModelDirectory) -> Windo
         calib_size=config.calib_size,
         seq_len=config.seq_len,
         seed=config.seed,
+        apply_chat_template=config.apply_chat_template,
         use_random=config.use_random_calib,
         trust_remote_code=config.trust_remote_code,
     )
 
 
 def _provider_options(
-    config: CalibrateConfig, directory: ModelDirectory, model: ir.Model, choice: ProviderChoice
+    config: CalibrateConfig,
+    directory: ModelDirectory,
+    model: ir.Model,
+    choice: ProviderChoice,
+    processes: Processes,
 ) -> dict[str, dict[str, str]]:
-    """Options by provider: NvTensorRtRtx builds its engine for the shapes that will be fed."""
+    """Options by provider: which GPU is this process's; NvTensorRtRtx builds its engine for the shapes that come."""
+    options = {name: {"device_id": str(processes.index_here)} for name in (CUDA,) if processes.count > 1}
     if NV_TENSORRT_RTX not in choice.names:
-        return {}
+        return options
     profile = ShapeProfile(
         window=WindowShape(batch_size=config.batch_size, seq_len=config.seq_len),
         sizes=decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code),
         windowed_caches=directory.windowed_caches,
     )
-    return {NV_TENSORRT_RTX: profile.provider_options(model.graph.inputs)}
+    return options | {NV_TENSORRT_RTX: profile.provider_options(model.graph.inputs)}
 
 
 def _cache_key(directory: ModelDirectory, windows: TokenWindows, providers: ProviderChoice) -> CacheKey:
@@ -155,78 +215,42 @@ def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
     return reason == ""
 
 
-def _observe(
-    tap: ActivationTap,
-    groups: tuple[ActivationGroup, ...],
-    windows: np.ndarray,
-    batch_size: int,
-    device: torch.device,
-    progress: Progress,
-    description: str,
-) -> dict[str, TokenStats]:
-    """One forward pass per batch; every tapped activation is folded into its statistics at once."""
-    accumulators = {
-        group.activation: StatisticsAccumulator(group.activation, group.in_features, windows.size, device)
-        for group in groups
-    }
-    task = progress.add_task(description, total=len(windows))
-    for batch in _batches(windows, batch_size):
-        for activation, values in tap.run(batch):
-            accumulators[activation].add(values)
-        progress.advance(task, len(batch))
-    return {activation: accumulator.finish() for activation, accumulator in accumulators.items()}
-
-
-def _batches(windows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(windows), batch_size):
-        yield windows[start : start + batch_size]
-
-
-def _save(
-    writer: CacheWriter,
-    groups: tuple[ActivationGroup, ...],
-    calibration: dict[str, TokenStats],
-    held_out: dict[str, TokenStats],
-) -> None:
-    for group in groups:
-        stats = ActivationStats(calibration=calibration[group.activation], held_out=held_out[group.activation])
-        writer.write(group.activation, stats)
-
-
-def _summary(
-    config: CalibrateConfig,
-    windows: TokenWindows,
-    groups: tuple[ActivationGroup, ...],
-    tap: ActivationTap,
-    seconds: float,
-) -> Table:
-    table = Table(title="calibration cache", show_header=False)
-    size = sum(file.stat().st_size for file in config.cache_path.iterdir())
-    seq_len = windows.calibration.shape[1]
-    table.add_row("cache", f"{config.cache_path} ({size / 1e6:.0f} MB)")
-    table.add_row("text", windows.source)
-    table.add_row("tokenizer", windows.tokenizer)
-    table.add_row("windows", f"{len(windows.calibration)} to search with + {len(windows.held_out)} held out, {seq_len}")
-    table.add_row("tapped", f"{len(groups)} activations of {sum(len(group.sites) for group in groups)} MatMuls")
-    table.add_row("ran on", ", ".join(tap.providers.names))
-    if tap.widened:
-        table.add_row("", WIDENED_BECAUSE)
-    for name, why in tap.providers.missing:
-        table.add_row("not used", f"{name}: {why}")
-    table.add_row("seconds", f"{seconds:.1f}")
-    return table
-
-
-def calibrate_and_point_on(config: CalibrateConfig, console: Console) -> None:
-    """The command: ``calibrate``, then the next one to type."""
-    calibrate(config, console)
-    cache = "" if config.cache_dir is None else f" --cache_dir {config.cache_dir}"
-    console.print(
-        f"next: python -m stages.quantize --onnx_path {config.onnx_path}{cache} --output_path ...",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+def _pass_summary(observation: Observation, pieces: int, tap: ActivationTap, seconds: float) -> PassSummary:
+    groups = observation.groups
+    return PassSummary(
+        tokenizer=observation.windows.tokenizer,
+        matmuls=sum(len(group.sites) for group in groups),
+        as_rows=sum(observation.size(group, "calibration").keeps_rows for group in groups),
+        pieces=pieces,
+        widened=tap.widened,
+        unused=tap.providers.missing,
+        seconds=seconds,
     )
+
+
+def _summary(config: CalibrateConfig, made: PassSummary | None) -> CalibrationSummary:
+    """What the cache that is there holds."""
+    cache = find_cache(config.cache_path)
+    assert cache is not None, "it was written or found a moment ago"
+    key = cache.manifest.key
+    return CalibrationSummary(
+        cache=config.cache_path,
+        bytes=sum(file.stat().st_size for file in config.cache_path.iterdir()),
+        source=key.source,
+        calibration_windows=key.calibration_windows,
+        held_out_windows=key.held_out_windows,
+        seq_len=key.seq_len,
+        activations=len(cache.manifest.files),
+        providers=key.providers,
+        made=made,
+    )
+
+
+def calibrate_and_point_on(config: CalibrateConfig, screen: Screen) -> None:
+    """The command: ``calibrate``, then the next one to type."""
+    calibrate(config, screen)
+    cache = "" if config.cache_dir is None else f" --cache_dir {config.cache_dir}"
+    _LOGGER.info("next: python -m stages.quantize --onnx_path %s%s --output_path ...", config.onnx_path, cache)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the option's name; nothing here touches files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import tyro
 
 from stages.amounts import parse_bytes
 from stages.errors import RecipeError
+from stages.file_names import companion
 from stages.records import BlockAxis, GatherForm
 from stages.target.name import Target, parse_target
 
@@ -31,9 +33,13 @@ MixedRule = Literal["modelopt", "llamacpp"]
 Sensitivity = Literal["cache", "measured"]
 Verification = Literal["full", "quick", "off"]
 Keep = Literal["all", "best", "none"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
+PART_OF_FREE_MEMORY = 0.6
+"""What --max_memory is where nobody says it."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
+_SMALLEST_STEP = 0.001
 
 
 def _require(condition: bool, message: str) -> None:
@@ -51,8 +57,34 @@ def _require_block_size(option: str, size: int | None, because: str) -> None:
 def beside(path: Path, suffix: str) -> Path:
     """The default companion folder of a model: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
     folder = path.absolute()
-    folder = folder.parent if folder.suffix == ".onnx" else folder
-    return folder.with_name(folder.name + suffix)
+    folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
+    try:
+        return companion(folder, suffix)
+    except ValueError as error:
+        raise RecipeError(f"{path} lies at the root of a disk; put it into a folder.") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """What a command prints, and where."""
+
+    quiet: Flag = False
+    """Print warnings and errors alone; exit codes stay the same."""
+    json: Flag = False
+    """Print the results as one JSON document on standard output, in place of tables."""
+    log_level: LogLevel = "info"
+    """The least important messages that are printed."""
+    log_file: Path | None = None
+    """File that messages and progress are appended to, with their time."""
+
+
+# Without slots, so that a command that takes the options of two others can inherit from both.
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """What every command has."""
+
+    printing: Annotated[OutputOptions, tyro.conf.arg(name="")] = OutputOptions()
+    """An empty name: its options stand among the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +97,7 @@ class ExportOptions:
 
 # Without slots, so that a command that takes the options of both stages can inherit from both configurations.
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig:
+class CalibrateConfig(CommandOptions):
     """Run the base model once per batch and cache the statistics that stage two searches with."""
 
     onnx_path: Path
@@ -73,8 +105,12 @@ class CalibrateConfig:
     model_name: str | None = None
     """Hub name or folder to take the tokenizer from; default: the model's own folder."""
     dataset: str = "cnn"
-    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose in CPython's own documentation, no download), or a
-    local .txt / .jsonl / .parquet file."""
+    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose in CPython's own documentation, no download), self
+    (the model writes it, through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of these
+    separated by commas, which share the windows evenly."""
+    apply_chat_template: bool = False
+    """Make a conversation of each document with the tokenizer's chat template: the messages of a .jsonl or .parquet
+    row; else its text, the beginning as the user's message and the rest as the assistant's. With self: chats alone."""
     calib_size: int = 128
     """Windows of seq_len tokens in all; a tenth of them is held out from the search."""
     seq_len: int = 512
@@ -83,6 +119,9 @@ class CalibrateConfig:
     """Windows in one forward pass."""
     calibration_eps: str = "cuda,cpu"
     """Execution providers for the forward passes, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
+    max_memory: str | None = None
+    """Memory for weights, statistics and activations, such as 8GB. What doesn't fit at once is run in parts, a range of
+    layers after the other; each token still passes each layer once. Default: six tenths of what is free."""
     cache_dir: Path | None = None
     """Folder for the cache; default: the model's folder name with .calibration added."""
     use_random_calib: bool = False
@@ -94,7 +133,7 @@ class CalibrateConfig:
     device: str = "auto"
     """Where statistics are accumulated: auto, cpu, cuda, cuda:1, mps."""
     seed: int = 0
-    """Seed of the document order (and of random tokens)."""
+    """Seed of the document order, of what the model writes itself, and of random tokens."""
     overwrite: bool = False
     """Replace a cache of other tokens, options or model."""
 
@@ -107,10 +146,13 @@ class CalibrateConfig:
         _require(self.calib_size >= 2, "--calib_size must be at least 2: one window to calibrate on, one held out.")
         _require(self.seq_len >= 2, "--seq_len must be at least 2.")
         _require(self.batch_size >= 1, "--batch_size must be at least 1.")
+        _require(self.seed >= 0, f"--seed {self.seed} must be 0 or more.")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory, "--max_memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeConfig:
+class QuantizeConfig(CommandOptions):
     """Search quantized weights from the cache, save them, and export the model."""
 
     onnx_path: Path
@@ -135,7 +177,8 @@ class QuantizeConfig:
     signround_lr: float | None = None
     """First step of the descent, falling linearly to 0; default: 1 / signround_iters."""
     signround_batch_size: int = 4
-    """Windows in one step of the descent; 8 as published."""
+    """Windows in one step of the descent; 8 as published. Also how many --refine and --awq_objective block send
+    through a block at once."""
     signround_seed: int = 0
     """Seed of the order in which the descent sees the windows."""
     cache_dir: Path | None = None
@@ -223,6 +266,9 @@ class QuantizeConfig:
     rounds them to int8 (faster, less exact). Into the nodes themselves with matmul_nbits, whose default is exact."""
     verify: Verification = "full"
     """full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs. off."""
+    dry_run: Flag = False
+    """Say what would be done, and do nothing: every site's format, where input scales go, bytes, memory, seconds. Reads
+    the graph alone; a budget is spent where the cache is there."""
     device: str = "auto"
     """Where the search runs: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False
@@ -295,18 +341,24 @@ class QuantizeConfig:
         )
         self._validate_bits()
         _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
-        _require(0 < self.awqlite_alpha_step <= 1, "--awqlite_alpha_step must lie in (0, 1].")
+        _require(
+            _SMALLEST_STEP <= self.awqlite_alpha_step <= 1, f"--awqlite_alpha_step must lie in [{_SMALLEST_STEP}, 1]."
+        )
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
-        _require(0 < self.awqclip_alpha_step <= 1, "--awqclip_alpha_step must lie in (0, 1].")
+        _require(
+            _SMALLEST_STEP <= self.awqclip_alpha_step <= 1, f"--awqclip_alpha_step must lie in [{_SMALLEST_STEP}, 1]."
+        )
         _require(
             self.awq_objective == "layer" or self.search_algorithm in get_args(ScaleSearch),
             f"--awq_objective block is about input scales, and {self.search_algorithm} has none; use one of "
             f"{', '.join(get_args(ScaleSearch))}.",
         )
         _require(self.signround_iters >= 1, "--signround_iters must be at least 1.")
-        _require(self.signround_lr is None or self.signround_lr > 0, "--signround_lr must be positive.")
+        _require(
+            self.signround_lr is None or 0 < self.signround_lr < math.inf, "--signround_lr must be positive and finite."
+        )
         _require(self.signround_batch_size >= 1, "--signround_batch_size must be at least 1.")
-        _require(self.gptq_damping > 0, "--gptq_damping must be above 0.")
+        _require(0 < self.gptq_damping < math.inf, "--gptq_damping must be above 0 and finite.")
         _require(self.descent_passes >= 0, "--descent_passes must be 0 or more.")
         _require(self.awqclip_bsz_col >= 1, "--awqclip_bsz_col must be at least 1.")
 
@@ -316,7 +368,9 @@ class QuantizeConfig:
             self.mixed_rule == "modelopt" or self.enable_mixed_quant, "--mixed_rule goes with --enable_mixed_quant."
         )
         _require(self.sensitivity is None or self.has_budget, "--sensitivity goes with --target_bpw or --target_size.")
-        _require(self.target_bpw is None or self.target_bpw > 0, "--target_bpw must be more than 0.")
+        _require(
+            self.target_bpw is None or 0 < self.target_bpw < math.inf, "--target_bpw must be more than 0 and finite."
+        )
         if self.target_size is not None:
             parse_bytes(self.target_size, "--target_size")
         if self.has_budget:
@@ -354,7 +408,7 @@ class QuantizeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(CommandOptions):
     """Write saved quantized weights into the base graph again, without searching."""
 
     onnx_path: Path
@@ -378,8 +432,28 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig:
-    """Compare models with their base on the same text: perplexity, KL divergence, top-1 agreement, size."""
+class RunConfig(CommandOptions):
+    """A whole run out of one file: calibrate where the search needs it, quantize, export, evaluate."""
+
+    config: Annotated[Path, tyro.conf.Positional]
+    """YAML (or JSON) with the sections calibrate, quantize, export and evaluate, each with that command's options; or
+    an Olive workflow."""
+    dry_run: Flag = False
+    """Say what would be done, and do nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectConfig(CommandOptions):
+    """Explain a model of any quantizer, a calibration cache, quantized weights, or a sweep. Nothing is run."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """The folder, or an .onnx file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig(CommandOptions):
+    """Compare models with their base: on the same text (perplexity, KL divergence, top-1 agreement, the worst tokens),
+    and if asked for in their answers, on lm-eval's tasks, in speed and memory."""
 
     base: Path
     """Base model: the .onnx file or its folder; its tokenizer is used for all."""
@@ -395,8 +469,67 @@ class EvaluateConfig:
     """1 computes activations in float32 on CPU; the runtime's default 4 rounds them to int8, in every model alike."""
     eps: str = "cpu"
     """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
-    json: Path | None = None
-    """Where the numbers are written; the same comparison is then shown from there, not run again."""
+    worst: int = 10
+    """Predictions to show of each model: those farthest from the base's."""
+    generate: tuple[str, ...] = ()
+    """Prompts that all models answer, greedily, through onnxruntime-genai; in the base's chat template if it has
+    one."""
+    max_new_tokens: int = 64
+    """Tokens of such an answer at most."""
+    lm_eval_tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval (an optional package): names of its own, whose data come from the Hugging Face hub, or local
+    task files (.yaml) or folders of them."""
+    lm_eval_limit: int | None = None
+    """Samples of each task; default: all."""
+    speed: Flag = False
+    """Tokens a second and memory through onnxruntime-genai: models in turns, each round in a process of its own."""
+    speed_rounds: int = 5
+    """Rounds of each model; the median counts."""
+    speed_prompt_tokens: int = 128
+    """Tokens of the prompt, from the beginning of the text."""
+    speed_new_tokens: int = 64
+    """Tokens generated behind it."""
+    results: Path | None = None
+    """Where the numbers are written, as JSON; the same comparison is then shown from there, not run again. Prompts,
+    tasks and speed that are asked for are always run."""
+    report: Path | None = None
+    """Folder of a report (report.json, report.html) to add all this to, such as stages.quantize leaves inside its
+    weights' folder; made where there is none. The same comparison is taken from there, too."""
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option that can't be used."""
+        _require(self.windows >= 1, "--windows must be at least 1.")
+        _require(self.seq_len >= 2, "--seq_len must be at least 2.")
+        _require(self.worst >= 0, "--worst must be 0 or more.")
+        _require(self.max_new_tokens >= 1, "--max_new_tokens must be at least 1.")
+        _require(self.lm_eval_limit is None or self.lm_eval_limit >= 1, "--lm_eval_limit must be at least 1.")
+        _require(self.speed_rounds >= 1, "--speed_rounds must be at least 1.")
+        _require(self.speed_prompt_tokens >= 1, "--speed_prompt_tokens must be at least 1.")
+        _require(self.speed_new_tokens >= 2, "--speed_new_tokens must be at least 2: one ends the prompt's time.")
+        tokens = self.windows * self.seq_len
+        _require(
+            not self.speed or self.speed_prompt_tokens <= tokens,
+            f"--speed_prompt_tokens {self.speed_prompt_tokens} is more than the {tokens} tokens of text that are read.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig(CommandOptions):
+    """Make a report's page from its report.json, or a report of quantized weights that have none."""
+
+    report: tyro.conf.Positional[Path]
+    """The report's folder."""
+    weights_path: Path | None = None
+    """Folder that stages.quantize saved its weights to: the report's part on them is made from it."""
+    base: Path | None = None
+    """The base model of these weights; with --model the report tells sizes too."""
+    model: Path | None = None
+    """The quantized model."""
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option that can't be used."""
+        _require((self.base is None) == (self.model is None), "--base and --model go together.")
+        _require(self.base is None or self.weights_path is not None, "--base and --model go with --weights_path.")
 
 
 # Without slots, so that the commands below can inherit.
@@ -424,7 +557,7 @@ class SweepGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(CommandOptions):
     """Where models are made and how they are judged."""
 
     base: Path

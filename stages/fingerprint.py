@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from stages.base_graph import load_graph
 from stages.external_data import external_tensors
 from stages.model_directory import ModelDirectory
 
@@ -18,9 +19,13 @@ def fingerprint_model(directory: ModelDirectory) -> str:
 
     The .onnx file is hashed whole; of each external tensor its place and its first and last 4 KiB: training changes
     every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them.
+
+    Raises:
+        GraphError: the model can't be read, or isn't whole.
     """
+    tensors = tuple(external_tensors(load_graph(directory)))
     digest = hashlib.sha256(directory.onnx_file.read_bytes())
-    for tensor in external_tensors(ir.load(directory.onnx_file)):
+    for tensor in tensors:
         digest.update(_sample(tensor))
     return digest.hexdigest()
 

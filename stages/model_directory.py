@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from stages.errors import GraphError
+from stages.file_names import reachable
+from stages.genai_config import GENAI_CONFIG, GenaiModel, read_genai_model
 
-GENAI_CONFIG = "genai_config.json"
 _PAST_INPUTS = slice(3, 5)
 
 
@@ -39,20 +38,6 @@ class ModelDirectory:
         return self.folder / GENAI_CONFIG
 
 
-def read_genai_config(folder: Path) -> dict[str, Any]:
-    """genai_config.json as a dictionary.
-
-    Raises:
-        GraphError: the file isn't valid JSON.
-    """
-    path = folder / GENAI_CONFIG
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise GraphError(f"{path} can't be read as JSON ({error}); rebuild or repair the model folder.") from error
-    return content
-
-
 def _onnx_in(folder: Path, filename: str | None) -> Path:
     if filename is not None and (folder / filename).is_file():
         return folder / filename
@@ -67,25 +52,29 @@ def locate_model(path: Path) -> ModelDirectory:
     """Find the model that ``path`` means: an .onnx file, or the folder that holds one.
 
     Raises:
-        GraphError: nothing is there, or the folder holds no unambiguous .onnx file.
+        GraphError: nothing is there, the folder holds no unambiguous .onnx file, or its genai_config.json is damaged.
     """
-    path = path.absolute()
-    if not path.exists():
-        raise GraphError(f"{path} does not exist; pass the base model's .onnx file or its folder.")
+    path = reachable(path.absolute())
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise GraphError(f"{path} does not exist; pass the base model's .onnx file or its folder.") from error
+    except OSError as error:
+        raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the base model.") from error
     folder = path if path.is_dir() else path.parent
     has_config = (folder / GENAI_CONFIG).is_file()
-    model = read_genai_config(folder).get("model", {}) if has_config else {}
-    decoder = model.get("decoder", {})
-    onnx_file = path if path.is_file() else _onnx_in(folder, decoder.get("filename"))
+    model = read_genai_model(folder) if has_config else GenaiModel()
+    decoder = model.decoder
+    onnx_file = path if path.is_file() else _onnx_in(folder, decoder.filename)
     return ModelDirectory(
         folder=folder,
         onnx_file=onnx_file,
         has_genai_config=has_config,
-        kv_heads=decoder.get("num_key_value_heads"),
-        head_size=decoder.get("head_size"),
-        vocab_size=model.get("vocab_size"),
-        context_length=model.get("context_length"),
-        windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder else {},
+        kv_heads=decoder.num_key_value_heads,
+        head_size=decoder.head_size,
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
     )
 
 

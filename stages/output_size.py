@@ -41,7 +41,7 @@ class OutputSize:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
-        return _stored_bytes(site, spec, self.form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+        return stored_bytes(site, spec, self.form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
 
     def _frees_its_weight(self, site: MatMulSite) -> bool:
         """Whether nobody else needs the weight once the site has its codes: another site or lookup that stays."""
@@ -66,7 +66,11 @@ def _table_bytes(plan: EmbeddingPlan) -> int:
     return plan.table.vocabulary * plan.table.hidden * torch_float(plan.table.dtype).itemsize
 
 
-def _stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
+def stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
+    """Bytes that stand in the file in the weight's place: codes or, before a Q, numbers; scales and zero points."""
+    if form is WeightForm.QDQ:
+        codes = -(-site.in_features * site.out_features * spec.bits // 8)
+        return weight_bytes(site) + spec.stored_bytes(site.out_features, site.in_features) - codes
     if form is not WeightForm.MATMUL_NBITS:
         return spec.stored_bytes(site.out_features, site.in_features)
     # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows blocks alone.

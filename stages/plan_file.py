@@ -114,6 +114,8 @@ def _read(path: Path) -> tuple[str, dict[str, dict[str, object]]]:
         raise RecipeError(f"--plan {path} is not UTF-8 text ({error}); pass a plan.toml.") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"--plan {path} is no TOML: {error}; mend that line.") from error
+    except RecursionError as error:
+        raise RecipeError(f"--plan {path} is no TOML that can be read: it is nested too deeply; flatten it.") from error
     except ValidationError as error:
         raise RecipeError(
             f"--plan {path} must hold one table, [sites], with a line for each site; pass a plan.toml that "

@@ -277,14 +277,15 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         groups=plan.sites.groups,
         kept=plan.sites.kept,
         search=digest.hexdigest(),
-        summary=_summary(config, plan),
+        summary=recipe_in_words(config, plan),
         embeddings=plan.embeddings,
         session_options=plan.choice.session_options,
         unreached=plan.unreached,
     )
 
 
-def _summary(config: QuantizeConfig, plan: ModelPlan) -> str:
+def recipe_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
+    """The algorithm and the formats, in one line."""
     choice = plan.choice
     zero_point = "without" if choice.symmetric else "with"
     by_site = config.plan is not None or config.has_budget

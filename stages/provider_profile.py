@@ -17,8 +17,9 @@ import onnx_ir as ir
 from transformers import AutoConfig
 
 from stages.errors import GraphError, UserError
+from stages.genai_config import GENAI_CONFIG, read_genai_config
 from stages.hub import why_unreachable
-from stages.model_directory import GENAI_CONFIG, ModelDirectory, read_genai_config
+from stages.model_directory import ModelDirectory
 
 HF_CONFIG = "config.json"
 

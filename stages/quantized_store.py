@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +19,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages.atomic import whole_file
+from stages.atomic import is_occupied, whole_file
 from stages.errors import CacheMismatch, RecipeError, UserError
-from stages.records import ExportRecipe, MatMulSite, QuantizedWeight, QuantSpec, SiteReport, SolvedGroup
+from stages.file_names import reachable
+from stages.one_line import in_one_line
+from stages.records import (
+    ExportRecipe,
+    MatMulSite,
+    QuantizedTable,
+    QuantizedWeight,
+    QuantSpec,
+    SiteReport,
+    SolvedGroup,
+)
+from stages.sound_weights import Damage, require_parts, require_recipe
 from stages.table_file import TableFile
 
 RECIPE = "recipe.json"
 REPORT = "report.jsonl"
+VERIFICATION = "verification.json"
+REPORT_FOLDER = "report"
+"""Folder of the page about a run, inside that of its weights."""
+EARLIER = "earlier"
+"""Folder of what block by block steps begin with, inside that of the result."""
+_LONGEST_SLUG = 150
+_SUFFIXES = frozenset({".json", ".jsonl", ".toml", ".safetensors"})
 _RECIPES = TypeAdapter(ExportRecipe)
 _REPORTS = TypeAdapter(tuple[SiteReport, ...])
 _SPECS = TypeAdapter(dict[str, QuantSpec])
@@ -43,7 +63,7 @@ class QuantizedStore:
     def table_file(self, index: int) -> TableFile:
         """The file of embedding ``index``, named after its initializer."""
         name = _slug(self.recipe.embeddings[index].table.weight)
-        return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors")
+        return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors", self.recipe.embeddings[index])
 
     def is_finished(self, index: int) -> bool:
         return self.group_file(index).is_file()
@@ -62,14 +82,8 @@ class QuantizedStore:
             "specs": _SPECS.dump_json(specs).decode(),
             "reports": _REPORTS.dump_json(solved.reports).decode(),
         }
-        try:
-            with whole_file(self.group_file(index)) as partial:
-                save_file(tensors, partial, metadata)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"Quantized weights can't be written to {self.folder} ({error}); free space there, or choose another "
-                "place with --weights_path."
-            ) from error
+        with self._room(), whole_file(self.group_file(index)) as partial:
+            save_file(tensors, partial, metadata)
 
     def read_group(self, index: int) -> SolvedGroup:
         """Load one finished group.
@@ -79,24 +93,47 @@ class QuantizedStore:
         """
         group = self.recipe.groups[index]
         weights = tuple(self.read(index, site) for site in group.sites)
-        reports = _REPORTS.validate_json(self._metadata(index)["reports"])
-        return SolvedGroup(group=group, weights=weights, reports=reports)
+        return SolvedGroup(group=group, weights=weights, reports=self._reports(index))
 
     def reports(self) -> list[SiteReport]:
         """The reports of all finished groups, in graph order."""
         found: list[SiteReport] = []
         for index in range(len(self.recipe.groups)):
             if self.is_finished(index):
-                found.extend(_REPORTS.validate_json(self._metadata(index)["reports"]))
+                found.extend(self._reports(index))
         return found
 
     def write_report(self) -> Path:
         """Write report.jsonl, one line a site, from the finished groups."""
         path = self.folder / REPORT
         lines = [TypeAdapter(SiteReport).dump_json(report).decode() for report in self.reports()]
-        with whole_file(path) as partial:
+        with self._room(), whole_file(path) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
+
+    def write_table(self, index: int, table: QuantizedTable) -> None:
+        """Save embedding ``index``; the file gets its name when it is whole."""
+        with self._room():
+            self.table_file(index).write(table)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is finished."""
+        return not any(self.folder.rglob("*.safetensors"))
+
+    def discard(self) -> None:
+        """Remove the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"Quantized weights can't be written to {self.folder} ({in_one_line(error)}); free space there, or "
+                "choose another place with --weights_path."
+            ) from error
 
     def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
         """Load one site's weight.
@@ -104,20 +141,16 @@ class QuantizedStore:
         Raises:
             RecipeError: the group's file is missing or damaged.
         """
-        path = self.group_file(index)
-        try:
-            with safe_open(path, "pt") as file:
-                spec = _SPECS.validate_json(file.metadata()["specs"])[site.name]
-                names = set(file.keys())
-                part = {
-                    key: file.get_tensor(f"{site.name}:{key}")
-                    for key in ("codes", "scales", "zero_points", "input_scale")
-                    if f"{site.name}:{key}" in names
-                }
-        except (OSError, SafetensorError, KeyError) as error:
-            raise RecipeError(
-                f"{path} is missing or damaged ({error}); run stages.quantize again to complete it."
-            ) from error
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            specs = _SPECS.validate_json(_of_metadata(file.metadata(), "specs"))
+            spec = _found(specs, site.name)
+            names = set(file.keys())
+            part = {
+                key: file.get_tensor(f"{site.name}:{key}")
+                for key in ("codes", "scales", "zero_points", "input_scale")
+                if f"{site.name}:{key}" in names
+            }
+            require_parts(part, site, spec)
         return QuantizedWeight(
             site=site,
             spec=spec,
@@ -127,14 +160,37 @@ class QuantizedStore:
             input_scale=part.get("input_scale"),
         )
 
-    def _metadata(self, index: int) -> dict[str, str]:
-        with safe_open(self.group_file(index), "pt") as file:
-            metadata: dict[str, str] = file.metadata()
-        return metadata
+    def _reports(self, index: int) -> tuple[SiteReport, ...]:
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            return _REPORTS.validate_json(_of_metadata(file.metadata(), "reports"))
+
+    @contextmanager
+    def _whole_file_of(self, index: int) -> Iterator[Path]:
+        """Group ``index``'s file; what is wrong with it in the block becomes the sentence of a damaged file."""
+        path = self.group_file(index)
+        try:
+            yield path
+        except (OSError, SafetensorError, ValidationError, Damage) as error:
+            raise RecipeError(
+                f"{path} is missing or damaged ({in_one_line(error)}); run stages.quantize again to complete it."
+            ) from error
+
+
+def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
+    if key not in (metadata or {}):
+        raise Damage(f"it has no {key}")
+    assert metadata is not None
+    return metadata[key]
+
+
+def _found(specs: dict[str, QuantSpec], site: str) -> QuantSpec:
+    if site not in specs:
+        raise Damage(f"its specs don't name '{site}'")
+    return specs[site]
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", ".", name).strip(".")
+    return re.sub(r"[^A-Za-z0-9_]+", ".", name).strip(".")[:_LONGEST_SLUG]
 
 
 def _as_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -158,13 +214,23 @@ def open_store(folder: Path) -> QuantizedStore:
     Raises:
         RecipeError: there is no readable recipe.json.
     """
+    folder = reachable(folder)
     path = folder / RECIPE
     try:
-        return QuantizedStore(folder, _RECIPES.validate_json(path.read_bytes()))
-    except (OSError, ValidationError) as error:
+        recipe = _RECIPES.validate_json(path.read_bytes())
+        require_recipe(recipe)
+    except (OSError, ValidationError, Damage) as error:
         raise RecipeError(
-            f"{path} can't be read; pass the folder that stages.quantize wrote its weights to."
+            f"{path} can't be read ({_in_short(error)}); pass the folder that stages.quantize wrote its weights to."
         ) from error
+    return QuantizedStore(folder, recipe)
+
+
+def _in_short(error: OSError | ValidationError | Damage) -> str:
+    if not isinstance(error, ValidationError):
+        return in_one_line(error)
+    fault = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
 
 
 def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: bool) -> QuantizedStore:
@@ -174,6 +240,7 @@ def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: boo
         CacheMismatch: the folder holds another recipe's weights and ``overwrite`` is off.
         UserError: the folder can't be written.
     """
+    folder = reachable(folder)
     path = folder / RECIPE
     if path.is_file():
         if path.read_bytes() == _RECIPES.dump_json(recipe, indent=1):
@@ -183,20 +250,32 @@ def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: boo
                 f"{folder} holds weights of another run ({_summary(path)}); choose another --weights_path or pass "
                 "--overwrite to replace them."
             )
+        _require_weights_alone(folder)
         shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif is_occupied(folder):
         raise UserError(f"--weights_path {folder} is not empty and holds no recipe.json; choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             partial.write_bytes(_RECIPES.dump_json(recipe, indent=1))
     except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()
         raise UserError(f"--weights_path {folder} can't be written ({error.strerror}); choose another.") from error
     return QuantizedStore(folder, recipe)
+
+
+def _require_weights_alone(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.suffix not in _SUFFIXES and entry.name not in (EARLIER, REPORT_FOLDER):
+            raise UserError(
+                f"--weights_path {folder} holds {entry} besides quantized weights and isn't replaced; choose another "
+                "folder."
+            )
 
 
 def _summary(recipe_file: Path) -> str:
     try:
         return str(json.loads(recipe_file.read_text(encoding="utf-8"))["summary"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return "unreadable recipe.json"

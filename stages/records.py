@@ -318,8 +318,8 @@ class UnreachedWeights:
 class TokenStats:
     """Second-order statistics of one activation over ``num_tokens`` tokens.
 
-    Exactly one of ``gram`` ([K, K], float32, X^T X / T) and ``rows`` ([T, K], the model's type) is present; rows are
-    kept where T < K, because they are then smaller and cheaper to multiply with.
+    Exactly one of ``gram`` ([K, K], float32, X^T X / T) and ``rows`` ([T, K], the model's type) is present; rows where
+    T < K and they are smaller, because they are then cheaper to multiply with too.
     """
 
     num_tokens: int

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from stages.constants import constant_numbers
+
 _BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
 _HEADS_FIRST = [0, 2, 1, 3]
 
@@ -77,8 +79,8 @@ def _axes(node: ir.Node) -> list[int] | None:
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
+    numbers = None if value is None else constant_numbers(value)
+    return None if numbers is None else [int(number) for number in numbers.reshape(-1)]
 
 
 def _declared(value: ir.Value, axis: int) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from rich import box
@@ -12,12 +12,45 @@ from rich.table import Table
 
 from stages.quantized_store import QuantizedStore
 from stages.records import SiteReport
+from stages.site_names import kind_of, layer_of, short_name
 
 _WORST = 3
 Rows = dict[tuple[str, str], list[SiteReport]]
 """(kind of site, format) -> its sites."""
-_LAYER = re.compile(r"layers\.(\d+)/")
 _COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "unseen", "a^r/duo/none", "clip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSummary:
+    """What a search chose, for programs: the table's numbers site by site."""
+
+    recipe: str
+    """The algorithm and options in words."""
+    bits_per_weight: float
+    seconds: float
+    sites: tuple[SiteReport, ...]
+    kept: tuple[tuple[str, str], ...]
+    """(site, why) for each site that stays as it is."""
+
+
+def search_summary(store: QuantizedStore, seconds: float) -> SearchSummary:
+    """The summary of a finished search that took ``seconds``."""
+    return SearchSummary(
+        recipe=store.recipe.summary,
+        bits_per_weight=bits_per_weight(store),
+        seconds=seconds,
+        sites=tuple(store.reports()),
+        kept=store.recipe.kept,
+    )
+
+
+def loss_so_far(reports: Sequence[SiteReport]) -> str:
+    """The mean error of the sites so far beside that of plain rounding; empty where none was searched."""
+    pairs = [(each.loss, each.loss_rtn) for each in reports if each.loss is not None and each.loss_rtn is not None]
+    if not pairs:
+        return ""
+    ours, rounded = (mean(losses) for losses in zip(*pairs, strict=True))
+    return f"error {ours:.3%}, by rounding {rounded:.3%}"
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
@@ -47,7 +80,7 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     if measured and len(reports) > len(rows):
         table.add_section()
         for report in sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]:
-            table.add_row(*_row(_short(report.site), [report]))
+            table.add_row(*_row(short_name(report.site), [report]))
     return table
 
 
@@ -55,7 +88,7 @@ def _by_kind_and_format(reports: Sequence[SiteReport]) -> Rows:
     """Sites of one kind and format together, the formats of a kind beside each other."""
     kinds: dict[str, dict[str, list[SiteReport]]] = defaultdict(lambda: defaultdict(list))
     for report in reports:
-        kinds[_kind(report.site)][report.format].append(report)
+        kinds[kind_of(report.site)][report.format].append(report)
     return {(kind, form): members for kind, formats in kinds.items() for form, members in formats.items()}
 
 
@@ -64,7 +97,7 @@ def _layers_by_format(rows: Rows) -> list[str]:
     formats = Counter(kind for kind, _ in rows)
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (kind, form), members in rows.items():
-        layers = [int(match[1]) for member in members if (match := _LAYER.search(member.site)) is not None]
+        layers = [layer for member in members if (layer := layer_of(member.site)) is not None]
         if formats[kind] > 1 and layers:
             kinds[form, ranges(sorted(layers))].append(kind)
     return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
@@ -73,11 +106,11 @@ def _layers_by_format(rows: Rows) -> list[str]:
 def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:
     """What tuning did to the blocks' outputs, in one line; none where nothing was tuned."""
     pairs = {
-        match[1]: (report.block_loss_start, report.block_loss)
+        layer: (report.block_loss_start, report.block_loss)
         for report in reports
         if report.block_loss_start is not None
         and report.block_loss is not None
-        and (match := _LAYER.search(report.site)) is not None
+        and (layer := layer_of(report.site)) is not None
     }
     if not pairs:
         return []
@@ -96,11 +129,6 @@ def bits_per_weight(store: QuantizedStore) -> float:
     return 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
 
 
-def _kind(site: str) -> str:
-    """The site's short name without its layer."""
-    return _LAYER.sub("", _short(site))
-
-
 def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers with runs drawn together: 0-2,5,7-8."""
     runs: list[list[int]] = []
@@ -110,11 +138,6 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _short(site: str) -> str:
-    """The builder's /model/layers.0/attn/o_proj/MatMul as layers.0/attn/o_proj."""
-    return site.removeprefix("/model").removeprefix("/").removesuffix("/MatMul").removesuffix("/Gemm")
 
 
 def _row(name: str, members: list[SiteReport]) -> list[str]:

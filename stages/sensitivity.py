@@ -7,6 +7,7 @@ relative error costs there. Results are kept in the cache's folder, group by gro
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,18 @@ from rich.console import Console
 from torch import Tensor
 
 from stages.atomic import whole_file
-from stages.cli import progress_bar
 from stages.errors import UserError
 from stages.graph.weight_inputs import TrialRunner, open_trials
 from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
+from stages.progress import progress_bar
 from stages.records import ActivationGroup, MatMulSite, QuantSpec
 from stages.session import choose_providers
 from stages.solve.forecast import WHOLE, Sections, quick_error, quick_weight
 from stages.solve.objective import to_device
 
+_LOGGER = logging.getLogger(__name__)
 FILE = "sensitivity.json"
 _WINDOWS, _LENGTH = 4, 128
 """512 tokens: each group's divergence is compared with the same base on the same tokens, so few are enough."""
@@ -84,7 +86,7 @@ class SensitivityMeasure:
         """
         label = self.spec_of(groups[0].sites[0]).label
         done = _read(self.cache.folder / FILE, label)
-        left = [group for group in groups if group.activation not in done]
+        left = unmeasured(self.cache, groups, self.spec_of)
         if left:
             done |= self._measure_missing(left, done, label, console)
         return {site.name: done[group.activation].weight for group in groups for site in group.sites}
@@ -99,13 +101,13 @@ class SensitivityMeasure:
             started = time.perf_counter()
             base = trials.logits(windows)
             minutes = (time.perf_counter() - started) * len(groups) / 60
-            console.print(
-                f"--sensitivity measured: {len(groups)} runs of the base model on {windows.size} calibration tokens, "
-                f"about {minutes:.1f} minutes; kept in {self.cache.folder / FILE}.",
-                highlight=False, markup=False, soft_wrap=True,
+            _LOGGER.info(
+                "--sensitivity measured: %d runs of the base model on %d calibration tokens, about %.1f minutes; kept "
+                "in %s.",
+                len(groups), windows.size, minutes, self.cache.folder / FILE,
             )  # fmt: skip
             with progress_bar(console) as progress:
-                for group in progress.track(groups, description="sensitivity"):
+                for group in progress.track(groups, description="sensitivity", unit="groups"):
                     measured[group.activation] = self._measure_group(group, trials, windows, base)
                     _write(self.cache.folder / FILE, _Measured(format=label, tokens=windows.size, groups=measured))
         return measured
@@ -124,6 +126,14 @@ class SensitivityMeasure:
             error += quick_error(site, weight, rough, stats, self.sections.get(site.name, WHOLE))
             replaced.append((site, rough))
         return GroupSensitivity(divergence=divergence(base, trials.logits(windows, replaced)), error=error)
+
+
+def unmeasured(
+    cache: CalibrationCache, groups: Sequence[ActivationGroup], spec_of: Callable[[MatMulSite], QuantSpec]
+) -> list[ActivationGroup]:
+    """The groups whose sensitivity isn't kept in the cache's folder yet."""
+    done = _read(cache.folder / FILE, spec_of(groups[0].sites[0]).label) if groups else {}
+    return [group for group in groups if group.activation not in done]
 
 
 def divergence(base: Float[Tensor, "*tokens V"], other: Float[Tensor, "*tokens V"]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +13,21 @@ import onnxruntime as ort
 import torch
 
 from stages.errors import GraphError, UserError
+from stages.one_line import in_one_line
 
 CPU = "CPUExecutionProvider"
 CPU_ONLY = (CPU,)
+CUDA = "CUDAExecutionProvider"
 NV_TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
 _PROVIDERS = {
     "cpu": CPU,
-    "cuda": "CUDAExecutionProvider",
+    "cuda": CUDA,
     "dml": "DmlExecutionProvider",
     "nvtensorrtrtx": NV_TENSORRT_RTX,
 }
-_SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
+SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
 _REASON_LENGTH = 200
+_AS_MANY_AS_CORES = 0
 _BFLOAT16 = "tensor(bfloat16)"
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
@@ -67,7 +71,7 @@ def choose_providers(wanted: str, option: str = "--calibration_eps") -> Provider
             names.append(provider)
     if CPU not in names:
         names.append(CPU)
-    if _PROVIDERS["cuda"] in names:
+    if CUDA in names:
         ort.preload_dlls()
     return ProviderChoice(names=tuple(names), missing=tuple(missing))
 
@@ -78,13 +82,15 @@ class SessionSettings:
 
     ``provider_options`` go to the provider that they are listed under. ``external_data_folder`` lets a graph given as
     bytes read its weights where they lie. ``map_weights`` keeps weights as mapped file pages instead of repacked
-    copies. ``profile_prefix`` writes a profile whose kernel events name the nodes of the optimized graph.
+    copies. ``spin`` lets idle threads wait busily for the next run: faster, unless others compute between runs.
+    ``profile_prefix`` writes a profile whose kernel events name the nodes of the optimized graph.
     """
 
     providers: tuple[str, ...] = (CPU,)
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     external_data_folder: Path | None = None
     map_weights: bool = False
+    spin: bool = True
     accuracy_level: int | None = None
     profile_prefix: Path | None = None
 
@@ -97,12 +103,16 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # As torch does: processes that share a machine are told in this way how many threads are theirs.
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", _AS_MANY_AS_CORES))
     if settings.external_data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(settings.external_data_folder)
         )
     if settings.map_weights:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not settings.spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if settings.accuracy_level is not None:
         options.add_session_config_entry(ACCURACY_LEVEL, str(settings.accuracy_level))
     if settings.profile_prefix is not None:
@@ -114,8 +124,8 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
         # Without enable_fallback=0 the library prints a failing provider's error and goes on without it.
         return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes without a common base
-        where = "the tapped graph" if isinstance(model, bytes) else str(model)
-        raise GraphError(f"ONNX Runtime can't open {where}: {str(error).splitlines()[0]}") from error
+        where = "a part of the model" if isinstance(model, bytes) else str(model)
+        raise GraphError(f"ONNX Runtime can't open {where} ({in_one_line(error)}); build it again.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +175,7 @@ def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
     short = reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]}..."
     return ProviderChoice(
         names=tuple(other for other in choice.names if other != name),
-        missing=(*choice.missing, (_SHORT_NAMES[name], short)),
+        missing=(*choice.missing, (SHORT_NAMES[name], short)),
     )
 
 

@@ -9,7 +9,6 @@ import onnx_ir as ir
 import torch
 from rich.console import Console
 
-from stages.cli import progress_bar
 from stages.config import QuantizeConfig
 from stages.forecast_file import forecast_key, read_forecasts, write_forecasts
 from stages.graph.sites import find_groups
@@ -18,8 +17,9 @@ from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
 from stages.plan_file import PlannedSite, plan_text
 from stages.planning import ModelPlan, OpenPlan
+from stages.progress import progress_bar
 from stages.records import ActivationGroup, MatMulSite, QuantSpec, SiteForecast
-from stages.sensitivity import SensitivityMeasure
+from stages.sensitivity import SensitivityMeasure, unmeasured
 from stages.solve.allocate import Allocation
 from stages.solve.forecast import WHOLE, forecast_site
 from stages.solve.menu import SiteMenu, chosen_plan
@@ -88,13 +88,13 @@ def _forecast(
     device: torch.device,
     console: Console,
 ) -> dict[str, SiteForecast]:
-    specs = {menu.site.name: {forecast_key(spec): spec for spec in _specs(menu).values()} for menu in menus}
+    specs = _forecast_specs(menus)
     known = read_forecasts(cache.folder)
-    missing = [group for group in groups if not all(_knows(known, site.name, specs) for site in group.sites)]
+    missing = _unforecast(groups, specs, known)
     sections = output_sections(groups)
     found: dict[str, SiteForecast] = {}
     with progress_bar(console) as progress:
-        for group in progress.track(missing, description="forecast"):
+        for group in progress.track(missing, description="forecast", unit="groups"):
             stats = to_device(cache.read(group.activation).calibration, device)
             for site in group.sites:
                 weight = read_weight(model, site, device)
@@ -104,6 +104,30 @@ def _forecast(
         known |= {name: _joined(known.get(name), forecast) for name, forecast in found.items()}
         write_forecasts(cache.folder, known)
     return {name: known[name] for name in specs}
+
+
+def needs_weights(groups: Sequence[ActivationGroup], menus: Sequence[SiteMenu], cache: CalibrationCache) -> bool:
+    """Whether a site's errors have to be forecast, because no earlier budget on the same statistics has done it."""
+    return bool(_unforecast(groups, _forecast_specs(menus), read_forecasts(cache.folder)))
+
+
+def unmeasured_groups(
+    groups: Sequence[ActivationGroup], menus: Sequence[SiteMenu], cache: CalibrationCache
+) -> list[ActivationGroup]:
+    """The groups that ``--sensitivity measured`` has to run the model for."""
+    return unmeasured(cache, _open_groups(groups, menus), _rough_format(menus))
+
+
+def _forecast_specs(menus: Sequence[SiteMenu]) -> dict[str, dict[str, QuantSpec]]:
+    return {menu.site.name: {forecast_key(spec): spec for spec in _specs(menu).values()} for menu in menus}
+
+
+def _unforecast(
+    groups: Sequence[ActivationGroup],
+    specs: Mapping[str, Mapping[str, QuantSpec]],
+    known: Mapping[str, SiteForecast],
+) -> list[ActivationGroup]:
+    return [group for group in groups if not all(_knows(known, site.name, specs) for site in group.sites)]
 
 
 def _knows(known: Mapping[str, SiteForecast], site: str, specs: Mapping[str, Mapping[str, QuantSpec]]) -> bool:

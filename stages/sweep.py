@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.console import Console
-
-from stages.cli import progress_bar, run_command
+from stages.cli import run_command
 from stages.config import Keep, SweepConfig
 from stages.evaluation.bench import Record, Run, Yardstick, measure, remove_model
 from stages.evaluation.points import points_of
 from stages.evaluation.results import on_front
 from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks, results_of
+from stages.page.document import write_report
+from stages.page.from_sweep import sweep_document
+from stages.page.render import render
+from stages.progress import progress_bar
+from stages.screen import Screen
 
 
-def sweep(config: SweepConfig, console: Console) -> None:
+def sweep(config: SweepConfig, screen: Screen) -> None:
     """Make and judge every point that isn't there, and show the table.
 
     Raises:
@@ -28,9 +31,10 @@ def sweep(config: SweepConfig, console: Console) -> None:
     bench = open_bench(config)
     yardsticks = () if config.no_evaluation else read_yardsticks(config)
     tidy = _tidying(config.keep, runs, yardsticks)
-    with progress_bar(console) as progress:
+    with progress_bar(screen.console) as progress:
         records = measure(bench, runs, yardsticks, progress, tidy)
-    publish(bench, runs, records, yardsticks, {})
+    publish(bench, runs, records, yardsticks, {}, screen)
+    write_report(sweep_document(bench, runs, records, yardsticks, {}), render, bench.folder)
     raise_failures(records)
 
 

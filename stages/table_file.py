@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from stages.atomic import whole_file
 from stages.errors import RecipeError
-from stages.records import QuantizedTable
+from stages.one_line import in_one_line
+from stages.records import EmbeddingPlan, QuantizedTable
+from stages.sound_weights import Damage, require_packed, require_table_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class TableFile:
     """A safetensors file with ``packed`` and ``scales`` of one table; see QuantizedTable for their layout."""
 
     path: Path
+    plan: EmbeddingPlan
 
     def is_finished(self) -> bool:
         return self.path.is_file()
@@ -34,7 +38,7 @@ class TableFile:
         Raises:
             RecipeError: the file is missing or damaged.
         """
-        return self._read("packed")
+        return self._read("packed", require_packed)
 
     def read_scales(self) -> Tensor:
         """The scales, in the table's type.
@@ -42,14 +46,16 @@ class TableFile:
         Raises:
             RecipeError: the file is missing or damaged.
         """
-        return self._read("scales")
+        return self._read("scales", require_table_scales)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, require: Callable[[Tensor, EmbeddingPlan], None]) -> Tensor:
         try:
             with safe_open(self.path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+            require(tensor, self.plan)
+        except (OSError, SafetensorError, Damage) as error:
             raise RecipeError(
-                f"{self.path} is missing or damaged ({error}); delete it and run stages.quantize again to complete it."
+                f"{self.path} is missing or damaged ({in_one_line(error)}); delete it and run stages.quantize again to "
+                "complete it."
             ) from error
         return tensor

@@ -59,6 +59,8 @@ def save_widened(model: ir.Model, folder: Path) -> Path:
 @contextmanager
 def widened_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
     """The widened ``model`` as a file in a folder of its own in ``scratch`` (None: the system's), gone afterwards."""
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="widened-", dir=scratch, ignore_cleanup_errors=True) as folder:
         yield save_widened(model, Path(folder))
 

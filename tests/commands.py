@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from rich.console import Console
 
 from export.__main__ import export
 from scripts.compare_with_peer import compare_with_peer
@@ -15,8 +14,11 @@ from scripts.drop_in import quantize_in_one_go
 from scripts.options import DropInConfig, PeerConfig
 from stages.calibrate import calibrate
 from stages.cli import run_command
-from stages.config import CalibrateConfig, ExportConfig, QuantizeConfig, SweepConfig
+from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig, ReportConfig, SweepConfig
+from stages.evaluate import evaluate_models as evaluate
 from stages.quantize import quantize
+from stages.report_page import report_page
+from stages.screen import Screen
 from stages.sweep import sweep
 
 
@@ -28,26 +30,33 @@ class Commands:
     monkeypatch: pytest.MonkeyPatch
 
     def calibrate(self, *arguments: object) -> tuple[int, str]:
-        return self._run(CalibrateConfig, calibrate, arguments)
+        return self.run(CalibrateConfig, calibrate, arguments)
 
     def quantize(self, *arguments: object) -> tuple[int, str]:
-        return self._run(QuantizeConfig, quantize, arguments)
+        return self.run(QuantizeConfig, quantize, arguments)
 
     def export(self, *arguments: object) -> tuple[int, str]:
-        return self._run(ExportConfig, export, arguments)
+        return self.run(ExportConfig, export, arguments)
 
     def drop_in(self, *arguments: object) -> tuple[int, str]:
-        return self._run(DropInConfig, quantize_in_one_go, arguments)
+        return self.run(DropInConfig, quantize_in_one_go, arguments)
 
     def sweep(self, *arguments: object) -> tuple[int, str]:
-        return self._run(SweepConfig, sweep, arguments)
+        return self.run(SweepConfig, sweep, arguments)
 
     def compare(self, *arguments: object) -> tuple[int, str]:
-        return self._run(PeerConfig, compare_with_peer, arguments)
+        return self.run(PeerConfig, compare_with_peer, arguments)
 
-    def _run(
-        self, config: type, command: Callable[[object, Console], None], arguments: tuple[object, ...]
+    def evaluate(self, *arguments: object) -> tuple[int, str]:
+        return self.run(EvaluateConfig, evaluate, arguments)
+
+    def report_page(self, *arguments: object) -> tuple[int, str]:
+        return self.run(ReportConfig, report_page, arguments)
+
+    def run(
+        self, config: type, command: Callable[[object, Screen], None], arguments: tuple[object, ...]
     ) -> tuple[int, str]:
+        """Any other command."""
         self.monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
         self.monkeypatch.setenv("COLUMNS", "400")
         self.capsys.readouterr()

@@ -51,7 +51,7 @@ def test_linked_data(folder: Path, tmp_path: Path, link: str) -> None:
     data = folder / "model.onnx.data"
     target = data.rename(tmp_path / "blob")
     getattr(data, link)(target)
-    with pytest.raises(GraphError, match="is a link"):
+    with pytest.raises(GraphError, match=r"is a link|a link leads there"):
         load_graph(locate_model(folder))
 
 

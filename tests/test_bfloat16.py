@@ -10,18 +10,22 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from rich.progress import Progress
+from rich.console import Console
 
-from scripts.evaluate import _table
+import stages.graph.run
 from stages.base_graph import load_graph
 from stages.config import EvaluateConfig
+from stages.errors import GraphError
 from stages.evaluation.compare import evaluate, prepare
 from stages.fingerprint import fingerprint_model
-from stages.graph.run import open_tap, tapped_model
+from stages.graph.run import open_piece_tap, open_value_tap, tapped_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.observe.cache import open_cache
-from stages.session import CausalFeeds, choose_providers
+from stages.page.passages import accuracy_passage
+from stages.pieces import cut_into_pieces
+from stages.progress import progress_bar
+from stages.session import CausalFeeds, OpenedSession, choose_providers
 from stages.widen import widened_file
 from tests.commands import Commands
 
@@ -61,7 +65,8 @@ def test_statistics_are_those_of_the_float32_build_of_the_same_numbers(
     groups, plain_groups = find_groups(load_graph(directory)), find_groups(load_graph(plain))
     assert {site.dtype for group in groups for site in group.sites} == {"bfloat16"}
     cache = open_cache(calibrated[0], fingerprint_model(directory))
-    with open_tap(load_graph(plain), plain, plain_groups, choose_providers("cpu"), {}) as tap:
+    activations = tuple(group.activation for group in plain_groups)
+    with open_value_tap(load_graph(plain), plain, activations, choose_providers("cpu"), {}) as tap:
         from safetensors.numpy import load_file
 
         tokens = load_file(calibrated[0] / "tokens.safetensors")["calibration"]
@@ -81,6 +86,35 @@ def test_taps_of_a_graph_that_runs_as_it_is_come_out_as_float32(tiny_model_bf16:
     assert [output.dtype for output in tapped.graph.outputs] == [ir.DataType.FLOAT] * len(activations)
     assert [output.producer().inputs[0].name for output in tapped.graph.outputs] == list(activations)
     assert any(value.dtype == ir.DataType.BFLOAT16 for value in tapped.graph.inputs)
+
+
+def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf16: Path) -> None:
+    """Between two pieces on CUDA: out through a Cast, and in through another."""
+    directory = locate_model(tiny_model_bf16)
+    model = load_graph(directory)
+    activations = [group.activation for group in find_groups(model)]
+    piece = list(cut_into_pieces(model, wanted=activations, limit=1))[-1]
+    carried = {name: np.dtype(np.float32) for name in piece.carried_in}
+    narrow = [value.name for value in piece.model.graph.inputs if value.dtype == ir.DataType.BFLOAT16]
+    fed = {name for name in narrow if name in carried}
+    assert fed
+    opened: list[ir.Model] = []
+
+    def keep(tapped: ir.Model, *_: object) -> OpenedSession:
+        opened.append(tapped)
+        raise GraphError("seen enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.graph.run, "open_graph", keep)
+        with pytest.raises(GraphError, match="seen enough"):
+            open_piece_tap(piece, directory, choose_providers("cpu"), {}, None, carried)
+    (tapped,) = opened
+    inputs = {value.name: value for value in tapped.graph.inputs}
+    for name in fed:
+        assert inputs[f"{name}/float32"].dtype == ir.DataType.FLOAT
+        (cast,) = inputs[f"{name}/float32"].consumers()
+        assert (cast.op_type, cast.outputs[0].name, cast.outputs[0].dtype) == ("Cast", name, ir.DataType.BFLOAT16)
+        assert next(iter(tapped.graph)).op_type == "Cast"
 
 
 @pytest.mark.parametrize(
@@ -150,16 +184,15 @@ def test_evaluation_runs_bfloat16_models_and_says_how(tiny_model_bf16: Path, tin
     config = EvaluateConfig(
         base=tiny_model, model=(tiny_model_bf16, tiny_model_bf16), text=str(tiny_text), windows=2, seq_len=48
     )
-    report = evaluate(prepare(config), Progress(disable=True))
+    report = evaluate(prepare(config), progress_bar(Console(quiet=True)))
     plain, rounded, again = report.rows
     assert [row.widened for row in report.rows] == [False, True, True]
     assert rounded.accuracy == again.accuracy
     # bfloat16 rounds weights by 2^-9; a divergence is of the order of the squared change of logits.
     assert 0 < rounded.accuracy.mean_divergence < 1e-2
     assert rounded.bytes < 0.7 * plain.bytes
-    caption = str(_table(report).caption)
-    assert "tiny-bf16 ran as float32" in caption
-    assert "tiny," not in caption
+    text = accuracy_passage(report, "").text
+    assert "tiny-bf16, tiny-bf16 ran as float32" in text
 
 
 def test_every_stored_scale_is_a_bfloat16_number(tiny_model_bf16: Path, tmp_path: Path, commands: Commands) -> None:

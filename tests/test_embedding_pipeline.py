@@ -126,7 +126,7 @@ def test_a_stopped_run_rounds_only_what_is_missing_and_other_options_are_refused
     assert "embedding INT4 block 32" in printed
 
     monkeypatch.setattr(stages.quantize, "quantize_table", original)
-    monkeypatch.setattr(stages.quantize.GroupSolver, "solve", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(stages.quantize.GroupSolver, "solve_posed", lambda *_: pytest.fail("searched again"))
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1)[0] == 0
     monkeypatch.setattr(stages.quantize, "quantize_table", lambda *_: pytest.fail("rounded again"))
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1, "--overwrite")[0] == 0

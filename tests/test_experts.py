@@ -38,7 +38,7 @@ def test_experts_inside_moe_nodes_are_named_before_the_search(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(GroupSolver, "solve", stop)
+    monkeypatch.setattr(GroupSolver, "solve_posed", stop)
     code, printed = commands.quantize("--onnx_path", gpt_oss, "--output_path", tmp_path / "out", "--algo", "rtn_dq")
     assert code == 130
     assert "warning: MatMuls that are quantized: 8" in printed

@@ -1,6 +1,6 @@
 """Every architecture of the support matrix goes the whole way: build, calibrate, quantize, export, run, generate.
 
-Tiny random models with each family's own configuration; what released weights lose is scripts.evaluate's to say. Each
+Tiny random models with each family's own configuration; what released weights lose is stages.evaluate's to say. Each
 family is calibrated once and quantized three times: the default search with INT4 alone, the same with the reference's
 mixed rule, and plain rounding to compare with. With SUPPORT_MATRIX_OUT=FILE each family adds the line that
 scripts.support_matrix makes its table from.
@@ -23,7 +23,6 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.fold import FoldOutcome
@@ -37,6 +36,7 @@ from stages.model_directory import ModelDirectory, locate_model
 from stages.quantize import quantize
 from stages.quantized_store import QuantizedStore, open_store
 from stages.records import QuantizedWeight, WeightLayout
+from stages.screen import silent_screen
 from stages.session import CausalFeeds, SessionSettings, open_session
 from tests.families import FAMILIES, Family, build_in_process, save_random_model
 
@@ -121,7 +121,7 @@ def build_and_calibrate(family: Family, folder: Path, text: Path, tokenizer: Pat
     save_random_model(family.config(), family.width, folder / "hf", tokenizer)
     build_in_process(folder / "hf", folder / "base", *build)
     config = CalibrateConfig(onnx_path=folder / "base", dataset=str(text), calib_size=12, seq_len=64, batch_size=4)
-    calibrate(config, Console(quiet=True))
+    calibrate(config, silent_screen())
     return locate_model(folder / "base")
 
 
@@ -131,7 +131,7 @@ def quantized(base: ModelDirectory, name: str, **options: object) -> Quantized:
     config = QuantizeConfig(
         onnx_path=base.folder, output_path=output, block_size=BLOCK_SIZE, accuracy_level=1, **options
     )
-    quantize(config, Console(quiet=True))
+    quantize(config, silent_screen())
     return Quantized(base, locate_model(output), open_store(config.weights_folder))
 
 

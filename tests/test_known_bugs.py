@@ -10,6 +10,8 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
@@ -31,12 +32,14 @@ from stages.config import CalibrateConfig
 from stages.errors import RecipeError
 from stages.graph.embeddings import find_embeddings
 from stages.graph.run import tapped_model
-from stages.graph.sites import find_groups
+from stages.graph.sites import MatMulSite, find_groups
+from stages.graph.weights import read_weight
 from stages.model_directory import locate_model
 from stages.observe.dataset import WindowRequest, load_windows
-from stages.observe.statistics import StatisticsAccumulator
+from stages.observe.statistics import StatisticsAccumulator, StatisticsSize
 from stages.quantized_store import open_store
 from stages.records import PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.screen import silent_screen
 from stages.session import CausalFeeds, SessionSettings, open_session
 from stages.solve.affine import choose_parameters, quantize, round_trip
 from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, weight_magnitude
@@ -47,7 +50,6 @@ from stages.solve.evaluate import full_range, full_ranges
 from stages.solve.objective import gram_blocks, output_error
 from stages.solve.problem import IDENTITY, GroupProblem, InputScale
 from stages.solve.ranges import clip_ratio_grid, search_clip_ratios
-from stages.solve.runner import GroupSolver
 from tests.commands import Commands
 from tests.export.builders import quantized_matmul, relative_difference, run
 from tests.graphs import MICROSOFT, TinyGraph, tiny_decoder
@@ -103,7 +105,7 @@ def saved_decoder(folder: Path, graph: TinyGraph) -> Path:
 
 def calibrate_at_random(base: Path, calib_size: int = 20) -> None:
     calibrate(
-        CalibrateConfig(onnx_path=base, use_random_calib=True, calib_size=calib_size, seq_len=16), Console(quiet=True)
+        CalibrateConfig(onnx_path=base, use_random_calib=True, calib_size=calib_size, seq_len=16), silent_screen()
     )
 
 
@@ -289,7 +291,9 @@ def test_b08_every_token_counts() -> None:
     windows = torch.randn(samples + 1, length, in_features, generator=generator)
     windows[:, 0] *= 0.01
     windows[:, 0, ::16] = 20
-    accumulator = StatisticsAccumulator("x", in_features, samples * length, CPU)
+    accumulator = StatisticsAccumulator(
+        "x", StatisticsSize(in_features=in_features, tokens=samples * length, itemsize=4), CPU
+    )
     for window in windows[:-1]:
         accumulator.add(window[None])
     stats, tokens = accumulator.finish(), windows[:-1].reshape(-1, in_features)
@@ -560,15 +564,36 @@ class MatMulTypes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def watched_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[MatMulTypes]:
+    """Number types of all matrix products, those in worker threads among them."""
+    found = MatMulTypes()
+
+    class WatchedPool(ThreadPoolExecutor):
+        def submit(self, work: Any, *arguments: Any) -> Any:
+            def watched() -> Any:
+                with MatMulTypes(found.seen):
+                    return work(*arguments)
+
+            return super().submit(watched)
+
+    with found, monkeypatch.context() as patch:
+        patch.setattr("stages.observation.ThreadPoolExecutor", WatchedPool)
+        patch.setattr("stages.solve.side_by_side.ThreadPoolExecutor", WatchedPool)
+        yield found
+
+
 @pytest.mark.parametrize("windows", [20, 2])
-def test_b18_no_product_is_computed_in_half_precision(windows: int, tmp_path: Path, commands: Commands) -> None:
+def test_b18_no_product_is_computed_in_half_precision(
+    windows: int, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every float16 product of the competitor's search runs without BLAS on a CPU, a hundred times slower."""
     wide = {torch.float32, torch.float64}
     base = saved_decoder(tmp_path / "base", decoder_graph(dtype=np.float16))
     # 288 tokens make Gram matrices; 16 are fewer than the channels, and are kept as they are, in float16.
-    with MatMulTypes() as calibration:
+    with watched_products(monkeypatch) as calibration:
         calibrate_at_random(base, windows)
-    with MatMulTypes() as search:
+    with watched_products(monkeypatch) as search:
         steps = ["--awqlite_alpha_step", 0.5, "--awqclip_alpha_step", 0.25]
         quantize_decoder(commands, base, tmp_path / "int4", "--algo", "awq_full", *steps)
     assert calibration.seen <= wide
@@ -696,24 +721,16 @@ def deepcopy_of_no_model(deepcopy: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch_mapped_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail when a weight is still in memory after its group was solved."""
-    models: list[ir.Model] = []
-    solve = GroupSolver.solve
+    """Fail when a weight is still in memory after it was read for its group."""
 
-    def load(*arguments: Any) -> ir.Model:
-        models.append(load_graph(*arguments))
-        return models[-1]
+    def released(model: ir.Model, site: MatMulSite, device: torch.device) -> torch.Tensor:
+        weight = read_weight(model, site, device)
+        tensor = model.graph.initializers[site.weight].const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.raw is None
+        return weight
 
-    def solved(self: GroupSolver, group: Any) -> Any:
-        result = solve(self, group)
-        tensors = [value.const_value for value in models[-1].graph.initializers.values()]
-        external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
-        assert external
-        assert all(tensor.raw is None for tensor in external)
-        return result
-
-    monkeypatch.setattr("stages.quantize.load_graph", load)
-    monkeypatch.setattr(GroupSolver, "solve", solved)
+    monkeypatch.setattr("stages.quantize.read_weight", released)
 
 
 def test_b23_windows_are_full_shuffled_and_hold_no_padding(tmp_path: Path, tiny_tokenizer: Path) -> None:

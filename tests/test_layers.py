@@ -9,17 +9,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRIES = {"stages.calibrate", "stages.quantize", "stages.sweep"}
-COMPOSERS = {"stages.planning", "stages.sensitivity", "stages.spending"}
+ENTRIES = {
+    "stages.calibrate",
+    "stages.evaluate",
+    "stages.inspect.__main__",
+    "stages.quantize",
+    "stages.report_page",
+    "stages.sweep",
+}
+COMPOSERS = {
+    "stages.observation",
+    "stages.planning",
+    "stages.footprint",
+    "stages.prepared",
+    "stages.preview",
+    "stages.search_time",
+    "stages.sensitivity",
+    "stages.spending",
+}
 """Parts of the entry points: they join rooms, and only entry points and each other may import them."""
 ROOMS = {
     "stages.block",
     "stages.evaluation",
     "stages.graph",
+    "stages.inspection",
     "stages.observe",
+    "stages.page",
     "stages.solve",
     "stages.tune",
     "export",
+    "genai_quant",
     "scripts",
 }
 ALLOWED = {
@@ -28,15 +47,39 @@ ALLOWED = {
     "stages.observe": {"stages.observe"},
     "stages.solve": {"stages.solve"},
     "stages.evaluation": {"stages.evaluation", "stages.observe"},
+    "stages.inspection": {
+        "stages.evaluation",
+        "stages.graph",
+        "stages.inspection",
+        "stages.observe",
+        "export",
+    },
+    "stages.page": {"stages.page", "stages.evaluation"},
     "export": {"export"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
+    "stages.footprint": {"stages.observe", "stages.solve"},
+    "stages.prepared": {"stages.observe", "stages.solve"},
+    "stages.preview": {"stages.graph", "stages.observe", "stages.solve"},
+    "stages.search_time": {"stages.solve"},
     "stages.tune": {"stages.tune", "stages.block", "stages.graph", "stages.observe", "stages.solve"},
+    "stages.observation": {"stages.graph", "stages.observe"},
     "stages.sensitivity": {"stages.graph", "stages.observe", "stages.solve"},
     "stages.spending": {"stages.graph", "stages.observe", "stages.solve"},
     "stages.calibrate": {"stages.graph", "stages.observe"},
-    "stages.quantize": {"stages.block", "stages.graph", "stages.observe", "stages.solve", "stages.tune", "export"},
-    "stages.sweep": {"stages.evaluation"},
+    "stages.inspect.__main__": {"stages.inspection", "stages.observe"},
+    "stages.quantize": {
+        "stages.block",
+        "stages.graph",
+        "stages.observe",
+        "stages.page",
+        "stages.solve",
+        "stages.tune",
+        "export",
+    },
+    "stages.evaluate": {"stages.evaluation", "stages.page"},
+    "stages.report_page": {"stages.page"},
+    "stages.sweep": {"stages.evaluation", "stages.page"},
 }
 
 
@@ -56,6 +99,7 @@ def _room(module: str) -> str:
 
 
 FILES = sorted([*ROOT.glob("stages/**/*.py"), *ROOT.glob("export/**/*.py")])
+FACE = sorted(ROOT.glob("genai_quant/*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -69,6 +113,15 @@ def test_imports_point_downwards(path: Path) -> None:
             f"{module} imports {imported}, which joins rooms"
         )
         assert target in ALLOWED[here] | {"", "stages"}, f"{module} must not import {imported}"
+
+
+@pytest.mark.parametrize("path", FACE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_face_stands_on_entry_points(path: Path) -> None:
+    """What people import and type composes the stages, returns their records, and knows no scripts."""
+    for imported in _imports(path):
+        allowed = {"", "stages", "stages.evaluation", "export", "genai_quant"}
+        assert _room(imported) in allowed, f"{path.name} must not import {imported}"
+        assert imported not in COMPOSERS, f"{path.name} imports {imported}, which joins rooms"
 
 
 def test_package_markers_hold_one_docstring() -> None:

@@ -52,9 +52,9 @@ def test_forward_passes_equal_batches(
     seen: list[int] = []
     original = ActivationTap.run
 
-    def counted(self, tokens):
+    def counted(self, tokens, carried):
         seen.append(len(tokens))
-        return original(self, tokens)
+        return original(self, tokens, carried)
 
     monkeypatch.setattr(ActivationTap, "run", counted)
     code, printed = commands.calibrate(
@@ -71,13 +71,14 @@ def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model
 
     from stages.base_graph import load_graph
     from stages.fingerprint import fingerprint_model
-    from stages.graph.run import open_tap
+    from stages.graph.run import open_value_tap
     from stages.graph.sites import find_groups
 
     directory = locate_model(tiny_model)
     model = load_graph(directory)
     groups = find_groups(model)
-    tap = open_tap(model, directory, groups, choose_providers("cpu"), {})
+    activations = tuple(group.activation for group in groups)
+    tap = open_value_tap(model, directory, activations, choose_providers("cpu"), {})
     tokens = load_file(cache / "tokens.safetensors")
     assert (len(tokens["calibration"]), len(tokens["held_out"])) == (18, 2)
     opened = open_cache(cache, fingerprint_model(directory))
@@ -209,15 +210,15 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     arguments = ["--onnx_path", tiny_model, "--cache_dir", cache, "--block_size", 16]
     assert commands.quantize(*arguments, "--output_path", whole)[0] == 0
-    original, solved = GroupSolver.solve, []
+    original, solved = GroupSolver.solve_posed, []
 
-    def stops_at_the_fourth(self, group):
+    def stops_at_the_fourth(self, problem):
         if len(solved) == 3:
             raise KeyboardInterrupt
-        solved.append(group.activation)
-        return original(self, group)
+        solved.append(problem.group.activation)
+        return original(self, problem)
 
-    monkeypatch.setattr(GroupSolver, "solve", stops_at_the_fourth)
+    monkeypatch.setattr(GroupSolver, "solve_posed", stops_at_the_fourth)
     code, printed = commands.quantize(*arguments, "--output_path", resumed)
     assert code == 130
     assert "run the same command again" in printed
@@ -227,7 +228,9 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
 
     again: list[str] = []
     monkeypatch.setattr(
-        GroupSolver, "solve", lambda self, group: (again.append(group.activation), original(self, group))[1]
+        GroupSolver,
+        "solve_posed",
+        lambda self, problem: (again.append(problem.group.activation), original(self, problem))[1],
     )
     assert commands.quantize(*arguments, "--output_path", resumed)[0] == 0
     assert not set(again) & set(solved)
@@ -240,7 +243,7 @@ def test_reexport_gives_the_same_model_without_searching(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert commands.quantize("--onnx_path", tiny_model, "--cache_dir", cache, "--output_path", first)[0] == 0
-    monkeypatch.setattr(GroupSolver, "solve", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(GroupSolver, "solve_posed", lambda *_: pytest.fail("searched again"))
     code, printed = commands.export(
         "--onnx_path", tiny_model, "--weights_path", tmp_path / "first.weights", "--output_path", second
     )

@@ -11,8 +11,10 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from stages.evaluation.bench import Record
+from stages.page.document import read_document
 from stages.quantized_store import open_store
 from tests.commands import Commands
+from tests.page.parsed import parse
 
 
 def records(folder: Path) -> dict[str, Record]:
@@ -44,6 +46,10 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
         assert " ".join(("python", *record.command[1:])) in printed.replace("'", "")
     written = (output / "table.md").read_text()
     assert all(f" {name} " in written for name in found)
+    (table,) = read_document(output).sweep
+    assert {point.name: point.bytes for point in table.points} == {name: found[name].bytes for name in found}
+    assert sum(point.on_front for point in table.points) == 1
+    assert parse((output / "report.html").read_text(encoding="utf-8")).by_id("front-0")
     files = {file: file.stat().st_mtime_ns for file in output.rglob("*.onnx")}
     code, again = commands.sweep(*arguments, *points)
     assert code == 0, again

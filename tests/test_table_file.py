@@ -18,7 +18,7 @@ from tests.embeddings import plan_of, random_table, rounded
 def test_codes_and_scales_come_back_exactly(tmp_path: Path, dtype: str, axis: int) -> None:
     plan = plan_of(37, 41, dtype=dtype, axis=axis)
     stored = rounded(plan, random_table(plan))
-    file = TableFile(tmp_path / "table.safetensors")
+    file = TableFile(tmp_path / "table.safetensors", plan)
     assert not file.is_finished()
     file.write(stored)
     assert file.is_finished()
@@ -37,13 +37,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(stages.table_file, "save_file", fails)
     with pytest.raises(KeyboardInterrupt):
-        TableFile(tmp_path / "table.safetensors").write(rounded(plan, random_table(plan)))
+        TableFile(tmp_path / "table.safetensors", plan).write(rounded(plan, random_table(plan)))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
     plan = plan_of(8, 16)
-    file = TableFile(tmp_path / "table.safetensors")
+    file = TableFile(tmp_path / "table.safetensors", plan)
     with pytest.raises(RecipeError, match=r"run stages\.quantize again"):
         file.read_scales()
     file.write(rounded(plan, random_table(plan)))

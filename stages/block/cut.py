@@ -27,6 +27,9 @@ _EMPTY_PAST = {"GroupQueryAttention": (3, 4, 5, 6, 9), "MultiHeadAttention": (6,
 """Inputs that say nothing in full windows that begin at position 0 with an empty past: the past key and value, the
 lengths, the positions."""
 
+WITHOUT_BLOCKS = "do without --algo signround, --refine and --awq_objective block, which run blocks by themselves."
+"""The mend in messages about blocks that can't be cut out."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderBlock:
@@ -145,12 +148,14 @@ def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             for attribute in node.attributes.values()
         ):
-            raise GraphError(f"Layer {block.layer} holds the subgraph of '{node.name}'; it can't be tuned as a block.")
+            raise GraphError(
+                f"Layer {block.layer} holds the subgraph of '{node.name}' and can't be run as a block; {WITHOUT_BLOCKS}"
+            )
         for value in node.inputs:
             if value in carrying and value not in made and value is not None and value.name != block.stream_in:
                 raise GraphError(
                     f"Layer {block.layer} reads '{value.name}' beside the residual stream, which carries the tokens "
-                    "too; it can't be tuned as a block; use another --algo."
+                    f"too, and can't be run as a block; {WITHOUT_BLOCKS}"
                 )
 
 

@@ -61,7 +61,7 @@ def _shared(tap: ActivationTap, tokens: np.ndarray, names: tuple[str, ...]) -> d
 
 
 def _run(tap: ActivationTap, tokens: np.ndarray) -> dict[str, Tensor]:
-    return {name: _as_float32(value) for name, value in tap.run(tokens)}
+    return {name: _as_float32(value.cpu()) for name, value in tap.run(tokens)}
 
 
 def _as_float32(value: Tensor) -> Tensor:

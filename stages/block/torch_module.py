@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.block.converters.linear import Linear
 from stages.block.converters.register import register_converters
-from stages.block.cut import BlockGraph, DecoderBlock
+from stages.block.cut import WITHOUT_BLOCKS, BlockGraph, DecoderBlock
 from stages.block.onnx2torch_import import import_onnx2torch
 from stages.errors import GraphError
 
@@ -38,7 +38,7 @@ class BlockModule:
             module = import_onnx2torch().convert(ir.to_proto(graph.model))
         except NotImplementedError as error:
             raise GraphError(
-                f"Layer {graph.block.layer} can't become a torch module ({error}); use another --algo."
+                f"Layer {graph.block.layer} can't become a torch module ({error}); {WITHOUT_BLOCKS}"
             ) from error
         self.block: DecoderBlock = graph.block
         self.shared = graph.shared

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 _CHUNK_TOKENS = 64
+_MOST_BINS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,23 @@ class Accuracy:
     """Mean KL(base || model) per token, nats."""
     top1_agreement: float
     """Share of tokens, 0 to 1."""
+    divergence_99: float | None = None
+    """99th percentile of KL(base || model), nats; None in records of earlier versions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionBin:
+    """Divergence over the predictions of tokens at some neighbouring positions, all windows together."""
+
+    first: int
+    """Position in the window of the first token predicted; 1 is the earliest there is."""
+    last: int
+    """The last, inclusive."""
+    tokens: int
+    mean_divergence: float
+    """Mean KL(base || model), nats."""
+    divergence_99: float
+    """Its 99th percentile."""
 
 
 def score_window(
@@ -77,4 +96,28 @@ def summarize(windows: list[TokenScores]) -> Accuracy:
         perplexity=math.exp(scores.surprise.mean().item()),
         mean_divergence=scores.divergence.mean().item(),
         top1_agreement=scores.agrees.double().mean().item(),
+        divergence_99=_percentile_99(scores.divergence),
     )
+
+
+def by_position(windows: list[TokenScores]) -> tuple[PositionBin, ...]:
+    """Divergence along windows of one length, in at most 32 bins of as many positions (the last may have fewer)."""
+    divergences = torch.stack([window.divergence for window in windows])
+    positions = divergences.shape[1]
+    width = -(-positions // _MOST_BINS)
+    return tuple(
+        PositionBin(
+            first=start + 1,
+            last=min(start + width, positions),
+            tokens=part.numel(),
+            mean_divergence=part.mean().item(),
+            divergence_99=_percentile_99(part),
+        )
+        for start in range(0, positions, width)
+        for part in (divergences[:, start : start + width],)
+    )
+
+
+def _percentile_99(values: Tensor) -> float:
+    """The 99th percentile, between neighbours linearly. numpy's, because torch's takes 16 million numbers at most."""
+    return float(np.percentile(values.numpy(), 99))

@@ -7,26 +7,30 @@ its command and what that works on (the base model and its calibration) are the 
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
 from pydantic import TypeAdapter, ValidationError
-from rich.progress import Progress
 
 from stages.atomic import whole_file
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.compare import ModelRow, PreparedBase, Reference, open_reference, stored_bytes
+from stages.evaluation.compare import PreparedBase, Reference, open_reference, stored_bytes
+from stages.evaluation.findings import ModelRow
 from stages.evaluation.process import Cost, run_measured
 from stages.model_directory import locate_model
+from stages.one_line import in_one_line
+from stages.progress import Progress
 from stages.quantized_store import open_store
 from stages.report import bits_per_weight
+from stages.shell_line import shell_line
+
+_RECORD_SUFFIX = ".run.json"
 
 
 def _nothing() -> None:
@@ -50,7 +54,7 @@ class Run:
     def shown_command(self) -> str:
         """What a person types to make the same model."""
         program = "python" if self.command[0] == sys.executable else self.command[0]
-        return shlex.join((program, *self.command[1:]))
+        return shell_line((program, *self.command[1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +176,23 @@ class Bench:
         return self.folder / f"base.{self.inputs[:8]}.{yardstick.key}.json"
 
     def _record_file(self, run: Run) -> Path:
-        return self.folder / f"{run.name}.run.json"
+        return self.folder / f"{run.name}{_RECORD_SUFFIX}"
 
     def _save(self, run: Run, record: Record) -> None:
         with whole_file(self._record_file(run)) as partial:
             partial.write_bytes(_RECORDS.dump_json(record, indent=1))
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Raise UserError where what is measured can't be written down."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output {folder} can't be written ({in_one_line(error)}); free space or choose another folder (what is "
+            "finished stays, and the same command goes on)."
+        ) from error
 
 
 def measure(
@@ -187,11 +203,11 @@ def measure(
     tidy: Callable[[Mapping[str, Record]], None],
 ) -> dict[str, Record]:
     """Make and judge all runs that aren't written down; ``tidy`` is told after each what there is, by name."""
-    task = progress.add_task("models", total=len(runs))
+    task = progress.add_task("sweep", total=len(runs), unit="models")
     records: dict[str, Record] = {}
-    with _references(bench, runs, yardsticks, progress) as references:
+    with room_in(bench.folder), _references(bench, runs, yardsticks, progress) as references:
         for run in runs:
-            progress.update(task, description=run.name)
+            progress.update(task, now=run.name)
             record = bench.find(run, yardsticks) or bench.make(run)
             records[run.name] = bench.judge(run, record, references, progress)
             tidy(records)
@@ -214,6 +230,24 @@ def _references(
 
 def _lacks(record: Record | None, yardstick: Yardstick) -> bool:
     return record is None or (record.failure is None and yardstick.key not in record.accuracy)
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Every readable record in ``folder`` by the run's name, whatever its inputs."""
+    found: dict[str, Record] = {}
+    for path in sorted(folder.glob(f"*{_RECORD_SUFFIX}")):
+        with suppress(OSError, ValidationError):
+            found[path.name.removesuffix(_RECORD_SUFFIX)] = _RECORDS.validate_json(path.read_bytes())
+    return found
+
+
+def read_base_rows(folder: Path) -> dict[str, ModelRow]:
+    """The base's own rows in ``folder`` by the key of their yardstick."""
+    found: dict[str, ModelRow] = {}
+    for path in sorted(folder.glob("base.*.json")):
+        with suppress(OSError, ValidationError):
+            found[path.name.split(".")[-2]] = _ROWS.validate_json(path.read_bytes())
+    return found
 
 
 def _read_search(weights: Path) -> Search:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,55 +14,25 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from jaxtyping import Float32, Int64
-from pydantic import TypeAdapter, ValidationError
-from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
 
-from stages.atomic import whole_file
 from stages.base_graph import external_files, load_graph
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.evaluation.accuracy import Accuracy, TokenScores, score_window, summarize
+from stages.evaluation.accuracy import TokenScores, by_position, score_window, summarize
+from stages.evaluation.decoder import open_decoder
+from stages.evaluation.findings import Comparison, Evaluation, ModelRow
+from stages.evaluation.worst_tokens import WorstToken, worst_of_all, worst_of_window
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.dataset import pack_windows
 from stages.observe.offline_text import offline_evaluation_text
 from stages.observe.tokenizer import load_tokenizer
-from stages.session import CausalFeeds, SessionSettings, choose_providers, open_session
-from stages.widen import must_widen, runnable_file
+from stages.progress import Progress
+from stages.session import SessionSettings, choose_providers
+from stages.widen import must_widen
 
 Windows = Int64[np.ndarray, "windows seq_len"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """What is compared with what; two equal comparisons have equal numbers."""
-
-    models: tuple[tuple[str, str], ...]
-    """(folder name, fingerprint), the base first."""
-    tokens: str
-    """sha256 of the windows."""
-    accuracy_level: int
-    providers: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRow:
-    """One line of the table."""
-
-    name: str
-    bytes: int
-    """The .onnx file and the external data that it refers to."""
-    accuracy: Accuracy
-    widened: bool = False
-    """Whether it holds bfloat16 and ran as float32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """The base's row first."""
-
-    comparison: Comparison
-    rows: tuple[ModelRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +42,10 @@ class PreparedBase:
     directory: ModelDirectory
     windows: Windows
     settings: SessionSettings
+    worst: int
+    """Predictions shown of each model."""
+    decode: Callable[[Sequence[int]], str]
+    """Text of token ids."""
 
     @property
     def tokens(self) -> str:
@@ -87,8 +61,10 @@ class PreparedEvaluation:
     models: tuple[ModelDirectory, ...]
     comparison: Comparison
 
-
-_REPORTS = TypeAdapter(Report)
+    @property
+    def all_models(self) -> tuple[ModelDirectory, ...]:
+        """The base first."""
+        return self.base.directory, *self.models
 
 
 def prepare_base(config: EvaluateConfig) -> PreparedBase:
@@ -97,13 +73,17 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
     Raises:
         UserError: the base, its tokenizer or the text can't be read, or the text is too short.
     """
+    config.validate()
     directory = locate_model(config.base)
+    tokenizer = load_tokenizer(str(directory.folder), trust_remote_code=False)
     return PreparedBase(
         directory=directory,
-        windows=_read_windows(config, directory.folder),
+        windows=_read_windows(config, tokenizer),
         settings=SessionSettings(
             providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
         ),
+        worst=config.worst,
+        decode=lambda tokens: str(tokenizer.decode(list(tokens))),
     )
 
 
@@ -121,9 +101,13 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
     base = prepare_base(config)
     comparison = Comparison(
         models=tuple((directory.folder.name, fingerprint_model(directory)) for directory in directories),
+        text=config.text,
         tokens=base.tokens,
+        windows=config.windows,
+        seq_len=config.seq_len,
         accuracy_level=config.accuracy_level,
         providers=base.settings.providers,
+        worst=config.worst,
     )
     return PreparedEvaluation(base=base, models=directories[1:], comparison=comparison)
 
@@ -157,7 +141,7 @@ def open_reference(base: PreparedBase, progress: Progress) -> Iterator[Reference
         yield Reference(base=base, logits=logits, row=row, scratch=folder)
 
 
-def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Report:
+def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Evaluation:
     """Score the base and every model; the base's logits wait in a temporary file meanwhile.
 
     Raises:
@@ -165,18 +149,18 @@ def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Report:
     """
     with open_reference(prepared.base, progress) as reference:
         rows = [reference.row, *(reference.score(model, progress) for model in prepared.models)]
-    return Report(comparison=prepared.comparison, rows=tuple(rows))
+    return Evaluation(comparison=prepared.comparison, rows=tuple(rows))
 
 
 def _watched(
     directory: ModelDirectory, base: PreparedBase, scratch: Path, progress: Progress
 ) -> Iterator[Float32[np.ndarray, "L V"]]:
     """The model's logits on each window, with a bar of its own that goes when it is done."""
-    task = progress.add_task(directory.folder.name, total=len(base.windows))
-    with runnable_file(directory.onnx_file, base.settings.providers, scratch) as onnx_file:
-        for logits in _logits(onnx_file, directory, base):
+    task = progress.add_task(directory.folder.name, total=len(base.windows), unit="windows")
+    with open_decoder(directory, base.settings, scratch) as decoder:
+        for window in base.windows:
+            yield decoder.logits(window[None])[0]
             progress.advance(task)
-            yield logits
     progress.remove_task(task)
 
 
@@ -190,32 +174,8 @@ def stored_bytes(directory: ModelDirectory) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def save_report(report: Report, path: Path) -> None:
-    """Write ``report`` as JSON, whole or not at all.
-
-    Raises:
-        UserError: the file can't be written.
-    """
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path.absolute()) as partial:
-            partial.write_bytes(_REPORTS.dump_json(report, indent=1))
-    except OSError as error:
-        raise UserError(f"--json {path} can't be written ({error.strerror}); choose another file.") from error
-
-
-def load_report(path: Path, comparison: Comparison) -> Report | None:
-    """The report in ``path`` if it is one of exactly this comparison."""
-    try:
-        report = _REPORTS.validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return report if report.comparison == comparison else None
-
-
-def _read_windows(config: EvaluateConfig, tokenizer_folder: Path) -> Windows:
+def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
     text = offline_evaluation_text() if config.text == "offline" else _read_text(Path(config.text))
-    tokenizer = load_tokenizer(str(tokenizer_folder), trust_remote_code=False)
     windows = pack_windows(tokenizer(text, verbose=False)["input_ids"], config.windows, config.seq_len)
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
@@ -232,24 +192,16 @@ def _read_text(path: Path) -> str:
         raise UserError(f"--text {path} can't be read ({error}); pass a UTF-8 text file, or offline.") from error
 
 
-def _logits(onnx_file: Path, directory: ModelDirectory, base: PreparedBase) -> Iterator[Float32[np.ndarray, "L V"]]:
-    session = open_session(onnx_file, base.settings)
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
-    for window in base.windows:
-        try:
-            logits = session.run(["logits"], feeds(window[None]))[0][0]
-        except Exception as error:  # onnxruntime raises classes without a common base
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"ONNX Runtime can't run {directory.onnx_file} ({reason}); try another of --eps."
-            ) from error
-        yield logits.astype(np.float32)
-
-
 def _record(logits: Iterator[Float32[np.ndarray, "L V"]], windows: int, file: Path) -> Float32[np.ndarray, "W L V"]:
     """Write logits to ``file`` as they come: 16 windows of 512 tokens fill 1.6 GB at 49,000 tokens of vocabulary."""
     first = next(logits)
-    recorded = np.memmap(file, np.float32, "w+", shape=(windows, *first.shape))
+    try:
+        recorded = np.memmap(file, np.float32, "w+", shape=(windows, *first.shape))
+    except OSError as error:
+        raise UserError(
+            f"The base's logits can't be kept in {file.parent.parent} ({error.strerror}); free space there, lower "
+            "--windows, or set TMPDIR to another folder."
+        ) from error
     for number, current in enumerate(chain([first], logits)):
         recorded[number] = current
     return recorded
@@ -262,13 +214,18 @@ def _score_model(
     base: PreparedBase,
 ) -> ModelRow:
     scores: list[TokenScores] = []
-    for wanted, current, tokens in zip(expected, logits, base.windows, strict=True):
+    worst: list[WorstToken] = []
+    for number, (wanted, current, tokens) in enumerate(zip(expected, logits, base.windows, strict=True)):
         _check_logits(directory.folder, wanted, current)
-        scores.append(score_window(*(torch.from_numpy(np.array(array)) for array in (wanted, current, tokens))))
+        of_base, of_model, ids = (torch.from_numpy(np.array(array)) for array in (wanted, current, tokens))
+        scores.append(score_window(of_base, of_model, ids))
+        worst += worst_of_window(number, of_base, of_model, ids, scores[-1], base.worst, base.decode)
     return ModelRow(
         name=directory.folder.name,
         bytes=stored_bytes(directory),
         accuracy=summarize(scores),
+        positions=by_position(scores),
+        worst=worst_of_all(worst, base.worst),
         widened=must_widen(ir.load(directory.onnx_file), base.settings.providers),
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages.config import Algorithm, LmHead, PerChannelWord, SweepGrid, beside
 from stages.evaluation.bench import Run
+from stages.file_names import file_name
+from stages.shell_line import split_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Point:
             "col" if self.column_major else "",
             re.sub(r"[^A-Za-z0-9_.]+", "-", self.options).strip("-"),
         ]
-        return "-".join(filter(None, parts))
+        return file_name("-".join(filter(None, parts)))
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -52,7 +53,7 @@ class Point:
         arguments += [f"--int8_block_size={self.int8_block_size}"] if self.int8_block_size is not None else []
         arguments += [f"--lm_head={self.lm_head}"] if self.lm_head is not None else []
         arguments += ["--use_column_major"] if self.column_major else []
-        return (*arguments, *(f"--{option}" for option in shlex.split(self.options)))
+        return (*arguments, *(f"--{option}" for option in split_line(self.options)))
 
     def run(self, base: Path, output: Path, cache: Path) -> Run:
         """The command that makes this point in a folder of its own under ``output``."""

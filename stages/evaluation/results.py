@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.bench import Record
+from stages.evaluation.bench import Record, Search
+from stages.evaluation.findings import ModelRow
+from stages.evaluation.process import Cost
 
 _ACCURACY = ("perplexity", "KL (nats)", "same top-1")
 _UNKNOWN = "-"
@@ -31,6 +33,50 @@ class Result:
         if self.accuracy is not None:
             return self.accuracy.mean_divergence
         return None if self.record.search is None else self.record.search.held_out_loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredModel:
+    """One line of the table, for programs."""
+
+    name: str
+    command: str
+    unbeaten: bool
+    """Whether no other one beats it in bytes and loss."""
+    note: str
+    failure: str | None
+    bytes: int | None
+    cost: Cost | None
+    search: Search | None
+    accuracy: Accuracy | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextResults:
+    """One table, for programs."""
+
+    text: str | None
+    """None where no text judged the models."""
+    base: ModelRow | None
+    models: tuple[MeasuredModel, ...]
+
+
+def measured_models(results: Sequence[Result], commands: Mapping[str, str]) -> tuple[MeasuredModel, ...]:
+    """The lines of the table; ``commands`` make the models, by name."""
+    return tuple(
+        MeasuredModel(
+            name=result.name,
+            command=commands[result.name],
+            unbeaten=unbeaten,
+            note=result.note,
+            failure=result.record.failure,
+            bytes=result.record.bytes,
+            cost=result.record.cost,
+            search=result.record.search,
+            accuracy=result.accuracy,
+        )
+        for result, unbeaten in zip(results, on_front(results), strict=True)
+    )
 
 
 def pareto_front(points: Sequence[tuple[int, float] | None]) -> list[bool]:

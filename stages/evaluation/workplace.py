@@ -7,20 +7,20 @@ import io
 from collections.abc import Mapping, Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
-from stages.atomic import whole_file
-from stages.cli import show
+from stages.atomic import require_creatable, whole_file
 from stages.config import BenchConfig, EvaluateConfig
 from stages.errors import CacheMismatch, UserError
-from stages.evaluation.bench import Bench, Record, Run, Yardstick
+from stages.evaluation.bench import Bench, Record, Run, Yardstick, room_in
 from stages.evaluation.compare import prepare_base
 from stages.evaluation.overlap import refuse_calibrated
-from stages.evaluation.results import Result, results_table
+from stages.evaluation.results import Result, TextResults, measured_models, results_table
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import locate_model
 from stages.observe.cache import find_cache
+from stages.screen import Screen, unwrapped
 
 TABLE = "table.md"
 _WIDE = 1000
@@ -31,8 +31,11 @@ def open_bench(config: BenchConfig) -> Bench:
     """The bench of ``config``; its records count for this base model and this calibration.
 
     Raises:
-        UserError: there is no base model, or the cache was made from another one.
+        UserError: there is no base model, the cache was made from another one, or no folder can be made.
     """
+    require_creatable(config.output, option="--output")
+    if config.output.is_file():
+        raise UserError(f"--output {config.output} is a file; choose a folder.")
     fingerprint = fingerprint_model(locate_model(config.base))
     cache = find_cache(config.cache_path)
     if cache is not None and cache.manifest.key.model_fingerprint != fingerprint:
@@ -50,7 +53,9 @@ def read_yardsticks(config: BenchConfig) -> tuple[Yardstick, ...]:
     """
     yardsticks = []
     for text in config.text:
-        request = EvaluateConfig(base=config.base, model=(), text=text, windows=config.windows, seq_len=config.seq_len)
+        request = EvaluateConfig(
+            base=config.base, model=(), text=text, windows=config.windows, seq_len=config.seq_len, worst=0
+        )
         base = prepare_base(request)
         refuse_calibrated(text, base.windows, config.cache_path)
         yardsticks.append(Yardstick(text=text, base=base))
@@ -79,21 +84,29 @@ def publish(
     records: Mapping[str, Record],
     yardsticks: Sequence[Yardstick],
     notes: Mapping[str, str],
+    screen: Screen,
 ) -> None:
     """Show a table for each text and every command, and write the same into the bench's folder as table.md.
 
     ``notes`` are remarks by run name.
     """
-    commands = [f"{run.name}: {run.shown_command}" for run in runs]
-    tables = [
-        results_table(_title(bench, yardstick), results_of(runs, records, yardstick, notes))
-        for yardstick in yardsticks or (None,)
-    ]
-    for table in tables:
-        show(table)
-    Console().print("\n".join(commands), markup=False, highlight=False, soft_wrap=True)
-    with whole_file(bench.folder / TABLE) as partial:
-        partial.write_text("\n".join([*map(_as_markdown, tables), *commands]) + "\n", encoding="utf-8")
+    commands = {run.name: run.shown_command for run in runs}
+    lines = [f"{name}: {command}" for name, command in commands.items()]
+    tables: list[Table] = []
+    published: list[TextResults] = []
+    for yardstick in yardsticks or (None,):
+        results = results_of(runs, records, yardstick, notes)
+        tables.append(results_table(_title(bench, yardstick), results))
+        published.append(
+            TextResults(
+                text=None if yardstick is None else yardstick.text,
+                base=None if yardstick is None else bench.base_row(yardstick),
+                models=measured_models(results, commands),
+            )
+        )
+    screen.show("results", Group(*tables, unwrapped("\n".join(lines))), published)
+    with room_in(bench.folder), whole_file(bench.folder / TABLE) as partial:
+        partial.write_text("\n".join([*map(_as_markdown, tables), *lines]) + "\n", encoding="utf-8")
 
 
 def raise_failures(records: Mapping[str, Record]) -> None:

@@ -41,6 +41,7 @@ def open_graph(
             provider_options=provider_options,
             external_data_folder=directory.folder if isinstance(graph, bytes) else None,
             map_weights=providers == CPU_ONLY,
+            spin=False,
         )
         return open_session(graph, settings)
 

@@ -46,6 +46,8 @@ def _fault_of_weight(weight: ir.Value) -> str:
         return f"its weight is no initializer but computed in the graph ({maker.op_type})"
     if weight.dtype not in FLOAT_NAMES:
         return f"its weight is {'of unknown type' if weight.dtype is None else weight.dtype.name}"
+    if weight.shape is not None and 0 in weight.shape:
+        return "its weight is empty"
     return "its weight's rank is unknown" if weight.shape is None else f"its weight has rank {len(weight.shape)}"
 
 

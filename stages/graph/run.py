@@ -1,8 +1,9 @@
-"""Run the base graph on token batches and yield the activations that its MatMul sites read.
+"""Run the base graph, or a piece of it, on token batches and yield the activations that its MatMul sites read.
 
 The tapped graph is the original with other outputs: it is handed to ONNX Runtime as a few hundred kilobytes of bytes
 whose weights are mapped from the base model's own files. Nodes behind the last tap (lm_head) are not run. Where the CPU
-alone must run a bfloat16 graph, it is widened to float32 first, into a temporary file.
+alone must run a bfloat16 graph, it is widened to float32 first, into a temporary file. What one piece hands to the next
+goes through numpy, which has no bfloat16: as float32 there and back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import numpy as np
 import onnx_ir as ir
@@ -23,11 +24,13 @@ from torch import Tensor
 from stages.errors import GraphError
 from stages.graph.opened import open_graph
 from stages.model_directory import ModelDirectory
-from stages.records import ActivationGroup
-from stages.session import CausalFeeds, ProviderChoice
+from stages.one_line import in_one_line
+from stages.pieces import Piece
+from stages.session import CUDA, CausalFeeds, ProviderChoice
 from stages.widen import must_widen
 
 _FATAL = 4
+_NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:
@@ -54,12 +57,32 @@ def _readable(graph: ir.Graph, value: ir.Value) -> ir.Value:
     return cast.outputs[0]
 
 
+def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
+    """Name of the input of ``graph`` through which numpy can feed the value ``name``, of numpy type ``dtype``."""
+    index, value = next((index, value) for index, value in enumerate(graph.inputs) if value.name == name)
+    if value.dtype is None:
+        value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
+    if value.dtype != ir.DataType.BFLOAT16:
+        return name
+    fed = ir.Value(name=f"{name}/float32", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    cast = ir.node("Cast", [fed], attributes={"to": int(ir.DataType.BFLOAT16)}, name=f"{name}/bfloat16")
+    cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    graph.inputs[index] = fed
+    graph.insert_before(graph[0], cast)
+    cast.outputs[0].name = name
+    return f"{name}/float32"
+
+
 @dataclass(frozen=True, slots=True)
 class ActivationTap:
-    """An open session of the tapped graph; leaving it removes the temporary weights, if there are any."""
+    """An open session of a tapped graph; leaving it removes the temporary weights, if there are any."""
 
     feeds: CausalFeeds
-    activations: tuple[str, ...]
+    values: tuple[str, ...]
+    """Names of what it gives."""
+    carried_in: Mapping[str, str]
+    """The input for each value that was computed before."""
     providers: ProviderChoice
     """What it runs on: the providers asked for, without those that failed."""
     widened: bool
@@ -74,37 +97,52 @@ class ActivationTap:
     ) -> None:
         self.temporary.close()
 
-    def run(self, tokens: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-        """One forward pass over ``tokens`` [batch, length]: (activation, [batch, length, K] in the graph's type).
+    def run(self, tokens: np.ndarray, carried: Mapping[str, np.ndarray] = _NOTHING) -> Iterator[tuple[str, Tensor]]:
+        """One forward pass over ``tokens`` [batch, length]: (name, value in the graph's type, [batch, length, ...]).
+
+        Values lie where they were computed, on the CPU or a CUDA device, and are not copied.
+
+        ``carried`` holds what earlier pieces computed for the same tokens.
 
         Raises:
             GraphError: ONNX Runtime stops; its reason is repeated.
         """
-        session, feeds = self.feeds.session, self.feeds(tokens)
+        session = self.feeds.session
+        feeds = self.feeds(tokens) | {self.carried_in[name]: array for name, array in carried.items()}
+        binding = _bound(session, feeds)
         options = ort.RunOptions()
         options.log_severity_level = _FATAL  # what it would log is in the exception
         try:
-            outputs = session.run(None, feeds, options)
+            session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The base model stops on {session.get_providers()[0]}: {str(error).splitlines()[0]}; choose another "
+                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); choose another "
                 "--calibration_eps, or build the model for this one."
             ) from error
-        for activation, output in zip(self.activations, outputs, strict=True):
-            yield activation, torch.from_numpy(output)
+        for name, output in zip(self.values, binding.get_outputs(), strict=True):
+            yield name, _as_torch(output)
 
 
-def open_tap(
-    model: ir.Model,
-    directory: ModelDirectory,
-    groups: tuple[ActivationGroup, ...],
-    choice: ProviderChoice,
-    provider_options: Mapping[str, Mapping[str, str]],
-    scratch: Path | None = None,
-) -> ActivationTap:
-    """Open the tapped graph with one output for each group's activation; see ``open_value_tap``."""
-    activations = tuple(group.activation for group in groups)
-    return open_value_tap(model, directory, activations, choice, provider_options, scratch)
+def _bound(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> ort.IOBinding:
+    """Inputs from the host; outputs stay where the first provider computes them, if torch can read them there."""
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        if isinstance(value, ort.OrtValue):
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_cpu_input(name, value)
+    on_cuda = session.get_providers()[0] == CUDA
+    place = ("cuda", int(session.get_provider_options()[CUDA].get("device_id", 0))) if on_cuda else ("cpu", 0)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, *place)
+    return binding
+
+
+def _as_torch(output: ort.OrtValue) -> Tensor:
+    """The same memory as a tensor."""
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(output)
+    return tensor.view(torch.bool) if output.data_type() == "tensor(bool)" else tensor  # DLPack says uint8
 
 
 def open_value_tap(
@@ -115,7 +153,7 @@ def open_value_tap(
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None = None,
 ) -> ActivationTap:
-    """Open the tapped graph with ``values`` as its outputs, on the first providers that take it.
+    """Open the graph with ``values`` as its outputs, on the first providers that take it.
 
     ``scratch`` is where a widened copy of a bfloat16 model may lie, twice the model's size (None: the system's folder
     for temporary files).
@@ -123,9 +161,51 @@ def open_value_tap(
     Raises:
         GraphError: ONNX Runtime can't open the base model.
     """
-    tapped = tapped_model(model, values)
+    return _open(tapped_model(model, values), values, directory, choice, provider_options, scratch, {})
+
+
+def open_piece_tap(
+    piece: Piece,
+    directory: ModelDirectory,
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
+    scratch: Path | None,
+    carried_types: Mapping[str, np.dtype[np.generic]],
+) -> ActivationTap:
+    """The same for a piece of the graph, whose outputs are given; ``carried_types`` by the names of its carried inputs.
+
+    Raises:
+        GraphError: ONNX Runtime can't open that part of the base model.
+    """
+    values = tuple(str(output.name) for output in piece.model.graph.outputs)
+    tapped = tapped_model(piece.model, values)
+    carried_in = {name: _feedable(tapped.graph, name, carried_types[name]) for name in piece.carried_in}
+    return _open(tapped, values, directory, choice, provider_options, scratch, carried_in)
+
+
+def _open(
+    tapped: ir.Model,
+    values: tuple[str, ...],
+    directory: ModelDirectory,
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
+    scratch: Path | None,
+    carried_in: Mapping[str, str],
+) -> ActivationTap:
     with ExitStack() as temporary:
         opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
-        feeds = CausalFeeds(opened.session, directory.kv_heads, directory.head_size, directory.windowed_caches)
-        widened = must_widen(tapped, opened.providers.names)
-        return ActivationTap(feeds, values, opened.providers, widened, temporary.pop_all())
+        feeds = CausalFeeds(
+            opened.session,
+            directory.kv_heads,
+            directory.head_size,
+            directory.windowed_caches,
+            frozenset(carried_in.values()),
+        )
+        return ActivationTap(
+            feeds=feeds,
+            values=values,
+            carried_in=carried_in,
+            providers=opened.providers,
+            widened=must_widen(tapped, opened.providers.names),
+            temporary=temporary.pop_all(),
+        )

@@ -42,7 +42,8 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
     sites = find_sites(model)
     if not sites:
         raise GraphError(
-            "The model holds no MatMul or Gemm with a constant floating-point weight: nothing to quantize."
+            "The model holds no MatMul or Gemm with a constant floating-point weight, so there is nothing to quantize; "
+            "pass the decoder that is to be quantized."
         )
     by_activation: dict[str, list[MatMulSite]] = {}
     for site in sites:
@@ -86,8 +87,10 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
     assert weight.dtype is not None
     rows, columns = weight.shape.numpy()
     activation, output = node.inputs[0], node.outputs[0]
-    assert activation is not None
+    if activation is None:
+        return None
     in_features, out_features = (rows, columns) if layout is WeightLayout.K_BY_N else (columns, rows)
+    _require_width(node, activation, in_features)
     return MatMulSite(
         name=node.name or _name_from_weight(weight, output),
         op_type=_op_type(node),
@@ -103,6 +106,16 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
         routes_experts=out_features < in_features and routes_experts(output),
     )
+
+
+def _require_width(node: ir.Node, activation: ir.Value, in_features: int) -> None:
+    """An activation whose shape is told has as many channels as the weight has inputs."""
+    width = activation.shape[-1] if activation.shape is not None and len(activation.shape) else None
+    if isinstance(width, int) and width != in_features:
+        raise GraphError(
+            f"'{node.name or _name(node.outputs[0])}' has a weight of {in_features} inputs and reads {width} channels; "
+            "build the model again."
+        )
 
 
 def _op_type(node: ir.Node) -> Literal["MatMul", "Gemm"]:
@@ -132,7 +145,7 @@ def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
         layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
     if value is None or not value.is_initializer() or value.dtype not in FLOAT_NAMES:
         return None
-    if value.shape is None or len(value.shape) != 2:
+    if value.shape is None or len(value.shape) != 2 or 0 in value.shape.numpy():
         return None
     return layout, value
 

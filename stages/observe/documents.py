@@ -1,7 +1,11 @@
-"""Where calibration text comes from: hub data sets, local files, or CPython's documentation."""
+"""Where calibration text comes from: hub data sets, local files, or CPython's documentation.
+
+A document is a text, or the messages of a conversation.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,13 +18,18 @@ import datasets
 
 from stages.errors import UserError
 from stages.hub import in_short, why_unreachable
+from stages.observe.chat_template import Message
 from stages.observe.offline_text import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
 
 Row = dict[str, Any]
+Document = str | list[Message]
+SELF = "self"
+"""The data set that the model writes itself; there are no documents of it."""
 _SHUFFLE_BUFFER = 2000
 _LONGEST_HUB_DOCUMENT = 16384
-_FILE_READERS = {".jsonl": "json", ".parquet": "parquet"}
+_TABLES = (".jsonl", ".parquet")
 _FILE_COLUMNS = ("text", "article", "content")
+_MESSAGES = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +56,35 @@ HUB_SOURCES: Mapping[str, HubSource] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documents:
-    """Texts in the order that the seed gives; read once, as far as needed."""
+    """Documents in the order that the seed gives; read once, as far as needed."""
 
     title: str
-    texts: Iterator[str]
+    texts: Iterator[Document]
 
 
-def open_documents(dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES) -> Documents:
-    """The documents that ``--dataset`` means: a hub data set's short or own name, ``offline``, or a local file.
+def dataset_names(dataset: str) -> tuple[str, ...]:
+    """The data sets that ``--dataset`` names, separated by commas; a file that is there may have commas in its name.
+
+    Raises:
+        UserError: a name is missing between two commas, or comes twice.
+    """
+    if Path(dataset).is_file():
+        return (dataset,)
+    names = tuple(name.strip() for name in dataset.split(","))
+    if not all(names):
+        raise UserError(f"--dataset {dataset} has a comma without a name beside it; leave it out.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--dataset names {twice} twice; windows are shared evenly among different data sets.")
+    return names
+
+
+def open_documents(
+    dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES, *, with_messages: bool = False
+) -> Documents:
+    """The documents that one name of ``--dataset`` means: a hub data set, ``offline``, or a local file.
+
+    Where ``with_messages``, the rows of a local file give their conversations, if they have any.
 
     Raises:
         UserError: the name is unknown or the file is missing; also, while texts are read, when the hub can't be
@@ -67,15 +97,16 @@ def open_documents(dataset: str, seed: int, hub_sources: Mapping[str, HubSource]
         texts = offline_calibration_documents()
         return Documents(title="offline: CPython documentation topics", texts=_shuffled(texts, seed))
     path = Path(dataset)
-    if path.suffix not in (".txt", *_FILE_READERS):
+    if path.suffix not in (".txt", *_TABLES):
         raise UserError(
-            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, "
+            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, {SELF}, "
             "and no .txt, .jsonl or .parquet file; pass one of these."
         )
     if not path.is_file():
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
-    texts_of_file = _text_file(path, seed) if path.suffix == ".txt" else _table_file(path, seed)
-    return Documents(title=path.name, texts=texts_of_file)
+    if path.suffix == ".txt":
+        return Documents(title=path.name, texts=_text_file(path, seed))
+    return Documents(title=path.name, texts=_table_file(path, seed, with_messages))
 
 
 def _by_hub_name(dataset: str, hub_sources: Mapping[str, HubSource]) -> HubSource | None:
@@ -134,17 +165,68 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
         ) from error
 
 
-def _table_file(path: Path, seed: int) -> Iterator[str]:
-    kind = _FILE_READERS[path.suffix]
+def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[Document]:
     try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        yield from _column(_stream(rows, seed), _FILE_COLUMNS, f"--dataset {path}")
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        for row in _stream(rows, seed):
+            document = _document(row, with_messages, f"--dataset {path}")
+            if document:
+                yield document
     except UserError:
         raise
     except Exception as error:  # pyarrow, pandas, datasets and json each have errors of their own
         raise UserError(
             f"--dataset {path} can't be read as {path.suffix[1:]} ({in_short(error)}); repair the file or pass another."
         ) from error
+
+
+def _document(row: Row, with_messages: bool, where: str) -> Document | None:
+    """What a row of a file holds: where ``with_messages``, its conversation, if it has one; else its text."""
+    if with_messages and row.get(_MESSAGES):
+        return _conversation(row[_MESSAGES], where)
+    if _MESSAGES in row and not any(column in row for column in _FILE_COLUMNS):
+        if with_messages:
+            return None
+        raise UserError(
+            f"{where} holds conversations (column {_MESSAGES}); pass --apply_chat_template to write them as the "
+            "tokenizer's chat template does."
+        )
+    return next(_column([row], _FILE_COLUMNS, where), None)
+
+
+def _conversation(messages: object, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{where}: column {_MESSAGES} holds no list of messages; store one role and content each.")
+    # A reader of tables gives each message every key that any message has.
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if not all(isinstance(message.get("role"), str) and "content" in message for message in given):
+        raise UserError(f"{where}: column {_MESSAGES} has a message without role and content; give it both.")
+    return given
+
+
+def _parquet_rows(path: Path) -> datasets.IterableDataset:
+    return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+
+
+def _jsonl_rows(path: Path) -> datasets.IterableDataset:
+    """Lines one by one by Python's own parser: that of the library crashes on brackets that are nested deeply."""
+    return datasets.IterableDataset.from_generator(_parsed_lines, gen_kwargs={"path": str(path)})
+
+
+def _parsed_lines(path: str) -> Iterator[Row]:
+    with Path(path).open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except RecursionError as error:
+                raise ValueError(f"line {number} is nested too deeply") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            yield row
 
 
 def _column(rows: Iterable[Row], columns: tuple[str, ...], where: str) -> Iterator[str]:

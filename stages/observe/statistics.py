@@ -6,12 +6,66 @@ and independent of T once G is known. Sums are float32 whatever the model's type
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.errors import SolveError
-from stages.records import TokenStats
+from stages.observe.triangle import mirrored
+from stages.records import FloatName, TokenStats
+
+_FLOAT32 = 4
+_STRIP = 256
+"""Rows of a Gram matrix in one product: narrower ones run slower, wider ones compute more above the diagonal."""
+_ITEMSIZES = {"float16": 2}
+"""Bytes of a tapped number; bfloat16 is tapped as float32."""
+
+
+def tapped_itemsize(dtype: FloatName) -> int:
+    """Bytes of a number of an activation whose sites have weights of this type."""
+    return _ITEMSIZES.get(dtype, _FLOAT32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsSize:
+    """What the statistics of one activation take, for ``tokens`` of ``in_features`` (K) numbers of ``itemsize`` bytes.
+
+    Rows are kept where there are fewer than K, so that they cost less to multiply with too, and where they are smaller
+    than the packed Gram matrix.
+    """
+
+    in_features: int
+    tokens: int
+    itemsize: int
+
+    @property
+    def keeps_rows(self) -> bool:
+        return self.tokens < self.in_features and self._row_bytes < self._triangle_bytes
+
+    @property
+    def memory(self) -> int:
+        """Bytes while they are added up."""
+        return self._row_bytes if self.keeps_rows else self.in_features**2 * _FLOAT32
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.tokens * self.in_features * self.itemsize
+
+    @property
+    def _triangle_bytes(self) -> int:
+        return self.in_features * (self.in_features + 1) // 2 * _FLOAT32
+
+
+def add_lower_triangle(gram: Float[Tensor, "K K"], rows: Float[Tensor, "T K"]) -> None:
+    """Add X^T X to ``gram`` in place, on and below the diagonal; above it only beside the diagonal, for speed.
+
+    A symmetric product has half the arithmetic of a general one; in strips, a general one's routine does little more.
+    """
+    for start in range(0, len(gram), _STRIP):
+        end = start + _STRIP
+        gram[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
 
 
 class StatisticsAccumulator:
@@ -19,18 +73,17 @@ class StatisticsAccumulator:
 
     Args:
         activation: the tapped value's name, for messages.
-        in_features: K.
-        planned_tokens: tokens that will be seen in all; below K the rows themselves are kept.
+        size: what will be seen in all.
         device: where sums live.
     """
 
-    def __init__(self, activation: str, in_features: int, planned_tokens: int, device: torch.device) -> None:
+    def __init__(self, activation: str, size: StatisticsSize, device: torch.device) -> None:
         self._activation = activation
         self._device = device
         self._num_tokens = 0
-        self._abs_sum = torch.zeros(in_features, dtype=torch.float64, device="cpu")
-        self._rows: list[Tensor] | None = [] if planned_tokens < in_features else None
-        self._gram = None if self._rows is not None else torch.zeros(in_features, in_features, device=device)
+        self._abs_sum = torch.zeros(size.in_features, dtype=torch.float64, device="cpu")
+        self._rows: list[Tensor] | None = [] if size.keeps_rows else None
+        self._gram = None if size.keeps_rows else torch.zeros(size.in_features, size.in_features, device=device)
 
     def add(self, batch: Float[Tensor, "*tokens K"]) -> None:
         """Fold in one batch of any floating type.
@@ -49,16 +102,19 @@ class StatisticsAccumulator:
         self._abs_sum += abs_sum.double().cpu()
         self._num_tokens += rows.shape[0]
         if self._gram is not None:
-            self._gram.addmm_(rows.T, rows)
+            add_lower_triangle(self._gram, rows)
         elif self._rows is not None:
             self._rows.append(stored.cpu().clone())
 
     def finish(self) -> TokenStats:
-        """The statistics so far, on the CPU; zeros where no token came (an expert that nobody chose)."""
+        """The statistics, on the CPU; zeros where no token came (an expert that nobody chose).
+
+        The sums themselves become the mean: nothing can be added afterwards.
+        """
         divisor = max(self._num_tokens, 1)
         return TokenStats(
             num_tokens=self._num_tokens,
             abs_mean=(self._abs_sum / divisor).float(),
-            gram=None if self._gram is None else (self._gram / divisor).cpu(),
+            gram=None if self._gram is None else mirrored(self._gram.div_(divisor).cpu()),
             rows=None if self._rows is None else torch.cat(self._rows),
         )

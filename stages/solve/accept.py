@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import Tensor
-
-from stages.records import QuantSpec, TokenStats
-from stages.solve.evaluate import full_ranges, site_error, site_errors
+from stages.solve.evaluate import errors_of, full_ranges, measured, total_errors
 from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoice
 
 
@@ -19,33 +16,26 @@ def first_accepted(
 
     Refinements that held-out tokens speak against are undone first. Plain rounding is the answer where none passes.
     """
-    assert problem.stats is not None
-    calibration, held_out = problem.stats.calibration, problem.stats.held_out
-    plain = full_ranges(problem, options.range_rule, IDENTITY)
-    limits = [sum(site_errors(problem, plain, stats)) for stats in (calibration, held_out)]
+    plain = measured(problem, problem.plain or full_ranges(problem, options.range_rule, IDENTITY))
+    limits = total_errors(plain)
     for candidate in ranked:
-        choices, error = settle(problem, candidate)
-        if error <= limits[1] and sum(site_errors(problem, choices, calibration)) <= limits[0]:
+        choices = settle(problem, candidate)
+        errors = total_errors(choices)
+        if errors.held_out <= limits.held_out and errors.calibration <= limits.calibration:
             return choices
     return plain
 
 
-def settle(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[tuple[SiteChoice, ...], float]:
-    """Every site's choice, or the fallback that does better on held-out tokens, and their joint held-out error.
+def settle(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
+    """Every site's choice, or the fallback that does better on held-out tokens; all are measured.
 
     What is returned has no fallback any more: the question is decided, and its tensors can be freed.
     """
-    assert problem.stats is not None
-    settled = [
-        _settle_site(weight, spec, choice, problem.stats.held_out)
-        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
-    ]
-    return tuple(choice for choice, _ in settled), sum(error for _, error in settled)
+    return tuple(_settled(choice) for choice in measured(problem, choices))
 
 
-def _settle_site(weight: Tensor, spec: QuantSpec, choice: SiteChoice, held_out: TokenStats) -> tuple[SiteChoice, float]:
-    error = site_error(weight, spec, choice, held_out)
+def _settled(choice: SiteChoice) -> SiteChoice:
     if choice.fallback is None:
-        return choice, error
-    other, other_error = _settle_site(weight, spec, choice.fallback, held_out)
-    return (replace(choice, fallback=None), error) if error <= other_error else (other, other_error)
+        return choice
+    other = _settled(choice.fallback)
+    return replace(choice, fallback=None) if errors_of(choice).held_out <= errors_of(other).held_out else other

@@ -6,6 +6,7 @@ Scales are rounded to their stored type before any code is chosen, so that the c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,11 +28,42 @@ class BlockParameters:
     zero_points: Float[Tensor, "*batch nB"] | None
 
 
+def stack_parameters(parts: Sequence[BlockParameters]) -> BlockParameters:
+    """Parameters of several matrices' rows, one below the other."""
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return BlockParameters(
+        scales=torch.cat([part.scales for part in parts]),
+        zero_points=torch.cat(zero_points) if zero_points else None,
+    )
+
+
+def split_parameters(stack: BlockParameters, rows: Sequence[int]) -> list[BlockParameters]:
+    """The inverse: the parameters of each matrix, of so many rows."""
+    scales = torch.split(stack.scales, list(rows))
+    if stack.zero_points is None:
+        return [BlockParameters(scales=part, zero_points=None) for part in scales]
+    both = zip(scales, torch.split(stack.zero_points, list(rows)), strict=True)
+    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in both]
+
+
 def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:
     """Scales as the file will hold them, in float32: rounded, never below the type's smallest normal number."""
     dtype = torch_float(name)
     info = torch.finfo(dtype)
     return scales.clamp(info.tiny, info.max).to(dtype).float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRange:
+    """Smallest and largest number of every block."""
+
+    low: Float[Tensor, "*batch nB"]
+    high: Float[Tensor, "*batch nB"]
+
+
+def block_range(blocks: Float[Tensor, "*batch nB B"]) -> BlockRange:
+    """The full range of every block."""
+    return BlockRange(low=blocks.amin(dim=-1), high=blocks.amax(dim=-1))  # aminmax is several times slower here
 
 
 def choose_parameters(
@@ -40,28 +72,34 @@ def choose_parameters(
     rule: RangeRule = "full",
     clip_ratio: float | Float[Tensor, "*#batch nB"] = 1.0,
 ) -> BlockParameters:
-    """Range of every block, shrunk by ``clip_ratio``, as scales and zero points.
+    """Range of every block, shrunk by ``clip_ratio``, as scales and zero points."""
+    return parameters_of(block_range(blocks), spec, rule, clip_ratio)
+
+
+def parameters_of(
+    full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Float[Tensor, "*#batch nB"]
+) -> BlockParameters:
+    """``full``, shrunk by ``clip_ratio``, as scales and zero points.
 
     An all-zero block gets scale 1. The asymmetric range always contains 0, so that the zero point exists for blocks of
     one sign.
     """
     if spec.symmetric:
-        return _symmetric(blocks, spec, rule, clip_ratio)
-    return _asymmetric(blocks, spec, clip_ratio)
+        return _symmetric(full, spec, rule, clip_ratio)
+    return _asymmetric(full, spec, clip_ratio)
 
 
-def _symmetric(blocks: Tensor, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Tensor) -> BlockParameters:
-    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+def _symmetric(full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Tensor) -> BlockParameters:
     if rule == "full":
-        extent = torch.maximum(low / spec.code_min, high / spec.code_max)
+        extent = torch.maximum(full.low / spec.code_min, full.high / spec.code_max)
     else:
-        extent = torch.maximum(-low, high) / spec.code_max
+        extent = torch.maximum(-full.low, full.high) / spec.code_max
     return BlockParameters(scales=_storable(extent * clip_ratio, spec), zero_points=None)
 
 
-def _asymmetric(blocks: Tensor, spec: QuantSpec, clip_ratio: float | Tensor) -> BlockParameters:
-    low = blocks.amin(dim=-1).clamp(max=0) * clip_ratio
-    high = blocks.amax(dim=-1).clamp(min=0) * clip_ratio
+def _asymmetric(full: BlockRange, spec: QuantSpec, clip_ratio: float | Tensor) -> BlockParameters:
+    low = full.low.clamp(max=0) * clip_ratio
+    high = full.high.clamp(min=0) * clip_ratio
     scales = _storable((high - low) / spec.code_max, spec)
     zero_points = torch.round(-low / scales).clamp(spec.code_min, spec.code_max)
     return BlockParameters(scales=scales, zero_points=zero_points)
@@ -75,9 +113,9 @@ def quantize(
     blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
 ) -> Float[Tensor, "*batch nB B"]:
     """Codes as float32 integers in [code_min, code_max]."""
-    codes = torch.round(blocks / parameters.scales.unsqueeze(-1))
+    codes = (blocks / parameters.scales.unsqueeze(-1)).round_()
     if parameters.zero_points is not None:
-        codes = codes + parameters.zero_points.unsqueeze(-1)
+        codes += parameters.zero_points.unsqueeze(-1)
     return codes.clamp_(spec.code_min, spec.code_max)
 
 
@@ -91,5 +129,10 @@ def dequantize(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters)
 def round_trip(
     blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
 ) -> Float[Tensor, "*batch nB B"]:
-    """What the runtime will compute with in place of ``blocks``."""
-    return dequantize(quantize(blocks, parameters, spec), parameters)
+    """What the runtime will compute with in place of ``blocks``: a new tensor."""
+    # The same as dequantize(quantize(...)) without another pass through memory.
+    stored = quantize(blocks, parameters, spec)
+    if parameters.zero_points is not None:
+        stored -= parameters.zero_points.unsqueeze(-1)
+    stored *= parameters.scales.unsqueeze(-1)
+    return stored

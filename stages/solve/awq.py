@@ -16,10 +16,13 @@ from stages.solve.accept import first_accepted
 from stages.solve.blocks import join, split
 from stages.solve.evaluate import candidate_errors, full_ranges
 from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
-from stages.solve.sample import represented, sampled
+from stages.solve.sample import GLANCE, LOOK, Sample
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 """Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
+
+_SECOND_LOOKS = 8
+"""Candidates that are looked at on more channels."""
 
 
 def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
@@ -29,19 +32,35 @@ def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice,
 
 
 def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
-    """Candidates from the smallest to the largest joint error at full range, measured on a sample of the channels.
+    """The best candidates from the smallest to the largest joint error at full range.
 
     The list ends with the identity: what comes after it is never taken.
     """
+    *candidates, _ = glance_at_input_scales(problem, options)
+    return _ranked(Sample(problem, LOOK), options, [IDENTITY, *candidates[:_SECOND_LOOKS]])
+
+
+def glance_at_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
+    """All candidates in the order of their joint error at full range, on a small sample of the channels.
+
+    The list ends with the identity, like that of ``rank_input_scales``.
+    """
     assert problem.stats is not None
-    stats = problem.stats.calibration
-    candidates = [IDENTITY, *input_scale_candidates(problem, stats, options.alpha_step)]
+    candidates = input_scale_candidates(problem, problem.stats.calibration, options.alpha_step)
+    return _ranked(Sample(problem, GLANCE), options, [IDENTITY, *candidates])
+
+
+def _ranked(sample: Sample, options: SearchOptions, candidates: list[InputScale]) -> list[InputScale]:
+    """``candidates``, the identity first among them, best first and up to the identity."""
+    few = sample.problem
+    assert few.stats is not None
+    stats = few.stats.calibration
     scales = torch.stack([_as_tensor(candidate, stats) for candidate in candidates])
     errors = [
         candidate_errors(weight, spec, scales, options.range_rule, stats).tolist()
-        for weight, spec in zip(sampled(problem).weights, problem.specs, strict=True)
+        for weight, spec in zip(few.weights, few.specs, strict=True)
     ]
-    joint = [represented(problem, of_sites) for of_sites in zip(*errors, strict=True)]
+    joint = [sample.joint_error(of_sites) for of_sites in zip(*errors, strict=True)]
     order = sorted(range(len(candidates)), key=joint.__getitem__)
     return [candidates[index] for index in order[: order.index(0) + 1]]
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from stages.solve.accept import first_accepted
-from stages.solve.awq import rank_input_scales
-from stages.solve.clip import clip_sites
+from stages.solve.awq import glance_at_input_scales
+from stages.solve.clip import clip_sites, search_sites
 from stages.solve.evaluate import full_ranges, site_errors
 from stages.solve.problem import GroupProblem, InputScale, SearchOptions, SiteChoice
-from stages.solve.sample import represented, sampled
+from stages.solve.sample import LOOK, Sample
 
-_SHORTLIST = 4
+_SHORTLIST = 5
 """Input scales that are clipped before one is chosen: clipping can reorder the best few."""
 
 
 def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The best of the few best input scales and the identity, each with its own ranges."""
-    *scales, identity = rank_input_scales(problem, options)
-    ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(problem, options, scale))
+    *scales, identity = glance_at_input_scales(problem, options)
+    sample = Sample(problem, LOOK)
+    ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(sample, options, scale))
     return first_accepted(problem, options, (clipped(problem, options, scale) for scale in ranked))
 
 
@@ -25,8 +26,9 @@ def clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) ->
     return clip_sites(problem, options, full_ranges(problem, options.range_rule, scale))
 
 
-def _clipped_error(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> float:
+def _clipped_error(sample: Sample, options: SearchOptions, scale: InputScale) -> float:
     """The joint error with ranges searched, measured on a sample of the channels."""
-    assert problem.stats is not None
-    few = sampled(problem)
-    return represented(problem, site_errors(few, clipped(few, options, scale), problem.stats.calibration))
+    few = sample.problem
+    assert few.stats is not None
+    searched = search_sites(few, options, full_ranges(few, options.range_rule, scale))
+    return sample.joint_error(site_errors(few, searched, few.stats.calibration))

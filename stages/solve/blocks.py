@@ -18,10 +18,12 @@ def num_blocks(in_features: int, block_size: int) -> int:
 
 
 def split(weight: Float[Tensor, "*batch K"], block_size: int) -> Float[Tensor, "*batch nB B"]:
-    """[..., K] -> [..., nB, B], zero-padded at the end."""
+    """[..., K] -> [..., nB, B], zero-padded at the end; a view of ``weight`` where nothing is added."""
     *batch, in_features = weight.shape
     blocks = num_blocks(in_features, block_size)
-    return pad(weight, (0, blocks * block_size - in_features)).reshape(*batch, blocks, block_size)
+    missing = blocks * block_size - in_features
+    whole = pad(weight, (0, missing)) if missing else weight  # a copy even where there is nothing to add
+    return whole.reshape(*batch, blocks, block_size)
 
 
 def join(blocks: Float[Tensor, "*batch nB B"], in_features: int) -> Float[Tensor, "*batch K"]:

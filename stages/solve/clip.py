@@ -5,14 +5,12 @@ In the scaled space of an input scale s the Gram matrix is that of x / s.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from stages.records import QuantSpec
 from stages.solve.accept import first_accepted
 from stages.solve.affine import BlockParameters
-from stages.solve.evaluate import full_ranges, scaled_weight, site_errors
+from stages.solve.evaluate import errors_of, full_ranges, measured, scaled_weight
 from stages.solve.objective import gram_blocks, in_scaled_space
 from stages.solve.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.solve.ranges import site_ranges
@@ -31,15 +29,22 @@ def clip_sites(
 
     Blocks are searched one by one; the error of whole rows decides whether their ranges are taken.
     """
-    assert problem.stats is not None
-    clipped = tuple(
-        replace(choice, parameters=_site_ranges(problem, options, weight, spec, choice.input_scale), fallback=choice)
+    unclipped = measured(problem, unclipped)
+    clipped = measured(problem, search_sites(problem, options, unclipped))
+    return tuple(
+        choice if errors_of(choice).calibration <= errors_of(plain).calibration else plain
+        for choice, plain in zip(clipped, unclipped, strict=True)
+    )
+
+
+def search_sites(
+    problem: GroupProblem, options: SearchOptions, unclipped: tuple[SiteChoice, ...]
+) -> tuple[SiteChoice, ...]:
+    """``unclipped`` with the best ranges of every block by itself."""
+    return tuple(
+        choice.refined(_site_ranges(problem, options, weight, spec, choice.input_scale))
         for weight, spec, choice in zip(problem.weights, problem.specs, unclipped, strict=True)
     )
-    stats = problem.stats.calibration
-    errors, others = site_errors(problem, clipped, stats), site_errors(problem, unclipped, stats)
-    both = zip(clipped, errors, unclipped, others, strict=True)
-    return tuple(choice if error <= other else plain for choice, error, plain, other in both)
 
 
 def _site_ranges(

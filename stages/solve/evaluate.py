@@ -11,8 +11,8 @@ from torch import Tensor
 from stages.records import MatMulSite, QuantizedWeight, QuantSpec, TokenStats, torch_float
 from stages.solve.affine import BlockParameters, RangeRule, choose_parameters, dequantize, quantize, round_trip
 from stages.solve.blocks import join, split
-from stages.solve.objective import output_error
-from stages.solve.problem import GroupProblem, InputScale, SiteChoice
+from stages.solve.objective import joint_errors, output_error
+from stages.solve.problem import Errors, GroupProblem, InputScale, SiteChoice
 
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 1 << 22, 1 << 27
 """Elements of one temporary: about what a CPU's caches hold; a few hundred megabytes on an accelerator."""
@@ -79,21 +79,26 @@ def weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoi
 
 def site_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: TokenStats) -> float:
     """tr(D G D^T): mean over tokens of the squared output error of the site, summed over its channels."""
-    total = 0.0
+    return _site_errors(weight, spec, choice, (stats,))[0]
+
+
+def _site_errors(
+    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: tuple[TokenStats, ...]
+) -> list[float]:
+    totals = [0.0] * len(stats)
     size = rows_per_chunk(weight)
     for start in range(0, weight.shape[0], size):
         chunk = slice(start, start + size)
-        error = weight_error(weight[chunk], spec, _restrict(choice, chunk))
-        total += float(output_error(error, stats).double().sum())
-    return total
+        errors = joint_errors(weight_error(weight[chunk], spec, _restrict(choice, chunk)), stats)
+        totals = [total + error for total, error in zip(totals, errors, strict=True)]
+    return totals
 
 
-def output_energy(weight: Float[Tensor, "N K"], stats: TokenStats) -> float | None:
-    """tr(W G W^T), what errors are reported relative to; None where no token was seen."""
-    if stats.is_silent:
-        return None
-    chunks = torch.split(weight, rows_per_chunk(weight))
-    return max(sum(float(output_error(rows, stats).double().sum()) for rows in chunks), _SILENCE)
+def output_energies(weight: Float[Tensor, "N K"], stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """tr(W G W^T) over each of ``stats``, what errors are reported relative to; None where no token was seen."""
+    chunks = [joint_errors(rows, stats) for rows in torch.split(weight, rows_per_chunk(weight))]
+    totals = [max(sum(part), _SILENCE) for part in zip(*chunks, strict=True)]
+    return [None if each.is_silent else total for each, total in zip(stats, totals, strict=True)]
 
 
 def _restrict(choice: SiteChoice, chunk: slice) -> SiteChoice:
@@ -115,6 +120,39 @@ def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: T
         site_error(weight, spec, choice, stats)
         for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
     )
+
+
+def measured(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
+    """``choices`` and those that they fall back to with their errors; what was measured is not measured again."""
+    assert problem.stats is not None
+    both = (problem.stats.calibration, problem.stats.held_out)
+    return tuple(
+        _measured(weight, spec, choice, both)
+        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+    )
+
+
+def _measured(weight: Tensor, spec: QuantSpec, choice: SiteChoice, both: tuple[TokenStats, TokenStats]) -> SiteChoice:
+    if choice.fallback is not None:
+        choice = replace(choice, fallback=_measured(weight, spec, choice.fallback, both))
+    if choice.errors is not None:
+        return choice
+    calibration, held_out = _site_errors(weight, spec, choice, both)
+    return replace(choice, errors=Errors(calibration=calibration, held_out=held_out))
+
+
+def total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
+    """The sums over the sites; all must be measured."""
+    errors = [errors_of(choice) for choice in choices]
+    return Errors(
+        calibration=sum(error.calibration for error in errors), held_out=sum(error.held_out for error in errors)
+    )
+
+
+def errors_of(choice: SiteChoice) -> Errors:
+    """The errors of a choice that was measured."""
+    assert choice.errors is not None, "not measured"
+    return choice.errors
 
 
 def candidate_errors(

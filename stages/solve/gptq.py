@@ -5,15 +5,13 @@ Scales are fixed before (static groups), so that the order of columns is free an
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.records import QuantSpec, TokenStats
 from stages.solve.accept import settle
-from stages.solve.affine import BlockParameters
+from stages.solve.affine import BlockParameters, split_parameters, stack_parameters
 from stages.solve.clip import awq_clip
 from stages.solve.descent import descend
 from stages.solve.evaluate import scaled_weight
@@ -21,6 +19,8 @@ from stages.solve.factor import InverseFactor, damped, inverse_factor
 from stages.solve.objective import full_gram, in_scaled_space
 from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
 
+_STACKED_ON_CPU, _STACKED_ON_ACCELERATOR = 1 << 25, 1 << 27
+"""Numbers of the weights that are solved as one matrix: some ten copies of it are in memory."""
 _TILE = 128
 """Columns whose errors reach the columns behind them in one product."""
 
@@ -41,16 +41,47 @@ def compensate(
     gram = _scaled_gram(problem.stats.calibration, choices[0])
     factor = inverse_factor(gram, options.damping, act_order=options.act_order)
     tied = damped(gram, options.damping)
-    refined = []
-    for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True):
-        scaled = scaled_weight(weight, choice.input_scale)
-        codes = gptq_codes(scaled, choice.parameters, spec, factor)
-        step = replace(choice, codes=codes, fallback=choice)
+    refined: dict[int, SiteChoice] = {}
+    for alike in _stacks(problem):
+        spec = problem.specs[alike[0]]
+        stack = torch.cat([scaled_weight(problem.weights[index], choices[index].input_scale) for index in alike])
+        ranges = stack_parameters([choices[index].parameters for index in alike])
+        steps = [(gptq_codes(stack, ranges, spec, factor), ranges)]
         if options.descent_passes:
-            codes, parameters = descend(scaled, codes, choice.parameters, spec, tied, options.descent_passes)
-            step = replace(step, codes=codes, parameters=parameters, fallback=step)
-        refined.append(step)
-    return settle(problem, tuple(refined))[0]
+            steps.append(descend(stack, steps[0][0], ranges, spec, tied, options.descent_passes))
+        refined |= _taken_apart(problem, alike, choices, steps)
+    return settle(problem, tuple(refined[index] for index in range(len(choices))))
+
+
+def _stacks(problem: GroupProblem) -> list[list[int]]:
+    """Sites of one format that are solved as one matrix: walks over columns take as long for many rows as for few."""
+    limit = _STACKED_ON_CPU if problem.weights[0].device.type == "cpu" else _STACKED_ON_ACCELERATOR
+    stacks: list[list[int]] = []
+    for index, weight in enumerate(problem.weights):
+        for stack in stacks:
+            size = sum(problem.weights[other].numel() for other in stack) + weight.numel()
+            if problem.specs[stack[0]] == problem.specs[index] and size <= limit:
+                stack.append(index)
+                break
+        else:
+            stacks.append([index])
+    return stacks
+
+
+def _taken_apart(
+    problem: GroupProblem,
+    alike: list[int],
+    choices: tuple[SiteChoice, ...],
+    steps: list[tuple[Tensor, BlockParameters]],
+) -> dict[int, SiteChoice]:
+    """Each site's part of what was found for a stack, one step refining the other."""
+    refined = {index: choices[index] for index in alike}
+    rows = [len(problem.weights[index]) for index in alike]
+    for codes, parameters in steps:
+        parts = zip(alike, torch.split(codes, rows), split_parameters(parameters, rows), strict=True)
+        for index, of_codes, of_parameters in parts:
+            refined[index] = refined[index].refined(of_parameters, of_codes)
+    return refined
 
 
 def _scaled_gram(stats: TokenStats, choice: SiteChoice) -> Float[Tensor, "K K"]:

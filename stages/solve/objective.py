@@ -5,12 +5,17 @@ Exact for a linear layer, and computed from G or from the rows X themselves, whi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.records import TokenStats
 from stages.solve.blocks import diagonal_blocks, split
+
+_STRIP = 256
+"""Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""
 
 
 def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float[Tensor, "*batch N"]:
@@ -19,6 +24,27 @@ def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float
         return ((error @ stats.gram) * error).sum(dim=-1)
     assert stats.rows is not None
     return (error @ stats.rows.to(error.dtype).T).square().sum(dim=-1) / max(stats.num_tokens, 1)
+
+
+def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> list[float]:
+    """tr(D G D^T) for each of ``stats``: their squared output errors, summed over channels.
+
+    As <D^T D, G>: the first factor is common to all, and symmetric, so that half of it is enough.
+    """
+    totals = [0.0 if each.gram is not None else float(output_error(error, each).double().sum()) for each in stats]
+    with_gram = {index: each.gram for index, each in enumerate(stats) if each.gram is not None}
+    if not with_gram:
+        return totals
+    parts: dict[int, list[Tensor]] = {index: [] for index in with_gram}
+    for start in range(0, error.shape[1], _STRIP):
+        end = start + _STRIP
+        strip = error[:, start:end].T @ error[:, :end]
+        strip[:, :start] *= 2
+        for index, gram in with_gram.items():
+            parts[index].append((strip * gram[start:end, :end]).sum(dim=-1))
+    for index, sums in parts.items():
+        totals[index] = float(torch.cat(sums).cpu().double().sum())
+    return totals
 
 
 def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:

@@ -34,7 +34,8 @@ class GroupProblem:
     """The sites that share one input scale.
 
     ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too.
-    ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head.
+    ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head. ``plain`` is what
+    every search is compared with, rounding to nearest, where it was measured already.
     """
 
     group: ActivationGroup
@@ -42,6 +43,7 @@ class GroupProblem:
     specs: tuple[QuantSpec, ...]
     stats: ActivationStats | None
     head_sharing: HeadSharing | None
+    plain: tuple[SiteChoice, ...] = ()
 
     @property
     def is_unseen(self) -> bool:
@@ -65,6 +67,14 @@ IDENTITY = InputScale(family="identity", alpha=None, scale=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """tr(D G D^T) over calibration and held-out tokens: mean squared output errors, summed over channels."""
+
+    calibration: float
+    held_out: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteChoice:
     """How one site is stored: the group's input scale, and scales, zero points and codes of the scaled weight.
 
@@ -76,6 +86,12 @@ class SiteChoice:
     parameters: BlockParameters
     codes: Tensor | None = None
     fallback: SiteChoice | None = None
+    errors: Errors | None = None
+    """None until they are measured."""
+
+    def refined(self, parameters: BlockParameters, codes: Tensor | None = None) -> SiteChoice:
+        """A choice with other numbers under the same input scale, which falls back to this one."""
+        return SiteChoice(input_scale=self.input_scale, parameters=parameters, codes=codes, fallback=self)
 
 
 Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]

@@ -16,11 +16,14 @@ from stages.records import QuantSpec
 from stages.solve.affine import (
     BlockParameters,
     RangeRule,
+    block_range,
     choose_parameters,
     dequantize,
+    parameters_of,
     quantize,
     round_to_storage,
     round_trip,
+    stack_parameters,
 )
 from stages.solve.blocks import split
 from stages.solve.objective import block_error
@@ -45,11 +48,7 @@ def site_ranges(
         search_ranges(rows, spec, options.range_rule, gram, ratios)
         for rows in torch.split(weight, options.column_chunk)
     ]
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
-    return BlockParameters(
-        scales=torch.cat([part.scales for part in parts]),
-        zero_points=torch.cat(zero_points) if zero_points else None,
-    )
+    return stack_parameters(parts)
 
 
 def search_ranges(
@@ -93,11 +92,11 @@ def _best_ratios(
     """The best ratios and their errors."""
     best_error = torch.full(blocks.shape[:-1], torch.inf, device=blocks.device)
     best_ratio = torch.full_like(best_error, ratios[0])
+    full = block_range(blocks)
     for ratio in ratios:
-        error = _errors(blocks, choose_parameters(blocks, spec, rule, ratio), spec, gram)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_ratio = torch.where(better, torch.full_like(best_ratio, ratio), best_ratio)
+        error = _errors(blocks, parameters_of(full, spec, rule, ratio), spec, gram)
+        best_ratio.masked_fill_(error < best_error, ratio)
+        best_error = torch.minimum(error, best_error)
     return best_ratio, best_error
 
 
@@ -135,9 +134,9 @@ def _errors(
     spec: QuantSpec,
     gram: Float[Tensor, "nB B B"] | None,
 ) -> Float[Tensor, "N nB"]:
-    error = round_trip(blocks, parameters, spec) - blocks
+    error = round_trip(blocks, parameters, spec).sub_(blocks)
     if gram is None:
-        return error.square().sum(dim=-1)
+        return error.square_().sum(dim=-1)
     return block_error(error.transpose(0, 1), gram).T
 
 

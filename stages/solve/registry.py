@@ -19,7 +19,7 @@ from stages.solve.rtn import rtn
 FINISHES: Mapping[str, Finish] = MappingProxyType(
     {
         "awq_lite": lambda problem, options, scale: full_ranges(problem, options.range_rule, scale),
-        "awq_full": lambda problem, options, scale: settle(problem, clipped(problem, options, scale))[0],
+        "awq_full": lambda problem, options, scale: settle(problem, clipped(problem, options, scale)),
         "awq_gptq": lambda problem, options, scale: compensate(problem, options, clipped(problem, options, scale)),
     }
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stages.errors import SolveError
 from stages.records import (
     ActivationGroup,
     ActivationStats,
@@ -16,15 +17,26 @@ from stages.records import (
     QuantSpec,
     SiteReport,
     SolvedGroup,
-    TokenStats,
     ValueAbsorber,
 )
-from stages.solve.evaluate import full_range, output_energy, site_error, stored_weight
+from stages.solve.evaluate import (
+    errors_of,
+    full_range,
+    full_ranges,
+    measured,
+    output_energies,
+    stored_weight,
+)
 from stages.solve.objective import to_device
 from stages.solve.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.solve.rtn import rtn
 
 _UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
+
+
+def search_cost(group: ActivationGroup) -> float:
+    """About how long a search of ``group`` takes beside others: products with the Gram matrix, and its factor."""
+    return float(group.in_features**2 * (group.in_features + sum(site.out_features for site in group.sites)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +60,16 @@ class GroupSolver:
 
     def solve(self, group: ActivationGroup) -> SolvedGroup:
         """Quantize all sites of ``group``; by plain rounding where calibration never saw its activation."""
+        return self.solve_posed(self.pose(group))
+
+    def solve_posed(self, problem: GroupProblem) -> SolvedGroup:
+        """The same for a group that was read already."""
         started = time.perf_counter()
-        problems = self.problems(group)
+        problems = self._parts(problem)
         unseen = any(part.is_unseen for part in problems)
         algorithm = rtn if unseen else self.algorithm
         pairs = [
-            (part, index, choice) for part in problems for index, choice in enumerate(algorithm(part, self.options))
+            (part, index, choice) for part in problems for index, choice in enumerate(self._choices(algorithm, part))
         ]
         weights = tuple(
             stored_weight(part.group.sites[index], part.weights[index], part.specs[index], choice)
@@ -65,17 +81,27 @@ class GroupSolver:
             replace(_report(part, index, choice, self.options), algorithm=name, note=note, seconds=seconds)
             for part, index, choice in pairs
         )
-        return SolvedGroup(group=group, weights=weights, reports=reports)
+        return SolvedGroup(group=problem.group, weights=weights, reports=reports)
+
+    def _choices(self, algorithm: Algorithm, problem: GroupProblem) -> tuple[SiteChoice, ...]:
+        """What ``algorithm`` chooses, with errors measured where there are statistics."""
+        choices = algorithm(problem, self.options)
+        return choices if problem.stats is None else measured(problem, choices)
 
     def problems(self, group: ActivationGroup) -> list[GroupProblem]:
         """What is searched for ``group``: all its sites at once, or each alone where each has its own input scale."""
-        problem = self._pose(group)
+        return self._parts(self.pose(group))
+
+    def _parts(self, problem: GroupProblem) -> list[GroupProblem]:
+        problem = replace(problem, plain=self._plain(problem))
         return [problem] if self.fold or self.one_scale else _one_by_one(problem)
 
-    def _pose(self, group: ActivationGroup) -> GroupProblem:
+    def pose(self, group: ActivationGroup) -> GroupProblem:
+        """Read the weights and statistics of ``group``."""
         stats = None
         if self.read_stats is not None:
             both = self.read_stats(group.activation)
+            _require_width(both, group)
             stats = ActivationStats(
                 calibration=to_device(both.calibration, self.device), held_out=to_device(both.held_out, self.device)
             )
@@ -88,12 +114,28 @@ class GroupSolver:
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
         )
 
+    def _plain(self, problem: GroupProblem) -> tuple[SiteChoice, ...]:
+        choices = full_ranges(problem, self.options.range_rule, IDENTITY)
+        return choices if problem.stats is None else measured(problem, choices)
+
+
+def _require_width(stats: ActivationStats, group: ActivationGroup) -> None:
+    """Raise SolveError where the statistics are of another width than the sites that they are for."""
+    for part in (stats.calibration, stats.held_out):
+        if len(part.abs_mean) != group.in_features:
+            raise SolveError(
+                f"The statistics of '{group.activation}' have {len(part.abs_mean)} channels and its sites take "
+                f"{group.in_features}; run stages.calibrate again with --overwrite."
+            )
+
 
 def _one_by_one(problem: GroupProblem) -> list[GroupProblem]:
     """The same sites, each with an input scale of its own."""
     return [
-        replace(problem, group=replace(problem.group, sites=(site,)), weights=(weight,), specs=(spec,))
-        for site, weight, spec in zip(problem.group.sites, problem.weights, problem.specs, strict=True)
+        replace(problem, group=replace(problem.group, sites=(site,)), weights=(weight,), specs=(spec,), plain=(plain,))
+        for site, weight, spec, plain in zip(
+            problem.group.sites, problem.weights, problem.specs, problem.plain, strict=True
+        )
     ]
 
 
@@ -110,20 +152,20 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     )
     if problem.stats is None:
         return report
-    plain = full_range(weight, spec, options.range_rule, IDENTITY)
-    seen, unseen = (
-        _relative_losses(weight, spec, (plain, choice), stats)
-        for stats in (problem.stats.calibration, problem.stats.held_out)
+    plain, errors = errors_of(problem.plain[index]), errors_of(choice)
+    seen, unseen = output_energies(weight, (problem.stats.calibration, problem.stats.held_out))
+    return replace(
+        report,
+        loss_rtn=_relative(plain.calibration, seen),
+        loss=_relative(errors.calibration, seen),
+        held_out_loss_rtn=_relative(plain.held_out, unseen),
+        held_out_loss=_relative(errors.held_out, unseen),
     )
-    return replace(report, loss_rtn=seen[0], loss=seen[1], held_out_loss_rtn=unseen[0], held_out_loss=unseen[1])
 
 
-def _relative_losses(
-    weight: Tensor, spec: QuantSpec, choices: tuple[SiteChoice, ...], stats: TokenStats
-) -> list[float | None]:
-    """Each choice's output error as a part of the output's energy; None where no token was seen."""
-    energy = output_energy(weight, stats)
-    return [None if energy is None else site_error(weight, spec, choice, stats) / energy for choice in choices]
+def _relative(error: float, energy: float | None) -> float | None:
+    """An output error as a part of the output's energy; None where no token was seen."""
+    return None if energy is None else error / energy
 
 
 def _mean_clip_ratio(choice: SiteChoice, full: SiteChoice) -> float | None:

@@ -6,28 +6,37 @@ over some hundred ranks them as the sum over ten thousand does, for a small part
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from stages.solve.problem import GroupProblem
 
-_ROWS = 512
-"""Output channels of a site that are looked at: the standard error of a difference is then a few percent of it."""
+GLANCE, LOOK = 128, 256
+"""Output channels of a site that are looked at: enough to find the better candidates, and to find the best of those
+(the standard error of a difference is then some five percent of it)."""
 
 
-def sampled(problem: GroupProblem) -> GroupProblem:
-    """The same problem with at most ``_ROWS`` output channels a site, evenly spaced."""
-    return replace(problem, weights=tuple(weight[:: _stride(weight)].contiguous() for weight in problem.weights))
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """At most ``channels`` output channels a site, evenly spaced, in the place of all of ``whole``."""
 
+    whole: GroupProblem
+    channels: int
 
-def represented(problem: GroupProblem, errors: tuple[float, ...]) -> float:
-    """The joint error that the ``errors`` of ``sampled(problem)``'s sites stand for."""
-    return sum(
-        error * len(weight) / -(-len(weight) // _stride(weight))
-        for weight, error in zip(problem.weights, errors, strict=True)
-    )
+    @property
+    def problem(self) -> GroupProblem:
+        """The same problem for these channels alone."""
+        weights = tuple(weight[:: self._stride(weight)].contiguous() for weight in self.whole.weights)
+        return replace(self.whole, weights=weights, plain=())
 
+    def joint_error(self, errors: Sequence[float]) -> float:
+        """The joint error of the whole that the ``errors`` of the sample's sites stand for."""
+        return sum(
+            error * len(weight) / -(-len(weight) // self._stride(weight))
+            for weight, error in zip(self.whole.weights, errors, strict=True)
+        )
 
-def _stride(weight: Tensor) -> int:
-    return -(-len(weight) // _ROWS)
+    def _stride(self, weight: Tensor) -> int:
+        return -(-len(weight) // self.channels)

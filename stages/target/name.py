@@ -17,6 +17,8 @@ _OLDEST: Release = (1, 20)
 """The first release that fuses INT4 DequantizeLinear and MatMul (microsoft/onnxruntime#21374)."""
 _NEWEST: Release = (1, 32)
 """The newest release whose rules were looked at."""
+RELEASES: tuple[Release, ...] = tuple((1, minor) for minor in range(_OLDEST[1], _NEWEST[1] + 1))
+"""Those whose rules are known, the oldest first."""
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.\d+)?")
 
 

@@ -7,6 +7,7 @@ compute themselves, as torch modules. A run that was stopped sends both streams 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -20,14 +21,14 @@ from stages.block.cut import DecoderBlock, cut_block
 from stages.block.stream import BlockInputs, BlockRunner, in_batches, read_inputs
 from stages.block.torch_module import BlockModule
 from stages.block.tunable import TunableModel
-from stages.cli import progress_bar
 from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
+from stages.progress import progress_bar
 from stages.quantized_store import QuantizedStore
 from stages.records import QuantizedWeight, SiteReport, SolvedGroup, TokenStats
-from stages.solve.evaluate import output_energy
-from stages.solve.objective import output_error, to_device
+from stages.solve.evaluate import output_energies
+from stages.solve.objective import joint_errors, to_device
 from stages.solve.problem import Finish, InputScale, SearchOptions
 from stages.solve.rounding import effective_weight
 from stages.solve.runner import GroupSolver
@@ -35,6 +36,8 @@ from stages.solve.signround import SignRoundOptions, StreamPair, TunedBlock, tun
 from stages.tune.in_hand import BlockInHand
 from stages.tune.refining import Refiner
 from stages.tune.scaling import BlockScaler
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -149,15 +152,16 @@ class BlockTuner:
         inputs = self._inputs(calibration, held_out)
         streams = _Streams(exact=inputs.stream, tuned=inputs.stream, calibration_windows=len(calibration))
         megabytes = inputs.stream.numel() * inputs.stream.element_size() / 1e6
-        console.print(f"hidden states: 3 x {megabytes:.0f} MB in memory", highlight=False)
+        _LOGGER.info("hidden states: 3 x %.0f MB in memory", megabytes)
         blocks = list(zip(self.model.blocks, self.model.groups, strict=True))[: last + 1]
         done = sum(self._is_finished(groups) for _, groups in blocks)
         with progress_bar(console) as progress:
             ticks = [self.step.ticks or len(groups) for _, groups in blocks]
-            task = progress.add_task(self.step.name, total=sum(ticks), completed=sum(ticks[:done]))
+            task = progress.add_task(self.step.name, total=sum(ticks), unit="steps", done=sum(ticks[:done]))
             for block, groups in blocks:
-                progress.update(task, description=f"layer {block.layer}")
-                self._take(block, groups, inputs.shared, streams, lambda: progress.advance(task))
+                progress.update(task, now=f"layer {block.layer}")
+                result = self._take(block, groups, inputs.shared, streams, lambda: progress.advance(task))
+                progress.update(task, note="" if result is None else _in_words(block, result))
 
     def _inputs(self, calibration: np.ndarray, held_out: np.ndarray) -> BlockInputs:
         windows = np.concatenate([calibration, held_out])
@@ -174,8 +178,9 @@ class BlockTuner:
         shared: Mapping[int, Mapping[str, Tensor]],
         streams: _Streams,
         advance: Callable[[], None],
-    ) -> None:
-        """Tune and save one block unless it is finished, and lead both streams through it."""
+    ) -> TunedBlock | None:
+        """Tune and save one block unless it is finished (None), and lead both streams through it."""
+        result: TunedBlock | None = None
         module = BlockModule(cut_block(self.model.graph, block), self.device)
         run = BlockRunner(module=module, shared=shared, batch_size=self.batch_size)
         originals = {site.name: read_weight(self.model.graph, site, self.device) for site in block.sites}
@@ -184,32 +189,39 @@ class BlockTuner:
             starts = tuple(self.start.read_group(index) for index in groups)
             calibration, held_out = streams.pairs(wanted)
             hand = BlockInHand(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
-            for index, solved in zip(groups, self._reported(hand, self.step(hand, advance)), strict=True):
+            result = self.step(hand, advance)
+            for index, solved in zip(groups, self._reported(hand, result), strict=True):
                 self.store.write(index, solved)
         kept = (weight for index in groups for weight in self.store.read_group(index).weights)
         tuned = originals | {weight.site.name: effective_weight(weight, self.device) for weight in kept}
         streams.exact, streams.tuned = wanted, run.over(streams.tuned, tuned)
+        return result
 
     def _reported(self, hand: BlockInHand, result: TunedBlock) -> Iterator[SolvedGroup]:
         """The block's groups with their tuned weights, and what those cost."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in hand.starts:
             stats = self.cache.read(solved.group.activation)
-            calibration, held_out = (to_device(part, self.device) for part in (stats.calibration, stats.held_out))
+            parts = tuple(to_device(part, self.device) for part in (stats.calibration, stats.held_out))
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
+            losses = [_relative_losses(weight, hand.originals[weight.site.name], parts) for weight in tuned]
             reports = tuple(
                 replace(
                     _rescaled(report, result.chosen.get(report.site)),
                     algorithm=self.step.name,
-                    loss=_relative_loss(weight, hand.originals[weight.site.name], calibration),
-                    held_out_loss=_relative_loss(weight, hand.originals[weight.site.name], held_out),
+                    loss=loss,
+                    held_out_loss=held_out_loss,
                     mean_clip_ratio=None,
                     block_loss_start=result.start_loss,
                     block_loss=result.loss,
                 )
-                for weight, report in zip(tuned, solved.reports, strict=True)
+                for (loss, held_out_loss), report in zip(losses, solved.reports, strict=True)
             )
             yield SolvedGroup(group=solved.group, weights=tuned, reports=reports)
+
+
+def _in_words(block: DecoderBlock, result: TunedBlock) -> str:
+    return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
 
 
 def _rescaled(report: SiteReport, scale: InputScale | None) -> SiteReport:
@@ -217,10 +229,8 @@ def _rescaled(report: SiteReport, scale: InputScale | None) -> SiteReport:
     return report if scale is None else replace(report, scale_family=scale.family, alpha=scale.alpha)
 
 
-def _relative_loss(weight: QuantizedWeight, original: Tensor, stats: TokenStats) -> float | None:
-    """tr(D G D^T) / tr(W G W^T), as the search reports it."""
-    energy = output_energy(original, stats)
-    if energy is None:
-        return None
-    error = effective_weight(weight, original.device) - original
-    return float(output_error(error, stats).double().sum()) / energy
+def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
+    errors = joint_errors(effective_weight(weight, original.device) - original, stats)
+    energies = output_energies(original, stats)
+    return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

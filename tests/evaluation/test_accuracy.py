@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.evaluation.accuracy import score_window, summarize
+from stages.evaluation.accuracy import by_position, score_window, summarize
 from tests.reference import accuracy as reference
 
 
@@ -26,6 +26,8 @@ def test_scores_equal_the_reference(length: int) -> None:
     assert result.perplexity == pytest.approx(reference.perplexity(rows, tokens.tolist()), rel=1e-12)
     assert result.mean_divergence == pytest.approx(reference.mean_divergence(base_rows, rows), rel=1e-9)
     assert result.top1_agreement == pytest.approx(reference.top1_agreement(base_rows, rows), rel=1e-12)
+    divergences = [reference.divergence(*pair) for pair in zip(base_rows[:-1], rows[:-1], strict=True)]
+    assert result.divergence_99 == pytest.approx(reference.percentile(divergences, 0.99), rel=1e-9)
 
 
 def test_windows_are_weighted_by_their_tokens() -> None:
@@ -51,3 +53,24 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:
     flat = torch.zeros(10, 50)
     result = summarize([score_window(flat, flat, torch.arange(10))])
     assert result.perplexity == pytest.approx(50, rel=1e-12)
+
+
+# 40 predictions fill 20 bins of two; 33 fill 17, of which the last has one; 5 are 5 bins.
+@pytest.mark.parametrize(("predictions", "bins", "last"), [(40, 20, (39, 40)), (33, 17, (33, 33)), (5, 5, (5, 5))])
+def test_positions_are_binned_over_all_windows(predictions: int, bins: int, last: tuple[int, int]) -> None:
+    length = predictions + 1
+    tokens = torch.arange(length) % 11
+    pairs = [(random_logits(length, 11, seed=seed), random_logits(length, 11, seed=seed + 10)) for seed in range(3)]
+    found = by_position([score_window(base, model, tokens) for base, model in pairs])
+    assert len(found) == bins
+    assert (found[-1].first, found[-1].last) == last
+    assert [part.first for part in found[1:]] == [part.last + 1 for part in found[:-1]]
+    for part in found:
+        divergences = [
+            reference.divergence(base[place - 1].double().tolist(), model[place - 1].double().tolist())
+            for base, model in pairs
+            for place in range(part.first, part.last + 1)
+        ]
+        assert part.tokens == len(divergences)
+        assert part.mean_divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-9)
+        assert part.divergence_99 == pytest.approx(reference.percentile(divergences, 0.99), rel=1e-9)

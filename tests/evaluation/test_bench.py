@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.progress import Progress
+from rich.console import Console
 
 from stages.config import EvaluateConfig
 from stages.errors import UserError
 from stages.evaluation.bench import Bench, Record, Run, Yardstick, measure, remove_model
 from stages.evaluation.compare import prepare_base
+from stages.progress import progress_bar
 
 COPY = "import shutil, sys; open(sys.argv[3], 'a').write('x'); shutil.copytree(sys.argv[1], sys.argv[2])"
 FAIL = "import sys; open(sys.argv[3], 'a').write('x'); raise ValueError('no such method')"
@@ -43,7 +44,7 @@ def calls(run: Run) -> int:
 
 
 def measured(bench: Bench, run: Run, *yardsticks: Yardstick) -> Record:
-    return measure(bench, [run], yardsticks, Progress(disable=True), lambda _: None)[run.name]
+    return measure(bench, [run], yardsticks, progress_bar(Console(quiet=True)), lambda _: None)[run.name]
 
 
 def test_a_run_is_made_and_judged_once(bench: Bench, tiny_model_dml: Path, yardstick: Yardstick) -> None:
@@ -131,6 +132,6 @@ def test_others_go_on_and_are_told_of(bench: Bench, tiny_model_dml: Path, yardst
     def tidy(records: Mapping[str, Record]) -> None:
         told.append(list(records))
 
-    records = measure(bench, runs, [yardstick], Progress(disable=True), tidy)
+    records = measure(bench, runs, [yardstick], progress_bar(Console(quiet=True)), tidy)
     assert [record.failure for record in records.values()] == ["no such method", None]
     assert told == [["first"], ["first", "second"]]

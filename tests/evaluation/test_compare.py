@@ -8,12 +8,14 @@ from pathlib import Path
 
 import onnx
 import pytest
-from rich.progress import Progress
+from rich.console import Console
 
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.evaluation.compare import evaluate, load_report, prepare, save_report, stored_bytes
+from stages.evaluation.compare import evaluate, prepare, stored_bytes
+from stages.evaluation.findings import load_evaluation, save_evaluation
 from stages.model_directory import locate_model
+from stages.progress import progress_bar
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def config(tiny_model: Path, tiny_model_dml: Path, tiny_text: Path) -> EvaluateC
 
 
 def test_the_base_equals_itself_and_float16_is_near(config: EvaluateConfig, tiny_model: Path) -> None:
-    base, same, half = evaluate(prepare(config), Progress(disable=True)).rows
+    base, same, half = evaluate(prepare(config), progress_bar(Console(quiet=True))).rows
     assert base.accuracy == same.accuracy
     assert base.accuracy.tokens == 3 * 47
     assert base.accuracy.mean_divergence == 0
@@ -47,15 +49,15 @@ def test_sizes_count_only_the_files_that_the_graph_refers_to(tiny_model: Path, t
 
 def test_a_report_is_reused_for_the_same_comparison_only(config: EvaluateConfig, tmp_path: Path) -> None:
     prepared = prepare(replace(config, model=(config.base,), windows=1))
-    report = evaluate(prepared, Progress(disable=True))
+    report = evaluate(prepared, progress_bar(Console(quiet=True)))
     path = tmp_path / "deep" / "report.json"
-    save_report(report, path)
-    assert load_report(path, prepared.comparison) == report
+    save_evaluation(report, path)
+    assert load_evaluation(path, prepared.comparison) == report
     for changed in (replace(config, windows=2), replace(config, accuracy_level=4), config):
-        assert load_report(path, prepare(changed).comparison) is None
+        assert load_evaluation(path, prepare(changed).comparison) is None
     path.write_text("{}", encoding="utf-8")
-    assert load_report(path, prepared.comparison) is None
-    assert load_report(tmp_path / "missing.json", prepared.comparison) is None
+    assert load_evaluation(path, prepared.comparison) is None
+    assert load_evaluation(tmp_path / "missing.json", prepared.comparison) is None
 
 
 def test_another_vocabulary_is_refused(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def cache(tmp_path: Path) -> Path:
         providers=(),
     )
     folder = tmp_path / "cache"
-    with new_cache(folder, key, overwrite=False) as writer:
+    with new_cache(folder, key, (), overwrite=False) as writer:
         writer.write_tokens(CALIBRATION[:5], CALIBRATION[5:])
     return folder
 

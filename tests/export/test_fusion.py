@@ -88,7 +88,7 @@ def test_the_profile_shows_what_ran_fused(tmp_path: Path, block_size: int, fused
     path = tmp_path / "model.onnx"
     ir.save(result.model, path)
     base = ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
-    assert nodes_run_as_matmulnbits(path, base) == ({"y/MatMul"} if fused else frozenset())
+    assert nodes_run_as_matmulnbits(path, frozenset({"y"}), base) == ({"y/MatMul"} if fused else frozenset())
 
 
 def test_inputs_that_no_decoder_has_are_a_reason_not_to_run(tmp_path: Path) -> None:
@@ -98,7 +98,9 @@ def test_inputs_that_no_decoder_has_are_a_reason_not_to_run(tmp_path: Path) -> N
     graph.output("y", TensorProto.FLOAT, [1, 4])
     path = graph.save(tmp_path)
     with pytest.raises(CannotRun, match="pixels"):
-        nodes_run_as_matmulnbits(path, ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False))
+        nodes_run_as_matmulnbits(
+            path, frozenset({"y"}), ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
+        )
 
 
 def test_no_profile_is_left_in_the_output(tmp_path: Path) -> None:

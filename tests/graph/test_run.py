@@ -12,7 +12,7 @@ import torch
 
 from stages.base_graph import load_graph
 from stages.errors import GraphError
-from stages.graph.run import open_tap, tapped_model
+from stages.graph.run import open_value_tap, tapped_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.session import choose_providers
@@ -27,10 +27,10 @@ def test_every_distinct_input_is_tapped_once_with_the_value_that_the_site_reads(
     directory = locate_model(request.getfixturevalue(fixture))
     model = load_graph(directory)
     groups = find_groups(model)
-    tap = open_tap(model, directory, groups, CPU, {})
+    tap = open_value_tap(model, directory, tuple(group.activation for group in groups), CPU, {})
     tokens = np.arange(24).reshape(2, 12)
     taps = dict(tap.run(tokens))
-    assert len(tap.activations) == len(set(tap.activations)) == len(groups)
+    assert len(tap.values) == len(set(tap.values)) == len(groups)
     assert set(taps) == {site.activation for group in groups for site in group.sites}
     for group in groups:
         assert taps[group.activation].shape == (2, 12, group.in_features)
@@ -60,10 +60,45 @@ def test_the_tapped_graph_is_small_refers_to_the_original_data_and_leaves_the_mo
     assert all(entry.value == "model.onnx.data" for t in large for entry in t.external_data if entry.key == "location")
 
 
+def test_what_the_runtime_computed_is_not_copied(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    groups = find_groups(model)
+    tap = open_value_tap(model, directory, tuple(group.activation for group in groups), CPU, {})
+    places: list[int] = []
+    original = ort.IOBinding.get_outputs
+
+    def noted(self: ort.IOBinding) -> list[ort.OrtValue]:
+        outputs = original(self)
+        places.extend(output.data_ptr() for output in outputs)
+        return outputs
+
+    monkeypatch.setattr(ort.IOBinding, "get_outputs", noted)
+    values = [value for _, value in tap.run(np.arange(12).reshape(1, 12))]
+    assert [value.data_ptr() for value in values] == places
+    assert len(set(places)) == len(groups)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_activations_stay_on_the_gpu_that_computed_them(tiny_model: Path) -> None:
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    activations = tuple(group.activation for group in find_groups(model))
+    tokens = np.arange(24).reshape(2, 12)
+    on_gpu, on_cpu = (
+        dict(open_value_tap(model, directory, activations, choose_providers(eps), {}).run(tokens))
+        for eps in ("cuda", "cpu")
+    )
+    for name, value in on_gpu.items():
+        assert value.is_cuda
+        torch.testing.assert_close(value.cpu(), on_cpu[name], rtol=1e-2, atol=1e-2)
+
+
 def test_batches_do_not_influence_each_other(tiny_model: Path) -> None:
     directory = locate_model(tiny_model)
     model = load_graph(directory)
-    tap = open_tap(model, directory, find_groups(model), CPU, {})
+    groups = find_groups(model)
+    tap = open_value_tap(model, directory, tuple(group.activation for group in groups), CPU, {})
     tokens = np.arange(40).reshape(2, 20)
     together, alone = dict(tap.run(tokens)), dict(tap.run(tokens[1:]))
     for activation, values in alone.items():
@@ -73,7 +108,8 @@ def test_batches_do_not_influence_each_other(tiny_model: Path) -> None:
 def test_a_model_that_stops_while_it_runs_is_a_message(tiny_model: Path) -> None:
     directory = locate_model(tiny_model)
     model = load_graph(directory)
-    tap = open_tap(model, directory, find_groups(model), CPU, {})
+    groups = find_groups(model)
+    tap = open_value_tap(model, directory, tuple(group.activation for group in groups), CPU, {})
     assert directory.context_length is not None
-    with pytest.raises(GraphError, match=r"stops on CPUExecutionProvider: .*cos_cache.*--calibration_eps"):
+    with pytest.raises(GraphError, match=r"stops on CPUExecutionProvider .*cos_cache.*--calibration_eps"):
         list(tap.run(np.zeros((1, directory.context_length + 1), np.int64)))

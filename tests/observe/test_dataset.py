@@ -18,6 +18,7 @@ import stages.observe.documents
 from stages.errors import UserError
 from stages.observe.dataset import WindowRequest, load_windows, pack_windows
 from stages.observe.documents import HubSource, open_documents
+from tests.observe.chats import with_template
 
 STORIES = [
     f"Story {number} tells of {number * 7} ships and the {number}th harbour they never reached." for number in range(60)
@@ -147,6 +148,148 @@ def test_random_tokens_are_seeded_uniform_and_need_no_tokenizer(request_for: Win
     assert windows.fingerprint == load_windows(request).fingerprint
     assert windows.fingerprint != load_windows(replace(request, seed=1)).fingerprint
     assert windows.source == "random tokens"
+
+
+# --------------------------------------------------------------------------- several data sets
+
+
+def numbered(path: Path, word: str) -> str:
+    """A file of many documents that all hold ``word``."""
+    path.write_text("\n\n\n".join(f"{word} number {number} of many" for number in range(400)), encoding="utf-8")
+    return str(path)
+
+
+def test_several_data_sets_share_the_windows_by_turns(request_for: WindowRequest, tmp_path: Path) -> None:
+    names = [numbered(tmp_path / f"{word}.txt", word) for word in ("apples", "pears", "plums")]
+    request = replace(request_for, dataset=", ".join(names), calib_size=62)
+    windows = load_windows(request)
+    alone = [
+        load_windows(replace(request, dataset=name, calib_size=size))
+        for name, size in zip(names, (21, 21, 20), strict=True)
+    ]
+    assert windows.source == "apples.txt + pears.txt + plums.txt"
+    assert (len(windows.calibration), len(windows.held_out)) == (19 + 19 + 18, 2 + 2 + 2)
+    for index, part in enumerate(alone):
+        np.testing.assert_array_equal(windows.calibration[index:54:3], part.calibration[:18])
+        np.testing.assert_array_equal(windows.held_out[index::3], part.held_out)
+    np.testing.assert_array_equal(windows.calibration[54:], [alone[0].calibration[18], alone[1].calibration[18]])
+    assert windows.fingerprint == load_windows(request).fingerprint
+    assert windows.fingerprint not in {part.fingerprint for part in alone}
+
+
+def test_a_file_with_a_comma_in_its_name_is_one(request_for: WindowRequest, tmp_path: Path) -> None:
+    request = replace(request_for, dataset=numbered(tmp_path / "salt, pepper.txt", "spices"))
+    assert load_windows(request).source == "salt, pepper.txt"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("offline,", "--dataset offline, has a comma without a name beside it"),
+        ("offline,cnn,offline", "--dataset names offline twice"),
+        ("offline,cnn,pilevel", "--calib_size 5 is too small for 3 data sets.*pass 6 or more"),
+        ("offline,nowhere", "--dataset nowhere is none of cnn, pilevel, offline, self,"),
+    ],
+)
+def test_a_list_that_cannot_be_shared_is_refused(request_for: WindowRequest, dataset: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_windows(replace(request_for, dataset=dataset, calib_size=5))
+
+
+def test_a_share_that_is_too_large_is_named(request_for: WindowRequest, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("A short story.", encoding="utf-8")
+    with pytest.raises(UserError, match=r"short\.txt gives 0 windows of 32 tokens and its share of --calib_size is 5"):
+        load_windows(replace(request_for, dataset=f"offline,{path}"))
+
+
+# --------------------------------------------------------------------------- chats
+
+
+@pytest.fixture
+def chat_request(request_for: WindowRequest, tmp_path: Path) -> WindowRequest:
+    folder = with_template(Path(request_for.tokenizer_path), tmp_path / "chat tokenizer")
+    return replace(request_for, tokenizer_path=str(folder), apply_chat_template=True, calib_size=20)
+
+
+def conversations(path: Path, *, others: bool = False) -> str:
+    """A table of conversations of one question and answer, or one question; every third row has a text if any."""
+    rows: list[dict[str, object]] = []
+    for number in range(120):
+        messages = [{"role": "user", "content": f"What is {number}?"}]
+        if number % 2:
+            messages.append({"role": "assistant", "content": f"{number}."})
+        rows.append({"messages": messages, "text": None})
+        if others and number % 3 == 0:
+            rows[-1] = {"messages": None, "text": f"Title {number}\n\nBody {number}"}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        kept = [{key: value for key, value in row.items() if value is not None} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return str(path)
+
+
+def chats_of(request: WindowRequest) -> list[str]:
+    text = AutoTokenizer.from_pretrained(request.tokenizer_path).decode(all_windows(request).reshape(-1))
+    return text.split("<s>")[1:-1]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_messages_of_a_table_are_written_by_the_chat_template(
+    chat_request: WindowRequest, tmp_path: Path, suffix: str
+) -> None:
+    request = replace(chat_request, dataset=conversations(tmp_path / f"talk.{suffix}"))
+    chats = chats_of(request)
+    possible = {f"[user] What is {n}?</s>" + f"[assistant] {n}.</s>" * (n % 2) for n in range(120)}
+    assert len(chats) > 10
+    assert set(chats) < possible
+    assert load_windows(request).source == f"talk.{suffix}, as chats"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_without_messages_give_their_text(chat_request: WindowRequest, tmp_path: Path, suffix: str) -> None:
+    chats = chats_of(replace(chat_request, dataset=conversations(tmp_path / f"talk.{suffix}", others=True)))
+    asked = [chat for chat in chats if chat.startswith("[user] What")]
+    texts = {f"[user] Title {n}</s>[assistant] Body {n}</s>" for n in range(120)}
+    assert asked
+    assert set(chats) - set(asked)
+    assert set(chats) - set(asked) < texts
+
+
+def test_text_becomes_a_question_and_its_answer(chat_request: WindowRequest, tmp_path: Path) -> None:
+    path = write_text(tmp_path / "stories.txt")
+    chats = chats_of(replace(chat_request, dataset=str(path)))
+    # One sentence each: questions without an answer.
+    assert set(chats) <= {f"[user] {story}</s>" for story in STORIES}
+
+
+def test_messages_without_the_option_are_refused_with_its_name(request_for: WindowRequest, tmp_path: Path) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"talk\.jsonl holds conversations .*; pass --apply_chat_template"):
+        load_windows(replace(request_for, dataset=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("Hello", "column messages holds no list of messages"),
+        ([{"from": "human", "value": "Hello"}], "column messages has a message without role and content"),
+    ],
+)
+def test_messages_of_another_form_are_refused(
+    chat_request: WindowRequest, tmp_path: Path, messages: object, message: str
+) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_windows(replace(chat_request, dataset=str(path)))
+
+
+def test_a_tokenizer_without_a_chat_template_is_named(request_for: WindowRequest) -> None:
+    with pytest.raises(UserError, match="--apply_chat_template: the tokenizer has no chat template"):
+        load_windows(replace(request_for, apply_chat_template=True))
 
 
 # --------------------------------------------------------------------------- the hub

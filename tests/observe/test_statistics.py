@@ -3,13 +3,17 @@ import pytest
 import torch
 
 from stages.errors import SolveError
-from stages.observe.statistics import StatisticsAccumulator
+from stages.observe.statistics import StatisticsAccumulator, StatisticsSize
 
 CPU = torch.device("cpu")
 
 
+def _size(in_features: int, tokens: int, itemsize: int = 2) -> StatisticsSize:
+    return StatisticsSize(in_features=in_features, tokens=tokens, itemsize=itemsize)
+
+
 def _accumulate(tokens: torch.Tensor, planned: int):
-    accumulator = StatisticsAccumulator("x", tokens.shape[-1], planned, CPU)
+    accumulator = StatisticsAccumulator("x", _size(tokens.shape[-1], planned), CPU)
     for batch in torch.split(tokens, 7):
         accumulator.add(batch.reshape(1, *batch.shape))
     return accumulator.finish()
@@ -43,7 +47,7 @@ def test_rows_are_kept_in_the_models_type_where_they_are_fewer_than_channels() -
 
 @pytest.mark.parametrize("planned", [5, 100])
 def test_an_activation_that_no_token_came_to_is_silent(planned: int) -> None:
-    accumulator = StatisticsAccumulator("x", 12, planned, CPU)
+    accumulator = StatisticsAccumulator("x", _size(12, planned), CPU)
     accumulator.add(torch.zeros(0, 12))
     stats = accumulator.finish()
     assert stats.num_tokens == 0
@@ -52,8 +56,25 @@ def test_an_activation_that_no_token_came_to_is_silent(planned: int) -> None:
     found = stats.gram if planned > 12 else stats.rows
     assert found is not None
     assert torch.equal(found, torch.zeros(12, 12) if planned > 12 else torch.zeros(0, 12))
-    accumulator.add(torch.ones(1, 12))
-    assert not accumulator.finish().is_silent
+    other = StatisticsAccumulator("x", _size(12, planned), CPU)
+    other.add(torch.ones(1, 12))
+    assert not other.finish().is_silent
+
+
+@pytest.mark.parametrize(
+    ("in_features", "tokens", "itemsize", "keeps_rows", "memory"),
+    [
+        (100, 99, 2, True, 99 * 100 * 2),
+        (100, 100, 2, False, 100 * 100 * 4),  # as many as channels: no cheaper to multiply with
+        (100, 50, 4, True, 50 * 100 * 4),
+        (100, 51, 4, False, 100 * 100 * 4),  # fewer than channels, but larger than half a matrix
+    ],
+)
+def test_the_smaller_form_is_kept_where_it_is_cheaper_too(
+    in_features: int, tokens: int, itemsize: int, keeps_rows: bool, memory: int
+) -> None:
+    size = _size(in_features, tokens, itemsize)
+    assert (size.keeps_rows, size.memory) == (keeps_rows, memory)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -17,13 +17,29 @@ def perplexity(logits: list[list[float]], tokens: list[int]) -> float:
 
 
 def mean_divergence(base: list[list[float]], model: list[list[float]]) -> float:
-    total = 0.0
-    for base_row, model_row in zip(base[:-1], model[:-1], strict=True):
-        pairs = zip(probabilities(base_row), probabilities(model_row), strict=True)
-        total += math.fsum(p * math.log(p / q) for p, q in pairs)
-    return total / (len(base) - 1)
+    rows = zip(base[:-1], model[:-1], strict=True)
+    return math.fsum(divergence(base_row, model_row) for base_row, model_row in rows) / (len(base) - 1)
 
 
 def top1_agreement(base: list[list[float]], model: list[list[float]]) -> float:
     same = sum(b.index(max(b)) == m.index(max(m)) for b, m in zip(base[:-1], model[:-1], strict=True))
     return same / (len(base) - 1)
+
+
+def divergence(base_row: list[float], model_row: list[float]) -> float:
+    pairs = zip(probabilities(base_row), probabilities(model_row), strict=True)
+    return math.fsum(p * math.log(p / q) for p, q in pairs)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Between the two nearest of the sorted values, linearly."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def log_likelihood(logits: list[list[float]], tokens: list[int]) -> float:
+    """Of ``tokens``, each predicted by the row of the same index."""
+    return math.fsum(math.log(probabilities(row)[token]) for row, token in zip(logits, tokens, strict=True))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from scripts.build_base_model import build
 from scripts.checkpoints import FolderCheckpoint, GgufCheckpoint, HubCheckpoint, dequantize_gguf, find_checkpoint
 from scripts.options import BuildConfig
 from stages.errors import UserError
 from stages.model_directory import locate_model
+from stages.screen import silent_screen
 
 
 def test_a_source_is_a_folder_a_gguf_file_or_a_hub_name(tiny_hf: Path, tmp_path: Path) -> None:
@@ -50,19 +49,20 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
     output = tmp_path / "models" / "tiny"
-    build(BuildConfig(source=str(tiny_hf), output=output), Console(file=io.StringIO()))
+    build(BuildConfig(source=str(tiny_hf), output=output), silent_screen())
     assert locate_model(output).kv_heads == 2
     assert [path.name for path in output.parent.iterdir()] == ["tiny"]
     with pytest.raises(UserError, match=r"--output .* already exists"):
-        build(BuildConfig(source=str(tiny_hf), output=output), Console(file=io.StringIO()))
+        build(BuildConfig(source=str(tiny_hf), output=output), silent_screen())
 
 
-def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = tmp_path / "hf"
     source.mkdir()
     (source / "config.json").write_text(json.dumps({"model_type": "no_such_model"}), encoding="utf-8")
-    shown = io.StringIO()
     with pytest.raises(UserError, match="builder failed on --source"):
-        build(BuildConfig(source=str(source), output=tmp_path / "out"), Console(file=shown))
-    assert "no_such_model" in shown.getvalue()
+        build(BuildConfig(source=str(source), output=tmp_path / "out"), silent_screen())
+    assert "no_such_model" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

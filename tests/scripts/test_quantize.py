@@ -21,6 +21,7 @@ import pytest
 import tyro
 
 import stages.calibrate
+import stages.observation
 import stages.observe.documents
 import stages.observe.tokenizer
 from scripts.calibration_folder import calibration_folder
@@ -222,7 +223,7 @@ def is_near(folder: Path, base: Path) -> bool:
 
 def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.calibrate, "load_windows", lambda *_: pytest.fail("read calibration text"))
-    monkeypatch.setattr(stages.calibrate, "open_tap", lambda *_: pytest.fail("opened a session of stage one"))
+    monkeypatch.setattr(stages.observation, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one"))
 
 
 # --------------------------------------------------------------------------- the documentation's command lines
@@ -270,7 +271,7 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     assert "14 of 14 sites run as MatMulNBits" in printed
     assert f"{base}, in place of meta-llama/Meta-Llama-3-8B: the hub can't be reached here" in printed
     assert "cnn_dailymail train" in printed
-    assert f"next: python -m scripts.evaluate --base {base / 'model.onnx'} --model {output / 'model.onnx'}" in printed
+    assert f"next: python -m stages.evaluate --base {base / 'model.onnx'} --model {output / 'model.onnx'}" in printed
     assert is_near(output, base)
     assert {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()} == before
     assert {path.name for path in base.iterdir() if path.is_dir()} == {output.name, f"{output.name}.weights"}
@@ -483,9 +484,9 @@ def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     original = ActivationTap.run
 
-    def counted(self: ActivationTap, tokens: np.ndarray) -> object:
+    def counted(self: ActivationTap, tokens: np.ndarray, carried: dict[str, np.ndarray]) -> object:
         seen.append(len(tokens))
-        return original(self, tokens)
+        return original(self, tokens, carried)
 
     monkeypatch.setattr(ActivationTap, "run", counted)
     run("--calib_size", 11, "--batch_size", 4, into="a")

@@ -1,0 +1,189 @@
+"""Olive workflows as sections of a run file.
+
+The schema is Microsoft Olive's (``olive run --config``): input_model, systems, passes, and the engine's keys beside
+them or in ``engine``. A workflow with one pass is understood: ``GenaiQuant``, with the options of both stages, or
+Olive's own ``OnnxBlockWiseRtnQuantization``. What has no counterpart here is refused, not guessed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genai_quant.typed import option_names, unknown
+from stages.config import CalibrateConfig, QuantizeConfig, beside
+from stages.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+Sections = dict[str, dict[str, Any]]
+
+_READ = {"input_model", "systems", "passes", "target", "output_dir", "cache_dir", "engine"}
+_WITHOUT_EFFECT = {
+    "clean_cache",
+    "evaluate_input_model",
+    "host",
+    "log_severity_level",
+    "log_to_file",
+    "no_artifacts",
+    "ort_log_severity_level",
+    "ort_py_log_severity_level",
+    "workflow_id",
+}
+"""Keys about Olive's own working: the same model comes out whatever they say."""
+_PROVIDERS = {
+    "CPUExecutionProvider": ("cpu", "cpu"),
+    "CUDAExecutionProvider": ("cuda", "cuda,cpu"),
+    "DmlExecutionProvider": ("dml", "dml,cpu"),
+    "NvTensorRTRTXExecutionProvider": ("trt-rtx", "NvTensorRtRtx,cuda,cpu"),
+    "QNNExecutionProvider": ("qnn", "cpu"),
+    "WebGpuExecutionProvider": ("webgpu", "cpu"),
+}
+"""Execution provider -> (--target, --calibration_eps)."""
+_OURS, _ROUNDING = "GenaiQuant", "OnnxBlockWiseRtnQuantization"
+_ONE_FILE = {"save_as_external_data": True, "all_tensors_to_one_file": True}
+"""How weights are always stored here."""
+
+
+def is_olive(content: Mapping[str, Any]) -> bool:
+    """Whether a run file is an Olive workflow."""
+    return bool({"input_model", "passes"} & set(content))
+
+
+def sections_of_olive(content: Mapping[str, Any], file: Path) -> Sections:
+    """The sections calibrate and quantize that make the workflow's model.
+
+    Raises:
+        UserError: a key, model, system or pass that has no counterpart here.
+    """
+    keys = _keys(content, file)
+    places: dict[str, Any] = {"onnx_path": _model(keys, file)}
+    if "output_dir" not in keys:
+        raise UserError(f"{file} has no output_dir; name the folder for the quantized model.")
+    target, providers = _target(keys, file)
+    if "cache_dir" in keys:
+        places["cache_dir"] = Path(str(keys["cache_dir"])) / beside(Path(places["onnx_path"]), ".calibration").name
+    calibrate = places | {"calibration_eps": providers}
+    quantize = places | {"output_path": keys["output_dir"], "target": target}
+    name, kind, options = _only_pass(keys, file)
+    place = f"{file}: pass {name}"
+    if kind == _ROUNDING:
+        return {"quantize": quantize | _rounding(options, place)}
+    names = option_names(CalibrateConfig), option_names(QuantizeConfig)
+    for key in options:
+        if key not in names[0] | names[1] or key in ("onnx_path", "output_path"):
+            raise unknown(place, "option", key, names[0] | names[1], "its options are those of both stages.")
+    mine = [{key: value for key, value in options.items() if key in those} for those in names]
+    return {"calibrate": calibrate | mine[0], "quantize": quantize | mine[1]}
+
+
+def _keys(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The workflow's keys, with those of ``engine`` among them; what is null or empty asks for nothing."""
+    keys = dict(content) | dict(_dictionary(content.get("engine") or {}, f"{file}: engine"))
+    keys = {key: value for key, value in keys.items() if value not in (None, [], {}) and key != "engine"}
+    for key in keys:
+        if key not in _READ | _WITHOUT_EFFECT:
+            raise UserError(f"{file}: {key} has no counterpart here; leave it out, or run this workflow with Olive.")
+    if ignored := sorted(set(keys) & _WITHOUT_EFFECT):
+        _LOGGER.info("%s: without effect here: %s.", file, ", ".join(ignored))
+    return keys
+
+
+def _dictionary(value: object, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{place} is no dictionary; write it as Olive's documentation has it.")
+    return value
+
+
+def _flat(value: object, place: str) -> dict[str, Any]:
+    """Olive's two spellings: options beside ``type``, or in ``config``."""
+    outside = dict(_dictionary(value, place))
+    return outside | dict(_dictionary(outside.pop("config", None) or {}, f"{place}: config"))
+
+
+def _model(keys: Mapping[str, Any], file: Path) -> str:
+    place = f"{file}: input_model"
+    model = _flat(keys.get("input_model") or {}, place)
+    kind, path = str(model.pop("type", "")), model.pop("model_path", None)
+    if kind.lower() != "onnxmodel":
+        raise UserError(
+            f"{place} is of type {kind or 'none'}, and only OnnxModel can be quantized; build the model with "
+            "onnxruntime-genai's builder first and name its folder as model_path."
+        )
+    name = model.pop("onnx_file_name", None)
+    model.pop("model_attributes", None)
+    if model:
+        raise UserError(f"{place} has {next(iter(model))}, which has no counterpart here; leave it out.")
+    if not isinstance(path, str):
+        raise UserError(f"{place} lacks model_path; name the base model's folder or .onnx file.")
+    return path if name is None else str(Path(path) / str(name))
+
+
+def _target(keys: Mapping[str, Any], file: Path) -> tuple[str | None, str]:
+    """The --target and --calibration_eps of the target system; no target where there is no system."""
+    name = keys.get("target")
+    if name is None:
+        return None, CalibrateConfig.calibration_eps
+    place = f"{file}: system {name}"
+    systems = _dictionary(keys.get("systems", {}), f"{file}: systems")
+    if name not in systems:
+        raise unknown(str(file), "system", str(name), systems, "add it to systems.")
+    system = _flat(systems[name], place)
+    if system.get("type") != "LocalSystem":
+        raise UserError(f"{place} is of type {system.get('type')}; only LocalSystem runs here.")
+    accelerators = system.get("accelerators") or []
+    if not accelerators:
+        return None, CalibrateConfig.calibration_eps
+    if len(accelerators) > 1:
+        raise UserError(f"{place} has {len(accelerators)} accelerators; a model is made for one, so leave one.")
+    return _provider(_dictionary(accelerators[0], place), place)
+
+
+def _provider(accelerator: Mapping[str, Any], place: str) -> tuple[str, str]:
+    device = str(accelerator.get("device", "")).lower()
+    providers = accelerator.get("execution_providers") or (["CPUExecutionProvider"] if device == "cpu" else [])
+    if not providers:
+        raise UserError(f"{place} names no execution_providers; name one of {', '.join(_PROVIDERS)}.")
+    first = providers[0]
+    if first not in _PROVIDERS:
+        raise unknown(place, "execution provider", str(first), _PROVIDERS, f"choose from {', '.join(_PROVIDERS)}.")
+    return _PROVIDERS[first]
+
+
+def _only_pass(keys: Mapping[str, Any], file: Path) -> tuple[str, str, dict[str, Any]]:
+    """Name, type and options of the one pass."""
+    passes = _dictionary(keys.get("passes") or {}, f"{file}: passes")
+    runs = [(name, one) for name, run in passes.items() for one in (run if isinstance(run, list) else [run])]
+    if len(runs) != 1:
+        raise UserError(f"{file} has {len(runs)} passes; leave one, of type {_OURS} or {_ROUNDING}.")
+    name, run = runs[0]
+    options = _flat(run, f"{file}: pass {name}")
+    kind = options.pop("type", None)
+    for known in (_OURS, _ROUNDING):
+        if str(kind).lower() == known.lower():
+            return name, known, options
+    raise UserError(f"{file}: pass {name} is of type {kind}; use {_OURS} or {_ROUNDING}, or run it with Olive.")
+
+
+def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Olive's rounding: every MatMul, lm_head too, and the embedding along ``axis``, with its own defaults."""
+    options = {key: value for key, value in options.items() if value is not None}
+    for key, always in _ONE_FILE.items():
+        if options.get(key, always) is not always:
+            raise UserError(f"{place}: {key} can't be {options[key]}; weights always lie in one file beside the graph.")
+    left = set(options) - {*_ONE_FILE, "bits", "block_size", "axis", "is_symmetric", "accuracy_level"}
+    if left - {"nodes_to_exclude"}:
+        raise UserError(f"{place}: {min(left - {'nodes_to_exclude'})} has no counterpart here; leave it out.")
+    if options.get("bits", 4) != 4:
+        raise UserError(f"{place}: bits can't be {options['bits']}; use the pass {_OURS} with layers_8bit for INT8.")
+    return {
+        "algo": "rtn_dq",
+        "weight_operator": "matmul_nbits",
+        "block_size": options.get("block_size", 128),
+        "gather_quantize_axis": options.get("axis", 0),
+        "gather_block_size": options.get("block_size", 128),
+        "use_zero_point": not options.get("is_symmetric", True),
+        "accuracy_level": options.get("accuracy_level") or None,
+        "exclude": ",".join(options.get("nodes_to_exclude", [])),
+    }

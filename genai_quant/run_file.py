@@ -1,0 +1,93 @@
+"""A whole run in one file: sections of options for calibrate, quantize, export and evaluate; or Olive's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genai_quant.documents import read_mapping
+from genai_quant.olive import is_olive, sections_of_olive
+from genai_quant.typed import read_options, unknown
+from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig
+from stages.errors import RecipeError, UserError
+
+_SECTIONS = ("calibrate", "quantize", "export", "evaluate")
+_SHARED = ("onnx_path", "cache_dir")
+"""Options of both stages that are the same place: given to one, the other needn't repeat it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeRun:
+    """The steps of a run, in this order."""
+
+    calibrate: CalibrateConfig | None
+    """None: the statistics are there, or none are needed."""
+    quantize: QuantizeConfig
+    export: ExportConfig | None
+    """The same weights in another form; None: not wanted."""
+    evaluate: EvaluateConfig | None
+
+
+def read_run(file: Path) -> WholeRun:
+    """Read and check a run file. Paths in it are as on the command line: relative to the current folder.
+
+    Raises:
+        UserError: it can't be read, or has a section, option or value that doesn't exist; the closest one is named.
+    """
+    content = read_mapping(file)
+    sections = sections_of_olive(content, file) if is_olive(content) else dict(_sections(content, file))
+    if "quantize" not in sections:
+        raise UserError(f"{file} has no section quantize; add it, with output_path in it.")
+    shared = {key: sections[name][key] for name in ("quantize", "calibrate") for key in _shared_in(sections, name)}
+    calibrate = None
+    if "calibrate" in sections:
+        calibrate = read_options(CalibrateConfig, shared | sections["calibrate"], file, "calibrate")
+    quantize = read_options(QuantizeConfig, shared | sections["quantize"], file, "quantize")
+    try:
+        quantize.validate()
+        if calibrate is not None:
+            calibrate.validate()
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    return WholeRun(
+        calibrate=calibrate,
+        quantize=quantize,
+        export=_export(sections, quantize, file),
+        evaluate=_evaluate(sections, quantize, file),
+    )
+
+
+def _sections(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, options in content.items():
+        if name not in _SECTIONS:
+            raise unknown(str(file), "section", name, _SECTIONS, f"its sections are {', '.join(_SECTIONS)}.")
+        if not isinstance(options, dict | None):
+            raise UserError(f"{file}: {name} holds no options; write one a line below it, name: value.")
+        yield name, {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
+
+
+def _shared_in(sections: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, ...]:
+    return tuple(key for key in _SHARED if key in sections.get(name, {}))
+
+
+def _export(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig, file: Path) -> ExportConfig | None:
+    """Another form of the weights that ``quantize`` leaves, unless the section names others."""
+    if "export" not in sections:
+        return None
+    weights = {"onnx_path": quantize.onnx_path, "weights_path": quantize.weights_folder}
+    return read_options(ExportConfig, weights | dict(sections["export"]), file, "export")
+
+
+def _evaluate(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig, file: Path) -> EvaluateConfig | None:
+    """The quantized model beside its base, unless the section names others."""
+    if "evaluate" not in sections:
+        return None
+    models = {"base": quantize.onnx_path, "model": [quantize.output_path]}
+    config = read_options(EvaluateConfig, models | dict(sections["evaluate"]), file, "evaluate")
+    try:
+        config.validate()
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    return config

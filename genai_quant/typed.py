@@ -1,0 +1,81 @@
+"""Dictionaries of a run file as the dataclasses of options, every key and value checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from stages.config import CommandOptions
+from stages.errors import UserError
+
+Options = TypeVar("Options", bound=CommandOptions)
+
+
+def option_names(kind: type[CommandOptions]) -> frozenset[str]:
+    """The options of a command, without those about what is printed: they belong to the run."""
+    return frozenset(field.name for field in dataclasses.fields(kind)) - {"printing"}
+
+
+def unknown(place: str, what: str, key: str, known: Iterable[str], otherwise: str) -> UserError:
+    """The error about a key that is none of ``known``: it names the closest one where one is close.
+
+    Args:
+        place: the file, and the section in it.
+        what: what the key would be.
+        otherwise: what to do where nothing is close.
+    """
+    spelled = {name.lower(): name for name in sorted(known)}
+    close = difflib.get_close_matches(key.lower(), spelled, 1)
+    mend = f"did you mean {spelled[close[0]]}?" if close else otherwise
+    return UserError(f"{place} has no {what} {key}; {mend}")
+
+
+def read_options(kind: type[Options], given: Mapping[str, Any], file: Path, section: str) -> Options:
+    """``given`` as a configuration.
+
+    Args:
+        kind: the configuration's type.
+        given: option -> value; hyphens in names are as good as underscores.
+        file: where it was read.
+        section: its part of the file.
+
+    Raises:
+        UserError: an option that doesn't exist, that is missing, or a value of the wrong type.
+    """
+    place, hints = f"{file}: {section}", get_type_hints(kind, include_extras=True)
+    names, values = option_names(kind), dict[str, Any]()
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise unknown(place, "option", str(key), names, f"see genai-quant {section} --help.")
+        values[name] = _value(value, hints[name], f"{place}: {key}")
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise UserError(f"{place} lacks {field.name}; add it.")
+    return kind(**values)
+
+
+def _value(value: object, hint: object, place: str) -> object:
+    """``value`` with the type of the option; a path may be written as text, a number for a word (``lm_head: 4``)."""
+    if type(value) is int and str(value) in _words(hint):
+        value = str(value)
+    try:
+        checked: TypeAdapter[object] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))  # type: ignore[arg-type]  # a type that is only known now
+        return checked.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(
+            f"{place} can't be {value!r} ({reason[:1].lower()}{reason[1:]}); write another value."
+        ) from error
+
+
+def _words(hint: object) -> set[str]:
+    """The words among the choices of a type, wherever in it they stand."""
+    if get_origin(hint) is Literal:
+        return {choice for choice in get_args(hint) if isinstance(choice, str)}
+    return {word for part in get_args(hint) if not isinstance(part, str | int) for word in _words(part)}

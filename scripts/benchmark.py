@@ -1,0 +1,172 @@
+"""Times, rates and memory beside plain inference, plain matrix products, a plain copy, and the competitor.
+
+``python -m scripts.benchmark --base models/base --output models/benchmark``. All of it on one machine in one run, so
+that ratios mean something; absolute times are that machine's. Nothing else should run on it meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from rich.console import Console, Group
+
+from scripts.benchmarks.capture import measure_capture
+from scripts.benchmarks.figures import Benchmark, CommandFigure
+from scripts.benchmarks.growth import measure_growth
+from scripts.benchmarks.machine import this_machine
+from scripts.benchmarks.plot import growth_plot
+from scripts.benchmarks.search import measure_search
+from scripts.benchmarks.tables import benchmark_tables
+from scripts.benchmarks.writing import measure_writing
+from scripts.options import BenchmarkConfig, PeerConfig
+from scripts.peers import peers_of
+from stages.atomic import whole_file
+from stages.cli import choose_device, run_command
+from stages.config import Algorithm, QuantizeConfig, beside
+from stages.errors import UserError
+from stages.evaluation.process import run_measured
+from stages.fingerprint import fingerprint_model
+from stages.model_directory import locate_model
+from stages.observe.cache import open_cache
+from stages.screen import Screen
+from stages.session import choose_providers
+from stages.shell_line import shell_line
+
+_LOGGER = logging.getLogger(__name__)
+_FIGURES = TypeAdapter(Benchmark)
+CALIBRATE, QUANTIZE, PEER = "calibrate", "quantize", "competitor"
+
+
+def benchmark(config: BenchmarkConfig, screen: Screen) -> None:
+    """Measure, and write benchmark.json and growth.svg after every step: a stopped run leaves what it has.
+
+    Raises:
+        UserError: the base can't be used, or the calibration failed.
+    """
+    folder = config.output.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = Benchmark(machine=this_machine(), base=str(config.base), commands=())
+    for known in _steps(config, folder, begun, screen.console):
+        _write(known, folder)
+    screen.show("benchmark", Group(*benchmark_tables(known)), known)
+    _LOGGER.info("figures: %s, plot: %s", folder / "benchmark.json", folder / "growth.svg")
+
+
+def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark, console: Console) -> Iterator[Benchmark]:
+    """What is known after each measurement."""
+    cache = folder / "calibration"
+    for figure in _our_commands(config, folder, cache, console):
+        found = replace(found, commands=(*found.commands, figure))
+        yield found
+    directory, device = locate_model(config.base), choose_device(config.device)
+    with console.status("plain inference beside calibration's passes"):
+        tokens = open_cache(cache, fingerprint_model(directory)).read_tokens()[0][:1]
+        choice = choose_providers(config.calibration_eps)
+        yield (found := replace(found, capture=measure_capture(directory, tokens, choice, device, config.rounds)))
+    with console.status("search beside plain matrix products"), torch.no_grad():
+        figures = [figure for algorithm in config.algo for figure in measure_search(_search(config, cache, algorithm))]
+        yield (found := replace(found, search=tuple(figures)))
+    with console.status("export beside a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        weights = beside(folder / config.algo[0], ".weights")
+        yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
+    if not config.no_growth:
+        with console.status("growth on synthetic models"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+            yield (found := replace(found, growth=tuple(measure_growth(Path(scratch)))))
+    if not config.no_competitor:
+        with console.status("the competitor, which takes long"):
+            yield replace(found, commands=(*found.commands, _competitor(config, folder, cache)))
+
+
+def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path, console: Console) -> Iterator[CommandFigure]:
+    """Both stages as a user types them."""
+    shared = ("--onnx_path", str(config.base), "--cache_dir", str(cache), "--device", config.device, "--overwrite")
+    calibration = ("--dataset", config.dataset, "--calib_size", str(config.calib_size))
+    command = ("stages.calibrate", *shared, *calibration, "--calibration_eps", config.calibration_eps)
+    with console.status(CALIBRATE):
+        _forget(cache)
+        figure = _run(CALIBRATE, command, folder)
+        yield figure
+    if figure.failure is not None:
+        raise UserError(
+            f"stages.calibrate failed: {figure.failure}; {folder / f'{CALIBRATE}.log'} has what it printed."
+        )
+    for algorithm in config.algo:
+        options = (
+            "--algo",
+            algorithm,
+            "--block_size",
+            str(config.block_size),
+            "--output_path",
+            str(folder / algorithm),
+        )
+        with console.status(f"{QUANTIZE} {algorithm}"):
+            yield _run(f"{QUANTIZE} {algorithm}", ("stages.quantize", *shared, *options), folder)
+
+
+def _forget(cache: Path) -> None:
+    """A calibration that is there would be found and not made."""
+    for file in cache.iterdir() if cache.is_dir() else ():
+        file.unlink()
+
+
+def _run(name: str, module: Sequence[str], folder: Path) -> CommandFigure:
+    command = (sys.executable, "-m", *module)
+    shown = shell_line(("python", *command[1:]))
+    try:
+        cost = run_measured(command, folder / f"{name.replace(' ', '-')}.log")
+    except UserError as error:
+        return CommandFigure(name=name, command=shown, seconds=None, peak_bytes=None, failure=str(error))
+    return CommandFigure(name=name, command=shown, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
+
+
+def _competitor(config: BenchmarkConfig, folder: Path, cache: Path) -> CommandFigure:
+    """NVIDIA ModelOpt's awq_lite on the first windows of the same calibration."""
+    request = PeerConfig(
+        base=config.base,
+        output=folder,
+        cache_dir=cache,
+        block_size=(config.block_size,),
+        use_zero_point=(False,),
+        ort=(),
+        modelopt=("awq_lite",),
+        modelopt_windows=config.modelopt_windows,
+        modelopt_environment=config.modelopt_environment,
+    )
+    (peer,) = peers_of(request)
+    name, shown = f"{PEER} ({peer.note})", peer.run.shown_command
+    try:
+        peer.run.before()
+        cost = run_measured(peer.run.command, folder / "competitor.log")
+    except UserError as error:
+        return CommandFigure(name=name, command=shown, seconds=None, peak_bytes=None, failure=str(error))
+    return CommandFigure(name=name, command=shown, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
+
+
+def _search(config: BenchmarkConfig, cache: Path, algorithm: Algorithm) -> QuantizeConfig:
+    return QuantizeConfig(
+        onnx_path=config.base,
+        output_path=config.output / "unused",
+        cache_dir=cache,
+        algo=algorithm,
+        block_size=config.block_size,
+        device=config.device,
+    )
+
+
+def _write(found: Benchmark, folder: Path) -> None:
+    with whole_file(folder / "benchmark.json") as partial:
+        partial.write_bytes(_FIGURES.dump_json(found, indent=1))
+    if found.growth:
+        with whole_file(folder / "growth.svg") as partial:
+            partial.write_text(growth_plot(found.growth), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(BenchmarkConfig, benchmark, "python -m scripts.benchmark")

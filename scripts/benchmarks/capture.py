@@ -1,0 +1,72 @@
+"""How much longer calibration's passes take than plain inference: both run in turns, medians are compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import numpy as np
+import torch
+
+from scripts.benchmarks.figures import CaptureFigure
+from stages.base_graph import load_graph
+from stages.graph.run import open_value_tap
+from stages.graph.sites import find_groups
+from stages.model_directory import ModelDirectory
+from stages.observation import fold_in
+from stages.observe.statistics import StatisticsAccumulator, StatisticsSize
+from stages.session import CausalFeeds, ProviderChoice, SessionSettings, open_session
+
+_MANY_TOKENS = 1 << 40
+"""So many that Gram matrices are kept, as for real calibrations."""
+
+
+def measure_capture(
+    directory: ModelDirectory, tokens: np.ndarray, choice: ProviderChoice, device: torch.device, rounds: int
+) -> CaptureFigure:
+    """Run ``tokens`` [batch, length] ``rounds`` times through the plain and the tapped graph.
+
+    The first round of each is not counted: memory is laid out in it.
+
+    Raises:
+        GraphError: ONNX Runtime can't open or run the model.
+    """
+    groups = find_groups(load_graph(directory))
+    plain = open_session(directory.onnx_file, SessionSettings(providers=choice.names))
+    feeds = CausalFeeds(plain, directory.kv_heads, directory.head_size, directory.windowed_caches)(tokens)
+    activations = tuple(group.activation for group in groups)
+    sums = {
+        group.activation: StatisticsAccumulator(
+            group.activation,
+            StatisticsSize(in_features=group.in_features, tokens=_MANY_TOKENS, itemsize=4),
+            device,
+        )
+        for group in groups
+    }
+    with open_value_tap(load_graph(directory), directory, activations, choice, {}) as tap:
+        times: dict[str, list[float]] = {"plain": [], "tapped": [], "observed": []}
+        for _ in range(rounds + 1):
+            times["plain"].append(_seconds(lambda: plain.run(["logits"], feeds), device))
+            started = time.perf_counter()
+            values = {name: [value] for name, value in tap.run(tokens)}
+            times["tapped"].append(time.perf_counter() - started)
+            adding = _seconds(partial(fold_in, sums, values, device), device)
+            times["observed"].append(times["tapped"][-1] + adding)
+    speeds = {name: tokens.size / median(of_rounds[1:]) for name, of_rounds in times.items()}
+    return CaptureFigure(
+        tokens=int(tokens.size),
+        plain=speeds["plain"],
+        tapped=speeds["tapped"],
+        observed=speeds["observed"],
+        provider=tap.providers.names[0],
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

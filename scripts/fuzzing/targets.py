@@ -1,0 +1,174 @@
+"""Our loaders, each given one file of bytes: it must take them or raise UserError."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from scripts.fuzzing.mutations import (
+    Mutation,
+    mutate_bytes,
+    mutate_json,
+    mutate_onnx,
+    mutate_safetensors,
+    mutate_text,
+)
+from stages.base_graph import load_graph
+from stages.errors import UserError
+from stages.graph.embeddings import find_embeddings
+from stages.graph.rejected import find_rejected
+from stages.graph.sites import find_groups, find_sites
+from stages.graph.unreached import find_unreached
+from stages.graph.weights import read_rows, read_weight
+from stages.model_directory import ModelDirectory, locate_model
+from stages.observe.cache import CalibrationCache, find_cache
+from stages.observe.documents import open_documents
+from stages.plan_file import PlannedSite, plan_text, read_plan
+from stages.provider_profile import decoder_sizes
+from stages.quantized_store import open_store
+
+_CPU = torch.device("cpu")
+_TEXTS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A loader, and the file of a good folder that it is given changed."""
+
+    name: str
+    file: Path
+    seed: bytes
+    mutate: Mutation
+    load: Callable[[], None]
+
+    def survives(self, data: bytes) -> bool:
+        """Whether the loader takes ``data``; False where it refuses them with a sentence. Anything else is raised."""
+        self.file.write_bytes(data)
+        try:
+            self.load()
+        except UserError as error:
+            if not str(error).endswith("."):
+                raise ValueError(f"this is no sentence: {error}") from error
+            return False
+        return True
+
+
+def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[str, Target]:
+    """The targets by name, on copies of a small model, its calibration and its quantized weights in ``scratch``."""
+    shutil.copytree(base, scratch / "base")
+    shutil.copytree(cache, scratch / "cache")
+    shutil.copytree(weights, scratch / "weights")
+    directory = locate_model(scratch / "base")
+    opened = find_cache(scratch / "cache")
+    assert opened is not None, "a calibration cache"
+    sites = find_sites(load_graph(directory))
+    plan = plan_text({site.name: PlannedSite(format="4b32") for site in sites})
+    group = min((scratch / "weights").glob("0*.safetensors"))
+    files: Mapping[str, tuple[Path, bytes | None, Mutation, Callable[[], None]]] = {
+        "graph": (directory.onnx_file, None, mutate_onnx, partial(_read_graph, directory)),
+        "genai_config": (directory.genai_config_path, None, mutate_json, partial(_read_config, directory.folder)),
+        "manifest": (scratch / "cache/manifest.json", None, mutate_json, partial(_read_cache, scratch / "cache")),
+        "statistics": (
+            scratch / "cache/0000.safetensors",
+            None,
+            mutate_safetensors,
+            partial(_read_statistics, opened, next(iter(opened.manifest.files))),
+        ),
+        "tokens": (scratch / "cache/tokens.safetensors", None, mutate_safetensors, partial(_read_tokens, opened)),
+        "recipe": (scratch / "weights/recipe.json", None, mutate_json, partial(_read_store, scratch / "weights")),
+        "weights": (group, None, mutate_safetensors, partial(_read_store, scratch / "weights")),
+        "plan": (
+            scratch / "plan.toml",
+            plan.encode(),
+            mutate_text,
+            lambda: _ignore(read_plan(scratch / "plan.toml", sites)),
+        ),
+        "text": (scratch / "text.txt", _plain_text(), mutate_text, partial(_read_documents, scratch / "text.txt")),
+        "jsonl": (scratch / "a.jsonl", _json_lines(), mutate_text, partial(_read_documents, scratch / "a.jsonl")),
+        "parquet": (scratch / "a.parquet", _parquet(), mutate_bytes, partial(_read_documents, scratch / "a.parquet")),
+    }
+    tables = sorted((scratch / "weights").glob("embedding.*.safetensors"))
+    if tables:
+        files = {**files, "table": (tables[0], None, mutate_safetensors, partial(_read_store, scratch / "weights"))}
+    return {
+        name: Target(name=name, file=file, seed=seed or file.read_bytes(), mutate=mutate, load=load)
+        for name, (file, seed, mutate, load) in files.items()
+    }
+
+
+def _ignore(_: object) -> None:
+    return None
+
+
+# --------------------------------------------------------------------------- loaders
+
+
+def _read_graph(directory: ModelDirectory) -> None:
+    model = load_graph(directory)
+    find_rejected(model)
+    for table in find_embeddings(model):
+        read_rows(model, table, slice(0, 4), _CPU)
+    find_unreached(model, set())
+    for group in find_groups(model):
+        for site in group.sites:
+            read_weight(model, site, _CPU)
+
+
+def _read_config(folder: Path) -> None:
+    decoder_sizes(locate_model(folder), None, trust_remote_code=False)
+
+
+def _read_cache(folder: Path) -> None:
+    cache = find_cache(folder)
+    if cache is not None:
+        for activation in cache.manifest.files:
+            cache.read(activation)
+
+
+def _read_statistics(cache: CalibrationCache, activation: str) -> None:
+    cache.read(activation)
+
+
+def _read_tokens(cache: CalibrationCache) -> None:
+    cache.read_tokens()
+
+
+def _read_store(folder: Path) -> None:
+    store = open_store(folder)
+    for index in range(len(store.recipe.groups)):
+        store.read_group(index)
+    for index in range(len(store.recipe.embeddings)):
+        table = store.table_file(index)
+        table.read_packed()
+        table.read_scales()
+
+
+def _read_documents(path: Path) -> None:
+    for _ in islice(open_documents(str(path), 0).texts, _TEXTS):
+        pass
+
+
+# --------------------------------------------------------------------------- seeds without a folder
+
+
+def _plain_text() -> bytes:
+    return "One line of text.\nAnother, with umlauts: äöü.\n\n\nA second document.\n".encode()
+
+
+def _json_lines() -> bytes:
+    return b'{"text": "One line."}\n{"text": "Another.", "label": 3}\n{"text": null}\n'
+
+
+def _parquet() -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"text": ["One text.", "Another.", None], "label": [1, 2, 3]}), sink)
+    return bytes(sink.getvalue())

@@ -1,0 +1,59 @@
+"""One round of a speed test. It imports little, because its process's memory is measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from stages.evaluation.genai_session import open_genai
+
+OPTION = "--speed"
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRequest:
+    """What every model is given in every round."""
+
+    prompt: tuple[int, ...]
+    """Token ids."""
+    new_tokens: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one process measured: seconds."""
+
+    load: float
+    prompt: float
+    """From the prompt to the first new token."""
+    decode: float
+    """For the new tokens after the first."""
+
+
+REQUESTS = TypeAdapter(SpeedRequest)
+ROUNDS = TypeAdapter(Round)
+
+
+def time_round(folder: Path, request: SpeedRequest) -> Round:
+    """Load the model, generate a few tokens unmeasured, then answer the prompt.
+
+    Raises:
+        UserError: onnxruntime-genai isn't installed, or the model can't be run by it here.
+    """
+    started = time.perf_counter()
+    session = open_genai(folder, OPTION, request.threads)
+    loaded = time.perf_counter()
+    for _ in session.greedy(request.prompt[:_WARM_UP_TOKENS], _WARM_UP_TOKENS, past_the_end=True):
+        pass
+    prompted = time.perf_counter()
+    tokens = session.greedy(request.prompt, request.new_tokens, past_the_end=True)
+    next(tokens)
+    first = time.perf_counter()
+    for _ in tokens:
+        pass
+    return Round(load=loaded - started, prompt=first - prompted, decode=time.perf_counter() - first)

@@ -1,0 +1,56 @@
+"""The same prompts to several models, their greedy answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from stages.evaluation.findings import Answer, Generation
+from stages.evaluation.genai_session import cannot_run, open_genai
+from stages.progress import Progress
+
+_OPTION = "--generate"
+
+
+def generate(
+    folders: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress
+) -> tuple[Generation, ...]:
+    """What each model, the base first, answers to each prompt; one model is open at a time.
+
+    Raises:
+        UserError: onnxruntime-genai isn't installed, or a model can't be run by it here.
+    """
+    task = progress.add_task("answers", total=len(folders) * len(prompts), unit="answers")
+    answers: list[list[tuple[list[int], str]]] = []
+    templated = False
+    for folder in folders:
+        session = open_genai(folder, _OPTION)
+        templated = session.has_template
+        answers.append([])
+        for prompt in prompts:
+            try:
+                tokens = list(session.greedy(session.prompt_tokens(prompt), max_new_tokens))
+            except RuntimeError as error:
+                raise cannot_run(folder, _OPTION, error) from error
+            answers[-1].append((tokens, session.text(tokens)))
+            progress.advance(task)
+    progress.remove_task(task)
+    names = [folder.name for folder in folders]
+    return tuple(
+        Generation(prompt=prompt, templated=templated, answers=_side_by_side(names, of_prompt))
+        for prompt, *of_prompt in zip(prompts, *answers, strict=True)
+    )
+
+
+def _side_by_side(names: Sequence[str], answers: Sequence[tuple[list[int], str]]) -> tuple[Answer, ...]:
+    base, _ = answers[0]
+    return tuple(
+        Answer(model=name, text=text, tokens=len(tokens), same_tokens=common_start(base, tokens))
+        for name, (tokens, text) in zip(names, answers, strict=True)
+    )
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,0 +1,108 @@
+"""Speed and memory in onnxruntime-genai: models in turns, each round of each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import onnx_ir as ir
+
+from stages.errors import UserError
+from stages.evaluation.decode_round import OPTION, REQUESTS, ROUNDS, Round, SpeedRequest
+from stages.evaluation.findings import ModelSpeed, Rate, SpeedTest
+from stages.evaluation.genai_session import runtime_version
+from stages.evaluation.process import Cost, run_measured
+from stages.genai_config import read_genai_config
+from stages.machine import default_threads, describe_machine
+from stages.model_directory import ModelDirectory
+from stages.progress import Progress
+from stages.session import ACCURACY_LEVEL
+
+_DEFAULT_LEVEL = "4, ONNX Runtime's default on the CPU"
+
+
+def threads_of_environment() -> int:
+    """OMP_NUM_THREADS (of a list, its first number), or as many as ONNX Runtime takes by itself."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else default_threads()
+
+
+def measure_speed(
+    models: Sequence[ModelDirectory], request: SpeedRequest, rounds: int, progress: Progress
+) -> SpeedTest:
+    """Run each model ``rounds`` times, the base first, all models one after the other in each round.
+
+    Raises:
+        UserError: onnxruntime-genai isn't installed, or a model can't be run by it here.
+    """
+    runtime = runtime_version(OPTION)
+    found: dict[int, list[tuple[Round, Cost]]] = {number: [] for number in range(len(models))}
+    task = progress.add_task("speed", total=rounds * len(models), unit="rounds")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        for _ in range(rounds):
+            for number, model in enumerate(models):
+                found[number].append(_run_round(model, request, Path(scratch)))
+                progress.advance(task)
+    progress.remove_task(task)
+    return SpeedTest(
+        machine=describe_machine(),
+        runtime=runtime,
+        threads=request.threads,
+        rounds=rounds,
+        prompt_tokens=len(request.prompt),
+        new_tokens=request.new_tokens,
+        models=_summaries(models, found, request),
+    )
+
+
+def _run_round(model: ModelDirectory, request: SpeedRequest, scratch: Path) -> tuple[Round, Cost]:
+    asked, answered = scratch / "request.json", scratch / "round.json"
+    asked.write_bytes(REQUESTS.dump_json(request))
+    command = (sys.executable, "-m", "stages.evaluation.speed_round", str(model.folder), str(asked), str(answered))
+    try:
+        cost = run_measured(command, scratch / "log")
+    except UserError as error:
+        raise UserError(f"{OPTION} {model.folder}: {error}") from error
+    return ROUNDS.validate_json(answered.read_bytes()), cost
+
+
+def _summaries(
+    models: Sequence[ModelDirectory], found: Mapping[int, Sequence[tuple[Round, Cost]]], request: SpeedRequest
+) -> tuple[ModelSpeed, ...]:
+    return tuple(
+        ModelSpeed(
+            model=model.folder.name,
+            prompt=_rate(len(request.prompt), [run.prompt for run, _ in found[number]]),
+            decode=_rate(request.new_tokens - 1, [run.decode for run, _ in found[number]]),
+            load_seconds=median(run.load for run, _ in found[number]),
+            peak_bytes=_largest([cost.peak_bytes for _, cost in found[number]]),
+            accuracy_level=accuracy_level_in_words(model),
+        )
+        for number, model in enumerate(models)
+    )
+
+
+def _rate(tokens: int, seconds: Sequence[float]) -> Rate:
+    rates = [tokens / value for value in seconds]
+    return Rate(median=median(rates), slowest=min(rates), fastest=max(rates))
+
+
+def _largest(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known, default=None)
+
+
+def accuracy_level_in_words(model: ModelDirectory) -> str:
+    """The accuracy level that the runtime takes for a model's 4- and 8-bit MatMuls, and who says so."""
+    nodes = [node for node in ir.load(model.onnx_file).graph.all_nodes() if node.op_type == "MatMulNBits"]
+    levels = sorted({node.attributes.get_int("accuracy_level", 0) for node in nodes})
+    options = read_genai_config(model.folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    if levels:
+        return f"{', '.join(map(str, levels))}, by its MatMulNBits nodes"
+    if not any(node.op_type == "DequantizeLinear" for node in ir.load(model.onnx_file).graph.all_nodes()):
+        return "none: nothing is quantized"
+    return f"{options[ACCURACY_LEVEL]}, by its genai_config.json" if ACCURACY_LEVEL in options else _DEFAULT_LEVEL

@@ -1,0 +1,381 @@
+"""The quantized weights of a graph, whoever wrote it: which operator reads them, in which format, and what they take.
+
+Only the graph is read: types, shapes and attributes say everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import onnx_ir as ir
+
+Grouping = Literal["block", "channel", "tensor"]
+"""What shares a scale: a block of inputs, an output channel, or the whole weight."""
+Activations = Literal["float", "int8, scales per run", "int8, fixed scales"]
+
+_BITS = {
+    ir.DataType.INT4: 4,
+    ir.DataType.UINT4: 4,
+    ir.DataType.INT8: 8,
+    ir.DataType.UINT8: 8,
+    ir.DataType.INT2: 2,
+    ir.DataType.UINT2: 2,
+    ir.DataType.FLOAT4E2M1: 4,
+    ir.DataType.FLOAT8E4M3FN: 8,
+    ir.DataType.FLOAT8E4M3FNUZ: 8,
+    ir.DataType.FLOAT8E5M2: 8,
+    ir.DataType.FLOAT8E5M2FNUZ: 8,
+    ir.DataType.INT16: 16,
+    ir.DataType.UINT16: 16,
+    ir.DataType.INT32: 32,
+}
+_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """One quantized weight as one node reads it."""
+
+    node: str
+    """The node that multiplies with it or looks it up."""
+    form: str
+    """Operators between the file and the product: DequantizeLinear -> MatMul."""
+    initializers: tuple[str, ...]
+    """The codes (or the numbers that a QuantizeLinear makes codes of), scales, zero points."""
+    codes: str
+    """Type of the codes: INT4, UINT8, FLOAT8E4M3FN; of packed bytes the bits in them."""
+    bits: int
+    grouping: Grouping
+    block_size: int | None
+    """Inputs that share a scale, where they are blocks."""
+    zero_point: bool
+    """Whether zero points are stored."""
+    scales: str
+    """Type of the scales."""
+    shape: tuple[int, ...]
+    """Of the weight itself: [K, N], a table's [V, D], experts' [E, N, K]."""
+    bytes: int
+    """Codes, scales and zero points in the file."""
+    activations: Activations = "float"
+    accuracy_level: int | None = None
+    """What the node itself says; None: nothing."""
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales and zero points counted."""
+        return 8 * self.bytes / max(self.weights, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DequantizedWeight:
+    """A weight behind DequantizeLinear, with the nodes that decide whether ONNX Runtime fuses them."""
+
+    stored: StoredWeight
+    dequantize: ir.Node
+    reader: ir.Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundWeights:
+    """Every quantized weight of a model, in graph order."""
+
+    stored: tuple[StoredWeight, ...]
+    dequantized: tuple[DequantizedWeight, ...]
+    """Those of ``stored`` that stand behind DequantizeLinear and are multiplied with."""
+
+
+def find_stored(model: ir.Model) -> FoundWeights:
+    """The quantized weights of ``model``, those of subgraphs included."""
+    stored: list[StoredWeight] = []
+    dequantized: list[DequantizedWeight] = []
+    for node in model.graph.all_nodes():
+        if node.op_type == "DequantizeLinear":
+            found = list(_dequantized(node))
+            stored += [each.stored for each in found] or list(_looked_up(node))
+            dequantized += [each for each in found if each.reader.op_type in ("MatMul", "Gemm")]
+        elif node.op_type in _OPERATORS:
+            stored += _OPERATORS[node.op_type](node)
+    return FoundWeights(stored=tuple(stored), dequantized=tuple(dequantized))
+
+
+# --------------------------------------------------------------------------- DequantizeLinear
+
+
+def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
+    """What a DequantizeLinear gives each node that multiplies with it; nothing where it dequantizes activations."""
+    source = _input(node, 0)
+    quantize = None if source is None else source.producer()
+    constant = source
+    if quantize is not None and quantize.op_type == "QuantizeLinear":
+        constant = _input(quantize, 0)
+    if constant is None or not _is_constant(constant) or constant.shape is None or len(constant.shape) < 2:
+        return
+    codes = _code_type(node, quantize)
+    if codes is None or codes not in _BITS:
+        return
+    parts = (constant, _input(node, 1), _input(node, 2))
+    for reader, between in _readers(node.outputs[0]):
+        names = [*(["QuantizeLinear"] if constant is not source else []), "DequantizeLinear", *between, reader.op_type]
+        yield DequantizedWeight(
+            stored=StoredWeight(
+                node=_called(reader),
+                form=" -> ".join(names),
+                initializers=_names(parts),
+                codes=codes.name,
+                bits=_BITS[codes],
+                grouping=_grouping(node),
+                block_size=node.attributes.get_int("block_size", 0) or None,
+                zero_point=_input(node, 2) is not None,
+                scales=_type_name(_input(node, 1)),
+                shape=_product_shape(reader, constant, between),
+                bytes=sum(map(num_bytes, parts)),
+                activations=_activations(reader),
+            ),
+            dequantize=node,
+            reader=reader,
+        )
+
+
+def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
+    """A table of codes whose rows are dequantized behind the Gather."""
+    source = _input(node, 0)
+    gather = None if source is None else source.producer()
+    table = _input(gather, 0) if gather is not None and gather.op_type == "Gather" else None
+    if gather is None or table is None or not _is_constant(table) or table.dtype not in _BITS:
+        return
+    parts = (table, _input(node, 1), _input(node, 2))
+    yield StoredWeight(
+        node=_called(gather),
+        form="Gather -> DequantizeLinear",
+        initializers=_names(parts),
+        codes=table.dtype.name,
+        bits=_BITS[table.dtype],
+        grouping=_grouping(node),
+        block_size=None,
+        zero_point=parts[2] is not None,
+        scales=_type_name(parts[1]),
+        shape=_shape(table),
+        bytes=sum(map(num_bytes, parts)),
+    )
+
+
+def _code_type(node: ir.Node, quantize: ir.Node | None) -> ir.DataType | None:
+    """Type of the codes: what is dequantized, or what a QuantizeLinear before makes."""
+    source = _input(node, 0)
+    if quantize is None:
+        return None if source is None else source.dtype
+    zero_point = _input(quantize, 2)
+    if zero_point is not None:
+        return zero_point.dtype
+    named = quantize.attributes.get_int("output_dtype", 0)
+    return ir.DataType(named) if named else ir.DataType.UINT8
+
+
+def _grouping(node: ir.Node) -> Grouping:
+    if node.attributes.get_int("block_size", 0):
+        return "block"
+    scale = _input(node, 1)
+    return "tensor" if scale is None or scale.shape is None or len(scale.shape) == 0 else "channel"
+
+
+def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, tuple[str, ...]]]:
+    """The nodes that compute with ``value``, with what only changes its shape or type on the way."""
+    for node in dict.fromkeys(value.consumers()):
+        if node.op_type in _PASSED_THROUGH:
+            for reader, between in _readers(node.outputs[0]):
+                yield reader, (node.op_type, *between)
+        else:
+            yield node, ()
+
+
+def _product_shape(reader: ir.Node, weight: ir.Value, between: tuple[str, ...]) -> tuple[int, ...]:
+    """[K, N] where a product reads the weight, whichever way it is stored; else the weight's own shape."""
+    shape = _shape(weight)
+    swapped = "Transpose" in between or reader.attributes.get_int("transB", 0) == 1
+    return shape[::-1] if reader.op_type in ("MatMul", "Gemm") and swapped and len(shape) == 2 else shape
+
+
+def _activations(reader: ir.Node) -> Activations:
+    """Whether the other factor is dequantized too."""
+    first = _input(reader, 0)
+    maker = None if first is None else first.producer()
+    both = reader.op_type in ("MatMul", "Gemm", "Conv") and maker is not None and maker.op_type == "DequantizeLinear"
+    return "int8, fixed scales" if both else "float"
+
+
+# --------------------------------------------------------------------------- operators that read codes themselves
+
+
+def _matmul_nbits(node: ir.Node) -> Iterator[StoredWeight]:
+    yield _packed(
+        node,
+        (1, 2, 3),
+        bits=node.attributes.get_int("bits", 4),
+        block_size=node.attributes.get_int("block_size", 0),
+        shape=(node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)),
+    )
+
+
+def _bnb4(node: ir.Node) -> Iterator[StoredWeight]:
+    yield _packed(
+        node,
+        (1, 2, None),
+        bits=4,
+        block_size=node.attributes.get_int("block_size", 0),
+        shape=(node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)),
+        codes="NF4" if node.attributes.get_int("quant_type", 0) == 1 else "FP4",
+    )
+
+
+def _gather(node: ir.Node) -> Iterator[StoredWeight]:
+    data = _input(node, 0)
+    if data is None or not _is_constant(data):
+        return
+    bits = node.attributes.get_int("bits", 4)
+    per_byte = 8 // bits if data.dtype is ir.DataType.UINT8 else 1
+    *rows, width = _shape(data)
+    size = node.attributes.get_int("block_size", 128)
+    yield _packed(node, (0, 2, 3), bits=bits, block_size=size, shape=(*rows, width * per_byte))
+
+
+def _experts(node: ir.Node) -> Iterator[StoredWeight]:
+    """Weights, scales and zero points of the experts' first, second and third layer."""
+    for index, (weight, scale, zero_point) in enumerate(((2, 3, 11), (5, 6, 12), (8, 9, 13)), start=1):
+        value = _input(node, weight)
+        if value is None or not _is_constant(value):
+            continue
+        own = node.attributes.get_int(f"fc{index}_expert_weight_bits", 0)
+        bits = own or node.attributes.get_int("expert_weight_bits", 4)
+        *rows, width = _shape(value)
+        size = node.attributes.get_int("block_size", 0)
+        yield _packed(node, (weight, scale, zero_point), bits=bits, block_size=size, shape=(*rows, width * 8 // bits))
+
+
+def _packed(
+    node: ir.Node,
+    places: tuple[int, int, int | None],
+    *,
+    bits: int,
+    block_size: int,
+    shape: tuple[int, ...],
+    codes: str | None = None,
+) -> StoredWeight:
+    """A weight whose codes stand in bytes; ``places`` are the inputs of codes, scales and zero points."""
+    values = [None if place is None else _input(node, place) for place in places]
+    level = node.attributes.get_int("accuracy_level", 0)
+    return StoredWeight(
+        node=_called(node),
+        form=node.op_type,
+        initializers=_names(values),
+        codes=codes or f"{bits} bits",
+        bits=bits,
+        grouping="block" if block_size else "channel",
+        block_size=block_size or None,
+        zero_point=values[2] is not None,
+        scales=_type_name(values[1]),
+        shape=shape,
+        bytes=sum(map(num_bytes, values)),
+        accuracy_level=level or None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _IntegerProduct:
+    """Where an operator on 8-bit integers has its weight, its scale (None: a later Mul applies it) and zero point."""
+
+    weight: int
+    scale: int | None
+    zero_point: int
+    activations: Activations
+
+    def __call__(self, node: ir.Node) -> Iterator[StoredWeight]:
+        weight = _input(node, self.weight)
+        if weight is None or not _is_constant(weight) or weight.dtype not in _BITS:
+            return
+        scale = _later_scale(node) if self.scale is None else _input(node, self.scale)
+        zero_point = _input(node, self.zero_point)
+        per_channel = any(_shape(value) not in ((), (1,)) for value in (scale, zero_point) if value is not None)
+        yield StoredWeight(
+            node=_called(node),
+            form=node.op_type,
+            initializers=_names((weight, scale, zero_point)),
+            codes=weight.dtype.name,
+            bits=_BITS[weight.dtype],
+            grouping="channel" if per_channel else "tensor",
+            block_size=None,
+            zero_point=zero_point is not None,
+            scales=_type_name(scale),
+            shape=_shape(weight),
+            bytes=sum(map(num_bytes, (weight, scale, zero_point))),
+            activations=self.activations,
+        )
+
+
+def _later_scale(node: ir.Node) -> ir.Value | None:
+    """The weight's scale behind MatMulInteger: a Cast, and a Mul with the product of both scales."""
+    for reader, _ in _readers(node.outputs[0]):
+        for value in reader.inputs if reader.op_type == "Mul" else ():
+            maker = None if value is None else value.producer()
+            if maker is not None and maker.op_type == "Mul":
+                return next((each for each in maker.inputs if each is not None and _is_constant(each)), None)
+    return None
+
+
+_PER_RUN: Activations = "int8, scales per run"
+_FIXED: Activations = "int8, fixed scales"
+_OPERATORS: Mapping[str, Callable[[ir.Node], Iterator[StoredWeight]]] = {
+    "MatMulNBits": _matmul_nbits,
+    "MatMulBnb4": _bnb4,
+    "GatherBlockQuantized": _gather,
+    "QMoE": _experts,
+    "MatMulInteger": _IntegerProduct(weight=1, scale=None, zero_point=3, activations=_PER_RUN),
+    "ConvInteger": _IntegerProduct(weight=1, scale=None, zero_point=3, activations=_PER_RUN),
+    "DynamicQuantizeMatMul": _IntegerProduct(weight=1, scale=2, zero_point=3, activations=_PER_RUN),
+    "MatMulIntegerToFloat": _IntegerProduct(weight=1, scale=3, zero_point=5, activations=_PER_RUN),
+    "QAttention": _IntegerProduct(weight=1, scale=4, zero_point=7, activations=_PER_RUN),
+    "QLinearMatMul": _IntegerProduct(weight=3, scale=4, zero_point=5, activations=_FIXED),
+    "QLinearConv": _IntegerProduct(weight=3, scale=4, zero_point=5, activations=_FIXED),
+    "QGemm": _IntegerProduct(weight=3, scale=4, zero_point=5, activations=_FIXED),
+}
+
+
+# --------------------------------------------------------------------------- values
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether its numbers stand in the file: an initializer, or what a Constant node gives."""
+    return value.const_value is not None or ir.convenience.get_const_tensor(value) is not None
+
+
+def _names(values: Sequence[ir.Value | None]) -> tuple[str, ...]:
+    return tuple(str(value.name) for value in values if value is not None)
+
+
+def num_bytes(value: ir.Value | None) -> int:
+    """Bytes of a constant in the file; 0 where there is none."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return 0 if tensor is None else tensor.nbytes
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return () if tensor is None else tuple(tensor.shape.numpy())
+
+
+def _type_name(value: ir.Value | None) -> str:
+    return "" if value is None or value.dtype is None else value.dtype.name
+
+
+def _called(node: ir.Node) -> str:
+    return str(node.name or node.outputs[0].name)

@@ -1,0 +1,33 @@
+"""The machine that figures were measured on, in words."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import psutil
+
+_CPUINFO = Path("/proc/cpuinfo")
+"""Linux alone names its processor here; platform.processor() is empty there."""
+
+
+def describe_machine() -> str:
+    """Processor, cores and memory, and the operating system."""
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    memory = psutil.virtual_memory().total / 1e9
+    return f"{processor()}, {cores} cores, {memory:.0f} GB, {platform.system()}"
+
+
+def default_threads() -> int:
+    """Threads that ONNX Runtime takes unless told otherwise: one for each physical core."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+
+
+def processor() -> str:
+    """Its name as the operating system gives it, or else the kind of machine."""
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text("ascii", errors="replace"), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()

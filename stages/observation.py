@@ -1,0 +1,182 @@
+"""Stage one's passes: piece after piece of the graph over all windows; what a piece observed is saved before the next.
+
+One piece, where statistics, tapped activations and weights fit the memory; more where they don't. What crosses from
+one piece to the next goes through files, so that each token passes each node once, however many pieces there are.
+
+Processes launched together take turns with the batches, and each adds up the statistics of some activations over the
+batches of all, in their order: the sums are those of one process, bit for bit, and lie in the memory of all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from stages.graph.run import ActivationTap, open_piece_tap
+from stages.model_directory import ModelDirectory
+from stages.observe.cache import CacheWriter
+from stages.observe.carried import CarriedValues
+from stages.observe.dataset import TokenWindows
+from stages.observe.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
+from stages.pieces import Piece, cut_into_pieces
+from stages.processes import Processes, split_by_cost
+from stages.progress import Progress, progress_bar
+from stages.records import ActivationGroup, ActivationStats
+from stages.session import ProviderChoice
+
+_PARTS = ("held_out", "calibration")
+_NAMES = {"held_out": "held-out text", "calibration": "calibration text"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What is observed on which windows, by which session options."""
+
+    directory: ModelDirectory
+    groups: tuple[ActivationGroup, ...]
+    windows: TokenWindows
+    batch_size: int
+    device: torch.device
+    provider_options: dict[str, dict[str, str]]
+    scratch: Path
+    """Where a widened copy of the model may lie for a while."""
+    processes: Processes
+
+    def cut(self, model: ir.Model, memory: int) -> tuple[Piece, ...]:
+        """``model`` in pieces of at most ``memory`` bytes each: weights, statistics, and the activations of a batch."""
+        costs = {group.activation: self._bytes(group) for group in self.groups}
+        return tuple(cut_into_pieces(model, wanted=costs.keys(), limit=memory, extra_bytes=costs))
+
+    def open_first(self, piece: Piece, choice: ProviderChoice) -> ActivationTap:
+        """The tap of the first piece, which finds out the providers that work."""
+        return open_piece_tap(piece, self.directory, choice, self.provider_options, self.scratch, {})
+
+    def fill(self, writer: CacheWriter, pieces: Sequence[Piece], first: ActivationTap, console: Console) -> None:
+        """Run all windows through ``pieces``, the first of which ``first`` has opened, and save the statistics.
+
+        Ensures: when it returns, all processes have saved theirs.
+        """
+        with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar(console) as bar:
+            carried = CarriedValues(Path(folder))
+            for index, piece in enumerate(pieces):
+                tap = first if index == 0 else self._open_next(piece, first.providers, carried)
+                needed = {name for later in pieces[index + 1 :] for name in later.carried_in}
+                with tap:
+                    self._observe(writer, tap, carried, needed, bar, _label(index, len(pieces)))
+        self.processes.wait_for_all()
+
+    def size(self, group: ActivationGroup, part: str) -> StatisticsSize:
+        """What the statistics of ``group`` on the windows of ``part`` take."""
+        return StatisticsSize(
+            in_features=group.in_features,
+            tokens=self._tokens(part).size,
+            itemsize=tapped_itemsize(group.sites[0].dtype),
+        )
+
+    def _bytes(self, group: ActivationGroup) -> int:
+        sizes = [self.size(group, part) for part in _PARTS]
+        batch = self.batch_size * self.windows.calibration.shape[1] * group.in_features * sizes[0].itemsize
+        return int(batch) + sum(size.memory for size in sizes) // self.processes.count
+
+    def _tokens(self, part: str) -> np.ndarray:
+        return self.windows.held_out if part == "held_out" else self.windows.calibration
+
+    def _batches(self, part: str) -> list[np.ndarray]:
+        tokens = self._tokens(part)
+        return [tokens[start : start + self.batch_size] for start in range(0, len(tokens), self.batch_size)]
+
+    def _open_next(self, piece: Piece, choice: ProviderChoice, carried: CarriedValues) -> ActivationTap:
+        types = {name: array.dtype for name, array in carried.read(f"{_PARTS[0]}-0").items()}
+        types = self.processes.hear_first(types)  # the only one that always has a batch
+        return open_piece_tap(piece, self.directory, choice, self.provider_options, self.scratch, types)
+
+    def _observe(
+        self,
+        writer: CacheWriter,
+        tap: ActivationTap,
+        carried: CarriedValues,
+        needed: Iterable[str],
+        bar: Progress,
+        label: str,
+    ) -> None:
+        """All windows through one piece; every tapped activation is folded into its statistics at once."""
+        observed = [group for group in self.groups if group.activation in tap.values]
+        owners = self._owners(observed)
+        mine = [group for group in observed if owners[group.activation] == self.processes.index]
+        found: dict[str, dict[str, StatisticsAccumulator]] = {}
+        for part in _PARTS:
+            found[part] = {
+                group.activation: StatisticsAccumulator(group.activation, self.size(group, part), self.device)
+                for group in mine
+            }
+            task = bar.add_task(f"{_NAMES[part]}{label}", total=len(self._tokens(part)), unit="windows")
+            for turn, batches in self._turns(part):
+                values = self._run_mine(part, turn, tap, carried, frozenset(needed))
+                observable = {name: value for name, value in values.items() if name in owners}
+                fold_in(found[part], self.processes.exchange(observable, owners), self.device)
+                bar.advance(task, sum(map(len, batches)))
+        for group in mine:
+            held_out, calibration = (found[part].pop(group.activation).finish() for part in _PARTS)
+            writer.write(group.activation, ActivationStats(calibration=calibration, held_out=held_out))
+
+    def _owners(self, observed: Sequence[ActivationGroup]) -> dict[str, int]:
+        """The process that adds up each activation."""
+        shares = split_by_cost([float(group.in_features**2) for group in observed], self.processes.count)
+        return {group.activation: _holder(index, shares) for index, group in enumerate(observed)}
+
+    def _turns(self, part: str) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Numbers of the first batches, and the batches, that all processes run at the same time."""
+        batches, together = self._batches(part), self.processes.count
+        for turn in range(0, len(batches), together):
+            yield turn, batches[turn : turn + together]
+
+    def _run_mine(
+        self, part: str, turn: int, tap: ActivationTap, carried: CarriedValues, needed: frozenset[str]
+    ) -> dict[str, Tensor]:
+        """What this process's batch of the turn gives; nothing where there is none left for it."""
+        number, batches = turn + self.processes.index, self._batches(part)
+        if number >= len(batches):
+            return {}
+        kept = carried.read(f"{part}-{number}")
+        values = dict(tap.run(batches[number], {name: kept[name] for name in tap.carried_in}))
+        kept |= {name: value.cpu().numpy() for name, value in values.items() if name in needed}
+        carried.keep(f"{part}-{number}", kept, needed)
+        return values
+
+
+def fold_in(
+    sums: Mapping[str, StatisticsAccumulator], values: Mapping[str, Sequence[Tensor]], device: torch.device
+) -> None:
+    """Add ``values`` to the sums of their names, each name's in order.
+
+    On the CPU some names at a time, a thread for each: small products gain little from a second thread.
+    """
+
+    def add(name: str) -> None:
+        for value in values[name]:
+            sums[name].add(value)
+
+    if device.type != "cpu":
+        for name in values:
+            add(name)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        deque(pool.map(add, values), maxlen=0)  # map raises what a thread raised, once it is asked for results
+
+
+def _holder(item: int, shares: Sequence[frozenset[int]]) -> int:
+    return next(index for index, share in enumerate(shares) if item in share)
+
+
+def _label(index: int, pieces: int) -> str:
+    return f", part {index + 1} of {pieces}" if pieces > 1 else ""

@@ -1,0 +1,72 @@
+"""What a folder of quantized weights tells for a report: its recipe, the reports of its sites, verification.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from stages.errors import RecipeError
+from stages.model_directory import ModelDirectory
+from stages.page.document import KeptSite, Quantization, QuantizedSite, Verified
+from stages.quantized_store import VERIFICATION, QuantizedStore
+from stages.records import ExportRecipe, SiteReport, UnreachedWeights
+from stages.report import bits_per_weight
+from stages.site_names import kind_of, layer_of
+from stages.size_breakdown import size_parts
+
+_VERIFIED = TypeAdapter(Verified)
+
+
+def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory] | None) -> Quantization:
+    """The report's part on one run of stages.quantize; sizes come from ``models``, the base and the output.
+
+    Raises:
+        RecipeError: the search isn't finished.
+        GraphError: a model can't be read.
+    """
+    if not store.is_complete():
+        raise RecipeError(f"{store.folder} isn't complete; run stages.quantize again to go on with it.")
+    recipe = store.recipe
+    return Quantization(
+        summary=recipe.summary,
+        weight_form=recipe.weight_form.value,
+        bits_per_weight=bits_per_weight(store),
+        sites=_sites(recipe, store.reports()),
+        kept=tuple(
+            KeptSite(site=site, layer=layer_of(site), kind=kind_of(site), reason=reason) for site, reason in recipe.kept
+        ),
+        other_weights=tuple(map(_in_words, recipe.unreached)),
+        sizes=() if models is None else size_parts(*models),
+        verified=_read_verified(store.folder / VERIFICATION),
+    )
+
+
+def _sites(recipe: ExportRecipe, reports: Sequence[SiteReport]) -> tuple[QuantizedSite, ...]:
+    found = {report.site: report for report in reports}
+    return tuple(
+        QuantizedSite(
+            layer=layer_of(site.name),
+            kind=kind_of(site.name),
+            in_features=site.in_features,
+            out_features=site.out_features,
+            report=found[site.name],
+        )
+        for group in recipe.groups
+        for site in group.sites
+    )
+
+
+def _read_verified(path: Path) -> Verified | None:
+    """None where the export wasn't verified, or by a version that wrote something else."""
+    try:
+        return _VERIFIED.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _in_words(part: UnreachedWeights) -> str:
+    more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
+    size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
+    return f"{part.op_type}: {part.weights[0]}{more} ({size}): {part.reason}"

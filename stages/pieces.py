@@ -1,0 +1,206 @@
+"""A graph in pieces that run one after another, so that only one piece's weights and results are in memory at a time.
+
+Pieces are cut where the fewest bytes a token cross, which in a decoder is between two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from math import prod
+
+import onnx_ir as ir
+
+_WITH_CACHES = frozenset({"GroupQueryAttention", "MultiHeadAttention"})
+"""Operators that may leave out the present keys and values among their outputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Some consecutive nodes as a model of their own, whose weights still point into the data file.
+
+    Its outputs are what is wanted of its nodes, and what later pieces read.
+    """
+
+    model: ir.Model
+    carried_in: tuple[str, ...]
+    """Inputs that earlier pieces compute."""
+    carried_out: tuple[str, ...]
+    """Outputs that later pieces read."""
+
+
+def cut_into_pieces(
+    model: ir.Model,
+    *,
+    wanted: Collection[str],
+    limit: int,
+    together: Collection[str] = (),
+    extra_bytes: Mapping[str, int] | None = None,
+) -> Iterator[Piece]:
+    """Cut the part of the main graph that ``wanted`` values are computed from.
+
+    Args:
+        model: a model in topological order; it is left as it was.
+        wanted: names of values. Nodes that none of them depends on are left out.
+        limit: bytes of the weights of one piece and the ``extra_bytes`` of its values, unless nodes that can't be
+            parted have more.
+        together: names of values that stay in the piece that makes them.
+        extra_bytes: what else the value of this name costs in its piece.
+    """
+    nodes = _needed_nodes(model, wanted)
+    order = _Order(nodes, frozenset(wanted), frozenset(together))
+    cuts = order.choose_cuts(_costs(nodes, extra_bytes or {}), limit)
+    carried: list[ir.Value] = []
+    for start, end in pairwise(cuts):
+        made = [value for node in nodes[start:end] for value in node.outputs if value not in order.constant]
+        read_later = [value for value in made if order.last_reader.get(value, 0) >= end]
+        outputs = dict.fromkeys([*(value for value in made if value.name in wanted), *read_later])
+        if outputs:  # else these nodes compute constants, which come with those that read them
+            yield _piece(model, carried, read_later, list(outputs))
+        carried += read_later
+
+
+def readers(model: ir.Model, names: Collection[str]) -> Iterator[ir.Node]:
+    """The nodes of the main graph that read a value of one of these names."""
+    return (node for node in model.graph if any(value.name in names for value in _read_by(node)))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Nodes in their order, and where it may be cut."""
+
+    nodes: list[ir.Node]
+    wanted: frozenset[str]
+    together: frozenset[str]
+
+    @cached_property
+    def last_reader(self) -> dict[ir.Value, int]:
+        """Place of the last node that reads a value."""
+        return {value: place for place, node in enumerate(self.nodes) for value in _read_by(node)}
+
+    @cached_property
+    def constant(self) -> set[ir.Value]:
+        """Values that depend on no graph input: each piece computes those that it reads itself."""
+        found: set[ir.Value] = set()
+        for node in self.nodes:
+            if all(value.const_value is not None or value in found for value in _read_by(node)):
+                found.update(node.outputs)
+        return found
+
+    def choose_cuts(self, costs: list[int], limit: int) -> list[int]:
+        """0, the places that cut into pieces of at most ``limit``, and the end."""
+        total = [0, *accumulate(costs)]
+        crossing = self._crossing_bytes()
+        cuts = [0]
+        while total[-1] - total[cuts[-1]] > limit:
+            start = cuts[-1]
+            behind = [place for place in crossing if place > start]
+            fitting = [place for place in behind if total[place] - total[start] <= limit]
+            full = [place for place in fitting if total[place] - total[start] > limit // 2]
+            if not behind:
+                break
+            # The last of the cheapest places; where one node alone is too much, the first behind it.
+            choice = full or fitting
+            cuts.append(min(reversed(choice), key=crossing.__getitem__) if choice else behind[0])
+        return [*cuts, len(self.nodes)]
+
+    def _crossing_bytes(self) -> dict[int, int]:
+        """For each place before a node that may be cut, bytes a token of the values that cross it."""
+        crossing = [0] * (len(self.nodes) + 1)
+        torn: set[int] = set()
+        kept_whole = self._dequantized()
+        for place, node in enumerate(self.nodes):
+            for value in node.outputs:
+                crossed = range(place + 1, self.last_reader.get(value, place) + 1)
+                if value.name in self.together or value in kept_whole:
+                    torn.update(crossed)
+                elif value not in self.constant:
+                    for cut in crossed:
+                        crossing[cut] += _bytes_a_token(value)
+        return {place: crossing[place] for place in range(1, len(self.nodes)) if place not in torn}
+
+    def _dequantized(self) -> set[ir.Value]:
+        """Weights behind DequantizeLinear, transposed or not: the runtime fuses them with the one node behind."""
+        found: set[ir.Value] = set()
+        for node in self.nodes:
+            if node.op_type == "DequantizeLinear" or (node.op_type == "Transpose" and node.inputs[0] in found):
+                found.update(node.outputs)
+        return found & self.constant
+
+
+def _needed_nodes(model: ir.Model, wanted: Collection[str]) -> list[ir.Node]:
+    """What ``wanted`` values are computed from, in the graph's order."""
+    waiting = [node for node in model.graph if any(value.name in wanted for value in node.outputs)]
+    needed: set[ir.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(source for value in _read_by(node) if (source := value.producer()) is not None)
+    return [node for node in model.graph if node in needed]
+
+
+def _read_by(node: ir.Node) -> Iterator[ir.Value]:
+    """What ``node`` reads, in its subgraphs too."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        for graph in _graphs_of(attribute):
+            inside = {output for inner in graph.all_nodes() for output in inner.outputs}
+            for inner in graph.all_nodes():
+                yield from (value for value in inner.inputs if value is not None and value not in inside)
+
+
+def _graphs_of(attribute: ir.Attr) -> Iterable[ir.Graph]:
+    match attribute.type:
+        case ir.AttributeType.GRAPH:
+            return (attribute.as_graph(),)
+        case ir.AttributeType.GRAPHS:
+            return attribute.as_graphs()
+        case _:
+            return ()
+
+
+def _costs(nodes: list[ir.Node], extra_bytes: Mapping[str, int]) -> list[int]:
+    """For each node, bytes of the initializers that no node before it reads, and the extra ones of its outputs."""
+    seen: set[ir.Value] = set()
+    costs = []
+    for node in nodes:
+        new = set(_read_by(node)) - seen
+        weights = sum(value.const_value.nbytes for value in new if value.const_value is not None)
+        costs.append(weights + sum(extra_bytes.get(str(value.name), 0) for value in node.outputs))
+        seen |= new
+    return costs
+
+
+def _bytes_a_token(value: ir.Value) -> int:
+    """Bytes of what the graph fixes of a value's shape; batch and length are open."""
+    if value.shape is None or value.dtype is None:
+        return 1 << 20
+    return int(prod(dim for dim in value.shape if isinstance(dim, int)) * value.dtype.itemsize)
+
+
+def _piece(model: ir.Model, carried: list[ir.Value], read_later: list[ir.Value], outputs: list[ir.Value]) -> Piece:
+    graph = ir.convenience.extract(model.graph, [*carried, *model.graph.inputs], outputs)
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+    _drop_unread_caches(graph)
+    read = {value.name for value in graph.inputs}
+    return Piece(
+        model=ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values())),
+        carried_in=tuple(str(value.name) for value in carried if value.name in read),
+        carried_out=tuple(str(value.name) for value in read_later),
+    )
+
+
+def _drop_unread_caches(graph: ir.Graph) -> None:
+    """ONNX Runtime 1.31 stops in float16 attention whose present keys and values have names and no readers.
+
+    Attention over a windowed cache keeps them: it refuses to run without.
+    """
+    for node in graph:
+        if node.op_type not in _WITH_CACHES or node.attributes.get_int("sliding_window_cache", 0) == 1:
+            continue
+        for value in node.outputs[1:]:
+            if not value.uses() and not value.is_graph_output():
+                value.name = ""

@@ -1,0 +1,157 @@
+"""Whether a graph that was parsed hangs together, so that others may take inputs and sizes of weights as told.
+
+ONNX's own checker refuses the operators that ONNX Runtime adds to the standard domain, so it can't be asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from types import MappingProxyType
+
+import onnx
+import onnx_ir as ir
+from onnx.defs import OpSchema
+
+_STANDARD = ("", "ai.onnx")
+_HEAD_COUNTS = MappingProxyType(
+    {"GroupQueryAttention": ("num_heads", "kv_num_heads"), "MultiHeadAttention": ("num_heads",)}
+)
+_FEWEST_INPUTS = MappingProxyType(
+    {
+        "GroupQueryAttention": 1,
+        "MultiHeadAttention": 1,
+        "SimplifiedLayerNormalization": 2,
+        "SkipLayerNormalization": 3,
+        "SkipSimplifiedLayerNormalization": 3,
+    }
+)
+"""Of the operators without a schema in ONNX, those whose inputs are looked at."""
+
+
+def fault_of_proto(proto: onnx.ModelProto) -> str | None:
+    """What parsing would hide: names that are given twice. None where there is nothing."""
+    graph = proto.graph
+    for what, values in (("input", graph.input), ("output", graph.output), ("initializer", graph.initializer)):
+        twice = [name for name, count in Counter(value.name for value in values).items() if count > 1]
+        if twice:
+            return f"it has the {what} '{twice[0]}' twice"
+    return None
+
+
+def fault_of_graph(model: ir.Model) -> str | None:
+    """The first thing that doesn't fit in ``model``, in words; None where it hangs together.
+
+    Ensures: nodes stand behind what they read, in the main graph and in subgraphs.
+    """
+    version = _opset(model)
+    if version is None:
+        return "it doesn't say which opset it has"
+    if version < 1:
+        return f"its opset {version} was never one"
+    if version > onnx.defs.onnx_opset_version():
+        return f"its opset {version} is newer than the {onnx.defs.onnx_opset_version()} that is known here"
+    try:
+        model.graph.sort()
+    except ValueError:
+        return "its nodes form a cycle"
+    nodes = [*model.graph.all_nodes(), *(node for each in model.functions.values() for node in each.all_nodes())]
+    return next((fault for node in nodes for fault in _faults_of_node(model, node)), None) or next(
+        (
+            fault
+            for graph in model.graphs()
+            for value in graph.initializers.values()
+            for fault in _faults_of_weight(value)
+        ),
+        None,
+    )
+
+
+def _opset(model: ir.Model) -> int | None:
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
+
+
+def _called(node: ir.Node) -> str:
+    return f"{node.op_type} node '{node.name}'" if node.name else f"a {node.op_type} node"
+
+
+# --------------------------------------------------------------------------- nodes
+
+
+def _faults_of_node(model: ir.Model, node: ir.Node) -> Iterator[str]:
+    if not node.outputs:
+        yield f"{_called(node)} has no output"
+    if isinstance(node.graph, ir.Graph):
+        yield from _unmade(node)
+    schema = _schema(model, node)
+    fewest = _FEWEST_INPUTS.get(node.op_type, 0) if schema is None else schema.min_input
+    if len(node.inputs) < fewest:
+        yield f"{_called(node)} has {len(node.inputs)} inputs and needs {fewest}"
+    yield from _faults_of_attributes(node, schema)
+
+
+def _unmade(node: ir.Node) -> Iterator[str]:
+    for value in node.inputs:
+        if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
+            continue
+        yield f"{_called(node)} reads '{value.name}', which nothing makes"
+
+
+def _schema(model: ir.Model, node: ir.Node) -> OpSchema | None:
+    version = _opset(model)
+    if node.domain not in _STANDARD or version is None:
+        return None
+    try:
+        return onnx.defs.get_schema(node.op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _faults_of_attributes(node: ir.Node, schema: OpSchema | None) -> Iterator[str]:
+    declared = {} if schema is None else schema.attributes
+    for name, attribute in declared.items():
+        if attribute.required and name not in node.attributes:
+            yield f"{_called(node)} lacks its {name}"
+    for name, given in node.attributes.items():
+        if name in declared and given.type.name != str(declared[name].type).rpartition(".")[2]:
+            yield f"{_called(node)} has a {name} of type {given.type.name}"
+        if not given.is_ref() and given.type == ir.AttributeType.TENSOR and not _is_readable(given.as_tensor()):
+            yield f"{_called(node)} has a {name} whose bytes don't fit its shape"
+    for name in _HEAD_COUNTS.get(node.op_type, ()):
+        count = node.attributes.get(name)
+        if count is None or count.type != ir.AttributeType.INT or (not count.is_ref() and count.as_int() < 1):
+            yield f"{_called(node)} needs a number from 1 as its {name}"
+
+
+# --------------------------------------------------------------------------- weights
+
+
+def _faults_of_weight(value: ir.Value) -> Iterator[str]:
+    tensor = value.const_value
+    if tensor is None:
+        yield f"the initializer '{value.name}' has no value"
+        return
+    dims = tensor.shape.numpy()
+    if any(dim < 0 for dim in dims):
+        yield f"the initializer '{value.name}' has the shape {list(dims)}"
+    elif value.shape is not None and value.shape.is_static() and value.shape.numpy() != dims:
+        yield f"the initializer '{value.name}' is declared as {list(value.shape.numpy())} and is {list(dims)}"
+    elif value.dtype is not None and value.dtype != tensor.dtype:
+        yield f"the initializer '{value.name}' is declared as {value.dtype.name} and is {tensor.dtype.name}"
+    elif isinstance(tensor, ir.ExternalTensor):
+        length = tensor.nbytes if tensor.length is None else tensor.length
+        if length != tensor.nbytes:
+            yield f"the initializer '{value.name}' takes {tensor.nbytes} bytes and its external data has {length}"
+    elif not _is_readable(tensor):
+        yield f"the initializer '{value.name}' has bytes that don't fit its shape"
+
+
+def _is_readable(tensor: ir.TensorProtocol) -> bool:
+    """Whether there are as many numbers as the shape says; those in the file itself are not copied."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return True
+    try:
+        tensor.numpy()
+    except Exception:  # numpy, ml_dtypes and onnx-ir each raise classes of their own for sizes that don't fit
+        return False
+    return True

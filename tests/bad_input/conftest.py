@@ -1,0 +1,59 @@
+"""A work folder with one good piece of everything, which is also the current folder and that for temporary files."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from stages.config import QuantizeConfig
+from stages.quantize import quantize
+from stages.screen import silent_screen
+from tests.commands import Commands
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Quantized weights of the tiny model: INT4 with zero points, one site INT8, and the embedding."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = QuantizeConfig(
+        onnx_path=tiny_model,
+        output_path=folder / "out",
+        weights_path=folder / "weights",
+        algo="rtn_dq",
+        block_size=32,
+        use_zero_point=True,
+        layers_8bit="layers.0/mlp/down_proj",
+        gather_quantize_axis=1,
+        verify="off",
+    )
+    quantize(config, silent_screen())
+    return folder / "weights"
+
+
+@pytest.fixture
+def workplace(
+    tiny_model: Path,
+    tiny_cache: Path,
+    tiny_weights: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The folder, entered: base, base.calibration, weights and text.txt."""
+    folder = tmp_path / "work"
+    for source, name in ((tiny_model, "base"), (tiny_cache, "base.calibration"), (tiny_weights, "weights")):
+        shutil.copytree(source, folder / name)
+    (folder / "text.txt").write_text(tiny_text.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def spoken(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """The command lines; what native libraries print is heard too."""
+    return Commands(capfd, monkeypatch)

@@ -1,0 +1,76 @@
+"""Options that can't be, alone or together."""
+
+from __future__ import annotations
+
+from tests.bad_input.row import BadInput, Command
+
+
+def _option(command: Command, text: str, *words: str, by_parser: bool = False) -> BadInput:
+    arguments = tuple("" if word == "''" else word for word in text.split())
+    return BadInput(name=text, command=command, arguments=arguments, words=words, by_parser=by_parser)
+
+
+OPTIONS = (
+    _option("calibrate", "--calib_size 1", "--calib_size", "at least 2"),
+    _option("calibrate", "--calib_size -5", "--calib_size", "at least 2"),
+    _option("calibrate", "--seq_len 0", "--seq_len", "at least 2"),
+    _option("calibrate", "--seq_len 513", "--seq_len 513", "512 tokens"),
+    _option("calibrate", "--batch_size 0", "--batch_size", "at least 1"),
+    _option("calibrate", "--max_memory much", "--max_memory 'much'", "1.1GB"),
+    _option("calibrate", "--max_memory 0GB", "--max_memory '0GB'"),
+    _option("calibrate", "--max_memory " + "9" * 400, "--max_memory '999"),
+    _option("calibrate", "--calibration_eps gpu", "--calibration_eps", "'gpu'"),
+    _option("calibrate", "--device cuda:77", "--device cuda:77"),
+    _option("calibrate", "--device toaster", "--device toaster"),
+    _option("calibrate", "--seed -1 --use_random_calib", "--seed -1"),
+    _option("calibrate", "--use_random_calib --calib_size 100000000000000000", "memory", "--calib_size"),
+    _option("quantize", "--block_size 48", "--block_size 48", "power of two"),
+    _option("quantize", "--block_size 512", "--block_size 512", "16 to 256"),
+    _option("quantize", "--block_size -32", "--block_size -32", "power of two"),
+    _option("quantize", "--int8_block_size 0", "--int8_block_size 0", "power of two"),
+    _option("quantize", "--target tpu", "--target tpu", "cpu, cuda, dml, trt-rtx, webgpu, qnn"),
+    _option("quantize", "--target cpu@latest", "--target cpu@latest", "1.24"),
+    _option("quantize", "--target cuda@1.18", "--target cuda@1.18", "before 1.20"),
+    _option("quantize", "--target cpu --block_size 48", "--block_size 48", "power of two"),
+    _option("quantize", "--gather_quantize_axis 1 --gather_block_size 24", "--gather_block_size 24"),
+    _option("quantize", "--awqlite_alpha_step 0", "--awqlite_alpha_step", "must lie in"),
+    _option("quantize", "--awqlite_alpha_step nan", "--awqlite_alpha_step", "must lie in"),
+    _option("quantize", "--awqlite_alpha_step 1e-300", "--awqlite_alpha_step"),
+    _option("quantize", "--awqclip_alpha_min 1.5", "--awqclip_alpha_min", "must lie in"),
+    _option("quantize", "--awqclip_alpha_step -0.1", "--awqclip_alpha_step", "must lie in"),
+    _option("quantize", "--awqclip_bsz_col 0", "--awqclip_bsz_col", "at least 1"),
+    _option("quantize", "--gptq_damping inf", "--gptq_damping"),
+    _option("quantize", "--descent_passes -1", "--descent_passes", "0 or more"),
+    _option("quantize", "--signround_iters 0", "--signround_iters", "at least 1"),
+    _option("quantize", "--signround_lr inf", "--signround_lr"),
+    _option("quantize", "--signround_batch_size 0", "--signround_batch_size", "at least 1"),
+    _option("quantize", "--algo rtn --use_column_major", "--use_column_major", "rtn_dq"),
+    _option("quantize", "--awq_objective block", "--awq_objective", "awq_lite"),
+    _option("quantize", "--mixed_rule llamacpp", "--mixed_rule", "--enable_mixed_quant"),
+    _option("quantize", "--sensitivity measured", "--sensitivity", "--target_bpw"),
+    _option("quantize", "--target_bpw nan", "--target_bpw", "more than 0"),
+    _option("quantize", "--target_bpw inf", "--target_bpw"),
+    _option("quantize", "--target_bpw 0.01", "--target_bpw", "bits"),
+    _option("quantize", "--target_size 10B", "--target_size", "can't be reached"),
+    _option("quantize", "--target_size 5 --target_bpw 5", "--target_bpw", "--target_size"),
+    _option("quantize", "--target_bpw 5 --algo rtn", "--algo rtn", "rtn_dq"),
+    _option("quantize", "--layers_8bit dwn_proj", "dwn_proj", "nearest names", "down_proj"),
+    _option("quantize", "--exclude dwn_proj", "dwn_proj", "nearest names", "down_proj"),
+    _option("quantize", "--exclude model,lm_head", "--exclude", "nothing would be quantized"),
+    _option("quantize", "--lm_head 4 --plan no.toml", "--plan", "--lm_head"),
+    _option("quantize", "--plan no.toml", "--plan no.toml"),
+    _option("quantize", "--device cuda:77", "--device cuda:77"),
+    _option("quantize", "--accuracy_level 9", "accuracy_level", by_parser=True),
+    _option("quantize", "--block_size many", "block_size", "many", by_parser=True),
+    _option("quantize", "--int8_block_size chanel", "int8_block_size", "chanel", by_parser=True),
+    _option("quantize", "--gather_quantize_axis 2", "gather_quantize_axis", by_parser=True),
+    _option("quantize", "--gather_form gather", "gather_form", by_parser=True),
+    _option("quantize", "--blok_size 32", "blok_size", by_parser=True),
+    _option("quantize", "--algo best", "algo", "best", by_parser=True),
+    _option("export", "--verify maybe", "verify", "maybe", by_parser=True),
+    _option("export", "--weight_operator gemm", "weight_operator", "gemm", by_parser=True),
+    _option("sweep", "--windows 0", "--windows"),
+    _option("sweep", "--seq_len 0", "--seq_len"),
+    _option("sweep", "--windows 100000", "--windows"),
+    _option("sweep", "--text no.txt", "--text no.txt"),
+)

@@ -1,0 +1,65 @@
+"""Bad input: one sentence that names the culprit and the mend, exit code 2, nothing written, nothing overwritten."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.made import MADE
+from tests.bad_input.models import MODELS
+from tests.bad_input.options import OPTIONS
+from tests.bad_input.places import PLACES
+from tests.bad_input.row import USUAL, BadInput, tree
+from tests.bad_input.texts import TEXTS
+from tests.commands import Commands
+from tests.full_disk import full_after
+
+ROWS = (*OPTIONS, *MODELS, *MADE, *TEXTS, *PLACES)
+
+
+def _named(row: BadInput) -> str:
+    return f"{row.command}: {row.name}"[:80]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.largest_file is None], ids=_named)
+def test_bad_input(row: BadInput, workplace: Path, spoken: Commands) -> None:
+    _check(row, workplace, spoken)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.largest_file is not None], ids=_named)
+def test_full_disk(row: BadInput, workplace: Path, commands: Commands) -> None:
+    """What is heard through pytest's files would be cut as well, so native libraries aren't listened to."""
+    _check(row, workplace, commands)
+
+
+def _check(row: BadInput, workplace: Path, programs: Commands) -> None:
+    row.spoil(workplace)
+    before = tree(workplace)
+    with nullcontext() if row.largest_file is None else full_after(row.largest_file):
+        code, printed = getattr(programs, row.command)(*USUAL[row.command], *row.arguments)
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    said = printed.replace("-", "_") if row.by_parser else _the_sentence(printed)
+    for word in row.words:
+        assert word in said, said
+    after = tree(workplace)
+    assert {path: what for path, what in after.items() if path.split("/")[0] not in row.stays} == before
+
+
+def _the_sentence(printed: str) -> str:
+    """The one line of the error, which is the last, and one sentence but for what others said (in parentheses)."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], printed
+    own = re.sub(r"\(.*\)", "", lines[-1])
+    assert own.endswith("."), own
+    assert not re.search(r"[.!?] [A-Z]", own), own
+    return lines[-1]
+
+
+def test_there_are_rows_for_every_command() -> None:
+    commands = [row.command for row in ROWS]
+    assert len({row.name for row in ROWS}) >= 60
+    assert set(commands) == set(USUAL)

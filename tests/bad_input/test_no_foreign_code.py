@@ -1,0 +1,61 @@
+"""No file that we read can run code: no pickle anywhere, and a model's own Python only where it is asked for."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.edits import gone, written
+from tests.bad_input.row import USUAL
+from tests.commands import Commands
+
+_ROOT = Path(__file__).parents[2]
+_FILES = sorted([*_ROOT.glob("stages/**/*.py"), *_ROOT.glob("export/**/*.py"), *_ROOT.glob("scripts/**/*.py")])
+_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+_LOADERS = {"torch.load", "np.load", "numpy.load", "torch.jit.load", "eval", "exec"}
+
+
+def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", _FILES, ids=lambda path: str(path.relative_to(_ROOT)))
+def test_nothing_unpickles_or_runs_text(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & _PICKLES, path
+    for name, call in _calls(tree):
+        safe = {"allow_pickle": False, "weights_only": True}
+        given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg in safe}
+        assert name not in _LOADERS or any(given.get(word) is value for word, value in safe.items()), (path, name)
+
+
+def test_foreign_code_is_trusted_only_by_option() -> None:
+    """Where a library is told to trust, it is told what the option says, or no."""
+    for path in _FILES:
+        for _, call in _calls(ast.parse(path.read_text(encoding="utf-8"))):
+            for word in call.keywords:
+                if word.arg == "trust_remote_code":
+                    assert ast.unparse(word.value).endswith(("trust_remote_code", "False")), path
+
+
+@pytest.mark.parametrize(("option", "runs"), [((), False), (("--trust_remote_code",), True)])
+def test_a_tokenizers_own_code_runs_only_when_asked(
+    option: tuple[str, ...], runs: bool, workplace: Path, commands: Commands
+) -> None:
+    gone("base/tokenizer.json")(workplace)
+    config = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    written("base/tokenizer_config.json", json.dumps(config))(workplace)
+    written("base/own.py", f'open({str(workplace / "ran")!r}, "w").close()\nclass Own: pass\n')(workplace)
+    code, printed = commands.calibrate(*USUAL["calibrate"], *option)
+    assert code == 2
+    assert "Traceback" not in printed
+    assert (workplace / "ran").exists() == runs

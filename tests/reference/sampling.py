@@ -1,0 +1,16 @@
+"""Drawing from a softmax, one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+
+def draw(logits: list[float], luck: float) -> int:
+    """The token at which the cumulated probability passes ``luck``."""
+    weights = [math.exp(logit) for logit in logits]
+    passed = 0.0
+    for token, weight in enumerate(weights):
+        passed += weight / sum(weights)
+        if passed > luck:
+            return token
+    raise AssertionError("luck is below 1")
