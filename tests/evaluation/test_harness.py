@@ -15,13 +15,15 @@ from stages.evaluation import harness
 from stages.evaluation.decoder import open_decoder
 from stages.evaluation.findings import TaskScore
 from stages.evaluation.harness import TaskRequest, find_tasks, run_tasks
-from stages.evaluation.lm_eval_model import OnnxRuntimeLM
 from stages.model_directory import locate_model
 from stages.observe.tokenizer import load_tokenizer
 from stages.progress import Progress
 from stages.session import SessionSettings
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
+pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
+
+from stages.evaluation.lm_eval_model import OnnxRuntimeLM  # itself imports lm-eval
+
 TASKS = Path(__file__).parent.parent / "lm_eval_tasks"
 SETTINGS = SessionSettings(accuracy_level=1)
 QUIET = Progress(Console(quiet=True))
