@@ -18,7 +18,7 @@ from stages.graph.sites import find_groups
 from stages.graph.weights import read_weight
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.records import ExportRecipe, PerBlock, WeightForm
-from stages.solve.awq import share_over_heads
+from stages.solve.awq import mean_over_heads, repeat_over_heads
 from stages.solve.evaluate import full_ranges
 from stages.solve.problem import GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.solve.recipe import FormatRules, make_plan
@@ -40,7 +40,7 @@ def scaled_rounding(problem: GroupProblem, options: SearchOptions) -> tuple[Site
     """An algorithm that needs no statistics: every group gets ``known_scale``."""
     scale = known_scale(problem.group.in_features)
     if problem.head_sharing is not None:
-        scale = share_over_heads(scale, problem.head_sharing)
+        scale = repeat_over_heads(mean_over_heads(scale, problem.head_sharing), problem.head_sharing)
     return full_ranges(problem, options.range_rule, InputScale(family="test", alpha=None, scale=scale))
 
 

@@ -71,19 +71,20 @@ def _as_tensor(candidate: InputScale, stats: TokenStats) -> Tensor:
 
 def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step: float) -> list[InputScale]:
     """a^r for r in (0, 1] and a^r / w^(1-r) for r in [0, 1), without the identity."""
-    activation = stats.abs_mean
-    weight = weight_magnitude(problem.weights, problem.specs)
-    if problem.head_sharing is not None:
-        activation = share_over_heads(activation, problem.head_sharing)
-        weight = share_over_heads(weight, problem.head_sharing)
+    activation, weight = stats.abs_mean, weight_magnitude(problem.weights, problem.specs)
+    heads = problem.head_sharing
+    if heads is not None:
+        activation, weight = mean_over_heads(activation, heads), mean_over_heads(weight, heads)
     activation, weight = _positive(activation), _positive(weight)
+
+    def candidate(family: str, alpha: float, scale: Tensor) -> InputScale:
+        scale = _normalized(scale)
+        return InputScale(family=family, alpha=alpha, scale=scale if heads is None else repeat_over_heads(scale, heads))
+
     steps = round(1 / alpha_step)
     alphas = [round(min(1.0, index * alpha_step), 9) for index in range(steps + 1)]
-    power = [InputScale(family="activation", alpha=alpha, scale=_normalized(activation**alpha)) for alpha in alphas[1:]]
-    duo = [
-        InputScale(family="duo", alpha=alpha, scale=_normalized(activation**alpha / weight ** (1 - alpha)))
-        for alpha in alphas[:-1]
-    ]
+    power = [candidate("activation", alpha, activation**alpha) for alpha in alphas[1:]]
+    duo = [candidate("duo", alpha, activation**alpha / weight ** (1 - alpha)) for alpha in alphas[:-1]]
     return power + duo
 
 
@@ -99,10 +100,18 @@ def _relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
     return join(blocks / largest, weight.shape[1])
 
 
-def share_over_heads(values: Float[Tensor, " K"], heads: HeadSharing) -> Float[Tensor, " K"]:
-    """Mean over the query heads of each key/value head, repeated: the form that v_proj can absorb."""
-    grouped = values.reshape(heads.kv_heads, heads.group_size, heads.head_size)
-    return grouped.mean(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
+def mean_over_heads(values: Float[Tensor, " K"], heads: HeadSharing) -> Float[Tensor, " V"]:
+    """Mean over the query heads of each key/value head: one value for each output channel of v_proj."""
+    return values.reshape(heads.kv_heads, heads.group_size, heads.head_size).mean(dim=1).reshape(-1)
+
+
+def repeat_over_heads(values: Float[Tensor, " V"], heads: HeadSharing) -> Float[Tensor, " K"]:
+    """Every key/value head's values for each of its query heads, equal to the last bit: what v_proj can absorb.
+
+    Repeated after all arithmetic, because a vectorized power may differ in the last bit from one lane to another.
+    """
+    grouped = values.reshape(heads.kv_heads, 1, heads.head_size)
+    return grouped.expand(-1, heads.group_size, -1).reshape(-1)
 
 
 def _positive(values: Tensor) -> Tensor:

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from stages.records import HeadSharing
-from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, share_over_heads
+from stages.solve.awq import (
+    awq_lite,
+    input_scale_candidates,
+    mean_over_heads,
+    rank_input_scales,
+    repeat_over_heads,
+)
 from stages.solve.evaluate import candidate_errors, full_ranges
 from stages.solve.problem import IDENTITY
 from tests.reference.search import awq_loss
@@ -87,7 +93,10 @@ def test_scale_repeats_over_the_query_heads_of_a_group() -> None:
         grouped = candidate.scale.reshape(2, 3, 8)
         assert torch.equal(grouped, grouped[:, :1].expand_as(grouped))
     values = torch.arange(48.0)
-    assert share_over_heads(values, heads)[0] == (0 + 8 + 16) / 3
+    means = mean_over_heads(values, heads)
+    assert means.shape == (16,)
+    assert means[0] == (0 + 8 + 16) / 3
+    assert torch.equal(repeat_over_heads(means, heads)[8:16], means[:8])
 
 
 def test_dead_channels_give_finite_scales() -> None:
