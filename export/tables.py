@@ -74,9 +74,7 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
 def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
     yield from _named("kept as it was", summary.kept)
     for part in summary.unreached:
-        size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
-        more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
-        yield "kept as it was", f"{part.op_type}: {part.weights[0]}{more} ({size}): {part.reason}"
+        yield "kept as it was", part.in_words
 
 
 def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Literal
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from stages.one_line import named
+
 _SECONDS = 10.0
-_REASON_LENGTH = 160
-
-
-def in_short(error: BaseException) -> str:
-    """An error in one line."""
-    text = textwrap.shorten(str(error), _REASON_LENGTH)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
@@ -28,5 +22,5 @@ def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
         return None
     except Exception as error:  # the HTTP library's own classes, which change with its version
-        return f"the Hugging Face hub can't be reached, {in_short(error)}"
+        return f"the Hugging Face hub can't be reached, {named(error)}"
     return None

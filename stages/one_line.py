@@ -12,6 +12,12 @@ def in_one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error), _LENGTH, placeholder="...") or type(error).__name__
 
 
+def named(error: BaseException) -> str:
+    """The error's class and words in one line: what a library's error says often means little without its class."""
+    words = textwrap.shorten(str(error), _LENGTH, placeholder="...")
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
 def sentence_of(error: BaseException) -> str:
     """Our own sentence, printable: names in damaged files hold anything, lines and half characters too."""
     return " ".join(str(error).splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")

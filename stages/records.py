@@ -310,6 +310,13 @@ class UnreachedWeights:
     """Part of the bytes of all the model's weights, 0 to 1."""
     reason: str
 
+    @property
+    def in_words(self) -> str:
+        """Which weights stay, how large they are, and why."""
+        more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
+        size = f"{self.num_bytes / 1e6:,.1f} MB, {self.share:.0%} of the base's weights"
+        return f"{self.op_type}: {self.weights[0]}{more} ({size}): {self.reason}"
+
 
 # --------------------------------------------------------------------------- statistics
 

@@ -12,9 +12,9 @@ from typing import Any
 from stages.errors import UserError
 from stages.evaluation.decoder import open_decoder
 from stages.evaluation.findings import TaskScore
-from stages.hub import in_short
 from stages.model_directory import ModelDirectory
 from stages.observe.tokenizer import load_tokenizer
+from stages.one_line import named
 from stages.progress import Progress
 from stages.session import SessionSettings
 
@@ -94,7 +94,7 @@ def run_tasks(
             raise
         except Exception as error:  # data sets, task files and metrics raise whatever they like
             raise UserError(
-                f"{_OPTION}: lm-eval stops ({in_short(error)}); where a data set is missing, go online once or pass a "
+                f"{_OPTION}: lm-eval stops ({named(error)}); where a data set is missing, go online once or pass a "
                 "task file whose data lies on this machine."
             ) from error
     return tuple(_scores(directory.folder.name, results))
@@ -116,7 +116,7 @@ def _read_task(file: Path) -> dict[str, Any]:
     try:
         task: dict[str, Any] = load_yaml(file)
     except Exception as error:  # yaml's own classes, and whatever functions beside the file raise
-        raise UserError(f"{_OPTION} {file} can't be read ({in_short(error)}); mend the file.") from error
+        raise UserError(f"{_OPTION} {file} can't be read ({named(error)}); mend the file.") from error
     files = task.get("dataset_kwargs", {}).get("data_files")
     if files is not None:
         task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": _found_beside(files, file.parent)}

@@ -95,7 +95,7 @@ def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int
     An embedding is no surprise; experts are always named, and anything else from 5 % of the weights. ``quantized`` and
     ``routers`` count the MatMuls that will be quantized, and the routers that won't.
     """
-    told = [in_words(part) for part in unreached if _is_worth_a_warning(part)]
+    told = [f"kept as it is: {part.in_words}" for part in unreached if _is_worth_a_warning(part)]
     if not told and not routers:
         return ""
     mixture = [f"routers of experts kept: {routers}"] if routers else []
@@ -104,10 +104,3 @@ def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int
 
 def _is_worth_a_warning(part: UnreachedWeights) -> bool:
     return part.op_type in EXPERT_NODES or (part.reason != _EMBEDDING and part.share >= _WORTH_A_WARNING)
-
-
-def in_words(part: UnreachedWeights) -> str:
-    """Which weights stay, how large they are, and why."""
-    more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
-    size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
-    return f"{part.op_type} keeps {part.weights[0]}{more} ({size}): {part.reason}"

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stages.errors import UserError
-from stages.hub import in_short
 from stages.observe.offline_text import paragraphs
+from stages.one_line import named
 
 Message = dict[str, Any]
 """``role``, ``content`` and whatever else a template reads."""
@@ -73,7 +73,7 @@ class ChatTemplate:
             )
         except Exception as error:  # jinja2's errors, and those that templates cause in Python
             raise UserError(
-                f"The tokenizer's chat template refuses a conversation ({in_short(error)}); leave such rows out, or "
+                f"The tokenizer's chat template refuses a conversation ({named(error)}); leave such rows out, or "
                 "pass text in place of messages."
             ) from error
         assert isinstance(text, str), "one conversation, not tokenized"

@@ -17,9 +17,10 @@ from typing import Any
 import datasets
 
 from stages.errors import UserError
-from stages.hub import in_short, why_unreachable
+from stages.hub import why_unreachable
 from stages.observe.chat_template import Message
 from stages.observe.offline_text import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
+from stages.one_line import named
 
 Row = dict[str, Any]
 Document = str | list[Message]
@@ -160,7 +161,7 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
         raise
     except Exception as error:  # the hub's clients raise classes without a common base
         raise UserError(
-            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({in_short(error)}); check the "
+            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({named(error)}); check the "
             "network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
         ) from error
 
@@ -176,7 +177,7 @@ def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[Document
         raise
     except Exception as error:  # pyarrow, pandas, datasets and json each have errors of their own
         raise UserError(
-            f"--dataset {path} can't be read as {path.suffix[1:]} ({in_short(error)}); repair the file or pass another."
+            f"--dataset {path} can't be read as {path.suffix[1:]} ({named(error)}); repair the file or pass another."
         ) from error
 
 

@@ -14,9 +14,9 @@ from jaxtyping import Float, Float32, Int64
 
 from stages.errors import UserError
 from stages.genai_config import GENAI_CONFIG, read_genai_config
-from stages.hub import in_short
 from stages.model_directory import ModelDirectory
 from stages.observe.script import Scribe, Script
+from stages.one_line import named
 from stages.session import CPU, SHORT_NAMES
 
 LARGEST_BATCH = 32
@@ -84,7 +84,7 @@ class FreeWriter:
                 on_tokens(len(scribes))
         except RuntimeError as error:
             raise UserError(
-                f"--dataset self: onnxruntime-genai can't go on writing ({in_short(error)}); {_INSTEAD}."
+                f"--dataset self: onnxruntime-genai can't go on writing ({named(error)}); {_INSTEAD}."
             ) from error
         return windows
 
@@ -137,7 +137,7 @@ def open_writer(
         try:
             model = _load(runtime, directory, provider, mute)
         except Exception as error:  # RuntimeError mostly, by no promise
-            reasons.append(f"{SHORT_NAMES[provider]}: {in_short(error)}")
+            reasons.append(f"{SHORT_NAMES[provider]}: {named(error)}")
             continue
         return FreeWriter(
             runtime=runtime,
@@ -188,7 +188,7 @@ def _runtime() -> ModuleType:
         import onnxruntime_genai
     except ImportError as error:
         raise UserError(
-            f"--dataset self: onnxruntime-genai can't be imported ({in_short(error)}); install it with 'pip install "
+            f"--dataset self: onnxruntime-genai can't be imported ({named(error)}); install it with 'pip install "
             f"onnxruntime-genai' (on CUDA onnxruntime-genai-cuda), or {_INSTEAD}."
         ) from error
     runtime: ModuleType = onnxruntime_genai

@@ -10,7 +10,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.errors import UserError
-from stages.hub import in_short, why_unreachable
+from stages.hub import why_unreachable
+from stages.one_line import named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ def _reason(error: BaseException) -> str:
             return "its terms must be accepted on the Hugging Face hub; do that, then log in with 'hf auth login'"
         if isinstance(cause, RepositoryNotFoundError):
             return "the Hugging Face hub has no such model, or it is private; if so, log in with 'hf auth login'"
-    return in_short(error)
+    return named(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,7 +11,7 @@ from stages.errors import RecipeError
 from stages.model_directory import ModelDirectory
 from stages.page.document import KeptSite, Quantization, QuantizedSite, Verified
 from stages.quantized_store import VERIFICATION, QuantizedStore
-from stages.records import ExportRecipe, SiteReport, UnreachedWeights
+from stages.records import ExportRecipe, SiteReport
 from stages.report import bits_per_weight
 from stages.site_names import kind_of, layer_of
 from stages.size_breakdown import size_parts
@@ -37,7 +37,7 @@ def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDi
         kept=tuple(
             KeptSite(site=site, layer=layer_of(site), kind=kind_of(site), reason=reason) for site, reason in recipe.kept
         ),
-        other_weights=tuple(map(_in_words, recipe.unreached)),
+        other_weights=tuple(part.in_words for part in recipe.unreached),
         sizes=() if models is None else size_parts(*models),
         verified=_read_verified(store.folder / VERIFICATION),
     )
@@ -64,9 +64,3 @@ def _read_verified(path: Path) -> Verified | None:
         return _VERIFIED.validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def _in_words(part: UnreachedWeights) -> str:
-    more = f" and {len(part.weights) - 1} more" if len(part.weights) > 1 else ""
-    size = f"{part.num_bytes / 1e6:,.1f} MB, {part.share:.0%} of the base's weights"
-    return f"{part.op_type}: {part.weights[0]}{more} ({size}): {part.reason}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from stages.graph.unreached import find_unreached, in_words, unreached_warning
+from stages.graph.unreached import find_unreached, unreached_warning
 from stages.records import UnreachedWeights
 from tests.graphs import MICROSOFT, TinyGraph
 
@@ -80,7 +80,7 @@ def test_experts_are_summed_over_all_nodes_and_say_what_to_do() -> None:
     assert found.num_bytes == 2 * 4 * (4 * 32 * 16 * 2 + 4 * 32)
     assert "moe_quant_type=int4" in found.reason
     line = unreached_warning(tuple(unreached(graph).values()), quantized=1, routers=2)
-    assert line.startswith("MatMuls that are quantized: 1; routers of experts kept: 2; MoE keeps 0.fc1")
+    assert line.startswith("MatMuls that are quantized: 1; routers of experts kept: 2; kept as it is: MoE: 0.fc1")
     assert "and 5 more" in line
     assert "table" not in line
     assert "\n" not in line
@@ -94,7 +94,7 @@ def test_experts_that_a_gather_chooses_are_not_taken_for_an_embedding() -> None:
     both = find_unreached(graph.model(), ())
     assert {part.weights for part in both} == {("table",), ("experts",)}
     line = unreached_warning(both, quantized=1, routers=0)
-    assert "Gather keeps experts" in line
+    assert "kept as it is: Gather: experts" in line
     assert "table" not in line
 
 
@@ -107,7 +107,7 @@ def test_quantized_experts_are_said_to_be_so() -> None:
     found = unreached(graph)["QMoE"]
     assert found.weights == ("codes", "scales")
     assert found.reason == "quantized already"
-    assert "QMoE keeps codes" in unreached_warning((found,), quantized=1, routers=1)
+    assert "kept as it is: QMoE: codes" in unreached_warning((found,), quantized=1, routers=1)
 
 
 def test_other_readers_are_named_from_one_percent_and_warned_of_from_five() -> None:
@@ -120,8 +120,8 @@ def test_other_readers_are_named_from_one_percent_and_warned_of_from_five() -> N
     graph.initializers = [tensor for tensor in graph.initializers if tensor.name != "kernel"]
     graph.constant("kernel", matrix(16, 1, 30))
     found = unreached(graph)["Conv"]
-    assert in_words(found) in unreached_warning((found,), quantized=1, routers=0)
-    assert "only weights of MatMul and Gemm are quantized" in in_words(found)
+    assert found.in_words in unreached_warning((found,), quantized=1, routers=0)
+    assert "only weights of MatMul and Gemm are quantized" in found.in_words
     graph.initializers = [tensor for tensor in graph.initializers if tensor.name != "kernel"]
     graph.constant("kernel", matrix(16, 1, 1))
     assert "Conv" not in unreached(graph)
