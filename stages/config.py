@@ -24,7 +24,7 @@ Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", 
 OneShot = Literal["rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 AwqObjective = Literal["layer", "block"]
-ScaleRange = Literal["full", "compat7"]
+ScaleRange = Literal["signed", "full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
 WeightOperator = Literal["dq", "matmul_nbits"]
@@ -235,8 +235,11 @@ class QuantizeConfig(CommandOptions):
     standard operators, but ONNX Runtime dequantizes the whole table for every token."""
     use_zero_point: bool = False
     """Unsigned codes with a zero point per block (4 / block_size more bits a weight)."""
-    scale_range: ScaleRange = "full"
-    """full: scale = max(-min/8, max/7), all sixteen levels. compat7: |w|max/7, as the tool that this one replaces."""
+    scale_range: ScaleRange | None = None
+    """INT4 without zero points. full: scale = max(-min/8, max/7), all sixteen levels. signed: the same with a negative
+    scale where a block reaches farther up than down, so that the larger side always has the level more: smaller errors
+    at the same bytes. compat7: |w|max/7, as the tool that this one replaces. Default: signed where --target is cpu,
+    cuda or webgpu, else full, since TensorRT takes positive scales alone."""
     awqlite_alpha_step: float = 0.1
     """Step of the exponent in the input scale search."""
     awqlite_run_per_subgraph: bool = False
@@ -290,6 +293,15 @@ class QuantizeConfig(CommandOptions):
     def parsed_target(self) -> Target | None:
         """The runtime that ``target`` names; RecipeError where it names none."""
         return None if self.target is None else parse_target(self.target)
+
+    @property
+    def range_rule(self) -> ScaleRange:
+        """``scale_range``, or the best that the target is known to run; RecipeError where it names none."""
+        if self.scale_range is not None:
+            return self.scale_range
+        target = self.parsed_target
+        # QuantizeLinear by a negative scale, as rtn would write it, was never run.
+        return "signed" if target is not None and target.runs_negative_scales and self.algo != "rtn" else "full"
 
     @property
     def tunes_blocks(self) -> bool:

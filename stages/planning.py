@@ -172,6 +172,7 @@ def _wishes(config: QuantizeConfig) -> FormatWishes:
         mixed=config.enable_mixed_quant and not config.layers_8bit,
         named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
         zero_point=config.use_zero_point,
+        scale_range=config.scale_range,
         gather_axis=config.gather_quantize_axis,
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
@@ -224,7 +225,7 @@ def _embedding_plans(
 def search_options(config: QuantizeConfig) -> SearchOptions:
     """What the algorithms are told."""
     return SearchOptions(
-        range_rule=config.scale_range,
+        range_rule=config.range_rule,
         alpha_step=config.awqlite_alpha_step,
         clip_step=config.awqclip_alpha_step,
         clip_min=config.awqclip_alpha_min,

@@ -93,12 +93,11 @@ def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("arguments", [[], ["--use_zero_point"], ["--scale_range", "signed"]])
 def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
-    algorithm: str, zero_point: bool, tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
+    algorithm: str, arguments: list[str], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output = tmp_path / "int4"
-    arguments = ["--use_zero_point"] if zero_point else []
     code, printed = commands.quantize(
         "--onnx_path", tiny_model, "--output_path", output, "--algo", algorithm, "--block-size", 16,
         "--cache_dir", cache, "--accuracy_level", 1, *arguments,

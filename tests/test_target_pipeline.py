@@ -67,6 +67,8 @@ def test_cpu_gets_int8_by_block_and_every_site_runs_fused(tiny_model: Path, tmp_
     output = tmp_path / "int4"
     printed = _quantize(commands, tiny_model, output, "--target", "cpu@1.31", "--enable_mixed_quant")
     assert "formats for cpu@1.31" in printed
+    assert "--scale_range      signed" in printed
+    assert any((_scales(node) < 0).any() for node in _dequantizers(_graph(output)))
     assert "--int8_block_size  128" in printed
     assert _warnings(printed) == []
     assert "10 of 10 sites run as MatMulNBits" in printed

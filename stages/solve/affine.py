@@ -16,8 +16,13 @@ from torch import Tensor
 
 from stages.records import FloatName, QuantSpec, torch_float
 
-RangeRule = Literal["full", "compat7"]
-"""full: every level is used, scale = max(-min / 2^(b-1), max / (2^(b-1) - 1)). compat7: |w|max / (2^(b-1) - 1)."""
+RangeRule = Literal["signed", "full", "compat7"]
+"""How a symmetric range without zero point becomes a scale, b being its bits.
+
+full: scale = max(-min / 2^(b-1), max / (2^(b-1) - 1)). signed: the same for INT8; for INT4 the scale is negative where
+the block reaches farther up than down, so that the larger side always has the level more (ONNX Runtime's own
+MatMulNBits quantizer and llama.cpp's Q4_0 do so too). compat7: |w|max / (2^(b-1) - 1).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +52,13 @@ def split_parameters(stack: BlockParameters, rows: Sequence[int]) -> list[BlockP
 
 
 def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:
-    """Scales as the file will hold them, in float32: rounded, never below the type's smallest normal number."""
+    """Scales as the file will hold them, in float32: rounded, never nearer to 0 than the type's smallest normal number.
+
+    The sign stays.
+    """
     dtype = torch_float(name)
     info = torch.finfo(dtype)
-    return scales.clamp(info.tiny, info.max).to(dtype).float()
+    return torch.copysign(scales.abs().clamp_(info.tiny, info.max), scales).to(dtype).float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +98,19 @@ def parameters_of(
 
 
 def _symmetric(full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Tensor) -> BlockParameters:
-    if rule == "full":
-        extent = torch.maximum(full.low / spec.code_min, full.high / spec.code_max)
-    else:
-        extent = torch.maximum(-full.low, full.high) / spec.code_max
-    return BlockParameters(scales=_storable(extent * clip_ratio, spec), zero_points=None)
+    scales = _storable(_extent(full, spec, rule) * clip_ratio, spec)
+    if rule == "signed" and spec.bits == 4:
+        scales = torch.where(full.high > -full.low, -scales, scales)
+    return BlockParameters(scales=scales, zero_points=None)
+
+
+def _extent(full: BlockRange, spec: QuantSpec, rule: RangeRule) -> Tensor:
+    if rule == "compat7":
+        return torch.maximum(-full.low, full.high) / spec.code_max
+    if rule == "full" or spec.bits != 4:
+        return torch.maximum(full.low / spec.code_min, full.high / spec.code_max)
+    farther, nearer = torch.maximum(-full.low, full.high), torch.minimum(-full.low, full.high)
+    return torch.maximum(farther / -spec.code_min, nearer / spec.code_max)
 
 
 def _asymmetric(full: BlockRange, spec: QuantSpec, clip_ratio: float | Tensor) -> BlockParameters:

@@ -85,8 +85,8 @@ class _Walk:
         slope = (steps * gradient[inside]).sum(dim=0)
         curvature = (steps * (self._gram[columns, columns] @ steps)).sum(dim=0)
         wanted = self.scales[block] - slope / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
-        stored = round_to_storage(wanted, self._spec.scale_dtype)
-        change = stored - self.scales[block]
+        known = self.scales[block]
+        change = round_to_storage(torch.where(wanted * known > 0, wanted, known), self._spec.scale_dtype) - known
         gain = change * (2 * slope + change * curvature)
         change = torch.where(gain < 0, change, torch.zeros_like(change))
         self.scales[block] += change

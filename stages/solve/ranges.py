@@ -108,13 +108,13 @@ def refit(
 ) -> BlockParameters:
     """The scale that fits the codes best, scale = c^T G w / c^T G c with c = code - zero point, then the zero point.
 
-    Blocks whose best scale would not be positive keep theirs.
+    Blocks whose best scale would be 0 or of the other sign keep theirs.
     """
     codes = quantize(blocks, parameters, spec)
     steps = dequantize(codes, _unit_scales(parameters))
     pulled = steps if gram is None else (steps.transpose(0, 1) @ gram).transpose(0, 1)
     fitted = (pulled * blocks).sum(dim=-1) / (pulled * steps).sum(dim=-1)
-    usable = torch.isfinite(fitted) & (fitted > 0)
+    usable = torch.isfinite(fitted) & (fitted * parameters.scales > 0)
     scales = round_to_storage(torch.where(usable, fitted, parameters.scales), spec.scale_dtype)
     if parameters.zero_points is None:
         return BlockParameters(scales=scales, zero_points=None)

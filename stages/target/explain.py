@@ -28,6 +28,7 @@ def explain(target: Target, request: Request, preferred: Preferences, choice: Fo
     return (
         *_release(target),
         *_weights(request, preferred, choice),
+        *_scale_range(target, request, choice),
         *_eight_bit(request, preferred, choice),
         *_embedding(request, preferred, choice),
         *_session(request, preferred, choice),
@@ -61,6 +62,19 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
         chosen=", ".join(sorted(request.traits.dtypes)),
         why="the activations' own type: another type needs a Cast, behind which nothing is fused",
     )
+
+
+def _scale_range(target: Target, request: Request, choice: FormatChoice) -> Iterator[Explanation]:
+    if not choice.symmetric or choice.form is WeightForm.QDQ:
+        return
+    signed = (
+        "a negative scale gives the larger side of a block the level more, and ONNX Runtime's own quantizer writes it"
+    )
+    positive = "negative scales may not run there"
+    chosen = "signed" if target.runs_negative_scales else "full"
+    why = signed if target.runs_negative_scales else positive
+    asked = request.wishes.scale_range
+    yield Explanation(option="--scale_range", chosen=asked or chosen, why=_ASKED if asked else why)
 
 
 def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.config import AccuracyLevel
+from stages.config import AccuracyLevel, ScaleRange
 from stages.records import (
     ActivationGroup,
     BlockAxis,
@@ -30,6 +30,7 @@ class FormatWishes:
     named_eight_bit: bool = False
     """INT8 at sites that were named: done whatever the runtime makes of it."""
     zero_point: bool = False
+    scale_range: ScaleRange | None = None
     gather_axis: BlockAxis | None = None
     gather_form: GatherForm | None = None
     gather_block_size: int | None = None

@@ -1,7 +1,7 @@
 """TensorRT for RTX (NvTensorRTRTX provider): section 2g and NVIDIA's "Quantized types and schemes". Not run here.
 
 There: INT4 "requires per-block scales. The supported block sizes are {64, 128}"; INT8 and INT4 are code * scale, with
-no zero point. Our scales are positive always.
+no zero point. Scales are positive there, so --scale_range signed is never its default.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
     yield from _block_objections(request, choice)
     if not choice.symmetric:
         yield "TensorRT knows no zero point (microsoft/olive-recipes#573); leave --use_zero_point out."
+    if choice.symmetric and request.wishes.scale_range == "signed":
+        yield "TensorRT takes positive scales alone; leave --scale_range out."
     if choice.form is WeightForm.MATMUL_NBITS:
         yield "TensorRT for RTX runs no MatMulNBits; choose --weight_operator dq."
     if choice.eight_bit != PerChannel() and request.stores_eight_bit(choice.eight_bit):

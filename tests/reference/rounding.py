@@ -12,6 +12,9 @@ def stored(scale: float, scale_type: type[np.floating]) -> float:
 
 def symmetric_scale(block: np.ndarray, bits: int, rule: str, ratio: float, scale_type: type[np.floating]) -> float:
     top = 2 ** (bits - 1)
+    if rule == "signed":  # of both signs the one that gives the finer steps
+        down, up = (symmetric_scale(side, bits, "full", ratio, scale_type) for side in (block, -block))
+        return -up if bits == 4 and up < down else down
     extent = max(-block.min() / top, block.max() / (top - 1)) if rule == "full" else np.abs(block).max() / (top - 1)
     return stored(extent * ratio, scale_type) if extent * ratio > 0 else 1.0
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+from stages.config import QuantizeConfig
 from stages.records import FloatName, PerBlock, PerChannel, WeightForm
 from stages.target.choose import choose_formats
 from stages.target.formats import FormatChoice, FormatWishes, ModelTraits
@@ -172,3 +175,21 @@ def test_every_line_has_a_reason_and_every_warning_is_one_sentence(runtime: Runt
         assert warning.endswith("."), warning
         assert "\n" not in warning
         assert ". " not in warning, warning
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_negative_scales_are_the_default_where_they_are_known_to_run(runtime: Runtime) -> None:
+    known = runtime in ("cpu", "cuda", "webgpu")
+    line = next(line for line in choose(runtime).explanations if line.option == "--scale_range")
+    assert line.chosen == ("signed" if known else "full")
+    config = QuantizeConfig(onnx_path=Path("base"), output_path=Path("int4"), target=runtime)
+    assert config.range_rule == line.chosen
+    assert replace(config, scale_range="compat7").range_rule == "compat7"
+    assert replace(config, algo="rtn").range_rule == "full"
+    assert replace(config, target=None).range_rule == "full"
+
+
+def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:
+    wishes = FormatWishes(scale_range="signed")
+    assert any("positive scales" in warning for warning in choose("trt-rtx", wishes=wishes).warnings)
+    assert not any("positive scales" in warning for warning in choose("cpu", wishes=wishes).warnings)
