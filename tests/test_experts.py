@@ -52,7 +52,7 @@ def test_experts_inside_moe_nodes_are_named_in_one_line_and_in_the_table(
     )
     assert code == 0, printed
     (warning,) = [line for line in printed.splitlines() if line.startswith("warning:")]
-    assert "MatMuls that are quantized: 8; routers of experts kept: 4; MoE keeps" in warning
+    assert "MatMuls that are quantized: 8; routers of experts kept: 4; kept as it is: MoE: " in warning
     assert "moe_quant_type=int4" in warning
     assert "8 of 8 sites run as MatMulNBits" in printed
     assert "4 x router of a mixture of experts" in printed
