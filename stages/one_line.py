@@ -9,13 +9,16 @@ _LENGTH = 200
 
 def in_one_line(error: BaseException) -> str:
     """The error's own words in one line, or its class where it has none."""
-    return textwrap.shorten(str(error), _LENGTH, placeholder="...") or type(error).__name__
+    return _words(error) or type(error).__name__
 
 
 def named(error: BaseException) -> str:
     """The error's class and words in one line: what a library's error says often means little without its class."""
-    words = textwrap.shorten(str(error), _LENGTH, placeholder="...")
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return ": ".join(filter(None, (type(error).__name__, _words(error))))
+
+
+def _words(error: BaseException) -> str:
+    return textwrap.shorten(str(error), _LENGTH, placeholder="...")
 
 
 def sentence_of(error: BaseException) -> str:

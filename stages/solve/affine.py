@@ -98,19 +98,18 @@ def parameters_of(
 
 
 def _symmetric(full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Tensor) -> BlockParameters:
-    scales = _storable(_extent(full, spec, rule) * clip_ratio, spec)
-    if rule == "signed" and spec.bits == 4:
-        scales = torch.where(full.high > -full.low, -scales, scales)
-    return BlockParameters(scales=scales, zero_points=None)
+    if rule != "signed" or spec.bits != 4:
+        return BlockParameters(scales=_storable(_extent(full, spec, rule) * clip_ratio, spec), zero_points=None)
+    upward = full.high > -full.low
+    mirrored = BlockRange(low=torch.where(upward, -full.high, full.low), high=torch.where(upward, -full.low, full.high))
+    scales = _storable(_extent(mirrored, spec, "full") * clip_ratio, spec)
+    return BlockParameters(scales=torch.where(upward, -scales, scales), zero_points=None)
 
 
 def _extent(full: BlockRange, spec: QuantSpec, rule: RangeRule) -> Tensor:
     if rule == "compat7":
         return torch.maximum(-full.low, full.high) / spec.code_max
-    if rule == "full" or spec.bits != 4:
-        return torch.maximum(full.low / spec.code_min, full.high / spec.code_max)
-    farther, nearer = torch.maximum(-full.low, full.high), torch.minimum(-full.low, full.high)
-    return torch.maximum(farther / -spec.code_min, nearer / spec.code_max)
+    return torch.maximum(full.low / spec.code_min, full.high / spec.code_max)
 
 
 def _asymmetric(full: BlockRange, spec: QuantSpec, clip_ratio: float | Tensor) -> BlockParameters:

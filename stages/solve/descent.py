@@ -84,8 +84,8 @@ class _Walk:
         inside = slice(columns.start - start, columns.stop - start)
         slope = (steps * gradient[inside]).sum(dim=0)
         curvature = (steps * (self._gram[columns, columns] @ steps)).sum(dim=0)
-        wanted = self.scales[block] - slope / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
         known = self.scales[block]
+        wanted = known - slope / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
         change = round_to_storage(torch.where(wanted * known > 0, wanted, known), self._spec.scale_dtype) - known
         gain = change * (2 * slope + change * curvature)
         change = torch.where(gain < 0, change, torch.zeros_like(change))
