@@ -295,15 +295,6 @@ class QuantizeConfig(CommandOptions):
         return None if self.target is None else parse_target(self.target)
 
     @property
-    def range_rule(self) -> ScaleRange:
-        """``scale_range``, or the best that the target is known to run; RecipeError where it names none."""
-        if self.scale_range is not None:
-            return self.scale_range
-        target = self.parsed_target
-        # QuantizeLinear by a negative scale, as rtn would write it, was never run.
-        return "signed" if target is not None and target.runs_negative_scales and self.algo != "rtn" else "full"
-
-    @property
     def tunes_blocks(self) -> bool:
         """Whether decoder blocks are run after the search."""
         return self.refine or self.awq_objective == "block" or self.algo == "signround"

@@ -222,10 +222,10 @@ def _embedding_plans(
     return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
 
 
-def search_options(config: QuantizeConfig) -> SearchOptions:
+def search_options(config: QuantizeConfig, choice: FormatChoice) -> SearchOptions:
     """What the algorithms are told."""
     return SearchOptions(
-        range_rule=config.range_rule,
+        range_rule=choice.scale_range,
         alpha_step=config.awqlite_alpha_step,
         clip_step=config.awqclip_alpha_step,
         clip_min=config.awqclip_alpha_min,
@@ -263,7 +263,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
     """
     digest = hashlib.sha256()
     for part in (
-        TypeAdapter(SearchOptions).dump_json(search_options(config)),
+        TypeAdapter(SearchOptions).dump_json(search_options(config, plan.choice)),
         TypeAdapter(dict[str, QuantSpec]).dump_json(dict(plan.sites.specs)),
         repr((config.algo, config.awqlite_run_per_subgraph, config.awqlite_disable_fuse_nodes)).encode(),
         TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),

@@ -45,7 +45,6 @@ from stages.report import loss_so_far, quantization_table, search_summary
 from stages.screen import Screen, silent_screen
 from stages.site_names import short_name
 from stages.solve.embedding import quantize_table
-from stages.solve.recipe import QuantPlan
 from stages.solve.registry import ALGORITHMS, FINISHES
 from stages.solve.runner import GroupSolver, search_cost
 from stages.solve.side_by_side import solve_groups
@@ -140,7 +139,7 @@ def _search(config: QuantizeConfig, prepared: Prepared, processes: Processes, co
             # Not sooner: a stopped run never searches again.
             shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
     else:
-        solver = _solver(config, prepared.model, prepared.plan.sites, prepared.cache)
+        solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
         _solve_unfinished(solver, prepared.store, processes, console)
 
 
@@ -154,8 +153,8 @@ def open_search(config: QuantizeConfig) -> Search:
     directory = locate_model(config.onnx_path)
     model = load_graph(directory)
     cache = open_cache(config.cache_path, fingerprint_model(directory)) if config.needs_cache else None
-    plan = plan_model(config, model, directory).sites
-    return Search(solver=_solver(config, model, plan, cache), groups=plan.groups)
+    plan = plan_model(config, model, directory)
+    return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
@@ -210,13 +209,13 @@ def _spent(
     return spent
 
 
-def _solver(config: QuantizeConfig, model: ir.Model, plan: QuantPlan, cache: CalibrationCache | None) -> GroupSolver:
+def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
     return GroupSolver(
         algorithm_name=config.algo,
         algorithm=ALGORITHMS[config.algo],
-        options=search_options(config),
-        specs=plan.specs,
+        options=search_options(config, plan.choice),
+        specs=plan.sites.specs,
         device=device,
         read_weight=lambda site: read_weight(model, site, device),
         read_stats=None if cache is None else cache.read,
@@ -256,7 +255,7 @@ def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Proc
         return
     blocks = open_blocks(prepared.model, store.recipe.groups)
     search = replace(config, algo=config.search_algorithm, refine=False, awq_objective="layer")
-    solver = _solver(search, prepared.model, prepared.plan.sites, cache)
+    solver = _solver(search, prepared.model, prepared.plan, cache)
     with processes.first_goes_first():
         begun = _earlier_store(store, "search", search, prepared.plan, cache)
     _solve_unfinished(solver, begun, processes, console)
@@ -286,7 +285,7 @@ def _block_steps(config: QuantizeConfig, solver: GroupSolver) -> list[tuple[Bloc
     if config.awq_objective == "block":
         steps.append((BlockScaleStep(solver, FINISHES[config.search_algorithm]), scaled))
     if config.refine:
-        steps.append((RefineStep(search_options(config)), refined))
+        steps.append((RefineStep(solver.options), refined))
     if config.algo == "signround":
         steps.append((SignRoundStep(signround_options(config)), config))
     return steps

@@ -26,7 +26,7 @@ def search_seconds(
     Groups that are solved side by side have a thread each, so that each takes its part of the workers' time.
     ``text`` is None where the algorithm reads no statistics.
     """
-    groups, specs, options = plan.sites.groups, plan.sites.specs, search_options(config)
+    groups, specs, options = plan.sites.groups, plan.sites.specs, search_options(config, plan.choice)
     workers = workers_on(device)
     small = set(small_groups(groups, workers))
     commonest = Counter(specs.values()).most_common(1)[0][0]

@@ -101,6 +101,7 @@ def _objections(
         four_bit=commonest if isinstance(commonest, PerBlock) else PerBlock(block_size=preferred.block_size.value),
         eight_bit=_commonest(eight_bit) or preferred.eight_bit.value or PerChannel(),
         symmetric=not wishes.zero_point,
+        scale_range=preferred.scale_range.value,
         gather_form=wishes.gather_form or "gather_block_quantized",
         gather_block_size=next((each.block_size for each in tables if each.block_size), 32),
         accuracy_level=_LEVELS.get(level or ""),

@@ -12,7 +12,7 @@ from stages.target import cpu, cuda, dml, qnn, trt_rtx, webgpu
 from stages.target.explain import explain
 from stages.target.formats import FormatChoice, FormatWishes, ModelTraits, OpenFormats
 from stages.target.name import Runtime, Target
-from stages.target.rules import BLOCKS, Preferences, Request, Rules
+from stages.target.rules import BLOCKS, POSITIVE, Preferences, Request, Rules
 
 RULES: Mapping[Runtime, Rules] = {
     "cpu": Rules(cpu.prefer, cpu.objections),
@@ -61,6 +61,7 @@ def _defaults(wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
         four_bit=PerBlock(block_size=wishes.block_size or 128),
         eight_bit=wishes.eight_bit or _DEFAULT_EIGHT_BIT,
         symmetric=not wishes.zero_point,
+        scale_range=wishes.scale_range or "full",
         gather_form=wishes.gather_form or "gather_block_quantized",
         gather_block_size=wishes.gather_block_size or 32,
         accuracy_level=wishes.accuracy_level,
@@ -70,11 +71,14 @@ def _defaults(wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
 def _merge(wishes: FormatWishes, preferred: Preferences) -> FormatChoice:
     eight_bit: Granularity = wishes.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
     wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
+    # QuantizeLinear by a negative scale was never run.
+    scale_range = POSITIVE if wishes.form is WeightForm.QDQ else preferred.scale_range
     return FormatChoice(
         form=wishes.form or preferred.form.value,
         four_bit=PerBlock(block_size=wishes.block_size or preferred.block_size.value),
         eight_bit=eight_bit,
         symmetric=not wishes.zero_point,
+        scale_range=wishes.scale_range or scale_range.value,
         gather_form=wishes.gather_form or "gather_block_quantized",
         gather_block_size=wishes.gather_block_size or preferred.gather_block_size.value,
         accuracy_level=wanted if wishes.accuracy_level is None else wishes.accuracy_level,

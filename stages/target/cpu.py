@@ -12,6 +12,7 @@ from stages.target.rules import (
     DQ_FUSES_ALL,
     FROM_DQ,
     NEVER_BFLOAT16,
+    SIGNED,
     Preference,
     Preferences,
     Request,
@@ -33,6 +34,7 @@ def prefer(request: Request) -> Preferences:
     form = _form(request, eight_bit=stored)
     written = request.wishes.form or form.value
     return Preferences(
+        scale_range=SIGNED,
         form=form,
         block_size=Preference(
             128, "0.87 ms a token at 4096 x 4096; 32 is more exact and takes 0.91 ms, 16 takes 1.90 ms"

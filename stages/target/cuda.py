@@ -11,6 +11,7 @@ from stages.target.rules import (
     DQ_FUSES_ALL,
     FROM_DQ,
     NEVER_BFLOAT16,
+    SIGNED,
     Preference,
     Preferences,
     Request,
@@ -35,6 +36,7 @@ _LARGEST_BLOCK = 128
 def prefer(request: Request) -> Preferences:
     eight_bit = _eight_bit(request)
     return Preferences(
+        scale_range=SIGNED,
         form=_form(request, eight_bit=request.stores_eight_bit(eight_bit.value)),
         block_size=Preference(32, "every kernel takes it, and CUTLASS's compact build (opt-in) no other; not run here"),
         eight_bit=eight_bit,

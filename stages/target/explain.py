@@ -28,7 +28,7 @@ def explain(target: Target, request: Request, preferred: Preferences, choice: Fo
     return (
         *_release(target),
         *_weights(request, preferred, choice),
-        *_scale_range(target, request, choice),
+        *_scale_range(request, preferred, choice),
         *_eight_bit(request, preferred, choice),
         *_embedding(request, preferred, choice),
         *_session(request, preferred, choice),
@@ -64,17 +64,11 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
     )
 
 
-def _scale_range(target: Target, request: Request, choice: FormatChoice) -> Iterator[Explanation]:
+def _scale_range(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
     if not choice.symmetric or choice.form is WeightForm.QDQ:
         return
-    signed = (
-        "a negative scale gives the larger side of a block the level more, and ONNX Runtime's own quantizer writes it"
-    )
-    positive = "negative scales may not run there"
-    chosen = "signed" if target.runs_negative_scales else "full"
-    why = signed if target.runs_negative_scales else positive
-    asked = request.wishes.scale_range
-    yield Explanation(option="--scale_range", chosen=asked or chosen, why=_ASKED if asked else why)
+    why = _ASKED if request.wishes.scale_range else preferred.scale_range.why
+    yield Explanation(option="--scale_range", chosen=choice.scale_range, why=why)
 
 
 def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:

@@ -76,6 +76,8 @@ class FormatChoice:
     four_bit: PerBlock
     eight_bit: Granularity
     symmetric: bool
+    scale_range: ScaleRange
+    """Of INT4 without zero points."""
     gather_form: GatherForm
     gather_block_size: int
     accuracy_level: AccuracyLevel | None

@@ -36,14 +36,6 @@ class Target:
         return f"{self.runtime}@{self.release[0]}.{self.release[1]}"
 
     @property
-    def runs_negative_scales(self) -> bool:
-        """Whether it is known to: ONNX Runtime's own MatMulNBits quantizer writes them for these providers.
-
-        Run here on the CPU; TensorRT asks for positive scales, and nothing is known of the others.
-        """
-        return self.runtime in ("cpu", "cuda", "webgpu")
-
-    @property
     def about_release(self) -> str:
         """What a person should know about the release that the rules are taken from; often nothing."""
         if self.assumed:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from stages.config import AccuracyLevel
+from stages.config import AccuracyLevel, ScaleRange
 from stages.records import Granularity, PerChannel, WeightForm
 from stages.target.formats import FormatChoice, FormatWishes, ModelTraits
 from stages.target.name import Release
@@ -58,6 +58,13 @@ class Preference(Generic[T]):
     why: str
 
 
+POSITIVE: Preference[ScaleRange] = Preference("full", "negative scales may not run there")
+SIGNED: Preference[ScaleRange] = Preference(
+    "signed",
+    "a negative scale gives the larger side of a block the level more, and ONNX Runtime's own quantizer writes it",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
     """What a runtime would have where nobody asked for anything else."""
@@ -73,6 +80,8 @@ class Preferences:
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
+    scale_range: Preference[ScaleRange] = POSITIVE
+    """Of INT4 without zero points."""
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()

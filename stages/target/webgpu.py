@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stages.records import Granularity, PerBlock, WeightForm
 from stages.target.formats import FormatChoice
 from stages.target.name import Release
-from stages.target.rules import Preference, Preferences, Request, looks_up_on_cpu, since
+from stages.target.rules import SIGNED, Preference, Preferences, Request, looks_up_on_cpu, since
 
 _EIGHT_BIT: Release = (1, 23)
 """ORT#24546 and #24590"""
@@ -17,6 +17,7 @@ _GATHER: Release = (1, 23)
 
 def prefer(request: Request) -> Preferences:
     return Preferences(
+        scale_range=SIGNED,
         form=Preference(
             WeightForm.MATMUL_NBITS, "the rule that fuses DequantizeLinear leaves WebGPU out; not run here"
         ),

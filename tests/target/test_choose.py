@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 
-from stages.config import QuantizeConfig
 from stages.records import FloatName, PerBlock, PerChannel, WeightForm
 from stages.target.choose import choose_formats
 from stages.target.formats import FormatChoice, FormatWishes, ModelTraits
@@ -134,6 +131,7 @@ def test_without_a_target_the_defaults_are_what_they_were() -> None:
             four_bit=PerBlock(block_size=128),
             eight_bit=PerChannel(),
             symmetric=True,
+            scale_range="full",
             gather_form="gather_block_quantized",
             gather_block_size=32,
             accuracy_level=None,
@@ -156,6 +154,7 @@ def test_without_a_target_wishes_are_taken_without_comment() -> None:
         four_bit=PerBlock(block_size=16),
         eight_bit=PerBlock(block_size=64),
         symmetric=False,
+        scale_range="full",
         gather_form="dq",
         gather_block_size=64,
         accuracy_level=1,
@@ -182,11 +181,10 @@ def test_negative_scales_are_the_default_where_they_are_known_to_run(runtime: Ru
     known = runtime in ("cpu", "cuda", "webgpu")
     line = next(line for line in choose(runtime).explanations if line.option == "--scale_range")
     assert line.chosen == ("signed" if known else "full")
-    config = QuantizeConfig(onnx_path=Path("base"), output_path=Path("int4"), target=runtime)
-    assert config.range_rule == line.chosen
-    assert replace(config, scale_range="compat7").range_rule == "compat7"
-    assert replace(config, algo="rtn").range_rule == "full"
-    assert replace(config, target=None).range_rule == "full"
+    assert choose(runtime).scale_range == line.chosen
+    assert choose(runtime, wishes=FormatWishes(scale_range="compat7")).scale_range == "compat7"
+    assert choose(runtime, wishes=FormatWishes(form=WeightForm.QDQ)).scale_range == "full"
+    assert choose_formats(None, FormatWishes(), traits()).scale_range == "full"
 
 
 def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:
