@@ -63,7 +63,8 @@ def _observe(
 ) -> None:
     """Run the model and write the cache."""
     observation = prepared.observation
-    pieces = observation.cut(prepared.model, processes.hear_first(_memory(config, observation.device, processes)))
+    memory = processes.hear_first(_memory(config, observation.device, processes))
+    pieces = observation.cut(prepared.model, memory, prepared.choice.names)
     with observation.open_first(pieces[0], prepared.choice) as tap:
         # Only now it is known which providers work.
         key = replace(prepared.key, providers=tap.providers.names)

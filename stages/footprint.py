@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import psutil
 import torch
 
+from stages.held_weights import held_bytes
 from stages.observe.statistics import StatisticsSize, tapped_itemsize
 from stages.pieces import cut_into_pieces
 from stages.preview_table import StageMemory
@@ -55,9 +57,15 @@ def held_already() -> int:
 
 
 def calibration_memory(
-    model: ir.Model, groups: Sequence[ActivationGroup], text: TextShape, limit: int, held: int
+    model: ir.Model,
+    groups: Sequence[ActivationGroup],
+    text: TextShape,
+    limit: int,
+    held: int,
+    providers: tuple[str, ...],
 ) -> StageMemory:
-    """Weights, statistics and activations of a batch, in parts of at most ``limit`` bytes."""
+    """Weights, statistics and activations of a batch under ``providers``, in parts of at most ``limit`` bytes."""
+    of_weight = partial(held_bytes, providers=providers)
     costs = {
         group.activation: text.batch_size * text.seq_len * group.in_features * tapped_itemsize(group.sites[0].dtype)
         + sum(size.memory for size in text.sizes(group))
@@ -65,10 +73,10 @@ def calibration_memory(
     }
     weights: list[int] = []
     totals: list[int] = []
-    for piece in cut_into_pieces(model, wanted=costs.keys(), limit=limit, extra_bytes=costs):
+    for piece in cut_into_pieces(model, wanted=costs.keys(), limit=limit, extra_bytes=costs, weight_bytes=of_weight):
         of_piece = {value for node in piece.model.graph for value in node.inputs if value is not None}
         made = {output.name for node in piece.model.graph for output in node.outputs}
-        weights.append(sum(value.const_value.nbytes for value in of_piece if value.const_value is not None))
+        weights.append(sum(of_weight(value.const_value) for value in of_piece if value.const_value is not None))
         totals.append(weights[-1] + sum(cost for name, cost in costs.items() if name in made))
     largest = max(range(len(totals)), key=totals.__getitem__)
     parts = "" if len(totals) == 1 else f", in {len(totals)} parts (--max_memory)"

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from stages.graph.run import ActivationTap, open_piece_tap
+from stages.held_weights import held_bytes
 from stages.model_directory import ModelDirectory
 from stages.observe.cache import CacheWriter
 from stages.observe.carried import CarriedValues
@@ -52,10 +54,14 @@ class Observation:
     """Where a widened copy of the model may lie for a while."""
     processes: Processes
 
-    def cut(self, model: ir.Model, memory: int) -> tuple[Piece, ...]:
-        """``model`` in pieces of at most ``memory`` bytes each: weights, statistics, and the activations of a batch."""
+    def cut(self, model: ir.Model, memory: int, providers: tuple[str, ...]) -> tuple[Piece, ...]:
+        """``model`` in pieces of at most ``memory`` bytes each: weights, statistics, and the activations of a batch.
+
+        ``providers`` are those that shall run it.
+        """
         costs = {group.activation: self._bytes(group) for group in self.groups}
-        return tuple(cut_into_pieces(model, wanted=costs.keys(), limit=memory, extra_bytes=costs))
+        held = partial(held_bytes, providers=providers)
+        return tuple(cut_into_pieces(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=held))
 
     def open_first(self, piece: Piece, choice: ProviderChoice) -> ActivationTap:
         """The tap of the first piece, which finds out the providers that work."""

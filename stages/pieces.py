@@ -5,7 +5,7 @@ Pieces are cut where the fewest bytes a token cross, which in a decoder is betwe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -38,6 +38,7 @@ def cut_into_pieces(
     limit: int,
     together: Collection[str] = (),
     extra_bytes: Mapping[str, int] | None = None,
+    weight_bytes: Callable[[ir.TensorProtocol], int] = lambda weight: weight.nbytes,
 ) -> Iterator[Piece]:
     """Cut the part of the main graph that ``wanted`` values are computed from.
 
@@ -48,10 +49,11 @@ def cut_into_pieces(
             parted have more.
         together: names of values that stay in the piece that makes them.
         extra_bytes: what else the value of this name costs in its piece.
+        weight_bytes: what a weight costs; by default its stored size.
     """
     nodes = _needed_nodes(model, wanted)
     order = _Order(nodes, frozenset(wanted), frozenset(together))
-    cuts = order.choose_cuts(_costs(nodes, extra_bytes or {}), limit)
+    cuts = order.choose_cuts(_costs(nodes, extra_bytes or {}, weight_bytes), limit)
     carried: list[ir.Value] = []
     for start, end in pairwise(cuts):
         made = [value for node in nodes[start:end] for value in node.outputs if value not in order.constant]
@@ -162,13 +164,15 @@ def _graphs_of(attribute: ir.Attr) -> Iterable[ir.Graph]:
             return ()
 
 
-def _costs(nodes: list[ir.Node], extra_bytes: Mapping[str, int]) -> list[int]:
+def _costs(
+    nodes: list[ir.Node], extra_bytes: Mapping[str, int], weight_bytes: Callable[[ir.TensorProtocol], int]
+) -> list[int]:
     """For each node, bytes of the initializers that no node before it reads, and the extra ones of its outputs."""
     seen: set[ir.Value] = set()
     costs = []
     for node in nodes:
         new = set(_read_by(node)) - seen
-        weights = sum(value.const_value.nbytes for value in new if value.const_value is not None)
+        weights = sum(weight_bytes(value.const_value) for value in new if value.const_value is not None)
         costs.append(weights + sum(extra_bytes.get(str(value.name), 0) for value in node.outputs))
         seen |= new
     return costs

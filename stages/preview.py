@@ -28,6 +28,7 @@ from stages.planning import ModelPlan, plan_model, recipe_in_words
 from stages.preview_table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
 from stages.records import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, PerBlock, ValueAbsorber
 from stages.search_time import search_seconds
+from stages.session import choose_providers
 from stages.solve.recipe import all_sites
 from stages.spending import needs_weights, spend_budget, unmeasured_groups
 
@@ -203,7 +204,8 @@ def _memory(
 ) -> Iterator[StageMemory]:
     if text is not None and known.cache is None:
         limit = _calibration_limit(calibration)
-        yield calibration_memory(known.model, find_groups(known.model), text, limit, held)
+        providers = choose_providers(calibration.calibration_eps).names
+        yield calibration_memory(known.model, find_groups(known.model), text, limit, held, providers)
     yield search_memory(plan.sites.groups, choose_device(config.device), held)
     yield export_memory(plan.sites.groups, plan.sites.specs, held)
 

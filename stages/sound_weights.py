@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from stages.finite import all_finite
 from stages.records import EmbeddingPlan, ExportRecipe, MatMulSite, QuantSpec, torch_float
 
 
@@ -76,4 +77,4 @@ def _require_range(codes: Tensor, name: str, spec: QuantSpec) -> None:
 
 
 def _require_finite(numbers: Tensor, name: str) -> None:
-    _need(bool(torch.isfinite(numbers).all()), f"its {name} hold NaN or infinite values")
+    _need(all_finite(numbers), f"its {name} hold NaN or infinite values")

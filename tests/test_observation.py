@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,6 +78,26 @@ def test_parts_give_the_statistics_of_the_whole(
                 assert (kept is None) == (again is None)
                 if kept is not None and again is not None:
                     torch.testing.assert_close(again, kept, rtol=0, atol=float(tolerance * kept.abs().max()))
+
+
+def test_no_session_outlives_its_part(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[ort.InferenceSession]] = []
+    alive: list[int] = []
+    original = ActivationTap.run
+
+    def watched(self: ActivationTap, tokens: object, carried: object) -> object:
+        if not any(session() is self.feeds.session for session in opened):
+            opened.append(weakref.ref(self.feeds.session))
+        gc.collect()
+        alive.append(sum(session() is not None for session in opened))
+        return original(self, tokens, carried)
+
+    monkeypatch.setattr(ActivationTap, "run", watched)
+    calibrate(commands, tiny_model, tiny_text, tmp_path / "parts", "--max_memory", "300kB")
+    assert len(opened) >= 3
+    assert set(alive) == {1}
 
 
 def test_one_part_where_everything_fits(tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands) -> None:

@@ -74,9 +74,9 @@ def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
     return f"{name}/float32"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class ActivationTap:
-    """An open session of a tapped graph; leaving it removes the temporary weights, if there are any."""
+    """An open session of a tapped graph; leaving it closes that and removes the temporary weights, if there are any."""
 
     feeds: CausalFeeds
     values: tuple[str, ...]
@@ -95,6 +95,8 @@ class ActivationTap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Whoever holds the tap still may not hold a model's weights with it.
+        self.__dict__.pop("feeds", None)
         self.temporary.close()
 
     def run(self, tokens: np.ndarray, carried: Mapping[str, np.ndarray] = _NOTHING) -> Iterator[tuple[str, Tensor]]:

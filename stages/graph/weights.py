@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.errors import GraphError, SolveError
+from stages.finite import all_finite
 from stages.records import EmbeddingTable, MatMulSite, WeightLayout
 
 
@@ -28,7 +29,7 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
         value.const_value.release()
     if site.layout is WeightLayout.K_BY_N:
         weight = weight.T.contiguous()
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise SolveError(f"The weight of {site.name} holds NaN or infinite values; build the base model again.")
     return weight
 
@@ -49,7 +50,7 @@ def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch
     if isinstance(value.const_value, ir.ExternalTensor):
         value.const_value.release()
     numbers = to_torch(part).to(device=device, dtype=torch.float32)
-    if not bool(torch.isfinite(numbers).all()):
+    if not all_finite(numbers):
         raise SolveError(f"The embedding '{table.weight}' holds NaN or infinite values; build the base model again.")
     return numbers
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
@@ -24,6 +23,7 @@ from torch import Tensor
 from stages.atomic import is_occupied, require_creatable, whole_directory
 from stages.errors import CacheMismatch, UserError
 from stages.file_names import reachable
+from stages.finite import all_finite
 from stages.observe.triangle import pack, unpack
 from stages.one_line import in_one_line
 from stages.records import ActivationStats, TokenStats
@@ -203,7 +203,7 @@ def _floats(tensors: Mapping[str, Tensor], name: str, *, rank: int, optional: bo
     tensor = tensors.get(name)
     if tensor is not None:
         _need(tensor.ndim == rank and tensor.is_floating_point(), f"{name} is no {rank}-dimensional tensor of floats")
-        _need(bool(torch.isfinite(tensor).all()), f"{name} holds NaN or infinite values")
+        _need(all_finite(tensor), f"{name} holds NaN or infinite values")
     return tensor
 
 

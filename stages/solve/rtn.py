@@ -8,4 +8,4 @@ from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoi
 
 def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """Plain rounding for every site."""
-    return full_ranges(problem, options.range_rule, IDENTITY)
+    return problem.plain or full_ranges(problem, options.range_rule, IDENTITY)
