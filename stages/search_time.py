@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -31,31 +31,29 @@ def search_seconds(
     small = set(small_groups(groups, workers))
     commonest = Counter(specs.values()).most_common(1)[0][0]
 
-    @cache
-    def rates(threads: int | None) -> Work:
-        with _threads(threads):
-            return measure_rates(device, commonest, options, with_statistics=text is not None)
-
+    measure = partial(measure_rates, device, commonest, options, with_statistics=text is not None)
+    rates = cache(partial(rates_beside, measure))
     found: dict[str, float] = {}
     for place, group in enumerate(groups):
-        threads, share = (1, workers) if place in small else (None, 1)
+        beside = workers if place in small else 1
         parts = _searched_together(config, group)
         works = (count_work(config.search_algorithm, part, specs, _form(part, text), options) for part in parts)
-        seconds = sum(estimated_seconds(work, rates(threads)) for work in works) / share
+        seconds = sum(estimated_seconds(work, rates(beside)) for work in works) / beside
         channels = sum(site.out_features for site in group.sites)
         found |= {site.name: seconds * site.out_features / channels for site in group.sites}
     return found
 
 
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """Torch with so many threads; None: as many as it has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def rates_beside(measure: Callable[[], Work], workers: int) -> Work:
+    """What one of ``workers`` threads does in a second while the others do the same; one alone has all threads.
+
+    Threads side by side share the memory's bandwidth and the interpreter: each is slower than it would be alone.
+    """
+    if workers == 1:
+        return measure()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        measured = [pool.submit(measure) for _ in range(workers)]
+        return sum((rates.result() for rates in measured), Work()).times(1 / workers)
 
 
 def _searched_together(config: QuantizeConfig, group: ActivationGroup) -> list[ActivationGroup]:
