@@ -9,6 +9,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
 
 from export.graph_edit import called
+from stages.finite import all_finite
 
 
 class CannotFold(Exception):
@@ -20,7 +21,7 @@ def leaves_range(before: Float[Tensor, "*shape"], after: Float[Tensor, "*shape"]
     smallest = torch.finfo(after.dtype).smallest_normal
     old, new = before.float().abs(), after.float().abs()
     shrunk = (new < smallest) & (new < old)
-    return bool(shrunk.any()) or not bool(torch.isfinite(new).all())
+    return bool(shrunk.any()) or not all_finite(new)
 
 
 def divided_vector(node: ir.Node, index: int, divisor: Float32[Tensor, " N"]) -> ir.TensorProtocol:
@@ -46,7 +47,7 @@ def divided_matrix(node: ir.Node, divisor: Float32[Tensor, " N"]) -> ir.TensorPr
     """
     tensor = _constant(node, 1)
     along_outputs = divisor[:, None] if node.attributes.get_int("transB", 0) == 1 else divisor
-    if not bool(torch.isfinite(_divide(tensor, along_outputs)).all()):
+    if not all_finite(_divide(tensor, along_outputs)):
         raise CannotFold(f"'{tensor.name}' would overflow")
     return ir.LazyTensor(
         lambda: TorchTensor(_divide(tensor, along_outputs)), dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy())

@@ -35,6 +35,7 @@ from export.fold_guards import (
 from export.graph_edit import GraphEditor, called, name_of
 from export.qdq import StoredSite, divided_scales
 from stages.errors import RecipeError
+from stages.finite import all_finite
 from stages.records import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber, torch_float
 
 How = Literal["none", "norm", "linear", "value", "mul"]
@@ -210,7 +211,7 @@ def _checked(scale: Tensor | None, site: MatMulSite) -> Tensor | None:
     """The scale in float32, or None where dividing by it changes nothing."""
     if scale is None:
         return None
-    if scale.shape != (site.in_features,) or not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
+    if scale.shape != (site.in_features,) or not all_finite(scale) or bool((scale <= 0).any()):
         raise RecipeError(
             f"The stored input scale of '{site.name}' is not {site.in_features} positive numbers; run stages.quantize "
             "again with --overwrite."
@@ -226,7 +227,7 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
 
 def _reciprocal(scale: Float32[Tensor, " K"], site: MatMulSite) -> Tensor:
     inverse = (1 / scale).to(torch_float(site.dtype))
-    if not bool(torch.isfinite(inverse).all()) or bool((inverse == 0).any()):
+    if not all_finite(inverse) or bool((inverse == 0).any()):
         raise RecipeError(
             f"1 / input scale of '{site.name}' doesn't fit {site.dtype}; run stages.quantize again with --algo "
             "awq_clip, which needs no input scale."

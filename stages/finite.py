@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def all_finite(numbers: Float[Tensor, ...]) -> bool:
+def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
     """True where ``numbers`` hold neither NaN nor an infinity; of no numbers too. Reads them once, without a copy.
 
     Smallest and largest number tell, since a NaN among the numbers becomes both; ``isfinite(...).all()`` writes four

@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from stages.processes import Processes, split_by_cost
 from stages.progress import Progress, progress_bar
 from stages.records import ActivationGroup, ActivationStats
 from stages.session import ProviderChoice
+from stages.threads import one_thread_each
 
 _PARTS = ("held_out", "calibration")
 _NAMES = {"held_out": "held-out text", "calibration": "calibration text"}
@@ -176,7 +176,7 @@ def fold_in(
         for name in values:
             add(name)
         return
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread_each(torch.get_num_threads()) as pool:
         deque(pool.map(add, values), maxlen=0)  # map raises what a thread raised, once it is asked for results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 
@@ -16,6 +15,7 @@ from stages.planning import ModelPlan, search_options
 from stages.records import ActivationGroup
 from stages.solve.cost import StatisticsForm, Work, count_work, estimated_seconds, measure_rates
 from stages.solve.side_by_side import small_groups, workers_on
+from stages.threads import one_thread_each
 
 
 def search_seconds(
@@ -51,7 +51,7 @@ def rates_beside(measure: Callable[[], Work], workers: int) -> Work:
     """
     if workers == 1:
         return measure()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread_each(workers) as pool:
         measured = [pool.submit(measure) for _ in range(workers)]
         return sum((rates.result() for rates in measured), Work()).times(1 / workers)
 

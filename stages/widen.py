@@ -21,6 +21,8 @@ _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "prec
 """Attributes whose number is an ONNX element type."""
 
 _BFLOAT16 = frozenset({ir.DataType.BFLOAT16})
+NARROW = _BFLOAT16 | {ir.DataType.FLOAT16}
+"""Types of 16 bits, every number of which is a float32."""
 
 WIDENED_BECAUSE = "as float32: the CPU has no bfloat16 kernels, and every bfloat16 is a float32"
 """What tables say of a widened run."""

@@ -578,8 +578,7 @@ def watched_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[MatMulTypes]:
             return super().submit(watched)
 
     with found, monkeypatch.context() as patch:
-        patch.setattr("stages.observation.ThreadPoolExecutor", WatchedPool)
-        patch.setattr("stages.solve.side_by_side.ThreadPoolExecutor", WatchedPool)
+        patch.setattr("stages.threads.ThreadPoolExecutor", WatchedPool)
         yield found
 
 

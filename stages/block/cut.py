@@ -19,7 +19,7 @@ from stages.block.own_domain import LINEAR, OWN_DOMAIN, domain_in_cut
 from stages.errors import GraphError
 from stages.graph.sites import find_sites
 from stages.records import MatMulSite
-from stages.widen import widened
+from stages.widen import NARROW, widened
 
 _LAYER = re.compile(r"layers[./](\d+)")
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
@@ -246,7 +246,7 @@ class _Cutter:
             name=f"layers.{self._block.layer}",
         )
         cut = ir.Model(graph, ir_version=self._model.ir_version)
-        return widened(cut, frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16}))
+        return widened(cut, NARROW)
 
 
 def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

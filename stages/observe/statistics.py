@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.errors import SolveError
+from stages.finite import all_finite
 from stages.observe.triangle import mirrored
 from stages.records import FloatName, TokenStats
 
@@ -94,7 +95,7 @@ class StatisticsAccumulator:
         stored = batch.reshape(-1, batch.shape[-1]).to(self._device)
         rows = stored.float()
         abs_sum = rows.abs().sum(dim=0)
-        if not bool(torch.isfinite(abs_sum).all()):
+        if not all_finite(abs_sum):
             raise SolveError(
                 f"The activation '{self._activation}' holds NaN or infinite values; run a float32 or bfloat16 build "
                 "of the base model, or another execution provider."

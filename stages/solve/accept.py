@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from stages.solve.evaluate import errors_of, full_ranges, measured, total_errors
-from stages.solve.problem import IDENTITY, GroupProblem, SearchOptions, SiteChoice
+from stages.solve.evaluate import errors_of, measured, total_errors
+from stages.solve.problem import GroupProblem, SearchOptions, SiteChoice
+from stages.solve.rtn import rtn
 
 
 def first_accepted(
@@ -16,7 +17,7 @@ def first_accepted(
 
     Refinements that held-out tokens speak against are undone first. Plain rounding is the answer where none passes.
     """
-    plain = measured(problem, problem.plain or full_ranges(problem, options.range_rule, IDENTITY))
+    plain = measured(problem, rtn(problem, options))
     limits = total_errors(plain)
     for candidate in ranked:
         choices = settle(problem, candidate)

@@ -15,6 +15,7 @@ import torch
 
 from stages.records import ActivationGroup, SolvedGroup
 from stages.solve.runner import GroupSolver
+from stages.threads import one_thread_each
 
 Solved = tuple[int, SolvedGroup]
 """A group's place, and what was found for it."""
@@ -61,7 +62,7 @@ def _task(solver: GroupSolver, group: ActivationGroup, place: int) -> Callable[[
 
 
 def _side_by_side(tasks: Sequence[Callable[[], Solved]], workers: int) -> Iterator[Solved]:
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread_each(workers) as pool:
         waiting = iter(tasks)
         running: set[Future[Solved]] = {pool.submit(task) for task in islice(waiting, workers)}
         while running:
