@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,10 +20,9 @@ from stages.file_names import companion
 from stages.records import BlockAxis, GatherForm
 from stages.target.name import Target, parse_target
 
-Algorithm = Literal["rtn", "rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
-OneShot = Literal["rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
+Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
+OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
-AwqObjective = Literal["layer", "block"]
 ScaleRange = Literal["signed", "full", "compat7"]
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 LmHead = Literal["4", "8", "none"]
@@ -161,12 +160,8 @@ class QuantizeConfig(CommandOptions):
     """Where the quantized model goes: a folder, or the .onnx file in it. Must not exist yet."""
     algo: Algorithm = "awq_gptq"
     """rtn: rounding, Q->DQ nodes. rtn_dq: rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search.
-    awq_full: both. mse: range search by weights alone. gptq: range search, then codes that make up for each other's
-    errors. awq_gptq: awq_full, then the same. signround: another one's result, tuned decoder block by decoder block
-    with gradients (AutoRound)."""
-    awq_objective: AwqObjective = "layer"
-    """What input scales are judged by. layer: the output error of the sites that read the activation, from the cache.
-    block: the decoder block's output, as AWQ published it; runs each block two dozen times for each activation."""
+    awq_full: both. gptq: range search, then codes that make up for each other's errors. awq_gptq: awq_full, then the
+    same. signround: another one's result, tuned decoder block by decoder block with gradients (AutoRound)."""
     refine: bool = False
     """After the search go through the decoder blocks once more: each layer is solved again for what the quantized
     layers before it really give, so that it makes up for their errors."""
@@ -177,13 +172,11 @@ class QuantizeConfig(CommandOptions):
     signround_lr: float | None = None
     """First step of the descent, falling linearly to 0; default: 1 / signround_iters."""
     signround_batch_size: int = 4
-    """Windows in one step of the descent; 8 as published. Also how many --refine and --awq_objective block send
-    through a block at once."""
+    """Windows in one step of the descent; 8 as published. Also how many --refine sends through a block at once."""
     signround_seed: int = 0
     """Seed of the order in which the descent sees the windows."""
     cache_dir: Path | None = None
-    """Calibration cache; default: the model's folder name with .calibration added. Not needed for rtn, rtn_dq,
-    mse."""
+    """Calibration cache; default: the model's folder name with .calibration added. rtn and rtn_dq need none."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export; default: the output folder's name with .weights added."""
     target: Annotated[str | None, tyro.conf.arg(metavar="RUNTIME[@VERSION]")] = None
@@ -297,7 +290,7 @@ class QuantizeConfig(CommandOptions):
     @property
     def tunes_blocks(self) -> bool:
         """Whether decoder blocks are run after the search."""
-        return self.refine or self.awq_objective == "block" or self.algo == "signround"
+        return self.refine or self.algo == "signround"
 
     @property
     def search_algorithm(self) -> Algorithm:
@@ -323,7 +316,7 @@ class QuantizeConfig(CommandOptions):
 
     @property
     def needs_cache(self) -> bool:
-        return self.has_budget or self.tunes_blocks or self.algo not in ("rtn", "rtn_dq", "mse")
+        return self.has_budget or self.tunes_blocks or self.algo not in ("rtn", "rtn_dq")
 
     def validate(self) -> None:
         """Raise RecipeError naming the first option that can't be used."""
@@ -350,11 +343,6 @@ class QuantizeConfig(CommandOptions):
         _require(0 < self.awqclip_alpha_min <= 1, "--awqclip_alpha_min must lie in (0, 1].")
         _require(
             _SMALLEST_STEP <= self.awqclip_alpha_step <= 1, f"--awqclip_alpha_step must lie in [{_SMALLEST_STEP}, 1]."
-        )
-        _require(
-            self.awq_objective == "layer" or self.search_algorithm in get_args(ScaleSearch),
-            f"--awq_objective block is about input scales, and {self.search_algorithm} has none; use one of "
-            f"{', '.join(get_args(ScaleSearch))}.",
         )
         _require(self.signround_iters >= 1, "--signround_iters must be at least 1.")
         _require(
@@ -540,7 +528,7 @@ class ReportConfig(CommandOptions):
 class SweepGrid:
     """Options of ``stages.quantize`` with several values each: every combination is a point."""
 
-    algo: tuple[Algorithm, ...] = ("rtn_dq", "mse", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq")
+    algo: tuple[Algorithm, ...] = ("rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq")
     """Algorithms; by default all that search one site at a time."""
     block_size: tuple[int | None, ...] = (32, 128)
     """Inputs that share a scale; None: as stages.quantize chooses."""

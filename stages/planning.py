@@ -248,8 +248,7 @@ def signround_options(config: QuantizeConfig) -> SignRoundOptions:
 
 def _tuning(config: QuantizeConfig) -> bytes:
     """What the codes depend on besides the search, where blocks are tuned; else nothing."""
-    refine = b"scaled by block" if config.awq_objective == "block" else b""
-    refine += b"refine" if config.refine else b""
+    refine = b"refine" if config.refine else b""
     if config.algo != "signround":
         return refine
     options = TypeAdapter(SignRoundOptions).dump_json(signround_options(config))
@@ -294,8 +293,7 @@ def recipe_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
     mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
     table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
-    algorithm = f"{config.search_algorithm} by block" if config.awq_objective == "block" else config.search_algorithm
-    algorithm = f"{algorithm} refined" if config.refine else algorithm
+    algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
     return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
 

@@ -218,7 +218,7 @@ def _calibration_limit(calibration: CalibrateConfig) -> int:
 
 def _notes(config: QuantizeConfig) -> Iterator[str]:
     if config.tunes_blocks:
-        yield "what is done decoder block by decoder block (--refine, signround, --awq_objective block) comes on top"
+        yield "what is done decoder block by decoder block (--refine, signround) comes on top"
 
 
 def _sites(

@@ -45,12 +45,13 @@ from stages.report import loss_so_far, quantization_table, search_summary
 from stages.screen import Screen, silent_screen
 from stages.site_names import short_name
 from stages.solve.embedding import quantize_table
-from stages.solve.registry import ALGORITHMS, FINISHES
+from stages.solve.problem import SearchOptions
+from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver, search_cost
 from stages.solve.side_by_side import solve_groups
 from stages.spending import SpentBudget, spend_budget
 from stages.target.explain import choice_table
-from stages.tune.tuner import BlockScaleStep, BlockStep, BlockTuner, RefineStep, SignRoundStep
+from stages.tune.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -254,14 +255,14 @@ def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Proc
     if store.is_complete():
         return
     blocks = open_blocks(prepared.model, store.recipe.groups)
-    search = replace(config, algo=config.search_algorithm, refine=False, awq_objective="layer")
+    search = replace(config, algo=config.search_algorithm, refine=False)
     solver = _solver(search, prepared.model, prepared.plan, cache)
     with processes.first_goes_first():
         begun = _earlier_store(store, "search", search, prepared.plan, cache)
     _solve_unfinished(solver, begun, processes, console)
     if not processes.is_first:
         return
-    *earlier, last = _block_steps(config, solver)
+    *earlier, last = _block_steps(config, solver.options)
     for step, result in (*earlier, last):
         reached = store if step is last[0] else _earlier_store(store, step.name, result, prepared.plan, cache)
         BlockTuner(
@@ -277,15 +278,11 @@ def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Proc
         begun = reached
 
 
-def _block_steps(config: QuantizeConfig, solver: GroupSolver) -> list[tuple[BlockStep, QuantizeConfig]]:
-    """What is done block by block after the search, in this order, each with what it makes of the search."""
-    scaled = replace(config, algo=config.search_algorithm, refine=False)
-    refined = replace(config, algo=config.search_algorithm)
+def _block_steps(config: QuantizeConfig, options: SearchOptions) -> list[tuple[BlockStep, QuantizeConfig]]:
+    """Return the steps that go block by block after the search, in order, each with what it makes of the search."""
     steps: list[tuple[BlockStep, QuantizeConfig]] = []
-    if config.awq_objective == "block":
-        steps.append((BlockScaleStep(solver, FINISHES[config.search_algorithm]), scaled))
     if config.refine:
-        steps.append((RefineStep(solver.options), refined))
+        steps.append((RefineStep(options), replace(config, algo=config.search_algorithm)))
     if config.algo == "signround":
         steps.append((SignRoundStep(signround_options(config)), config))
     return steps

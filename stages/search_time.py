@@ -31,7 +31,7 @@ def search_seconds(
     small = set(small_groups(groups, workers))
     commonest = Counter(specs.values()).most_common(1)[0][0]
 
-    measure = partial(measure_rates, device, commonest, options, with_statistics=text is not None)
+    measure = partial(measure_rates, device, commonest, options)
     rates = cache(partial(rates_beside, measure))
     found: dict[str, float] = {}
     for place, group in enumerate(groups):

@@ -193,10 +193,10 @@ def test_json_of_sweep_and_of_its_folder(
     tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands, run: Callable[..., dict[str, object]]
 ) -> None:
     given = ["--base", tiny_model, "--output", tmp_path, "--cache_dir", tiny_cache, "--no_evaluation"]
-    given += ["--algo", "mse", "--block_size", 16, "--use_zero_point", "False", "--options", "verify=off"]
+    given += ["--algo", "rtn_dq", "--block_size", 16, "--use_zero_point", "False", "--options", "verify=off"]
     (found,) = document(commands.sweep(*given, "--quiet", "--json"))["results"]  # type: ignore[misc]
     (model,) = found["models"]
-    assert model["name"] == "mse-b16-verify-off"
+    assert model["name"] == "rtn_dq-b16-verify-off"
     assert model["command"].startswith("python -m stages.quantize --onnx_path=")
     assert model["failure"] is None
     assert model["bytes"] > 0

@@ -27,7 +27,7 @@ _EMPTY_PAST = {"GroupQueryAttention": (3, 4, 5, 6, 9), "MultiHeadAttention": (6,
 """Inputs that say nothing in full windows that begin at position 0 with an empty past: the past key and value, the
 lengths, the positions."""
 
-WITHOUT_BLOCKS = "do without --algo signround, --refine and --awq_objective block, which run blocks by themselves."
+WITHOUT_BLOCKS = "do without --algo signround and --refine, which run blocks by themselves."
 """The mend in messages about blocks that can't be cut out."""
 
 

@@ -18,10 +18,10 @@ def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice,
     *scales, identity = glance_at_input_scales(problem, options)
     sample = Sample(problem, LOOK)
     ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(sample, options, scale))
-    return first_accepted(problem, options, (clipped(problem, options, scale) for scale in ranked))
+    return first_accepted(problem, options, (_clipped(problem, options, scale) for scale in ranked))
 
 
-def clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
+def _clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
     """The best ranges of all sites under a given input scale."""
     return clip_sites(problem, options, full_ranges(problem, options.range_rule, scale))
 

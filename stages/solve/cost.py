@@ -136,10 +136,6 @@ def _rounding(sizes: _Sizes) -> Work:
     return Work(rounded=sizes.whole.weights)
 
 
-def _mse(sizes: _Sizes) -> Work:
-    return Work(ranged=sizes.whole.weights, rounded=sizes.whole.weights)
-
-
 def _awq_lite(sizes: _Sizes) -> Work:
     looks = sizes.glance.compared(sizes.scales) + sizes.look.compared(_SECOND_LOOKS)
     return _around(sizes) + looks + sizes.whole.judged()
@@ -176,7 +172,6 @@ def _compensation(sizes: _Sizes) -> Work:
 _COUNTS: Mapping[str, Callable[[_Sizes], Work]] = {
     "rtn": _rounding,
     "rtn_dq": _rounding,
-    "mse": _mse,
     "awq_lite": _awq_lite,
     "awq_clip": _awq_clip,
     "awq_full": _awq_full,
@@ -225,10 +220,10 @@ _WALKED = 128
 _REPEATS = 3
 
 
-def measure_rates(device: torch.device, spec: QuantSpec, options: SearchOptions, *, with_statistics: bool) -> Work:
+def measure_rates(device: torch.device, spec: QuantSpec, options: SearchOptions) -> Work:
     """How much of each kind of work ``device`` does in a second, with ``spec``'s formats, by the clock.
 
-    Takes a few seconds. ``with_statistics`` says whether ranges are searched by output error or by the weights' own.
+    Takes a few seconds.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(options.column_chunk, _CHANNELS, generator=generator).to(device)
@@ -238,7 +233,7 @@ def measure_rates(device: torch.device, spec: QuantSpec, options: SearchOptions,
         gram=_gram(_CHANNELS, generator, device),
     )
     size = min(spec.block_size(_CHANNELS), _LARGEST_TIMED_BLOCK)
-    gram = gram_blocks(stats, size) if with_statistics and not isinstance(spec.granularity, PerChannel) else None
+    gram = None if isinstance(spec.granularity, PerChannel) else gram_blocks(stats, size)
     many = weight.repeat(-(-rows_per_chunk(weight) // len(weight)), 1)
     walked = weight[:, :_WALKED].contiguous()
     few, large = (_gram(channels, generator, device) for channels in (_WALKED, _FACTORED))

@@ -96,6 +96,3 @@ class SiteChoice:
 
 Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
 """A pure function: one choice for every site of the group."""
-
-Finish = Callable[[GroupProblem, SearchOptions, InputScale], tuple[SiteChoice, ...]]
-"""The same for an input scale that is given."""

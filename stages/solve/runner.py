@@ -88,11 +88,8 @@ class GroupSolver:
         choices = algorithm(problem, self.options)
         return choices if problem.stats is None else measured(problem, choices)
 
-    def problems(self, group: ActivationGroup) -> list[GroupProblem]:
-        """What is searched for ``group``: all its sites at once, or each alone where each has its own input scale."""
-        return self._parts(self.pose(group))
-
     def _parts(self, problem: GroupProblem) -> list[GroupProblem]:
+        """Return all sites at once, or each by itself where each has its own input scale."""
         problem = replace(problem, plain=self._plain(problem))
         return [problem] if self.fold or self.one_scale else _one_by_one(problem)
 

@@ -9,14 +9,13 @@ decided on windows that the descent never saw, the start among the candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.records import QuantizedWeight
-from stages.solve.problem import InputScale
 from stages.solve.rounding import TunableWeight
 
 BlockFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -64,8 +63,6 @@ class TunedBlock:
     weights: tuple[QuantizedWeight, ...]
     start_loss: float
     loss: float
-    chosen: Mapping[str, InputScale] = field(default_factory=dict)
-    """The input scales that were chosen anew, by site."""
 
 
 def block_loss(found: Float[Tensor, "*batch hidden"], wanted: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:

@@ -26,16 +26,14 @@ from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
 from stages.progress import progress_bar
 from stages.quantized_store import QuantizedStore
-from stages.records import QuantizedWeight, SiteReport, SolvedGroup, TokenStats
+from stages.records import QuantizedWeight, SolvedGroup, TokenStats
 from stages.solve.evaluate import output_energies
 from stages.solve.objective import joint_errors, to_device
-from stages.solve.problem import Finish, InputScale, SearchOptions
+from stages.solve.problem import SearchOptions
 from stages.solve.rounding import effective_weight
-from stages.solve.runner import GroupSolver
 from stages.solve.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.tune.in_hand import BlockInHand
 from stages.tune.refining import Refiner
-from stages.tune.scaling import BlockScaler
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,19 +67,6 @@ class SignRoundStep:
     def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
         starts = tuple(weight for group in hand.starts for weight in group.weights)
         return tune_block(hand.run, hand.originals, starts, hand.calibration, hand.held_out, self.options, advance)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockScaleStep:
-    """Input scales chosen by the block's output."""
-
-    solver: GroupSolver
-    finish: Finish
-    name: str = "block_scales"
-    ticks: int | None = None
-
-    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
-        return BlockScaler(hand, self.solver.options, self.finish, self.solver.problems).scale_block(advance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +192,7 @@ class BlockTuner:
             losses = [_relative_losses(weight, hand.originals[weight.site.name], parts) for weight in tuned]
             reports = tuple(
                 replace(
-                    _rescaled(report, result.chosen.get(report.site)),
+                    report,
                     algorithm=self.step.name,
                     loss=loss,
                     held_out_loss=held_out_loss,
@@ -222,11 +207,6 @@ class BlockTuner:
 
 def _in_words(block: DecoderBlock, result: TunedBlock) -> str:
     return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
-
-
-def _rescaled(report: SiteReport, scale: InputScale | None) -> SiteReport:
-    """The report, with the input scale where a new one was chosen."""
-    return report if scale is None else replace(report, scale_family=scale.family, alpha=scale.alpha)
 
 
 def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:

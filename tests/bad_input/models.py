@@ -344,7 +344,7 @@ GRAPHS = (
 
 NUMBERS = (
     _model("NaN in a weight", weight_of_values(np.nan), "qkv_proj", "NaN or infinite"),
-    _model("infinity in a weight", weight_of_values(np.inf), "qkv_proj", "NaN or infinite", arguments="--algo mse"),
+    _model("infinity in a weight", weight_of_values(np.inf), "qkv_proj", "NaN or infinite", arguments="--algo rtn_dq"),
     _model("NaN in a weight (rtn)", weight_of_values(np.nan), "qkv_proj", "NaN or infinite", arguments="--algo rtn"),
     _model("NaN in a weight (calibrate)", weight_of_values(np.nan), "NaN or infinite", command="calibrate"),
     _model("infinity in a weight (calibrate)", weight_of_values(np.inf), "NaN or infinite", command="calibrate"),

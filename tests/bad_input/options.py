@@ -45,7 +45,6 @@ OPTIONS = (
     _option("quantize", "--signround_lr inf", "--signround_lr"),
     _option("quantize", "--signround_batch_size 0", "--signround_batch_size", "at least 1"),
     _option("quantize", "--algo rtn --use_column_major", "--use_column_major", "rtn_dq"),
-    _option("quantize", "--awq_objective block", "--awq_objective", "awq_lite"),
     _option("quantize", "--mixed_rule llamacpp", "--mixed_rule", "--enable_mixed_quant"),
     _option("quantize", "--sensitivity measured", "--sensitivity", "--target_bpw"),
     _option("quantize", "--target_bpw nan", "--target_bpw", "more than 0"),

@@ -9,7 +9,6 @@ from stages.solve.awq_gptq import awq_gptq
 from stages.solve.clip import awq_clip
 from stages.solve.evaluate import full_ranges
 from stages.solve.gptq import gptq
-from stages.solve.mse import mse
 from stages.solve.problem import IDENTITY, SiteChoice
 from stages.solve.registry import Algorithm
 from stages.solve.rtn import rtn
@@ -20,7 +19,7 @@ def both_signs(choices: tuple[SiteChoice, ...]) -> list[set[float]]:
     return [set(choice.parameters.scales.sign().unique().tolist()) for choice in choices]
 
 
-@pytest.mark.parametrize("algorithm", [rtn, mse, awq_lite, awq_clip, awq_full, gptq, awq_gptq])
+@pytest.mark.parametrize("algorithm", [rtn, awq_lite, awq_clip, awq_full, gptq, awq_gptq])
 def test_scales_are_positive_unless_signed_ones_are_asked_for(algorithm: Algorithm) -> None:
     layer = random_layer(3)
     assert both_signs(algorithm(layer.problem, OPTIONS)) == [{1.0}] * len(layer.problem.weights)

@@ -5,9 +5,8 @@ import torch
 from stages.records import PerChannel, QuantSpec
 from stages.solve.affine import BlockParameters, choose_parameters, quantize, round_trip
 from stages.solve.blocks import diagonal_blocks, split
-from stages.solve.mse import mse
 from stages.solve.objective import block_error, gram_blocks
-from stages.solve.ranges import clip_ratio_grid, refit, search_clip_ratios, search_ranges
+from stages.solve.ranges import clip_ratio_grid, refit, search_clip_ratios, search_ranges, site_ranges
 from tests.reference.search import best_clip_ratio
 from tests.solve.problems import OPTIONS, random_layer, spec
 
@@ -111,13 +110,13 @@ def test_scales_of_empty_blocks_survive_a_refit() -> None:
     assert torch.equal(refit(blocks, start, spec(), None).scales, torch.ones(2, 1))
 
 
-def test_mse_finds_the_weights_own_squared_error_and_needs_no_statistics() -> None:
+def test_without_a_gram_matrix_ranges_go_by_the_weights_own_squared_error() -> None:
     layer = random_layer(9, in_features=40)
-    (choice,) = mse(layer.problem, OPTIONS)
     weight = layer.problem.weights[0]
+    found = site_ranges(weight, spec(), None, OPTIONS)
     identity = diagonal_blocks(torch.eye(40), 16)
     parameters = search_ranges(weight, spec(), "full", identity, RATIOS)
-    ours, theirs = (block_errors(weight, one, spec(), identity) for one in (choice.parameters, parameters))
+    ours, theirs = (block_errors(weight, one, spec(), identity) for one in (found, parameters))
     full = block_errors(weight, choose_parameters(split(weight, 16), spec(), "full"), spec(), identity)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
     # ALGORITHMS.md 3.1: 0.695 / 0.785 of the full range's error at block 32; smaller blocks gain less.
