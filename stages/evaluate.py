@@ -15,13 +15,14 @@ from stages.evaluation.findings import Evaluation, SpeedTest, TaskScore, load_ev
 from stages.evaluation.genai_session import require_genai
 from stages.evaluation.generation import generate
 from stages.evaluation.harness import TaskRequest, find_tasks, run_tasks
-from stages.evaluation.speed import measure_speed, threads_of_environment
-from stages.machine import describe_machine
+from stages.evaluation.speed import measure_speed
+from stages.machine import default_threads, describe_machine
 from stages.page.document import Document, read_document, write_report
 from stages.page.evaluation_tables import tables_of
 from stages.page.render import render
 from stages.progress import Progress, progress_bar
 from stages.screen import Screen
+from stages.threads import threads
 
 
 def evaluate_models(config: EvaluateConfig, screen: Screen) -> None:
@@ -62,7 +63,7 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
     request = SpeedRequest(
         prompt=tuple(prepared.base.windows.reshape(-1)[: config.speed_prompt_tokens].tolist()),
         new_tokens=config.speed_new_tokens,
-        threads=threads_of_environment(),
+        threads=threads() or default_threads(),
     )
     return measure_speed(prepared.all_models, request, config.speed_rounds, progress)
 

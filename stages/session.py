@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from stages.errors import GraphError, UserError
 from stages.one_line import in_one_line
+from stages.threads import threads
 
 CPU = "CPUExecutionProvider"
 CPU_ONLY = (CPU,)
@@ -104,7 +104,7 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # As torch does: processes that share a machine are told in this way how many threads are theirs.
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", _AS_MANY_AS_CORES))
+    options.intra_op_num_threads = threads() or _AS_MANY_AS_CORES
     if settings.external_data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(settings.external_data_folder)

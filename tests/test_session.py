@@ -134,6 +134,21 @@ def test_an_unknown_provider_names_its_option() -> None:
         choose_providers("gpu", "--eps")
 
 
+@pytest.mark.parametrize(("value", "threads"), [("3,2", 3), ("", 0), ("abc", 0), ("0", 0), (None, 0)])
+def test_sessions_take_the_threads_of_the_environment_or_as_many_as_cores(
+    value: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    graph = TinyGraph()
+    graph.node("Identity", [graph.input("a", FLOAT, [1])], ["b"])
+    graph.output("b", FLOAT, [1])
+    session = open_session(graph.proto().SerializeToString(), SessionSettings())
+    assert session.get_session_options().intra_op_num_threads == threads
+
+
 # --------------------------------------------------------------------------- providers that turn out not to work
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,18 +16,12 @@ from stages.evaluation.findings import ModelSpeed, Rate, SpeedTest
 from stages.evaluation.genai_session import runtime_version
 from stages.evaluation.process import Cost, run_measured
 from stages.genai_config import read_genai_config
-from stages.machine import default_threads, describe_machine
+from stages.machine import describe_machine
 from stages.model_directory import ModelDirectory
 from stages.progress import Progress
 from stages.session import ACCURACY_LEVEL
 
 _DEFAULT_LEVEL = "4, ONNX Runtime's default on the CPU"
-
-
-def threads_of_environment() -> int:
-    """OMP_NUM_THREADS (of a list, its first number), or as many as ONNX Runtime takes by itself."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else default_threads()
 
 
 def measure_speed(

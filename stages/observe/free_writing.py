@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +17,7 @@ from stages.model_directory import ModelDirectory
 from stages.observe.script import Scribe, Script
 from stages.one_line import named
 from stages.session import CPU, SHORT_NAMES
+from stages.threads import threads
 
 LARGEST_BATCH = 32
 """onnxruntime-genai takes no more sequences at once."""
@@ -197,8 +197,8 @@ def _runtime() -> ModuleType:
 
 def _load(runtime: ModuleType, directory: ModelDirectory, provider: str, mute: int) -> object:
     decoder: dict[str, object] = {"filename": directory.onnx_file.name}
-    if "OMP_NUM_THREADS" in os.environ:
-        decoder["session_options"] = {"intra_op_num_threads": int(os.environ["OMP_NUM_THREADS"])}
+    if (granted := threads()) is not None:
+        decoder["session_options"] = {"intra_op_num_threads": granted}
     config = runtime.Config(str(directory.folder))
     config.overlay(json.dumps({"model": {"eos_token_id": mute, "pad_token_id": mute, "decoder": decoder}}))
     config.clear_providers()

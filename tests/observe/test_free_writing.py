@@ -85,6 +85,14 @@ def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
     assert drawn.mean() > 0.7
 
 
+@pytest.mark.parametrize("value", ["2,1", "", "abc"])
+def test_models_open_whatever_omp_num_threads_holds(
+    value: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert write(opened(tiny_model), [TEXT], luck_of(1, 4)).shape == (1, 4)
+
+
 def test_the_same_luck_writes_the_same_and_each_window_its_own(tiny_model: Path) -> None:
     writer, luck = opened(tiny_model), luck_of(3, 24)
     first = write(writer, [TEXT] * 3, luck)
