@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
-_LAYER = re.compile(r"layers[./](\d+)")
+from stages.site_names import layer_of, within_layer
 
 
 def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[str, ...], int]:
@@ -13,7 +12,7 @@ def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[s
 
     Nothing is left out where no layer would remain, or no site has a number: then the plan refuses the pattern.
     """
-    last = max((int(match[1]) for name in site_names for match in _LAYER.finditer(name)), default=None)
+    last = max((layer for name in site_names if (layer := layer_of(name)) is not None), default=None)
     parts = [part for part in (piece.strip() for piece in patterns.split(",")) if part]
     beyond = tuple(part for part in parts if last is not None and _is_past(part, last))
     if last is None or not beyond or len(beyond) == len(parts):
@@ -22,5 +21,5 @@ def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[s
 
 
 def _is_past(pattern: str, last: int) -> bool:
-    match = _LAYER.fullmatch(pattern)
-    return match is not None and int(match[1]) > last
+    layer = layer_of(pattern)
+    return layer is not None and layer > last and not within_layer(pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from stages.quantized_store import create_or_resume_store
@@ -27,8 +28,9 @@ def test_runs_of_layers_are_drawn_together():
     assert ranges([]) == ""
 
 
-def test_layers_of_a_mixed_kind_are_named_and_uniform_kinds_are_not(tmp_path):
-    store = _store(tmp_path / "w", {0: "8ch", 1: "4b32", 2: "4b32", 3: "8ch"})
+@pytest.mark.parametrize("layers", ["/model/layers.", "/model/layers/"])
+def test_layers_of_a_mixed_kind_are_named_and_uniform_kinds_are_not(layers, tmp_path):
+    store = _store(tmp_path / "w", {0: "8ch", 1: "4b32", 2: "4b32", 3: "8ch"}, layers)
     text = _printed(store)
     assert "2 x mlp/down_proj 8ch" in text
     assert "2 x mlp/down_proj 4b32" in text
@@ -50,12 +52,12 @@ def _printed(store):
     return " ".join(console.export_text().split())
 
 
-def _store(folder, formats):
+def _store(folder, formats, layers="/model/layers."):
     groups = tuple(
         ActivationGroup(
             activation=f"{layer}.{kind}.in",
             in_features=_IN,
-            sites=(_site(f"/model/layers.{layer}/mlp/{kind}/MatMul"),),
+            sites=(_site(f"{layers}{layer}/mlp/{kind}/MatMul"),),
             absorber=None,
             unfoldable_because="made up",
         )

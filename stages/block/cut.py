@@ -7,7 +7,6 @@ tokens crosses. Sites tell their layer by their name (layers.N).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +18,9 @@ from stages.block.own_domain import LINEAR, OWN_DOMAIN, domain_in_cut
 from stages.errors import GraphError
 from stages.graph.sites import find_sites
 from stages.records import MatMulSite
+from stages.site_names import layer_of
 from stages.widen import NARROW, widened
 
-_LAYER = re.compile(r"layers[./](\d+)")
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
 _EMPTY_PAST = {"GroupQueryAttention": (3, 4, 5, 6, 9), "MultiHeadAttention": (6, 7, 8)}
 """Inputs that say nothing in full windows that begin at position 0 with an empty past: the past key and value, the
@@ -64,8 +63,8 @@ def find_blocks(model: ir.Model) -> tuple[DecoderBlock, ...]:
     """
     by_layer: dict[int, list[MatMulSite]] = {}
     for site in find_sites(model):
-        if found := _LAYER.search(site.name):
-            by_layer.setdefault(int(found.group(1)), []).append(site)
+        if (layer := layer_of(site.name)) is not None:
+            by_layer.setdefault(layer, []).append(site)
     if not by_layer:
         raise GraphError("No MatMul's name holds a layer number (layers.N), so the decoder blocks can't be told apart.")
     places = {output.name: index for index, node in enumerate(model.graph) for output in node.outputs}

@@ -10,8 +10,9 @@ from types import MappingProxyType
 from stages.config import MixedRule
 from stages.errors import RecipeError
 from stages.records import MatMulSite
+from stages.site_names import layer_of, within_layer
 
-_SENSITIVE = re.compile(r"layers[./](\d+)[./](?:(?:attn|self_attn)[./](qkv_proj|v_proj)|mlp[./](down_proj))(?![\w])")
+_SENSITIVE = re.compile(r"(?:(?:self_)?attn[./](qkv_proj|v_proj)|mlp[./](down_proj))(?!\w)")
 
 
 def modelopt_takes(rank: int, count: int) -> bool:
@@ -45,8 +46,9 @@ def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, 
     """
     kinds: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for site in sites:
-        if (match := _SENSITIVE.search(site.name)) is not None:
-            kinds[match[2] or match[3]].append((int(match[1]), site.name))
+        layer, match = layer_of(site.name), _SENSITIVE.match(within_layer(site.name))
+        if layer is not None and match is not None:
+            kinds[match[1] or match[2]].append((layer, site.name))
     if not kinds:
         raise RecipeError(
             "--enable_mixed_quant: no site is called layers.N/attn/qkv_proj, v_proj or layers.N/mlp/down_proj; "

@@ -663,6 +663,8 @@ def test_layer_numbers_past_the_end_are_left_out_but_not_all_of_them() -> None:
     assert past_the_end("layers.0, layers.15,layers.16", names) == ("layers.0,layers.15", ("layers.16",), 15)
     for patterns in ("", "layers.15,down_proj", "layers.16,layers.17", "layers.16/mlp/down_proj"):
         assert past_the_end(patterns, names)[0] == patterns
+    slashed = [name.replace("layers.", "layers/") for name in names]
+    assert past_the_end("layers/15,layers/16", slashed) == ("layers/15", ("layers/16",), 15)
     assert past_the_end("layers.3,lm_head", ["lm_head"])[0] == "layers.3,lm_head"
 
 

@@ -34,6 +34,33 @@ def test_v_is_taken_where_projections_are_separate_and_layers_are_ordered_by_num
     assert set(chosen) == {f"/model/layers.{index}/attn/v_proj/MatMul" for index in (0, 1, 4, 7, 10, 11)}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/model/layers/{}/attn/qkv_proj/MatMul",
+        "model.layers.{}.self_attn.v_proj.weight",
+        "layers.{}/mlp/down_proj",
+        "/model/layers.{}/mlp/down_proj/MatMul_quant",
+    ],
+)
+def test_layers_are_counted_in_every_way_of_naming_them(name: str) -> None:
+    sites = [site(name.format(index), 4, 4) for index in range(12)]
+    assert sensitive_sites(sites, "modelopt") == tuple(name.format(index) for index in (0, 1, 4, 7, 10, 11))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/model/layers.{}/mlp/down_projector/MatMul",
+        "/model/layers.{}/mlp/experts/mlp/down_proj/MatMul",
+        "/model/blocks.{}/mlp/down_proj/MatMul",
+    ],
+)
+def test_names_that_only_look_alike_are_left(name: str) -> None:
+    with pytest.raises(RecipeError, match="no site is called"):
+        sensitive_sites([site(name.format(0), 4, 4)], "modelopt")
+
+
 @pytest.mark.parametrize("rule", ["modelopt", "llamacpp"])
 def test_a_rule_that_finds_nothing_is_an_error(rule: MixedRule) -> None:
     # The competitor silently stores nothing as INT8.
