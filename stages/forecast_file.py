@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from stages.atomic import whole_file
-from stages.errors import UserError
+from stages.json_file import explained, read_json, write_json
 from stages.records import QuantSpec, SiteForecast
 
 FILE = "forecast.json"
@@ -22,10 +21,7 @@ def forecast_key(spec: QuantSpec) -> str:
 
 def read_forecasts(folder: Path) -> dict[str, SiteForecast]:
     """By site; nothing where there is no readable file."""
-    try:
-        return _FILES.validate_json((folder / FILE).read_bytes())
-    except (OSError, ValidationError):
-        return {}
+    return read_json(folder / FILE, _FILES) or {}
 
 
 def write_forecasts(folder: Path, forecasts: Mapping[str, SiteForecast]) -> None:
@@ -34,11 +30,6 @@ def write_forecasts(folder: Path, forecasts: Mapping[str, SiteForecast]) -> None
     Raises:
         UserError: the folder can't be written.
     """
-    try:
-        with whole_file(folder / FILE) as partial:
-            partial.write_bytes(_FILES.dump_json(dict(forecasts), indent=1))
-    except OSError as error:
-        raise UserError(
-            f"{folder / FILE} can't be written ({error.strerror}): a budget's forecasts are kept there; choose a "
-            "--cache_dir that can be written."
-        ) from error
+    failure = f"A budget's forecasts can't be kept in {folder / FILE}"
+    with explained(failure, "choose a --cache_dir that can be written"):
+        write_json(folder / FILE, _FILES, dict(forecasts))

@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.atomic import whole_file
-from stages.errors import RecipeError, UserError
+from stages.errors import RecipeError
+from stages.json_file import explained, write_whole
 from stages.records import Granularity, MatMulSite, PerBlock, PerChannel, QuantSpec
 
 PLAN = "plan.toml"
@@ -73,11 +73,8 @@ def write_plan(path: Path, text: str) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}); choose another --weights_path.") from error
+    with explained(f"{path} can't be written", "choose another --weights_path"):
+        write_whole(path, text.encode())
 
 
 def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]:

@@ -17,14 +17,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
 
-from stages.atomic import whole_file
-from stages.errors import UserError
 from stages.graph.weight_inputs import TrialRunner, open_trials
 from stages.graph.weights import read_weight
+from stages.json_file import explained, read_json, write_json
 from stages.model_directory import ModelDirectory
 from stages.observe.cache import CalibrationCache
 from stages.progress import progress_bar
@@ -157,19 +156,11 @@ def _windows(tokens: np.ndarray) -> np.ndarray:
 
 def _read(path: Path, label: str) -> dict[str, GroupSensitivity]:
     """What is there for this format; nothing where the file is missing, damaged or of another format."""
-    try:
-        found = _FILES.validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return {}
-    return found.groups if found.format == label else {}
+    found = read_json(path, _FILES)
+    return {} if found is None or found.format != label else found.groups
 
 
 def _write(path: Path, measured: _Measured) -> None:
-    try:
-        with whole_file(path) as partial:
-            partial.write_bytes(_FILES.dump_json(measured, indent=1))
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}): --sensitivity measured keeps its results there; choose a "
-            "--cache_dir that can be written."
-        ) from error
+    failure = f"--sensitivity measured can't keep its results in {path}"
+    with explained(failure, "choose a --cache_dir that can be written"):
+        write_json(path, _FILES, measured)

@@ -10,19 +10,19 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from stages.atomic import whole_file
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.compare import PreparedBase, Reference, open_reference, stored_bytes
 from stages.evaluation.findings import ModelRow
 from stages.evaluation.process import Cost, run_measured
+from stages.json_file import read_json, write_json
 from stages.model_directory import locate_model
 from stages.one_line import in_one_line
 from stages.progress import Progress
@@ -113,27 +113,20 @@ class Bench:
 
     def base_row(self, yardstick: Yardstick) -> ModelRow | None:
         """The base's own row, where it was judged."""
-        try:
-            return _ROWS.validate_json(self._base_file(yardstick).read_bytes())
-        except (OSError, ValidationError):
-            return None
+        return read_json(self._base_file(yardstick), _ROWS)
 
     @contextmanager
     def open_reference(self, yardstick: Yardstick, progress: Progress) -> Iterator[Reference]:
         """The base's logits on a text; its own row is written down."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open_reference(yardstick.base, progress) as reference:
-            with whole_file(self._base_file(yardstick)) as partial:
-                partial.write_bytes(_ROWS.dump_json(reference.row, indent=1))
+            write_json(self._base_file(yardstick), _ROWS, reference.row)
             yield reference
 
     def find(self, run: Run, yardsticks: Sequence[Yardstick]) -> Record | None:
         """The record of ``run`` if it is one of this command, and whole, or its model is there to be judged."""
-        try:
-            record = _RECORDS.validate_json(self._record_file(run).read_bytes())
-        except (OSError, ValidationError):
-            return None
-        if (record.command, record.inputs) != (run.command, self.inputs):
+        record = read_json(self._record_file(run), _RECORDS)
+        if record is None or (record.command, record.inputs) != (run.command, self.inputs):
             return None
         if record.failure is not None:
             return None if self.retry_failed else record
@@ -179,8 +172,7 @@ class Bench:
         return self.folder / f"{run.name}{_RECORD_SUFFIX}"
 
     def _save(self, run: Run, record: Record) -> None:
-        with whole_file(self._record_file(run)) as partial:
-            partial.write_bytes(_RECORDS.dump_json(record, indent=1))
+        write_json(self._record_file(run), _RECORDS, record)
 
 
 @contextmanager
@@ -234,20 +226,20 @@ def _lacks(record: Record | None, yardstick: Yardstick) -> bool:
 
 def read_records(folder: Path) -> dict[str, Record]:
     """Every readable record in ``folder`` by the run's name, whatever its inputs."""
-    found: dict[str, Record] = {}
-    for path in sorted(folder.glob(f"*{_RECORD_SUFFIX}")):
-        with suppress(OSError, ValidationError):
-            found[path.name.removesuffix(_RECORD_SUFFIX)] = _RECORDS.validate_json(path.read_bytes())
-    return found
+    return {
+        path.name.removesuffix(_RECORD_SUFFIX): record
+        for path in sorted(folder.glob(f"*{_RECORD_SUFFIX}"))
+        if (record := read_json(path, _RECORDS)) is not None
+    }
 
 
 def read_base_rows(folder: Path) -> dict[str, ModelRow]:
     """The base's own rows in ``folder`` by the key of their yardstick."""
-    found: dict[str, ModelRow] = {}
-    for path in sorted(folder.glob("base.*.json")):
-        with suppress(OSError, ValidationError):
-            found[path.name.split(".")[-2]] = _ROWS.validate_json(path.read_bytes())
-    return found
+    return {
+        path.name.split(".")[-2]: row
+        for path in sorted(folder.glob("base.*.json"))
+        if (row := read_json(path, _ROWS)) is not None
+    }
 
 
 def _read_search(weights: Path) -> Search:

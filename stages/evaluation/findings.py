@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from stages.atomic import whole_file
-from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy, PositionBin
 from stages.evaluation.worst_tokens import WorstToken
+from stages.json_file import explained, read_json, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,18 +151,11 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path.absolute()) as partial:
-            partial.write_bytes(_EVALUATIONS.dump_json(evaluation, indent=1))
-    except OSError as error:
-        raise UserError(f"--results {path} can't be written ({error.strerror}); choose another file.") from error
+    with explained(f"--results {path} can't be written", "choose another file"):
+        write_json(path, _EVALUATIONS, evaluation)
 
 
 def load_evaluation(path: Path, comparison: Comparison) -> Evaluation | None:
     """The evaluation in ``path`` if it is one of exactly this comparison."""
-    try:
-        evaluation = _EVALUATIONS.validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return evaluation if evaluation.comparison == comparison else None
+    evaluation = read_json(path, _EVALUATIONS)
+    return None if evaluation is None or evaluation.comparison != comparison else evaluation

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from stages.atomic import require_creatable, whole_file
+from stages.atomic import require_creatable
 from stages.config import BenchConfig, EvaluateConfig
 from stages.errors import CacheMismatch, UserError
 from stages.evaluation.bench import Bench, Record, Run, Yardstick, room_in
@@ -18,6 +18,7 @@ from stages.evaluation.compare import prepare_base
 from stages.evaluation.overlap import refuse_calibrated
 from stages.evaluation.results import Result, TextResults, measured_models, results_table
 from stages.fingerprint import fingerprint_model
+from stages.json_file import write_whole
 from stages.model_directory import locate_model
 from stages.observe.cache import find_cache
 from stages.screen import Screen, unwrapped
@@ -105,8 +106,8 @@ def publish(
             )
         )
     screen.show("results", Group(*tables, unwrapped("\n".join(lines))), published)
-    with room_in(bench.folder), whole_file(bench.folder / TABLE) as partial:
-        partial.write_text("\n".join([*map(_as_markdown, tables), *lines]) + "\n", encoding="utf-8")
+    with room_in(bench.folder):
+        write_whole(bench.folder / TABLE, ("\n".join([*map(_as_markdown, tables), *lines]) + "\n").encode())
 
 
 def raise_failures(records: Mapping[str, Record]) -> None:

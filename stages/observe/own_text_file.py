@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from stages.atomic import whole_file
-from stages.errors import UserError
+from stages.json_file import explained, write_whole
 from stages.observe.script import ScriptKind
 
 
@@ -41,12 +40,9 @@ class OwnTextFile:
         """
         if not self.path.is_file():
             return ()
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            return tuple(_WINDOWS.validate_json(line) for line in lines)
-        except (OSError, UnicodeDecodeError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.path} can't be read as the model's own text ({reason}); delete it.") from error
+        with explained(f"{self.path} can't be read as the model's own text", "delete it"):
+            # Bytes end lines at line feeds only; text also at characters that the model may have written.
+            return tuple(_WINDOWS.validate_json(line) for line in self.path.read_bytes().splitlines())
 
     def add(self, windows: Sequence[WrittenWindow]) -> None:
         """Keep these windows too: all of them or, where that fails, none.
@@ -55,12 +51,6 @@ class OwnTextFile:
             UserError: there is no room, or no right to write.
         """
         lines = [_WINDOWS.dump_json(window) for window in (*self.read(), *windows)]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.path) as partial:
-                partial.write_bytes(b"".join(line + b"\n" for line in lines))
-        except OSError as error:
-            raise UserError(
-                f"The model's own text can't be kept in {self.path.parent} ({error.strerror or error}); free space "
-                "there, or choose another place with --cache_dir."
-            ) from error
+        failure = f"The model's own text can't be kept in {self.path.parent}"
+        with explained(failure, "free space there, or choose another place with --cache_dir"):
+            write_whole(self.path, b"".join(line + b"\n" for line in lines))

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from stages.atomic import whole_file
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.findings import Evaluation, ModelRow
+from stages.json_file import explained, write_whole
 from stages.records import SiteReport
 from stages.size_breakdown import SizePart
 
@@ -163,11 +163,8 @@ def read_document(folder: Path) -> Document:
         if folder.is_file() or (folder / REPORT_HTML).exists():
             raise UserError(f"{folder} holds no {REPORT_JSON} to add to, and is not empty; choose another folder.")
         return Document()
-    try:
+    with explained(f"{path} can't be read as a report of this version", "delete it or choose another folder"):
         return _DOCUMENTS.validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no report of this version"
-        raise UserError(f"{path} can't be read ({reason}); delete it or choose another folder.") from error
 
 
 def write_report(document: Document, render: Callable[[Document], str], folder: Path) -> None:
@@ -177,13 +174,7 @@ def write_report(document: Document, render: Callable[[Document], str], folder: 
         UserError: the folder can't be written.
     """
     files = {REPORT_JSON: _DOCUMENTS.dump_json(document, indent=1), REPORT_HTML: render(document).encode()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with explained(f"The report can't be written to {folder}", "choose another folder"):
         for name, content in files.items():
-            with whole_file(folder.absolute() / name) as partial:
-                partial.write_bytes(content)
-    except OSError as error:
-        raise UserError(
-            f"The report can't be written to {folder} ({error.strerror}); choose another folder."
-        ) from error
+            write_whole(folder / name, content)
     _LOGGER.info("report: %s", folder / REPORT_HTML)

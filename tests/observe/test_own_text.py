@@ -163,6 +163,13 @@ def test_a_damaged_file_is_named(author: Author) -> None:
         author.write()
 
 
+def test_text_keeps_characters_that_end_lines(tmp_path: Path) -> None:
+    window = WrittenWindow(window=0, kind="text", text="a\u2028b\x85c\nd", tokens=(0,))
+    file = OwnTextFile(tmp_path / "own.jsonl")
+    file.add([window])
+    assert file.read() == (window,)
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     window = WrittenWindow(window=0, kind="text", text="a", tokens=(0,))

@@ -36,7 +36,7 @@ def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no report\.json to add to"):
         read_document(tmp_path)
     (tmp_path / "report.json").write_text('{"title": 3}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"report\.json can't be read \(it is no report of this version\)"):
+    with pytest.raises(UserError, match=r"report\.json can't be read as a report of this version \(title: .*\)"):
         read_document(tmp_path)
     with pytest.raises(UserError, match="holds no"):
         read_document(tmp_path / "report.html")
