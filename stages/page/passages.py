@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from stages.evaluation.findings import Evaluation, Generation, ModelRow, SpeedTest, TaskScore
 from stages.evaluation.worst_tokens import Guess, WorstToken
-from stages.page.document import Quantization, Verified
+from stages.page.document import Quantization
 from stages.page.view import UNKNOWN, Passage, TableView, megabytes, number, percent, table, visible
+from stages.records import VerifyReport
 from stages.site_names import short_name
 from stages.widen import WIDENED_BECAUSE
 
@@ -196,7 +197,7 @@ def verified_passage(quantization: Quantization) -> Passage | None:
     )
 
 
-def _checks(verified: Verified) -> list[tuple[str, str]]:
+def _checks(verified: VerifyReport) -> list[tuple[str, str]]:
     rows = []
     if verified.fused is not None:
         rows.append(("sites that run as one MatMulNBits", f"{verified.fused} of {verified.sites}"))
