@@ -48,7 +48,7 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     assert found.verified == checked
     assert checked.worst_exact is not None
     page = parse((report / "report.html").read_text(encoding="utf-8"))
-    for part in ("sizes", "bits", "losses", "scales", "clips", "checks"):
+    for part in ("sizes", "bits", "sites", "checks"):
         assert page.by_id(part)
 
 
