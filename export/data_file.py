@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,10 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.external_data import external_tensors
+from stages.records import DataFileUse
 
 # Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
 _PAGE, _LARGEST_ALIGNMENT = 4096, 65536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataFileUse:
-    """Bytes of the file, of the tensors in it, and of the padding between them."""
-
-    file_bytes: int
-    referenced_bytes: int
-    padding_bytes: int
 
 
 def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:

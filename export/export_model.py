@@ -19,14 +19,14 @@ from export.save import (
     patch_genai_config,
     save_model,
 )
-from export.verify import VerifyReport, save_report, verify
+from export.verify import save_report, verify
 from stages.atomic import whole_directory
 from stages.base_graph import external_files, load_graph
 from stages.config import AccuracyLevel, ExportOptions
 from stages.errors import RecipeError, UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
-from stages.records import ExportRecipe, UnreachedWeights, WeightForm
+from stages.records import ExportRecipe, UnreachedWeights, VerifyReport, WeightForm
 from stages.session import ACCURACY_LEVEL
 
 __all__ = ["Destination", "ExportSummary", "export_model"]

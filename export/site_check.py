@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from export.qdq import RewrittenSite, float_type
 from export.stored_numbers import stored_matrix, stored_scales, stored_width, stored_zero_points
 from stages.config import AccuracyLevel
-from stages.records import FloatName, WeightForm
+from stages.records import FloatName, SiteError, WeightForm
 from stages.session import CPU_ONLY, SessionSettings, open_session
 from stages.widen import runnable_graph
 
@@ -25,15 +25,6 @@ _NUMPY_FLOATS: dict[FloatName, np.dtype[np.generic]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteError:
-    """max |y - y_ref| / max |y_ref| over 8 random tokens, at accuracy level 1 and at the runtime's default level."""
-
-    site: str
-    exact: float
-    default: float
 
 
 def measure_site(folder: Path, node: ir.Node, site: RewrittenSite) -> SiteError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from export.data_file import read_initializer
 from export.embedding import RewrittenTable
 from export.qdq import float_type
 from stages.errors import GraphError
+from stages.records import TableError
 from stages.session import CPU_ONLY, SessionSettings, open_session
 from stages.widen import runnable_graph
 
@@ -26,14 +26,6 @@ _TOLERANCE = {
     # Computed in float32, with numbers that bfloat16 holds.
     "bfloat16": 1e-6,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableError:
-    """max |y - y_ref| / max |y_ref| over the first, the last and a few random tokens."""
-
-    table: str
-    error: float
 
 
 def check_stored_table(node: ir.Node, table: RewrittenTable) -> None:

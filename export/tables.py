@@ -12,7 +12,7 @@ from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome, How
 from export.fusion import runtime_version
-from export.verify import VerifyReport
+from stages.records import VerifyReport
 from stages.widen import WIDENED_BECAUSE
 
 _PLACES: dict[How, str] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,20 +13,20 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
 
-from export.data_file import DataFileUse, account_for_bytes
+from export.data_file import account_for_bytes
 from export.embedding import RewrittenTable
 from export.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
 from export.qdq import RewrittenSite, dequantized, divided_scales
 from export.save import data_name
-from export.site_check import SiteError, measure_site
+from export.site_check import measure_site
 from export.stored_numbers import stored_matrix, stored_scales, stored_zero_points
-from export.table_check import TableError, check_stored_table, measure_table
+from export.table_check import check_stored_table, measure_table
 from stages.atomic import whole_file
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.progress import progress_bar
 from stages.quantized_store import VERIFICATION
-from stages.records import WeightForm
+from stages.records import SiteError, UnfusedSite, VerifyReport, WeightForm
 from stages.session import CPU_ONLY
 from stages.widen import must_widen
 
@@ -44,32 +43,6 @@ _ROUNDED_WEIGHT_TOLERANCE = {
     # The float form rounds the weight itself to bfloat16, 2^-9, and quantizes it again when it runs.
     "bfloat16": 1e-2,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnfusedSite:
-    """A site that runs as DequantizeLinear and MatMul, and why."""
-
-    site: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """The figures of a verified export; None where a check was not run, which ``skipped`` then explains."""
-
-    sites: int
-    data: DataFileUse
-    fused: int | None
-    unfused: tuple[UnfusedSite, ...] = ()
-    worst_exact: SiteError | None = None
-    """Largest error at accuracy level 1."""
-    worst_default: SiteError | None = None
-    """Largest error at the runtime's default level, where activations are rounded to int8."""
-    skipped: tuple[str, ...] = ()
-    tables: tuple[TableError, ...] = ()
-    widened: bool = False
-    """Whether a bfloat16 model ran as float32."""
 
 
 def verify(

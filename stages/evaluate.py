@@ -18,8 +18,8 @@ from stages.evaluation.harness import TaskRequest, find_tasks, run_tasks
 from stages.evaluation.speed import measure_speed
 from stages.machine import default_threads, describe_machine
 from stages.page.document import Document, read_document, write_report
-from stages.page.evaluation_tables import tables_of
 from stages.page.render import render
+from stages.page.tables import tables_of
 from stages.progress import Progress, progress_bar
 from stages.screen import Screen
 from stages.threads import threads

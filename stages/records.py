@@ -438,3 +438,58 @@ class ExportRecipe:
     session_options: tuple[tuple[str, str], ...] = ()
     """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
+
+
+# --------------------------------------------------------------------------- the checks of an export
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFileUse:
+    """Bytes of a data file, of the tensors in it, and of the padding between them."""
+
+    file_bytes: int
+    referenced_bytes: int
+    padding_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteError:
+    """max |y - y_ref| / max |y_ref| over 8 random tokens, at accuracy level 1 and at the runtime's default level."""
+
+    site: str
+    exact: float
+    default: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableError:
+    """max |y - y_ref| / max |y_ref| over the first, the last and a few random tokens."""
+
+    table: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfusedSite:
+    """A site that runs as DequantizeLinear and MatMul, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """The figures of a verified export; None where a check was not run, which ``skipped`` then explains."""
+
+    sites: int
+    data: DataFileUse
+    fused: int | None
+    unfused: tuple[UnfusedSite, ...] = ()
+    worst_exact: SiteError | None = None
+    """Largest error at accuracy level 1."""
+    worst_default: SiteError | None = None
+    """Largest error at the runtime's default level, where activations are rounded to int8."""
+    skipped: tuple[str, ...] = ()
+    tables: tuple[TableError, ...] = ()
+    widened: bool = False
+    """Whether a bfloat16 model ran as float32."""

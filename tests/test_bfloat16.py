@@ -22,7 +22,7 @@ from stages.graph.run import open_piece_tap, open_value_tap, tapped_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.observe.cache import open_cache
-from stages.page.passages import accuracy_passage
+from stages.page.tables import accuracy_passage
 from stages.pieces import cut_into_pieces
 from stages.progress import progress_bar
 from stages.session import CausalFeeds, OpenedSession, choose_providers

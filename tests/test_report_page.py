@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from stages.page.document import read_document
 from stages.quantized_store import open_store
+from stages.records import VerifyReport
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
 from tests.page.parsed import parse
@@ -43,11 +44,11 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     assert sum(part.after for part in found.sizes) == sum(
         (tmp_path / "int4" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
     )
-    assert found.verified is not None
-    checked = json.loads((report.parent / "verification.json").read_text(encoding="utf-8"))
-    assert (found.verified.fused, found.verified.sites) == (checked["fused"], checked["sites"])
+    checked = TypeAdapter(VerifyReport).validate_json((report.parent / "verification.json").read_bytes())
+    assert found.verified == checked
+    assert checked.worst_exact is not None
     page = parse((report / "report.html").read_text(encoding="utf-8"))
-    for part in ("sizes", "bits", "losses", "scales", "clips", "checks"):
+    for part in ("sizes", "bits", "sites", "checks"):
         assert page.by_id(part)
 
 
@@ -96,6 +97,20 @@ def test_a_page_is_made_again(
     models = ["--base", tiny_model, "--model", tmp_path / "int4"]
     assert commands.report_page(other, "--weights_path", weights, *models)[0] == 0
     assert read_document(other).quantization == whole
+
+
+@pytest.mark.parametrize("content", ["{", '{"sites": 3, "merged": 3}'])
+def test_unreadable_checks_are_said(
+    arguments: list[object], report: Path, tmp_path: Path, commands: Commands, content: str
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    checks = report.parent / "verification.json"
+    checks.write_text(content, encoding="utf-8")
+    code, printed = commands.report_page(tmp_path / "other", "--weights_path", report.parent)
+    assert code == 0
+    assert f"{checks} can't be read (it is damaged or of another version)" in printed
+    checks.unlink()
+    assert "can't be read" not in commands.report_page(tmp_path / "other", "--weights_path", report.parent)[1]
 
 
 @pytest.mark.parametrize(

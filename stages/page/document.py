@@ -13,7 +13,7 @@ from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.findings import Evaluation, ModelRow
 from stages.json_file import explained, write_whole
-from stages.records import SiteReport
+from stages.records import SiteReport, VerifyReport
 from stages.size_breakdown import SizePart
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,37 +45,6 @@ class KeptSite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unfused:
-    """A site that doesn't run as one node, and why."""
-
-    site: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteCheck:
-    """The site with the largest error of a check."""
-
-    site: str
-    exact: float
-    """Relative error of its output at accuracy level 1."""
-    default: float
-    """The same at the runtime's default level."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verified:
-    """What verification.json says of the exported model."""
-
-    sites: int
-    fused: int | None
-    unfused: tuple[Unfused, ...] = ()
-    worst_exact: SiteCheck | None = None
-    worst_default: SiteCheck | None = None
-    skipped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """One run of stages.quantize."""
 
@@ -91,7 +60,7 @@ class Quantization:
     """In words: large weights that no MatMul or Gemm reads."""
     sizes: tuple[SizePart, ...] = ()
     """None where the models weren't at hand."""
-    verified: Verified | None = None
+    verified: VerifyReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

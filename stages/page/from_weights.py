@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.errors import RecipeError
 from stages.model_directory import ModelDirectory
-from stages.page.document import KeptSite, Quantization, QuantizedSite, Verified
+from stages.page.document import KeptSite, Quantization, QuantizedSite
 from stages.quantized_store import VERIFICATION, QuantizedStore
-from stages.records import ExportRecipe, SiteReport
+from stages.records import ExportRecipe, SiteReport, VerifyReport
 from stages.report import bits_per_weight
 from stages.site_names import kind_of, layer_of
 from stages.size_breakdown import size_parts
 
-_VERIFIED = TypeAdapter(Verified)
+_LOGGER = logging.getLogger(__name__)
+_VERIFICATION = TypeAdapter(VerifyReport)
 
 
 def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory] | None) -> Quantization:
@@ -58,9 +60,13 @@ def _sites(recipe: ExportRecipe, reports: Sequence[SiteReport]) -> tuple[Quantiz
     )
 
 
-def _read_verified(path: Path) -> Verified | None:
-    """None where the export wasn't verified, or by a version that wrote something else."""
+def _read_verified(path: Path) -> VerifyReport | None:
+    """Return the checks of the export; None, with a warning, where they can't be read, and where none was run."""
     try:
-        return _VERIFIED.validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return _VERIFICATION.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged or of another version"
+        _LOGGER.warning("%s can't be read (%s), so the report holds no checks; export again.", path, reason)
         return None

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.page.bits_map import bits_figure
+from stages.page.comparison_plots import front_figure, position_figure
 from stages.page.document import Document, Quantization
-from stages.page.front import front_figure
-from stages.page.layers import block_figure, clip_figure, loss_figure, scale_figure
-from stages.page.passages import (
+from stages.page.model_plots import bits_figure, size_figure
+from stages.page.site_plots import site_figure
+from stages.page.tables import (
     accuracy_passage,
     answer_passage,
     speed_passage,
@@ -19,12 +19,11 @@ from stages.page.passages import (
     verified_passage,
     worst_passage,
 )
-from stages.page.positions import position_figure
-from stages.page.sizes import size_figure
 from stages.page.view import Figure, Passage, Section, Tile, megabytes, percent
 
 _FOLDER = Path(__file__).parent
 _PAGE = "page.html.j2"
+STYLE_SHEET = _FOLDER / "page.css"
 
 
 def render(document: Document) -> str:
@@ -80,10 +79,7 @@ def _layers(quantization: Quantization) -> tuple[Figure | Passage, ...]:
         [
             size_figure(quantization.sizes),
             bits_figure(sites, quantization.kept),
-            loss_figure(sites),
-            block_figure(sites),
-            scale_figure(sites),
-            clip_figure(sites),
+            site_figure(sites),
             verified_passage(quantization),
         ]
     )

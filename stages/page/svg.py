@@ -1,4 +1,4 @@
-"""Drawings as SVG elements, and axes that put numbers into them. Colours are classes of the page's style sheet."""
+"""Charts as SVG: marks and lines over two axes, and bars made of parts. Colours are classes of page.css."""
 
 from __future__ import annotations
 
@@ -9,151 +9,206 @@ from typing import Literal
 from xml.etree import ElementTree
 
 Shape = Literal["disc", "ring", "diamond", "square"]
-Anchor = Literal["start", "middle", "end"]
 Number = int | float
-"""A pixel, or what is drawn: both count in either way."""
-_FEW_TICKS = 5
-_STEPS = (1, 2, 2.5, 5, 10)
+"""A pixel, or a figure that is drawn."""
+Line = tuple[str, Sequence[tuple[Number, Number]]]
+"""Classes of a line, and the points of a chart that it goes through."""
+
+_DISC = "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z"
+OUTLINES: dict[Shape, str] = {
+    "disc": _DISC,
+    "ring": _DISC,
+    "diamond": "M0,-5.5L5.5,0L0,5.5L-5.5,0Z",
+    "square": "M-4,-4H4V4H-4Z",
+}
+"""Path data of each shape around (0, 0)."""
+
+SMALL = (360, 230)
+"""Width and height of a small chart."""
+_LARGE = (760, 340)
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 28, 40
+_LABELS, _ROW = 170, 30
+"""Width of the labels beside bars, and height of a bar with its gap."""
+_LETTER, _LINE = 6.6, 15.0
+"""Width of a letter and height of a line of text."""
+_FEW_TICKS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """Numbers from ``low`` to ``high`` on pixels from ``start`` to ``end``; logarithmic ones are above 0."""
+    """A scale from ``low`` to ``high``; logarithmic ones are above 0.
 
+    Args:
+        title: what is drawn, with its unit; an axis without a title has no ticks.
+        whole: whether only whole numbers are ticks.
+        percent: whether ticks of shares are written as per cent.
+    """
+
+    title: str
     low: Number
     high: Number
-    start: Number
-    end: Number
     log: bool = False
+    whole: bool = False
+    percent: bool = False
 
-    def __call__(self, value: Number) -> float:
-        """Where ``value`` stands."""
-        low, high, value = (map(math.log10, (self.low, self.high, value))) if self.log else (self.low, self.high, value)
-        share = (value - low) / (high - low) if high > low else 0.5
-        return self.start + share * (self.end - self.start)
+    def share(self, value: Number) -> float:
+        """Return where ``value`` stands, 0 at the low end and 1 at the high one; 0 has no logarithm and stands at 0."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
 
-    def ticks(self) -> list[Number]:
-        """A few round numbers between the ends."""
-        return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
-
-
-def log_axis(values: Sequence[Number], start: Number, end: Number) -> Axis:
-    """A logarithmic axis with room for ``values`` above 0."""
-    known = [value for value in values if value > 0] or [1.0]
-    return Axis(low=min(known) / 1.3, high=max(known) * 1.3, start=start, end=end, log=True)
+    def ticks(self) -> list[tuple[Number, str]]:
+        """Return a few round numbers between the ends, and how each is written."""
+        values = (_log_ticks if self.log else _linear_ticks)(self.low, self.high)
+        if self.whole:
+            values = [value for value in values if value == int(value)]
+        return [(value, f"{100 * value:.4g} %" if self.percent else f"{value:,.6g}") for value in values]
 
 
-def linear_axis(values: Sequence[Number], start: Number, end: Number, *, margin: Number = 0.05) -> Axis:
-    """A linear axis with room for ``values`` and a ``margin``, a share of their range, on both sides."""
+def axis_over(title: str, values: Sequence[Number], *, log: bool = False, percent: bool = False) -> Axis:
+    """Return an axis with room for ``values`` and a margin at both ends; a logarithmic one leaves out zeros."""
+    if log:
+        values = [value for value in values if value > 0] or [1.0]
+        return Axis(title=title, low=min(values) / 1.3, high=max(values) * 1.3, log=True, percent=percent)
     low, high = min(values), max(values)
-    room = (high - low) * margin or abs(high) * margin or 1.0
-    return Axis(low=low - room, high=high + room, start=start, end=end)
+    margin = 0.05 * ((high - low) or abs(high) or 20.0)
+    return Axis(title=title, low=low - margin, high=high + margin, percent=percent)
 
 
 def _linear_ticks(low: Number, high: Number) -> list[Number]:
     rough = (high - low) / _FEW_TICKS
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(step * unit for step in _STEPS if step * unit >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    step = next(step * unit for step in (1, 2, 5, 10) if step * unit >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
 
 
 def _log_ticks(low: Number, high: Number) -> list[Number]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
-        found = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+    inside: list[Number] = []
+    for digits in ((1,), (1, 3), (1, 2, 3, 5, 7), tuple(range(1, 10))):
+        found = [float(f"{digit}e{exponent}") for exponent in exponents for digit in digits]
         inside = [value for value in found if low <= value <= high]
         if len(inside) >= 3:
-            return inside
+            break
     return inside
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """An SVG element under construction; coordinates are those of its view box."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A point of a chart; ``hint`` is shown under the pointer, ``label`` beside the mark."""
 
-    root: ElementTree.Element
-
-    def add(
-        self, tag: str, parent: ElementTree.Element | None = None, **attributes: str | int | float
-    ) -> ElementTree.Element:
-        """A child element; underscores in attribute names stand for hyphens, ``css`` for class."""
-        named = {_attribute(name): _text(value) for name, value in attributes.items()}
-        return ElementTree.SubElement(self.root if parent is None else parent, tag, named)
-
-    def line(self, x1: Number, y1: Number, x2: Number, y2: Number, css: str) -> None:
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, css=css)
-
-    def text(self, x: Number, y: Number, text: str, css: str, anchor: Anchor = "start") -> None:
-        self.add("text", x=x, y=y, css=css, text_anchor=anchor).text = text
-
-    def path(self, points: Sequence[tuple[Number, Number]], css: str) -> None:
-        """A line through ``points``."""
-        steps = " ".join(f"{_text(x)},{_text(y)}" for x, y in points)
-        self.add("polyline", points=steps, css=css)
-
-    def mark(self, x: Number, y: Number, size: Number, shape: Shape, css: str, hint: Hint) -> None:
-        """A mark of about ``2 size`` across, with what it stands for."""
-        element = self._shape(x, y, size, shape, css)
-        element.attrib |= hint.attributes()
-        ElementTree.SubElement(element, "title").text = hint.text
-
-    def bar(self, x: Number, y: Number, width: Number, height: Number, css: str, hint: Hint) -> None:
-        """A filled rectangle, with what it stands for."""
-        element = self.add("rect", x=x, y=y, width=max(width, 0), height=height, css=css)
-        element.attrib |= hint.attributes()
-        ElementTree.SubElement(element, "title").text = hint.text
-
-    def _shape(self, x: Number, y: Number, size: Number, shape: Shape, css: str) -> ElementTree.Element:
-        match shape:
-            case "disc":
-                return self.add("circle", cx=x, cy=y, r=size, css=f"mark {css}")
-            case "ring":
-                return self.add("circle", cx=x, cy=y, r=size, css=f"mark hollow {css}")
-            case "square":
-                return self.add("rect", x=x - size, y=y - size, width=2 * size, height=2 * size, css=f"mark {css}")
-            case "diamond":
-                wide = 1.3 * size
-                corners = ((x, y - wide), (x + wide, y), (x, y + wide), (x - wide, y))
-                points = " ".join(f"{_text(a)},{_text(b)}" for a, b in corners)
-                return self.add("polygon", points=points, css=f"mark {css}")
-
-    def markup(self) -> str:
-        """The element as text."""
-        return ElementTree.tostring(self.root, encoding="unicode", short_empty_elements=False)
+    x: Number
+    y: Number
+    hint: str
+    shape: Shape = "disc"
+    css: str = "c1"
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hint:
-    """What a mark stands for: in words, shown under the pointer, and as the figures that it was drawn from."""
+class Part:
+    """A stretch of a bar; ``text`` is written on it where it is wide enough."""
 
-    text: str
-    name: str
-    series: str
-    value: int | float | str
-
-    def attributes(self) -> dict[str, str]:
-        return {"data-name": self.name, "data-series": self.series, "data-value": str(self.value)}
+    start: Number
+    end: Number
+    hint: str
+    css: str
+    text: str = ""
 
 
-def drawing(name: str, title: str, description: str, width: Number, height: Number) -> Drawing:
-    """An empty drawing; ``name`` is unique on its page."""
-    root = ElementTree.Element(
-        "svg",
-        {
-            "viewBox": f"0 0 {_text(width)} {_text(height)}",
-            "role": "img",
-            "aria-labelledby": f"{name}-title {name}-desc",
-        },
-    )
-    ElementTree.SubElement(root, "title", {"id": f"{name}-title"}).text = title
-    ElementTree.SubElement(root, "desc", {"id": f"{name}-desc"}).text = description
-    return Drawing(root)
+def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, small: bool = False) -> str:
+    """Return a drawing of ``marks`` and ``lines``, a ``small`` one to stand beside others."""
+    width, height = SMALL if small else _LARGE
+    plot = _Plot(_svg(f"{y.title} by {x.title}: {len(marks)} values", width, height), x, y, _LEFT, width, _TOP, height)
+    plot.text(0, 14, y.title, "heading")
+    for value, written in y.ticks():
+        plot.line(plot.down(value), "grid")
+        plot.text(_LEFT - 6, plot.down(value) + 4, written, "tick end")
+    plot.draw_axis()
+    for css, points in lines:
+        at = " ".join(f"{plot.across(a):.2f},{plot.down(b):.2f}" for a, b in points)
+        plot.add("polyline", css, points=at)
+    for mark in marks:
+        place = f"translate({plot.across(mark.x):.2f} {plot.down(mark.y):.2f})"
+        plot.add("path", f"mark {mark.shape} {mark.css}", mark.hint, d=OUTLINES[mark.shape], transform=place)
+    plot.write_labels([mark for mark in marks if mark.label])
+    return plot.markup()
 
 
-def _attribute(name: str) -> str:
-    return "class" if name == "css" else name.replace("_", "-")
+def bars(title: str, x: Axis, rows: Sequence[tuple[str, Sequence[Part]]]) -> str:
+    """Return a drawing of one bar for each (label, parts) of ``rows``."""
+    width, height = _LARGE[0], len(rows) * _ROW + _BOTTOM
+    plot = _Plot(_svg(title, width, height), x, x, _LABELS, width, 0, height)
+    for index, (label, parts) in enumerate(rows):
+        top = index * _ROW + 3
+        plot.text(_LABELS - 10, top + 16, label, "end")
+        for part in parts:
+            left, size = plot.across(part.start), plot.across(part.end) - plot.across(part.start)
+            box = {"x": f"{left:.2f}", "y": f"{top}", "width": f"{size:.2f}", "height": f"{_ROW - 6}"}
+            plot.add("rect", f"part {part.css}", part.hint, **box)
+            if part.text and size >= _LETTER * len(part.text) + 4:
+                plot.text(left + size / 2, top + 16, part.text, "middle")
+    plot.draw_axis()
+    return plot.markup()
 
 
-def _text(value: str | int | float) -> str:
-    return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+def _svg(title: str, width: Number, height: Number) -> ElementTree.Element:
+    attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}"}
+    return ElementTree.Element("svg", {**attributes, "role": "img", "aria-label": title})
+
+
+@dataclass(frozen=True, slots=True)
+class _Plot:
+    """An SVG element under construction, two axes, and the edges between which their ranges lie."""
+
+    root: ElementTree.Element
+    x: Axis
+    y: Axis
+    left: Number
+    width: Number
+    top: Number
+    height: Number
+
+    def across(self, value: Number) -> float:
+        return self.left + self.x.share(value) * (self.width - _RIGHT - self.left)
+
+    def down(self, value: Number) -> float:
+        bottom = self.height - _BOTTOM
+        return bottom - self.y.share(value) * (bottom - self.top)
+
+    def add(self, tag: str, css: str, hint: str = "", **attributes: str) -> ElementTree.Element:
+        element = ElementTree.SubElement(self.root, tag, {"class": css, **attributes})
+        if hint:
+            ElementTree.SubElement(element, "title").text = hint
+        return element
+
+    def line(self, y: Number, css: str) -> None:
+        self.add("line", css, x1=f"{self.left}", y1=f"{y:.2f}", x2=f"{self.width - _RIGHT}", y2=f"{y:.2f}")
+
+    def text(self, x: Number, y: Number, text: str, css: str) -> None:
+        self.add("text", css, x=f"{x:.2f}", y=f"{y:.2f}").text = text
+
+    def draw_axis(self) -> None:
+        """Draw the lower edge with the ticks and the title of the horizontal axis."""
+        bottom = self.height - _BOTTOM
+        self.line(bottom, "axis")
+        if self.x.title:
+            for value, written in self.x.ticks():
+                self.text(self.across(value), bottom + 16, written, "tick middle")
+            self.text(self.width - _RIGHT, bottom + 33, self.x.title, "tick end")
+
+    def write_labels(self, marks: Sequence[Mark]) -> None:
+        """Write labels above their marks, moved up where they would cover one another."""
+        taken: list[tuple[float, float, float]] = []
+        for mark in marks:
+            x, y, width = self.across(mark.x), self.down(mark.y) - 8, _LETTER * len(mark.label)
+            to_the_left = x + 8 + width > self.width - _RIGHT
+            start = x - 8 - width if to_the_left else x + 8
+            while any(abs(y - line) < _LINE and start < end and begin < start + width for begin, end, line in taken):
+                y -= _LINE
+            taken.append((start, start + width, y))
+            self.text(x - 8 if to_the_left else x + 8, y, mark.label, "halo end" if to_the_left else "halo")
+
+    def markup(self) -> str:
+        return ElementTree.tostring(self.root, encoding="unicode", short_empty_elements=False)

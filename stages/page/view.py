@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.page.svg import Shape
+from stages.page.svg import OUTLINES, Shape
 
 UNKNOWN = "-"
 """What a table says of a number that isn't known."""
@@ -41,6 +41,11 @@ class LegendEntry:
     text: str
     shape: Shape
     css: str
+
+    @property
+    def outline(self) -> str:
+        """Return the shape as path data."""
+        return OUTLINES[self.shape]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,15 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from export.data_file import DataFileUse
 from export.embedding import TableOutcome
 from export.export_model import ExportSummary
 from export.fold import FoldOutcome
-from export.site_check import SiteError
-from export.table_check import TableError
 from export.tables import export_table
-from export.verify import UnfusedSite, VerifyReport
-from stages.records import UnreachedWeights
+from stages.records import DataFileUse, SiteError, TableError, UnfusedSite, UnreachedWeights, VerifyReport
 from tests.embeddings import plan_of
 
 

@@ -16,10 +16,10 @@ from onnx import TensorProto
 import export.verify
 from export.rewrite import RewriteResult, rewrite
 from export.save import save_model
-from export.verify import VerifyReport, verify
+from export.verify import verify
 from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
-from stages.records import PerBlock, PerChannel, QuantizedWeight, QuantSpec, WeightForm
+from stages.records import PerBlock, PerChannel, QuantizedWeight, QuantSpec, VerifyReport, WeightForm
 from tests.export.builders import ExactWeight, group_of, site_of, spec_of, store_of
 from tests.export.exports import TinyExport, quiet, tiny_export
 from tests.graphs import TinyGraph

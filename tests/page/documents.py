@@ -20,13 +20,10 @@ from stages.page.document import (
     KeptSite,
     Quantization,
     QuantizedSite,
-    SiteCheck,
     SweepPoint,
     SweepTable,
-    Unfused,
-    Verified,
 )
-from stages.records import SiteReport
+from stages.records import DataFileUse, SiteError, SiteReport, UnfusedSite, VerifyReport
 from stages.size_breakdown import SizePart
 
 NASTY = "<script>alert('x')</script> & \"http://example.com/x.js\""
@@ -78,12 +75,13 @@ def quantization() -> Quantization:
             SizePart(name="matrices as in the base", before=1_700_000_000, after=0),
             SizePart(name="graph and padding", before=90_000, after=120_000),
         ),
-        verified=Verified(
+        verified=VerifyReport(
             sites=13,
+            data=DataFileUse(file_bytes=5000, referenced_bytes=4000, padding_bytes=1000),
             fused=12,
-            unfused=(Unfused(site="/lm_head/MatMul", reason="a reason"),),
-            worst_exact=SiteCheck(site="/lm_head/MatMul", exact=1e-6, default=1e-3),
-            worst_default=SiteCheck(site="/lm_head/MatMul", exact=1e-6, default=1e-3),
+            unfused=(UnfusedSite(site="/lm_head/MatMul", reason="a reason"),),
+            worst_exact=SiteError(site="/lm_head/MatMul", exact=1e-6, default=1e-3),
+            worst_default=SiteError(site="/lm_head/MatMul", exact=1e-6, default=1e-3),
             skipped=("nothing was skipped",),
         ),
     )

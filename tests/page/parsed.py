@@ -71,25 +71,19 @@ def parse(page: str) -> Element:
     return parser.root
 
 
-def marks(element: Element) -> list[tuple[str, str, str, Element]]:
-    """(name, series, value, element) of everything inside that stands for a number."""
-    return [
-        (found.attributes["data-name"], found.attributes["data-series"], found.attributes["data-value"], found)
-        for found in element.everything()
-        if "data-value" in found.attributes
+def hints(element: Element) -> dict[str, Element]:
+    """Everything inside that stands for a number, by what is said under the pointer."""
+    found = [
+        (child.whole_text(), one) for one in element.everything() for child in one.children if child.tag == "title"
     ]
+    assert len(dict(found)) == len(found), "two marks say the same"
+    return dict(found)
 
 
-def height(mark: Element) -> float:
-    """The vertical place of a mark's middle, in the drawing's pixels; 0 is its upper edge."""
-    match mark.tag:
-        case "circle":
-            return float(mark.attributes["cy"])
-        case "rect":
-            return float(mark.attributes["y"]) + float(mark.attributes["height"]) / 2
-        case _:
-            corners = [float(corner.split(",")[1]) for corner in mark.attributes["points"].split()]
-            return (min(corners) + max(corners)) / 2
+def place(mark: Element) -> tuple[float, float]:
+    """Where a mark's middle is in its drawing: x to the right, y downwards."""
+    x, y = mark.attributes["transform"].removeprefix("translate(").removesuffix(")").split()
+    return float(x), float(y)
 
 
 def rows_of(figure: Element) -> list[list[str]]:

@@ -13,9 +13,10 @@ import pytest
 
 from stages.page.document import Document
 from stages.page.render import render
+from stages.page.view import megabytes, percent
 from stages.site_names import short_name
 from tests.page import documents
-from tests.page.parsed import Element, height, marks, parse, rows_of
+from tests.page.parsed import Element, hints, parse, place, rows_of
 
 DOCUMENT = documents.whole_document()
 ROOT = Path(__file__).parent.parent.parent
@@ -54,126 +55,124 @@ def test_every_drawing_is_xml_and_says_what_it_is(page: Element) -> None:
         ElementTree.fromstring(drawing)
     pictures = [svg for svg in page.all("svg") if svg.attributes.get("role") == "img"]
     assert len(pictures) + len([svg for svg in page.all("svg") if "aria-hidden" in svg.attributes]) == len(drawings)
-    for picture in pictures:
-        title, description = picture.attributes["aria-labelledby"].split()
-        assert page.by_id(title).text
-        assert page.by_id(description).text
+    assert all(picture.attributes["aria-label"] for picture in pictures)
     for figure in page.all("figure"):
         assert figure.all("details")[0].all("table"), figure.attributes
 
 
-def test_every_class_of_a_drawing_has_a_colour(page: Element) -> None:
+def test_every_class_of_a_drawing_has_a_style(page: Element) -> None:
     (style,) = page.all("style")
     defined = set(re.findall(r"\.([a-z][\w-]*)", style.text))
     used = {name for svg in page.all("svg") for element in svg.everything() for name in element.classes}
-    plain = {"on-s1", "on-s2", "on-s3", "on-s4", "on-s6", "on-s8", "on-b4c", "on-b8a", "on-b8b", "on-b8c"}
-    assert used - defined <= plain, used - defined - plain
+    assert used - defined <= {"disc", "diamond", "square"}
+
+
+def test_nothing_is_cut_off_at_the_edges_of_a_drawing(page: Element) -> None:
+    for picture in page.all("svg"):
+        left, top, width, height = map(float, picture.attributes["viewbox"].split())
+        for element in [*picture.all("text"), *picture.all("rect")]:
+            x, y = float(element.attributes["x"]), float(element.attributes["y"])
+            size = float(element.attributes.get("width", 6.6 * len(element.text)))
+            start = x - size * (0.5 if "middle" in element.classes else 1 if "end" in element.classes else 0)
+            assert left <= start <= start + size <= left + width, element
+            assert top <= y <= top + height, element
+        for mark in picture.all("path"):
+            x, y = place(mark) if "transform" in mark.attributes else (0.0, 0.0)
+            assert left <= x - 5.5 <= x + 5.5 <= left + width, mark
+            assert top <= y - 5.5 <= y + 5.5 <= top + height, mark
 
 
 def test_losses_are_drawn_for_every_site(page: Element) -> None:
-    figure = page.by_id("losses")
+    figure = page.by_id("sites")
     reports = [site.report for site in documents.quantization().sites]
-    expected = {(short_name(report.site), "rounded", str(report.held_out_loss_rtn)) for report in reports}
-    expected |= {(short_name(report.site), "chosen", str(report.held_out_loss)) for report in reports}
-    found = marks(figure)
-    assert {(name, series, value) for name, series, value, _ in found} == expected
-    assert len(found) == len(expected)
-    # One scale for all panels: more error stands higher.
-    ordered = sorted(found, key=lambda mark: float(mark[2]))
-    assert all(height(lower[3]) >= height(upper[3]) for lower, upper in pairwise(ordered))
-    assert [row[0] for row in rows_of(figure)] == [short_name(report.site) for report in reports]
-    assert rows_of(figure)[0][2:] == ["0.1 %", "0.0333 %", "0.11 %", "0.04 %"]
-
-
-def test_choices_are_drawn_for_every_site(page: Element) -> None:
-    reports = [site.report for site in documents.quantization().sites]
-    scales = marks(page.by_id("scales"))
-    assert {(name, series, value) for name, series, value, _ in scales} == {
-        (short_name(report.site), report.scale_family, "none" if report.alpha is None else str(report.alpha))
+    series = ("rounded to nearest", "as chosen")
+    errors = {
+        (short_name(report.site), words): error
         for report in reports
+        for words, error in zip(series, (report.held_out_loss_rtn, report.held_out_loss), strict=True)
     }
-    shapes = {series: element.tag for _, series, _, element in scales}
-    assert shapes["activation"] != shapes["duo"]
-    clips = marks(page.by_id("clips"))
-    assert {(name, value) for name, _, value, _ in clips} == {
-        (short_name(report.site), str(report.mean_clip_ratio)) for report in reports
-    }
-    ordered = sorted(clips, key=lambda mark: float(mark[2]))
-    assert all(height(lower[3]) > height(upper[3]) for lower, upper in pairwise(ordered))
+    found = hints(figure)
+    expected = {f"{name}, {words}: {percent(error)}": error for (name, words), error in errors.items()}
+    assert found.keys() == expected.keys()
+    # One scale for all panels: more error stands higher.
+    ordered = sorted(found, key=lambda hint: expected[hint] or 0.0)
+    assert all(place(found[lower])[1] >= place(found[upper])[1] for lower, upper in pairwise(ordered))
+    assert [row[0] for row in rows_of(figure)] == [short_name(report.site) for report in reports]
+    first, third = rows_of(figure)[0], rows_of(figure)[2]
+    assert first[1:] == [
+        "4b32", "0.1 %", "0.0333 %", "0.11 %", "0.04 %", "1 %", "0.5 %", "activation", "0.00", "0.8000",
+    ]  # fmt: skip
+    assert third[8:] == ["-", "-", "0.8200"]
 
 
-def test_blocks_are_drawn_once_a_layer(page: Element) -> None:
-    found = {(name, series): float(value) for name, series, value, _ in marks(page.by_id("blocks"))}
-    assert found == {
-        (f"layers.{layer}", series): start * (1 + layer)
-        for layer in range(4)
-        for series, start in (("before", 0.01), ("tuned", 0.005))
-    }
-
-
-def test_the_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> None:
+def test_a_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> None:
     quantization = documents.quantization()
-    found = marks(page.by_id("bits"))
-    expected = {(short_name(site.report.site), site.report.format) for site in quantization.sites}
-    expected |= {(short_name(one.site), "as it was") for one in quantization.kept}
-    assert {(name, value) for name, _, value, _ in found} == expected
-    columns: dict[int | None, set[float]] = {}
-    rows: dict[str, set[float]] = {}
-    cells = {name: element for name, _, _, element in found}
+    found = hints(page.by_id("bits"))
+    cells = {site.report.site: f"{short_name(site.report.site)}: {site.report.format}" for site in quantization.sites}
+    assert found.keys() == {*cells.values(), *(f"{short_name(one.site)}: as it was" for one in quantization.kept)}
+    columns: dict[int | None, set[str]] = {}
+    rows: dict[str, set[str]] = {}
+    colours: dict[str, set[str]] = {}
     for site in quantization.sites:
-        cell = cells[short_name(site.report.site)]
-        columns.setdefault(site.layer, set()).add(float(cell.attributes["x"]))
-        rows.setdefault(site.kind, set()).add(float(cell.attributes["y"]))
-    assert all(len(places) == 1 for places in (*columns.values(), *rows.values()))
+        cell = found[cells[site.report.site]].attributes
+        columns.setdefault(site.layer, set()).add(cell["x"])
+        rows.setdefault(site.kind, set()).add(cell["y"])
+        colours.setdefault(site.report.format, set()).add(cell["class"])
+    for places in (columns, rows, colours):
+        assert all(len(values) == 1 for values in places.values())
     assert len(set.union(*rows.values())) == len(rows)
-    colours = {value: element.classes for _, _, value, element in found}
-    assert len({frozenset(classes) for classes in colours.values()}) == len(colours)
+    assert len(set.union(*colours.values())) == len(colours)
+
+
+def test_there_is_no_bits_map_where_all_formats_are_alike() -> None:
+    known = documents.quantization()
+    sites = tuple(replace(site, report=replace(site.report, format="4b32")) for site in known.sites)
+    page = parse(render(Document(quantization=replace(known, sites=sites))))
+    assert [figure.attributes["id"] for figure in page.all("figure")] == ["sizes", "sites"]
 
 
 def test_bars_are_as_long_as_their_bytes(page: Element) -> None:
-    sizes = documents.quantization().sizes
-    found = marks(page.by_id("sizes"))
-    assert {(series, name): int(value) for name, series, value, _ in found} == {
-        (model, part.name): size for part in sizes for model, size in (("base", part.before), ("quantized", part.after))
+    found = hints(page.by_id("sizes"))
+    sizes = {
+        f"{model}, {part.name}: {megabytes(size)} MB": size
+        for part in documents.quantization().sizes
+        for model, size in (("base", part.before), ("quantized", part.after))
     }
-    scales = [float(bar.attributes["width"]) / int(value) for _, _, value, bar in found if int(value) > 10**7]
+    assert found.keys() == sizes.keys()
+    scales = [float(found[hint].attributes["width"]) / size for hint, size in sizes.items() if size > 10**7]
     assert max(scales) == pytest.approx(min(scales), rel=1e-3)
     for model in ("base", "quantized"):
-        bars = [bar for _, series, _, bar in found if series == model]
+        bars = [bar.attributes for hint, bar in found.items() if hint.startswith(model)]
         for left, right in pairwise(bars):
-            end = float(left.attributes["x"]) + float(left.attributes["width"])
-            assert float(right.attributes["x"]) == pytest.approx(end, abs=0.02)
+            assert float(right["x"]) == pytest.approx(float(left["x"]) + float(left["width"]), abs=0.02)
 
 
 def test_positions_are_drawn_for_every_model_but_the_base(page: Element) -> None:
+    expected = {}
+    for row in documents.evaluation().rows[1:]:
+        for part in row.positions:
+            where = f"{row.name}, positions {part.first}-{part.last}"
+            expected[f"{where}, mean: {part.mean_divergence:.4g}"] = part.mean_divergence
+            expected[f"{where}, 99th percentile: {part.divergence_99:.4g}"] = part.divergence_99
     for index in range(2):
-        found = marks(page.by_id(f"positions-{index}"))
-        expected = set()
-        for row in documents.evaluation().rows[1:]:
-            for part in row.positions:
-                where = f"{row.name}, positions {part.first}-{part.last}"
-                expected |= {(where, "mean", str(part.mean_divergence))}
-                expected |= {(where, "99th percentile", str(part.divergence_99))}
-        assert {(name, series, value) for name, series, value, _ in found} == expected
-        ordered = sorted(found, key=lambda mark: float(mark[2]))
-        assert all(height(lower[3]) >= height(upper[3]) for lower, upper in pairwise(ordered))
+        found = hints(page.by_id(f"positions-{index}"))
+        assert found.keys() == expected.keys()
+        ordered = sorted(found, key=expected.__getitem__)
+        assert all(place(found[lower])[1] >= place(found[upper])[1] for lower, upper in pairwise(ordered))
 
 
 def test_the_front_is_drawn_through_the_models_that_nothing_beats(page: Element) -> None:
     figure = page.by_id("front-0")
-    found = {name: (series, float(value), element) for name, series, value, element in marks(figure)}
-    assert {name: found[name][:2] for name in found} == {
-        "small": ("front", 0.2),
-        "large": ("front", 0.1),
-        "beaten": ("beaten", 0.3),
-    }
+    small, large, beaten = "small: 285.7 MB, 0.2", "large: 297.0 MB, 0.1", "beaten: 297.0 MB, 0.3"
+    found = hints(figure)
+    assert found.keys() == {small, large, beaten}
+    assert found[small].classes == found[large].classes != found[beaten].classes
     (line,) = figure.all("polyline")
-    first, second = (tuple(map(float, point.split(","))) for point in line.attributes["points"].split())
-    assert first[0] < second[0]
-    assert first[1] == pytest.approx(height(found["small"][2]), abs=0.02)
-    assert second[1] == pytest.approx(height(found["large"][2]), abs=0.02)
-    assert rows_of(figure)[3][1:3] == ["failed", "it failed"]
-    assert [row[0] for row in rows_of(figure)] == ["*", "*", "", ""]
+    through = [tuple(map(float, point.split(","))) for point in line.attributes["points"].split()]
+    assert through == [place(found[small]), place(found[large])]
+    assert through[0][0] < through[1][0] == place(found[beaten])[0]
+    assert [row[:2] for row in rows_of(figure)] == [["*", "small"], ["*", "large"], ["", "beaten"], ["", "failed"]]
+    assert rows_of(figure)[3][2] == "it failed"
 
 
 def test_tables_hold_the_figures(page: Element) -> None:
@@ -210,13 +209,17 @@ def test_what_is_not_there_is_not_shown() -> None:
                 alpha=None,
                 scale_family="identity",
                 mean_clip_ratio=None,
+                block_loss_start=None,
                 block_loss=None,
             ),
         )
         for site in rounded.sites
     )
     page = parse(render(Document(quantization=replace(rounded, sites=sites, sizes=(), verified=None))))
-    assert [figure.attributes["id"] for figure in page.all("figure")] == ["bits"]
+    assert [figure.attributes["id"] for figure in page.all("figure")] == ["bits", "sites"]
+    # A column that would be empty is left out.
+    assert {len(row) for row in rows_of(page.by_id("sites"))} == {2}
+    assert page.by_id("sites").all("svg") == []
 
 
 def test_many_layers_and_experts_and_losses_of_zero_are_drawn() -> None:
@@ -236,10 +239,10 @@ def test_many_layers_and_experts_and_losses_of_zero_are_drawn() -> None:
         for expert in range(4)
     )
     page = parse(render(Document(quantization=replace(documents.quantization(), sites=sites))))
-    assert len(page.by_id("losses").all("svg")) == 2 + 1  # the legend's two, and one panel for all experts
-    assert len(marks(page.by_id("bits"))) == len(sites) + 1
-    lowest = max(height(mark) for _, _, _, mark in marks(page.by_id("losses")))
-    assert {height(mark) for name, _, value, mark in marks(page.by_id("losses")) if float(value) == 0} == {lowest}
+    figure = page.by_id("sites")
+    assert len(figure.all("svg")) == 2 + 1  # the legend's two, and one panel for all experts
+    heights = {hint.endswith(": 0 %"): place(mark)[1] for hint, mark in hints(figure).items() if "chosen" in hint}
+    assert heights[True] == max(place(mark)[1] for mark in hints(figure).values()) > heights[False]
 
 
 def test_a_page_depends_on_its_report_alone() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from stages.evaluation.findings import Evaluation, Generation, ModelRow, SpeedTest, TaskScore
 from stages.evaluation.worst_tokens import Guess, WorstToken
-from stages.page.document import Quantization, Verified
+from stages.page.document import Quantization
 from stages.page.view import UNKNOWN, Passage, TableView, megabytes, number, percent, table, visible
+from stages.records import VerifyReport
 from stages.site_names import short_name
 from stages.widen import WIDENED_BECAUSE
 
@@ -196,7 +201,7 @@ def verified_passage(quantization: Quantization) -> Passage | None:
     )
 
 
-def _checks(verified: Verified) -> list[tuple[str, str]]:
+def _checks(verified: VerifyReport) -> list[tuple[str, str]]:
     rows = []
     if verified.fused is not None:
         rows.append(("sites that run as one MatMulNBits", f"{verified.fused} of {verified.sites}"))
@@ -209,3 +214,28 @@ def _checks(verified: Verified) -> list[tuple[str, str]]:
     rows += [(f"not fused: {short_name(one.site)}", one.reason) for one in verified.unfused]
     rows += [("not checked", reason) for reason in verified.skipped]
     return rows
+
+
+def tables_of(evaluation: Evaluation) -> Iterator[Table]:
+    """Yield the tables of a report for the screen, one after the other."""
+    passages: Sequence[Passage | None] = (
+        accuracy_passage(evaluation, ""),
+        worst_passage(evaluation, ""),
+        answer_passage(evaluation.generations),
+        speed_passage(evaluation.speed),
+        task_passage(evaluation.tasks),
+    )
+    for passage in passages:
+        if passage is not None:
+            for index, view in enumerate(passage.tables):
+                yield _on_screen(view, f"{passage.heading}. {passage.text}" if index == 0 else "")
+
+
+def _on_screen(view: TableView, title: str) -> Table:
+    # Text, because words of a model are no markup.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in view.columns:
+        table.add_column(Text(column.heading), justify="right" if column.is_number else "left", overflow="fold")
+    for row in view.rows:
+        table.add_row(*map(Text, row))
+    return table
