@@ -13,7 +13,6 @@ from stages.config import QuantizeConfig
 from stages.evaluation.findings import Evaluation
 from stages.page.document import read_document
 from stages.quantize import quantize
-from stages.screen import silent_screen
 from tests.commands import Commands
 from tests.page.parsed import parse
 
@@ -29,7 +28,7 @@ def folder(tiny_model: Path, unseen_text: Path, tmp_path_factory: pytest.TempPat
         shutil.copytree(tiny_model, folder / name)
     shutil.copyfile(unseen_text, folder / "text.txt")
     config = QuantizeConfig(onnx_path=folder / "base", output_path=folder / "coarse", algo="rtn_dq", block_size=32)
-    quantize(config, silent_screen())
+    quantize(config)
     return folder
 
 

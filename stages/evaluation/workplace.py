@@ -20,7 +20,7 @@ from stages.evaluation.results import Result, TextResults, measured_models, resu
 from stages.fingerprint import fingerprint_model
 from stages.model_directory import locate_model
 from stages.observe.cache import find_cache
-from stages.screen import Screen, unwrapped
+from stages.screen import Section, unwrapped
 
 TABLE = "table.md"
 _WIDE = 1000
@@ -84,9 +84,8 @@ def publish(
     records: Mapping[str, Record],
     yardsticks: Sequence[Yardstick],
     notes: Mapping[str, str],
-    screen: Screen,
-) -> None:
-    """Show a table for each text and every command, and write the same into the bench's folder as table.md.
+) -> Section:
+    """Return a table for each text and every command, and write the same into the bench's folder as table.md.
 
     ``notes`` are remarks by run name.
     """
@@ -104,9 +103,9 @@ def publish(
                 models=measured_models(results, commands),
             )
         )
-    screen.show("results", Group(*tables, unwrapped("\n".join(lines))), published)
     with room_in(bench.folder), whole_file(bench.folder / TABLE) as partial:
         partial.write_text("\n".join([*map(_as_markdown, tables), *lines]) + "\n", encoding="utf-8")
+    return Section(name="results", table=Group(*tables, unwrapped("\n".join(lines))), record=published)
 
 
 def raise_failures(records: Mapping[str, Record]) -> None:
