@@ -46,8 +46,10 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
     from export.export_model import QuantizedModel, export_model
     from stages.machine import choose_device
     from stages.model_directory import locate_model
+    from stages.page.document import read_document
     from stages.processes import join_processes
     from stages.quantize_run import discard_if_bad_input, prepare, round_embeddings, search_weights
+    from stages.quantized_store import REPORT_FOLDER
     from stages.report import search_summary
 
     config.validate()
@@ -60,6 +62,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
         destination = _destination(config, directory)
         prepared = prepare(config, directory)
     store = prepared.store
+    read_document(store.folder / REPORT_FOLDER)  # a damaged one is named before the search
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:

@@ -56,7 +56,7 @@ def test_a_damaged_report_is_named_before_the_search(
 ) -> None:
     assert commands.quantize(*arguments)[0] == 0
     (report / "report.json").write_text("{", encoding="utf-8")
-    monkeypatch.setattr("stages.quantize.export_model", lambda *_: pytest.fail("exported"))
+    monkeypatch.setattr("export.export_model.export_model", lambda *_: pytest.fail("exported"))
     monkeypatch.setattr(GroupSolver, "solve", lambda *_: pytest.fail("searched"))
     code, printed = commands.quantize(*arguments, "--overwrite")
     assert code == 2
