@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from export.export_model import Destination, export_model
-from export.tables import export_table
 from stages.cli import run_command
 from stages.config import ExportConfig
 from stages.errors import CacheMismatch
-from stages.fingerprint import fingerprint_model
-from stages.model_directory import locate_model
-from stages.quantized_store import open_store
-from stages.records import WeightForm
-from stages.screen import Screen
+from stages.screen import Section
+
+if TYPE_CHECKING:
+    from export.export_model import ExportSummary
 
 
-def export(config: ExportConfig, screen: Screen) -> None:
-    """Export the weights that ``config`` describes and print what was written."""
+def command(config: ExportConfig) -> Iterator[Section]:
+    """Export, and print what was written."""
+    from export.tables import export_table
+
+    exported = export(config)
+    yield Section(name="export", table=export_table(exported), record=exported)
+
+
+def export(config: ExportConfig) -> ExportSummary:
+    """Write saved quantized weights into the base graph again, without searching.
+
+    Raises:
+        UserError: the weights are incomplete or another model's, or the output exists or fails a check.
+    """
+    from export.export_model import Destination, export_model
+    from stages.fingerprint import fingerprint_model
+    from stages.model_directory import locate_model
+    from stages.quantized_store import open_store
+    from stages.records import WeightForm
+
     base = locate_model(config.onnx_path)
     store = open_store(config.weights_path)
     if config.weight_operator is not None:
@@ -29,9 +46,8 @@ def export(config: ExportConfig, screen: Screen) -> None:
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
             "that stages.quantize read."
         )
-    exported = export_model(base, store, destination, config.export_options, screen.console)
-    screen.show("export", export_table(exported), exported)
+    return export_model(base, store, destination, config.export_options)
 
 
 if __name__ == "__main__":
-    run_command(ExportConfig, export, "python -m export")
+    run_command(ExportConfig, command, "python -m export")

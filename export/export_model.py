@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
-from rich.console import Console
 
 from export.embedding import TableOutcome, table_outcomes
 from export.fold import FoldOutcome
@@ -27,9 +26,11 @@ from stages.errors import RecipeError, UserError
 from stages.model_directory import ModelDirectory
 from stages.quantized_store import QuantizedStore
 from stages.records import ExportRecipe, UnreachedWeights, VerifyReport, WeightForm
+from stages.report import SearchSummary
 from stages.session import ACCURACY_LEVEL
+from stages.target.formats import FormatChoice
 
-__all__ = ["Destination", "ExportSummary", "export_model"]
+__all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,18 +52,28 @@ class ExportSummary:
     """Large weights that no MatMul or Gemm reads."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModel:
+    """A quantized model on disk, and how it came about."""
+
+    folder: Path
+    """onnxruntime-genai loads it as it stands."""
+    onnx_file: Path
+    weights: Path
+    """Folder of the quantized weights, for another ``export``."""
+    choice: FormatChoice
+    """What was decided for the target, and why."""
+    search: SearchSummary
+    export: ExportSummary
+
+
 def export_model(
     base: ModelDirectory,
     store: QuantizedStore,
     destination: Destination,
     options: ExportOptions,
-    console: Console,
-    before_it_is_named: Callable[[Path], None] = lambda _: None,
 ) -> ExportSummary:
     """Write ``store``'s weights into a copy of the ``base`` model directory.
-
-    ``before_it_is_named`` gets the finished .onnx file while its folder still has a name of its own: a run that is
-    killed in it is done again, whole.
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
@@ -75,12 +86,11 @@ def export_model(
     result = rewrite(model, store, options.accuracy_level)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
-            save_model(result.model, scratch, destination.onnx_name, console)
+            save_model(result.model, scratch, destination.onnx_name)
             copy_side_files(base, model, scratch, destination.onnx_name)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
-            report = _verify(scratch / destination.onnx_name, result, base, options, console)
+            report = _verify(scratch / destination.onnx_name, result, base, options)
             notes = (*notes, *_kept_report(report, store.folder))
-            before_it_is_named(scratch / destination.onnx_name)
     except OSError as error:
         raise UserError(
             f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "
@@ -148,11 +158,11 @@ def _configure(
 
 
 def _verify(
-    onnx_file: Path, result: RewriteResult, base: ModelDirectory, options: ExportOptions, console: Console
+    onnx_file: Path, result: RewriteResult, base: ModelDirectory, options: ExportOptions
 ) -> VerifyReport | None:
     if options.verify == "off":
         return None
-    return verify(onnx_file, result.sites, base, options.verify, console, result.tables)
+    return verify(onnx_file, result.sites, base, options.verify, result.tables)
 
 
 def _size(*files: Path) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from rich.console import Console
 
 from stages.atomic import is_occupied, refuse_existing, require_creatable
 from stages.base_graph import external_files
@@ -80,9 +79,9 @@ def data_name(onnx_name: str) -> str:
     return f"{onnx_name}.data"
 
 
-def save_model(model: ir.Model, folder: Path, onnx_name: str, console: Console) -> None:
+def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
     """Write ``model`` and its data file into ``folder``, one tensor in memory at a time."""
-    with progress_bar(console) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("writing", total=None, unit="tensors")
 
         def advance(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 from jaxtyping import Shaped
 from pydantic import TypeAdapter
-from rich.console import Console
 from torch import Tensor
 
 from export.data_file import account_for_bytes
@@ -50,7 +49,6 @@ def verify(
     sites: Sequence[RewrittenSite],
     base: ModelDirectory,
     level: Literal["full", "quick"],
-    console: Console,
     tables: Sequence[RewrittenTable] = (),
 ) -> VerifyReport:
     """Check the model at ``onnx_file`` against the weights that it was made from.
@@ -68,7 +66,7 @@ def verify(
     for node, table in lookups:
         check_stored_table(node, table)
     fused, unfused, skipped_runs = _prove_fusion(onnx_file, pairs, base)
-    errors = _measure(onnx_file.parent, pairs, console) if level == "full" else []
+    errors = _measure(onnx_file.parent, pairs) if level == "full" else []
     return VerifyReport(
         sites=len(sites),
         data=data,
@@ -134,9 +132,9 @@ def _fuses_only_widened(site: RewrittenSite) -> bool:
     return site.source.spec.scale_dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
 
 
-def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]], console: Console) -> list[SiteError]:
+def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]]) -> list[SiteError]:
     errors = []
-    with progress_bar(console) as bar:
+    with progress_bar() as bar:
         for node, site in bar.track(pairs, description="checking products", unit="sites"):
             error = measure_site(folder, node, site)
             tolerances = _ROUNDED_WEIGHT_TOLERANCE if site.form is WeightForm.QDQ else _TOLERANCE

@@ -1,16 +1,27 @@
 """Quantize ONNX Runtime GenAI language models from Python: see docs/python.md.
 
-The configurations are the command lines' own dataclasses; the functions return what the commands would print.
+The options are the command lines' own dataclasses; the functions return what the commands print. Names are imported
+when they are first used: torch and ONNX Runtime take seconds, and ``genai-quant --help`` needs neither.
 """
 
 from __future__ import annotations
 
-from genai_quant.api import calibrate, evaluate, export, preview, quantize
-from genai_quant.results import QuantizedModel
-from genai_quant.run_file import WholeRun, read_run
-from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig
-from stages.errors import CacheMismatch, GraphError, RecipeError, SolveError, UserError
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from export.__main__ import export
+    from export.export_model import QuantizedModel
+    from genai_quant.run_file import WholeRun, read_run
+    from stages.calibrate_run import calibrate
+    from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig
+    from stages.errors import CacheMismatch, GraphError, RecipeError, SolveError, UserError
+    from stages.evaluate import evaluate
+    from stages.progress import progress_on
+    from stages.quantize import preview, quantize
+
+__version__ = version("genai-quant")
 __all__ = [
     "CacheMismatch",
     "CalibrateConfig",
@@ -23,10 +34,31 @@ __all__ = [
     "SolveError",
     "UserError",
     "WholeRun",
+    "__version__",
     "calibrate",
     "evaluate",
     "export",
     "preview",
+    "progress_on",
     "quantize",
     "read_run",
 ]
+_HOMES = {
+    "export.__main__": ("export",),
+    "export.export_model": ("QuantizedModel",),
+    "genai_quant.run_file": ("WholeRun", "read_run"),
+    "stages.calibrate_run": ("calibrate",),
+    "stages.config": ("CalibrateConfig", "EvaluateConfig", "ExportConfig", "QuantizeConfig"),
+    "stages.errors": ("CacheMismatch", "GraphError", "RecipeError", "SolveError", "UserError"),
+    "stages.evaluate": ("evaluate",),
+    "stages.progress": ("progress_on",),
+    "stages.quantize": ("preview", "quantize"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import ``name`` from the module that defines it."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

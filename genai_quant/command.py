@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import tyro
 
-from export.__main__ import export
-from genai_quant.whole_run import run_whole
-from stages.calibrate import calibrate_and_point_on
+from export import __main__ as export
+from genai_quant import __version__
+from stages import calibrate, evaluate, quantize, report_page, sweep
 from stages.cli import run_parsed
 from stages.config import (
     CalibrateConfig,
@@ -20,16 +22,13 @@ from stages.config import (
     RunConfig,
     SweepConfig,
 )
-from stages.evaluate import evaluate_models
-from stages.inspect.__main__ import inspect
-from stages.quantize import quantize
-from stages.report_page import report_page
-from stages.sweep import sweep
+from stages.inspect import __main__ as inspect
+from stages.screen import Section
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (
     "Quantize ONNX Runtime GenAI language models to INT4 / INT8. Each command has the options of its "
-    "python -m stages.COMMAND (export: python -m export; report: python -m stages.report_page)."
+    "python -m stages.COMMAND (export: python -m export; report: python -m stages.report)."
 )
 _Options = (
     Annotated[CalibrateConfig, tyro.conf.subcommand("calibrate", prefix_name=False)]
@@ -44,27 +43,31 @@ _Options = (
 
 
 def main() -> None:
-    """Parse ``sys.argv``, run the command that it names, and leave as ``stages.cli.run_command`` does."""
-    options: _Options = tyro.cli(
-        _Options,
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        use_underscores=True,
-    )
+    """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
+        return
+    options: _Options = tyro.cli(_Options, prog=PROGRAM, description=_DESCRIPTION, use_underscores=True)
     match options:
         case CalibrateConfig():
-            run_parsed(options, calibrate_and_point_on, f"{PROGRAM} calibrate")
+            run_parsed(options, calibrate.command, f"{PROGRAM} calibrate")
         case QuantizeConfig():
-            run_parsed(options, quantize, f"{PROGRAM} quantize")
+            run_parsed(options, quantize.command, f"{PROGRAM} quantize")
         case ExportConfig():
-            run_parsed(options, export, f"{PROGRAM} export")
+            run_parsed(options, export.command, f"{PROGRAM} export")
         case RunConfig():
-            run_parsed(options, run_whole, f"{PROGRAM} run")
+            run_parsed(options, _run_file, f"{PROGRAM} run")
         case EvaluateConfig():
-            run_parsed(options, evaluate_models, f"{PROGRAM} evaluate")
+            run_parsed(options, evaluate.command, f"{PROGRAM} evaluate")
         case SweepConfig():
-            run_parsed(options, sweep, f"{PROGRAM} sweep")
+            run_parsed(options, sweep.command, f"{PROGRAM} sweep")
         case InspectConfig():
-            run_parsed(options, inspect, f"{PROGRAM} inspect")
+            run_parsed(options, inspect.command, f"{PROGRAM} inspect")
         case ReportConfig():
-            run_parsed(options, report_page, f"{PROGRAM} report")
+            run_parsed(options, report_page.command, f"{PROGRAM} report")
+
+
+def _run_file(config: RunConfig) -> Iterable[Section]:
+    from genai_quant.whole_run import run_whole
+
+    return run_whole(config)

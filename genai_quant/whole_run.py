@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
-from export.__main__ import export
+from export import __main__ as export
 from genai_quant.run_file import WholeRun, read_run
-from stages.calibrate import calibrate
+from stages import evaluate, quantize
+from stages.calibrate_run import calibrate
+from stages.calibration_table import calibration_table
 from stages.config import RunConfig
-from stages.evaluate import evaluate_models
-from stages.quantize import check_before_calibration, quantize, show_preview
-from stages.screen import Screen
+from stages.preview_table import preview_table
+from stages.screen import Section
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def run_whole(config: RunConfig, screen: Screen) -> None:
+def run_whole(config: RunConfig) -> Iterator[Section]:
     """Do what the file of ``config`` says, or with ``dry_run`` say what that would be.
 
     Raises:
@@ -25,21 +27,23 @@ def run_whole(config: RunConfig, screen: Screen) -> None:
     """
     run = read_run(config.config)
     if config.dry_run or run.quantize.dry_run:
-        show_preview(replace(run.quantize, dry_run=True), run.calibrate, screen)
+        found = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
+        yield Section(name="plan", table=preview_table(found), record=found)
         return
-    check_before_calibration(run.quantize)
-    _calibrate(run, screen)
-    quantize(run.quantize, screen)
+    quantize.check_before_calibration(run.quantize)
+    yield from _calibrate(run)
+    yield from quantize.command(run.quantize)
     if run.export is not None:
-        export(run.export, screen)
+        yield from export.command(run.export)
     if run.evaluate is not None:
-        evaluate_models(run.evaluate, screen)
+        yield from evaluate.command(run.evaluate)
 
 
-def _calibrate(run: WholeRun, screen: Screen) -> None:
+def _calibrate(run: WholeRun) -> Iterator[Section]:
     if run.calibrate is None:
         return
     if run.quantize.needs_cache:
-        calibrate(run.calibrate, screen)
+        summary = calibrate(run.calibrate)
+        yield Section(name="calibration", table=calibration_table(summary), record=summary)
     else:
         _LOGGER.info("%s rounds without calibration data: stage one is left out.", run.quantize.algo)

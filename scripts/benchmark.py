@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console, Group
+from rich.console import Group
 
 from scripts.benchmarks.capture import measure_capture
 from scripts.benchmarks.figures import Benchmark, CommandFigure
@@ -28,14 +28,16 @@ from scripts.benchmarks.writing import measure_writing
 from scripts.options import BenchmarkConfig, PeerConfig
 from scripts.peers import peers_of
 from stages.atomic import whole_file
-from stages.cli import choose_device, run_command
+from stages.cli import run_command
 from stages.config import Algorithm, QuantizeConfig, beside
 from stages.errors import UserError
 from stages.evaluation.process import run_measured
 from stages.fingerprint import fingerprint_model
+from stages.machine import choose_device
 from stages.model_directory import locate_model
 from stages.observe.cache import open_cache
-from stages.screen import Screen
+from stages.progress import status
+from stages.screen import Section
 from stages.session import choose_providers
 from stages.shell_line import shell_line
 
@@ -44,7 +46,7 @@ _FIGURES = TypeAdapter(Benchmark)
 CALIBRATE, QUANTIZE, PEER = "calibrate", "quantize", "competitor"
 
 
-def benchmark(config: BenchmarkConfig, screen: Screen) -> None:
+def benchmark(config: BenchmarkConfig) -> Iterator[Section]:
     """Measure, and write benchmark.json and growth.svg after every step: a stopped run leaves what it has.
 
     Raises:
@@ -53,43 +55,43 @@ def benchmark(config: BenchmarkConfig, screen: Screen) -> None:
     folder = config.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     begun = Benchmark(machine=this_machine(), base=str(config.base), commands=())
-    for known in _steps(config, folder, begun, screen.console):
+    for known in _steps(config, folder, begun):
         _write(known, folder)
-    screen.show("benchmark", Group(*benchmark_tables(known)), known)
+    yield Section(name="benchmark", table=Group(*benchmark_tables(known)), record=known)
     _LOGGER.info("figures: %s, plot: %s", folder / "benchmark.json", folder / "growth.svg")
 
 
-def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark, console: Console) -> Iterator[Benchmark]:
+def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[Benchmark]:
     """What is known after each measurement."""
     cache = folder / "calibration"
-    for figure in _our_commands(config, folder, cache, console):
+    for figure in _our_commands(config, folder, cache):
         found = replace(found, commands=(*found.commands, figure))
         yield found
     directory, device = locate_model(config.base), choose_device(config.device)
-    with console.status("plain inference beside calibration's passes"):
+    with status("plain inference beside calibration's passes"):
         tokens = open_cache(cache, fingerprint_model(directory)).read_tokens()[0][:1]
         choice = choose_providers(config.calibration_eps)
         yield (found := replace(found, capture=measure_capture(directory, tokens, choice, device, config.rounds)))
-    with console.status("search beside plain matrix products"), torch.no_grad():
+    with status("search beside plain matrix products"), torch.no_grad():
         figures = [figure for algorithm in config.algo for figure in measure_search(_search(config, cache, algorithm))]
         yield (found := replace(found, search=tuple(figures)))
-    with console.status("export beside a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with status("export beside a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = beside(folder / config.algo[0], ".weights")
         yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
     if not config.no_growth:
-        with console.status("growth on synthetic models"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with status("growth on synthetic models"), tempfile.TemporaryDirectory(dir=folder) as scratch:
             yield (found := replace(found, growth=tuple(measure_growth(Path(scratch)))))
     if not config.no_competitor:
-        with console.status("the competitor, which takes long"):
+        with status("the competitor, which takes long"):
             yield replace(found, commands=(*found.commands, _competitor(config, folder, cache)))
 
 
-def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path, console: Console) -> Iterator[CommandFigure]:
+def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterator[CommandFigure]:
     """Both stages as a user types them."""
     shared = ("--onnx_path", str(config.base), "--cache_dir", str(cache), "--device", config.device, "--overwrite")
     calibration = ("--dataset", config.dataset, "--calib_size", str(config.calib_size))
     command = ("stages.calibrate", *shared, *calibration, "--calibration_eps", config.calibration_eps)
-    with console.status(CALIBRATE):
+    with status(CALIBRATE):
         _forget(cache)
         figure = _run(CALIBRATE, command, folder)
         yield figure
@@ -106,7 +108,7 @@ def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path, console: C
             "--output_path",
             str(folder / algorithm),
         )
-        with console.status(f"{QUANTIZE} {algorithm}"):
+        with status(f"{QUANTIZE} {algorithm}"):
             yield _run(f"{QUANTIZE} {algorithm}", ("stages.quantize", *shared, *options), folder)
 
 

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from scripts.builder_input import as_builder_input
@@ -24,13 +25,14 @@ from scripts.packaged_gguf import join_parts
 from stages.atomic import whole_directory
 from stages.cli import run_command
 from stages.errors import UserError
-from stages.screen import Screen
+from stages.progress import status
+from stages.screen import Section
 
 _LOGGER = logging.getLogger(__name__)
 _BUILDER = "onnxruntime_genai.models.builder"
 
 
-def build(config: BuildConfig, screen: Screen) -> None:
+def build(config: BuildConfig) -> Iterable[Section]:
     """Find the checkpoint, dequantize it where it is GGUF, and run the model builder on it."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise UserError('Building needs the package onnxruntime-genai: pip install -e ".[genai]"')
@@ -40,9 +42,10 @@ def build(config: BuildConfig, screen: Screen) -> None:
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):
         model = _builder_arguments(checkpoint, Path(scratch), config)
-        with screen.console.status("onnxruntime-genai builds the graph"):
+        with status("onnxruntime-genai builds the graph"):
             _run_builder(model, output, Path(scratch) / "cache", config)
     _LOGGER.info("base model: %s", config.output)
+    return ()
 
 
 def _builder_arguments(checkpoint: Checkpoint, scratch: Path, config: BuildConfig) -> list[str]:

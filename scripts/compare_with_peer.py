@@ -7,6 +7,8 @@ row that says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from scripts.options import PeerConfig
 from scripts.peers import peers_of
 from stages.cli import run_command
@@ -17,10 +19,10 @@ from stages.page.document import write_report
 from stages.page.from_sweep import sweep_document
 from stages.page.render import render
 from stages.progress import progress_bar
-from stages.screen import Screen
+from stages.screen import Section
 
 
-def compare_with_peer(config: PeerConfig, screen: Screen) -> None:
+def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     """Make and judge everything that isn't there, and show the tables.
 
     Raises:
@@ -30,10 +32,10 @@ def compare_with_peer(config: PeerConfig, screen: Screen) -> None:
     peers = peers_of(config)
     runs = [*ours, *(peer.run for peer in peers)]
     bench, yardsticks = open_bench(config), read_yardsticks(config)
-    with progress_bar(screen.console) as progress:
+    with progress_bar() as progress:
         records = measure(bench, runs, yardsticks, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
-    publish(bench, runs, records, yardsticks, notes, screen)
+    yield publish(bench, runs, records, yardsticks, notes)
     write_report(sweep_document(bench, runs, records, yardsticks, notes), render, bench.folder)
     raise_failures({run.name: records[run.name] for run in ours})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,36 +13,39 @@ from scripts.calibration_folder import calibration_folder
 from scripts.graph_decides import answers
 from scripts.layer_patterns import past_the_end
 from scripts.options import DropInConfig
+from stages import quantize
 from stages.base_graph import parse_graph
-from stages.calibrate import calibrate
+from stages.calibrate_run import calibrate
+from stages.calibration_table import calibration_table
 from stages.errors import CacheMismatch
 from stages.fingerprint import fingerprint_model
 from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.observe.cache import CalibrationCache, open_cache
-from stages.quantize import check_before_calibration, quantize, show_preview
-from stages.screen import Screen
+from stages.preview_table import preview_table
+from stages.screen import Section
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def quantize_in_one_go(config: DropInConfig, screen: Screen) -> None:
+def calibrate_and_quantize(config: DropInConfig) -> Iterator[Section]:
     """Quantize and export the model that ``config`` describes, with statistics of an earlier call where they fit."""
     config.validate()
     model = parse_graph(locate_model(config.onnx_path))
     config = _without_missing_layers(config, model)
     if config.dry_run:
-        show_preview(_with_found_cache(config), config, screen)
+        found = quantize.preview(_with_found_cache(config), config)
+        yield Section(name="plan", table=preview_table(found), record=found)
         return
-    check_before_calibration(config)
+    quantize.check_before_calibration(config)
     for line in answers(config, model):
         _LOGGER.info("%s", line)
     if config.needs_cache:
-        config = replace(config, cache_dir=_calibrated(config, screen))
+        config = replace(config, cache_dir=(yield from _calibrated(config)))
     else:
         _LOGGER.info("%s rounds without calibration data: stage one is left out.", config.algo)
     # The output was checked above: what this replaces unasked are at most weights whose output is gone.
-    quantize(replace(config, overwrite=config.overwrite or config.weights_path is None), screen)
+    yield from quantize.command(replace(config, overwrite=config.overwrite or config.weights_path is None))
     _say_next(config)
 
 
@@ -63,18 +67,23 @@ def _with_found_cache(config: DropInConfig) -> DropInConfig:
         return config
 
 
-def _calibrated(config: DropInConfig, screen: Screen) -> Path:
-    """The folder of a cache that fits ``config``; stage one fills it where no earlier call has."""
+def _calibrated(config: DropInConfig) -> Generator[Section, None, Path]:
+    """Return the folder of a cache that fits ``config``; stage one fills it where no earlier call has."""
     if config.cache_dir is not None:
-        calibrate(config, screen)
+        yield _calibration(config)
         return config.cache_dir
     folder = calibration_folder(config)
     cache = _earlier_cache(folder, config)
     if cache is None:
-        calibrate(replace(config, cache_dir=folder, overwrite=True), screen)
+        yield _calibration(replace(config, cache_dir=folder, overwrite=True))
     else:
         _LOGGER.info("stage one is skipped: %s is there from an earlier call.", _description(cache))
     return folder
+
+
+def _calibration(config: DropInConfig) -> Section:
+    summary = calibrate(config)
+    return Section(name="calibration", table=calibration_table(summary), record=summary)
 
 
 def _earlier_cache(folder: Path, config: DropInConfig) -> CalibrationCache | None:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from scripts.fuzzing.targets import make_targets
 from scripts.options import FuzzConfig
 from stages.cli import run_command
 from stages.errors import UserError
-from stages.screen import Screen
+from stages.progress import status
+from stages.screen import Section
 
 _EXECUTIONS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 _COVERAGE = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
@@ -38,7 +40,7 @@ class Outcome:
     """The exception's line; empty where nothing was found."""
 
 
-def fuzz(config: FuzzConfig, screen: Screen) -> None:
+def fuzz(config: FuzzConfig) -> Iterator[Section]:
     """Fuzz every target, show what was done, and fail where something was found."""
     with tempfile.TemporaryDirectory() as scratch:
         names = tuple(make_targets(config.base, config.cache_path, config.weights_path, Path(scratch)))
@@ -49,9 +51,9 @@ def fuzz(config: FuzzConfig, screen: Screen) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for name in chosen:
-        screen.console.print(f"{name} ...", highlight=False)
-        outcomes.append(_fuzz(config, name, max(1, config.seconds // len(chosen))))
-    screen.show("fuzzing", _table(outcomes), outcomes)
+        with status(name):
+            outcomes.append(_fuzz(config, name, max(1, config.seconds // len(chosen))))
+    yield Section(name="fuzzing", table=_table(outcomes), record=outcomes)
     found = [outcome.name for outcome in outcomes if outcome.finding]
     if found:
         raise UserError(f"Something was found in {', '.join(found)}; NAME.log in {config.output} says what.")

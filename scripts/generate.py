@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from scripts.generation import generate_sentence
 from scripts.options import GenerateConfig
 from stages.cli import run_command
 from stages.errors import UserError
-from stages.screen import Screen, unwrapped
+from stages.screen import Section, unwrapped
 
 
-def run(config: GenerateConfig, screen: Screen) -> None:
+def run(config: GenerateConfig) -> Iterator[Section]:
     """Print the prompt and each model's answer."""
     if config.max_new_tokens < 1:
         raise UserError("--max_new_tokens must be at least 1.")
-    screen.show("prompt", unwrapped(f"prompt: {config.prompt}"), config.prompt)
+    yield Section(name="prompt", table=unwrapped(f"prompt: {config.prompt}"), record=config.prompt)
     answers: dict[str, str] = {}
     for folder in config.model:
         answers[str(folder)] = sentence = generate_sentence(folder, config.prompt, config.max_new_tokens)
-        screen.show("answers", unwrapped(f"{folder.name}: {sentence}"), answers)
+        yield Section(name="answers", table=unwrapped(f"{folder.name}: {sentence}"), record=answers)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from stages.atomic import whole_directory
 from stages.cli import run_command
 from stages.genai_config import GENAI_CONFIG
 from stages.progress import progress_bar
-from stages.screen import Screen
+from stages.screen import Section
 
 _LOGGER = logging.getLogger(__name__)
 SHAPES = {
@@ -34,13 +35,13 @@ SHAPES = {
 _PRECISIONS = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 
 
-def make_large_model(config: LargeModelConfig, screen: Screen) -> None:
+def make_large_model(config: LargeModelConfig) -> Iterable[Section]:
     """Write the model folder, one tensor in memory at a time."""
     shape = SHAPES[config.shape]
     shape = shape if config.layers is None else replace(shape, layers=config.layers)
     model = random_llama(shape, _PRECISIONS[config.precision], config.seed)
     with whole_directory(config.output, overwrite=config.overwrite, option="--output") as folder:
-        with progress_bar(screen.console) as bar:
+        with progress_bar() as bar:
             task = bar.add_task("drawing", total=None, unit="weights")
 
             def advance(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
@@ -50,6 +51,7 @@ def make_large_model(config: LargeModelConfig, screen: Screen) -> None:
             ir.save(model, folder / "model.onnx", external_data="model.onnx.data", callback=advance)
         (folder / GENAI_CONFIG).write_text(json.dumps(shape.genai_config(), indent=4) + "\n", encoding="utf-8")
     _LOGGER.info("base model: %s", config.output)
+    return ()
 
 
 if __name__ == "__main__":

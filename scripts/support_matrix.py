@@ -5,6 +5,7 @@ tests/test_families.py writes the results, one JSON line a family, into the file
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from stages.cli import run_command
 from stages.config import CommandOptions
 from stages.errors import UserError
-from stages.screen import Screen, unwrapped
+from stages.screen import Section, unwrapped
 
 _PLACES = {"norm": "norms", "value": "v_proj", "linear": "up_proj", "mul": "Mul nodes"}
 
@@ -104,10 +105,10 @@ def _row(model: str, result: FamilyResult) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def show_matrix(config: MatrixConfig, screen: Screen) -> None:
+def show_matrix(config: MatrixConfig) -> Iterable[Section]:
     """Print the table to standard output."""
     results = read_results(config.results)
-    screen.show("families", unwrapped(markdown(results)), results)
+    return (Section(name="families", table=unwrapped(markdown(results)), record=results),)
 
 
 if __name__ == "__main__":

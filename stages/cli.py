@@ -1,97 +1,91 @@
-"""The command line's edge: parse a config, set up what is printed, turn a UserError into one line and exit code 2."""
+"""Run a command: parse its options, print what it returns, turn a UserError into one line and exit code 2."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import torch
 import tyro
 from rich.console import Console
 
-from stages.config import CommandOptions, OutputOptions
+from stages.config import CommandOptions
 from stages.errors import UserError
 from stages.messages import logging_to
 from stages.one_line import in_one_line, sentence_of
-from stages.processes import is_first_started
-from stages.screen import Screen, findings_of, silent_screen
+from stages.progress import progress_on
+from stages.screen import Output, Section, open_output
 
-Config = TypeVar("Config", bound=CommandOptions)
+Options = TypeVar("Options", bound=CommandOptions)
+Command = Callable[[Options], Iterable[Section]]
+"""Does its work and gives out each part of its result as soon as it is there."""
 
 _LOGGER = logging.getLogger(__name__)
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The torch device that ``--device`` means; ``auto`` takes CUDA, then MPS, then the CPU.
+def run_command(options_type: type[Options], command: Command[Options], program: str) -> None:
+    """Parse ``sys.argv`` into ``options_type``, run ``command``, and leave with 0, 2 (bad input) or 130 (Ctrl-C).
 
-    Raises:
-        UserError: the device isn't there.
+    Args:
+        options_type: the dataclass of the command's options.
+        command: what to run; its sections are printed.
+        program: what people typed, for the help text.
     """
-    if wanted == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {wanted} can't be used here; choose auto, cpu, or a device torch sees.") from error
-    return device
+    run_parsed(tyro.cli(options_type, prog=program, use_underscores=True), command, program)
 
 
-def run_command(config_type: type[Config], command: Callable[[Config, Screen], None], program: str) -> None:
-    """Parse ``sys.argv`` into ``config_type``, run ``command``, and leave with 0, 2 (bad input) or 130 (Ctrl-C)."""
-    run_parsed(tyro.cli(config_type, prog=program, use_underscores=True), command, program)
-
-
-def run_parsed(config: Config, command: Callable[[Config, Screen], None], program: str) -> None:
+def run_parsed(options: Options, command: Command[Options], program: str) -> None:
     """Run ``command`` on options that are parsed, and leave as ``run_command`` does.
 
-    Of processes that were launched together the first alone prints; errors are everyone's.
+    Of processes that were launched together only the first prints results and progress; errors are everyone's.
     """
-    console, is_first = Console(stderr=True), is_first_started()
-    screen = _open_screen(console, config.printing, program) if is_first else silent_screen()
+    console, is_first = Console(stderr=True), _is_first_process()
+    silent = options.printing.quiet or not is_first
+    output = open_output(program, as_json=options.printing.json and is_first, quiet=silent)
     try:
-        with logging_to(console, config.printing, errors_only=not is_first):
-            code = _run(lambda: command(config, screen), screen)
+        # Bars are drawn on the console that messages are printed on, so that they know of each other.
+        with (
+            logging_to(console, options.printing, errors_only=not is_first),
+            progress_on(Console(quiet=True) if silent else console),
+        ):
+            code = _run(options, command, output)
     except UserError as error:  # there is no log to write it to
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        screen.findings.end(str(error))
+        output.end(str(error))
         code = _BAD_INPUT
     if code:
         sys.exit(code)
 
 
-def _open_screen(console: Console, options: OutputOptions, program: str) -> Screen:
-    """Progress is seen on the console that messages are printed on, so that bars and lines know of each other."""
-    return Screen(
-        console=Console(quiet=True) if options.quiet else console,
-        findings=findings_of(program, as_json=options.json, quiet=options.quiet),
-    )
+def _is_first_process() -> bool:
+    """Return whether a launcher started this process first, or only this one; no other process is waited for."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _run(command: Callable[[], None], screen: Screen) -> int:
-    """The exit code of ``command``, whose error, if any, is logged."""
+def _run(options: Options, command: Command[Options], output: Output) -> int:
+    """Return the exit code of ``command``, whose error, if any, is logged."""
     try:
-        command()
+        options.validate()
+        for section in command(options):
+            output.show(section)
     except UserError as error:
-        return _bad_input(sentence_of(error), screen)
+        return _bad_input(sentence_of(error), output)
     except MemoryError as error:
         reason = in_one_line(error)
-        return _bad_input(f"The memory is too small ({reason}); give smaller sizes or close other programs.", screen)
+        return _bad_input(f"The memory is too small ({reason}); give smaller sizes or close other programs.", output)
     except KeyboardInterrupt:
         stopped = "stopped; what was finished is kept, run the same command again to go on."
         _LOGGER.warning(stopped)
-        screen.findings.end(stopped)
+        output.end(stopped)
         return _INTERRUPTED
-    screen.findings.end(None)
+    output.end(None)
     return 0
 
 
-def _bad_input(sentence: str, screen: Screen) -> int:
+def _bad_input(sentence: str, output: Output) -> int:
     _LOGGER.error("%s", sentence)
-    screen.findings.end(sentence)
+    output.end(sentence)
     return _BAD_INPUT

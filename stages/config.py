@@ -85,6 +85,9 @@ class CommandOptions:
     printing: Annotated[OutputOptions, tyro.conf.arg(name="")] = OutputOptions()
     """An empty name: its options stand among the others."""
 
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option that can't be used."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:

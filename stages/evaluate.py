@@ -2,80 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-
-from rich.console import Group
+from typing import TYPE_CHECKING
 
 from stages.cli import run_command
 from stages.config import EvaluateConfig
-from stages.evaluation.compare import PreparedEvaluation, evaluate, prepare
-from stages.evaluation.decode_round import SpeedRequest
-from stages.evaluation.findings import Evaluation, SpeedTest, TaskScore, load_evaluation, save_evaluation
-from stages.evaluation.genai_session import require_genai
-from stages.evaluation.generation import generate
-from stages.evaluation.harness import TaskRequest, find_tasks, run_tasks
-from stages.evaluation.speed import measure_speed
-from stages.machine import default_threads, describe_machine
-from stages.page.document import Document, read_document, write_report
-from stages.page.render import render
-from stages.page.tables import tables_of
-from stages.progress import Progress, progress_bar
-from stages.screen import Screen
-from stages.threads import threads
+from stages.screen import Section
+
+if TYPE_CHECKING:
+    from stages.evaluation.compare import PreparedEvaluation
+    from stages.evaluation.findings import Evaluation
+    from stages.page.document import Document
 
 
-def evaluate_models(config: EvaluateConfig, screen: Screen) -> None:
-    """Show what an equal comparison found earlier if there is one, else evaluate; add what else is asked for.
+def command(config: EvaluateConfig) -> Iterator[Section]:
+    """Evaluate, and print the tables."""
+    from rich.console import Group
+
+    from stages.page.tables import tables_of
+
+    found = evaluate(config)
+    yield Section(name="evaluation", table=Group(*tables_of(found)), record=found)
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Compare models with their base on the same text; an equal comparison that was kept is not run again.
 
     Raises:
         UserError: an option, a model, a text or a task can't be used.
     """
+    from stages.evaluation.compare import prepare
+    from stages.evaluation.run import run_evaluation
+    from stages.page.document import Document, read_document
+
     config.validate()
     document = Document() if config.report is None else read_document(config.report)
     prepared = prepare(config)
-    folders = [model.folder for model in prepared.all_models]
-    for option, wanted in (("--generate", config.generate), ("--speed", config.speed)):
-        if wanted:
-            require_genai(folders, option)
-    tasks = find_tasks(config.lm_eval_tasks, config.lm_eval_limit) if config.lm_eval_tasks else None
-    earlier = _earlier(config, document, prepared)
-    with progress_bar(screen.console) as progress:
-        found = earlier or evaluate(prepared, progress)
-        found = replace(
-            found,
-            generations=generate(folders, config.generate, config.max_new_tokens, progress) if config.generate else (),
-            speed=_speed(config, prepared, progress) if config.speed else None,
-            tasks=() if tasks is None else _tasks(tasks, prepared, progress),
-        ).kept_from(earlier)
+    found = run_evaluation(config, prepared, _earlier(config, document, prepared))
     _keep(config, found, document)
-    screen.show("evaluation", Group(*tables_of(found)), found)
+    return found
 
 
 def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvaluation) -> Evaluation | None:
-    """An evaluation of the same comparison, from --results or the report."""
+    """Return an evaluation of the same comparison, from --results or the report."""
+    from stages.evaluation.findings import load_evaluation
+
     found = None if config.results is None else load_evaluation(config.results, prepared.comparison)
     of_report = (one for one in document.evaluations if one.comparison == prepared.comparison)
     return found or next(of_report, None)
 
 
-def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progress) -> SpeedTest:
-    request = SpeedRequest(
-        prompt=tuple(prepared.base.windows.reshape(-1)[: config.speed_prompt_tokens].tolist()),
-        new_tokens=config.speed_new_tokens,
-        threads=threads() or default_threads(),
-    )
-    return measure_speed(prepared.all_models, request, config.speed_rounds, progress)
-
-
-def _tasks(request: TaskRequest, prepared: PreparedEvaluation, progress: Progress) -> tuple[TaskScore, ...]:
-    scores: Sequence[tuple[TaskScore, ...]] = [
-        run_tasks(model, request, prepared.base.settings, progress) for model in prepared.all_models
-    ]
-    return tuple(score for of_model in scores for score in of_model)
-
-
 def _keep(config: EvaluateConfig, found: Evaluation, document: Document) -> None:
+    """Write what was found to --results and into the report of --report."""
+    from stages.evaluation.findings import save_evaluation
+    from stages.machine import describe_machine
+    from stages.page.document import write_report
+    from stages.page.render import render
+
     if config.results is not None:
         save_evaluation(found, config.results)
     if config.report is not None:
@@ -85,4 +69,4 @@ def _keep(config: EvaluateConfig, found: Evaluation, document: Document) -> None
 
 
 if __name__ == "__main__":
-    run_command(EvaluateConfig, evaluate_models, "python -m stages.evaluate")
+    run_command(EvaluateConfig, command, "python -m stages.evaluate")

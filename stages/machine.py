@@ -7,9 +7,30 @@ import re
 from pathlib import Path
 
 import psutil
+import torch
+
+from stages.errors import UserError
 
 _CPUINFO = Path("/proc/cpuinfo")
 """Linux alone names its processor here; platform.processor() is empty there."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The torch device that ``--device`` means; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the device isn't there.
+    """
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {wanted} can't be used here; choose auto, cpu, or a device torch sees.") from error
+    return device
 
 
 def describe_machine() -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from stages.graph.run import ActivationTap, open_piece_tap
@@ -67,12 +66,12 @@ class Observation:
         """The tap of the first piece, which finds out the providers that work."""
         return open_piece_tap(piece, self.directory, choice, self.provider_options, self.scratch, {})
 
-    def fill(self, writer: CacheWriter, pieces: Sequence[Piece], first: ActivationTap, console: Console) -> None:
+    def fill(self, writer: CacheWriter, pieces: Sequence[Piece], first: ActivationTap) -> None:
         """Run all windows through ``pieces``, the first of which ``first`` has opened, and save the statistics.
 
         Ensures: when it returns, all processes have saved theirs.
         """
-        with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar(console) as bar:
+        with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar() as bar:
             carried = CarriedValues(Path(folder))
             for index, piece in enumerate(pieces):
                 tap = first if index == 0 else self._open_next(piece, first.providers, carried)

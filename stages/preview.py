@@ -8,16 +8,15 @@ from typing import get_args
 
 import onnx_ir as ir
 import psutil
-from rich.console import Console
 
 from stages.amounts import parse_bytes
 from stages.base_graph import parse_graph, require_weights
-from stages.cli import choose_device
 from stages.config import PART_OF_FREE_MEMORY, CalibrateConfig, QuantizeConfig, ScaleSearch
 from stages.errors import CacheMismatch, UserError
 from stages.fingerprint import fingerprint_model
 from stages.footprint import TextShape, calibration_memory, export_memory, held_already, search_memory
 from stages.graph.sites import find_groups
+from stages.machine import choose_device
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.cache import CalibrationCache, find_cache, open_cache
 from stages.observe.dataset import held_out_windows, window_shares
@@ -46,23 +45,20 @@ class _Known:
     notes: tuple[str, ...]
 
 
-def preview(
-    config: QuantizeConfig, calibration: CalibrateConfig | None, obstacles: tuple[str, ...], console: Console
-) -> Preview:
+def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacles: tuple[str, ...]) -> Preview:
     """What a run of ``config`` would do.
 
     Args:
         config: a valid configuration.
         calibration: how stage one would run where it still has to; None: as by default.
         obstacles: what would stop the run, as far as the caller knows.
-        console: where progress is shown, should a budget have to forecast errors.
 
     Raises:
         GraphError: the graph can't be read, or holds nothing to quantize.
         RecipeError: options that fit neither each other nor the model.
     """
     known = _look(config, obstacles)
-    plan, open_because = _decide(config, known, console)
+    plan, open_because = _decide(config, known)
     calibration = calibration or CalibrateConfig(onnx_path=config.onnx_path)
     text = _text_shape(known.cache, calibration) if config.needs_cache else None
     groups, held = find_groups(known.model), held_already()
@@ -137,7 +133,7 @@ def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bo
     return cache
 
 
-def _decide(config: QuantizeConfig, known: _Known, console: Console) -> tuple[ModelPlan, tuple[str, ...]]:
+def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str, ...]]:
     """The plan; where a budget can't be spent yet it holds the smallest formats, and what is needed is said."""
     plan = plan_model(config, known.model, known.directory)
     if plan.left_open is None:
@@ -145,7 +141,7 @@ def _decide(config: QuantizeConfig, known: _Known, console: Console) -> tuple[Mo
     reason = _left_open_because(config, known, plan)
     if not reason and known.cache is not None:
         device = choose_device(config.device)
-        spent = spend_budget(config, known.model, known.directory, known.cache, plan, device, console)
+        spent = spend_budget(config, known.model, known.directory, known.cache, plan, device)
         return replace(spent.plan, left_open=None), (spent.summary,)
     reach, in_bits = plan.left_open.reach, config.target_bpw is not None
     unit, scale = ("bits a weight", 1.0) if in_bits else ("MB", 1e6)

@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -62,10 +61,6 @@ class Processes:
         else:
             with self.state.main_process_first():
                 yield
-
-    def console(self, console: Console) -> Console:
-        """Where this process prints its progress: the first one alone does."""
-        return console if self.is_first else Console(quiet=True)
 
     def wait_for_all(self) -> None:
         """Return when every process has come here."""
@@ -128,11 +123,6 @@ class Processes:
         coming = torch.empty(shape, dtype=dtype, device=self.state.device)
         posted.append(torch.distributed.P2POp(torch.distributed.irecv, coming, sender, tag=tag))
         return coming
-
-
-def is_first_started() -> bool:
-    """Whether this process is the first of those that a launcher started, or the only one; it joins nobody."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def join_processes() -> Processes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -29,6 +31,8 @@ _SHORTEST_SILENCE = 1.0
 _PART = 0.1
 """Part of the work after which a line is written too."""
 _BAR_WIDTH = 24
+_SHOWN_ON: ContextVar[Console | None] = ContextVar("console of the progress bars", default=None)
+"""Handing the console from each command down to its loops would thread it through thirty functions."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -234,6 +238,25 @@ def _seconds(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def progress_bar(console: Console) -> Progress:
-    """The progress of tasks that say what, how far, how fast, and the time left."""
-    return Progress(console)
+@contextmanager
+def progress_on(console: Console) -> Iterator[None]:
+    """Draw the progress of everything inside the block on ``console``; elsewhere nothing is drawn."""
+    before = _SHOWN_ON.set(console)
+    try:
+        yield
+    finally:
+        _SHOWN_ON.reset(before)
+
+
+def progress_bar() -> Progress:
+    """Return the progress of tasks, drawn where ``progress_on`` says."""
+    return Progress(_console())
+
+
+def status(doing: str) -> AbstractContextManager[object]:
+    """Say what is being done while a block without steps runs, where ``progress_on`` says."""
+    return _console().status(doing)
+
+
+def _console() -> Console:
+    return _SHOWN_ON.get() or Console(quiet=True)

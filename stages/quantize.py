@@ -1,165 +1,109 @@
-"""Stage two: ``python -m stages.quantize``. Cache -> plan -> solve -> save -> export."""
+"""Stage two: ``python -m stages.quantize``. Plan, search and store quantized weights, then export the model."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-import torch
-from rich.console import Console
-
-from export.export_model import Destination, export_model
-from export.tables import export_table
-from stages.atomic import require_creatable
-from stages.base_graph import load_graph
-from stages.block.tunable import open_blocks
-from stages.cli import choose_device, run_command
+from stages.cli import run_command
 from stages.config import CalibrateConfig, QuantizeConfig
-from stages.errors import CacheMismatch, SolveError, UserError
-from stages.fingerprint import fingerprint_model
-from stages.graph.unreached import unreached_warning
-from stages.graph.weights import read_rows, read_weight
-from stages.machine import describe_machine
-from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.cache import CalibrationCache, open_cache
-from stages.page.document import Document, read_document, write_report
-from stages.page.from_weights import quantization_of
-from stages.page.render import render
-from stages.plan_file import PLAN, write_plan
-from stages.planning import ModelPlan, make_recipe, plan_model, search_options, signround_options
-from stages.prepared import Prepared, Search
-from stages.preview import preview
-from stages.preview_table import preview_table
-from stages.processes import Processes, join_processes
-from stages.progress import progress_bar
-from stages.quantized_store import EARLIER, REPORT_FOLDER, QuantizedStore, create_or_resume_store
-from stages.records import SiteReport
-from stages.report import loss_so_far, quantization_table, search_summary
-from stages.screen import Screen, silent_screen
-from stages.site_names import short_name
-from stages.solve.embedding import quantize_table
-from stages.solve.problem import SearchOptions
-from stages.solve.registry import ALGORITHMS
-from stages.solve.runner import GroupSolver, search_cost
-from stages.solve.side_by_side import solve_groups
-from stages.spending import SpentBudget, spend_budget
-from stages.target.explain import choice_table
-from stages.tune.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
+from stages.errors import UserError
+from stages.screen import Section
+
+if TYPE_CHECKING:
+    from export.export_model import Destination, QuantizedModel
+    from stages.model_directory import ModelDirectory
+    from stages.preview_table import Preview
+    from stages.quantized_store import QuantizedStore
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def quantize(config: QuantizeConfig, screen: Screen) -> None:
-    """Quantize and export the model that ``config`` describes; processes launched together share the groups."""
+def command(config: QuantizeConfig) -> Iterator[Section]:
+    """Quantize, or say what that would do."""
+    if config.dry_run:
+        from stages.preview_table import preview_table
+
+        found = preview(config)
+        yield Section(name="plan", table=preview_table(found), record=found)
+        return
+    made = quantize(config)
+    if made is not None:
+        yield from _sections(config, made)
+
+
+def quantize(config: QuantizeConfig) -> QuantizedModel | None:
+    """Search quantized weights and export the model to ``config.output_path``.
+
+    Processes launched together share the groups; all but the first return None.
+
+    Raises:
+        UserError: an option or the model can't be used, the cache is missing or another model's, or the output exists.
+    """
+    # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.export_model import QuantizedModel, export_model
+    from stages.machine import choose_device
+    from stages.model_directory import locate_model
+    from stages.page.document import read_document
+    from stages.processes import join_processes
+    from stages.quantize_run import discard_if_bad_input, prepare, round_embeddings, search_weights
+    from stages.quantized_store import REPORT_FOLDER
+    from stages.report import search_summary
+
     config.validate()
     if config.dry_run:
-        show_preview(config, None, screen)
-        return
+        raise UserError("quantize writes a model, and dry_run asks for none; call preview.")
     started = time.perf_counter()
     processes = join_processes()
-    screen = screen if processes.is_first else silent_screen()
     with processes.first_goes_first():
         directory = locate_model(config.onnx_path)
         destination = _destination(config, directory)
-        prepared = _prepare(config, directory, screen)
-    report = read_document(prepared.store.folder / REPORT_FOLDER)
+        prepared = prepare(config, directory)
     store = prepared.store
-    with _nothing_left_of_bad_input(store, owner=processes.is_first):
-        _search(config, prepared, processes, screen.console)
+    read_document(store.folder / REPORT_FOLDER)  # a damaged one is named before the search
+    with discard_if_bad_input(store, owner=processes.is_first):
+        search_weights(config, prepared, processes)
         if not processes.is_first:
-            return
-        _round_unfinished(prepared.model, store, choose_device(config.device))
+            return None
+        round_embeddings(prepared.model, store, choose_device(config.device))
     seconds = time.perf_counter() - started
-    screen.show("search", quantization_table(store, seconds), search_summary(store, seconds))
-
-    def write_report_of(output: Path) -> None:
-        _write_report(replace(report, title=destination.folder.name), store, (directory, locate_model(output)))
-
-    exported = export_model(directory, store, destination, config.export_options, screen.console, write_report_of)
-    screen.show("export", export_table(exported), exported)
-
-
-def _write_report(earlier: Document, store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory]) -> None:
-    """The report inside the weights' folder, on the base and the output; what evaluations added to it stays."""
-    document = replace(
-        earlier,
-        machine=describe_machine(),
-        quantization=quantization_of(store, models),
+    exported = export_model(directory, store, destination, config.export_options)
+    _write_report(store, directory, destination)
+    return QuantizedModel(
+        folder=exported.onnx_file.parent,
+        onnx_file=exported.onnx_file,
+        weights=store.folder,
+        choice=prepared.plan.choice,
+        search=search_summary(store, seconds),
+        export=exported,
     )
-    write_report(document, render, store.folder / REPORT_FOLDER)
 
 
-def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
-    """Where the model goes, once both places and the device can be used."""
-    choose_device(config.device)
-    destination = Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
-    require_creatable(config.weights_folder, option="--weights_path")
-    destination.require_apart_from(config.weights_folder, "the quantized weights")
-    return destination
+def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:
+    """Forecast what ``quantize`` would do: formats, bytes, memory, seconds, obstacles. Only the graph is read.
 
-
-@contextmanager
-def _nothing_left_of_bad_input(store: QuantizedStore, *, owner: bool) -> Iterator[None]:
-    """Remove ``store`` where this run began it and it holds nothing, or weights that rest on bad numbers."""
-    is_new = store.is_empty
-    try:
-        yield
-    except UserError as error:
-        if owner and is_new and (store.is_empty or isinstance(error, SolveError | CacheMismatch)):
-            store.discard()
-        raise
-
-
-def _prepare(config: QuantizeConfig, directory: ModelDirectory, screen: Screen) -> Prepared:
-    model = load_graph(directory)
-    fingerprint = fingerprint_model(directory)
-    cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    plan = plan_model(config, model, directory)
-    _show_plan(config, plan, screen)
-    spent = _spent(config, model, directory, plan, cache, screen.console)
-    plan = plan if spent is None else spent.plan
-    recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
-    store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
-    if spent is not None:
-        write_plan(store.folder / PLAN, spent.file_text)
-    return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
-
-
-def _search(config: QuantizeConfig, prepared: Prepared, processes: Processes, console: Console) -> None:
-    """Fill the store; what is in it already stays."""
-    if config.tunes_blocks:
-        _tune_unfinished(config, prepared, processes, console)
-        if processes.is_first:
-            # Not sooner: a stopped run never searches again.
-            shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
-    else:
-        solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
-        _solve_unfinished(solver, prepared.store, processes, console)
-
-
-def open_search(config: QuantizeConfig) -> Search:
-    """The search that ``quantize`` would do, with no place to save its results: for measuring it.
+    Args:
+        config: as for ``quantize``.
+        calibration: how stage one would run before it; None: it has run, or isn't needed.
 
     Raises:
-        UserError: what ``quantize`` raises before it searches.
+        UserError: an option or the model can't be used.
     """
+    from stages.preview import preview as forecast
+
     config.validate()
-    directory = locate_model(config.onnx_path)
-    model = load_graph(directory)
-    cache = open_cache(config.cache_path, fingerprint_model(directory)) if config.needs_cache else None
-    plan = plan_model(config, model, directory)
-    return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
+    return forecast(config, calibration, tuple(_obstacles(config)))
 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
     """Raise what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
+    from stages.base_graph import load_graph
+    from stages.block.tunable import open_blocks
+    from stages.model_directory import locate_model
+    from stages.planning import plan_model
+
     config.validate()
     directory = locate_model(config.onnx_path)
     _destination(config, directory)
@@ -169,140 +113,52 @@ def check_before_calibration(config: QuantizeConfig) -> None:
         open_blocks(model, plan.sites.groups)
 
 
-def show_preview(config: QuantizeConfig, calibration: CalibrateConfig | None, screen: Screen) -> None:
-    """What ``quantize`` would do, and what would stop it; ``calibration`` says how stage one would run before it."""
-    found = preview(config, calibration, tuple(_obstacles(config)), screen.console)
-    screen.show("plan", preview_table(found), found)
+def _sections(config: QuantizeConfig, made: QuantizedModel) -> Iterator[Section]:
+    from export.tables import export_table
+    from stages.quantized_store import open_store
+    from stages.report import quantization_table
+    from stages.target.explain import choice_table
+
+    if config.parsed_target is not None:
+        yield Section(name="formats", table=choice_table(config.parsed_target, made.choice), record=made.choice)
+    table = quantization_table(open_store(made.weights), made.search.seconds)
+    yield Section(name="search", table=table, record=made.search)
+    yield Section(name="export", table=export_table(made.export), record=made.export)
+
+
+def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
+    """Return where the model goes, once both places and the device can be used."""
+    from export.export_model import Destination
+    from stages.atomic import require_creatable
+    from stages.machine import choose_device
+
+    choose_device(config.device)
+    destination = Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
+    require_creatable(config.weights_folder, option="--weights_path")
+    destination.require_apart_from(config.weights_folder, "the quantized weights")
+    return destination
 
 
 def _obstacles(config: QuantizeConfig) -> Iterator[str]:
-    """Why the output couldn't be written as things are."""
+    """Give out why the output couldn't be written as things are."""
+    from stages.model_directory import locate_model
+
     try:
         _destination(config, locate_model(config.onnx_path))
     except UserError as error:
         yield str(error)
 
 
-def _show_plan(config: QuantizeConfig, plan: ModelPlan, screen: Screen) -> None:
-    """What the target decided, and what a person should know before the search starts."""
-    if config.parsed_target is not None:
-        screen.show("formats", choice_table(config.parsed_target, plan.choice), plan.choice)
-    sites = plan.sites
-    left = unreached_warning(plan.unreached, quantized=len(sites.specs), routers=sites.kept_routers)
-    for warning in filter(None, (*plan.choice.warnings, left)):
-        _LOGGER.warning("%s", warning)
+def _write_report(store: QuantizedStore, base: ModelDirectory, destination: Destination) -> None:
+    """Write the report inside the weights' folder; what evaluations added to it stays. The model is safe already."""
+    from stages.model_directory import locate_model
+    from stages.page.from_weights import write_quantization
 
-
-def _spent(
-    config: QuantizeConfig,
-    model: ir.Model,
-    directory: ModelDirectory,
-    plan: ModelPlan,
-    cache: CalibrationCache | None,
-    console: Console,
-) -> SpentBudget | None:
-    """What ``plan`` left open, decided; None where it left nothing open."""
-    if plan.left_open is None:
-        return None
-    assert cache is not None, "a budget needs the cache"
-    spent = spend_budget(config, model, directory, cache, plan, choose_device(config.device), console)
-    _LOGGER.info("%s", spent.summary)
-    return spent
-
-
-def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
-    device = choose_device(config.device)
-    return GroupSolver(
-        algorithm_name=config.algo,
-        algorithm=ALGORITHMS[config.algo],
-        options=search_options(config, plan.choice),
-        specs=plan.sites.specs,
-        device=device,
-        read_weight=lambda site: read_weight(model, site, device),
-        read_stats=None if cache is None else cache.read,
-        fold=not config.awqlite_disable_fuse_nodes,
-        one_scale=config.awqlite_run_per_subgraph,
-    )
-
-
-def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes, console: Console) -> None:
-    """Solve the groups that have no file yet, shared out by cost; each is saved before the next begins."""
-    unfinished = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
-    processes.wait_for_all()  # so that all share out the same groups
-    costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
-    mine = processes.my_share(costs)
-    with progress_bar(console) as progress:
-        unit = "groups" if processes.count == 1 else f"groups of this process, the first of {processes.count}"
-        task = progress.add_task("search", total=sum(costs[place] for place in mine), steps=len(mine), unit=unit)
-        places, found = sorted(mine), list[SiteReport]()
-        for index, solved in solve_groups(solver, [store.recipe.groups[unfinished[place]] for place in places]):
-            store.write(unfinished[places[index]], solved)
-            found += solved.reports
-            now = short_name(solved.group.sites[0].name)
-            progress.advance(task, costs[places[index]], now=now, note=loss_so_far(found))
-    processes.wait_for_all()
-    if processes.is_first:
-        store.write_report()
-
-
-def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Processes, console: Console) -> None:
-    """Search what tuning starts from, and tune the blocks that have no files yet, step after step.
-
-    Processes share the search; each block needs the one before, so the first process tunes them.
-    """
-    store, cache = prepared.store, prepared.cache
-    assert cache is not None
-    if store.is_complete():
-        return
-    blocks = open_blocks(prepared.model, store.recipe.groups)
-    search = replace(config, algo=config.search_algorithm, refine=False)
-    solver = _solver(search, prepared.model, prepared.plan, cache)
-    with processes.first_goes_first():
-        begun = _earlier_store(store, "search", search, prepared.plan, cache)
-    _solve_unfinished(solver, begun, processes, console)
-    if not processes.is_first:
-        return
-    *earlier, last = _block_steps(config, solver.options)
-    for step, result in (*earlier, last):
-        reached = store if step is last[0] else _earlier_store(store, step.name, result, prepared.plan, cache)
-        BlockTuner(
-            model=blocks,
-            directory=prepared.directory,
-            cache=cache,
-            start=begun,
-            store=reached,
-            step=step,
-            batch_size=config.signround_batch_size,
-            device=choose_device(config.device),
-        ).tune(console)
-        begun = reached
-
-
-def _block_steps(config: QuantizeConfig, options: SearchOptions) -> list[tuple[BlockStep, QuantizeConfig]]:
-    """Return the steps that go block by block after the search, in order, each with what it makes of the search."""
-    steps: list[tuple[BlockStep, QuantizeConfig]] = []
-    if config.refine:
-        steps.append((RefineStep(options), replace(config, algo=config.search_algorithm)))
-    if config.algo == "signround":
-        steps.append((SignRoundStep(signround_options(config)), config))
-    return steps
-
-
-def _earlier_store(
-    store: QuantizedStore, name: str, config: QuantizeConfig, plan: ModelPlan, cache: CalibrationCache
-) -> QuantizedStore:
-    """The folder of a step before the last."""
-    recipe = make_recipe(config, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
-    return create_or_resume_store(store.folder / EARLIER / name, recipe, overwrite=config.overwrite)
-
-
-def _round_unfinished(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:
-    """Round the embeddings that have no file yet."""
-    for index, plan in enumerate(store.recipe.embeddings):
-        file = store.table_file(index)
-        if not file.is_finished():
-            store.write_table(index, quantize_table(plan, partial(read_rows, model, plan.table, device=device)))
+    try:
+        write_quantization(store, (base, locate_model(destination.onnx_file)), title=destination.folder.name)
+    except (UserError, OSError) as error:
+        _LOGGER.warning("the model is complete, but its report could not be written: %s", error)
 
 
 if __name__ == "__main__":
-    run_command(QuantizeConfig, quantize, "python -m stages.quantize")
+    run_command(QuantizeConfig, command, "python -m stages.quantize")

@@ -1,27 +1,28 @@
-"""Make a report's page again from its report.json: ``python -m stages.report_page DIR``."""
+"""Make a report's page again from its report.json: ``python -m stages.report DIR``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from stages.cli import run_command
 from stages.config import ReportConfig
 from stages.errors import UserError
-from stages.model_directory import locate_model
-from stages.page.document import REPORT_JSON, read_document, write_report
-from stages.page.from_weights import quantization_of
-from stages.page.render import render
-from stages.quantized_store import open_store
-from stages.screen import Screen
+from stages.screen import Section
 
 
-def report_page(config: ReportConfig, _: Screen) -> None:
+def command(config: ReportConfig) -> Iterable[Section]:
     """Write report.html, and first the part on quantized weights where their folder is named.
 
     Raises:
         UserError: there is nothing to make a page from, or the folder can't be written.
     """
-    config.validate()
+    from stages.model_directory import locate_model
+    from stages.page.document import REPORT_JSON, read_document, write_report
+    from stages.page.from_weights import quantization_of
+    from stages.page.render import render
+    from stages.quantized_store import open_store
+
     document = read_document(config.report)
     if config.weights_path is not None:
         models = (locate_model(config.base), locate_model(config.model)) if config.base and config.model else None
@@ -31,7 +32,8 @@ def report_page(config: ReportConfig, _: Screen) -> None:
     elif not (config.report / REPORT_JSON).exists():
         raise UserError(f"{config.report} holds no {REPORT_JSON}; name a report's folder, or --weights_path as well.")
     write_report(document, render, config.report)
+    return ()
 
 
 if __name__ == "__main__":
-    run_command(ReportConfig, report_page, "python -m stages.report_page")
+    run_command(ReportConfig, command, "python -m stages.report")

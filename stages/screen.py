@@ -1,4 +1,4 @@
-"""What a command shows: progress on standard error, what it found on standard output, as tables or as one document."""
+"""Print what a command returns: tables for people, or one JSON document for programs, on standard output."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic_core import to_json
 from rich.console import Console, Group, RenderableType
@@ -20,90 +20,60 @@ _FILE_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Section:
     """A result twice: a table for people, and a record of dataclasses and plain values that says the same to programs.
 
-    ``section`` is the record's key in the document.
+    ``name`` is the record's key in the JSON document.
     """
 
-    section: str
+    name: str
     table: RenderableType
     record: object
 
 
-@runtime_checkable
-class Findings(Protocol):
-    """Takes what a command finds."""
-
-    def show(self, finding: Finding) -> None:
-        """Take one result."""
-
-    def end(self, error: str | None) -> None:
-        """Nothing more comes; ``error`` is the sentence that the command ended with."""
-
-
-class Tables:
-    """Prints each table at once."""
-
-    def show(self, finding: Finding) -> None:
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console.width = _FILE_WIDTH
-        console.print(Group(finding.table), crop=False)  # alone, text would be wrapped whatever it says
-
-    def end(self, error: str | None) -> None:
-        pass
-
-
-class Nothing:
-    """Shows nothing."""
-
-    def show(self, finding: Finding) -> None:
-        pass
-
-    def end(self, error: str | None) -> None:
-        pass
-
-
-class Document:
-    """Collects the records and prints them at the end as one JSON object, ``error`` among its keys."""
-
-    def __init__(self, command: str, write: Callable[[str], object]) -> None:
-        self._content: dict[str, Any] = {"format": FORMAT, "command": command}
-        self._write = write
-
-    def show(self, finding: Finding) -> None:
-        # By way of JSON text: numbers that JSON doesn't have become null, paths and enums text.
-        self._content[finding.section] = json.loads(to_json(finding.record, inf_nan_mode="null"))
-
-    def end(self, error: str | None) -> None:
-        self._write(json.dumps(self._content | {"error": error}, indent=1, ensure_ascii=False) + "\n")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Screen:
-    """Where a command shows what it does (``console``, standard error) and what it found (standard output)."""
+@dataclass(frozen=True, slots=True)
+class TablePrinter:
+    """Print each table as soon as its section is there."""
 
     console: Console
-    findings: Findings
 
-    def show(self, section: str, table: RenderableType, record: object) -> None:
-        """Show a result; see ``Finding``."""
-        self.findings.show(Finding(section=section, table=table, record=record))
+    def show(self, section: Section) -> None:
+        """Print the table of ``section``."""
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = _FILE_WIDTH
+        self.console.print(Group(section.table), crop=False)  # a text by itself would be wrapped whatever it says
+
+    def end(self, error: str | None) -> None:
+        """Do nothing: the error stands in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonOutput:
+    """Collect the records and print them at the end as one JSON object, ``error`` among its keys."""
+
+    command: str
+    write: Callable[[str], object]
+    _records: dict[str, Any] = field(default_factory=dict)
+
+    def show(self, section: Section) -> None:
+        """Keep the record of ``section``."""
+        # By way of JSON text: numbers that JSON doesn't have become null, paths and enums text.
+        self._records[section.name] = json.loads(to_json(section.record, inf_nan_mode="null"))
+
+    def end(self, error: str | None) -> None:
+        """Print the document; ``error`` is the sentence that the command ended with."""
+        document = {"format": FORMAT, "command": self.command, **self._records, "error": error}
+        self.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+Output = TablePrinter | JsonOutput
+
+
+def open_output(command: str, *, as_json: bool, quiet: bool) -> Output:
+    """Return where the results of ``command`` go; ``--json`` asks for a document, so ``--quiet`` doesn't silence it."""
+    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet))
 
 
 def unwrapped(text: str) -> Text:
-    """Text whose lines stay whole however narrow the terminal, so that they can be copied."""
+    """Return text whose lines stay whole however narrow the terminal, so that they can be copied."""
     return Text(text, no_wrap=True, overflow="ignore")
-
-
-def silent_screen() -> Screen:
-    """A screen on which nothing is seen."""
-    return Screen(console=Console(quiet=True), findings=Nothing())
-
-
-def findings_of(command: str, *, as_json: bool, quiet: bool) -> Findings:
-    """Where the results of ``command`` go; a document is asked for in so many words, so it is printed quietly too."""
-    if as_json:
-        return Document(command, sys.stdout.write)
-    return Nothing() if quiet else Tables()

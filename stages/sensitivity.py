@@ -18,7 +18,6 @@ import onnx_ir as ir
 import torch
 from jaxtyping import Float
 from pydantic import TypeAdapter
-from rich.console import Console
 from torch import Tensor
 
 from stages.graph.weight_inputs import TrialRunner, open_trials
@@ -76,7 +75,7 @@ class SensitivityMeasure:
     spec_of: Callable[[MatMulSite], QuantSpec]
     sections: Mapping[str, Sections]
 
-    def measure(self, groups: Sequence[ActivationGroup], console: Console) -> dict[str, float]:
+    def measure(self, groups: Sequence[ActivationGroup]) -> dict[str, float]:
         """Nats for a unit of relative error, by site; says what it will cost before it starts.
 
         Raises:
@@ -87,11 +86,11 @@ class SensitivityMeasure:
         done = _read(self.cache.folder / FILE, label)
         left = unmeasured(self.cache, groups, self.spec_of)
         if left:
-            done |= self._measure_missing(left, done, label, console)
+            done |= self._measure_missing(left, done, label)
         return {site.name: done[group.activation].weight for group in groups for site in group.sites}
 
     def _measure_missing(
-        self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str, console: Console
+        self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str
     ) -> dict[str, GroupSensitivity]:
         sites = [site for group in groups for site in group.sites]
         windows = _windows(self.cache.read_tokens()[0])
@@ -105,7 +104,7 @@ class SensitivityMeasure:
                 "in %s.",
                 len(groups), windows.size, minutes, self.cache.folder / FILE,
             )  # fmt: skip
-            with progress_bar(console) as progress:
+            with progress_bar() as progress:
                 for group in progress.track(groups, description="sensitivity", unit="groups"):
                     measured[group.activation] = self._measure_group(group, trials, windows, base)
                     _write(self.cache.folder / FILE, _Measured(format=label, tokens=windows.size, groups=measured))

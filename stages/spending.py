@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
-from rich.console import Console
 
 from stages.config import QuantizeConfig
 from stages.forecast_file import forecast_key, read_forecasts, write_forecasts
@@ -44,7 +43,6 @@ def spend_budget(
     cache: CalibrationCache,
     plan: ModelPlan,
     device: torch.device,
-    console: Console,
 ) -> SpentBudget:
     """Decide what ``plan`` left open.
 
@@ -56,7 +54,7 @@ def spend_budget(
     left_open = plan.left_open
     assert left_open is not None, "the caller has a plan with a budget"
     groups = find_groups(model)
-    forecasts = _forecast(groups, left_open.menus, model, cache, device, console)
+    forecasts = _forecast(groups, left_open.menus, model, cache, device)
     if config.sensitivity == "measured":
         measure = SensitivityMeasure(
             model=model,
@@ -66,7 +64,7 @@ def spend_budget(
             spec_of=_rough_format(left_open.menus),
             sections=output_sections(groups),
         )
-        weights = measure.measure(_open_groups(groups, left_open.menus), console)
+        weights = measure.measure(_open_groups(groups, left_open.menus))
     else:
         weights = residual_shares(groups, {name: forecast.energy for name, forecast in forecasts.items()})
     losses = {
@@ -86,14 +84,13 @@ def _forecast(
     model: ir.Model,
     cache: CalibrationCache,
     device: torch.device,
-    console: Console,
 ) -> dict[str, SiteForecast]:
     specs = _forecast_specs(menus)
     known = read_forecasts(cache.folder)
     missing = _unforecast(groups, specs, known)
     sections = output_sections(groups)
     found: dict[str, SiteForecast] = {}
-    with progress_bar(console) as progress:
+    with progress_bar() as progress:
         for group in progress.track(missing, description="forecast", unit="groups"):
             stats = to_device(cache.read(group.activation).calibration, device)
             for site in group.sites:

@@ -1,4 +1,4 @@
-"""Many points on one cache: ``python -m stages.sweep --base DIR --output DIR --algo ... --block_size ...``.
+"""Quantize one model in many ways on one cache: ``python -m stages.sweep --base DIR --output DIR --algo ...``.
 
 Each point is made by stages.quantize in a process of its own, whose seconds and peak memory the operating system
 reports; then all are compared with the base on the same text at accuracy level 1.
@@ -6,34 +6,38 @@ reports; then all are compared with the base on the same text at accuracy level 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from stages.cli import run_command
 from stages.config import Keep, SweepConfig
-from stages.evaluation.bench import Record, Run, Yardstick, measure, remove_model
-from stages.evaluation.points import points_of
-from stages.evaluation.results import on_front
-from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks, results_of
-from stages.page.document import write_report
-from stages.page.from_sweep import sweep_document
-from stages.page.render import render
-from stages.progress import progress_bar
-from stages.screen import Screen
+from stages.screen import Section
+
+if TYPE_CHECKING:
+    from stages.evaluation.bench import Record, Run, Yardstick
 
 
-def sweep(config: SweepConfig, screen: Screen) -> None:
-    """Make and judge every point that isn't there, and show the table.
+def command(config: SweepConfig) -> Iterator[Section]:
+    """Make and judge every point that isn't there, and print the table.
 
     Raises:
         UserError: at once where options or texts can't be used; after everything else where points failed.
     """
+    from stages.evaluation.bench import measure
+    from stages.evaluation.points import points_of
+    from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks
+    from stages.page.document import write_report
+    from stages.page.from_sweep import sweep_document
+    from stages.page.render import render
+    from stages.progress import progress_bar
+
     runs = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
     bench = open_bench(config)
     yardsticks = () if config.no_evaluation else read_yardsticks(config)
     tidy = _tidying(config.keep, runs, yardsticks)
-    with progress_bar(screen.console) as progress:
+    with progress_bar() as progress:
         records = measure(bench, runs, yardsticks, progress, tidy)
-    publish(bench, runs, records, yardsticks, {}, screen)
+    yield publish(bench, runs, records, yardsticks, {})
     write_report(sweep_document(bench, runs, records, yardsticks, {}), render, bench.folder)
     raise_failures(records)
 
@@ -41,7 +45,8 @@ def sweep(config: SweepConfig, screen: Screen) -> None:
 def _tidying(
     keep: Keep, runs: Sequence[Run], yardsticks: Sequence[Yardstick]
 ) -> Callable[[Mapping[str, Record]], None]:
-    """What is deleted after each point, given the records so far."""
+    """Return what deletes models after each point, given the records so far."""
+    from stages.evaluation.bench import remove_model
 
     def tidy(records: Mapping[str, Record]) -> None:
         wanted = set() if keep == "none" else _best(runs, records, yardsticks)
@@ -53,7 +58,10 @@ def _tidying(
 
 
 def _best(runs: Sequence[Run], records: Mapping[str, Record], yardsticks: Sequence[Yardstick]) -> set[str]:
-    """Names of the points that no other one beats in bytes and loss, on one text at least."""
+    """Return the names of the points that no other one beats in bytes and loss, on one text at least."""
+    from stages.evaluation.results import on_front
+    from stages.evaluation.workplace import results_of
+
     best: set[str] = set()
     for yardstick in yardsticks or (None,):
         results = results_of(runs, records, yardstick, {})
@@ -62,4 +70,4 @@ def _best(runs: Sequence[Run], records: Mapping[str, Record], yardsticks: Sequen
 
 
 if __name__ == "__main__":
-    run_command(SweepConfig, sweep, "python -m stages.sweep")
+    run_command(SweepConfig, command, "python -m stages.sweep")

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
 
-from export.__main__ import export
+from export import __main__ as export
 from scripts.compare_with_peer import compare_with_peer
-from scripts.drop_in import quantize_in_one_go
+from scripts.drop_in import calibrate_and_quantize
 from scripts.options import DropInConfig, PeerConfig
-from stages.calibrate import calibrate
+from stages import calibrate, evaluate, quantize, report_page, sweep
 from stages.cli import run_command
 from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig, ReportConfig, SweepConfig
-from stages.evaluate import evaluate_models as evaluate
-from stages.quantize import quantize
-from stages.report_page import report_page
-from stages.screen import Screen
-from stages.sweep import sweep
+from stages.screen import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +26,31 @@ class Commands:
     monkeypatch: pytest.MonkeyPatch
 
     def calibrate(self, *arguments: object) -> tuple[int, str]:
-        return self.run(CalibrateConfig, calibrate, arguments)
+        return self.run(CalibrateConfig, calibrate.command, arguments)
 
     def quantize(self, *arguments: object) -> tuple[int, str]:
-        return self.run(QuantizeConfig, quantize, arguments)
+        return self.run(QuantizeConfig, quantize.command, arguments)
 
     def export(self, *arguments: object) -> tuple[int, str]:
-        return self.run(ExportConfig, export, arguments)
+        return self.run(ExportConfig, export.command, arguments)
 
     def drop_in(self, *arguments: object) -> tuple[int, str]:
-        return self.run(DropInConfig, quantize_in_one_go, arguments)
+        return self.run(DropInConfig, calibrate_and_quantize, arguments)
 
     def sweep(self, *arguments: object) -> tuple[int, str]:
-        return self.run(SweepConfig, sweep, arguments)
+        return self.run(SweepConfig, sweep.command, arguments)
 
     def compare(self, *arguments: object) -> tuple[int, str]:
         return self.run(PeerConfig, compare_with_peer, arguments)
 
     def evaluate(self, *arguments: object) -> tuple[int, str]:
-        return self.run(EvaluateConfig, evaluate, arguments)
+        return self.run(EvaluateConfig, evaluate.command, arguments)
 
-    def report_page(self, *arguments: object) -> tuple[int, str]:
-        return self.run(ReportConfig, report_page, arguments)
+    def report(self, *arguments: object) -> tuple[int, str]:
+        return self.run(ReportConfig, report_page.command, arguments)
 
     def run(
-        self, config: type, command: Callable[[object, Screen], None], arguments: tuple[object, ...]
+        self, config: type, command: Callable[[object], Iterable[Section]], arguments: tuple[object, ...]
     ) -> tuple[int, str]:
         """Any other command."""
         self.monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])

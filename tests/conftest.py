@@ -7,9 +7,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from stages.calibrate import calibrate
+from stages.calibrate_run import calibrate
 from stages.config import CalibrateConfig
-from stages.screen import silent_screen
 from tests.commands import Commands
 from tests.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
 
@@ -69,7 +68,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_
     config = CalibrateConfig(
         onnx_path=tiny_model, dataset=str(tiny_text), calib_size=20, seq_len=32, batch_size=4, cache_dir=folder
     )
-    calibrate(config, silent_screen())
+    calibrate(config)
     return folder
 
 

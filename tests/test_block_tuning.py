@@ -40,13 +40,12 @@ def cache(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def _calibrated(model: Path, text: Path, folder: Path) -> Path:
-    from stages.calibrate import calibrate
+    from stages.calibrate_run import calibrate
     from stages.config import CalibrateConfig
-    from stages.screen import silent_screen
 
     cache = folder / "cache"
     options = {"dataset": str(text), "calib_size": 64, "seq_len": 64, "batch_size": 8, "cache_dir": cache}
-    calibrate(CalibrateConfig(onnx_path=model, **options), silent_screen())
+    calibrate(CalibrateConfig(onnx_path=model, **options))
     return cache
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from stages import evaluate as program
+import stages.evaluation.run
 from stages.config import QuantizeConfig
 from stages.evaluation.findings import Evaluation
 from stages.page.document import read_document
 from stages.quantize import quantize
-from stages.screen import silent_screen
 from tests.commands import Commands
 from tests.page.parsed import parse
 
@@ -29,7 +28,7 @@ def folder(tiny_model: Path, unseen_text: Path, tmp_path_factory: pytest.TempPat
         shutil.copytree(tiny_model, folder / name)
     shutil.copyfile(unseen_text, folder / "text.txt")
     config = QuantizeConfig(onnx_path=folder / "base", output_path=folder / "coarse", algo="rtn_dq", block_size=32)
-    quantize(config, silent_screen())
+    quantize(config)
     return folder
 
 
@@ -96,7 +95,7 @@ def test_the_same_comparison_is_not_run_again(
     report = ["--report", tmp_path / "report"]
     code, first = commands.evaluate(*arguments(folder), "--generate", "The city", "--results", kept, *report)
     assert code == 0, first
-    monkeypatch.setattr(program, "evaluate", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(stages.evaluation.run, "compare", lambda *_: pytest.fail("evaluated again"))
     for place in (["--results", kept], report):
         code, again = commands.evaluate(*arguments(folder), *place)
         assert code == 0, again
@@ -142,7 +141,7 @@ def test_options_are_checked_first(folder: Path, commands: Commands, more: list[
 def test_a_report_of_another_kind_is_refused_first(
     folder: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(stages.evaluation.run, "compare", lambda *_: pytest.fail("evaluated"))
     (tmp_path / "report.json").write_text("[]", encoding="utf-8")
     code, printed = commands.evaluate(*arguments(folder), "--report", tmp_path)
     assert code == 2
@@ -154,7 +153,7 @@ def test_a_report_of_another_kind_is_refused_first(
 def test_a_model_that_the_runtime_cannot_open_is_named_first(
     folder: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, option: list[object]
 ) -> None:
-    monkeypatch.setattr(program, "evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(stages.evaluation.run, "compare", lambda *_: pytest.fail("evaluated"))
     bare = shutil.copytree(folder / "coarse", tmp_path / "bare")
     (bare / "genai_config.json").unlink()
     code, printed = commands.evaluate(*arguments(folder), "--model", bare, *option)

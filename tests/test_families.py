@@ -29,14 +29,13 @@ from export.fold import FoldOutcome
 from export.rewrite import rewrite
 from scripts.support_matrix import FamilyResult
 from stages.base_graph import load_graph
-from stages.calibrate import calibrate
+from stages.calibrate_run import calibrate
 from stages.config import CalibrateConfig, QuantizeConfig
 from stages.evaluation.accuracy import score_window, summarize
 from stages.model_directory import ModelDirectory, locate_model
 from stages.quantize import quantize
 from stages.quantized_store import QuantizedStore, open_store
 from stages.records import QuantizedWeight, WeightLayout
-from stages.screen import silent_screen
 from stages.session import CausalFeeds, SessionSettings, open_session
 from tests.families import FAMILIES, Family, build_in_process, save_random_model
 
@@ -121,7 +120,7 @@ def build_and_calibrate(family: Family, folder: Path, text: Path, tokenizer: Pat
     save_random_model(family.config(), family.width, folder / "hf", tokenizer)
     build_in_process(folder / "hf", folder / "base", *build)
     config = CalibrateConfig(onnx_path=folder / "base", dataset=str(text), calib_size=12, seq_len=64, batch_size=4)
-    calibrate(config, silent_screen())
+    calibrate(config)
     return locate_model(folder / "base")
 
 
@@ -131,7 +130,7 @@ def quantized(base: ModelDirectory, name: str, **options: object) -> Quantized:
     config = QuantizeConfig(
         onnx_path=base.folder, output_path=output, block_size=BLOCK_SIZE, accuracy_level=1, **options
     )
-    quantize(config, silent_screen())
+    quantize(config)
     return Quantized(base, locate_model(output), open_store(config.weights_folder))
 
 

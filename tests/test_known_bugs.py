@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from export.rewrite import rewrite
 from stages.base_graph import load_graph
-from stages.calibrate import calibrate
+from stages.calibrate_run import calibrate
 from stages.config import CalibrateConfig
 from stages.errors import RecipeError
 from stages.graph.embeddings import find_embeddings
@@ -39,7 +39,6 @@ from stages.observe.dataset import WindowRequest, load_windows
 from stages.observe.statistics import StatisticsAccumulator, StatisticsSize
 from stages.quantized_store import open_store
 from stages.records import PerBlock, PerChannel, QuantSpec, WeightForm
-from stages.screen import silent_screen
 from stages.session import CausalFeeds, SessionSettings, open_session
 from stages.solve.affine import choose_parameters, quantize, round_trip
 from stages.solve.awq import awq_lite, input_scale_candidates, rank_input_scales, weight_magnitude
@@ -104,9 +103,7 @@ def saved_decoder(folder: Path, graph: TinyGraph) -> Path:
 
 
 def calibrate_at_random(base: Path, calib_size: int = 20) -> None:
-    calibrate(
-        CalibrateConfig(onnx_path=base, use_random_calib=True, calib_size=calib_size, seq_len=16), silent_screen()
-    )
+    calibrate(CalibrateConfig(onnx_path=base, use_random_calib=True, calib_size=calib_size, seq_len=16))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, InspectConfig, QuantizeConfig, SweepConfig
-from stages.evaluate import evaluate_models as evaluate
-from stages.inspect.__main__ import inspect
+from stages.evaluate import command as evaluate
+from stages.inspect.__main__ import command as inspect
 from tests.commands import Commands
 
 QUANTIZE = [sys.executable, "-m", "stages.quantize"]

@@ -43,7 +43,7 @@ def run_two(self, *arguments):
     times.append(1)
     return run(self, *arguments)
 ActivationTap.run = run_two
-from stages.calibrate import calibrate
+from stages.calibrate_run import calibrate
 from stages.cli import run_command
 from stages.config import CalibrateConfig
 run_command(CalibrateConfig, calibrate, "python -m stages.calibrate")

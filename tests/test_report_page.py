@@ -57,7 +57,7 @@ def test_a_damaged_report_is_named_before_the_search(
 ) -> None:
     assert commands.quantize(*arguments)[0] == 0
     (report / "report.json").write_text("{", encoding="utf-8")
-    monkeypatch.setattr("stages.quantize.export_model", lambda *_: pytest.fail("exported"))
+    monkeypatch.setattr("export.export_model.export_model", lambda *_: pytest.fail("exported"))
     monkeypatch.setattr(GroupSolver, "solve", lambda *_: pytest.fail("searched"))
     code, printed = commands.quantize(*arguments, "--overwrite")
     assert code == 2
@@ -84,18 +84,18 @@ def test_a_page_is_made_again(
     assert commands.quantize(*arguments)[0] == 0
     page = (report / "report.html").read_bytes()
     (report / "report.html").unlink()
-    code, printed = commands.report_page(report)
+    code, printed = commands.report(report)
     assert code == 0, printed
     assert (report / "report.html").read_bytes() == page
     # From weights alone: all but sizes, and from nothing else than them.
     weights, other = report.parent, tmp_path / "other"
-    assert commands.report_page(other, "--weights_path", weights)[0] == 0
+    assert commands.report(other, "--weights_path", weights)[0] == 0
     whole, without = read_document(report).quantization, read_document(other).quantization
     assert whole is not None
     assert without is not None
     assert (without.sites, without.kept, without.sizes) == (whole.sites, whole.kept, ())
     models = ["--base", tiny_model, "--model", tmp_path / "int4"]
-    assert commands.report_page(other, "--weights_path", weights, *models)[0] == 0
+    assert commands.report(other, "--weights_path", weights, *models)[0] == 0
     assert read_document(other).quantization == whole
 
 
@@ -124,7 +124,7 @@ def test_unreadable_checks_are_said(
 def test_what_no_page_can_be_made_from_is_said(
     tmp_path: Path, commands: Commands, more: list[object], said: str
 ) -> None:
-    code, printed = commands.report_page(tmp_path / "none", *more)
+    code, printed = commands.report(tmp_path / "none", *more)
     assert code == 2
     assert said in printed
     assert not (tmp_path / "none").exists()
@@ -135,6 +135,6 @@ def test_unfinished_weights_make_no_page(
 ) -> None:
     assert commands.quantize(*arguments)[0] == 0
     next(report.parent.glob("*.safetensors")).unlink()
-    code, printed = commands.report_page(tmp_path / "other", "--weights_path", report.parent)
+    code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
     assert code == 2
     assert "isn't complete; run stages.quantize again to go on with it." in printed

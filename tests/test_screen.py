@@ -1,4 +1,4 @@
-"""Findings as tables, as one document, or not at all."""
+"""Results as tables, as one JSON document, or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
-from stages.screen import Document, Finding, Nothing, Screen, Tables, findings_of, silent_screen, unwrapped
+from stages.screen import JsonOutput, Section, TablePrinter, open_output, unwrapped
 
 
 class Colour(StrEnum):
@@ -40,18 +41,18 @@ RECORD = Record(
 )
 
 
-def finding(section: str = "search", record: object = RECORD) -> Finding:
+def section(name: str = "search", record: object = RECORD) -> Section:
     table = Table(title="found")
     table.add_column("number")
     table.add_row("1234567890" * 12)
-    return Finding(section=section, table=table, record=record)
+    return Section(name=name, table=table, record=record)
 
 
 def test_the_document_is_json_with_all_sections_and_no_error() -> None:
     page = io.StringIO()
-    document = Document("python -m stages.quantize", page.write)
-    document.show(finding())
-    document.show(finding("export", [RECORD]))
+    document = JsonOutput("python -m stages.quantize", page.write)
+    document.show(section())
+    document.show(section("export", [RECORD]))
     assert page.getvalue() == "", "nothing before the end"
     document.end(None)
     found = json.loads(page.getvalue())
@@ -72,8 +73,8 @@ def test_the_document_is_json_with_all_sections_and_no_error() -> None:
 
 def test_an_error_is_a_key_beside_what_was_found_before_it() -> None:
     page = io.StringIO()
-    document = Document("c", page.write)
-    document.show(finding())
+    document = JsonOutput("c", page.write)
+    document.show(section())
     document.end("--output_path x already exists; choose another.")
     found = json.loads(page.getvalue())
     assert found["error"] == "--output_path x already exists; choose another."
@@ -84,27 +85,26 @@ def test_tables_are_printed_at_once_and_whole_where_no_terminal_has_a_width(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    Tables().show(finding())
+    TablePrinter(Console()).show(section())
     assert "1234567890" * 12 in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "60")
-    Tables().show(finding())
+    TablePrinter(Console()).show(section())
     assert "1234567890" * 12 not in capsys.readouterr().out
-    Tables().show(Finding(section="s", table=unwrapped("1234567890" * 12), record=None))
+    TablePrinter(Console()).show(Section(name="s", table=unwrapped("1234567890" * 12), record=None))
     assert "1234567890" * 12 in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("as_json", "quiet", "kind"),
-    [(False, False, Tables), (False, True, Nothing), (True, False, Document), (True, True, Document)],
-)
-def test_what_is_asked_for(as_json: bool, quiet: bool, kind: type) -> None:
-    assert isinstance(findings_of("c", as_json=as_json, quiet=quiet), kind)
+@pytest.mark.parametrize("quiet", [False, True])
+def test_json_is_printed_even_if_nothing_else_is(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    output = open_output("c", as_json=True, quiet=quiet)
+    output.show(section())
+    output.end(None)
+    assert json.loads(capsys.readouterr().out)["command"] == "c"
 
 
-def test_a_silent_screen_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    screen: Screen = silent_screen()
-    screen.console.print("hello")
-    screen.show("search", Table(), RECORD)
-    screen.findings.end("an error")
-    printed = capsys.readouterr()
-    assert printed.out + printed.err == ""
+@pytest.mark.parametrize("quiet", [False, True])
+def test_tables_are_printed_unless_quiet(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    output = open_output("c", as_json=False, quiet=quiet)
+    output.show(section())
+    output.end("an error")
+    assert ("found" in capsys.readouterr().out) != quiet

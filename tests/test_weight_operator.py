@@ -19,13 +19,12 @@ TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
     """A finished calibration of the tiny model."""
-    from stages.calibrate import calibrate
+    from stages.calibrate_run import calibrate
     from stages.config import CalibrateConfig
-    from stages.screen import silent_screen
 
     folder = tmp_path_factory.mktemp("caches") / "tiny"
     config = CalibrateConfig(onnx_path=tiny_model, dataset=str(tiny_text), calib_size=12, seq_len=32, cache_dir=folder)
-    calibrate(config, silent_screen())
+    calibrate(config)
     return folder
 
 

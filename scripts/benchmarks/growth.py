@@ -12,11 +12,10 @@ import onnx_ir as ir
 
 from scripts.benchmarks.figures import Axis, GrowthFigure, GrowthPoint
 from scripts.synthetic_llama import LlamaShape, random_llama
-from stages.calibrate import calibrate
+from stages.calibrate_run import calibrate
 from stages.config import CalibrateConfig, QuantizeConfig
 from stages.genai_config import GENAI_CONFIG
-from stages.quantize import open_search
-from stages.screen import silent_screen
+from stages.quantize_run import open_search
 from stages.solve.side_by_side import solve_groups
 
 _SHAPE = LlamaShape(
@@ -58,7 +57,7 @@ def _measure(shape: LlamaShape, windows: int, size: int, folder: Path) -> Growth
         onnx_path=base, use_random_calib=True, calib_size=windows, seq_len=_LENGTH, cache_dir=cache
     )
     started = time.perf_counter()
-    calibrate(config, silent_screen())
+    calibrate(config)
     calibrate_seconds = time.perf_counter() - started
     search = open_search(
         QuantizeConfig(onnx_path=base, output_path=folder / "int4", cache_dir=cache, algo="awq_full", block_size=32)

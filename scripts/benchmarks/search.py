@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks.figures import SearchFigure
 from stages.config import QuantizeConfig
-from stages.quantize import open_search
+from stages.quantize_run import open_search
 from stages.records import ActivationGroup
 from stages.solve.runner import GroupSolver
 

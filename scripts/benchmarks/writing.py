@@ -7,8 +7,6 @@ import shutil
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from export.export_model import Destination, export_model
 from scripts.benchmarks.figures import WriteFigure
 from stages.config import ExportOptions
@@ -28,7 +26,7 @@ def measure_writing(base: Path, weights: Path, scratch: Path) -> WriteFigure:
     options = ExportOptions(accuracy_level=None, verify="off")
     destination = Destination.from_path(output, directory, overwrite=True)
     started = time.perf_counter()
-    export_model(directory, open_store(weights), destination, options, Console(quiet=True))
+    export_model(directory, open_store(weights), destination, options)
     export_seconds = time.perf_counter() - started
     data = max(output.iterdir(), key=lambda file: file.stat().st_size)
     size = data.stat().st_size

@@ -141,7 +141,7 @@ def open_reference(base: PreparedBase, progress: Progress) -> Iterator[Reference
         yield Reference(base=base, logits=logits, row=row, scratch=folder)
 
 
-def evaluate(prepared: PreparedEvaluation, progress: Progress) -> Evaluation:
+def compare(prepared: PreparedEvaluation, progress: Progress) -> Evaluation:
     """Score the base and every model; the base's logits wait in a temporary file meanwhile.
 
     Raises:

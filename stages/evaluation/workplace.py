@@ -21,7 +21,7 @@ from stages.fingerprint import fingerprint_model
 from stages.json_file import write_whole
 from stages.model_directory import locate_model
 from stages.observe.cache import find_cache
-from stages.screen import Screen, unwrapped
+from stages.screen import Section, unwrapped
 
 TABLE = "table.md"
 _WIDE = 1000
@@ -85,9 +85,8 @@ def publish(
     records: Mapping[str, Record],
     yardsticks: Sequence[Yardstick],
     notes: Mapping[str, str],
-    screen: Screen,
-) -> None:
-    """Show a table for each text and every command, and write the same into the bench's folder as table.md.
+) -> Section:
+    """Return a table for each text and every command, and write the same into the bench's folder as table.md.
 
     ``notes`` are remarks by run name.
     """
@@ -105,9 +104,9 @@ def publish(
                 models=measured_models(results, commands),
             )
         )
-    screen.show("results", Group(*tables, unwrapped("\n".join(lines))), published)
     with room_in(bench.folder):
         write_whole(bench.folder / TABLE, ("\n".join([*map(_as_markdown, tables), *lines]) + "\n").encode())
+    return Section(name="results", table=Group(*tables, unwrapped("\n".join(lines))), record=published)
 
 
 def raise_failures(records: Mapping[str, Record]) -> None:

@@ -6,53 +6,68 @@ This folder has no __init__.py on purpose: a package of this name on the path wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.cli import run_command
 from stages.config import InspectConfig
 from stages.errors import UserError
-from stages.inspection.model_report import report_model
-from stages.inspection.own_folders import is_sweep, report_cache, report_sweep, report_weights
-from stages.inspection.tables import cache_table, model_table, sweep_table, weights_table
-from stages.model_directory import locate_model
-from stages.observe.cache import find_cache
-from stages.quantized_store import RECIPE, open_store
-from stages.report import quantization_table
-from stages.screen import Screen
+from stages.screen import Section
 
-_SECTION = "inspection"
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 _SHOWN = 5
 
 
-def inspect(config: InspectConfig, screen: Screen) -> None:
-    """Show what ``config.path`` is.
+def command(config: InspectConfig) -> Iterator[Section]:
+    """Explain what ``config.path`` holds.
 
     Raises:
-        UserError: it isn't there, or nothing that this project knows.
+        UserError: it doesn't exist, or is nothing that this project knows.
     """
-    path = config.path.absolute()
+    record, table = _inspect(config.path.absolute())
+    yield Section(name="inspection", table=table, record=record)
+
+
+def _inspect(path: Path) -> tuple[object, RenderableType]:
+    """Return the record of a folder or .onnx file, and its table."""
+    from stages.inspection.own_folders import is_sweep, report_cache, report_sweep
+    from stages.inspection.tables import cache_table, sweep_table
+    from stages.observe.cache import find_cache
+    from stages.quantized_store import RECIPE
+
     if not path.exists():
         raise UserError(f"{path} does not exist; pass a model, a calibration cache, quantized weights or a sweep.")
     if path.is_dir() and (cache := find_cache(path)) is not None:
         found = report_cache(cache)
-        screen.show(_SECTION, cache_table(found), found)
-    elif path.is_dir() and (path / RECIPE).is_file():
-        _show_weights(path, screen)
-    elif path.is_dir() and is_sweep(path):
+        return found, cache_table(found)
+    if path.is_dir() and (path / RECIPE).is_file():
+        return _inspect_weights(path)
+    if path.is_dir() and is_sweep(path):
         measured = report_sweep(path)
-        screen.show(_SECTION, sweep_table(measured), measured)
-    else:
-        _show_model(path, screen)
+        return measured, sweep_table(measured)
+    return _inspect_model(path)
 
 
-def _show_weights(path: Path, screen: Screen) -> None:
+def _inspect_weights(path: Path) -> tuple[object, RenderableType]:
+    from stages.inspection.own_folders import report_weights
+    from stages.inspection.tables import weights_table
+    from stages.quantized_store import open_store
+    from stages.report import quantization_table
+
     store = open_store(path)
     found = report_weights(store)
     seconds = sum(site.seconds for site in found.sites)
-    screen.show(_SECTION, weights_table(found, quantization_table(store, seconds) if found.finished else None), found)
+    return found, weights_table(found, quantization_table(store, seconds) if found.finished else None)
 
 
-def _show_model(path: Path, screen: Screen) -> None:
+def _inspect_model(path: Path) -> tuple[object, RenderableType]:
+    from stages.inspection.model_report import report_model
+    from stages.inspection.tables import model_table
+    from stages.model_directory import locate_model
+
     if path.is_dir() and not any(path.glob("*.onnx")):
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:_SHOWN]) or "nothing"
         raise UserError(
@@ -60,8 +75,8 @@ def _show_model(path: Path, screen: Screen) -> None:
             "(recipe.json) and no sweep (*.run.json); pass a folder that has one."
         )
     found = report_model(locate_model(path))
-    screen.show(_SECTION, model_table(found), found)
+    return found, model_table(found)
 
 
 if __name__ == "__main__":
-    run_command(InspectConfig, inspect, "python -m stages.inspect")
+    run_command(InspectConfig, command, "python -m stages.inspect")

@@ -16,7 +16,6 @@ from typing import get_args
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from stages.fingerprint import fingerprint_model
@@ -62,7 +61,6 @@ class OwnTextSource:
     providers: tuple[str, ...]
     """ONNX Runtime's names, in the order in which they are tried."""
     folder: Path
-    console: Console
 
     def write(self, tokenizer: PreTrainedTokenizerBase, request: OwnTextRequest) -> OwnText:
         """Windows that begin with a text's first word and, where there is a chat template, with a question, by turns.
@@ -92,7 +90,7 @@ class OwnTextSource:
         request: OwnTextRequest,
     ) -> None:
         writer = open_writer(self.directory, self.providers, scripts, len(tokenizer))
-        with progress_bar(self.console) as bar:
+        with progress_bar() as bar:
             task = bar.add_task("the model writes", total=len(missing) * request.seq_len, unit="tokens")
             for batch in _batches(missing, request.seq_len):
                 cast = [scripts[window % len(scripts)] for window in batch]

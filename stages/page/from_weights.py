@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from stages.errors import RecipeError
+from stages.machine import describe_machine
 from stages.model_directory import ModelDirectory
-from stages.page.document import KeptSite, Quantization, QuantizedSite
-from stages.quantized_store import VERIFICATION, QuantizedStore
+from stages.page.document import KeptSite, Quantization, QuantizedSite, read_document, write_report
+from stages.page.render import render
+from stages.quantized_store import REPORT_FOLDER, VERIFICATION, QuantizedStore
 from stages.records import ExportRecipe, SiteReport, VerifyReport
 from stages.report import bits_per_weight
 from stages.site_names import kind_of, layer_of
@@ -70,3 +73,21 @@ def _read_verified(path: Path) -> VerifyReport | None:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged or of another version"
         _LOGGER.warning("%s can't be read (%s), so the report holds no checks; export again.", path, reason)
         return None
+
+
+def write_quantization(store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory], *, title: str) -> None:
+    """Write the report inside the weights' folder; what evaluations added to it stays.
+
+    Args:
+        store: a finished run's weights.
+        models: the base and the output, for their sizes.
+        title: heading of the page.
+
+    Raises:
+        UserError: the report can't be read or written.
+    """
+    folder = store.folder / REPORT_FOLDER
+    document = replace(
+        read_document(folder), title=title, machine=describe_machine(), quantization=quantization_of(store, models)
+    )
+    write_report(document, render, folder)

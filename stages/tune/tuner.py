@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from stages.block.cut import DecoderBlock, cut_block
@@ -114,7 +113,7 @@ class BlockTuner:
     batch_size: int
     device: torch.device
 
-    def tune(self, console: Console) -> None:
+    def tune(self) -> None:
         """Tune the blocks that aren't finished; groups outside of blocks are taken over as they are.
 
         Raises:
@@ -126,13 +125,13 @@ class BlockTuner:
                 self.store.write(index, self.start.read_group(index))
         unfinished = [place for place, groups in enumerate(self.model.groups) if not self._is_finished(groups)]
         if unfinished:
-            self._tune_up_to(unfinished[-1], console)
+            self._tune_up_to(unfinished[-1])
         self.store.write_report()
 
     def _is_finished(self, groups: Iterable[int]) -> bool:
         return all(self.store.is_finished(index) for index in groups)
 
-    def _tune_up_to(self, last: int, console: Console) -> None:
+    def _tune_up_to(self, last: int) -> None:
         calibration, held_out = self.cache.read_tokens()
         inputs = self._inputs(calibration, held_out)
         streams = _Streams(exact=inputs.stream, tuned=inputs.stream, calibration_windows=len(calibration))
@@ -140,7 +139,7 @@ class BlockTuner:
         _LOGGER.info("hidden states: 3 x %.0f MB in memory", megabytes)
         blocks = list(zip(self.model.blocks, self.model.groups, strict=True))[: last + 1]
         done = sum(self._is_finished(groups) for _, groups in blocks)
-        with progress_bar(console) as progress:
+        with progress_bar() as progress:
             ticks = [self.step.ticks or len(groups) for _, groups in blocks]
             task = progress.add_task(self.step.name, total=sum(ticks), unit="steps", done=sum(ticks[:done]))
             for block, groups in blocks:

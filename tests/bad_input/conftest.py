@@ -10,7 +10,6 @@ import pytest
 
 from stages.config import QuantizeConfig
 from stages.quantize import quantize
-from stages.screen import silent_screen
 from tests.commands import Commands
 
 
@@ -29,7 +28,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
         gather_quantize_axis=1,
         verify="off",
     )
-    quantize(config, silent_screen())
+    quantize(config)
     return folder / "weights"
 
 

@@ -25,7 +25,7 @@ from scripts.benchmarks.plot import growth_plot
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.options import BenchmarkConfig
 from scripts.synthetic_llama import LlamaShape
-from stages.screen import Screen, Tables
+from stages.screen import TablePrinter
 
 MACHINE = Machine(processor="p", cores=2, threads=2, gpu=None, versions={})
 TINY = LlamaShape(layers=1, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=300, context=512)
@@ -105,7 +105,8 @@ def test_a_whole_run(
         base=tiny_model, output=tmp_path / "bench", algo=("awq_full",), block_size=16, dataset=str(text), calib_size=3,
         calibration_eps="cpu", device="cpu", rounds=1, no_competitor=True,
     )  # fmt: skip
-    benchmark(config, Screen(console=Console(quiet=True), findings=Tables()))
+    for section in benchmark(config):
+        TablePrinter(Console()).show(section)
     found = TypeAdapter(Benchmark).validate_json((tmp_path / "bench" / "benchmark.json").read_bytes())
     assert [command.name for command in found.commands] == ["calibrate", "quantize awq_full"]
     assert all(command.failure is None and command.seconds and command.peak_bytes for command in found.commands)

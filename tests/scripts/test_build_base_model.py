@@ -12,7 +12,6 @@ from scripts.checkpoints import FolderCheckpoint, GgufCheckpoint, HubCheckpoint,
 from scripts.options import BuildConfig
 from stages.errors import UserError
 from stages.model_directory import locate_model
-from stages.screen import silent_screen
 
 
 def test_a_source_is_a_folder_a_gguf_file_or_a_hub_name(tiny_hf: Path, tmp_path: Path) -> None:
@@ -49,11 +48,11 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
     output = tmp_path / "models" / "tiny"
-    build(BuildConfig(source=str(tiny_hf), output=output), silent_screen())
+    build(BuildConfig(source=str(tiny_hf), output=output))
     assert locate_model(output).kv_heads == 2
     assert [path.name for path in output.parent.iterdir()] == ["tiny"]
     with pytest.raises(UserError, match=r"--output .* already exists"):
-        build(BuildConfig(source=str(tiny_hf), output=output), silent_screen())
+        build(BuildConfig(source=str(tiny_hf), output=output))
 
 
 def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(
@@ -63,6 +62,6 @@ def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(
     source.mkdir()
     (source / "config.json").write_text(json.dumps({"model_type": "no_such_model"}), encoding="utf-8")
     with pytest.raises(UserError, match="builder failed on --source"):
-        build(BuildConfig(source=str(source), output=tmp_path / "out"), silent_screen())
+        build(BuildConfig(source=str(source), output=tmp_path / "out"))
     assert "no_such_model" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

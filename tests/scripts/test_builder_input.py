@@ -15,7 +15,6 @@ from scripts.builder_input import as_builder_input
 from scripts.options import BuildConfig
 from stages.errors import UserError
 from stages.model_directory import locate_model
-from stages.screen import silent_screen
 from stages.session import CausalFeeds, SessionSettings, open_session
 
 # Beyond the window of 16, so that the sliding layer's mask and both rotations count.
@@ -69,7 +68,7 @@ def respell(folder: Path, rope: dict[str, object]) -> None:
 def test_the_built_model_computes_what_transformers_does(rope: dict[str, object], gemma3: Path, tmp_path: Path) -> None:
     respell(gemma3, rope)
     written = (gemma3 / "config.json").read_bytes()
-    build(BuildConfig(source=str(gemma3), output=tmp_path / "onnx"), silent_screen())
+    build(BuildConfig(source=str(gemma3), output=tmp_path / "onnx"))
     assert (gemma3 / "config.json").read_bytes() == written
     model = AutoModelForCausalLM.from_pretrained(gemma3, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():

@@ -17,7 +17,6 @@ from stages.base_graph import load_graph
 from stages.errors import UserError
 from stages.graph.sites import find_sites
 from stages.model_directory import locate_model
-from stages.screen import silent_screen
 from stages.session import CausalFeeds
 from tests.tiny_models import VOCABULARY
 
@@ -46,7 +45,7 @@ def test_it_has_the_builders_nodes(tiny_model: Path) -> None:
 def test_a_written_model_is_a_base_model_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(command.SHAPES, "llama-3-8b", LIKE_THE_TINY_LLAMA)
     config = LargeModelConfig(output=tmp_path / "base", layers=1)
-    command.make_large_model(config, silent_screen())
+    command.make_large_model(config)
     directory = locate_model(config.output)
     assert len(find_sites(load_graph(directory))) == 6
     session = ort.InferenceSession(directory.onnx_file, providers=["CPUExecutionProvider"])
@@ -54,7 +53,7 @@ def test_a_written_model_is_a_base_model_that_runs(tmp_path: Path, monkeypatch: 
     assert logits.shape == (1, 3, VOCABULARY)
     assert np.isfinite(logits.astype(np.float32)).all()
     with pytest.raises(UserError, match="--output"):
-        command.make_large_model(config, silent_screen())
+        command.make_large_model(config)
 
 
 def test_weights_depend_on_the_seed_and_their_name_alone() -> None:

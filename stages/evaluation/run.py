@@ -1,0 +1,60 @@
+"""Run a whole evaluation: the comparison on text, and the answers, tasks and speed that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from stages.config import EvaluateConfig
+from stages.evaluation.compare import PreparedEvaluation, compare
+from stages.evaluation.decode_round import SpeedRequest
+from stages.evaluation.findings import Evaluation, SpeedTest, TaskScore
+from stages.evaluation.genai_session import require_genai
+from stages.evaluation.generation import generate
+from stages.evaluation.harness import TaskRequest, find_tasks, run_tasks
+from stages.evaluation.speed import measure_speed
+from stages.machine import default_threads
+from stages.progress import Progress, progress_bar
+from stages.threads import threads
+
+
+def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier: Evaluation | None) -> Evaluation:
+    """Compare the models of ``prepared``, unless ``earlier`` did, and add what else ``config`` asks for.
+
+    Args:
+        config: valid options.
+        prepared: the models and the windows of text.
+        earlier: what an equal comparison found.
+
+    Raises:
+        UserError: a model, a prompt or a task can't be used; said before anything is run.
+    """
+    folders = [model.folder for model in prepared.all_models]
+    for option, wanted in (("--generate", config.generate), ("--speed", config.speed)):
+        if wanted:
+            require_genai(folders, option)
+    tasks = find_tasks(config.lm_eval_tasks, config.lm_eval_limit) if config.lm_eval_tasks else None
+    with progress_bar() as progress:
+        found = earlier or compare(prepared, progress)
+        return replace(
+            found,
+            generations=generate(folders, config.generate, config.max_new_tokens, progress) if config.generate else (),
+            speed=_speed(config, prepared, progress) if config.speed else None,
+            tasks=() if tasks is None else _tasks(tasks, prepared, progress),
+        ).kept_from(earlier)
+
+
+def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progress) -> SpeedTest:
+    request = SpeedRequest(
+        prompt=tuple(prepared.base.windows.reshape(-1)[: config.speed_prompt_tokens].tolist()),
+        new_tokens=config.speed_new_tokens,
+        threads=threads() or default_threads(),
+    )
+    return measure_speed(prepared.all_models, request, config.speed_rounds, progress)
+
+
+def _tasks(request: TaskRequest, prepared: PreparedEvaluation, progress: Progress) -> tuple[TaskScore, ...]:
+    scores: Sequence[tuple[TaskScore, ...]] = [
+        run_tasks(model, request, prepared.base.settings, progress) for model in prepared.all_models
+    ]
+    return tuple(score for of_model in scores for score in of_model)
