@@ -21,9 +21,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 from onnx import TensorProto, numpy_helper
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer
 
 from export.rewrite import rewrite
 from stages.base_graph import load_graph
@@ -737,7 +737,7 @@ def test_b23_windows_are_full_shuffled_and_hold_no_padding(tmp_path: Path, tiny_
     rows = [f"Row {number} has " + "many " * (number % 7) + "words." for number in range(200)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
     end = tokenizer.eos_token_id
 
     def windows(seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import torch
 from stages.records import PerBlock, QuantSpec
 from stages.solve.affine import choose_parameters, quantize, round_to_storage, round_trip
 from stages.solve.blocks import join, split
+from tests.pairwise import pairwise
 from tests.reference import competitor
 from tests.reference.rounding import round_trip as reference_round_trip
 from tests.solve.problems import spec
@@ -12,11 +13,10 @@ from tests.solve.problems import spec
 NUMPY = {"float32": np.float32, "float16": np.float16}
 
 
-@pytest.mark.parametrize("scale_type", ["float32", "float16"])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rule", ["signed", "full", "compat7"])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("in_features", [64, 72])
+@pytest.mark.parametrize(
+    ("scale_type", "bits", "rule", "symmetric", "in_features"),
+    pairwise(["float32", "float16"], [4, 8], ["signed", "full", "compat7"], [True, False], [64, 72]),
+)
 def test_round_trip_matches_the_reference(
     scale_type: str, bits: int, rule: str, symmetric: bool, in_features: int
 ) -> None:
