@@ -81,7 +81,7 @@ def test_the_float_form_is_quantized_back_to_the_same_codes_and_fused(
 def test_column_major_gives_the_reference_product_square_or_not(
     tmp_path: Path, shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity, dtype: str
 ) -> None:
-    # The competitor forces axis 1 for INT8 here: an error where N != K, silently wrong where N == K (its bug B12).
+    # The competitor forces axis 1 for INT8 here: an error where N != K, silently wrong where N == K.
     model, x, expected = quantized_matmul(tmp_path, shape, *number, blocks, dtype, WeightForm.DQ_COLUMN_MAJOR)
     codes = model.graph.initializers["y/MatMul/codes"]
     assert codes.shape == shape[::-1]
