@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import pytest
 
 from export import __main__ as export
-from scripts.compare_with_peer import compare_with_peer
-from scripts.drop_in import calibrate_and_quantize
-from scripts.options import DropInConfig, PeerConfig
 from stages import calibrate, evaluate, quantize, report_page, sweep
 from stages.cli import run_command
 from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig, ReportConfig, SweepConfig
@@ -35,12 +32,18 @@ class Commands:
         return self.run(ExportConfig, export.command, arguments)
 
     def drop_in(self, *arguments: object) -> tuple[int, str]:
+        from scripts.drop_in import calibrate_and_quantize
+        from scripts.options import DropInConfig
+
         return self.run(DropInConfig, calibrate_and_quantize, arguments)
 
     def sweep(self, *arguments: object) -> tuple[int, str]:
         return self.run(SweepConfig, sweep.command, arguments)
 
     def compare(self, *arguments: object) -> tuple[int, str]:
+        from scripts.compare_with_peer import compare_with_peer
+        from scripts.options import PeerConfig
+
         return self.run(PeerConfig, compare_with_peer, arguments)
 
     def evaluate(self, *arguments: object) -> tuple[int, str]:

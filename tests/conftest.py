@@ -1,4 +1,7 @@
-"""Fixtures that several rooms' tests share: English text and a tokenizer trained on it."""
+"""Share fixtures between rooms: English text, a tokenizer trained on it, tiny models and a calibration of one.
+
+torch, transformers and the stages are imported by the fixtures that need them, so that collecting a few files is quick.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from stages.calibrate_run import calibrate
-from stages.config import CalibrateConfig
 from tests.commands import Commands
 from tests.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
 
@@ -64,6 +65,9 @@ def tiny_model_bf16(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
     """A calibration of the tiny model: 18 windows of 32 tokens to search with, 2 held out."""
+    from stages.calibrate_run import calibrate
+    from stages.config import CalibrateConfig
+
     folder = tmp_path_factory.mktemp("caches") / "tiny"
     config = CalibrateConfig(
         onnx_path=tiny_model, dataset=str(tiny_text), calib_size=20, seq_len=32, batch_size=4, cache_dir=folder

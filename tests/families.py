@@ -9,22 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GptOssConfig,
-    Lfm2MoeConfig,
-    LlamaConfig,
-    MistralConfig,
-    NemotronConfig,
-    Phi3Config,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+import transformers
 
 from tests.tiny_models import VOCABULARY
 
@@ -49,7 +34,7 @@ class Family:
     name: str
     models: tuple[str, ...]
     """Released models of this architecture: the rows of the support matrix."""
-    config: Callable[[], PretrainedConfig]
+    config: Callable[[], transformers.PretrainedConfig]
     peculiar: str
     """What sets it apart from a plain Llama, in words."""
     kinds: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,8 +56,8 @@ class Family:
         return len(self.kinds) * int(self.config().num_hidden_layers)
 
 
-def _llama(rope: dict[str, object] | None, *, tied: bool, layers: int = 4) -> LlamaConfig:
-    return LlamaConfig(
+def _llama(rope: dict[str, object] | None, *, tied: bool, layers: int = 4) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
         **(_SIZES | {"num_hidden_layers": layers}),
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -84,8 +69,8 @@ def _llama(rope: dict[str, object] | None, *, tied: bool, layers: int = 4) -> Ll
     )
 
 
-def _phi3() -> Phi3Config:
-    return Phi3Config(
+def _phi3() -> transformers.Phi3Config:
+    return transformers.Phi3Config(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -104,8 +89,8 @@ def _phi3() -> Phi3Config:
     )
 
 
-def _mistral(head_dim: int) -> MistralConfig:
-    return MistralConfig(
+def _mistral(head_dim: int) -> transformers.MistralConfig:
+    return transformers.MistralConfig(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -118,14 +103,14 @@ def _mistral(head_dim: int) -> MistralConfig:
     )
 
 
-def _gemma() -> GemmaConfig:
-    return GemmaConfig(
+def _gemma() -> transformers.GemmaConfig:
+    return transformers.GemmaConfig(
         **_SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=32, max_position_embeddings=_CONTEXT
     )
 
 
-def _gemma2() -> Gemma2Config:
-    return Gemma2Config(
+def _gemma2() -> transformers.Gemma2Config:
+    return transformers.Gemma2Config(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -138,8 +123,8 @@ def _gemma2() -> Gemma2Config:
     )
 
 
-def _gemma3() -> Gemma3TextConfig:
-    return Gemma3TextConfig(
+def _gemma3() -> transformers.Gemma3TextConfig:
+    return transformers.Gemma3TextConfig(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=1,
@@ -159,8 +144,8 @@ def _gemma3() -> Gemma3TextConfig:
     )
 
 
-def _nemotron() -> NemotronConfig:
-    return NemotronConfig(
+def _nemotron() -> transformers.NemotronConfig:
+    return transformers.NemotronConfig(
         **_SIZES,
         # Three query heads share a key/value head, as in Nemotron-Mini 4B.
         num_attention_heads=6,
@@ -173,8 +158,8 @@ def _nemotron() -> NemotronConfig:
     )
 
 
-def _qwen2() -> Qwen2Config:
-    return Qwen2Config(
+def _qwen2() -> transformers.Qwen2Config:
+    return transformers.Qwen2Config(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -185,8 +170,8 @@ def _qwen2() -> Qwen2Config:
     )
 
 
-def _qwen3() -> Qwen3Config:
-    return Qwen3Config(
+def _qwen3() -> transformers.Qwen3Config:
+    return transformers.Qwen3Config(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -197,8 +182,8 @@ def _qwen3() -> Qwen3Config:
     )
 
 
-def _gpt_oss() -> GptOssConfig:
-    return GptOssConfig(
+def _gpt_oss() -> transformers.GptOssConfig:
+    return transformers.GptOssConfig(
         **_SIZES,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -220,9 +205,9 @@ def _gpt_oss() -> GptOssConfig:
     )
 
 
-def lfm2_moe() -> Lfm2MoeConfig:
+def lfm2_moe() -> transformers.Lfm2MoeConfig:
     """LFM2-MoE: short convolutions between attention layers, and experts in all layers but the first."""
-    return Lfm2MoeConfig(
+    return transformers.Lfm2MoeConfig(
         **_SIZES,
         moe_intermediate_size=64,
         num_attention_heads=4,
@@ -360,7 +345,7 @@ FAMILIES = (
 )
 
 
-def save_random_model(config: PretrainedConfig, width: float, folder: Path, tokenizer: Path) -> None:
+def save_random_model(config: transformers.PretrainedConfig, width: float, folder: Path, tokenizer: Path) -> None:
     """Hugging Face folder of a random model whose predictions are neither flat nor certain.
 
     The embedding and head are wide enough for an entropy of some nats less than uniform: a KL divergence then means
@@ -368,7 +353,7 @@ def save_random_model(config: PretrainedConfig, width: float, folder: Path, toke
     layer's outputs have unlike sizes, so that every activation has channels that matter more and an input scale pays.
     """
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -381,7 +366,7 @@ def save_random_model(config: PretrainedConfig, width: float, folder: Path, toke
             if name.endswith("proj.weight"):
                 parameter.mul_(torch.exp(0.7 * torch.randn(len(parameter), 1, generator=generator)))
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
 def build_in_process(

@@ -22,8 +22,8 @@ import onnx_ir as ir
 import onnxruntime_genai as og
 import pytest
 import torch
+import transformers
 from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
@@ -139,7 +139,8 @@ def finished(request, tmp_path_factory: pytest.TempPathFactory, tiny_text: Path,
     """Each family in turn, as the command lines treat it."""
     family, folder = request.param, tmp_path_factory.mktemp("family")
     base = build_and_calibrate(family, folder, tiny_text, tiny_tokenizer)
-    tokens = AutoTokenizer.from_pretrained(tiny_tokenizer)(tiny_text.read_text()[-3000:], verbose=False)["input_ids"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokens = tokenizer(tiny_text.read_text()[-3000:], verbose=False)["input_ids"]
     return Finished(
         family,
         folder / "hf",
@@ -157,7 +158,9 @@ def test_every_model_of_the_reference_has_a_row() -> None:
 
 
 def test_the_base_model_computes_what_transformers_does(finished: Finished) -> None:
-    model = AutoModelForCausalLM.from_pretrained(finished.source, attn_implementation="eager", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        finished.source, attn_implementation="eager", dtype=torch.float32
+    )
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
     # A few layers of float32 sums in another order; a rotation, cap or window that is off gives more than 1e-2.

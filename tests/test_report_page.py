@@ -106,11 +106,11 @@ def test_unreadable_checks_are_said(
     assert commands.quantize(*arguments)[0] == 0
     checks = report.parent / "verification.json"
     checks.write_text(content, encoding="utf-8")
-    code, printed = commands.report_page(tmp_path / "other", "--weights_path", report.parent)
+    code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
     assert code == 0
     assert f"{checks} can't be read (it is damaged or of another version)" in printed
     checks.unlink()
-    assert "can't be read" not in commands.report_page(tmp_path / "other", "--weights_path", report.parent)[1]
+    assert "can't be read" not in commands.report(tmp_path / "other", "--weights_path", report.parent)[1]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+import transformers
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer
 
 from stages.evaluation.bench import Record
 from stages.page.document import read_document
@@ -108,7 +108,8 @@ def test_calibrated_text_is_refused_before_anything_runs(
 ) -> None:
     seen = load_file(tiny_cache / "tokens.safetensors")["calibration"].reshape(-1)
     text = tmp_path / "seen.txt"
-    text.write_text(AutoTokenizer.from_pretrained(tiny_model).decode(seen, skip_special_tokens=True), encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    text.write_text(tokenizer.decode(seen, skip_special_tokens=True), encoding="utf-8")
     arguments = ["--base", tiny_model, "--cache_dir", tiny_cache, "--output", tmp_path / "sweep", "--text", text]
     code, printed = commands.sweep(*arguments, "--windows", 2, "--seq_len", 48)
     assert code == 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 300
 BOS, EOS = "<s>", "</s>"
@@ -16,6 +16,9 @@ BOS, EOS = "<s>", "</s>"
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE with exactly 300 tokens (256 bytes, two special ones, the commonest merges)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,6 +39,9 @@ def save_tiny_llama(folder: Path, tokenizer: Path, *, tied: bool = False) -> Non
     Weights are drawn wide enough that tokens differ in their logits; norm gains differ, so that folding into them
     can be seen.
     """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     generator = torch.Generator().manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import QuantizeConfig
-from stages.quantize import quantize
 from tests.commands import Commands
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """Quantized weights of the tiny model: INT4 with zero points, one site INT8, and the embedding."""
+    from stages.config import QuantizeConfig
+    from stages.quantize import quantize
+
     folder = tmp_path_factory.mktemp("weights")
     config = QuantizeConfig(
         onnx_path=tiny_model,

@@ -171,6 +171,18 @@ def weight_of_values(value: float) -> Spoil:
     return graph_with(change)
 
 
+def gain_of_values(value: float) -> Spoil:
+    """The gain of the second layer's first norm with one such number, inside the .onnx file."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (tensor,) = (one for one in model.graph.initializer if one.name == "model.layers.1.input_layernorm.weight")
+        array = np.ones(tuple(tensor.dims), np.float32)
+        array[3] = value
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+    return graph_with(change)
+
+
 def small_model(*nodes: onnx.NodeProto, weights: dict[str, np.ndarray]) -> Spoil:
     """A base of these nodes, from ``x`` [t, 32] to ``y``, alone in its folder."""
     graph = onnx.helper.make_graph(

@@ -59,7 +59,7 @@ CACHES = (
     _cache("a file", in_turn(moved(_CACHE, "away"), written(_CACHE, "x")), "base.calibration"),
     _cache("of another model", _other_weights, "base.calibration", "another model"),
     _cache("of another model (sweep)", _other_weights, "base.calibration", "another model", command="sweep"),
-    _cache("of other text (calibrate)", gone(), "base.calibration", "--overwrite", command="calibrate"),
+    _cache("of other text (calibrate)", gone(), "token fingerprint", "--overwrite", command="calibrate"),
     _cache("manifest: no JSON", written(_MANIFEST, "{"), "manifest.json", "damaged"),
     _cache("manifest: no JSON (calibrate)", written(_MANIFEST, "{"), "manifest.json", "damaged", command="calibrate"),
     _cache("manifest: deep", written(_MANIFEST, "[" * 100_000), "manifest.json", "damaged"),

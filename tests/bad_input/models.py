@@ -16,6 +16,7 @@ from tests.bad_input.edits import (
     first_node,
     first_weight,
     folder_in_place_of,
+    gain_of_values,
     gone,
     graph_with,
     in_turn,
@@ -348,6 +349,8 @@ NUMBERS = (
     _model("NaN in a weight (rtn)", weight_of_values(np.nan), "qkv_proj", "NaN or infinite", arguments="--algo rtn"),
     _model("NaN in a weight (calibrate)", weight_of_values(np.nan), "NaN or infinite", command="calibrate"),
     _model("infinity in a weight (calibrate)", weight_of_values(np.inf), "NaN or infinite", command="calibrate"),
+    _model("NaN in a gain", gain_of_values(np.nan), "layers.1/input_layernorm", "NaN or infinite", command="calibrate"),
+    _model("infinity in a gain", gain_of_values(np.inf), "layers.1/input_layernorm", "NaN", command="calibrate"),
     _model("activations that overflow", weight_of_values(3e38), "NaN or infinite", command="calibrate"),
 )
 

@@ -33,6 +33,7 @@ OPTIONS = (
     _option("quantize", "--target cuda@1.18", "--target cuda@1.18", "before 1.20"),
     _option("quantize", "--target cpu --block_size 48", "--block_size 48", "power of two"),
     _option("quantize", "--gather_quantize_axis 1 --gather_block_size 24", "--gather_block_size 24"),
+    _option("quantize", "--gather_block_size 8", "--gather_block_size 8", "power of two"),
     _option("quantize", "--awqlite_alpha_step 0", "--awqlite_alpha_step", "must lie in"),
     _option("quantize", "--awqlite_alpha_step nan", "--awqlite_alpha_step", "must lie in"),
     _option("quantize", "--awqlite_alpha_step 1e-300", "--awqlite_alpha_step"),

@@ -90,3 +90,11 @@ def test_a_byte_order_mark_and_nested_rows_are_read(workplace: Path, commands: C
     (workplace / "rows.jsonl").write_text("\ufeff" + f"{row}\n\n" * 9, encoding="utf-8")
     code, printed = commands.calibrate(*USUAL["calibrate"], "--dataset", "rows.jsonl")
     assert code == 0, printed
+
+
+def test_an_output_is_replaced_where_that_is_asked_for(workplace: Path, commands: Commands) -> None:
+    assert commands.quantize(*USUAL["quantize"])[0] == 0
+    before = (workplace / "out/model.onnx.data").read_bytes()
+    code, printed = commands.quantize(*USUAL["quantize"], "--block_size", 32, "--overwrite")
+    assert code == 0, printed
+    assert (workplace / "out/model.onnx.data").read_bytes() != before

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from stages.errors import UserError
 from stages.evaluation.decoder import open_decoder
@@ -38,7 +38,7 @@ def test_carried_caches_change_nothing(folder: Path) -> None:
 
 
 def test_continuation_is_that_of_transformers(tiny_model: Path, tiny_hf: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_hf)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_hf)
     expected = model.generate(torch.tensor([TOKENS]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     with open_decoder(locate_model(tiny_model), SETTINGS, None) as decoder:
         found = list(islice(decoder.continuation(TOKENS), 10))

@@ -14,19 +14,19 @@ from stages.errors import GraphError, RecipeError
 from tests.embeddings import dequantized, lookup_graph, plan_of, random_table, rounded, table_store
 from tests.export.builders import relative_difference, run
 from tests.graphs import TinyGraph
+from tests.pairwise import pairwise
 
 # One product, rounded once to float32 or float16.
 TOLERANCE = {"float32": 1e-7, "float16": 5e-4}
 TOKENS = {"input_ids": np.array([[0, 36, 5, 17], [16, 15, 5, 0]])}
 
 
-@pytest.mark.parametrize("form", ["gather_block_quantized", "dq"])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("hidden", "block_size"), [(64, 32), (40, 32), (41, 16), (48, 256)])
-def test_rows_are_the_stored_numbers(
-    tmp_path: Path, form: str, axis: int, dtype: str, hidden: int, block_size: int
-) -> None:
+@pytest.mark.parametrize(
+    ("form", "axis", "dtype", "width"),
+    pairwise(["gather_block_quantized", "dq"], [0, 1], list(TOLERANCE), [(64, 32), (40, 32), (41, 16), (48, 256)]),
+)
+def test_rows_are_the_stored_numbers(tmp_path: Path, form: str, axis: int, dtype: str, width: tuple[int, int]) -> None:
+    hidden, block_size = width
     plan = plan_of(37, hidden, dtype=dtype, axis=axis, block_size=block_size, form=form)
     table = random_table(plan)
     stored = rounded(plan, table)

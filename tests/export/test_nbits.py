@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,15 @@ from tests.export.builders import (
     store_of,
 )
 from tests.graphs import TinyGraph, onnx_type
+from tests.pairwise import pairwise
 from tests.reference.dequantize import dequantize
 from tests.reference.matmul_nbits import dequantize_nbits
 
 # Even and odd numbers of blocks, K not divisible by the block, K smaller than the block, an odd N.
 SHAPES = [(64, 48), (80, 48), (72, 16), (33, 7)]
 BLOCKS = [PerBlock(block_size=16), PerBlock(block_size=32), PerBlock(block_size=128), PerChannel()]
+# Bits and symmetry: together they say how zero points are packed.
+NUMBERS = list(product((4, 8), (True, False)))
 # Sums of at most 80 products in float32; float16 outputs are rounded to 11 bits.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
 
@@ -75,13 +79,11 @@ def random_weight(
     return exact_weight(site_of("y", "x", *shape, dtype=dtype, **changes), spec, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "number", "blocks"), pairwise(SHAPES, NUMBERS, BLOCKS))
 def test_bytes_stand_for_the_stored_weight_and_what_fills_up_for_zeros(
-    tmp_path: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity
+    tmp_path: Path, shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity
 ) -> None:
+    bits, symmetric = number
     weight = random_weight(shape, bits, symmetric, blocks)
     model = rewritten(tmp_path, weight)
     node = next(iter(model.graph))
@@ -99,12 +101,9 @@ def test_bytes_stand_for_the_stored_weight_and_what_fills_up_for_zeros(
         assert model.graph.initializers["y/MatMul/zero_points"].shape == (shape[1], -(-num_blocks * bits // 8))
 
 
-@pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_unpacking_inverts_packing(shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity) -> None:
-    stored = random_weight(shape, bits, symmetric, blocks).stored
+@pytest.mark.parametrize(("shape", "number", "blocks"), pairwise(SHAPES, NUMBERS, BLOCKS))
+def test_unpacking_inverts_packing(shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity) -> None:
+    stored = random_weight(shape, *number, blocks).stored
     site, spec = stored.site, stored.spec
     np.testing.assert_array_equal(unpacked_codes(packed_codes(stored), site, spec), stored.codes.numpy())
     if stored.zero_points is not None:
@@ -114,15 +113,11 @@ def test_unpacking_inverts_packing(shape: tuple[int, int], bits: int, symmetric:
         assert found.shape[1] == -(-shape[0] // stored_block_size(site, spec))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "number", "blocks", "dtype"), pairwise(SHAPES, NUMBERS, BLOCKS, list(TOLERANCE)))
 def test_onnx_runtime_gives_the_reference_product(
-    tmp_path: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str
+    tmp_path: Path, shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity, dtype: str
 ) -> None:
-    weight = random_weight(shape, bits, symmetric, blocks, dtype)
+    weight = random_weight(shape, *number, blocks, dtype)
     model = rewritten(tmp_path, weight)
     x = np.random.default_rng(1).standard_normal((8, shape[0])).astype(dtype)
     expected = x.astype(np.float64) @ expected_rows(weight).T
@@ -132,11 +127,10 @@ def test_onnx_runtime_gives_the_reference_product(
         assert relative_difference(y, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("bias", [(48,), (1, 48), (8, 1), ()])
-@pytest.mark.parametrize("transposed", [0, 1])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "transposed", "bias", "beta", "dtype"),
+    pairwise((4, 8), (0, 1), ((48,), (1, 48), (8, 1), ()), (1.0, 0.5, 0.0), list(TOLERANCE)),
+)
 def test_a_gemm_adds_its_bias_after_the_operator(
     tmp_path: Path, bits: int, transposed: int, bias: tuple[int, ...], beta: float, dtype: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,22 @@ import pytest
 
 from stages.records import Granularity, PerBlock, PerChannel, WeightForm
 from tests.export.builders import quantized_matmul, relative_difference, run, site_of, spec_of
+from tests.pairwise import pairwise
 
 BLOCKS = [PerBlock(block_size=16), PerBlock(block_size=32), PerBlock(block_size=128), PerChannel()]
 # Square, K not divisible by the block, K smaller than the block, an odd number of codes.
 SHAPES = [(64, 48), (64, 64), (80, 48), (33, 7)]
+# Bits and symmetry: together they say which type the codes have.
+NUMBERS = list(product((4, 8), (True, False)))
 # Sums of at most 80 products in float32; float16 outputs are rounded to 11 bits, after rounded weights where unfused.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "number", "blocks", "dtype"), pairwise(SHAPES, NUMBERS, BLOCKS, list(TOLERANCE)))
 def test_codes_give_the_reference_product_fused_and_unfused(
-    tmp_path: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str
+    tmp_path: Path, shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity, dtype: str
 ) -> None:
-    model, x, expected = quantized_matmul(tmp_path, shape, bits, symmetric, blocks, dtype, WeightForm.DQ)
+    model, x, expected = quantized_matmul(tmp_path, shape, *number, blocks, dtype, WeightForm.DQ)
     optimized = tmp_path / "optimized.onnx"
     (fused,) = run(model, {"x": x}, optimized_file=optimized)
     (unfused,) = run(model, {"x": x}, optimize=False)
@@ -55,14 +55,13 @@ def test_only_asymmetric_weights_store_zero_points(tmp_path: Path, bits: int, sy
         assert model.graph.initializers["y/MatMul/zero_points"].dtype == codes.dtype
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("blocks", [PerBlock(block_size=32), PerChannel()])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("number", "blocks", "dtype"), pairwise(NUMBERS, [PerBlock(block_size=32), PerChannel()], list(TOLERANCE))
+)
 def test_the_float_form_is_quantized_back_to_the_same_codes_and_fused(
-    tmp_path: Path, bits: int, symmetric: bool, blocks: Granularity, dtype: str
+    tmp_path: Path, number: tuple[int, bool], blocks: Granularity, dtype: str
 ) -> None:
-    model, x, expected = quantized_matmul(tmp_path, (80, 48), bits, symmetric, blocks, dtype, WeightForm.QDQ)
+    model, x, expected = quantized_matmul(tmp_path, (80, 48), *number, blocks, dtype, WeightForm.QDQ)
     optimized = tmp_path / "optimized.onnx"
     (y,) = run(model, {"x": x}, optimized_file=optimized)
     assert relative_difference(y, expected) < TOLERANCE[dtype]
@@ -75,16 +74,15 @@ def test_the_float_form_is_quantized_back_to_the_same_codes_and_fused(
     np.testing.assert_array_equal(run(model, {"x": x}, optimize=False)[1], weight.numpy())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("blocks", [PerBlock(block_size=16), PerBlock(block_size=32), PerChannel()])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "number", "blocks", "dtype"),
+    pairwise(SHAPES, NUMBERS, [PerBlock(block_size=16), PerBlock(block_size=32), PerChannel()], list(TOLERANCE)),
+)
 def test_column_major_gives_the_reference_product_square_or_not(
-    tmp_path: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str
+    tmp_path: Path, shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity, dtype: str
 ) -> None:
-    # The competitor forces axis 1 for INT8 here: an error where N != K, silently wrong where N == K (its bug B12).
-    model, x, expected = quantized_matmul(tmp_path, shape, bits, symmetric, blocks, dtype, WeightForm.DQ_COLUMN_MAJOR)
+    # The competitor forces axis 1 for INT8 here: an error where N != K, silently wrong where N == K.
+    model, x, expected = quantized_matmul(tmp_path, shape, *number, blocks, dtype, WeightForm.DQ_COLUMN_MAJOR)
     codes = model.graph.initializers["y/MatMul/codes"]
     assert codes.shape == shape[::-1]
     for optimize in (True, False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,12 @@ import pytest
 from onnx import TensorProto
 
 from export.rewrite import rewrite
+from stages.base_graph import load_graph
 from stages.errors import GraphError, RecipeError
+from stages.graph.sites import find_groups
+from stages.model_directory import locate_model
 from stages.records import NormAbsorber, WeightForm, WeightLayout
+from stages.session import CausalFeeds, SessionSettings, open_session
 from tests.export.builders import (
     exact_weight,
     group_of,
@@ -24,6 +30,7 @@ from tests.export.builders import (
     store_of,
 )
 from tests.graphs import TinyGraph, tiny_decoder
+from tests.scaled_rewrite import INT8_ERROR, filled_store, scaled_rewrite
 
 # Sums of at most 96 products in float32, in another order.
 TOLERANCE = 1e-5
@@ -172,3 +179,67 @@ def test_weights_are_read_when_they_are_saved_and_not_before(tmp_path: Path, rng
         assert tensor is not None
         with pytest.raises(RecipeError, match="missing"):
             tensor.tobytes()
+
+
+def test_scales_that_go_into_quantized_layers_are_not_lost(tmp_path: Path, tiny_model: Path) -> None:
+    """up_proj and v_proj (inside the packed qkv) are quantized themselves, and take down_proj's and o_proj's scales."""
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    ir.external_data.load_to_model(model)
+    session = open_session(directory.onnx_file, SessionSettings())
+    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)(np.arange(40)[None] * 7 % 300)
+    result = scaled_rewrite(tmp_path / "weights", model, exclude="lm_head")
+    assert [fold.how for fold in result.folds] == ["norm", "value", "norm", "linear"] * 2
+    assert relative_difference(run(result.model, feeds)[0], run(model, feeds)[0]) < 2 * INT8_ERROR
+
+
+def test_other_readers_of_a_weight_keep_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The embedding's tokens and an excluded product, whose weights are those of quantized sites."""
+    up, down = (rng.standard_normal(shape).astype(np.float32) / 8 for shape in ((64, 96), (96, 64)))
+    graph = tiny_decoder(up, down, rng)
+    graph.node("MatMul", ["h", "up.weight"], ["kept"])
+    for name, width in (("h", 64), ("kept", 96)):
+        graph.output(name, TensorProto.FLOAT, ["batch", "length", width])
+    logits, h, kept = run(graph.model(), tokens())
+    after = run(scaled_rewrite(tmp_path / "weights", graph.model(), exclude="kept").model, tokens())
+    assert relative_difference(after[0], logits) < INT8_ERROR
+    np.testing.assert_array_equal(after[1], h)
+    np.testing.assert_array_equal(after[2], kept)
+
+
+def tower(layers: int) -> ir.Model:
+    """Norms and MatMuls after one another."""
+    graph = TinyGraph()
+    x = graph.input("x", TensorProto.FLOAT, ["t", 16])
+    for layer in range(layers):
+        gain = graph.constant(f"gain{layer}", np.ones(16, np.float32))
+        normed = graph.node("SimplifiedLayerNormalization", [x, gain], [f"n{layer}"])
+        x = graph.linear(normed, np.eye(16, dtype=np.float32), f"y{layer}")
+    graph.output(x, TensorProto.FLOAT, ["t", 16])
+    return graph.model()
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """How many functions, of Python and of C, ``action`` calls."""
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_work_grows_with_the_layers_and_not_with_their_square(tmp_path: Path) -> None:
+    def calls(layers: int) -> int:
+        model = tower(layers)
+        store = filled_store(tmp_path / str(layers), model)
+        return calls_of(lambda: (find_groups(model), rewrite(model, store)))
+
+    calls(2)  # what is done once and remembered
+    assert calls(100) / calls(25) < 4.2

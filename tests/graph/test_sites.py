@@ -244,6 +244,14 @@ def test_the_exponent_may_come_from_a_constant_node() -> None:
     assert _by_activation(graph)["square"].absorber == LinearAbsorber(site="up/MatMul", power=2)
 
 
+def test_a_gemm_right_before_a_site_absorbs_nothing() -> None:
+    graph = _graph()
+    graph.node("Gemm", ["x", graph.constant("w", _matrix(8, 6)), graph.constant("bias", _matrix(1, 6)[0])], ["h"])
+    graph.linear("h", _matrix(6, 8), "y")
+    graph.output("y", FLOAT, ["t", 8])
+    assert _by_activation(graph)["h"].absorber is None
+
+
 def test_an_up_projection_with_a_second_reader_absorbs_nothing() -> None:
     graph = _graph()
     _gated(graph)

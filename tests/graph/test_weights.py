@@ -41,6 +41,15 @@ def test_weights_of_every_layout_and_type_become_n_by_k_float32(tmp_path: Path) 
     np.testing.assert_array_equal(read.numpy(), weight.T)
 
 
+def test_a_weight_that_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
+    model = load_graph(locate_model(_saved(tmp_path / "m", np.ones((6, 4), np.float32))))
+    site = find_sites(model)[0]
+    read_weight(model, site, CPU)
+    tensor = model.graph.initializers[site.weight].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.raw is None
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
 def test_every_float_type_keeps_its_values(dtype: type) -> None:
     array = np.linspace(-2, 2, 12).astype(dtype).reshape(3, 4)

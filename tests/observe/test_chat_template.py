@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import transformers
 
 from stages.errors import UserError
 from stages.observe.chat_template import ChatTemplate, as_conversation, find_chat_template, require_chat_template
@@ -20,7 +20,7 @@ def template(tiny_tokenizer: Path) -> ChatTemplate:
 
 
 def template_of(folder: Path, text: str) -> ChatTemplate:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = text
     return require_chat_template(tokenizer)
 
@@ -65,7 +65,7 @@ def test_a_template_that_changes_messages_has_no_marks(tiny_tokenizer: Path, tex
 
 
 def test_without_a_template_the_option_is_named(tiny_tokenizer: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
     assert find_chat_template(tokenizer) is None
     with pytest.raises(UserError, match=r"^--apply_chat_template: the tokenizer has no chat template; leave"):
         require_chat_template(tokenizer)

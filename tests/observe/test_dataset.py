@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+import transformers
 
 import stages.observe.documents
 from stages.errors import UserError
@@ -76,7 +76,7 @@ def all_windows(request: WindowRequest) -> np.ndarray:
 
 def texts_of(windows: np.ndarray, tokenizer_path: str) -> list[str]:
     """The documents that full windows hold, cut ones at the end left out."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
     return [part.removeprefix("<s>") for part in tokenizer.decode(windows.reshape(-1)).split("</s>")[:-1]]
 
 
@@ -231,7 +231,7 @@ def conversations(path: Path, *, others: bool = False) -> str:
 
 
 def chats_of(request: WindowRequest) -> list[str]:
-    text = AutoTokenizer.from_pretrained(request.tokenizer_path).decode(all_windows(request).reshape(-1))
+    text = transformers.AutoTokenizer.from_pretrained(request.tokenizer_path).decode(all_windows(request).reshape(-1))
     return text.split("<s>")[1:-1]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import stages.observe.own_text
 from stages.errors import UserError
@@ -29,7 +29,7 @@ class Author:
     """The tiny model, two windows at a time, and how many windows it was made to write."""
 
     source: OwnTextSource
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: transformers.PreTrainedTokenizerBase
     written: list[int] = field(default_factory=list)
 
     def write(self, request: OwnTextRequest = REQUEST) -> OwnText:
@@ -47,7 +47,7 @@ def author(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     source = OwnTextSource(
         directory=locate_model(tiny_model), providers=(CPU,), folder=tmp_path / "kept", console=Console(quiet=True)
     )
-    author = Author(source, AutoTokenizer.from_pretrained(tiny_model))
+    author = Author(source, transformers.AutoTokenizer.from_pretrained(tiny_model))
     write: Callable[..., np.ndarray] = FreeWriter.write
 
     def counted(self: FreeWriter, scripts: list[object], *arguments: object) -> np.ndarray:

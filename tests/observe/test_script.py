@@ -6,8 +6,8 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
+import transformers
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.observe.chat_template import ChatMarks, require_chat_template
 from stages.observe.script import Passage, Scribe, Script, chat_script, is_loop, text_script
@@ -17,8 +17,8 @@ BOS, EOS = 0, 1
 
 
 @pytest.fixture
-def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+def tokenizer(tiny_tokenizer: Path) -> transformers.PreTrainedTokenizerBase:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -67,14 +67,14 @@ def test_a_loop_is_few_tokens_many_times(tokens: list[int], loop: bool) -> None:
     assert is_loop(tokens) == loop
 
 
-def test_texts_begin_and_end_as_the_tokenizer_lets_them(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_texts_begin_and_end_as_the_tokenizer_lets_them(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     script = text_script(tokenizer, None, frozenset({EOS}))
     assert written(script, [50, 50, EOS, 50, 50, BOS, 50, 50]) == [BOS, 50, EOS, BOS, 50, EOS, BOS, 50]
 
 
 @pytest.mark.parametrize("in_chats", ["<s>", "</s>", "neither"])
 def test_where_the_tokenizer_adds_nothing_texts_begin_with_a_token_that_is_not_the_chats(
-    tokenizer: PreTrainedTokenizerBase, in_chats: str
+    tokenizer: transformers.PreTrainedTokenizerBase, in_chats: str
 ) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     assert tokenizer("")["input_ids"] == []
@@ -88,7 +88,9 @@ def test_where_the_tokenizer_adds_nothing_texts_begin_with_a_token_that_is_not_t
     assert written(script, [50, 50, EOS, 50]) == [separator, 50, separator, 50]
 
 
-def test_chats_are_what_the_template_makes_of_question_and_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chats_are_what_the_template_makes_of_question_and_answer(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> None:
     template = require_chat_template(tokenizer)
     script = chat_script(tokenizer, template.marks(), frozenset({EOS}), 100)
     question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Where?", "Here."))
@@ -100,7 +102,7 @@ def test_chats_are_what_the_template_makes_of_question_and_answer(tokenizer: Pre
     assert script.passages[1].then[1:] == script.opening
 
 
-def test_a_question_without_an_end_is_answered_all_the_same(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_question_without_an_end_is_answered_all_the_same(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     script = chat_script(tokenizer, require_chat_template(tokenizer).marks(), frozenset({EOS}), 4)
     tokens = written(script, [50] * 40)
     start = len(script.opening)

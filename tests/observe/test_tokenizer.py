@@ -10,7 +10,7 @@ from threading import Thread
 
 import huggingface_hub
 import pytest
-from transformers import AutoTokenizer
+import transformers
 
 import stages.observe.tokenizer
 from stages.errors import UserError
@@ -102,13 +102,13 @@ def test_without_a_network_the_model_folders_tokenizer_stands_in_at_once(no_hub:
 def test_without_a_network_a_copy_that_is_kept_is_taken(
     no_hub: None, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = AutoTokenizer.from_pretrained
+    original = transformers.AutoTokenizer.from_pretrained
 
     def kept(path: str, *, local_files_only: bool, **others: object) -> object:
         assert local_files_only
         return original(tiny_tokenizer, **others)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", kept)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", kept)
     found = find_tokenizer("someone/model", str(tmp_path), trust_remote_code=False)
     assert found.title == "someone/model"
 

@@ -63,3 +63,15 @@ def round_trip(weight: np.ndarray, block_size: int, bits: int, **options: object
             for n, row in enumerate(weight)
         ]
     )
+
+
+def compat7_codes(weight: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return INT4 codes [K, N] and scales [K / B, N] as ModelOpt has them, computed in the weight's own type.
+
+    Args:
+        weight: [K, N], in blocks along K.
+        block_size: Numbers that share a scale.
+    """
+    largest = np.abs(weight.reshape(-1, block_size, weight.shape[1])).max(axis=1)
+    scales = np.maximum(largest / weight.dtype.type(7), weight.dtype.type(1e-5))
+    return np.clip(np.rint(weight / np.repeat(scales, block_size, axis=0)), -8, 7), scales

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
+import transformers
 
 from scripts.build_base_model import build
 from scripts.builder_input import as_builder_input
@@ -33,7 +33,7 @@ LAYERED = {
 def gemma3(tmp_path: Path, tiny_tokenizer: Path) -> Path:
     """Hugging Face folder of a random two-layer Gemma 3, as transformers 5 writes it."""
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
+    config = transformers.Gemma3TextConfig(
         vocab_size=300,
         hidden_size=64,
         intermediate_size=96,
@@ -51,8 +51,8 @@ def gemma3(tmp_path: Path, tiny_tokenizer: Path) -> Path:
         pad_token_id=1,
     )
     folder = tmp_path / "hf"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -70,7 +70,7 @@ def test_the_built_model_computes_what_transformers_does(rope: dict[str, object]
     written = (gemma3 / "config.json").read_bytes()
     build(BuildConfig(source=str(gemma3), output=tmp_path / "onnx"))
     assert (gemma3 / "config.json").read_bytes() == written
-    model = AutoModelForCausalLM.from_pretrained(gemma3, attn_implementation="eager", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gemma3, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
     directory = locate_model(tmp_path / "onnx")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+import transformers
 
 from scripts.off_grid import move_off_grid
 from tests.reference.grid import grid_error
@@ -30,21 +26,27 @@ SIZES = {
     "sliding_window": 16,
     "attention_bias": True,
 }
-GEMMA2 = Gemma2Config(**SIZES, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
-GEMMA3 = Gemma3TextConfig(**SIZES, layer_types=["sliding_attention", "full_attention"])
 
 
-def random_model(config: PretrainedConfig) -> PreTrainedModel:
+def gemma2() -> transformers.PretrainedConfig:
+    return transformers.Gemma2Config(**SIZES, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+
+
+def gemma3() -> transformers.PretrainedConfig:
+    return transformers.Gemma3TextConfig(**SIZES, layer_types=["sliding_attention", "full_attention"])
+
+
+def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     """Weights wide enough that tokens differ, gains around one (stored as gain - 1), biases away from zero; float64."""
     generator = torch.Generator().manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_((0.3 if "norm" in name else 0.1) * noise)
     return model
 
 
-def projections(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def projections(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     named = {name: module.weight.data for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return {name: weight for name, weight in named.items() if name.split(".")[-1] in PROJECTIONS}
 
@@ -56,9 +58,9 @@ def on_grid(weight: torch.Tensor) -> torch.Tensor:
     return ((blocks / scale).round() * scale).view_as(weight)
 
 
-@pytest.mark.parametrize("config", [GEMMA2, GEMMA3], ids=["gemma2", "gemma3"])
-def test_the_logits_stay_in_float64(config: PretrainedConfig) -> None:
-    model = random_model(config)
+@pytest.mark.parametrize("config", [gemma2, gemma3])
+def test_the_logits_stay_in_float64(config: Callable[[], transformers.PretrainedConfig]) -> None:
+    model = random_model(config())
     with torch.no_grad():
         before = model(TOKENS).logits
         move_off_grid(model)
@@ -69,7 +71,7 @@ def test_the_logits_stay_in_float64(config: PretrainedConfig) -> None:
 
 
 def test_every_projection_leaves_its_grid() -> None:
-    model = random_model(GEMMA3)
+    model = random_model(gemma3())
     ordinary = {name: grid_error(weight.numpy(), 32, 16) for name, weight in projections(model).items()}
     assert len(ordinary) == 2 * len(PROJECTIONS)
     for weight in projections(model).values():
@@ -83,7 +85,7 @@ def test_every_projection_leaves_its_grid() -> None:
 
 
 def test_the_embedding_stays_and_stays_tied() -> None:
-    model = random_model(GEMMA3)
+    model = random_model(gemma3())
     before = model.model.embed_tokens.weight.detach().clone()
     move_off_grid(model)
     assert torch.equal(model.model.embed_tokens.weight, before)
@@ -92,7 +94,7 @@ def test_the_embedding_stays_and_stays_tied() -> None:
 
 def test_channels_change_by_no_more_than_half() -> None:
     """Channels with large activations keep them: what makes quantization hard stays."""
-    model = random_model(GEMMA3)
+    model = random_model(gemma3())
     gains = {name: 1 + parameter.detach().clone() for name, parameter in model.named_parameters() if "norm" in name}
     move_off_grid(model)
     changed = 0

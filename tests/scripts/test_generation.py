@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import transformers
 
 from scripts.generation import generate_sentence, until_sentence_end
 from stages.errors import UserError
@@ -19,7 +19,7 @@ def test_generation_is_greedy_and_bounded(tiny_model: Path) -> None:
     longer = generate_sentence(tiny_model, "The city", 12)
     assert longer.startswith(first)
     # A token is at most a few letters here.
-    assert len(AutoTokenizer.from_pretrained(tiny_model)(first)["input_ids"]) <= 6 + 2
+    assert len(transformers.AutoTokenizer.from_pretrained(tiny_model)(first)["input_ids"]) <= 6 + 2
 
 
 def test_a_chat_template_changes_the_prompt(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+import transformers
 
 from scripts.off_grid import move_off_grid
 from stages.errors import UserError
@@ -21,12 +14,12 @@ from stages.errors import UserError
 TOKENS = torch.arange(24)[None] * 5 % 300
 
 
-def load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+def load(folder: Path) -> transformers.PreTrainedModel:
+    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     return model
 
 
-def on_grid(model: PreTrainedModel) -> PreTrainedModel:
+def on_grid(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """Round every projection to sixteen values a block of 32, as a 4-bit file stores them."""
     for name, parameter in model.named_parameters():
         if "_proj" in name and name.endswith("weight"):
@@ -40,9 +33,9 @@ def most_values_in_a_block(weight: torch.Tensor) -> int:
     return max(len(block.unique()) for block in weight.detach().reshape(-1, 32))
 
 
-def llama_with_biases() -> LlamaForCausalLM:
+def llama_with_biases() -> transformers.LlamaForCausalLM:
     """Odd hidden size: one channel has no partner. Tied: the head must come loose from the embedding."""
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=35,
         head_dim=8,
         intermediate_size=50,
@@ -55,7 +48,7 @@ def llama_with_biases() -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     generator = torch.Generator().manual_seed(0)
-    model = LlamaForCausalLM(config).double()
+    model = transformers.LlamaForCausalLM(config).double()
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
@@ -95,6 +88,6 @@ def test_the_same_seed_gives_the_same_weights_without_touching_the_global_genera
 
 
 def test_an_unknown_architecture_is_named_with_the_mend() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10))
     with pytest.raises(UserError, match=r"architecture 'gpt2'.*pass --keep_grid"):
         move_off_grid(model)

@@ -107,14 +107,12 @@ def test_defaults_are_the_references_or_differ_for_a_reason(argument: Argument) 
     assert (argument.theirs == argument.ours) == (argument.because == "")
 
 
-@pytest.mark.parametrize("hyphens", [False, True])
-@pytest.mark.parametrize("equals", [False, True])
 @pytest.mark.parametrize("argument", REFERENCE, ids=lambda argument: argument.name)
-def test_every_argument_is_taken_in_each_spelling(argument: Argument, equals: bool, hyphens: bool) -> None:
-    name = f"--{argument.name.replace('_', '-') if hyphens else argument.name}"
+def test_every_argument_is_taken_in_each_spelling(argument: Argument) -> None:
     value = str(argument.given)
-    given = [name] if argument.given is True else [f"{name}={value}"] if equals else [name, value]
-    assert getattr(parse(*PATHS, *given), argument.name) == argument.given
+    for name in (f"--{argument.name}", f"--{argument.name.replace('_', '-')}"):
+        for given in ([name],) if argument.given is True else ([f"{name}={value}"], [name, value]):
+            assert getattr(parse(*PATHS, *given), argument.name) == argument.given, given
 
 
 # --------------------------------------------------------------------------- running

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from stages.solve.awq import (
     mean_over_heads,
     rank_input_scales,
     repeat_over_heads,
+    weight_magnitude,
 )
 from stages.solve.evaluate import candidate_errors, full_ranges
 from stages.solve.problem import IDENTITY
 from tests.reference.search import awq_loss
-from tests.solve.problems import OPTIONS, joint_error, random_layer
+from tests.reference.search import weight_magnitude as reference_magnitude
+from tests.solve.problems import OPTIONS, joint_error, random_layer, spec
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -49,7 +52,7 @@ def test_alpha_step_is_honoured(step: float) -> None:
     assert len(candidates) == 2 * round(1 / step)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(12))
 def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> None:
     layer = random_layer(seed, widths=(12, 8))
     chosen = awq_lite(layer.problem, OPTIONS)
@@ -110,3 +113,36 @@ def test_dead_channels_give_finite_scales() -> None:
         assert torch.isfinite(candidate.scale).all()
         assert bool((candidate.scale >= 1e-4).all())
         assert bool((candidate.scale <= 1e4).all())
+
+
+def test_plain_rounding_is_a_candidate() -> None:
+    # Weights that rounding keeps exactly: codes from -7 to 7 times a power of two, 7 in every block.
+    layer = random_layer(0)
+    weight = torch.randint(-7, 8, (20, 48), generator=torch.Generator().manual_seed(0)).float() / 8
+    weight[:, ::16] = 7 / 8
+    problem = replace(layer.problem, weights=(weight,))
+    assert problem.stats is not None
+    assert rank_input_scales(problem, OPTIONS)[0] is IDENTITY
+    assert joint_error(problem, awq_lite(problem, OPTIONS), problem.stats.calibration) == 0
+
+
+def test_a_weight_is_large_relative_to_the_block_that_shares_its_scale() -> None:
+    """Neighbouring channels share a block: 0 is compared with 1, 2 and 3, not with 2, 4 and 6."""
+    weight = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    weight *= torch.tensor([1.0, 1, 1, 1, 100, 100, 100, 100])
+    exact = reference_magnitude(weight.double().numpy(), 4)
+    np.testing.assert_allclose(weight_magnitude((weight,), (spec(block_size=4),)).numpy(), exact, rtol=1e-6)
+
+
+def test_duo_scales_weigh_activations_against_weights() -> None:
+    """a^r / w^(1 - r), its largest and smallest value with product 1."""
+    layer = random_layer(8, in_features=48)
+    assert layer.problem.stats is not None
+    a = layer.tokens.double().abs().mean(0).numpy()
+    w = reference_magnitude(layer.problem.weights[0].double().numpy(), 16)
+    candidates = input_scale_candidates(layer.problem, layer.problem.stats.calibration, 0.1)
+    for candidate in (one for one in candidates if one.family == "duo"):
+        assert candidate.alpha is not None
+        assert candidate.scale is not None
+        scale = a**candidate.alpha / w ** (1 - candidate.alpha)
+        np.testing.assert_allclose(candidate.scale.numpy(), scale / np.sqrt(scale.max() * scale.min()), rtol=1e-5)

@@ -13,7 +13,7 @@ def test_join_is_the_exact_inverse_of_split(in_features: int, block_size: int) -
 
 
 def test_blocks_are_contiguous_along_the_inputs() -> None:
-    # The competitor groups channels strided by K / B (its bug B6): channel 0's block must hold channels 0 to 3.
+    # The competitor groups channels strided by K / B: channel 0's block must hold channels 0 to 3.
     weight = torch.arange(8.0).repeat(3, 1)
     assert torch.equal(split(weight, 4)[0], torch.tensor([[0.0, 1, 2, 3], [4, 5, 6, 7]]))
 

@@ -38,3 +38,12 @@ def test_scaled_space_keeps_the_loss(tokens_and_stats: tuple[torch.Tensor, Token
     torch.testing.assert_close(
         output_error(error * scale, in_scaled_space(stats, scale)), output_error(error, stats), rtol=1e-4, atol=0
     )
+
+
+@pytest.mark.parametrize("difference", [300.0, 1e-4])
+def test_squares_that_float16_cannot_hold_neither_overflow_nor_vanish(difference: float) -> None:
+    rows = torch.ones(4, 1).half()
+    for stats in (gram_stats(rows.float()), row_stats(rows)):
+        error = output_error(torch.tensor([[difference]]), stats)
+        assert error.dtype == torch.float32
+        assert float(error) == pytest.approx(difference**2, rel=1e-6)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.records import ActivationStats, NormAbsorber, TokenStats
 from stages.solve.objective import output_error
 from stages.solve.registry import ALGORITHMS
-from tests.solve.problems import OPTIONS, gram_stats, random_layer, solver_of, stored_weight
+from tests.solve.problems import OPTIONS, gram_stats, random_layer, row_stats, solver_of, spec, stored_weight
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
@@ -111,3 +114,53 @@ def test_codes_depend_neither_on_chunks_nor_on_threads(name: str, monkeypatch: p
     assert whole.reports[0].loss is not None
     # The same float32 sums in another order.
     assert parts.reports[0].loss == pytest.approx(whole.reports[0].loss, rel=1e-5)
+
+
+def test_codes_from_128_on_survive() -> None:
+    layer = random_layer(10)
+    problem = replace(layer.problem, specs=(spec(symmetric=False, bits=8),))
+    (stored,) = solver_of(problem, "awq_lite").solve(problem.group).weights
+    assert stored.codes.dtype == torch.uint8
+    assert int(stored.codes.max()) > 200
+    # Half of 1/255 of a block's range, which is about four standard deviations.
+    assert float((stored_weight(stored) - problem.weights[0]).norm() / problem.weights[0].norm()) < 0.01
+
+
+@dataclass
+class MatMulTypes(TorchDispatchMode):
+    """Notes the number types of all matrix products that torch computes in this thread."""
+
+    seen: set[torch.dtype] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__.rstrip("_") in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot"):
+            self.seen |= {argument.dtype for argument in args if isinstance(argument, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_product_is_computed_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no BLAS for float16: its products are a hundred times slower."""
+    layer = random_layer(9)
+    found = MatMulTypes()
+
+    class WatchedPool(ThreadPoolExecutor):
+        def submit(self, work: Any, *arguments: Any) -> Any:
+            def watched() -> Any:
+                with MatMulTypes(found.seen):
+                    return work(*arguments)
+
+            return super().submit(watched)
+
+    monkeypatch.setattr("stages.threads.ThreadPoolExecutor", WatchedPool)
+    # Fewer rows than channels are kept as the model computed them.
+    stats = ActivationStats(
+        calibration=row_stats(layer.tokens[:16].half()), held_out=row_stats(layer.held_out[:16].half())
+    )
+    problem = replace(layer.problem, stats=stats)
+    with found:
+        solver_of(problem, "awq_full").solve(problem.group)
+    assert found.seen
+    assert found.seen <= {torch.float32, torch.float64}

@@ -89,12 +89,12 @@ def test_only_a_base_or_release_that_the_runtime_cannot_run_is_warned_of_unasked
         assert bool(choice.warnings) == _is_hopeless(runtime, release, dtype), (release, dtype, gemm, choice.warnings)
 
 
-@pytest.mark.parametrize("wishes", WISHES)
-def test_a_warning_stands_exactly_where_a_wish_makes_something_slow(wishes: FormatWishes) -> None:
-    for runtime, release, (dtype, gemm) in product(RUNTIMES, BOUNDARIES, BASES):
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_warning_stands_exactly_where_a_wish_makes_something_slow(runtime: Runtime) -> None:
+    for wishes, release, (dtype, gemm) in product(WISHES, BOUNDARIES, BASES):
         model = traits(dtype, gemm=gemm)
         choice = choose(runtime, release, wishes, model)
-        where = (runtime, release, dtype, gemm, choice)
+        where = (wishes, release, dtype, gemm, choice)
         assert choice.form == (wishes.form or choice.form), where
         assert choice.four_bit.block_size == (wishes.block_size or choice.four_bit.block_size), where
         assert choice.eight_bit == (wishes.eight_bit or choice.eight_bit), where
