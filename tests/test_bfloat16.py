@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from rich.console import Console
 
 import stages.graph.run
 from stages.base_graph import load_graph
@@ -184,7 +183,7 @@ def test_evaluation_runs_bfloat16_models_and_says_how(tiny_model_bf16: Path, tin
     config = EvaluateConfig(
         base=tiny_model, model=(tiny_model_bf16, tiny_model_bf16), text=str(tiny_text), windows=2, seq_len=48
     )
-    report = evaluate(prepare(config), progress_bar(Console(quiet=True)))
+    report = evaluate(prepare(config), progress_bar())
     plain, rounded, again = report.rows
     assert [row.widened for row in report.rows] == [False, True, True]
     assert rounded.accuracy == again.accuracy

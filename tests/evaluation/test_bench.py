@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from stages.config import EvaluateConfig
 from stages.errors import UserError
@@ -44,7 +43,7 @@ def calls(run: Run) -> int:
 
 
 def measured(bench: Bench, run: Run, *yardsticks: Yardstick) -> Record:
-    return measure(bench, [run], yardsticks, progress_bar(Console(quiet=True)), lambda _: None)[run.name]
+    return measure(bench, [run], yardsticks, progress_bar(), lambda _: None)[run.name]
 
 
 def test_a_run_is_made_and_judged_once(bench: Bench, tiny_model_dml: Path, yardstick: Yardstick) -> None:
@@ -132,6 +131,6 @@ def test_others_go_on_and_are_told_of(bench: Bench, tiny_model_dml: Path, yardst
     def tidy(records: Mapping[str, Record]) -> None:
         told.append(list(records))
 
-    records = measure(bench, runs, [yardstick], progress_bar(Console(quiet=True)), tidy)
+    records = measure(bench, runs, [yardstick], progress_bar(), tidy)
     assert [record.failure for record in records.values()] == ["no such method", None]
     assert told == [["first"], ["first", "second"]]

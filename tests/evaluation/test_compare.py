@@ -8,11 +8,10 @@ from pathlib import Path
 
 import onnx
 import pytest
-from rich.console import Console
 
 from stages.config import EvaluateConfig
 from stages.errors import UserError
-from stages.evaluation.compare import evaluate, prepare, stored_bytes
+from stages.evaluation.compare import compare, prepare, stored_bytes
 from stages.evaluation.findings import load_evaluation, save_evaluation
 from stages.model_directory import locate_model
 from stages.progress import progress_bar
@@ -26,7 +25,7 @@ def config(tiny_model: Path, tiny_model_dml: Path, tiny_text: Path) -> EvaluateC
 
 
 def test_the_base_equals_itself_and_float16_is_near(config: EvaluateConfig, tiny_model: Path) -> None:
-    base, same, half = evaluate(prepare(config), progress_bar(Console(quiet=True))).rows
+    base, same, half = compare(prepare(config), progress_bar()).rows
     assert base.accuracy == same.accuracy
     assert base.accuracy.tokens == 3 * 47
     assert base.accuracy.mean_divergence == 0
@@ -49,7 +48,7 @@ def test_sizes_count_only_the_files_that_the_graph_refers_to(tiny_model: Path, t
 
 def test_a_report_is_reused_for_the_same_comparison_only(config: EvaluateConfig, tmp_path: Path) -> None:
     prepared = prepare(replace(config, model=(config.base,), windows=1))
-    report = evaluate(prepared, progress_bar(Console(quiet=True)))
+    report = compare(prepared, progress_bar())
     path = tmp_path / "deep" / "report.json"
     save_evaluation(report, path)
     assert load_evaluation(path, prepared.comparison) == report

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from export.export_model import Destination, ExportSummary, export_model
 from stages.config import ExportOptions
@@ -28,11 +26,7 @@ class TinyExport:
 
     def run(self, options: ExportOptions, *, overwrite: bool = False) -> ExportSummary:
         destination = Destination.from_path(self.output, self.base, overwrite=overwrite)
-        return export_model(self.base, self.store, destination, options, quiet())
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
+        return export_model(self.base, self.store, destination, options)
 
 
 def options(level: str = "full", accuracy_level: int | None = None) -> ExportOptions:

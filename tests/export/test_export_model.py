@@ -16,7 +16,7 @@ from export.export_model import Destination
 from stages.errors import GraphError, UserError
 from stages.records import WeightForm
 from tests.export.builders import relative_difference, spec_of
-from tests.export.exports import TinyExport, options, quiet, tiny_export
+from tests.export.exports import TinyExport, options, tiny_export
 
 
 def logits(path: Path) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_outputs_inside_the_base_folder_are_not_copied_into_each_other(tmp_path:
     tiny = tiny_export(tmp_path)
     for name in ("first", "second"):
         destination = Destination.from_path(tmp_path / "base" / name / "model.onnx", tiny.base, overwrite=False)
-        export.export_model.export_model(tiny.base, tiny.store, destination, options("quick"), quiet())
+        export.export_model.export_model(tiny.base, tiny.store, destination, options("quick"))
     for name in ("first", "second"):
         entries = {path.name for path in (tmp_path / "base" / name).iterdir()}
         assert entries == {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "adapters"}
@@ -173,7 +173,7 @@ def test_an_output_that_holds_the_weights_is_refused(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path / "run")
     destination = Destination(folder=tiny.store.folder.parent, onnx_name="m.onnx", overwrite=True)
     with pytest.raises(UserError, match="quantized weights"):
-        export.export_model.export_model(tiny.base, tiny.store, destination, options("off"), quiet())
+        export.export_model.export_model(tiny.base, tiny.store, destination, options("off"))
     assert tiny.store.group_file(0).is_file()
 
 

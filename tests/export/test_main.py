@@ -11,32 +11,28 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from export.__main__ import export
+from export.__main__ import command, export
 from stages.config import ExportConfig
 from stages.errors import CacheMismatch, RecipeError
-from stages.screen import Screen, Tables
-from tests.export.exports import TinyExport, quiet, tiny_export
-
-
-def shown() -> Screen:
-    return Screen(console=quiet(), findings=Tables())
+from tests.export.exports import TinyExport, tiny_export
 
 
 def config(tiny: TinyExport) -> ExportConfig:
     return ExportConfig(onnx_path=tiny.base.folder, weights_path=tiny.store.folder, output_path=tiny.output)
 
 
-def test_weights_go_into_their_own_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_go_into_their_own_base(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
-    export(config(tiny), shown())
+    (section,) = command(config(tiny))
     assert (tiny.output / "model.onnx").is_file()
-    assert "2 of 2 sites run as MatMulNBits" in capsys.readouterr().out
+    assert section.record.report.fused == 2
 
 
-def test_another_form_can_be_written_from_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_form_can_be_written_from_the_same_weights(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
-    export(replace(config(tiny), weight_operator="matmul_nbits"), shown())
-    assert "2 of 2 sites run as MatMulNBits" in capsys.readouterr().out
+    exported = export(replace(config(tiny), weight_operator="matmul_nbits"))
+    assert exported.report is not None
+    assert exported.report.fused == 2
     operators = [node.op_type for node in ir.load(tiny.output / "model.onnx").graph]
     assert operators.count("MatMulNBits") == 2
     assert "DequantizeLinear" not in operators
@@ -49,7 +45,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     content[0] ^= 1
     data.write_bytes(content)
     with pytest.raises(CacheMismatch, match="another model"):
-        export(config(tiny), shown())
+        export(config(tiny))
     assert not tiny.output.exists()
 
 
@@ -57,7 +53,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     (tiny.store.folder / "recipe.json").unlink()
     with pytest.raises(RecipeError, match=r"recipe\.json"):
-        export(config(tiny), shown())
+        export(config(tiny))
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from stages.graph.sites import find_groups
 from stages.model_directory import locate_model
 from stages.records import LinearAbsorber, WeightLayout
 from tests.export.builders import ExactWeight, exact_weight, input_scale, relative_difference, spec_of, store_of
-from tests.export.exports import options, quiet
+from tests.export.exports import options
 from tests.graphs import TinyGraph
 
 # Sums of at most 96 float32 products in another order, through three layers.
@@ -64,7 +64,7 @@ class OddModel:
         base = locate_model(self.graph.save(folder / "base"))
         store = store_of(folder / "weights", groups, fingerprint=fingerprint_model(base))
         destination = Destination.from_path(folder / "out", base, overwrite=False)
-        summary = export_model(base, store, destination, options(verify), quiet())
+        summary = export_model(base, store, destination, options(verify))
         # ONNX Runtime opens no model in which two nodes have one name; the export gives each its own.
         for number, node in enumerate(self.graph.nodes):
             node.name = f"node {number}"

@@ -16,7 +16,6 @@ from export.save import save_model
 from export.table_check import check_stored_table, measure_table
 from stages.errors import GraphError
 from tests.embeddings import lookup_graph, plan_of, random_table, rounded, table_store
-from tests.export.exports import quiet
 from tests.export.test_verify import flip
 
 
@@ -25,7 +24,7 @@ def saved(folder: Path, **changes: object) -> tuple[Path, RewrittenTable]:
     table = random_table(plan)
     store = table_store(folder / "weights", plan, rounded(plan, table))
     result = rewrite(lookup_graph(plan, table).model(), store)
-    save_model(result.model, folder, "model.onnx", quiet())
+    save_model(result.model, folder, "model.onnx")
     return folder / "model.onnx", result.tables[0]
 
 

@@ -21,7 +21,7 @@ from stages.errors import GraphError
 from stages.model_directory import ModelDirectory
 from stages.records import PerBlock, PerChannel, QuantizedWeight, QuantSpec, VerifyReport, WeightForm
 from tests.export.builders import ExactWeight, group_of, site_of, spec_of, store_of
-from tests.export.exports import TinyExport, quiet, tiny_export
+from tests.export.exports import TinyExport, tiny_export
 from tests.graphs import TinyGraph
 
 
@@ -31,13 +31,13 @@ def saved(
     tiny = tiny_export(folder, spec=spec, form=form)
     result = rewrite(ir.load(tiny.base.onnx_file), tiny.store)
     tiny.output.mkdir()
-    save_model(result.model, tiny.output, "model.onnx", quiet())
+    save_model(result.model, tiny.output, "model.onnx")
     return tiny, result, tiny.output / "model.onnx"
 
 
 def check(parts: tuple[TinyExport, RewriteResult, Path], level: str = "full") -> VerifyReport:
     tiny, result, path = parts
-    return verify(path, result.sites, tiny.base, level, quiet())
+    return verify(path, result.sites, tiny.base, level)
 
 
 def flip(path: Path, tensor: str, byte: int = 0) -> None:
@@ -112,7 +112,7 @@ def test_a_lost_row_divisor_is_noticed(tmp_path: Path) -> None:
     tiny, result, path = saved(tmp_path)
     without = tuple(replace(site, source=replace(site.source, row_divisor=None)) for site in result.sites)
     with pytest.raises(GraphError, match="'up/MatMul/scales' differs"):
-        verify(path, without, tiny.base, "quick", quiet())
+        verify(path, without, tiny.base, "quick")
 
 
 def test_a_block_size_that_is_not_fused_is_reported_and_still_right(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_model_that_the_runtime_refuses_fails(tmp_path: Path) -> None:
     node.op_type = "NoSuchOperator"
     ir.save(model, path)
     with pytest.raises(GraphError, match="NoSuchOperator"):
-        verify(path, result.sites, tiny.base, "quick", quiet())
+        verify(path, result.sites, tiny.base, "quick")
 
 
 def bfloat16_export(folder: Path, form: WeightForm) -> tuple[TinyExport, RewriteResult, Path]:
@@ -195,7 +195,7 @@ def bfloat16_export(folder: Path, form: WeightForm) -> tuple[TinyExport, Rewrite
     result = rewrite(model, store)
     output = folder / "quantized"
     output.mkdir()
-    save_model(result.model, output, "model.onnx", quiet())
+    save_model(result.model, output, "model.onnx")
     path = output / "model.onnx"
     base = ModelDirectory(folder=output, onnx_file=path, has_genai_config=False)
     return TinyExport(base=base, store=store, output=output), result, path

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from rich.console import Console
 
 import stages.observe.own_text
 from stages.errors import UserError
@@ -44,9 +43,7 @@ class Author:
 @pytest.fixture
 def author(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Author:
     monkeypatch.setattr(stages.observe.own_text, "LARGEST_BATCH", 2)
-    source = OwnTextSource(
-        directory=locate_model(tiny_model), providers=(CPU,), folder=tmp_path / "kept", console=Console(quiet=True)
-    )
+    source = OwnTextSource(directory=locate_model(tiny_model), providers=(CPU,), folder=tmp_path / "kept")
     author = Author(source, transformers.AutoTokenizer.from_pretrained(tiny_model))
     write: Callable[..., np.ndarray] = FreeWriter.write
 
