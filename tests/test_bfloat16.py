@@ -15,7 +15,7 @@ import stages.graph.run
 from stages.base_graph import load_graph
 from stages.config import EvaluateConfig
 from stages.errors import GraphError
-from stages.evaluation.compare import evaluate, prepare
+from stages.evaluation.compare import compare, prepare
 from stages.fingerprint import fingerprint_model
 from stages.graph.run import open_piece_tap, open_value_tap, tapped_model
 from stages.graph.sites import find_groups
@@ -183,7 +183,7 @@ def test_evaluation_runs_bfloat16_models_and_says_how(tiny_model_bf16: Path, tin
     config = EvaluateConfig(
         base=tiny_model, model=(tiny_model_bf16, tiny_model_bf16), text=str(tiny_text), windows=2, seq_len=48
     )
-    report = evaluate(prepare(config), progress_bar())
+    report = compare(prepare(config), progress_bar())
     plain, rounded, again = report.rows
     assert [row.widened for row in report.rows] == [False, True, True]
     assert rounded.accuracy == again.accuracy
