@@ -36,11 +36,6 @@ WIDTH = HEADS * SIZE
 TOLERANCE = 1e-5
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 def _norms(graph: TinyGraph, x: str) -> str:
     """LayerNormalization: ONNX Runtime's own below opset 17. Then its arithmetic written out, with axes as attribute
     below opset 18."""
