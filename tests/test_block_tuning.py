@@ -19,6 +19,7 @@ from stages.records import QuantizedWeight
 from tests.commands import Commands
 from tests.families import FAMILIES, build_in_process, save_random_model
 from tests.test_pipeline import _generate, _logits
+from tests.written import fused_sites
 
 _TUNING = (
     "--algo",
@@ -75,7 +76,7 @@ def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     code, printed = _quantize(commands, tiny_model, cache, tuned, *_TUNING, "--accuracy_level", 1, *arguments)
     assert code == 0, printed
     sites = 11 if "--lm_head" in arguments else 10
-    assert f"{sites} of {sites} sites run as MatMulNBits" in printed
+    assert fused_sites(tuned) == (sites, sites)
     assert "of 2 layers improved; error of a layer's output on held-out text" in printed
     assert not (tmp_path / "tuned.weights" / "earlier").exists()
     for line in _report(tuned):

@@ -16,6 +16,7 @@ from stages.observe.cache import open_cache
 from stages.session import CausalFeeds, choose_providers
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
+from tests.written import fused_sites
 
 ALGORITHMS = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "awq_gptq")
 
@@ -103,7 +104,7 @@ def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
         "--cache_dir", cache, "--accuracy_level", 1, *arguments,
     )  # fmt: skip
     assert code == 0, printed
-    assert "10 of 10 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (10, 10)
     tokens = np.arange(40).reshape(1, 40) * 7 % 300
     base, ours = _logits(tiny_model, tokens), _logits(output, tokens)
     # Five percent of weight error a layer; a broken fold or transposed code gives more than 1.
@@ -125,7 +126,7 @@ def test_fp16_with_separate_projections(
         "--onnx_path", tiny_model_dml, "--output_path", output, "--block_size", 32, "--cache_dir", cache
     )
     assert code == 0, printed
-    assert "14 of 14 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (14, 14)
     tokens = np.arange(40).reshape(1, 40) * 7 % 300
     base, ours = _logits(tiny_model_dml, tokens), _logits(output, tokens)
     assert np.linalg.norm(ours - base) / np.linalg.norm(base) < 0.4
@@ -173,7 +174,7 @@ def test_mixed_precision_is_fused_and_nearer_to_the_base(
         "--onnx_path", tiny_model, "--output_path", output, "--block_size", 16, "--cache_dir", cache, *arguments
     )
     assert code == 0, printed
-    assert f"{sites} of {sites} sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (sites, sites)
     assert (f"INT8 at {eight_bit} sites" in printed) == (eight_bit > 0)
     tokens = np.arange(40).reshape(1, 40) * 7 % 300
     base, ours = _logits(tiny_model, tokens), _logits(output, tokens)

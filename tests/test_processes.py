@@ -159,7 +159,7 @@ def test_two_processes_calibrate_as_one_does(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     again = run([*LAUNCH, *arguments(tmp_path / "two", *more)])
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("already holds exactly this calibration") == 1
+    assert again.stderr.count("already holds") == 1
 
 
 def test_one_of_two_processes_writes_the_calibration_text(tiny_model: Path, tmp_path: Path) -> None:

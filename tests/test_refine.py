@@ -21,6 +21,7 @@ from tests.block.blocks import CPU, open_model
 from tests.commands import Commands
 from tests.test_block_tuning import _calibrated, _quantize
 from tests.test_pipeline import _logits
+from tests.written import fused_sites
 
 _TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 _SEARCH = ("--algo", "gptq", "--block_size", 16)
@@ -82,7 +83,7 @@ def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
         code, printed = _quantize(commands, tiny_model, cache, output, *search, *more)
         assert code == 0, printed
     assert "awq_gptq refined INT4" in printed
-    assert "sites run as MatMulNBits" in printed
+    assert fused_sites(refined) == (10, 10)
     inside = [line for line in _reports(refined) if "layers" in line["site"]]
     assert all(line["algorithm"] == "refine" for line in inside)
     assert all(line["block_loss"] <= line["block_loss_start"] for line in inside)
