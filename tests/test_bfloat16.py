@@ -30,6 +30,8 @@ from stages.widen import widened_file
 from tests.commands import Commands
 from tests.written import fused_sites
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 
 

@@ -141,6 +141,7 @@ def cache(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
     return _calibrated(tiny_model, tiny_text, tmp_path_factory.mktemp("scaled"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", list(FINISHES))
 @pytest.mark.parametrize("arguments", [(), ("--awqlite_disable_fuse_nodes", "--use_zero_point")], ids=str)
 def test_models_with_scales_by_block_run_fused(
@@ -158,6 +159,7 @@ def test_models_with_scales_by_block_run_fused(
     assert not (tmp_path / "out.weights" / "earlier").exists()
 
 
+@pytest.mark.slow
 def test_refining_and_tuning_go_on_from_the_scales(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:

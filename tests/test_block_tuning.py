@@ -66,6 +66,7 @@ def _report(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("--use_zero_point", "--lm_head", "8")], ids=str)
 def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
@@ -91,6 +92,7 @@ def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     assert len(_generate(tuned)) == 24
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
         assert torch.equal(found.scales, expected.scales)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_tuned_again(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +142,7 @@ def _never(*_arguments: object) -> None:
     raise AssertionError("tuned again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["rtn_dq", "awq_gptq"])
 def test_it_begins_with_any_algorithm(
     start: str, tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
@@ -151,6 +155,7 @@ def test_it_begins_with_any_algorithm(
     assert all(line["block_loss"] <= line["block_loss_start"] for line in _report(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["dml", "bf16"])
 def test_narrow_models(
     precision: str, request: pytest.FixtureRequest, tiny_text: Path, tmp_path: Path, commands: Commands

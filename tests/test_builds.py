@@ -15,6 +15,8 @@ from tests.test_pipeline import _logits
 from tests.tiny_models import build_genai_model
 from tests.written import fused_sites
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("execution_provider", "precision", "sites"),

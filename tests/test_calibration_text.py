@@ -75,6 +75,7 @@ def test_documents_go_through_the_chat_template(
     assert "the model's own 2 chats" in printed
 
 
+@pytest.mark.slow
 def test_the_drop_in_calibrates_on_own_text_once(commands: Commands, chat_model: Path, tmp_path: Path) -> None:
     def arguments(name: str, *more: object) -> tuple[object, ...]:
         # Without a folder for statistics: it chooses its own.

@@ -19,6 +19,8 @@ from tests.graphs import TinyGraph
 from tests.tiny_models import VOCABULARY
 from tests.written import fused_sites
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, WIDE, EXPERTS = 64, 32, 4
 NEVER_CHOSEN = 3
 

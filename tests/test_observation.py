@@ -30,6 +30,7 @@ def calibrate(commands: Commands, base: Path, text: Path, cache: Path, *more: ob
     return printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
     [
@@ -81,6 +82,7 @@ def test_parts_give_the_statistics_of_the_whole(
                     torch.testing.assert_close(again, kept, rtol=0, atol=float(tolerance * kept.abs().max()))
 
 
+@pytest.mark.slow
 def test_no_session_outlives_its_part(
     tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

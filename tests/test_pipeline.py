@@ -93,6 +93,7 @@ def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model
         assert float((stats.gram.double() - exact).abs().max()) < 1e-5 * float(exact.diagonal().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("arguments", [[], ["--use_zero_point"], ["--scale_range", "signed"]])
 def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
@@ -114,6 +115,7 @@ def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
     assert session["session.qdq_matmulnbits_accuracy_level"] == "1"
 
 
+@pytest.mark.slow
 def test_fp16_with_separate_projections(
     tiny_model_dml: Path, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -132,6 +134,7 @@ def test_fp16_with_separate_projections(
     assert np.linalg.norm(ours - base) / np.linalg.norm(base) < 0.4
 
 
+@pytest.mark.slow
 def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -150,6 +153,7 @@ def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
     assert (code, "--use_column_major" in printed) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sites", "eight_bit"),
     [
@@ -182,6 +186,7 @@ def test_mixed_precision_is_fused_and_nearer_to_the_base(
     assert len(_generate(output)) == 24
 
 
+@pytest.mark.slow
 def test_folding_changes_no_result(tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands) -> None:
     """The same choice with Mul nodes and folded must compute the same logits: v_proj's sharing aside, which is kept."""
     tokens = np.arange(40).reshape(1, 40) * 11 % 300
@@ -204,6 +209,7 @@ def test_folding_changes_no_result(tiny_model: Path, cache: Path, tmp_path: Path
     assert max(errors.values()) < 1.5 * min(errors.values()), errors
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch
 ) -> None:
@@ -238,6 +244,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_reexport_gives_the_same_model_without_searching(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch
 ) -> None:

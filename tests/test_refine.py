@@ -73,6 +73,7 @@ def test_a_block_runs_no_further_than_the_site_that_is_read(tiny_model: Path, mo
     assert len(products) == len(block.sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("--use_zero_point",), ("--awqlite_disable_fuse_nodes",)], ids=str)
 def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
     arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
@@ -94,6 +95,7 @@ def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
     assert behind < 1.1 * before
 
 
+@pytest.mark.slow
 def test_signround_goes_on_from_the_refined_weights(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -111,6 +113,7 @@ def test_signround_goes_on_from_the_refined_weights(
     assert left == {"report"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +141,7 @@ def test_a_stopped_run_goes_on_where_it_was(
             assert torch.equal(one.scales, other.scales)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_second_step_does_not_search_again(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def operators(folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in ir.load(folder / "model.onnx").graph.all_nodes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sites"),
     [
@@ -65,6 +66,7 @@ def test_both_forms_compute_the_same(
     assert _generate(tmp_path / "matmul_nbits") == _generate(tmp_path / "dq")
 
 
+@pytest.mark.slow
 def test_float16_with_separate_projections(tiny_model_dml: Path, tmp_path: Path, commands: Commands) -> None:
     logits = {}
     for form in ("dq", "matmul_nbits"):
