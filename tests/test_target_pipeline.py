@@ -107,6 +107,7 @@ def test_int8_per_channel_for_cpu_ships_the_session_key_that_onnx_runtime_obeys(
     assert _session_options(tmp_path / "again") == _session_options(output)
 
 
+@pytest.mark.slow
 def test_a_cpu_that_fuses_no_float16_gets_matmul_nbits_at_level_4(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_cpu_that_fuses_no_float16_gets_matmul_nbits_at_level_4(
     assert fused_sites(output) == (14, 14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dq", "gather_block_quantized"])
 def test_trt_rtx_gets_signed_int4_without_zero_point_and_int8_per_channel(
     form: str, tiny_model_dml: Path, tmp_path: Path, commands: Commands
@@ -154,6 +156,7 @@ def test_trt_rtx_gets_signed_int4_without_zero_point_and_int8_per_channel(
     assert ("GatherBlockQuantized" in operators) == (form != "dq")
 
 
+@pytest.mark.slow
 def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_with_a_warning(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -169,6 +172,7 @@ def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_wi
     assert (kinds.count(ir.DataType.INT8), kinds.count(ir.DataType.INT4)) == (2, 12)
 
 
+@pytest.mark.slow
 def test_cuda_gets_blocks_of_32_and_matmul_nbits_where_int8_comes_in(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -182,6 +186,7 @@ def test_cuda_gets_blocks_of_32_and_matmul_nbits_where_int8_comes_in(
     assert (_recipe(plain)["weight_form"], _recipe(mixed)["weight_form"]) == ("dq", "matmul_nbits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"])
 def test_no_target_gets_a_form_that_is_never_fused(
     target: str, tiny_model: Path, tmp_path: Path, commands: Commands

@@ -219,6 +219,7 @@ class _Unreadable:
     tobytes = __array__ = numpy
 
 
+@pytest.mark.slow
 def test_thousands_of_nodes_are_converted_at_once() -> None:
     graph = TinyGraph(opset=17)
     graph.input("x", FLOAT, ["t", 4])

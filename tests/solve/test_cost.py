@@ -78,6 +78,7 @@ def all_roundings(work: Work) -> float:
     return work.rounded + work.ranged * (RATIOS + 2 * REFITS) + work.compensated + work.descended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"])
 def test_counts_are_those_of_a_run(algorithm: str) -> None:
     problem = layer()
@@ -102,6 +103,7 @@ def test_whole_rows_multiply_with_the_whole_gram_matrix() -> None:
     assert work.products > 5 * expected(layer(), "awq_clip").products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rtn", "rtn_dq", "mse"])
 def test_rounding_multiplies_nothing(algorithm: str) -> None:
     problem = replace(layer(), stats=None)
