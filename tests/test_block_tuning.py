@@ -19,6 +19,7 @@ from stages.records import QuantizedWeight
 from tests.commands import Commands
 from tests.families import FAMILIES, build_in_process, save_random_model
 from tests.test_pipeline import _generate, _logits
+from tests.written import fused_sites
 
 _TUNING = (
     "--algo",
@@ -64,6 +65,7 @@ def _report(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("--use_zero_point", "--lm_head", "8")], ids=str)
 def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
@@ -74,7 +76,7 @@ def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     code, printed = _quantize(commands, tiny_model, cache, tuned, *_TUNING, "--accuracy_level", 1, *arguments)
     assert code == 0, printed
     sites = 11 if "--lm_head" in arguments else 10
-    assert f"{sites} of {sites} sites run as MatMulNBits" in printed
+    assert fused_sites(tuned) == (sites, sites)
     assert "of 2 layers improved; error of a layer's output on held-out text" in printed
     assert not (tmp_path / "tuned.weights" / "earlier").exists()
     for line in _report(tuned):
@@ -89,6 +91,7 @@ def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     assert len(_generate(tuned)) == 24
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +121,7 @@ def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
         assert torch.equal(found.scales, expected.scales)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_tuned_again(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +141,7 @@ def _never(*_arguments: object) -> None:
     raise AssertionError("tuned again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["rtn_dq", "awq_gptq"])
 def test_it_begins_with_any_algorithm(
     start: str, tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
@@ -149,6 +154,7 @@ def test_it_begins_with_any_algorithm(
     assert all(line["block_loss"] <= line["block_loss_start"] for line in _report(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["dml", "bf16"])
 def test_narrow_models(
     precision: str, request: pytest.FixtureRequest, tiny_text: Path, tmp_path: Path, commands: Commands

@@ -81,6 +81,7 @@ def test_the_model_is_no_larger_than_asked_for_and_than_foretold(
     assert len(onnx.load(output / "model.onnx", load_external_data=False).graph.node) > 0
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_given_back_makes_the_same_weights(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_plan_that_is_given_back_makes_the_same_weights(
             assert np.array_equal(one.codes.numpy(), other.codes.numpy())
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_obeyed(tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands) -> None:
     code, printed = _run(commands, tiny_model, cache, tmp_path / "first", "--target_bpw", 5.5)
     assert code == 0, printed
@@ -117,6 +119,7 @@ def test_an_edited_plan_is_obeyed(tiny_model: Path, cache: Path, tmp_path: Path,
     assert "edited.toml: keep" in printed
 
 
+@pytest.mark.slow
 def test_measured_sensitivities_are_kept_and_resumed(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,8 @@ from tests.commands import Commands
 from tests.test_pipeline import _generate, _logits
 from tests.tiny_models import build_genai_model, save_tiny_llama
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 
 

@@ -42,6 +42,7 @@ def in_use() -> list[object]:
     return [*asked, "--speed", "--speed_rounds", 1, "--speed_prompt_tokens", 8, "--speed_new_tokens", 3]
 
 
+@pytest.mark.slow
 def test_all_of_it_is_shown_and_kept(folder: Path, tmp_path: Path, commands: Commands) -> None:
     report = tmp_path / "report"
     code, printed = commands.evaluate(*arguments(folder), *in_use(), "--report", report)

@@ -39,6 +39,8 @@ from stages.records import QuantizedWeight, WeightLayout
 from stages.session import CausalFeeds, SessionSettings, open_session
 from tests.families import FAMILIES, Family, build_in_process, save_random_model
 
+pytestmark = pytest.mark.slow
+
 # Longer than the sliding windows of 16 and the 32 tokens at which Phi-3.5 changes its rotation.
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 BLOCK_SIZE = 16

@@ -16,6 +16,7 @@ from stages.observe.cache import open_cache
 from stages.session import CausalFeeds, choose_providers
 from stages.solve.runner import GroupSolver
 from tests.commands import Commands
+from tests.written import fused_sites
 
 ALGORITHMS = ("rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "awq_gptq")
 
@@ -92,6 +93,7 @@ def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model
         assert float((stats.gram.double() - exact).abs().max()) < 1e-5 * float(exact.diagonal().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("arguments", [[], ["--use_zero_point"], ["--scale_range", "signed"]])
 def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
@@ -103,7 +105,7 @@ def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
         "--cache_dir", cache, "--accuracy_level", 1, *arguments,
     )  # fmt: skip
     assert code == 0, printed
-    assert "10 of 10 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (10, 10)
     tokens = np.arange(40).reshape(1, 40) * 7 % 300
     base, ours = _logits(tiny_model, tokens), _logits(output, tokens)
     # Five percent of weight error a layer; a broken fold or transposed code gives more than 1.
@@ -113,6 +115,7 @@ def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
     assert session["session.qdq_matmulnbits_accuracy_level"] == "1"
 
 
+@pytest.mark.slow
 def test_fp16_with_separate_projections(
     tiny_model_dml: Path, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -125,12 +128,13 @@ def test_fp16_with_separate_projections(
         "--onnx_path", tiny_model_dml, "--output_path", output, "--block_size", 32, "--cache_dir", cache
     )
     assert code == 0, printed
-    assert "14 of 14 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (14, 14)
     tokens = np.arange(40).reshape(1, 40) * 7 % 300
     base, ours = _logits(tiny_model_dml, tokens), _logits(output, tokens)
     assert np.linalg.norm(ours - base) / np.linalg.norm(base) < 0.4
 
 
+@pytest.mark.slow
 def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -149,6 +153,7 @@ def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
     assert (code, "--use_column_major" in printed) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sites", "eight_bit"),
     [
@@ -173,7 +178,7 @@ def test_mixed_precision_is_fused_and_nearer_to_the_base(
         "--onnx_path", tiny_model, "--output_path", output, "--block_size", 16, "--cache_dir", cache, *arguments
     )
     assert code == 0, printed
-    assert f"{sites} of {sites} sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (sites, sites)
     assert (f"INT8 at {eight_bit} sites" in printed) == (eight_bit > 0)
     tokens = np.arange(40).reshape(1, 40) * 7 % 300
     base, ours = _logits(tiny_model, tokens), _logits(output, tokens)
@@ -181,6 +186,7 @@ def test_mixed_precision_is_fused_and_nearer_to_the_base(
     assert len(_generate(output)) == 24
 
 
+@pytest.mark.slow
 def test_folding_changes_no_result(tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands) -> None:
     """The same choice with Mul nodes and folded must compute the same logits: v_proj's sharing aside, which is kept."""
     tokens = np.arange(40).reshape(1, 40) * 11 % 300
@@ -203,6 +209,7 @@ def test_folding_changes_no_result(tiny_model: Path, cache: Path, tmp_path: Path
     assert max(errors.values()) < 1.5 * min(errors.values()), errors
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch
 ) -> None:
@@ -237,6 +244,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_reexport_gives_the_same_model_without_searching(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch
 ) -> None:

@@ -25,6 +25,7 @@ def arguments(base: Path, cache: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_on_a_pipe_lines_appear_while_the_command_runs(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "int4", tmp_path / "log"
     command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, output, "--log_file", str(log))]
@@ -45,6 +46,7 @@ def test_on_a_pipe_lines_appear_while_the_command_runs(tiny_model: Path, tiny_ca
     assert all(line in logged for line in (first.strip(), *lines))
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_is_drawn(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
     pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
     reading, writing = pty.openpty()
@@ -71,6 +73,7 @@ def test_on_a_terminal_a_bar_is_drawn(tiny_model: Path, tiny_cache: Path, tmp_pa
     assert "groups in " not in text, "lines are for what is no terminal"
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_where_all_is_well_and_the_error_where_not(tiny_model: Path, tmp_path: Path) -> None:
     command = [*QUANTIZE, *arguments(tiny_model, tmp_path, tmp_path / "int4", "--algo", "rtn_dq", "--quiet")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -146,6 +149,7 @@ def test_json_of_quantize(tiny_model: Path, tiny_cache: Path, tmp_path: Path, co
     assert formats["explanations"][0]["option"] == "--target"
 
 
+@pytest.mark.slow
 def test_json_of_an_error_and_of_progress_beside_it(
     tiny_model: Path, tiny_cache: Path, weights: Path, commands: Commands
 ) -> None:
@@ -189,6 +193,7 @@ def test_json_of_evaluate(
     assert run(EvaluateConfig, evaluate, *given)["evaluation"] == first
 
 
+@pytest.mark.slow
 def test_json_of_sweep_and_of_its_folder(
     tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands, run: Callable[..., dict[str, object]]
 ) -> None:
@@ -207,6 +212,7 @@ def test_json_of_sweep_and_of_its_folder(
     assert inspection["texts"][0]["models"][0]["bytes"] == model["bytes"]
 
 
+@pytest.mark.slow
 def test_json_of_the_drop_in(tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands) -> None:
     given = ["--onnx_path", tiny_model, "--output_path", tmp_path / "out", "--dataset", tiny_text]
     given += ["--calib_size", 4, "--seq_len", 16, "--algo", "awq_lite", "--cache_dir", tmp_path / "cache"]

@@ -21,6 +21,7 @@ from tests.block.blocks import CPU, open_model
 from tests.commands import Commands
 from tests.test_block_tuning import _calibrated, _quantize
 from tests.test_pipeline import _logits
+from tests.written import fused_sites
 
 _TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 _SEARCH = ("--algo", "gptq", "--block_size", 16)
@@ -72,6 +73,7 @@ def test_a_block_runs_no_further_than_the_site_that_is_read(tiny_model: Path, mo
     assert len(products) == len(block.sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("--use_zero_point",), ("--awqlite_disable_fuse_nodes",)], ids=str)
 def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
     arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
@@ -82,7 +84,7 @@ def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
         code, printed = _quantize(commands, tiny_model, cache, output, *search, *more)
         assert code == 0, printed
     assert "awq_gptq refined INT4" in printed
-    assert "sites run as MatMulNBits" in printed
+    assert fused_sites(refined) == (10, 10)
     inside = [line for line in _reports(refined) if "layers" in line["site"]]
     assert all(line["algorithm"] == "refine" for line in inside)
     assert all(line["block_loss"] <= line["block_loss_start"] for line in inside)
@@ -93,6 +95,7 @@ def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
     assert behind < 1.1 * before
 
 
+@pytest.mark.slow
 def test_signround_goes_on_from_the_refined_weights(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -110,6 +113,7 @@ def test_signround_goes_on_from_the_refined_weights(
     assert left == {"report"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +141,7 @@ def test_a_stopped_run_goes_on_where_it_was(
             assert torch.equal(one.scales, other.scales)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_second_step_does_not_search_again(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
         assert page.by_id(part)
 
 
+@pytest.mark.slow
 def test_a_damaged_report_is_named_before_the_search(
     arguments: list[object], report: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_damaged_report_is_named_before_the_search(
     assert f"{report / 'report.json'} can't be read" in printed
 
 
+@pytest.mark.slow
 def test_evaluations_stay_when_a_run_is_repeated(
     arguments: list[object], report: Path, tiny_model: Path, unseen_text: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -78,6 +80,7 @@ def test_evaluations_stay_when_a_run_is_repeated(
     assert read_document(report).evaluations == both.evaluations
 
 
+@pytest.mark.slow
 def test_a_page_is_made_again(
     arguments: list[object], report: Path, tiny_model: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -130,6 +133,7 @@ def test_what_no_page_can_be_made_from_is_said(
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_unfinished_weights_make_no_page(
     arguments: list[object], report: Path, tmp_path: Path, commands: Commands
 ) -> None:

@@ -31,6 +31,7 @@ def parts(base: Path, quantized: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["dq", "matmul_nbits"])
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_codes_scales_and_zero_points_are_counted(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+import pytest
 import transformers
 from safetensors.numpy import load_file
 
@@ -15,6 +16,8 @@ from stages.page.document import read_document
 from stages.quantized_store import open_store
 from tests.commands import Commands
 from tests.page.parsed import parse
+
+pytestmark = pytest.mark.slow
 
 
 def records(folder: Path) -> dict[str, Record]:

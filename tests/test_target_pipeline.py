@@ -13,6 +13,7 @@ import pytest
 
 from tests.commands import Commands
 from tests.test_pipeline import _generate, _logits
+from tests.written import fused_sites
 
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 EXPAND = "session.qdq_matmulnbits_block_size"
@@ -71,7 +72,7 @@ def test_cpu_gets_int8_by_block_and_every_site_runs_fused(tiny_model: Path, tmp_
     assert any((_scales(node) < 0).any() for node in _dequantizers(_graph(output)))
     assert "--int8_block_size  128" in printed
     assert _warnings(printed) == []
-    assert "10 of 10 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (10, 10)
     assert "INT8 at 2 sites for cpu@1.31" in printed
     kinds = {(_codes(node).dtype, node.attributes.get_int("block_size", 0)) for node in _dequantizers(_graph(output))}
     assert kinds == {(ir.DataType.INT4, 128), (ir.DataType.INT8, 128)}
@@ -88,7 +89,7 @@ def test_int8_per_channel_for_cpu_ships_the_session_key_that_onnx_runtime_obeys(
     arguments = ["--target", "cpu", "--layers_8bit", "down_proj", "--int8_block_size", "channel"]
     printed = _quantize(commands, tiny_model, output, *arguments)
     assert _warnings(printed) == []
-    assert "10 of 10 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (10, 10)
     assert _session_options(output)[EXPAND] == "128"
     options = ort.SessionOptions()
     options.add_session_config_entry(EXPAND, str(_session_options(output)[EXPAND]))
@@ -106,6 +107,7 @@ def test_int8_per_channel_for_cpu_ships_the_session_key_that_onnx_runtime_obeys(
     assert _session_options(tmp_path / "again") == _session_options(output)
 
 
+@pytest.mark.slow
 def test_a_cpu_that_fuses_no_float16_gets_matmul_nbits_at_level_4(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -118,9 +120,10 @@ def test_a_cpu_that_fuses_no_float16_gets_matmul_nbits_at_level_4(
     recipe = _recipe(output)
     assert recipe["weight_form"] == "matmul_nbits"
     assert recipe["session_options"] == [["session.qdq_matmulnbits_accuracy_level", "4"]]
-    assert "14 of 14 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (14, 14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dq", "gather_block_quantized"])
 def test_trt_rtx_gets_signed_int4_without_zero_point_and_int8_per_channel(
     form: str, tiny_model_dml: Path, tmp_path: Path, commands: Commands
@@ -153,6 +156,7 @@ def test_trt_rtx_gets_signed_int4_without_zero_point_and_int8_per_channel(
     assert ("GatherBlockQuantized" in operators) == (form != "dq")
 
 
+@pytest.mark.slow
 def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_with_a_warning(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -160,7 +164,7 @@ def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_wi
     printed = _quantize(commands, tiny_model_dml, mixed, "--target", "dml", "--enable_mixed_quant")
     assert ["stay in floating point" in line for line in _warnings(printed)] == [True]
     assert "2 x --enable_mixed_quant: DirectML has no 8-bit weights" in printed
-    assert "12 of 12 sites run as MatMulNBits" in printed
+    assert fused_sites(mixed) == (12, 12)
     assert {_codes(node).dtype for node in _dequantizers(_graph(mixed))} == {ir.DataType.INT4}
     printed = _quantize(commands, tiny_model_dml, named, "--target", "dml", "--layers_8bit", "down_proj")
     assert ["no 8-bit weights" in line for line in _warnings(printed)] == [True]
@@ -168,6 +172,7 @@ def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_wi
     assert (kinds.count(ir.DataType.INT8), kinds.count(ir.DataType.INT4)) == (2, 12)
 
 
+@pytest.mark.slow
 def test_cuda_gets_blocks_of_32_and_matmul_nbits_where_int8_comes_in(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -175,12 +180,13 @@ def test_cuda_gets_blocks_of_32_and_matmul_nbits_where_int8_comes_in(
     printed = _quantize(commands, tiny_model_dml, plain, "--target", "cuda", "--gather_quantize_axis", 1)
     assert _warnings(printed) == []
     assert {node.attributes.get_int("block_size") for node in _dequantizers(_graph(plain))} == {32}
-    assert "14 of 14 sites run as MatMulNBits" in printed
+    assert fused_sites(plain) == (14, 14)
     printed = _quantize(commands, tiny_model_dml, mixed, "--target", "cuda", "--enable_mixed_quant")
     assert _warnings(printed) == []
     assert (_recipe(plain)["weight_form"], _recipe(mixed)["weight_form"]) == ("dq", "matmul_nbits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"])
 def test_no_target_gets_a_form_that_is_never_fused(
     target: str, tiny_model: Path, tmp_path: Path, commands: Commands

@@ -12,6 +12,7 @@ import pytest
 
 from tests.commands import Commands
 from tests.test_pipeline import _generate, _logits
+from tests.written import fused_sites
 
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 
@@ -32,6 +33,7 @@ def operators(folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in ir.load(folder / "model.onnx").graph.all_nodes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sites"),
     [
@@ -53,7 +55,7 @@ def test_both_forms_compute_the_same(
             "--weight_operator", form, "--accuracy_level", 1, *arguments,
         )  # fmt: skip
         assert code == 0, printed
-        assert f"{sites} of {sites} sites run as MatMulNBits" in printed
+        assert fused_sites(tmp_path / form) == (sites, sites)
         logits[form] = _logits(tmp_path / form, TOKENS)
     # The same codes and scales; float32 sums over blocks of another size where a scale per channel was repeated.
     np.testing.assert_allclose(logits["matmul_nbits"], logits["dq"], atol=1e-5 * np.abs(logits["dq"]).max())
@@ -63,6 +65,7 @@ def test_both_forms_compute_the_same(
     assert _generate(tmp_path / "matmul_nbits") == _generate(tmp_path / "dq")
 
 
+@pytest.mark.slow
 def test_float16_with_separate_projections(tiny_model_dml: Path, tmp_path: Path, commands: Commands) -> None:
     logits = {}
     for form in ("dq", "matmul_nbits"):
@@ -71,7 +74,7 @@ def test_float16_with_separate_projections(tiny_model_dml: Path, tmp_path: Path,
             "--weight_operator", form, "--accuracy_level", 1,
         )  # fmt: skip
         assert code == 0, printed
-        assert "14 of 14 sites run as MatMulNBits" in printed
+        assert fused_sites(tmp_path / form) == (14, 14)
         logits[form] = _logits(tmp_path / form, TOKENS)
     # Float16 activations, 2^-11 a rounding, and sums in another order before it.
     np.testing.assert_allclose(logits["matmul_nbits"], logits["dq"], atol=2e-3 * np.abs(logits["dq"]).max())

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from export.rewrite import rewrite
+from export.rewrite import RewriteResult, rewrite
 from stages.quantized_store import QuantizedStore, create_or_resume_store
 from stages.records import (
     ActivationGroup,
@@ -27,6 +27,8 @@ from stages.records import (
 )
 from tests.graphs import TinyGraph, onnx_type
 from tests.reference.dequantize import dequantize
+
+TOLERANCE = 1e-5
 
 
 def spec_of(
@@ -130,6 +132,32 @@ def store_of(
     return store
 
 
+def store_of_each(folder: Path, *weights: ExactWeight, form: WeightForm = WeightForm.DQ) -> QuantizedStore:
+    """Return a finished store in which each weight is a group of its own that nothing absorbs."""
+    return store_of(folder, [(group_of([weight]), [weight]) for weight in weights], form=form)
+
+
+def check_rewrite(
+    model: ir.Model, store: QuantizedStore, feeds: dict[str, np.ndarray], *, ignored: Sequence[str] = ()
+) -> RewriteResult:
+    """Rewrite, require that every output stays as it was, and return the result.
+
+    The stores of these tests hold numbers that stand for the base's weights exactly: before and after may differ by
+    float32 rounding in sums of at most 96 products, and by that of dividing by a scale and multiplying with it again.
+
+    Args:
+        model: The base, which must hold the matrices of the store's exact weights.
+        store: What is written in place of them.
+        feeds: Inputs of both models.
+        ignored: Outputs that may change: caches of scaled values.
+    """
+    result = rewrite(model, store)
+    for output, before, after in zip(model.graph.outputs, run(model, feeds), run(result.model, feeds), strict=True):
+        if output.name not in ignored:
+            assert relative_difference(after, before) < TOLERANCE, output.name
+    return result
+
+
 def input_scale(rng: np.random.Generator, in_features: int) -> np.ndarray:
     """Positive numbers around 1, as AWQ's are."""
     return np.exp(0.5 * rng.standard_normal(in_features)).astype(np.float32)
@@ -167,7 +195,7 @@ def quantized_matmul(
     graph.input("x", onnx_type(dtype), ["t", shape[0]])
     graph.output("y", onnx_type(dtype), ["t", shape[1]])
     graph.linear("x", weight.matrix, "y")
-    store = store_of(folder / "weights", [(group_of([weight]), [weight])], form=form)
+    store = store_of_each(folder / "weights", weight, form=form)
     x = rng.standard_normal((8, shape[0])).astype(dtype)
     stored = weight.stored
     zero_points = None if stored.zero_points is None else stored.zero_points.numpy()

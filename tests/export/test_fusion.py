@@ -13,7 +13,7 @@ from export.fusion import CannotRun, nodes_run_as_matmulnbits, why_not_fused
 from export.rewrite import rewrite
 from stages.model_directory import ModelDirectory
 from stages.records import PerBlock, PerChannel, QuantSpec
-from tests.export.builders import exact_weight, group_of, site_of, spec_of, store_of
+from tests.export.builders import exact_weight, site_of, spec_of, store_of_each
 from tests.export.exports import options, tiny_export
 from tests.graphs import TinyGraph
 
@@ -84,7 +84,7 @@ def test_the_profile_shows_what_ran_fused(tmp_path: Path, block_size: int, fused
     graph.node("Gather", [graph.constant("table", np.ones((4, 64), np.float32)), "input_ids"], ["h"])
     graph.linear("h", weight.matrix, "y")
     graph.output("y", TensorProto.FLOAT, ["batch", "length", 32])
-    result = rewrite(graph.model(), store_of(tmp_path / "weights", [(group_of([weight]), [weight])]))
+    result = rewrite(graph.model(), store_of_each(tmp_path / "weights", weight))
     path = tmp_path / "model.onnx"
     ir.save(result.model, path)
     base = ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)

@@ -56,6 +56,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         export(config(tiny))
 
 
+@pytest.mark.slow
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     tiny.store.group_file(1).unlink()

@@ -19,16 +19,7 @@ from export.nbits import (
 from export.rewrite import rewrite
 from stages.errors import RecipeError
 from stages.records import Granularity, PerBlock, PerChannel, QuantSpec, WeightForm
-from tests.export.builders import (
-    ExactWeight,
-    exact_weight,
-    group_of,
-    relative_difference,
-    run,
-    site_of,
-    spec_of,
-    store_of,
-)
+from tests.export.builders import ExactWeight, exact_weight, relative_difference, run, site_of, spec_of, store_of_each
 from tests.graphs import TinyGraph, onnx_type
 from tests.pairwise import pairwise
 from tests.reference.dequantize import dequantize
@@ -60,7 +51,7 @@ def initializer(model: ir.Model, name: str) -> np.ndarray:
 def rewritten(
     folder: Path, weight: ExactWeight, graph: TinyGraph | None = None, accuracy_level: int | None = None
 ) -> ir.Model:
-    store = store_of(folder / "weights", [(group_of([weight]), [weight])], form=WeightForm.MATMUL_NBITS)
+    store = store_of_each(folder / "weights", weight, form=WeightForm.MATMUL_NBITS)
     return rewrite((graph or matmul_graph(weight)).model(), store, accuracy_level).model
 
 
@@ -191,7 +182,7 @@ def test_the_input_model_is_left_alone_and_gets_the_operator_set_that_it_needs(t
     weight = random_weight((64, 48), 4, True, PerBlock(block_size=16))
     model = matmul_graph(weight).model()
     del model.graph.opset_imports["com.microsoft"]
-    store = store_of(tmp_path / "weights", [(group_of([weight]), [weight])], form=WeightForm.MATMUL_NBITS)
+    store = store_of_each(tmp_path / "weights", weight, form=WeightForm.MATMUL_NBITS)
     result = rewrite(model, store).model
     assert result.opset_imports["com.microsoft"] == 1
     assert "com.microsoft" not in model.opset_imports

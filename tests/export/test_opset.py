@@ -36,11 +36,6 @@ WIDTH = HEADS * SIZE
 TOLERANCE = 1e-5
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 def _norms(graph: TinyGraph, x: str) -> str:
     """LayerNormalization: ONNX Runtime's own below opset 17. Then its arithmetic written out, with axes as attribute
     below opset 18."""
@@ -224,6 +219,7 @@ class _Unreadable:
     tobytes = __array__ = numpy
 
 
+@pytest.mark.slow
 def test_thousands_of_nodes_are_converted_at_once() -> None:
     graph = TinyGraph(opset=17)
     graph.input("x", FLOAT, ["t", 4])

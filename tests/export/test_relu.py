@@ -6,20 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 from onnx import TensorProto
 
 from export.fusion import why_not_fused
 from export.rewrite import rewrite
-from tests.export.builders import exact_weight, group_of, run, site_of, spec_of, store_of
+from tests.export.builders import exact_weight, run, site_of, spec_of, store_of_each
 from tests.graphs import TinyGraph
 
 TOKENS = 3
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 def squared_relu(matrix: np.ndarray, *, second_reader: bool = False, relu: str = "Relu") -> TinyGraph:
@@ -44,7 +38,7 @@ def fused_types(model: ir.Model, feeds: dict[str, np.ndarray], folder: Path) -> 
 def test_a_relu_behind_a_site_becomes_a_max_and_the_site_is_fused(tmp_path: Path, rng: np.random.Generator) -> None:
     up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
     base = squared_relu(up.matrix).model()
-    result = rewrite(base, store_of(tmp_path / "weights", [(group_of([up]), [up])]))
+    result = rewrite(base, store_of_each(tmp_path / "weights", up))
     feeds = {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
     # Sums of 64 products in another order, then squared.
     np.testing.assert_allclose(run(result.model, feeds)[0], run(base, feeds)[0], rtol=1e-4, atol=1e-4)
@@ -55,7 +49,7 @@ def test_a_relu_behind_a_site_becomes_a_max_and_the_site_is_fused(tmp_path: Path
 def test_the_runtime_still_needs_it(tmp_path: Path, rng: np.random.Generator) -> None:
     """When this fails, ONNX Runtime has learnt to fuse in front of a Relu, and export/relu.py can go."""
     up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
-    model = rewrite(squared_relu(up.matrix).model(), store_of(tmp_path / "weights", [(group_of([up]), [up])])).model
+    model = rewrite(squared_relu(up.matrix).model(), store_of_each(tmp_path / "weights", up)).model
     clamp = next(node for node in model.graph if node.op_type == "Max")
     clamp.op_type = "Relu"
     clamp.resize_inputs(1)
@@ -68,7 +62,7 @@ def test_the_runtime_still_needs_it(tmp_path: Path, rng: np.random.Generator) ->
 def test_a_relu_that_two_nodes_read_stays(tmp_path: Path, rng: np.random.Generator) -> None:
     up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
     base = squared_relu(up.matrix, second_reader=True).model()
-    result = rewrite(base, store_of(tmp_path / "weights", [(group_of([up]), [up])]))
+    result = rewrite(base, store_of_each(tmp_path / "weights", up))
     feeds = {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
     assert "Relu" in [node.op_type for node in result.model.graph]
     assert "MatMulNBits" in fused_types(result.model, feeds, tmp_path)
@@ -77,5 +71,5 @@ def test_a_relu_that_two_nodes_read_stays(tmp_path: Path, rng: np.random.Generat
 def test_another_activation_stays(tmp_path: Path, rng: np.random.Generator) -> None:
     up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
     base = squared_relu(up.matrix, relu="Sigmoid").model()
-    result = rewrite(base, store_of(tmp_path / "weights", [(group_of([up]), [up])]))
+    result = rewrite(base, store_of_each(tmp_path / "weights", up))
     assert [node.op_type for node in result.model.graph] == ["DequantizeLinear", "MatMul", "Sigmoid", "Pow"]

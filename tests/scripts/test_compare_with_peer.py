@@ -69,6 +69,7 @@ def test_methods_meet_the_block_sizes_and_zero_points_that_they_know() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_modelopt_is_asked_for_the_same_sites_and_without_its_crash(tiny_model: Path, tmp_path: Path) -> None:
     config = PeerConfig(
         base=tiny_model,
@@ -101,6 +102,7 @@ def test_modelopt_is_asked_for_the_same_sites_and_without_its_crash(tiny_model: 
     }
 
 
+@pytest.mark.slow
 def test_ort_and_a_broken_competitor_stand_in_one_table(
     commands: Commands, tiny_model: Path, tiny_cache: Path, unseen_text: Path, fake_environment: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     assert not calls.exists()
 
 
+@pytest.mark.slow
 def test_a_competitor_that_can_not_be_installed_says_so(tmp_path: Path) -> None:
     requirements = tmp_path / "pins.txt"
     requirements.write_text("/no/such/folder/package.whl\n")
@@ -149,6 +152,7 @@ def test_a_competitor_that_can_not_be_installed_says_so(tmp_path: Path) -> None:
     assert "package.whl" in (tmp_path / "environment.log").read_text()
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path) -> None:
     requirements = tmp_path / "pins.txt"
     requirements.write_text("# nothing\n")

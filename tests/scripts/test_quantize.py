@@ -33,6 +33,7 @@ from stages.quantized_store import QuantizedStore, open_store
 from stages.records import PerBlock, PerChannel, SiteReport
 from stages.session import CausalFeeds
 from tests.commands import Commands
+from tests.written import cache_times, fused_sites
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--calib_size", 4, "--seq_len", 16, "--block_size", 16)
@@ -266,7 +267,7 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     code, printed = commands.drop_in(*here(EXAMPLE_LITE, STORE, tmp_path))
     assert code == 0, printed
     output = base / "cnn_32_lite_0.1_16"
-    assert "14 of 14 sites run as MatMulNBits" in printed
+    assert fused_sites(output) == (14, 14)
     assert f"{base}, in place of meta-llama/Meta-Llama-3-8B: the hub can't be reached here" in printed
     assert "cnn_dailymail train" in printed
     assert f"next: python -m stages.evaluate --base {base / 'model.onnx'} --model {output / 'model.onnx'}" in printed
@@ -292,7 +293,7 @@ def test_the_documented_mixed_command_lines(
     code, printed = commands.drop_in(*here(example, MODELS, tmp_path))
     assert code == 0, printed
     assert line in printed
-    assert "10 of 10 sites run as MatMulNBits" in printed
+    assert fused_sites(tmp_path / output) == (10, 10)
     reports = Made(tmp_path / output, printed).reports
     for name, report in reports.items():
         assert report.format.startswith("8" if any(part in name for part in eight_bit) else "4"), name
@@ -343,9 +344,11 @@ def test_other_settings_calibrate_into_a_folder_of_their_own_and_the_first_stays
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     for number, change in enumerate(((), ("--calib_size", 5), ("--use_random_calib",)), 1):
-        assert "stage one is skipped" not in run(*change, into=f"out{number}", onnx_path=base).printed
+        run(*change, into=f"out{number}", onnx_path=base)
         assert len(list(tmp_path.glob("base.*.calibration"))) == number
-    assert "stage one is skipped" in run("--algo", "awq_clip", into="again", onnx_path=base).printed
+    times = cache_times(tmp_path)
+    run("--algo", "awq_clip", into="again", onnx_path=base)
+    assert cache_times(tmp_path) == times
 
 
 def test_a_calibration_folder_is_named_after_all_that_the_statistics_depend_on_and_nothing_else(
@@ -381,13 +384,18 @@ def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
     run(into="first", onnx_path=base)
     (manifest,) = tmp_path.glob("base.*.calibration/manifest.json")
     manifest.write_text('{"format": 0}')
-    assert "stage one is skipped" not in run(into="second", onnx_path=base).printed
-    assert "stage one is skipped" in run(into="third", onnx_path=base).printed
+    damaged = cache_times(tmp_path)
+    run(into="second", onnx_path=base)
+    times = cache_times(tmp_path)
+    assert times[manifest] != damaged[manifest]
+    run(into="third", onnx_path=base)
+    assert cache_times(tmp_path) == times
     data = base / "model.onnx.data"
     content = bytearray(data.read_bytes())
     content[-1] ^= 1
     data.write_bytes(content)
-    assert "stage one is skipped" not in run(into="fourth", onnx_path=base).printed
+    run(into="fourth", onnx_path=base)
+    assert cache_times(tmp_path) != times
 
 
 def test_a_base_model_that_may_only_be_read_is_calibrated_beside_the_output(
@@ -409,7 +417,10 @@ def test_a_named_cache_folder_keeps_the_rules_of_the_stages(
     cache = tmp_path / "cache"
     calibrate = ["--onnx_path", base, "--dataset", tiny_text, "--calib_size", 4, "--seq_len", 16, "--cache_dir", cache]
     assert commands.calibrate(*calibrate)[0] == 0
-    assert "already holds exactly this calibration" in run("--cache_dir", cache, into="same").printed
+    times = cache_times(cache)
+    assert times
+    run("--cache_dir", cache, into="same")
+    assert cache_times(cache) == times
     code, printed = commands.drop_in(*calibrate, "--output_path", tmp_path / "other", "--seed", 1)
     assert (code, "holds another calibration" in printed) == (2, True), printed
     assert not (tmp_path / "other").exists()
@@ -473,7 +484,7 @@ def test_algo(algorithm: str, run: Run, base: Path, monkeypatch: pytest.MonkeyPa
         no_calibration(monkeypatch)
     made = run("--algo", algorithm, "--verify", "full")
     assert ("stage one is left out" in made.printed) == needs_no_data
-    assert "10 of 10 sites run as MatMulNBits" in made.printed
+    assert fused_sites(made.folder) == (10, 10)
     assert (len(made.nodes("QuantizeLinear")), len(made.nodes("DequantizeLinear"))) == (10 * (algorithm == "rtn"), 10)
     assert is_near(made.folder, base)
 
