@@ -33,7 +33,7 @@ from stages.page.document import Document, read_document, write_report
 from stages.page.from_weights import quantization_of
 from stages.page.render import render
 from stages.plan_file import PLAN, write_plan
-from stages.planning import ModelPlan, make_recipe, plan_model, search_options, signround_options
+from stages.planning import ModelPlan, group_solver, make_recipe, plan_model, signround_options
 from stages.prepared import Prepared, Search
 from stages.preview import preview
 from stages.preview_table import preview_table
@@ -45,7 +45,7 @@ from stages.report import loss_so_far, quantization_table, search_summary
 from stages.screen import Screen, silent_screen
 from stages.site_names import short_name
 from stages.solve.embedding import quantize_table
-from stages.solve.registry import ALGORITHMS, FINISHES
+from stages.solve.registry import FINISHES
 from stages.solve.runner import GroupSolver, search_cost
 from stages.solve.side_by_side import solve_groups
 from stages.spending import SpentBudget, spend_budget
@@ -211,17 +211,8 @@ def _spent(
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
-    return GroupSolver(
-        algorithm_name=config.algo,
-        algorithm=ALGORITHMS[config.algo],
-        options=search_options(config, plan.choice),
-        specs=plan.sites.specs,
-        device=device,
-        read_weight=lambda site: read_weight(model, site, device),
-        read_stats=None if cache is None else cache.read,
-        fold=not config.awqlite_disable_fuse_nodes,
-        one_scale=config.awqlite_run_per_subgraph,
-    )
+    read_stats = None if cache is None else cache.read
+    return group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
 
 
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes, console: Console) -> None:
