@@ -10,21 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
-import psutil
-import torch
 
-from stages.amounts import parse_bytes
 from stages.atomic import scratch_beside
 from stages.base_graph import load_graph
 from stages.calibration_table import CalibrationSummary, PassSummary
-from stages.config import PART_OF_FREE_MEMORY, CalibrateConfig
+from stages.config import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.fingerprint import fingerprint_model
 from stages.graph.run import ActivationTap
 from stages.graph.sites import find_groups
 from stages.machine import choose_device
 from stages.model_directory import ModelDirectory, locate_model
-from stages.observation import Observation
+from stages.observation import Observation, memory_limit
 from stages.observe.cache import CacheKey, CacheWriter, find_cache, new_cache, require_place
 from stages.observe.dataset import TokenWindows, WindowRequest, load_windows
 from stages.observe.own_text import OwnTextSource
@@ -71,7 +68,7 @@ def _observe(
 ) -> CalibrationSummary:
     """Run the model, write the cache, and return what it holds."""
     observation = prepared.observation
-    memory = processes.hear_first(_memory(config, observation.device, processes))
+    memory = processes.hear_first(memory_limit(config.max_memory, observation.device, processes))
     pieces = observation.cut(prepared.model, memory, prepared.choice.names)
     with observation.open_first(pieces[0], prepared.choice) as tap:
         # Only now it is known which providers work.
@@ -123,16 +120,6 @@ def _new_cache(
 def _current(config: CalibrateConfig) -> CalibrationSummary:
     _LOGGER.info("%s already holds exactly this calibration; nothing to do.", config.cache_path)
     return _summary(config, made=None)
-
-
-def _memory(config: CalibrateConfig, device: torch.device, processes: Processes) -> int:
-    """Bytes that a piece of the graph may take in one process: what was asked for, or a part of what is free."""
-    if config.max_memory is not None:
-        return parse_bytes(config.max_memory, "--max_memory")
-    free = psutil.virtual_memory().available // processes.count_here
-    if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
-    return int(free * PART_OF_FREE_MEMORY)
 
 
 def _require_context(seq_len: int, directory: ModelDirectory) -> None:
@@ -221,7 +208,7 @@ def _pass_summary(observation: Observation, pieces: int, tap: ActivationTap, sec
     return PassSummary(
         tokenizer=observation.windows.tokenizer,
         matmuls=sum(len(group.sites) for group in groups),
-        as_rows=sum(observation.size(group, "calibration").keeps_rows for group in groups),
+        as_rows=sum(observation.text.size(group, "calibration").keeps_rows for group in groups),
         pieces=pieces,
         widened=tap.widened,
         unused=tap.providers.missing,

@@ -7,16 +7,13 @@ holds already.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import onnx_ir as ir
 import psutil
 import torch
 
 from stages.held_weights import held_bytes
-from stages.observe.statistics import StatisticsSize, tapped_itemsize
-from stages.pieces import cut_into_pieces
+from stages.observation import cut_to_memory
 from stages.preview_table import StageMemory
 from stages.records import ActivationGroup, QuantSpec, torch_float
 from stages.solve.side_by_side import search_memory as group_memory
@@ -29,54 +26,31 @@ _REPACKED = 3
 """The exported model is run in pieces of so many bytes, which ONNX Runtime's repacking makes so many times larger."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextShape:
-    """The windows that stage one runs on."""
-
-    calibration_windows: int
-    held_out_windows: int
-    seq_len: int
-    batch_size: int
-
-    def sizes(self, group: ActivationGroup) -> tuple[StatisticsSize, StatisticsSize]:
-        """What the statistics of ``group`` take: of the calibration windows, and of those held out."""
-        calibration, held_out = (
-            StatisticsSize(
-                in_features=group.in_features,
-                tokens=windows * self.seq_len,
-                itemsize=tapped_itemsize(group.sites[0].dtype),
-            )
-            for windows in (self.calibration_windows, self.held_out_windows)
-        )
-        return calibration, held_out
-
-
 def held_already() -> int:
     """Bytes of this process, which has loaded the libraries and parsed the graph as every stage does."""
     return int(psutil.Process().memory_info().rss)
 
 
 def calibration_memory(
-    model: ir.Model,
-    groups: Sequence[ActivationGroup],
-    text: TextShape,
-    limit: int,
-    held: int,
-    providers: tuple[str, ...],
+    model: ir.Model, costs: Mapping[str, int], limit: int, held: int, providers: tuple[str, ...]
 ) -> StageMemory:
-    """Weights, statistics and activations of a batch under ``providers``, in parts of at most ``limit`` bytes."""
-    of_weight = partial(held_bytes, providers=providers)
-    costs = {
-        group.activation: text.batch_size * text.seq_len * group.in_features * tapped_itemsize(group.sites[0].dtype)
-        + sum(size.memory for size in text.sizes(group))
-        for group in groups
-    }
+    """Return what stage one holds: weights, statistics, and activations of a batch.
+
+    Args:
+        model: the base model.
+        costs: bytes of each activation, by ``piece_bytes``.
+        limit: bytes that a piece of the graph may take.
+        held: bytes of this process already.
+        providers: those that shall run the model.
+    """
     weights: list[int] = []
     totals: list[int] = []
-    for piece in cut_into_pieces(model, wanted=costs.keys(), limit=limit, extra_bytes=costs, weight_bytes=of_weight):
+    for piece in cut_to_memory(model, costs, limit, providers):
         of_piece = {value for node in piece.model.graph for value in node.inputs if value is not None}
         made = {output.name for node in piece.model.graph for output in node.outputs}
-        weights.append(sum(of_weight(value.const_value) for value in of_piece if value.const_value is not None))
+        weights.append(
+            sum(held_bytes(value.const_value, providers) for value in of_piece if value.const_value is not None)
+        )
         totals.append(weights[-1] + sum(cost for name, cost in costs.items() if name in made))
     largest = max(range(len(totals)), key=totals.__getitem__)
     parts = "" if len(totals) == 1 else f", in {len(totals)} parts (--max_memory)"

@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import psutil
 import torch
 from torch import Tensor
 
+from stages.amounts import parse_bytes
+from stages.config import PART_OF_FREE_MEMORY
 from stages.graph.run import ActivationTap, open_piece_tap
 from stages.held_weights import held_bytes
 from stages.model_directory import ModelDirectory
@@ -40,6 +43,70 @@ _NAMES = {"held_out": "held-out text", "calibration": "calibration text"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextShape:
+    """The windows that stage one runs on."""
+
+    calibration_windows: int
+    held_out_windows: int
+    seq_len: int
+    batch_size: int
+
+    def size(self, group: ActivationGroup, part: str) -> StatisticsSize:
+        """Return what the statistics of ``group`` on the windows of ``part`` take."""
+        windows = self.held_out_windows if part == "held_out" else self.calibration_windows
+        return StatisticsSize(
+            in_features=group.in_features,
+            tokens=windows * self.seq_len,
+            itemsize=tapped_itemsize(group.sites[0].dtype),
+        )
+
+
+def memory_limit(max_memory: str | None, device: torch.device, processes: Processes) -> int:
+    """Return the bytes that a piece of the graph may take in one process.
+
+    Args:
+        max_memory: the option's text, which decides where it is given; else a part of what is free is used.
+        device: where statistics are added up; on CUDA its free memory counts too.
+        processes: those on this machine share the free memory.
+
+    Raises:
+        RecipeError: ``max_memory`` isn't a size.
+    """
+    if max_memory is not None:
+        return parse_bytes(max_memory, "--max_memory")
+    free = psutil.virtual_memory().available // processes.count_here
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return int(free * PART_OF_FREE_MEMORY)
+
+
+def piece_bytes(groups: Iterable[ActivationGroup], text: TextShape, processes: Processes) -> dict[str, int]:
+    """Return by activation the bytes that one process holds of it: its share of the statistics, and one batch."""
+
+    def held(group: ActivationGroup) -> int:
+        sizes = [text.size(group, part) for part in _PARTS]
+        batch = text.batch_size * text.seq_len * group.in_features * sizes[0].itemsize
+        return batch + sum(size.memory for size in sizes) // processes.count
+
+    return {group.activation: held(group) for group in groups}
+
+
+def cut_to_memory(
+    model: ir.Model, costs: Mapping[str, int], memory: int, providers: tuple[str, ...]
+) -> tuple[Piece, ...]:
+    """Return ``model`` in pieces that fit the memory.
+
+    Args:
+        model: the base model.
+        costs: bytes of each activation, by ``piece_bytes``.
+        memory: bytes that a piece may take, weights included.
+        providers: those that shall run it.
+    """
+    held = partial(held_bytes, providers=providers)
+    return tuple(cut_into_pieces(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=held))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What is observed on which windows, by which session options."""
 
@@ -53,14 +120,19 @@ class Observation:
     """Where a widened copy of the model may lie for a while."""
     processes: Processes
 
-    def cut(self, model: ir.Model, memory: int, providers: tuple[str, ...]) -> tuple[Piece, ...]:
-        """``model`` in pieces of at most ``memory`` bytes each: weights, statistics, and the activations of a batch.
+    @property
+    def text(self) -> TextShape:
+        """The shape of the windows and their batches."""
+        return TextShape(
+            calibration_windows=len(self.windows.calibration),
+            held_out_windows=len(self.windows.held_out),
+            seq_len=self.windows.calibration.shape[1],
+            batch_size=self.batch_size,
+        )
 
-        ``providers`` are those that shall run it.
-        """
-        costs = {group.activation: self._bytes(group) for group in self.groups}
-        held = partial(held_bytes, providers=providers)
-        return tuple(cut_into_pieces(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=held))
+    def cut(self, model: ir.Model, memory: int, providers: tuple[str, ...]) -> tuple[Piece, ...]:
+        """Return ``model`` in pieces of at most ``memory`` bytes each, to be run by ``providers``."""
+        return cut_to_memory(model, piece_bytes(self.groups, self.text, self.processes), memory, providers)
 
     def open_first(self, piece: Piece, choice: ProviderChoice) -> ActivationTap:
         """The tap of the first piece, which finds out the providers that work."""
@@ -79,19 +151,6 @@ class Observation:
                 with tap:
                     self._observe(writer, tap, carried, needed, bar, _label(index, len(pieces)))
         self.processes.wait_for_all()
-
-    def size(self, group: ActivationGroup, part: str) -> StatisticsSize:
-        """What the statistics of ``group`` on the windows of ``part`` take."""
-        return StatisticsSize(
-            in_features=group.in_features,
-            tokens=self._tokens(part).size,
-            itemsize=tapped_itemsize(group.sites[0].dtype),
-        )
-
-    def _bytes(self, group: ActivationGroup) -> int:
-        sizes = [self.size(group, part) for part in _PARTS]
-        batch = self.batch_size * self.windows.calibration.shape[1] * group.in_features * sizes[0].itemsize
-        return int(batch) + sum(size.memory for size in sizes) // self.processes.count
 
     def _tokens(self, part: str) -> np.ndarray:
         return self.windows.held_out if part == "held_out" else self.windows.calibration
@@ -121,7 +180,7 @@ class Observation:
         found: dict[str, dict[str, StatisticsAccumulator]] = {}
         for part in _PARTS:
             found[part] = {
-                group.activation: StatisticsAccumulator(group.activation, self.size(group, part), self.device)
+                group.activation: StatisticsAccumulator(group.activation, self.text.size(group, part), self.device)
                 for group in mine
             }
             task = bar.add_task(f"{_NAMES[part]}{label}", total=len(self._tokens(part)), unit="windows")

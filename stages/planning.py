@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
+import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from stages.amounts import parse_bytes
 from stages.config import QuantizeConfig
@@ -21,10 +24,12 @@ from stages.output_size import OutputSize, output_size
 from stages.plan_file import read_plan, spec_of
 from stages.records import (
     ActivationGroup,
+    ActivationStats,
     EmbeddingPlan,
     EmbeddingTable,
     ExportRecipe,
     Granularity,
+    MatMulSite,
     PerBlock,
     PerChannel,
     QuantSpec,
@@ -35,6 +40,8 @@ from stages.solve.embedding import plan_embeddings
 from stages.solve.menu import SiteMenu, chosen_plan, site_menus
 from stages.solve.problem import SearchOptions
 from stages.solve.recipe import FormatRules, QuantPlan, all_sites, make_plan, plan_of
+from stages.solve.registry import ALGORITHMS
+from stages.solve.runner import GroupSolver
 from stages.solve.signround import SignRoundOptions
 from stages.solve.spend import BitsBudget, Budget, Reach, SizeBudget, check_budget
 from stages.target.choose import choose_formats, open_formats
@@ -233,6 +240,35 @@ def search_options(config: QuantizeConfig, choice: FormatChoice) -> SearchOption
         damping=config.gptq_damping,
         act_order=config.gptq_act_order,
         descent_passes=config.descent_passes,
+    )
+
+
+def group_solver(
+    config: QuantizeConfig,
+    plan: ModelPlan,
+    device: torch.device,
+    read_weight: Callable[[MatMulSite], Tensor],
+    read_stats: Callable[[str], ActivationStats] | None,
+) -> GroupSolver:
+    """Return the solver that ``config`` and ``plan`` describe.
+
+    Args:
+        config: names the algorithm and its options.
+        plan: the format of each site.
+        device: where the search runs.
+        read_weight: gives a site's [N, K] float32 weight on ``device``.
+        read_stats: gives statistics by activation; None where the algorithm reads none.
+    """
+    return GroupSolver(
+        algorithm_name=config.search_algorithm,
+        algorithm=ALGORITHMS[config.search_algorithm],
+        options=search_options(config, plan.choice),
+        specs=plan.sites.specs,
+        device=device,
+        read_weight=read_weight,
+        read_stats=read_stats,
+        fold=not config.awqlite_disable_fuse_nodes,
+        one_scale=config.awqlite_run_per_subgraph,
     )
 
 

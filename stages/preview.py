@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import onnx_ir as ir
-import psutil
 
-from stages.amounts import parse_bytes
 from stages.base_graph import parse_graph, require_weights
-from stages.config import PART_OF_FREE_MEMORY, CalibrateConfig, QuantizeConfig, ScaleSearch
+from stages.config import CalibrateConfig, QuantizeConfig, ScaleSearch
 from stages.errors import CacheMismatch, UserError
 from stages.fingerprint import fingerprint_model
-from stages.footprint import TextShape, calibration_memory, export_memory, held_already, search_memory
+from stages.footprint import calibration_memory, export_memory, held_already, search_memory
 from stages.graph.sites import find_groups
 from stages.machine import choose_device
 from stages.model_directory import ModelDirectory, locate_model
+from stages.observation import TextShape, memory_limit, piece_bytes
 from stages.observe.cache import CalibrationCache, find_cache, open_cache
 from stages.observe.dataset import held_out_windows, window_shares
 from stages.observe.documents import dataset_names
@@ -25,6 +24,7 @@ from stages.output_size import output_size, stored_bytes, weight_bytes
 from stages.plan_file import KEEP
 from stages.planning import ModelPlan, plan_model, recipe_in_words
 from stages.preview_table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
+from stages.processes import join_processes
 from stages.records import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, PerBlock, ValueAbsorber
 from stages.search_time import search_seconds
 from stages.session import choose_providers
@@ -199,17 +199,13 @@ def _memory(
     held: int,
 ) -> Iterator[StageMemory]:
     if text is not None and known.cache is None:
-        limit = _calibration_limit(calibration)
+        processes = join_processes()
+        limit = memory_limit(calibration.max_memory, choose_device(calibration.device), processes)
+        costs = piece_bytes(find_groups(known.model), text, processes)
         providers = choose_providers(calibration.calibration_eps).names
-        yield calibration_memory(known.model, find_groups(known.model), text, limit, held, providers)
+        yield calibration_memory(known.model, costs, limit, held, providers)
     yield search_memory(plan.sites.groups, choose_device(config.device), held)
     yield export_memory(plan.sites.groups, plan.sites.specs, held)
-
-
-def _calibration_limit(calibration: CalibrateConfig) -> int:
-    if calibration.max_memory is not None:
-        return parse_bytes(calibration.max_memory, "--max_memory")
-    return int(psutil.virtual_memory().available * PART_OF_FREE_MEMORY)
 
 
 def _notes(config: QuantizeConfig) -> Iterator[str]:

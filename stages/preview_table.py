@@ -184,7 +184,7 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     yield (
         "search",
         f"about {_duration(estimate.seconds)} for {estimate.groups} groups on {estimate.device}: an estimate, from "
-        "counted operations and what this device just did in a second",
+        "a group of each shape that this device has just searched",
     )
     for memory in preview.memory:
         yield f"memory, {memory.stage}", f"about {memory.bytes / 1e6:,.0f} MB at most: {memory.holds}"

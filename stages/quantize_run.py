@@ -23,7 +23,7 @@ from stages.machine import choose_device
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.cache import CalibrationCache, open_cache
 from stages.plan_file import PLAN, write_plan
-from stages.planning import ModelPlan, make_recipe, plan_model, search_options, signround_options
+from stages.planning import ModelPlan, group_solver, make_recipe, plan_model, signround_options
 from stages.processes import Processes
 from stages.progress import progress_bar
 from stages.quantized_store import EARLIER, QuantizedStore, create_or_resume_store
@@ -32,7 +32,6 @@ from stages.report import loss_so_far
 from stages.site_names import short_name
 from stages.solve.embedding import quantize_table
 from stages.solve.problem import SearchOptions
-from stages.solve.registry import ALGORITHMS
 from stages.solve.runner import GroupSolver, search_cost
 from stages.solve.side_by_side import solve_groups
 from stages.spending import SpentBudget, spend_budget
@@ -143,17 +142,8 @@ def _spent(
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
-    return GroupSolver(
-        algorithm_name=config.algo,
-        algorithm=ALGORITHMS[config.algo],
-        options=search_options(config, plan.choice),
-        specs=plan.sites.specs,
-        device=device,
-        read_weight=lambda site: read_weight(model, site, device),
-        read_stats=None if cache is None else cache.read,
-        fold=not config.awqlite_disable_fuse_nodes,
-        one_scale=config.awqlite_run_per_subgraph,
-    )
+    read_stats = None if cache is None else cache.read
+    return group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
 
 
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:

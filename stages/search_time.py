@@ -1,73 +1,118 @@
-"""How long a search will take: counted operations, and what this device does of each kind in a second."""
+"""Estimate how long a search takes: search one group of each shape with random numbers, and scale its time."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import math
+import time
 from dataclasses import replace
-from functools import cache, partial
 
 import torch
+from torch import Tensor
 
 from stages.config import QuantizeConfig
-from stages.footprint import TextShape
-from stages.planning import ModelPlan, search_options
-from stages.records import ActivationGroup
-from stages.solve.cost import StatisticsForm, Work, count_work, estimated_seconds, measure_rates
-from stages.solve.side_by_side import small_groups, workers_on
-from stages.threads import one_thread_each
+from stages.observation import TextShape
+from stages.observe.statistics import StatisticsSize
+from stages.planning import ModelPlan, group_solver
+from stages.records import ActivationGroup, ActivationStats, MatMulSite, TokenStats
+from stages.solve.runner import GroupSolver, search_cost
+from stages.solve.side_by_side import small_groups, solve_groups, workers_on
+
+_TIMED = 4e9
+"""The ``search_cost`` of a timed group, at most: a dry run shall take seconds."""
+_WARM_UP = 1e7
+"""The same of a group that is searched first, so that starting the device isn't timed."""
+_BLOCK = 256
+"""Inputs are cut to multiples of the largest block."""
 
 
 def search_seconds(
     config: QuantizeConfig, plan: ModelPlan, text: TextShape | None, device: torch.device
 ) -> dict[str, float]:
-    """Seconds by site; those of an activation's sites are shared by size. An estimate: rates are measured first.
+    """Estimate the seconds of the search by site; those of an activation's sites are shared by size.
 
-    Groups that are solved side by side have a thread each, so that each takes its part of the workers' time.
-    ``text`` is None where the algorithm reads no statistics.
+    Args:
+        config: names the algorithm and its options.
+        plan: the groups that are searched, and their formats.
+        text: the calibration text; None where the algorithm reads no statistics.
+        device: where the search runs, as busy as it is now.
     """
-    groups, specs, options = plan.sites.groups, plan.sites.specs, search_options(config, plan.choice)
-    workers = workers_on(device)
+    groups, workers = plan.sites.groups, workers_on(device)
     small = set(small_groups(groups, workers))
-    commonest = Counter(specs.values()).most_common(1)[0][0]
+    cost = _weights if text is None else search_cost
 
-    measure = partial(measure_rates, device, commonest, options)
-    rates = cache(partial(rates_beside, measure))
+    def seconds_of(group: ActivationGroup, together: int) -> float:
+        solver = _random_solver(config, plan, group, text, device)
+        started = time.perf_counter()
+        for _ in solve_groups(solver, [group] * together):
+            pass
+        return (time.perf_counter() - started) / together
+
+    seconds_of(_shrunk(groups[0], _WARM_UP), 1)
+    seconds: dict[tuple[object, ...], float] = {}
     found: dict[str, float] = {}
     for place, group in enumerate(groups):
-        beside = workers if place in small else 1
-        parts = _searched_together(config, group)
-        works = (count_work(config.search_algorithm, part, specs, _form(part, text), options) for part in parts)
-        seconds = sum(estimated_seconds(work, rates(beside)) for work in works) / beside
+        together = workers if place in small else 1
+        shape = (
+            together,
+            group.in_features,
+            *((site.out_features, plan.sites.specs[site.name]) for site in group.sites),
+        )
+        if shape not in seconds:
+            timed = _shrunk(group, _TIMED)
+            seconds[shape] = seconds_of(timed, together) * cost(group) / cost(timed)
         channels = sum(site.out_features for site in group.sites)
-        found |= {site.name: seconds * site.out_features / channels for site in group.sites}
+        found |= {site.name: seconds[shape] * site.out_features / channels for site in group.sites}
     return found
 
 
-def rates_beside(measure: Callable[[], Work], workers: int) -> Work:
-    """What one of ``workers`` threads does in a second while the others do the same; one alone has all threads.
+def _shrunk(group: ActivationGroup, limit: float) -> ActivationGroup:
+    """Return ``group`` where its ``search_cost`` is at most ``limit``; else about so large, its inputs and outputs cut.
 
-    Threads side by side share the memory's bandwidth and the interpreter: each is slower than it would be alone.
+    Both are cut by the same factor, so that what grows with one of them keeps its part of the time.
     """
-    if workers == 1:
-        return measure()
-    with one_thread_each(workers) as pool:
-        measured = [pool.submit(measure) for _ in range(workers)]
-        return sum((rates.result() for rates in measured), Work()).times(1 / workers)
+    factor = (limit / search_cost(group)) ** (1 / 3)
+    if factor >= 1:
+        return group
+    inputs = min(group.in_features, max(_BLOCK, round(group.in_features * factor / _BLOCK) * _BLOCK))
+    sites = tuple(
+        replace(site, in_features=inputs, out_features=math.ceil(site.out_features * factor)) for site in group.sites
+    )
+    # What absorbs the input scale has the shape of the whole group.
+    return replace(group, in_features=inputs, sites=sites, absorber=None)
 
 
-def _searched_together(config: QuantizeConfig, group: ActivationGroup) -> list[ActivationGroup]:
-    """The group, or each site by itself where each has an input scale of its own."""
-    if not config.awqlite_disable_fuse_nodes or config.awqlite_run_per_subgraph:
-        return [group]
-    return [replace(group, sites=(site,)) for site in group.sites]
+def _weights(group: ActivationGroup) -> float:
+    return float(group.in_features * sum(site.out_features for site in group.sites))
 
 
-def _form(group: ActivationGroup, text: TextShape | None) -> StatisticsForm:
+def _random_solver(
+    config: QuantizeConfig, plan: ModelPlan, group: ActivationGroup, text: TextShape | None, device: torch.device
+) -> GroupSolver:
+    """Return a solver that reads random numbers for ``group``: neither weights nor statistics need to be there yet."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        site.name: torch.randn(site.out_features, site.in_features, generator=generator).to(device)
+        for site in group.sites
+    }
+
+    def read_weight(site: MatMulSite) -> Tensor:
+        return weights[site.name]
+
     if text is None:
-        return StatisticsForm()
-    calibration, held_out = text.sizes(group)
-    return StatisticsForm(
-        calibration_rows=calibration.tokens if calibration.keeps_rows else None,
-        held_out_rows=held_out.tokens if held_out.keeps_rows else None,
+        return group_solver(config, plan, device, read_weight, None)
+    stats = ActivationStats(
+        calibration=_random_stats(text.size(group, "calibration"), generator),
+        held_out=_random_stats(text.size(group, "held_out"), generator),
+    )
+    return group_solver(config, plan, device, read_weight, lambda _: stats)
+
+
+def _random_stats(size: StatisticsSize, generator: torch.Generator) -> TokenStats:
+    tokens = size.tokens if size.keeps_rows else min(size.tokens, 2 * size.in_features)
+    rows = torch.randn(tokens, size.in_features, generator=generator)
+    return TokenStats(
+        num_tokens=size.tokens,
+        abs_mean=rows.abs().mean(dim=0),
+        gram=None if size.keeps_rows else rows.T @ rows / tokens,
+        rows=rows if size.keeps_rows else None,
     )
