@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,12 +57,8 @@ def export_model(
     destination: Destination,
     options: ExportOptions,
     console: Console,
-    before_it_is_named: Callable[[Path], None] = lambda _: None,
 ) -> ExportSummary:
     """Write ``store``'s weights into a copy of the ``base`` model directory.
-
-    ``before_it_is_named`` gets the finished .onnx file while its folder still has a name of its own: a run that is
-    killed in it is done again, whole.
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
@@ -80,7 +76,6 @@ def export_model(
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options, console)
             notes = (*notes, *_kept_report(report, store.folder))
-            before_it_is_named(scratch / destination.onnx_name)
     except OSError as error:
         raise UserError(
             f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "

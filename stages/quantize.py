@@ -29,6 +29,7 @@ from stages.graph.weights import read_rows, read_weight
 from stages.machine import describe_machine
 from stages.model_directory import ModelDirectory, locate_model
 from stages.observe.cache import CalibrationCache, open_cache
+from stages.one_line import in_one_line
 from stages.page.document import Document, read_document, write_report
 from stages.page.from_weights import quantization_of
 from stages.page.render import render
@@ -43,6 +44,7 @@ from stages.quantized_store import EARLIER, REPORT_FOLDER, QuantizedStore, creat
 from stages.records import SiteReport
 from stages.report import loss_so_far, quantization_table, search_summary
 from stages.screen import Screen, silent_screen
+from stages.shell_line import shell_line
 from stages.site_names import short_name
 from stages.solve.embedding import quantize_table
 from stages.solve.registry import ALGORITHMS, FINISHES
@@ -77,22 +79,25 @@ def quantize(config: QuantizeConfig, screen: Screen) -> None:
         _round_unfinished(prepared.model, store, choose_device(config.device))
     seconds = time.perf_counter() - started
     screen.show("search", quantization_table(store, seconds), search_summary(store, seconds))
-
-    def write_report_of(output: Path) -> None:
-        _write_report(replace(report, title=destination.folder.name), store, (directory, locate_model(output)))
-
-    exported = export_model(directory, store, destination, config.export_options, screen.console, write_report_of)
+    exported = export_model(directory, store, destination, config.export_options, screen.console)
+    _write_report(replace(report, title=destination.folder.name), store, directory, exported.onnx_file)
     screen.show("export", export_table(exported), exported)
 
 
-def _write_report(earlier: Document, store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory]) -> None:
-    """The report inside the weights' folder, on the base and the output; what evaluations added to it stays."""
-    document = replace(
-        earlier,
-        machine=describe_machine(),
-        quantization=quantization_of(store, models),
-    )
-    write_report(document, render, store.folder / REPORT_FOLDER)
+def _write_report(earlier: Document, store: QuantizedStore, base: ModelDirectory, output: Path) -> None:
+    """Write the report inside the weights' folder, and warn where that fails; what evaluations added to it stays."""
+    folder = store.folder / REPORT_FOLDER
+    try:
+        quantization = quantization_of(store, (base, locate_model(output)))
+        write_report(replace(earlier, machine=describe_machine(), quantization=quantization), render, folder)
+    except Exception as error:  # whatever a page may raise, the model is finished
+        again = ["python", "-m", "stages.report_page", folder, "--weights_path", store.folder]
+        models = ["--base", base.onnx_file, "--model", output]
+        _LOGGER.warning(
+            "the model is finished, but its report is not (%s); write it again: %s",
+            in_one_line(error),
+            shell_line([str(word) for word in (*again, *models)]),
+        )
 
 
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
