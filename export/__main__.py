@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from export.export_model import Destination, export_model
 from export.tables import export_table
+from stages.base_graph import load_graph
 from stages.cli import run_command
 from stages.config import ExportConfig
 from stages.errors import CacheMismatch
@@ -24,12 +25,13 @@ def export(config: ExportConfig, screen: Screen) -> None:
         recipe = replace(store.recipe, weight_form=WeightForm(config.weight_operator))
         store = replace(store, recipe=recipe)
     destination = Destination.from_path(config.output_path, base, overwrite=config.overwrite)
-    if fingerprint_model(base) != store.recipe.model_fingerprint:
+    model = load_graph(base)
+    if fingerprint_model(base, model) != store.recipe.model_fingerprint:
         raise CacheMismatch(
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
             "that stages.quantize read."
         )
-    exported = export_model(base, store, destination, config.export_options, screen.console)
+    exported = export_model(base, store, destination, config.export_options, screen.console, model)
     screen.show("export", export_table(exported), exported)
 
 

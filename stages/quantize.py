@@ -46,6 +46,7 @@ from stages.report import loss_so_far, quantization_table, search_summary
 from stages.screen import Screen, silent_screen
 from stages.shell_line import shell_line
 from stages.site_names import short_name
+from stages.size_breakdown import size_parts
 from stages.solve.embedding import quantize_table
 from stages.solve.registry import ALGORITHMS, FINISHES
 from stages.solve.runner import GroupSolver, search_cost
@@ -79,16 +80,17 @@ def quantize(config: QuantizeConfig, screen: Screen) -> None:
         _round_unfinished(prepared.model, store, choose_device(config.device))
     seconds = time.perf_counter() - started
     screen.show("search", quantization_table(store, seconds), search_summary(store, seconds))
-    exported = export_model(directory, store, destination, config.export_options, screen.console)
-    _write_report(replace(report, title=destination.folder.name), store, directory, exported.onnx_file)
+    exported = export_model(directory, store, destination, config.export_options, screen.console, prepared.model)
+    _write_report(replace(report, title=destination.folder.name), prepared, exported.onnx_file)
     screen.show("export", export_table(exported), exported)
 
 
-def _write_report(earlier: Document, store: QuantizedStore, base: ModelDirectory, output: Path) -> None:
+def _write_report(earlier: Document, prepared: Prepared, output: Path) -> None:
     """Write the report inside the weights' folder, and warn where that fails; what evaluations added to it stays."""
+    store, base = prepared.store, prepared.directory
     folder = store.folder / REPORT_FOLDER
     try:
-        quantization = quantization_of(store, (base, locate_model(output)))
+        quantization = quantization_of(store, size_parts(base, locate_model(output), prepared.model))
         write_report(replace(earlier, machine=describe_machine(), quantization=quantization), render, folder)
     except Exception as error:  # whatever a page may raise, the model is finished
         again = ["python", "-m", "stages.report_page", folder, "--weights_path", store.folder]
@@ -123,7 +125,7 @@ def _nothing_left_of_bad_input(store: QuantizedStore, *, owner: bool) -> Iterato
 
 def _prepare(config: QuantizeConfig, directory: ModelDirectory, screen: Screen) -> Prepared:
     model = load_graph(directory)
-    fingerprint = fingerprint_model(directory)
+    fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     plan = plan_model(config, model, directory)
     _show_plan(config, plan, screen)
@@ -157,7 +159,7 @@ def open_search(config: QuantizeConfig) -> Search:
     config.validate()
     directory = locate_model(config.onnx_path)
     model = load_graph(directory)
-    cache = open_cache(config.cache_path, fingerprint_model(directory)) if config.needs_cache else None
+    cache = open_cache(config.cache_path, fingerprint_model(directory, model)) if config.needs_cache else None
     plan = plan_model(config, model, directory)
     return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
 

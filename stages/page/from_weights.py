@@ -8,23 +8,21 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from stages.errors import RecipeError
-from stages.model_directory import ModelDirectory
 from stages.page.document import KeptSite, Quantization, QuantizedSite, Verified
 from stages.quantized_store import VERIFICATION, QuantizedStore
 from stages.records import ExportRecipe, SiteReport
 from stages.report import bits_per_weight
 from stages.site_names import kind_of, layer_of
-from stages.size_breakdown import size_parts
+from stages.size_breakdown import SizePart
 
 _VERIFIED = TypeAdapter(Verified)
 
 
-def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory] | None) -> Quantization:
-    """The report's part on one run of stages.quantize; sizes come from ``models``, the base and the output.
+def quantization_of(store: QuantizedStore, sizes: tuple[SizePart, ...]) -> Quantization:
+    """Return the report's part on one run of stages.quantize; ``sizes`` are those of the base and the output.
 
     Raises:
         RecipeError: the search isn't finished.
-        GraphError: a model can't be read.
     """
     if not store.is_complete():
         raise RecipeError(f"{store.folder} isn't complete; run stages.quantize again to go on with it.")
@@ -38,7 +36,7 @@ def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDi
             KeptSite(site=site, layer=layer_of(site), kind=kind_of(site), reason=reason) for site, reason in recipe.kept
         ),
         other_weights=tuple(part.in_words for part in recipe.unreached),
-        sizes=() if models is None else size_parts(*models),
+        sizes=sizes,
         verified=_read_verified(store.folder / VERIFICATION),
     )
 
