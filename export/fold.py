@@ -104,7 +104,7 @@ class InputScaleFolder:
     def _shares(self, group: ActivationGroup) -> list[_Share]:
         shares: list[_Share] = []
         for site in group.sites:
-            scale = _checked(self.stored[site.name].read().input_scale, site)
+            scale = _checked(self.stored[site.name].input_scale(), site)
             known = next((index for index, share in enumerate(shares) if _same(share.scale, scale)), None)
             if known is None:
                 shares.append(_Share(scale, (site,)))
@@ -194,9 +194,9 @@ class InputScaleFolder:
             self._replace(node, index, tensor)
 
     def _divide_rows(self, stored: StoredSite, divisor: Float32[Tensor, " N"]) -> None:
-        weight, name = stored.read(), stored.site.name
+        scales, name = stored.scales(), stored.site.name
         together = self.row_divisors.get(name, torch.ones_like(divisor)) * divisor
-        if leaves_range(weight.scales, divided_scales(weight, together)):
+        if leaves_range(scales, divided_scales(scales, together)):
             raise CannotFold(f"the block scales of '{name}' would leave {stored.spec.scale_dtype}'s normal range")
         self.row_divisors[name] = together
 

@@ -87,7 +87,7 @@ def _stored_sites(store: QuantizedStore) -> dict[str, StoredSite]:
     found: dict[str, StoredSite] = {}
     for index, group in enumerate(store.recipe.groups):
         for site in group.sites:
-            spec = store.read(index, site).spec
+            spec = store.spec(index, site)
             found[site.name] = StoredSite(store=store, group_index=index, site=site, spec=spec)
     return found
 

@@ -32,7 +32,7 @@ from stages.records import (
     SiteReport,
     SolvedGroup,
 )
-from stages.sound_weights import Damage, require_parts, require_recipe
+from stages.sound_weights import Damage, PartName, require_part, require_recipe, require_spec
 from stages.table_file import TableFile
 
 RECIPE = "recipe.json"
@@ -135,29 +135,45 @@ class QuantizedStore:
                 "choose another place with --weights_path."
             ) from error
 
-    def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
-        """Load one site's weight.
+    def spec(self, index: int, site: MatMulSite) -> QuantSpec:
+        """Return the format of one site's weight; no tensor is read.
 
         Raises:
             RecipeError: the group's file is missing or damaged.
         """
         with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
-            specs = _SPECS.validate_json(_of_metadata(file.metadata(), "specs"))
-            spec = _found(specs, site.name)
-            names = set(file.keys())
-            part = {
-                key: file.get_tensor(f"{site.name}:{key}")
-                for key in ("codes", "scales", "zero_points", "input_scale")
-                if f"{site.name}:{key}" in names
-            }
-            require_parts(part, site, spec)
+            return _spec_in(file, site)
+
+    def tensor(self, index: int, site: MatMulSite, part: PartName) -> Tensor | None:
+        """Load one tensor of one site's weight; None where the weight needs no such part.
+
+        Args:
+            index: the group's place in the recipe.
+            site: one of the group's sites.
+            part: which tensor to read; the others stay on disk.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            return _part_in(file, site, _spec_in(file, site), part)
+
+    def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
+        """Load one site's whole weight.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        codes, scales = self.tensor(index, site, "codes"), self.tensor(index, site, "scales")
+        assert codes is not None
+        assert scales is not None
         return QuantizedWeight(
             site=site,
-            spec=spec,
-            codes=part["codes"],
-            scales=part["scales"],
-            zero_points=part.get("zero_points"),
-            input_scale=part.get("input_scale"),
+            spec=self.spec(index, site),
+            codes=codes,
+            scales=scales,
+            zero_points=self.tensor(index, site, "zero_points"),
+            input_scale=self.tensor(index, site, "input_scale"),
         )
 
     def _reports(self, index: int) -> tuple[SiteReport, ...]:
@@ -183,10 +199,19 @@ def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
     return metadata[key]
 
 
-def _found(specs: dict[str, QuantSpec], site: str) -> QuantSpec:
-    if site not in specs:
-        raise Damage(f"its specs don't name '{site}'")
-    return specs[site]
+def _spec_in(file: safe_open, site: MatMulSite) -> QuantSpec:
+    specs = _SPECS.validate_json(_of_metadata(file.metadata(), "specs"))
+    if site.name not in specs:
+        raise Damage(f"its specs don't name '{site.name}'")
+    require_spec(specs[site.name], site)
+    return specs[site.name]
+
+
+def _part_in(file: safe_open, site: MatMulSite, spec: QuantSpec, part: PartName) -> Tensor | None:
+    name = f"{site.name}:{part}"
+    tensor: Tensor | None = file.get_tensor(name) if name in set(file.keys()) else None
+    require_part(part, tensor, site, spec)
+    return tensor
 
 
 def _slug(name: str) -> str:
