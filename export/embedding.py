@@ -14,10 +14,9 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.graph_edit import MICROSOFT, GraphEditor, become, called, import_microsoft, name_of
-from export.qdq import float_type
 from stages.errors import GraphError
 from stages.quantized_store import QuantizedStore
-from stages.records import EmbeddingPlan, torch_float
+from stages.records import EmbeddingPlan, onnx_float, torch_float
 from stages.table_file import TableFile
 
 
@@ -102,7 +101,7 @@ def _require_fit(plan: EmbeddingPlan, node: ir.Node) -> None:
 def _insert_dequantize(
     editor: GraphEditor, nodes: list[ir.Node], plan: EmbeddingPlan, inputs: list[ir.Value], name: str
 ) -> None:
-    shape, dtype = ir.Shape(plan.table.shape), ir.TensorType(float_type(plan.table.dtype))
+    shape, dtype = ir.Shape(plan.table.shape), ir.TensorType(onnx_float(plan.table.dtype))
     floats = editor.insert_before(
         nodes[0],
         "DequantizeLinear",
@@ -141,5 +140,5 @@ def _lazy_codes(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
 
 def _lazy_scales(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: TorchTensor(file.read_scales()), dtype=float_type(plan.table.dtype), shape=ir.Shape(plan.scales_shape)
+        lambda: TorchTensor(file.read_scales()), dtype=onnx_float(plan.table.dtype), shape=ir.Shape(plan.scales_shape)
     )

@@ -21,12 +21,12 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from export.graph_edit import MICROSOFT, GraphEditor, become, import_microsoft, name_of
-from export.qdq import RewrittenSite, StoredSite, float_type
+from export.qdq import RewrittenSite, StoredSite
 from stages.bitpack import pack_4bit, unpack_4bit
 from stages.channel_blocks import channel_block_size
 from stages.config import AccuracyLevel
 from stages.errors import RecipeError
-from stages.records import MatMulSite, PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.records import MatMulSite, PerBlock, PerChannel, QuantSpec, WeightForm, onnx_float
 
 _SMALLEST_BLOCK = 16
 _BIAS_INPUT = 2
@@ -155,7 +155,7 @@ def insert_matmul_nbits(
         weights.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
     attributes = _attributes(site, spec, accuracy_level)
     if _has_bias(node):
-        product = _insert_before_bias(editor, node, weights, attributes, float_type(spec.scale_dtype))
+        product = _insert_before_bias(editor, node, weights, attributes, onnx_float(spec.scale_dtype))
     else:
         product = node.outputs[0]
         become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
@@ -234,7 +234,7 @@ def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
         return TorchTensor(_per_stored_block(source.scales(), site, spec))
 
     shape = ir.Shape((site.out_features, _num_blocks(site, spec)))
-    return ir.LazyTensor(read, dtype=float_type(spec.scale_dtype), shape=shape)
+    return ir.LazyTensor(read, dtype=onnx_float(spec.scale_dtype), shape=shape)
 
 
 def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:

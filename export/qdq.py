@@ -20,32 +20,22 @@ from export.graph_edit import GraphEditor, name_of
 from stages.bitpack import pack_4bit
 from stages.quantized_store import QuantizedStore
 from stages.records import (
-    FloatName,
     MatMulSite,
     PerBlock,
     PerChannel,
     QuantizedWeight,
     QuantSpec,
     WeightForm,
+    onnx_float,
     torch_float,
 )
 
-_FLOAT_TYPES: dict[FloatName, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 _CODE_TYPES: dict[tuple[int, bool], ir.DataType] = {
     (4, True): ir.DataType.INT4,
     (4, False): ir.DataType.UINT4,
     (8, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
 }
-
-
-def float_type(name: FloatName) -> ir.DataType:
-    """The ONNX type that ``name`` stands for."""
-    return _FLOAT_TYPES[name]
 
 
 def code_type(spec: QuantSpec) -> ir.DataType:
@@ -204,7 +194,7 @@ def _dequantize(
     editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm, inputs: list[ir.Value]
 ) -> ir.Value:
     """DequantizeLinear, and the Transpose that a column-major weight needs: the [K, N] that MatMul reads."""
-    site, dtype = source.site, float_type(source.spec.scale_dtype)
+    site, dtype = source.site, onnx_float(source.spec.scale_dtype)
     floats = editor.insert_before(
         node,
         "DequantizeLinear",
@@ -263,7 +253,7 @@ def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
 def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
     return ir.LazyTensor(
         lambda: _float_tensor(source),
-        dtype=float_type(source.spec.scale_dtype),
+        dtype=onnx_float(source.spec.scale_dtype),
         shape=_matrix_shape(source.site, WeightForm.QDQ),
     )
 
@@ -271,7 +261,7 @@ def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
 def _lazy_scales(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
         lambda: _scales_tensor(source, form),
-        dtype=float_type(source.spec.scale_dtype),
+        dtype=onnx_float(source.spec.scale_dtype),
         shape=ir.Shape(scales_shape(source.site, source.spec, form)),
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -199,7 +200,7 @@ def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
     return metadata[key]
 
 
-def _spec_in(file: safe_open, site: MatMulSite) -> QuantSpec:
+def _spec_in(file: Any, site: MatMulSite) -> QuantSpec:
     specs = _SPECS.validate_json(_of_metadata(file.metadata(), "specs"))
     if site.name not in specs:
         raise Damage(f"its specs don't name '{site.name}'")
@@ -207,7 +208,7 @@ def _spec_in(file: safe_open, site: MatMulSite) -> QuantSpec:
     return specs[site.name]
 
 
-def _part_in(file: safe_open, site: MatMulSite, spec: QuantSpec, part: PartName) -> Tensor | None:
+def _part_in(file: Any, site: MatMulSite, spec: QuantSpec, part: PartName) -> Tensor | None:
     name = f"{site.name}:{part}"
     tensor: Tensor | None = file.get_tensor(name) if name in set(file.keys()) else None
     require_part(part, tensor, site, spec)

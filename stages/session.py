@@ -14,6 +14,7 @@ import torch
 
 from stages.errors import GraphError, UserError
 from stages.one_line import in_one_line
+from stages.records import FLOAT_TYPES
 
 CPU = "CPUExecutionProvider"
 CPU_ONLY = (CPU,)
@@ -28,12 +29,11 @@ _PROVIDERS = {
 SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
 _REASON_LENGTH = 200
 _AS_MANY_AS_CORES = 0
-_BFLOAT16 = "tensor(bfloat16)"
-_NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
+_BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
+_NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    **{kind.onnxruntime: kind.numpy for kind in FLOAT_TYPES.values() if kind.onnxruntime != _BFLOAT16},
 }
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""

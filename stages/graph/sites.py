@@ -12,13 +12,8 @@ import onnx_ir as ir
 from stages.errors import GraphError
 from stages.graph.absorbers import find_absorber
 from stages.graph.experts import routes_experts
-from stages.records import ActivationGroup, FloatName, MatMulSite, WeightLayout
+from stages.records import ActivationGroup, MatMulSite, WeightLayout, float_of_onnx
 
-FLOAT_NAMES: dict[ir.DataType, FloatName] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
 
 
@@ -84,7 +79,8 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         return None
     layout, weight = layout_and_weight
     assert weight.shape is not None
-    assert weight.dtype is not None
+    kind = float_of_onnx(weight.dtype)
+    assert kind is not None
     rows, columns = weight.shape.numpy()
     activation, output = node.inputs[0], node.outputs[0]
     if activation is None:
@@ -100,7 +96,7 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         in_features=in_features,
         out_features=out_features,
         layout=layout,
-        dtype=FLOAT_NAMES[weight.dtype],
+        dtype=kind.name,
         weight_shared_with=tuple(_name(other.outputs[0]) for other in _readers(weight) if other is not node),
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
@@ -143,7 +139,7 @@ def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
     layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
     if value is not None and not transposed and (source := swapped_initializer(value)) is not None:
         layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
-    if value is None or not value.is_initializer() or value.dtype not in FLOAT_NAMES:
+    if value is None or not value.is_initializer() or float_of_onnx(value.dtype) is None:
         return None
     if value.shape is None or len(value.shape) != 2 or 0 in value.shape.numpy():
         return None

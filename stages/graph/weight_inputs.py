@@ -23,15 +23,10 @@ from stages.errors import GraphError
 from stages.graph.opened import open_graph
 from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
-from stages.records import MatMulSite, WeightLayout
+from stages.records import FLOAT_TYPES, MatMulSite, WeightLayout
 from stages.session import CausalFeeds, ProviderChoice
 
 _LOGITS = "logits"
-_TORCH_TYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-}
 
 
 def input_name(site: MatMulSite) -> str:
@@ -139,7 +134,8 @@ def _as_fed(weight: Float[Tensor, "N K"], site: MatMulSite, session: ort.Inferen
     """The weight in the layout and type of its graph input."""
     declared = next(node.type for node in session.get_inputs() if node.name == input_name(site))
     laid_out = weight if site.layout is WeightLayout.N_BY_K else weight.T
-    stored = laid_out.cpu().to(_TORCH_TYPES[declared]).contiguous()
+    dtype = next(kind.torch for kind in FLOAT_TYPES.values() if kind.onnxruntime == declared)
+    stored = laid_out.cpu().to(dtype).contiguous()
     if stored.dtype == torch.bfloat16:
         bits = stored.view(torch.uint16).numpy()
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ir.DataType.BFLOAT16)
