@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 
 from stages.errors import GraphError, UserError
+from stages.model_directory import ModelDirectory
 from stages.one_line import in_one_line
 from stages.records import FLOAT_TYPES
 
@@ -210,6 +211,19 @@ class CausalFeeds:
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
     fed_otherwise: frozenset[str] = frozenset()
     """Inputs that the caller feeds."""
+
+    @classmethod
+    def of(
+        cls, session: ort.InferenceSession, directory: ModelDirectory, fed_otherwise: frozenset[str] = frozenset()
+    ) -> CausalFeeds:
+        """Return the feeds of a session whose model, or a part of it, lies in ``directory``.
+
+        Args:
+            session: the open session.
+            directory: where head counts and sliding caches are told.
+            fed_otherwise: inputs that the caller feeds.
+        """
+        return cls(session, directory.kv_heads, directory.head_size, directory.windowed_caches, fed_otherwise)
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
         """Feeds for ``tokens`` [batch, length] (any integer type).

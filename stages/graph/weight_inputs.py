@@ -118,13 +118,7 @@ def open_trials(
     changed = with_weight_inputs(model, sites)
     with ExitStack() as temporary:
         session = open_graph(changed, directory, choice, scratch, temporary).session
-        feeds = CausalFeeds(
-            session,
-            directory.kv_heads,
-            directory.head_size,
-            directory.windowed_caches,
-            fed_otherwise=frozenset(input_name(site) for site in sites),
-        )
+        feeds = CausalFeeds.of(session, directory, fed_otherwise=frozenset(input_name(site) for site in sites))
         cpu = torch.device("cpu")
         original = {input_name(site): _as_fed(read_weight(model, site, cpu), site, session) for site in sites}
         return TrialRunner(feeds, original, temporary.pop_all())
