@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -142,8 +141,7 @@ class QuantizedStore:
         Raises:
             RecipeError: the group's file is missing or damaged.
         """
-        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
-            return _spec_in(file, site)
+        return self._load(index, site, ())[0]
 
     def tensor(self, index: int, site: MatMulSite, part: PartName) -> Tensor | None:
         """Load one tensor of one site's weight; None where the weight needs no such part.
@@ -156,8 +154,7 @@ class QuantizedStore:
         Raises:
             RecipeError: the group's file is missing or damaged.
         """
-        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
-            return _part_in(file, site, _spec_in(file, site), part)
+        return self._load(index, site, (part,))[1].get(part)
 
     def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
         """Load one site's whole weight.
@@ -165,17 +162,29 @@ class QuantizedStore:
         Raises:
             RecipeError: the group's file is missing or damaged.
         """
-        codes, scales = self.tensor(index, site, "codes"), self.tensor(index, site, "scales")
-        assert codes is not None
-        assert scales is not None
+        spec, parts = self._load(index, site, ("codes", "scales", "zero_points", "input_scale"))
         return QuantizedWeight(
             site=site,
-            spec=self.spec(index, site),
-            codes=codes,
-            scales=scales,
-            zero_points=self.tensor(index, site, "zero_points"),
-            input_scale=self.tensor(index, site, "input_scale"),
+            spec=spec,
+            codes=parts["codes"],
+            scales=parts["scales"],
+            zero_points=parts.get("zero_points"),
+            input_scale=parts.get("input_scale"),
         )
+
+    def _load(
+        self, index: int, site: MatMulSite, wanted: tuple[PartName, ...]
+    ) -> tuple[QuantSpec, dict[PartName, Tensor]]:
+        parts: dict[PartName, Tensor] = {}
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            spec = _found(_SPECS.validate_json(_of_metadata(file.metadata(), "specs")), site)
+            names = set(file.keys())
+            for part in wanted:
+                name = f"{site.name}:{part}"
+                if name in names:
+                    parts[part] = file.get_tensor(name)
+                require_part(part, parts.get(part), site, spec)
+        return spec, parts
 
     def _reports(self, index: int) -> tuple[SiteReport, ...]:
         with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
@@ -200,19 +209,11 @@ def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
     return metadata[key]
 
 
-def _spec_in(file: Any, site: MatMulSite) -> QuantSpec:
-    specs = _SPECS.validate_json(_of_metadata(file.metadata(), "specs"))
+def _found(specs: dict[str, QuantSpec], site: MatMulSite) -> QuantSpec:
     if site.name not in specs:
         raise Damage(f"its specs don't name '{site.name}'")
     require_spec(specs[site.name], site)
     return specs[site.name]
-
-
-def _part_in(file: Any, site: MatMulSite, spec: QuantSpec, part: PartName) -> Tensor | None:
-    name = f"{site.name}:{part}"
-    tensor: Tensor | None = file.get_tensor(name) if name in set(file.keys()) else None
-    require_part(part, tensor, site, spec)
-    return tensor
 
 
 def _slug(name: str) -> str:
