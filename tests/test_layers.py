@@ -55,7 +55,7 @@ ALLOWED = {
         "export",
     },
     "stages.page": {"stages.page", "stages.evaluation"},
-    "export": {"export"},
+    "export": {"export", "stages.graph"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
     "stages.footprint": {"stages.observe", "stages.solve"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +10,7 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.graph.absorbers import find_absorber
-from stages.graph.experts import routes_experts
+from stages.graph.patterns import readers, routes_experts
 from stages.records import ActivationGroup, MatMulSite, WeightLayout, float_of_onnx
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
@@ -97,7 +96,9 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         out_features=out_features,
         layout=layout,
         dtype=kind.name,
-        weight_shared_with=tuple(_name(other.outputs[0]) for other in _readers(weight) if other is not node),
+        weight_shared_with=tuple(
+            dict.fromkeys(_name(other.outputs[0]) for other, _ in readers(weight) if other is not node)
+        ),
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
         routes_experts=out_features < in_features and routes_experts(output),
@@ -166,15 +167,6 @@ def swapped_initializer(value: ir.Value) -> ir.Value | None:
         return None
     source = node.inputs[0]
     return source if source is not None and source.is_initializer() else None
-
-
-def _readers(weight: ir.Value) -> Iterator[ir.Node]:
-    """Nodes that read the weight; a Transpose counts as the nodes behind it."""
-    for consumer in weight.consumers():
-        if consumer.op_type == "Transpose":
-            yield from consumer.outputs[0].consumers()
-        else:
-            yield consumer
 
 
 def _becomes_logits(value: ir.Value) -> bool:
