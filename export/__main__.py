@@ -30,6 +30,7 @@ def export(config: ExportConfig) -> ExportSummary:
         UserError: the weights are incomplete or another model's, or the output exists or fails a check.
     """
     from export.export_model import Destination, export_model
+    from stages.base_graph import load_graph
     from stages.fingerprint import fingerprint_model
     from stages.model_directory import locate_model
     from stages.quantized_store import open_store
@@ -41,12 +42,13 @@ def export(config: ExportConfig) -> ExportSummary:
         recipe = replace(store.recipe, weight_form=WeightForm(config.weight_operator))
         store = replace(store, recipe=recipe)
     destination = Destination.from_path(config.output_path, base, overwrite=config.overwrite)
-    if fingerprint_model(base) != store.recipe.model_fingerprint:
+    model = load_graph(base)
+    if fingerprint_model(base, model) != store.recipe.model_fingerprint:
         raise CacheMismatch(
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
             "that stages.quantize read."
         )
-    return export_model(base, store, destination, config.export_options)
+    return export_model(base, store, destination, config.export_options, model)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.graph_edit import MICROSOFT, GraphEditor, become, called, import_microsoft, name_of
-from export.qdq import float_type
 from stages.errors import GraphError
+from stages.graph.patterns import readers
 from stages.quantized_store import QuantizedStore
-from stages.records import EmbeddingPlan, torch_float
+from stages.records import EmbeddingPlan, onnx_float, torch_float
 from stages.table_file import TableFile
 
 
@@ -60,17 +60,13 @@ def table_outcomes(model: ir.Model, tables: Sequence[RewrittenTable]) -> tuple[T
 def _outcome(model: ir.Model, plan: EmbeddingPlan) -> TableOutcome:
     rows, columns = plan.table.shape
     original = model.graph.initializers.get(plan.table.weight)
-    readers = () if original is None else original.consumers()
+    kept_by = () if original is None else dict.fromkeys(node for node, _ in readers(original))
     return TableOutcome(
         plan=plan,
         bytes_before=rows * columns * torch_float(plan.table.dtype).itemsize,
         bytes_after=plan.stored_bytes,
-        still_read_by=tuple(str(node.name) for reader in readers for node in _behind_transpose(reader)),
+        still_read_by=tuple(str(node.name) for node in kept_by),
     )
-
-
-def _behind_transpose(node: ir.Node) -> Sequence[ir.Node]:
-    return node.outputs[0].consumers() if node.op_type == "Transpose" else (node,)
 
 
 def _rewrite_table(editor: GraphEditor, plan: EmbeddingPlan, file: TableFile) -> RewrittenTable:
@@ -102,7 +98,7 @@ def _require_fit(plan: EmbeddingPlan, node: ir.Node) -> None:
 def _insert_dequantize(
     editor: GraphEditor, nodes: list[ir.Node], plan: EmbeddingPlan, inputs: list[ir.Value], name: str
 ) -> None:
-    shape, dtype = ir.Shape(plan.table.shape), ir.TensorType(float_type(plan.table.dtype))
+    shape, dtype = ir.Shape(plan.table.shape), ir.TensorType(onnx_float(plan.table.dtype))
     floats = editor.insert_before(
         nodes[0],
         "DequantizeLinear",
@@ -141,5 +137,5 @@ def _lazy_codes(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
 
 def _lazy_scales(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: TorchTensor(file.read_scales()), dtype=float_type(plan.table.dtype), shape=ir.Shape(plan.scales_shape)
+        lambda: TorchTensor(file.read_scales()), dtype=onnx_float(plan.table.dtype), shape=ir.Shape(plan.scales_shape)
     )

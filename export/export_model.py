@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
 from pydantic import TypeAdapter
 
 from export.embedding import TableOutcome, table_outcomes
@@ -72,8 +73,16 @@ def export_model(
     store: QuantizedStore,
     destination: Destination,
     options: ExportOptions,
+    base_graph: ir.Model | None = None,
 ) -> ExportSummary:
     """Write ``store``'s weights into a copy of the ``base`` model directory.
+
+    Args:
+        base: the model that the weights were made from.
+        store: the finished weights.
+        destination: where the output goes.
+        options: how its nodes are written and checked.
+        base_graph: what ``load_graph`` gave for the base, which stays as it is; None parses the file here.
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
@@ -82,7 +91,7 @@ def export_model(
     """
     destination.require_apart_from(store.folder, "the quantized weights")
     options = _with_target_level(options, store.recipe)
-    model = load_graph(base)
+    model = load_graph(base) if base_graph is None else base_graph
     result = rewrite(model, store, options.accuracy_level)
     try:
         with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:

@@ -10,6 +10,7 @@ group sees another activation than before; a value cache then holds V divided by
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -21,18 +22,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from export.divide import CannotFold, divided_matrix, divided_vector, leaves_range
-from export.fold_guards import (
-    LinearPath,
-    before_cast,
-    require_linear_in_value,
-    require_path,
-    require_power,
-    require_producer,
-    require_seen_only_by,
-    untie_heads,
-    value_reader,
-)
-from export.graph_edit import GraphEditor, called, name_of
+from export.fold_guards import places_of, require_as_planned, require_own_cache, require_seen_only_by, untie_heads
+from export.graph_edit import GraphEditor, name_of
 from export.qdq import StoredSite, divided_scales
 from stages.errors import RecipeError
 from stages.finite import all_finite
@@ -60,21 +51,14 @@ class _Share:
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
-    """A linear layer that may take a scale into its output channels."""
-
-    name: str
-    node: ir.Node
-    out_features: int
-
-
-@dataclass(frozen=True, slots=True)
 class InputScaleFolder:
     """Edits one graph, group after group; ``row_divisors`` ([N] float32 by site) then say how to write scales."""
 
     editor: GraphEditor
-    stored: dict[str, StoredSite]
+    stored: Mapping[str, StoredSite]
     """Every quantized site by name."""
+    sites: Mapping[str, MatMulSite]
+    """Every site of the graph by its output, quantized or not."""
     row_divisors: dict[str, Tensor] = field(default_factory=dict)
 
     def fold(self, group: ActivationGroup) -> list[FoldOutcome]:
@@ -104,7 +88,7 @@ class InputScaleFolder:
     def _shares(self, group: ActivationGroup) -> list[_Share]:
         shares: list[_Share] = []
         for site in group.sites:
-            scale = _checked(self.stored[site.name].read().input_scale, site)
+            scale = _checked(self.stored[site.name].input_scale(), site)
             known = next((index for index, share in enumerate(shares) if _same(share.scale, scale)), None)
             if known is None:
                 shares.append(_Share(scale, (site,)))
@@ -132,71 +116,48 @@ class InputScaleFolder:
         assert activation is not None
         assert share.scale is not None
         require_seen_only_by(share.sites, activation)
+        if group.absorber is None:
+            raise CannotFold(group.unfoldable_because or "nothing before it can take a scale exactly")
+        require_as_planned(group, activation, self.sites)
         match group.absorber:
-            case None:
-                raise CannotFold(group.unfoldable_because or "nothing before it can take a scale exactly")
             case NormAbsorber() as norm:
-                self._into_norm(norm, activation, share.scale)
+                self._into_norm(norm, share.scale)
             case LinearAbsorber() as linear:
-                self._into_linear(linear, activation, share.scale)
+                self._divide_outputs(linear, share.scale if linear.power == 1 else share.scale.sqrt())
             case ValueAbsorber() as value:
-                self._into_value(value, activation, share.scale)
+                self._into_value(value, self.editor.producer(name_of(activation)), share.scale)
         return group.absorber.kind
 
-    def _into_norm(self, absorber: NormAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
-        normed = before_cast(activation)
-        node = normed.producer()
-        if node is None or name_of(normed) != absorber.output or normed.index() != 0:
-            raise CannotFold("the activation isn't the first output of the norm that was planned")
-        slots = [index for index, value in enumerate(node.inputs) if value and value.name in absorber.parameters]
-        if len(slots) != len(absorber.parameters):
-            raise CannotFold(f"{called(node)} doesn't read the planned gain and bias once each")
-        divided = [(index, divided_vector(node, index, scale)) for index in slots]
-        for index, tensor in divided:
+    def _into_norm(self, absorber: NormAbsorber, scale: Float32[Tensor, " K"]) -> None:
+        places = places_of(absorber.parameters, [self.editor.producer(absorber.output)])
+        divided = [(node, index, divided_vector(node, index, scale)) for node, index in places]
+        for node, index, tensor in divided:
             self._replace(node, index, tensor)
 
-    def _into_linear(self, absorber: LinearAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
-        linear = self._linear(absorber.site)
-        path = require_path(linear.node, require_power(activation, absorber.power), absorber.bias)
-        if linear.out_features != scale.numel():
-            raise CannotFold(f"{called(linear.node)} doesn't have one output channel for each scale")
-        self._divide_outputs(linear, path, scale if absorber.power == 1 else scale.sqrt())
+    def _into_value(self, absorber: ValueAbsorber, attention: ir.Node, scale: Float32[Tensor, " K"]) -> None:
+        require_own_cache(attention)
+        heads = absorber.heads
+        divisor = torch.ones(absorber.first_channel + heads.kv_heads * heads.head_size)
+        divisor[absorber.first_channel :] = untie_heads(scale, heads)
+        self._divide_outputs(absorber, divisor)
 
-    def _into_value(self, absorber: ValueAbsorber, activation: ir.Value, scale: Float32[Tensor, " K"]) -> None:
-        attention = require_producer(activation, "GroupQueryAttention", "MultiHeadAttention")
-        linear = self._linear(absorber.site)
-        path = require_path(linear.node, value_reader(attention), absorber.bias)
-        require_linear_in_value(attention, path, absorber, linear.out_features)
-        divisor = torch.ones(linear.out_features)
-        divisor[absorber.first_channel :] = untie_heads(scale, absorber.heads)
-        self._divide_outputs(linear, path, divisor)
-
-    def _linear(self, name: str) -> _Linear:
-        stored = self.stored.get(name)
-        if stored is not None:
-            return _Linear(name, self.editor.producer(stored.site.output), stored.site.out_features)
-        node = self.editor.site_node(name)
-        if node is None or node.op_type not in ("MatMul", "Gemm"):
-            raise CannotFold(f"the linear layer '{name}' that should take the scale isn't in the graph")
-        weight = node.inputs[1]
-        if weight is None or not weight.is_initializer() or weight.shape is None:
-            raise CannotFold(f"the weight of {called(node)} is not an initializer")
-        return _Linear(name, node, int(weight.shape.numpy()[1 - node.attributes.get_int("transB", 0)]))
-
-    def _divide_outputs(self, linear: _Linear, path: LinearPath, divisor: Float32[Tensor, " N"]) -> None:
+    def _divide_outputs(self, absorber: LinearAbsorber | ValueAbsorber, divisor: Float32[Tensor, " N"]) -> None:
         """Divide a linear layer's output channels: its bias now, a stored weight's scales when they are written."""
-        edits = [(node, index, divided_vector(node, index, divisor)) for node, index in path.bias]
-        if linear.name in self.stored:
-            self._divide_rows(self.stored[linear.name], divisor)
+        linear = next(self.editor.producer(site.output) for site in self.sites.values() if site.name == absorber.site)
+        bias = () if absorber.bias is None else (absorber.bias,)
+        places = places_of(bias, [linear, *linear.outputs[0].consumers()])
+        edits = [(node, index, divided_vector(node, index, divisor)) for node, index in places]
+        if absorber.site in self.stored:
+            self._divide_rows(self.stored[absorber.site], divisor)
         else:
-            edits.append((linear.node, 1, divided_matrix(linear.node, divisor)))
+            edits.append((linear, 1, divided_matrix(linear, divisor)))
         for node, index, tensor in edits:
             self._replace(node, index, tensor)
 
     def _divide_rows(self, stored: StoredSite, divisor: Float32[Tensor, " N"]) -> None:
-        weight, name = stored.read(), stored.site.name
+        scales, name = stored.scales(), stored.site.name
         together = self.row_divisors.get(name, torch.ones_like(divisor)) * divisor
-        if leaves_range(weight.scales, divided_scales(weight, together)):
+        if leaves_range(scales, divided_scales(scales, together)):
             raise CannotFold(f"the block scales of '{name}' would leave {stored.spec.scale_dtype}'s normal range")
         self.row_divisors[name] = together
 

@@ -118,7 +118,7 @@ def _run_piece(
             raise CannotRun("its operators have no CPU kernel for this type") from error
         raise
     try:
-        feeds = CausalFeeds(session, base.kv_heads, base.head_size, base.windowed_caches, frozenset(carried))
+        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(carried))
         one_token = feeds(np.zeros((1, 1), np.int64))
     except GraphError as error:
         raise CannotRun(f"its inputs can't be made here: {error}") from error

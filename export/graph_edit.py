@@ -45,10 +45,9 @@ def import_microsoft(node: ir.Node) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GraphEditor:
-    """Finds nodes by name or output and adds nodes and initializers under names that are still free."""
+    """Finds nodes by their output and adds nodes and initializers under names that are still free."""
 
     by_output: dict[str, ir.Node]
-    by_name: dict[str, ir.Node]
     _taken: set[str] = field(default_factory=set)
 
     @classmethod
@@ -60,7 +59,7 @@ class GraphEditor:
         for graph in model.graphs():
             taken.update(graph.initializers)
             taken.update(name_of(value) for value in graph.inputs)
-        return cls(by_output, {node.name: node for node in nodes if node.name}, taken)
+        return cls(by_output, taken)
 
     def producer(self, output: str) -> ir.Node:
         """The node that makes the value ``output``.
@@ -75,10 +74,6 @@ class GraphEditor:
                 "model that they were made from."
             )
         return node
-
-    def site_node(self, site: str) -> ir.Node | None:
-        """The node of the site called ``site``; unnamed nodes are called "weight->output"."""
-        return self.by_name.get(site) or self.by_output.get(site.rpartition("->")[2])
 
     def add_initializer(self, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Register ``tensor`` in the graph that holds ``node``, as ``name`` or a free name made from it."""

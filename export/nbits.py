@@ -16,17 +16,17 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 import torch
-from jaxtyping import Int16, UInt8
+from jaxtyping import Int16, Shaped, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from export.graph_edit import MICROSOFT, GraphEditor, become, import_microsoft, name_of
-from export.qdq import RewrittenSite, StoredSite, divided_scales, float_type
+from export.qdq import RewrittenSite, StoredSite
 from stages.bitpack import pack_4bit, unpack_4bit
 from stages.channel_blocks import channel_block_size
 from stages.config import AccuracyLevel
 from stages.errors import RecipeError
-from stages.records import MatMulSite, PerBlock, PerChannel, QuantizedWeight, QuantSpec, WeightForm
+from stages.records import MatMulSite, PerBlock, PerChannel, QuantSpec, WeightForm, onnx_float
 
 _SMALLEST_BLOCK = 16
 _BIAS_INPUT = 2
@@ -58,18 +58,27 @@ def implied_zero_point(spec: QuantSpec) -> int:
 # --------------------------------------------------------------------------- bytes
 
 
-def packed_codes(weight: QuantizedWeight) -> UInt8[np.ndarray, "N nB bytes"]:
-    """Codes as the operator reads them; what fills up a row's last block dequantizes to 0."""
-    spec, (rows, columns) = weight.spec, weight.codes.shape
-    width = stored_block_size(weight.site, spec)
+def packed_codes(
+    codes: Shaped[Tensor, "N K"], zero_points: UInt8[Tensor, "N nB"] | None, site: MatMulSite, spec: QuantSpec
+) -> UInt8[np.ndarray, "N blocks bytes"]:
+    """Return codes as the operator reads them; what fills up a row's last block dequantizes to 0.
+
+    Args:
+        codes: as the store has them.
+        zero_points: likewise; None where the format has none.
+        site: the site that they are of.
+        spec: how they are stored.
+    """
+    rows, columns = codes.shape
+    width = stored_block_size(site, spec)
     blocks = -(-columns // width)
     unsigned = torch.empty((rows, blocks * width), dtype=torch.uint8)
-    if weight.zero_points is None:
+    if zero_points is None:
         unsigned.fill_(implied_zero_point(spec))
-        unsigned[:, :columns] = (weight.codes.to(torch.int16) + implied_zero_point(spec)).to(torch.uint8)
+        unsigned[:, :columns] = (codes.to(torch.int16) + implied_zero_point(spec)).to(torch.uint8)
     else:
-        unsigned[:] = weight.zero_points[:, -1:]
-        unsigned[:, :columns] = weight.codes
+        unsigned[:] = zero_points[:, -1:]
+        unsigned[:, :columns] = codes
     packed = unsigned.numpy() if spec.bits == 8 else pack_4bit(unsigned)
     return packed.reshape(rows, blocks, width * spec.bits // 8)
 
@@ -85,11 +94,18 @@ def unpacked_codes(
     return codes[:, : site.in_features].astype(np.int16) - (implied_zero_point(spec) if spec.symmetric else 0)
 
 
-def packed_zero_points(weight: QuantizedWeight) -> UInt8[np.ndarray, "N bytes"]:
-    """Zero points as the operator reads them: each row begins with a new byte."""
-    assert weight.zero_points is not None
-    per_block = _per_stored_block(weight.zero_points, weight.site, weight.spec)
-    if weight.spec.bits == 8:
+def packed_zero_points(
+    zero_points: UInt8[Tensor, "N nB"], site: MatMulSite, spec: QuantSpec
+) -> UInt8[np.ndarray, "N bytes"]:
+    """Return zero points as the operator reads them: each row begins with a new byte.
+
+    Args:
+        zero_points: as the store has them.
+        site: the site that they are of.
+        spec: how they are stored.
+    """
+    per_block = _per_stored_block(zero_points, site, spec)
+    if spec.bits == 8:
         return per_block.numpy()
     even = torch.nn.functional.pad(per_block, (0, per_block.shape[1] % 2))
     return pack_4bit(even).reshape(even.shape[0], even.shape[1] // 2)
@@ -139,7 +155,7 @@ def insert_matmul_nbits(
         weights.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
     attributes = _attributes(site, spec, accuracy_level)
     if _has_bias(node):
-        product = _insert_before_bias(editor, node, weights, attributes, float_type(spec.scale_dtype))
+        product = _insert_before_bias(editor, node, weights, attributes, onnx_float(spec.scale_dtype))
     else:
         product = node.outputs[0]
         become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
@@ -204,21 +220,30 @@ def _lazy_codes(source: StoredSite) -> ir.LazyTensor:
     site, spec = source.site, source.spec
     width = stored_block_size(site, spec)
     shape = (site.out_features, _num_blocks(site, spec), width * spec.bits // 8)
-    return ir.LazyTensor(lambda: ir.tensor(packed_codes(source.read())), dtype=ir.DataType.UINT8, shape=ir.Shape(shape))
+
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(packed_codes(source.codes(), source.zero_points(), site, spec))
+
+    return ir.LazyTensor(read, dtype=ir.DataType.UINT8, shape=ir.Shape(shape))
 
 
 def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
     site, spec = source.site, source.spec
 
     def read() -> ir.TensorProtocol:
-        scales = divided_scales(source.read(), source.row_divisor)
-        return TorchTensor(_per_stored_block(scales, site, spec))
+        return TorchTensor(_per_stored_block(source.scales(), site, spec))
 
     shape = ir.Shape((site.out_features, _num_blocks(site, spec)))
-    return ir.LazyTensor(read, dtype=float_type(spec.scale_dtype), shape=shape)
+    return ir.LazyTensor(read, dtype=onnx_float(spec.scale_dtype), shape=shape)
 
 
 def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:
     site, spec = source.site, source.spec
     shape = ir.Shape((site.out_features, -(-_num_blocks(site, spec) * spec.bits // 8)))
-    return ir.LazyTensor(lambda: ir.tensor(packed_zero_points(source.read())), dtype=ir.DataType.UINT8, shape=shape)
+
+    def read() -> ir.TensorProtocol:
+        zero_points = source.zero_points()
+        assert zero_points is not None
+        return ir.tensor(packed_zero_points(zero_points, site, spec))
+
+    return ir.LazyTensor(read, dtype=ir.DataType.UINT8, shape=shape)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import onnx_ir as ir
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32, Shaped, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
@@ -20,32 +20,22 @@ from export.graph_edit import GraphEditor, name_of
 from stages.bitpack import pack_4bit
 from stages.quantized_store import QuantizedStore
 from stages.records import (
-    FloatName,
     MatMulSite,
     PerBlock,
     PerChannel,
     QuantizedWeight,
     QuantSpec,
     WeightForm,
+    onnx_float,
     torch_float,
 )
 
-_FLOAT_TYPES: dict[FloatName, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 _CODE_TYPES: dict[tuple[int, bool], ir.DataType] = {
     (4, True): ir.DataType.INT4,
     (4, False): ir.DataType.UINT4,
     (8, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
 }
-
-
-def float_type(name: FloatName) -> ir.DataType:
-    """The ONNX type that ``name`` stands for."""
-    return _FLOAT_TYPES[name]
 
 
 def code_type(spec: QuantSpec) -> ir.DataType:
@@ -68,11 +58,9 @@ def scales_shape(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> tuple[i
             return (site.out_features,)
 
 
-def divided_scales(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
-    """Scales [N, nB] with output channel n divided by ``row_divisor[n]``, in float32 and then rounded to storage."""
-    if row_divisor is None:
-        return weight.scales
-    return (weight.scales.float() / row_divisor[:, None]).to(torch_float(weight.spec.scale_dtype))
+def divided_scales(scales: Float[Tensor, "N nB"], row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
+    """Divide output channel n's scales by ``row_divisor[n]``, in float32 that is then rounded to storage."""
+    return scales if row_divisor is None else (scales.float() / row_divisor[:, None]).to(scales.dtype)
 
 
 def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N K"]:
@@ -84,7 +72,7 @@ def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | No
     codes = weight.codes.float()
     if weight.zero_points is not None:
         codes -= _per_input(weight.zero_points.float(), width, codes.shape[1])
-    codes *= _per_input(divided_scales(weight, row_divisor).float(), width, codes.shape[1])
+    codes *= _per_input(divided_scales(weight.scales, row_divisor).float(), width, codes.shape[1])
     return codes.to(torch_float(weight.spec.scale_dtype))
 
 
@@ -95,29 +83,26 @@ def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int)
 # --------------------------------------------------------------------------- tensors in the graph's layout
 
 
-def codes_tensor(weight: QuantizedWeight, form: WeightForm) -> ir.TensorProtocol:
-    """Codes in the graph's layout, packed where they have four bits."""
-    return _integers(oriented(weight.codes, form), weight.spec)
+def _codes_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
+    """Return the codes in the graph's layout, packed where they have four bits."""
+    return _integers(oriented(source.codes(), form), source.spec)
 
 
-def zero_points_tensor(weight: QuantizedWeight, form: WeightForm) -> ir.TensorProtocol:
-    """Zero points in the scales' shape and the codes' type."""
-    assert weight.zero_points is not None
-    shape = scales_shape(weight.site, weight.spec, form)
-    return _integers(oriented(weight.zero_points, form).reshape(shape), weight.spec)
+def _zero_points_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
+    """Return the zero points in the scales' shape and the codes' type."""
+    zero_points = source.zero_points()
+    assert zero_points is not None
+    return _integers(oriented(zero_points, form).reshape(scales_shape(source.site, source.spec, form)), source.spec)
 
 
-def scales_tensor(
-    weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None, form: WeightForm
-) -> ir.TensorProtocol:
-    """Scales in the graph's shape and the spec's type."""
-    shape = scales_shape(weight.site, weight.spec, form)
-    return TorchTensor(oriented(divided_scales(weight, row_divisor), form).reshape(shape))
+def _scales_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
+    """Return the scales in the graph's shape and the spec's type."""
+    return TorchTensor(oriented(source.scales(), form).reshape(scales_shape(source.site, source.spec, form)))
 
 
-def float_tensor(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> ir.TensorProtocol:
-    """The dequantized weight [K, N]."""
-    return TorchTensor(oriented(dequantized(weight, row_divisor), WeightForm.QDQ))
+def _float_tensor(source: StoredSite) -> ir.TensorProtocol:
+    """Return the dequantized weight [K, N]."""
+    return TorchTensor(oriented(dequantized(source.read(), source.row_divisor), WeightForm.QDQ))
 
 
 def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:
@@ -141,7 +126,28 @@ class StoredSite:
     """[N] float32: input scales of the next layer that were folded into this one's output channels."""
 
     def read(self) -> QuantizedWeight:
+        """Load the whole weight, with scales as the search left them."""
         return self.store.read(self.group_index, self.site)
+
+    def codes(self) -> Shaped[Tensor, "N K"]:
+        """Load the codes."""
+        codes = self.store.tensor(self.group_index, self.site, "codes")
+        assert codes is not None
+        return codes
+
+    def scales(self) -> Float[Tensor, "N nB"]:
+        """Load the scales, divided by the row divisor."""
+        scales = self.store.tensor(self.group_index, self.site, "scales")
+        assert scales is not None
+        return divided_scales(scales, self.row_divisor)
+
+    def zero_points(self) -> UInt8[Tensor, "N nB"] | None:
+        """Load the zero points; None where the format has none."""
+        return self.store.tensor(self.group_index, self.site, "zero_points")
+
+    def input_scale(self) -> Float32[Tensor, " K"] | None:
+        """Load the input scale; None where the weight has none."""
+        return self.store.tensor(self.group_index, self.site, "input_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +194,7 @@ def _dequantize(
     editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm, inputs: list[ir.Value]
 ) -> ir.Value:
     """DequantizeLinear, and the Transpose that a column-major weight needs: the [K, N] that MatMul reads."""
-    site, dtype = source.site, float_type(source.spec.scale_dtype)
+    site, dtype = source.site, onnx_float(source.spec.scale_dtype)
     floats = editor.insert_before(
         node,
         "DequantizeLinear",
@@ -238,7 +244,7 @@ def _matrix_value(site: MatMulSite, form: WeightForm, dtype: ir.DataType, name: 
 
 def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: codes_tensor(source.read(), form),
+        lambda: _codes_tensor(source, form),
         dtype=code_type(source.spec),
         shape=_matrix_shape(source.site, form),
     )
@@ -246,23 +252,23 @@ def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
 
 def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: float_tensor(source.read(), source.row_divisor),
-        dtype=float_type(source.spec.scale_dtype),
+        lambda: _float_tensor(source),
+        dtype=onnx_float(source.spec.scale_dtype),
         shape=_matrix_shape(source.site, WeightForm.QDQ),
     )
 
 
 def _lazy_scales(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: scales_tensor(source.read(), source.row_divisor, form),
-        dtype=float_type(source.spec.scale_dtype),
+        lambda: _scales_tensor(source, form),
+        dtype=onnx_float(source.spec.scale_dtype),
         shape=ir.Shape(scales_shape(source.site, source.spec, form)),
     )
 
 
 def _lazy_zero_points(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: zero_points_tensor(source.read(), form),
+        lambda: _zero_points_tensor(source, form),
         dtype=code_type(source.spec),
         shape=ir.Shape(scales_shape(source.site, source.spec, form)),
     )

@@ -12,19 +12,17 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.graph_edit import GraphEditor
+from stages.graph.patterns import sole_reader
 from stages.records import FloatName, torch_float
 
 
 def blocks_fusion(node: ir.Node) -> ir.Node | None:
     """The Relu or Clip behind ``node`` that keeps ONNX Runtime from fusing it, if there is one."""
-    uses = tuple(node.outputs[0].uses())
-    if len(uses) != 1 or node.outputs[0].is_graph_output():
+    reader = sole_reader(node.outputs[0])
+    if reader is None or reader.op_type not in ("Relu", "Clip"):
         return None
-    reader: ir.Node = uses[0].node
     result = reader.outputs[0]
-    if reader.op_type not in ("Relu", "Clip") or len(result.uses()) != 1 or result.is_graph_output():
-        return None
-    return reader
+    return reader if len(result.uses()) == 1 and not result.is_graph_output() else None
 
 
 def replace_relu(editor: GraphEditor, node: ir.Node, dtype: FloatName) -> None:

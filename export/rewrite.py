@@ -21,6 +21,7 @@ from export.qdq import RewrittenSite, StoredSite, insert_dequantize
 from export.relu import replace_relu
 from stages.config import AccuracyLevel
 from stages.errors import GraphError, RecipeError
+from stages.graph.sites import find_sites
 from stages.quantized_store import QuantizedStore
 from stages.records import WeightForm
 
@@ -56,7 +57,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     stored = _stored_sites(store)
     for source in stored.values():
         _require_fit(source, editor.producer(source.site.output))
-    folder = InputScaleFolder(editor, stored)
+    folder = InputScaleFolder(editor, stored, {site.output: site for site in find_sites(edited)})
     treat = folder.fold if store.recipe.fold_input_scales else folder.multiply
     folds = tuple(outcome for group in store.recipe.groups for outcome in treat(group))
     # All row divisors must be known first: a site can take the scale of a later group.
@@ -87,7 +88,7 @@ def _stored_sites(store: QuantizedStore) -> dict[str, StoredSite]:
     found: dict[str, StoredSite] = {}
     for index, group in enumerate(store.recipe.groups):
         for site in group.sites:
-            spec = store.read(index, site).spec
+            spec = store.spec(index, site)
             found[site.name] = StoredSite(store=store, group_index=index, site=site, spec=spec)
     return found
 

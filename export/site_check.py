@@ -6,25 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float, Float64
 
-from export.qdq import RewrittenSite, float_type
+from export.qdq import RewrittenSite
 from export.stored_numbers import stored_matrix, stored_scales, stored_width, stored_zero_points
 from stages.config import AccuracyLevel
-from stages.records import FloatName, SiteError, WeightForm
+from stages.records import FLOAT_TYPES, SiteError, WeightForm, onnx_float
 from stages.session import CPU_ONLY, SessionSettings, open_session
 from stages.widen import runnable_graph
 
 _TOKENS = 8
 _ROWS = 256
-_NUMPY_FLOATS: dict[FloatName, np.dtype[np.generic]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 def measure_site(folder: Path, node: ir.Node, site: RewrittenSite) -> SiteError:
@@ -35,7 +29,7 @@ def measure_site(folder: Path, node: ir.Node, site: RewrittenSite) -> SiteError:
     """
     source = site.source
     x = np.random.default_rng(0).standard_normal((_TOKENS, source.site.in_features))
-    x = x.astype(_NUMPY_FLOATS[source.spec.scale_dtype])
+    x = x.astype(FLOAT_TYPES[source.spec.scale_dtype].numpy)
     reference = _reference(x.astype(np.float64), node, site)
     exact, default = (_relative_error(_product(folder, node, site, x, level), reference) for level in (1, None))
     return SiteError(site=source.site.name, exact=exact, default=default)
@@ -72,7 +66,7 @@ class _MatMulAlone:
 
     def build(self) -> ir.Model:
         """The model, whose initializers still point into the data file."""
-        site, dtype = self.site.source.site, float_type(self.site.source.spec.scale_dtype)
+        site, dtype = self.site.source.site, onnx_float(self.site.source.spec.scale_dtype)
         x = ir.Value(name="x", shape=ir.Shape((_TOKENS, site.in_features)), type=ir.TensorType(dtype))
         y = ir.Value(name="y", shape=ir.Shape((_TOKENS, site.out_features)), type=ir.TensorType(dtype))
         self._nodes.append(self._multiply(x, y))

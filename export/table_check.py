@@ -11,9 +11,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from export.data_file import read_initializer
 from export.embedding import RewrittenTable
-from export.qdq import float_type
 from stages.errors import GraphError
-from stages.records import TableError
+from stages.records import TableError, onnx_float
 from stages.session import CPU_ONLY, SessionSettings, open_session
 from stages.widen import runnable_graph
 
@@ -88,7 +87,7 @@ def _lookup_alone(node: ir.Node, table: RewrittenTable) -> ir.Model:
     codes, scales = (_copy(node.graph.initializers[name]) for name in (table.codes, table.scales))
     tokens = ir.Value(name="tokens", shape=ir.Shape((_TOKENS,)), type=ir.TensorType(ir.DataType.INT64))
     rows = ir.Value(
-        name="rows", shape=ir.Shape((_TOKENS, plan.table.hidden)), type=ir.TensorType(float_type(plan.table.dtype))
+        name="rows", shape=ir.Shape((_TOKENS, plan.table.hidden)), type=ir.TensorType(onnx_float(plan.table.dtype))
     )
     nodes, inputs = [], [codes, tokens, scales]
     if plan.form == "dq":

@@ -91,7 +91,7 @@ def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
     weight, divisor = site.source.read(), site.source.row_divisor
     matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
     _check_equal(site, site.weight, stored_matrix(node, site), matrix)
-    _check_equal(site, site.scales, stored_scales(node, site), divided_scales(weight, divisor))
+    _check_equal(site, site.scales, stored_scales(node, site), divided_scales(weight.scales, divisor))
     found = stored_zero_points(node, site)
     if weight.zero_points is not None:
         assert found is not None

@@ -164,7 +164,7 @@ def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
     if len(windows) < wanted:
         raise UserError(f"--modelopt_windows {wanted}: {config.cache_path} holds {len(windows)} calibration windows.")
     session = open_session(base.onnx_file, SessionSettings())
-    feeds = CausalFeeds(session, base.kv_heads, base.head_size, base.windowed_caches)
+    feeds = CausalFeeds.of(session, base)
     arrays: dict[str, np.ndarray] = {}
     for index, window in enumerate(windows[:wanted]):
         for name, value in feeds(window[None]).items():

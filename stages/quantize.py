@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.cli import run_command
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from export.export_model import Destination, QuantizedModel
     from stages.model_directory import ModelDirectory
     from stages.preview_table import Preview
-    from stages.quantized_store import QuantizedStore
+    from stages.quantize_run import Prepared
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
             return None
         round_embeddings(prepared.model, store, choose_device(config.device))
     seconds = time.perf_counter() - started
-    exported = export_model(directory, store, destination, config.export_options)
-    _write_report(store, directory, destination)
+    exported = export_model(directory, store, destination, config.export_options, prepared.model)
+    _write_report(prepared, exported.onnx_file)
     return QuantizedModel(
         folder=exported.onnx_file.parent,
         onnx_file=exported.onnx_file,
@@ -149,15 +150,27 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
         yield str(error)
 
 
-def _write_report(store: QuantizedStore, base: ModelDirectory, destination: Destination) -> None:
-    """Write the report inside the weights' folder; what evaluations added to it stays. The model is safe already."""
+def _write_report(prepared: Prepared, output: Path) -> None:
+    """Write the report inside the weights' folder, and warn where that fails: the model is finished."""
     from stages.model_directory import locate_model
+    from stages.one_line import in_one_line
     from stages.page.from_weights import write_quantization
+    from stages.quantized_store import REPORT_FOLDER
+    from stages.shell_line import shell_line
+    from stages.size_breakdown import size_parts
 
+    store, base = prepared.store, prepared.directory
     try:
-        write_quantization(store, (base, locate_model(destination.onnx_file)), title=destination.folder.name)
-    except (UserError, OSError) as error:
-        _LOGGER.warning("the model is complete, but its report could not be written: %s", error)
+        sizes = size_parts(base, locate_model(output), prepared.model)
+        write_quantization(store, sizes, title=output.parent.name)
+    except Exception as error:  # whatever a page may raise
+        again = ["python", "-m", "stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
+        models = ["--base", base.onnx_file, "--model", output]
+        _LOGGER.warning(
+            "the model is finished, but its report is not (%s); write it again: %s",
+            in_one_line(error),
+            shell_line([str(word) for word in (*again, *models)]),
+        )
 
 
 if __name__ == "__main__":

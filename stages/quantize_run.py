@@ -74,7 +74,7 @@ def discard_if_bad_input(store: QuantizedStore, *, owner: bool) -> Iterator[None
 
 def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     model = load_graph(directory)
-    fingerprint = fingerprint_model(directory)
+    fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     plan = plan_model(config, model, directory)
     _say_plan(config, plan)
@@ -108,7 +108,7 @@ def open_search(config: QuantizeConfig) -> Search:
     config.validate()
     directory = locate_model(config.onnx_path)
     model = load_graph(directory)
-    cache = open_cache(config.cache_path, fingerprint_model(directory)) if config.needs_cache else None
+    cache = open_cache(config.cache_path, fingerprint_model(directory, model)) if config.needs_cache else None
     plan = plan_model(config, model, directory)
     return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
 

@@ -32,7 +32,7 @@ from stages.records import (
     SiteReport,
     SolvedGroup,
 )
-from stages.sound_weights import Damage, require_parts, require_recipe
+from stages.sound_weights import Damage, PartName, require_part, require_recipe, require_spec
 from stages.table_file import TableFile
 
 RECIPE = "recipe.json"
@@ -135,30 +135,56 @@ class QuantizedStore:
                 "choose another place with --weights_path."
             ) from error
 
-    def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
-        """Load one site's weight.
+    def spec(self, index: int, site: MatMulSite) -> QuantSpec:
+        """Return the format of one site's weight; no tensor is read.
 
         Raises:
             RecipeError: the group's file is missing or damaged.
         """
-        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
-            specs = _SPECS.validate_json(_of_metadata(file.metadata(), "specs"))
-            spec = _found(specs, site.name)
-            names = set(file.keys())
-            part = {
-                key: file.get_tensor(f"{site.name}:{key}")
-                for key in ("codes", "scales", "zero_points", "input_scale")
-                if f"{site.name}:{key}" in names
-            }
-            require_parts(part, site, spec)
+        return self._load(index, site, ())[0]
+
+    def tensor(self, index: int, site: MatMulSite, part: PartName) -> Tensor | None:
+        """Load one tensor of one site's weight; None where the weight needs no such part.
+
+        Args:
+            index: the group's place in the recipe.
+            site: one of the group's sites.
+            part: which tensor to read; the others stay on disk.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        return self._load(index, site, (part,))[1].get(part)
+
+    def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
+        """Load one site's whole weight.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        spec, parts = self._load(index, site, ("codes", "scales", "zero_points", "input_scale"))
         return QuantizedWeight(
             site=site,
             spec=spec,
-            codes=part["codes"],
-            scales=part["scales"],
-            zero_points=part.get("zero_points"),
-            input_scale=part.get("input_scale"),
+            codes=parts["codes"],
+            scales=parts["scales"],
+            zero_points=parts.get("zero_points"),
+            input_scale=parts.get("input_scale"),
         )
+
+    def _load(
+        self, index: int, site: MatMulSite, wanted: tuple[PartName, ...]
+    ) -> tuple[QuantSpec, dict[PartName, Tensor]]:
+        parts: dict[PartName, Tensor] = {}
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            spec = _found(_SPECS.validate_json(_of_metadata(file.metadata(), "specs")), site)
+            names = set(file.keys())
+            for part in wanted:
+                name = f"{site.name}:{part}"
+                if name in names:
+                    parts[part] = file.get_tensor(name)
+                require_part(part, parts.get(part), site, spec)
+        return spec, parts
 
     def _reports(self, index: int) -> tuple[SiteReport, ...]:
         with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
@@ -183,10 +209,11 @@ def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
     return metadata[key]
 
 
-def _found(specs: dict[str, QuantSpec], site: str) -> QuantSpec:
-    if site not in specs:
-        raise Damage(f"its specs don't name '{site}'")
-    return specs[site]
+def _found(specs: dict[str, QuantSpec], site: MatMulSite) -> QuantSpec:
+    if site.name not in specs:
+        raise Damage(f"its specs don't name '{site.name}'")
+    require_spec(specs[site.name], site)
+    return specs[site.name]
 
 
 def _slug(name: str) -> str:

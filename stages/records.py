@@ -6,26 +6,73 @@ Weights are always [N, K] here, whatever the graph stores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Literal
 
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 """Floating-point storage types a base model can have, named as torch names them."""
 
-_TORCH_FLOATS: dict[FloatName, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatType:
+    """A floating-point storage type under the names that each library gives it."""
+
+    name: FloatName
+    torch: torch.dtype
+    numpy: np.dtype[np.generic]
+    onnx: ir.DataType
+    onnxruntime: str
+
+
+FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType(
+    {
+        "float32": FloatType(
+            name="float32",
+            torch=torch.float32,
+            numpy=np.dtype(np.float32),
+            onnx=ir.DataType.FLOAT,
+            onnxruntime="tensor(float)",
+        ),
+        "float16": FloatType(
+            name="float16",
+            torch=torch.float16,
+            numpy=np.dtype(np.float16),
+            onnx=ir.DataType.FLOAT16,
+            onnxruntime="tensor(float16)",
+        ),
+        "bfloat16": FloatType(
+            name="bfloat16",
+            torch=torch.bfloat16,
+            numpy=np.dtype(ml_dtypes.bfloat16),
+            onnx=ir.DataType.BFLOAT16,
+            onnxruntime="tensor(bfloat16)",
+        ),
+    }
+)
 
 
 def torch_float(name: FloatName) -> torch.dtype:
-    """The torch dtype that ``name`` stands for."""
-    return _TORCH_FLOATS[name]
+    """Return the torch dtype that ``name`` stands for."""
+    return FLOAT_TYPES[name].torch
+
+
+def onnx_float(name: FloatName) -> ir.DataType:
+    """Return the ONNX type that ``name`` stands for."""
+    return FLOAT_TYPES[name].onnx
+
+
+def float_of_onnx(dtype: ir.DataType | None) -> FloatType | None:
+    """Return the storage type that ONNX calls ``dtype``; None where a base model can't have it."""
+    return next((kind for kind in FLOAT_TYPES.values() if kind.onnx == dtype), None)
 
 
 # --------------------------------------------------------------------------- the graph's sites

@@ -22,11 +22,14 @@ def command(config: ReportConfig) -> Iterable[Section]:
     from stages.page.from_weights import quantization_of
     from stages.page.render import render
     from stages.quantized_store import open_store
+    from stages.size_breakdown import size_parts
 
     document = read_document(config.report)
     if config.weights_path is not None:
-        models = (locate_model(config.base), locate_model(config.model)) if config.base and config.model else None
-        quantization = quantization_of(open_store(config.weights_path), models)
+        sizes = (
+            size_parts(locate_model(config.base), locate_model(config.model)) if config.base and config.model else ()
+        )
+        quantization = quantization_of(open_store(config.weights_path), sizes)
         title = document.title or (config.model or config.weights_path).absolute().name
         document = replace(document, title=title, quantization=quantization)
     elif not (config.report / REPORT_JSON).exists():

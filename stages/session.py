@@ -12,7 +12,9 @@ import onnxruntime as ort
 import torch
 
 from stages.errors import GraphError, UserError
+from stages.model_directory import ModelDirectory
 from stages.one_line import in_one_line
+from stages.records import FLOAT_TYPES
 from stages.threads import threads
 
 CPU = "CPUExecutionProvider"
@@ -28,12 +30,11 @@ _PROVIDERS = {
 SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
 _REASON_LENGTH = 200
 _AS_MANY_AS_CORES = 0
-_BFLOAT16 = "tensor(bfloat16)"
-_NUMPY_TYPES: dict[str, type[np.generic]] = {
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
+_BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
+_NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    **{kind.onnxruntime: kind.numpy for kind in FLOAT_TYPES.values() if kind.onnxruntime != _BFLOAT16},
 }
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
@@ -210,6 +211,19 @@ class CausalFeeds:
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
     fed_otherwise: frozenset[str] = frozenset()
     """Inputs that the caller feeds."""
+
+    @classmethod
+    def of(
+        cls, session: ort.InferenceSession, directory: ModelDirectory, fed_otherwise: frozenset[str] = frozenset()
+    ) -> CausalFeeds:
+        """Return the feeds of a session whose model, or a part of it, lies in ``directory``.
+
+        Args:
+            session: the open session.
+            directory: where head counts and sliding caches are told.
+            fed_otherwise: inputs that the caller feeds.
+        """
+        return cls(session, directory.kv_heads, directory.head_size, directory.windowed_caches, fed_otherwise)
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
         """Feeds for ``tokens`` [batch, length] (any integer type).

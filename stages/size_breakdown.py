@@ -43,15 +43,23 @@ class SizePart:
     after: int
 
 
-def size_parts(base: ModelDirectory, quantized: ModelDirectory) -> tuple[SizePart, ...]:
-    """The categories that either model has.
+def size_parts(
+    base: ModelDirectory, quantized: ModelDirectory, base_graph: ir.Model | None = None
+) -> tuple[SizePart, ...]:
+    """Return the categories that either model has.
 
     Ensures: each model's parts add up to the bytes of its .onnx file and external data.
+
+    Args:
+        base: where the base model lies.
+        quantized: where the quantized model lies.
+        base_graph: what ``load_graph`` gave for the base; None parses the file here.
 
     Raises:
         GraphError: a model can't be read.
     """
-    before, after = _bytes_by_category(base), _bytes_by_category(quantized)
+    before = _bytes_by_category(base, load_graph(base) if base_graph is None else base_graph)
+    after = _bytes_by_category(quantized, load_graph(quantized))
     return tuple(
         SizePart(name=name, before=before[name], after=after[name])
         for name in CATEGORIES
@@ -59,8 +67,7 @@ def size_parts(base: ModelDirectory, quantized: ModelDirectory) -> tuple[SizePar
     )
 
 
-def _bytes_by_category(directory: ModelDirectory) -> Counter[str]:
-    model = load_graph(directory)
+def _bytes_by_category(directory: ModelDirectory, model: ir.Model) -> Counter[str]:
     counted: Counter[str] = Counter()
     for value in model.graph.initializers.values():
         if value.const_value is not None:

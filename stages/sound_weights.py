@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stages.finite import all_finite
 from stages.records import EmbeddingPlan, ExportRecipe, MatMulSite, QuantSpec, torch_float
+
+PartName = Literal["codes", "scales", "zero_points", "input_scale"]
+"""The tensors that a site's stored weight is made of."""
 
 
 class Damage(Exception):
@@ -31,44 +34,54 @@ def require_recipe(recipe: ExportRecipe) -> None:
         _need(min(plan.table.shape) >= 1 and plan.block_size >= 1, f"the sizes of '{plan.table.weight}' are below 1")
 
 
-def require_parts(part: Mapping[str, Tensor], site: MatMulSite, spec: QuantSpec) -> None:
-    """Raise Damage when a site's codes, scales, zero points and input scale aren't those of its shape and format."""
+def require_spec(spec: QuantSpec, site: MatMulSite) -> None:
+    """Raise Damage when no weight of the site can have this format."""
     _need(spec.block_size(site.in_features) >= 1, "its blocks are smaller than 1")
-    codes = (site.out_features, site.in_features)
+
+
+def require_part(name: PartName, part: Tensor | None, site: MatMulSite, spec: QuantSpec) -> None:
+    """Raise Damage when a part of a site's weight isn't that of its shape and format.
+
+    Args:
+        name: which part it is.
+        part: its numbers; None where the file has no such part.
+        site: the site that the weight belongs to.
+        spec: how the weight is stored.
+    """
     scales = (site.out_features, spec.num_blocks(site.in_features))
-    _require(part, "codes", codes, spec.code_dtype)
-    _require(part, "scales", scales, torch_float(spec.scale_dtype))
-    _require_range(part["codes"], "codes", spec)
-    _require_finite(part["scales"], "scales")
-    if spec.symmetric:
-        _need("zero_points" not in part, "it has zero_points and a format without them")
-    else:
-        _require(part, "zero_points", scales, torch.uint8)
-        _require_range(part["zero_points"], "zero_points", spec)
-    if "input_scale" in part:
-        _require(part, "input_scale", (site.in_features,), torch.float32)
-        _require_finite(part["input_scale"], "input_scale")
-        _need(bool((part["input_scale"] > 0).all()), "its input_scale isn't positive")
+    match name:
+        case "codes":
+            _require_range(_require(part, name, (site.out_features, site.in_features), spec.code_dtype), name, spec)
+        case "scales":
+            _require_finite(_require(part, name, scales, torch_float(spec.scale_dtype)), name)
+        case "zero_points" if spec.symmetric:
+            _need(part is None, "it has zero_points and a format without them")
+        case "zero_points":
+            _require_range(_require(part, name, scales, torch.uint8), name, spec)
+        case "input_scale" if part is not None:
+            _require_finite(_require(part, name, (site.in_features,), torch.float32), name)
+            _need(bool((part > 0).all()), "its input_scale isn't positive")
 
 
 def require_packed(packed: Tensor, plan: EmbeddingPlan) -> None:
     """Raise Damage when ``packed`` aren't the codes of the table."""
-    _require({"packed": packed}, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
+    _require(packed, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
 
 
 def require_table_scales(scales: Tensor, plan: EmbeddingPlan) -> None:
     """Raise Damage when ``scales`` aren't those of the table."""
-    _require({"scales": scales}, "scales", plan.scales_shape, torch_float(plan.table.dtype))
+    _require(scales, "scales", plan.scales_shape, torch_float(plan.table.dtype))
     _require_finite(scales, "scales")
 
 
-def _require(part: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    _need(name in part, f"it has no {name}")
-    found = part[name]
+def _require(part: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if part is None:
+        raise Damage(f"it has no {name}")
     _need(
-        found.dtype == dtype and tuple(found.shape) == shape,
-        f"its {name} are {found.dtype} {list(found.shape)}, not {dtype} {list(shape)}",
+        part.dtype == dtype and tuple(part.shape) == shape,
+        f"its {name} are {part.dtype} {list(part.shape)}, not {dtype} {list(shape)}",
     )
+    return part
 
 
 def _require_range(codes: Tensor, name: str, spec: QuantSpec) -> None:

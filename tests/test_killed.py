@@ -152,5 +152,7 @@ def test_a_killed_command_is_finished_by_the_next_run(
             longest *= 0.7  # it was done already
         if not shop.has_output(name):  # with its last name it is whole, and never written to again
             shop.finish(command)
+        elif name == "quantize" and not (shop.folder / "int4.weights" / "report" / "report.html").exists():
+            shop.finish([*command, "--overwrite"])  # the report comes after the model
         assert shop.contents() == expected
         shutil.rmtree(shop.folder)

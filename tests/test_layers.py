@@ -53,7 +53,7 @@ ALLOWED = {
         "export",
     },
     "stages.page": {"stages.page", "stages.evaluation"},
-    "export": {"export"},
+    "export": {"export", "stages.graph"},
     "stages": set(),
     "stages.planning": {"stages.graph", "stages.solve"},
     "stages.footprint": {"stages.solve"},

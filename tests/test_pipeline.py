@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import onnxruntime_genai as og
 import pytest
@@ -257,6 +258,28 @@ def test_reexport_gives_the_same_model_without_searching(
     assert code == 0, printed
     for name in ("model.onnx", "model.onnx.data"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_one_run_parses_the_base_once(
+    tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[Path] = []
+    load = onnx.load
+
+    def counted(file: Path, *arguments: object, **options: object) -> onnx.ModelProto:
+        parsed.append(Path(file))
+        return load(file, *arguments, **options)
+
+    monkeypatch.setattr(onnx, "load", counted)
+    output = ["--output_path", tmp_path / "int4", "--block_size", 32]
+    code, printed = commands.quantize("--onnx_path", tiny_model, "--cache_dir", cache, *output)
+    assert code == 0, printed
+    assert parsed.count(tiny_model / "model.onnx") == 1
+    parsed.clear()
+    weights = ["--weights_path", tmp_path / "int4.weights", "--output_path", tmp_path / "again"]
+    code, printed = commands.export("--onnx_path", tiny_model, *weights)
+    assert code == 0, printed
+    assert parsed.count(tiny_model / "model.onnx") == 1
 
 
 def test_a_second_calibration_run_is_recognised(

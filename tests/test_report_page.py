@@ -1,9 +1,12 @@
-"""The report that a run leaves, and ``python -m stages.report_page``."""
+"""The report that a run leaves, and ``python -m stages.report``."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 import pytest
 from pydantic import TypeAdapter
 
@@ -26,6 +29,41 @@ def arguments(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> list[object
 def report(tmp_path: Path) -> Path:
     """Where that search leaves its report."""
     return tmp_path / "int4.weights" / "report"
+
+
+def _blocked_page(report: Path, _: pytest.MonkeyPatch) -> None:
+    (report / "report.html").unlink()
+    (report / "report.html" / "in the way").mkdir(parents=True)
+
+
+def _broken_page(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise ZeroDivisionError("no such scale")
+
+    monkeypatch.setattr(jinja2.Template, "render", fail)
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [(_blocked_page, "can't be written to"), (_broken_page, "no such scale")])
+def test_a_report_that_fails_leaves_the_finished_model(
+    spoil: Callable[[Path, pytest.MonkeyPatch], None],
+    reason: str,
+    arguments: list[object],
+    report: Path,
+    tmp_path: Path,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    model = tmp_path / "int4" / "model.onnx"
+    saved = model.read_bytes()
+    shutil.rmtree(model.parent)
+    spoil(report, monkeypatch)
+    code, printed = commands.quantize(*arguments)
+    assert code == 0, printed
+    assert model.read_bytes() == saved
+    assert "the model is finished, but its report is not" in printed
+    assert reason in printed
+    assert f"python -m stages.report {report}" in printed
 
 
 def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path: Path, commands: Commands) -> None:

@@ -35,7 +35,7 @@ def measure_capture(
     """
     groups = find_groups(load_graph(directory))
     plain = open_session(directory.onnx_file, SessionSettings(providers=choice.names))
-    feeds = CausalFeeds(plain, directory.kv_heads, directory.head_size, directory.windowed_caches)(tokens)
+    feeds = CausalFeeds.of(plain, directory)(tokens)
     activations = tuple(group.activation for group in groups)
     sums = {
         group.activation: StatisticsAccumulator(

@@ -94,7 +94,7 @@ def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: 
     """
     with runnable_file(directory.onnx_file, settings.providers, scratch) as onnx_file:
         session = open_session(onnx_file, settings)
-        feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
+        feeds = CausalFeeds.of(session, directory)
         yield Decoder(directory=directory, feeds=feeds)
 
 

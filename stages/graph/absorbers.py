@@ -5,8 +5,8 @@ linear in up; into v_proj's channels where x is attention's output, which is lin
 3.2; the grouped-query case needs one scale for all query heads of a key/value head). Relu lets positive factors
 through, so x = relu(up) takes s and x = relu(up)^2 takes sqrt(s) in up_proj too.
 
-Only the graph's structure is judged here, once, so that the search knows the shape of the scale that will really be
-used; the exporter checks every guard again before it edits.
+Only the graph's structure is judged here: when a run is planned, so that the search knows the shape of the scale that
+will really be used, and again by the exporter, which folds only where it finds what was planned.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from stages.graph.patterns import before_cast, is_square, repeated_kv_heads, sole_reader
 from stages.records import Absorber, HeadSharing, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
-from stages.repeated_heads import repeated_heads
-from stages.squares import squares
 
 _GAIN_INPUT = {
     "SimplifiedLayerNormalization": 1,
@@ -31,7 +30,7 @@ _BIAS_INPUT = {"LayerNormalization": 2, "SkipLayerNormalization": 3}
 
 
 def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
-    """The absorber for the activation ``value``, or the reason in words why there is none.
+    """Return the absorber for the activation ``value``, or the reason in words why there is none.
 
     Args:
         value: the activation; None where it is a graph input.
@@ -43,22 +42,15 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
         return "the activation is an input of the graph"
     if value.is_graph_output():
         return "the activation is an output of the graph"
-    if (norm := _norm(_before_cast(value), in_features)) is not None:
+    if (norm := _norm(before_cast(value), in_features)) is not None:
         return norm
-    if node.op_type in ("Relu", "Pow") or squares(node):
+    if node.op_type in ("Relu", "Pow") or is_square(node):
         return _power_of_linear(node, in_features, sites)
     if node.op_type == "Mul":
         return _elementwise_product(node, in_features, sites)
     if node.op_type in ("GroupQueryAttention", "MultiHeadAttention") and value is node.outputs[0]:
         return _attention_value(node, in_features, sites)
     return f"it comes from {node.op_type}, which can't take a scale exactly"
-
-
-def _before_cast(value: ir.Value) -> ir.Value:
-    """What a Cast makes ``value`` from, where it alone reads that (norms of float32 in narrower models)."""
-    cast = value.producer()
-    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
-    return value if source is None or len(source.uses()) != 1 or source.is_graph_output() else source
 
 
 def _norm(value: ir.Value, in_features: int) -> Absorber | str | None:
@@ -103,7 +95,7 @@ def _elementwise_product(node: ir.Node, in_features: int, sites: Mapping[str, Ma
 
 def _power_of_linear(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
     """relu(up), relu(up)^2 or up^2, where up comes straight from a linear site of the same width."""
-    if node.op_type == "Pow" and not squares(node):
+    if node.op_type == "Pow" and not is_square(node):
         return "it comes from Pow, whose exponent isn't the constant 2"
     reader = node if node.op_type == "Relu" else _relu_before(node)
     base = reader.inputs[0]
@@ -118,16 +110,16 @@ def _relu_before(square: ir.Node) -> ir.Node:
     """The Relu whose output ``square`` alone reads, or ``square`` itself."""
     base = square.inputs[0]
     relu = None if base is None else base.producer()
-    if base is None or relu is None or relu.op_type != "Relu" or base.is_graph_output():
+    if base is None or relu is None or relu.op_type != "Relu" or sole_reader(base) is not square:
         return square
-    return relu if {id(node) for node in base.consumers()} == {id(square)} else square
+    return relu
 
 
 def _linear_source(
     value: ir.Value, reader: ir.Node, sites: Mapping[str, MatMulSite]
 ) -> tuple[MatMulSite, str | None] | None:
     """The site (and bias added behind it) that ``value`` is, when ``reader`` is the only one to see it."""
-    if value.is_graph_output() or {id(node) for node in value.consumers()} != {id(reader)}:
+    if sole_reader(value) is not reader:
         return None
     if (site := sites.get(str(value.name))) is not None:
         return site, _gemm_bias(value.producer())
@@ -138,7 +130,7 @@ def _linear_source(
         site = None if linear is None else sites.get(str(linear.name))
         if linear is None or site is None or bias is None or not bias.is_initializer():
             continue
-        if linear.is_graph_output() or len(linear.consumers()) != 1 or _gemm_bias(linear.producer()) is not None:
+        if sole_reader(linear) is not node or _gemm_bias(linear.producer()) is not None:
             return None
         return site, str(bias.name)
     return None
@@ -191,7 +183,7 @@ def _multi_head_value(node: ir.Node, heads: int) -> _ValuePath:
     value, bias = (list(node.inputs) + [None] * 4)[2:4]
     if value is None or bias is not None:
         return _ValuePath(reader=node, source=None, kv_heads=heads, packed=False)
-    repeated = repeated_heads(value, heads)
+    repeated = repeated_kv_heads(value, heads)
     if repeated is None:
         return _ValuePath(reader=node, source=value, kv_heads=heads, packed=False)
     source = repeated.entry.inputs[0]
@@ -207,7 +199,7 @@ def _value_reader(attention: ir.Node) -> tuple[ir.Node, ir.Value | None]:
     split = None if value is None else value.producer()
     if value is None:
         return attention, query
-    if split is None or split.op_type != "Split" or len(value.uses()) != 1 or value.is_graph_output():
+    if split is None or split.op_type != "Split" or sole_reader(value) is not attention:
         return attention, value
     # V has rank 3: batch, length, channels.
     if value is not split.outputs[-1] or split.attributes.get_int("axis", 0) not in (-1, 2):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import onnx_ir as ir
 
 from stages.graph.sites import swapped_initializer
-from stages.records import EmbeddingTable, FloatName
+from stages.records import EmbeddingTable, float_of_onnx
 
 _TOKENS = "input_ids"
 
@@ -35,7 +33,7 @@ def _table_of(node: ir.Node) -> tuple[str, bool] | None:
         return None
     source = swapped_initializer(data)
     table = data if source is None else source
-    if not table.is_initializer() or table.shape is None or len(table.shape) != 2 or _float_name(table) is None:
+    if not table.is_initializer() or table.shape is None or len(table.shape) != 2 or float_of_onnx(table.dtype) is None:
         return None
     return str(table.name), source is not None
 
@@ -48,17 +46,11 @@ def _are_tokens(value: ir.Value | None) -> bool:
     return value is not None and value.is_graph_input() and value.name == _TOKENS
 
 
-def _float_name(value: ir.Value) -> FloatName | None:
-    names: tuple[FloatName, ...] = get_args(FloatName)
-    wanted = None if value.dtype is None else value.dtype.numpy().name
-    return next((name for name in names if name == wanted), None)
-
-
 def _as_table(model: ir.Model, weight: str, transposed: bool, nodes: list[ir.Node]) -> EmbeddingTable:
     value = model.graph.initializers[weight]
-    name = _float_name(value)
+    kind = float_of_onnx(value.dtype)
     assert value.shape is not None
-    assert name is not None
+    assert kind is not None
     rows, columns = value.shape.numpy()
     return EmbeddingTable(
         weight=weight,
@@ -66,5 +58,5 @@ def _as_table(model: ir.Model, weight: str, transposed: bool, nodes: list[ir.Nod
         vocabulary=columns if transposed else rows,
         hidden=rows if transposed else columns,
         transposed=transposed,
-        dtype=name,
+        dtype=kind.name,
     )

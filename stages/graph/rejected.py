@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from stages.graph.sites import FLOAT_NAMES, weight_of
+from stages.graph.sites import weight_of
+from stages.records import float_of_onnx
 
 _NO_WEIGHT = "it multiplies two activations"
 
@@ -44,7 +45,7 @@ def _fault_of_weight(weight: ir.Value) -> str:
         return "its weight is quantized already"
     if maker is not None:
         return f"its weight is no initializer but computed in the graph ({maker.op_type})"
-    if weight.dtype not in FLOAT_NAMES:
+    if float_of_onnx(weight.dtype) is None:
         return f"its weight is {'of unknown type' if weight.dtype is None else weight.dtype.name}"
     if weight.shape is not None and 0 in weight.shape:
         return "its weight is empty"

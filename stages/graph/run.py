@@ -74,11 +74,13 @@ def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
     return f"{name}/float32"
 
 
-@dataclass
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationTap:
-    """An open session of a tapped graph; leaving it closes that and removes the temporary weights, if there are any."""
+    """An open session of a tapped graph; leaving it closes that and removes the temporary weights, if there are any.
 
-    feeds: CausalFeeds
+    Whoever holds the tap after that holds no session and no weights with it.
+    """
+
     values: tuple[str, ...]
     """Names of what it gives."""
     carried_in: Mapping[str, str]
@@ -87,7 +89,20 @@ class ActivationTap:
     """What it runs on: the providers asked for, without those that failed."""
     widened: bool
     """Whether a float32 copy of a bfloat16 graph runs."""
-    temporary: ExitStack
+    _held: list[CausalFeeds]
+    """The session's feeds, until ``_resources`` are closed; then nothing."""
+    _resources: ExitStack
+
+    @property
+    def feeds(self) -> CausalFeeds:
+        """The feeds of the open session.
+
+        Raises:
+            RuntimeError: the tap is closed.
+        """
+        if not self._held:
+            raise RuntimeError("The activation tap is closed; open another one.")
+        return self._held[0]
 
     def __enter__(self) -> ActivationTap:
         return self
@@ -95,9 +110,7 @@ class ActivationTap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Whoever holds the tap still may not hold a model's weights with it.
-        self.__dict__.pop("feeds", None)
-        self.temporary.close()
+        self._resources.close()
 
     def run(self, tokens: np.ndarray, carried: Mapping[str, np.ndarray] = _NOTHING) -> Iterator[tuple[str, Tensor]]:
         """One forward pass over ``tokens`` [batch, length]: (name, value in the graph's type, [batch, length, ...]).
@@ -108,6 +121,7 @@ class ActivationTap:
 
         Raises:
             GraphError: ONNX Runtime stops; its reason is repeated.
+            RuntimeError: the tap is closed.
         """
         session = self.feeds.session
         feeds = self.feeds(tokens) | {self.carried_in[name]: array for name, array in carried.items()}
@@ -196,18 +210,13 @@ def _open(
 ) -> ActivationTap:
     with ExitStack() as temporary:
         opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
-        feeds = CausalFeeds(
-            opened.session,
-            directory.kv_heads,
-            directory.head_size,
-            directory.windowed_caches,
-            frozenset(carried_in.values()),
-        )
+        held = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(carried_in.values()))]
+        temporary.callback(held.clear)  # the last in is the first out: the session goes before the files that it maps
         return ActivationTap(
-            feeds=feeds,
             values=values,
             carried_in=carried_in,
             providers=opened.providers,
             widened=must_widen(tapped, opened.providers.names),
-            temporary=temporary.pop_all(),
+            _held=held,
+            _resources=temporary.pop_all(),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -11,14 +10,9 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.graph.absorbers import find_absorber
-from stages.graph.experts import routes_experts
-from stages.records import ActivationGroup, FloatName, MatMulSite, WeightLayout
+from stages.graph.patterns import readers, routes_experts
+from stages.records import ActivationGroup, MatMulSite, WeightLayout, float_of_onnx
 
-FLOAT_NAMES: dict[ir.DataType, FloatName] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
 
 
@@ -84,7 +78,8 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         return None
     layout, weight = layout_and_weight
     assert weight.shape is not None
-    assert weight.dtype is not None
+    kind = float_of_onnx(weight.dtype)
+    assert kind is not None
     rows, columns = weight.shape.numpy()
     activation, output = node.inputs[0], node.outputs[0]
     if activation is None:
@@ -100,8 +95,10 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         in_features=in_features,
         out_features=out_features,
         layout=layout,
-        dtype=FLOAT_NAMES[weight.dtype],
-        weight_shared_with=tuple(_name(other.outputs[0]) for other in _readers(weight) if other is not node),
+        dtype=kind.name,
+        weight_shared_with=tuple(
+            dict.fromkeys(_name(other.outputs[0]) for other, _ in readers(weight) if other is not node)
+        ),
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
         routes_experts=out_features < in_features and routes_experts(output),
@@ -143,7 +140,7 @@ def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
     layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
     if value is not None and not transposed and (source := swapped_initializer(value)) is not None:
         layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
-    if value is None or not value.is_initializer() or value.dtype not in FLOAT_NAMES:
+    if value is None or not value.is_initializer() or float_of_onnx(value.dtype) is None:
         return None
     if value.shape is None or len(value.shape) != 2 or 0 in value.shape.numpy():
         return None
@@ -170,15 +167,6 @@ def swapped_initializer(value: ir.Value) -> ir.Value | None:
         return None
     source = node.inputs[0]
     return source if source is not None and source.is_initializer() else None
-
-
-def _readers(weight: ir.Value) -> Iterator[ir.Node]:
-    """Nodes that read the weight; a Transpose counts as the nodes behind it."""
-    for consumer in weight.consumers():
-        if consumer.op_type == "Transpose":
-            yield from consumer.outputs[0].consumers()
-        else:
-            yield consumer
 
 
 def _becomes_logits(value: ir.Value) -> bool:

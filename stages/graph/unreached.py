@@ -7,12 +7,12 @@ model in which they are a large part gets only a little smaller, and a person mu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from stages.graph.embeddings import find_embeddings
-from stages.graph.experts import EXPERT_NODES
+from stages.graph.patterns import EXPERT_NODES, readers
 from stages.records import UnreachedWeights
 
 _SMALLEST_SHARE = 0.01
@@ -60,18 +60,15 @@ def _reader(value: ir.Value) -> str | None:
     """The kind of node that reads this weight and isn't a MatMul; None where there is none, or it is no matrix."""
     if value.shape is None or len(value.shape) < 2:
         return None
-    kinds = [node.op_type for node in _readers(value) if node.op_type not in _LINEAR]
+    found = [node.op_type for node, index in readers(value, _PASSED_THROUGH) if not _takes_rotation(node, index)]
+    kinds = [kind for kind in found if kind not in _LINEAR]
     if value.dtype not in _FLOATS:
         kinds = [kind for kind in kinds if kind in _QUANTIZED]
     return kinds[0] if kinds else None
 
 
-def _readers(value: ir.Value) -> Iterator[ir.Node]:
-    for node, index in value.uses():
-        if node.op_type in _PASSED_THROUGH:
-            yield from _readers(node.outputs[0])
-        elif index not in _ROTATION_INPUTS.get(node.op_type, ()):
-            yield node
+def _takes_rotation(node: ir.Node, index: int) -> bool:
+    return index in _ROTATION_INPUTS.get(node.op_type, ())
 
 
 def _num_bytes(value: ir.Value) -> int:

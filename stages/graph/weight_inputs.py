@@ -23,15 +23,10 @@ from stages.errors import GraphError
 from stages.graph.opened import open_graph
 from stages.graph.weights import read_weight
 from stages.model_directory import ModelDirectory
-from stages.records import MatMulSite, WeightLayout
+from stages.records import FLOAT_TYPES, MatMulSite, WeightLayout
 from stages.session import CausalFeeds, ProviderChoice
 
 _LOGITS = "logits"
-_TORCH_TYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-}
 
 
 def input_name(site: MatMulSite) -> str:
@@ -123,13 +118,7 @@ def open_trials(
     changed = with_weight_inputs(model, sites)
     with ExitStack() as temporary:
         session = open_graph(changed, directory, choice, scratch, temporary).session
-        feeds = CausalFeeds(
-            session,
-            directory.kv_heads,
-            directory.head_size,
-            directory.windowed_caches,
-            fed_otherwise=frozenset(input_name(site) for site in sites),
-        )
+        feeds = CausalFeeds.of(session, directory, fed_otherwise=frozenset(input_name(site) for site in sites))
         cpu = torch.device("cpu")
         original = {input_name(site): _as_fed(read_weight(model, site, cpu), site, session) for site in sites}
         return TrialRunner(feeds, original, temporary.pop_all())
@@ -139,7 +128,8 @@ def _as_fed(weight: Float[Tensor, "N K"], site: MatMulSite, session: ort.Inferen
     """The weight in the layout and type of its graph input."""
     declared = next(node.type for node in session.get_inputs() if node.name == input_name(site))
     laid_out = weight if site.layout is WeightLayout.N_BY_K else weight.T
-    stored = laid_out.cpu().to(_TORCH_TYPES[declared]).contiguous()
+    dtype = next(kind.torch for kind in FLOAT_TYPES.values() if kind.onnxruntime == declared)
+    stored = laid_out.cpu().to(dtype).contiguous()
     if stored.dtype == torch.bfloat16:
         bits = stored.view(torch.uint16).numpy()
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ir.DataType.BFLOAT16)

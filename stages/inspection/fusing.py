@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Literal
 
 import onnx_ir as ir
 
 from export.fusion import known_objection
 from stages.inspection.stored import DequantizedWeight, StoredWeight
-from stages.records import FloatName, Granularity, PerBlock, PerChannel, QuantSpec
+from stages.records import FLOAT_TYPES, Granularity, PerBlock, PerChannel, QuantSpec
 from stages.target.name import RELEASES, Release
 
-_SCALES: dict[str, FloatName] = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+SCALES = MappingProxyType({kind.onnx.name: name for name, kind in FLOAT_TYPES.items()})
+"""Types that scales may have, by their ONNX names."""
 _BITS: dict[int, Literal[4, 8]] = {4: 4, 8: 8}
 _TWO_BITS: Release = (1, 32)
 _PER_TENSOR: Release = (1, 25)
@@ -98,7 +100,7 @@ def _because_of_codes(stored: StoredWeight, release: Release, opset: int) -> str
 
 
 def _because_of_scales(stored: StoredWeight, node: ir.Node, release: Release) -> str | None:
-    if stored.scales not in _SCALES:
+    if stored.scales not in SCALES:
         return f"scales are {stored.scales or 'of unknown type'}"
     if len(stored.shape) != 2:
         return f"its weight has rank {len(stored.shape)}"
@@ -127,5 +129,5 @@ def _spec(stored: StoredWeight) -> QuantSpec:
         bits=_BITS[stored.bits],
         symmetric=not stored.zero_point,
         granularity=granularity,
-        scale_dtype=_SCALES[stored.scales],
+        scale_dtype=SCALES[stored.scales],
     )

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.config import AccuracyLevel
+from stages.inspection.fusing import SCALES
 from stages.inspection.stored import StoredWeight
-from stages.records import FloatName, Granularity, PerBlock, PerChannel, WeightForm
+from stages.records import Granularity, PerBlock, PerChannel, WeightForm
 from stages.target.choose import RULES
 from stages.target.formats import FormatChoice, FormatWishes, ModelTraits
 from stages.target.name import Runtime, parse_target
 from stages.target.rules import Request
 
-_SCALES: dict[str, FloatName] = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 _LEVELS: dict[str, AccuracyLevel] = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4}
 
 
@@ -53,7 +53,7 @@ def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None)
 
 def _is_foreign(weight: StoredWeight) -> bool:
     """Whether the runtimes' rules have nothing to say about it."""
-    return weight.scales not in _SCALES or weight.bits not in (4, 8) or weight.activations != "float"
+    return weight.scales not in SCALES or weight.bits not in (4, 8) or weight.activations != "float"
 
 
 def _form(weight: StoredWeight) -> WeightForm | None:
@@ -87,7 +87,7 @@ def _objections(
         gather_form="dq" if any(each.form.endswith(" -> Gather") for each in tables) else "gather_block_quantized",
     )
     traits = ModelTraits(
-        dtypes=frozenset(_SCALES[each.scales] for each in products),
+        dtypes=frozenset(SCALES[each.scales] for each in products),
         in_features=frozenset(each.shape[0] for each in products),
         has_gemm=any(each.form.endswith("Gemm") for each in products),
         embedding_widths=frozenset(each.shape[-1] for each in tables),

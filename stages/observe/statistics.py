@@ -15,18 +15,17 @@ from torch import Tensor
 from stages.errors import SolveError
 from stages.finite import all_finite
 from stages.observe.triangle import mirrored
-from stages.records import FloatName, TokenStats
+from stages.records import FLOAT_TYPES, FloatName, TokenStats
 
 _FLOAT32 = 4
 _STRIP = 256
 """Rows of a Gram matrix in one product: narrower ones run slower, wider ones compute more above the diagonal."""
-_ITEMSIZES = {"float16": 2}
-"""Bytes of a tapped number; bfloat16 is tapped as float32."""
 
 
 def tapped_itemsize(dtype: FloatName) -> int:
-    """Bytes of a number of an activation whose sites have weights of this type."""
-    return _ITEMSIZES.get(dtype, _FLOAT32)
+    """Return the bytes of a number of an activation whose sites have weights of this type."""
+    # numpy can't take bfloat16 from a session, so it is tapped as float32.
+    return _FLOAT32 if dtype == "bfloat16" else FLOAT_TYPES[dtype].numpy.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

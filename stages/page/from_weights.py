@@ -11,25 +11,23 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.errors import RecipeError
 from stages.machine import describe_machine
-from stages.model_directory import ModelDirectory
 from stages.page.document import KeptSite, Quantization, QuantizedSite, read_document, write_report
 from stages.page.render import render
 from stages.quantized_store import REPORT_FOLDER, VERIFICATION, QuantizedStore
 from stages.records import ExportRecipe, SiteReport, VerifyReport
 from stages.report import bits_per_weight
 from stages.site_names import kind_of, layer_of
-from stages.size_breakdown import size_parts
+from stages.size_breakdown import SizePart
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFICATION = TypeAdapter(VerifyReport)
 
 
-def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory] | None) -> Quantization:
-    """The report's part on one run of stages.quantize; sizes come from ``models``, the base and the output.
+def quantization_of(store: QuantizedStore, sizes: tuple[SizePart, ...]) -> Quantization:
+    """Return the report's part on one run of stages.quantize; ``sizes`` are those of the base and the output.
 
     Raises:
         RecipeError: the search isn't finished.
-        GraphError: a model can't be read.
     """
     if not store.is_complete():
         raise RecipeError(f"{store.folder} isn't complete; run stages.quantize again to go on with it.")
@@ -43,7 +41,7 @@ def quantization_of(store: QuantizedStore, models: tuple[ModelDirectory, ModelDi
             KeptSite(site=site, layer=layer_of(site), kind=kind_of(site), reason=reason) for site, reason in recipe.kept
         ),
         other_weights=tuple(part.in_words for part in recipe.unreached),
-        sizes=() if models is None else size_parts(*models),
+        sizes=sizes,
         verified=_read_verified(store.folder / VERIFICATION),
     )
 
@@ -75,12 +73,12 @@ def _read_verified(path: Path) -> VerifyReport | None:
         return None
 
 
-def write_quantization(store: QuantizedStore, models: tuple[ModelDirectory, ModelDirectory], *, title: str) -> None:
+def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, title: str) -> None:
     """Write the report inside the weights' folder; what evaluations added to it stays.
 
     Args:
         store: a finished run's weights.
-        models: the base and the output, for their sizes.
+        sizes: what the base and the output hold.
         title: heading of the page.
 
     Raises:
@@ -88,6 +86,6 @@ def write_quantization(store: QuantizedStore, models: tuple[ModelDirectory, Mode
     """
     folder = store.folder / REPORT_FOLDER
     document = replace(
-        read_document(folder), title=title, machine=describe_machine(), quantization=quantization_of(store, models)
+        read_document(folder), title=title, machine=describe_machine(), quantization=quantization_of(store, sizes)
     )
     write_report(document, render, folder)

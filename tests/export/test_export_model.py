@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 import export.export_model
 from export.export_model import Destination
 from stages.errors import GraphError, UserError
-from stages.records import WeightForm
+from stages.quantized_store import QuantizedStore
+from stages.records import MatMulSite, WeightForm
+from stages.sound_weights import PartName
 from tests.export.builders import relative_difference, spec_of
 from tests.export.exports import TinyExport, options, tiny_export
 
@@ -55,6 +59,29 @@ def test_an_older_base_is_converted_and_the_table_says_so(tmp_path: Path, opset:
     assert ir.load(summary.onnx_file).opset_imports[""] == 21
     assert ir.load(tiny.base.onnx_file).opset_imports[""] == opset
     assert relative_difference(logits(summary.onnx_file), logits(tiny.base.onnx_file)) < 1e-5
+
+
+@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.MATMUL_NBITS])
+def test_an_export_reads_each_tensor_of_the_store_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: WeightForm
+) -> None:
+    tiny = tiny_export(tmp_path, form=form)
+    read: Counter[str] = Counter()
+    load = QuantizedStore.tensor
+
+    def counted(store: QuantizedStore, index: int, site: MatMulSite, part: PartName) -> torch.Tensor | None:
+        tensor = load(store, index, site, part)
+        read[f"{site.name}:{part}"] += tensor is not None
+        return tensor
+
+    monkeypatch.setattr(QuantizedStore, "tensor", counted)
+    monkeypatch.setattr(QuantizedStore, "read", lambda *_: pytest.fail("read a whole weight"))
+    tiny.run(options("off"))
+    # The scales of up take down's input scale: whether they can is tried before they are written.
+    assert +read == {
+        "up/MatMul:codes": 1, "up/MatMul:scales": 2, "up/MatMul:input_scale": 1,
+        "down/MatMul:codes": 1, "down/MatMul:scales": 1, "down/MatMul:input_scale": 1,
+    }  # fmt: skip
 
 
 def test_every_side_file_is_there_and_nothing_else(tmp_path: Path) -> None:

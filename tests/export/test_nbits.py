@@ -96,9 +96,11 @@ def test_bytes_stand_for_the_stored_weight_and_what_fills_up_for_zeros(
 def test_unpacking_inverts_packing(shape: tuple[int, int], number: tuple[int, bool], blocks: Granularity) -> None:
     stored = random_weight(shape, *number, blocks).stored
     site, spec = stored.site, stored.spec
-    np.testing.assert_array_equal(unpacked_codes(packed_codes(stored), site, spec), stored.codes.numpy())
+    np.testing.assert_array_equal(
+        unpacked_codes(packed_codes(stored.codes, stored.zero_points, site, spec), site, spec), stored.codes.numpy()
+    )
     if stored.zero_points is not None:
-        found = unpacked_zero_points(packed_zero_points(stored), site, spec)
+        found = unpacked_zero_points(packed_zero_points(stored.zero_points, site, spec), site, spec)
         # A zero point per channel stands in every block.
         np.testing.assert_array_equal(found, np.broadcast_to(stored.zero_points.numpy(), found.shape))
         assert found.shape[1] == -(-shape[0] // stored_block_size(site, spec))

@@ -6,13 +6,26 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
-from stages.records import Granularity, PerBlock, PerChannel, WeightForm
-from tests.export.builders import quantized_matmul, relative_difference, run, site_of, spec_of
+from export.rewrite import rewrite
+from stages.records import Granularity, PerBlock, PerChannel, QuantizedWeight, WeightForm
+from tests.export.builders import (
+    ExactWeight,
+    group_of,
+    quantized_matmul,
+    relative_difference,
+    run,
+    site_of,
+    spec_of,
+    store_of,
+)
+from tests.graphs import TinyGraph, onnx_type
 from tests.pairwise import pairwise
 
 BLOCKS = [PerBlock(block_size=16), PerBlock(block_size=32), PerBlock(block_size=128), PerChannel()]
@@ -91,18 +104,16 @@ def test_column_major_gives_the_reference_product_square_or_not(
 
 
 def test_bfloat16_scales_are_stored_as_they_are(tmp_path: Path) -> None:
-    import torch
-
-    from export.qdq import scales_tensor
-    from stages.records import QuantizedWeight
-
+    site, spec = site_of("y", "x", 32, 2, dtype="bfloat16"), spec_of(4, scale_dtype="bfloat16")
     scales = torch.tensor([[0.125, 3.0], [1.5, 0.75]], dtype=torch.bfloat16)
-    weight = QuantizedWeight(
-        site=site_of("y", "x", 32, 2, dtype="bfloat16"),
-        spec=spec_of(4, scale_dtype="bfloat16"),
-        codes=torch.zeros(2, 32, dtype=torch.int8),
-        scales=scales,
-    )
-    tensor = scales_tensor(weight, None, WeightForm.DQ)
+    stored = QuantizedWeight(site=site, spec=spec, codes=torch.zeros(2, 32, dtype=torch.int8), scales=scales)
+    weight = ExactWeight(stored=stored, matrix=np.zeros((32, 2), ml_dtypes.bfloat16))
+    store = store_of(tmp_path, [(group_of([weight]), [weight])])
+    graph = TinyGraph()
+    graph.input("x", onnx_type(weight.matrix.dtype), ["t", 32])
+    graph.output("y", onnx_type(weight.matrix.dtype), ["t", 2])
+    graph.linear("x", weight.matrix, "y")
+    tensor = rewrite(graph.model(), store).model.graph.initializers["y/MatMul/scales"].const_value
+    assert tensor is not None
     assert tensor.dtype == ir.DataType.BFLOAT16
     np.testing.assert_array_equal(tensor.numpy().astype(np.float32), scales.float().numpy().T)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,19 @@ def test_every_distinct_input_is_tapped_once_with_the_value_that_the_site_reads(
     ours = taps[head.activation].float().numpy() @ weight.astype(np.float32)
     tolerance = 2e-2 if logits.dtype == np.float16 or fixture.endswith("dml") else 1e-4  # float16 rounding of logits
     np.testing.assert_allclose(ours, logits, atol=tolerance * np.abs(logits).max())
+
+
+def test_a_closed_tap_holds_no_session_and_says_so(tiny_model: Path) -> None:
+    directory = locate_model(tiny_model)
+    model = load_graph(directory)
+    tokens = np.arange(6)[None]
+    with open_value_tap(model, directory, (find_groups(model)[0].activation,), CPU, {}) as tap:
+        assert dict(tap.run(tokens))
+        session = weakref.ref(tap.feeds.session)
+    gc.collect()
+    assert session() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iter(tap.run(tokens)))
 
 
 def test_the_tapped_graph_is_small_refers_to_the_original_data_and_leaves_the_model_alone(tiny_model: Path) -> None:

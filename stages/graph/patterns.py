@@ -1,0 +1,179 @@
+"""The small patterns of nodes that planning and export recognise in a graph.
+
+Squares, casts, sole readers, key/value heads that nodes repeat, and routers of experts; also the numbers of the small
+constants that decide what a graph means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+_BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
+_HEADS_FIRST = (0, 2, 1, 3)
+EXPERT_NODES = frozenset({"MoE", "QMoE"})
+_ROUTING_INPUT = 1
+_BETWEEN = frozenset(
+    {
+        *("Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"),
+        *("Add", "Sub", "Mul", "Div", "Neg", "Exp", "Log", "Reciprocal", "Clip", "Where"),
+        *("Sigmoid", "Softmax", "Tanh", "Relu", "Softplus"),
+    }
+)
+
+
+def constant_values(value: ir.Value) -> np.ndarray | None:
+    """Return the numbers of an initializer or Constant node; None where ``value`` is neither, or its file is missing.
+
+    A graph can be looked at without its weights, and model builders put small constants into the same file.
+    """
+    tensor = ir.convenience.get_const_tensor(value)
+    try:
+        return None if tensor is None else np.asarray(tensor.numpy())
+    except FileNotFoundError:
+        return None
+
+
+def is_square(node: ir.Node) -> bool:
+    """Say whether ``node`` squares its first input: Mul with itself, or Pow with the constant exponent 2."""
+    if node.op_type == "Mul":
+        return node.inputs[0] is not None and node.inputs[0] is node.inputs[1]
+    if node.op_type != "Pow" or node.inputs[1] is None:
+        return False
+    exponent = constant_values(node.inputs[1])
+    return exponent is not None and exponent.size == 1 and float(exponent.item()) == 2
+
+
+# --------------------------------------------------------------------------- readers
+
+
+def sole_reader(value: ir.Value) -> ir.Node | None:
+    """Return the only node that sees ``value``, through one input or as a square; None where others see it too."""
+    uses = tuple(value.uses())
+    if value.is_graph_output() or not uses:
+        return None
+    node: ir.Node = uses[0].node
+    squared = len(uses) == 2 and uses[1].node is node and is_square(node)
+    return node if len(uses) == 1 or squared else None
+
+
+def readers(value: ir.Value, through: Collection[str] = ("Transpose",)) -> Iterator[tuple[ir.Node, int]]:
+    """Yield the (node, input) that read ``value``; nodes of the types ``through`` count as those behind them."""
+    for node, index in value.uses():
+        if node.op_type in through:
+            yield from readers(node.outputs[0], through)
+        else:
+            yield node, index
+
+
+def before_cast(value: ir.Value) -> ir.Value:
+    """Return what a Cast makes ``value`` from, where only the Cast reads it (norms of float32 in narrower models)."""
+    cast = value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    return value if source is None or sole_reader(source) is not cast else source
+
+
+# --------------------------------------------------------------------------- key/value heads repeated by nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepeatedHeads:
+    """Where the repetition begins: ``entry`` reads the linear layer's output, ``kv_heads`` heads next to each other."""
+
+    entry: ir.Node
+    kv_heads: int
+
+
+def repeated_kv_heads(value: ir.Value, heads: int) -> RepeatedHeads | None:
+    """Return the repetition that ``value`` [batch, length, heads * head_size] comes from; None where there is none.
+
+    So model builders write grouped-query attention for MultiHeadAttention: [batch, length, kv_heads * head_size] is
+    split into heads, put behind the cache, and every head is copied for its group of query heads, by Reshape,
+    Transpose, Concat, Unsqueeze, Expand, Reshape, Transpose, Reshape.
+
+    What is matched shows each number of the linear layer only to attention and to the cache that it belongs to.
+    """
+    nodes: list[ir.Node] = []
+    source: ir.Value | None = value
+    for op_type in _BACKWARDS:
+        node = None if source is None else source.producer()
+        if node is None or node.op_type != op_type:
+            return None
+        nodes.append(node)
+        source = node.inputs[1 if op_type == "Concat" and len(node.inputs) == 2 else 0]
+    _, back, merge, _, unsqueeze, cache, front, entry = nodes
+    split = _integers(entry.inputs[1])
+    if split is None or len(split) != 4 or split[:2] != [0, 0]:
+        return None
+    kv_heads = split[2]
+    fits = (
+        all(tuple(node.attributes.get_ints("perm", [])) == _HEADS_FIRST for node in (back, front))
+        and _appends_to_cache(cache)
+        and _axes(unsqueeze) == [2]
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and _declared(merge.outputs[0], 1) == heads
+        and _declared(merge.outputs[0], 3) == _declared(entry.outputs[0], 3) is not None
+        and _seen_only_by_each_other(nodes, cache)
+    )
+    return RepeatedHeads(entry=entry, kv_heads=kv_heads) if fits else None
+
+
+def _appends_to_cache(node: ir.Node) -> bool:
+    """[batch, heads, length, head_size]: new tokens behind those of a graph input that nobody else reads."""
+    past = node.inputs[0]
+    along_length = node.attributes.get_int("axis", 0) in (2, -2)
+    return along_length and past is not None and past.is_graph_input() and len(past.uses()) == 1
+
+
+def _seen_only_by_each_other(nodes: list[ir.Node], cache: ir.Node) -> bool:
+    """The cache itself is an output of the graph, and its shape is read."""
+    members = {id(node) for node in nodes}
+    for node in nodes[1:]:
+        value = node.outputs[0]
+        outsiders = [reader for reader in value.consumers() if id(reader) not in members]
+        if any(reader.op_type != "Shape" for reader in outsiders) or (value.is_graph_output() and node is not cache):
+            return False
+    return True
+
+
+def _axes(node: ir.Node) -> list[int] | None:
+    """Unsqueeze's axes: an input since opset 13, an attribute before."""
+    return _integers(node.inputs[1]) if len(node.inputs) > 1 else list(node.attributes.get_ints("axes", []))
+
+
+def _integers(value: ir.Value | None) -> list[int] | None:
+    numbers = None if value is None else constant_values(value)
+    return None if numbers is None else [int(number) for number in numbers.reshape(-1)]
+
+
+def _declared(value: ir.Value, axis: int) -> int | None:
+    """A dimension of a rank-4 value that the model declares as a number."""
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
+
+
+# --------------------------------------------------------------------------- mixtures of experts
+
+
+def routes_experts(value: ir.Value) -> bool:
+    """Say whether ``value`` decides which experts of a mixture a token goes to.
+
+    A router's output reaches the routing input of a MoE or QMoE node, or the TopK that chooses experts where a mixture
+    is written out in small nodes, through nothing but reshapes and elementwise nodes.
+    """
+    waiting, known = [value], {id(value)}
+    while waiting:
+        for use in waiting.pop().uses():
+            if use.node.op_type == "TopK" or (use.node.op_type in EXPERT_NODES and use.idx == _ROUTING_INPUT):
+                return True
+            if use.node.op_type in _BETWEEN:
+                found = [output for output in use.node.outputs if id(output) not in known]
+                waiting += found
+                known |= {id(output) for output in found}
+    return False
