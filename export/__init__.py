@@ -1,1 +1,1 @@
-"""Format half of genai-quant: write quantized weights into an ONNX graph. Knows no algorithm."""
+"""Write quantized weights into the ONNX graph and verify the result."""

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stages.cli import run_command
-from stages.config import ExportConfig
+from stages.commands.run import run_command
+from stages.commands.quantize_options import ExportConfig
 from stages.errors import CacheMismatch
-from stages.screen import Section
+from stages.commands.output import Section
 
 if TYPE_CHECKING:
-    from export.export_model import ExportSummary
+    from export.run import ExportSummary
 
 
 def command(config: ExportConfig) -> Iterator[Section]:
     """Export, and print what was written."""
-    from export.tables import export_table
+    from export.summary import export_table
 
     exported = export(config)
     yield Section(name="export", table=export_table(exported), record=exported)
@@ -29,12 +29,13 @@ def export(config: ExportConfig) -> ExportSummary:
     Raises:
         UserError: the weights are incomplete or another model's, or the output exists or fails a check.
     """
-    from export.export_model import Destination, export_model
-    from stages.base_graph import load_graph
-    from stages.fingerprint import fingerprint_model
-    from stages.model_directory import locate_model
-    from stages.quantized_store import open_store
-    from stages.records import WeightForm
+    from export.run import Destination
+    from export.run import export_model
+    from stages.model.load import load_graph
+    from stages.model.load import fingerprint_model
+    from stages.model.directory import locate_model
+    from stages.quantization.weights.store import open_store
+    from stages.records.formats import WeightForm
 
     base = locate_model(config.onnx_path)
     store = open_store(config.weights_path)

@@ -21,13 +21,22 @@ from jaxtyping import Float32
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.divide import CannotFold, divided_matrix, divided_vector, leaves_range
+from export.fold_guards import CannotFold
+from export.fold_guards import divided_matrix
+from export.fold_guards import divided_vector
+from export.fold_guards import leaves_range
 from export.fold_guards import places_of, require_as_planned, require_own_cache, require_seen_only_by, untie_heads
 from export.graph_edit import GraphEditor, name_of
-from export.qdq import StoredSite, divided_scales
+from export.forms.dequantize_linear import StoredSite
+from export.forms.dequantize_linear import divided_scales
 from stages.errors import RecipeError
-from stages.finite import all_finite
-from stages.records import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber, torch_float
+from stages.model.weights import all_finite
+from stages.records.sites import ActivationGroup
+from stages.records.sites import LinearAbsorber
+from stages.records.sites import MatMulSite
+from stages.records.sites import NormAbsorber
+from stages.records.sites import ValueAbsorber
+from stages.records.formats import torch_float
 
 How = Literal["none", "norm", "linear", "value", "mul"]
 

@@ -7,23 +7,58 @@ compute what they did, and that nodes and initializers which nobody reads any mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import onnx_ir as ir
+from stages.model.patterns import sole_reader
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from export.graph_edit import GraphEditor
+from stages.records.formats import FloatName
+from stages.records.formats import torch_float
+from dataclasses import dataclass
+from export.forms.embedding import RewrittenTable
+from export.fold import FoldOutcome
+from export.forms.opset import OpsetChange
+from export.forms.dequantize_linear import RewrittenSite
+from dataclasses import replace
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from export.forms.embedding import rewrite_tables
+from export.fold import InputScaleFolder
+from export.forms.opset import lowest_opset
+from export.forms.opset import raise_opset
+from stages.commands.options import AccuracyLevel
+from stages.errors import GraphError
+from stages.errors import RecipeError
+from stages.model.sites import find_sites
+from stages.quantization.weights.store import QuantizedStore
+from export.forms.dequantize_linear import StoredSite
+from export.graph_edit import called
+from export.forms.matmul_nbits import insert_matmul_nbits
+from export.forms.dequantize_linear import insert_dequantize
+from stages.records.formats import WeightForm
 
-from export.embedding import RewrittenTable, rewrite_tables
-from export.fold import FoldOutcome, InputScaleFolder
-from export.graph_edit import GraphEditor, called
-from export.nbits import insert_matmul_nbits
-from export.opset import OpsetChange, lowest_opset, raise_opset
-from export.qdq import RewrittenSite, StoredSite, insert_dequantize
-from export.relu import replace_relu
-from stages.config import AccuracyLevel
-from stages.errors import GraphError, RecipeError
-from stages.graph.sites import find_sites
-from stages.quantized_store import QuantizedStore
-from stages.records import WeightForm
+
+def blocks_fusion(node: ir.Node) -> ir.Node | None:
+    """The Relu or Clip behind ``node`` that keeps ONNX Runtime from fusing it, if there is one."""
+    reader = sole_reader(node.outputs[0])
+    if reader is None or reader.op_type not in ("Relu", "Clip"):
+        return None
+    result = reader.outputs[0]
+    return reader if len(result.uses()) == 1 and not result.is_graph_output() else None
+
+
+def replace_relu(editor: GraphEditor, node: ir.Node, dtype: FloatName) -> None:
+    """Put Max(x, 0) in the place of the Relu that keeps the quantized ``node`` from being fused."""
+    relu = blocks_fusion(node)
+    if relu is None or relu.op_type != "Relu":
+        return
+    zero = editor.add_initializer(relu, f"{relu.name}/zero", TorchTensor(torch.zeros((), dtype=torch_float(dtype))))
+    x, y = node.outputs[0], relu.outputs[0]
+    clamped = editor.insert_before(
+        relu, "Max", [x, zero], f"{relu.name}/Max", {}, lambda name: ir.Value(name=name, shape=y.shape, type=y.type)
+    )
+    for use in tuple(y.uses()):
+        use.node.replace_input_with(use.idx, clamped)
+
 
 _IR_VERSION = 10
 

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx_ir as ir
-
-from stages.atomic import is_occupied, refuse_existing, require_creatable
-from stages.base_graph import external_files
+from stages.system.atomic import is_occupied
+from stages.system.atomic import refuse_existing
+from stages.system.atomic import require_creatable
 from stages.errors import UserError
-from stages.genai_config import GENAI_CONFIG, read_genai_config
-from stages.model_directory import ModelDirectory
-from stages.progress import progress_bar
+from stages.model.directory import ModelDirectory
+import onnx_ir as ir
+from stages.commands.progress import progress_bar
+import shutil
+from stages.model.load import external_files
+from collections.abc import Iterator
+from collections.abc import Mapping
+from stages.model.genai_config import GENAI_CONFIG
+from stages.model.genai_config import read_genai_config
+from stages.errors import GraphError
+from stages.model.load import external_tensors
+from stages.records.formats import DataFileUse
+import numpy as np
+
 
 _OPTION = "--output_path"
+
+
 _OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
 """Files that mark a folder as quantized weights or a calibration cache."""
 
@@ -128,3 +137,46 @@ def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[st
     if session_options:
         decoder.setdefault("session_options", {}).update(session_options)
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
+_PAGE, _LARGEST_ALIGNMENT = 4096, 65536
+
+
+def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
+    """Check that the tensors of ``model`` tile the data file ``path``.
+
+    Raises:
+        GraphError: a reference leaves the file, overlaps another, has the wrong length, or bytes belong to no tensor.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    end = padding = referenced = 0
+    for tensor in sorted(external_tensors(model), key=lambda tensor: tensor.offset or 0):
+        offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
+        if Path(tensor.path).resolve() != path.resolve() or length != tensor.nbytes or offset + length > size:
+            raise GraphError(f"{path.name} is not whole: '{tensor.name}' doesn't fit in it; export again.")
+        if not is_padding(end, offset):
+            raise GraphError(f"{path.name} has overlapping or unused bytes before '{tensor.name}'; export again.")
+        padding += offset - end
+        referenced += length
+        end = offset + length
+    if end != size:
+        raise GraphError(f"{path.name} has {size - end} bytes behind its last tensor; export again.")
+    return DataFileUse(file_bytes=size, referenced_bytes=referenced, padding_bytes=padding)
+
+
+def is_padding(end: int, offset: int) -> bool:
+    """Whether the bytes from ``end`` to ``offset`` do nothing but align what lies at ``offset``."""
+    gap = offset - end
+    return gap == 0 or (0 < gap < _LARGEST_ALIGNMENT and offset % _PAGE == 0)
+
+
+def read_initializer(node: ir.Node, name: str) -> np.ndarray:
+    """A copy of initializer ``name`` of the graph that holds ``node``; no mapping of the file stays open."""
+    assert isinstance(node.graph, ir.Graph)
+    tensor = node.graph.initializers[name].const_value
+    assert tensor is not None
+    array = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return array

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from export.__main__ import export
-    from export.export_model import QuantizedModel
+    from export.run import QuantizedModel
     from genai_quant.run_file import WholeRun, read_run
-    from stages.calibrate_run import calibrate
-    from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig
+    from stages.calibration.run import calibrate
+    from stages.commands.calibrate_options import CalibrateConfig
+    from stages.commands.evaluate_options import EvaluateConfig
+    from stages.commands.quantize_options import ExportConfig
+    from stages.commands.quantize_options import QuantizeConfig
     from stages.errors import CacheMismatch, GraphError, RecipeError, SolveError, UserError
     from stages.evaluate import evaluate
-    from stages.progress import progress_on
+    from stages.commands.progress import progress_on
     from stages.quantize import preview, quantize
 
 __version__ = version("genai-quant")

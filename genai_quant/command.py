@@ -10,20 +10,22 @@ import tyro
 
 from export import __main__ as export
 from genai_quant import __version__
-from stages import calibrate, evaluate, quantize, report_page, sweep
-from stages.cli import run_parsed
-from stages.config import (
-    CalibrateConfig,
-    EvaluateConfig,
-    ExportConfig,
-    InspectConfig,
-    QuantizeConfig,
-    ReportConfig,
-    RunConfig,
-    SweepConfig,
-)
+from stages import calibrate
+from stages import evaluate
+from stages import quantize
+from stages.report import __main__ as report_page
+from stages import sweep
+from stages.commands.run import run_parsed
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.quantize_options import ExportConfig
+from stages.commands.evaluate_options import InspectConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.evaluate_options import ReportConfig
+from stages.commands.options import RunConfig
+from stages.commands.evaluate_options import SweepConfig
 from stages.inspect import __main__ as inspect
-from stages.screen import Section
+from stages.commands.output import Section
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (
@@ -68,6 +70,6 @@ def main() -> None:
 
 
 def _run_file(config: RunConfig) -> Iterable[Section]:
-    from genai_quant.whole_run import run_whole
+    from genai_quant.run_file import run_whole
 
     return run_whole(config)

@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genai_quant.typed import option_names, unknown
-from stages.config import CalibrateConfig, QuantizeConfig, beside
+from genai_quant.run_options import option_names
+from genai_quant.run_options import unknown
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.options import beside
 from stages.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.quantize_options import ExportConfig
+from stages.commands.quantize_options import QuantizeConfig
 from pathlib import Path
+from genai_quant.run_options import read_mapping
+from genai_quant.olive import is_olive
+from genai_quant.olive import sections_of_olive
+from genai_quant.run_options import read_options
+from stages.errors import RecipeError
+from stages.errors import UserError
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
+from genai_quant.run_options import unknown
+import logging
+from dataclasses import replace
+from export import __main__ as export
+from stages import evaluate
+from stages import quantize
+from stages.calibration.run import calibrate
+from stages.commands.options import RunConfig
+from stages.quantization.preview.table import preview_table
+from stages.commands.output import Section
+from stages.calibration.summary import calibration_table
 
-from genai_quant.documents import read_mapping
-from genai_quant.olive import is_olive, sections_of_olive
-from genai_quant.typed import read_options, unknown
-from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig
-from stages.errors import RecipeError, UserError
 
 _SECTIONS = ("calibrate", "quantize", "export", "evaluate")
+
+
 _SHARED = ("onnx_path", "cache_dir")
 """Options of both stages that are the same place: given to one, the other needn't repeat it."""
 
@@ -91,3 +110,37 @@ def _evaluate(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfi
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from error
     return config
+
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def run_whole(config: RunConfig) -> Iterator[Section]:
+    """Do what the file of ``config`` says, or with ``dry_run`` say what that would be.
+
+    Raises:
+        UserError: the file can't be read or has something that no option is; and what the steps raise. What can't work
+            is said before the first step.
+    """
+    run = read_run(config.config)
+    if config.dry_run or run.quantize.dry_run:
+        found = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
+        yield Section(name="plan", table=preview_table(found), record=found)
+        return
+    quantize.check_before_calibration(run.quantize)
+    yield from _calibrate(run)
+    yield from quantize.command(run.quantize)
+    if run.export is not None:
+        yield from export.command(run.export)
+    if run.evaluate is not None:
+        yield from evaluate.command(run.evaluate)
+
+
+def _calibrate(run: WholeRun) -> Iterator[Section]:
+    if run.calibrate is None:
+        return
+    if run.quantize.needs_cache:
+        summary = calibrate(run.calibrate)
+        yield Section(name="calibration", table=calibration_table(summary), record=summary)
+    else:
+        _LOGGER.info("%s rounds without calibration data: stage one is left out.", run.quantize.algo)

@@ -1,1 +1,1 @@
-"""Command lines around the two stages: base models, accuracy, generation. Run as ``python -m scripts.NAME``."""
+"""Tools for work in a clone."""

@@ -26,20 +26,22 @@ from scripts.benchmarks.search import measure_search
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.benchmarks.writing import measure_writing
 from scripts.options import BenchmarkConfig, PeerConfig
-from scripts.peers import peers_of
-from stages.atomic import whole_file
-from stages.cli import run_command
-from stages.config import Algorithm, QuantizeConfig, beside
+from scripts.peers.runs import peers_of
+from stages.system.atomic import whole_file
+from stages.commands.run import run_command
+from stages.commands.quantize_options import Algorithm
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.options import beside
 from stages.errors import UserError
-from stages.evaluation.process import run_measured
-from stages.fingerprint import fingerprint_model
-from stages.machine import choose_device
-from stages.model_directory import locate_model
-from stages.observe.cache import open_cache
-from stages.progress import status
-from stages.screen import Section
-from stages.session import choose_providers
-from stages.shell_line import shell_line
+from stages.system.measured_process import run_measured
+from stages.model.load import fingerprint_model
+from stages.system.hardware import choose_device
+from stages.model.directory import locate_model
+from stages.calibration.cache import open_cache
+from stages.commands.progress import status
+from stages.commands.output import Section
+from stages.runtime.providers import choose_providers
+from stages.system.paths import shell_line
 
 _LOGGER = logging.getLogger(__name__)
 _FIGURES = TypeAdapter(Benchmark)

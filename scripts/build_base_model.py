@@ -10,23 +10,21 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from scripts.builder_input import as_builder_input
-from scripts.checkpoints import (
-    Checkpoint,
-    FolderCheckpoint,
-    GgufCheckpoint,
-    HubCheckpoint,
-    PackagedCheckpoint,
-    dequantize_gguf,
-    find_checkpoint,
-)
+from scripts.base_models.checkpoints import as_builder_input
+from scripts.base_models.checkpoints import Checkpoint
+from scripts.base_models.checkpoints import FolderCheckpoint
+from scripts.base_models.checkpoints import GgufCheckpoint
+from scripts.base_models.checkpoints import HubCheckpoint
+from scripts.base_models.checkpoints import PackagedCheckpoint
+from scripts.base_models.checkpoints import dequantize_gguf
+from scripts.base_models.checkpoints import find_checkpoint
 from scripts.options import BuildConfig
-from scripts.packaged_gguf import join_parts
-from stages.atomic import whole_directory
-from stages.cli import run_command
+from scripts.base_models.packaged_gguf import join_parts
+from stages.system.atomic import whole_directory
+from stages.commands.run import run_command
 from stages.errors import UserError
-from stages.progress import status
-from stages.screen import Section
+from stages.commands.progress import status
+from stages.commands.output import Section
 
 _LOGGER = logging.getLogger(__name__)
 _BUILDER = "onnxruntime_genai.models.builder"

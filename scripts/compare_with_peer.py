@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scripts.options import PeerConfig
-from scripts.peers import peers_of
-from stages.cli import run_command
-from stages.evaluation.bench import measure
-from stages.evaluation.points import points_of
-from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks
-from stages.page.document import write_report
-from stages.page.from_sweep import sweep_document
-from stages.page.render import render
-from stages.progress import progress_bar
-from stages.screen import Section
+from scripts.peers.runs import peers_of
+from stages.commands.run import run_command
+from stages.evaluation.bench.runs import measure
+from stages.evaluation.bench.grid import points_of
+from stages.evaluation.bench.setup import open_bench
+from stages.evaluation.bench.setup import publish
+from stages.evaluation.bench.setup import raise_failures
+from stages.evaluation.bench.setup import read_yardsticks
+from stages.report.document import write_report
+from stages.report.from_runs import sweep_document
+from stages.report.render import render
+from stages.commands.progress import progress_bar
+from stages.commands.output import Section
 
 
 def compare_with_peer(config: PeerConfig) -> Iterator[Section]:

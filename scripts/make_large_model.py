@@ -13,12 +13,13 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from scripts.options import LargeModelConfig
-from scripts.synthetic_llama import LlamaShape, random_llama
-from stages.atomic import whole_directory
-from stages.cli import run_command
-from stages.genai_config import GENAI_CONFIG
-from stages.progress import progress_bar
-from stages.screen import Section
+from scripts.base_models.synthetic_llama import LlamaShape
+from scripts.base_models.synthetic_llama import random_llama
+from stages.system.atomic import whole_directory
+from stages.commands.run import run_command
+from stages.model.genai_config import GENAI_CONFIG
+from stages.commands.progress import progress_bar
+from stages.commands.output import Section
 
 _LOGGER = logging.getLogger(__name__)
 SHAPES = {

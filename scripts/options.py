@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.config import (
-    Algorithm,
-    BenchConfig,
-    CalibrateConfig,
-    CommandOptions,
-    Flag,
-    QuantizeConfig,
-    SweepGrid,
-    beside,
-)
+from stages.commands.quantize_options import Algorithm
+from stages.commands.evaluate_options import BenchConfig
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.options import CommandOptions
+from stages.commands.options import Flag
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.evaluate_options import SweepGrid
+from stages.commands.options import beside
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]

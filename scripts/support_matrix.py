@@ -13,10 +13,11 @@ from typing import Annotated
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from stages.cli import run_command
-from stages.config import CommandOptions
+from stages.commands.run import run_command
+from stages.commands.options import CommandOptions
 from stages.errors import UserError
-from stages.screen import Section, unwrapped
+from stages.commands.output import Section
+from stages.commands.output import unwrapped
 
 _PLACES = {"norm": "norms", "value": "v_proj", "linear": "up_proj", "mul": "Mul nodes"}
 

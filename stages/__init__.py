@@ -1,1 +1,1 @@
-"""Compute half of genai-quant: calibrate a graph, then search quantized weights from the cache."""
+"""Turn a language model's ONNX graph into quantized weights: calibrate, plan, search."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from stages.cli import run_command
-from stages.config import CalibrateConfig
-from stages.screen import Section
+from stages.commands.run import run_command
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.output import Section
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -15,8 +15,8 @@ _LOGGER = logging.getLogger(__name__)
 def command(config: CalibrateConfig) -> Iterator[Section]:
     """Calibrate, then say which command to type next."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from stages.calibrate_run import calibrate
-    from stages.calibration_table import calibration_table
+    from stages.calibration.run import calibrate
+    from stages.calibration.summary import calibration_table
 
     summary = calibrate(config)
     yield Section(name="calibration", table=calibration_table(summary), record=summary)

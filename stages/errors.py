@@ -1,5 +1,9 @@
 """Errors that a person can act on. Each message names what is wrong, where, and the mend, in one sentence."""
 
+from __future__ import annotations
+
+import textwrap
+
 
 class UserError(Exception):
     """Bad input or environment; the command line prints the message alone and exits with code 2."""
@@ -19,3 +23,25 @@ class RecipeError(UserError):
 
 class SolveError(UserError):
     """The statistics or weights of a site can't be used (NaN or infinite values, for example)."""
+
+
+_LENGTH = 200
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's own words in one line, or its class where it has none."""
+    return _words(error) or type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """The error's class and words in one line: what a library's error says often means little without its class."""
+    return ": ".join(filter(None, (type(error).__name__, _words(error))))
+
+
+def _words(error: BaseException) -> str:
+    return textwrap.shorten(str(error), _LENGTH, placeholder="...")
+
+
+def sentence_of(error: BaseException) -> str:
+    """Our own sentence, printable: names in damaged files hold anything, lines and half characters too."""
+    return " ".join(str(error).splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stages.cli import run_command
-from stages.config import EvaluateConfig
-from stages.screen import Section
+from stages.commands.run import run_command
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.output import Section
 
 if TYPE_CHECKING:
     from stages.evaluation.compare import PreparedEvaluation
-    from stages.evaluation.findings import Evaluation
-    from stages.page.document import Document
+    from stages.evaluation.records import Evaluation
+    from stages.report.document import Document
 
 
 def command(config: EvaluateConfig) -> Iterator[Section]:
     """Evaluate, and print the tables."""
     from rich.console import Group
 
-    from stages.page.tables import tables_of
+    from stages.report.tables import tables_of
 
     found = evaluate(config)
     yield Section(name="evaluation", table=Group(*tables_of(found)), record=found)
@@ -34,7 +34,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
-    from stages.page.document import Document, read_document
+    from stages.report.document import Document
+    from stages.report.document import read_document
 
     config.validate()
     document = Document() if config.report is None else read_document(config.report)
@@ -46,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvaluation) -> Evaluation | None:
     """Return an evaluation of the same comparison, from --results or the report."""
-    from stages.evaluation.findings import load_evaluation
+    from stages.evaluation.records import load_evaluation
 
     found = None if config.results is None else load_evaluation(config.results, prepared.comparison)
     of_report = (one for one in document.evaluations if one.comparison == prepared.comparison)
@@ -55,10 +56,10 @@ def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvalu
 
 def _keep(config: EvaluateConfig, found: Evaluation, document: Document) -> None:
     """Write what was found to --results and into the report of --report."""
-    from stages.evaluation.findings import save_evaluation
-    from stages.machine import describe_machine
-    from stages.page.document import write_report
-    from stages.page.render import render
+    from stages.evaluation.records import save_evaluation
+    from stages.system.hardware import describe_machine
+    from stages.report.document import write_report
+    from stages.report.render import render
 
     if config.results is not None:
         save_evaluation(found, config.results)

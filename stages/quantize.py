@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.cli import run_command
-from stages.config import CalibrateConfig, QuantizeConfig
+from stages.commands.run import run_command
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
-from stages.screen import Section
+from stages.commands.output import Section
 
 if TYPE_CHECKING:
-    from export.export_model import Destination, QuantizedModel
-    from stages.model_directory import ModelDirectory
-    from stages.preview_table import Preview
-    from stages.quantize_run import Prepared
+    from export.run import Destination
+    from export.run import QuantizedModel
+    from stages.model.directory import ModelDirectory
+    from stages.quantization.preview.table import Preview
+    from stages.quantization.run import Prepared
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ _LOGGER = logging.getLogger(__name__)
 def command(config: QuantizeConfig) -> Iterator[Section]:
     """Quantize, or say what that would do."""
     if config.dry_run:
-        from stages.preview_table import preview_table
+        from stages.quantization.preview.table import preview_table
 
         found = preview(config)
         yield Section(name="plan", table=preview_table(found), record=found)
@@ -44,14 +46,18 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
         UserError: an option or the model can't be used, the cache is missing or another model's, or the output exists.
     """
     # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from export.export_model import QuantizedModel, export_model
-    from stages.machine import choose_device
-    from stages.model_directory import locate_model
-    from stages.page.document import read_document
-    from stages.processes import join_processes
-    from stages.quantize_run import discard_if_bad_input, prepare, round_embeddings, search_weights
-    from stages.quantized_store import REPORT_FOLDER
-    from stages.report import search_summary
+    from export.run import QuantizedModel
+    from export.run import export_model
+    from stages.system.hardware import choose_device
+    from stages.model.directory import locate_model
+    from stages.report.document import read_document
+    from stages.system.distributed import join_processes
+    from stages.quantization.run import discard_if_bad_input
+    from stages.quantization.run import prepare
+    from stages.quantization.run import round_embeddings
+    from stages.quantization.run import search_weights
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.quantization.weights.summary import search_summary
 
     config.validate()
     if config.dry_run:
@@ -92,7 +98,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) 
     Raises:
         UserError: an option or the model can't be used.
     """
-    from stages.preview import preview as forecast
+    from stages.quantization.preview.preview import preview as forecast
 
     config.validate()
     return forecast(config, calibration, tuple(_obstacles(config)))
@@ -100,10 +106,10 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
     """Raise what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
-    from stages.base_graph import load_graph
-    from stages.block.tunable import open_blocks
-    from stages.model_directory import locate_model
-    from stages.planning import plan_model
+    from stages.model.load import load_graph
+    from stages.quantization.blocks.decoder import open_blocks
+    from stages.model.directory import locate_model
+    from stages.quantization.plan.plan import plan_model
 
     config.validate()
     directory = locate_model(config.onnx_path)
@@ -115,10 +121,10 @@ def check_before_calibration(config: QuantizeConfig) -> None:
 
 
 def _sections(config: QuantizeConfig, made: QuantizedModel) -> Iterator[Section]:
-    from export.tables import export_table
-    from stages.quantized_store import open_store
-    from stages.report import quantization_table
-    from stages.target.explain import choice_table
+    from export.summary import export_table
+    from stages.quantization.weights.store import open_store
+    from stages.quantization.weights.summary import quantization_table
+    from stages.quantization.targets.explain import choice_table
 
     if config.parsed_target is not None:
         yield Section(name="formats", table=choice_table(config.parsed_target, made.choice), record=made.choice)
@@ -129,9 +135,9 @@ def _sections(config: QuantizeConfig, made: QuantizedModel) -> Iterator[Section]
 
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
     """Return where the model goes, once both places and the device can be used."""
-    from export.export_model import Destination
-    from stages.atomic import require_creatable
-    from stages.machine import choose_device
+    from export.run import Destination
+    from stages.system.atomic import require_creatable
+    from stages.system.hardware import choose_device
 
     choose_device(config.device)
     destination = Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
@@ -142,7 +148,7 @@ def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destinati
 
 def _obstacles(config: QuantizeConfig) -> Iterator[str]:
     """Give out why the output couldn't be written as things are."""
-    from stages.model_directory import locate_model
+    from stages.model.directory import locate_model
 
     try:
         _destination(config, locate_model(config.onnx_path))
@@ -152,12 +158,12 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
 
 def _write_report(prepared: Prepared, output: Path) -> None:
     """Write the report inside the weights' folder, and warn where that fails: the model is finished."""
-    from stages.model_directory import locate_model
-    from stages.one_line import in_one_line
-    from stages.page.from_weights import write_quantization
-    from stages.quantized_store import REPORT_FOLDER
-    from stages.shell_line import shell_line
-    from stages.size_breakdown import size_parts
+    from stages.model.directory import locate_model
+    from stages.errors import in_one_line
+    from stages.report.from_runs import write_quantization
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.system.paths import shell_line
+    from stages.model.sizes import size_parts
 
     store, base = prepared.store, prepared.directory
     try:

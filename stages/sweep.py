@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stages.cli import run_command
-from stages.config import Keep, SweepConfig
-from stages.screen import Section
+from stages.commands.run import run_command
+from stages.commands.evaluate_options import Keep
+from stages.commands.evaluate_options import SweepConfig
+from stages.commands.output import Section
 
 if TYPE_CHECKING:
-    from stages.evaluation.bench import Record, Run, Yardstick
+    from stages.evaluation.bench.runs import Record
+    from stages.evaluation.bench.runs import Run
+    from stages.evaluation.bench.runs import Yardstick
 
 
 def command(config: SweepConfig) -> Iterator[Section]:
@@ -23,13 +26,16 @@ def command(config: SweepConfig) -> Iterator[Section]:
     Raises:
         UserError: at once where options or texts can't be used; after everything else where points failed.
     """
-    from stages.evaluation.bench import measure
-    from stages.evaluation.points import points_of
-    from stages.evaluation.workplace import open_bench, publish, raise_failures, read_yardsticks
-    from stages.page.document import write_report
-    from stages.page.from_sweep import sweep_document
-    from stages.page.render import render
-    from stages.progress import progress_bar
+    from stages.evaluation.bench.runs import measure
+    from stages.evaluation.bench.grid import points_of
+    from stages.evaluation.bench.setup import open_bench
+    from stages.evaluation.bench.setup import publish
+    from stages.evaluation.bench.setup import raise_failures
+    from stages.evaluation.bench.setup import read_yardsticks
+    from stages.report.document import write_report
+    from stages.report.from_runs import sweep_document
+    from stages.report.render import render
+    from stages.commands.progress import progress_bar
 
     runs = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
     bench = open_bench(config)
@@ -46,7 +52,7 @@ def _tidying(
     keep: Keep, runs: Sequence[Run], yardsticks: Sequence[Yardstick]
 ) -> Callable[[Mapping[str, Record]], None]:
     """Return what deletes models after each point, given the records so far."""
-    from stages.evaluation.bench import remove_model
+    from stages.evaluation.bench.runs import remove_model
 
     def tidy(records: Mapping[str, Record]) -> None:
         wanted = set() if keep == "none" else _best(runs, records, yardsticks)
@@ -59,8 +65,8 @@ def _tidying(
 
 def _best(runs: Sequence[Run], records: Mapping[str, Record], yardsticks: Sequence[Yardstick]) -> set[str]:
     """Return the names of the points that no other one beats in bytes and loss, on one text at least."""
-    from stages.evaluation.results import on_front
-    from stages.evaluation.workplace import results_of
+    from stages.evaluation.bench.results import on_front
+    from stages.evaluation.bench.setup import results_of
 
     best: set[str] = set()
     for yardstick in yardsticks or (None,):

@@ -10,8 +10,10 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from tests.commands import Commands
-from tests.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
+from tests.support.commands import Commands
+from tests.support.tiny_models import build_genai_model
+from tests.support.tiny_models import save_tiny_llama
+from tests.support.tiny_models import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +67,8 @@ def tiny_model_bf16(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
     """A calibration of the tiny model: 18 windows of 32 tokens to search with, 2 held out."""
-    from stages.calibrate_run import calibrate
-    from stages.config import CalibrateConfig
+    from stages.calibration.run import calibrate
+    from stages.commands.calibrate_options import CalibrateConfig
 
     folder = tmp_path_factory.mktemp("caches") / "tiny"
     config = CalibrateConfig(

@@ -1,1 +1,1 @@
-"""What scripts.benchmark measures, one kind of figure a module."""
+"""Measure the parts of a benchmark."""

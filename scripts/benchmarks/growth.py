@@ -11,12 +11,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from scripts.benchmarks.figures import Axis, GrowthFigure, GrowthPoint
-from scripts.synthetic_llama import LlamaShape, random_llama
-from stages.calibrate_run import calibrate
-from stages.config import CalibrateConfig, QuantizeConfig
-from stages.genai_config import GENAI_CONFIG
-from stages.quantize_run import open_search
-from stages.solve.side_by_side import solve_groups
+from scripts.base_models.synthetic_llama import LlamaShape
+from scripts.base_models.synthetic_llama import random_llama
+from stages.calibration.run import calibrate
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.model.genai_config import GENAI_CONFIG
+from stages.quantization.run import open_search
+from stages.quantization.search.parallel import solve_groups
 
 _SHAPE = LlamaShape(
     layers=2, hidden=512, intermediate=1024, heads=8, kv_heads=4, head_size=64, vocabulary=1024, context=4096

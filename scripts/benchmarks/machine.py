@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from scripts.benchmarks.figures import Machine
-from stages.machine import processor
+from stages.system.hardware import processor
 
 _PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "numpy", "nvidia-modelopt")
 

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from scripts.benchmarks.figures import GrowthFigure
-from stages.page.render import STYLE_SHEET
-from stages.page.svg import SMALL, Axis, Mark, axis_over, chart
+from stages.report.render import STYLE_SHEET
+from stages.report.svg import SMALL
+from stages.report.svg import Axis
+from stages.report.svg import Mark
+from stages.report.svg import axis_over
+from stages.report.svg import chart
 
 
 def growth_plot(figures: Sequence[GrowthFigure]) -> str:

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks.figures import SearchFigure
-from stages.config import QuantizeConfig
-from stages.quantize_run import open_search
-from stages.records import ActivationGroup
-from stages.solve.runner import GroupSolver
+from stages.commands.quantize_options import QuantizeConfig
+from stages.quantization.run import open_search
+from stages.records.sites import ActivationGroup
+from stages.quantization.search.solver import GroupSolver
 
 _PRODUCT_SECONDS = 1.0
 

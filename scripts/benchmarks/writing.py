@@ -7,11 +7,12 @@ import shutil
 import time
 from pathlib import Path
 
-from export.export_model import Destination, export_model
+from export.run import Destination
+from export.run import export_model
 from scripts.benchmarks.figures import WriteFigure
-from stages.config import ExportOptions
-from stages.model_directory import locate_model
-from stages.quantized_store import open_store
+from stages.commands.quantize_options import ExportOptions
+from stages.model.directory import locate_model
+from stages.quantization.weights.store import open_store
 
 _CHUNK = 1 << 24
 

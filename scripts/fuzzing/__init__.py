@@ -1,1 +1,1 @@
-"""What scripts.fuzz is made of: mutations of valid files, and the loaders that must refuse what they can't use."""
+"""Feed damaged files to the loaders."""

@@ -19,19 +19,25 @@ from scripts.fuzzing.mutations import (
     mutate_safetensors,
     mutate_text,
 )
-from stages.base_graph import load_graph
+from stages.model.load import load_graph
 from stages.errors import UserError
-from stages.graph.embeddings import find_embeddings
-from stages.graph.rejected import find_rejected
-from stages.graph.sites import find_groups, find_sites
-from stages.graph.unreached import find_unreached
-from stages.graph.weights import read_rows, read_weight
-from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.cache import CalibrationCache, find_cache
-from stages.observe.documents import open_documents
-from stages.plan_file import PlannedSite, plan_text, read_plan
-from stages.provider_profile import decoder_sizes
-from stages.quantized_store import open_store
+from stages.model.sites import find_embeddings
+from stages.model.unquantized import find_rejected
+from stages.model.sites import find_groups
+from stages.model.sites import find_sites
+from stages.model.unquantized import find_unreached
+from stages.model.weights import read_rows
+from stages.model.weights import read_weight
+from stages.model.directory import ModelDirectory
+from stages.model.directory import locate_model
+from stages.calibration.cache import CalibrationCache
+from stages.calibration.cache import find_cache
+from stages.calibration.text.documents import open_documents
+from stages.quantization.plan.plan_file import PlannedSite
+from stages.quantization.plan.plan_file import plan_text
+from stages.quantization.plan.plan_file import read_plan
+from stages.calibration.trt_profile import decoder_sizes
+from stages.quantization.weights.store import open_store
 
 _CPU = torch.device("cpu")
 _TEXTS = 50

@@ -1,1 +1,1 @@
-"""Judge models on text that calibration never saw, and measure what making them costs."""
+"""Compare models with their base: accuracy, answers, tasks, speed."""

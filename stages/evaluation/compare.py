@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-
 import numpy as np
+from jaxtyping import Int64
+import hashlib
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from stages.model.directory import ModelDirectory
+from stages.runtime.session import SessionSettings
+from stages.evaluation.records import Comparison
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.errors import UserError
+from stages.model.directory import locate_model
+from stages.calibration.text.tokenizer import load_tokenizer
+from stages.runtime.providers import choose_providers
+from stages.model.load import fingerprint_model
+from pathlib import Path
+from jaxtyping import Float32
+from stages.evaluation.records import ModelRow
+from stages.commands.progress import Progress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from stages.evaluation.records import Evaluation
+from stages.runtime.decoder import open_decoder
+from transformers import PreTrainedTokenizerBase
+from stages.calibration.text.windows import pack_windows
+from stages.calibration.text.offline import offline_evaluation_text
+from itertools import chain
 import onnx_ir as ir
 import torch
-from jaxtyping import Float32, Int64
-from transformers import PreTrainedTokenizerBase
+from stages.evaluation.accuracy import TokenScores
+from stages.evaluation.accuracy import by_position
+from stages.evaluation.accuracy import score_window
+from stages.evaluation.accuracy import summarize
+from stages.evaluation.accuracy import WorstToken
+from stages.evaluation.accuracy import worst_of_all
+from stages.evaluation.accuracy import worst_of_window
+from stages.runtime.upcast import must_widen
+from stages.model.sizes import stored_bytes
 
-from stages.base_graph import external_files, load_graph
-from stages.config import EvaluateConfig
-from stages.errors import UserError
-from stages.evaluation.accuracy import TokenScores, by_position, score_window, summarize
-from stages.evaluation.decoder import open_decoder
-from stages.evaluation.findings import Comparison, Evaluation, ModelRow
-from stages.evaluation.worst_tokens import WorstToken, worst_of_all, worst_of_window
-from stages.fingerprint import fingerprint_model
-from stages.model_directory import ModelDirectory, locate_model
-from stages.observe.dataset import pack_windows
-from stages.observe.offline_text import offline_evaluation_text
-from stages.observe.tokenizer import load_tokenizer
-from stages.progress import Progress
-from stages.session import SessionSettings, choose_providers
-from stages.widen import must_widen
 
 Windows = Int64[np.ndarray, "windows seq_len"]
 
@@ -162,16 +173,6 @@ def _watched(
             yield decoder.logits(window[None])[0]
             progress.advance(task)
     progress.remove_task(task)
-
-
-def stored_bytes(directory: ModelDirectory) -> int:
-    """Bytes of the .onnx file and of every file of external data that it refers to.
-
-    Raises:
-        GraphError: the model can't be read, or isn't whole.
-    """
-    files = {directory.onnx_file.resolve(), *external_files(load_graph(directory))}
-    return sum(file.stat().st_size for file in files)
 
 
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:

@@ -11,15 +11,22 @@ from statistics import median
 import onnx_ir as ir
 
 from stages.errors import UserError
-from stages.evaluation.decode_round import OPTION, REQUESTS, ROUNDS, Round, SpeedRequest
-from stages.evaluation.findings import ModelSpeed, Rate, SpeedTest
-from stages.evaluation.genai_session import runtime_version
-from stages.evaluation.process import Cost, run_measured
-from stages.genai_config import read_genai_config
-from stages.machine import describe_machine
-from stages.model_directory import ModelDirectory
-from stages.progress import Progress
-from stages.session import ACCURACY_LEVEL
+from stages.evaluation.speed_round import OPTION
+from stages.evaluation.speed_round import REQUESTS
+from stages.evaluation.speed_round import ROUNDS
+from stages.evaluation.speed_round import Round
+from stages.evaluation.speed_round import SpeedRequest
+from stages.evaluation.records import ModelSpeed
+from stages.evaluation.records import Rate
+from stages.evaluation.records import SpeedTest
+from stages.runtime.genai import runtime_version
+from stages.system.measured_process import Cost
+from stages.system.measured_process import run_measured
+from stages.model.genai_config import read_genai_config
+from stages.system.hardware import describe_machine
+from stages.model.directory import ModelDirectory
+from stages.commands.progress import Progress
+from stages.runtime.session import ACCURACY_LEVEL
 
 _DEFAULT_LEVEL = "4, ONNX Runtime's default on the CPU"
 

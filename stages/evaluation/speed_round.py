@@ -2,11 +2,66 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
+from pydantic import TypeAdapter
+import time
 from pathlib import Path
-
+from stages.runtime.genai import open_genai
+import sys
 from stages.errors import UserError
-from stages.evaluation.decode_round import REQUESTS, ROUNDS, time_round
+
+
+OPTION = "--speed"
+
+
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRequest:
+    """What every model is given in every round."""
+
+    prompt: tuple[int, ...]
+    """Token ids."""
+    new_tokens: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one process measured: seconds."""
+
+    load: float
+    prompt: float
+    """From the prompt to the first new token."""
+    decode: float
+    """For the new tokens after the first."""
+
+
+REQUESTS = TypeAdapter(SpeedRequest)
+
+
+ROUNDS = TypeAdapter(Round)
+
+
+def time_round(folder: Path, request: SpeedRequest) -> Round:
+    """Load the model, generate a few tokens unmeasured, then answer the prompt.
+
+    Raises:
+        UserError: onnxruntime-genai isn't installed, or the model can't be run by it here.
+    """
+    started = time.perf_counter()
+    session = open_genai(folder, OPTION, request.threads)
+    loaded = time.perf_counter()
+    for _ in session.greedy(request.prompt[:_WARM_UP_TOKENS], _WARM_UP_TOKENS, past_the_end=True):
+        pass
+    prompted = time.perf_counter()
+    tokens = session.greedy(request.prompt, request.new_tokens, past_the_end=True)
+    next(tokens)
+    first = time.perf_counter()
+    for _ in tokens:
+        pass
+    return Round(load=loaded - started, prompt=first - prompted, decode=time.perf_counter() - first)
 
 
 def main(folder: str, request: str, answer: str) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.cli import run_command
-from stages.config import InspectConfig
+from stages.commands.run import run_command
+from stages.commands.evaluate_options import InspectConfig
 from stages.errors import UserError
-from stages.screen import Section
+from stages.commands.output import Section
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,10 +33,13 @@ def command(config: InspectConfig) -> Iterator[Section]:
 
 def _inspect(path: Path) -> tuple[object, RenderableType]:
     """Return the record of a folder or .onnx file, and its table."""
-    from stages.inspection.own_folders import is_sweep, report_cache, report_sweep
-    from stages.inspection.tables import cache_table, sweep_table
-    from stages.observe.cache import find_cache
-    from stages.quantized_store import RECIPE
+    from stages.inspect.artifacts import is_sweep
+    from stages.inspect.artifacts import report_cache
+    from stages.inspect.artifacts import report_sweep
+    from stages.inspect.tables import cache_table
+    from stages.inspect.tables import sweep_table
+    from stages.calibration.cache import find_cache
+    from stages.quantization.weights.store import RECIPE
 
     if not path.exists():
         raise UserError(f"{path} does not exist; pass a model, a calibration cache, quantized weights or a sweep.")
@@ -52,10 +55,10 @@ def _inspect(path: Path) -> tuple[object, RenderableType]:
 
 
 def _inspect_weights(path: Path) -> tuple[object, RenderableType]:
-    from stages.inspection.own_folders import report_weights
-    from stages.inspection.tables import weights_table
-    from stages.quantized_store import open_store
-    from stages.report import quantization_table
+    from stages.inspect.artifacts import report_weights
+    from stages.inspect.tables import weights_table
+    from stages.quantization.weights.store import open_store
+    from stages.quantization.weights.summary import quantization_table
 
     store = open_store(path)
     found = report_weights(store)
@@ -64,9 +67,9 @@ def _inspect_weights(path: Path) -> tuple[object, RenderableType]:
 
 
 def _inspect_model(path: Path) -> tuple[object, RenderableType]:
-    from stages.inspection.model_report import report_model
-    from stages.inspection.tables import model_table
-    from stages.model_directory import locate_model
+    from stages.inspect.model import report_model
+    from stages.inspect.tables import model_table
+    from stages.model.directory import locate_model
 
     if path.is_dir() and not any(path.glob("*.onnx")):
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:_SHOWN]) or "nothing"

@@ -1,1 +1,0 @@
-"""Bad input of every kind, one row a case, and the legal input that looks odd."""

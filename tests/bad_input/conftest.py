@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Commands
+from tests.support.commands import Commands
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """Quantized weights of the tiny model: INT4 with zero points, one site INT8, and the embedding."""
-    from stages.config import QuantizeConfig
+    from stages.commands.quantize_options import QuantizeConfig
     from stages.quantize import quantize
 
     folder = tmp_path_factory.mktemp("weights")

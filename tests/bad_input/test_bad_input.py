@@ -14,8 +14,8 @@ from tests.bad_input.options import OPTIONS
 from tests.bad_input.places import PLACES
 from tests.bad_input.row import USUAL, BadInput, tree
 from tests.bad_input.texts import TEXTS
-from tests.commands import Commands
-from tests.full_disk import full_after
+from tests.support.commands import Commands
+from tests.support.full_disk import full_after
 
 ROWS = (*OPTIONS, *MODELS, *MADE, *TEXTS, *PLACES)
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.bad_input.edits import graph_with
 from tests.bad_input.row import USUAL, tree
-from tests.commands import Commands
-from tests.written import fused_sites
+from tests.support.commands import Commands
+from tests.support.written import fused_sites
 
 _LONG = "/".join(["a_folder_with_a_name_of_forty_characters"] * 7)
 

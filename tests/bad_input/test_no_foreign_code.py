@@ -11,7 +11,7 @@ import pytest
 
 from tests.bad_input.edits import gone, written
 from tests.bad_input.row import USUAL
-from tests.commands import Commands
+from tests.support.commands import Commands
 
 _ROOT = Path(__file__).parents[2]
 _FILES = sorted([*_ROOT.glob("stages/**/*.py"), *_ROOT.glob("export/**/*.py"), *_ROOT.glob("scripts/**/*.py")])

@@ -17,8 +17,13 @@ from onnx import TensorProto, helper
 from export.fold import FoldOutcome
 from export.rewrite import RewriteResult, rewrite
 from stages.errors import RecipeError
-from stages.graph.sites import find_groups
-from stages.records import ActivationGroup, HeadSharing, LinearAbsorber, NormAbsorber, PerChannel, ValueAbsorber
+from stages.model.sites import find_groups
+from stages.records.sites import ActivationGroup
+from stages.records.sites import HeadSharing
+from stages.records.sites import LinearAbsorber
+from stages.records.sites import NormAbsorber
+from stages.records.formats import PerChannel
+from stages.records.sites import ValueAbsorber
 from tests.export.builders import (
     TOLERANCE,
     ExactWeight,
@@ -32,7 +37,8 @@ from tests.export.builders import (
     spec_of,
     store_of,
 )
-from tests.graphs import MICROSOFT, TinyGraph
+from tests.support.graphs import MICROSOFT
+from tests.support.graphs import TinyGraph
 
 K, N, T = 32, 48, 5
 

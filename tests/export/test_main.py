@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from export.__main__ import command, export
-from stages.config import ExportConfig
+from stages.commands.quantize_options import ExportConfig
 from stages.errors import CacheMismatch, RecipeError
 from tests.export.exports import TinyExport, tiny_export
 

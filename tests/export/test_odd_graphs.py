@@ -15,15 +15,18 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.export_model import Destination, ExportSummary, export_model
-from stages.base_graph import load_graph
-from stages.fingerprint import fingerprint_model
-from stages.graph.sites import find_groups
-from stages.model_directory import locate_model
-from stages.records import LinearAbsorber, WeightLayout
+from export.run import Destination
+from export.run import ExportSummary
+from export.run import export_model
+from stages.model.load import load_graph
+from stages.model.load import fingerprint_model
+from stages.model.sites import find_groups
+from stages.model.directory import locate_model
+from stages.records.sites import LinearAbsorber
+from stages.records.sites import WeightLayout
 from tests.export.builders import ExactWeight, exact_weight, input_scale, relative_difference, spec_of, store_of
 from tests.export.exports import options
-from tests.graphs import TinyGraph
+from tests.support.graphs import TinyGraph
 
 # Sums of at most 96 float32 products in another order, through three layers.
 TOLERANCE = 1e-5

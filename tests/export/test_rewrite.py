@@ -1,38 +1,105 @@
-"""A rewrite copies, touches only what it should, and says no where it can't."""
+"""A Relu alone behind a MatMul keeps ONNX Runtime from fusing it; Max(x, 0) in its place computes the same, fused."""
 
 from __future__ import annotations
 
+import numpy as np
+from onnx import TensorProto
+from tests.support.graphs import TinyGraph
+from pathlib import Path
+import onnx_ir as ir
+from tests.export.builders import run
+from export.rewrite import rewrite
+from tests.export.builders import exact_weight
+from tests.export.builders import site_of
+from tests.export.builders import spec_of
+from tests.export.builders import store_of_each
+from export.verify.fusion import why_not_fused
+from stages.records.sites import NormAbsorber
+from tests.export.builders import group_of
+from tests.export.builders import input_scale
+from tests.export.builders import store_of
+from tests.support.graphs import tiny_decoder
+import pytest
+from stages.records.formats import WeightForm
+from stages.records.sites import WeightLayout
+from tests.export.builders import check_rewrite
+from dataclasses import replace
+from stages.errors import RecipeError
+from stages.errors import GraphError
+from stages.model.load import load_graph
+from stages.model.directory import locate_model
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+from tests.export.builders import relative_difference
+from tests.support.scaled_rewrite import INT8_ERROR
+from tests.support.scaled_rewrite import scaled_rewrite
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from stages.model.sites import find_groups
+from tests.support.scaled_rewrite import filled_store
 
-import numpy as np
-import onnx_ir as ir
-import pytest
-from onnx import TensorProto
 
-from export.rewrite import rewrite
-from stages.base_graph import load_graph
-from stages.errors import GraphError, RecipeError
-from stages.graph.sites import find_groups
-from stages.model_directory import locate_model
-from stages.records import NormAbsorber, WeightForm, WeightLayout
-from stages.session import CausalFeeds, SessionSettings, open_session
-from tests.export.builders import (
-    check_rewrite,
-    exact_weight,
-    group_of,
-    input_scale,
-    relative_difference,
-    run,
-    site_of,
-    spec_of,
-    store_of,
-    store_of_each,
-)
-from tests.graphs import TinyGraph, tiny_decoder
-from tests.scaled_rewrite import INT8_ERROR, filled_store, scaled_rewrite
+TOKENS = 3
+
+
+def squared_relu(matrix: np.ndarray, *, second_reader: bool = False, relu: str = "Relu") -> TinyGraph:
+    """x -> up -> Relu -> Pow 2 -> y, as Nemotron's MLP has it."""
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, [1, TOKENS, 64])
+    graph.linear("x", matrix, "up")
+    graph.node(relu, ["up"], ["positive"])
+    graph.node("Pow", ["positive", graph.constant("two", np.array([2], np.int32))], ["y"])
+    graph.output("y", TensorProto.FLOAT, [1, TOKENS, 32])
+    if second_reader:
+        graph.node("Neg", ["positive"], ["z"])
+        graph.output("z", TensorProto.FLOAT, [1, TOKENS, 32])
+    return graph
+
+
+def fused_types(model: ir.Model, feeds: dict[str, np.ndarray], folder: Path) -> list[str]:
+    run(model, feeds, optimized_file=folder / "optimized.onnx")
+    return [node.op_type for node in ir.load(folder / "optimized.onnx").graph]
+
+
+def test_a_relu_behind_a_site_becomes_a_max_and_the_site_is_fused(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
+    base = squared_relu(up.matrix).model()
+    result = rewrite(base, store_of_each(tmp_path / "weights", up))
+    feeds = {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
+    # Sums of 64 products in another order, then squared.
+    np.testing.assert_allclose(run(result.model, feeds)[0], run(base, feeds)[0], rtol=1e-4, atol=1e-4)
+    assert "Relu" not in [node.op_type for node in result.model.graph]
+    assert "MatMulNBits" in fused_types(result.model, feeds, tmp_path)
+
+
+def test_the_runtime_still_needs_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    """When this fails, ONNX Runtime has learnt to fuse in front of a Relu, and export/relu.py can go."""
+    up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
+    model = rewrite(squared_relu(up.matrix).model(), store_of_each(tmp_path / "weights", up)).model
+    clamp = next(node for node in model.graph if node.op_type == "Max")
+    clamp.op_type = "Relu"
+    clamp.resize_inputs(1)
+    feeds = {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
+    assert "MatMulNBits" not in fused_types(model, feeds, tmp_path)
+    site = clamp.inputs[0].producer()
+    assert "a Relu alone reads its result" in why_not_fused(site, spec_of(4), (1, 31))
+
+
+def test_a_relu_that_two_nodes_read_stays(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
+    base = squared_relu(up.matrix, second_reader=True).model()
+    result = rewrite(base, store_of_each(tmp_path / "weights", up))
+    feeds = {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
+    assert "Relu" in [node.op_type for node in result.model.graph]
+    assert "MatMulNBits" in fused_types(result.model, feeds, tmp_path)
+
+
+def test_another_activation_stays(tmp_path: Path, rng: np.random.Generator) -> None:
+    up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
+    base = squared_relu(up.matrix, relu="Sigmoid").model()
+    result = rewrite(base, store_of_each(tmp_path / "weights", up))
+    assert [node.op_type for node in result.model.graph] == ["DequantizeLinear", "MatMul", "Sigmoid", "Pow"]
 
 
 def tokens() -> dict[str, np.ndarray]:

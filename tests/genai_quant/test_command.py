@@ -13,16 +13,14 @@ import pytest
 import tyro
 
 from genai_quant.command import main
-from stages.config import (
-    CalibrateConfig,
-    EvaluateConfig,
-    ExportConfig,
-    InspectConfig,
-    QuantizeConfig,
-    ReportConfig,
-    RunConfig,
-    SweepConfig,
-)
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.quantize_options import ExportConfig
+from stages.commands.evaluate_options import InspectConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.evaluate_options import ReportConfig
+from stages.commands.options import RunConfig
+from stages.commands.evaluate_options import SweepConfig
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = {

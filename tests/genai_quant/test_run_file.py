@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from genai_quant import read_run
-from stages.config import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeConfig
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.quantize_options import ExportConfig
+from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
 
 

@@ -24,8 +24,8 @@ from scripts.benchmarks.figures import (
 from scripts.benchmarks.plot import growth_plot
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.options import BenchmarkConfig
-from scripts.synthetic_llama import LlamaShape
-from stages.screen import TablePrinter
+from scripts.base_models.synthetic_llama import LlamaShape
+from stages.commands.output import TablePrinter
 
 MACHINE = Machine(processor="p", cores=2, threads=2, gpu=None, versions={})
 TINY = LlamaShape(layers=1, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=300, context=512)

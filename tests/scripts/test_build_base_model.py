@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from scripts.build_base_model import build
-from scripts.checkpoints import FolderCheckpoint, GgufCheckpoint, HubCheckpoint, dequantize_gguf, find_checkpoint
+from scripts.base_models.checkpoints import FolderCheckpoint
+from scripts.base_models.checkpoints import GgufCheckpoint
+from scripts.base_models.checkpoints import HubCheckpoint
+from scripts.base_models.checkpoints import dequantize_gguf
+from scripts.base_models.checkpoints import find_checkpoint
 from scripts.options import BuildConfig
 from stages.errors import UserError
-from stages.model_directory import locate_model
+from stages.model.directory import locate_model
 
 
 def test_a_source_is_a_folder_a_gguf_file_or_a_hub_name(tiny_hf: Path, tmp_path: Path) -> None:

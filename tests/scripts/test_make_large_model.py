@@ -12,13 +12,14 @@ import pytest
 
 from scripts import make_large_model as command
 from scripts.options import LargeModelConfig
-from scripts.synthetic_llama import LlamaShape, random_llama
-from stages.base_graph import load_graph
+from scripts.base_models.synthetic_llama import LlamaShape
+from scripts.base_models.synthetic_llama import random_llama
+from stages.model.load import load_graph
 from stages.errors import UserError
-from stages.graph.sites import find_sites
-from stages.model_directory import locate_model
-from stages.session import CausalFeeds
-from tests.tiny_models import VOCABULARY
+from stages.model.sites import find_sites
+from stages.model.directory import locate_model
+from stages.runtime.session import CausalFeeds
+from tests.support.tiny_models import VOCABULARY
 
 LIKE_THE_TINY_LLAMA = LlamaShape(
     layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=VOCABULARY, context=512

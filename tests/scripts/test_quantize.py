@@ -21,19 +21,23 @@ import pytest
 import tyro
 
 import stages.calibrate
-import stages.observation
-import stages.observe.documents
-import stages.observe.tokenizer
-from scripts.calibration_folder import calibration_folder
-from scripts.layer_patterns import past_the_end
+import stages.calibration.capture
+import stages.calibration.text.documents
+import stages.calibration.text.tokenizer
+from scripts.drop_in.calibration_folder import calibration_folder
+from scripts.drop_in.run import past_the_end
 from scripts.options import DropInConfig
-from stages.graph.run import ActivationTap
-from stages.model_directory import locate_model
-from stages.quantized_store import QuantizedStore, open_store
-from stages.records import PerBlock, PerChannel, SiteReport
-from stages.session import CausalFeeds
-from tests.commands import Commands
-from tests.written import cache_times, fused_sites
+from stages.runtime.tap import ActivationTap
+from stages.model.directory import locate_model
+from stages.quantization.weights.store import QuantizedStore
+from stages.quantization.weights.store import open_store
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.results import SiteReport
+from stages.runtime.session import CausalFeeds
+from tests.support.commands import Commands
+from tests.support.written import cache_times
+from tests.support.written import fused_sites
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--calib_size", 4, "--seq_len", 16, "--block_size", 16)
@@ -141,8 +145,8 @@ def local_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
         return original("json", data_files=str(file), split="train", streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    monkeypatch.setattr(stages.observe.documents, "why_unreachable", lambda *_: None)
-    monkeypatch.setattr(stages.observe.tokenizer, "why_unreachable", lambda *_: "the hub can't be reached here")
+    monkeypatch.setattr(stages.calibration.text.documents, "why_unreachable", lambda *_: None)
+    monkeypatch.setattr(stages.calibration.text.tokenizer, "why_unreachable", lambda *_: "the hub can't be reached here")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +226,7 @@ def is_near(folder: Path, base: Path) -> bool:
 
 def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.calibrate, "load_windows", lambda *_: pytest.fail("read calibration text"))
-    monkeypatch.setattr(stages.observation, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one"))
+    monkeypatch.setattr(stages.calibration.capture, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one"))
 
 
 # --------------------------------------------------------------------------- the documentation's command lines

@@ -1,0 +1,1 @@
+"""Build the nodes that hold quantized weights."""

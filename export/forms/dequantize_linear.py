@@ -1,0 +1,272 @@
+"""From stored codes to DequantizeLinear: the tensors in the graph's own layout, and the nodes that read them.
+
+The store holds rows, [N, K]; MatMul wants [K, N]. Blocks run along K, so a per-block weight has axis 0, scales
+[nB, N] and an explicit block_size; a per-channel one has axis 1 and scales [N]. That is the form which ONNX Runtime
+fuses into MatMulNBits when the MatMul alone reads it. Column-major weights keep the store's rows: blocks lie on axis 1,
+channels on axis 0, and a Transpose follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import onnx_ir as ir
+from jaxtyping import Float, Float32, Shaped, UInt8
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from export.graph_edit import GraphEditor, name_of
+from stages.quantization.weights.bitpack import pack_4bit
+from stages.quantization.weights.store import QuantizedStore
+from stages.records.sites import MatMulSite
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.results import QuantizedWeight
+from stages.records.formats import QuantSpec
+from stages.records.formats import WeightForm
+from stages.records.formats import onnx_float
+from stages.records.formats import torch_float
+
+_CODE_TYPES: dict[tuple[int, bool], ir.DataType] = {
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+}
+
+
+def code_type(spec: QuantSpec) -> ir.DataType:
+    """INT4, UINT4, INT8 or UINT8: signed where symmetric."""
+    return _CODE_TYPES[spec.bits, spec.symmetric]
+
+
+def oriented(rows: Shaped[Tensor, "N columns"], form: WeightForm) -> Shaped[Tensor, "first second"]:
+    """The store's rows as the graph holds them: [N, columns] in column-major form, else [columns, N]."""
+    return rows.contiguous() if form is WeightForm.DQ_COLUMN_MAJOR else rows.t().contiguous()
+
+
+def scales_shape(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> tuple[int, ...]:
+    """Shape of scales and zero points in the graph: [nB, N] ([N, nB] in column-major form), or [N] per channel."""
+    match spec.granularity:
+        case PerBlock():
+            shape = (spec.num_blocks(site.in_features), site.out_features)
+            return shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape
+        case PerChannel():
+            return (site.out_features,)
+
+
+def divided_scales(scales: Float[Tensor, "N nB"], row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
+    """Divide output channel n's scales by ``row_divisor[n]``, in float32 that is then rounded to storage."""
+    return scales if row_divisor is None else (scales.float() / row_divisor[:, None]).to(scales.dtype)
+
+
+def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N K"]:
+    """(code - zero_point) * scale in the scale's type: QuantizeLinear gives exactly these codes again.
+
+    One rounding of code * scale to the storage type moves the quotient by less than half a code, whatever the type.
+    """
+    width = weight.spec.block_size(weight.site.in_features)
+    codes = weight.codes.float()
+    if weight.zero_points is not None:
+        codes -= _per_input(weight.zero_points.float(), width, codes.shape[1])
+    codes *= _per_input(divided_scales(weight.scales, row_divisor).float(), width, codes.shape[1])
+    return codes.to(torch_float(weight.spec.scale_dtype))
+
+
+def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int) -> Float32[Tensor, "N K"]:
+    return per_block.repeat_interleave(width, dim=1)[:, :in_features]
+
+
+# --------------------------------------------------------------------------- tensors in the graph's layout
+
+
+def _codes_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
+    """Return the codes in the graph's layout, packed where they have four bits."""
+    return _integers(oriented(source.codes(), form), source.spec)
+
+
+def _zero_points_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
+    """Return the zero points in the scales' shape and the codes' type."""
+    zero_points = source.zero_points()
+    assert zero_points is not None
+    return _integers(oriented(zero_points, form).reshape(scales_shape(source.site, source.spec, form)), source.spec)
+
+
+def _scales_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
+    """Return the scales in the graph's shape and the spec's type."""
+    return TorchTensor(oriented(source.scales(), form).reshape(scales_shape(source.site, source.spec, form)))
+
+
+def _float_tensor(source: StoredSite) -> ir.TensorProtocol:
+    """Return the dequantized weight [K, N]."""
+    return TorchTensor(oriented(dequantized(source.read(), source.row_divisor), WeightForm.QDQ))
+
+
+def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:
+    if spec.bits == 8:
+        return TorchTensor(values)
+    return ir.PackedTensor(pack_4bit(values), code_type(spec), shape=ir.Shape(values.shape))
+
+
+# --------------------------------------------------------------------------- nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSite:
+    """A quantized site and where its weight is stored; tensors are read when they are written."""
+
+    store: QuantizedStore
+    group_index: int
+    site: MatMulSite
+    spec: QuantSpec
+    row_divisor: Tensor | None = None
+    """[N] float32: input scales of the next layer that were folded into this one's output channels."""
+
+    def read(self) -> QuantizedWeight:
+        """Load the whole weight, with scales as the search left them."""
+        return self.store.read(self.group_index, self.site)
+
+    def codes(self) -> Shaped[Tensor, "N K"]:
+        """Load the codes."""
+        codes = self.store.tensor(self.group_index, self.site, "codes")
+        assert codes is not None
+        return codes
+
+    def scales(self) -> Float[Tensor, "N nB"]:
+        """Load the scales, divided by the row divisor."""
+        scales = self.store.tensor(self.group_index, self.site, "scales")
+        assert scales is not None
+        return divided_scales(scales, self.row_divisor)
+
+    def zero_points(self) -> UInt8[Tensor, "N nB"] | None:
+        """Load the zero points; None where the format has none."""
+        return self.store.tensor(self.group_index, self.site, "zero_points")
+
+    def input_scale(self) -> Float32[Tensor, " K"] | None:
+        """Load the input scale; None where the weight has none."""
+        return self.store.tensor(self.group_index, self.site, "input_scale")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewrittenSite:
+    """A site in the rewritten graph: its node and the initializers that now hold its weight."""
+
+    source: StoredSite
+    form: WeightForm
+    node: str
+    output: str
+    """What the node makes: the site's output, but where a Gemm's bias is added after it."""
+    weight: str
+    """Codes (DQ) or the floating-point weight (QDQ)."""
+    scales: str
+    zero_points: str | None
+
+
+def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm) -> RewrittenSite:
+    """Feed ``node``'s second input from its own new [Q ->] DequantizeLinear; a shared one would never be fused."""
+    site, spec = source.site, source.spec
+    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source, form))
+    quantization = [scales]
+    if not spec.symmetric:
+        quantization.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source, form)))
+    if form is WeightForm.QDQ:
+        weight = editor.add_initializer(node, f"{site.name}/weight", _lazy_floats(source))
+        codes = _quantize(editor, node, source, [weight, *quantization])
+    else:
+        weight = codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source, form))
+    floats = _dequantize(editor, node, source, form, [codes, *quantization])
+    node.replace_input_with(1, floats)
+    return RewrittenSite(
+        source=source,
+        form=form,
+        node=str(node.name),
+        output=site.output,
+        weight=name_of(weight),
+        scales=name_of(scales),
+        zero_points=None if spec.symmetric else name_of(quantization[1]),
+    )
+
+
+def _dequantize(
+    editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm, inputs: list[ir.Value]
+) -> ir.Value:
+    """DequantizeLinear, and the Transpose that a column-major weight needs: the [K, N] that MatMul reads."""
+    site, dtype = source.site, onnx_float(source.spec.scale_dtype)
+    floats = editor.insert_before(
+        node,
+        "DequantizeLinear",
+        inputs,
+        f"{site.name}/DequantizeLinear",
+        _axis(source.spec, form),
+        partial(_matrix_value, site, form, dtype),
+    )
+    if form is not WeightForm.DQ_COLUMN_MAJOR:
+        return floats
+    value = partial(_matrix_value, site, WeightForm.DQ, dtype)
+    return editor.insert_before(node, "Transpose", [floats], f"{site.name}/Transpose", {"perm": [1, 0]}, value)
+
+
+def _quantize(editor: GraphEditor, node: ir.Node, source: StoredSite, inputs: list[ir.Value]) -> ir.Value:
+    site, spec = source.site, source.spec
+    # A zero point already says the type of the codes.
+    output_type = {"output_dtype": int(code_type(spec))} if spec.symmetric else {}
+    return editor.insert_before(
+        node,
+        "QuantizeLinear",
+        inputs,
+        f"{site.name}/QuantizeLinear",
+        _axis(spec, WeightForm.QDQ) | output_type,
+        partial(_matrix_value, site, WeightForm.QDQ, code_type(spec)),
+    )
+
+
+def _axis(spec: QuantSpec, form: WeightForm) -> dict[str, int]:
+    """Blocks lie along K, channels along N, whichever axis that is."""
+    along_k, along_n = (1, 0) if form is WeightForm.DQ_COLUMN_MAJOR else (0, 1)
+    match spec.granularity:
+        case PerBlock(block_size=size):
+            return {"axis": along_k, "block_size": size}
+        case PerChannel():
+            return {"axis": along_n}
+
+
+def _matrix_shape(site: MatMulSite, form: WeightForm) -> ir.Shape:
+    shape = (site.in_features, site.out_features)
+    return ir.Shape(shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape)
+
+
+def _matrix_value(site: MatMulSite, form: WeightForm, dtype: ir.DataType, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=_matrix_shape(site, form), type=ir.TensorType(dtype))
+
+
+def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: _codes_tensor(source, form),
+        dtype=code_type(source.spec),
+        shape=_matrix_shape(source.site, form),
+    )
+
+
+def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: _float_tensor(source),
+        dtype=onnx_float(source.spec.scale_dtype),
+        shape=_matrix_shape(source.site, WeightForm.QDQ),
+    )
+
+
+def _lazy_scales(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: _scales_tensor(source, form),
+        dtype=onnx_float(source.spec.scale_dtype),
+        shape=ir.Shape(scales_shape(source.site, source.spec, form)),
+    )
+
+
+def _lazy_zero_points(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: _zero_points_tensor(source, form),
+        dtype=code_type(source.spec),
+        shape=ir.Shape(scales_shape(source.site, source.spec, form)),
+    )

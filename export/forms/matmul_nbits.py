@@ -1,0 +1,256 @@
+"""From stored codes to com.microsoft MatMulNBits, which ONNX Runtime otherwise makes of DequantizeLinear and MatMul.
+
+The store's rows, [N, K], are cut into blocks along K, each a run of bytes: a weight is [N, nB, bytes], and a row's last
+block is filled up. Codes are unsigned: where no zero point is stored the operator takes 2^(bits - 1), and signed codes
+move up by that. It knows no scale per channel: such a scale is repeated over blocks, which changes no number.
+
+Requires a site's MatMul or Gemm in place, with input scales folded. Ensures that MatMulNBits has the site's name, and
+that the site's output keeps its own. A Gemm's bias becomes an Add: not every execution provider takes it inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from jaxtyping import Int16, Shaped, UInt8
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from export.graph_edit import MICROSOFT, GraphEditor, become, import_microsoft, name_of
+from export.forms.dequantize_linear import RewrittenSite
+from export.forms.dequantize_linear import StoredSite
+from stages.quantization.weights.bitpack import pack_4bit
+from stages.quantization.weights.bitpack import unpack_4bit
+from stages.records.formats import channel_block_size
+from stages.commands.options import AccuracyLevel
+from stages.errors import RecipeError
+from stages.records.sites import MatMulSite
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import QuantSpec
+from stages.records.formats import WeightForm
+from stages.records.formats import onnx_float
+
+_SMALLEST_BLOCK = 16
+_BIAS_INPUT = 2
+
+
+def stored_block_size(site: MatMulSite, spec: QuantSpec) -> int:
+    """Inputs in a block of the operator; scales per channel take the size that fills up least, the largest such.
+
+    Raises:
+        RecipeError: the operator knows no such block size.
+    """
+    match spec.granularity:
+        case PerChannel():
+            return channel_block_size(site.in_features)
+        case PerBlock(block_size=size):
+            if size < _SMALLEST_BLOCK or size & (size - 1):
+                raise RecipeError(
+                    f"'{site.name}' has blocks of {size} and MatMulNBits takes powers of two from {_SMALLEST_BLOCK}; "
+                    "quantize with another --block_size or --weight_operator dq."
+                )
+            return size
+
+
+def implied_zero_point(spec: QuantSpec) -> int:
+    """The zero point that the operator takes where none is stored."""
+    return 1 << (spec.bits - 1)
+
+
+# --------------------------------------------------------------------------- bytes
+
+
+def packed_codes(
+    codes: Shaped[Tensor, "N K"], zero_points: UInt8[Tensor, "N nB"] | None, site: MatMulSite, spec: QuantSpec
+) -> UInt8[np.ndarray, "N blocks bytes"]:
+    """Return codes as the operator reads them; what fills up a row's last block dequantizes to 0.
+
+    Args:
+        codes: as the store has them.
+        zero_points: likewise; None where the format has none.
+        site: the site that they are of.
+        spec: how they are stored.
+    """
+    rows, columns = codes.shape
+    width = stored_block_size(site, spec)
+    blocks = -(-columns // width)
+    unsigned = torch.empty((rows, blocks * width), dtype=torch.uint8)
+    if zero_points is None:
+        unsigned.fill_(implied_zero_point(spec))
+        unsigned[:, :columns] = (codes.to(torch.int16) + implied_zero_point(spec)).to(torch.uint8)
+    else:
+        unsigned[:] = zero_points[:, -1:]
+        unsigned[:, :columns] = codes
+    packed = unsigned.numpy() if spec.bits == 8 else pack_4bit(unsigned)
+    return packed.reshape(rows, blocks, width * spec.bits // 8)
+
+
+def unpacked_codes(
+    packed: UInt8[np.ndarray, "N nB bytes"], site: MatMulSite, spec: QuantSpec
+) -> Int16[np.ndarray, "N K"]:
+    """The inverse of ``packed_codes``: codes as the store has them, signed where symmetric."""
+    rows = packed.shape[0]
+    codes = packed.reshape(rows, -1)
+    if spec.bits == 4:
+        codes = unpack_4bit(codes.reshape(-1), (rows, 2 * codes.shape[1]), np.dtype(np.uint8))
+    return codes[:, : site.in_features].astype(np.int16) - (implied_zero_point(spec) if spec.symmetric else 0)
+
+
+def packed_zero_points(
+    zero_points: UInt8[Tensor, "N nB"], site: MatMulSite, spec: QuantSpec
+) -> UInt8[np.ndarray, "N bytes"]:
+    """Return zero points as the operator reads them: each row begins with a new byte.
+
+    Args:
+        zero_points: as the store has them.
+        site: the site that they are of.
+        spec: how they are stored.
+    """
+    per_block = _per_stored_block(zero_points, site, spec)
+    if spec.bits == 8:
+        return per_block.numpy()
+    even = torch.nn.functional.pad(per_block, (0, per_block.shape[1] % 2))
+    return pack_4bit(even).reshape(even.shape[0], even.shape[1] // 2)
+
+
+def unpacked_zero_points(
+    packed: UInt8[np.ndarray, "N bytes"], site: MatMulSite, spec: QuantSpec
+) -> UInt8[np.ndarray, "N nB"]:
+    """The inverse of ``packed_zero_points``."""
+    if spec.bits == 8:
+        return packed
+    codes = unpack_4bit(packed.reshape(-1), (packed.shape[0], 2 * packed.shape[1]), np.dtype(np.uint8))
+    return codes[:, : _num_blocks(site, spec)]
+
+
+def _num_blocks(site: MatMulSite, spec: QuantSpec) -> int:
+    return -(-site.in_features // stored_block_size(site, spec))
+
+
+def _per_stored_block(per_block: Tensor, site: MatMulSite, spec: QuantSpec) -> Tensor:
+    """[N, 1] repeated over the operator's blocks where scales are per channel; [N, nB] as it is."""
+    match spec.granularity:
+        case PerChannel():
+            return per_block.expand(-1, _num_blocks(site, spec)).contiguous()
+        case PerBlock():
+            return per_block.contiguous()
+
+
+# --------------------------------------------------------------------------- nodes
+
+
+def insert_matmul_nbits(
+    editor: GraphEditor, node: ir.Node, source: StoredSite, accuracy_level: AccuracyLevel | None
+) -> RewrittenSite:
+    """Put MatMulNBits in the place of ``node``, or before the Add that a Gemm with a bias becomes.
+
+    ``accuracy_level`` is written as the operator's attribute: session options don't reach it.
+
+    Raises:
+        RecipeError: the operator knows no such block size.
+    """
+    site, spec, name = source.site, source.spec, str(node.name)
+    codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source))
+    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source))
+    weights = [codes, scales]
+    if not spec.symmetric:
+        weights.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
+    attributes = _attributes(site, spec, accuracy_level)
+    if _has_bias(node):
+        product = _insert_before_bias(editor, node, weights, attributes, onnx_float(spec.scale_dtype))
+    else:
+        product = node.outputs[0]
+        become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
+    import_microsoft(node)
+    return RewrittenSite(
+        source=source,
+        form=WeightForm.MATMUL_NBITS,
+        node=name,
+        output=name_of(product),
+        weight=name_of(codes),
+        scales=name_of(scales),
+        zero_points=None if spec.symmetric else name_of(weights[2]),
+    )
+
+
+def _attributes(site: MatMulSite, spec: QuantSpec, accuracy_level: AccuracyLevel | None) -> dict[str, int]:
+    needed = {
+        "K": site.in_features,
+        "N": site.out_features,
+        "bits": spec.bits,
+        "block_size": stored_block_size(site, spec),
+    }
+    return needed if accuracy_level is None else needed | {"accuracy_level": accuracy_level}
+
+
+def _has_bias(node: ir.Node) -> bool:
+    bias = node.inputs[_BIAS_INPUT] if len(node.inputs) > _BIAS_INPUT else None
+    return node.op_type == "Gemm" and bias is not None and node.attributes.get_float("beta", 1.0) != 0
+
+
+def _insert_before_bias(
+    editor: GraphEditor, node: ir.Node, weights: list[ir.Value], attributes: Mapping[str, int], dtype: ir.DataType
+) -> ir.Value:
+    """MatMulNBits before the Gemm, which becomes the Add of its (scaled) bias; the operator takes over its name."""
+    activation, bias, y = node.inputs[0], node.inputs[_BIAS_INPUT], node.outputs[0]
+    assert activation is not None
+    assert bias is not None
+    name, node.name = str(node.name), f"{node.name}/Add"
+    value = partial(_value, y.shape, y.type)
+    product = editor.insert_before(node, "MatMulNBits", [activation, *weights], name, attributes, value, MICROSOFT)
+    become(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
+    return product
+
+
+def _times_beta(editor: GraphEditor, gemm: ir.Node, bias: ir.Value, dtype: ir.DataType) -> ir.Value:
+    beta = gemm.attributes.get_float("beta", 1.0)
+    if beta == 1:
+        return bias
+    factor = editor.add_initializer(gemm, f"{gemm.name}/beta", ir.tensor(beta, dtype=dtype))
+    value = partial(_value, bias.shape, ir.TensorType(dtype))
+    return editor.insert_before(gemm, "Mul", [bias, factor], f"{gemm.name}/Mul", {}, value)
+
+
+def _value(shape: ir.Shape | None, kind: ir.TypeProtocol | None, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=shape, type=kind)
+
+
+# --------------------------------------------------------------------------- tensors that are read when written
+
+
+def _lazy_codes(source: StoredSite) -> ir.LazyTensor:
+    site, spec = source.site, source.spec
+    width = stored_block_size(site, spec)
+    shape = (site.out_features, _num_blocks(site, spec), width * spec.bits // 8)
+
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(packed_codes(source.codes(), source.zero_points(), site, spec))
+
+    return ir.LazyTensor(read, dtype=ir.DataType.UINT8, shape=ir.Shape(shape))
+
+
+def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
+    site, spec = source.site, source.spec
+
+    def read() -> ir.TensorProtocol:
+        return TorchTensor(_per_stored_block(source.scales(), site, spec))
+
+    shape = ir.Shape((site.out_features, _num_blocks(site, spec)))
+    return ir.LazyTensor(read, dtype=onnx_float(spec.scale_dtype), shape=shape)
+
+
+def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:
+    site, spec = source.site, source.spec
+    shape = ir.Shape((site.out_features, -(-_num_blocks(site, spec) * spec.bits // 8)))
+
+    def read() -> ir.TensorProtocol:
+        zero_points = source.zero_points()
+        assert zero_points is not None
+        return ir.tensor(packed_zero_points(zero_points, site, spec))
+
+    return ir.LazyTensor(read, dtype=ir.DataType.UINT8, shape=shape)

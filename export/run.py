@@ -1,0 +1,185 @@
+"""Export: rewrite the base graph, write the output folder whole, and verify it before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+from pydantic import TypeAdapter
+
+from export.forms.embedding import TableOutcome
+from export.forms.embedding import table_outcomes
+from export.fold import FoldOutcome
+from export.rewrite import RewriteResult, rewrite
+from export.save import (
+    Destination,
+    copy_side_files,
+    data_name,
+    patch_genai_config,
+    save_model,
+)
+from export.verify.verify import save_report
+from export.verify.verify import verify
+from stages.system.atomic import whole_directory
+from stages.model.load import external_files
+from stages.model.load import load_graph
+from stages.commands.options import AccuracyLevel
+from stages.commands.quantize_options import ExportOptions
+from stages.errors import RecipeError, UserError
+from stages.model.directory import ModelDirectory
+from stages.quantization.weights.store import QuantizedStore
+from stages.records.results import ExportRecipe
+from stages.records.sites import UnreachedWeights
+from stages.records.results import VerifyReport
+from stages.records.formats import WeightForm
+from stages.quantization.weights.summary import SearchSummary
+from stages.runtime.session import ACCURACY_LEVEL
+from stages.quantization.targets.formats import FormatChoice
+
+__all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSummary:
+    """What was written, and what a person should know about it."""
+
+    onnx_file: Path
+    bytes_before: int
+    """Base graph and its external data."""
+    bytes_after: int
+    folds: tuple[FoldOutcome, ...]
+    kept: tuple[tuple[str, str], ...]
+    """(site, why) for each site that stayed as it was."""
+    report: VerifyReport | None
+    """None where verification was off."""
+    notes: tuple[str, ...] = ()
+    tables: tuple[TableOutcome, ...] = ()
+    unreached: tuple[UnreachedWeights, ...] = ()
+    """Large weights that no MatMul or Gemm reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModel:
+    """A quantized model on disk, and how it came about."""
+
+    folder: Path
+    """onnxruntime-genai loads it as it stands."""
+    onnx_file: Path
+    weights: Path
+    """Folder of the quantized weights, for another ``export``."""
+    choice: FormatChoice
+    """What was decided for the target, and why."""
+    search: SearchSummary
+    export: ExportSummary
+
+
+def export_model(
+    base: ModelDirectory,
+    store: QuantizedStore,
+    destination: Destination,
+    options: ExportOptions,
+    base_graph: ir.Model | None = None,
+) -> ExportSummary:
+    """Write ``store``'s weights into a copy of the ``base`` model directory.
+
+    Args:
+        base: the model that the weights were made from.
+        store: the finished weights.
+        destination: where the output goes.
+        options: how its nodes are written and checked.
+        base_graph: what ``load_graph`` gave for the base, which stays as it is; None parses the file here.
+
+    Raises:
+        GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
+        RecipeError: ``store`` isn't complete.
+        UserError: the destination can't be used or written.
+    """
+    destination.require_apart_from(store.folder, "the quantized weights")
+    options = _with_target_level(options, store.recipe)
+    model = load_graph(base) if base_graph is None else base_graph
+    result = rewrite(model, store, options.accuracy_level)
+    try:
+        with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
+            save_model(result.model, scratch, destination.onnx_name)
+            copy_side_files(base, model, scratch, destination.onnx_name)
+            notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
+            report = _verify(scratch / destination.onnx_name, result, base, options)
+            notes = (*notes, *_kept_report(report, store.folder))
+    except OSError as error:
+        raise UserError(
+            f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "
+            "choose another folder."
+        ) from error
+    return ExportSummary(
+        onnx_file=destination.onnx_file,
+        bytes_before=_size(base.onnx_file, *external_files(model)),
+        bytes_after=_size(destination.onnx_file, destination.folder / data_name(destination.onnx_name)),
+        folds=result.folds,
+        kept=store.recipe.kept,
+        report=report,
+        notes=(*_opset_note(result), *notes),
+        tables=table_outcomes(result.model, result.tables),
+        unreached=store.recipe.unreached,
+    )
+
+
+def _kept_report(report: VerifyReport | None, folder: Path) -> tuple[str, ...]:
+    """Keep the figures beside the weights; a note where that can't be, for the model itself is whole."""
+    if report is None:
+        return ()
+    try:
+        save_report(report, folder)
+    except OSError as error:
+        return (f"verification.json can't be written to {folder} ({error.strerror})",)
+    return ()
+
+
+def _opset_note(result: RewriteResult) -> tuple[str, ...]:
+    return () if result.opset is None else (str(result.opset),)
+
+
+def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOptions:
+    """``options`` with the accuracy level that the weights' target runs fast, where none was asked for."""
+    chosen = dict(recipe.session_options).get(ACCURACY_LEVEL)
+    if options.accuracy_level is not None or chosen is None:
+        return options
+    try:
+        return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
+    except ValueError as error:  # pydantic's own is one
+        raise RecipeError(
+            f"recipe.json asks for the accuracy level '{chosen}', which is none of 0 to 4; run stages.quantize again."
+        ) from error
+
+
+def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:
+    """What the target needs, and the accuracy level, which MatMulNBits nodes carry themselves."""
+    needed = {key: value for key, value in recipe.session_options if key != ACCURACY_LEVEL}
+    if options.accuracy_level is None or recipe.weight_form is WeightForm.MATMUL_NBITS:
+        return needed
+    return needed | {ACCURACY_LEVEL: str(options.accuracy_level)}
+
+
+def _configure(
+    base: ModelDirectory, scratch: Path, destination: Destination, session_options: Mapping[str, str]
+) -> tuple[str, ...]:
+    if base.has_genai_config:
+        patch_genai_config(scratch, destination.onnx_name, session_options)
+        return ()
+    return tuple(
+        f"the base has no genai_config.json: set {key} to {value} in your own session options"
+        for key, value in session_options.items()
+    )
+
+
+def _verify(
+    onnx_file: Path, result: RewriteResult, base: ModelDirectory, options: ExportOptions
+) -> VerifyReport | None:
+    if options.verify == "off":
+        return None
+    return verify(onnx_file, result.sites, base, options.verify, result.tables)
+
+
+def _size(*files: Path) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,123 @@
+"""The table that an export ends with: what was written, what runs fused, and what to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from export.forms.embedding import TableOutcome
+from export.run import ExportSummary
+from export.fold import FoldOutcome, How
+from export.verify.fusion import runtime_version
+from stages.records.results import VerifyReport
+from stages.runtime.upcast import WIDENED_BECAUSE
+
+_PLACES: dict[How, str] = {
+    "norm": "in norms",
+    "linear": "in up projections",
+    "value": "in value projections",
+    "mul": "as Mul nodes",
+}
+_SHOWN = 3
+
+
+def export_table(summary: ExportSummary) -> Table:
+    """A two-column table of the summary; reasons are counted, so it stays short for any model."""
+    table = Table(title=Text(f"written to {summary.onnx_file}"), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [
+        ("size", _sizes(summary)),
+        *_embeddings(summary.tables),
+        *_folds(summary.folds),
+        *_kept(summary),
+        *_checks(summary.report),
+    ]
+    for name, text in [*rows, *(("note", note) for note in summary.notes)]:
+        # Text, because a node name with brackets is not markup.
+        table.add_row(name, Text(text))
+    return table
+
+
+def _sizes(summary: ExportSummary) -> str:
+    before, after = summary.bytes_before / 1e6, summary.bytes_after / 1e6
+    change = f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
+    return f"{before:,.1f} MB -> {after:,.1f} MB ({change})"
+
+
+def _embeddings(tables: tuple[TableOutcome, ...]) -> Iterator[tuple[str, str]]:
+    for table in tables:
+        before, after = table.bytes_before / 1e6, table.bytes_after / 1e6
+        size = f"INT4, {before:,.1f} MB -> {after:,.1f} MB"
+        if table.still_read_by:
+            size = (
+                f"INT4, {after:,.1f} MB beside the original's {before:,.1f} MB, which stays because "
+                f"{', '.join(table.still_read_by)} reads it too"
+            )
+        yield "embedding", size
+        if table.plan.form == "dq":
+            yield "", "ONNX Runtime dequantizes this whole table for every token (--gather_form dq)"
+
+
+def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
+    counts = Counter(outcome.how for outcome in folds)
+    placed = [f"{counts[how]} {place}" for how, place in _PLACES.items() if counts[how]]
+    if placed:
+        yield "input scales", ", ".join(placed)
+    reasons = Counter(outcome.reason for outcome in folds if outcome.how == "mul")
+    yield from _counted("Mul, because", reasons)
+
+
+def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
+    yield from _named("kept as it was", summary.kept)
+    for part in summary.unreached:
+        yield "kept as it was", part.in_words
+
+
+def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
+    if report is None:
+        yield "verified", "no (--verify off)"
+        return
+    if report.fused is not None:
+        major, minor = runtime_version()
+        here = f"on this machine's CPU with ONNX Runtime {major}.{minor}"
+        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits {here}"
+    if report.widened:
+        yield "ran", WIDENED_BECAUSE
+    yield from _unfused(report)
+    if report.worst_exact is not None and report.worst_default is not None:
+        exact, default = report.worst_exact, report.worst_default
+        yield "largest error", f"{exact.exact:.1e} at accuracy level 1 ({exact.site})"
+        yield "", f"{default.default:.1e} at the runtime's default level ({default.site})"
+    for table in report.tables:
+        yield "lookup error", f"{table.error:.1e} ({table.table})"
+    data = report.data
+    used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
+    yield "data file", f"{data.file_bytes:,} bytes: {used}"
+    for skipped in report.skipped:
+        yield "not checked", skipped
+
+
+def _unfused(report: VerifyReport) -> Iterator[tuple[str, str]]:
+    """verification.json names every site."""
+    yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
+
+
+def _named(row: str, sites: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Each reason of (site, reason) with the first sites that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for site, reason in sites:
+        by_reason.setdefault(reason, []).append(site)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        yield row, f"{len(names)} x {reason}: {', '.join(names[:_SHOWN])}{more}"
+
+
+def _counted(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:
+    for reason, count in reasons.most_common(_SHOWN):
+        yield name, f"{count} x {reason}"
+    if len(reasons) > _SHOWN:
+        yield name, f"... and {len(reasons) - _SHOWN} more reasons"

@@ -1,0 +1,222 @@
+"""Which sites ONNX Runtime really runs as MatMulNBits, and why the others are not.
+
+A DequantizeLinear that stays makes a floating-point copy of the weight at every token, so fusion is what decides speed.
+The proof is a profile of one token: a fused kernel keeps the name of its MatMul. The reasons are the conditions of
+ONNX Runtime's DQMatMulToMatMulNBits rule, read in its source and measured with 1.22 to 1.32 on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from export.rewrite import blocks_fusion
+from stages.errors import GraphError
+from stages.model.directory import ModelDirectory
+from stages.model.partition import Piece
+from stages.model.partition import cut_into_pieces
+from stages.model.partition import readers
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import QuantSpec
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+from stages.runtime.upcast import must_widen
+from stages.runtime.upcast import widened_file
+
+Version = tuple[int, int]
+_EIGHT_BITS: Version = (1, 25)
+"""First release that fuses 8-bit codes, per-channel scales, float16 scales and Gemm."""
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
+_PIECE_BYTES = 1 << 28
+"""ONNX Runtime repacks weights, so that a piece takes up to three times as much."""
+
+
+class CannotRun(Exception):
+    """This machine can't run the model for a reason that is no fault of the export; the message says it."""
+
+
+def runtime_version() -> Version:
+    """Major and minor version of the ONNX Runtime that is installed."""
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
+    """Names of the nodes that ran as MatMulNBits when one token went through the model on the CPU, widened if needed.
+
+    The model runs in pieces: the weights of one alone are in memory at a time. Nodes behind the last of ``sites``
+    (names of their outputs) don't run.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model.
+        CannotRun: the model's inputs, types or operators are not for the CPU.
+    """
+    model = ir.load(onnx_file)
+    widens = must_widen(model, CPU_ONLY)
+    computed: dict[str, np.ndarray] = {}
+    names: set[str] = set()
+    with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
+        settings = SessionSettings(
+            accuracy_level=1, profile_prefix=Path(profiles) / "profile", external_data_folder=onnx_file.parent
+        )
+        for piece in cut_into_pieces(model, wanted=_ends(model, sites), limit=_PIECE_BYTES, together=sites):
+            _declare_types(piece, computed)
+            source = widened_file(piece.model, onnx_file.parent) if widens else nullcontext(_serialized(piece.model))
+            with source as runnable:
+                run = _run_piece(runnable, piece, computed, base, settings)
+            names |= _matmulnbits_in(run.profile)
+            computed |= run.outputs
+    return frozenset(names)
+
+
+def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
+    """What the nodes behind the sites compute: they too decide whether a product is fused.
+
+    A product that were an output itself would be kept from fusing with its reader.
+    """
+    behind = {str(node.outputs[0].name) for node in readers(model, sites)}
+    read = {value.name for node in readers(model, sites) for value in node.inputs if value is not None}
+    return frozenset(behind - sites | sites - read)
+
+
+@dataclass(frozen=True, slots=True)
+class _PieceRun:
+    outputs: dict[str, np.ndarray]
+    profile: Path
+
+
+def _serialized(model: ir.Model) -> bytes:
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def _declare_types(piece: Piece, computed: Mapping[str, np.ndarray]) -> None:
+    """Give the inputs that earlier pieces computed the types that they turned out to have."""
+    for value in piece.model.graph.inputs:
+        if value.name in piece.carried_in:
+            value.type = ir.TensorType(ir.DataType.from_numpy(computed[value.name].dtype))
+
+
+def _run_piece(
+    source: Path | bytes,
+    piece: Piece,
+    computed: Mapping[str, np.ndarray],
+    base: ModelDirectory,
+    settings: SessionSettings,
+) -> _PieceRun:
+    """One token through ``piece``."""
+    carried = {name: computed[name] for name in piece.carried_in}
+    if isinstance(source, Path):
+        settings = replace(settings, external_data_folder=None)
+    try:
+        session = open_session(source, settings)
+    except GraphError as error:
+        if type(error.__cause__).__name__ == "NotImplemented":
+            raise CannotRun("its operators have no CPU kernel for this type") from error
+        raise
+    try:
+        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(carried))
+        one_token = feeds(np.zeros((1, 1), np.int64))
+    except GraphError as error:
+        raise CannotRun(f"its inputs can't be made here: {error}") from error
+    try:
+        outputs = session.run(None, one_token | carried)
+    except Exception as error:  # onnxruntime raises classes without a common base
+        raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
+    finally:
+        profile = Path(session.end_profiling())
+    names = [node.name for node in session.get_outputs()]
+    return _PieceRun(dict(zip(names, outputs, strict=True)), profile)
+
+
+def _matmulnbits_in(profile: Path) -> frozenset[str]:
+    """Names of the nodes that ran as MatMulNBits."""
+    suffix = "_kernel_time"
+    return frozenset(
+        event["name"].removesuffix(suffix)
+        for event in json.loads(profile.read_text(encoding="utf-8"))
+        if event.get("cat") == "Node"
+        and event["name"].endswith(suffix)
+        and event["args"].get("op_name") == "MatMulNBits"
+    )
+
+
+def why_not_fused(node: ir.Node, spec: QuantSpec, version: Version) -> str:
+    """The reason that ONNX Runtime ``version`` leaves ``node``'s weight (stored as ``spec``) unfused."""
+    known = known_objection(node, spec, version)
+    return known or f"ONNX Runtime {version[0]}.{version[1]} left it unfused for a reason this tool doesn't know"
+
+
+def known_objection(node: ir.Node, spec: QuantSpec, version: Version) -> str | None:
+    """The condition of ONNX Runtime ``version`` that ``node``'s weight (stored as ``spec``) breaks, if any is known."""
+    reasons = (_because_of_type(spec, version), _because_of_blocks(spec), _because_of_graph(node, version))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _because_of_type(spec: QuantSpec, version: Version) -> str | None:
+    if spec.scale_dtype == "bfloat16":
+        return "scales are bfloat16, which ONNX Runtime fuses nowhere; --weight_operator matmul_nbits needs no fusion"
+    if version >= _EIGHT_BITS:
+        return None
+    release = f"ONNX Runtime {_EIGHT_BITS[0]}.{_EIGHT_BITS[1]} is the first to fuse"
+    if spec.bits == 8:
+        return f"{release} 8-bit codes"
+    if spec.scale_dtype == "float16":
+        return f"{release} float16 scales"
+    if isinstance(spec.granularity, PerChannel):
+        return f"{release} scales per channel"
+    return None
+
+
+def _because_of_blocks(spec: QuantSpec) -> str | None:
+    match spec.granularity:
+        case PerBlock(block_size=size) if not _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK or size & (size - 1):
+            return f"block size {size} is not a power of two from {_SMALLEST_BLOCK} to {_LARGEST_BLOCK}"
+        case _:
+            return None
+
+
+def _because_of_graph(node: ir.Node, version: Version) -> str | None:
+    weight = node.inputs[1]
+    maker = None if weight is None else weight.producer()
+    if weight is None or maker is None:
+        return "its weight comes from no DequantizeLinear"
+    if maker.op_type == "Transpose":
+        return "a Transpose stands between DequantizeLinear and the MatMul (column-major weight)"
+    if maker.op_type != "DequantizeLinear":
+        return f"its weight comes from {maker.op_type}, not from DequantizeLinear"
+    if len(weight.uses()) != 1 or weight.is_graph_output():
+        return "another node reads the same DequantizeLinear"
+    if (reader := blocks_fusion(node)) is not None:
+        return f"a {reader.op_type} alone reads its result"
+    if node.op_type == "Gemm" and version < _EIGHT_BITS:
+        return f"ONNX Runtime {_EIGHT_BITS[0]}.{_EIGHT_BITS[1]} is the first to fuse Gemm"
+    if node.op_type == "Gemm" and not _is_plain_gemm(node):
+        return "the Gemm scales or transposes its inputs"
+    if node.op_type == "Gemm" and not _adds_a_vector(node):
+        return "the Gemm's bias is not a constant vector of its outputs"
+    return None
+
+
+def _is_plain_gemm(node: ir.Node) -> bool:
+    factors = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    transposed = node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0)
+    return factors == (1.0, 1.0) and transposed == (0, 0)
+
+
+def _adds_a_vector(node: ir.Node) -> bool:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return True
+    return bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1

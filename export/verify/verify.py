@@ -1,0 +1,159 @@
+"""Prove an export before it gets its name: bytes, codes, fusion, and every site's product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from jaxtyping import Shaped
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from export.save import account_for_bytes
+from export.forms.embedding import RewrittenTable
+from export.verify.fusion import CannotRun
+from export.verify.fusion import nodes_run_as_matmulnbits
+from export.verify.fusion import runtime_version
+from export.verify.fusion import why_not_fused
+from export.forms.dequantize_linear import RewrittenSite
+from export.forms.dequantize_linear import dequantized
+from export.forms.dequantize_linear import divided_scales
+from export.save import data_name
+from export.verify.sites import measure_site
+from export.verify.sites import stored_matrix
+from export.verify.sites import stored_scales
+from export.verify.sites import stored_zero_points
+from export.verify.embeddings import check_stored_table
+from export.verify.embeddings import measure_table
+from stages.system.atomic import whole_file
+from stages.errors import GraphError
+from stages.model.directory import ModelDirectory
+from stages.commands.progress import progress_bar
+from stages.quantization.weights.store import VERIFICATION
+from stages.records.formats import SiteError
+from stages.records.formats import UnfusedSite
+from stages.records.results import VerifyReport
+from stages.records.formats import WeightForm
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.upcast import must_widen
+
+_TOLERANCE = {
+    # Sums of a few thousand float32 products in another order.
+    "float32": 1e-4,
+    # The output itself is rounded to float16, twice where a Q is folded: a few times 2^-11.
+    "float16": 2e-3,
+    # Computed in float32, with numbers that bfloat16 holds.
+    "bfloat16": 1e-4,
+}
+_ROUNDED_WEIGHT_TOLERANCE = {
+    **_TOLERANCE,
+    # The float form rounds the weight itself to bfloat16, 2^-9, and quantizes it again when it runs.
+    "bfloat16": 1e-2,
+}
+
+
+def verify(
+    onnx_file: Path,
+    sites: Sequence[RewrittenSite],
+    base: ModelDirectory,
+    level: Literal["full", "quick"],
+    tables: Sequence[RewrittenTable] = (),
+) -> VerifyReport:
+    """Check the model at ``onnx_file`` against the weights that it was made from.
+
+    Raises:
+        GraphError: a byte, a code, a scale or a product isn't what it should be, or ONNX Runtime refuses the model.
+    """
+    model = ir.load(onnx_file)
+    data = account_for_bytes(model, onnx_file.with_name(data_name(onnx_file.name)))
+    nodes = {output.name: node for node in model.graph.all_nodes() for output in node.outputs}
+    pairs = [(nodes[site.output], site) for site in sites]
+    for node, site in pairs:
+        _check_stored_numbers(node, site)
+    lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
+    for node, table in lookups:
+        check_stored_table(node, table)
+    fused, unfused, skipped_runs = _prove_fusion(onnx_file, pairs, base)
+    errors = _measure(onnx_file.parent, pairs) if level == "full" else []
+    return VerifyReport(
+        sites=len(sites),
+        data=data,
+        fused=fused,
+        unfused=unfused,
+        worst_exact=max(errors, key=lambda error: error.exact, default=None),
+        worst_default=max(errors, key=lambda error: error.default, default=None),
+        skipped=skipped_runs,
+        tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
+        widened=must_widen(model, CPU_ONLY),
+    )
+
+
+def save_report(report: VerifyReport, folder: Path) -> None:
+    """Write every figure and every unfused site as verification.json, whole or not at all."""
+    with whole_file(folder / VERIFICATION) as partial:
+        partial.write_bytes(TypeAdapter(VerifyReport).dump_json(report, indent=1))
+
+
+def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
+    """Codes equal the store's exactly; scales too, after the one rounding that a fold costs."""
+    weight, divisor = site.source.read(), site.source.row_divisor
+    matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
+    _check_equal(site, site.weight, stored_matrix(node, site), matrix)
+    _check_equal(site, site.scales, stored_scales(node, site), divided_scales(weight.scales, divisor))
+    found = stored_zero_points(node, site)
+    if weight.zero_points is not None:
+        assert found is not None
+        assert site.zero_points is not None
+        _check_equal(site, site.zero_points, found, weight.zero_points)
+
+
+def _check_equal(site: RewrittenSite, name: str, found: np.ndarray, expected: Shaped[Tensor, "N columns"]) -> None:
+    wanted = expected.float().t().numpy()
+    if site.form is WeightForm.MATMUL_NBITS and len(wanted) == 1:
+        # One scale per channel stands in every block.
+        wanted = np.broadcast_to(wanted, found.shape)
+    if not np.array_equal(found.astype(np.float32), wanted):
+        raise GraphError(
+            f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "
+            "disk and export again."
+        )
+
+
+def _prove_fusion(
+    onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory
+) -> tuple[int | None, tuple[UnfusedSite, ...], tuple[str, ...]]:
+    try:
+        fused = nodes_run_as_matmulnbits(onnx_file, frozenset(site.output for _, site in pairs), base)
+    except CannotRun as reason:
+        return None, (), (f"fusion: {reason}",)
+    version = runtime_version()
+    unfused = tuple(
+        UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, site.source.spec, version))
+        for node, site in pairs
+        if site.node not in fused or _fuses_only_widened(site)
+    )
+    return len(pairs) - len(unfused), unfused, ()
+
+
+def _fuses_only_widened(site: RewrittenSite) -> bool:
+    """Whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
+    return site.source.spec.scale_dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
+
+
+def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]]) -> list[SiteError]:
+    errors = []
+    with progress_bar() as bar:
+        for node, site in bar.track(pairs, description="checking products", unit="sites"):
+            error = measure_site(folder, node, site)
+            tolerances = _ROUNDED_WEIGHT_TOLERANCE if site.form is WeightForm.QDQ else _TOLERANCE
+            tolerance = tolerances[site.source.spec.scale_dtype]
+            if not error.exact < tolerance:
+                raise GraphError(
+                    f"The saved weight of '{error.site}' gives outputs {error.exact:.1e} away from its own numbers "
+                    f"(at most {tolerance:.0e} is rounding) on ONNX Runtime; try another version of it."
+                )
+            errors.append(error)
+    return errors

@@ -1,0 +1,147 @@
+"""Dictionaries of a run file as the dataclasses of options, every key and value checked."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+from stages.commands.options import CommandOptions
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from stages.errors import UserError
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from typing import get_type_hints
+from pydantic import ConfigDict
+from pydantic import TypeAdapter
+from pydantic import ValidationError
+from typing import Literal
+from typing import get_args
+from typing import get_origin
+import yaml
+from collections.abc import Hashable
+import re
+import json
+
+
+Options = TypeVar("Options", bound=CommandOptions)
+
+
+def option_names(kind: type[CommandOptions]) -> frozenset[str]:
+    """The options of a command, without those about what is printed: they belong to the run."""
+    return frozenset(field.name for field in dataclasses.fields(kind)) - {"printing"}
+
+
+def unknown(place: str, what: str, key: str, known: Iterable[str], otherwise: str) -> UserError:
+    """The error about a key that is none of ``known``: it names the closest one where one is close.
+
+    Args:
+        place: the file, and the section in it.
+        what: what the key would be.
+        otherwise: what to do where nothing is close.
+    """
+    spelled = {name.lower(): name for name in sorted(known)}
+    close = difflib.get_close_matches(key.lower(), spelled, 1)
+    mend = f"did you mean {spelled[close[0]]}?" if close else otherwise
+    return UserError(f"{place} has no {what} {key}; {mend}")
+
+
+def read_options(kind: type[Options], given: Mapping[str, Any], file: Path, section: str) -> Options:
+    """``given`` as a configuration.
+
+    Args:
+        kind: the configuration's type.
+        given: option -> value; hyphens in names are as good as underscores.
+        file: where it was read.
+        section: its part of the file.
+
+    Raises:
+        UserError: an option that doesn't exist, that is missing, or a value of the wrong type.
+    """
+    place, hints = f"{file}: {section}", get_type_hints(kind, include_extras=True)
+    names, values = option_names(kind), dict[str, Any]()
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            raise unknown(place, "option", str(key), names, f"see genai-quant {section} --help.")
+        values[name] = _value(value, hints[name], f"{place}: {key}")
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise UserError(f"{place} lacks {field.name}; add it.")
+    return kind(**values)
+
+
+def _value(value: object, hint: object, place: str) -> object:
+    """``value`` with the type of the option; a path may be written as text, a number for a word (``lm_head: 4``)."""
+    if type(value) is int and str(value) in _words(hint):
+        value = str(value)
+    try:
+        checked: TypeAdapter[object] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))  # type: ignore[arg-type]  # a type that is only known now
+        return checked.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(
+            f"{place} can't be {value!r} ({reason[:1].lower()}{reason[1:]}); write another value."
+        ) from error
+
+
+def _words(hint: object) -> set[str]:
+    """The words among the choices of a type, wherever in it they stand."""
+    if get_origin(hint) is Literal:
+        return {choice for choice in get_args(hint) if isinstance(choice, str)}
+    return {word for part in get_args(hint) if not isinstance(part, str | int) for word in _words(part)}
+
+
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+_TIME = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``off`` is a word, as YAML 1.2 and the options have it, and no key stands twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # the base class declares it so
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOLEAN, _TIME)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A dictionary; a key that stands twice is an error, not silently the last."""
+        names = [key.value for key, _ in node.value]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise yaml.MarkedYAMLError(problem=f"{name} stands twice", problem_mark=node.value[index][0].start_mark)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$"), ["t", "f"])
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """The content of a .json or YAML file.
+
+    Raises:
+        UserError: the file can't be read or parsed, or isn't a dictionary.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); pass a run file.") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is no text that can be read as YAML ({type(error).__name__}); repair it.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}; repair the JSON.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_place(error)}; repair the YAML.") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} holds no sections; write calibrate: and quantize: with their options below.")
+    return content
+
+
+def _place(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None) or "it can't be parsed"
+    mark = getattr(error, "problem_mark", None)
+    return f": {problem}" if mark is None else f", line {mark.line + 1}: {problem}"

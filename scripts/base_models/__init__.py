@@ -1,0 +1,1 @@
+"""Build base models from packages, and models of any size and family."""

@@ -1,0 +1,144 @@
+"""Getting a Hugging Face checkpoint that the model builder reads, from a GGUF file where that is all there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from scripts.base_models.packaged_gguf import PACKAGED
+from scripts.base_models.packaged_gguf import find_parts
+from stages.errors import UserError
+import contextlib
+import io
+from transformers import AutoTokenizer
+from scripts.base_models.off_grid import move_off_grid
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
+import json
+from transformers import AutoConfig
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubCheckpoint:
+    """A model of the Hugging Face hub, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderCheckpoint:
+    """A Hugging Face folder: config.json, safetensors, tokenizer."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufCheckpoint:
+    """One .gguf file, tokenizer included."""
+
+    file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackagedCheckpoint:
+    """A GGUF file that installed Python packages hold in parts."""
+
+    source: str
+    """Its name in scripts.packaged_gguf.PACKAGED."""
+
+
+Checkpoint = HubCheckpoint | FolderCheckpoint | GgufCheckpoint | PackagedCheckpoint
+
+
+def find_checkpoint(source: str) -> Checkpoint:
+    """What ``--source`` means.
+
+    Raises:
+        UserError: the package that carries the model, or the path, isn't there.
+    """
+    path = Path(source)
+    if source in PACKAGED:
+        find_parts(source)
+        return PackagedCheckpoint(source=source)
+    if path.suffix == ".gguf" and path.is_file():
+        return GgufCheckpoint(file=path.absolute())
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--source {source} holds no config.json; pass a Hugging Face folder or a .gguf file.")
+        return FolderCheckpoint(folder=path.absolute())
+    if path.suffix == ".gguf" or path.is_absolute() or source.count("/") != 1:
+        raise UserError(
+            f"--source {source} does not exist; pass {', '.join(PACKAGED)}, a Hugging Face folder, a .gguf file, or "
+            "a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
+        )
+    return HubCheckpoint(name=source)
+
+
+def dequantize_gguf(file: Path, folder: Path, *, keep_grid: bool) -> None:
+    """Write a GGUF model and its tokenizer to ``folder`` as a plain float32 checkpoint.
+
+    Raises:
+        UserError: transformers can't read the file, or its architecture can't be moved off its grid.
+    """
+    model = _load_gguf(file)
+    if not keep_grid:
+        move_off_grid(model)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _load_gguf(file: Path) -> PreTrainedModel:
+    try:
+        # transformers shows one bar while it dequantizes and another while it loads.
+        with contextlib.redirect_stderr(io.StringIO()):
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except Exception as error:  # gguf, transformers and torch each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--source {file} can't be read as GGUF ({reason}); pass another file.") from error
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # The loaded model still counts as quantized; a fresh one of its class holds the same numbers and nothing else.
+    model: PreTrainedModel = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    return model
+
+
+_CONFIG = "config.json"
+
+
+_LAYERED_ROPE = "gemma3_text"
+
+
+_FLAT_NAMES = ("rope_theta", "rope_local_base_freq", "rope_scaling")
+
+
+def as_builder_input(folder: Path, scratch: Path) -> Path:
+    """``folder`` itself, or ``scratch`` with links to its files and another config.json where the builder needs one.
+
+    Raises:
+        UserError: the model scales its rotation in a way that the builder would also apply to its sliding layers.
+    """
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    if config.get("model_type") != _LAYERED_ROPE or "rope_type" in (config.get("rope_parameters") or {}):
+        return folder
+    scratch.mkdir()
+    for file in folder.iterdir():
+        if file.name != _CONFIG:
+            (scratch / file.name).symlink_to(file.absolute())
+    readable = {name: value for name, value in config.items() if name not in _FLAT_NAMES}
+    readable["rope_parameters"] = _both_spellings(AutoConfig.from_pretrained(folder).rope_parameters)
+    (scratch / _CONFIG).write_text(json.dumps(readable, indent=2), encoding="utf-8")
+    return scratch
+
+
+def _both_spellings(layered: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    everywhere, sliding = layered["full_attention"], layered["sliding_attention"]
+    if everywhere["rope_type"] != "default":
+        raise UserError(
+            f"--source has rotations of type '{everywhere['rope_type']}' in its full attention alone, which "
+            "onnxruntime-genai's builder would apply to sliding layers too; use a Gemma 3 of at most 1B parameters."
+        )
+    return {**layered, **everywhere, "rope_local_base_freq": sliding["rope_theta"]}

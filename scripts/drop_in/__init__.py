@@ -1,0 +1,1 @@
+"""Accept the command line of the tool that this project replaces."""

@@ -1,0 +1,179 @@
+"""The competitors: what each is asked for, as runs of a bench."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from safetensors.numpy import save_file
+
+from export.save import copy_side_files, patch_genai_config
+from scripts.options import ModelOptMethod, OrtMethod, PeerConfig
+from scripts.peers.environment import ensure_environment
+from scripts.peers.environment import python_of
+from stages.system.atomic import whole_file
+from stages.model.load import load_graph
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import UserError
+from stages.evaluation.bench.runs import Run
+from stages.model.load import fingerprint_model
+from stages.model.directory import ModelDirectory
+from stages.model.directory import locate_model
+from stages.calibration.cache import open_cache
+from stages.quantization.plan.plan import plan_model
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+
+_HERE = Path(__file__).parent
+MODELOPT_RUNNER = _HERE / "peer_modelopt.py"
+MODELOPT_REQUIREMENTS = _HERE / "peer_modelopt.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A competitor's run, and what a reader of the table must know of it."""
+
+    run: Run
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRequest:
+    """One method of a competitor."""
+
+    method: OrtMethod | ModelOptMethod
+    block_size: int
+    use_zero_point: bool
+
+    def name(self, library: str) -> str:
+        return f"{library}-{self.method}-b{self.block_size}{'-zp' if self.use_zero_point else ''}"
+
+
+def peers_of(config: PeerConfig) -> list[Peer]:
+    """All competitors that ``config`` names, for the sites that stages.quantize quantizes by default.
+
+    Raises:
+        UserError: the base model can't be read, or holds nothing to quantize.
+    """
+    base = locate_model(config.base)
+    model = load_graph(base)
+    plan = plan_model(QuantizeConfig(onnx_path=config.base, output_path=config.output), model, base)
+    exclude = [name for name, _ in plan.sites.kept]
+    return [
+        *(_ort(request, base, exclude, config) for request in ort_requests(config)),
+        *(_modelopt(request, base, exclude, config) for request in modelopt_requests(config)),
+    ]
+
+
+def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
+    """HQQ and k_quant always write zero points; only the default method has the choice."""
+    for size in filter(None, config.block_size):
+        for method in config.ort:
+            for zero_point in config.use_zero_point if method == "default" else (True,):
+                yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
+
+
+def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
+    """Rounding and awq_clip know no zero points."""
+    for size in filter(None, config.block_size):
+        for method in config.modelopt:
+            for zero_point in config.use_zero_point if method in ("awq_lite", "awq_full") else (False,):
+                yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
+
+
+def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
+    name = request.name("ort")
+    folder = config.output.absolute() / name
+    content = json.dumps(_content(request, base, folder, exclude))
+    run = Run(
+        name=name,
+        command=(sys.executable, "-m", "scripts.peer_ort", content),
+        model=folder,
+        before=partial(_empty, folder),
+        after=partial(_complete, base, folder),
+    )
+    zero_points = {"hqq": ", zero points as float32", "k_quant": ", always with zero points"}.get(request.method, "")
+    return Peer(run=run, note=f"onnxruntime {onnxruntime.__version__}{zero_points}")
+
+
+def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
+    name = request.name("modelopt")
+    folder = config.output.absolute() / name
+    feeds = config.output.absolute() / f"modelopt-feeds-{config.modelopt_windows}.safetensors"
+    environment = config.modelopt_environment_path
+    searches = request.method in ("awq_lite", "awq_full")
+    # With awqlite_fuse_nodes its search ends in an AttributeError on machines without CuPy.
+    options = {"awqlite_fuse_nodes": False} if searches else {}
+    options |= {"enable_fast_path_using_high_sysram": True} if searches and config.modelopt_fast_path else {}
+    content = json.dumps({**_content(request, base, folder, exclude), "feeds": str(feeds), "options": options})
+
+    def prepare() -> None:
+        ensure_environment(environment, MODELOPT_REQUIREMENTS)
+        if not feeds.is_file():
+            _write_feeds(base, config, feeds)
+        _empty(folder)
+
+    run = Run(
+        name=name,
+        command=(str(python_of(environment)), str(MODELOPT_RUNNER), content),
+        model=folder,
+        before=prepare,
+        after=partial(_complete, base, folder),
+    )
+    calibrated = "" if request.method == "rtn_dq" else f", {config.modelopt_windows} windows"
+    unfused = ", its Mul nodes unfolded" if searches else ""
+    fast = ", activations kept in memory" if searches and config.modelopt_fast_path else ""
+    return Peer(run=run, note=f"nvidia-modelopt 0.47.0{calibrated}{unfused}{fast}")
+
+
+def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: list[str]) -> dict[str, object]:
+    return {
+        "base": str(base.onnx_file),
+        "output": str(folder / base.onnx_file.name),
+        "method": request.method,
+        "block_size": request.block_size,
+        "use_zero_point": request.use_zero_point,
+        "exclude": exclude,
+    }
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(base: ModelDirectory, folder: Path) -> None:
+    """Put what the competitors leave out beside their graph: genai_config.json, the tokenizer, all other side files."""
+    copy_side_files(base, load_graph(base), folder, base.onnx_file.name)
+    if base.has_genai_config:
+        patch_genai_config(folder, base.onnx_file.name, {})
+
+
+def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
+    """The model's inputs for the first windows of our own calibration cache.
+
+    Raises:
+        UserError: there is no cache of this model, it holds fewer windows, or numpy can't hold an input's type.
+    """
+    windows, _ = open_cache(config.cache_path, fingerprint_model(base)).read_tokens()
+    wanted = config.modelopt_windows
+    if len(windows) < wanted:
+        raise UserError(f"--modelopt_windows {wanted}: {config.cache_path} holds {len(windows)} calibration windows.")
+    session = open_session(base.onnx_file, SessionSettings())
+    feeds = CausalFeeds.of(session, base)
+    arrays: dict[str, np.ndarray] = {}
+    for index, window in enumerate(windows[:wanted]):
+        for name, value in feeds(window[None]).items():
+            if not isinstance(value, np.ndarray):
+                raise UserError(f"ModelOpt can't be given the bfloat16 input {name}; compare on an fp16 or fp32 base.")
+            arrays[f"{index}:{name}"] = value
+    with whole_file(file) as partial:
+        save_file(arrays, partial)

@@ -1,0 +1,1 @@
+"""Run the base model once and cache the statistics of every MatMul input."""

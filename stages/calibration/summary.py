@@ -1,0 +1,83 @@
+"""The table that a calibration ends with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from stages.runtime.upcast import WIDENED_BECAUSE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSummary:
+    """How the model ran."""
+
+    tokenizer: str
+    matmuls: int
+    """Sites whose activations were tapped."""
+    as_rows: int
+    """Activations that are kept as their tokens' own rows; of the others the Gram matrix is kept."""
+    pieces: int
+    """Parts in which the graph ran, one after the other."""
+    widened: bool
+    """Whether a bfloat16 model ran as float32."""
+    unused: tuple[tuple[str, str], ...]
+    """(execution provider, why it was not used)."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSummary:
+    """What a calibration cache holds, and how it was made where this run made it."""
+
+    cache: Path
+    bytes: int
+    source: str
+    calibration_windows: int
+    held_out_windows: int
+    seq_len: int
+    activations: int
+    providers: tuple[str, ...]
+    made: PassSummary | None
+    """None where the cache was there already."""
+
+
+def calibration_table(summary: CalibrationSummary) -> Table:
+    """A two-column table."""
+    table = Table(title="calibration cache", show_header=False)
+    windows = f"{summary.calibration_windows} to search with + {summary.held_out_windows} held out, {summary.seq_len}"
+    rows = [
+        ("cache", f"{summary.cache} ({summary.bytes / 1e6:.0f} MB)"),
+        ("text", summary.source),
+        *([] if summary.made is None else [("tokenizer", summary.made.tokenizer)]),
+        ("windows", windows),
+        *_how_it_ran(summary),
+    ]
+    for name, text in rows:
+        # Text, because a path with brackets is not markup.
+        table.add_row(name, Text(text))
+    return table
+
+
+def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
+    made, providers = summary.made, ("ran on", ", ".join(summary.providers))
+    if made is None:
+        return [("tapped", f"{summary.activations} activations"), providers]
+    rows = [
+        ("tapped", f"{summary.activations} activations of {made.matmuls} MatMuls"),
+        (
+            "kept as",
+            f"{summary.activations - made.as_rows} Gram matrices (packed triangles), {made.as_rows} as the tokens' own "
+            "rows",
+        ),
+    ]
+    if made.pieces > 1:
+        text = f"the model ran in {made.pieces} parts, one after the other; --max_memory sets their size"
+        rows.append(("memory", text))
+    rows.append(providers)
+    rows += [("", WIDENED_BECAUSE)] if made.widened else []
+    rows += [("not used", f"{name}: {why}") for name, why in made.unused]
+    return [*rows, ("seconds", f"{made.seconds:.1f}")]

@@ -1,0 +1,1 @@
+"""Make the token windows that a model is calibrated on."""

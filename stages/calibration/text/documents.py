@@ -1,0 +1,249 @@
+"""Where calibration text comes from: hub data sets, local files, or CPython's documentation.
+
+A document is a text, or the messages of a conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import datasets
+
+from stages.errors import UserError
+from stages.calibration.text.tokenizer import why_unreachable
+from stages.calibration.text.chat import Message
+from stages.calibration.text.offline import DOCUMENT_CHARACTERS
+from stages.calibration.text.offline import gather
+from stages.calibration.text.offline import offline_calibration_documents
+from stages.calibration.text.offline import paragraphs
+from stages.errors import named
+
+Row = dict[str, Any]
+Document = str | list[Message]
+SELF = "self"
+"""The data set that the model writes itself; there are no documents of it."""
+_SHUFFLE_BUFFER = 2000
+_LONGEST_HUB_DOCUMENT = 16384
+_TABLES = (".jsonl", ".parquet")
+_FILE_COLUMNS = ("text", "article", "content")
+_MESSAGES = "messages"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """One data set of the Hugging Face hub (or a local folder laid out like one)."""
+
+    path: str
+    config: str | None
+    split: str
+    column: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.path.rsplit('/', 1)[-1]} {self.split}"
+
+
+HUB_SOURCES: Mapping[str, HubSource] = MappingProxyType(
+    {
+        "cnn": HubSource(path="abisee/cnn_dailymail", config="3.0.0", split="train", column="article"),
+        "pilevel": HubSource(path="mit-han-lab/pile-val-backup", config=None, split="validation", column="text"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """Documents in the order that the seed gives; read once, as far as needed."""
+
+    title: str
+    texts: Iterator[Document]
+
+
+def dataset_names(dataset: str) -> tuple[str, ...]:
+    """The data sets that ``--dataset`` names, separated by commas; a file that is there may have commas in its name.
+
+    Raises:
+        UserError: a name is missing between two commas, or comes twice.
+    """
+    if Path(dataset).is_file():
+        return (dataset,)
+    names = tuple(name.strip() for name in dataset.split(","))
+    if not all(names):
+        raise UserError(f"--dataset {dataset} has a comma without a name beside it; leave it out.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--dataset names {twice} twice; windows are shared evenly among different data sets.")
+    return names
+
+
+def open_documents(
+    dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES, *, with_messages: bool = False
+) -> Documents:
+    """The documents that one name of ``--dataset`` means: a hub data set, ``offline``, or a local file.
+
+    Where ``with_messages``, the rows of a local file give their conversations, if they have any.
+
+    Raises:
+        UserError: the name is unknown or the file is missing; also, while texts are read, when the hub can't be
+            reached, a file is damaged, or it has no column of text.
+    """
+    source = hub_sources.get(dataset) or _by_hub_name(dataset, hub_sources)
+    if source is not None:
+        return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
+    if dataset == "offline":
+        texts = offline_calibration_documents()
+        return Documents(title="offline: CPython documentation topics", texts=_shuffled(texts, seed))
+    path = Path(dataset)
+    if path.suffix not in (".txt", *_TABLES):
+        raise UserError(
+            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, {SELF}, "
+            "and no .txt, .jsonl or .parquet file; pass one of these."
+        )
+    if not path.is_file():
+        raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
+    if path.suffix == ".txt":
+        return Documents(title=path.name, texts=_text_file(path, seed))
+    return Documents(title=path.name, texts=_table_file(path, seed, with_messages))
+
+
+def _by_hub_name(dataset: str, hub_sources: Mapping[str, HubSource]) -> HubSource | None:
+    """The source that the hub calls ``dataset``, with or without its owner: cnn_dailymail is cnn."""
+    return next((s for s in hub_sources.values() if dataset in (s.path, s.path.rsplit("/", 1)[-1])), None)
+
+
+def _shuffled(texts: list[str], seed: int) -> Iterator[str]:
+    random.Random(seed).shuffle(texts)
+    return iter(texts)
+
+
+# --------------------------------------------------------------------------- text files
+
+
+def _text_file(path: Path, seed: int) -> Iterator[str]:
+    """Documents are separated by two or more blank lines; without any, paragraphs are gathered into documents."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--dataset {path} can't be read as UTF-8 text ({error}); repair it or pass another."
+        ) from error
+    texts = [part for part in re.split(r"\n(?:[^\S\n]*\n){2,}", text) if part.strip()]
+    if len(texts) < 2:
+        texts = list(gather(paragraphs(text), DOCUMENT_CHARACTERS))
+    return _shuffled(texts, seed)
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def _stream(rows: datasets.IterableDataset, seed: int) -> Iterable[Row]:
+    shuffled: Iterable[Row] = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    return shuffled
+
+
+def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
+    unreachable = None if Path(source.path).is_dir() else why_unreachable(source.path, "dataset")
+    if unreachable is not None:
+        raise UserError(
+            f"--dataset {name}: {source.path} can't be read, {unreachable}; check the network, use --dataset offline "
+            "or a local .txt, .jsonl or .parquet file, or set HF_HUB_OFFLINE=1 to use a copy in HF_HOME."
+        )
+    try:
+        rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
+        for text in _column(_stream(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
+            # A book would otherwise fill every window.
+            yield text[:_LONGEST_HUB_DOCUMENT]
+    except UserError:
+        raise
+    except Exception as error:  # the hub's clients raise classes without a common base
+        raise UserError(
+            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({named(error)}); check the "
+            "network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
+        ) from error
+
+
+def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[Document]:
+    try:
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        for row in _stream(rows, seed):
+            document = _document(row, with_messages, f"--dataset {path}")
+            if document:
+                yield document
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow, pandas, datasets and json each have errors of their own
+        raise UserError(
+            f"--dataset {path} can't be read as {path.suffix[1:]} ({named(error)}); repair the file or pass another."
+        ) from error
+
+
+def _document(row: Row, with_messages: bool, where: str) -> Document | None:
+    """What a row of a file holds: where ``with_messages``, its conversation, if it has one; else its text."""
+    if with_messages and row.get(_MESSAGES):
+        return _conversation(row[_MESSAGES], where)
+    if _MESSAGES in row and not any(column in row for column in _FILE_COLUMNS):
+        if with_messages:
+            return None
+        raise UserError(
+            f"{where} holds conversations (column {_MESSAGES}); pass --apply_chat_template to write them as the "
+            "tokenizer's chat template does."
+        )
+    return next(_column([row], _FILE_COLUMNS, where), None)
+
+
+def _conversation(messages: object, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{where}: column {_MESSAGES} holds no list of messages; store one role and content each.")
+    # A reader of tables gives each message every key that any message has.
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if not all(isinstance(message.get("role"), str) and "content" in message for message in given):
+        raise UserError(f"{where}: column {_MESSAGES} has a message without role and content; give it both.")
+    return given
+
+
+def _parquet_rows(path: Path) -> datasets.IterableDataset:
+    return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+
+
+def _jsonl_rows(path: Path) -> datasets.IterableDataset:
+    """Lines one by one by Python's own parser: that of the library crashes on brackets that are nested deeply."""
+    return datasets.IterableDataset.from_generator(_parsed_lines, gen_kwargs={"path": str(path)})
+
+
+def _parsed_lines(path: str) -> Iterator[Row]:
+    with Path(path).open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except RecursionError as error:
+                raise ValueError(f"line {number} is nested too deeply") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            yield row
+
+
+def _column(rows: Iterable[Row], columns: tuple[str, ...], where: str) -> Iterator[str]:
+    """The text of each row that has any, from the first of ``columns`` that the rows have."""
+    for row in rows:
+        name = next((column for column in columns if column in row), None)
+        if name is None:
+            raise UserError(
+                f"{where} has the columns {', '.join(row)} and none of {', '.join(columns)}; "
+                "rename the one with the text."
+            )
+        text = row[name]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: column {name} holds {type(text).__name__}, not text; store one string a row.")
+        if text and text.strip():
+            yield text

@@ -1,0 +1,120 @@
+"""The model's tokenizer: from a folder, from the hub, or from the model's own folder where the hub can't give it."""
+
+from __future__ import annotations
+
+from typing import Literal
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import OfflineModeIsEnabled
+from stages.errors import named
+from dataclasses import dataclass
+from transformers import PreTrainedTokenizerBase
+from stages.errors import UserError
+from pathlib import Path
+from transformers import AutoTokenizer
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import RepositoryNotFoundError
+from collections.abc import Iterator
+
+
+_SECONDS = 10.0
+
+
+def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
+    """Why the hub doesn't answer, or None where it does, whatever it answers about ``name``.
+
+    None too where HF_HUB_OFFLINE is set: the libraries then look only at what they keep in HF_HOME, at once.
+    """
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        return None
+    except Exception as error:  # the HTTP library's own classes, which change with its version
+        return f"the Hugging Face hub can't be reached, {named(error)}"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundTokenizer:
+    """A tokenizer, and the folder or hub name it came from."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    title: str
+    """The source in words: with the reason, where it stands in for another."""
+
+
+class _CannotLoad(Exception):
+    """Carries the reason, in words."""
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        UserError: there is none, or it can't be loaded.
+    """
+    return find_tokenizer(path, None, trust_remote_code=trust_remote_code).tokenizer
+
+
+def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) -> FoundTokenizer:
+    """The tokenizer of ``path``, a folder or hub name; where it is a hub name that can't be loaded, ``stand_in``'s.
+
+    Raises:
+        UserError: neither has one that can be loaded.
+    """
+    try:
+        return FoundTokenizer(tokenizer=_load(path, trust_remote_code), source=path, title=path)
+    except _CannotLoad as error:
+        # Whoever names a folder wants that tokenizer or none.
+        found = None
+        if stand_in is not None and not _names_a_place(path, error):
+            found = _stand_in(stand_in, path, error, trust_remote_code)
+        if found is None:
+            raise UserError(
+                f"No tokenizer can be loaded from {path} ({error}); "
+                "pass a folder that has one, or the model's hub name, as --model_name."
+            ) from error
+        return found
+
+
+def _names_a_place(path: str, error: BaseException) -> bool:
+    """Whether a folder was meant: one that is there, or a path that no hub name looks like."""
+    return Path(path).is_dir() or any(isinstance(cause, HFValidationError) for cause in _causes(error))
+
+
+def _stand_in(folder: str, wanted: str, reason: _CannotLoad, trust_remote_code: bool) -> FoundTokenizer | None:
+    try:
+        tokenizer = _load(folder, trust_remote_code)
+    except _CannotLoad:
+        return None
+    return FoundTokenizer(tokenizer=tokenizer, source=folder, title=f"{folder}, in place of {wanted}: {reason}")
+
+
+def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    unreachable = None if Path(path).is_dir() else why_unreachable(path, "model")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=unreachable is not None
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own
+        raise _CannotLoad(unreachable or _reason(error)) from error
+    return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    for cause in _causes(error):
+        if isinstance(cause, HFValidationError):
+            return "there is no such folder, and it is no hub name"
+        if isinstance(cause, GatedRepoError):
+            return "its terms must be accepted on the Hugging Face hub; do that, then log in with 'hf auth login'"
+        if isinstance(cause, RepositoryNotFoundError):
+            return "the Hugging Face hub has no such model, or it is private; if so, log in with 'hf auth login'"
+    return named(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

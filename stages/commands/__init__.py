@@ -1,0 +1,1 @@
+"""Define the options of every command and what a command prints."""

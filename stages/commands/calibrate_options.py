@@ -1,0 +1,75 @@
+"""Every option of the command lines: its name, default, help and validation, once.
+
+Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises RecipeError with
+the option's name; nothing here touches files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from stages.commands.parsing import parse_bytes
+from stages.errors import RecipeError
+from stages.commands.options import require
+from stages.commands.options import beside
+from stages.commands.options import CommandOptions
+
+
+PART_OF_FREE_MEMORY = 0.6
+"""What --max_memory is where nobody says it."""
+
+
+# Without slots, so that a command that takes the options of both stages can inherit from both configurations.
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(CommandOptions):
+    """Run the base model once per batch and cache the statistics that stage two searches with."""
+
+    onnx_path: Path
+    """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
+    model_name: str | None = None
+    """Hub name or folder to take the tokenizer from; default: the model's own folder."""
+    dataset: str = "cnn"
+    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose in CPython's own documentation, no download), self
+    (the model writes it, through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of these
+    separated by commas, which share the windows evenly."""
+    apply_chat_template: bool = False
+    """Make a conversation of each document with the tokenizer's chat template: the messages of a .jsonl or .parquet
+    row; else its text, the beginning as the user's message and the rest as the assistant's. With self: chats alone."""
+    calib_size: int = 128
+    """Windows of seq_len tokens in all; a tenth of them is held out from the search."""
+    seq_len: int = 512
+    """Tokens in a window; windows are packed full, without padding."""
+    batch_size: int = 1
+    """Windows in one forward pass."""
+    calibration_eps: str = "cuda,cpu"
+    """Execution providers for the forward passes, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
+    max_memory: str | None = None
+    """Memory for weights, statistics and activations, such as 8GB. What doesn't fit at once is run in parts, a range of
+    layers after the other; each token still passes each layer once. Default: six tenths of what is free."""
+    cache_dir: Path | None = None
+    """Folder for the cache; default: the model's folder name with .calibration added."""
+    use_random_calib: bool = False
+    """Random token ids in place of text (smoke tests; never for accuracy)."""
+    add_position_ids: bool = False
+    """Accepted for compatibility: the graph itself tells whether it has position_ids."""
+    trust_remote_code: bool = False
+    """Allow the tokenizer's own Python code to run."""
+    device: str = "auto"
+    """Where statistics are accumulated: auto, cpu, cuda, cuda:1, mps."""
+    seed: int = 0
+    """Seed of the document order, of what the model writes itself, and of random tokens."""
+    overwrite: bool = False
+    """Replace a cache of other tokens, options or model."""
+
+    @property
+    def cache_path(self) -> Path:
+        return self.cache_dir or beside(self.onnx_path, ".calibration")
+
+    def validate(self) -> None:
+        """Raise RecipeError naming the first option that can't be used."""
+        require(self.calib_size >= 2, "--calib_size must be at least 2: one window to calibrate on, one held out.")
+        require(self.seq_len >= 2, "--seq_len must be at least 2.")
+        require(self.batch_size >= 1, "--batch_size must be at least 1.")
+        require(self.seed >= 0, f"--seed {self.seed} must be 0 or more.")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory, "--max_memory")

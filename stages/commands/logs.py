@@ -1,0 +1,96 @@
+"""Where log records go while a command runs: to its console, and to a file where one is asked for.
+
+Every module logs to a logger of its own. Notices stand as they are, warnings and errors behind that word.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from stages.commands import progress
+from stages.commands.options import OutputOptions
+from stages.errors import UserError
+
+_OURS = ("genai_quant", "stages", "export", "scripts", "__main__")
+"""Loggers of this project; what others log is shown from warnings on."""
+_LABELS = {logging.WARNING: ("warning: ", "bold yellow"), logging.ERROR: ("error: ", "bold red")}
+_FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints records on a console, above the bars that are drawn there, unwrapped so that lines can be copied.
+
+    Lines about progress are left to the bars, where there are any.
+    """
+
+    def __init__(self, console: Console, level: int) -> None:
+        super().__init__(level)
+        self._console = console
+        if console.is_terminal:
+            self.addFilter(lambda record: record.name != progress.__name__)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        label, style = _LABELS.get(record.levelno, ("", ""))
+        ours = record.name.partition(".")[0] in _OURS
+        text = Text.assemble((label, style), "" if ours else f"{record.name}: ", self.format(record))
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def logging_to(console: Console, options: OutputOptions, *, errors_only: bool) -> Iterator[None]:
+    """Send what is logged inside the block to ``console`` and to the file of ``options``; then all is as it was before.
+
+    Args:
+        errors_only: whether another process says everything else, in the file too.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    level = logging.getLevelNamesMapping()[options.log_level.upper()]
+    shown = logging.ERROR if errors_only else max(level, logging.WARNING) if options.quiet else level
+    with ExitStack() as stack:
+        stack.enter_context(_handler(ConsoleHandler(console, shown)))
+        if options.log_file is not None and not errors_only:
+            stack.enter_context(_handler(_file_handler(options.log_file, level)))
+        for name in _OURS:
+            stack.enter_context(_level(logging.getLogger(name), level))
+        yield
+
+
+@contextmanager
+def _handler(handler: logging.Handler) -> Iterator[None]:
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _level(logger: logging.Logger, level: int) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _file_handler(path: Path, level: int) -> logging.Handler:
+    """Appends, as a command that goes on where it was stopped does."""
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--log_file {path} can't be written ({error.strerror}); choose another file.") from error
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter(_FILE_FORMAT))
+    return handler

@@ -1,0 +1,94 @@
+"""Run a command: parse its options, print what it returns, turn a UserError into one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+
+from stages.commands.options import CommandOptions
+from stages.errors import UserError
+from stages.commands.logs import logging_to
+from stages.errors import in_one_line
+from stages.errors import sentence_of
+from stages.commands.progress import progress_on
+from stages.commands.output import Output
+from stages.commands.output import Section
+from stages.commands.output import open_output
+
+Options = TypeVar("Options", bound=CommandOptions)
+Command = Callable[[Options], Iterable[Section]]
+"""Does its work and gives out each part of its result as soon as it is there."""
+
+_LOGGER = logging.getLogger(__name__)
+_BAD_INPUT, _INTERRUPTED = 2, 130
+
+
+def run_command(options_type: type[Options], command: Command[Options], program: str) -> None:
+    """Parse ``sys.argv`` into ``options_type``, run ``command``, and leave with 0, 2 (bad input) or 130 (Ctrl-C).
+
+    Args:
+        options_type: the dataclass of the command's options.
+        command: what to run; its sections are printed.
+        program: what people typed, for the help text.
+    """
+    run_parsed(tyro.cli(options_type, prog=program, use_underscores=True), command, program)
+
+
+def run_parsed(options: Options, command: Command[Options], program: str) -> None:
+    """Run ``command`` on options that are parsed, and leave as ``run_command`` does.
+
+    Of processes that were launched together only the first prints results and progress; errors are everyone's.
+    """
+    console, is_first = Console(stderr=True), _is_first_process()
+    silent = options.printing.quiet or not is_first
+    output = open_output(program, as_json=options.printing.json and is_first, quiet=silent)
+    try:
+        # Bars are drawn on the console that messages are printed on, so that they know of each other.
+        with (
+            logging_to(console, options.printing, errors_only=not is_first),
+            progress_on(Console(quiet=True) if silent else console),
+        ):
+            code = _run(options, command, output)
+    except UserError as error:  # there is no log to write it to
+        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        output.end(str(error))
+        code = _BAD_INPUT
+    if code:
+        sys.exit(code)
+
+
+def _is_first_process() -> bool:
+    """Return whether a launcher started this process first, or only this one; no other process is waited for."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(options: Options, command: Command[Options], output: Output) -> int:
+    """Return the exit code of ``command``, whose error, if any, is logged."""
+    try:
+        options.validate()
+        for section in command(options):
+            output.show(section)
+    except UserError as error:
+        return _bad_input(sentence_of(error), output)
+    except MemoryError as error:
+        reason = in_one_line(error)
+        return _bad_input(f"The memory is too small ({reason}); give smaller sizes or close other programs.", output)
+    except KeyboardInterrupt:
+        stopped = "stopped; what was finished is kept, run the same command again to go on."
+        _LOGGER.warning(stopped)
+        output.end(stopped)
+        return _INTERRUPTED
+    output.end(None)
+    return 0
+
+
+def _bad_input(sentence: str, output: Output) -> int:
+    _LOGGER.error("%s", sentence)
+    output.end(sentence)
+    return _BAD_INPUT

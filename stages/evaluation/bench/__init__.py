@@ -1,0 +1,1 @@
+"""Make and judge many quantized models of one base."""

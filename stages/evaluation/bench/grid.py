@@ -1,0 +1,98 @@
+"""The points of a sweep: every combination of options of stages.quantize once, each a command."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.commands.quantize_options import Algorithm
+from stages.commands.quantize_options import LmHead
+from stages.commands.quantize_options import PerChannelWord
+from stages.commands.evaluate_options import SweepGrid
+from stages.commands.options import beside
+from stages.evaluation.bench.runs import Run
+from stages.system.paths import file_name
+from stages.system.paths import split_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One way to quantize the base model."""
+
+    algo: Algorithm
+    block_size: int | None
+    zero_point: bool
+    mixed: bool
+    int8_block_size: int | PerChannelWord | None
+    lm_head: LmHead | None
+    column_major: bool
+    options: str
+    """Further options of stages.quantize, without their dashes."""
+
+    @property
+    def name(self) -> str:
+        """Name of the folder: different for different points of a grid."""
+        parts = [
+            self.algo,
+            f"b{self.block_size}" if self.block_size is not None else "",
+            "zp" if self.zero_point else "",
+            "mixed" if self.mixed else "",
+            f"int8b{self.int8_block_size}" if self.int8_block_size is not None else "",
+            f"head{self.lm_head}" if self.lm_head is not None else "",
+            "col" if self.column_major else "",
+            re.sub(r"[^A-Za-z0-9_.]+", "-", self.options).strip("-"),
+        ]
+        return file_name("-".join(filter(None, parts)))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The options of stages.quantize that make this point."""
+        arguments = [f"--algo={self.algo}"]
+        arguments += [f"--block_size={self.block_size}"] if self.block_size is not None else []
+        arguments += ["--use_zero_point"] if self.zero_point else []
+        arguments += ["--enable_mixed_quant"] if self.mixed else []
+        arguments += [f"--int8_block_size={self.int8_block_size}"] if self.int8_block_size is not None else []
+        arguments += [f"--lm_head={self.lm_head}"] if self.lm_head is not None else []
+        arguments += ["--use_column_major"] if self.column_major else []
+        return (*arguments, *(f"--{option}" for option in split_line(self.options)))
+
+    def run(self, base: Path, output: Path, cache: Path) -> Run:
+        """The command that makes this point in a folder of its own under ``output``."""
+        folder = output.absolute() / self.name
+        places = (f"--onnx_path={base.absolute()}", f"--output_path={folder}", f"--cache_dir={cache.absolute()}")
+        # What an interrupted run left is replaced.
+        command = (sys.executable, "-m", "stages.quantize", *places, *self.arguments, "--overwrite")
+        return Run(name=self.name, command=command, model=folder, weights=beside(folder, ".weights"))
+
+
+def points_of(grid: SweepGrid) -> list[Point]:
+    """Every combination once; where nothing is INT8, its block size makes no difference."""
+    combinations = itertools.product(
+        grid.block_size,
+        grid.use_zero_point,
+        grid.enable_mixed_quant,
+        grid.int8_block_size,
+        grid.lm_head,
+        grid.use_column_major,
+        grid.options,
+        grid.algo,
+    )
+    return list(
+        dict.fromkeys(
+            Point(
+                algo=algo,
+                block_size=block_size,
+                zero_point=zero_point,
+                mixed=mixed,
+                # --options may name INT8 sites too.
+                int8_block_size=int8_block_size if mixed or lm_head == "8" or options else None,
+                lm_head=lm_head,
+                column_major=column_major,
+                options=options,
+            )
+            for block_size, zero_point, mixed, int8_block_size, lm_head, column_major, options, algo in combinations
+        )
+    )

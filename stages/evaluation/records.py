@@ -1,0 +1,163 @@
+"""What an evaluation found, and the file that keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from stages.evaluation.accuracy import Accuracy, PositionBin
+from stages.evaluation.accuracy import WorstToken
+from stages.system.json_file import explained
+from stages.system.json_file import read_json
+from stages.system.json_file import write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is compared with what; two equal comparisons have equal numbers."""
+
+    models: tuple[tuple[str, str], ...]
+    """(folder name, fingerprint), the base first."""
+    text: str
+    tokens: str
+    """sha256 of the windows."""
+    windows: int
+    seq_len: int
+    accuracy_level: int
+    providers: tuple[str, ...]
+    worst: int
+    """Predictions shown of each model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """One model on a text."""
+
+    name: str
+    bytes: int
+    """The .onnx file and the external data that it refers to."""
+    accuracy: Accuracy
+    positions: tuple[PositionBin, ...] = ()
+    worst: tuple[WorstToken, ...] = ()
+    widened: bool = False
+    """Whether it holds bfloat16 and ran as float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model goes on with behind a prompt, each time with its most likely token."""
+
+    model: str
+    text: str
+    tokens: int
+    same_tokens: int
+    """Tokens from the beginning that are the base's too; all of them for the base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One prompt and every model's answer, the base's first."""
+
+    prompt: str
+    templated: bool
+    """Whether the base's chat template was put around it."""
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """Tokens a second over several rounds."""
+
+    median: float
+    slowest: float
+    fastest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpeed:
+    """How one model ran in onnxruntime-genai."""
+
+    model: str
+    prompt: Rate
+    decode: Rate
+    load_seconds: float
+    """Median."""
+    peak_bytes: int | None
+    """Largest of all rounds: the most that the whole process held, Python included. None where the operating system
+    doesn't tell (Windows)."""
+    accuracy_level: str
+    """In words: the level and who sets it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedTest:
+    """Models in turns, each round in a process of its own."""
+
+    machine: str
+    runtime: str
+    threads: int
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    models: tuple[ModelSpeed, ...]
+    """The base first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of an lm-eval task."""
+
+    model: str
+    task: str
+    metric: str
+    filter: str
+    """The filter of answers that lm-eval applied; none where it is the default one."""
+    value: float
+    stderr: float | None
+    """Standard error over the samples; None where lm-eval gives none."""
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Everything that is known of some models and their base on one text; the base's row first."""
+
+    comparison: Comparison
+    rows: tuple[ModelRow, ...]
+    generations: tuple[Generation, ...] = ()
+    speed: SpeedTest | None = None
+    tasks: tuple[TaskScore, ...] = ()
+
+    def kept_from(self, earlier: Evaluation | None) -> Evaluation:
+        """This evaluation with what an ``earlier`` one of the same comparison knows besides: other prompts and tasks,
+        and the speed if it wasn't measured again."""
+        if earlier is None or earlier.comparison != self.comparison:
+            return self
+        prompts, tasks = {one.prompt for one in self.generations}, {one.task for one in self.tasks}
+        return replace(
+            self,
+            generations=(*(one for one in earlier.generations if one.prompt not in prompts), *self.generations),
+            speed=self.speed or earlier.speed,
+            tasks=(*(one for one in earlier.tasks if one.task not in tasks), *self.tasks),
+        )
+
+
+_EVALUATIONS = TypeAdapter(Evaluation)
+
+
+def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write ``evaluation`` as JSON, whole or not at all.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    with explained(f"--results {path} can't be written", "choose another file"):
+        write_json(path, _EVALUATIONS, evaluation)
+
+
+def load_evaluation(path: Path, comparison: Comparison) -> Evaluation | None:
+    """The evaluation in ``path`` if it is one of exactly this comparison."""
+    evaluation = read_json(path, _EVALUATIONS)
+    return None if evaluation is None or evaluation.comparison != comparison else evaluation

@@ -1,0 +1,200 @@
+"""This project's own folders: calibration caches, quantized weights, sweeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stages.errors import CacheMismatch, UserError
+from stages.evaluation.bench.runs import read_base_rows
+from stages.evaluation.bench.runs import read_records
+from stages.evaluation.records import ModelRow
+from stages.evaluation.bench.results import Result
+from stages.evaluation.bench.results import TextResults
+from stages.evaluation.bench.results import measured_models
+from stages.model.load import fingerprint_model
+from stages.quantization.plan.forecast import read_forecasts
+from stages.model.directory import locate_model
+from stages.calibration.cache import CalibrationCache
+from stages.calibration.cache import StatisticsOutline
+from stages.quantization.weights.store import QuantizedStore
+from stages.records.results import SiteReport
+from stages.records.formats import WeightForm
+from stages.quantization.weights.summary import bits_per_weight
+
+_CALIBRATION, _WEIGHTS = ".calibration", ".weights"
+_NOT_SHOWN = (".safetensors", "manifest.json", "recipe.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """A calibration cache."""
+
+    kind: Literal["calibration"] = field(default="calibration", init=False)
+    folder: Path
+    bytes: int
+    source: str
+    calibration_windows: int
+    held_out_windows: int
+    seq_len: int
+    providers: tuple[str, ...]
+    activations: int
+    widths: tuple[tuple[int, int], ...]
+    """(inputs of an activation, activations that have so many)."""
+    as_rows: int
+    """Activations whose tokens' own rows are kept in place of a Gram matrix."""
+    forecasts: int
+    """Sites whose errors a budget has forecast."""
+    files: tuple[str, ...]
+    """What else lies in the folder."""
+    damaged: tuple[str, ...]
+    made_from: str
+    """The base model, where it lies beside the cache, or what is known of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsReport:
+    """A folder of quantized weights."""
+
+    kind: Literal["weights"] = field(default="weights", init=False)
+    folder: Path
+    bytes: int
+    recipe: str
+    weight_form: WeightForm
+    folds_input_scales: bool
+    groups: int
+    finished: int
+    """Groups that are searched; the same command goes on with the rest."""
+    embeddings: int
+    bits_per_weight: float | None
+    """Of the finished groups; None where there is none."""
+    sites: tuple[SiteReport, ...]
+    kept: tuple[tuple[str, str], ...]
+    files: tuple[str, ...]
+    """What else lies in the folder: report.jsonl, plan.toml, verification.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepReport:
+    """A folder of measured models."""
+
+    kind: Literal["sweep"] = field(default="sweep", init=False)
+    folder: Path
+    texts: tuple[TextResults, ...]
+    """Texts go by the keys under which they were measured."""
+    failed: int
+    deleted: tuple[str, ...]
+    """Models that aren't there any more; their records are."""
+
+
+def report_cache(cache: CalibrationCache) -> CacheReport:
+    """Look at a cache; statistics are not read."""
+    key, outlines, damaged = cache.manifest.key, list[StatisticsOutline](), list[str]()
+    for activation in cache.manifest.files:
+        try:
+            outlines.append(cache.outline(activation))
+        except CacheMismatch as error:
+            damaged.append(str(error))
+    return CacheReport(
+        folder=cache.folder,
+        bytes=_size(cache.folder),
+        source=key.source,
+        calibration_windows=key.calibration_windows,
+        held_out_windows=key.held_out_windows,
+        seq_len=key.seq_len,
+        providers=key.providers,
+        activations=len(cache.manifest.files),
+        widths=tuple(sorted(Counter(outline.in_features for outline in outlines).items())),
+        as_rows=sum(outline.as_rows for outline in outlines),
+        forecasts=len(read_forecasts(cache.folder)),
+        files=tuple(_other_files(cache.folder)),
+        damaged=tuple(damaged),
+        made_from=_made_from(cache),
+    )
+
+
+def _made_from(cache: CalibrationCache) -> str:
+    """The folder that the cache's default name belongs to, if its fingerprint is the cache's."""
+    name = cache.folder.absolute().name
+    base = cache.folder.absolute().with_name(name.removesuffix(_CALIBRATION))
+    if not name.endswith(_CALIBRATION) or not base.exists():
+        return f"a model with the fingerprint {cache.manifest.key.model_fingerprint[:12]}"
+    try:
+        same = fingerprint_model(locate_model(base)) == cache.manifest.key.model_fingerprint
+    except (UserError, OSError):
+        return f"{base}, which can't be read whole now"
+    return f"{base}" if same else f"another model than {base} is now"
+
+
+def report_weights(store: QuantizedStore) -> WeightsReport:
+    """Look at quantized weights; codes are not read."""
+    finished = sum(store.is_finished(index) for index in range(len(store.recipe.groups)))
+    return WeightsReport(
+        folder=store.folder,
+        bytes=_size(store.folder),
+        recipe=store.recipe.summary,
+        weight_form=store.recipe.weight_form,
+        folds_input_scales=store.recipe.fold_input_scales,
+        groups=len(store.recipe.groups),
+        finished=finished,
+        embeddings=sum(store.table_file(index).is_finished() for index in range(len(store.recipe.embeddings))),
+        bits_per_weight=bits_per_weight(store) if finished else None,
+        sites=tuple(store.reports()),
+        kept=store.recipe.kept,
+        files=tuple(_other_files(store.folder)),
+    )
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether ``folder`` holds records of measured models."""
+    return bool(read_records(folder))
+
+
+def report_sweep(folder: Path) -> SweepReport:
+    """The records of a sweep or of a comparison with competitors."""
+    records = read_records(folder)
+    commands = {name: " ".join(record.command) for name, record in records.items()}
+    return SweepReport(
+        folder=folder,
+        texts=tuple(
+            TextResults(text=judged.text, base=judged.base, models=measured_models(judged.results, commands))
+            for judged in judged_results(folder)
+        ),
+        failed=sum(record.failure is not None for record in records.values()),
+        deleted=tuple(name for name in records if not (folder / name).is_dir()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedResults:
+    """All models of a folder on one text; None where no text judged them."""
+
+    text: str | None
+    base: ModelRow | None
+    results: tuple[Result, ...]
+
+
+def judged_results(folder: Path) -> Iterator[JudgedResults]:
+    """The records of ``folder``, text by text."""
+    records, bases = read_records(folder), read_base_rows(folder)
+    keys = dict.fromkeys(key for record in records.values() for key in record.accuracy)
+    for key in keys or (None,):
+        yield JudgedResults(
+            text=key,
+            base=None if key is None else bases.get(key),
+            results=tuple(
+                Result(name=name, record=record, accuracy=None if key is None else record.accuracy.get(key))
+                for name, record in records.items()
+            ),
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _other_files(folder: Path) -> Iterator[str]:
+    yield from (entry.name for entry in sorted(folder.iterdir()) if not entry.name.endswith(_NOT_SHOWN))

@@ -1,0 +1,139 @@
+"""What a model holds besides its quantized weights: numbers by the kind of node that reads them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import re
+from dataclasses import dataclass
+from stages.records.sites import kind_of
+from collections import defaultdict
+from collections.abc import Collection
+from stages.inspect.quantized_weights import num_bytes
+from collections.abc import Iterator
+
+
+_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+
+
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+_SUFFIX = re.compile(r"[_/](MatMul|Gemm|Gather|Conv)?_?(Q[248]|DQ|quant|quantized|matmul)(_Q[248])?$", re.IGNORECASE)
+"""What quantizers add to the names of nodes."""
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftWeights:
+    """Numbers that one kind of node reads as they are."""
+
+    reader: str
+    """Operator; empty where no node reads them."""
+    kind: str
+    """Name of the reading nodes without their layer, or the initializers' where they are small."""
+    type: str
+    count: int
+    """Initializers."""
+    bytes: int
+
+
+def general_kind(node: str) -> str:
+    """A node's name without layer, numbers, and what quantizers add: the same for the same place in every layer."""
+    return _NUMBER.sub("*", kind_of(_SUFFIX.sub("", node)))
+
+
+def find_left(model: ir.Model, quantized: Collection[str]) -> tuple[LeftWeights, ...]:
+    """Every initializer that isn't among ``quantized``, the largest kinds first. Vectors are one kind a reader."""
+    found: dict[tuple[str, str, str], list[ir.Value]] = defaultdict(list)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.name not in quantized:
+                found[_place(value)].append(value)
+    groups = [
+        LeftWeights(reader=reader, kind=kind, type=dtype, count=len(values), bytes=sum(map(num_bytes, values)))
+        for (reader, kind, dtype), values in found.items()
+    ]
+    return tuple(sorted(groups, key=lambda group: -group.bytes))
+
+
+def _place(value: ir.Value) -> tuple[str, str, str]:
+    dtype = "" if value.dtype is None else value.dtype.name
+    reader = next(_readers(value), None)
+    if reader is None:
+        return "", "read by no node", dtype
+    if value.shape is None or len(value.shape) < 2:
+        return reader.op_type, "vectors and scalars", dtype
+    return reader.op_type, general_kind(reader.name or str(value.name)), dtype
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    for node in value.consumers():
+        if node.op_type in _PASSED_THROUGH and node.outputs[0].consumers():
+            yield from _readers(node.outputs[0])
+        else:
+            yield node
+
+
+def is_float(left: LeftWeights) -> bool:
+    """Whether the numbers are floating point."""
+    return left.type in {dtype.name for dtype in _FLOATS}
+
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
+
+
+_NORMALIZING = frozenset({"Div", "Sqrt", "Reciprocal", "ReduceMean", "Pow", "Rsqrt"})
+"""What makes the factors of a norm that is written out in small nodes, whose gain is a Mul by a vector too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputScaleMul:
+    """One Mul; it costs a pass over the activation for every token."""
+
+    node: str
+    channels: int
+    readers: tuple[str, ...]
+    """The quantized products that read the result."""
+
+
+def find_input_scales(model: ir.Model, quantized: Collection[str]) -> tuple[InputScaleMul, ...]:
+    """The Muls by a constant vector whose result only nodes of the names ``quantized`` multiply with.
+
+    The gain that ends a norm in small nodes is none.
+    """
+    found = []
+    for node in model.graph.all_nodes():
+        vector = _vector(node) if node.op_type == "Mul" else None
+        readers = [str(reader.name or reader.outputs[0].name) for reader in node.outputs[0].consumers()]
+        products = all(reader.op_type in _PRODUCTS for reader in node.outputs[0].consumers())
+        if vector and readers and products and set(readers) <= set(quantized) and not _ends_norm(node):
+            found.append(
+                InputScaleMul(node=str(node.name or node.outputs[0].name), channels=vector, readers=tuple(readers))
+            )
+    return tuple(found)
+
+
+def _vector(node: ir.Node) -> int:
+    """Length of the constant factor; 0 where neither is a constant vector."""
+    for value in node.inputs:
+        if value is None or (tensor := ir.convenience.get_const_tensor(value)) is None:
+            continue
+        shape = tuple(tensor.shape.numpy())
+        if shape and shape[-1] > 1 and all(size == 1 for size in shape[:-1]):
+            return int(shape[-1])
+    return 0
+
+
+def _ends_norm(node: ir.Node) -> bool:
+    for value in node.inputs:
+        maker = None if value is None else value.producer()
+        while maker is not None and maker.op_type == "Cast" and maker.inputs[0] is not None:
+            maker = maker.inputs[0].producer()
+        if maker is None:
+            continue
+        makers = [maker, *(each.producer() for each in maker.inputs if maker.op_type == "Mul" and each is not None)]
+        if any(each is not None and each.op_type in _NORMALIZING for each in makers):
+            return True
+    return False

@@ -1,0 +1,210 @@
+"""Everything about one model, from its graph and the files beside it; no weight is read and nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import onnx_ir as ir
+from stages.errors import GraphError
+from stages.model.genai_config import read_genai_config
+from stages.model.directory import ModelDirectory
+from collections.abc import Iterator
+from typing import Any
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+from stages.inspect.files import FileReport
+from stages.inspect.runtimes import FusedOn
+from stages.inspect.runtimes import fused_on
+from stages.inspect.float_weights import InputScaleMul
+from stages.inspect.float_weights import LeftWeights
+from stages.inspect.runtimes import RuntimeAnswer
+from stages.inspect.quantized_weights import StoredWeight
+from stages.model.load import parse_graph
+from stages.inspect.files import report_files
+from stages.inspect.float_weights import find_input_scales
+from stages.inspect.float_weights import find_left
+from stages.inspect.runtimes import runtime_answers
+from stages.inspect.quantized_weights import find_stored
+from stages.model.sites import find_groups
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+_PRESENT_LAYERS = ("past_key_names", "past_value_names")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigurationReport:
+    """What onnxruntime-genai reads beside the graph."""
+
+    present: bool
+    tokenizer: str
+    """The tokenizer's file; empty where there is none."""
+    model_type: str = ""
+    layers: int | None = None
+    context_length: int | None = None
+    session_options: tuple[tuple[str, str], ...] = ()
+    providers: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
+    """Sentences about what the graph contradicts."""
+
+    @property
+    def accuracy_level(self) -> str | None:
+        """The level of fused INT4 products that the session options ask for."""
+        return dict(self.session_options).get("session.qdq_matmulnbits_accuracy_level")
+
+
+def report_configuration(directory: ModelDirectory, model: ir.Model) -> ConfigurationReport:
+    """Compare genai_config.json in ``directory`` with the graph."""
+    tokenizer = next((name for name in _TOKENIZERS if (directory.folder / name).is_file()), "")
+    if not directory.has_genai_config:
+        return ConfigurationReport(present=False, tokenizer=tokenizer)
+    try:
+        content = read_genai_config(directory.folder)
+    except GraphError as error:
+        return ConfigurationReport(present=True, tokenizer=tokenizer, conflicts=(str(error),))
+    whole = content.get("model", {})
+    decoder = whole.get("decoder", {})
+    options = decoder.get("session_options", {})
+    return ConfigurationReport(
+        present=True,
+        tokenizer=tokenizer,
+        model_type=str(whole.get("type", "")),
+        layers=decoder.get("num_hidden_layers"),
+        context_length=whole.get("context_length"),
+        session_options=tuple((key, str(value)) for key, value in options.items() if key != "provider_options"),
+        providers=tuple(name for each in options.get("provider_options", []) for name in each),
+        conflicts=tuple(_conflicts(directory, model, whole, decoder)),
+    )
+
+
+def _conflicts(
+    directory: ModelDirectory, model: ir.Model, whole: dict[str, Any], decoder: dict[str, Any]
+) -> Iterator[str]:
+    filename = decoder.get("filename")
+    if filename != directory.onnx_file.name:
+        yield f"model.decoder.filename is {filename!r}, the graph looked at is {directory.onnx_file.name!r}"
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    layers = decoder.get("num_hidden_layers")
+    yield from _missing(decoder.get("inputs", {}), inputs, layers, "input")
+    yield from _missing(decoder.get("outputs", {}), outputs, layers, "output")
+    yield from _caches(decoder, inputs)
+    logits = outputs.get(str(decoder.get("outputs", {}).get("logits", "logits")))
+    width = None if logits is None or logits.shape is None else logits.shape[-1]
+    vocabulary = whole.get("vocab_size")
+    if isinstance(width, int) and vocabulary is not None and width != vocabulary:
+        yield f"vocab_size is {vocabulary}, the graph's logits have {width} columns"
+
+
+def _missing(names: dict[str, Any], values: dict[str, ir.Value], layers: int | None, what: str) -> Iterator[str]:
+    """Names that the graph doesn't have; %d stands for every layer's number."""
+    for key, pattern in names.items():
+        if not isinstance(pattern, str):
+            continue
+        numbered = "%d" in pattern
+        wanted = [pattern % layer for layer in range(layers or 0)] if numbered else [pattern]
+        lacking = [name for name in wanted if name not in values]
+        # Graphs without position_ids or an attention mask are fed none; a cache is needed whole.
+        if lacking and (numbered or key in ("input_ids", "logits")):
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            yield f"the graph has no {what} '{lacking[0]}'{more} ({key})"
+
+
+def _caches(decoder: dict[str, Any], inputs: dict[str, ir.Value]) -> Iterator[str]:
+    layers, patterns = decoder.get("num_hidden_layers"), decoder.get("inputs", {})
+    pattern = patterns.get("past_key_names")
+    if not isinstance(pattern, str) or "%d" not in pattern or layers is None:
+        return
+    if pattern % layers in inputs:
+        yield f"num_hidden_layers is {layers}, the graph has a cache for layer {layers} too"
+    first = inputs.get(pattern % 0)
+    shape = () if first is None or first.shape is None else tuple(first.shape)
+    if len(shape) != 4:
+        return
+    for key, found in (("num_key_value_heads", shape[1]), ("head_size", shape[3])):
+        told = decoder.get(key)
+        if isinstance(found, int) and told is not None and told != found:
+            yield f"{key} is {told}, the graph's caches have {found}"
+
+
+_ONNX_DOMAIN = ("", "ai.onnx")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSites:
+    """What this project could still quantize."""
+
+    matmuls: int
+    activations: int
+    weights: int
+    """Numbers in them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReport:
+    """What a model is made of."""
+
+    kind: Literal["model"] = field(default="model", init=False)
+    onnx_file: Path
+    producer: str
+    ir_version: int
+    opsets: dict[str, int]
+    nodes: int
+    quantized: tuple[StoredWeight, ...]
+    left: tuple[LeftWeights, ...]
+    """Numbers that are not part of a quantized weight."""
+    open: OpenSites | None
+    """None where the graph holds no MatMul or Gemm with a floating-point weight."""
+    fused_on: tuple[FusedOn, ...]
+    """What ONNX Runtime's CPU provider makes of DequantizeLinear and MatMul, by release."""
+    input_scales: tuple[InputScaleMul, ...]
+    runtimes: tuple[RuntimeAnswer, ...]
+    files: FileReport
+    configuration: ConfigurationReport
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Codes, scales and zero points, each initializer once."""
+        return sum({each.initializers: each.bytes for each in self.quantized}.values())
+
+
+def report_model(directory: ModelDirectory) -> ModelReport:
+    """Look at the model in ``directory``.
+
+    Raises:
+        GraphError: the .onnx file can't be read.
+    """
+    model = parse_graph(directory)
+    found = find_stored(model)
+    opsets = {name or "ai.onnx": version for name, version in model.opset_imports.items()}
+    configuration = report_configuration(directory, model)
+    return ModelReport(
+        onnx_file=directory.onnx_file,
+        producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
+        ir_version=model.ir_version,
+        opsets=opsets,
+        nodes=sum(1 for _ in model.graph.all_nodes()),
+        quantized=found.stored,
+        left=find_left(model, {name for each in found.stored for name in each.initializers}),
+        open=_open_sites(model),
+        fused_on=fused_on(found.dequantized, max(model.opset_imports.get(name, 0) for name in _ONNX_DOMAIN)),
+        input_scales=find_input_scales(model, {each.node for each in found.stored}),
+        runtimes=runtime_answers(found.stored, configuration.accuracy_level),
+        files=report_files(model, directory.onnx_file),
+        configuration=configuration,
+    )
+
+
+def _open_sites(model: ir.Model) -> OpenSites | None:
+    try:
+        groups = find_groups(model)
+    except GraphError:
+        return None
+    sites = [site for group in groups for site in group.sites]
+    return OpenSites(
+        matmuls=len(sites),
+        activations=len(groups),
+        weights=sum(site.in_features * site.out_features for site in sites),
+    )

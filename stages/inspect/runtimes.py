@@ -1,0 +1,262 @@
+"""On which releases of ONNX Runtime's CPU provider a DequantizeLinear and its MatMul become one MatMulNBits.
+
+The rules for what this project writes are export.fusion's; what others write breaks conditions that ours never does.
+Those are DQMatMulToMatMulNBits' (qdq_selectors.cc), measured with 1.20 to 1.32.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from stages.records.formats import FLOAT_TYPES
+from typing import Literal
+from stages.commands.parsing import Release
+from dataclasses import dataclass
+from collections.abc import Sequence
+from stages.inspect.quantized_weights import DequantizedWeight
+from itertools import groupby
+from stages.commands.parsing import RELEASES
+from export.verify.fusion import known_objection
+from stages.inspect.quantized_weights import StoredWeight
+import onnx_ir as ir
+from stages.records.formats import Granularity
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import QuantSpec
+from stages.commands.options import AccuracyLevel
+from stages.records.formats import WeightForm
+from stages.quantization.targets.choose import RULES
+from stages.commands.parsing import parse_target
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import FormatWishes
+from stages.quantization.targets.formats import ModelTraits
+from stages.commands.parsing import Runtime
+from stages.quantization.targets.rules import Request
+from collections import Counter
+
+
+SCALES = MappingProxyType({kind.onnx.name: name for name, kind in FLOAT_TYPES.items()})
+"""Types that scales may have, by their ONNX names."""
+
+
+_BITS: dict[int, Literal[4, 8]] = {4: 4, 8: 8}
+
+
+_TWO_BITS: Release = (1, 32)
+
+
+_PER_TENSOR: Release = (1, 25)
+
+
+_TRANSPOSED_INT8: Release = (1, 25)
+
+
+_TRANSPOSED_INT8_WITHOUT_ZERO_POINT: Release = (1, 28)
+
+
+_OPSET = 21
+"""First opset whose DequantizeLinear has 4-bit codes and blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSpan:
+    """Consecutive releases that treat a weight alike."""
+
+    first: str
+    last: str
+    """The newest release known where nothing newer was looked at."""
+    fused: bool
+    why_not: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedOn:
+    """Sites that all releases treat alike."""
+
+    sites: tuple[str, ...]
+    spans: tuple[ReleaseSpan, ...]
+
+
+def fused_on(weights: Sequence[DequantizedWeight], opset: int) -> tuple[FusedOn, ...]:
+    """What becomes of the sites, those with the same answer together, in graph order."""
+    found: dict[tuple[ReleaseSpan, ...], list[str]] = {}
+    for weight in weights:
+        found.setdefault(_spans(weight, opset), []).append(weight.stored.node)
+    return tuple(FusedOn(sites=tuple(sites), spans=spans) for spans, sites in found.items())
+
+
+def _spans(weight: DequantizedWeight, opset: int) -> tuple[ReleaseSpan, ...]:
+    answers = [(release, _objection(weight, release, opset)) for release in RELEASES]
+    spans = []
+    for why_not, group in groupby(answers, key=lambda answer: answer[1]):
+        releases = [release for release, _ in group]
+        spans.append(
+            ReleaseSpan(
+                first=_called(releases[0]), last=_called(releases[-1]), fused=why_not is None, why_not=why_not or ""
+            )
+        )
+    return tuple(spans)
+
+
+def _called(release: Release) -> str:
+    return f"{release[0]}.{release[1]}"
+
+
+def _objection(weight: DequantizedWeight, release: Release, opset: int) -> str | None:
+    """Why ``release`` doesn't fuse it; None where nothing known is against it."""
+    stored, node = weight.stored, weight.dequantize
+    foreign = _because_of_codes(stored, release, opset) or _because_of_scales(stored, node, release)
+    if foreign is not None:
+        return foreign
+    if stored.activations != "float":
+        return "its activation is quantized too, so that another rule makes an integer product of both"
+    if stored.bits == 8 and stored.grouping == "channel" and "Transpose" in stored.form:
+        return _because_of_transpose(stored, release)
+    if stored.bits == 2 or stored.grouping == "tensor":
+        return None
+    return known_objection(weight.reader, _spec(stored), release)
+
+
+def _because_of_codes(stored: StoredWeight, release: Release, opset: int) -> str | None:
+    if stored.codes not in ("INT4", "UINT4", "INT8", "UINT8", "INT2", "UINT2"):
+        return f"{stored.codes} codes are fused nowhere"
+    if stored.bits == 2 and release < _TWO_BITS:
+        return f"2-bit codes were seen fused on ONNX Runtime {_called(_TWO_BITS)} alone"
+    if stored.bits < 8 and opset < _OPSET:
+        return f"the model has opset {opset}, and {stored.bits}-bit DequantizeLinear needs {_OPSET}: it doesn't load"
+    return None
+
+
+def _because_of_scales(stored: StoredWeight, node: ir.Node, release: Release) -> str | None:
+    if stored.scales not in SCALES:
+        return f"scales are {stored.scales or 'of unknown type'}"
+    if len(stored.shape) != 2:
+        return f"its weight has rank {len(stored.shape)}"
+    if stored.grouping == "tensor" and release < _PER_TENSOR:
+        return f"ONNX Runtime {_called(_PER_TENSOR)} is the first to fuse one scale for a whole weight"
+    straight = "Transpose" not in stored.form
+    axis = node.attributes.get_int("axis", 1) % 2
+    if stored.grouping == "block" and straight and axis == 1:
+        return "its blocks run along output channels (axis 1), not along inputs"
+    if stored.grouping == "channel" and straight and axis == 0:
+        return "it has a scale for each input channel (axis 0), not for each output channel"
+    return None
+
+
+def _because_of_transpose(stored: StoredWeight, release: Release) -> str | None:
+    """INT8 with a scale per channel is fused behind a Transpose too."""
+    first = _TRANSPOSED_INT8 if stored.zero_point else _TRANSPOSED_INT8_WITHOUT_ZERO_POINT
+    if release >= first:
+        return None
+    return f"ONNX Runtime {_called(first)} is the first to fuse INT8 per channel behind a Transpose"
+
+
+def _spec(stored: StoredWeight) -> QuantSpec:
+    granularity: Granularity = PerChannel() if stored.block_size is None else PerBlock(block_size=stored.block_size)
+    return QuantSpec(
+        bits=_BITS[stored.bits],
+        symmetric=not stored.zero_point,
+        granularity=granularity,
+        scale_dtype=SCALES[stored.scales],
+    )
+
+
+_LEVELS: dict[str, AccuracyLevel] = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeAnswer:
+    """One runtime's objections to the model as it is; none where it runs everything fast as far as is known."""
+
+    runtime: str
+    """With its release: cpu@1.32."""
+    objections: tuple[str, ...]
+
+
+def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None) -> tuple[RuntimeAnswer, ...]:
+    """The answers for weights in blocks or with a scale per channel; none for models with other integer products.
+
+    ``accuracy_level`` is that of genai_config.json's session options, if any.
+    """
+    forms = {form: [each for each in weights if _form(each) is form] for form in WeightForm}
+    if not any(forms.values()) or any(_is_foreign(each) for each in weights):
+        return ()
+    return tuple(
+        RuntimeAnswer(
+            runtime=parse_target(runtime).label,
+            objections=tuple(
+                dict.fromkeys(
+                    sentence
+                    for form, members in forms.items()
+                    if members
+                    for sentence in _objections(runtime, form, [*members, *_lookups(weights)], accuracy_level)
+                )
+            ),
+        )
+        for runtime in RULES
+    )
+
+
+def _is_foreign(weight: StoredWeight) -> bool:
+    """Whether the runtimes' rules have nothing to say about it."""
+    return weight.scales not in SCALES or weight.bits not in (4, 8) or weight.activations != "float"
+
+
+def _form(weight: StoredWeight) -> WeightForm | None:
+    operators = weight.form.split(" -> ")
+    if operators[-1] not in ("MatMul", "Gemm", "MatMulNBits"):
+        return None
+    if operators[0] == "MatMulNBits":
+        return WeightForm.MATMUL_NBITS
+    if operators[0] == "QuantizeLinear":
+        return WeightForm.QDQ
+    return WeightForm.DQ_COLUMN_MAJOR if "Transpose" in operators else WeightForm.DQ
+
+
+def _lookups(weights: Sequence[StoredWeight]) -> list[StoredWeight]:
+    return [each for each in weights if each.form == "GatherBlockQuantized" or each.form.endswith(" -> Gather")]
+
+
+def _objections(
+    runtime: Runtime, form: WeightForm, weights: Sequence[StoredWeight], accuracy_level: str | None
+) -> tuple[str, ...]:
+    tables = _lookups(weights)
+    products = [each for each in weights if each not in tables]
+    four_bit, eight_bit = ([each for each in products if each.bits == bits] for bits in (4, 8))
+    levels = [each.accuracy_level for each in products if each.accuracy_level is not None]
+    level = str(levels[0]) if levels else accuracy_level
+    wishes = FormatWishes(
+        form=form,
+        named_eight_bit=bool(eight_bit),
+        zero_point=any(each.zero_point for each in products),
+        gather_axis=1 if tables else None,
+        gather_form="dq" if any(each.form.endswith(" -> Gather") for each in tables) else "gather_block_quantized",
+    )
+    traits = ModelTraits(
+        dtypes=frozenset(SCALES[each.scales] for each in products),
+        in_features=frozenset(each.shape[0] for each in products),
+        has_gemm=any(each.form.endswith("Gemm") for each in products),
+        embedding_widths=frozenset(each.shape[-1] for each in tables),
+    )
+    rules = RULES[runtime]
+    request = Request(release=parse_target(runtime).release, wishes=wishes, traits=traits)
+    preferred = rules.prefer(request)
+    commonest = _commonest(four_bit)
+    choice = FormatChoice(
+        form=form,
+        four_bit=commonest if isinstance(commonest, PerBlock) else PerBlock(block_size=preferred.block_size.value),
+        eight_bit=_commonest(eight_bit) or preferred.eight_bit.value or PerChannel(),
+        symmetric=not wishes.zero_point,
+        scale_range=preferred.scale_range.value,
+        gather_form=wishes.gather_form or "gather_block_quantized",
+        gather_block_size=next((each.block_size for each in tables if each.block_size), 32),
+        accuracy_level=_LEVELS.get(level or ""),
+    )
+    return tuple(rules.objections(request, choice))
+
+
+def _commonest(weights: Sequence[StoredWeight]) -> Granularity | None:
+    """The block size, or the scale per channel, that most of them have; None where there are none."""
+    if not weights:
+        return None
+    size = Counter(each.block_size for each in weights).most_common(1)[0][0]
+    return PerChannel() if size is None else PerBlock(block_size=size)

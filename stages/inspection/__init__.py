@@ -1,1 +1,0 @@
-"""Explain what lies on disk: models of any quantizer, and this project's own folders."""

@@ -1,0 +1,1 @@
+"""Read the base model: its folder, its graph, its weights."""

@@ -1,0 +1,95 @@
+"""Where the pieces of an ORT-GenAI model lie: the graph, genai_config.json, the tokenizer, everything beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from stages.errors import GraphError
+from stages.system.paths import reachable
+from stages.model.genai_config import GENAI_CONFIG
+from stages.model.genai_config import GenaiModel
+from stages.model.genai_config import read_genai_model
+
+_PAST_INPUTS = slice(3, 5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDirectory:
+    """A model on disk.
+
+    ``kv_heads``, ``head_size``, ``vocab_size`` and ``context_length`` come from genai_config.json and are None without
+    it; the graph's own input shapes win where they are fixed. ``windowed_caches`` gives the length of those key/value
+    cache inputs that slide: their attention drops old tokens itself, in a buffer that holds a whole window from the
+    start.
+    """
+
+    folder: Path
+    onnx_file: Path
+    has_genai_config: bool
+    kv_heads: int | None = None
+    head_size: int | None = None
+    vocab_size: int | None = None
+    context_length: int | None = None
+    windowed_caches: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def genai_config_path(self) -> Path:
+        return self.folder / GENAI_CONFIG
+
+
+def _onnx_in(folder: Path, filename: str | None) -> Path:
+    if filename is not None and (folder / filename).is_file():
+        return folder / filename
+    candidates = sorted(folder.glob("*.onnx"))
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(path.name for path in candidates) or "no .onnx file"
+    raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+
+
+def locate_model(path: Path) -> ModelDirectory:
+    """Find the model that ``path`` means: an .onnx file, or the folder that holds one.
+
+    Raises:
+        GraphError: nothing is there, the folder holds no unambiguous .onnx file, or its genai_config.json is damaged.
+    """
+    path = reachable(path.absolute())
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise GraphError(f"{path} does not exist; pass the base model's .onnx file or its folder.") from error
+    except OSError as error:
+        raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the base model.") from error
+    folder = path if path.is_dir() else path.parent
+    has_config = (folder / GENAI_CONFIG).is_file()
+    model = read_genai_model(folder) if has_config else GenaiModel()
+    decoder = model.decoder
+    onnx_file = path if path.is_file() else _onnx_in(folder, decoder.filename)
+    return ModelDirectory(
+        folder=folder,
+        onnx_file=onnx_file,
+        has_genai_config=has_config,
+        kv_heads=decoder.num_key_value_heads,
+        head_size=decoder.head_size,
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
+    )
+
+
+def _windowed_caches(onnx_file: Path) -> dict[str, int]:
+    """Window length by cache input, for the attention nodes that say that they drop old tokens themselves."""
+    try:
+        nodes = tuple(ir.load(onnx_file).graph)
+    except Exception:  # what is wrong with the file, load_graph says
+        return {}
+    return {
+        str(past.name): node.attributes.get_int("local_window_size", 0)
+        for node in nodes
+        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("sliding_window_cache", 0) == 1
+        for past in node.inputs[_PAST_INPUTS]
+        if past is not None
+    }

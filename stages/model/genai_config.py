@@ -1,0 +1,91 @@
+"""genai_config.json, which makes a folder one that onnxruntime-genai runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from stages.errors import GraphError
+from stages.errors import in_one_line
+
+GENAI_CONFIG = "genai_config.json"
+
+
+class GenaiDecoder(BaseModel):
+    """The decoder's entry."""
+
+    model_config = ConfigDict(strict=True)
+    filename: str | None = None
+    num_key_value_heads: PositiveInt | None = None
+    head_size: PositiveInt | None = None
+    session_options: dict[str, Any] = Field(default_factory=dict)
+    sliding_window: Any = None
+
+
+class GenaiModel(BaseModel):
+    """The model's entry."""
+
+    model_config = ConfigDict(strict=True)
+    decoder: GenaiDecoder = Field(default_factory=GenaiDecoder)
+    vocab_size: PositiveInt | None = None
+    context_length: PositiveInt | None = None
+
+
+class _GenaiConfig(BaseModel):
+    """What is read of genai_config.json, whatever else it says."""
+
+    model_config = ConfigDict(strict=True)
+    model: GenaiModel = Field(default_factory=GenaiModel)
+
+
+def read_genai_config(folder: Path) -> dict[str, Any]:
+    """genai_config.json as a dictionary.
+
+    Raises:
+        GraphError: the file isn't valid JSON, or has something else where sizes and names are expected.
+    """
+    path = folder / GENAI_CONFIG
+    content = _json(path)
+    _parsed(path, content)
+    assert isinstance(content, dict), "it was checked"
+    return content
+
+
+def read_genai_model(folder: Path) -> GenaiModel:
+    """What genai_config.json says of the model.
+
+    Raises:
+        GraphError: see ``read_genai_config``.
+    """
+    path = folder / GENAI_CONFIG
+    return _parsed(path, _json(path))
+
+
+def _json(path: Path) -> object:
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+        return content
+    except (ValueError, OSError, RecursionError) as error:
+        reason = in_one_line(error)
+        raise GraphError(f"{path} can't be read as JSON ({reason}); rebuild or repair the model folder.") from error
+
+
+def _parsed(path: Path, content: object) -> GenaiModel:
+    try:
+        model = _GenaiConfig.model_validate(content).model
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"])) or "the whole"
+        raise GraphError(f"{path} has {place} wrong ({fault['msg']}); rebuild or repair the model folder.") from error
+    filename = model.decoder.filename
+    if filename is not None and not _is_inside(filename):
+        raise GraphError(f"{path} has the filename '{filename}', which isn't in its folder; put the graph there.")
+    return model
+
+
+def _is_inside(filename: str) -> bool:
+    path = Path(filename)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in filename

@@ -1,0 +1,178 @@
+"""Open a base model lazily: the graph in memory, weights left in their mapped files, damage named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import onnx_ir as ir
+import onnx
+from stages.errors import GraphError
+from stages.model.directory import ModelDirectory
+from stages.errors import in_one_line
+from stages.model.validate import fault_of_graph
+from stages.model.validate import fault_of_proto
+from pathlib import Path
+import hashlib
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Every initializer that lies in an external data file, subgraphs included, in the graph's order."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+def load_graph(directory: ModelDirectory) -> ir.Model:
+    """Parse the .onnx file; weights stay external tensors that map their file when read.
+
+    Raises:
+        GraphError: the file isn't an ONNX model, or its graph doesn't hang together; its external data is missing, a
+            link, elsewhere or truncated; or a graph output is made by no node.
+    """
+    model = parse_graph(directory)
+    require_weights(model, directory)
+    return model
+
+
+def require_weights(model: ir.Model, directory: ModelDirectory) -> None:
+    """Raise GraphError where external data of ``model`` is missing, a link, elsewhere or truncated."""
+    for path in _named_files(model, directory.onnx_file):
+        _require_real_file(path, directory.folder)
+    _require_whole(model)
+
+
+def parse_graph(directory: ModelDirectory) -> ir.Model:
+    """Parse the .onnx file alone: the data files may be missing.
+
+    Raises:
+        GraphError: the file isn't an ONNX model, its graph doesn't hang together, or an output is made by no node.
+    """
+    file = directory.onnx_file
+    try:
+        proto = onnx.load(file, load_external_data=False)
+        fault = fault_of_proto(proto)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, str(file.parent))
+        fault = fault or (fault_of_graph(model) if model.graph.outputs else None)
+    except PermissionError as error:
+        raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
+    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        raise GraphError(f"{file} is not a readable ONNX model ({in_one_line(error)}); build it again.") from error
+    if not model.graph.outputs:
+        raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
+    if fault is not None:
+        raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
+    _require_outputs(model, directory)
+    _size_weights(model)
+    return model
+
+
+def _size_weights(model: ir.Model) -> None:
+    """A declaration may leave open what the weight itself says."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and (value.shape is None or not value.shape.is_static()):
+                value.shape = ir.Shape(value.const_value.shape.numpy())
+
+
+def _named_files(model: ir.Model, file: Path) -> list[Path]:
+    try:
+        return list(external_files(model))
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, no UTF-8, a loop of links
+        raise GraphError(
+            f"{file} names an external data file that can't be ({in_one_line(error)}); build it again."
+        ) from error
+
+
+def external_files(model: ir.Model) -> Iterator[Path]:
+    """The external data files that ``model``'s initializers lie in, each once."""
+    yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in external_tensors(model))
+
+
+def _require_real_file(path: Path, folder: Path) -> None:
+    """onnx-ir refuses to read through links, which could lead anywhere; say so before anything is computed."""
+    if not path.is_relative_to(folder.resolve()):
+        raise GraphError(
+            f"External data file {path} lies outside of {folder}, or a link leads there; copy the base folder with its "
+            "files and pass that."
+        )
+    if not path.is_file():
+        raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
+    if path.stat().st_nlink > 1:
+        raise GraphError(f"External data file {path} is a link; copy the base folder with its files and pass that.")
+
+
+def _require_whole(model: ir.Model) -> None:
+    sizes = {path: path.stat().st_size for path in external_files(model)}
+    tried: set[Path] = set()
+    for tensor in external_tensors(model):
+        path = Path(tensor.path).resolve()
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if end > sizes[path]:
+            raise GraphError(
+                f"External data file {path} is truncated: '{tensor.name}' ends at byte {end}, the file has "
+                f"{sizes[path]}; copy or build it again."
+            )
+        if path not in tried:
+            tried.add(path)
+            _require_readable(tensor, path)
+
+
+def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
+    """One tensor of each file is mapped once: permissions, and whatever else onnx-ir may refuse."""
+    try:
+        tensor.numpy()
+    except PermissionError as error:
+        raise GraphError(
+            f"External data file {path} can't be read ({error.strerror}); get the right to read it."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise GraphError(
+            f"External data file {path} can't be read ({in_one_line(error)}); put a real copy there."
+        ) from error
+    finally:
+        tensor.release()
+
+
+def _require_outputs(model: ir.Model, directory: ModelDirectory) -> None:
+    """onnxruntime-genai 0.18 builds float32 models for cuda, dml and NvTensorRtRtx that no runtime opens."""
+    for value in model.graph.outputs:
+        if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+            raise GraphError(
+                f"{directory.onnx_file} is not a valid model: no node makes its output '{value.name}' "
+                "(onnxruntime-genai's builder writes such graphs for some precisions of an execution provider); build "
+                "it with --precision fp16, or for cpu."
+            )
+
+
+_SAMPLE = 4096
+
+
+def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) -> str:
+    """Return the hex digest over the graph and a sample of every external tensor.
+
+    The .onnx file is hashed whole; of each external tensor its place and its first and last 4 KiB: training changes
+    every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them.
+
+    Args:
+        directory: where the model lies.
+        model: what ``load_graph`` gave for it; None parses the file here.
+
+    Raises:
+        GraphError: the model can't be read, or isn't whole.
+    """
+    tensors = tuple(external_tensors(load_graph(directory) if model is None else model))
+    digest = hashlib.sha256(directory.onnx_file.read_bytes())
+    for tensor in tensors:
+        digest.update(_sample(tensor))
+    return digest.hexdigest()
+
+
+def _sample(tensor: ir.ExternalTensor) -> bytes:
+    offset, length = tensor.offset or 0, tensor.length or tensor.nbytes
+    with Path(tensor.path).open("rb") as file:
+        file.seek(offset)
+        head = file.read(min(_SAMPLE, length))
+        file.seek(offset + max(length - _SAMPLE, 0))
+        tail = file.read(min(_SAMPLE, length))
+    return head + tail

@@ -1,0 +1,143 @@
+"""What the bytes of a model's files are: codes, scales, embeddings, weights in floating point, the graph."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from dataclasses import dataclass
+from stages.model.load import load_graph
+from stages.model.directory import ModelDirectory
+from collections import Counter
+from stages.model.load import external_files
+
+
+CODES = {4: "INT4 codes", 8: "INT8 codes"}
+
+
+SCALES, ZERO_POINTS = "scales", "zero points"
+
+
+EMBEDDING = "embedding"
+
+
+TIED = "embedding, lm_head too"
+
+
+MATRICES = "matrices as in the base"
+
+
+REST = "norms, biases, tables"
+
+
+GRAPH = "graph and padding"
+
+
+CATEGORIES = (*CODES.values(), SCALES, ZERO_POINTS, EMBEDDING, TIED, MATRICES, REST, GRAPH)
+"""In the order in which they are shown."""
+
+
+_LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
+
+
+_PLACES = {
+    "DequantizeLinear": {0: "codes", 1: SCALES, 2: ZERO_POINTS},
+    "MatMulNBits": {1: "codes", 2: SCALES, 3: ZERO_POINTS},
+}
+"""What the inputs of nodes that dequantize hold."""
+
+
+_BITS = {
+    ir.DataType.INT4: 4,
+    ir.DataType.UINT4: 4,
+    ir.DataType.INT8: 8,
+    ir.DataType.UINT8: 8,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizePart:
+    """One category's bytes in the base model and in the quantized one."""
+
+    name: str
+    before: int
+    after: int
+
+
+def size_parts(
+    base: ModelDirectory, quantized: ModelDirectory, base_graph: ir.Model | None = None
+) -> tuple[SizePart, ...]:
+    """Return the categories that either model has.
+
+    Ensures: each model's parts add up to the bytes of its .onnx file and external data.
+
+    Args:
+        base: where the base model lies.
+        quantized: where the quantized model lies.
+        base_graph: what ``load_graph`` gave for the base; None parses the file here.
+
+    Raises:
+        GraphError: a model can't be read.
+    """
+    before = _bytes_by_category(base, load_graph(base) if base_graph is None else base_graph)
+    after = _bytes_by_category(quantized, load_graph(quantized))
+    return tuple(
+        SizePart(name=name, before=before[name], after=after[name])
+        for name in CATEGORIES
+        if before[name] or after[name]
+    )
+
+
+def _bytes_by_category(directory: ModelDirectory, model: ir.Model) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            counted[_category(value)] += value.const_value.nbytes
+    files = {directory.onnx_file.resolve(), *external_files(model)}
+    counted[GRAPH] = sum(file.stat().st_size for file in files) - counted.total()
+    return counted
+
+
+def _category(value: ir.Value) -> str:
+    """By what reads the initializer, itself or through Transpose and dequantizing nodes."""
+    reached = _reached(value)
+    dequantizing = [(node, place) for node, place in value.uses() if node.op_type in _PLACES]
+    if any(node.op_type in _LOOKUPS for node, _ in reached):
+        return TIED if any(node.op_type in ("MatMul", "Gemm") for node, _ in reached) else EMBEDDING
+    if dequantizing:
+        node, place = dequantizing[0]
+        part = _PLACES[node.op_type].get(place, REST)
+        return CODES[_bits(value, node)] if part == "codes" else part
+    rank = len(value.shape) if value.shape is not None else 0
+    return MATRICES if rank > 1 and not _is_table(reached) else REST
+
+
+def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """The (node, input) that read a value, looking through Transpose, Cast and DequantizeLinear."""
+    found: list[tuple[ir.Node, int]] = []
+    for node, place in value.uses():
+        found.append((node, place))
+        if node.op_type in ("Transpose", "Cast", "DequantizeLinear", "QuantizeLinear"):
+            found += _reached(node.outputs[0])
+    return found
+
+
+def _bits(value: ir.Value, node: ir.Node) -> int:
+    if node.op_type == "MatMulNBits":
+        return node.attributes.get_int("bits", 4)
+    return _BITS.get(value.dtype, 8) if value.dtype is not None else 8
+
+
+def _is_table(reached: list[tuple[ir.Node, int]]) -> bool:
+    """Whether all that read it are attention or rotation nodes: tables of sines and cosines, masks."""
+    return not any(
+        node.op_type in ("MatMul", "Gemm", "MoE", "QMoE", "Conv", "Attention", "QuantizeLinear") for node, _ in reached
+    )
+
+
+def stored_bytes(directory: ModelDirectory) -> int:
+    """Bytes of the .onnx file and of every file of external data that it refers to.
+
+    Raises:
+        GraphError: the model can't be read, or isn't whole.
+    """
+    files = {directory.onnx_file.resolve(), *external_files(load_graph(directory))}
+    return sum(file.stat().st_size for file in files)

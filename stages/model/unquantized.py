@@ -1,0 +1,184 @@
+"""Large weights that quantization leaves as they are because no MatMul or Gemm reads them, with the reason.
+
+Expert weights inside a MoE node, packed weights of an Attention node, kernels of a convolution, tables of a Gather: a
+model in which they are a large part gets only a little smaller, and a person must be told before the search starts.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from collections import defaultdict
+from collections.abc import Collection
+from stages.model.sites import find_embeddings
+from stages.records.sites import UnreachedWeights
+from stages.model.patterns import readers
+from stages.model.patterns import EXPERT_NODES
+from stages.model.sites import weight_of
+from collections.abc import Iterator
+from stages.records.formats import float_of_onnx
+
+
+_SMALLEST_SHARE = 0.01
+
+
+_WORTH_A_WARNING = 0.05
+
+
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+
+
+_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+
+
+_LINEAR = frozenset({"MatMul", "Gemm"})
+
+
+_QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
+
+
+_ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
+"""Inputs that take tables of cosines and sines: computed from positions, never learned."""
+
+
+_EMBEDDING = "token embedding; --gather_quantize_axis 1 stores it as INT4"
+
+
+_EXPERTS = (
+    "a MoE node multiplies with floating-point experts; onnxruntime-genai's builder stores them as INT4 with "
+    "--extra_options moe_quant_type=int4, and the rest is quantized here"
+)
+
+
+_OTHERS = "only weights of MatMul and Gemm are quantized"
+
+
+def find_unreached(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnreachedWeights, ...]:
+    """Weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node that does.
+
+    Each entry holds at least 1 % of the bytes of all weights; tables of rotary embeddings are no weights.
+    ``quantized_tables`` are embeddings that will be quantized. MatMul and Gemm nodes that can't be quantized are the
+    plan's to explain.
+    """
+    embeddings = {table.weight for table in find_embeddings(model)}
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    total = sum(_num_bytes(value) for value in values)
+    found: dict[tuple[str, str], list[ir.Value]] = defaultdict(list)
+    for value in values:
+        op_type = None if value.name in quantized_tables else _reader(value)
+        if op_type is not None:
+            found[op_type, _EMBEDDING if value.name in embeddings else _reason(op_type)].append(value)
+    groups = (_as_group(op_type, reason, members, total) for (op_type, reason), members in found.items())
+    return tuple(group for group in groups if group.share >= _SMALLEST_SHARE)
+
+
+def _reason(op_type: str) -> str:
+    if op_type == "MoE":
+        return _EXPERTS
+    return "quantized already" if op_type in _QUANTIZED else _OTHERS
+
+
+def _reader(value: ir.Value) -> str | None:
+    """The kind of node that reads this weight and isn't a MatMul; None where there is none, or it is no matrix."""
+    if value.shape is None or len(value.shape) < 2:
+        return None
+    found = [node.op_type for node, index in readers(value, _PASSED_THROUGH) if not _takes_rotation(node, index)]
+    kinds = [kind for kind in found if kind not in _LINEAR]
+    if value.dtype not in _FLOATS:
+        kinds = [kind for kind in kinds if kind in _QUANTIZED]
+    return kinds[0] if kinds else None
+
+
+def _takes_rotation(node: ir.Node, index: int) -> bool:
+    return index in _ROTATION_INPUTS.get(node.op_type, ())
+
+
+def _num_bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) -> UnreachedWeights:
+    num_bytes = sum(_num_bytes(value) for value in members)
+    return UnreachedWeights(
+        op_type=op_type,
+        weights=tuple(str(value.name) for value in members),
+        num_bytes=num_bytes,
+        share=num_bytes / max(total, 1),
+        reason=reason,
+    )
+
+
+def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int, routers: int) -> str:
+    """One line about what a person may have expected to shrink; empty where there is nothing to say.
+
+    An embedding is no surprise; experts are always named, and anything else from 5 % of the weights. ``quantized`` and
+    ``routers`` count the MatMuls that will be quantized, and the routers that won't.
+    """
+    told = [f"kept as it is: {part.in_words}" for part in unreached if _is_worth_a_warning(part)]
+    if not told and not routers:
+        return ""
+    mixture = [f"routers of experts kept: {routers}"] if routers else []
+    return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *told])
+
+
+def _is_worth_a_warning(part: UnreachedWeights) -> bool:
+    return part.op_type in EXPERT_NODES or (part.reason != _EMBEDDING and part.share >= _WORTH_A_WARNING)
+
+
+_NO_WEIGHT = "it multiplies two activations"
+
+
+def find_rejected(model: ir.Model) -> tuple[tuple[str, str], ...]:
+    """(node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
+    main = set(model.graph)
+    return tuple(
+        (str(node.name or node.outputs[0].name), _skip_reason(node, in_main_graph=node in main))
+        for node in model.graph.all_nodes()
+        if node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm")
+        if node not in main or weight_of(node) is None
+    )
+
+
+def _skip_reason(node: ir.Node, *, in_main_graph: bool) -> str:
+    left, right = node.inputs[:2]
+    if right is None or not _is_constant(right):
+        return "its weight is the first input" if left is not None and _is_constant(left) else _NO_WEIGHT
+    if not in_main_graph:
+        return "it lies in a subgraph"
+    return "; ".join(_faults_of_gemm(node)) or _fault_of_weight(right)
+
+
+def _faults_of_gemm(node: ir.Node) -> Iterator[str]:
+    if node.attributes.get_int("transA", 0):
+        yield "its Gemm transposes the activation (transA)"
+    if node.attributes.get_float("alpha", 1.0) != 1:
+        yield "its Gemm scales the product (alpha)"
+
+
+def _fault_of_weight(weight: ir.Value) -> str:
+    maker = weight.producer()
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        return "its weight is quantized already"
+    if maker is not None:
+        return f"its weight is no initializer but computed in the graph ({maker.op_type})"
+    if float_of_onnx(weight.dtype) is None:
+        return f"its weight is {'of unknown type' if weight.dtype is None else weight.dtype.name}"
+    if weight.shape is not None and 0 in weight.shape:
+        return "its weight is empty"
+    return "its weight's rank is unknown" if weight.shape is None else f"its weight has rank {len(weight.shape)}"
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether ``value`` is the same in every run: an initializer, or made from nothing but such values."""
+    pending, seen = [value], {id(value)}
+    while pending:
+        current = pending.pop()
+        if current.is_initializer():
+            continue
+        maker = current.producer()
+        if maker is None or any(attribute.type is ir.AttributeType.GRAPH for attribute in maker.attributes.values()):
+            return False
+        for source in maker.inputs:
+            if source is not None and id(source) not in seen:
+                seen.add(id(source))
+                pending.append(source)
+    return True

@@ -1,1 +1,0 @@
-"""Watching the base model: token batches, streaming activation statistics, the calibration cache."""

@@ -1,1 +1,0 @@
-"""A report that people read in a browser: report.json, and one page made from it alone."""

@@ -1,0 +1,1 @@
+"""Decide the formats, search the weights, and store them."""

@@ -1,0 +1,1 @@
+"""Run decoder blocks in torch to tune weights by a block's output."""

@@ -1,0 +1,1 @@
+"""Convert ONNX operators that onnx2torch lacks."""

@@ -1,0 +1,252 @@
+"""com.microsoft GroupQueryAttention over full windows with an empty past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention
+from jaxtyping import Int
+from torch import nn
+from stages.quantization.blocks.converters.layers import rms_norm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRule:
+    """What changes the scores: all but ``scale`` are off by default."""
+
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    """Keys that a query sees, itself included."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(scores / softcap)."""
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads length size"],
+        key: Float[Tensor, "batch kv_heads length size"],
+        value: Float[Tensor, "batch kv_heads length value_size"],
+        bias: Float[Tensor, "_ _ length length"] | None = None,
+        sink: Float[Tensor, " heads"] | None = None,
+    ) -> Float[Tensor, "batch heads length value_size"]:
+        """softmax(scale q k^T + bias) v; each of ``kv_heads`` serves heads / kv_heads query heads in turn.
+
+        ``sink`` adds exp(sink) of its head to every softmax's denominator.
+        """
+        mask = self._mask(query.shape[2], query.device)
+        if self.softcap or sink is not None:
+            return self._written_out(query, key, value, mask, bias, sink)
+        if self.causal and self.window is None and bias is None:
+            return scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        both = mask if bias is None else mask + bias
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=both, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+
+    def _mask(self, length: int, device: torch.device) -> Float[Tensor, "length length"]:
+        """0 where a query sees a key, else minus infinity."""
+        places = torch.arange(length, device=device)
+        distance = places[:, None] - places[None, :]
+        hidden = distance < 0 if self.causal else torch.zeros_like(distance, dtype=torch.bool)
+        if self.window is not None:
+            hidden = hidden | (distance >= self.window)
+        return torch.zeros(length, length, device=device).masked_fill(hidden, -torch.inf)
+
+    def _written_out(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        scores = query @ key.transpose(-1, -2) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores + mask if bias is None else scores + mask + bias
+        if sink is None:
+            return torch.softmax(scores, dim=-1) @ value
+        scores = pad(scores, (0, 1))
+        scores = torch.cat([scores[..., :-1], sink[:, None, None].expand_as(scores[..., -1:])], dim=-1)
+        return torch.softmax(scores, dim=-1)[..., :-1] @ value
+
+
+def split_heads(hidden: Float[Tensor, "batch length width"], heads: int) -> Float[Tensor, "batch heads length size"]:
+    """[batch, length, heads * size] -> [batch, heads, length, size]."""
+    batch, length, width = hidden.shape
+    return hidden.reshape(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def join_heads(
+    hidden: Float[Tensor, "batch heads length size"],
+) -> Float[Tensor, "batch length width"]:
+    """The inverse of ``split_heads``."""
+    return hidden.transpose(1, 2).flatten(2)
+
+
+def rotate(
+    heads: Float[Tensor, "batch heads length size"],
+    cos: Float[Tensor, "#batch length half"],
+    sin: Float[Tensor, "#batch length half"],
+    interleaved: bool,
+) -> Float[Tensor, "batch heads length size"]:
+    """Turn pairs of the first 2 * half channels by their position's angle; further channels stay.
+
+    A pair is (i, i + half), or neighbours where ``interleaved``.
+    """
+    width = 2 * cos.shape[-1]
+    turned, rest = heads[..., :width], heads[..., width:]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, first * sin + second * cos)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned, rest], dim=-1)
+
+
+class RotaryEmbedding(nn.Module):
+    """com.microsoft RotaryEmbedding of [batch, length, width] or [batch, heads, length, size].
+
+    ``num_heads`` is 0 where the tables cover whole heads, whose size they then tell.
+    """
+
+    def __init__(self, *, num_heads: int, interleaved: bool) -> None:
+        super().__init__()
+        self._num_heads, self._interleaved = num_heads, interleaved
+
+    def forward(
+        self,
+        input: Float[Tensor, "batch *middle length_or_size width"],
+        position_ids: Int[Tensor, "*batch length"],
+        cos_cache: Float[Tensor, "positions half"],
+        sin_cache: Float[Tensor, "positions half"],
+    ) -> Float[Tensor, "batch *middle length_or_size width"]:
+        length = input.shape[-2]
+        if position_ids.ndim == 1:
+            position_ids = (position_ids + torch.arange(length, device=input.device)).unsqueeze(0)
+        cos, sin = cos_cache[position_ids], sin_cache[position_ids]
+        if input.ndim == 4:
+            return rotate(input, cos, sin, self._interleaved)
+        heads = self._num_heads or input.shape[-1] // (2 * cos_cache.shape[-1])
+        return join_heads(rotate(split_heads(input, heads), cos, sin, self._interleaved))
+
+
+LEFT_OUT = (3, 4, 5, 6, 9, 12, 13)
+"""Past key and value, lengths, positions, scales of a quantized past."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupQueryRule:
+    """The node's attributes. ``scale`` is 0 for 1 / sqrt(head size), ``local_window_size`` -1 for all keys."""
+
+    num_heads: int
+    kv_num_heads: int
+    scale: float = 0.0
+    softcap: float = 0.0
+    local_window_size: int = -1
+    do_rotary: bool = False
+    rotary_interleaved: bool = False
+    smooth_softmax: bool = False
+    causal: bool = True
+    qk_norm_epsilon: float = 1e-6
+
+
+class GroupQueryAttention(nn.Module):
+    """Inputs in the node's order; those in ``LEFT_OUT`` must be absent: windows are full and begin at position 0."""
+
+    def __init__(self, rule: GroupQueryRule) -> None:
+        super().__init__()
+        self._rule = rule
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch length width"],
+        key: Float[Tensor, "batch length kv_width"] | None = None,
+        value: Float[Tensor, "batch length kv_width"] | None = None,
+        _past_key: None = None,
+        _past_value: None = None,
+        _seqlens_k: None = None,
+        _total_sequence_length: None = None,
+        cos_cache: Float[Tensor, "positions half"] | None = None,
+        sin_cache: Float[Tensor, "positions half"] | None = None,
+        _position_ids: None = None,
+        attention_bias: Float[Tensor, "_ _ length length"] | None = None,
+        head_sink: Float[Tensor, " heads"] | None = None,
+        _k_scale: None = None,
+        _v_scale: None = None,
+        q_norm_weight: Float[Tensor, " size"] | None = None,
+        k_norm_weight: Float[Tensor, " size"] | None = None,
+    ) -> Float[Tensor, "batch length width_out"]:
+        """softmax(...) v, heads joined; [batch, length, num_heads * head size]."""
+        rule = self._rule
+        heads = self._heads(query, key, value)
+        q, k = self._norm(heads[0], q_norm_weight), self._norm(heads[1], k_norm_weight)
+        if rule.do_rotary:
+            assert cos_cache is not None
+            assert sin_cache is not None
+            tables = cos_cache[: q.shape[2]].unsqueeze(0), sin_cache[: q.shape[2]].unsqueeze(0)
+            q, k = (rotate(part, *tables, rule.rotary_interleaved) for part in (q, k))
+        if rule.smooth_softmax and head_sink is None:
+            head_sink = q.new_zeros(rule.num_heads)
+        return join_heads(self._attention(q.shape[3]).attend(q, k, heads[2], attention_bias, head_sink))
+
+    def _heads(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, ...]:
+        """q [batch, heads, length, size], k and v [batch, kv_heads, length, size], packed or apart."""
+        rule = self._rule
+        if key is None or value is None:
+            packed = split_heads(query, rule.num_heads + 2 * rule.kv_num_heads)
+            return torch.split(packed, [rule.num_heads, rule.kv_num_heads, rule.kv_num_heads], dim=1)
+        return (
+            split_heads(query, rule.num_heads),
+            split_heads(key, rule.kv_num_heads),
+            split_heads(value, rule.kv_num_heads),
+        )
+
+    def _norm(self, heads: Tensor, weight: Tensor | None) -> Tensor:
+        return heads if weight is None else rms_norm(heads, weight, self._rule.qk_norm_epsilon)
+
+    def _attention(self, head_size: int) -> AttentionRule:
+        rule = self._rule
+        return AttentionRule(
+            scale=rule.scale or head_size**-0.5,
+            causal=rule.causal,
+            window=None if rule.local_window_size < 0 else rule.local_window_size,
+            softcap=rule.softcap,
+        )
+
+
+MULTI_HEAD_LEFT_OUT = (4, 6, 7, 8)
+"""Padding mask, past key and value, past length."""
+
+
+class MultiHeadAttention(nn.Module):
+    """Inputs in the node's order; those in ``MULTI_HEAD_LEFT_OUT`` must be absent: windows hold no padding.
+
+    ``scale`` is 0 for 1 / sqrt(head size).
+    """
+
+    def __init__(self, *, num_heads: int, scale: float, unidirectional: bool) -> None:
+        super().__init__()
+        self._num_heads, self._scale, self._unidirectional = num_heads, scale, unidirectional
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch length width"],
+        key: Float[Tensor, "batch length width"],
+        value: Float[Tensor, "batch length value_width"],
+        bias: Float[Tensor, " all_widths"] | None = None,
+        _key_padding_mask: None = None,
+        attention_bias: Float[Tensor, "_ _ length length"] | None = None,
+    ) -> Float[Tensor, "batch length value_width"]:
+        """softmax(...) v, heads joined."""
+        parts: tuple[Tensor, ...] = (query, key, value)
+        if bias is not None:
+            biases = torch.split(bias, [part.shape[-1] for part in parts])
+            parts = tuple(part + one for part, one in zip(parts, biases, strict=True))
+        q, k, v = (split_heads(part, self._num_heads) for part in parts)
+        rule = AttentionRule(scale=self._scale or q.shape[-1] ** -0.5, causal=self._unidirectional)
+        return join_heads(rule.attend(q, k, v, attention_bias))

@@ -1,0 +1,115 @@
+"""Normalizations over the last axis."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch import nn
+from torch.nn.functional import layer_norm
+from typing import Literal
+from torch.nn.functional import gelu
+from torch.nn.functional import linear
+from jaxtyping import Int
+
+
+def rms_norm(
+    hidden: Float[Tensor, "*batch width"], gain: Float[Tensor, " width"], epsilon: float
+) -> Float[Tensor, "*batch width"]:
+    """hidden / sqrt(mean(hidden^2) + epsilon) * gain."""
+    return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + epsilon) * gain
+
+
+class RootMeanSquareNorm(nn.Module):
+    """SimplifiedLayerNormalization and RMSNormalization."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self._epsilon = epsilon
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch width"], gain: Float[Tensor, " width"]
+    ) -> Float[Tensor, "*batch width"]:
+        return rms_norm(hidden, gain, self._epsilon)
+
+
+class LayerNorm(nn.Module):
+    """LayerNormalization: mean 0, variance 1, gain and bias."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self._epsilon = epsilon
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "*batch width"],
+        gain: Float[Tensor, " width"],
+        bias: Float[Tensor, " width"] | None = None,
+    ) -> Float[Tensor, "*batch width"]:
+        return layer_norm(hidden, gain.shape, gain, bias, self._epsilon)
+
+
+class Gelu(nn.Module):
+    """Gelu, and with the bias that is added first BiasGelu and FastGelu (the tanh form)."""
+
+    def __init__(self, approximate: Literal["none", "tanh"]) -> None:
+        super().__init__()
+        self._approximate = approximate
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch width"], bias: Float[Tensor, " width"] | None = None
+    ) -> Float[Tensor, "*batch width"]:
+        return gelu(hidden if bias is None else hidden + bias, approximate=self._approximate)
+
+
+class QuickGelu(nn.Module):
+    """x * sigmoid(alpha * x); alpha 1 is SiLU."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self._alpha = alpha
+
+    def forward(self, hidden: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        return hidden * torch.sigmoid(self._alpha * hidden)
+
+
+class Linear(nn.Module):
+    """y = x W^T + beta * bias."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self._beta = beta
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "*batch K"],
+        weight: Float[Tensor, "N K"],
+        bias: Float[Tensor, "*bias"] | None = None,
+    ) -> Float[Tensor, "*batch N"]:
+        product = linear(hidden, weight)
+        return product if bias is None else product + self._beta * bias
+
+
+class ReduceMean(nn.Module):
+    """Mean over ``axes``, which are an input; over all where there is none."""
+
+    def __init__(self, *, keepdims: bool, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self._keepdims, self._axes = keepdims, axes
+
+    def forward(self, hidden: Tensor, axes: Int[Tensor, " count"] | None = None) -> Tensor:
+        chosen = self._axes if axes is None else tuple(axes.tolist())
+        return hidden.mean(dim=chosen or tuple(range(hidden.ndim)), keepdim=self._keepdims)
+
+
+class Split(nn.Module):
+    """Parts of the sizes in ``split``; else ``outputs`` parts, equal but for the last."""
+
+    def __init__(self, *, axis: int, outputs: int) -> None:
+        super().__init__()
+        self._axis, self._outputs = axis, outputs
+
+    def forward(self, hidden: Tensor, split: Int[Tensor, " outputs"] | None = None) -> tuple[Tensor, ...]:
+        if split is None:
+            return torch.split(hidden, -(-hidden.shape[self._axis] // self._outputs), dim=self._axis)
+        return torch.split(hidden, split.tolist(), dim=self._axis)

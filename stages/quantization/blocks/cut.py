@@ -1,0 +1,298 @@
+"""Find the decoder blocks of a graph, and cut one out as a small graph of its own.
+
+A block is what lies between two values of the residual stream. Which nodes those are, the graph itself tells: behind
+the last site of layer N and before the first of layer N + 1 there is a place where exactly one value that carries the
+tokens crosses. Sites tell their layer by their name (layers.N).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from dataclasses import dataclass
+from stages.records.sites import MatMulSite
+from itertools import pairwise
+from stages.errors import GraphError
+from stages.model.sites import find_sites
+from stages.records.sites import layer_of
+from collections.abc import Iterable
+from collections.abc import Callable
+from stages.runtime.upcast import NARROW
+from stages.runtime.upcast import widened
+import numpy as np
+from collections.abc import Iterator
+
+
+OWN_DOMAIN = "genai_quant"
+"""Domain, in the cut graph alone, of the operators that stages.block.converters defines."""
+
+
+LINEAR = "Linear"
+"""y = x W^T + beta * bias, with W [N, K] an input of the cut graph."""
+
+
+_STANDARD = frozenset(
+    {"Gelu", "LayerNormalization", "ReduceMean", "RMSNormalization", "SimplifiedLayerNormalization", "Split"}
+)
+"""Standard operators that onnx2torch lacks, or knows in older versions only."""
+
+
+def domain_in_cut(node: ir.Node) -> str:
+    """The domain that ``node`` has in the cut graph: onnx2torch can't name a module after one with a dot in it."""
+    standard = node.domain in ("", "ai.onnx")
+    return node.domain if standard and node.op_type not in _STANDARD else OWN_DOMAIN
+
+
+_SHAPE_ONLY = frozenset({"Shape", "Size"})
+
+
+_EMPTY_PAST = {"GroupQueryAttention": (3, 4, 5, 6, 9), "MultiHeadAttention": (6, 7, 8)}
+"""Inputs that say nothing in full windows that begin at position 0 with an empty past: the past key and value, the
+lengths, the positions."""
+
+
+WITHOUT_BLOCKS = "do without --algo signround and --refine, which run blocks by themselves."
+"""The mend in messages about blocks that can't be cut out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderBlock:
+    """One layer: the values of the residual stream that enter and leave it, both [batch, length, hidden], its sites."""
+
+    layer: int
+    stream_in: str
+    stream_out: str
+    sites: tuple[MatMulSite, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockGraph:
+    """A block as a graph in float32.
+
+    Its inputs are the stream, the ``shared`` values (masks, positions: they don't depend on the tokens), and for every
+    site its weight [N, K]; its output is the stream behind the block.
+    """
+
+    block: DecoderBlock
+    shared: tuple[str, ...]
+    model: ir.Model
+
+
+def find_blocks(model: ir.Model) -> tuple[DecoderBlock, ...]:
+    """The decoder blocks in the order in which the stream passes them.
+
+    Requires: ``model`` went through ``write_out_residuals``.
+
+    Raises:
+        GraphError: no site's name holds a layer number, or layers are joined by more than one value.
+    """
+    by_layer: dict[int, list[MatMulSite]] = {}
+    for site in find_sites(model):
+        if (layer := layer_of(site.name)) is not None:
+            by_layer.setdefault(layer, []).append(site)
+    if not by_layer:
+        raise GraphError("No MatMul's name holds a layer number (layers.N), so the decoder blocks can't be told apart.")
+    places = {output.name: index for index, node in enumerate(model.graph) for output in node.outputs}
+    spans = [(layer, _span(sites, places)) for layer, sites in by_layer.items()]
+    crossings = _crossings(model)
+    (first_layer, (first, _)), (last_layer, (_, last)) = spans[0], spans[-1]
+    stream = [_only_one(reversed(crossings[: first + 1]), f"before layer {first_layer}")]
+    for (layer, (_, end)), (following, (start, _)) in pairwise(spans):
+        stream.append(_only_one(crossings[end + 1 : start + 1], f"between layers {layer} and {following}"))
+    stream.append(_only_one(crossings[last + 1 :], f"behind layer {last_layer}"))
+    return tuple(
+        DecoderBlock(layer=layer, stream_in=before, stream_out=behind, sites=tuple(by_layer[layer]))
+        for (layer, _), (before, behind) in zip(spans, pairwise(stream), strict=True)
+    )
+
+
+def _span(sites: Iterable[MatMulSite], places: dict[str | None, int]) -> tuple[int, int]:
+    """Places of a layer's first and last site in the graph's order."""
+    found = [places[site.output] for site in sites]
+    return min(found), max(found)
+
+
+def _only_one(crossings: Iterable[frozenset[str]], where: str) -> str:
+    """The value of the first place that a single value crosses."""
+    for crossing in crossings:
+        if len(crossing) == 1:
+            return next(iter(crossing))
+    raise GraphError(
+        f"The graph has no single residual stream {where}, so its layers can't be tuned block by block; use another "
+        "--algo."
+    )
+
+
+def _crossings(model: ir.Model) -> list[frozenset[str]]:
+    """For every place before a node, and the one at the end, the token-carrying values that are made before and read
+    behind it."""
+    nodes = tuple(model.graph)
+    last_read = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
+    carrying = _descendants(model, lambda value: value.is_graph_input() and value.name == "input_ids")
+    alive: set[ir.Value] = set()
+    found = []
+    for index, node in enumerate(nodes):
+        alive = {value for value in alive if last_read[value] >= index}
+        found.append(frozenset(str(value.name) for value in alive))
+        alive |= {value for value in node.outputs if value in carrying and value in last_read}
+    return [*found, frozenset(str(value.name) for value in alive if last_read[value] >= len(nodes))]
+
+
+def _descendants(model: ir.Model, is_root: Callable[[ir.Value], bool]) -> set[ir.Value]:
+    """Values computed from the roots' numbers, the roots included; reading a shape alone doesn't count."""
+    found = {value for value in model.graph.inputs if is_root(value)}
+    for node in model.graph:
+        if node.op_type not in _SHAPE_ONLY and any(value in found for value in node.inputs):
+            found.update(node.outputs)
+        found.update(output for output in node.outputs if is_root(output))
+    return found
+
+
+def cut_block(model: ir.Model, block: DecoderBlock) -> BlockGraph:
+    """The block alone, as a graph in float32; reads the block's small parameters and none of its sites' weights.
+
+    Requires: ``block`` is one of ``find_blocks(model)``.
+
+    Raises:
+        GraphError: the block holds a subgraph, or reads the tokens apart from the stream.
+    """
+    cutter = _Cutter(model, block)
+    inside = cutter.nodes()
+    _require_cuttable(model, block, inside)
+    for node in inside:
+        cutter.copy(node)
+    return BlockGraph(block=block, shared=tuple(cutter.shared), model=cutter.finish())
+
+
+def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node]) -> None:
+    made = {output for node in inside for output in node.outputs}
+    carrying = _descendants(model, lambda value: value.name == "input_ids")
+    for node in inside:
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
+            raise GraphError(
+                f"Layer {block.layer} holds the subgraph of '{node.name}' and can't be run as a block; {WITHOUT_BLOCKS}"
+            )
+        for value in node.inputs:
+            if value in carrying and value not in made and value is not None and value.name != block.stream_in:
+                raise GraphError(
+                    f"Layer {block.layer} reads '{value.name}' beside the residual stream, which carries the tokens "
+                    f"too, and can't be run as a block; {WITHOUT_BLOCKS}"
+                )
+
+
+class _Cutter:
+    """Copies the nodes of one block into a graph of their own."""
+
+    def __init__(self, model: ir.Model, block: DecoderBlock) -> None:
+        self._model, self._block = model, block
+        self._sites = {site.output: site for site in block.sites}
+        stream = next(value for value in _values(model) if value.name == block.stream_in)
+        self._stream = ir.Value(name=block.stream_in, type=stream.type)
+        self._copies: dict[ir.Value, ir.Value] = {stream: self._stream}
+        self._weights: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self.shared: dict[str, ir.Value] = {}
+        """Values from outside that are neither constants nor the stream."""
+
+    def nodes(self) -> list[ir.Node]:
+        """The nodes between the two values of the stream that depend on the first, in graph order."""
+        needed = _ancestors(next(value for value in _values(self._model) if value.name == self._block.stream_out))
+        reached = set(self._copies)
+        inside = []
+        for node in self._model.graph:
+            if node in needed and node.op_type not in _SHAPE_ONLY and any(value in reached for value in node.inputs):
+                reached.update(node.outputs)
+                inside.append(node)
+        return inside
+
+    def copy(self, node: ir.Node) -> None:
+        """Copy one node; those that its inputs come from must have been copied before."""
+        site = self._sites.get(str(node.outputs[0].name))
+        copied = self._plain(node) if site is None else self._linear(node, site)
+        self._nodes.append(copied)
+        for old, new in zip(node.outputs, copied.outputs, strict=False):
+            new.name, new.type = old.name, old.type
+            self._copies[old] = new
+
+    def _plain(self, node: ir.Node) -> ir.Node:
+        unused = _EMPTY_PAST.get(node.op_type, ())
+        inputs = [None if index in unused else self._input(value) for index, value in enumerate(node.inputs)]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        used = [
+            index for index, value in enumerate(node.outputs) if value.uses() or value.name == self._block.stream_out
+        ]
+        return ir.Node(
+            domain_in_cut(node),
+            node.op_type,
+            inputs,
+            attributes=tuple(node.attributes.values()),
+            num_outputs=max(used) + 1,
+            name=node.name,
+        )
+
+    def _linear(self, node: ir.Node, site: MatMulSite) -> ir.Node:
+        weight = ir.Value(name=site.name, type=ir.TensorType(ir.DataType.FLOAT))
+        self._weights.append(weight)
+        bias = [self._input(value) for value in node.inputs[2:]]
+        beta = node.attributes.get("beta")
+        attributes = [] if beta is None else [beta]
+        return ir.Node(OWN_DOMAIN, LINEAR, [self._input(node.inputs[0]), weight, *bias], attributes, name=node.name)
+
+    def _input(self, value: ir.Value | None) -> ir.Value | None:
+        if value is None:
+            return None
+        if value not in self._copies:
+            self._copies[value] = self._from_outside(value)
+        return self._copies[value]
+
+    def _from_outside(self, value: ir.Value) -> ir.Value:
+        constant = ir.convenience.get_const_tensor(value)
+        outside = ir.Value(name=value.name, type=value.type)
+        if constant is None:
+            self.shared[str(value.name)] = outside
+        else:
+            outside.const_value = _in_memory(constant)
+        return outside
+
+    def finish(self) -> ir.Model:
+        """The graph of the copied nodes, every floating-point type float32."""
+        constants = [value for value in self._copies.values() if value.const_value is not None]
+        graph = ir.Graph(
+            [self._stream, *self.shared.values(), *self._weights],
+            [value for value in self._copies.values() if value.name == self._block.stream_out],
+            nodes=self._nodes,
+            initializers=constants,
+            opset_imports={**self._model.opset_imports, OWN_DOMAIN: 1},
+            name=f"layers.{self._block.layer}",
+        )
+        cut = ir.Model(graph, ir_version=self._model.ir_version)
+        return widened(cut, NARROW)
+
+
+def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A copy of the numbers; the file that they were mapped from is let go."""
+    numbers = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return ir.Tensor(numbers, name=tensor.name, dtype=tensor.dtype)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph:
+        yield from node.outputs
+
+
+def _ancestors(value: ir.Value) -> set[ir.Node]:
+    """Every node that ``value`` is computed from."""
+    found: set[ir.Node] = set()
+    waiting = [value]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(source for source in node.inputs if source is not None)
+    return found

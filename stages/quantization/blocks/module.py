@@ -1,0 +1,88 @@
+"""A cut block as a torch module: a function of the stream, the shared values and the sites' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.quantization.blocks.converters.layers import Linear
+from stages.quantization.blocks.converters.register import register_converters
+from stages.quantization.blocks.cut import WITHOUT_BLOCKS
+from stages.quantization.blocks.cut import BlockGraph
+from stages.quantization.blocks.cut import DecoderBlock
+from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
+from stages.errors import GraphError
+
+
+class _Reached(Exception):
+    """Ends a run of a block at the site whose input is wanted."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class BlockModule:
+    """Runs one block in float32 on ``device``; holds its small parameters and none of its sites' weights."""
+
+    def __init__(self, graph: BlockGraph, device: torch.device) -> None:
+        """Convert ``graph`` with onnx2torch.
+
+        Raises:
+            GraphError: an operator has no torch converter.
+            UserError: onnx2torch isn't installed.
+        """
+        register_converters()
+        try:
+            module = import_onnx2torch().convert(ir.to_proto(graph.model))
+        except NotImplementedError as error:
+            raise GraphError(
+                f"Layer {graph.block.layer} can't become a torch module ({error}); {WITHOUT_BLOCKS}"
+            ) from error
+        self.block: DecoderBlock = graph.block
+        self.shared = graph.shared
+        self._module = module.to(device).requires_grad_(False)
+
+    def __call__(
+        self,
+        stream: Float[Tensor, "batch length hidden"],
+        weights: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """The stream behind the block.
+
+        ``weights`` holds [N, K] float32 by site name, ``shared`` the values of ``self.shared`` for this batch size, by
+        name. Gradients reach both the stream and the weights.
+        """
+        others = [shared[name] for name in self.shared]
+        behind: Tensor = self._module(stream, *others, *(weights[site.name] for site in self.block.sites))
+        return behind
+
+    def read(
+        self,
+        stream: Float[Tensor, "batch length hidden"],
+        weights: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        site: str,
+    ) -> Float[Tensor, "batch length K"]:
+        """What ``site`` reads; the block is run that far and no further."""
+        wanted = weights[site]
+
+        def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            hidden, weight = inputs[:2]
+            if weight is wanted:
+                raise _Reached(hidden)
+
+        linears = (module for module in self._module.modules() if isinstance(module, Linear))
+        handles = [linear.register_forward_pre_hook(stop) for linear in linears]
+        try:
+            self(stream, weights, shared)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"{site} isn't in layer {self.block.layer}")

@@ -1,0 +1,132 @@
+"""SignRound: tune a block's roundings and ranges by signed gradient descent on the block's output.
+
+Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs" (AutoRound). The
+reference is the float block on the float stream; the tuned block reads the stream that the blocks tuned before it make.
+Two things differ from the paper: tuning begins at a given quantization, not at plain rounding, and what is kept is
+decided on windows that the descent never saw, the start among the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records.results import QuantizedWeight
+from stages.quantization.blocks.learnable_weight import TunableWeight
+
+BlockFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""(stream [batch, length, hidden], weights [N, K] by site name) -> the stream behind the block."""
+
+_CHECKS = 10
+"""How often the held-out windows are looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignRoundOptions:
+    """Numbers that steer the descent; defaults live in stages.config alone."""
+
+    iterations: int
+    learning_rate: float | None
+    """First step of every offset and factor; it falls linearly to 0. None: 1 / iterations, so that an offset can move
+    by half a code in all."""
+    batch_size: int
+    """Windows in one step."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamPair:
+    """Windows in front of a block, and what is wanted behind it: all [windows, length, hidden] float32, on any device.
+
+    ``exact`` comes from the float blocks, ``quantized`` from the blocks as quantized so far; ``wanted`` is what the
+    float block makes of ``exact``.
+    """
+
+    exact: Tensor
+    quantized: Tensor
+    wanted: Tensor
+
+    def batch(self, indices: Tensor, device: torch.device) -> StreamPair:
+        """The windows of ``indices``, on ``device``."""
+        exact, quantized, wanted = (stream[indices].to(device) for stream in (self.exact, self.quantized, self.wanted))
+        return StreamPair(exact=exact, quantized=quantized, wanted=wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedBlock:
+    """The sites as they are kept, and the held-out loss at the start and of what is kept."""
+
+    weights: tuple[QuantizedWeight, ...]
+    start_loss: float
+    loss: float
+
+
+def block_loss(found: Float[Tensor, "*batch hidden"], wanted: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
+    """Mean over tokens of the squared error, relative to the token's own squared length.
+
+    The next norm divides every token by its length. Without that, the few tokens whose stream is a thousand times
+    longer than the others' (attention sinks) would be all that is tuned for.
+    """
+    return ((found - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp_min(1e-12)).mean()
+
+
+def tune_block(
+    run: BlockFunction,
+    originals: Mapping[str, Tensor],
+    starts: tuple[QuantizedWeight, ...],
+    calibration: StreamPair,
+    held_out: StreamPair,
+    options: SignRoundOptions,
+    advance: Callable[[], None],
+) -> TunedBlock:
+    """Tune ``starts``, the block's quantized sites; its other sites keep their original weight.
+
+    ``originals`` holds the float32 weight [N, K] of all the block's sites by name, on the device where tuning runs;
+    ``advance`` is called behind each iteration. Ensures: the kept sites' held-out loss is not above the start's.
+    """
+    device = next(iter(originals.values())).device
+    tuned = {start.site.name: TunableWeight(originals[start.site.name], start) for start in starts}
+
+    def loss_of(pair: StreamPair) -> Tensor:
+        weights = {name: tuned[name].weight() if name in tuned else originals[name] for name in originals}
+        return block_loss(run(pair.quantized, weights), pair.wanted)
+
+    def held_out_loss() -> float:
+        with torch.no_grad():
+            parts = torch.split(torch.arange(len(held_out.wanted)), options.batch_size)
+            return sum(float(loss_of(held_out.batch(part, device))) * len(part) for part in parts) / len(
+                held_out.wanted
+            )
+
+    start_loss = best_loss = held_out_loss()
+    best = starts
+    rate = options.learning_rate or 1 / options.iterations
+    for index, batch in enumerate(_batches(len(calibration.wanted), options)):
+        torch.autograd.backward(loss_of(calibration.batch(batch, device)))
+        for weight in tuned.values():
+            weight.step(rate * (1 - index / options.iterations))
+        advance()
+        if _is_check(index + 1, options.iterations) and (loss := held_out_loss()) < best_loss:
+            best, best_loss = tuple(weight.quantized() for weight in tuned.values()), loss
+    return TunedBlock(weights=best, start_loss=start_loss, loss=best_loss)
+
+
+def _is_check(done: int, iterations: int) -> bool:
+    """Whether the held-out windows are looked at behind this many iterations: ``_CHECKS`` times, the last included."""
+    return done * _CHECKS // iterations > (done - 1) * _CHECKS // iterations
+
+
+def _batches(windows: int, options: SignRoundOptions) -> Iterator[Tensor]:
+    """Indices of the windows of every iteration: all windows in a random order, then in another."""
+    generator = torch.Generator().manual_seed(options.seed)
+    waiting = torch.empty(0, dtype=torch.int64)
+    size = min(options.batch_size, windows)
+    for _ in range(options.iterations):
+        if len(waiting) < size:
+            waiting = torch.randperm(windows, generator=generator)
+        batch, waiting = waiting[:size], waiting[size:]
+        yield batch

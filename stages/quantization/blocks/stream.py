@@ -1,0 +1,137 @@
+"""The residual stream: what enters the first decoder block, and how it passes one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
+from jaxtyping import Float
+import numpy as np
+import onnx_ir as ir
+from stages.runtime.tap import open_value_tap
+from stages.model.directory import ModelDirectory
+from stages.runtime.providers import CPU
+from stages.runtime.providers import ProviderChoice
+from stages.runtime.tap import ActivationTap
+from stages.quantization.blocks.module import BlockModule
+from stages.records.results import QuantizedWeight
+from stages.records.results import SolvedGroup
+from stages.quantization.blocks.learnable_weight import effective_weight
+from stages.quantization.blocks.signround import StreamPair
+from stages.quantization.blocks.signround import block_loss
+
+
+def in_batches(windows: int, batch_size: int) -> tuple[Tensor, ...]:
+    """Indices of ``windows`` windows, ``batch_size`` at a time."""
+    return torch.split(torch.arange(windows), batch_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInputs:
+    """``stream`` enters the first block; ``shared`` holds masks, positions and the like by batch size and name."""
+
+    stream: Float[Tensor, "windows length hidden"]
+    shared: Mapping[int, Mapping[str, Tensor]]
+
+
+def read_inputs(
+    model: ir.Model,
+    directory: ModelDirectory,
+    tokens: np.ndarray,
+    stream: str,
+    shared: tuple[str, ...],
+    batch_sizes: frozenset[int],
+) -> BlockInputs:
+    """Run the graph in front of the first block, on the CPU, over all ``tokens`` [windows, length].
+
+    ``stream`` is the value that enters the first block, ``shared`` those that the blocks read beside it; floating-point
+    values come as float32.
+
+    Raises:
+        GraphError: ONNX Runtime can't run that part of the graph.
+    """
+    fed = {value.name for value in model.graph.inputs}
+    computed = tuple(name for name in shared if name not in fed)
+    choice = ProviderChoice(names=(CPU,), missing=())
+    with open_value_tap(model, directory, (stream, *computed), choice, {}) as tap:
+        windows = [_run(tap, tokens[index : index + 1])[stream] for index in range(len(tokens))]
+        by_size = {size: _shared(tap, tokens[:1].repeat(size, axis=0), shared) for size in batch_sizes}
+    return BlockInputs(stream=torch.cat(windows), shared=by_size)
+
+
+def _shared(tap: ActivationTap, tokens: np.ndarray, names: tuple[str, ...]) -> dict[str, Tensor]:
+    fed = {name: _as_float32(torch.from_numpy(array)) for name, array in tap.feeds(tokens).items() if name in names}
+    return fed | {name: value for name, value in _run(tap, tokens).items() if name in names}
+
+
+def _run(tap: ActivationTap, tokens: np.ndarray) -> dict[str, Tensor]:
+    return {name: _as_float32(value.cpu()) for name, value in tap.run(tokens)}
+
+
+def _as_float32(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRunner:
+    """A block's module with the values that it reads beside the stream, by batch size."""
+
+    module: BlockModule
+    shared: Mapping[int, Mapping[str, Tensor]]
+    batch_size: int
+
+    def __call__(
+        self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor]
+    ) -> Float[Tensor, "batch length hidden"]:
+        """The stream of some windows behind the block, on their device, which must be the module's."""
+        return self.module(stream, weights, self._shared_by(stream))
+
+    @torch.no_grad()
+    def read(
+        self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor], site: str
+    ) -> Float[Tensor, "batch length K"]:
+        """What ``site`` reads when ``stream`` enters the block."""
+        return self.module.read(stream, weights, self._shared_by(stream), site)
+
+    def _shared_by(self, stream: Tensor) -> dict[str, Tensor]:
+        return {name: value.to(stream.device) for name, value in self.shared[len(stream)].items()}
+
+    @torch.no_grad()
+    def over(
+        self, stream: Float[Tensor, "windows length hidden"], weights: Mapping[str, Tensor]
+    ) -> Float[Tensor, "windows length hidden"]:
+        """All windows behind the block, batch by batch; they stay in the memory that they lie in."""
+        device = next(iter(weights.values())).device
+        behind = torch.empty_like(stream)
+        for batch in in_batches(len(stream), self.batch_size):
+            behind[batch] = self(stream[batch].to(device), weights).to(behind.device)
+        return behind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInHand:
+    """One block, the quantization that it starts with, and the windows in front of it."""
+
+    run: BlockRunner
+    originals: Mapping[str, Tensor]
+    """Float32 weights [N, K] of all the block's sites by name, on the device where it is solved."""
+    starts: tuple[SolvedGroup, ...]
+    calibration: StreamPair
+    held_out: StreamPair
+
+    @property
+    def stored(self) -> dict[str, QuantizedWeight]:
+        """The weights that the block starts with, by site."""
+        return {weight.site.name: weight for group in self.starts for weight in group.weights}
+
+    def effective(self, stored: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+        """What the block computes with when it holds ``stored``."""
+        device = next(iter(self.originals.values())).device
+        return dict(self.originals) | {name: effective_weight(weight, device) for name, weight in stored.items()}
+
+    @torch.no_grad()
+    def held_out_loss(self, stored: Mapping[str, QuantizedWeight]) -> float:
+        """How far from the float block the block with ``stored`` is on windows that nothing is searched on."""
+        behind = self.run.over(self.held_out.quantized, self.effective(stored))
+        return float(block_loss(behind, self.held_out.wanted))

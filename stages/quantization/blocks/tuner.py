@@ -1,0 +1,225 @@
+"""Block-level tuning of a finished search: decoder block by decoder block, each saved before the next begins.
+
+Two streams of hidden states go through the blocks side by side: the float one, which says what a block should give, and
+the one that the blocks as quantized so far make. ONNX Runtime computes what enters the first block; all else the blocks
+compute themselves, as torch modules. A run that was stopped sends both streams through the finished blocks again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.quantization.blocks.cut import DecoderBlock
+from stages.quantization.blocks.cut import cut_block
+from stages.quantization.blocks.stream import BlockInputs
+from stages.quantization.blocks.stream import BlockRunner
+from stages.quantization.blocks.stream import in_batches
+from stages.quantization.blocks.stream import read_inputs
+from stages.quantization.blocks.module import BlockModule
+from stages.quantization.blocks.decoder import TunableModel
+from stages.model.weights import read_weight
+from stages.model.directory import ModelDirectory
+from stages.calibration.cache import CalibrationCache
+from stages.commands.progress import progress_bar
+from stages.quantization.weights.store import QuantizedStore
+from stages.records.results import QuantizedWeight
+from stages.records.results import SolvedGroup
+from stages.records.results import TokenStats
+from stages.quantization.search.choices import output_energies
+from stages.quantization.search.objective import joint_errors
+from stages.quantization.search.objective import to_device
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.blocks.learnable_weight import effective_weight
+from stages.quantization.blocks.signround import SignRoundOptions
+from stages.quantization.blocks.signround import StreamPair
+from stages.quantization.blocks.signround import TunedBlock
+from stages.quantization.blocks.signround import tune_block
+from stages.quantization.blocks.stream import BlockInHand
+from stages.quantization.blocks.error_feedback import Refiner
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class BlockStep(Protocol):
+    """A way to improve a block; never worse than its start on the held-out windows."""
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name for reports."""
+
+    @property
+    def ticks(self) -> int | None:
+        """How often ``advance`` is called a block; None: once a group."""
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SignRoundStep:
+    """Roundings and ranges by signed gradient descent."""
+
+    options: SignRoundOptions
+    name: str = "signround"
+
+    @property
+    def ticks(self) -> int | None:
+        return self.options.iterations
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
+        starts = tuple(weight for group in hand.starts for weight in group.weights)
+        return tune_block(hand.run, hand.originals, starts, hand.calibration, hand.held_out, self.options, advance)
+
+
+@dataclass(frozen=True, slots=True)
+class RefineStep:
+    """Codes and ranges solved anew for what the quantized layers before give."""
+
+    options: SearchOptions
+    name: str = "refine"
+    ticks: int | None = None
+
+    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
+        return Refiner(hand, self.options).refine_block(advance)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Streams:
+    """Hidden states in front of a block, [windows, length, hidden]; the held-out windows come last."""
+
+    exact: Tensor
+    tuned: Tensor
+    calibration_windows: int
+
+    def pairs(self, wanted: Tensor) -> tuple[StreamPair, StreamPair]:
+        """Calibration and held-out windows, with what is wanted behind the block."""
+        count = self.calibration_windows
+        return (
+            StreamPair(exact=self.exact[:count], quantized=self.tuned[:count], wanted=wanted[:count]),
+            StreamPair(exact=self.exact[count:], quantized=self.tuned[count:], wanted=wanted[count:]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTuner:
+    """Everything that stays the same from block to block.
+
+    ``start`` holds the search's result, ``store`` what becomes of it; their recipes list the same groups.
+    """
+
+    model: TunableModel
+    directory: ModelDirectory
+    cache: CalibrationCache
+    start: QuantizedStore
+    store: QuantizedStore
+    step: BlockStep
+    batch_size: int
+    device: torch.device
+
+    def tune(self) -> None:
+        """Tune the blocks that aren't finished; groups outside of blocks are taken over as they are.
+
+        Raises:
+            GraphError: ONNX Runtime can't run the part in front of the first block.
+            CacheMismatch: the cache's tokens are gone.
+        """
+        for index in self.model.others:
+            if not self.store.is_finished(index):
+                self.store.write(index, self.start.read_group(index))
+        unfinished = [place for place, groups in enumerate(self.model.groups) if not self._is_finished(groups)]
+        if unfinished:
+            self._tune_up_to(unfinished[-1])
+        self.store.write_report()
+
+    def _is_finished(self, groups: Iterable[int]) -> bool:
+        return all(self.store.is_finished(index) for index in groups)
+
+    def _tune_up_to(self, last: int) -> None:
+        calibration, held_out = self.cache.read_tokens()
+        inputs = self._inputs(calibration, held_out)
+        streams = _Streams(exact=inputs.stream, tuned=inputs.stream, calibration_windows=len(calibration))
+        megabytes = inputs.stream.numel() * inputs.stream.element_size() / 1e6
+        _LOGGER.info("hidden states: 3 x %.0f MB in memory", megabytes)
+        blocks = list(zip(self.model.blocks, self.model.groups, strict=True))[: last + 1]
+        done = sum(self._is_finished(groups) for _, groups in blocks)
+        with progress_bar() as progress:
+            ticks = [self.step.ticks or len(groups) for _, groups in blocks]
+            task = progress.add_task(self.step.name, total=sum(ticks), unit="steps", done=sum(ticks[:done]))
+            for block, groups in blocks:
+                progress.update(task, now=f"layer {block.layer}")
+                result = self._take(block, groups, inputs.shared, streams, lambda: progress.advance(task))
+                progress.update(task, note="" if result is None else _in_words(block, result))
+
+    def _inputs(self, calibration: np.ndarray, held_out: np.ndarray) -> BlockInputs:
+        windows = np.concatenate([calibration, held_out])
+        size = self.batch_size
+        counts = (len(windows), len(calibration), len(held_out))
+        sizes = {len(batch) for count in counts for batch in in_batches(count, size)}
+        first = self.model.blocks[0].stream_in
+        return read_inputs(self.model.graph, self.directory, windows, first, self.model.shared, frozenset(sizes))
+
+    def _take(
+        self,
+        block: DecoderBlock,
+        groups: tuple[int, ...],
+        shared: Mapping[int, Mapping[str, Tensor]],
+        streams: _Streams,
+        advance: Callable[[], None],
+    ) -> TunedBlock | None:
+        """Tune and save one block unless it is finished (None), and lead both streams through it."""
+        result: TunedBlock | None = None
+        module = BlockModule(cut_block(self.model.graph, block), self.device)
+        run = BlockRunner(module=module, shared=shared, batch_size=self.batch_size)
+        originals = {site.name: read_weight(self.model.graph, site, self.device) for site in block.sites}
+        wanted = run.over(streams.exact, originals)
+        if not self._is_finished(groups):
+            starts = tuple(self.start.read_group(index) for index in groups)
+            calibration, held_out = streams.pairs(wanted)
+            hand = BlockInHand(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
+            result = self.step(hand, advance)
+            for index, solved in zip(groups, self._reported(hand, result), strict=True):
+                self.store.write(index, solved)
+        kept = (weight for index in groups for weight in self.store.read_group(index).weights)
+        tuned = originals | {weight.site.name: effective_weight(weight, self.device) for weight in kept}
+        streams.exact, streams.tuned = wanted, run.over(streams.tuned, tuned)
+        return result
+
+    def _reported(self, hand: BlockInHand, result: TunedBlock) -> Iterator[SolvedGroup]:
+        """The block's groups with their tuned weights, and what those cost."""
+        weights = {weight.site.name: weight for weight in result.weights}
+        for solved in hand.starts:
+            stats = self.cache.read(solved.group.activation)
+            parts = tuple(to_device(part, self.device) for part in (stats.calibration, stats.held_out))
+            tuned = tuple(weights[weight.site.name] for weight in solved.weights)
+            losses = [_relative_losses(weight, hand.originals[weight.site.name], parts) for weight in tuned]
+            reports = tuple(
+                replace(
+                    report,
+                    algorithm=self.step.name,
+                    loss=loss,
+                    held_out_loss=held_out_loss,
+                    mean_clip_ratio=None,
+                    block_loss_start=result.start_loss,
+                    block_loss=result.loss,
+                )
+                for (loss, held_out_loss), report in zip(losses, solved.reports, strict=True)
+            )
+            yield SolvedGroup(group=solved.group, weights=tuned, reports=reports)
+
+
+def _in_words(block: DecoderBlock, result: TunedBlock) -> str:
+    return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
+
+
+def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
+    errors = joint_errors(effective_weight(weight, original.device) - original, stats)
+    energies = output_energies(original, stats)
+    return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -1,0 +1,1 @@
+"""Choose the format of every site, by rules or for a budget."""

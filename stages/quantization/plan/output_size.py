@@ -1,0 +1,88 @@
+"""How large a quantized model's files will be: to the byte for weights, a little too much for the graph around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from stages.records.formats import channel_block_size
+from stages.model.load import external_tensors
+from stages.model.directory import ModelDirectory
+from stages.records.formats import EmbeddingPlan
+from stages.records.sites import MatMulSite
+from stages.records.formats import PerBlock
+from stages.records.formats import QuantSpec
+from stages.records.formats import WeightForm
+from stages.records.formats import torch_float
+
+_GRAPH_BYTES = 700
+"""A site's new nodes and initializers in the .onnx file, besides its names; about 300 were seen."""
+_NAMES = 10
+"""Times that a site's name stands in its new nodes, initializers and values; up to 8 were seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSize:
+    """Bytes of the .onnx file and its external data, for a base model, the form of its weights and its embeddings."""
+
+    base_bytes: int
+    """The base's .onnx file and the tensors outside it."""
+    form: WeightForm
+    embeddings: tuple[EmbeddingPlan, ...]
+
+    def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
+        """Everything but what ``site_bytes`` counts for ``sites``."""
+        freed = sum(weight_bytes(site) for site in sites if self._frees_its_weight(site))
+        tables = sum(plan.stored_bytes + _GRAPH_BYTES for plan in self.embeddings)
+        read_by_sites = {site.weight for site in sites}
+        gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
+        return self.base_bytes - freed + tables - gone
+
+    def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
+        """What ``site`` takes: its own weight where it stays (None), or codes, scales, zero points and nodes."""
+        if spec is None:
+            return weight_bytes(site) if self._frees_its_weight(site) else 0
+        # An input scale that can't be folded becomes a vector and a Mul.
+        scale = site.in_features * torch_float(site.dtype).itemsize
+        return stored_bytes(site, spec, self.form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+
+    def _frees_its_weight(self, site: MatMulSite) -> bool:
+        """Whether nobody else needs the weight once the site has its codes: another site or lookup that stays."""
+        looked_up = {gather for plan in self.embeddings for gather in plan.table.gathers}
+        return set(site.weight_shared_with) <= looked_up
+
+
+def output_size(
+    directory: ModelDirectory, model: ir.Model, form: WeightForm, embeddings: tuple[EmbeddingPlan, ...]
+) -> OutputSize:
+    """The sizes that outputs of ``model``, the one in ``directory``, will have."""
+    outside = sum(tensor.nbytes for tensor in external_tensors(model))
+    return OutputSize(base_bytes=directory.onnx_file.stat().st_size + outside, form=form, embeddings=embeddings)
+
+
+def weight_bytes(site: MatMulSite) -> int:
+    """Bytes of the site's floating-point weight."""
+    return site.in_features * site.out_features * torch_float(site.dtype).itemsize
+
+
+def _table_bytes(plan: EmbeddingPlan) -> int:
+    return plan.table.vocabulary * plan.table.hidden * torch_float(plan.table.dtype).itemsize
+
+
+def stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
+    """Bytes that stand in the file in the weight's place: codes or, before a Q, numbers; scales and zero points."""
+    if form is WeightForm.QDQ:
+        codes = -(-site.in_features * site.out_features * spec.bits // 8)
+        return weight_bytes(site) + spec.stored_bytes(site.out_features, site.in_features) - codes
+    if form is not WeightForm.MATMUL_NBITS:
+        return spec.stored_bytes(site.out_features, site.in_features)
+    # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows blocks alone.
+    size = (
+        spec.granularity.block_size if isinstance(spec.granularity, PerBlock) else channel_block_size(site.in_features)
+    )
+    blocks = -(-site.in_features // size)
+    zero_points = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
+    scales = blocks * torch_float(spec.scale_dtype).itemsize
+    return site.out_features * (blocks * size * spec.bits // 8 + zero_points + scales)

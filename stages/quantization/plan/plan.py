@@ -1,0 +1,356 @@
+"""From options to a plan: what every weight of the model becomes, decided before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from stages.commands.parsing import parse_bytes
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import RecipeError
+from stages.model.sites import find_embeddings
+from stages.model.unquantized import find_rejected
+from stages.model.sites import find_groups
+from stages.model.unquantized import find_unreached
+from stages.model.directory import ModelDirectory
+from stages.quantization.plan.output_size import OutputSize
+from stages.quantization.plan.output_size import output_size
+from stages.quantization.plan.plan_file import read_plan
+from stages.quantization.plan.plan_file import spec_of
+from stages.records.sites import ActivationGroup
+from stages.records.results import ActivationStats
+from stages.records.formats import EmbeddingPlan
+from stages.records.formats import EmbeddingTable
+from stages.records.results import ExportRecipe
+from stages.records.formats import Granularity
+from stages.records.sites import MatMulSite
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import QuantSpec
+from stages.records.sites import UnreachedWeights
+from stages.records.formats import WeightForm
+from stages.quantization.plan.rules import plan_embeddings
+from stages.quantization.plan.budget import SiteMenu
+from stages.quantization.plan.budget import chosen_plan
+from stages.quantization.plan.budget import site_menus
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.plan.rules import FormatRules
+from stages.quantization.plan.rules import QuantPlan
+from stages.quantization.plan.rules import all_sites
+from stages.quantization.plan.rules import make_plan
+from stages.quantization.plan.rules import plan_of
+from stages.quantization.search.solver import ALGORITHMS
+from stages.quantization.search.solver import GroupSolver
+from stages.quantization.blocks.signround import SignRoundOptions
+from stages.quantization.plan.budget import BitsBudget
+from stages.quantization.plan.budget import Budget
+from stages.quantization.plan.budget import Reach
+from stages.quantization.plan.budget import SizeBudget
+from stages.quantization.plan.budget import check_budget
+from stages.quantization.targets.choose import choose_formats
+from stages.quantization.targets.choose import open_formats
+from stages.quantization.targets.formats import Explanation
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import FormatWishes
+from stages.quantization.targets.formats import ModelTraits
+from stages.quantization.targets.formats import OpenFormats
+from stages.quantization.targets.formats import traits_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPlan:
+    """What is left to decide once losses are known: every site's menu, and the budget that all share."""
+
+    menus: tuple[SiteMenu, ...]
+    budget: Budget
+    reach: Reach
+    size: OutputSize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """The formats, what each site and embedding becomes, and the weights that nothing here reaches.
+
+    With a budget ``sites`` holds each site's smallest format until ``left_open`` is decided.
+    """
+
+    choice: FormatChoice
+    sites: QuantPlan
+    embeddings: tuple[EmbeddingPlan, ...]
+    unreached: tuple[UnreachedWeights, ...]
+    left_open: OpenPlan | None = None
+
+
+def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> ModelPlan:
+    """Decide about every weight of ``model``, which lies in ``directory``.
+
+    Raises:
+        GraphError: the model holds nothing to quantize.
+        RecipeError: options that fit neither each other nor the model, a budget that can't be reached, or a plan file
+            that can't be used.
+    """
+    groups, tables = find_groups(model), find_embeddings(model)
+    traits = traits_of(groups, tables)
+    left_open: OpenPlan | None = None
+    if config.plan is not None:
+        choice, sites = _given_plan(config, groups, traits)
+    elif config.has_budget:
+        choice, menus = _open_choice(config, groups, traits)
+        left_open = _open_plan(
+            config, menus, output_size(directory, model, choice.form, _embedding_plans(config, choice, tables))
+        )
+        sites = chosen_plan(groups, menus, {menu.site.name: next(iter(menu.formats)) for menu in menus}, "")
+    else:
+        choice = choose_formats(config.parsed_target, _wishes(config), traits)
+        sites = make_plan(groups, _format_rules(config, choice))
+    embeddings = _embedding_plans(config, choice, tables)
+    return ModelPlan(
+        choice=choice,
+        sites=replace(sites, kept=(*sites.kept, *find_rejected(model))),
+        embeddings=embeddings,
+        unreached=find_unreached(model, {plan.table.weight for plan in embeddings}),
+        left_open=left_open,
+    )
+
+
+def _given_plan(
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], traits: ModelTraits
+) -> tuple[FormatChoice, QuantPlan]:
+    """``--plan``: the file decides about formats, the target about everything else."""
+    assert config.plan is not None
+    sites = all_sites(groups)
+    planned = read_plan(config.plan, sites)
+    formats = {site.name: spec_of(planned[site.name], site, symmetric=not config.use_zero_point) for site in sites}
+    specs = {name: spec for name, spec in formats.items() if spec is not None}
+    if not specs:
+        raise RecipeError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
+    kept = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
+    return _choice_of_specs(config, tuple(specs.values()), traits), plan_of(groups, specs, kept)
+
+
+def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], traits: ModelTraits) -> FormatChoice:
+    """The choice for the commonest INT4 block, with what the target says against each of the formats."""
+    sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
+    eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
+    wishes = [
+        replace(_wishes(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
+        for size in sizes or [None]
+        for granularity in eight_bit or [None]
+    ]
+    choices = [choose_formats(config.parsed_target, each, traits) for each in wishes]
+    warnings = dict.fromkeys(warning for choice in choices for warning in choice.warnings)
+    return replace(choices[0], warnings=tuple(warnings))
+
+
+def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularity, int]]:
+    return Counter(spec.granularity for spec in specs if spec.bits == bits).most_common()
+
+
+def _open_choice(
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], traits: ModelTraits
+) -> tuple[FormatChoice, tuple[SiteMenu, ...]]:
+    """The target's choice for all that a budget leaves alone, and the menus that it chooses from."""
+    wishes = _wishes(config)
+    formats = open_formats(config.parsed_target, wishes, traits)
+    named = wishes.named_eight_bit or formats.eight_bit is not None
+    choice = choose_formats(config.parsed_target, replace(wishes, named_eight_bit=named), traits)
+    explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
+    choice = replace(choice, explanations=explained)
+    return choice, site_menus(groups, _format_rules(config, choice), formats)
+
+
+def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
+    if line.option != "--block_size" or len(formats.four_bit) == 1:
+        return line
+    sizes = ", ".join(str(each.block_size) for each in formats.four_bit)
+    return replace(line, chosen=sizes, why="the budget chooses among those that this runtime runs fast")
+
+
+def _open_plan(config: QuantizeConfig, menus: tuple[SiteMenu, ...], size: OutputSize) -> OpenPlan:
+    budget: Budget
+    if config.target_bpw is not None:
+        budget = BitsBudget(bits_per_weight=config.target_bpw)
+    else:
+        budget = SizeBudget(
+            num_bytes=parse_bytes(config.target_size or "", "--target_size"),
+            fixed_bytes=size.fixed_bytes([menu.site for menu in menus]),
+            cost=lambda menu, label: size.site_bytes(menu.site, menu.formats[label]),
+        )
+    return OpenPlan(menus=menus, budget=budget, reach=check_budget(menus, budget), size=size)
+
+
+def _wishes(config: QuantizeConfig) -> FormatWishes:
+    """The options that were given, and not left to the target."""
+    return FormatWishes(
+        form=_weight_form(config),
+        block_size=config.block_size,
+        eight_bit=_eight_bit_wish(config),
+        mixed=config.enable_mixed_quant and not config.layers_8bit,
+        named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
+        zero_point=config.use_zero_point,
+        scale_range=config.scale_range,
+        gather_axis=config.gather_quantize_axis,
+        gather_form=config.gather_form,
+        gather_block_size=config.gather_block_size,
+        accuracy_level=config.accuracy_level,
+    )
+
+
+def _eight_bit_wish(config: QuantizeConfig) -> Granularity | None:
+    match config.int8_block_size:
+        case None:
+            return None
+        case "channel":
+            return PerChannel()
+        case int(size):
+            return PerBlock(block_size=size)
+
+
+def _weight_form(config: QuantizeConfig) -> WeightForm | None:
+    """The form that was asked for, if one was."""
+    if config.use_column_major:
+        return WeightForm.DQ_COLUMN_MAJOR
+    if config.algo == "rtn":
+        return WeightForm.QDQ
+    return None if config.weight_operator is None else WeightForm(config.weight_operator)
+
+
+def _format_rules(config: QuantizeConfig, choice: FormatChoice) -> FormatRules:
+    return FormatRules(
+        four_bit=choice.four_bit,
+        eight_bit=choice.eight_bit,
+        symmetric=choice.symmetric,
+        exclude=config.excluded,
+        layers_8bit=config.layers_8bit,
+        mixed=config.enable_mixed_quant,
+        mixed_rule=config.mixed_rule,
+        lm_head=config.lm_head,
+        keep_mixed_because=choice.keep_mixed_because,
+    )
+
+
+def _embedding_plans(
+    config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
+) -> tuple[EmbeddingPlan, ...]:
+    axis = config.gather_quantize_axis
+    if axis is None:
+        return ()
+    return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
+
+
+def search_options(config: QuantizeConfig, choice: FormatChoice) -> SearchOptions:
+    """What the algorithms are told."""
+    return SearchOptions(
+        range_rule=choice.scale_range,
+        alpha_step=config.awqlite_alpha_step,
+        clip_step=config.awqclip_alpha_step,
+        clip_min=config.awqclip_alpha_min,
+        column_chunk=config.awqclip_bsz_col,
+        damping=config.gptq_damping,
+        act_order=config.gptq_act_order,
+        descent_passes=config.descent_passes,
+    )
+
+
+def group_solver(
+    config: QuantizeConfig,
+    plan: ModelPlan,
+    device: torch.device,
+    read_weight: Callable[[MatMulSite], Tensor],
+    read_stats: Callable[[str], ActivationStats] | None,
+) -> GroupSolver:
+    """Return the solver that ``config`` and ``plan`` describe.
+
+    Args:
+        config: names the algorithm and its options.
+        plan: the format of each site.
+        device: where the search runs.
+        read_weight: gives a site's [N, K] float32 weight on ``device``.
+        read_stats: gives statistics by activation; None where the algorithm reads none.
+    """
+    return GroupSolver(
+        algorithm_name=config.search_algorithm,
+        algorithm=ALGORITHMS[config.search_algorithm],
+        options=search_options(config, plan.choice),
+        specs=plan.sites.specs,
+        device=device,
+        read_weight=read_weight,
+        read_stats=read_stats,
+        fold=not config.awqlite_disable_fuse_nodes,
+        one_scale=config.awqlite_run_per_subgraph,
+    )
+
+
+def signround_options(config: QuantizeConfig) -> SignRoundOptions:
+    """What block-level tuning is told."""
+    return SignRoundOptions(
+        iterations=config.signround_iters,
+        learning_rate=config.signround_lr,
+        batch_size=config.signround_batch_size,
+        seed=config.signround_seed,
+    )
+
+
+def _tuning(config: QuantizeConfig) -> bytes:
+    """What the codes depend on besides the search, where blocks are tuned; else nothing."""
+    refine = b"refine" if config.refine else b""
+    if config.algo != "signround":
+        return refine
+    options = TypeAdapter(SignRoundOptions).dump_json(signround_options(config))
+    return refine + options + config.signround_start.encode()
+
+
+def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache_digest: str) -> ExportRecipe:
+    """What is being made of the model with ``fingerprint``; its ``search`` digest covers all that the codes depend on.
+
+    ``cache_digest`` identifies the calibration; empty where none is used.
+    """
+    digest = hashlib.sha256()
+    for part in (
+        TypeAdapter(SearchOptions).dump_json(search_options(config, plan.choice)),
+        TypeAdapter(dict[str, QuantSpec]).dump_json(dict(plan.sites.specs)),
+        repr((config.algo, config.awqlite_run_per_subgraph, config.awqlite_disable_fuse_nodes)).encode(),
+        TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
+        cache_digest.encode(),
+        _tuning(config),
+    ):
+        digest.update(part)
+    return ExportRecipe(
+        model_fingerprint=fingerprint,
+        weight_form=plan.choice.form,
+        fold_input_scales=not config.awqlite_disable_fuse_nodes,
+        groups=plan.sites.groups,
+        kept=plan.sites.kept,
+        search=digest.hexdigest(),
+        summary=recipe_in_words(config, plan),
+        embeddings=plan.embeddings,
+        session_options=plan.choice.session_options,
+        unreached=plan.unreached,
+    )
+
+
+def recipe_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
+    """The algorithm and the formats, in one line."""
+    choice = plan.choice
+    zero_point = "without" if choice.symmetric else "with"
+    by_site = config.plan is not None or config.has_budget
+    formats = _formats_in_words(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
+    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
+    table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
+    target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
+    algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
+    algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
+    return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
+
+
+def _formats_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
+    counts = Counter(spec.label for spec in plan.sites.specs.values())
+    decided = "--plan" if config.plan is not None else config.budget_in_words
+    return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"

@@ -1,0 +1,239 @@
+"""``--sensitivity measured``: what quantizing one activation group alone does to the model's answers.
+
+Each group's weights are replaced by roughly quantized ones and the model runs on a few windows of the calibration text;
+the Kullback-Leibler divergence of its logits from the base's, divided by the group's relative error, is what a unit of
+relative error costs there. Results are kept in the cache's folder, group by group: nothing is measured twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pydantic import TypeAdapter
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from stages.runtime.weight_trials import TrialRunner
+from stages.runtime.weight_trials import open_trials
+from stages.model.weights import read_weight
+from stages.model.directory import ModelDirectory
+from stages.calibration.cache import CalibrationCache
+from stages.commands.progress import progress_bar
+from stages.records.sites import ActivationGroup
+from stages.records.sites import MatMulSite
+from stages.records.formats import QuantSpec
+from stages.runtime.providers import choose_providers
+from stages.quantization.plan.forecast import WHOLE
+from stages.quantization.plan.forecast import Sections
+from stages.quantization.plan.forecast import quick_error
+from stages.quantization.plan.forecast import quick_weight
+from stages.quantization.search.objective import to_device
+from jaxtyping import Float
+from pathlib import Path
+from stages.system.json_file import read_json
+from stages.system.json_file import explained
+from stages.system.json_file import write_json
+from statistics import median
+from stages.quantization.plan.rules import all_sites
+from stages.records.sites import NormAbsorber
+from stages.records.sites import ValueAbsorber
+
+
+_LOGGER = logging.getLogger(__name__)
+
+
+FILE = "sensitivity.json"
+
+
+_WINDOWS, _LENGTH = 4, 128
+"""512 tokens: each group's divergence is compared with the same base on the same tokens, so few are enough."""
+
+
+_CHUNK = 64
+"""Tokens whose distributions are held in float64 at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSensitivity:
+    """Divergence of the logits, in nats a token, with the sum of the relative errors that caused it."""
+
+    divergence: float
+    error: float
+
+    @property
+    def weight(self) -> float:
+        """Nats for a unit of relative error."""
+        return self.divergence / self.error if self.error > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """The file: by activation, for one format of the rough weights and one set of tokens."""
+
+    format: str
+    tokens: int
+    groups: dict[str, GroupSensitivity]
+
+
+_FILES = TypeAdapter(_Measured)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityMeasure:
+    """Everything that stays the same from group to group; ``spec_of`` gives the rough format of a site."""
+
+    model: ir.Model
+    directory: ModelDirectory
+    cache: CalibrationCache
+    device: torch.device
+    spec_of: Callable[[MatMulSite], QuantSpec]
+    sections: Mapping[str, Sections]
+
+    def measure(self, groups: Sequence[ActivationGroup]) -> dict[str, float]:
+        """Nats for a unit of relative error, by site; says what it will cost before it starts.
+
+        Raises:
+            GraphError: ONNX Runtime can't run the base model.
+            UserError: the cache's folder can't be written.
+        """
+        label = self.spec_of(groups[0].sites[0]).label
+        done = _read(self.cache.folder / FILE, label)
+        left = unmeasured(self.cache, groups, self.spec_of)
+        if left:
+            done |= self._measure_missing(left, done, label)
+        return {site.name: done[group.activation].weight for group in groups for site in group.sites}
+
+    def _measure_missing(
+        self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str
+    ) -> dict[str, GroupSensitivity]:
+        sites = [site for group in groups for site in group.sites]
+        windows = _windows(self.cache.read_tokens()[0])
+        measured = dict(done)
+        with open_trials(self.model, self.directory, sites, choose_providers("cuda,cpu")) as trials:
+            started = time.perf_counter()
+            base = trials.logits(windows)
+            minutes = (time.perf_counter() - started) * len(groups) / 60
+            _LOGGER.info(
+                "--sensitivity measured: %d runs of the base model on %d calibration tokens, about %.1f minutes; kept "
+                "in %s.",
+                len(groups), windows.size, minutes, self.cache.folder / FILE,
+            )  # fmt: skip
+            with progress_bar() as progress:
+                for group in progress.track(groups, description="sensitivity", unit="groups"):
+                    measured[group.activation] = self._measure_group(group, trials, windows, base)
+                    _write(self.cache.folder / FILE, _Measured(format=label, tokens=windows.size, groups=measured))
+        return measured
+
+    def _measure_group(
+        self, group: ActivationGroup, trials: TrialRunner, windows: np.ndarray, base: Tensor
+    ) -> GroupSensitivity:
+        stats = to_device(self.cache.read(group.activation).calibration, self.device)
+        if stats.is_silent:
+            return GroupSensitivity(divergence=0.0, error=0.0)
+        replaced: list[tuple[MatMulSite, Tensor]] = []
+        error = 0.0
+        for site in group.sites:
+            weight = read_weight(self.model, site, self.device)
+            rough = quick_weight(weight, self.spec_of(site), stats)
+            error += quick_error(site, weight, rough, stats, self.sections.get(site.name, WHOLE))
+            replaced.append((site, rough))
+        return GroupSensitivity(divergence=divergence(base, trials.logits(windows, replaced)), error=error)
+
+
+def unmeasured(
+    cache: CalibrationCache, groups: Sequence[ActivationGroup], spec_of: Callable[[MatMulSite], QuantSpec]
+) -> list[ActivationGroup]:
+    """The groups whose sensitivity isn't kept in the cache's folder yet."""
+    done = _read(cache.folder / FILE, spec_of(groups[0].sites[0]).label) if groups else {}
+    return [group for group in groups if group.activation not in done]
+
+
+def divergence(base: Float[Tensor, "*tokens V"], other: Float[Tensor, "*tokens V"]) -> float:
+    """Mean over tokens of KL(base || other) of the distributions that these logits mean, in nats."""
+    mine_theirs = (torch.split(logits.flatten(0, -2), _CHUNK) for logits in (base, other))
+    pairs = zip(*mine_theirs, strict=True)
+    total = sum(_summed_divergence(mine.double(), theirs.double()) for mine, theirs in pairs)
+    return max(total / base.flatten(0, -2).shape[0], 0.0)
+
+
+def _summed_divergence(base: Tensor, other: Tensor) -> float:
+    p, q = torch.log_softmax(base, dim=-1), torch.log_softmax(other, dim=-1)
+    return float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
+
+
+def _windows(tokens: np.ndarray) -> np.ndarray:
+    """The beginnings of a few windows, spread over the calibration text."""
+    chosen = np.linspace(0, len(tokens) - 1, min(_WINDOWS, len(tokens))).astype(int)
+    return tokens[chosen, :_LENGTH]
+
+
+def _read(path: Path, label: str) -> dict[str, GroupSensitivity]:
+    """What is there for this format; nothing where the file is missing, damaged or of another format."""
+    found = read_json(path, _FILES)
+    return {} if found is None or found.format != label else found.groups
+
+
+def _write(path: Path, measured: _Measured) -> None:
+    failure = f"--sensitivity measured can't keep its results in {path}"
+    with explained(failure, "choose a --cache_dir that can be written"):
+        write_json(path, _FILES, measured)
+
+
+_CAP = 4.0
+"""Usual energies that one block counts for in R at most; between 2 and 8 the ranks hardly change."""
+
+
+def residual_shares(groups: Sequence[ActivationGroup], energies: Mapping[str, float]) -> dict[str, float]:
+    """The weight of a relative error at every site, by name; ``energies`` are tr(W G W^T) by site.
+
+    All 1 where no site writes to the residual stream as far as one can see.
+    """
+    writers = [site for group in groups if (site := _writer(group, _hidden_size(groups))) is not None]
+    shares = _writers_shares([(site.name, energies[site.name]) for site in writers])
+    usual = median(shares.values()) if shares else 1.0
+    return {site.name: 1.0 if site.feeds_logits else shares.get(site.name, usual) for site in all_sites(groups)}
+
+
+def _writers_shares(writers: Sequence[tuple[str, float]]) -> dict[str, float]:
+    usual = median(energy for _, energy in writers) if writers else 0.0
+    shares: dict[str, float] = {}
+    stream = 0.0
+    for name, energy in writers:
+        stream += min(energy, _CAP * usual)
+        shares[name] = energy / stream if stream > 0 else 0.0
+    return shares
+
+
+def _hidden_size(groups: Sequence[ActivationGroup]) -> int | None:
+    """Channels of the residual stream: what the site that makes the logits reads."""
+    return next((site.in_features for site in all_sites(groups) if site.feeds_logits), None)
+
+
+def _writer(group: ActivationGroup, hidden_size: int | None) -> MatMulSite | None:
+    """The group's only site if its output has the stream's size and its input is no norm's."""
+    site = group.sites[0]
+    if len(group.sites) > 1 or isinstance(group.absorber, NormAbsorber) or site.feeds_logits:
+        return None
+    return site if hidden_size in (None, site.out_features) else None
+
+
+def output_sections(groups: Sequence[ActivationGroup]) -> dict[str, tuple[slice, ...]]:
+    """Output channels of q, k and v for every site that makes them all; other sites are not in it.
+
+    v has a small part of the energy of the three and does most of the work: relative errors count one by one.
+    """
+    sections: dict[str, tuple[slice, ...]] = {}
+    for group in groups:
+        value = group.absorber
+        if not isinstance(value, ValueAbsorber) or value.first_channel == 0:
+            continue
+        width = value.heads.kv_heads * value.heads.head_size
+        first = value.first_channel
+        parts = (slice(0, first - width), slice(first - width, first), slice(first, first + width))
+        sections[value.site] = tuple(part for part in parts if part.stop > part.start)
+    return sections

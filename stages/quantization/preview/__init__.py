@@ -1,0 +1,1 @@
+"""Forecast bytes, memory and seconds of a run, for --dry_run."""

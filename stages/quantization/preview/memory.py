@@ -1,0 +1,97 @@
+"""How much memory each stage holds at most, from the sizes of the graph alone.
+
+Estimates: what a stage keeps on purpose is counted, what libraries take for themselves is not, beyond what this process
+holds already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+import psutil
+import torch
+
+from stages.runtime.upcast import held_bytes
+from stages.calibration.capture import cut_to_memory
+from stages.quantization.preview.table import StageMemory
+from stages.records.sites import ActivationGroup
+from stages.records.formats import QuantSpec
+from stages.records.formats import torch_float
+from stages.quantization.search.parallel import search_memory as group_memory
+from stages.quantization.search.parallel import small_groups
+from stages.quantization.search.parallel import workers_on
+
+_CHECKED = 24
+"""Bytes for each weight of the site whose product is checked: codes, float32 and float64 rows, ONNX Runtime's copy."""
+_PIECE = 1 << 28
+_REPACKED = 3
+"""The exported model is run in pieces of so many bytes, which ONNX Runtime's repacking makes so many times larger."""
+
+
+def held_already() -> int:
+    """Bytes of this process, which has loaded the libraries and parsed the graph as every stage does."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def calibration_memory(
+    model: ir.Model, costs: Mapping[str, int], limit: int, held: int, providers: tuple[str, ...]
+) -> StageMemory:
+    """Return what stage one holds: weights, statistics, and activations of a batch.
+
+    Args:
+        model: the base model.
+        costs: bytes of each activation, by ``piece_bytes``.
+        limit: bytes that a piece of the graph may take.
+        held: bytes of this process already.
+        providers: those that shall run the model.
+    """
+    weights: list[int] = []
+    totals: list[int] = []
+    for piece in cut_to_memory(model, costs, limit, providers):
+        of_piece = {value for node in piece.model.graph for value in node.inputs if value is not None}
+        made = {output.name for node in piece.model.graph for output in node.outputs}
+        weights.append(
+            sum(held_bytes(value.const_value, providers) for value in of_piece if value.const_value is not None)
+        )
+        totals.append(weights[-1] + sum(cost for name, cost in costs.items() if name in made))
+    largest = max(range(len(totals)), key=totals.__getitem__)
+    parts = "" if len(totals) == 1 else f", in {len(totals)} parts (--max_memory)"
+    statistics = totals[largest] - weights[largest]
+    return StageMemory(
+        stage="calibrate",
+        bytes=held + totals[largest],
+        holds=f"{weights[largest] / 1e6:,.0f} MB of weights, {statistics / 1e6:,.0f} MB of statistics and "
+        f"activations{parts}",
+    )
+
+
+def search_memory(groups: Sequence[ActivationGroup], device: torch.device, held: int) -> StageMemory:
+    """The groups that are solved at a time: small ones side by side, a large one beside what its successor reads."""
+    workers = workers_on(device)
+    small = small_groups(groups, workers)
+    costs = {place: group_memory(group) for place, group in enumerate(groups)}
+    together = sorted((costs[place] for place in small), reverse=True)[:workers]
+    alone = max((costs[place] for place in costs if place not in set(small)), default=0)
+    largest = groups[max(costs, key=costs.__getitem__)].sites[0].name
+    beside = f", {workers} small ones at a time" if small else ""
+    return StageMemory(
+        stage="search",
+        bytes=held + max(alone, sum(together)),
+        holds=f"the largest group is that of {largest}{beside}",
+    )
+
+
+def export_memory(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], held: int) -> StageMemory:
+    """Writing holds one tensor at a time; checking runs the output in pieces, and each site by itself."""
+    sites = [site for group in groups for site in group.sites]
+    stored = [specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites]
+    run = _REPACKED * max(min(sum(stored), _PIECE), max(stored))
+    checked = max(
+        site.in_features * site.out_features * (_CHECKED + torch_float(site.dtype).itemsize) for site in sites
+    )
+    return StageMemory(
+        stage="export",
+        bytes=held + max(run, checked),
+        holds="the output runs in pieces to be checked (less with --verify off)",
+    )

@@ -1,0 +1,294 @@
+"""``--dry_run``: what ``stages.quantize`` would do, from the graph alone; budgets use the cache where it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import onnx_ir as ir
+
+from stages.model.load import parse_graph
+from stages.model.load import require_weights
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.quantize_options import ScaleSearch
+from stages.errors import CacheMismatch, UserError
+from stages.model.load import fingerprint_model
+from stages.quantization.preview.memory import calibration_memory
+from stages.quantization.preview.memory import export_memory
+from stages.quantization.preview.memory import held_already
+from stages.quantization.preview.memory import search_memory
+from stages.model.sites import find_groups
+from stages.system.hardware import choose_device
+from stages.model.directory import ModelDirectory
+from stages.model.directory import locate_model
+from stages.calibration.capture import TextShape
+from stages.calibration.capture import memory_limit
+from stages.calibration.capture import piece_bytes
+from stages.calibration.cache import CalibrationCache
+from stages.calibration.cache import find_cache
+from stages.calibration.cache import open_cache
+from stages.calibration.text.windows import held_out_windows
+from stages.calibration.text.windows import window_shares
+from stages.calibration.text.documents import dataset_names
+from stages.quantization.plan.output_size import output_size
+from stages.quantization.plan.output_size import stored_bytes
+from stages.quantization.plan.output_size import weight_bytes
+from stages.quantization.plan.plan_file import KEEP
+from stages.quantization.plan.plan import ModelPlan
+from stages.quantization.plan.plan import plan_model
+from stages.quantization.plan.plan import recipe_in_words
+from stages.quantization.preview.table import InputScalePlace
+from stages.quantization.preview.table import Preview
+from stages.quantization.preview.table import PreviewedSite
+from stages.quantization.preview.table import SearchEstimate
+from stages.quantization.preview.table import StageMemory
+from stages.system.distributed import join_processes
+from stages.records.sites import ActivationGroup
+from stages.records.sites import LinearAbsorber
+from stages.records.sites import MatMulSite
+from stages.records.sites import NormAbsorber
+from stages.records.formats import PerBlock
+from stages.records.sites import ValueAbsorber
+from stages.quantization.preview.seconds import search_seconds
+from stages.runtime.providers import choose_providers
+from stages.quantization.plan.rules import all_sites
+from stages.quantization.plan.allocate_budget import needs_weights
+from stages.quantization.plan.allocate_budget import spend_budget
+from stages.quantization.plan.allocate_budget import unmeasured_groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What a preview has found out before it looks at any site."""
+
+    directory: ModelDirectory
+    model: ir.Model
+    has_weights: bool
+    cache: CalibrationCache | None
+    """None where the algorithm needs none, or there is none that fits."""
+    obstacles: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacles: tuple[str, ...]) -> Preview:
+    """What a run of ``config`` would do.
+
+    Args:
+        config: a valid configuration.
+        calibration: how stage one would run where it still has to; None: as by default.
+        obstacles: what would stop the run, as far as the caller knows.
+
+    Raises:
+        GraphError: the graph can't be read, or holds nothing to quantize.
+        RecipeError: options that fit neither each other nor the model.
+    """
+    known = _look(config, obstacles)
+    plan, open_because = _decide(config, known)
+    calibration = calibration or CalibrateConfig(onnx_path=config.onnx_path)
+    text = _text_shape(known.cache, calibration) if config.needs_cache else None
+    groups, held = find_groups(known.model), held_already()
+    device = choose_device(config.device)
+    seconds = search_seconds(config, plan, text, device)
+    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
+    sites = all_sites(groups)
+    after = size.fixed_bytes(sites) + sum(size.site_bytes(site, plan.sites.specs.get(site.name)) for site in sites)
+    weights = sum(site.in_features * site.out_features for site in all_sites(plan.sites.groups))
+    stored = sum(
+        plan.sites.specs[site.name].stored_bytes(site.out_features, site.in_features)
+        for site in all_sites(plan.sites.groups)
+    )
+    names = {site.name for site in sites}
+    return Preview(
+        base=known.directory.onnx_file,
+        output=config.output_path,
+        recipe=_recipe(config, plan),
+        sites=tuple(_sites(config, plan, sites, seconds)),
+        unquantizable=tuple(entry for entry in plan.sites.kept if entry[0] not in names),
+        embeddings=plan.embeddings,
+        unreached=plan.unreached,
+        bits_per_weight=8 * stored / weights,
+        bytes_before=size.base_bytes,
+        bytes_after=after,
+        memory=tuple(_memory(config, known, plan, calibration, text, held)),
+        search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
+        obstacles=known.obstacles,
+        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(config)),
+    )
+
+
+def _look(config: QuantizeConfig, obstacles: tuple[str, ...]) -> _Known:
+    """Open what is there; what is missing is an obstacle."""
+    directory = locate_model(config.onnx_path)
+    model = parse_graph(directory)
+    found, notes, cache = list(obstacles), [], None
+    try:
+        require_weights(model, directory)
+        has_weights = True
+    except UserError as error:
+        has_weights = False
+        found.append(str(error))
+    if config.needs_cache:
+        try:
+            cache = _cache(config, directory, has_weights=has_weights)
+        except CacheMismatch as error:
+            found.append(str(error))
+        if cache is not None and not has_weights:
+            notes.append(f"{cache.folder} is taken to be this model's: without the weights that can't be checked")
+    return _Known(
+        directory=directory,
+        model=model,
+        has_weights=has_weights,
+        cache=cache,
+        obstacles=tuple(found),
+        notes=tuple(notes),
+    )
+
+
+def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bool) -> CalibrationCache:
+    """The cache of the model; without its weights the cache that lies there.
+
+    Raises:
+        CacheMismatch: there is none, or another model's.
+    """
+    if has_weights:
+        return open_cache(config.cache_path, fingerprint_model(directory))
+    cache = find_cache(config.cache_path)
+    if cache is None:
+        raise CacheMismatch(f"--cache_dir {config.cache_path} holds no calibration cache; run stages.calibrate first.")
+    return cache
+
+
+def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str, ...]]:
+    """The plan; where a budget can't be spent yet it holds the smallest formats, and what is needed is said."""
+    plan = plan_model(config, known.model, known.directory)
+    if plan.left_open is None:
+        return plan, ()
+    reason = _left_open_because(config, known, plan)
+    if not reason and known.cache is not None:
+        device = choose_device(config.device)
+        spent = spend_budget(config, known.model, known.directory, known.cache, plan, device)
+        return replace(spent.plan, left_open=None), (spent.summary,)
+    reach, in_bits = plan.left_open.reach, config.target_bpw is not None
+    unit, scale = ("bits a weight", 1.0) if in_bits else ("MB", 1e6)
+    range_of = f"from {reach.smallest / scale:,.4g} to {reach.largest / scale:,.4g} {unit} can be reached"
+    return plan, (
+        f"{config.budget_in_words} is not spent yet: {reason}; {range_of}. Formats are all that are open to a site, "
+        "bytes and seconds those of the smallest.",
+    )
+
+
+def _left_open_because(config: QuantizeConfig, known: _Known, plan: ModelPlan) -> str:
+    """Why a budget can't be spent now; empty where it can."""
+    assert plan.left_open is not None
+    if known.cache is None:
+        return f"it needs the calibration cache {config.cache_path}"
+    groups, menus = find_groups(known.model), plan.left_open.menus
+    if not known.has_weights and needs_weights(groups, menus, known.cache):
+        return "it needs the weights, whose errors are forecast"
+    if config.sensitivity == "measured" and (left := unmeasured_groups(groups, menus, known.cache)):
+        return f"--sensitivity measured needs {len(left)} runs of the model"
+    return ""
+
+
+def _recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
+    if plan.left_open is None:
+        return recipe_in_words(config, plan)
+    return f"{config.algo} {config.budget_in_words}, not spent yet"
+
+
+def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig) -> TextShape:
+    if cache is None:
+        sources = 1 if calibration.use_random_calib else len(dataset_names(calibration.dataset))
+        held_out = sum(map(held_out_windows, window_shares(calibration.calib_size, sources)))
+        return TextShape(
+            calibration_windows=calibration.calib_size - held_out,
+            held_out_windows=held_out,
+            seq_len=calibration.seq_len,
+            batch_size=calibration.batch_size,
+        )
+    key = cache.manifest.key
+    return TextShape(
+        calibration_windows=key.calibration_windows,
+        held_out_windows=key.held_out_windows,
+        seq_len=key.seq_len,
+        batch_size=calibration.batch_size,
+    )
+
+
+def _memory(
+    config: QuantizeConfig,
+    known: _Known,
+    plan: ModelPlan,
+    calibration: CalibrateConfig,
+    text: TextShape | None,
+    held: int,
+) -> Iterator[StageMemory]:
+    if text is not None and known.cache is None:
+        processes = join_processes()
+        limit = memory_limit(calibration.max_memory, choose_device(calibration.device), processes)
+        costs = piece_bytes(find_groups(known.model), text, processes)
+        providers = choose_providers(calibration.calibration_eps).names
+        yield calibration_memory(known.model, costs, limit, held, providers)
+    yield search_memory(plan.sites.groups, choose_device(config.device), held)
+    yield export_memory(plan.sites.groups, plan.sites.specs, held)
+
+
+def _notes(config: QuantizeConfig) -> Iterator[str]:
+    if config.tunes_blocks:
+        yield "what is done decoder block by decoder block (--refine, signround) comes on top"
+
+
+def _sites(
+    config: QuantizeConfig, plan: ModelPlan, sites: Sequence[MatMulSite], seconds: Mapping[str, float]
+) -> Iterator[PreviewedSite]:
+    groups = {site.name: group for group in plan.sites.groups for site in group.sites}
+    kept = dict(plan.sites.kept)
+    menus = {} if plan.left_open is None else {menu.site.name: menu for menu in plan.left_open.menus}
+    for site in sites:
+        spec, menu = plan.sites.specs.get(site.name), menus.get(site.name)
+        scale = _input_scale(config, groups.get(site.name))
+        yield PreviewedSite(
+            name=site.name,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            format=KEEP if spec is None else spec.label,
+            formats=() if menu is None or len(menu.formats) == 1 else tuple(menu.formats),
+            bits=None if spec is None else spec.bits,
+            block_size=spec.granularity.block_size
+            if spec is not None and isinstance(spec.granularity, PerBlock)
+            else None,
+            zero_point=spec is not None and not spec.symmetric,
+            why=kept.get(site.name, "" if menu is None else menu.fixed_because),
+            bytes_before=weight_bytes(site),
+            bytes_after=weight_bytes(site) if spec is None else stored_bytes(site, spec, plan.choice.form),
+            input_scale=scale.place,
+            input_scale_into=scale.into,
+            input_scale_why=scale.why,
+            seconds=seconds.get(site.name, 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InputScale:
+    place: InputScalePlace
+    into: str = ""
+    why: str = ""
+
+
+def _input_scale(config: QuantizeConfig, group: ActivationGroup | None) -> _InputScale:
+    """Where the scale of a group goes, as far as the graph's structure decides; its values may still forbid a fold."""
+    if group is None or config.search_algorithm not in get_args(ScaleSearch):
+        return _InputScale(place="none")
+    if config.awqlite_disable_fuse_nodes:
+        return _InputScale(place="mul", why="--awqlite_disable_fuse_nodes")
+    match group.absorber:
+        case NormAbsorber(output=output):
+            return _InputScale(place="norm", into=output)
+        case LinearAbsorber(site=site):
+            return _InputScale(place="linear", into=site)
+        case ValueAbsorber(site=site):
+            return _InputScale(place="value", into=site)
+        case None:
+            return _InputScale(place="mul", why=group.unfoldable_because)

@@ -1,0 +1,125 @@
+"""Estimate how long a search takes: search one group of each shape with random numbers, and scale its time."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stages.commands.quantize_options import QuantizeConfig
+from stages.calibration.capture import TextShape
+from stages.calibration.statistics import StatisticsSize
+from stages.quantization.plan.plan import ModelPlan
+from stages.quantization.plan.plan import group_solver
+from stages.records.sites import ActivationGroup
+from stages.records.results import ActivationStats
+from stages.records.sites import MatMulSite
+from stages.records.results import TokenStats
+from stages.quantization.search.solver import GroupSolver
+from stages.quantization.search.solver import search_cost
+from stages.quantization.search.parallel import small_groups
+from stages.quantization.search.parallel import solve_groups
+from stages.quantization.search.parallel import workers_on
+
+_TIMED = 4e9
+"""The ``search_cost`` of a timed group, at most: a dry run shall take seconds."""
+_WARM_UP = 1e7
+"""The same of a group that is searched first, so that starting the device isn't timed."""
+_BLOCK = 256
+"""Inputs are cut to multiples of the largest block."""
+
+
+def search_seconds(
+    config: QuantizeConfig, plan: ModelPlan, text: TextShape | None, device: torch.device
+) -> dict[str, float]:
+    """Estimate the seconds of the search by site; those of an activation's sites are shared by size.
+
+    Args:
+        config: names the algorithm and its options.
+        plan: the groups that are searched, and their formats.
+        text: the calibration text; None where the algorithm reads no statistics.
+        device: where the search runs, as busy as it is now.
+    """
+    groups, workers = plan.sites.groups, workers_on(device)
+    small = set(small_groups(groups, workers))
+    cost = _weights if text is None else search_cost
+
+    def seconds_of(group: ActivationGroup, together: int) -> float:
+        solver = _random_solver(config, plan, group, text, device)
+        started = time.perf_counter()
+        for _ in solve_groups(solver, [group] * together):
+            pass
+        return (time.perf_counter() - started) / together
+
+    seconds_of(_shrunk(groups[0], _WARM_UP), 1)
+    seconds: dict[tuple[object, ...], float] = {}
+    found: dict[str, float] = {}
+    for place, group in enumerate(groups):
+        together = workers if place in small else 1
+        shape = (
+            together,
+            group.in_features,
+            *((site.out_features, plan.sites.specs[site.name]) for site in group.sites),
+        )
+        if shape not in seconds:
+            timed = _shrunk(group, _TIMED)
+            seconds[shape] = seconds_of(timed, together) * cost(group) / cost(timed)
+        channels = sum(site.out_features for site in group.sites)
+        found |= {site.name: seconds[shape] * site.out_features / channels for site in group.sites}
+    return found
+
+
+def _shrunk(group: ActivationGroup, limit: float) -> ActivationGroup:
+    """Return ``group`` where its ``search_cost`` is at most ``limit``; else about so large, its inputs and outputs cut.
+
+    Both are cut by the same factor, so that what grows with one of them keeps its part of the time.
+    """
+    factor = (limit / search_cost(group)) ** (1 / 3)
+    if factor >= 1:
+        return group
+    inputs = min(group.in_features, max(_BLOCK, round(group.in_features * factor / _BLOCK) * _BLOCK))
+    sites = tuple(
+        replace(site, in_features=inputs, out_features=math.ceil(site.out_features * factor)) for site in group.sites
+    )
+    # What absorbs the input scale has the shape of the whole group.
+    return replace(group, in_features=inputs, sites=sites, absorber=None)
+
+
+def _weights(group: ActivationGroup) -> float:
+    return float(group.in_features * sum(site.out_features for site in group.sites))
+
+
+def _random_solver(
+    config: QuantizeConfig, plan: ModelPlan, group: ActivationGroup, text: TextShape | None, device: torch.device
+) -> GroupSolver:
+    """Return a solver that reads random numbers for ``group``: neither weights nor statistics need to be there yet."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        site.name: torch.randn(site.out_features, site.in_features, generator=generator).to(device)
+        for site in group.sites
+    }
+
+    def read_weight(site: MatMulSite) -> Tensor:
+        return weights[site.name]
+
+    if text is None:
+        return group_solver(config, plan, device, read_weight, None)
+    stats = ActivationStats(
+        calibration=_random_stats(text.size(group, "calibration"), generator),
+        held_out=_random_stats(text.size(group, "held_out"), generator),
+    )
+    return group_solver(config, plan, device, read_weight, lambda _: stats)
+
+
+def _random_stats(size: StatisticsSize, generator: torch.Generator) -> TokenStats:
+    tokens = size.tokens if size.keeps_rows else min(size.tokens, 2 * size.in_features)
+    rows = torch.randn(tokens, size.in_features, generator=generator)
+    return TokenStats(
+        num_tokens=size.tokens,
+        abs_mean=rows.abs().mean(dim=0),
+        gram=None if size.keeps_rows else rows.T @ rows / tokens,
+        rows=rows if size.keeps_rows else None,
+    )

@@ -1,0 +1,210 @@
+"""What a run would do, before it does anything: the records and the tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from stages.records.formats import EmbeddingPlan
+from stages.records.sites import UnreachedWeights
+from stages.quantization.weights.summary import ranges
+from stages.records.sites import kind_of
+from stages.records.sites import layer_of
+from stages.records.sites import short_name
+
+InputScalePlace = Literal["none", "norm", "linear", "value", "mul"]
+_PLACES: dict[InputScalePlace, str] = {
+    "none": "-",
+    "norm": "into the norm",
+    "linear": "into up_proj",
+    "value": "into v_proj",
+    "mul": "Mul",
+}
+_MANY = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreviewedSite:
+    """One MatMul or Gemm."""
+
+    name: str
+    in_features: int
+    out_features: int
+    format: str
+    """The QuantSpec's label, or keep."""
+    formats: tuple[str, ...]
+    """All that it may still become, where a budget isn't spent yet; else empty."""
+    bits: int | None
+    """4 or 8; None where it stays as it is."""
+    block_size: int | None
+    """Inputs that share a scale."""
+    zero_point: bool
+    why: str
+    """Why it stays as it is, or which option gave it its format; often nothing."""
+    bytes_before: int
+    bytes_after: int
+    """Codes, scales and zero points, or the weight as it is."""
+    input_scale: InputScalePlace
+    """Where the search's input scale goes: none where the algorithm has none."""
+    input_scale_into: str
+    """The norm's output or the site that takes it."""
+    input_scale_why: str
+    """Why a Mul remains."""
+    seconds: float
+    """Of the search; sites of one activation share it by their size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """The most that one stage holds at once, beside nothing else."""
+
+    stage: str
+    bytes: int
+    holds: str
+    """What most of it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchEstimate:
+    """How long the search takes."""
+
+    seconds: float
+    device: str
+    groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """Everything that is known beforehand."""
+
+    base: Path
+    output: Path
+    recipe: str
+    sites: tuple[PreviewedSite, ...]
+    unquantizable: tuple[tuple[str, str], ...]
+    """(node, why) for MatMul and Gemm nodes that are no sites."""
+    embeddings: tuple[EmbeddingPlan, ...]
+    unreached: tuple[UnreachedWeights, ...]
+    bits_per_weight: float
+    """Codes, scales and zero points, over the sites that are quantized."""
+    bytes_before: int
+    bytes_after: int
+    """The .onnx file and its external data."""
+    memory: tuple[StageMemory, ...]
+    search: SearchEstimate
+    obstacles: tuple[str, ...]
+    """What would stop the run as things are."""
+    notes: tuple[str, ...]
+
+
+def preview_table(preview: Preview) -> Group:
+    """Sites by kind, format and place of the input scale, then everything that concerns the whole model."""
+    return Group(_sites(preview), _whole(preview))
+
+
+def _sites(preview: Preview) -> Table:
+    table = Table(
+        title=f"{preview.recipe}: what would be done (--dry_run; nothing was)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("sites", "layers", "K x N", "format"):
+        table.add_column(name, no_wrap=name != "layers", overflow="fold")
+    for name in ("MB before", "MB after", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("input scale", overflow="fold")
+    for members in _grouped(preview.sites):
+        table.add_row(*(Text(cell) for cell in _row(members)))
+    return table
+
+
+def _grouped(sites: Sequence[PreviewedSite]) -> list[list[PreviewedSite]]:
+    """Sites that differ in their layer alone, kinds in graph order."""
+    found: dict[tuple[object, ...], list[PreviewedSite]] = {}
+    order: dict[str, int] = {}
+    for site in sites:
+        kind = kind_of(site.name)
+        order.setdefault(kind, len(order))
+        size = (site.in_features, site.out_features)
+        key = (kind, size, site.format, site.formats, site.why, site.input_scale, site.input_scale_why)
+        found.setdefault(key, []).append(site)
+    return sorted(found.values(), key=lambda members: order[kind_of(members[0].name)])
+
+
+def _row(members: list[PreviewedSite]) -> list[str]:
+    first = members[0]
+    layers = sorted(layer for site in members if (layer := layer_of(site.name)) is not None)
+    seconds = sum(site.seconds for site in members)
+    return [
+        f"{len(members)} x {kind_of(first.name)}",
+        ranges(layers),
+        f"{first.in_features} x {first.out_features}",
+        _format(first),
+        f"{sum(site.bytes_before for site in members) / 1e6:,.1f}",
+        f"{sum(site.bytes_after for site in members) / 1e6:,.1f}",
+        f"{seconds:,.1f}" if first.bits is not None else "-",
+        f"Mul: {first.input_scale_why}" if first.input_scale == "mul" else _PLACES[first.input_scale],
+    ]
+
+
+def _format(site: PreviewedSite) -> str:
+    if site.formats:
+        return f"{' / '.join(site.formats)}{f' ({site.why})' if site.why else ''}"
+    zero_point = ", zero point" if site.zero_point else ""
+    return f"{site.format}{zero_point}{f' ({site.why})' if site.why else ''}"
+
+
+def _whole(preview: Preview) -> Table:
+    table = Table(show_header=False, title=Text(f"{preview.base} -> {preview.output}"), title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _lines(preview):
+        table.add_row(name, Text(text))
+    return table
+
+
+def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
+    before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
+    yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {preview.bits_per_weight:.3f} bits a quantized weight"
+    for plan in preview.embeddings:
+        yield (
+            "embedding",
+            f"{plan.table.weight}: INT4 in blocks of {plan.block_size}, {plan.stored_bytes / 1e6:,.1f} MB",
+        )
+    for part in preview.unreached:
+        yield "stays", part.in_words
+    yield from _by_reason("stays", preview.unquantizable)
+    estimate = preview.search
+    yield (
+        "search",
+        f"about {_duration(estimate.seconds)} for {estimate.groups} groups on {estimate.device}: an estimate, from "
+        "a group of each shape that this device has just searched",
+    )
+    for memory in preview.memory:
+        yield f"memory, {memory.stage}", f"about {memory.bytes / 1e6:,.0f} MB at most: {memory.holds}"
+    for note in preview.notes:
+        yield "note", note
+    for obstacle in preview.obstacles:
+        yield "not yet", obstacle
+
+
+def _by_reason(row: str, nodes: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for reason, count in Counter(why for _, why in nodes).items():
+        names = [short_name(name) for name, why in nodes if why == reason]
+        more = f" and {count - _MANY} more" if count > _MANY else ""
+        yield row, f"{count} x {reason}: {', '.join(names[:_MANY])}{more}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

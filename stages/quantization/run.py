@@ -1,0 +1,241 @@
+"""Plan, search and store quantized weights: what stage two does before the export."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import onnx_ir as ir
+import torch
+
+from stages.model.load import load_graph
+from stages.quantization.blocks.decoder import open_blocks
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import CacheMismatch, SolveError, UserError
+from stages.model.load import fingerprint_model
+from stages.model.unquantized import unreached_warning
+from stages.model.weights import read_rows
+from stages.model.weights import read_weight
+from stages.system.hardware import choose_device
+from stages.model.directory import ModelDirectory
+from stages.model.directory import locate_model
+from stages.calibration.cache import CalibrationCache
+from stages.calibration.cache import open_cache
+from stages.quantization.plan.plan_file import PLAN
+from stages.quantization.plan.plan_file import write_plan
+from stages.quantization.plan.plan import ModelPlan
+from stages.quantization.plan.plan import group_solver
+from stages.quantization.plan.plan import make_recipe
+from stages.quantization.plan.plan import plan_model
+from stages.quantization.plan.plan import signround_options
+from stages.system.distributed import Processes
+from stages.commands.progress import progress_bar
+from stages.quantization.weights.store import EARLIER
+from stages.quantization.weights.store import QuantizedStore
+from stages.quantization.weights.store import create_or_resume_store
+from stages.records.sites import ActivationGroup
+from stages.records.results import SiteReport
+from stages.quantization.weights.summary import loss_so_far
+from stages.records.sites import short_name
+from stages.quantization.search.embedding import quantize_table
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.search.solver import GroupSolver
+from stages.quantization.search.solver import search_cost
+from stages.quantization.search.parallel import solve_groups
+from stages.quantization.plan.allocate_budget import SpentBudget
+from stages.quantization.plan.allocate_budget import spend_budget
+from stages.quantization.blocks.tuner import BlockStep
+from stages.quantization.blocks.tuner import BlockTuner
+from stages.quantization.blocks.tuner import RefineStep
+from stages.quantization.blocks.tuner import SignRoundStep
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A base model, a decided plan for it, the statistics to search with, and where the result goes."""
+
+    directory: ModelDirectory
+    model: ir.Model
+    plan: ModelPlan
+    cache: CalibrationCache | None
+    """None where the algorithm needs no statistics."""
+    store: QuantizedStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """A search that nothing has been done of yet."""
+
+    solver: GroupSolver
+    groups: tuple[ActivationGroup, ...]
+
+
+@contextmanager
+def discard_if_bad_input(store: QuantizedStore, *, owner: bool) -> Iterator[None]:
+    """Remove ``store`` where this run began it and it holds nothing, or weights that rest on bad numbers."""
+    is_new = store.is_empty
+    try:
+        yield
+    except UserError as error:
+        if owner and is_new and (store.is_empty or isinstance(error, SolveError | CacheMismatch)):
+            store.discard()
+        raise
+
+
+def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
+    model = load_graph(directory)
+    fingerprint = fingerprint_model(directory, model)
+    cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
+    plan = plan_model(config, model, directory)
+    _say_plan(config, plan)
+    spent = _spent(config, model, directory, plan, cache)
+    plan = plan if spent is None else spent.plan
+    recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
+    store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
+    if spent is not None:
+        write_plan(store.folder / PLAN, spent.file_text)
+    return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
+
+
+def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
+    """Fill the store; what is in it already stays."""
+    if config.tunes_blocks:
+        _tune_unfinished(config, prepared, processes)
+        if processes.is_first:
+            # Not sooner: a stopped run never searches again.
+            shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
+    else:
+        solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
+        _solve_unfinished(solver, prepared.store, processes)
+
+
+def open_search(config: QuantizeConfig) -> Search:
+    """The search that ``quantize`` would do, with no place to save its results: for measuring it.
+
+    Raises:
+        UserError: what ``quantize`` raises before it searches.
+    """
+    config.validate()
+    directory = locate_model(config.onnx_path)
+    model = load_graph(directory)
+    cache = open_cache(config.cache_path, fingerprint_model(directory, model)) if config.needs_cache else None
+    plan = plan_model(config, model, directory)
+    return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
+
+
+def _say_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
+    """What the target decided, and what a person should know before the search starts."""
+    if config.parsed_target is not None:
+        chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
+        _LOGGER.info("formats for %s: %s", config.parsed_target.label, chosen)
+    sites = plan.sites
+    left = unreached_warning(plan.unreached, quantized=len(sites.specs), routers=sites.kept_routers)
+    for warning in filter(None, (*plan.choice.warnings, left)):
+        _LOGGER.warning("%s", warning)
+
+
+def _spent(
+    config: QuantizeConfig,
+    model: ir.Model,
+    directory: ModelDirectory,
+    plan: ModelPlan,
+    cache: CalibrationCache | None,
+) -> SpentBudget | None:
+    """What ``plan`` left open, decided; None where it left nothing open."""
+    if plan.left_open is None:
+        return None
+    assert cache is not None, "a budget needs the cache"
+    spent = spend_budget(config, model, directory, cache, plan, choose_device(config.device))
+    _LOGGER.info("%s", spent.summary)
+    return spent
+
+
+def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
+    device = choose_device(config.device)
+    read_stats = None if cache is None else cache.read
+    return group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
+
+
+def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:
+    """Solve the groups that have no file yet, shared out by cost; each is saved before the next begins."""
+    unfinished = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
+    processes.wait_for_all()  # so that all share out the same groups
+    costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
+    mine = processes.my_share(costs)
+    with progress_bar() as progress:
+        unit = "groups" if processes.count == 1 else f"groups of this process, the first of {processes.count}"
+        task = progress.add_task("search", total=sum(costs[place] for place in mine), steps=len(mine), unit=unit)
+        places, found = sorted(mine), list[SiteReport]()
+        for index, solved in solve_groups(solver, [store.recipe.groups[unfinished[place]] for place in places]):
+            store.write(unfinished[places[index]], solved)
+            found += solved.reports
+            now = short_name(solved.group.sites[0].name)
+            progress.advance(task, costs[places[index]], now=now, note=loss_so_far(found))
+    processes.wait_for_all()
+    if processes.is_first:
+        store.write_report()
+
+
+def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
+    """Search what tuning starts from, and tune the blocks that have no files yet, step after step.
+
+    Processes share the search; each block needs the one before, so the first process tunes them.
+    """
+    store, cache = prepared.store, prepared.cache
+    assert cache is not None
+    if store.is_complete():
+        return
+    blocks = open_blocks(prepared.model, store.recipe.groups)
+    search = replace(config, algo=config.search_algorithm, refine=False)
+    solver = _solver(search, prepared.model, prepared.plan, cache)
+    with processes.first_goes_first():
+        begun = _earlier_store(store, "search", search, prepared.plan, cache)
+    _solve_unfinished(solver, begun, processes)
+    if not processes.is_first:
+        return
+    *earlier, last = _block_steps(config, solver.options)
+    for step, result in (*earlier, last):
+        reached = store if step is last[0] else _earlier_store(store, step.name, result, prepared.plan, cache)
+        BlockTuner(
+            model=blocks,
+            directory=prepared.directory,
+            cache=cache,
+            start=begun,
+            store=reached,
+            step=step,
+            batch_size=config.signround_batch_size,
+            device=choose_device(config.device),
+        ).tune()
+        begun = reached
+
+
+def _block_steps(config: QuantizeConfig, options: SearchOptions) -> list[tuple[BlockStep, QuantizeConfig]]:
+    """Return the steps that go block by block after the search, in order, each with what it makes of the search."""
+    steps: list[tuple[BlockStep, QuantizeConfig]] = []
+    if config.refine:
+        steps.append((RefineStep(options), replace(config, algo=config.search_algorithm)))
+    if config.algo == "signround":
+        steps.append((SignRoundStep(signround_options(config)), config))
+    return steps
+
+
+def _earlier_store(
+    store: QuantizedStore, name: str, config: QuantizeConfig, plan: ModelPlan, cache: CalibrationCache
+) -> QuantizedStore:
+    """The folder of a step before the last."""
+    recipe = make_recipe(config, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
+    return create_or_resume_store(store.folder / EARLIER / name, recipe, overwrite=config.overwrite)
+
+
+def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:
+    """Round the embeddings that have no file yet."""
+    for index, plan in enumerate(store.recipe.embeddings):
+        file = store.table_file(index)
+        if not file.is_finished():
+            store.write_table(index, quantize_table(plan, partial(read_rows, model, plan.table, device=device)))

@@ -1,0 +1,1 @@
+"""Quantize the weights of one activation group: pure functions of tensors."""

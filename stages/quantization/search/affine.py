@@ -1,0 +1,180 @@
+"""Choose scales and zero points for blocks of weights, quantize, dequantize.
+
+w = (code - zero_point) * scale, codes rounded half to even, as ONNX QuantizeLinear / DequantizeLinear define it.
+Scales are rounded to their stored type before any code is chosen, so that the codes fit what the runtime reads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+from dataclasses import dataclass
+from jaxtyping import Float
+from torch import Tensor
+from collections.abc import Sequence
+import torch
+from stages.records.formats import FloatName
+from stages.records.formats import torch_float
+from stages.records.formats import QuantSpec
+from torch.nn.functional import pad
+
+
+RangeRule = Literal["signed", "full", "compat7"]
+"""How a symmetric range without zero point becomes a scale, b being its bits.
+
+full: scale = max(-min / 2^(b-1), max / (2^(b-1) - 1)). signed: the same for INT8; for INT4 the scale is negative where
+the block reaches farther up than down, so that the larger side always has the level more (ONNX Runtime's own
+MatMulNBits quantizer and llama.cpp's Q4_0 do so too). compat7: |w|max / (2^(b-1) - 1).
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockParameters:
+    """Scales and zero points of blocks, in float32 (zero points hold integers); None means zero point 0."""
+
+    scales: Float[Tensor, "*batch nB"]
+    zero_points: Float[Tensor, "*batch nB"] | None
+
+
+def stack_parameters(parts: Sequence[BlockParameters]) -> BlockParameters:
+    """Parameters of several matrices' rows, one below the other."""
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    return BlockParameters(
+        scales=torch.cat([part.scales for part in parts]),
+        zero_points=torch.cat(zero_points) if zero_points else None,
+    )
+
+
+def split_parameters(stack: BlockParameters, rows: Sequence[int]) -> list[BlockParameters]:
+    """The inverse: the parameters of each matrix, of so many rows."""
+    scales = torch.split(stack.scales, list(rows))
+    if stack.zero_points is None:
+        return [BlockParameters(scales=part, zero_points=None) for part in scales]
+    both = zip(scales, torch.split(stack.zero_points, list(rows)), strict=True)
+    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in both]
+
+
+def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:
+    """Scales as the file will hold them, in float32: rounded, never nearer to 0 than the type's smallest normal number.
+
+    The sign stays.
+    """
+    dtype = torch_float(name)
+    info = torch.finfo(dtype)
+    return torch.copysign(scales.abs().clamp_(info.tiny, info.max), scales).to(dtype).float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRange:
+    """Smallest and largest number of every block."""
+
+    low: Float[Tensor, "*batch nB"]
+    high: Float[Tensor, "*batch nB"]
+
+
+def block_range(blocks: Float[Tensor, "*batch nB B"]) -> BlockRange:
+    """The full range of every block."""
+    return BlockRange(low=blocks.amin(dim=-1), high=blocks.amax(dim=-1))  # aminmax is several times slower here
+
+
+def choose_parameters(
+    blocks: Float[Tensor, "*batch nB B"],
+    spec: QuantSpec,
+    rule: RangeRule = "full",
+    clip_ratio: float | Float[Tensor, "*#batch nB"] = 1.0,
+) -> BlockParameters:
+    """Range of every block, shrunk by ``clip_ratio``, as scales and zero points."""
+    return parameters_of(block_range(blocks), spec, rule, clip_ratio)
+
+
+def parameters_of(
+    full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Float[Tensor, "*#batch nB"]
+) -> BlockParameters:
+    """``full``, shrunk by ``clip_ratio``, as scales and zero points.
+
+    An all-zero block gets scale 1. The asymmetric range always contains 0, so that the zero point exists for blocks of
+    one sign.
+    """
+    if spec.symmetric:
+        return _symmetric(full, spec, rule, clip_ratio)
+    return _asymmetric(full, spec, clip_ratio)
+
+
+def _symmetric(full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Tensor) -> BlockParameters:
+    if rule != "signed" or spec.bits != 4:
+        return BlockParameters(scales=_storable(_extent(full, spec, rule) * clip_ratio, spec), zero_points=None)
+    upward = full.high > -full.low
+    mirrored = BlockRange(low=torch.where(upward, -full.high, full.low), high=torch.where(upward, -full.low, full.high))
+    scales = _storable(_extent(mirrored, spec, "full") * clip_ratio, spec)
+    return BlockParameters(scales=torch.where(upward, -scales, scales), zero_points=None)
+
+
+def _extent(full: BlockRange, spec: QuantSpec, rule: RangeRule) -> Tensor:
+    if rule == "compat7":
+        return torch.maximum(-full.low, full.high) / spec.code_max
+    return torch.maximum(full.low / spec.code_min, full.high / spec.code_max)
+
+
+def _asymmetric(full: BlockRange, spec: QuantSpec, clip_ratio: float | Tensor) -> BlockParameters:
+    low = full.low.clamp(max=0) * clip_ratio
+    high = full.high.clamp(min=0) * clip_ratio
+    scales = _storable((high - low) / spec.code_max, spec)
+    zero_points = torch.round(-low / scales).clamp(spec.code_min, spec.code_max)
+    return BlockParameters(scales=scales, zero_points=zero_points)
+
+
+def _storable(extent: Tensor, spec: QuantSpec) -> Tensor:
+    return round_to_storage(torch.where(extent > 0, extent, torch.ones_like(extent)), spec.scale_dtype)
+
+
+def quantize(
+    blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
+) -> Float[Tensor, "*batch nB B"]:
+    """Codes as float32 integers in [code_min, code_max]."""
+    codes = (blocks / parameters.scales.unsqueeze(-1)).round_()
+    if parameters.zero_points is not None:
+        codes += parameters.zero_points.unsqueeze(-1)
+    return codes.clamp_(spec.code_min, spec.code_max)
+
+
+def dequantize(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters) -> Float[Tensor, "*batch nB B"]:
+    """(codes - zero_points) * scales, in float32."""
+    if parameters.zero_points is not None:
+        codes = codes - parameters.zero_points.unsqueeze(-1)
+    return codes * parameters.scales.unsqueeze(-1)
+
+
+def round_trip(
+    blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
+) -> Float[Tensor, "*batch nB B"]:
+    """What the runtime will compute with in place of ``blocks``: a new tensor."""
+    # The same as dequantize(quantize(...)) without another pass through memory.
+    stored = quantize(blocks, parameters, spec)
+    if parameters.zero_points is not None:
+        stored -= parameters.zero_points.unsqueeze(-1)
+    stored *= parameters.scales.unsqueeze(-1)
+    return stored
+
+
+def num_blocks(in_features: int, block_size: int) -> int:
+    """nB = ceil(K / B)."""
+    return -(-in_features // block_size)
+
+
+def split(weight: Float[Tensor, "*batch K"], block_size: int) -> Float[Tensor, "*batch nB B"]:
+    """[..., K] -> [..., nB, B], zero-padded at the end; a view of ``weight`` where nothing is added."""
+    *batch, in_features = weight.shape
+    blocks = num_blocks(in_features, block_size)
+    missing = blocks * block_size - in_features
+    whole = pad(weight, (0, missing)) if missing else weight  # a copy even where there is nothing to add
+    return whole.reshape(*batch, blocks, block_size)
+
+
+def join(blocks: Float[Tensor, "*batch nB B"], in_features: int) -> Float[Tensor, "*batch K"]:
+    """The inverse of ``split``: [..., nB, B] -> [..., K] with the padding cut off."""
+    return blocks.flatten(-2)[..., :in_features]
+
+
+def diagonal_blocks(gram: Float[Tensor, "K K"], block_size: int) -> Float[Tensor, "nB B B"]:
+    """The B x B blocks on the diagonal of a Gram matrix, zero where the last one is padded."""
+    padded = split(split(gram, block_size).movedim(0, -1), block_size)  # [nB, B, nB, B]: columns, then rows
+    return torch.diagonal(padded, dim1=0, dim2=2).permute(2, 0, 1).contiguous()

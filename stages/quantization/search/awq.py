@@ -1,0 +1,163 @@
+"""AWQ input scales (Lin et al., AWQ: Activation-aware Weight Quantization, 2023, section 3.2).
+
+Channels that carry large activations are quantized more finely: W diag(s) is rounded and x / s multiplied with it. Two
+families are searched, s = a^r (the paper's) and s = a^r / w^(1-r) ("duo", llm-awq and AutoAWQ), and the identity, so
+that the result is never worse than plain rounding. Siblings are searched jointly, at the scale that is really used.
+"""
+
+from __future__ import annotations
+
+from stages.quantization.search.choices import first_accepted
+from stages.quantization.search.choices import full_ranges
+from stages.quantization.search.problem import GroupProblem
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.search.problem import SiteChoice
+from stages.quantization.search.problem import IDENTITY
+from stages.quantization.search.problem import InputScale
+from stages.quantization.search.problem import LOOK
+from stages.quantization.search.problem import Sample
+from stages.quantization.search.problem import GLANCE
+import torch
+from stages.quantization.search.choices import candidate_errors
+from torch import Tensor
+from stages.records.results import TokenStats
+from jaxtyping import Float
+from stages.records.formats import QuantSpec
+from stages.quantization.search.affine import join
+from stages.quantization.search.affine import split
+from stages.records.sites import HeadSharing
+from stages.quantization.search.ranges import clip_sites
+from stages.quantization.search.ranges import search_sites
+from stages.quantization.search.choices import site_errors
+
+
+_SMALLEST, _LARGEST = 1e-4, 1e4
+"""Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
+
+
+_SECOND_LOOKS = 8
+"""Candidates that are looked at on more channels."""
+
+
+def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """The input scale with the smallest joint error that neither the held-out tokens nor all channels veto."""
+    ranked = rank_input_scales(problem, options)
+    return first_accepted(problem, options, (full_ranges(problem, options.range_rule, scale) for scale in ranked))
+
+
+def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
+    """The best candidates from the smallest to the largest joint error at full range.
+
+    The list ends with the identity: what comes after it is never taken.
+    """
+    *candidates, _ = glance_at_input_scales(problem, options)
+    return _ranked(Sample(problem, LOOK), options, [IDENTITY, *candidates[:_SECOND_LOOKS]])
+
+
+def glance_at_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
+    """All candidates in the order of their joint error at full range, on a small sample of the channels.
+
+    The list ends with the identity, like that of ``rank_input_scales``.
+    """
+    assert problem.stats is not None
+    candidates = input_scale_candidates(problem, problem.stats.calibration, options.alpha_step)
+    return _ranked(Sample(problem, GLANCE), options, [IDENTITY, *candidates])
+
+
+def _ranked(sample: Sample, options: SearchOptions, candidates: list[InputScale]) -> list[InputScale]:
+    """``candidates``, the identity first among them, best first and up to the identity."""
+    few = sample.problem
+    assert few.stats is not None
+    stats = few.stats.calibration
+    scales = torch.stack([_as_tensor(candidate, stats) for candidate in candidates])
+    errors = [
+        candidate_errors(weight, spec, scales, options.range_rule, stats).tolist()
+        for weight, spec in zip(few.weights, few.specs, strict=True)
+    ]
+    joint = [sample.joint_error(of_sites) for of_sites in zip(*errors, strict=True)]
+    order = sorted(range(len(candidates)), key=joint.__getitem__)
+    return [candidates[index] for index in order[: order.index(0) + 1]]
+
+
+def _as_tensor(candidate: InputScale, stats: TokenStats) -> Tensor:
+    return torch.ones_like(stats.abs_mean) if candidate.scale is None else candidate.scale
+
+
+def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step: float) -> list[InputScale]:
+    """a^r for r in (0, 1] and a^r / w^(1-r) for r in [0, 1), without the identity."""
+    activation, weight = stats.abs_mean, weight_magnitude(problem.weights, problem.specs)
+    heads = problem.head_sharing
+    if heads is not None:
+        activation, weight = mean_over_heads(activation, heads), mean_over_heads(weight, heads)
+    activation, weight = _positive(activation), _positive(weight)
+
+    def candidate(family: str, alpha: float, scale: Tensor) -> InputScale:
+        scale = _normalized(scale)
+        return InputScale(family=family, alpha=alpha, scale=scale if heads is None else repeat_over_heads(scale, heads))
+
+    steps = round(1 / alpha_step)
+    alphas = [round(min(1.0, index * alpha_step), 9) for index in range(steps + 1)]
+    power = [candidate("activation", alpha, activation**alpha) for alpha in alphas[1:]]
+    duo = [candidate("duo", alpha, activation**alpha / weight ** (1 - alpha)) for alpha in alphas[:-1]]
+    return power + duo
+
+
+def weight_magnitude(weights: tuple[Tensor, ...], specs: tuple[QuantSpec, ...]) -> Float[Tensor, " K"]:
+    """w_k: mean over all output channels of |W_nk| relative to the largest weight of its own block."""
+    parts = [_relative_magnitude(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
+    return torch.cat(parts).mean(dim=0)
+
+
+def _relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
+    blocks = split(weight.abs(), spec.block_size(weight.shape[1]))
+    largest = blocks.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(blocks.dtype).tiny)
+    return join(blocks / largest, weight.shape[1])
+
+
+def mean_over_heads(values: Float[Tensor, " K"], heads: HeadSharing) -> Float[Tensor, " V"]:
+    """Mean over the query heads of each key/value head: one value for each output channel of v_proj."""
+    return values.reshape(heads.kv_heads, heads.group_size, heads.head_size).mean(dim=1).reshape(-1)
+
+
+def repeat_over_heads(values: Float[Tensor, " V"], heads: HeadSharing) -> Float[Tensor, " K"]:
+    """Every key/value head's values for each of its query heads, equal to the last bit: what v_proj can absorb.
+
+    Repeated after all arithmetic, because a vectorized power may differ in the last bit from one lane to another.
+    """
+    grouped = values.reshape(heads.kv_heads, 1, heads.head_size)
+    return grouped.expand(-1, heads.group_size, -1).reshape(-1)
+
+
+def _positive(values: Tensor) -> Tensor:
+    """Channels that are never used (0) count as very quiet ones, so that powers stay finite."""
+    return values.clamp_min(max(float(values.max()) * 1e-8, torch.finfo(values.dtype).tiny))
+
+
+def _normalized(scale: Tensor) -> Tensor:
+    scale = scale / (scale.max().sqrt() * scale.min().sqrt())
+    return scale.clamp(_SMALLEST, _LARGEST)
+
+
+_SHORTLIST = 5
+"""Input scales that are clipped before one is chosen: clipping can reorder the best few."""
+
+
+def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """The best of the few best input scales and the identity, each with its own ranges."""
+    *scales, identity = glance_at_input_scales(problem, options)
+    sample = Sample(problem, LOOK)
+    ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(sample, options, scale))
+    return first_accepted(problem, options, (_clipped(problem, options, scale) for scale in ranked))
+
+
+def _clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
+    """The best ranges of all sites under a given input scale."""
+    return clip_sites(problem, options, full_ranges(problem, options.range_rule, scale))
+
+
+def _clipped_error(sample: Sample, options: SearchOptions, scale: InputScale) -> float:
+    """The joint error with ranges searched, measured on a sample of the channels."""
+    few = sample.problem
+    assert few.stats is not None
+    searched = search_sites(few, options, full_ranges(few, options.range_rule, scale))
+    return sample.joint_error(site_errors(few, searched, few.stats.calibration))

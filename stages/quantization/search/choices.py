@@ -1,0 +1,227 @@
+"""Carry out a choice: codes of a site, and the output error that they cause."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from jaxtyping import Float
+from stages.quantization.search.problem import InputScale
+from stages.records.formats import QuantSpec
+from stages.quantization.search.affine import RangeRule
+from stages.quantization.search.affine import choose_parameters
+from stages.quantization.search.affine import split
+from stages.quantization.search.problem import SiteChoice
+from stages.quantization.search.problem import GroupProblem
+from stages.quantization.search.affine import quantize
+from stages.quantization.search.affine import join
+import torch
+from stages.records.sites import MatMulSite
+from stages.records.results import QuantizedWeight
+from stages.records.formats import torch_float
+from stages.quantization.search.affine import dequantize
+from stages.records.results import TokenStats
+from stages.quantization.search.objective import joint_errors
+from dataclasses import replace
+from stages.quantization.search.affine import BlockParameters
+from stages.quantization.search.problem import Errors
+from stages.quantization.search.affine import round_trip
+from stages.quantization.search.objective import output_error
+from stages.quantization.search.problem import IDENTITY
+from stages.quantization.search.problem import SearchOptions
+from collections.abc import Iterable
+
+
+_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 1 << 22, 1 << 27
+"""Elements of one temporary: about what a CPU's caches hold; a few hundred megabytes on an accelerator."""
+
+
+_SILENCE = 1e-30
+"""Least energy that an error is divided by."""
+
+
+def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
+    """Output channels to work on at once so that temporaries stay small, whatever the layer's size."""
+    budget = _CPU_ELEMENTS if weight.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    return max(1, budget // (weight.shape[1] * candidates))
+
+
+def scaled_weight(weight: Float[Tensor, "N K"], input_scale: InputScale) -> Float[Tensor, "N K"]:
+    """W diag(s): what is stored under an input scale."""
+    return weight if input_scale.scale is None else weight * input_scale.scale
+
+
+def full_range(weight: Float[Tensor, "N K"], spec: QuantSpec, rule: RangeRule, input_scale: InputScale) -> SiteChoice:
+    """Rounding to nearest under ``input_scale``: every block keeps its full range."""
+    blocks = split(scaled_weight(weight, input_scale), spec.block_size(weight.shape[1]))
+    return SiteChoice(input_scale=input_scale, parameters=choose_parameters(blocks, spec, rule))
+
+
+def full_ranges(problem: GroupProblem, rule: RangeRule, input_scale: InputScale) -> tuple[SiteChoice, ...]:
+    """``full_range`` of every site of a group."""
+    return tuple(
+        full_range(weight, spec, rule, input_scale) for weight, spec in zip(problem.weights, problem.specs, strict=True)
+    )
+
+
+def quantize_site(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
+    """Codes of one site under ``choice``, integers in float32."""
+    if choice.codes is not None:
+        return choice.codes
+    blocks = split(scaled_weight(weight, choice.input_scale), spec.block_size(weight.shape[1]))
+    return join(quantize(blocks, choice.parameters, spec), weight.shape[1])
+
+
+def stored_weight(
+    site: MatMulSite, weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice
+) -> QuantizedWeight:
+    """What the file will hold for one site under ``choice``, on the CPU."""
+    zero_points, scale = choice.parameters.zero_points, choice.input_scale.scale
+    return QuantizedWeight(
+        site=site,
+        spec=spec,
+        codes=quantize_site(weight, spec, choice).to(spec.code_dtype).cpu(),
+        scales=choice.parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
+        zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
+        input_scale=None if scale is None else scale.cpu(),
+    )
+
+
+def weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
+    """D = Q(W diag(s)) diag(1/s) - W: the error as the unscaled activation sees it."""
+    codes = split(quantize_site(weight, spec, choice), spec.block_size(weight.shape[1]))
+    stored = join(dequantize(codes, choice.parameters), weight.shape[1])
+    scale = choice.input_scale.scale
+    return (stored if scale is None else stored / scale) - weight
+
+
+def site_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: TokenStats) -> float:
+    """tr(D G D^T): mean over tokens of the squared output error of the site, summed over its channels."""
+    return _site_errors(weight, spec, choice, (stats,))[0]
+
+
+def _site_errors(
+    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: tuple[TokenStats, ...]
+) -> list[float]:
+    totals = [0.0] * len(stats)
+    size = rows_per_chunk(weight)
+    for start in range(0, weight.shape[0], size):
+        chunk = slice(start, start + size)
+        errors = joint_errors(weight_error(weight[chunk], spec, _restrict(choice, chunk)), stats)
+        totals = [total + error for total, error in zip(totals, errors, strict=True)]
+    return totals
+
+
+def output_energies(weight: Float[Tensor, "N K"], stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """tr(W G W^T) over each of ``stats``, what errors are reported relative to; None where no token was seen."""
+    chunks = [joint_errors(rows, stats) for rows in torch.split(weight, rows_per_chunk(weight))]
+    totals = [max(sum(part), _SILENCE) for part in zip(*chunks, strict=True)]
+    return [None if each.is_silent else total for each, total in zip(stats, totals, strict=True)]
+
+
+def _restrict(choice: SiteChoice, chunk: slice) -> SiteChoice:
+    """The choice for some of the output channels."""
+    zero_points = choice.parameters.zero_points
+    return replace(
+        choice,
+        parameters=BlockParameters(
+            scales=choice.parameters.scales[chunk],
+            zero_points=None if zero_points is None else zero_points[chunk],
+        ),
+        codes=None if choice.codes is None else choice.codes[chunk],
+    )
+
+
+def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
+    """``site_error`` of every site of a group."""
+    return tuple(
+        site_error(weight, spec, choice, stats)
+        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+    )
+
+
+def measured(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
+    """``choices`` and those that they fall back to with their errors; what was measured is not measured again."""
+    assert problem.stats is not None
+    both = (problem.stats.calibration, problem.stats.held_out)
+    return tuple(
+        _measured(weight, spec, choice, both)
+        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+    )
+
+
+def _measured(weight: Tensor, spec: QuantSpec, choice: SiteChoice, both: tuple[TokenStats, TokenStats]) -> SiteChoice:
+    if choice.fallback is not None:
+        choice = replace(choice, fallback=_measured(weight, spec, choice.fallback, both))
+    if choice.errors is not None:
+        return choice
+    calibration, held_out = _site_errors(weight, spec, choice, both)
+    return replace(choice, errors=Errors(calibration=calibration, held_out=held_out))
+
+
+def total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
+    """The sums over the sites; all must be measured."""
+    errors = [errors_of(choice) for choice in choices]
+    return Errors(
+        calibration=sum(error.calibration for error in errors), held_out=sum(error.held_out for error in errors)
+    )
+
+
+def errors_of(choice: SiteChoice) -> Errors:
+    """The errors of a choice that was measured."""
+    assert choice.errors is not None, "not measured"
+    return choice.errors
+
+
+def candidate_errors(
+    weight: Float[Tensor, "N K"],
+    spec: QuantSpec,
+    input_scales: Float[Tensor, "A K"],
+    rule: RangeRule,
+    stats: TokenStats,
+) -> Float[Tensor, " A"]:
+    """tr(D G D^T) for each of A input scales at once, at full range, in float64."""
+    totals = torch.zeros(input_scales.shape[0], dtype=torch.float64)
+    size = rows_per_chunk(weight, input_scales.shape[0])
+    block_size = spec.block_size(weight.shape[1])
+    for rows in torch.split(weight, size):
+        blocks = split(rows * input_scales[:, None, :], block_size)  # [A, n, nB, B]
+        stored = join(round_trip(blocks, choose_parameters(blocks, spec, rule), spec), weight.shape[1])
+        error = stored.div_(input_scales[:, None, :]).sub_(rows)
+        totals += output_error(error, stats).double().sum(dim=-1).cpu()
+    return totals
+
+
+def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """Plain rounding for every site."""
+    return problem.plain or full_ranges(problem, options.range_rule, IDENTITY)
+
+
+def first_accepted(
+    problem: GroupProblem, options: SearchOptions, ranked: Iterable[tuple[SiteChoice, ...]]
+) -> tuple[SiteChoice, ...]:
+    """The first of ``ranked`` (best first) that is no worse than plain rounding, on calibration and held-out tokens.
+
+    Refinements that held-out tokens speak against are undone first. Plain rounding is the answer where none passes.
+    """
+    plain = measured(problem, rtn(problem, options))
+    limits = total_errors(plain)
+    for candidate in ranked:
+        choices = settle(problem, candidate)
+        errors = total_errors(choices)
+        if errors.held_out <= limits.held_out and errors.calibration <= limits.calibration:
+            return choices
+    return plain
+
+
+def settle(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
+    """Every site's choice, or the fallback that does better on held-out tokens; all are measured.
+
+    What is returned has no fallback any more: the question is decided, and its tensors can be freed.
+    """
+    return tuple(_settled(choice) for choice in measured(problem, choices))
+
+
+def _settled(choice: SiteChoice) -> SiteChoice:
+    if choice.fallback is None:
+        return choice
+    other = _settled(choice.fallback)
+    return replace(choice, fallback=None) if errors_of(choice).held_out <= errors_of(other).held_out else other

@@ -1,0 +1,91 @@
+"""The reconstruction error of a weight error D [N, K]: ||X D^T||^2 / T = tr(D G D^T), G = X^T X / T.
+
+Exact for a linear layer, and computed from G or from the rows X themselves, whichever the cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.records.results import TokenStats
+from stages.quantization.search.affine import diagonal_blocks
+from stages.quantization.search.affine import split
+
+_STRIP = 256
+"""Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""
+
+
+def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float[Tensor, "*batch N"]:
+    """Mean over tokens of the squared output error of every output channel, in float32."""
+    if stats.gram is not None:
+        return ((error @ stats.gram) * error).sum(dim=-1)
+    assert stats.rows is not None
+    return (error @ stats.rows.to(error.dtype).T).square().sum(dim=-1) / max(stats.num_tokens, 1)
+
+
+def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> list[float]:
+    """tr(D G D^T) for each of ``stats``: their squared output errors, summed over channels.
+
+    As <D^T D, G>: the first factor is common to all, and symmetric, so that half of it is enough.
+    """
+    totals = [0.0 if each.gram is not None else float(output_error(error, each).double().sum()) for each in stats]
+    with_gram = {index: each.gram for index, each in enumerate(stats) if each.gram is not None}
+    if not with_gram:
+        return totals
+    parts: dict[int, list[Tensor]] = {index: [] for index in with_gram}
+    for start in range(0, error.shape[1], _STRIP):
+        end = start + _STRIP
+        strip = error[:, start:end].T @ error[:, :end]
+        strip[:, :start] *= 2
+        for index, gram in with_gram.items():
+            parts[index].append((strip * gram[start:end, :end]).sum(dim=-1))
+    for index, sums in parts.items():
+        totals[index] = float(torch.cat(sums).cpu().double().sum())
+    return totals
+
+
+def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
+    """The Gram matrix X^T X / T, from whichever form the statistics have."""
+    if stats.gram is not None:
+        return stats.gram
+    assert stats.rows is not None
+    rows = stats.rows.float()
+    return rows.T @ rows / max(stats.num_tokens, 1)
+
+
+def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
+    """Diagonal blocks of the Gram matrix, from whichever form the statistics have."""
+    if stats.gram is not None:
+        return diagonal_blocks(stats.gram, block_size)
+    assert stats.rows is not None
+    blocks = split(stats.rows.float(), block_size)  # [T, nB, B]
+    return torch.einsum("tbi,tbj->bij", blocks, blocks) / max(stats.num_tokens, 1)
+
+
+def block_error(error: Float[Tensor, "*batch nB N B"], blocks: Float[Tensor, "nB B B"]) -> Float[Tensor, "*batch nB N"]:
+    """d^T G_bb d for the error d of every (block, output channel): the error that each block makes by itself."""
+    return ((error @ blocks) * error).sum(dim=-1)
+
+
+def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
+    """The statistics with their tensors on ``device``."""
+    return TokenStats(
+        num_tokens=stats.num_tokens,
+        abs_mean=stats.abs_mean.to(device),
+        gram=None if stats.gram is None else stats.gram.to(device),
+        rows=None if stats.rows is None else stats.rows.to(device),
+    )
+
+
+def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:
+    """Statistics of x / s: the same loss, for errors of the scaled weight W diag(s)."""
+    return TokenStats(
+        num_tokens=stats.num_tokens,
+        abs_mean=stats.abs_mean / input_scale,
+        gram=None if stats.gram is None else stats.gram / input_scale / input_scale[:, None],
+        rows=None if stats.rows is None else stats.rows.float() / input_scale,
+    )

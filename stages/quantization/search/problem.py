@@ -1,0 +1,131 @@
+"""What an algorithm is given and what it returns: one activation group, its weights and statistics, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from stages.quantization.search.affine import RangeRule
+from torch import Tensor
+from stages.records.sites import ActivationGroup
+from stages.records.results import ActivationStats
+from stages.records.sites import HeadSharing
+from stages.records.formats import QuantSpec
+from stages.quantization.search.affine import BlockParameters
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """Numbers that steer the searches; defaults live in stages.config alone."""
+
+    range_rule: RangeRule
+    alpha_step: float
+    clip_step: float
+    clip_min: float
+    column_chunk: int
+    """Output channels whose clip ratios are searched at once."""
+    damping: float
+    """Part of the Gram matrix's mean diagonal that GPTQ adds to its diagonal."""
+    act_order: bool
+    """Whether GPTQ starts with the loudest channels."""
+    descent_passes: int
+    """Walks of coordinate descent over all columns after GPTQ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProblem:
+    """The sites that share one input scale.
+
+    ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too.
+    ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head. ``plain`` is what
+    every search is compared with, rounding to nearest, where it was measured already.
+    """
+
+    group: ActivationGroup
+    weights: tuple[Tensor, ...]
+    specs: tuple[QuantSpec, ...]
+    stats: ActivationStats | None
+    head_sharing: HeadSharing | None
+    plain: tuple[SiteChoice, ...] = ()
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether calibration never reached these sites."""
+        return self.stats is not None and self.stats.calibration.is_silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputScale:
+    """An AWQ scale candidate: W is multiplied by ``scale`` [K] and the activation divided by it.
+
+    ``scale`` is None for the identity: plain rounding.
+    """
+
+    family: str
+    alpha: float | None
+    scale: Tensor | None
+
+
+IDENTITY = InputScale(family="identity", alpha=None, scale=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """tr(D G D^T) over calibration and held-out tokens: mean squared output errors, summed over channels."""
+
+    calibration: float
+    held_out: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteChoice:
+    """How one site is stored: the group's input scale, and scales, zero points and codes of the scaled weight.
+
+    ``parameters`` are [N, nB]; ``codes`` [N, K] hold integers in float32, or are None where they are what rounding
+    gives. ``fallback`` is the choice that this one refines: it is taken where held-out tokens speak against this one.
+    """
+
+    input_scale: InputScale
+    parameters: BlockParameters
+    codes: Tensor | None = None
+    fallback: SiteChoice | None = None
+    errors: Errors | None = None
+    """None until they are measured."""
+
+    def refined(self, parameters: BlockParameters, codes: Tensor | None = None) -> SiteChoice:
+        """A choice with other numbers under the same input scale, which falls back to this one."""
+        return SiteChoice(input_scale=self.input_scale, parameters=parameters, codes=codes, fallback=self)
+
+
+Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
+"""A pure function: one choice for every site of the group."""
+
+
+GLANCE, LOOK = 128, 256
+"""Output channels of a site that are looked at: enough to find the better candidates, and to find the best of those
+(the standard error of a difference is then some five percent of it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """At most ``channels`` output channels a site, evenly spaced, in the place of all of ``whole``."""
+
+    whole: GroupProblem
+    channels: int
+
+    @property
+    def problem(self) -> GroupProblem:
+        """The same problem for these channels alone."""
+        weights = tuple(weight[:: self._stride(weight)].contiguous() for weight in self.whole.weights)
+        return replace(self.whole, weights=weights, plain=())
+
+    def joint_error(self, errors: Sequence[float]) -> float:
+        """The joint error of the whole that the ``errors`` of the sample's sites stand for."""
+        return sum(
+            error * len(weight) / -(-len(weight) // self._stride(weight))
+            for weight, error in zip(self.whole.weights, errors, strict=True)
+        )
+
+    def _stride(self, weight: Tensor) -> int:
+        return -(-len(weight) // self.channels)

@@ -1,0 +1,191 @@
+"""One group at a time: pose the problem, run the planned algorithm, turn its choices into codes and reports."""
+
+from __future__ import annotations
+
+from stages.records.sites import ActivationGroup
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace
+import torch
+from torch import Tensor
+from stages.records.results import ActivationStats
+from stages.records.sites import MatMulSite
+from stages.records.formats import QuantSpec
+from stages.records.results import SolvedGroup
+from stages.records.sites import ValueAbsorber
+from stages.quantization.search.choices import full_ranges
+from stages.quantization.search.choices import measured
+from stages.quantization.search.choices import stored_weight
+from stages.quantization.search.objective import to_device
+from stages.quantization.search.problem import IDENTITY
+from stages.quantization.search.problem import Algorithm
+from stages.quantization.search.problem import GroupProblem
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.search.problem import SiteChoice
+from stages.quantization.search.choices import rtn
+from stages.errors import SolveError
+from stages.records.results import SiteReport
+from stages.quantization.search.choices import errors_of
+from stages.quantization.search.choices import full_range
+from stages.quantization.search.choices import output_energies
+from types import MappingProxyType
+from stages.quantization.search.awq import awq_lite
+from stages.quantization.search.awq import awq_full
+from stages.quantization.search.gptq import awq_gptq
+from stages.quantization.search.ranges import awq_clip
+from stages.quantization.search.gptq import gptq
+
+
+_UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
+
+
+def search_cost(group: ActivationGroup) -> float:
+    """About how long a search of ``group`` takes beside others: products with the Gram matrix, and its factor."""
+    return float(group.in_features**2 * (group.in_features + sum(site.out_features for site in group.sites)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSolver:
+    """Everything that stays the same from group to group.
+
+    ``read_weight`` gives a site's [N, K] float32 weight on the device; ``read_stats`` a group's statistics by
+    activation, or is None where the algorithm needs none. ``fold`` says that input scales will be folded into the
+    producer where there is one; ``one_scale`` that sites of a group share a scale even where it is not folded.
+    """
+
+    algorithm_name: str
+    algorithm: Algorithm
+    options: SearchOptions
+    specs: Mapping[str, QuantSpec]
+    device: torch.device
+    read_weight: Callable[[MatMulSite], Tensor]
+    read_stats: Callable[[str], ActivationStats] | None
+    fold: bool
+    one_scale: bool
+
+    def solve(self, group: ActivationGroup) -> SolvedGroup:
+        """Quantize all sites of ``group``; by plain rounding where calibration never saw its activation."""
+        return self.solve_posed(self.pose(group))
+
+    def solve_posed(self, problem: GroupProblem) -> SolvedGroup:
+        """The same for a group that was read already."""
+        started = time.perf_counter()
+        problems = self._parts(problem)
+        unseen = any(part.is_unseen for part in problems)
+        algorithm = rtn if unseen else self.algorithm
+        pairs = [
+            (part, index, choice) for part in problems for index, choice in enumerate(self._choices(algorithm, part))
+        ]
+        weights = tuple(
+            stored_weight(part.group.sites[index], part.weights[index], part.specs[index], choice)
+            for part, index, choice in pairs
+        )
+        seconds = (time.perf_counter() - started) / len(pairs)
+        name, note = ("rtn", _UNSEEN) if unseen else (self.algorithm_name, "")
+        reports = tuple(
+            replace(_report(part, index, choice, self.options), algorithm=name, note=note, seconds=seconds)
+            for part, index, choice in pairs
+        )
+        return SolvedGroup(group=problem.group, weights=weights, reports=reports)
+
+    def _choices(self, algorithm: Algorithm, problem: GroupProblem) -> tuple[SiteChoice, ...]:
+        """What ``algorithm`` chooses, with errors measured where there are statistics."""
+        choices = algorithm(problem, self.options)
+        return choices if problem.stats is None else measured(problem, choices)
+
+    def _parts(self, problem: GroupProblem) -> list[GroupProblem]:
+        """Return all sites at once, or each by itself where each has its own input scale."""
+        problem = replace(problem, plain=self._plain(problem))
+        return [problem] if self.fold or self.one_scale else _one_by_one(problem)
+
+    def pose(self, group: ActivationGroup) -> GroupProblem:
+        """Read the weights and statistics of ``group``."""
+        stats = None
+        if self.read_stats is not None:
+            both = self.read_stats(group.activation)
+            _require_width(both, group)
+            stats = ActivationStats(
+                calibration=to_device(both.calibration, self.device), held_out=to_device(both.held_out, self.device)
+            )
+        absorber = group.absorber if self.fold else None
+        return GroupProblem(
+            group=group,
+            weights=tuple(self.read_weight(site) for site in group.sites),
+            specs=tuple(self.specs[site.name] for site in group.sites),
+            stats=stats,
+            head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
+        )
+
+    def _plain(self, problem: GroupProblem) -> tuple[SiteChoice, ...]:
+        choices = full_ranges(problem, self.options.range_rule, IDENTITY)
+        return choices if problem.stats is None else measured(problem, choices)
+
+
+def _require_width(stats: ActivationStats, group: ActivationGroup) -> None:
+    """Raise SolveError where the statistics are of another width than the sites that they are for."""
+    for part in (stats.calibration, stats.held_out):
+        if len(part.abs_mean) != group.in_features:
+            raise SolveError(
+                f"The statistics of '{group.activation}' have {len(part.abs_mean)} channels and its sites take "
+                f"{group.in_features}; run stages.calibrate again with --overwrite."
+            )
+
+
+def _one_by_one(problem: GroupProblem) -> list[GroupProblem]:
+    """The same sites, each with an input scale of its own."""
+    return [
+        replace(problem, group=replace(problem.group, sites=(site,)), weights=(weight,), specs=(spec,), plain=(plain,))
+        for site, weight, spec, plain in zip(
+            problem.group.sites, problem.weights, problem.specs, problem.plain, strict=True
+        )
+    ]
+
+
+def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: SearchOptions) -> SiteReport:
+    site, spec, weight = problem.group.sites[index], problem.specs[index], problem.weights[index]
+    report = SiteReport(
+        site=site.name,
+        algorithm="",
+        format=spec.label,
+        bytes=spec.stored_bytes(site.out_features, site.in_features),
+        scale_family=choice.input_scale.family,
+        alpha=choice.input_scale.alpha,
+        mean_clip_ratio=_mean_clip_ratio(choice, full_range(weight, spec, options.range_rule, choice.input_scale)),
+    )
+    if problem.stats is None:
+        return report
+    plain, errors = errors_of(problem.plain[index]), errors_of(choice)
+    seen, unseen = output_energies(weight, (problem.stats.calibration, problem.stats.held_out))
+    return replace(
+        report,
+        loss_rtn=_relative(plain.calibration, seen),
+        loss=_relative(errors.calibration, seen),
+        held_out_loss_rtn=_relative(plain.held_out, unseen),
+        held_out_loss=_relative(errors.held_out, unseen),
+    )
+
+
+def _relative(error: float, energy: float | None) -> float | None:
+    """An output error as a part of the output's energy; None where no token was seen."""
+    return None if energy is None else error / energy
+
+
+def _mean_clip_ratio(choice: SiteChoice, full: SiteChoice) -> float | None:
+    """How large the chosen scales are beside those of full ranges; None where they are the same."""
+    ratios = choice.parameters.scales / full.parameters.scales
+    return None if bool((ratios == 1).all()) else float(ratios.mean())
+
+
+ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
+    {
+        "rtn": rtn,
+        "rtn_dq": rtn,
+        "awq_lite": awq_lite,
+        "awq_clip": awq_clip,
+        "awq_full": awq_full,
+        "gptq": gptq,
+        "awq_gptq": awq_gptq,
+    }
+)

@@ -1,0 +1,1 @@
+"""Know what each runtime runs fast."""

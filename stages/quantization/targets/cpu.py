@@ -1,0 +1,113 @@
+"""ONNX Runtime's CPU provider: sections 2a, 2b and 2d, and which releases run a MatMulNBits that stands in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.commands.options import AccuracyLevel
+from stages.records.formats import Granularity
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import WeightForm
+from stages.quantization.targets.formats import FormatChoice
+from stages.commands.parsing import Release
+from stages.quantization.targets.rules import DQ_FUSES_ALL
+from stages.quantization.targets.rules import FROM_DQ
+from stages.quantization.targets.rules import NEVER_BFLOAT16
+from stages.quantization.targets.rules import SIGNED
+from stages.quantization.targets.rules import Preference
+from stages.quantization.targets.rules import Preferences
+from stages.quantization.targets.rules import Request
+from stages.quantization.targets.rules import column_major_objections
+from stages.quantization.targets.rules import dq_objections
+from stages.quantization.targets.rules import unfused_in_dq
+
+_EIGHT_BIT: Release = (1, 23)
+"""First release that runs 8-bit MatMulNBits at every accuracy level; 1.22 does at level 4 alone, 1.21 never (run)."""
+_EXPAND_CHANNELS = ("session.qdq_matmulnbits_block_size", "128")
+"""ONNX Runtime repeats a scale per channel for blocks of so many inputs when it fuses; its default is 32."""
+
+
+def prefer(request: Request) -> Preferences:
+    """Times are of one token on one thread at 4096 x 4096, run with 1.31.1."""
+    eight_bit = _eight_bit(request)
+    stored = request.stores_eight_bit(eight_bit.value)
+    form = _form(request, eight_bit=stored)
+    written = request.wishes.form or form.value
+    return Preferences(
+        scale_range=SIGNED,
+        form=form,
+        block_size=Preference(
+            128, "0.87 ms a token at 4096 x 4096; 32 is more exact and takes 0.91 ms, 16 takes 1.90 ms"
+        ),
+        eight_bit=eight_bit,
+        zero_point="signed codes need none; with one they are fused too, at 4 / block_size more bits a weight",
+        embedding="reads only the rows it needs; DequantizeLinear and Gather expand the table for every token",
+        accuracy_level=_accuracy_level(written),
+        session_options=(_EXPAND_CHANNELS,) if stored and _expands_channels(request, written) else (),
+    )
+
+
+def _eight_bit(request: Request) -> Preference[Granularity | None]:
+    if request.release < _EIGHT_BIT:
+        return Preference(None, f"{request.version} neither fuses 8-bit codes nor runs every 8-bit MatMulNBits")
+    if request.release < DQ_FUSES_ALL:
+        return Preference(
+            PerBlock(block_size=128), "MatMulNBits takes blocks alone, and 128 is its fastest with INT4's"
+        )
+    return Preference(
+        PerBlock(block_size=128), "scales per channel are expanded into blocks of 32: 2.00 ms a token, not 0.79 ms"
+    )
+
+
+def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
+    if request.is_bfloat16:
+        return Preference(WeightForm.MATMUL_NBITS, NEVER_BFLOAT16)
+    unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=True)
+    if not unfused:
+        return Preference(WeightForm.DQ, f"{request.version} fuses it into MatMulNBits: rows [K, N], one reader each")
+    if eight_bit and request.release < _EIGHT_BIT:
+        return Preference(WeightForm.DQ, "the sites named for INT8 could not run as MatMulNBits")
+    return Preference(WeightForm.MATMUL_NBITS, f"{request.version} fuses no DequantizeLinear with {unfused}")
+
+
+def _accuracy_level(form: WeightForm) -> Preference[AccuracyLevel | None]:
+    """Where ONNX Runtime fuses, its default is 4; a MatMulNBits that stands in the file has 0 unless told."""
+    advice = "activations as int8: 0.87 ms, not 3.09 ms; answers of small models can change, 1 keeps float32"
+    if form is WeightForm.MATMUL_NBITS:
+        return Preference(4, advice)
+    return Preference(None, f"the runtime's default 4, {advice}")
+
+
+def _expands_channels(request: Request, form: WeightForm) -> bool:
+    return form in FROM_DQ and request.wishes.eight_bit == PerChannel() and request.release >= DQ_FUSES_ALL
+
+
+def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    eight_bit = request.stores_eight_bit(_eight_bit(request).value)
+    if request.is_bfloat16:
+        yield (
+            "The CPU provider has no bfloat16 kernel of MatMulNBits or GatherBlockQuantized; build the base model as "
+            "fp32 or fp16."
+        )
+    if choice.form in FROM_DQ:
+        unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=True)
+        yield from dq_objections(request, unfused, _mend(request, eight_bit=eight_bit))
+    if choice.form is WeightForm.DQ_COLUMN_MAJOR:
+        yield from column_major_objections(request, choice, eight_bit=eight_bit)
+    if choice.form is WeightForm.MATMUL_NBITS and eight_bit and request.release < _EIGHT_BIT:
+        yield (
+            f"{request.version} can't run 8-bit MatMulNBits on the CPU (1.22 can at accuracy level 4 alone); leave "
+            "INT8 out or use 1.23 or later."
+        )
+    if eight_bit and choice.accuracy_level not in (None, 4):
+        yield (
+            f"At --accuracy_level {choice.accuracy_level} ONNX Runtime copies every INT8 weight to floating point for "
+            "each token (49 ms and more at 4096 x 4096 on x86, 1.3 ms at level 4); leave INT8 or the level out."
+        )
+
+
+def _mend(request: Request, *, eight_bit: bool) -> str:
+    if eight_bit and request.release < _EIGHT_BIT:
+        return "leave INT8 out or use 1.25 or later"
+    return "choose --weight_operator matmul_nbits or use 1.25 or later"

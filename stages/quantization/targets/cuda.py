@@ -1,0 +1,115 @@
+"""ONNX Runtime's CUDA provider: section 2e, and its kernels' source. Not run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.records.formats import Granularity
+from stages.records.formats import PerBlock
+from stages.records.formats import WeightForm
+from stages.quantization.targets.formats import FormatChoice
+from stages.commands.parsing import Release
+from stages.quantization.targets.rules import DQ_FUSES_ALL
+from stages.quantization.targets.rules import FROM_DQ
+from stages.quantization.targets.rules import NEVER_BFLOAT16
+from stages.quantization.targets.rules import SIGNED
+from stages.quantization.targets.rules import Preference
+from stages.quantization.targets.rules import Preferences
+from stages.quantization.targets.rules import Request
+from stages.quantization.targets.rules import column_major_objections
+from stages.quantization.targets.rules import dq_objections
+from stages.quantization.targets.rules import looks_up_on_cpu
+from stages.quantization.targets.rules import looks_up_quantized
+from stages.quantization.targets.rules import since
+from stages.quantization.targets.rules import unfused_in_dq
+
+_EIGHT_BIT: Release = (1, 22)
+"""ORT#24509"""
+_BFLOAT16: Release = (1, 23)
+"""ORT#25161"""
+_GATHER: Release = (1, 23)
+"""ORT#25575"""
+_LARGEST_BLOCK = 128
+"""matmul_4bits.cu throws "block size ... is not supported" past it."""
+
+
+def prefer(request: Request) -> Preferences:
+    eight_bit = _eight_bit(request)
+    return Preferences(
+        scale_range=SIGNED,
+        form=_form(request, eight_bit=request.stores_eight_bit(eight_bit.value)),
+        block_size=Preference(32, "every kernel takes it, and CUTLASS's compact build (opt-in) no other; not run here"),
+        eight_bit=eight_bit,
+        zero_point="CUTLASS's compact build takes none (ORT#32699), other kernels do; not run here",
+        embedding=since(request, _GATHER, "CUDA has the kernel (ORT#25575)"),
+        gather_block_size=_gather_block(request),
+    )
+
+
+def _eight_bit(request: Request) -> Preference[Granularity | None]:
+    if request.release < _EIGHT_BIT:
+        return Preference(None, f"{request.version} has no 8-bit MatMulNBits on CUDA; 1.22 is the first")
+    return Preference(PerBlock(block_size=32), "CUTLASS's compact build (opt-in) takes no other; not run here")
+
+
+def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
+    if request.is_bfloat16:
+        return Preference(WeightForm.MATMUL_NBITS, NEVER_BFLOAT16)
+    if eight_bit and request.release >= _EIGHT_BIT:
+        why = "it has 8-bit kernels (ORT#24509), but nobody tests fusing 8-bit codes there; not run here"
+        return Preference(WeightForm.MATMUL_NBITS, why)
+    unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=False)
+    if unfused and not eight_bit:
+        return Preference(WeightForm.MATMUL_NBITS, f"{request.version} fuses no DequantizeLinear with {unfused}")
+    return Preference(WeightForm.DQ, "fused into MatMulNBits as on the CPU: rows [K, N], one reader each; not run here")
+
+
+def _gather_block(request: Request) -> Preference[int]:
+    """ORT#32663: GatherBlockQuantized reads another block's scale where blocks don't divide the width."""
+    divides = all(width % 32 == 0 for width in request.traits.embedding_widths)
+    return Preference(32 if divides else 16, "CUDA's kernel needs a size that divides the width (ORT#32663)")
+
+
+def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    eight_bit = request.stores_eight_bit(_eight_bit(request).value)
+    if request.is_bfloat16 and request.release < _BFLOAT16:
+        yield f"{request.version} has no bfloat16 MatMulNBits on CUDA; use 1.23 or later (ORT#25161)."
+    if choice.form in FROM_DQ:
+        yield from _dq_objections(request, eight_bit=eight_bit)
+    if choice.form is WeightForm.DQ_COLUMN_MAJOR:
+        yield from column_major_objections(request, choice, eight_bit=eight_bit)
+    if choice.form is WeightForm.MATMUL_NBITS and eight_bit and request.release < _EIGHT_BIT:
+        yield f"{request.version} has no 8-bit MatMulNBits on CUDA; leave INT8 out or use 1.22 or later."
+    if choice.four_bit.block_size > _LARGEST_BLOCK:
+        yield (
+            f"CUDA's MatMulNBits refuses blocks of {choice.four_bit.block_size}; choose --block_size "
+            f"{_LARGEST_BLOCK} or less."
+        )
+    yield from _gather_objections(request, choice)
+
+
+def _dq_objections(request: Request, *, eight_bit: bool) -> Iterator[str]:
+    kernels = not eight_bit or request.release >= _EIGHT_BIT
+    mend = "choose --weight_operator matmul_nbits" if kernels else "leave INT8 out"
+    unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=False)
+    yield from dq_objections(request, unfused, f"{mend} or use 1.25 or later")
+    if eight_bit and request.release >= DQ_FUSES_ALL:
+        yield (
+            "Nobody tests on CUDA that DequantizeLinear with 8-bit codes is fused; choose --weight_operator "
+            "matmul_nbits."
+        )
+
+
+def _gather_objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    yield from looks_up_on_cpu(request, choice, _GATHER)
+    if not looks_up_quantized(request, choice) or request.release < _GATHER:
+        return
+    size = choice.gather_block_size
+    uneven = sorted(width for width in request.traits.embedding_widths if width % size)
+    if request.wishes.gather_axis == 0:
+        yield "CUDA's GatherBlockQuantized reads wrong scales on axis 0 (ORT#32663); choose --gather_quantize_axis 1."
+    elif uneven:
+        yield (
+            f"CUDA's GatherBlockQuantized reads wrong scales where blocks of {size} don't divide the embedding's width "
+            f"{uneven[0]} (ORT#32663); choose another --gather_block_size or leave --gather_quantize_axis out."
+        )

@@ -1,0 +1,137 @@
+"""Say what was chosen for a target and why: the lines of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from stages.records.formats import Granularity
+from stages.records.formats import PerBlock
+from stages.records.formats import WeightForm
+from stages.runtime.session import ACCURACY_LEVEL
+from stages.quantization.targets.formats import Explanation
+from stages.quantization.targets.formats import FormatChoice
+from stages.commands.parsing import Target
+from stages.quantization.targets.rules import Preferences
+from stages.quantization.targets.rules import Request
+
+_ASKED = "as asked"
+_FORMS = {
+    WeightForm.DQ: "dq",
+    WeightForm.QDQ: "Q -> dq, of --algo rtn",
+    WeightForm.DQ_COLUMN_MAJOR: "dq, column-major",
+    WeightForm.MATMUL_NBITS: "matmul_nbits",
+}
+
+
+def explain(target: Target, request: Request, preferred: Preferences, choice: FormatChoice) -> tuple[Explanation, ...]:
+    """One line for each thing that the target decides."""
+    return (
+        *_release(target),
+        *_weights(request, preferred, choice),
+        *_scale_range(request, preferred, choice),
+        *_eight_bit(request, preferred, choice),
+        *_embedding(request, preferred, choice),
+        *_session(request, preferred, choice),
+    )
+
+
+def _release(target: Target) -> Iterator[Explanation]:
+    if target.about_release:
+        yield Explanation(option="--target", chosen=target.label, why=target.about_release)
+
+
+def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    wishes = request.wishes
+    yield Explanation(
+        option="--weight_operator",
+        chosen=_FORMS[choice.form],
+        why=_ASKED if wishes.form else preferred.form.why,
+    )
+    yield Explanation(
+        option="--block_size",
+        chosen=str(choice.four_bit.block_size),
+        why=_ASKED if wishes.block_size else preferred.block_size.why,
+    )
+    yield Explanation(
+        option="--use_zero_point",
+        chosen="no" if choice.symmetric else "yes",
+        why=preferred.zero_point if choice.symmetric else _ASKED,
+    )
+    yield Explanation(
+        option="scales",
+        chosen=", ".join(sorted(request.traits.dtypes)),
+        why="the activations' own type: another type needs a Cast, behind which nothing is fused",
+    )
+
+
+def _scale_range(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    if not choice.symmetric or choice.form is WeightForm.QDQ:
+        return
+    why = _ASKED if request.wishes.scale_range else preferred.scale_range.why
+    yield Explanation(option="--scale_range", chosen=choice.scale_range, why=why)
+
+
+def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    wishes = request.wishes
+    if wishes.mixed and choice.keep_mixed_because:
+        yield Explanation(
+            option="--enable_mixed_quant",
+            chosen="floating point",
+            why=f"{choice.keep_mixed_because}; INT4 would cost accuracy where it matters most",
+        )
+    if request.stores_eight_bit(preferred.eight_bit.value):
+        yield Explanation(
+            option="--int8_block_size",
+            chosen=_in_words(choice.eight_bit),
+            why=_ASKED if wishes.eight_bit else preferred.eight_bit.why,
+        )
+
+
+def _in_words(granularity: Granularity) -> str:
+    return str(granularity.block_size) if isinstance(granularity, PerBlock) else "channel"
+
+
+def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    if not request.traits.embedding_widths:
+        return
+    if request.wishes.gather_axis is None:
+        yield Explanation(option="embedding", chosen="as it is", why="a Gather of floating point is fast everywhere")
+    else:
+        why = _ASKED if request.wishes.gather_form else preferred.embedding
+        yield Explanation(option="--gather_form", chosen=choice.gather_form, why=why)
+        asked = request.wishes.gather_block_size is not None
+        yield Explanation(
+            option="--gather_block_size",
+            chosen=str(choice.gather_block_size),
+            why=_ASKED if asked else preferred.gather_block_size.why,
+        )
+
+
+def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    if preferred.accuracy_level is not None:
+        asked = request.wishes.accuracy_level is not None
+        yield Explanation(
+            option="--accuracy_level",
+            chosen="not set" if choice.accuracy_level is None else str(choice.accuracy_level),
+            why=_ASKED if asked else preferred.accuracy_level.why,
+        )
+    for key, value in choice.session_options:
+        if key == ACCURACY_LEVEL:
+            continue
+        yield Explanation(option=key, chosen=value, why="written into genai_config.json's session options")
+
+
+def choice_table(target: Target, choice: FormatChoice) -> Table:
+    """What was chosen for ``target``, one line an option."""
+    table = Table(title=f"formats for {target.label}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("option", no_wrap=True)
+    table.add_column("chosen", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for line in choice.explanations:
+        # Text, because brackets are markup otherwise.
+        table.add_row(Text(line.option), Text(line.chosen), Text(line.why))
+    return table

@@ -1,0 +1,97 @@
+"""What goes into the choice of formats, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.commands.options import AccuracyLevel
+from stages.commands.quantize_options import ScaleRange
+from stages.records.sites import ActivationGroup
+from stages.records.formats import BlockAxis
+from stages.records.formats import EmbeddingTable
+from stages.records.formats import FloatName
+from stages.records.formats import GatherForm
+from stages.records.formats import Granularity
+from stages.records.formats import PerBlock
+from stages.records.formats import WeightForm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatWishes:
+    """What a person asked for in so many words; None and False leave it to the target."""
+
+    form: WeightForm | None = None
+    block_size: int | None = None
+    eight_bit: Granularity | None = None
+    mixed: bool = False
+    """INT8 at the sites that a rule finds: a runtime without INT8 may leave these as they are."""
+    named_eight_bit: bool = False
+    """INT8 at sites that were named: done whatever the runtime makes of it."""
+    zero_point: bool = False
+    scale_range: ScaleRange | None = None
+    gather_axis: BlockAxis | None = None
+    gather_form: GatherForm | None = None
+    gather_block_size: int | None = None
+    accuracy_level: AccuracyLevel | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTraits:
+    """What of a base model matters to the choice."""
+
+    dtypes: frozenset[FloatName]
+    """Types of the sites' weights, which scales will have too."""
+    in_features: frozenset[int]
+    has_gemm: bool = False
+    embedding_widths: frozenset[int] = frozenset()
+
+
+def traits_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]) -> ModelTraits:
+    """The traits of a model with these sites and embeddings."""
+    sites = [site for group in groups for site in group.sites]
+    return ModelTraits(
+        dtypes=frozenset(site.dtype for site in sites),
+        in_features=frozenset(site.in_features for site in sites),
+        has_gemm=any(site.op_type == "Gemm" for site in sites),
+        embedding_widths=frozenset(table.hidden for table in tables),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """One line of the table that a choice is shown in."""
+
+    option: str
+    chosen: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatChoice:
+    """Every setting that a target can decide, decided."""
+
+    form: WeightForm
+    four_bit: PerBlock
+    eight_bit: Granularity
+    symmetric: bool
+    scale_range: ScaleRange
+    """Of INT4 without zero points."""
+    gather_form: GatherForm
+    gather_block_size: int
+    accuracy_level: AccuracyLevel | None
+    keep_mixed_because: str = ""
+    """Why sites that only a rule would store as INT8 stay as they are; empty where they become INT8."""
+    session_options: tuple[tuple[str, str], ...] = ()
+    explanations: tuple[Explanation, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """One sentence for each thing that the target will not run fast, or at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFormats:
+    """What a budget may choose from; ``eight_bit`` is None where the runtime has no INT8."""
+
+    four_bit: tuple[PerBlock, ...]
+    """From the coarsest to the finest."""
+    eight_bit: Granularity | None

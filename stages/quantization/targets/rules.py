@@ -1,0 +1,160 @@
+"""What the rules of every runtime are made of.
+
+Each runtime has a module with two functions: ``prefer`` says what it runs fast, ``objections`` what it does not.
+Sources are named where a rule stands. Sections (2a to 2g) are those of the project's notes on what ONNX Runtime fuses;
+ORT#n is an issue or pull request of microsoft/onnxruntime. "Run" means run on the CPU (x86) with 1.20.1, 1.21.1,
+1.22.1, 1.23.2, 1.24.1, 1.24.4, 1.25.1, 1.28.0 and 1.31.1; no other provider was run, and the reasons say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from stages.commands.options import AccuracyLevel
+from stages.commands.quantize_options import ScaleRange
+from stages.records.formats import Granularity
+from stages.records.formats import PerChannel
+from stages.records.formats import WeightForm
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import FormatWishes
+from stages.quantization.targets.formats import ModelTraits
+from stages.commands.parsing import Release
+
+T = TypeVar("T")
+
+DQ_FUSES_ALL: Release = (1, 25)
+"""First to fuse 8-bit codes, scales per channel and Gemm (ORT#27614, #27769), and float16 scales on CPU (ORT#27640)."""
+_LOADS_COLUMN_MAJOR_INT8: Release = (1, 28)
+"""First CPU release that loads column-major INT8 per channel without a zero point."""
+FROM_DQ = frozenset({WeightForm.DQ, WeightForm.QDQ})
+BLOCKS = (128, 64, 32)
+"""INT4 blocks that a budget chooses from where the runtime says nothing else."""
+NEVER_BFLOAT16 = "DequantizeLinear with bfloat16 scales is never fused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a rule may look at."""
+
+    release: Release
+    wishes: FormatWishes
+    traits: ModelTraits
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return "bfloat16" in self.traits.dtypes
+
+    @property
+    def version(self) -> str:
+        return f"ONNX Runtime {self.release[0]}.{self.release[1]}"
+
+    def stores_eight_bit(self, eight_bit: Granularity | None) -> bool:
+        """Whether any site becomes INT8; those that only a rule finds don't where the runtime has no INT8 (None)."""
+        return self.wishes.named_eight_bit or (self.wishes.mixed and eight_bit is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference(Generic[T]):
+    """A value, and why the runtime runs it best."""
+
+    value: T
+    why: str
+
+
+POSITIVE: Preference[ScaleRange] = Preference("full", "negative scales may not run there")
+SIGNED: Preference[ScaleRange] = Preference(
+    "signed",
+    "a negative scale gives the larger side of a block the level more, and ONNX Runtime's own quantizer writes it",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """What a runtime would have where nobody asked for anything else."""
+
+    form: Preference[WeightForm]
+    block_size: Preference[int]
+    eight_bit: Preference[Granularity | None]
+    """None: the runtime has no INT8."""
+    zero_point: str
+    """Why none."""
+    embedding: str
+    """Where GatherBlockQuantized runs, should an embedding be quantized."""
+    open_blocks: tuple[int, ...] = BLOCKS
+    """INT4 blocks that it runs fast."""
+    gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
+    scale_range: Preference[ScaleRange] = POSITIVE
+    """Of INT4 without zero points."""
+    accuracy_level: Preference[AccuracyLevel | None] | None = None
+    """None where the level means nothing to the runtime."""
+    session_options: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """One runtime's two functions; objections are whole sentences."""
+
+    prefer: Callable[[Request], Preferences]
+    objections: Callable[[Request, FormatChoice], Iterator[str]]
+
+
+def unfused_in_dq(request: Request, *, eight_bit: bool, float16: bool) -> str:
+    """What of the model's needs releases before 1.25 leave unfused behind DequantizeLinear; empty where nothing.
+
+    ``float16`` says whether float16 scales are among it, as they are on the CPU alone.
+    """
+    if request.release >= DQ_FUSES_ALL:
+        return ""
+    needs = {
+        "8-bit codes": eight_bit,
+        "float16 scales": float16 and "float16" in request.traits.dtypes,
+        "Gemm": request.traits.has_gemm,
+    }
+    return " or ".join(name for name, needed in needs.items() if needed)
+
+
+def dq_objections(request: Request, unfused: str, mend: str) -> Iterator[str]:
+    """Against DequantizeLinear where the provider's rule leaves ``unfused`` things alone."""
+    if request.is_bfloat16:
+        yield f"{NEVER_BFLOAT16}; choose --weight_operator matmul_nbits."
+    if unfused:
+        yield (
+            f"{request.version} fuses no DequantizeLinear with {unfused}: it copies such a weight to floating point "
+            f"for every token; {mend}."
+        )
+
+
+def column_major_objections(request: Request, choice: FormatChoice, *, eight_bit: bool) -> Iterator[str]:
+    """Against a Transpose behind DequantizeLinear, on the providers that ONNX Runtime's rule covers (section 2a)."""
+    yield (
+        "ONNX Runtime fuses no INT4 behind a Transpose (86 times slower at 4096 x 4096 on the CPU); leave "
+        "--use_column_major out."
+    )
+    if eight_bit and choice.eight_bit == PerChannel() and request.release < _LOADS_COLUMN_MAJOR_INT8:
+        yield (
+            f"{request.version} may refuse to load column-major INT8 with a scale per channel and no zero point; leave "
+            "--use_column_major out or use 1.28 or later."
+        )
+
+
+def looks_up_quantized(request: Request, choice: FormatChoice) -> bool:
+    """Whether GatherBlockQuantized will stand in the graph."""
+    return request.wishes.gather_axis is not None and choice.gather_form == "gather_block_quantized"
+
+
+def since(request: Request, first: Release, what: str) -> str:
+    """Where lookups run: ``what`` from ``first`` on, before that on the CPU."""
+    if request.release >= first:
+        return f"{what}; not run here"
+    return f"{request.version} looks up on the CPU; from {first[0]}.{first[1]} on {what}"
+
+
+def looks_up_on_cpu(request: Request, choice: FormatChoice, first: Release) -> Iterator[str]:
+    """Against GatherBlockQuantized before the provider's ``first`` release with a kernel."""
+    if looks_up_quantized(request, choice) and request.release < first:
+        yield (
+            f"{request.version} runs GatherBlockQuantized on the CPU, not on this provider; leave "
+            f"--gather_quantize_axis out or use {first[0]}.{first[1]} or later."
+        )

@@ -1,0 +1,65 @@
+"""TensorRT for RTX (NvTensorRTRTX provider): section 2g and NVIDIA's "Quantized types and schemes". Not run here.
+
+There: INT4 "requires per-block scales. The supported block sizes are {64, 128}"; INT8 and INT4 are code * scale, with
+no zero point. Scales are positive there, so --scale_range signed is never its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.records.formats import PerChannel
+from stages.records.formats import WeightForm
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import ModelTraits
+from stages.quantization.targets.rules import Preference
+from stages.quantization.targets.rules import Preferences
+from stages.quantization.targets.rules import Request
+from stages.quantization.targets.rules import looks_up_quantized
+
+_BLOCKS = (128, 64)
+
+
+def prefer(request: Request) -> Preferences:
+    return Preferences(
+        form=Preference(WeightForm.DQ, "what onnxruntime-genai's builder writes for it (use_qdq); not run here"),
+        block_size=_block(request.traits),
+        open_blocks=_dividing(request.traits) or _BLOCKS,
+        eight_bit=Preference(
+            PerChannel(), "what the tool that this one replaces writes; blocks are for INT4 alone; not run here"
+        ),
+        zero_point="TensorRT multiplies a code with a positive scale, nothing else",
+        embedding="TensorRT for RTX has no kernel for it",
+    )
+
+
+def _block(traits: ModelTraits) -> Preference[int]:
+    if dividing := _dividing(traits):
+        return Preference(dividing[0], "TensorRT takes 64 and 128: the larger that divides every row; not run here")
+    return Preference(_BLOCKS[0], "TensorRT takes 64 and 128, and neither divides every row; not run here")
+
+
+def _dividing(traits: ModelTraits) -> tuple[int, ...]:
+    return tuple(size for size in _BLOCKS if all(features % size == 0 for features in traits.in_features))
+
+
+def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    yield from _block_objections(request, choice)
+    if not choice.symmetric:
+        yield "TensorRT knows no zero point (microsoft/olive-recipes#573); leave --use_zero_point out."
+    if choice.symmetric and request.wishes.scale_range == "signed":
+        yield "TensorRT takes positive scales alone; leave --scale_range out."
+    if choice.form is WeightForm.MATMUL_NBITS:
+        yield "TensorRT for RTX runs no MatMulNBits; choose --weight_operator dq."
+    if choice.eight_bit != PerChannel() and request.stores_eight_bit(choice.eight_bit):
+        yield "TensorRT takes blocks for INT4 alone; choose --int8_block_size channel."
+    if looks_up_quantized(request, choice):
+        yield "TensorRT for RTX has no GatherBlockQuantized; leave --gather_quantize_axis out."
+
+
+def _block_objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    size = choice.four_bit.block_size
+    if size not in _BLOCKS:
+        yield f"TensorRT takes INT4 in blocks of 64 and 128, not of {size}; choose one of these."
+    elif uneven := sorted(features for features in request.traits.in_features if features % size):
+        yield f"Blocks of {size} don't divide rows of {uneven[0]}, which TensorRT may refuse; not run here."

@@ -1,0 +1,55 @@
+"""ONNX Runtime's WebGPU provider: section 2g and its pull requests. Not run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stages.records.formats import Granularity
+from stages.records.formats import PerBlock
+from stages.records.formats import WeightForm
+from stages.quantization.targets.formats import FormatChoice
+from stages.commands.parsing import Release
+from stages.quantization.targets.rules import SIGNED
+from stages.quantization.targets.rules import Preference
+from stages.quantization.targets.rules import Preferences
+from stages.quantization.targets.rules import Request
+from stages.quantization.targets.rules import looks_up_on_cpu
+from stages.quantization.targets.rules import since
+
+_EIGHT_BIT: Release = (1, 23)
+"""ORT#24546 and #24590"""
+_GATHER: Release = (1, 23)
+"""ORT#25413"""
+
+
+def prefer(request: Request) -> Preferences:
+    return Preferences(
+        scale_range=SIGNED,
+        form=Preference(
+            WeightForm.MATMUL_NBITS, "the rule that fuses DequantizeLinear leaves WebGPU out; not run here"
+        ),
+        block_size=Preference(32, "its fastest kernels take no other (ORT#23908); not run here"),
+        open_blocks=(32,),
+        eight_bit=_eight_bit(request),
+        zero_point="signed codes need none, and some of its kernels take none (ORT#23908); not run here",
+        embedding=since(request, _GATHER, "WebGPU has the kernel (ORT#25413)"),
+        accuracy_level=Preference(
+            4, "activations as int8 for its fastest kernels (ORT#23365), as onnxruntime-genai's builder; not run here"
+        ),
+    )
+
+
+def _eight_bit(request: Request) -> Preference[Granularity | None]:
+    if request.release < _EIGHT_BIT:
+        return Preference(None, f"{request.version} has no 8-bit MatMulNBits on WebGPU; 1.23 is the first")
+    return Preference(PerBlock(block_size=32), "as for INT4; not run here")
+
+
+def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+    if request.is_bfloat16:
+        yield "WebGPU has no bfloat16; build the base model as fp16."
+    if choice.form is not WeightForm.MATMUL_NBITS:
+        yield "ONNX Runtime fuses no DequantizeLinear for WebGPU; choose --weight_operator matmul_nbits."
+    if request.wishes.named_eight_bit and request.release < _EIGHT_BIT:
+        yield f"{request.version} has no 8-bit MatMulNBits on WebGPU; leave INT8 out or use 1.23 or later."
+    yield from looks_up_on_cpu(request, choice, _GATHER)

@@ -1,0 +1,1 @@
+"""Store quantized weights, check them, and sum them up."""

@@ -1,0 +1,64 @@
+"""One quantized embedding on disk: written whole or not at all, codes and scales read apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stages.system.atomic import whole_file
+from stages.errors import RecipeError
+from stages.errors import in_one_line
+from stages.records.formats import EmbeddingPlan
+from stages.records.results import QuantizedTable
+from stages.quantization.weights.validate import Damage
+from stages.quantization.weights.validate import require_packed
+from stages.quantization.weights.validate import require_table_scales
+
+
+@dataclass(frozen=True, slots=True)
+class TableFile:
+    """A safetensors file with ``packed`` and ``scales`` of one table; see QuantizedTable for their layout."""
+
+    path: Path
+    plan: EmbeddingPlan
+
+    def is_finished(self) -> bool:
+        return self.path.is_file()
+
+    def write(self, table: QuantizedTable) -> None:
+        """Save ``table``; the file gets its name when it is whole."""
+        with whole_file(self.path) as partial:
+            save_file({"packed": table.packed, "scales": table.scales}, partial)
+
+    def read_packed(self) -> Tensor:
+        """The codes, [ceil(V * D / 2)] uint8.
+
+        Raises:
+            RecipeError: the file is missing or damaged.
+        """
+        return self._read("packed", require_packed)
+
+    def read_scales(self) -> Tensor:
+        """The scales, in the table's type.
+
+        Raises:
+            RecipeError: the file is missing or damaged.
+        """
+        return self._read("scales", require_table_scales)
+
+    def _read(self, name: str, require: Callable[[Tensor, EmbeddingPlan], None]) -> Tensor:
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+            require(tensor, self.plan)
+        except (OSError, SafetensorError, Damage) as error:
+            raise RecipeError(
+                f"{self.path} is missing or damaged ({in_one_line(error)}); delete it and run stages.quantize again to "
+                "complete it."
+            ) from error
+        return tensor

@@ -1,0 +1,311 @@
+"""A folder of quantized weights: recipe.json, and one safetensors file for each finished group and embedding.
+
+Each file appears only when whole, so a search that is stopped resumes at the first group that has none; a folder whose
+recipe differs is refused. The exporter reads weights one site at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stages.system.atomic import is_occupied
+from stages.system.atomic import whole_file
+from stages.errors import CacheMismatch, RecipeError, UserError
+from stages.system.paths import reachable
+from stages.errors import in_one_line
+from stages.records.results import ExportRecipe
+from stages.records.sites import MatMulSite
+from stages.records.results import QuantizedTable
+from stages.records.results import QuantizedWeight
+from stages.records.formats import QuantSpec
+from stages.records.results import SiteReport
+from stages.records.results import SolvedGroup
+from stages.quantization.weights.validate import Damage
+from stages.quantization.weights.validate import PartName
+from stages.quantization.weights.validate import require_part
+from stages.quantization.weights.validate import require_recipe
+from stages.quantization.weights.validate import require_spec
+from stages.quantization.weights.embedding_file import TableFile
+
+RECIPE = "recipe.json"
+REPORT = "report.jsonl"
+VERIFICATION = "verification.json"
+REPORT_FOLDER = "report"
+"""Folder of the page about a run, inside that of its weights."""
+EARLIER = "earlier"
+"""Folder of what block by block steps begin with, inside that of the result."""
+_LONGEST_SLUG = 150
+_SUFFIXES = frozenset({".json", ".jsonl", ".toml", ".safetensors"})
+_RECIPES = TypeAdapter(ExportRecipe)
+_REPORTS = TypeAdapter(tuple[SiteReport, ...])
+_SPECS = TypeAdapter(dict[str, QuantSpec])
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedStore:
+    """An open folder of quantized weights; see the module's text."""
+
+    folder: Path
+    recipe: ExportRecipe
+
+    def group_file(self, index: int) -> Path:
+        """Path of group ``index``'s file, named after its first site so that people find it."""
+        return self.folder / f"{index:04d}.{_slug(self.recipe.groups[index].sites[0].name)}.safetensors"
+
+    def table_file(self, index: int) -> TableFile:
+        """The file of embedding ``index``, named after its initializer."""
+        name = _slug(self.recipe.embeddings[index].table.weight)
+        return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors", self.recipe.embeddings[index])
+
+    def is_finished(self, index: int) -> bool:
+        return self.group_file(index).is_file()
+
+    def is_complete(self) -> bool:
+        """Whether every group is finished."""
+        return all(self.is_finished(index) for index in range(len(self.recipe.groups)))
+
+    def write(self, index: int, solved: SolvedGroup) -> None:
+        """Save one group; the file gets its name when it is whole."""
+        tensors: dict[str, Tensor] = {}
+        for weight in solved.weights:
+            tensors |= _as_tensors(weight)
+        specs = {weight.site.name: weight.spec for weight in solved.weights}
+        metadata = {
+            "specs": _SPECS.dump_json(specs).decode(),
+            "reports": _REPORTS.dump_json(solved.reports).decode(),
+        }
+        with self._room(), whole_file(self.group_file(index)) as partial:
+            save_file(tensors, partial, metadata)
+
+    def read_group(self, index: int) -> SolvedGroup:
+        """Load one finished group.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        group = self.recipe.groups[index]
+        weights = tuple(self.read(index, site) for site in group.sites)
+        return SolvedGroup(group=group, weights=weights, reports=self._reports(index))
+
+    def reports(self) -> list[SiteReport]:
+        """The reports of all finished groups, in graph order."""
+        found: list[SiteReport] = []
+        for index in range(len(self.recipe.groups)):
+            if self.is_finished(index):
+                found.extend(self._reports(index))
+        return found
+
+    def write_report(self) -> Path:
+        """Write report.jsonl, one line a site, from the finished groups."""
+        path = self.folder / REPORT
+        lines = [TypeAdapter(SiteReport).dump_json(report).decode() for report in self.reports()]
+        with self._room(), whole_file(path) as partial:
+            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    def write_table(self, index: int, table: QuantizedTable) -> None:
+        """Save embedding ``index``; the file gets its name when it is whole."""
+        with self._room():
+            self.table_file(index).write(table)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is finished."""
+        return not any(self.folder.rglob("*.safetensors"))
+
+    def discard(self) -> None:
+        """Remove the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"Quantized weights can't be written to {self.folder} ({in_one_line(error)}); free space there, or "
+                "choose another place with --weights_path."
+            ) from error
+
+    def spec(self, index: int, site: MatMulSite) -> QuantSpec:
+        """Return the format of one site's weight; no tensor is read.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        return self._load(index, site, ())[0]
+
+    def tensor(self, index: int, site: MatMulSite, part: PartName) -> Tensor | None:
+        """Load one tensor of one site's weight; None where the weight needs no such part.
+
+        Args:
+            index: the group's place in the recipe.
+            site: one of the group's sites.
+            part: which tensor to read; the others stay on disk.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        return self._load(index, site, (part,))[1].get(part)
+
+    def read(self, index: int, site: MatMulSite) -> QuantizedWeight:
+        """Load one site's whole weight.
+
+        Raises:
+            RecipeError: the group's file is missing or damaged.
+        """
+        spec, parts = self._load(index, site, ("codes", "scales", "zero_points", "input_scale"))
+        return QuantizedWeight(
+            site=site,
+            spec=spec,
+            codes=parts["codes"],
+            scales=parts["scales"],
+            zero_points=parts.get("zero_points"),
+            input_scale=parts.get("input_scale"),
+        )
+
+    def _load(
+        self, index: int, site: MatMulSite, wanted: tuple[PartName, ...]
+    ) -> tuple[QuantSpec, dict[PartName, Tensor]]:
+        parts: dict[PartName, Tensor] = {}
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            spec = _found(_SPECS.validate_json(_of_metadata(file.metadata(), "specs")), site)
+            names = set(file.keys())
+            for part in wanted:
+                name = f"{site.name}:{part}"
+                if name in names:
+                    parts[part] = file.get_tensor(name)
+                require_part(part, parts.get(part), site, spec)
+        return spec, parts
+
+    def _reports(self, index: int) -> tuple[SiteReport, ...]:
+        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
+            return _REPORTS.validate_json(_of_metadata(file.metadata(), "reports"))
+
+    @contextmanager
+    def _whole_file_of(self, index: int) -> Iterator[Path]:
+        """Group ``index``'s file; what is wrong with it in the block becomes the sentence of a damaged file."""
+        path = self.group_file(index)
+        try:
+            yield path
+        except (OSError, SafetensorError, ValidationError, Damage) as error:
+            raise RecipeError(
+                f"{path} is missing or damaged ({in_one_line(error)}); run stages.quantize again to complete it."
+            ) from error
+
+
+def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
+    if key not in (metadata or {}):
+        raise Damage(f"it has no {key}")
+    assert metadata is not None
+    return metadata[key]
+
+
+def _found(specs: dict[str, QuantSpec], site: MatMulSite) -> QuantSpec:
+    if site.name not in specs:
+        raise Damage(f"its specs don't name '{site.name}'")
+    require_spec(specs[site.name], site)
+    return specs[site.name]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", ".", name).strip(".")[:_LONGEST_SLUG]
+
+
+def _as_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    parts = {
+        "codes": weight.codes,
+        "scales": weight.scales,
+        "zero_points": weight.zero_points,
+        "input_scale": weight.input_scale,
+    }
+    # A copy each: safetensors refuses tensors that share storage (siblings share one input scale).
+    return {
+        f"{weight.site.name}:{key}": tensor.cpu().contiguous().clone()
+        for key, tensor in parts.items()
+        if tensor is not None
+    }
+
+
+def open_store(folder: Path) -> QuantizedStore:
+    """Open the folder of an earlier run.
+
+    Raises:
+        RecipeError: there is no readable recipe.json.
+    """
+    folder = reachable(folder)
+    path = folder / RECIPE
+    try:
+        recipe = _RECIPES.validate_json(path.read_bytes())
+        require_recipe(recipe)
+    except (OSError, ValidationError, Damage) as error:
+        raise RecipeError(
+            f"{path} can't be read ({_in_short(error)}); pass the folder that stages.quantize wrote its weights to."
+        ) from error
+    return QuantizedStore(folder, recipe)
+
+
+def _in_short(error: OSError | ValidationError | Damage) -> str:
+    if not isinstance(error, ValidationError):
+        return in_one_line(error)
+    fault = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
+
+
+def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: bool) -> QuantizedStore:
+    """Start a folder for ``recipe``, or go on with one that has exactly this recipe.
+
+    Raises:
+        CacheMismatch: the folder holds another recipe's weights and ``overwrite`` is off.
+        UserError: the folder can't be written.
+    """
+    folder = reachable(folder)
+    path = folder / RECIPE
+    if path.is_file():
+        if path.read_bytes() == _RECIPES.dump_json(recipe, indent=1):
+            return QuantizedStore(folder, recipe)
+        if not overwrite:
+            raise CacheMismatch(
+                f"{folder} holds weights of another run ({_summary(path)}); choose another --weights_path or pass "
+                "--overwrite to replace them."
+            )
+        _require_weights_alone(folder)
+        shutil.rmtree(folder)
+    elif is_occupied(folder):
+        raise UserError(f"--weights_path {folder} is not empty and holds no recipe.json; choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            partial.write_bytes(_RECIPES.dump_json(recipe, indent=1))
+    except OSError as error:
+        with suppress(OSError):
+            folder.rmdir()
+        raise UserError(f"--weights_path {folder} can't be written ({error.strerror}); choose another.") from error
+    return QuantizedStore(folder, recipe)
+
+
+def _require_weights_alone(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.suffix not in _SUFFIXES and entry.name not in (EARLIER, REPORT_FOLDER):
+            raise UserError(
+                f"--weights_path {folder} holds {entry} besides quantized weights and isn't replaced; choose another "
+                "folder."
+            )
+
+
+def _summary(recipe_file: Path) -> str:
+    try:
+        return str(json.loads(recipe_file.read_text(encoding="utf-8"))["summary"])
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
+        return "unreadable recipe.json"

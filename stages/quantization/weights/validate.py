@@ -1,0 +1,97 @@
+"""Whether stored numbers are what their format and site say: checked once, when they are read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stages.model.weights import all_finite
+from stages.records.formats import EmbeddingPlan
+from stages.records.results import ExportRecipe
+from stages.records.sites import MatMulSite
+from stages.records.formats import QuantSpec
+from stages.records.formats import torch_float
+
+PartName = Literal["codes", "scales", "zero_points", "input_scale"]
+"""The tensors that a site's stored weight is made of."""
+
+
+class Damage(Exception):
+    """Carries what is wrong with a file that could be parsed."""
+
+
+def _need(condition: bool, what: str) -> None:
+    if not condition:
+        raise Damage(what)
+
+
+def require_recipe(recipe: ExportRecipe) -> None:
+    """Raise Damage when ``recipe`` names nothing, or sizes that can't be."""
+    _need(bool(recipe.groups or recipe.embeddings), "it has no groups")
+    for group in recipe.groups:
+        _need(bool(group.sites), f"the group of '{group.activation}' has no sites")
+        for site in group.sites:
+            _need(site.in_features >= 1 and site.out_features >= 1, f"the sizes of '{site.name}' are below 1")
+    for plan in recipe.embeddings:
+        _need(min(plan.table.shape) >= 1 and plan.block_size >= 1, f"the sizes of '{plan.table.weight}' are below 1")
+
+
+def require_spec(spec: QuantSpec, site: MatMulSite) -> None:
+    """Raise Damage when no weight of the site can have this format."""
+    _need(spec.block_size(site.in_features) >= 1, "its blocks are smaller than 1")
+
+
+def require_part(name: PartName, part: Tensor | None, site: MatMulSite, spec: QuantSpec) -> None:
+    """Raise Damage when a part of a site's weight isn't that of its shape and format.
+
+    Args:
+        name: which part it is.
+        part: its numbers; None where the file has no such part.
+        site: the site that the weight belongs to.
+        spec: how the weight is stored.
+    """
+    scales = (site.out_features, spec.num_blocks(site.in_features))
+    match name:
+        case "codes":
+            _require_range(require(part, name, (site.out_features, site.in_features), spec.code_dtype), name, spec)
+        case "scales":
+            _require_finite(require(part, name, scales, torch_float(spec.scale_dtype)), name)
+        case "zero_points" if spec.symmetric:
+            _need(part is None, "it has zero_points and a format without them")
+        case "zero_points":
+            _require_range(require(part, name, scales, torch.uint8), name, spec)
+        case "input_scale" if part is not None:
+            _require_finite(require(part, name, (site.in_features,), torch.float32), name)
+            _need(bool((part > 0).all()), "its input_scale isn't positive")
+
+
+def require_packed(packed: Tensor, plan: EmbeddingPlan) -> None:
+    """Raise Damage when ``packed`` aren't the codes of the table."""
+    require(packed, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
+
+
+def require_table_scales(scales: Tensor, plan: EmbeddingPlan) -> None:
+    """Raise Damage when ``scales`` aren't those of the table."""
+    require(scales, "scales", plan.scales_shape, torch_float(plan.table.dtype))
+    _require_finite(scales, "scales")
+
+
+def require(part: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if part is None:
+        raise Damage(f"it has no {name}")
+    _need(
+        part.dtype == dtype and tuple(part.shape) == shape,
+        f"its {name} are {part.dtype} {list(part.shape)}, not {dtype} {list(shape)}",
+    )
+    return part
+
+
+def _require_range(codes: Tensor, name: str, spec: QuantSpec) -> None:
+    inside = codes.numel() == 0 or (int(codes.min()) >= spec.code_min and int(codes.max()) <= spec.code_max)
+    _need(inside, f"its {name} leave the range of {spec.bits} bits")
+
+
+def _require_finite(numbers: Tensor, name: str) -> None:
+    _need(all_finite(numbers), f"its {name} hold NaN or infinite values")

@@ -1,0 +1,1 @@
+"""Hold what flows between the rooms: sites, number formats, results."""

@@ -1,0 +1,271 @@
+"""The value types that cross rooms: all frozen, keyword-only, and free of behaviour beyond derived values.
+
+Shapes: N = out_features, K = in_features, T = tokens, B = block size, nB = ceil(K / B) blocks along K.
+Weights are always [N, K] here, whatever the graph stores.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+import torch
+from dataclasses import dataclass
+import numpy as np
+import onnx_ir as ir
+from collections.abc import Mapping
+from types import MappingProxyType
+import ml_dtypes
+from enum import StrEnum
+
+
+FloatName = Literal["float32", "float16", "bfloat16"]
+"""Floating-point storage types a base model can have, named as torch names them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatType:
+    """A floating-point storage type under the names that each library gives it."""
+
+    name: FloatName
+    torch: torch.dtype
+    numpy: np.dtype[np.generic]
+    onnx: ir.DataType
+    onnxruntime: str
+
+
+FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType(
+    {
+        "float32": FloatType(
+            name="float32",
+            torch=torch.float32,
+            numpy=np.dtype(np.float32),
+            onnx=ir.DataType.FLOAT,
+            onnxruntime="tensor(float)",
+        ),
+        "float16": FloatType(
+            name="float16",
+            torch=torch.float16,
+            numpy=np.dtype(np.float16),
+            onnx=ir.DataType.FLOAT16,
+            onnxruntime="tensor(float16)",
+        ),
+        "bfloat16": FloatType(
+            name="bfloat16",
+            torch=torch.bfloat16,
+            numpy=np.dtype(ml_dtypes.bfloat16),
+            onnx=ir.DataType.BFLOAT16,
+            onnxruntime="tensor(bfloat16)",
+        ),
+    }
+)
+
+
+def torch_float(name: FloatName) -> torch.dtype:
+    """Return the torch dtype that ``name`` stands for."""
+    return FLOAT_TYPES[name].torch
+
+
+def onnx_float(name: FloatName) -> ir.DataType:
+    """Return the ONNX type that ``name`` stands for."""
+    return FLOAT_TYPES[name].onnx
+
+
+def float_of_onnx(dtype: ir.DataType | None) -> FloatType | None:
+    """Return the storage type that ONNX calls ``dtype``; None where a base model can't have it."""
+    return next((kind for kind in FLOAT_TYPES.values() if kind.onnx == dtype), None)
+
+
+# --------------------------------------------------------------------------- number formats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerChannel:
+    """One scale for a whole row of K inputs."""
+
+    kind: Literal["per_channel"] = "per_channel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerBlock:
+    """One scale for each ``block_size`` consecutive inputs of a row; the last block may be shorter."""
+
+    kind: Literal["per_block"] = "per_block"
+    block_size: int
+
+
+Granularity = PerChannel | PerBlock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """How one weight is stored: w = (code - zero_point) * scale.
+
+    Symmetric codes are signed with an implied zero point 0; asymmetric codes are unsigned with one stored zero point a
+    scale, as ONNX DequantizeLinear defines both.
+    """
+
+    bits: Literal[4, 8]
+    symmetric: bool
+    granularity: Granularity
+    scale_dtype: FloatName
+
+    @property
+    def code_min(self) -> int:
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def code_max(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.symmetric else torch.uint8
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: 4b32 is INT4 in blocks of 32, 8ch is INT8 with a scale per channel."""
+        match self.granularity:
+            case PerBlock(block_size=size):
+                return f"{self.bits}b{size}"
+            case PerChannel():
+                return f"{self.bits}ch"
+
+    def block_size(self, in_features: int) -> int:
+        """Block size B for a row of ``in_features`` inputs; the whole row where scales are per channel."""
+        match self.granularity:
+            case PerBlock(block_size=size):
+                return size
+            case PerChannel():
+                return in_features
+
+    def num_blocks(self, in_features: int) -> int:
+        return -(-in_features // self.block_size(in_features))
+
+    def stored_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of codes, scales and zero points for an [N, K] weight."""
+        scales = out_features * self.num_blocks(in_features)
+        code_bits = out_features * in_features * self.bits
+        zero_point_bits = 0 if self.symmetric else scales * self.bits
+        return -(-code_bits // 8) + -(-zero_point_bits // 8) + scales * torch_float(self.scale_dtype).itemsize
+
+
+class WeightForm(StrEnum):
+    """Which nodes stand before the MatMul."""
+
+    DQ = "dq"
+    """Packed codes and DequantizeLinear."""
+    QDQ = "qdq"
+    """The floating-point weight, QuantizeLinear and DequantizeLinear: ONNX Runtime packs it when it loads."""
+    DQ_COLUMN_MAJOR = "dq_column_major"
+    """Packed codes in rows of output channels, DequantizeLinear and Transpose: for execution providers that ask for it;
+    ONNX Runtime's own never fuse it."""
+    MATMUL_NBITS = "matmul_nbits"
+    """com.microsoft MatMulNBits in place of the MatMul, for runtimes that fuse no DequantizeLinear and for bfloat16."""
+
+
+# --------------------------------------------------------------------------- embeddings
+
+GatherForm = Literal["gather_block_quantized", "dq"]
+"""com.microsoft GatherBlockQuantized, or DequantizeLinear and Gather."""
+
+
+BlockAxis = Literal[0, 1]
+"""Axis of a [V, D] table that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingTable:
+    """A constant [V, D] table that token ids are looked up in, by every Gather that does so.
+
+    ``transposed`` says that the graph stores it as [D, V] and reads it through a Transpose, as the model builder does
+    where lm_head multiplies with the same initializer.
+    """
+
+    weight: str
+    gathers: tuple[str, ...]
+    """Outputs of the Gather nodes, in graph order."""
+    vocabulary: int
+    hidden: int
+    transposed: bool
+    dtype: FloatName
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.vocabulary, self.hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingPlan:
+    """How one table is stored: symmetric INT4 codes [V, D], and a scale for each block along ``axis``."""
+
+    table: EmbeddingTable
+    axis: BlockAxis
+    block_size: int
+    form: GatherForm
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(
+            bits=4,
+            symmetric=True,
+            granularity=PerBlock(block_size=self.block_size),
+            scale_dtype=self.table.dtype,
+        )
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        rows, columns = self.table.shape
+        blocks = self.spec.num_blocks(self.table.shape[self.axis])
+        return (blocks, columns) if self.axis == 0 else (rows, blocks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        rows, columns = self.scales_shape
+        codes = -(-self.table.vocabulary * self.table.hidden // 2)
+        return codes + rows * columns * torch_float(self.table.dtype).itemsize
+
+
+# --------------------------------------------------------------------------- the checks of an export
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFileUse:
+    """Bytes of a data file, of the tensors in it, and of the padding between them."""
+
+    file_bytes: int
+    referenced_bytes: int
+    padding_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteError:
+    """max |y - y_ref| / max |y_ref| over 8 random tokens, at accuracy level 1 and at the runtime's default level."""
+
+    site: str
+    exact: float
+    default: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableError:
+    """max |y - y_ref| / max |y_ref| over the first, the last and a few random tokens."""
+
+    table: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfusedSite:
+    """A site that runs as DequantizeLinear and MatMul, and why."""
+
+    site: str
+    reason: str
+
+
+_SIZES = (128, 64, 32, 16)
+"""All of those that CUDA's 4-bit kernels take."""
+
+
+def channel_block_size(in_features: int) -> int:
+    """The size that fills up a row of ``in_features`` least, the largest such."""
+    return min(_SIZES, key=lambda size: -in_features % size)

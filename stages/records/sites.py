@@ -1,0 +1,169 @@
+"""The value types that cross rooms: all frozen, keyword-only, and free of behaviour beyond derived values.
+
+Shapes: N = out_features, K = in_features, T = tokens, B = block size, nB = ceil(K / B) blocks along K.
+Weights are always [N, K] here, whatever the graph stores.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from dataclasses import dataclass
+from typing import Literal
+from stages.records.formats import FloatName
+import re
+
+
+# --------------------------------------------------------------------------- the graph's sites
+
+
+class WeightLayout(StrEnum):
+    """How the graph stores a site's weight."""
+
+    K_BY_N = "k_by_n"
+    """MatMul's own layout, also Gemm with transB = 0."""
+    N_BY_K = "n_by_k"
+    """Gemm with transB = 1."""
+    N_BY_K_TRANSPOSED = "n_by_k_transposed"
+    """An [N, K] initializer read through a Transpose node (tied embedding and lm_head)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatMulSite:
+    """One MatMul or Gemm whose second input is a constant weight.
+
+    ``output`` is the node's output value: unique in a graph, so it identifies the node even where nodes are unnamed.
+    """
+
+    name: str
+    op_type: Literal["MatMul", "Gemm"]
+    weight: str
+    activation: str
+    output: str
+    in_features: int
+    out_features: int
+    layout: WeightLayout
+    dtype: FloatName
+    weight_shared_with: tuple[str, ...] = ()
+    """Outputs of the other nodes that read the same initializer."""
+    feeds_logits: bool = False
+    routes_experts: bool = False
+    """Whether its output decides which experts of a mixture a token goes to."""
+
+
+# --------------------------------------------------------------------------- where an input scale can be folded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormAbsorber:
+    """A normalization whose gain (and LayerNorm bias) can be divided by the input scale.
+
+    Where a norm is written out in small nodes, it is the Mul by the gain that ends it.
+    """
+
+    kind: Literal["norm"] = "norm"
+    output: str
+    """First output of the norm node: the activation itself, or what a Cast makes the activation from."""
+    parameters: tuple[str, ...]
+    """Initializers [K] to divide: gain, and bias where the norm adds one of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAbsorber:
+    """A linear site that multiplies into the activation (up_proj): its output channels are divided."""
+
+    kind: Literal["linear"] = "linear"
+    site: str
+    bias: str | None = None
+    """Initializer [N] added after the site, divided too."""
+    power: Literal[1, 2] = 1
+    """2 where the activation is the square of the site's output or of its Relu: channels take the scale's root."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSharing:
+    """Grouped-query attention: ``group_size`` query heads read one key/value head.
+
+    An input scale of o_proj, [kv_heads * group_size * head_size], must repeat over the query heads of a group to be
+    foldable into v_proj's [kv_heads * head_size] output channels.
+    """
+
+    kv_heads: int
+    group_size: int
+    head_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueAbsorber:
+    """The value projection of an attention node: output is linear in V, so v_proj's channels are divided."""
+
+    kind: Literal["value"] = "value"
+    site: str
+    first_channel: int
+    """Index of the first V channel in the site's output (0, or after Q and K inside a packed qkv)."""
+    heads: HeadSharing
+    bias: str | None = None
+
+
+Absorber = NormAbsorber | LinearAbsorber | ValueAbsorber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationGroup:
+    """The sites that read one activation, and so can share one AWQ input scale (q/k/v; gate/up)."""
+
+    activation: str
+    in_features: int
+    sites: tuple[MatMulSite, ...]
+    absorber: Absorber | None
+    unfoldable_because: str = ""
+    """Why there is no absorber, in words a person can read; empty where there is one."""
+
+
+# --------------------------------------------------------------------------- what stays as it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnreachedWeights:
+    """Matrices that one kind of node reads and that quantization leaves alone."""
+
+    op_type: str
+    weights: tuple[str, ...]
+    """Initializers, in graph order."""
+    num_bytes: int
+    share: float
+    """Part of the bytes of all the model's weights, 0 to 1."""
+    reason: str
+
+    @property
+    def in_words(self) -> str:
+        """Which weights stay, how large they are, and why."""
+        more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
+        size = f"{self.num_bytes / 1e6:,.1f} MB, {self.share:.0%} of the base's weights"
+        return f"{self.op_type}: {self.weights[0]}{more} ({size}): {self.reason}"
+
+
+_LAYER = re.compile(r"layers[./](\d+)[./]?")
+"""The builder writes layers.3/, other exporters layers/3/ or layers.3. with dots throughout."""
+
+
+def short_name(site: str) -> str:
+    """Return the builder's /model/layers.0/attn/o_proj/MatMul as layers.0/attn/o_proj."""
+    return site.removeprefix("/model").removeprefix("/").removesuffix("/MatMul").removesuffix("/Gemm")
+
+
+def kind_of(site: str) -> str:
+    """Return the site's short name without its layer: attn/o_proj; a name that is all layer stays."""
+    short = short_name(site)
+    return _LAYER.sub("", short) or short
+
+
+def layer_of(name: str) -> int | None:
+    """Return the index of the decoder layer; None for what lies outside, such as lm_head."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found[1])
+
+
+def within_layer(name: str) -> str:
+    """Return what follows the layer in ``name``, such as attn/o_proj/MatMul; nothing outside the layers."""
+    found = _LAYER.search(name)
+    return "" if found is None else name[found.end() :]

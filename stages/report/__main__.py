@@ -1,0 +1,44 @@
+"""Make a report's page again from its report.json: ``python -m stages.report DIR``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from stages.commands.run import run_command
+from stages.commands.evaluate_options import ReportConfig
+from stages.errors import UserError
+from stages.commands.output import Section
+
+
+def command(config: ReportConfig) -> Iterable[Section]:
+    """Write report.html, and first the part on quantized weights where their folder is named.
+
+    Raises:
+        UserError: there is nothing to make a page from, or the folder can't be written.
+    """
+    from stages.model.directory import locate_model
+    from stages.report.document import REPORT_JSON
+    from stages.report.document import read_document
+    from stages.report.document import write_report
+    from stages.report.from_runs import quantization_of
+    from stages.report.render import render
+    from stages.quantization.weights.store import open_store
+    from stages.model.sizes import size_parts
+
+    document = read_document(config.report)
+    if config.weights_path is not None:
+        sizes = (
+            size_parts(locate_model(config.base), locate_model(config.model)) if config.base and config.model else ()
+        )
+        quantization = quantization_of(open_store(config.weights_path), sizes)
+        title = document.title or (config.model or config.weights_path).absolute().name
+        document = replace(document, title=title, quantization=quantization)
+    elif not (config.report / REPORT_JSON).exists():
+        raise UserError(f"{config.report} holds no {REPORT_JSON}; name a report's folder, or --weights_path as well.")
+    write_report(document, render, config.report)
+    return ()
+
+
+if __name__ == "__main__":
+    run_command(ReportConfig, command, "python -m stages.report")

@@ -1,0 +1,126 @@
+"""A model opened in ONNX Runtime: the logits of whole windows, and greedy continuation token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from jaxtyping import Float32, Int64
+
+from stages.errors import UserError
+from stages.model.directory import ModelDirectory
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+from stages.runtime.upcast import runnable_file
+
+_LOGITS = "logits"
+_PAST = ("past_key_values", "past")
+_PRESENT = "present"
+Feeds = Mapping[str, ort.OrtValue]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A session of a model, and how its inputs are made."""
+
+    directory: ModelDirectory
+    feeds: CausalFeeds
+
+    def logits(self, tokens: Int64[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L V"]:
+        """Logits of full windows, past key/values empty.
+
+        Raises:
+            UserError: ONNX Runtime stops.
+        """
+        (logits,) = self._run([_LOGITS], _as_values(self.feeds(tokens)))
+        return np.asarray(logits.numpy(), np.float32)
+
+    def continuation(self, tokens: list[int]) -> Iterator[int]:
+        """The most likely tokens behind ``tokens``, one by one, without end; each is computed when it is asked for.
+
+        Keys and values are carried from step to step. Where attention drops old tokens itself, or a cache has no
+        output of its own, everything is computed again for each token.
+
+        Raises:
+            UserError: ONNX Runtime stops.
+        """
+        carried = self._carried()
+        return self._from_the_start(tokens) if carried is None else self._step_by_step(tokens, carried)
+
+    def _from_the_start(self, tokens: list[int]) -> Iterator[int]:
+        known = list(tokens)
+        while True:
+            known.append(int(self.logits(np.array([known]))[0, -1].argmax()))
+            yield known[-1]
+
+    def _step_by_step(self, tokens: list[int], carried: Mapping[str, str]) -> Iterator[int]:
+        first = self.feeds(np.array([tokens]))
+        feeds, length = _as_values(first), len(tokens)
+        while True:
+            logits, *presents = self._run([_LOGITS, *carried.values()], feeds)
+            token = int(logits.numpy()[0, -1].argmax())
+            yield token
+            length += 1
+            feeds = _as_values(_of_one_token(first, token, length)) | dict(zip(carried, presents, strict=True))
+
+    def _carried(self) -> dict[str, str] | None:
+        """The output that becomes each cache input in the next step; None where not every one has its own."""
+        session = self.feeds.session
+        outputs = {node.name for node in session.get_outputs()}
+        caches = [node.name for node in session.get_inputs() if _PAST[-1] in node.name]
+        pairs = {name: _present_name(name) for name in caches}
+        complete = set(pairs.values()) <= outputs
+        return pairs if complete and not self.directory.windowed_caches else None
+
+    def _run(self, outputs: list[str], feeds: Feeds) -> list[ort.OrtValue]:
+        try:
+            return list(self.feeds.session.run_with_ort_values(outputs, dict(feeds)))
+        except Exception as error:  # onnxruntime raises classes without a common base
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"ONNX Runtime can't run {self.directory.onnx_file} ({reason}); try another of --eps."
+            ) from error
+
+
+@contextmanager
+def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: Path | None) -> Iterator[Decoder]:
+    """Open the model in ``directory``; a float32 copy of a bfloat16 one lies in ``scratch`` meanwhile.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model.
+    """
+    with runnable_file(directory.onnx_file, settings.providers, scratch) as onnx_file:
+        session = open_session(onnx_file, settings)
+        feeds = CausalFeeds.of(session, directory)
+        yield Decoder(directory=directory, feeds=feeds)
+
+
+def _present_name(past: str) -> str:
+    for word in _PAST:
+        if word in past:
+            return past.replace(word, _PRESENT)
+    return past
+
+
+def _as_values(feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> dict[str, ort.OrtValue]:
+    return {
+        name: feed if isinstance(feed, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(feed)
+        for name, feed in feeds.items()
+    }
+
+
+def _of_one_token(
+    first: Mapping[str, np.ndarray | ort.OrtValue], token: int, length: int
+) -> dict[str, np.ndarray | ort.OrtValue]:
+    """Feeds of the last of ``length`` tokens, caches left out; types are those of the ``first`` step."""
+    values = {
+        "input_ids": np.array([[token]]),
+        "attention_mask": np.ones((1, length)),
+        "position_ids": np.array([[length - 1]]),
+    }
+    return {name: values[name].astype(feed.dtype) for name, feed in first.items() if name in values}

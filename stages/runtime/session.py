@@ -1,0 +1,227 @@
+"""ONNX Runtime sessions: execution providers that really load, and inputs built from what the graph declares."""
+
+from __future__ import annotations
+
+from stages.records.formats import FLOAT_TYPES
+import numpy as np
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from stages.system.hardware import threads
+from stages.runtime.providers import CPU
+import onnxruntime as ort
+import torch
+from stages.errors import GraphError
+from stages.errors import in_one_line
+from stages.runtime.providers import ProviderChoice
+from collections.abc import Callable
+from stages.runtime.providers import SHORT_NAMES
+from stages.model.directory import ModelDirectory
+import onnx_ir as ir
+
+
+_REASON_LENGTH = 200
+
+
+_AS_MANY_AS_CORES = 0
+
+
+_BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
+
+
+_NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    **{kind.onnxruntime: kind.numpy for kind in FLOAT_TYPES.values() if kind.onnxruntime != _BFLOAT16},
+}
+
+
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+"""Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """Everything about a session that callers here vary.
+
+    ``provider_options`` go to the provider that they are listed under. ``external_data_folder`` lets a graph given as
+    bytes read its weights where they lie. ``map_weights`` keeps weights as mapped file pages instead of repacked
+    copies. ``spin`` lets idle threads wait busily for the next run: faster, unless others compute between runs.
+    ``profile_prefix`` writes a profile whose kernel events name the nodes of the optimized graph.
+    """
+
+    providers: tuple[str, ...] = (CPU,)
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    external_data_folder: Path | None = None
+    map_weights: bool = False
+    spin: bool = True
+    accuracy_level: int | None = None
+    profile_prefix: Path | None = None
+
+
+def open_session(model: Path | bytes, settings: SessionSettings) -> ort.InferenceSession:
+    """Open a model file, or a serialized graph, with ``settings``.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model; its reason is repeated.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # As torch does: processes that share a machine are told in this way how many threads are theirs.
+    options.intra_op_num_threads = threads() or _AS_MANY_AS_CORES
+    if settings.external_data_folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(settings.external_data_folder)
+        )
+    if settings.map_weights:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if not settings.spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if settings.accuracy_level is not None:
+        options.add_session_config_entry(ACCURACY_LEVEL, str(settings.accuracy_level))
+    if settings.profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(settings.profile_prefix)
+    source = model if isinstance(model, bytes) else str(model)
+    providers = [(name, dict(settings.provider_options.get(name, {}))) for name in settings.providers]
+    try:
+        # Without enable_fallback=0 the library prints a failing provider's error and goes on without it.
+        return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime raises classes without a common base
+        where = "a part of the model" if isinstance(model, bytes) else str(model)
+        raise GraphError(f"ONNX Runtime can't open {where} ({in_one_line(error)}); build it again.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSession:
+    """A session, and the providers that it really has."""
+
+    session: ort.InferenceSession
+    providers: ProviderChoice
+
+
+SessionOpener = Callable[[tuple[str, ...]], ort.InferenceSession]
+"""Opens a session with the providers of these names."""
+
+
+def open_first_session(open_with: SessionOpener, choice: ProviderChoice) -> OpenedSession:
+    """Open a session with the providers of ``choice``, without those that turn out not to work for it.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model on the CPU too.
+    """
+    try:
+        session = open_with(choice.names)
+    except GraphError as error:
+        culprit = _first_failing(open_with, choice)
+        if culprit is None:
+            raise error from error.__cause__
+        return open_first_session(open_with, _without(choice, *culprit))
+    there = session.get_providers()
+    for name in choice.names:
+        if name not in there:
+            choice = _without(choice, name, "ONNX Runtime could not load it; a driver or library is missing")
+    return OpenedSession(session, choice)
+
+
+def _first_failing(open_with: SessionOpener, choice: ProviderChoice) -> tuple[str, str] | None:
+    """The first provider that fails by itself, and its reason; None where the CPU is the only one."""
+    others = [name for name in choice.names if name != CPU]
+    for name in others:
+        try:
+            open_with((name, CPU))
+        except GraphError as error:
+            return name, str(error)
+    return (others[0], "it fails beside the providers behind it") if others else None
+
+
+def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
+    short = reason if len(reason) <= _REASON_LENGTH else f"{reason[:_REASON_LENGTH]}..."
+    return ProviderChoice(
+        names=tuple(other for other in choice.names if other != name),
+        missing=(*choice.missing, (SHORT_NAMES[name], short)),
+    )
+
+
+def _past_shape(node: ort.NodeArg, empty: tuple[int, int | None, int, int | None]) -> tuple[int, ...]:
+    """Shape of an empty past: ``empty``, [batch, kv_heads, length, head_size]; fixed dimensions of the graph win."""
+    declared = list(node.shape)
+    if len(declared) == 3 and all(isinstance(dim, int) for dim in declared[1:]):
+        # The state of a short convolution: always of this size, and zero before the first token.
+        return empty[0], *declared[1:]
+    if len(declared) != 4:
+        raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
+    shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]
+    if any(dim is None for dim in shape):
+        raise GraphError(
+            f"Graph input '{node.name}' leaves its head count or size open and genai_config.json doesn't give "
+            "num_key_value_heads and head_size; put that file beside the model."
+        )
+    return tuple(int(dim) for dim in shape if dim is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class CausalFeeds:
+    """Builds the inputs of a decoder graph for full windows of tokens and an empty past, by the graph's own names.
+
+    Position ids are 0, 1, 2, ...; the attention mask is all ones: windows hold no padding. An empty past has length 0,
+    or the length that ``windowed_caches`` gives for its input: then a buffer of zeros, of which nothing is valid yet.
+    """
+
+    session: ort.InferenceSession
+    kv_heads: int | None
+    head_size: int | None
+    windowed_caches: Mapping[str, int] = field(default_factory=dict)
+    fed_otherwise: frozenset[str] = frozenset()
+    """Inputs that the caller feeds."""
+
+    @classmethod
+    def of(
+        cls, session: ort.InferenceSession, directory: ModelDirectory, fed_otherwise: frozenset[str] = frozenset()
+    ) -> CausalFeeds:
+        """Return the feeds of a session whose model, or a part of it, lies in ``directory``.
+
+        Args:
+            session: the open session.
+            directory: where head counts and sliding caches are told.
+            fed_otherwise: inputs that the caller feeds.
+        """
+        return cls(session, directory.kv_heads, directory.head_size, directory.windowed_caches, fed_otherwise)
+
+    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
+        """Feeds for ``tokens`` [batch, length] (any integer type).
+
+        Raises:
+            GraphError: an input of the graph is none of input_ids, attention_mask, position_ids, past key/values.
+        """
+        own = [node for node in self.session.get_inputs() if node.name not in self.fed_otherwise]
+        return {node.name: self._feed(node, tokens) for node in own}
+
+    def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray | ort.OrtValue:
+        batch, length = tokens.shape
+        if "past" in node.name and node.type == _BFLOAT16:
+            return _bfloat16_zeros(self._past_shape(node, batch))
+        dtype = _NUMPY_TYPES.get(node.type)
+        if dtype is None:
+            raise GraphError(f"Graph input '{node.name}' has type {node.type}, which calibration can't feed.")
+        if node.name == "input_ids":
+            return tokens.astype(dtype)
+        if node.name == "attention_mask":
+            return np.ones((batch, length), dtype)
+        if node.name == "position_ids":
+            return np.broadcast_to(np.arange(length, dtype=dtype), (batch, length)).copy()
+        if "past" in node.name:
+            return np.zeros(self._past_shape(node, batch), dtype)
+        raise GraphError(
+            f"Graph input '{node.name}' is not one that a text decoder has "
+            "(input_ids, attention_mask, position_ids, past key/values); pass the decoder's .onnx file."
+        )
+
+    def _past_shape(self, node: ort.NodeArg, batch: int) -> tuple[int, ...]:
+        return _past_shape(node, (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size))
+
+
+def _bfloat16_zeros(shape: tuple[int, ...]) -> ort.OrtValue:
+    """numpy has no bfloat16 that ONNX Runtime takes; all bits zero are 0 in every type."""
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), ir.DataType.BFLOAT16)

@@ -1,0 +1,266 @@
+"""Run the base graph, or a piece of it, on token batches and yield the activations that its MatMul sites read.
+
+The tapped graph is the original with other outputs: it is handed to ONNX Runtime as a few hundred kilobytes of bytes
+whose weights are mapped from the base model's own files. Nodes behind the last tap (lm_head) are not run. Where the CPU
+alone must run a bfloat16 graph, it is widened to float32 first, into a temporary file. What one piece hands to the next
+goes through numpy, which has no bfloat16: as float32 there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from contextlib import ExitStack
+from pathlib import Path
+import onnx_ir as ir
+import onnxruntime as ort
+from stages.model.directory import ModelDirectory
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.session import OpenedSession
+from stages.runtime.providers import ProviderChoice
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_first_session
+from stages.runtime.session import open_session
+from stages.runtime.upcast import runnable_graph
+import numpy as np
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from torch import Tensor
+from stages.errors import GraphError
+from stages.errors import in_one_line
+from stages.runtime.providers import CUDA
+from stages.runtime.session import CausalFeeds
+import torch
+from stages.model.partition import Piece
+from stages.runtime.upcast import must_widen
+
+
+_NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+
+
+def open_graph(
+    model: ir.Model,
+    directory: ModelDirectory,
+    choice: ProviderChoice,
+    scratch: Path | None,
+    temporary: ExitStack,
+    provider_options: Mapping[str, Mapping[str, str]] = _NO_OPTIONS,
+) -> OpenedSession:
+    """A session of ``model``, whose external tensors lie in ``directory``, on the first providers that take it.
+
+    Where the CPU alone must run a bfloat16 graph, a float32 copy of it lies in ``scratch`` (None: the system's folder
+    for temporary files), twice the model's size, until ``temporary`` is closed.
+
+    Raises:
+        GraphError: ONNX Runtime can't open the model.
+    """
+
+    def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
+        graph = temporary.enter_context(runnable_graph(model, providers, scratch))
+        settings = SessionSettings(
+            providers=providers,
+            provider_options=provider_options,
+            external_data_folder=directory.folder if isinstance(graph, bytes) else None,
+            map_weights=providers == CPU_ONLY,
+            spin=False,
+        )
+        return open_session(graph, settings)
+
+    return open_first_session(open_with, choice)
+
+
+_FATAL = 4
+
+
+_NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:
+    """A copy of the model with ``activations``, in this order, as its only outputs; ``model`` is left as it was.
+
+    Requires: every activation is a value of the main graph. Ensures: external tensors keep their original places, and
+    bfloat16 activations come out as float32, which numpy can hold.
+    """
+    tapped = model.clone()
+    values = {output.name: output for node in tapped.graph for output in node.outputs}
+    values |= {value.name: value for value in tapped.graph.inputs}
+    tapped.graph.outputs[:] = [_readable(tapped.graph, values[name]) for name in activations]
+    RemoveUnusedNodesPass()(tapped)
+    return tapped
+
+
+def _readable(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    if value.dtype != ir.DataType.BFLOAT16:
+        return value
+    cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{value.name}/float32")
+    cast.outputs[0].name = f"{value.name}/float32"
+    cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.append(cast)
+    return cast.outputs[0]
+
+
+def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
+    """Name of the input of ``graph`` through which numpy can feed the value ``name``, of numpy type ``dtype``."""
+    index, value = next((index, value) for index, value in enumerate(graph.inputs) if value.name == name)
+    if value.dtype is None:
+        value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
+    if value.dtype != ir.DataType.BFLOAT16:
+        return name
+    fed = ir.Value(name=f"{name}/float32", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    cast = ir.node("Cast", [fed], attributes={"to": int(ir.DataType.BFLOAT16)}, name=f"{name}/bfloat16")
+    cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    graph.inputs[index] = fed
+    graph.insert_before(graph[0], cast)
+    cast.outputs[0].name = name
+    return f"{name}/float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationTap:
+    """An open session of a tapped graph; leaving it closes that and removes the temporary weights, if there are any.
+
+    Whoever holds the tap after that holds no session and no weights with it.
+    """
+
+    values: tuple[str, ...]
+    """Names of what it gives."""
+    carried_in: Mapping[str, str]
+    """The input for each value that was computed before."""
+    providers: ProviderChoice
+    """What it runs on: the providers asked for, without those that failed."""
+    widened: bool
+    """Whether a float32 copy of a bfloat16 graph runs."""
+    _held: list[CausalFeeds]
+    """The session's feeds, until ``_resources`` are closed; then nothing."""
+    _resources: ExitStack
+
+    @property
+    def feeds(self) -> CausalFeeds:
+        """The feeds of the open session.
+
+        Raises:
+            RuntimeError: the tap is closed.
+        """
+        if not self._held:
+            raise RuntimeError("The activation tap is closed; open another one.")
+        return self._held[0]
+
+    def __enter__(self) -> ActivationTap:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+    def run(self, tokens: np.ndarray, carried: Mapping[str, np.ndarray] = _NOTHING) -> Iterator[tuple[str, Tensor]]:
+        """One forward pass over ``tokens`` [batch, length]: (name, value in the graph's type, [batch, length, ...]).
+
+        Values lie where they were computed, on the CPU or a CUDA device, and are not copied.
+
+        ``carried`` holds what earlier pieces computed for the same tokens.
+
+        Raises:
+            GraphError: ONNX Runtime stops; its reason is repeated.
+            RuntimeError: the tap is closed.
+        """
+        session = self.feeds.session
+        feeds = self.feeds(tokens) | {self.carried_in[name]: array for name, array in carried.items()}
+        binding = _bound(session, feeds)
+        options = ort.RunOptions()
+        options.log_severity_level = _FATAL  # what it would log is in the exception
+        try:
+            session.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise GraphError(
+                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); choose another "
+                "--calibration_eps, or build the model for this one."
+            ) from error
+        for name, output in zip(self.values, binding.get_outputs(), strict=True):
+            yield name, _as_torch(output)
+
+
+def _bound(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> ort.IOBinding:
+    """Inputs from the host; outputs stay where the first provider computes them, if torch can read them there."""
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        if isinstance(value, ort.OrtValue):
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_cpu_input(name, value)
+    on_cuda = session.get_providers()[0] == CUDA
+    place = ("cuda", int(session.get_provider_options()[CUDA].get("device_id", 0))) if on_cuda else ("cpu", 0)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, *place)
+    return binding
+
+
+def _as_torch(output: ort.OrtValue) -> Tensor:
+    """The same memory as a tensor."""
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(output)
+    return tensor.view(torch.bool) if output.data_type() == "tensor(bool)" else tensor  # DLPack says uint8
+
+
+def open_value_tap(
+    model: ir.Model,
+    directory: ModelDirectory,
+    values: tuple[str, ...],
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
+    scratch: Path | None = None,
+) -> ActivationTap:
+    """Open the graph with ``values`` as its outputs, on the first providers that take it.
+
+    ``scratch`` is where a widened copy of a bfloat16 model may lie, twice the model's size (None: the system's folder
+    for temporary files).
+
+    Raises:
+        GraphError: ONNX Runtime can't open the base model.
+    """
+    return _open(tapped_model(model, values), values, directory, choice, provider_options, scratch, {})
+
+
+def open_piece_tap(
+    piece: Piece,
+    directory: ModelDirectory,
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
+    scratch: Path | None,
+    carried_types: Mapping[str, np.dtype[np.generic]],
+) -> ActivationTap:
+    """The same for a piece of the graph, whose outputs are given; ``carried_types`` by the names of its carried inputs.
+
+    Raises:
+        GraphError: ONNX Runtime can't open that part of the base model.
+    """
+    values = tuple(str(output.name) for output in piece.model.graph.outputs)
+    tapped = tapped_model(piece.model, values)
+    carried_in = {name: _feedable(tapped.graph, name, carried_types[name]) for name in piece.carried_in}
+    return _open(tapped, values, directory, choice, provider_options, scratch, carried_in)
+
+
+def _open(
+    tapped: ir.Model,
+    values: tuple[str, ...],
+    directory: ModelDirectory,
+    choice: ProviderChoice,
+    provider_options: Mapping[str, Mapping[str, str]],
+    scratch: Path | None,
+    carried_in: Mapping[str, str],
+) -> ActivationTap:
+    with ExitStack() as temporary:
+        opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
+        held = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(carried_in.values()))]
+        temporary.callback(held.clear)  # the last in is the first out: the session goes before the files that it maps
+        return ActivationTap(
+            values=values,
+            carried_in=carried_in,
+            providers=opened.providers,
+            widened=must_widen(tapped, opened.providers.names),
+            _held=held,
+            _resources=temporary.pop_all(),
+        )

@@ -1,0 +1,139 @@
+"""Run the base graph with other weights: its sites' weights are inputs, so one session serves any number of trials.
+
+Nothing is reloaded between trials. The price is memory: the weights are held once as they are fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from jaxtyping import Float, Integer
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
+
+from stages.errors import GraphError
+from stages.runtime.tap import open_graph
+from stages.model.weights import read_weight
+from stages.model.directory import ModelDirectory
+from stages.records.formats import FLOAT_TYPES
+from stages.records.sites import MatMulSite
+from stages.records.sites import WeightLayout
+from stages.runtime.session import CausalFeeds
+from stages.runtime.providers import ProviderChoice
+
+_LOGITS = "logits"
+
+
+def input_name(site: MatMulSite) -> str:
+    """The graph input that takes the place of the site's weight."""
+    return f"weight of {site.output}"
+
+
+def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model:
+    """A copy of ``model`` whose only output is the logits and whose ``sites`` read their weights from graph inputs.
+
+    Ensures: ``model`` is left as it was; another reader of a site's weight still reads the initializer; a weight that
+    the site reads through a Transpose comes as the MatMul wants it, [K, N].
+
+    Raises:
+        GraphError: the model has no output called logits.
+    """
+    changed = model.clone()
+    logits = [value for value in changed.graph.outputs if value.name == _LOGITS]
+    if not logits:
+        raise GraphError("The graph has no output 'logits', by which --sensitivity measured judges; leave it out.")
+    nodes = {node.outputs[0].name: node for node in changed.graph}
+    for site in sites:
+        node = nodes[site.output]
+        kind = model.graph.initializers[site.weight].type
+        new = ir.Value(name=input_name(site), shape=ir.Shape(_fed_shape(site)), type=kind)
+        node.replace_input_with(1, new)
+        changed.graph.inputs.append(new)
+    changed.graph.outputs[:] = logits
+    RemoveUnusedNodesPass()(changed)
+    return changed
+
+
+def _fed_shape(site: MatMulSite) -> tuple[int, int]:
+    shape = (site.out_features, site.in_features)
+    return shape if site.layout is WeightLayout.N_BY_K else (shape[1], shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRunner:
+    """An open session of the changed graph; leaving it removes temporary files, if there are any."""
+
+    feeds: CausalFeeds
+    original: Mapping[str, ort.OrtValue]
+    """Every site's own weight, by input name."""
+    temporary: ExitStack
+
+    def __enter__(self) -> TrialRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.temporary.close()
+
+    def logits(
+        self, tokens: Integer[np.ndarray, "batch length"], replaced: Sequence[tuple[MatMulSite, Tensor]] = ()
+    ) -> Float[Tensor, "batch length V"]:
+        """float32 logits of ``tokens`` with the weights [N, K] of some sites ``replaced``.
+
+        Raises:
+            GraphError: ONNX Runtime stops; its reason is repeated.
+        """
+        session = self.feeds.session
+        others = {input_name(site): _as_fed(weight, site, session) for site, weight in replaced}
+        try:
+            output = session.run([_LOGITS], {**self.feeds(tokens), **self.original, **others})[0]
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise GraphError(
+                f"The base model stops on {session.get_providers()[0]}: {str(error).splitlines()[0]}; leave "
+                "--sensitivity measured out."
+            ) from error
+        return torch.from_numpy(np.asarray(output, np.float32))
+
+
+def open_trials(
+    model: ir.Model,
+    directory: ModelDirectory,
+    sites: Sequence[MatMulSite],
+    choice: ProviderChoice,
+    scratch: Path | None = None,
+) -> TrialRunner:
+    """Open ``model`` with the weights of ``sites`` as inputs, on the first providers that take it.
+
+    ``scratch`` is where a widened copy of a bfloat16 model may lie.
+
+    Raises:
+        GraphError: ONNX Runtime can't open the base model.
+    """
+    changed = with_weight_inputs(model, sites)
+    with ExitStack() as temporary:
+        session = open_graph(changed, directory, choice, scratch, temporary).session
+        feeds = CausalFeeds.of(session, directory, fed_otherwise=frozenset(input_name(site) for site in sites))
+        cpu = torch.device("cpu")
+        original = {input_name(site): _as_fed(read_weight(model, site, cpu), site, session) for site in sites}
+        return TrialRunner(feeds, original, temporary.pop_all())
+
+
+def _as_fed(weight: Float[Tensor, "N K"], site: MatMulSite, session: ort.InferenceSession) -> ort.OrtValue:
+    """The weight in the layout and type of its graph input."""
+    declared = next(node.type for node in session.get_inputs() if node.name == input_name(site))
+    laid_out = weight if site.layout is WeightLayout.N_BY_K else weight.T
+    dtype = next(kind.torch for kind in FLOAT_TYPES.values() if kind.onnxruntime == declared)
+    stored = laid_out.cpu().to(dtype).contiguous()
+    if stored.dtype == torch.bfloat16:
+        bits = stored.view(torch.uint16).numpy()
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ir.DataType.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(stored.numpy())

@@ -1,1 +1,0 @@
-"""Choosing quantized weights: pure functions of weights and activation statistics."""

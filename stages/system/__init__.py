@@ -1,0 +1,1 @@
+"""Reach the operating system: files, hardware, processes."""

@@ -1,1 +1,0 @@
-"""What ``--target`` decides: the formats that a runtime runs fast, with the reasons."""

@@ -1,1 +1,0 @@
-"""Going through the decoder blocks after the search: rooms joined for it alone."""

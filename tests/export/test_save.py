@@ -1,0 +1,78 @@
+"""Every byte of a data file belongs to one tensor or is padding that alignment explains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.save import account_for_bytes
+from export.save import read_initializer
+from stages.errors import GraphError
+
+
+def model_of(folder: Path, places: list[tuple[int, int]], size: int) -> tuple[ir.Model, Path]:
+    """A model of float32 vectors at (offset, bytes) in a file of ``size`` bytes."""
+    path = folder / "m.onnx.data"
+    path.write_bytes(bytes(size))
+    initializers = []
+    for index, (offset, length) in enumerate(places):
+        name = f"t{index}"
+        shape = ir.Shape((length // 4,))
+        tensor = ir.ExternalTensor(
+            path.name, offset, length, ir.DataType.FLOAT, shape=shape, name=name, base_dir=str(folder)
+        )
+        initializers.append(ir.Value(name=name, shape=shape, const_value=tensor))
+    return ir.Model(ir.Graph([], [], nodes=[], initializers=initializers, opset_imports={"": 21}), ir_version=10), path
+
+
+@pytest.mark.parametrize(
+    ("places", "size", "padding"),
+    [
+        ([(0, 8), (8, 4)], 12, 0),
+        ([(8, 4), (0, 8)], 12, 0),
+        ([(0, 8), (4096, 8)], 4104, 4088),
+        ([(0, 8), (65536, 8)], 65544, 65528),
+        ([], 0, 0),
+    ],
+)
+def test_tiled_files_are_accounted_for(tmp_path: Path, places: list[tuple[int, int]], size: int, padding: int) -> None:
+    use = account_for_bytes(*model_of(tmp_path, places, size))
+    assert (use.file_bytes, use.padding_bytes) == (size, padding)
+    assert use.referenced_bytes == sum(length for _, length in places)
+
+
+@pytest.mark.parametrize(
+    ("places", "size", "message"),
+    [
+        ([(0, 8), (8, 8)], 12, "not whole: 't1'"),
+        ([(0, 8), (4, 8)], 12, "overlapping or unused bytes before 't1'"),
+        ([(0, 8), (16, 8)], 24, "unused bytes before 't1'"),
+        ([(0, 8), (131072, 8)], 131080, "unused bytes before 't1'"),
+        ([(0, 8)], 12, "4 bytes behind"),
+    ],
+)
+def test_holes_overlaps_and_leftovers_are_named(
+    tmp_path: Path, places: list[tuple[int, int]], size: int, message: str
+) -> None:
+    with pytest.raises(GraphError, match=message):
+        account_for_bytes(*model_of(tmp_path, places, size))
+
+
+def test_a_tensor_in_another_file_is_refused(tmp_path: Path) -> None:
+    model, path = model_of(tmp_path, [(0, 8)], 8)
+    with pytest.raises(GraphError, match="not whole"):
+        account_for_bytes(model, path.with_name("other.data"))
+
+
+def test_reading_leaves_no_mapping_open(tmp_path: Path) -> None:
+    model, _ = model_of(tmp_path, [(0, 8)], 8)
+    x = ir.Value(name="x")
+    node = ir.node("Add", [x, model.graph.initializers["t0"]])
+    model.graph.append(node)
+    np.testing.assert_array_equal(read_initializer(node, "t0"), np.zeros(2, np.float32))
+    tensor = model.graph.initializers["t0"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.raw is None

@@ -1,0 +1,113 @@
+"""Each condition of ONNX Runtime's fusion has its reason, and what this machine's runtime does agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto
+
+from export.verify.fusion import CannotRun
+from export.verify.fusion import nodes_run_as_matmulnbits
+from export.verify.fusion import why_not_fused
+from export.rewrite import rewrite
+from stages.model.directory import ModelDirectory
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import QuantSpec
+from tests.export.builders import exact_weight, site_of, spec_of, store_of_each
+from tests.export.exports import options, tiny_export
+from tests.support.graphs import TinyGraph
+
+NOW, BEFORE = (1, 31), (1, 24)
+UNKNOWN = "doesn't know"
+
+
+def node_behind(op_types: list[str], *, readers: int = 1, gemm: dict[str, float] | None = None) -> ir.Node:
+    """A MatMul (or Gemm) whose weight comes through nodes of ``op_types``."""
+    value = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT))
+    for op_type in op_types:
+        value = ir.node(op_type, [value]).outputs[0]
+    nodes = [
+        ir.node("MatMul" if gemm is None else "Gemm", [ir.Value(name="x"), value], attributes=gemm or {})
+        for _ in range(readers)
+    ]
+    return nodes[0]
+
+
+PLAIN = ["DequantizeLinear"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "version", "reason"),
+    [
+        (spec_of(4), NOW, UNKNOWN),
+        (spec_of(4), BEFORE, UNKNOWN),
+        (spec_of(8), NOW, UNKNOWN),
+        (spec_of(8), BEFORE, "8-bit codes"),
+        (spec_of(4, scale_dtype="float16"), BEFORE, "float16 scales"),
+        (spec_of(4, scale_dtype="float16"), NOW, UNKNOWN),
+        (spec_of(4, granularity=PerChannel()), BEFORE, "per channel"),
+        (spec_of(4, granularity=PerChannel()), NOW, UNKNOWN),
+        (spec_of(4, scale_dtype="bfloat16"), NOW, "bfloat16"),
+        (spec_of(4, granularity=PerBlock(block_size=8)), NOW, "block size 8"),
+        (spec_of(4, granularity=PerBlock(block_size=48)), NOW, "block size 48"),
+        (spec_of(4, granularity=PerBlock(block_size=512)), NOW, "block size 512"),
+    ],
+)
+def test_formats_that_are_not_fused(spec: QuantSpec, version: tuple[int, int], reason: str) -> None:
+    assert reason in why_not_fused(node_behind(PLAIN), spec, version)
+
+
+@pytest.mark.parametrize(
+    ("node", "version", "reason"),
+    [
+        (node_behind(["DequantizeLinear", "Transpose"]), NOW, "column-major"),
+        (node_behind(PLAIN, readers=2), NOW, "same DequantizeLinear"),
+        (node_behind([]), NOW, "no DequantizeLinear"),
+        (node_behind(["DequantizeLinear", "Cast"]), NOW, "comes from Cast"),
+        (node_behind(PLAIN, gemm={"transB": 1}), NOW, "Gemm scales or transposes"),
+        (node_behind(PLAIN, gemm={"beta": 0.5}), NOW, "Gemm scales or transposes"),
+        (node_behind(PLAIN, gemm={"transB": 0}), BEFORE, "first to fuse Gemm"),
+        (node_behind(PLAIN, gemm={"transB": 0}), NOW, UNKNOWN),
+    ],
+)
+def test_graphs_that_are_not_fused(node: ir.Node, version: tuple[int, int], reason: str) -> None:
+    assert reason in why_not_fused(node, spec_of(4), version)
+
+
+@pytest.mark.parametrize(("block_size", "fused"), [(8, 0), (16, 1), (48, 0)])
+def test_the_profile_shows_what_ran_fused(tmp_path: Path, block_size: int, fused: int) -> None:
+    rng = np.random.default_rng(0)
+    site = site_of("y", "h", 64, 32)
+    weight = exact_weight(site, spec_of(4, granularity=PerBlock(block_size=block_size)), rng)
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["batch", "length"])
+    graph.node("Gather", [graph.constant("table", np.ones((4, 64), np.float32)), "input_ids"], ["h"])
+    graph.linear("h", weight.matrix, "y")
+    graph.output("y", TensorProto.FLOAT, ["batch", "length", 32])
+    result = rewrite(graph.model(), store_of_each(tmp_path / "weights", weight))
+    path = tmp_path / "model.onnx"
+    ir.save(result.model, path)
+    base = ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
+    assert nodes_run_as_matmulnbits(path, frozenset({"y"}), base) == ({"y/MatMul"} if fused else frozenset())
+
+
+def test_inputs_that_no_decoder_has_are_a_reason_not_to_run(tmp_path: Path) -> None:
+    graph = TinyGraph()
+    graph.input("pixels", TensorProto.FLOAT, [1, 4])
+    graph.node("Neg", ["pixels"], ["y"])
+    graph.output("y", TensorProto.FLOAT, [1, 4])
+    path = graph.save(tmp_path)
+    with pytest.raises(CannotRun, match="pixels"):
+        nodes_run_as_matmulnbits(
+            path, frozenset({"y"}), ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
+        )
+
+
+def test_no_profile_is_left_in_the_output(tmp_path: Path) -> None:
+    tiny = tiny_export(tmp_path)
+    tiny.run(options("quick"))
+    assert not [path for path in tiny.output.iterdir() if "profile" in path.name]

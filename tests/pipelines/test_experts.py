@@ -1,0 +1,193 @@
+"""Mixtures of experts from end to end: what stays is said before the search, and experts nobody chose are rounded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+from onnx import TensorProto
+
+from stages.model.directory import locate_model
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+from stages.quantization.search.solver import GroupSolver
+from tests.support.commands import Commands
+from tests.support.families import FAMILIES
+from tests.support.families import build_in_process
+from tests.support.families import lfm2_moe
+from tests.support.families import save_random_model
+from tests.support.graphs import TinyGraph
+from tests.support.tiny_models import VOCABULARY
+from tests.support.written import fused_sites
+
+pytestmark = pytest.mark.slow
+
+HIDDEN, WIDE, EXPERTS = 64, 32, 4
+NEVER_CHOSEN = 3
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """ORT-GenAI folder of a tiny gpt-oss, whose experts the builder puts into MoE nodes."""
+    family = next(family for family in FAMILIES if family.name == "gpt-oss")
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    save_random_model(family.config(), family.width, folder / "hf", tiny_tokenizer)
+    build_in_process(folder / "hf", folder / "base")
+    return folder / "base"
+
+
+def test_experts_inside_moe_nodes_are_named_before_the_search(
+    gpt_oss: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GroupSolver, "solve_posed", stop)
+    code, printed = commands.quantize("--onnx_path", gpt_oss, "--output_path", tmp_path / "out", "--algo", "rtn_dq")
+    assert code == 130
+    assert "warning: MatMuls that are quantized: 8" in printed
+
+
+def test_experts_inside_moe_nodes_are_named_in_one_line_and_in_the_table(
+    gpt_oss: Path, tmp_path: Path, commands: Commands
+) -> None:
+    code, printed = commands.quantize(
+        "--onnx_path", gpt_oss, "--output_path", tmp_path / "out", "--algo", "rtn_dq", "--block_size", 16
+    )
+    assert code == 0, printed
+    (warning,) = [line for line in printed.splitlines() if line.startswith("warning:")]
+    assert "MatMuls that are quantized: 8; routers of experts kept: 4; kept as it is: MoE: " in warning
+    assert "moe_quant_type=int4" in warning
+    assert fused_sites(tmp_path / "out") == (8, 8)
+    assert "4 x router of a mixture of experts" in printed
+    assert "MoE: model.layers.0.moe.experts.gate_up_proj.weight and 15 more" in printed
+    assert "Gather: model.embed_tokens.weight" in printed
+
+
+def test_a_router_is_stored_as_int8_where_it_is_named(gpt_oss: Path, tmp_path: Path, commands: Commands) -> None:
+    code, printed = commands.quantize(
+        "--onnx_path", gpt_oss, "--output_path", tmp_path / "out", "--algo", "rtn_dq", "--layers_8bit", "router"
+    )
+    assert code == 0, printed
+    assert "router of a mixture" not in printed
+    assert fused_sites(tmp_path / "out") == (12, 12)
+
+
+@pytest.mark.parametrize("extra", [(), ("moe_quant_type=int4",)], ids=["MoE", "QMoE"])
+def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_experts_are_stored_as(
+    extra: tuple[str, ...], tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
+) -> None:
+    save_random_model(lfm2_moe(), 0.2, tmp_path / "hf", tiny_tokenizer)
+    build_in_process(tmp_path / "hf", tmp_path / "base", "fp32", "cpu", *extra)
+    text = ("--dataset", tiny_text, "--calib_size", 8, "--seq_len", 32)
+    code, printed = commands.calibrate("--onnx_path", tmp_path / "base", *text)
+    assert code == 0, printed
+    target = ("--output_path", tmp_path / "int4", "--accuracy_level", 1)
+    code, printed = commands.quantize("--onnx_path", tmp_path / "base", *target, "--block_size", 16)
+    assert code == 0, printed
+    assert fused_sites(tmp_path / "int4") == (11, 11)
+    assert "3 x router of a mixture of experts" in printed
+    assert ("QMoE: " if extra else "MoE: ") + "model.layers.1.moe.experts.gate_up_proj." in printed
+    assert ("quantized already" in printed) == bool(extra)
+    tokens = np.arange(10)[None] * 7 % VOCABULARY
+    before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)
+    # INT4 rounding of random weights in four layers; weights in a wrong place give 1 and more.
+    assert np.linalg.norm(after - before) < 0.4 * np.linalg.norm(before)
+    first = generated(tmp_path / "int4", [int(token) for token in tokens[0]])[10]
+    allowed = after[0, -1].copy()
+    allowed[1] = -np.inf
+    assert first == int(allowed.argmax())
+
+
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    directory = locate_model(folder)
+    session = open_session(directory.onnx_file, SessionSettings(accuracy_level=1))
+    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    return np.asarray(session.run(["logits"], feeds(tokens))[0])
+
+
+def generated(folder: Path, prompt: list[int]) -> list[int]:
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=12, min_length=12, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)]
+
+
+def expert(graph: TinyGraph, rng: np.random.Generator, index: int) -> str:
+    """The tokens that chose this expert, gathered, through up and down, added where they came from."""
+    here = graph.node("Equal", ["chosen", graph.constant(f"e{index}", np.array([[index]], np.int64))], [f"{index}.is"])
+    rows = graph.node("NonZero", [here], [f"{index}.places"])
+    first = graph.constant(f"{index}.zero", np.array([0], np.int64))
+    one = graph.constant(f"{index}.one", np.array([1], np.int64))
+    rows = graph.node("Slice", [rows, first, one, first], [f"{index}.row"])
+    flat = graph.node("Reshape", [rows, graph.constant(f"{index}.flat", np.array([-1], np.int64))], [f"{index}.rows"])
+    tokens = graph.node("Gather", ["tokens", flat], [f"{index}.tokens"])
+    up = graph.linear(tokens, (rng.standard_normal((HIDDEN, WIDE)) / 8).astype(np.float32), f"{index}.up")
+    bent = graph.node("Relu", [up], [f"{index}.bent"])
+    down = graph.linear(bent, (rng.standard_normal((WIDE, HIDDEN)) / 6).astype(np.float32), f"{index}.down")
+    places = graph.node("Transpose", [rows], [f"{index}.at"], {"perm": [1, 0]})
+    return graph.node("ScatterND", ["none", places, down], [f"{index}.out"])
+
+
+def separate_experts() -> TinyGraph:
+    """input_ids -> h -> norm -> router and TopK 1 -> the chosen expert's own MatMuls -> logits.
+
+    The router's bias keeps every token from the last expert.
+    """
+    rng = np.random.default_rng(0)
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["batch", "length"])
+    table = graph.constant("embedding", rng.standard_normal((VOCABULARY, HIDDEN)).astype(np.float32))
+    graph.node("Gather", [table, "input_ids"], ["h"])
+    gain = graph.constant("gain", rng.uniform(0.5, 2, HIDDEN).astype(np.float32))
+    graph.node("SimplifiedLayerNormalization", ["h", gain], ["x"])
+    rows = graph.constant("rows", np.array([-1, HIDDEN], np.int64))
+    graph.node("Reshape", ["x", rows], ["tokens"])
+    graph.linear("tokens", rng.standard_normal((HIDDEN, EXPERTS)).astype(np.float32), "router")
+    bias = np.zeros(EXPERTS, np.float32)
+    bias[NEVER_CHOSEN] = -1e9
+    graph.node("Add", ["router", graph.constant("router.bias", bias)], ["scores"])
+    graph.node("TopK", ["scores", graph.constant("k", np.array([1], np.int64))], ["best", "chosen"])
+    graph.node("Mul", ["tokens", graph.constant("nothing", np.zeros(1, np.float32))], ["none"])
+    graph.node("Sum", [expert(graph, rng, index) for index in range(EXPERTS)], ["mixed"])
+    graph.linear("mixed", rng.standard_normal((HIDDEN, VOCABULARY)).astype(np.float32), "flat_logits")
+    shape = graph.node("Shape", ["input_ids"], ["shape"])
+    end = graph.constant("end", np.array([VOCABULARY], np.int64))
+    graph.node("Concat", [shape, end], ["logits_shape"], {"axis": 0})
+    graph.node("Reshape", ["flat_logits", "logits_shape"], ["logits"])
+    graph.output("logits", TensorProto.FLOAT, ["batch", "length", VOCABULARY])
+    return graph
+
+
+def test_experts_as_matmuls_are_quantized_and_one_that_no_token_chose_is_rounded(
+    tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
+) -> None:
+    model = separate_experts().save(tmp_path / "base")
+    code, printed = commands.calibrate(
+        "--onnx_path", model, "--model_name", tiny_tokenizer, "--dataset", tiny_text, "--calib_size", 8, "--seq_len", 32
+    )
+    assert code == 0, printed
+    code, printed = commands.quantize("--onnx_path", model, "--output_path", tmp_path / "int4", "--block_size", 16)
+    assert code == 0, printed
+    assert "2 x no calibration token reached it, so it was rounded to nearest" in printed
+    assert "MatMuls that are quantized: 8; routers of experts kept: 1" in printed
+    lines = (tmp_path / "int4.weights" / "report.jsonl").read_text().splitlines()
+    reports = {report["site"]: report for report in map(json.loads, lines)}
+    for index in range(EXPERTS):
+        for kind in ("up", "down"):
+            report = reports[f"{index}.{kind}/MatMul"]
+            assert (report["algorithm"], report["loss"] is None) == (
+                ("rtn", True) if index == NEVER_CHOSEN else ("awq_gptq", False)
+            )
+    tokens = np.arange(64, dtype=np.int64).reshape(2, 32) * 5 % VOCABULARY
+    before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)
+    # Two layers of INT4 in small blocks; a token that another expert got would differ by more than itself.
+    assert np.linalg.norm(after - before) < 0.2 * np.linalg.norm(before)

@@ -1,0 +1,248 @@
+"""What a person, a file and a program see of a command: on a pipe, on a terminal, with --quiet and with --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.quantize_options import ExportConfig
+from stages.commands.evaluate_options import InspectConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.evaluate_options import SweepConfig
+from stages.evaluate import command as evaluate
+from stages.inspect.__main__ import command as inspect
+from tests.support.commands import Commands
+
+QUANTIZE = [sys.executable, "-m", "stages.quantize"]
+
+
+def arguments(base: Path, cache: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--onnx_path", str(base), "--cache_dir", str(cache), "--output_path", str(output), "--block_size", "16", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_on_a_pipe_lines_appear_while_the_command_runs(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "int4", tmp_path / "log"
+    command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, output, "--log_file", str(log))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert first == "search: 0 of 8 groups (0%)\n"
+    assert process.poll() is None
+    assert not output.exists(), "it came long before the end"
+    rest, errors = process.communicate()
+    assert process.returncode == 0
+    lines = errors.splitlines()
+    assert any(line.startswith("search: 8 of 8 groups in ") and ", error 0." in line for line in lines), errors
+    assert any(line.startswith("checking products: 10 of 10 sites in ") for line in lines), errors
+    assert not any(character in errors + rest for character in "\x1b\r━")
+    assert "10 of 10 sites run as MatMulNBits" in rest
+    logged = log.read_text(encoding="utf-8")
+    assert all(line in logged for line in (first.strip(), *lines))
+
+
+@pytest.mark.slow
+def test_on_a_terminal_a_bar_is_drawn(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
+    reading, writing = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS")}
+    command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, tmp_path / "int4", "--algo", "rtn_dq")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=writing, env=environment | {"TERM": "xterm", "COLUMNS": "120"}
+    )
+    os.close(writing)
+    shown = b""
+    while True:
+        try:
+            shown += (part := os.read(reading, 65536))
+        except OSError:  # Linux's way to say that nobody writes any more
+            break
+        if not part:
+            break
+    os.close(reading)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "━" in text
+    assert "8 of 8 groups" in text
+    assert "\x1b[" in text
+    assert "groups in " not in text, "lines are for what is no terminal"
+
+
+@pytest.mark.slow
+def test_quiet_says_nothing_where_all_is_well_and_the_error_where_not(tiny_model: Path, tmp_path: Path) -> None:
+    command = [*QUANTIZE, *arguments(tiny_model, tmp_path, tmp_path / "int4", "--algo", "rtn_dq", "--quiet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert again.stderr.startswith("error: --output_path ")
+    assert again.stderr.count("\n") == 1
+
+
+def test_quiet_keeps_warnings(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
+    common = ["--onnx_path", tiny_model, "--algo", "rtn_dq", "--target", "dml", "--layers_8bit", "down_proj", "--quiet"]
+    code, printed = commands.quantize(*common, "--output_path", tmp_path / "int4")
+    assert code == 0
+    assert printed.startswith("warning: DirectML has no 8-bit weights")
+    assert "formats for" not in printed
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_cache: Path) -> Path:
+    """Quantized weights, their model beside them."""
+    output = tmp_path_factory.mktemp("printed") / "int4"
+    command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, output, "--algo", "rtn_dq", "--quiet")]
+    assert subprocess.run(command, check=False).returncode == 0
+    return output.with_name("int4.weights")
+
+
+def document(result: tuple[int, str]) -> dict[str, object]:
+    code, printed = result
+    assert code == 0, printed
+    found: dict[str, object] = json.loads(printed)
+    assert found["format"] == 1
+    assert found["error"] is None
+    return found
+
+
+@pytest.fixture
+def run(commands: Commands) -> Callable[..., dict[str, object]]:
+    """A command with --quiet --json; what it printed must be one document."""
+
+    def call(config: type, command: Callable[..., None], *given: object) -> dict[str, object]:
+        return document(commands.run(config, command, (*given, "--quiet", "--json")))
+
+    return call
+
+
+def test_json_of_calibrate(tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands) -> None:
+    given = ["--onnx_path", tiny_model, "--dataset", tiny_text, "--calib_size", 4, "--seq_len", 16, "--quiet", "--json"]
+    given += ["--cache_dir", tmp_path / "cache"]
+    made, again = (document(commands.calibrate(*given))["calibration"] for _ in range(2))
+    assert isinstance(made, dict)
+    assert isinstance(again, dict)
+    assert (made["calibration_windows"], made["held_out_windows"], made["seq_len"]) == (3, 1, 16)
+    assert made["made"]["matmuls"] == 11
+    assert again == made | {"made": None}, "the cache was there"
+
+
+def test_json_of_quantize(tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands) -> None:
+    given = arguments(tiny_model, tiny_cache, tmp_path / "int4", "--algo", "awq_lite", "--target", "cpu")
+    found = document(commands.quantize(*given, "--quiet", "--json"))
+    search, export, formats = found["search"], found["export"], found["formats"]
+    assert isinstance(search, dict)
+    assert isinstance(export, dict)
+    assert isinstance(formats, dict)
+    assert len(search["sites"]) == 10
+    assert search["bits_per_weight"] == pytest.approx(6)
+    first = search["sites"][0]
+    assert first["format"] == "4b16"
+    assert 0 < first["loss"] < first["loss_rtn"]
+    assert search["kept"] == [["/lm_head/MatMul", "--exclude lm_head"]]
+    assert export["report"]["fused"] == 10
+    assert export["bytes_after"] < export["bytes_before"]
+    assert formats["explanations"][0]["option"] == "--target"
+
+
+@pytest.mark.slow
+def test_json_of_an_error_and_of_progress_beside_it(
+    tiny_model: Path, tiny_cache: Path, weights: Path, commands: Commands
+) -> None:
+    code, printed = commands.quantize(
+        *arguments(tiny_model, tiny_cache, weights.with_name("int4")), "--quiet", "--json"
+    )
+    assert code == 2
+    found = json.loads(printed[: printed.index("error: ")])
+    assert "already exists" in found["error"]
+    assert set(found) == {"format", "command", "error"}
+
+
+def test_json_of_export_inspect_and_dry_run(
+    tiny_model: Path, weights: Path, tmp_path: Path, run: Callable[..., dict[str, object]], commands: Commands
+) -> None:
+    given = ["--onnx_path", tiny_model, "--weights_path", weights, "--output_path", tmp_path / "again"]
+    export = document(commands.export(*given, "--quiet", "--json"))["export"]
+    assert isinstance(export, dict)
+    assert export["onnx_file"] == str(tmp_path / "again" / "model.onnx")
+    inspection = run(InspectConfig, inspect, tmp_path / "again")["inspection"]
+    assert isinstance(inspection, dict)
+    assert inspection["kind"] == "model"
+    assert len(inspection["quantized"]) == 10
+    given = ["--onnx_path", tiny_model, "--output_path", tmp_path / "x", "--algo", "rtn_dq", "--dry_run"]
+    plan = document(commands.quantize(*given, "--quiet", "--json"))["plan"]
+    assert isinstance(plan, dict)
+    assert len(plan["sites"]) == 11
+    assert not (tmp_path / "x").exists()
+
+
+def test_json_of_evaluate(
+    tiny_model: Path, weights: Path, unseen_text: Path, tmp_path: Path, run: Callable[..., dict[str, object]]
+) -> None:
+    given = ["--base", tiny_model, "--model", weights.with_name("int4"), "--text", unseen_text]
+    given += ["--windows", 1, "--seq_len", 32, "--results", tmp_path / "results.json"]
+    first = run(EvaluateConfig, evaluate, *given)["evaluation"]
+    assert isinstance(first, dict)
+    assert [row["name"] for row in first["rows"]] == [tiny_model.name, "int4"]
+    assert first["rows"][1]["accuracy"]["tokens"] == 31
+    assert first["rows"][1]["accuracy"]["mean_divergence"] > 0
+    assert run(EvaluateConfig, evaluate, *given)["evaluation"] == first
+
+
+@pytest.mark.slow
+def test_json_of_sweep_and_of_its_folder(
+    tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands, run: Callable[..., dict[str, object]]
+) -> None:
+    given = ["--base", tiny_model, "--output", tmp_path, "--cache_dir", tiny_cache, "--no_evaluation"]
+    given += ["--algo", "rtn_dq", "--block_size", 16, "--use_zero_point", "False", "--options", "verify=off"]
+    (found,) = document(commands.sweep(*given, "--quiet", "--json"))["results"]  # type: ignore[misc]
+    (model,) = found["models"]
+    assert model["name"] == "rtn_dq-b16-verify-off"
+    assert model["command"].startswith("python -m stages.quantize --onnx_path=")
+    assert model["failure"] is None
+    assert model["bytes"] > 0
+    assert model["search"]["bits_per_weight"] == pytest.approx(6)
+    inspection = run(InspectConfig, inspect, tmp_path)["inspection"]
+    assert isinstance(inspection, dict)
+    assert inspection["kind"] == "sweep"
+    assert inspection["texts"][0]["models"][0]["bytes"] == model["bytes"]
+
+
+@pytest.mark.slow
+def test_json_of_the_drop_in(tiny_model: Path, tiny_text: Path, tmp_path: Path, commands: Commands) -> None:
+    given = ["--onnx_path", tiny_model, "--output_path", tmp_path / "out", "--dataset", tiny_text]
+    given += ["--calib_size", 4, "--seq_len", 16, "--algo", "awq_lite", "--cache_dir", tmp_path / "cache"]
+    planned = document(commands.drop_in(*given, "--dry_run", "--quiet", "--json"))
+    assert set(planned) == {"format", "command", "plan", "error"}
+    assert not any(tmp_path.iterdir())
+    found = document(commands.drop_in(*given, "--quiet", "--json"))
+    assert set(found) == {"format", "command", "calibration", "search", "export", "error"}
+
+
+@pytest.mark.parametrize(
+    "config", [CalibrateConfig, QuantizeConfig, ExportConfig, EvaluateConfig, SweepConfig, InspectConfig]
+)
+def test_every_command_has_the_same_options(config: type, commands: Commands) -> None:
+    code, printed = commands.run(config, lambda *_: None, ("--help",))
+    assert code == 0
+    for option in ("--quiet", "--json", "--log_level {debug,info,warning,error}", "--log_file"):
+        assert option in printed
+
+
+def test_an_interruption_is_a_warning_and_an_error_of_the_document(tmp_path: Path, commands: Commands) -> None:
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    code, printed = commands.run(InspectConfig, stops, (tmp_path, "--json"))
+    assert code == 130
+    assert "warning: stopped; what was finished is kept" in printed
+    assert json.loads(printed[: printed.index("warning: ")])["error"].startswith("stopped;")

@@ -1,0 +1,248 @@
+"""Sharing windows and groups among processes: what each does, and that the result is one process's, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from stages.system.distributed import Processes
+from stages.system.distributed import join_processes
+from stages.system.distributed import split_by_cost
+
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no",
+]  # fmt: skip
+DIES = """
+import os, sys
+from stages.solve.runner import GroupSolver
+solve, solved = GroupSolver.solve_posed, []
+def solve_two(self, problem):
+    if os.environ["RANK"] == "1" and len(solved) == 2:
+        os._exit(9)
+    solved.append(problem)
+    return solve(self, problem)
+GroupSolver.solve_posed = solve_two
+from stages.cli import run_command
+from stages.config import QuantizeConfig
+from stages.quantize import quantize
+run_command(QuantizeConfig, quantize, "python -m stages.quantize")
+"""
+DIES_CALIBRATING = """
+import os
+from stages.graph.run import ActivationTap
+run, times = ActivationTap.run, []
+def run_two(self, *arguments):
+    if os.environ["RANK"] == "1" and len(times) == 2:
+        os._exit(9)
+    times.append(1)
+    return run(self, *arguments)
+ActivationTap.run = run_two
+from stages.calibrate_run import calibrate
+from stages.cli import run_command
+from stages.config import CalibrateConfig
+run_command(CalibrateConfig, calibrate, "python -m stages.calibrate")
+"""
+EXCHANGES = """
+import os
+import torch
+from stages.processes import join_processes
+processes = join_processes()
+numbers = torch.zeros(2, dtype=torch.int64) if processes.is_first else torch.ones(1, dtype=torch.int64)
+mine = {"often": numbers}
+mine |= {"rare": torch.tensor([0.5], dtype=torch.float16)} if processes.is_first else {}
+for found in processes.exchange(mine, {"often": 0, "rare": 1, "never": 1}).values():
+    os.write(1, f"{processes.index} {[tensor.tolist() for tensor in found]}\\n".encode())
+"""
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 7])
+def test_every_piece_of_work_is_done_once(shares: int) -> None:
+    costs = [5.0, 1.0, 1.0, 8.0, 2.0, 2.0, 1.0]
+    parts = split_by_cost(costs, shares)
+    assert len(parts) == shares
+    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
+
+
+def test_shares_cost_about_the_same() -> None:
+    costs = [14336.0**2 if index % 4 == 3 else 4096.0**2 for index in range(128)]
+    totals = [sum(costs[index] for index in part) for part in split_by_cost(costs, 4)]
+    assert max(totals) < 1.05 * sum(costs) / 4
+
+
+def test_more_processes_than_work() -> None:
+    assert split_by_cost([3.0], 3) == [frozenset({0}), frozenset(), frozenset()]
+
+
+def test_without_a_launcher_one_process_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    processes = join_processes()
+    assert processes == Processes(None)
+    assert (processes.is_first, processes.count, processes.my_share([1.0, 2.0])) == (True, 1, {0, 1})
+    with processes.first_goes_first():
+        processes.wait_for_all()
+
+
+def options(base: Path, cache: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--onnx_path", str(base), "--cache_dir", str(cache), "--output_path", str(output), "--block_size", "16",
+        "--algo", "awq_gptq", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # One thread each, as the launcher gives its processes: sums depend on how many threads share them.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def weights_of(output: Path) -> dict[str, dict[str, tuple[str, bytes]]]:
+    """Every tensor's type and bytes; the files' headers also hold seconds."""
+    folder = output.with_name(f"{output.name}.weights")
+    return {
+        file.name: {name: (str(array.dtype), array.tobytes()) for name, array in load_file(file).items()}
+        for file in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def report_of(output: Path) -> list[dict[str, object]]:
+    lines = (output.with_name(f"{output.name}.weights") / "report.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_cache: Path) -> Path:
+    """What one process makes."""
+    output = tmp_path_factory.mktemp("alone") / "int4"
+    done = run([sys.executable, "-m", "stages.quantize", *options(tiny_model, tiny_cache, output)])
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def calibration(base: Path, text: Path, cache: Path, *more: str) -> list[str]:
+    return [
+        "-m", "stages.calibrate", "--onnx_path", str(base), "--dataset", str(text), "--calib_size", "12", "--seq_len",
+        "32", "--batch_size", "2", "--cache_dir", str(cache), "--device", "cpu", "--calibration_eps", "cpu", *more,
+    ]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        # 1 window held out and 11 to search with, two at a time: the last turn leaves a process without a batch.
+        ("tiny_model_dml", ()),
+        ("tiny_model", ("--max_memory", "300kB")),
+    ],
+    ids=["fp16", "in parts"],
+)
+def test_two_processes_calibrate_as_one_does(
+    kind: str, more: tuple[str, ...], tiny_text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(kind)
+    arguments = partial(calibration, base, tiny_text)
+    alone = run([sys.executable, *arguments(tmp_path / "one", *more)])
+    assert alone.returncode == 0, alone.stderr
+    both = run([*LAUNCH, *arguments(tmp_path / "two", *more)])
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("calibration cache") == 1, "the first process alone prints"
+    assert ("parts, one after the other" in both.stdout) == bool(more)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    again = run([*LAUNCH, *arguments(tmp_path / "two", *more)])
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("already holds") == 1
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_writes_the_calibration_text(tiny_model: Path, tmp_path: Path) -> None:
+    done = run([*LAUNCH, *calibration(tiny_model, Path("self"), tmp_path / "cache")])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("384 of 384 tokens in") == 1
+    (text,) = tmp_path.glob("*.jsonl")
+    written = [json.loads(line)["tokens"] for line in text.read_text(encoding="utf-8").splitlines()]
+    used = load_file(tmp_path / "cache" / "tokens.safetensors")
+    assert [*used["calibration"].tolist(), *used["held_out"].tolist()] == written
+
+
+@pytest.mark.slow
+def test_a_launch_that_starts_one_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate starts several processes on a machine without GPUs only with --multi_gpu."""
+    command = [part for part in LAUNCH if part != "--multi_gpu"]
+    done = run([*command, "-m", "stages.calibrate", "--onnx_path", "nowhere"])
+    assert "accelerate started one process" in " ".join(done.stderr.split())
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.slow
+def test_experts_that_get_other_tokens_in_each_batch_are_shared_too(tmp_path: Path) -> None:
+    """Processes hand over tensors of different shapes and types, and some have none."""
+    script = tmp_path / "exchanges.py"
+    script.write_text(EXCHANGES)
+    done = run([*LAUNCH, str(script)])
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "0 [[0, 0], [1]]", "1 [[0.5]]", "1 []"], done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_leaves_no_cache_and_the_next_run_makes_it(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(DIES_CALIBRATING)
+    arguments = calibration(tiny_model, tiny_text, tmp_path / "cache")[2:]
+    dead = run([*LAUNCH, str(script), *arguments])
+    assert dead.returncode != 0
+    assert not (tmp_path / "cache").exists()
+    done = run([sys.executable, *calibration(tiny_model, tiny_text, tmp_path / "cache")])
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "dies.py"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(alone: Path, tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "int4"
+    done = run([*LAUNCH, "-m", "stages.quantize", *options(tiny_model, tiny_cache, output)])
+    assert done.returncode == 0, done.stderr
+    assert weights_of(output) == weights_of(alone)
+    assert report_of(output) == report_of(alone)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (output / name).read_bytes() == (alone / name).read_bytes()
+    assert done.stdout.count("written to") == 1, "the first process alone exports and prints"
+    assert "the first of 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_groups_of_a_process_that_died_are_left_to_the_next_run(
+    alone: Path, tiny_model: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    output, script = tmp_path / "int4", tmp_path / "dies.py"
+    script.write_text(DIES)
+    dead = run([*LAUNCH, str(script), *options(tiny_model, tiny_cache, output)])
+    assert dead.returncode != 0
+    assert not output.exists()
+    assert 2 <= len(weights_of(output)) < len(weights_of(alone))
+    done = run([*LAUNCH, "-m", "stages.quantize", *options(tiny_model, tiny_cache, output)])
+    assert done.returncode == 0, done.stderr
+    assert weights_of(output) == weights_of(alone)
+    assert (output / "model.onnx.data").read_bytes() == (alone / "model.onnx.data").read_bytes()
+
+
+@pytest.mark.slow
+def test_bad_input_is_said_once(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "int4").mkdir()
+    (tmp_path / "int4" / "mine.txt").write_text("")
+    done = run([*LAUNCH, "-m", "stages.quantize", *options(tiny_model, tiny_cache, tmp_path / "int4")])
+    assert done.returncode != 0
+    assert done.stderr.count("already exists") == 1

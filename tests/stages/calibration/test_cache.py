@@ -1,0 +1,128 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.errors import CacheMismatch, UserError
+from stages.calibration.cache import CacheKey
+from stages.calibration.cache import CalibrationCache
+from stages.calibration.cache import find_cache
+from stages.calibration.cache import new_cache
+from stages.calibration.cache import open_cache
+from stages.records.results import ActivationStats
+from tests.support.full_disk import full_after
+from tests.stages.quantization.search.problems import gram_stats
+from tests.stages.quantization.search.problems import row_stats
+
+KEY = CacheKey(
+    model_fingerprint="m" * 64,
+    token_fingerprint="t" * 64,
+    source="words",
+    calibration_windows=3,
+    held_out_windows=1,
+    seq_len=8,
+    providers=("CPUExecutionProvider",),
+)
+STATS = ActivationStats(calibration=gram_stats(torch.randn(30, 6)), held_out=row_stats(torch.randn(4, 6)))
+
+
+def _write(folder: Path, key: CacheKey = KEY, *, overwrite: bool = False) -> CalibrationCache:
+    with new_cache(folder, key, ["/x"], overwrite=overwrite) as writer:
+        writer.write("/x", STATS)
+        writer.write_tokens(np.zeros((3, 8), np.int64), np.ones((1, 8), np.int64))
+    found = find_cache(folder)
+    assert found is not None
+    return found
+
+
+def test_statistics_come_back_exactly(tmp_path: Path) -> None:
+    stats = _write(tmp_path / "cache").read("/x")
+    assert STATS.calibration.gram is not None
+    assert stats.calibration.gram is not None
+    # A product may differ from its mirror image in the last bit; what lies below the diagonal is kept.
+    assert torch.equal(stats.calibration.gram.tril(), STATS.calibration.gram.tril())
+    assert torch.equal(stats.calibration.gram, stats.calibration.gram.T)
+    assert torch.equal(stats.calibration.abs_mean, STATS.calibration.abs_mean)
+    assert stats.calibration.num_tokens == 30
+    assert stats.held_out.gram is None
+    assert stats.held_out.rows is not None
+    assert STATS.held_out.rows is not None
+    assert torch.equal(stats.held_out.rows, STATS.held_out.rows)
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    def stopped_half_way() -> None:
+        with new_cache(tmp_path / "cache", KEY, ["/x"], overwrite=False) as writer:
+            writer.write("/x", STATS)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped_half_way()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_message_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    words = rf"can't be written to {tmp_path} \(.*File too large.*\); free space there, or .*--cache_dir"
+    with full_after(100), pytest.raises(UserError, match=words):
+        _write(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_cache_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    _write(tmp_path / "cache")
+    with pytest.raises(UserError, match="already exists"):
+        _write(tmp_path / "cache", replace(KEY, seq_len=9))
+    assert _write(tmp_path / "cache", replace(KEY, seq_len=9), overwrite=True).manifest.key.seq_len == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_another_models_cache_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "cache")
+    with pytest.raises(CacheMismatch, match="made from another model"):
+        open_cache(tmp_path / "cache", "other")
+
+
+def test_difference_names_the_field() -> None:
+    assert KEY.difference(KEY) == ""
+    assert KEY.difference(replace(KEY, seq_len=9)) == "its seq len is 8, this run's is 9"
+
+
+def test_caches_of_the_first_format_are_still_read(tmp_path: Path) -> None:
+    """They hold whole Gram matrices."""
+    cache = _write(tmp_path / "cache")
+    file = cache.folder / cache.manifest.files["/x"]
+    tensors = load_file(file)
+    del tensors["calibration.gram_triangle"]
+    assert STATS.calibration.gram is not None
+    save_file(tensors | {"calibration.gram": STATS.calibration.gram}, file)
+    manifest = (cache.folder / "manifest.json").read_text()
+    (cache.folder / "manifest.json").write_text(manifest.replace('"format": 2', '"format": 1'))
+    found = find_cache(cache.folder)
+    assert found is not None
+    gram = found.read("/x").calibration.gram
+    assert gram is not None
+    assert torch.equal(gram, STATS.calibration.gram)
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"format": 1}', b'{"format": 99, "key": 3, "files": {}}'])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    cache = _write(tmp_path / "cache")
+    (cache.folder / "manifest.json").write_bytes(content)
+    with pytest.raises(CacheMismatch, match="another version or is damaged"):
+        find_cache(cache.folder)
+
+
+def test_a_truncated_statistics_file_is_refused(tmp_path: Path) -> None:
+    cache = _write(tmp_path / "cache")
+    file = cache.folder / cache.manifest.files["/x"]
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(CacheMismatch, match="is damaged"):
+        cache.read("/x")
+
+
+def test_no_cache_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(CacheMismatch, match=r"run stages\.calibrate first"):
+        open_cache(tmp_path, "m")

@@ -1,0 +1,112 @@
+"""."""
+
+from __future__ import annotations
+
+import torch
+from stages.calibration.statistics import StatisticsSize
+from stages.calibration.statistics import StatisticsAccumulator
+import numpy as np
+import pytest
+from stages.errors import SolveError
+from stages.calibration import statistics as triangle
+from stages.calibration.statistics import pack
+from stages.calibration.statistics import unpack
+
+
+CPU = torch.device("cpu")
+
+
+def _size(in_features: int, tokens: int, itemsize: int = 2) -> StatisticsSize:
+    return StatisticsSize(in_features=in_features, tokens=tokens, itemsize=itemsize)
+
+
+def _accumulate(tokens: torch.Tensor, planned: int):
+    accumulator = StatisticsAccumulator("x", _size(tokens.shape[-1], planned), CPU)
+    for batch in torch.split(tokens, 7):
+        accumulator.add(batch.reshape(1, *batch.shape))
+    return accumulator.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_streamed_sums_equal_the_float64_sums_over_all_tokens(dtype: torch.dtype) -> None:
+    # Loud float16 channels: a float16 Gram would overflow, a float16 mean would stall.
+    tokens = (torch.randn(100, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 900, 12)).to(
+        dtype
+    )
+    stats = _accumulate(tokens, planned=100)
+    exact = tokens.double().numpy()
+    assert stats.gram is not None
+    assert stats.rows is None
+    assert stats.gram.dtype == torch.float32
+    assert stats.num_tokens == 100
+    scale = np.sqrt(np.outer(np.square(exact).mean(0), np.square(exact).mean(0)))
+    # float32 sums of 100 products, relative to what Cauchy-Schwarz allows for the entry.
+    assert np.abs((stats.gram.double().numpy() - exact.T @ exact / 100) / scale).max() < 1e-5
+    np.testing.assert_allclose(stats.abs_mean.numpy(), np.abs(exact).mean(0), rtol=1e-6)
+
+
+def test_rows_are_kept_in_the_models_type_where_they_are_fewer_than_channels() -> None:
+    tokens = torch.randn(9, 12).half()
+    stats = _accumulate(tokens, planned=9)
+    assert stats.gram is None
+    assert stats.rows is not None
+    assert torch.equal(stats.rows, tokens)
+
+
+@pytest.mark.parametrize("planned", [5, 100])
+def test_an_activation_that_no_token_came_to_is_silent(planned: int) -> None:
+    accumulator = StatisticsAccumulator("x", _size(12, planned), CPU)
+    accumulator.add(torch.zeros(0, 12))
+    stats = accumulator.finish()
+    assert stats.num_tokens == 0
+    assert stats.is_silent
+    assert torch.equal(stats.abs_mean, torch.zeros(12))
+    found = stats.gram if planned > 12 else stats.rows
+    assert found is not None
+    assert torch.equal(found, torch.zeros(12, 12) if planned > 12 else torch.zeros(0, 12))
+    other = StatisticsAccumulator("x", _size(12, planned), CPU)
+    other.add(torch.ones(1, 12))
+    assert not other.finish().is_silent
+
+
+@pytest.mark.parametrize(
+    ("in_features", "tokens", "itemsize", "keeps_rows", "memory"),
+    [
+        (100, 99, 2, True, 99 * 100 * 2),
+        (100, 100, 2, False, 100 * 100 * 4),  # as many as channels: no cheaper to multiply with
+        (100, 50, 4, True, 50 * 100 * 4),
+        (100, 51, 4, False, 100 * 100 * 4),  # fewer than channels, but larger than half a matrix
+    ],
+)
+def test_the_smaller_form_is_kept_where_it_is_cheaper_too(
+    in_features: int, tokens: int, itemsize: int, keeps_rows: bool, memory: int
+) -> None:
+    size = _size(in_features, tokens, itemsize)
+    assert (size.keeps_rows, size.memory) == (keeps_rows, memory)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_name_the_activation(bad: float) -> None:
+    tokens = torch.zeros(3, 4)
+    tokens[1, 2] = bad
+    with pytest.raises(SolveError, match="'x' holds NaN or infinite values"):
+        _accumulate(tokens, planned=3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 33])
+@pytest.mark.parametrize("block", [1, 4, 1024])
+def test_unpacking_gives_back_the_matrix(size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triangle, "_BLOCK", block)
+    x = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+    matrix = x.T @ x
+    matrix = matrix.tril() + matrix.tril(-1).T
+    packed = pack(matrix)
+    assert packed.numel() == -(-size // 2) * (size + 1)
+    assert torch.equal(unpack(packed), matrix)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_every_number_below_the_diagonal_is_there(size: int) -> None:
+    matrix = torch.arange(float(size * size)).reshape(size, size) + 1
+    below = sorted(matrix[row, column].item() for row in range(size) for column in range(row + 1))
+    assert set(below) == set(pack(matrix).flatten().tolist())

@@ -1,0 +1,161 @@
+"""The shapes that NvTensorRtRtx would be told, from graphs and configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from onnx import TensorProto
+
+import stages.calibration.trt_profile
+from stages.errors import GraphError, UserError
+from stages.model.directory import ModelDirectory
+from stages.calibration.trt_profile import DecoderSizes
+from stages.calibration.trt_profile import ShapeProfile
+from stages.calibration.trt_profile import WindowShape
+from stages.calibration.trt_profile import decoder_sizes
+from stages.calibration.trt_profile import sizes_of_config
+from tests.support.graphs import TinyGraph
+
+WINDOW = WindowShape(batch_size=4, seq_len=512)
+SIZES = DecoderSizes(kv_heads=8, head_size=64, context_length=2048)
+TOKENS = {"input_ids": ["b", "s"], "attention_mask": ["b", "t"], "position_ids": ["b", "s"]}
+CACHE = {"past_key_values.0.key": ["b", 2, "past", "kv_cache_dim"], "past_key_values.0.value": ["b", "h", "past", 16]}
+
+
+def _options(
+    inputs: dict[str, list[int | str]],
+    sizes: DecoderSizes = SIZES,
+    windowed: dict[str, int] | None = None,
+    window: WindowShape = WINDOW,
+) -> dict[str, str]:
+    graph = TinyGraph()
+    for name, shape in inputs.items():
+        graph.input(name, TensorProto.FLOAT, shape)
+    profile = ShapeProfile(window=window, sizes=sizes, windowed_caches=windowed or {})
+    return profile.provider_options(graph.model().graph.inputs)
+
+
+def test_ranges_of_tokens_masks_and_caches() -> None:
+    assert _options(TOKENS | CACHE) == {
+        "nv_profile_min_shapes": "input_ids:1x1,attention_mask:1x1,position_ids:1x1,"
+        "past_key_values.0.key:1x2x0x64,past_key_values.0.value:1x8x0x16",
+        "nv_profile_opt_shapes": "input_ids:4x512,attention_mask:4x512,position_ids:4x512,"
+        "past_key_values.0.key:4x2x0x64,past_key_values.0.value:4x8x0x16",
+        # The mask covers the past too.
+        "nv_profile_max_shapes": "input_ids:4x512,attention_mask:4x1024,position_ids:4x512,"
+        "past_key_values.0.key:4x2x512x64,past_key_values.0.value:4x8x512x16",
+    }
+
+
+def test_only_the_graphs_own_inputs_are_named() -> None:
+    assert set(_options({"input_ids": ["b", "s"]}).values()) == {"input_ids:1x1", "input_ids:4x512"}
+
+
+def test_the_past_ends_where_the_models_context_does() -> None:
+    near = DecoderSizes(kv_heads=8, head_size=64, context_length=600)
+    assert _options(CACHE, near)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x88x64")
+    full = DecoderSizes(kv_heads=8, head_size=64, context_length=512)
+    assert _options(CACHE, full)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x1x64")
+
+
+def test_sizes_that_the_graph_fixes_win_and_need_no_configuration() -> None:
+    fixed = {"past_key_values.0.key": [1, 2, "past", 16]}
+    assert _options(fixed, DecoderSizes())["nv_profile_opt_shapes"] == "past_key_values.0.key:1x2x0x16"
+
+
+def test_a_cache_that_slides_has_one_length() -> None:
+    options = _options(CACHE, windowed={"past_key_values.0.key": 32})
+    for shapes in options.values():
+        assert "past_key_values.0.key:4x2x32x64" in shapes or "past_key_values.0.key:1x2x32x64" in shapes
+    assert "past_key_values.0.value:4x8x512x16" in options["nv_profile_max_shapes"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sizes", "words"),
+    [
+        (CACHE, DecoderSizes(kv_heads=8), "0.key' leaves its head size open.*head_size or head_dim.*config.json"),
+        (CACHE, DecoderSizes(head_size=8), "0.value' leaves its number of key/value heads open.*num_key_value_heads"),
+        ({"pixel_values": ["b", 3, 224, 224]}, SIZES, "'pixel_values' is not one that a text decoder has"),
+        ({"input_ids": ["tokens"]}, SIZES, "'input_ids' has 1 dimensions"),
+    ],
+)
+def test_what_is_open_is_named(inputs: dict[str, list[int | str]], sizes: DecoderSizes, words: str) -> None:
+    with pytest.raises(GraphError, match=words):
+        _options(inputs, sizes)
+
+
+def _directory(folder: Path, genai: dict[str, object] | None, **known: int) -> ModelDirectory:
+    if genai is not None:
+        (folder / "genai_config.json").write_text(json.dumps({"model": genai}))
+    return ModelDirectory(folder=folder, onnx_file=folder / "model.onnx", has_genai_config=genai is not None, **known)
+
+
+def test_genai_config_is_asked_first_and_config_json_fills_the_rest(tmp_path: Path) -> None:
+    hugging_face = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face | {"max_position_embeddings": 8192}))
+    directory = _directory(tmp_path, {"context_length": 4096}, kv_heads=2)
+    found = decoder_sizes(directory, None, trust_remote_code=False)
+    assert found == DecoderSizes(kv_heads=2, head_size=64, context_length=4096)
+
+
+def test_the_folder_of_model_name_goes_before_the_models_own(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    for folder, size in ((tmp_path, 32), (tmp_path / "hf", 128)):
+        (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "head_dim": size}))
+    directory = _directory(tmp_path, None)
+    assert decoder_sizes(directory, str(tmp_path / "hf"), trust_remote_code=False).head_size == 128
+    assert decoder_sizes(directory, None, trust_remote_code=False).head_size == 32
+
+
+def test_without_any_configuration_nothing_is_known(tmp_path: Path) -> None:
+    assert decoder_sizes(_directory(tmp_path, None), str(tmp_path), trust_remote_code=False) == DecoderSizes()
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json can't be read as JSON"):
+        decoder_sizes(_directory(tmp_path, None), None, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ({"num_attention_heads": 8, "hidden_size": 512}, DecoderSizes(kv_heads=8, head_size=64)),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 1, "hidden_size": 512, "head_dim": 256},
+            DecoderSizes(kv_heads=1, head_size=256),
+        ),
+        (
+            {"text_config": {"num_attention_heads": 8, "head_dim": 32, "max_position_embeddings": 99}},
+            DecoderSizes(kv_heads=8, head_size=32, context_length=99),
+        ),
+        ({}, DecoderSizes()),
+    ],
+)
+def test_hugging_face_configurations(config: dict[str, object], sizes: DecoderSizes) -> None:
+    assert sizes_of_config(config) == sizes
+
+
+def test_a_hub_name_is_asked_last_and_its_failure_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name: str, **_: bool) -> None:
+            asked.append(name)
+            raise OSError("offline\nand more")
+
+    monkeypatch.setattr(stages.calibration.trt_profile, "AutoConfig", Hub)
+    monkeypatch.setattr(stages.calibration.trt_profile, "why_unreachable", lambda *_: None)
+    known = _directory(tmp_path, {"context_length": 64}, kv_heads=2, head_size=16)
+    assert decoder_sizes(known, "owner/model", trust_remote_code=False).head_size == 16
+    assert asked == []
+    with pytest.raises(UserError, match=r"--model_name owner/model has no configuration.*\(offline\)"):
+        decoder_sizes(_directory(tmp_path, None), "owner/model", trust_remote_code=False)
+    monkeypatch.setattr(stages.calibration.trt_profile, "why_unreachable", lambda *_: "no answer")
+    asked.clear()
+    with pytest.raises(UserError, match=r"\(no answer\); check the network"):
+        decoder_sizes(_directory(tmp_path, None), "owner/model", trust_remote_code=False)
+    assert asked == []

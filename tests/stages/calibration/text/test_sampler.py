@@ -1,0 +1,170 @@
+"""What the model writes is drawn from its own distribution, and each reason why it can't write is named."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.errors import UserError
+from stages.model.directory import ModelDirectory
+from stages.model.directory import locate_model
+from stages.calibration.text.sampler import FreeWriter
+from stages.calibration.text.sampler import end_tokens
+from stages.calibration.text.sampler import open_writer
+from stages.calibration.text.sampler import sample
+from stages.calibration.text.generation_script import Passage
+from stages.calibration.text.generation_script import Script
+from stages.runtime.providers import CPU
+from stages.runtime.providers import CUDA
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+from tests.reference.sampling import draw
+
+BOS, EOS, VOCABULARY = 0, 1, 300
+TEXT = Script(kind="text", opening=(BOS,), passages=(Passage(ends=frozenset({EOS}), at_most=None, then=(EOS, BOS)),))
+CHAT = Script(kind="chat", opening=(BOS, 60, 61), passages=(Passage(ends=frozenset(), at_most=5, then=(70, EOS)),))
+
+
+def luck_of(windows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(5).random((windows, length))
+
+
+def write(writer: FreeWriter, scripts: list[Script], luck: np.ndarray) -> np.ndarray:
+    return writer.write(scripts, luck, lambda _: None)
+
+
+def opened(folder: Path) -> FreeWriter:
+    return open_writer(locate_model(folder), (CPU,), (TEXT, CHAT), VOCABULARY)
+
+
+def test_sampling_is_the_slow_drawing_from_a_softmax() -> None:
+    generator = np.random.default_rng(0)
+    logits = (5 * generator.standard_normal((200, 40))).astype(np.float32)
+    luck = generator.random(200)
+    expected = [draw(row, value) for row, value in zip(logits.tolist(), luck.tolist(), strict=True)]
+    assert sample(logits, luck).tolist() == expected
+    # The ends of the range, and a token that can't come.
+    edges = np.array([[0, -np.inf, 0], [0, -np.inf, 0]], np.float32)
+    assert sample(edges, np.array([0.4999, 0.5])).tolist() == [0, 2]
+
+
+def test_the_rarest_tokens_come_as_often_as_they_should() -> None:
+    """No tail is cut off: a half of the probability lies on tokens of 1 in 2000 each."""
+    logits = np.log(np.array([0.5] + [0.0005] * 1000, np.float32))
+    drawn = sample(np.tile(logits, (4000, 1)), np.random.default_rng(1).random(4000))
+    # Binomial: standard deviation 32; five of them.
+    assert abs((drawn == 0).sum() - 2000) < 160
+    assert len(set(drawn.tolist())) > 800
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
+    with pytest.raises(UserError, match="logits are no numbers"):
+        sample(np.array([[0, value, 1]], np.float32), np.array([0.5]))
+
+
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_model_dml"], ids=["fp32", "fp16 with position ids"])
+def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    """One full forward pass a window, without cache and runtime, gives the same distribution at every place."""
+    directory = locate_model(request.getfixturevalue(kind))
+    writer = open_writer(directory, (CPU,), (TEXT, CHAT), VOCABULARY)
+    luck = luck_of(4, 40)
+    windows = write(writer, [TEXT, CHAT, TEXT, CHAT], luck)
+    session = open_session(directory.onnx_file, SessionSettings())
+    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    logits = session.run(["logits"], feeds(windows))[0].astype(np.float32)
+    logits[:, :, writer.mute] = -np.inf
+    # What fp16 rounds differently in the cache moves probabilities by a thousandth.
+    low, high = (
+        np.stack([sample(logits[:, place - 1], np.clip(luck[:, place] + shift, 0, 1 - 1e-9)) for place in range(1, 40)])
+        for shift in (-2e-3, 2e-3)
+    )
+    found = windows[:, 1:].T
+    drawn = (low <= found) & (found <= high)
+    given = np.isin(found, [BOS, EOS, 60, 61, 70])
+    assert (drawn | given).all()
+    assert drawn.mean() > 0.7
+
+
+@pytest.mark.parametrize("value", ["2,1", "", "abc"])
+def test_models_open_whatever_omp_num_threads_holds(
+    value: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert write(opened(tiny_model), [TEXT], luck_of(1, 4)).shape == (1, 4)
+
+
+def test_the_same_luck_writes_the_same_and_each_window_its_own(tiny_model: Path) -> None:
+    writer, luck = opened(tiny_model), luck_of(3, 24)
+    first = write(writer, [TEXT] * 3, luck)
+    np.testing.assert_array_equal(first, write(writer, [TEXT] * 3, luck))
+    assert len({tuple(window) for window in first.tolist()}) == 3
+    # Companions change nothing but the rounding of sums.
+    np.testing.assert_array_equal(first[1:2], write(writer, [TEXT], luck[1:2]))
+
+
+def test_writing_goes_on_behind_an_end_token_and_padding(tiny_model: Path) -> None:
+    """The model's own configuration ends generation at </s> and takes it for padding."""
+    assert end_tokens(locate_model(tiny_model)) == {EOS}
+    ends = Script(kind="text", opening=(EOS,), passages=(Passage(ends=frozenset(), at_most=2, then=(EOS,)),))
+    windows = write(opened(tiny_model), [ends] * 2, luck_of(2, 30))
+    assert (windows[:, ::3] == EOS).all()
+    assert len(set(windows.reshape(-1).tolist())) > 10
+
+
+def test_tokens_that_the_tokenizer_lacks_and_the_mute_one_never_come(tiny_model: Path) -> None:
+    few = open_writer(locate_model(tiny_model), (CPU,), (TEXT,), 40)
+    assert few.mute == VOCABULARY - 1
+    assert write(few, [TEXT] * 4, luck_of(4, 60)).max() < 40
+    whole = opened(tiny_model)
+    assert (write(whole, [TEXT] * 4, luck_of(4, 60)) != whole.mute).all()
+    assert open_writer(locate_model(tiny_model), (CPU,), (replace(TEXT, opening=(299,)),), 300).mute == 298
+
+
+def test_windows_may_be_shorter_than_attention_that_slides(tiny_model: Path) -> None:
+    """The runtime refuses a cache with less room than such attention looks back."""
+    directory = replace(locate_model(tiny_model), windowed_caches={"past_key_values.0.key": 40})
+    writer = open_writer(directory, (CPU,), (TEXT,), VOCABULARY)
+    assert writer.shortest_cache == 40
+    luck = luck_of(2, 8)
+    np.testing.assert_array_equal(write(writer, [TEXT] * 2, luck), write(opened(tiny_model), [TEXT] * 2, luck))
+
+
+def test_a_provider_that_fails_leaves_the_work_to_the_next(tiny_model: Path) -> None:
+    writer = open_writer(locate_model(tiny_model), (CUDA, CPU), (TEXT,), VOCABULARY)
+    assert write(writer, [TEXT], luck_of(1, 8)).shape == (1, 8)
+
+
+# --------------------------------------------------------------------------- why it can't write
+
+
+def test_without_the_runtime_its_package_is_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(UserError, match=r"onnxruntime-genai can't be imported .* 'pip install onnxruntime-genai'"):
+        opened(tiny_model)
+
+
+def test_without_genai_config_the_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    (copy / "genai_config.json").unlink()
+    with pytest.raises(UserError, match=r"copy has no genai_config\.json, without which onnxruntime-genai can't run"):
+        end_tokens(locate_model(copy))
+
+
+def test_a_configuration_without_a_vocabulary_is_named(tiny_model: Path) -> None:
+    directory: ModelDirectory = replace(locate_model(tiny_model), vocab_size=None)
+    with pytest.raises(UserError, match=r"genai_config\.json gives no vocab_size"):
+        open_writer(directory, (CPU,), (TEXT,), VOCABULARY)
+
+
+def test_a_model_that_the_cpu_has_no_kernels_for_is_refused_with_the_reason(tiny_model_bf16: Path) -> None:
+    with pytest.raises(UserError, match=r"^--dataset self: onnxruntime-genai can't run .*model\.onnx here \(cpu: "):
+        opened(tiny_model_bf16)

@@ -1,0 +1,128 @@
+"""A tokenizer is found where it is, in good time, and each reason why it can't be is named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import huggingface_hub
+import pytest
+import transformers
+
+import stages.calibration.text.tokenizer
+from stages.errors import UserError
+from stages.calibration.text.tokenizer import why_unreachable
+from stages.calibration.text.tokenizer import find_tokenizer
+
+ANSWERS = {
+    "gated": (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."}),
+    "private": (401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}),
+    "broken": (404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"}),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers every question about ``someone/NAME`` with what ANSWERS says of NAME."""
+
+    def _answer(self) -> None:
+        status, headers = next(answer for name, answer in ANSWERS.items() if name in self.path)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = _answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub, on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    point_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens there."""
+    point_at("http://127.0.0.1:9", monkeypatch)
+
+
+def test_a_folder_is_read_without_asking_the_hub(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages.calibration.text.tokenizer, "why_unreachable", lambda *_: pytest.fail("asked the hub"))
+    found = find_tokenizer(str(tiny_tokenizer), None, trust_remote_code=False)
+    assert (len(found.tokenizer), found.source, found.title) == (300, str(tiny_tokenizer), str(tiny_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("someone/gated", r"terms must be accepted on the Hugging Face hub; do that, then log in with 'hf auth login'"),
+        ("someone/private", "has no such model, or it is private; if so, log in with 'hf auth login'"),
+    ],
+)
+def test_a_model_that_the_hub_keeps_is_named_with_the_mend(
+    name: str, reason: str, hub: None, tiny_tokenizer: Path
+) -> None:
+    assert why_unreachable(name, "model") is None
+    with pytest.raises(UserError, match=rf"^No tokenizer can be loaded from {name} \([^)]*{reason}\); pass a folder"):
+        find_tokenizer(name, None, trust_remote_code=False)
+    found = find_tokenizer(name, str(tiny_tokenizer), trust_remote_code=False)
+    assert found.source == str(tiny_tokenizer)
+    assert found.title.startswith(f"{tiny_tokenizer}, in place of {name}: ")
+
+
+def test_without_a_network_the_model_folders_tokenizer_stands_in_at_once(no_hub: None, tiny_tokenizer: Path) -> None:
+    started = time.perf_counter()
+    found = find_tokenizer("someone/model", str(tiny_tokenizer), trust_remote_code=False)
+    # The libraries alone repeat their questions for more than twenty seconds.
+    assert time.perf_counter() - started < 10
+    assert f"{tiny_tokenizer}, in place of someone/model: the Hugging Face hub can't be reached" in found.title
+    with pytest.raises(UserError, match="the Hugging Face hub can't be reached"):
+        find_tokenizer("someone/model", None, trust_remote_code=False)
+
+
+def test_without_a_network_a_copy_that_is_kept_is_taken(
+    no_hub: None, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transformers.AutoTokenizer.from_pretrained
+
+    def kept(path: str, *, local_files_only: bool, **others: object) -> object:
+        assert local_files_only
+        return original(tiny_tokenizer, **others)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", kept)
+    found = find_tokenizer("someone/model", str(tmp_path), trust_remote_code=False)
+    assert found.title == "someone/model"
+
+
+def test_a_folder_without_a_tokenizer_is_not_replaced_by_another(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"No tokenizer can be loaded from .*--model_name"):
+        find_tokenizer(str(tmp_path), str(tiny_tokenizer), trust_remote_code=False)
+
+
+def test_a_path_that_leads_nowhere_is_not_replaced_either(tiny_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=r"\(there is no such folder, and it is no hub name\); pass a folder"):
+        find_tokenizer(r"E:\models\llama", str(tiny_tokenizer), trust_remote_code=False)
+
+
+def test_two_places_without_a_tokenizer_are_one_message(no_hub: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"No tokenizer can be loaded from someone/model \(the Hugging Face hub"):
+        find_tokenizer("someone/model", str(tmp_path), trust_remote_code=False)

@@ -1,0 +1,73 @@
+"""."""
+
+from __future__ import annotations
+
+import pytest
+from stages.commands.parsing import Target
+from stages.commands.parsing import parse_target
+from stages.errors import RecipeError
+from stages.commands.parsing import parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "label"),
+    [
+        ("cpu@1.24", Target(runtime="cpu", release=(1, 24)), "cpu@1.24"),
+        ("trt-rtx@1.24.1", Target(runtime="trt-rtx", release=(1, 24)), "trt-rtx@1.24"),
+        (" CUDA@1.9999 ", Target(runtime="cuda", release=(1, 9999)), "cuda@1.9999"),
+        ("qnn", Target(runtime="qnn", release=(1, 32), assumed=True), "qnn@1.32"),
+    ],
+)
+def test_a_target_is_a_runtime_and_a_release(text: str, target: Target, label: str) -> None:
+    assert parse_target(text) == target
+    assert target.label == label
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tpu", ["'tpu'", "cpu, cuda, dml, trt-rtx, webgpu, qnn"]),
+        ("", ["''", "cpu, cuda"]),
+        ("cpu@", ["''", "1.24.1"]),
+        ("cpu@new", ["'new'", "1.24.1"]),
+        ("cpu@1", ["'1'"]),
+        ("cpu@1.24.1.2", ["'1.24.1.2'"]),
+        ("cpu@1.24@2", ["'1.24@2'"]),
+        ("cpu@1.19", ["before 1.20"]),
+        ("cpu@0.99", ["before 1.20"]),
+    ],
+)
+def test_what_names_no_target_is_refused_in_one_sentence(text: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_target(text)
+    message = str(refused.value)
+    assert message.startswith(f"--target {text}: ")
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_what_is_assumed_about_a_release_is_said() -> None:
+    assert "newest release known" in parse_target("cpu").about_release
+    assert "rules of 1.32 are assumed" in parse_target("cpu@1.33").about_release
+    assert parse_target("cpu@1.32").about_release == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.1GB", 1_100_000_000),
+        ("900MB", 900_000_000),
+        ("850MiB", 850 * 1024 * 1024),
+        ("1.5 gib", 3 * 1024**3 // 2),
+        ("12345", 12345),
+        (".5kb", 500),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, expected: int) -> None:
+    assert parse_bytes(text, "--target_size") == expected
+
+
+@pytest.mark.parametrize("text", ["", "big", "1.1.1GB", "-3MB", "4XB", "0MB", "MB"])
+def test_what_is_no_size_is_refused_by_the_options_name(text: str) -> None:
+    with pytest.raises(RecipeError, match="--target_size"):
+        parse_bytes(text, "--target_size")

@@ -1,0 +1,83 @@
+"""A base equals itself, its fp16 build is near, and reports are reused only when equal."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.errors import UserError
+from stages.evaluation.compare import compare
+from stages.evaluation.compare import prepare
+from stages.model.sizes import stored_bytes
+from stages.evaluation.records import load_evaluation
+from stages.evaluation.records import save_evaluation
+from stages.model.directory import locate_model
+from stages.commands.progress import progress_bar
+
+
+@pytest.fixture
+def config(tiny_model: Path, tiny_model_dml: Path, tiny_text: Path) -> EvaluateConfig:
+    return EvaluateConfig(
+        base=tiny_model, model=(tiny_model, tiny_model_dml), text=str(tiny_text), windows=3, seq_len=48
+    )
+
+
+def test_the_base_equals_itself_and_float16_is_near(config: EvaluateConfig, tiny_model: Path) -> None:
+    base, same, half = compare(prepare(config), progress_bar()).rows
+    assert base.accuracy == same.accuracy
+    assert base.accuracy.tokens == 3 * 47
+    assert base.accuracy.mean_divergence == 0
+    assert base.accuracy.top1_agreement == 1
+    # Random weights know nothing: about the 300 tokens of the vocabulary, never below a fraction of it.
+    assert 100 < base.accuracy.perplexity < 2000
+    # float16 rounds by 5e-4; a divergence is of the order of the squared change of logits.
+    assert 0 < half.accuracy.mean_divergence < 1e-3
+    assert half.accuracy.perplexity == pytest.approx(base.accuracy.perplexity, rel=1e-2)
+    assert base.bytes == sum((tiny_model / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert half.bytes < 0.7 * base.bytes
+
+
+def test_sizes_count_only_the_files_that_the_graph_refers_to(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    before = stored_bytes(locate_model(copy))
+    (copy / "stale.onnx.data").write_bytes(b"0" * 1000)
+    assert stored_bytes(locate_model(copy)) == before
+
+
+def test_a_report_is_reused_for_the_same_comparison_only(config: EvaluateConfig, tmp_path: Path) -> None:
+    prepared = prepare(replace(config, model=(config.base,), windows=1))
+    report = compare(prepared, progress_bar())
+    path = tmp_path / "deep" / "report.json"
+    save_evaluation(report, path)
+    assert load_evaluation(path, prepared.comparison) == report
+    for changed in (replace(config, windows=2), replace(config, accuracy_level=4), config):
+        assert load_evaluation(path, prepare(changed).comparison) is None
+    path.write_text("{}", encoding="utf-8")
+    assert load_evaluation(path, prepared.comparison) is None
+    assert load_evaluation(tmp_path / "missing.json", prepared.comparison) is None
+
+
+def test_another_vocabulary_is_refused(config: EvaluateConfig, tmp_path: Path) -> None:
+    other = shutil.copytree(config.base, tmp_path / "other")
+    model = onnx.load(other / "model.onnx", load_external_data=False)
+    next(value for value in model.graph.output if value.name == "logits").type.tensor_type.shape.dim[2].dim_value = 299
+    onnx.save(model, other / "model.onnx")
+    with pytest.raises(UserError, match="other has 299 tokens in its vocabulary and --base 300"):
+        prepare(replace(config, model=(other,)))
+
+
+def test_too_short_a_text_states_both_numbers(config: EvaluateConfig, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Not much.", encoding="utf-8")
+    with pytest.raises(UserError, match="gives 0 windows of 48 tokens and --windows is 3"):
+        prepare(replace(config, text=str(short)))
+
+
+def test_a_missing_text_is_named(config: EvaluateConfig) -> None:
+    with pytest.raises(UserError, match=r"--text missing\.txt can't be read"):
+        prepare(replace(config, text="missing.txt"))

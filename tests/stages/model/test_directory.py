@@ -1,0 +1,55 @@
+"""Which key/value caches of a model slide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from onnx import TensorProto
+
+from stages.model.directory import locate_model
+from tests.support.graphs import MICROSOFT
+from tests.support.graphs import TinyGraph
+
+
+def attention_model(folder: Path, attributes: dict[str, int], *, configured: bool) -> None:
+    """One GroupQueryAttention with a window of 8."""
+    graph = TinyGraph()
+    names = ["qkv", "past_key", "past_value", "lengths", "total"]
+    for name in names:
+        graph.input(name, TensorProto.FLOAT, ["b", "n"])
+    graph.node(
+        "GroupQueryAttention",
+        ["qkv", "", "", *names[1:]],
+        ["y"],
+        {"num_heads": 2, "kv_num_heads": 1, "local_window_size": 8} | attributes,
+        MICROSOFT,
+    )
+    graph.output("y", TensorProto.FLOAT, ["b", "n"])
+    graph.save(folder)
+    decoder = {"filename": "model.onnx"} | ({"sliding_window": {"window_size": 8}} if configured else {})
+    (folder / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "configured", "expected"),
+    [
+        ({"sliding_window_cache": 1}, True, {"past_key": 8, "past_value": 8}),
+        # A window without a sliding cache: the past starts empty, whatever genai_config.json tells the runtime.
+        ({"sliding_window_cache": 0}, True, {}),
+        ({}, True, {}),
+        ({"sliding_window_cache": 1}, False, {}),
+    ],
+)
+def test_caches_that_slide(
+    tmp_path: Path, attributes: dict[str, int], configured: bool, expected: dict[str, int]
+) -> None:
+    attention_model(tmp_path, attributes, configured=configured)
+    assert locate_model(tmp_path).windowed_caches == expected
+
+
+def test_a_file_that_is_no_model_is_left_to_whoever_opens_it(tmp_path: Path) -> None:
+    attention_model(tmp_path, {}, configured=True)
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    assert locate_model(tmp_path).windowed_caches == {}

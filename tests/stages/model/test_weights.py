@@ -1,0 +1,111 @@
+"""."""
+
+from __future__ import annotations
+
+import torch
+from pathlib import Path
+import numpy as np
+import onnx_ir as ir
+from onnx import TensorProto
+from tests.support.graphs import TinyGraph
+from stages.model.load import load_graph
+from stages.model.sites import find_sites
+from stages.model.weights import read_weight
+from stages.model.directory import locate_model
+import ml_dtypes
+import pytest
+from stages.model.weights import to_torch
+from stages.errors import SolveError
+from stages.errors import GraphError
+import shutil
+from stages.model.load import fingerprint_model
+import math
+from stages.model.weights import all_finite
+
+
+CPU = torch.device("cpu")
+
+
+def _saved(folder: Path, weight: np.ndarray) -> Path:
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", weight.shape[0]])
+    graph.linear("x", weight, "y")
+    graph.output("y", TensorProto.FLOAT, ["t", weight.shape[1]])
+    folder.mkdir()
+    ir.save(
+        ir.from_proto(graph.proto()), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0
+    )
+    return folder
+
+
+def test_weights_of_every_layout_and_type_become_n_by_k_float32(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+    read = read_weight(model, find_sites(model)[0], CPU)
+    assert read.dtype == torch.float32
+    np.testing.assert_array_equal(read.numpy(), weight.T)
+
+
+def test_a_weight_that_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
+    model = load_graph(locate_model(_saved(tmp_path / "m", np.ones((6, 4), np.float32))))
+    site = find_sites(model)[0]
+    read_weight(model, site, CPU)
+    tensor = model.graph.initializers[site.weight].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.raw is None
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_every_float_type_keeps_its_values(dtype: type) -> None:
+    array = np.linspace(-2, 2, 12).astype(dtype).reshape(3, 4)
+    array.flags.writeable = False
+    np.testing.assert_array_equal(to_torch(array).float().numpy(), array.astype(np.float32))
+
+
+def test_nan_weights_name_the_site(tmp_path: Path) -> None:
+    weight = np.full((6, 4), np.nan, np.float32)
+    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+    with pytest.raises(SolveError, match="weight of y/MatMul holds NaN"):
+        read_weight(model, find_sites(model)[0], CPU)
+
+
+def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="does not exist"):
+        locate_model(tmp_path / "nothing")
+    with pytest.raises(GraphError, match=r"no \.onnx file"):
+        locate_model(tmp_path)
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(GraphError, match=r"a\.onnx, b\.onnx"):
+        locate_model(tmp_path)
+    assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"
+
+
+def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    weight = np.ones((200, 40), np.float32)
+    first = _saved(tmp_path / "a", weight)
+    shutil.copytree(first, tmp_path / "b")
+    same = fingerprint_model(locate_model(tmp_path / "b"))
+    assert fingerprint_model(locate_model(first)) == same
+    weight[-1, -1] = 2
+    assert fingerprint_model(locate_model(_saved(tmp_path / "c", weight))) != same
+
+
+_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", _TYPES)
+@pytest.mark.parametrize(("wrong", "place"), [(math.nan, (0, 0)), (math.inf, (17, 3)), (-math.inf, (-1, -1))])
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, wrong: float, place: tuple[int, int]) -> None:
+    numbers = torch.randn(64, 257, dtype=torch.float32).to(dtype)
+    assert all_finite(numbers)
+    numbers[place] = wrong
+    assert not all_finite(numbers)
+    assert not all_finite(numbers.T)
+
+
+@pytest.mark.parametrize("dtype", _TYPES)
+def test_the_extremes_of_a_type_are_finite_and_so_is_nothing(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    assert all_finite(torch.tensor([info.max, info.min, info.tiny, 0.0], dtype=dtype))
+    assert all_finite(torch.empty(0, 4, dtype=dtype))

@@ -1,0 +1,69 @@
+"""Run blocks of a real graph beside ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from stages.model.load import load_graph
+from stages.quantization.blocks.cut import BlockGraph
+from stages.quantization.blocks.cut import DecoderBlock
+from stages.quantization.blocks.cut import cut_block
+from stages.quantization.blocks.cut import find_blocks
+from stages.quantization.blocks.decoder import write_out_residuals
+from stages.quantization.blocks.module import BlockModule
+from stages.runtime.tap import tapped_model
+from stages.model.weights import read_weight
+from stages.model.directory import ModelDirectory
+from stages.model.directory import locate_model
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.session import CausalFeeds
+from stages.runtime.session import SessionSettings
+from stages.runtime.session import open_session
+from stages.runtime.upcast import runnable_graph
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    directory: ModelDirectory
+    model: ir.Model
+    """With its residual norms written out."""
+    blocks: tuple[DecoderBlock, ...]
+
+    def weights(self, block: DecoderBlock) -> dict[str, torch.Tensor]:
+        return {site.name: read_weight(self.model, site, CPU) for site in block.sites}
+
+    def tap(self, names: tuple[str, ...], tokens: np.ndarray) -> dict[str, torch.Tensor]:
+        """Values of the graph, and its inputs, as ONNX Runtime sees them; floating-point ones as float32."""
+        inputs = {value.name for value in self.model.graph.inputs}
+        computed = tuple(name for name in names if name not in inputs)
+        with runnable_graph(tapped_model(self.model, computed), CPU_ONLY, None) as graph:
+            folder = self.directory.folder if isinstance(graph, bytes) else None
+            session = open_session(graph, SessionSettings(external_data_folder=folder))
+        directory = self.directory
+        feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)(tokens)
+        found = dict(zip(computed, session.run(None, feeds), strict=True)) | feeds
+        tensors = {name: torch.from_numpy(found[name]) for name in names}
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def open_model(folder: Path) -> OpenModel:
+    directory = locate_model(folder)
+    model = write_out_residuals(load_graph(directory))
+    return OpenModel(directory, model, find_blocks(model))
+
+
+def relative_error(opened: OpenModel, block: DecoderBlock, tokens: np.ndarray) -> float:
+    """Largest error of what the torch module adds to the stream, relative to the largest addition."""
+    graph: BlockGraph = cut_block(opened.model, block)
+    values = opened.tap((block.stream_in, block.stream_out, *graph.shared), tokens)
+    before, behind = values[block.stream_in], values[block.stream_out]
+    with torch.no_grad():
+        found = BlockModule(graph, CPU)(before, opened.weights(block), values)
+    return float((found - behind).abs().max() / (behind - before).abs().max())

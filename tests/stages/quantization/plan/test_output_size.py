@@ -1,0 +1,73 @@
+from dataclasses import replace
+
+import pytest
+
+from stages.quantization.plan.output_size import OutputSize
+from stages.records.formats import EmbeddingPlan
+from stages.records.formats import EmbeddingTable
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.formats import QuantSpec
+from stages.records.formats import WeightForm
+from tests.stages.quantization.search.problems import site
+
+HEAD = site("/lm_head/MatMul", 300, 64)
+BODY = site("/model/layers.0/mlp/down_proj/MatMul", 64, 96)
+TABLE = EmbeddingTable(
+    weight=HEAD.weight, gathers=("looked up",), vocabulary=300, hidden=64, transposed=True, dtype="float32"
+)
+PLAN = EmbeddingPlan(table=TABLE, axis=1, block_size=32, form="gather_block_quantized")
+
+
+def _size(form: WeightForm = WeightForm.DQ, embeddings: tuple[EmbeddingPlan, ...] = ()) -> OutputSize:
+    return OutputSize(base_bytes=1_000_000, form=form, embeddings=embeddings)
+
+
+def _total(size: OutputSize, *formats: QuantSpec | None) -> int:
+    sites = [HEAD, BODY]
+    return size.fixed_bytes(sites) + sum(size.site_bytes(each, spec) for each, spec in zip(sites, formats, strict=True))
+
+
+def test_a_model_whose_sites_all_stay_keeps_its_size() -> None:
+    assert _total(_size(), None, None) == 1_000_000
+
+
+def test_a_weight_that_somebody_else_reads_stays_beside_the_codes() -> None:
+    spec = QuantSpec(bits=4, symmetric=True, granularity=PerBlock(block_size=32), scale_dtype="float32")
+    shared = replace(HEAD, weight_shared_with=("looked up",))
+    alone, beside = (_size().fixed_bytes([each]) + _size().site_bytes(each, spec) for each in (HEAD, shared))
+    assert beside - alone == 300 * 64 * 4
+    # The lookup has codes of its own too: nobody reads the numbers.
+    tied = _size(embeddings=(PLAN,))
+    table = PLAN.stored_bytes
+    gone = tied.fixed_bytes([shared]) + tied.site_bytes(shared, spec)
+    # The table's nodes and attributes.
+    assert table <= gone - alone <= table + 1000
+
+
+def test_an_embedding_of_its_own_is_replaced_by_its_codes() -> None:
+    own = replace(PLAN, table=replace(TABLE, weight="embedding"))
+    saved = _size().fixed_bytes([BODY]) - _size(embeddings=(own,)).fixed_bytes([BODY])
+    assert saved == pytest.approx(300 * 64 * 4 - own.stored_bytes, abs=1000)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "bits", "symmetric", "expected"),
+    [
+        # 96 inputs in blocks of 64: the second is filled up. 64 rows of 2 x 32 bytes of codes and 2 scales.
+        (PerBlock(block_size=64), 4, True, 64 * (64 + 8)),
+        # Zero points: two to a byte, each row beginning a new one.
+        (PerBlock(block_size=64), 4, False, 64 * (64 + 8 + 1)),
+        (PerBlock(block_size=32), 4, False, 64 * (48 + 12 + 2)),
+        # A scale per channel is repeated over blocks of 32, the largest that divides 96.
+        (PerChannel(), 8, True, 64 * (96 + 12)),
+    ],
+)
+def test_matmul_nbits_fills_up_rows_and_repeats_scales(
+    granularity: PerBlock | PerChannel, bits: int, symmetric: bool, expected: int
+) -> None:
+    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, scale_dtype="float32")
+    form = _size(WeightForm.MATMUL_NBITS)
+    # Nodes, names and an input scale, the same whatever the format.
+    around = _size().site_bytes(BODY, spec) - spec.stored_bytes(64, 96)
+    assert form.site_bytes(BODY, spec) - around == expected

@@ -1,0 +1,77 @@
+"""Tables are rounded as weights are, along either axis, and the work space doesn't decide the result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import stages.quantization.search.embedding
+from stages.quantization.weights.bitpack import unpack_4bit
+from stages.errors import RecipeError
+from stages.quantization.plan.rules import plan_embeddings
+from tests.support.embeddings import dequantized
+from tests.support.embeddings import plan_of
+from tests.support.embeddings import random_table
+from tests.support.embeddings import rounded
+from tests.reference.rounding import round_trip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("vocabulary", "hidden"), [(64, 48), (37, 40), (51, 41)])
+def test_rounding_matches_the_reference(dtype: str, axis: int, vocabulary: int, hidden: int) -> None:
+    plan = plan_of(vocabulary, hidden, dtype=dtype, axis=axis)
+    table = random_table(plan)
+    table[5] = 0
+    stored = rounded(plan, table)
+    assert stored.scales.shape == plan.scales_shape
+    assert stored.scales.dtype == getattr(torch, dtype)
+    ours = dequantized(plan, stored)
+    along = table if axis == 1 else table.T
+    reference = round_trip(along, 16, 4, symmetric=True, scale_type=np.dtype(dtype).type)
+    reference = reference if axis == 1 else reference.T
+    # float32 against float64: one code may fall on the other side of a tie; nothing else may differ.
+    differs = np.abs(ours - reference) > 1e-5 * np.abs(table).max()
+    assert differs.mean() < 0.002
+    assert np.abs(ours - table).max() < 0.6 * float(stored.scales.max())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_chunks_do_not_change_the_result(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(1037, 33, axis=axis)
+    table = random_table(plan)
+    whole = rounded(plan, table)
+    monkeypatch.setattr(stages.quantization.search.embedding, "_CHUNK", 256 * 33)
+    read: list[int] = []
+
+    def counted(rows: slice) -> torch.Tensor:
+        read.append(rows.stop - rows.start)
+        return torch.from_numpy(table[rows])
+
+    parts = stages.quantization.search.embedding.quantize_table(plan, counted)
+    assert read == [256, 256, 256, 256, 13]
+    assert torch.equal(parts.packed, whole.packed)
+    assert torch.equal(parts.scales, whole.scales)
+
+
+def test_codes_of_a_hand_made_row_are_packed_low_nibble_first() -> None:
+    plan = plan_of(1, 16)
+    row = np.array([7, -8, 3.5, 2.5, 0.5, -0.5, 1.5, 0, 1, 2, 3, 4, 5, 6, -1, -2], np.float32)
+    stored = rounded(plan, row[None])
+    assert stored.scales.tolist() == [[1.0]]
+    codes = unpack_4bit(stored.packed.numpy(), (16,), np.dtype(np.int8))
+    assert codes.tolist() == [7, -8, 4, 2, 0, 0, 2, 0, 1, 2, 3, 4, 5, 6, -1, -2]
+    assert stored.packed[0].item() == 0x87
+
+
+def test_stored_bytes_are_those_of_the_file() -> None:
+    for axis in (0, 1):
+        plan = plan_of(37, 41, dtype="float16", axis=axis)
+        stored = rounded(plan, random_table(plan))
+        assert plan.stored_bytes == stored.packed.nbytes + stored.scales.nbytes
+
+
+def test_a_model_without_embedding_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"--gather_quantize_axis: no Gather of the model"):
+        plan_embeddings((), axis=1, block_size=32, form="dq")

@@ -1,0 +1,115 @@
+"""Groups side by side or one after another: the same results, the small ones first, and an early end is clean."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stages.records.sites import ActivationGroup
+from stages.records.results import SolvedGroup
+from stages.quantization.search import parallel as side_by_side
+from stages.quantization.search.problem import GroupProblem
+from stages.quantization.search.solver import GroupSolver
+from stages.quantization.search.parallel import search_memory
+from stages.quantization.search.parallel import solve_groups
+from tests.stages.quantization.search.problems import random_layer
+from tests.stages.quantization.search.problems import site
+from tests.stages.quantization.search.problems import solver_of
+
+GROUP = random_layer(0, widths=(12, 8)).problem.group
+
+
+def groups(count: int) -> list[ActivationGroup]:
+    return [replace(GROUP, activation=f"x{place}") for place in range(count)]
+
+
+def solver(seen: list[tuple[str, int]] | None = None) -> GroupSolver:
+    """One that notes the threads of each search."""
+    plain = solver_of(random_layer(0, widths=(12, 8)).problem, "awq_lite")
+
+    def noted(problem: GroupProblem, options: object) -> object:
+        if seen is not None:
+            seen.append((problem.group.activation, torch.get_num_threads()))
+        return plain.algorithm(problem, options)
+
+    return replace(plain, algorithm=noted)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def same(one: SolvedGroup, other: SolvedGroup) -> bool:
+    both = zip(one.weights, other.weights, strict=True)
+    return all(torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) for a, b in both)
+
+
+def test_small_groups_have_a_thread_each_and_all_come_once() -> None:
+    seen: list[tuple[str, int]] = []
+    solved = dict(solve_groups(solver(seen), groups(5)))
+    assert sorted(solved) == [0, 1, 2, 3, 4]
+    assert {threads for _, threads in seen} == {1}
+    assert torch.get_num_threads() == 2
+    alone = solver().solve(GROUP)
+    assert all(same(group, alone) and group.group.activation == f"x{place}" for place, group in solved.items())
+
+
+def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "_MEMORY", search_memory(GROUP))
+    seen: list[tuple[str, int]] = []
+    read: list[str] = []
+    original = solver(seen)
+
+    def stats(activation: str) -> object:
+        read.append(activation)
+        return original.read_stats(activation)
+
+    coming = solve_groups(replace(original, read_stats=stats), groups(3))
+    place, _ = next(coming)
+    assert place == 0
+    assert seen == [("x0", 2)]
+    assert [place for place, _ in coming] == [1, 2]
+    assert read == ["x0", "x1", "x2"]
+    assert {threads for _, threads in seen} == {2}
+
+
+def test_a_large_group_waits_for_the_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(GROUP, activation="large", sites=(*GROUP.sites, site("more", 200, 48)))
+    monkeypatch.setattr(side_by_side, "_MEMORY", search_memory(large))
+    seen: list[tuple[str, int]] = []
+    some = solver(seen)
+    some = replace(some, specs=dict.fromkeys(["more", *some.specs], next(iter(some.specs.values()))))
+    weights = {place.name: some.read_weight(place) for place in GROUP.sites}
+    weights["more"] = torch.randn(200, 48)
+    some = replace(some, read_weight=lambda place: weights[place.name])
+    list(solve_groups(some, [large, *groups(2)]))
+    assert seen[-1] == ("large", 2)
+    assert dict(seen) == {"x0": 1, "x1": 1, "large": 2}
+
+
+def test_who_stops_early_waits_for_nothing_but_what_has_begun() -> None:
+    before = threading.active_count()
+    coming = solve_groups(solver(), groups(50))
+    next(coming)
+    coming.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_of_a_group_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: GroupProblem, options: object) -> object:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        list(solve_groups(replace(solver(), algorithm=broken), groups(3)))
+
+
+def test_nothing_to_solve() -> None:
+    assert list(solve_groups(solver(), [])) == []

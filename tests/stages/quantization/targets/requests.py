@@ -1,0 +1,46 @@
+"""Targets, wishes and traits for the tests of the choice."""
+
+from __future__ import annotations
+
+from stages.records.formats import FloatName
+from stages.records.formats import PerBlock
+from stages.quantization.targets.choose import choose_formats
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import FormatWishes
+from stages.quantization.targets.formats import ModelTraits
+from stages.commands.parsing import Release
+from stages.commands.parsing import Runtime
+from stages.commands.parsing import Target
+
+RUNTIMES: tuple[Runtime, ...] = ("cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn")
+RELEASES: tuple[Release, ...] = tuple((1, minor) for minor in range(20, 33))
+
+
+def traits(
+    dtype: FloatName = "float32",
+    *,
+    gemm: bool = False,
+    widths: tuple[int, ...] = (),
+    in_features: tuple[int, ...] = (1024, 4096),
+) -> ModelTraits:
+    return ModelTraits(
+        dtypes=frozenset({dtype}),
+        in_features=frozenset(in_features),
+        has_gemm=gemm,
+        embedding_widths=frozenset(widths),
+    )
+
+
+def choose(
+    runtime: Runtime, release: Release = (1, 32), wishes: FormatWishes | None = None, model: ModelTraits | None = None
+) -> FormatChoice:
+    target = Target(runtime=runtime, release=release)
+    return choose_formats(target, wishes or FormatWishes(), model or traits())
+
+
+def stored(choice: FormatChoice, wishes: FormatWishes) -> list[tuple[int, int | None]]:
+    """(bits, block size) of the kinds of sites that the choice leads to; None is a scale per channel."""
+    kinds: list[tuple[int, int | None]] = [(4, choice.four_bit.block_size)]
+    if wishes.named_eight_bit or (wishes.mixed and not choice.keep_mixed_because):
+        kinds.append((8, choice.eight_bit.block_size if isinstance(choice.eight_bit, PerBlock) else None))
+    return kinds

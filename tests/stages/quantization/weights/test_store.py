@@ -1,0 +1,152 @@
+"""The folder of quantized weights: exact round trip, resumable, never mixed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.errors import CacheMismatch, RecipeError, UserError
+from stages.quantization.weights.store import create_or_resume_store
+from stages.quantization.weights.store import open_store
+from stages.records.sites import ActivationGroup
+from stages.records.results import ExportRecipe
+from stages.records.sites import HeadSharing
+from stages.records.sites import LinearAbsorber
+from stages.records.formats import PerBlock
+from stages.records.formats import PerChannel
+from stages.records.results import QuantizedWeight
+from stages.records.formats import QuantSpec
+from stages.records.results import SiteReport
+from stages.records.results import SolvedGroup
+from stages.records.sites import ValueAbsorber
+from stages.records.formats import WeightForm
+from tests.support.embeddings import plan_of
+from tests.support.full_disk import full_after
+from tests.stages.quantization.search.problems import site
+
+GROUPS = (
+    ActivationGroup(
+        activation="x",
+        in_features=8,
+        sites=(site("/layers.0/q_proj/MatMul", 4, 8), site("/layers.0/k_proj/MatMul", 2, 8)),
+        absorber=ValueAbsorber(
+            site="v", first_channel=3, heads=HeadSharing(kv_heads=1, group_size=2, head_size=4), bias="b"
+        ),
+    ),
+    ActivationGroup(
+        activation="y",
+        in_features=8,
+        sites=(site("/layers.0/down_proj/MatMul", 4, 8),),
+        absorber=LinearAbsorber(site="up"),
+    ),
+)
+RECIPE = ExportRecipe(
+    model_fingerprint="m",
+    weight_form=WeightForm.DQ,
+    fold_input_scales=True,
+    groups=GROUPS,
+    kept=(("lm_head", "--exclude lm_head"),),
+    search="s",
+    summary="awq_full INT4 block 4",
+)
+SPECS = (
+    QuantSpec(bits=4, symmetric=False, granularity=PerBlock(block_size=4), scale_dtype="float16"),
+    QuantSpec(bits=8, symmetric=True, granularity=PerChannel(), scale_dtype="bfloat16"),
+)
+
+
+def _solved() -> SolvedGroup:
+    shared = torch.rand(8) + 0.5
+    weights = tuple(
+        QuantizedWeight(
+            site=member,
+            spec=spec,
+            codes=torch.randint(0, 15, (member.out_features, 8)).to(spec.code_dtype),
+            scales=torch.rand(member.out_features, spec.num_blocks(8)).to(getattr(torch, spec.scale_dtype)),
+            zero_points=None if spec.symmetric else torch.randint(0, 15, (member.out_features, 2), dtype=torch.uint8),
+            input_scale=shared,
+        )
+        for member, spec in zip(GROUPS[0].sites, SPECS, strict=True)
+    )
+    reports = tuple(
+        SiteReport(site=member.name, algorithm="awq_full", format="4b4", bytes=9, loss=0.25)
+        for member in GROUPS[0].sites
+    )
+    return SolvedGroup(group=GROUPS[0], weights=weights, reports=reports)
+
+
+def test_weights_reports_and_recipe_come_back_exactly(tmp_path: Path) -> None:
+    solved = _solved()
+    create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False).write(0, solved)
+    store = open_store(tmp_path / "w")
+    assert store.recipe == RECIPE
+    assert store.reports() == list(solved.reports)
+    for weight in solved.weights:
+        read = store.read(0, weight.site)
+        assert read.spec == weight.spec
+        for name in ("codes", "scales", "zero_points", "input_scale"):
+            saved, loaded = getattr(weight, name), getattr(read, name)
+            if saved is None:
+                assert loaded is None
+            else:
+                assert saved.dtype == loaded.dtype
+                assert torch.equal(saved, loaded)
+
+
+def test_files_are_named_after_their_first_site_and_the_report_has_a_line_a_site(tmp_path: Path) -> None:
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    store.write(0, _solved())
+    assert (tmp_path / "w" / "0000.layers.0.q_proj.MatMul.safetensors").is_file()
+    assert len(store.write_report().read_text().splitlines()) == 2
+
+
+def test_embeddings_have_files_of_their_own_and_belong_to_the_recipe(tmp_path: Path) -> None:
+    plan = plan_of(8, 16, weight="/model.embed/weight")
+    recipe = replace(RECIPE, embeddings=(plan,))
+    store = create_or_resume_store(tmp_path / "w", recipe, overwrite=False)
+    assert store.table_file(0).path.name == "embedding.0000.model.embed.weight.safetensors"
+    assert open_store(tmp_path / "w").recipe == recipe
+    for other in (RECIPE, replace(recipe, embeddings=(replace(plan, block_size=32),))):
+        with pytest.raises(CacheMismatch):
+            create_or_resume_store(tmp_path / "w", other, overwrite=False)
+
+
+def test_the_same_recipe_resumes_another_is_refused(tmp_path: Path) -> None:
+    create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False).write(0, _solved())
+    again = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    assert (again.is_finished(0), again.is_finished(1)) == (True, False)
+    other = replace(RECIPE, search="other")
+    with pytest.raises(CacheMismatch, match="awq_full INT4 block 4"):
+        create_or_resume_store(tmp_path / "w", other, overwrite=False)
+    assert not create_or_resume_store(tmp_path / "w", other, overwrite=True).is_finished(0)
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(UserError, match="not empty"):
+        create_or_resume_store(tmp_path, RECIPE, overwrite=True)
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    with pytest.raises(RecipeError, match=r"run stages\.quantize again"):
+        store.read(0, GROUPS[0].sites[0])
+    store.write(0, _solved())
+    store.group_file(0).write_bytes(store.group_file(0).read_bytes()[:100])
+    with pytest.raises(RecipeError, match="damaged"):
+        store.read(0, GROUPS[0].sites[0])
+    (tmp_path / "w" / "recipe.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"recipe\.json can't be read"):
+        open_store(tmp_path / "w")
+
+
+def test_a_full_disk_is_a_message_and_leaves_no_half_group(tmp_path: Path) -> None:
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    with full_after(100), pytest.raises(UserError, match=r"File too large.*free space there, or .*--weights_path"):
+        store.write(0, _solved())
+    assert not store.is_finished(0)
+    assert [path.name for path in store.folder.iterdir()] == ["recipe.json"]

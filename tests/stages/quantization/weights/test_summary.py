@@ -1,0 +1,97 @@
+"""The table that a search ends with."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from stages.quantization.weights.store import create_or_resume_store
+from stages.records.sites import ActivationGroup
+from stages.records.results import ExportRecipe
+from stages.records.sites import MatMulSite
+from stages.records.results import SiteReport
+from stages.records.results import SolvedGroup
+from stages.records.formats import WeightForm
+from stages.records.sites import WeightLayout
+from stages.quantization.weights.summary import quantization_table
+from stages.quantization.weights.summary import ranges
+
+_IN, _OUT = 64, 32
+
+
+def test_runs_of_layers_are_drawn_together():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges([3]) == "3"
+    assert ranges([]) == ""
+
+
+@pytest.mark.parametrize("layers", ["/model/layers.", "/model/layers/"])
+def test_layers_of_a_mixed_kind_are_named_and_uniform_kinds_are_not(layers, tmp_path):
+    store = _store(tmp_path / "w", {0: "8ch", 1: "4b32", 2: "4b32", 3: "8ch"}, layers)
+    text = _printed(store)
+    assert "2 x mlp/down_proj 8ch" in text
+    assert "2 x mlp/down_proj 4b32" in text
+    assert "4 x mlp/up_proj 4b32" in text
+    assert "8ch: mlp/down_proj of layers 0,3" in text
+    assert "4b32: mlp/down_proj of layers 1-2" in text
+    assert "mlp/up_proj of layers" not in text
+
+
+def test_the_title_gives_the_bits_that_the_bytes_come_to(tmp_path):
+    store = _store(tmp_path / "w", {0: "8ch", 1: "4b32"})
+    mean_bytes = sum(report.bytes for report in store.reports()) / len(store.reports())
+    assert f"{8 * mean_bytes / (_IN * _OUT):.3f} bits a weight" in _printed(store)
+
+
+def _printed(store):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(quantization_table(store, 1.0))
+    return " ".join(console.export_text().split())
+
+
+def _store(folder, formats, layers="/model/layers."):
+    groups = tuple(
+        ActivationGroup(
+            activation=f"{layer}.{kind}.in",
+            in_features=_IN,
+            sites=(_site(f"{layers}{layer}/mlp/{kind}/MatMul"),),
+            absorber=None,
+            unfoldable_because="made up",
+        )
+        for layer in formats
+        for kind in ("up_proj", "down_proj")
+    )
+    recipe = ExportRecipe(
+        model_fingerprint="f",
+        weight_form=WeightForm.DQ,
+        fold_input_scales=True,
+        groups=groups,
+        kept=(),
+        search="s",
+        summary="rtn_dq INT4 block 32",
+    )
+    store = create_or_resume_store(folder, recipe, overwrite=False)
+    for index, group in enumerate(groups):
+        layer = int(group.activation[0])
+        form = formats[layer] if "down_proj" in group.activation else "4b32"
+        report = SiteReport(
+            site=group.sites[0].name, algorithm="rtn", format=form, bytes=2176 if form == "8ch" else 1280
+        )
+        store.write(index, SolvedGroup(group=group, weights=(), reports=(report,)))
+    return store
+
+
+def _site(name):
+    return MatMulSite(
+        name=name,
+        op_type="MatMul",
+        weight=f"{name}.w",
+        activation=f"{name}.in",
+        output=f"{name}.out",
+        in_features=_IN,
+        out_features=_OUT,
+        layout=WeightLayout.K_BY_N,
+        dtype="float32",
+    )

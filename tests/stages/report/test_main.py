@@ -1,0 +1,182 @@
+"""The report that a run leaves, and ``python -m stages.report``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jinja2
+import pytest
+from pydantic import TypeAdapter
+
+from stages.report.document import read_document
+from stages.quantization.weights.store import open_store
+from stages.records.results import VerifyReport
+from stages.quantization.search.solver import GroupSolver
+from tests.support.commands import Commands
+from tests.stages.report.parsed import parse
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> list[object]:
+    """Of a search of scales and ranges with an output called int4."""
+    paths: list[object] = ["--onnx_path", tiny_model, "--cache_dir", tiny_cache, "--output_path", tmp_path / "int4"]
+    return [*paths, "--algo", "awq_full", "--block_size", 32, "--layers_8bit", "layers.1/mlp/down_proj"]
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """Where that search leaves its report."""
+    return tmp_path / "int4.weights" / "report"
+
+
+def _blocked_page(report: Path, _: pytest.MonkeyPatch) -> None:
+    (report / "report.html").unlink()
+    (report / "report.html" / "in the way").mkdir(parents=True)
+
+
+def _broken_page(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise ZeroDivisionError("no such scale")
+
+    monkeypatch.setattr(jinja2.Template, "render", fail)
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [(_blocked_page, "can't be written to"), (_broken_page, "no such scale")])
+def test_a_report_that_fails_leaves_the_finished_model(
+    spoil: Callable[[Path, pytest.MonkeyPatch], None],
+    reason: str,
+    arguments: list[object],
+    report: Path,
+    tmp_path: Path,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    model = tmp_path / "int4" / "model.onnx"
+    saved = model.read_bytes()
+    shutil.rmtree(model.parent)
+    spoil(report, monkeypatch)
+    code, printed = commands.quantize(*arguments)
+    assert code == 0, printed
+    assert model.read_bytes() == saved
+    assert "the model is finished, but its report is not" in printed
+    assert reason in printed
+    assert f"python -m stages.report {report}" in printed
+
+
+def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path: Path, commands: Commands) -> None:
+    code, printed = commands.quantize(*arguments)
+    assert code == 0, printed
+    assert f"report: {report / 'report.html'}" in printed
+    document = read_document(report)
+    found = document.quantization
+    assert document.title == "int4"
+    assert found is not None
+    stored = {one.site: one for one in open_store(report.parent).reports()}
+    assert {site.report.site: site.report for site in found.sites} == stored
+    assert {site.report.format for site in found.sites} == {"4b32", "8ch"}
+    assert [site.kind for site in found.sites if site.report.format == "8ch"] == ["mlp/down_proj"]
+    assert [(one.kind, one.layer) for one in found.kept] == [("lm_head", None)]
+    assert sum(part.after for part in found.sizes) == sum(
+        (tmp_path / "int4" / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
+    )
+    checked = TypeAdapter(VerifyReport).validate_json((report.parent / "verification.json").read_bytes())
+    assert found.verified == checked
+    assert checked.worst_exact is not None
+    page = parse((report / "report.html").read_text(encoding="utf-8"))
+    for part in ("sizes", "bits", "sites", "checks"):
+        assert page.by_id(part)
+
+
+@pytest.mark.slow
+def test_a_damaged_report_is_named_before_the_search(
+    arguments: list[object], report: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    (report / "report.json").write_text("{", encoding="utf-8")
+    monkeypatch.setattr("export.export_model.export_model", lambda *_: pytest.fail("exported"))
+    monkeypatch.setattr(GroupSolver, "solve", lambda *_: pytest.fail("searched"))
+    code, printed = commands.quantize(*arguments, "--overwrite")
+    assert code == 2
+    assert f"{report / 'report.json'} can't be read" in printed
+
+
+@pytest.mark.slow
+def test_evaluations_stay_when_a_run_is_repeated(
+    arguments: list[object], report: Path, tiny_model: Path, unseen_text: Path, tmp_path: Path, commands: Commands
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    compared = ["--base", tiny_model, "--model", tmp_path / "int4", "--text", unseen_text, "--windows", 1]
+    code, printed = commands.evaluate(*compared, "--seq_len", 32, "--report", report)
+    assert code == 0, printed
+    both = read_document(report)
+    assert both.quantization is not None
+    assert len(both.evaluations) == 1
+    assert commands.quantize(*arguments, "--overwrite")[0] == 0
+    assert read_document(report).evaluations == both.evaluations
+
+
+@pytest.mark.slow
+def test_a_page_is_made_again(
+    arguments: list[object], report: Path, tiny_model: Path, tmp_path: Path, commands: Commands
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    page = (report / "report.html").read_bytes()
+    (report / "report.html").unlink()
+    code, printed = commands.report(report)
+    assert code == 0, printed
+    assert (report / "report.html").read_bytes() == page
+    # From weights alone: all but sizes, and from nothing else than them.
+    weights, other = report.parent, tmp_path / "other"
+    assert commands.report(other, "--weights_path", weights)[0] == 0
+    whole, without = read_document(report).quantization, read_document(other).quantization
+    assert whole is not None
+    assert without is not None
+    assert (without.sites, without.kept, without.sizes) == (whole.sites, whole.kept, ())
+    models = ["--base", tiny_model, "--model", tmp_path / "int4"]
+    assert commands.report(other, "--weights_path", weights, *models)[0] == 0
+    assert read_document(other).quantization == whole
+
+
+@pytest.mark.parametrize("content", ["{", '{"sites": 3, "merged": 3}'])
+def test_unreadable_checks_are_said(
+    arguments: list[object], report: Path, tmp_path: Path, commands: Commands, content: str
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    checks = report.parent / "verification.json"
+    checks.write_text(content, encoding="utf-8")
+    code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
+    assert code == 0
+    assert f"{checks} can't be read (it is damaged or of another version)" in printed
+    checks.unlink()
+    assert "can't be read" not in commands.report(tmp_path / "other", "--weights_path", report.parent)[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "holds no report.json; name a report's folder, or --weights_path as well."),
+        (["--base", "x"], "--base and --model go together."),
+        (["--base", "x", "--model", "y"], "--base and --model go with --weights_path."),
+    ],
+)
+def test_what_no_page_can_be_made_from_is_said(
+    tmp_path: Path, commands: Commands, more: list[object], said: str
+) -> None:
+    code, printed = commands.report(tmp_path / "none", *more)
+    assert code == 2
+    assert said in printed
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_unfinished_weights_make_no_page(
+    arguments: list[object], report: Path, tmp_path: Path, commands: Commands
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    next(report.parent.glob("*.safetensors")).unlink()
+    code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
+    assert code == 2
+    assert "isn't complete; run stages.quantize again to go on with it." in printed

@@ -1,0 +1,191 @@
+"""Bytes that a weight takes while a graph runs."""
+
+from __future__ import annotations
+
+from stages.runtime.providers import CPU
+from stages.runtime.providers import CUDA
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from stages.runtime.upcast import held_bytes
+from stages.runtime.providers import CPU_ONLY
+from functools import partial
+from pathlib import Path
+from stages.model.load import load_graph
+from stages.model.sites import find_groups
+from stages.model.directory import locate_model
+from stages.model.partition import cut_into_pieces
+from onnx import TensorProto
+from onnx import helper
+import onnx
+import onnxruntime as ort
+from stages.runtime.upcast import widened_file
+from stages.runtime.upcast import must_widen
+from stages.runtime.upcast import widened
+from stages.runtime.upcast import runnable_file
+from stages.runtime.upcast import runnable_graph
+
+
+GPU = (CUDA, CPU)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_cpu_alone_holds_16_bit_weights_as_float32(dtype: type) -> None:
+    weight = ir.tensor(np.zeros((3, 5), dtype))
+    assert held_bytes(weight, CPU_ONLY) == 3 * 5 * 4
+    assert held_bytes(weight, GPU) == 3 * 5 * 2
+
+
+@pytest.mark.parametrize("providers", [CPU_ONLY, GPU])
+def test_float32_and_codes_lie_as_they_are_stored(providers: tuple[str, ...]) -> None:
+    assert held_bytes(ir.tensor(np.zeros((3, 5), np.float32)), providers) == 3 * 5 * 4
+    assert held_bytes(ir.tensor(np.zeros((3, 5), np.int8)), providers) == 3 * 5
+
+
+def test_a_float16_model_is_cut_finer_for_the_cpu(tiny_model_dml: Path) -> None:
+    model = load_graph(locate_model(tiny_model_dml))
+    wanted = [group.activation for group in find_groups(model)]
+    whole = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    cpu, gpu = (
+        list(cut_into_pieces(model, wanted=wanted, limit=whole, weight_bytes=partial(held_bytes, providers=providers)))
+        for providers in (CPU_ONLY, GPU)
+    )
+    assert len(gpu) == 1
+    assert len(cpu) > 1
+
+
+BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
+
+
+WEIGHT = np.random.default_rng(0).standard_normal((64, 8)).astype(ml_dtypes.bfloat16)
+
+
+def bfloat16_model(weight: np.ndarray = WEIGHT) -> ir.Model:
+    """Cast(x) @ W + past + 0.3 + 0.7 (of W's shape, by If), every bfloat16 in another place."""
+    value = helper.make_tensor_value_info
+    constant = helper.make_tensor("c", BFLOAT16, [1], [0.3])
+    filled = helper.make_tensor("f", BFLOAT16, [1], [0.7])
+    branch = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["shape"], ["b"], value=filled)],
+        "branch",
+        [],
+        [value("b", BFLOAT16, [1])],
+    )
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x16"], to=BFLOAT16),
+        helper.make_node("MatMul", ["x16", "w"], ["product"]),
+        helper.make_node("Add", ["product", "past"], ["sum"]),
+        helper.make_node("Constant", [], ["c"], value=constant),
+        helper.make_node("If", ["condition"], ["added"], then_branch=branch, else_branch=branch),
+        helper.make_node("Add", ["c", "added"], ["both"]),
+        helper.make_node("Add", ["sum", "both"], ["present"]),
+        helper.make_node("Cast", ["present"], ["y"], to=FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "bfloat16",
+        [value("x", FLOAT, [3, 64]), value("past", BFLOAT16, [3, 8]), value("condition", TensorProto.BOOL, [])],
+        [value("y", FLOAT, [3, 8]), value("present", BFLOAT16, [3, 8])],
+        [
+            helper.make_tensor("w", BFLOAT16, weight.shape, weight.tobytes(), raw=True),
+            helper.make_tensor("shape", TensorProto.INT64, [1], [1]),
+        ],
+        value_info=[value("product", BFLOAT16, [3, 8])],
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+
+
+def test_the_widened_graph_runs_on_the_cpu_with_exactly_the_same_numbers(tmp_path: Path) -> None:
+    model = bfloat16_model()
+    with widened_file(model, tmp_path) as path:
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        assert {node.name: node.type for node in session.get_inputs()} == {
+            "x": "tensor(float)",
+            "past": "tensor(float)",
+            "condition": "tensor(bool)",
+        }
+        rng = np.random.default_rng(1)
+        x, past = rng.standard_normal((3, 64)).astype(np.float32), rng.standard_normal((3, 8)).astype(np.float32)
+        y, present = session.run(None, {"x": x, "past": past, "condition": np.array(True)})
+        stored = next(tensor for tensor in onnx.load(path).graph.initializer if tensor.name == "w")
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(stored), WEIGHT.astype(np.float32))
+    constants = [float(np.array(number).astype(ml_dtypes.bfloat16)) for number in (0.3, 0.7)]
+    # x itself is not rounded to bfloat16: the Cast now goes to float32.
+    expected = x.astype(np.float64) @ WEIGHT.astype(np.float64) + past + sum(constants)
+    assert present.dtype == np.float32
+    np.testing.assert_array_equal(y, present)
+    # Sums of 64 products in float32.
+    np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_bfloat16_graph_itself_is_refused_by_the_cpu() -> None:
+    """If this fails, ONNX Runtime has learned bfloat16 and widening has become needless."""
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        ort.InferenceSession(ir.to_proto(bfloat16_model()).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_no_bfloat16_is_left_and_the_original_keeps_its_own() -> None:
+    model = bfloat16_model()
+    before = ir.to_proto(model).SerializeToString()
+    assert b"\x10" in before
+    wide = ir.to_proto(widened(model))
+    assert ir.to_proto(model).SerializeToString() == before
+    assert must_widen(model, CPU_ONLY)
+    assert not must_widen(ir.from_proto(wide), CPU_ONLY)
+    types = [tensor.data_type for tensor in wide.graph.initializer] + [
+        attribute.t.data_type
+        for node in [*wide.graph.node, *wide.graph.node[4].attribute[0].g.node]
+        for attribute in node.attribute
+        if attribute.type == onnx.AttributeProto.TENSOR
+    ]
+    assert sorted(types) == [FLOAT, FLOAT, FLOAT, TensorProto.INT64]
+    targets = [attribute.i for node in wide.graph.node for attribute in node.attribute if attribute.name == "to"]
+    assert targets == [FLOAT, FLOAT]
+
+
+@pytest.mark.parametrize(("name", "number", "expected"), [("stash_type", 16, 1), ("axis", 16, 16), ("to", 10, 10)])
+def test_only_numbers_that_name_a_type_change(name: str, number: int, expected: int) -> None:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16))
+    node = ir.node("Op", [x], attributes={name: number})
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g")
+    (wide,) = widened(ir.Model(graph, ir_version=10)).graph
+    assert wide.attributes.get_int(name) == expected
+
+
+def test_weights_are_widened_when_they_are_written_not_before() -> None:
+    tensor = widened(bfloat16_model()).graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.LazyTensor)
+    assert tensor.dtype == ir.DataType.FLOAT
+
+
+def test_temporary_weights_lie_where_asked_and_are_removed_even_after_an_error(tmp_path: Path) -> None:
+    def stop_inside() -> None:
+        with widened_file(bfloat16_model(), tmp_path) as path:
+            assert tmp_path in path.parents
+            assert path.with_name("model.onnx.data").stat().st_size == WEIGHT.size * 4
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stop_inside()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("providers", "copied"), [(CPU_ONLY, True), (("CUDAExecutionProvider", "CPUExecutionProvider"), False)]
+)
+def test_only_a_cpu_on_its_own_needs_the_copy(tmp_path: Path, providers: tuple[str, ...], copied: bool) -> None:
+    model = bfloat16_model()
+    ir.save(model, tmp_path / "model.onnx")
+    with runnable_file(tmp_path / "model.onnx", providers, tmp_path) as path:
+        assert (path != tmp_path / "model.onnx") == copied
+    with runnable_graph(model, providers, tmp_path) as graph:
+        assert isinstance(graph, Path) == copied
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_float32_model_is_run_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    ir.save(widened(bfloat16_model()), path)
+    with runnable_file(path, CPU_ONLY, tmp_path) as found:
+        assert found == path
