@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stages.commands.run import run_command
-from stages.commands.quantize_options import ExportConfig
-from stages.errors import CacheMismatch
 from stages.commands.output import Section
+from stages.commands.quantize_options import ExportConfig
+from stages.commands.run import run_command
+from stages.errors import CacheMismatch
 
 if TYPE_CHECKING:
     from export.run import ExportSummary
@@ -29,11 +29,9 @@ def export(config: ExportConfig) -> ExportSummary:
     Raises:
         UserError: the weights are incomplete or another model's, or the output exists or fails a check.
     """
-    from export.run import Destination
-    from export.run import export_model
-    from stages.model.load import load_graph
-    from stages.model.load import fingerprint_model
+    from export.run import Destination, export_model
     from stages.model.directory import locate_model
+    from stages.model.load import fingerprint_model, load_graph
     from stages.quantization.weights.store import open_store
     from stages.records.formats import WeightForm
 

@@ -21,22 +21,23 @@ from jaxtyping import Float32
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.fold_guards import CannotFold
-from export.fold_guards import divided_matrix
-from export.fold_guards import divided_vector
-from export.fold_guards import leaves_range
-from export.fold_guards import places_of, require_as_planned, require_own_cache, require_seen_only_by, untie_heads
+from export.fold_guards import (
+    CannotFold,
+    divided_matrix,
+    divided_vector,
+    leaves_range,
+    places_of,
+    require_as_planned,
+    require_own_cache,
+    require_seen_only_by,
+    untie_heads,
+)
+from export.forms.dequantize_linear import StoredSite, divided_scales
 from export.graph_edit import GraphEditor, name_of
-from export.forms.dequantize_linear import StoredSite
-from export.forms.dequantize_linear import divided_scales
-from stages.errors import RecipeError
+from stages.errors import OptionError
 from stages.model.weights import all_finite
-from stages.records.sites import ActivationGroup
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import MatMulSite
-from stages.records.sites import NormAbsorber
-from stages.records.sites import ValueAbsorber
 from stages.records.formats import torch_float
+from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 
 How = Literal["none", "norm", "linear", "value", "mul"]
 
@@ -74,7 +75,7 @@ class InputScaleFolder:
         """Fold the group's input scale, or insert a Mul for every distinct one.
 
         Raises:
-            RecipeError: a stored input scale isn't positive and finite.
+            OptionError: a stored input scale isn't positive and finite.
         """
         shares = self._shares(group)
         scaled = [share for share in shares if share.scale is not None]
@@ -182,7 +183,7 @@ def _checked(scale: Tensor | None, site: MatMulSite) -> Tensor | None:
     if scale is None:
         return None
     if scale.shape != (site.in_features,) or not all_finite(scale) or bool((scale <= 0).any()):
-        raise RecipeError(
+        raise OptionError(
             f"The stored input scale of '{site.name}' is not {site.in_features} positive numbers; run stages.quantize "
             "again with --overwrite."
         )
@@ -198,7 +199,7 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool:
 def _reciprocal(scale: Float32[Tensor, " K"], site: MatMulSite) -> Tensor:
     inverse = (1 / scale).to(torch_float(site.dtype))
     if not all_finite(inverse) or bool((inverse == 0).any()):
-        raise RecipeError(
+        raise OptionError(
             f"1 / input scale of '{site.name}' doesn't fit {site.dtype}; run stages.quantize again with --algo "
             "awq_clip, which needs no input scale."
         )

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from stages.model.weights import all_finite
-import onnx_ir as ir
-from jaxtyping import Float32
-from onnx_ir.tensor_adapters import TorchTensor
-from export.graph_edit import called
-from onnx_ir.tensor_adapters import to_torch_dtype
-from collections.abc import Collection
-from export.graph_edit import name_of
-from stages.records.sites import MatMulSite
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+
+import onnx_ir as ir
+import torch
+from jaxtyping import Float, Float32
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+from torch import Tensor
+
+from export.graph_edit import describe, name_of
 from stages.model.absorbers import find_absorber
-from stages.records.sites import ActivationGroup
-from collections.abc import Sequence
-from stages.records.sites import HeadSharing
+from stages.model.weights import all_finite
+from stages.records.sites import ActivationGroup, HeadSharing, MatMulSite
 
 
 class CannotFold(Exception):
@@ -67,7 +62,7 @@ def divided_matrix(node: ir.Node, divisor: Float32[Tensor, " N"]) -> ir.TensorPr
 def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:
     value = node.inputs[index]
     if value is None or not value.is_initializer() or value.const_value is None:
-        raise CannotFold(f"an input of {called(node)} that should be divided is not an initializer")
+        raise CannotFold(f"an input of {describe(node)} that should be divided is not an initializer")
     return value.const_value
 
 
@@ -92,7 +87,7 @@ def require_seen_only_by(sites: Collection[MatMulSite], activation: ir.Value) ->
     members = {site.output for site in sites}
     for node, index in activation.uses():
         if index != 0 or name_of(node.outputs[0]) not in members:
-            raise CannotFold(f"the activation is also read by {called(node)}")
+            raise CannotFold(f"the activation is also read by {describe(node)}")
 
 
 def require_as_planned(group: ActivationGroup, activation: ir.Value, sites: Mapping[str, MatMulSite]) -> None:
@@ -122,19 +117,19 @@ def places_of(names: Sequence[str], nodes: Collection[ir.Node]) -> list[tuple[ir
         (node, index) for node in nodes for index, value in enumerate(node.inputs) if value and value.name in names
     ]
     if len(places) != len(names):
-        raise CannotFold(f"{', '.join(map(called, nodes))} don't read {', '.join(names)} once each")
+        raise CannotFold(f"{', '.join(map(describe, nodes))} don't read {', '.join(names)} once each")
     return places
 
 
 def require_own_cache(attention: ir.Node) -> None:
     """Raise CannotFold unless the value cache of ``attention`` holds only what it wrote itself, unrounded."""
     if attention.attributes.get_string("v_quant_type", "NONE") != "NONE":
-        raise CannotFold(f"{called(attention)} quantizes its value cache")
+        raise CannotFold(f"{describe(attention)} quantizes its value cache")
     for past in (attention.inputs[index] for index in _PAST_INPUTS[attention.op_type] if index < len(attention.inputs)):
         if past is not None and (not past.is_graph_input() or len(past.uses()) != 1):
-            raise CannotFold(f"{called(attention)} shares its cache with another node")
+            raise CannotFold(f"{describe(attention)} shares its cache with another node")
     if any(output.uses() for output in attention.outputs[1:]):
-        raise CannotFold(f"another node reads the cache of {called(attention)}")
+        raise CannotFold(f"another node reads the cache of {describe(attention)}")
 
 
 def untie_heads(scale: Float32[Tensor, " K"], heads: HeadSharing) -> Float32[Tensor, " V"]:

@@ -19,12 +19,12 @@ def name_of(value: ir.Value) -> str:
     return value.name
 
 
-def called(node: ir.Node) -> str:
+def describe(node: ir.Node) -> str:
     """A node as messages call it: its type and its name, or its output's where it has none."""
     return f"{node.op_type} '{node.name or node.outputs[0].name}'"
 
 
-def become(
+def replace_op(
     node: ir.Node, domain: str, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
 ) -> None:
     """Turn ``node`` into another operator; its name and outputs stay."""

@@ -7,34 +7,25 @@ compute what they did, and that nodes and initializers which nobody reads any mo
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import onnx_ir as ir
-from stages.model.patterns import sole_reader
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
-from export.graph_edit import GraphEditor
-from stages.records.formats import FloatName
-from stages.records.formats import torch_float
-from dataclasses import dataclass
-from export.forms.embedding import RewrittenTable
-from export.fold import FoldOutcome
-from export.forms.opset import OpsetChange
-from export.forms.dequantize_linear import RewrittenSite
-from dataclasses import replace
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from export.forms.embedding import rewrite_tables
-from export.fold import InputScaleFolder
-from export.forms.opset import lowest_opset
-from export.forms.opset import raise_opset
+from onnx_ir.tensor_adapters import TorchTensor
+
+from export.fold import FoldOutcome, InputScaleFolder
+from export.forms.dequantize_linear import RewrittenSite, StoredSite, insert_dequantize
+from export.forms.embedding import RewrittenTable, rewrite_tables
+from export.forms.matmul_nbits import insert_matmul_nbits
+from export.forms.opset import OpsetChange, lowest_opset, raise_opset
+from export.graph_edit import GraphEditor, describe
 from stages.commands.options import AccuracyLevel
-from stages.errors import GraphError
-from stages.errors import RecipeError
+from stages.errors import GraphError, OptionError
+from stages.model.patterns import sole_reader
 from stages.model.sites import find_sites
 from stages.quantization.weights.store import QuantizedStore
-from export.forms.dequantize_linear import StoredSite
-from export.graph_edit import called
-from export.forms.matmul_nbits import insert_matmul_nbits
-from export.forms.dequantize_linear import insert_dequantize
-from stages.records.formats import WeightForm
+from stages.records.formats import FloatName, WeightForm, torch_float
 
 
 def blocks_fusion(node: ir.Node) -> ir.Node | None:
@@ -82,7 +73,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
 
     Raises:
         GraphError: the opset can't be raised, or a site isn't in the model.
-        RecipeError: a group isn't finished, or its numbers don't fit the model.
+        OptionError: a group isn't finished, or its numbers don't fit the model.
     """
     require_finished(store)
     edited = model.clone()
@@ -104,17 +95,17 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
 
 
 def require_finished(store: QuantizedStore) -> None:
-    """Raise RecipeError when the search that fills ``store`` was stopped before its end."""
+    """Raise OptionError when the search that fills ``store`` was stopped before its end."""
     missing = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
     if missing:
-        raise RecipeError(
+        raise OptionError(
             f"{store.folder} lacks {len(missing)} of {len(store.recipe.groups)} groups (first: "
             f"{store.group_file(missing[0]).name}); run stages.quantize again to complete it."
         )
     files = [store.table_file(index) for index in range(len(store.recipe.embeddings))]
     unfinished = [file.path.name for file in files if not file.is_finished()]
     if unfinished:
-        raise RecipeError(
+        raise OptionError(
             f"{store.folder} lacks the quantized embedding {unfinished[0]}; run stages.quantize again to complete it."
         )
 
@@ -131,9 +122,11 @@ def _stored_sites(store: QuantizedStore) -> dict[str, StoredSite]:
 def _require_fit(source: StoredSite, node: ir.Node) -> None:
     site, spec = source.site, source.spec
     if node.op_type != site.op_type or len(node.inputs) < 2:
-        raise GraphError(f"'{site.name}' is {called(node)} in the base model, not {site.op_type}; pass the right base.")
+        raise GraphError(
+            f"'{site.name}' is {describe(node)} in the base model, not {site.op_type}; pass the right base."
+        )
     if spec.scale_dtype != site.dtype:
-        raise RecipeError(
+        raise OptionError(
             f"'{site.name}' has {spec.scale_dtype} scales in a {site.dtype} model; run stages.quantize again."
         )
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
-from export.forms.embedding import TableOutcome
-from export.forms.embedding import table_outcomes
 from export.fold import FoldOutcome
+from export.forms.embedding import TableOutcome, table_outcomes
 from export.rewrite import RewriteResult, rewrite
 from export.save import (
     Destination,
@@ -20,23 +19,20 @@ from export.save import (
     patch_genai_config,
     save_model,
 )
-from export.verify.verify import save_report
-from export.verify.verify import verify
-from stages.system.atomic import whole_directory
-from stages.model.load import external_files
-from stages.model.load import load_graph
+from export.verify.verify import save_report, verify
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ExportOptions
-from stages.errors import RecipeError, UserError
+from stages.errors import OptionError, UserError
 from stages.model.directory import ModelDirectory
-from stages.quantization.weights.store import QuantizedStore
-from stages.records.results import ExportRecipe
-from stages.records.sites import UnreachedWeights
-from stages.records.results import VerifyReport
-from stages.records.formats import WeightForm
-from stages.quantization.weights.summary import SearchSummary
-from stages.runtime.session import ACCURACY_LEVEL
+from stages.model.load import external_files, load_graph
 from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.weights.store import QuantizedStore
+from stages.quantization.weights.summary import SearchSummary
+from stages.records.formats import WeightForm
+from stages.records.results import ExportRecipe, VerifyReport
+from stages.records.sites import UnquantizedWeights
+from stages.runtime.session import ACCURACY_LEVEL
+from stages.system.atomic import atomic_directory
 
 __all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
 
@@ -56,7 +52,7 @@ class ExportSummary:
     """None where verification was off."""
     notes: tuple[str, ...] = ()
     tables: tuple[TableOutcome, ...] = ()
-    unreached: tuple[UnreachedWeights, ...] = ()
+    unreached: tuple[UnquantizedWeights, ...] = ()
     """Large weights that no MatMul or Gemm reads."""
 
 
@@ -93,7 +89,7 @@ def export_model(
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
-        RecipeError: ``store`` isn't complete.
+        OptionError: ``store`` isn't complete.
         UserError: the destination can't be used or written.
     """
     destination.require_apart_from(store.folder, "the quantized weights")
@@ -101,7 +97,9 @@ def export_model(
     model = load_graph(base) if base_graph is None else base_graph
     result = rewrite(model, store, options.accuracy_level)
     try:
-        with whole_directory(destination.folder, overwrite=destination.overwrite, option=destination.option) as scratch:
+        with atomic_directory(
+            destination.folder, overwrite=destination.overwrite, option=destination.option
+        ) as scratch:
             save_model(result.model, scratch, destination.onnx_name)
             copy_side_files(base, model, scratch, destination.onnx_name)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
@@ -148,7 +146,7 @@ def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOp
     try:
         return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
     except ValueError as error:  # pydantic's own is one
-        raise RecipeError(
+        raise OptionError(
             f"recipe.json asks for the accuracy level '{chosen}', which is none of 0 to 4; run stages.quantize again."
         ) from error
 

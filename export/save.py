@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from stages.system.atomic import is_occupied
-from stages.system.atomic import refuse_existing
-from stages.system.atomic import require_creatable
-from stages.errors import UserError
-from stages.model.directory import ModelDirectory
-import onnx_ir as ir
-from stages.commands.progress import progress_bar
-import shutil
-from stages.model.load import external_files
-from collections.abc import Iterator
-from collections.abc import Mapping
-from stages.model.genai_config import GENAI_CONFIG
-from stages.model.genai_config import read_genai_config
-from stages.errors import GraphError
-from stages.model.load import external_tensors
-from stages.records.formats import DataFileUse
-import numpy as np
 
+import numpy as np
+import onnx_ir as ir
+
+from stages.commands.progress import progress_bar
+from stages.errors import GraphError, UserError
+from stages.model.directory import ModelDirectory
+from stages.model.genai_config import GENAI_CONFIG, read_genai_config
+from stages.model.load import external_files, external_tensors
+from stages.records.formats import DataFileUse
+from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 
 _OPTION = "--output_path"
 

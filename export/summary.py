@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 from rich.text import Text
 
+from export.fold import FoldOutcome, How
 from export.forms.embedding import TableOutcome
 from export.run import ExportSummary
-from export.fold import FoldOutcome, How
 from export.verify.fusion import runtime_version
 from stages.records.results import VerifyReport
 from stages.runtime.upcast import WIDENED_BECAUSE

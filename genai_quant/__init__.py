@@ -1,4 +1,4 @@
-"""Quantize ONNX Runtime GenAI language models from Python: see docs/python.md.
+"""Quantize ONNX Runtime GenAI language models from Python: see docs/reference/python.md.
 
 The options are the command lines' own dataclasses; the functions return what the commands print. Names are imported
 when they are first used: torch and ONNX Runtime take seconds, and ``genai-quant --help`` needs neither.
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from stages.calibration.run import calibrate
     from stages.commands.calibrate_options import CalibrateConfig
     from stages.commands.evaluate_options import EvaluateConfig
-    from stages.commands.quantize_options import ExportConfig
-    from stages.commands.quantize_options import QuantizeConfig
-    from stages.errors import CacheMismatch, GraphError, RecipeError, SolveError, UserError
-    from stages.evaluate import evaluate
     from stages.commands.progress import progress_on
+    from stages.commands.quantize_options import ExportConfig, QuantizeConfig
+    from stages.errors import CacheMismatch, GraphError, OptionError, SolveError, UserError
+    from stages.evaluate import evaluate
     from stages.quantize import preview, quantize
 
 __version__ = version("genai-quant")
@@ -31,9 +30,9 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GraphError",
+    "OptionError",
     "QuantizeConfig",
     "QuantizedModel",
-    "RecipeError",
     "SolveError",
     "UserError",
     "WholeRun",
@@ -48,13 +47,15 @@ __all__ = [
 ]
 _HOMES = {
     "export.__main__": ("export",),
-    "export.export_model": ("QuantizedModel",),
+    "export.run": ("QuantizedModel",),
     "genai_quant.run_file": ("WholeRun", "read_run"),
-    "stages.calibrate_run": ("calibrate",),
-    "stages.config": ("CalibrateConfig", "EvaluateConfig", "ExportConfig", "QuantizeConfig"),
-    "stages.errors": ("CacheMismatch", "GraphError", "RecipeError", "SolveError", "UserError"),
+    "stages.calibration.run": ("calibrate",),
+    "stages.commands.calibrate_options": ("CalibrateConfig",),
+    "stages.commands.evaluate_options": ("EvaluateConfig",),
+    "stages.commands.progress": ("progress_on",),
+    "stages.commands.quantize_options": ("ExportConfig", "QuantizeConfig"),
+    "stages.errors": ("CacheMismatch", "GraphError", "OptionError", "SolveError", "UserError"),
     "stages.evaluate": ("evaluate",),
-    "stages.progress": ("progress_on",),
     "stages.quantize": ("preview", "quantize"),
 }
 

@@ -10,22 +10,15 @@ import tyro
 
 from export import __main__ as export
 from genai_quant import __version__
-from stages import calibrate
-from stages import evaluate
-from stages import quantize
-from stages.report import __main__ as report_page
-from stages import sweep
-from stages.commands.run import run_parsed
+from stages import calibrate, evaluate, quantize, sweep
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig
-from stages.commands.quantize_options import ExportConfig
-from stages.commands.evaluate_options import InspectConfig
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.evaluate_options import ReportConfig
+from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.options import RunConfig
-from stages.commands.evaluate_options import SweepConfig
-from stages.inspect import __main__ as inspect
 from stages.commands.output import Section
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
+from stages.commands.run import run_parsed
+from stages.inspect import __main__ as inspect
+from stages.report import __main__ as report_page
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genai_quant.run_options import option_names
-from genai_quant.run_options import unknown
+from genai_quant.run_options import option_names, unknown
 from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.options import default_folder
 from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.options import beside
 from stages.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -66,7 +65,9 @@ def sections_of_olive(content: Mapping[str, Any], file: Path) -> Sections:
         raise UserError(f"{file} has no output_dir; name the folder for the quantized model.")
     target, providers = _target(keys, file)
     if "cache_dir" in keys:
-        places["cache_dir"] = Path(str(keys["cache_dir"])) / beside(Path(places["onnx_path"]), ".calibration").name
+        places["cache_dir"] = (
+            Path(str(keys["cache_dir"])) / default_folder(Path(places["onnx_path"]), ".calibration").name
+        )
     calibrate = places | {"calibration_eps": providers}
     quantize = places | {"output_path": keys["output_dir"], "target": target}
     name, kind, options = _only_pass(keys, file)

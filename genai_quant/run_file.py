@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from export import __main__ as export
+from genai_quant.olive import is_olive, sections_of_olive
+from genai_quant.run_options import read_mapping, read_options, unknown
+from stages import evaluate, quantize
+from stages.calibration.run import calibrate
+from stages.calibration.summary import calibration_table
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
-from stages.commands.quantize_options import ExportConfig
-from stages.commands.quantize_options import QuantizeConfig
-from pathlib import Path
-from genai_quant.run_options import read_mapping
-from genai_quant.olive import is_olive
-from genai_quant.olive import sections_of_olive
-from genai_quant.run_options import read_options
-from stages.errors import RecipeError
-from stages.errors import UserError
-from collections.abc import Iterator
-from collections.abc import Mapping
-from typing import Any
-from genai_quant.run_options import unknown
-import logging
-from dataclasses import replace
-from export import __main__ as export
-from stages import evaluate
-from stages import quantize
-from stages.calibration.run import calibrate
 from stages.commands.options import RunConfig
-from stages.quantization.preview.table import preview_table
 from stages.commands.output import Section
-from stages.calibration.summary import calibration_table
-
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
+from stages.errors import OptionError, UserError
+from stages.quantization.preview.table import preview_table
 
 _SECTIONS = ("calibrate", "quantize", "export", "evaluate")
 
@@ -68,8 +60,8 @@ def read_run(file: Path) -> WholeRun:
         quantize.validate()
         if calibrate is not None:
             calibrate.validate()
-    except RecipeError as error:
-        raise RecipeError(f"{file}: {error}") from error
+    except OptionError as error:
+        raise OptionError(f"{file}: {error}") from error
     return WholeRun(
         calibrate=calibrate,
         quantize=quantize,
@@ -107,8 +99,8 @@ def _evaluate(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfi
     config = read_options(EvaluateConfig, models | dict(sections["evaluate"]), file, "evaluate")
     try:
         config.validate()
-    except RecipeError as error:
-        raise RecipeError(f"{file}: {error}") from error
+    except OptionError as error:
+        raise OptionError(f"{file}: {error}") from error
     return config
 
 

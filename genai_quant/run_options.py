@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-from stages.commands.options import CommandOptions
 import dataclasses
 import difflib
-from collections.abc import Iterable
-from stages.errors import UserError
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-from typing import get_type_hints
-from pydantic import ConfigDict
-from pydantic import TypeAdapter
-from pydantic import ValidationError
-from typing import Literal
-from typing import get_args
-from typing import get_origin
-import yaml
-from collections.abc import Hashable
-import re
 import json
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from stages.commands.options import CommandOptions
+from stages.errors import UserError
 
 Options = TypeVar("Options", bound=CommandOptions)
 

@@ -27,20 +27,19 @@ from scripts.benchmarks.tables import benchmark_tables
 from scripts.benchmarks.writing import measure_writing
 from scripts.options import BenchmarkConfig, PeerConfig
 from scripts.peers.runs import peers_of
-from stages.system.atomic import whole_file
-from stages.commands.run import run_command
-from stages.commands.quantize_options import Algorithm
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.options import beside
-from stages.errors import UserError
-from stages.system.measured_process import run_measured
-from stages.model.load import fingerprint_model
-from stages.system.hardware import choose_device
-from stages.model.directory import locate_model
 from stages.calibration.cache import open_cache
-from stages.commands.progress import status
+from stages.commands.options import default_folder
 from stages.commands.output import Section
+from stages.commands.progress import status
+from stages.commands.quantize_options import Algorithm, QuantizeConfig
+from stages.commands.run import run_command
+from stages.errors import UserError
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model
 from stages.runtime.providers import choose_providers
+from stages.system.atomic import atomic_file
+from stages.system.hardware import choose_device
+from stages.system.measured_process import run_measured
 from stages.system.paths import shell_line
 
 _LOGGER = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[
         figures = [figure for algorithm in config.algo for figure in measure_search(_search(config, cache, algorithm))]
         yield (found := replace(found, search=tuple(figures)))
     with status("export beside a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        weights = beside(folder / config.algo[0], ".weights")
+        weights = default_folder(folder / config.algo[0], ".weights")
         yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
     if not config.no_growth:
         with status("growth on synthetic models"), tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -165,10 +164,10 @@ def _search(config: BenchmarkConfig, cache: Path, algorithm: Algorithm) -> Quant
 
 
 def _write(found: Benchmark, folder: Path) -> None:
-    with whole_file(folder / "benchmark.json") as partial:
+    with atomic_file(folder / "benchmark.json") as partial:
         partial.write_bytes(_FIGURES.dump_json(found, indent=1))
     if found.growth:
-        with whole_file(folder / "growth.svg") as partial:
+        with atomic_file(folder / "growth.svg") as partial:
             partial.write_text(growth_plot(found.growth), encoding="utf-8")
 
 

@@ -10,21 +10,23 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from scripts.base_models.checkpoints import as_builder_input
-from scripts.base_models.checkpoints import Checkpoint
-from scripts.base_models.checkpoints import FolderCheckpoint
-from scripts.base_models.checkpoints import GgufCheckpoint
-from scripts.base_models.checkpoints import HubCheckpoint
-from scripts.base_models.checkpoints import PackagedCheckpoint
-from scripts.base_models.checkpoints import dequantize_gguf
-from scripts.base_models.checkpoints import find_checkpoint
-from scripts.options import BuildConfig
+from scripts.base_models.checkpoints import (
+    Checkpoint,
+    FolderCheckpoint,
+    GgufCheckpoint,
+    HubCheckpoint,
+    PackagedCheckpoint,
+    as_builder_input,
+    dequantize_gguf,
+    find_checkpoint,
+)
 from scripts.base_models.packaged_gguf import join_parts
-from stages.system.atomic import whole_directory
+from scripts.options import BuildConfig
+from stages.commands.output import Section
+from stages.commands.progress import status
 from stages.commands.run import run_command
 from stages.errors import UserError
-from stages.commands.progress import status
-from stages.commands.output import Section
+from stages.system.atomic import atomic_directory
 
 _LOGGER = logging.getLogger(__name__)
 _BUILDER = "onnxruntime_genai.models.builder"
@@ -36,7 +38,7 @@ def build(config: BuildConfig) -> Iterable[Section]:
         raise UserError('Building needs the package onnxruntime-genai: pip install -e ".[genai]"')
     checkpoint = find_checkpoint(config.source)
     with (
-        whole_directory(config.output, overwrite=config.overwrite, option="--output") as output,
+        atomic_directory(config.output, overwrite=config.overwrite, option="--output") as output,
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):
         model = _builder_arguments(checkpoint, Path(scratch), config)

@@ -11,18 +11,15 @@ from collections.abc import Iterator
 
 from scripts.options import PeerConfig
 from scripts.peers.runs import peers_of
+from stages.commands.output import Section
+from stages.commands.progress import progress_bar
 from stages.commands.run import run_command
-from stages.evaluation.bench.runs import measure
 from stages.evaluation.bench.grid import points_of
-from stages.evaluation.bench.setup import open_bench
-from stages.evaluation.bench.setup import publish
-from stages.evaluation.bench.setup import raise_failures
-from stages.evaluation.bench.setup import read_yardsticks
+from stages.evaluation.bench.runs import measure
+from stages.evaluation.bench.setup import open_run_folder, publish, raise_failures, read_evaluation_texts
 from stages.report.document import write_report
 from stages.report.from_runs import sweep_document
 from stages.report.render import render
-from stages.commands.progress import progress_bar
-from stages.commands.output import Section
 
 
 def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
@@ -34,12 +31,12 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     ours = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
     peers = peers_of(config)
     runs = [*ours, *(peer.run for peer in peers)]
-    bench, yardsticks = open_bench(config), read_yardsticks(config)
+    run_folder, evaluation_texts = open_run_folder(config), read_evaluation_texts(config)
     with progress_bar() as progress:
-        records = measure(bench, runs, yardsticks, progress, lambda _: None)
+        records = measure(run_folder, runs, evaluation_texts, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
-    yield publish(bench, runs, records, yardsticks, notes)
-    write_report(sweep_document(bench, runs, records, yardsticks, notes), render, bench.folder)
+    yield publish(run_folder, runs, records, evaluation_texts, notes)
+    write_report(sweep_document(run_folder, runs, records, evaluation_texts, notes), render, run_folder.folder)
     raise_failures({run.name: records[run.name] for run in ours})
 
 

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from scripts.fuzzing.targets import make_targets
 from scripts.options import FuzzConfig
+from stages.commands.output import Section
+from stages.commands.progress import status
 from stages.commands.run import run_command
 from stages.errors import UserError
-from stages.commands.progress import status
-from stages.commands.output import Section
 
 _EXECUTIONS = re.compile(r"stat::number_of_executed_units:\s*(\d+)")
 _COVERAGE = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")

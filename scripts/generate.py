@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from stages.runtime.genai import cannot_run
-from stages.runtime.genai import open_genai
-from collections.abc import Iterator
-from stages.runtime.genai import GenaiSession
-from collections.abc import Iterable
-from scripts.options import GenerateConfig
-from stages.errors import UserError
-from stages.commands.output import Section
-from stages.commands.output import unwrapped
-from stages.commands.run import run_command
 
+from scripts.options import GenerateConfig
+from stages.commands.output import Section, unwrapped
+from stages.commands.run import run_command
+from stages.errors import UserError
+from stages.runtime.genai import GenaiSession, cannot_run, open_genai
 
 _OPTION = "--model"
 
@@ -32,23 +28,23 @@ def generate_sentence(folder: Path, prompt: str, max_new_tokens: int) -> str:
     """
     session = open_genai(folder, _OPTION)
     try:
-        return until_sentence_end(_pieces(session, prompt, max_new_tokens))
+        return until_sentence_end(_partitions(session, prompt, max_new_tokens))
     except RuntimeError as error:
         raise cannot_run(folder, _OPTION, error) from error
 
 
-def _pieces(session: GenaiSession, prompt: str, max_new_tokens: int) -> Iterator[str]:
+def _partitions(session: GenaiSession, prompt: str, max_new_tokens: int) -> Iterator[str]:
     """Decoded text, one token at a time."""
     decoder = session.tokenizer.create_stream()
     for token in session.greedy(session.prompt_tokens(prompt), max_new_tokens):
         yield decoder.decode(token)
 
 
-def until_sentence_end(pieces: Iterable[str]) -> str:
-    """Join ``pieces`` as far as the first full stop, question or exclamation mark before a space, or blank line."""
+def until_sentence_end(partitions: Iterable[str]) -> str:
+    """Join ``partitions`` as far as the first full stop, question or exclamation mark before a space, or blank line."""
     text = ""
-    for piece in pieces:
-        text += piece
+    for partition in partitions:
+        text += partition
         end = _SENTENCE_END.search(text)
         if end is not None:
             return text[: end.end()].strip()

@@ -12,14 +12,13 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from scripts.base_models.synthetic_llama import LlamaShape, random_llama
 from scripts.options import LargeModelConfig
-from scripts.base_models.synthetic_llama import LlamaShape
-from scripts.base_models.synthetic_llama import random_llama
-from stages.system.atomic import whole_directory
+from stages.commands.output import Section
+from stages.commands.progress import progress_bar
 from stages.commands.run import run_command
 from stages.model.genai_config import GENAI_CONFIG
-from stages.commands.progress import progress_bar
-from stages.commands.output import Section
+from stages.system.atomic import atomic_directory
 
 _LOGGER = logging.getLogger(__name__)
 SHAPES = {
@@ -41,7 +40,7 @@ def make_large_model(config: LargeModelConfig) -> Iterable[Section]:
     shape = SHAPES[config.shape]
     shape = shape if config.layers is None else replace(shape, layers=config.layers)
     model = random_llama(shape, _PRECISIONS[config.precision], config.seed)
-    with whole_directory(config.output, overwrite=config.overwrite, option="--output") as folder:
+    with atomic_directory(config.output, overwrite=config.overwrite, option="--output") as folder:
         with progress_bar() as bar:
             task = bar.add_task("drawing", total=None, unit="weights")
 

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.commands.quantize_options import Algorithm
-from stages.commands.evaluate_options import BenchConfig
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.options import CommandOptions
-from stages.commands.options import Flag
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.evaluate_options import SweepGrid
-from stages.commands.options import beside
+from stages.commands.evaluate_options import BenchConfig, SweepGrid
+from stages.commands.options import CommandOptions, Flag, default_folder
+from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
@@ -81,7 +77,7 @@ class FuzzConfig(CommandOptions):
 
     @property
     def cache_path(self) -> Path:
-        return self.cache_dir or beside(self.base, ".calibration")
+        return self.cache_dir or default_folder(self.base, ".calibration")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +169,6 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
     """Accepted for compatibility (older versions of that tool): the graph itself tells whether it has position_ids."""
 
     def validate(self) -> None:
-        """Raise RecipeError naming the first option of either stage that can't be used."""
+        """Raise OptionError naming the first option of either stage that can't be used."""
         CalibrateConfig.validate(self)
         QuantizeConfig.validate(self)

@@ -13,11 +13,10 @@ from typing import Annotated
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from stages.commands.run import run_command
 from stages.commands.options import CommandOptions
+from stages.commands.output import Section, unwrapped
+from stages.commands.run import run_command
 from stages.errors import UserError
-from stages.commands.output import Section
-from stages.commands.output import unwrapped
 
 _PLACES = {"norm": "norms", "value": "v_proj", "linear": "up_proj", "mul": "Mul nodes"}
 

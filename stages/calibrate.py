@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from stages.commands.run import run_command
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.output import Section
+from stages.commands.run import run_command
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ class CacheMismatch(UserError):
     """A calibration cache or a folder of quantized weights belongs to something else."""
 
 
-class RecipeError(UserError):
+class OptionError(UserError):
     """The requested algorithm, bit widths or patterns don't fit this model."""
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stages.commands.run import run_command
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.output import Section
+from stages.commands.run import run_command
 
 if TYPE_CHECKING:
     from stages.evaluation.compare import PreparedEvaluation
@@ -34,8 +34,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
-    from stages.report.document import Document
-    from stages.report.document import read_document
+    from stages.report.document import Document, read_document
 
     config.validate()
     document = Document() if config.report is None else read_document(config.report)
@@ -57,9 +56,9 @@ def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvalu
 def _keep(config: EvaluateConfig, found: Evaluation, document: Document) -> None:
     """Write what was found to --results and into the report of --report."""
     from stages.evaluation.records import save_evaluation
-    from stages.system.hardware import describe_machine
     from stages.report.document import write_report
     from stages.report.render import render
+    from stages.system.hardware import describe_machine
 
     if config.results is not None:
         save_evaluation(found, config.results)

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.commands.run import run_command
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.quantize_options import QuantizeConfig
-from stages.errors import UserError
 from stages.commands.output import Section
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.run import run_command
+from stages.errors import UserError
 
 if TYPE_CHECKING:
-    from export.run import Destination
-    from export.run import QuantizedModel
+    from export.run import Destination, QuantizedModel
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
     from stages.quantization.run import Prepared
@@ -46,25 +45,21 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
         UserError: an option or the model can't be used, the cache is missing or another model's, or the output exists.
     """
     # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from export.run import QuantizedModel
-    from export.run import export_model
-    from stages.system.hardware import choose_device
+    from export.run import QuantizedModel, export_model
     from stages.model.directory import locate_model
-    from stages.report.document import read_document
-    from stages.system.distributed import join_processes
-    from stages.quantization.run import discard_if_bad_input
-    from stages.quantization.run import prepare
-    from stages.quantization.run import round_embeddings
-    from stages.quantization.run import search_weights
+    from stages.quantization.run import discard_if_bad_input, prepare, round_embeddings, search_weights
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.quantization.weights.summary import search_summary
+    from stages.report.document import read_document
+    from stages.system.distributed import join_processes
+    from stages.system.hardware import choose_device
 
     config.validate()
     if config.dry_run:
         raise UserError("quantize writes a model, and dry_run asks for none; call preview.")
     started = time.perf_counter()
     processes = join_processes()
-    with processes.first_goes_first():
+    with processes.main_process_first():
         directory = locate_model(config.onnx_path)
         destination = _destination(config, directory)
         prepared = prepare(config, directory)
@@ -106,9 +101,9 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
     """Raise what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
+    from stages.model.directory import locate_model
     from stages.model.load import load_graph
     from stages.quantization.blocks.decoder import open_blocks
-    from stages.model.directory import locate_model
     from stages.quantization.plan.plan import plan_model
 
     config.validate()
@@ -122,9 +117,9 @@ def check_before_calibration(config: QuantizeConfig) -> None:
 
 def _sections(config: QuantizeConfig, made: QuantizedModel) -> Iterator[Section]:
     from export.summary import export_table
+    from stages.quantization.targets.explain import choice_table
     from stages.quantization.weights.store import open_store
     from stages.quantization.weights.summary import quantization_table
-    from stages.quantization.targets.explain import choice_table
 
     if config.parsed_target is not None:
         yield Section(name="formats", table=choice_table(config.parsed_target, made.choice), record=made.choice)
@@ -158,12 +153,12 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
 
 def _write_report(prepared: Prepared, output: Path) -> None:
     """Write the report inside the weights' folder, and warn where that fails: the model is finished."""
-    from stages.model.directory import locate_model
     from stages.errors import in_one_line
-    from stages.report.from_runs import write_quantization
-    from stages.quantization.weights.store import REPORT_FOLDER
-    from stages.system.paths import shell_line
+    from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.report.from_runs import write_quantization
+    from stages.system.paths import shell_line
 
     store, base = prepared.store, prepared.directory
     try:

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stages.commands.run import run_command
-from stages.commands.evaluate_options import Keep
-from stages.commands.evaluate_options import SweepConfig
+from stages.commands.evaluate_options import Keep, SweepConfig
 from stages.commands.output import Section
+from stages.commands.run import run_command
 
 if TYPE_CHECKING:
-    from stages.evaluation.bench.runs import Record
-    from stages.evaluation.bench.runs import Run
-    from stages.evaluation.bench.runs import Yardstick
+    from stages.evaluation.bench.runs import EvaluationText, Record, Run
 
 
 def command(config: SweepConfig) -> Iterator[Section]:
@@ -26,36 +23,33 @@ def command(config: SweepConfig) -> Iterator[Section]:
     Raises:
         UserError: at once where options or texts can't be used; after everything else where points failed.
     """
-    from stages.evaluation.bench.runs import measure
+    from stages.commands.progress import progress_bar
     from stages.evaluation.bench.grid import points_of
-    from stages.evaluation.bench.setup import open_bench
-    from stages.evaluation.bench.setup import publish
-    from stages.evaluation.bench.setup import raise_failures
-    from stages.evaluation.bench.setup import read_yardsticks
+    from stages.evaluation.bench.runs import measure
+    from stages.evaluation.bench.setup import open_run_folder, publish, raise_failures, read_evaluation_texts
     from stages.report.document import write_report
     from stages.report.from_runs import sweep_document
     from stages.report.render import render
-    from stages.commands.progress import progress_bar
 
     runs = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
-    bench = open_bench(config)
-    yardsticks = () if config.no_evaluation else read_yardsticks(config)
-    tidy = _tidying(config.keep, runs, yardsticks)
+    run_folder = open_run_folder(config)
+    evaluation_texts = () if config.no_evaluation else read_evaluation_texts(config)
+    tidy = _tidying(config.keep, runs, evaluation_texts)
     with progress_bar() as progress:
-        records = measure(bench, runs, yardsticks, progress, tidy)
-    yield publish(bench, runs, records, yardsticks, {})
-    write_report(sweep_document(bench, runs, records, yardsticks, {}), render, bench.folder)
+        records = measure(run_folder, runs, evaluation_texts, progress, tidy)
+    yield publish(run_folder, runs, records, evaluation_texts, {})
+    write_report(sweep_document(run_folder, runs, records, evaluation_texts, {}), render, run_folder.folder)
     raise_failures(records)
 
 
 def _tidying(
-    keep: Keep, runs: Sequence[Run], yardsticks: Sequence[Yardstick]
+    keep: Keep, runs: Sequence[Run], evaluation_texts: Sequence[EvaluationText]
 ) -> Callable[[Mapping[str, Record]], None]:
     """Return what deletes models after each point, given the records so far."""
     from stages.evaluation.bench.runs import remove_model
 
     def tidy(records: Mapping[str, Record]) -> None:
-        wanted = set() if keep == "none" else _best(runs, records, yardsticks)
+        wanted = set() if keep == "none" else _best(runs, records, evaluation_texts)
         for run in runs:
             if run.name in records and run.name not in wanted:
                 remove_model(run)
@@ -63,14 +57,14 @@ def _tidying(
     return (lambda _: None) if keep == "all" else tidy
 
 
-def _best(runs: Sequence[Run], records: Mapping[str, Record], yardsticks: Sequence[Yardstick]) -> set[str]:
+def _best(runs: Sequence[Run], records: Mapping[str, Record], evaluation_texts: Sequence[EvaluationText]) -> set[str]:
     """Return the names of the points that no other one beats in bytes and loss, on one text at least."""
     from stages.evaluation.bench.results import on_front
     from stages.evaluation.bench.setup import results_of
 
     best: set[str] = set()
-    for yardstick in yardsticks or (None,):
-        results = results_of(runs, records, yardstick, {})
+    for evaluation_text in evaluation_texts or (None,):
+        results = results_of(runs, records, evaluation_text, {})
         best |= {result.name for result, is_best in zip(results, on_front(results), strict=True) if is_best}
     return best
 

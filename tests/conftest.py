@@ -11,9 +11,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from tests.support.commands import Commands
-from tests.support.tiny_models import build_genai_model
-from tests.support.tiny_models import save_tiny_llama
-from tests.support.tiny_models import train_tokenizer
+from tests.support.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
 
 
 @pytest.fixture(scope="session")

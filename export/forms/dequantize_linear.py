@@ -19,14 +19,9 @@ from torch import Tensor
 from export.graph_edit import GraphEditor, name_of
 from stages.quantization.weights.bitpack import pack_4bit
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm, onnx_float, torch_float
 from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
-from stages.records.formats import WeightForm
-from stages.records.formats import onnx_float
-from stages.records.formats import torch_float
+from stages.records.sites import MatMulSite
 
 _CODE_TYPES: dict[tuple[int, bool], ir.DataType] = {
     (4, True): ir.DataType.INT4,

@@ -13,14 +13,12 @@ from functools import partial
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.graph_edit import MICROSOFT, GraphEditor, become, called, import_microsoft, name_of
+from export.graph_edit import MICROSOFT, GraphEditor, describe, import_microsoft, name_of, replace_op
 from stages.errors import GraphError
 from stages.model.patterns import readers
-from stages.quantization.weights.store import QuantizedStore
-from stages.records.formats import EmbeddingPlan
-from stages.records.formats import onnx_float
-from stages.records.formats import torch_float
 from stages.quantization.weights.embedding_file import TableFile
+from stages.quantization.weights.store import QuantizedStore
+from stages.records.formats import EmbeddingPlan, onnx_float, torch_float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +90,7 @@ def _require_fit(plan: EmbeddingPlan, node: ir.Node) -> None:
     source = maker.inputs[0] if maker is not None and plan.table.transposed else table
     if source is None or source.name != plan.table.weight or not source.is_initializer():
         raise GraphError(
-            f"{called(node)} of the base model does not look tokens up in '{plan.table.weight}'; pass the base model "
+            f"{describe(node)} of the base model does not look tokens up in '{plan.table.weight}'; pass the base model "
             "that the quantized weights were made from."
         )
 
@@ -125,7 +123,7 @@ def _make_block_quantized(node: ir.Node, plan: EmbeddingPlan, codes: ir.Value, s
     """
     import_microsoft(node)
     attributes = {"gather_axis": 0, "quantize_axis": plan.axis, "block_size": plan.block_size}
-    become(node, MICROSOFT, "GatherBlockQuantized", [codes, node.inputs[1], scales], attributes)
+    replace_op(node, MICROSOFT, "GatherBlockQuantized", [codes, node.inputs[1], scales], attributes)
 
 
 def _lazy_codes(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:

@@ -20,20 +20,13 @@ from jaxtyping import Int16, Shaped, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.graph_edit import MICROSOFT, GraphEditor, become, import_microsoft, name_of
-from export.forms.dequantize_linear import RewrittenSite
-from export.forms.dequantize_linear import StoredSite
-from stages.quantization.weights.bitpack import pack_4bit
-from stages.quantization.weights.bitpack import unpack_4bit
-from stages.records.formats import channel_block_size
+from export.forms.dequantize_linear import RewrittenSite, StoredSite
+from export.graph_edit import MICROSOFT, GraphEditor, import_microsoft, name_of, replace_op
 from stages.commands.options import AccuracyLevel
-from stages.errors import RecipeError
+from stages.errors import OptionError
+from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm, channel_block_size, onnx_float
 from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.records.formats import WeightForm
-from stages.records.formats import onnx_float
 
 _SMALLEST_BLOCK = 16
 _BIAS_INPUT = 2
@@ -43,14 +36,14 @@ def stored_block_size(site: MatMulSite, spec: QuantSpec) -> int:
     """Inputs in a block of the operator; scales per channel take the size that fills up least, the largest such.
 
     Raises:
-        RecipeError: the operator knows no such block size.
+        OptionError: the operator knows no such block size.
     """
     match spec.granularity:
         case PerChannel():
             return channel_block_size(site.in_features)
         case PerBlock(block_size=size):
             if size < _SMALLEST_BLOCK or size & (size - 1):
-                raise RecipeError(
+                raise OptionError(
                     f"'{site.name}' has blocks of {size} and MatMulNBits takes powers of two from {_SMALLEST_BLOCK}; "
                     "quantize with another --block_size or --weight_operator dq."
                 )
@@ -152,7 +145,7 @@ def insert_matmul_nbits(
     ``accuracy_level`` is written as the operator's attribute: session options don't reach it.
 
     Raises:
-        RecipeError: the operator knows no such block size.
+        OptionError: the operator knows no such block size.
     """
     site, spec, name = source.site, source.spec, str(node.name)
     codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source))
@@ -165,7 +158,7 @@ def insert_matmul_nbits(
         product = _insert_before_bias(editor, node, weights, attributes, onnx_float(spec.scale_dtype))
     else:
         product = node.outputs[0]
-        become(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
+        replace_op(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)
     import_microsoft(node)
     return RewrittenSite(
         source=source,
@@ -203,7 +196,7 @@ def _insert_before_bias(
     name, node.name = str(node.name), f"{node.name}/Add"
     value = partial(_value, y.shape, y.type)
     product = editor.insert_before(node, "MatMulNBits", [activation, *weights], name, attributes, value, MICROSOFT)
-    become(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
+    replace_op(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
     return product
 
 

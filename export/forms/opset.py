@@ -16,10 +16,10 @@ import onnx
 import onnx_ir as ir
 from onnx import defs, helper, version_converter
 
-from export.graph_edit import GraphEditor, called
+from export.graph_edit import GraphEditor, describe
 from stages.errors import GraphError
-from stages.records.results import ExportRecipe
 from stages.records.formats import WeightForm
+from stages.records.results import ExportRecipe
 
 DEQUANTIZE_OPSET = 21
 """First opset whose DequantizeLinear has 4-bit codes and blocks."""
@@ -93,7 +93,7 @@ def _changes(node: ir.Node, before: int, after: int) -> bool:
         return False
     old = _defined_in(node.op_type, before)
     if old is None and node.op_type not in _RUNTIMES_OWN:
-        raise GraphError(f"{called(node)} of the base model is no operator of its opset {before}; build it again.")
+        raise GraphError(f"{describe(node)} of the base model is no operator of its opset {before}; build it again.")
     changes = old is not None and old != _defined_in(node.op_type, after)
     if changes and node.op_type in _LEFT_WRONG:
         raise _refusal(node, after, "its converter passes over the new length of scale and bias")
@@ -161,8 +161,8 @@ def _model_of(alone: Sequence[_NodeAlone], opset: int) -> onnx.ModelProto:
 
 def _refusal(node: ir.Node, after: int, reason: str) -> GraphError:
     return GraphError(
-        f"onnx can't convert {called(node)} of the base model to opset {after} ({reason}); build the model again with "
-        "a newer model builder."
+        f"onnx can't convert {describe(node)} of the base model to opset {after} ({reason}); build the model again "
+        "with a newer model builder."
     )
 
 

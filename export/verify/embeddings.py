@@ -9,14 +9,12 @@ import onnx_ir as ir
 from jaxtyping import Float, Float64, Int64
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.save import read_initializer
 from export.forms.embedding import RewrittenTable
+from export.save import read_initializer
 from stages.errors import GraphError
-from stages.records.formats import TableError
-from stages.records.formats import onnx_float
+from stages.records.formats import TableError, onnx_float
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.upcast import runnable_graph
 
 _TOKENS = 8

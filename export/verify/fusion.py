@@ -21,18 +21,11 @@ import onnxruntime as ort
 from export.rewrite import blocks_fusion
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.model.partition import Piece
-from stages.model.partition import cut_into_pieces
-from stages.model.partition import readers
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
+from stages.model.partition import Partition, cut_into_partitions, readers
+from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
-from stages.runtime.upcast import must_widen
-from stages.runtime.upcast import widened_file
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.upcast import must_upcast, widened_file
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
@@ -63,18 +56,20 @@ def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: Model
         CannotRun: the model's inputs, types or operators are not for the CPU.
     """
     model = ir.load(onnx_file)
-    widens = must_widen(model, CPU_ONLY)
+    widens = must_upcast(model, CPU_ONLY)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
     with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
         settings = SessionSettings(
             accuracy_level=1, profile_prefix=Path(profiles) / "profile", external_data_folder=onnx_file.parent
         )
-        for piece in cut_into_pieces(model, wanted=_ends(model, sites), limit=_PIECE_BYTES, together=sites):
-            _declare_types(piece, computed)
-            source = widened_file(piece.model, onnx_file.parent) if widens else nullcontext(_serialized(piece.model))
+        for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PIECE_BYTES, together=sites):
+            _declare_types(partition, computed)
+            source = (
+                widened_file(partition.model, onnx_file.parent) if widens else nullcontext(_serialized(partition.model))
+            )
             with source as runnable:
-                run = _run_piece(runnable, piece, computed, base, settings)
+                run = _run_piece(runnable, partition, computed, base, settings)
             names |= _matmulnbits_in(run.profile)
             computed |= run.outputs
     return frozenset(names)
@@ -91,7 +86,7 @@ def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _PieceRun:
+class _PartitionRun:
     outputs: dict[str, np.ndarray]
     profile: Path
 
@@ -101,22 +96,22 @@ def _serialized(model: ir.Model) -> bytes:
     return content
 
 
-def _declare_types(piece: Piece, computed: Mapping[str, np.ndarray]) -> None:
+def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> None:
     """Give the inputs that earlier pieces computed the types that they turned out to have."""
-    for value in piece.model.graph.inputs:
-        if value.name in piece.carried_in:
+    for value in partition.model.graph.inputs:
+        if value.name in partition.boundary_inputs:
             value.type = ir.TensorType(ir.DataType.from_numpy(computed[value.name].dtype))
 
 
 def _run_piece(
     source: Path | bytes,
-    piece: Piece,
+    partition: Partition,
     computed: Mapping[str, np.ndarray],
     base: ModelDirectory,
     settings: SessionSettings,
-) -> _PieceRun:
-    """One token through ``piece``."""
-    carried = {name: computed[name] for name in piece.carried_in}
+) -> _PartitionRun:
+    """One token through ``partition``."""
+    carried = {name: computed[name] for name in partition.boundary_inputs}
     if isinstance(source, Path):
         settings = replace(settings, external_data_folder=None)
     try:
@@ -137,7 +132,7 @@ def _run_piece(
     finally:
         profile = Path(session.end_profiling())
     names = [node.name for node in session.get_outputs()]
-    return _PieceRun(dict(zip(names, outputs, strict=True)), profile)
+    return _PartitionRun(dict(zip(names, outputs, strict=True)), profile)
 
 
 def _matmulnbits_in(profile: Path) -> frozenset[str]:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-import numpy as np
-from export.forms.matmul_nbits import stored_block_size
-from export.forms.dequantize_linear import RewrittenSite
-from stages.records.formats import WeightForm
-import onnx_ir as ir
-from export.save import read_initializer
-from export.forms.matmul_nbits import unpacked_codes
-from export.forms.matmul_nbits import unpacked_zero_points
-from pathlib import Path
-from stages.records.formats import FLOAT_TYPES
-from stages.records.formats import SiteError
-from jaxtyping import Float
-from stages.commands.options import AccuracyLevel
-from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
-from stages.runtime.upcast import runnable_graph
-from jaxtyping import Float64
-from dataclasses import dataclass
-from dataclasses import field
-from stages.records.formats import onnx_float
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+from jaxtyping import Float, Float64
+
+from export.forms.dequantize_linear import RewrittenSite
+from export.forms.matmul_nbits import stored_block_size, unpacked_codes, unpacked_zero_points
+from export.save import read_initializer
+from stages.commands.options import AccuracyLevel
+from stages.records.formats import FLOAT_TYPES, SiteError, WeightForm, onnx_float
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.session import SessionSettings, open_session
+from stages.runtime.upcast import runnable_graph
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[Any]]
 

@@ -12,33 +12,21 @@ from jaxtyping import Shaped
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from export.save import account_for_bytes
+from export.forms.dequantize_linear import RewrittenSite, dequantized, divided_scales
 from export.forms.embedding import RewrittenTable
-from export.verify.fusion import CannotRun
-from export.verify.fusion import nodes_run_as_matmulnbits
-from export.verify.fusion import runtime_version
-from export.verify.fusion import why_not_fused
-from export.forms.dequantize_linear import RewrittenSite
-from export.forms.dequantize_linear import dequantized
-from export.forms.dequantize_linear import divided_scales
-from export.save import data_name
-from export.verify.sites import measure_site
-from export.verify.sites import stored_matrix
-from export.verify.sites import stored_scales
-from export.verify.sites import stored_zero_points
-from export.verify.embeddings import check_stored_table
-from export.verify.embeddings import measure_table
-from stages.system.atomic import whole_file
+from export.save import account_for_bytes, data_name
+from export.verify.embeddings import check_stored_table, measure_table
+from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
+from export.verify.sites import measure_site, stored_matrix, stored_scales, stored_zero_points
+from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.commands.progress import progress_bar
 from stages.quantization.weights.store import VERIFICATION
-from stages.records.formats import SiteError
-from stages.records.formats import UnfusedSite
+from stages.records.formats import SiteError, UnfusedSite, WeightForm
 from stages.records.results import VerifyReport
-from stages.records.formats import WeightForm
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.upcast import must_widen
+from stages.runtime.upcast import must_upcast
+from stages.system.atomic import atomic_file
 
 _TOLERANCE = {
     # Sums of a few thousand float32 products in another order.
@@ -87,13 +75,13 @@ def verify(
         worst_default=max(errors, key=lambda error: error.default, default=None),
         skipped=skipped_runs,
         tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
-        widened=must_widen(model, CPU_ONLY),
+        widened=must_upcast(model, CPU_ONLY),
     )
 
 
 def save_report(report: VerifyReport, folder: Path) -> None:
     """Write every figure and every unfused site as verification.json, whole or not at all."""
-    with whole_file(folder / VERIFICATION) as partial:
+    with atomic_file(folder / VERIFICATION) as partial:
         partial.write_bytes(TypeAdapter(VerifyReport).dump_json(report, indent=1))
 
 
@@ -133,12 +121,12 @@ def _prove_fusion(
     unfused = tuple(
         UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, site.source.spec, version))
         for node, site in pairs
-        if site.node not in fused or _fuses_only_widened(site)
+        if site.node not in fused or _fuses_only_upcast(site)
     )
     return len(pairs) - len(unfused), unfused, ()
 
 
-def _fuses_only_widened(site: RewrittenSite) -> bool:
+def _fuses_only_upcast(site: RewrittenSite) -> bool:
     """Whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
     return site.source.spec.scale_dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
 

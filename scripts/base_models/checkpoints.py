@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from scripts.base_models.packaged_gguf import PACKAGED
-from scripts.base_models.packaged_gguf import find_parts
-from stages.errors import UserError
 import contextlib
 import io
-from transformers import AutoTokenizer
-from scripts.base_models.off_grid import move_off_grid
-import torch
-from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel
 import json
-from transformers import AutoConfig
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from scripts.base_models.off_grid import move_off_grid
+from scripts.base_models.packaged_gguf import PACKAGED, find_parts
+from stages.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

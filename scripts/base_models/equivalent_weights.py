@@ -14,14 +14,13 @@ with large activations keep them. The embedding, and the head tied to it, stay: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from jaxtyping import Float
-from torch import Tensor
-import torch
-from typing import Any
-from torch import nn
 import math
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 _LARGEST_ANGLE = 0.6
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scripts.base_models.equivalent_weights import change_channels
-from scripts.base_models.equivalent_weights import rotate_residual_stream
+from scripts.base_models.equivalent_weights import change_channels, rotate_residual_stream
 from stages.errors import UserError
 
 _CHANGES: dict[str, Callable[[nn.Module, torch.Generator], None]] = {

@@ -11,17 +11,14 @@ import numpy as np
 import torch
 
 from scripts.benchmarks.figures import CaptureFigure
-from stages.model.load import load_graph
-from stages.runtime.tap import open_value_tap
-from stages.model.sites import find_groups
-from stages.model.directory import ModelDirectory
 from stages.calibration.capture import fold_in
-from stages.calibration.statistics import StatisticsAccumulator
-from stages.calibration.statistics import StatisticsSize
-from stages.runtime.session import CausalFeeds
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize
+from stages.model.directory import ModelDirectory
+from stages.model.load import load_graph
+from stages.model.sites import find_groups
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.tap import open_value_tap
 
 _MANY_TOKENS = 1 << 40
 """So many that Gram matrices are kept, as for real calibrations."""

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from scripts.base_models.synthetic_llama import LlamaShape, random_llama
 from scripts.benchmarks.figures import Axis, GrowthFigure, GrowthPoint
-from scripts.base_models.synthetic_llama import LlamaShape
-from scripts.base_models.synthetic_llama import random_llama
 from stages.calibration.run import calibrate
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig

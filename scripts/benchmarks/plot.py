@@ -7,11 +7,7 @@ from dataclasses import replace
 
 from scripts.benchmarks.figures import GrowthFigure
 from stages.report.render import STYLE_SHEET
-from stages.report.svg import SMALL
-from stages.report.svg import Axis
-from stages.report.svg import Mark
-from stages.report.svg import axis_over
-from stages.report.svg import chart
+from stages.report.svg import SMALL, Axis, Mark, axis_over, chart
 
 
 def growth_plot(figures: Sequence[GrowthFigure]) -> str:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.benchmarks.figures import SearchFigure
 from stages.commands.quantize_options import QuantizeConfig
 from stages.quantization.run import open_search
-from stages.records.sites import ActivationGroup
 from stages.quantization.search.solver import GroupSolver
+from stages.records.sites import ActivationGroup
 
 _PRODUCT_SECONDS = 1.0
 

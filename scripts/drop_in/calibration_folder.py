@@ -10,14 +10,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from scripts.options import DropInConfig
-from stages.system.atomic import require_creatable
-from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.options import beside
-from stages.errors import UserError
-from stages.model.load import fingerprint_model
-from stages.model.directory import locate_model
 from stages.calibration.text.documents import dataset_names
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.options import default_folder
+from stages.errors import UserError
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model
 from stages.runtime.providers import choose_providers
+from stages.system.atomic import require_creatable
 
 _DIGITS = 10
 # A new option counts unless it is named here.
@@ -36,11 +36,11 @@ def calibration_folder(config: DropInConfig) -> Path:
         UserError: there is no model, or an execution provider is unknown.
     """
     name = f".{_digest(config)}.calibration"
-    folder = beside(config.onnx_path, name)
+    folder = default_folder(config.onnx_path, name)
     try:
         require_creatable(folder, option="--cache_dir")
     except UserError:
-        return folder if folder.is_dir() else beside(config.output_path, name)
+        return folder if folder.is_dir() else default_folder(config.output_path, name)
     return folder
 
 

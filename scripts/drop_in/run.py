@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from stages.records.sites import layer_of
-from stages.records.sites import within_layer
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from scripts.drop_in.calibration_folder import calibration_folder
 from scripts.drop_in.ignored_options import answers
 from scripts.options import DropInConfig
 from stages import quantize
-from stages.model.load import parse_graph
-from stages.model.directory import locate_model
-from stages.quantization.preview.table import preview_table
-from stages.commands.output import Section
-import onnx_ir as ir
-from stages.model.sites import find_groups
-from scripts.drop_in.calibration_folder import calibration_folder
-from collections.abc import Generator
-from pathlib import Path
+from stages.calibration.cache import CalibrationCache, open_cache
 from stages.calibration.run import calibrate
 from stages.calibration.summary import calibration_table
+from stages.commands.output import Section
 from stages.errors import CacheMismatch
-from stages.model.load import fingerprint_model
-from stages.calibration.cache import CalibrationCache
-from stages.calibration.cache import open_cache
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model, parse_graph
+from stages.model.sites import find_groups
+from stages.quantization.preview.table import preview_table
+from stages.records.sites import layer_of, within_layer
 
 
 def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[str, ...], int]:
@@ -34,7 +31,7 @@ def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[s
     Nothing is left out where no layer would remain, or no site has a number: then the plan refuses the pattern.
     """
     last = max((layer for name in site_names if (layer := layer_of(name)) is not None), default=None)
-    parts = [part for part in (piece.strip() for piece in patterns.split(",")) if part]
+    parts = [part for part in (partition.strip() for partition in patterns.split(",")) if part]
     beyond = tuple(part for part in parts if last is not None and _is_past(part, last))
     if last is None or not beyond or len(beyond) == len(parts):
         return patterns, (), last or 0

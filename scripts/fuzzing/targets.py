@@ -19,24 +19,16 @@ from scripts.fuzzing.mutations import (
     mutate_safetensors,
     mutate_text,
 )
-from stages.model.load import load_graph
-from stages.errors import UserError
-from stages.model.sites import find_embeddings
-from stages.model.unquantized import find_rejected
-from stages.model.sites import find_groups
-from stages.model.sites import find_sites
-from stages.model.unquantized import find_unreached
-from stages.model.weights import read_rows
-from stages.model.weights import read_weight
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.calibration.cache import CalibrationCache
-from stages.calibration.cache import find_cache
+from stages.calibration.cache import CalibrationCache, find_cache
 from stages.calibration.text.documents import open_documents
-from stages.quantization.plan.plan_file import PlannedSite
-from stages.quantization.plan.plan_file import plan_text
-from stages.quantization.plan.plan_file import read_plan
 from stages.calibration.trt_profile import decoder_sizes
+from stages.errors import UserError
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import load_graph
+from stages.model.sites import find_embeddings, find_groups, find_sites
+from stages.model.unquantized import find_skipped_matmuls, find_unquantized
+from stages.model.weights import read_rows, read_weight
+from stages.quantization.plan.plan_file import PlannedSite, plan_text, read_plan
 from stages.quantization.weights.store import open_store
 
 _CPU = torch.device("cpu")
@@ -117,10 +109,10 @@ def _ignore(_: object) -> None:
 
 def _read_graph(directory: ModelDirectory) -> None:
     model = load_graph(directory)
-    find_rejected(model)
+    find_skipped_matmuls(model)
     for table in find_embeddings(model):
         read_rows(model, table, slice(0, 4), _CPU)
-    find_unreached(model, set())
+    find_unquantized(model, set())
     for group in find_groups(model):
         for site in group.sites:
             read_weight(model, site, _CPU)

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from stages.errors import UserError
-from stages.system.measured_process import CommandFailed
-from stages.system.measured_process import run_measured
+from stages.system.measured_process import CommandFailed, run_measured
 
 _MARKER = "installed.txt"
 

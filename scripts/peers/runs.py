@@ -16,25 +16,20 @@ from safetensors.numpy import save_file
 
 from export.save import copy_side_files, patch_genai_config
 from scripts.options import ModelOptMethod, OrtMethod, PeerConfig
-from scripts.peers.environment import ensure_environment
-from scripts.peers.environment import python_of
-from stages.system.atomic import whole_file
-from stages.model.load import load_graph
+from scripts.peers.environment import ensure_environment, python_of
+from stages.calibration.cache import open_cache
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Run
-from stages.model.load import fingerprint_model
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.calibration.cache import open_cache
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import fingerprint_model, load_graph
 from stages.quantization.plan.plan import plan_model
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.system.atomic import atomic_file
 
 _HERE = Path(__file__).parent
-MODELOPT_RUNNER = _HERE / "peer_modelopt.py"
-MODELOPT_REQUIREMENTS = _HERE / "peer_modelopt.txt"
+MODELOPT_RUNNER = _HERE / "run_modelopt.py"
+MODELOPT_REQUIREMENTS = _HERE / "modelopt.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,5 +170,5 @@ def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
             if not isinstance(value, np.ndarray):
                 raise UserError(f"ModelOpt can't be given the bfloat16 input {name}; compare on an fp16 or fp32 base.")
             arrays[f"{index}:{name}"] = value
-    with whole_file(file) as partial:
+    with atomic_file(file) as partial:
         save_file(arrays, partial)

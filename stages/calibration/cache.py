@@ -20,17 +20,12 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.system.atomic import is_occupied
-from stages.system.atomic import require_creatable
-from stages.system.atomic import whole_directory
-from stages.errors import CacheMismatch, UserError
-from stages.system.paths import reachable
+from stages.calibration.statistics import pack, unpack
+from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
-from stages.calibration.statistics import pack
-from stages.calibration.statistics import unpack
-from stages.errors import in_one_line
-from stages.records.results import ActivationStats
-from stages.records.results import TokenStats
+from stages.records.results import ActivationStats, TokenStats
+from stages.system.atomic import atomic_directory, is_occupied, require_creatable
+from stages.system.paths import reachable
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
@@ -265,7 +260,7 @@ def new_cache(folder: Path, key: CacheKey, activations: Iterable[str], *, overwr
         UserError: the folder exists and ``overwrite`` is off, or it is no cache, or can't be written.
     """
     require_place(folder)
-    with whole_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
+    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
         writer = CacheWriter.of(scratch, activations)
         yield writer
         manifest = Manifest(key=key, files=dict(writer.files))

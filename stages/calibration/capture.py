@@ -9,46 +9,36 @@ batches of all, in their order: the sums are those of one process, bit for bit, 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Mapping
+import tempfile
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from safetensors.numpy import save_file
-from stages.errors import UserError
-from stages.errors import in_one_line
-from stages.calibration.statistics import StatisticsSize
-from stages.calibration.statistics import tapped_itemsize
-from stages.records.sites import ActivationGroup
+import onnx_ir as ir
 import psutil
 import torch
-from stages.commands.parsing import parse_bytes
-from stages.commands.calibrate_options import PART_OF_FREE_MEMORY
-from stages.system.distributed import Processes
-from collections.abc import Iterable
-from functools import partial
-import onnx_ir as ir
-from stages.runtime.upcast import held_bytes
-from stages.model.partition import Piece
-from stages.model.partition import cut_into_pieces
-import tempfile
-from collections.abc import Iterator
-from collections.abc import Sequence
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from stages.runtime.tap import ActivationTap
-from stages.runtime.tap import open_piece_tap
-from stages.model.directory import ModelDirectory
+
 from stages.calibration.cache import CacheWriter
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
 from stages.calibration.text.windows import TokenWindows
-from stages.calibration.statistics import StatisticsAccumulator
-from stages.system.distributed import split_by_cost
-from stages.commands.progress import Progress
-from stages.commands.progress import progress_bar
+from stages.commands.calibrate_options import PART_OF_FREE_MEMORY
+from stages.commands.parsing import parse_size
+from stages.commands.progress import Progress, progress_bar
+from stages.errors import UserError, in_one_line
+from stages.model.directory import ModelDirectory
+from stages.model.partition import Partition, cut_into_partitions
 from stages.records.results import ActivationStats
+from stages.records.sites import ActivationGroup
 from stages.runtime.providers import ProviderChoice
-from collections import deque
+from stages.runtime.tap import ActivationTap, open_piece_tap
+from stages.runtime.upcast import resident_bytes
+from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
 
 
@@ -116,17 +106,17 @@ def memory_limit(max_memory: str | None, device: torch.device, processes: Proces
         processes: those on this machine share the free memory.
 
     Raises:
-        RecipeError: ``max_memory`` isn't a size.
+        OptionError: ``max_memory`` isn't a size.
     """
     if max_memory is not None:
-        return parse_bytes(max_memory, "--max_memory")
+        return parse_size(max_memory, "--max_memory")
     free = psutil.virtual_memory().available // processes.count_here
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return int(free * PART_OF_FREE_MEMORY)
 
 
-def piece_bytes(groups: Iterable[ActivationGroup], text: TextShape, processes: Processes) -> dict[str, int]:
+def partition_bytes(groups: Iterable[ActivationGroup], text: TextShape, processes: Processes) -> dict[str, int]:
     """Return by activation the bytes that one process holds of it: its share of the statistics, and one batch."""
 
     def held(group: ActivationGroup) -> int:
@@ -139,21 +129,21 @@ def piece_bytes(groups: Iterable[ActivationGroup], text: TextShape, processes: P
 
 def cut_to_memory(
     model: ir.Model, costs: Mapping[str, int], memory: int, providers: tuple[str, ...]
-) -> tuple[Piece, ...]:
+) -> tuple[Partition, ...]:
     """Return ``model`` in pieces that fit the memory.
 
     Args:
         model: the base model.
-        costs: bytes of each activation, by ``piece_bytes``.
+        costs: bytes of each activation, by ``partition_bytes``.
         memory: bytes that a piece may take, weights included.
         providers: those that shall run it.
     """
-    held = partial(held_bytes, providers=providers)
-    return tuple(cut_into_pieces(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=held))
+    held = partial(resident_bytes, providers=providers)
+    return tuple(cut_into_partitions(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=held))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
+class Capture:
     """What is observed on which windows, by which session options."""
 
     directory: ModelDirectory
@@ -176,27 +166,27 @@ class Observation:
             batch_size=self.batch_size,
         )
 
-    def cut(self, model: ir.Model, memory: int, providers: tuple[str, ...]) -> tuple[Piece, ...]:
+    def cut(self, model: ir.Model, memory: int, providers: tuple[str, ...]) -> tuple[Partition, ...]:
         """Return ``model`` in pieces of at most ``memory`` bytes each, to be run by ``providers``."""
-        return cut_to_memory(model, piece_bytes(self.groups, self.text, self.processes), memory, providers)
+        return cut_to_memory(model, partition_bytes(self.groups, self.text, self.processes), memory, providers)
 
-    def open_first(self, piece: Piece, choice: ProviderChoice) -> ActivationTap:
+    def open_first(self, partition: Partition, choice: ProviderChoice) -> ActivationTap:
         """The tap of the first piece, which finds out the providers that work."""
-        return open_piece_tap(piece, self.directory, choice, self.provider_options, self.scratch, {})
+        return open_piece_tap(partition, self.directory, choice, self.provider_options, self.scratch, {})
 
-    def fill(self, writer: CacheWriter, pieces: Sequence[Piece], first: ActivationTap) -> None:
-        """Run all windows through ``pieces``, the first of which ``first`` has opened, and save the statistics.
+    def fill(self, writer: CacheWriter, partitions: Sequence[Partition], first: ActivationTap) -> None:
+        """Run all windows through ``partitions``, the first of which ``first`` has opened, and save the statistics.
 
         Ensures: when it returns, all processes have saved theirs.
         """
         with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar() as bar:
             carried = CarriedValues(Path(folder))
-            for index, piece in enumerate(pieces):
-                tap = first if index == 0 else self._open_next(piece, first.providers, carried)
-                needed = {name for later in pieces[index + 1 :] for name in later.carried_in}
+            for index, partition in enumerate(partitions):
+                tap = first if index == 0 else self._open_next(partition, first.providers, carried)
+                needed = {name for later in partitions[index + 1 :] for name in later.boundary_inputs}
                 with tap:
-                    self._observe(writer, tap, carried, needed, bar, _label(index, len(pieces)))
-        self.processes.wait_for_all()
+                    self._observe(writer, tap, carried, needed, bar, _label(index, len(partitions)))
+        self.processes.barrier()
 
     def _tokens(self, part: str) -> np.ndarray:
         return self.windows.held_out if part == "held_out" else self.windows.calibration
@@ -205,10 +195,10 @@ class Observation:
         tokens = self._tokens(part)
         return [tokens[start : start + self.batch_size] for start in range(0, len(tokens), self.batch_size)]
 
-    def _open_next(self, piece: Piece, choice: ProviderChoice, carried: CarriedValues) -> ActivationTap:
+    def _open_next(self, partition: Partition, choice: ProviderChoice, carried: CarriedValues) -> ActivationTap:
         types = {name: array.dtype for name, array in carried.read(f"{_PARTS[0]}-0").items()}
-        types = self.processes.hear_first(types)  # the only one that always has a batch
-        return open_piece_tap(piece, self.directory, choice, self.provider_options, self.scratch, types)
+        types = self.processes.broadcast(types)  # the only one that always has a batch
+        return open_piece_tap(partition, self.directory, choice, self.provider_options, self.scratch, types)
 
     def _observe(
         self,
@@ -258,7 +248,7 @@ class Observation:
         if number >= len(batches):
             return {}
         kept = carried.read(f"{part}-{number}")
-        values = dict(tap.run(batches[number], {name: kept[name] for name in tap.carried_in}))
+        values = dict(tap.run(batches[number], {name: kept[name] for name in tap.boundary_inputs}))
         kept |= {name: value.cpu().numpy() for name, value in values.items() if name in needed}
         carried.keep(f"{part}-{number}", kept, needed)
         return values
@@ -288,5 +278,5 @@ def _holder(item: int, shares: Sequence[frozenset[int]]) -> int:
     return next(index for index, share in enumerate(shares) if item in share)
 
 
-def _label(index: int, pieces: int) -> str:
-    return f", part {index + 1} of {pieces}" if pieces > 1 else ""
+def _label(index: int, partitions: int) -> str:
+    return f", part {index + 1} of {partitions}" if partitions > 1 else ""

@@ -11,38 +11,22 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from stages.system.atomic import scratch_beside
-from stages.model.load import load_graph
-from stages.calibration.summary import CalibrationSummary
-from stages.calibration.summary import PassSummary
+from stages.calibration.cache import CacheKey, CacheWriter, find_cache, new_cache, require_place
+from stages.calibration.capture import Capture, memory_limit
+from stages.calibration.summary import CalibrationSummary, PassSummary
+from stages.calibration.text.self_generated import OwnTextSource
+from stages.calibration.text.windows import TokenWindows, WindowRequest, load_windows
+from stages.calibration.trt_profile import ShapeProfile, WindowShape, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
-from stages.model.load import fingerprint_model
-from stages.runtime.tap import ActivationTap
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
+from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
+from stages.runtime.tap import ActivationTap
+from stages.system.atomic import scratch_beside
+from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.calibration.capture import Observation
-from stages.calibration.capture import memory_limit
-from stages.calibration.cache import CacheKey
-from stages.calibration.cache import CacheWriter
-from stages.calibration.cache import find_cache
-from stages.calibration.cache import new_cache
-from stages.calibration.cache import require_place
-from stages.calibration.text.windows import TokenWindows
-from stages.calibration.text.windows import WindowRequest
-from stages.calibration.text.windows import load_windows
-from stages.calibration.text.self_generated import OwnTextSource
-from stages.system.distributed import Processes
-from stages.system.distributed import join_processes
-from stages.calibration.trt_profile import ShapeProfile
-from stages.calibration.trt_profile import WindowShape
-from stages.calibration.trt_profile import decoder_sizes
-from stages.runtime.providers import CUDA
-from stages.runtime.providers import NV_TENSORRT_RTX
-from stages.runtime.providers import ProviderChoice
-from stages.runtime.providers import choose_providers
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -52,7 +36,7 @@ class PreparedCalibration:
     """What is to be calibrated, and the key of its cache if all providers work."""
 
     model: ir.Model
-    observation: Observation
+    capture: Capture
     choice: ProviderChoice
     key: CacheKey
 
@@ -69,7 +53,7 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     started = time.perf_counter()
     processes = join_processes()
     with ExitStack() as until_the_end:
-        with processes.first_goes_first():
+        with processes.main_process_first():
             require_place(config.cache_path)
             folder = scratch_beside(config.cache_path, owner=processes.is_first)
             prepared = _prepare(config, processes, until_the_end.enter_context(folder))
@@ -82,18 +66,18 @@ def _observe(
     config: CalibrateConfig, prepared: PreparedCalibration, processes: Processes, started: float
 ) -> CalibrationSummary:
     """Run the model, write the cache, and return what it holds."""
-    observation = prepared.observation
-    memory = processes.hear_first(memory_limit(config.max_memory, observation.device, processes))
-    pieces = observation.cut(prepared.model, memory, prepared.choice.names)
-    with observation.open_first(pieces[0], prepared.choice) as tap:
+    capture = prepared.capture
+    memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes))
+    partitions = capture.cut(prepared.model, memory, prepared.choice.names)
+    with capture.open_first(partitions[0], prepared.choice) as tap:
         # Only now it is known which providers work.
         key = replace(prepared.key, providers=tap.providers.names)
         if _is_current(config, key):
             return _current(config)
-        with _new_cache(config, key, observation, processes) as writer:
-            observation.fill(writer, pieces, tap)
-    processes.wait_for_all()  # the first process gives the cache its place
-    return _summary(config, _pass_summary(observation, len(pieces), tap, time.perf_counter() - started))
+        with _new_cache(config, key, capture, processes) as writer:
+            capture.fill(writer, partitions, tap)
+    processes.barrier()  # the first process gives the cache its place
+    return _summary(config, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
 
 def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path) -> PreparedCalibration:
@@ -103,7 +87,7 @@ def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path) -> Pr
     model = load_graph(directory)
     choice = choose_providers(config.calibration_eps)
     own_text = OwnTextSource(directory=directory, providers=choice.names, folder=config.cache_path.absolute().parent)
-    observation = Observation(
+    capture = Capture(
         directory=directory,
         groups=find_groups(model),
         windows=load_windows(_window_request(config, directory), own_text=own_text),
@@ -113,23 +97,21 @@ def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path) -> Pr
         scratch=scratch,
         processes=processes,
     )
-    key = _cache_key(directory, observation.windows, choice)
-    return PreparedCalibration(model=model, observation=observation, choice=choice, key=key)
+    key = _cache_key(directory, capture.windows, choice)
+    return PreparedCalibration(model=model, capture=capture, choice=choice, key=key)
 
 
 @contextmanager
-def _new_cache(
-    config: CalibrateConfig, key: CacheKey, observation: Observation, processes: Processes
-) -> Iterator[CacheWriter]:
+def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture, processes: Processes) -> Iterator[CacheWriter]:
     """The first process makes the folder and gives it its place; all fill it."""
-    activations = [group.activation for group in observation.groups]
+    activations = [group.activation for group in capture.groups]
     if processes.is_first:
         with new_cache(config.cache_path, key, activations, overwrite=config.overwrite) as writer:
-            writer.write_tokens(observation.windows.calibration, observation.windows.held_out)
-            processes.hear_first(writer.folder)
+            writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
+            processes.broadcast(writer.folder)
             yield writer
     else:
-        yield CacheWriter.of(processes.hear_first(Path()), activations)
+        yield CacheWriter.of(processes.broadcast(Path()), activations)
 
 
 def _current(config: CalibrateConfig) -> CalibrationSummary:
@@ -218,13 +200,13 @@ def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
     return reason == ""
 
 
-def _pass_summary(observation: Observation, pieces: int, tap: ActivationTap, seconds: float) -> PassSummary:
-    groups = observation.groups
+def _pass_summary(capture: Capture, partitions: int, tap: ActivationTap, seconds: float) -> PassSummary:
+    groups = capture.groups
     return PassSummary(
-        tokenizer=observation.windows.tokenizer,
+        tokenizer=capture.windows.tokenizer,
         matmuls=sum(len(group.sites) for group in groups),
-        as_rows=sum(observation.text.size(group, "calibration").keeps_rows for group in groups),
-        pieces=pieces,
+        as_rows=sum(capture.text.size(group, "calibration").keeps_rows for group in groups),
+        partitions=partitions,
         widened=tap.widened,
         unused=tap.providers.missing,
         seconds=seconds,

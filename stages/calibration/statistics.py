@@ -6,16 +6,16 @@ and independent of T once G is known. Sums are float32 whatever the model's type
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from stages.records.formats import FLOAT_TYPES
-from stages.records.formats import FloatName
-from dataclasses import dataclass
-import torch
+
 from stages.errors import SolveError
 from stages.model.weights import all_finite
+from stages.records.formats import FLOAT_TYPES, FloatName
 from stages.records.results import TokenStats
-
 
 _BLOCK = 1024
 

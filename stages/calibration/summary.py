@@ -20,7 +20,7 @@ class PassSummary:
     """Sites whose activations were tapped."""
     as_rows: int
     """Activations that are kept as their tokens' own rows; of the others the Gram matrix is kept."""
-    pieces: int
+    partitions: int
     """Parts in which the graph ran, one after the other."""
     widened: bool
     """Whether a bfloat16 model ran as float32."""
@@ -74,8 +74,8 @@ def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
             "rows",
         ),
     ]
-    if made.pieces > 1:
-        text = f"the model ran in {made.pieces} parts, one after the other; --max_memory sets their size"
+    if made.partitions > 1:
+        text = f"the model ran in {made.partitions} parts, one after the other; --max_memory sets their size"
         rows.append(("memory", text))
     rows.append(providers)
     rows += [("", WIDENED_BECAUSE)] if made.widened else []

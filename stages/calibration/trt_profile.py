@@ -16,11 +16,10 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from stages.errors import GraphError, UserError
-from stages.model.genai_config import GENAI_CONFIG
-from stages.model.genai_config import read_genai_config
 from stages.calibration.text.tokenizer import why_unreachable
+from stages.errors import GraphError, UserError
 from stages.model.directory import ModelDirectory
+from stages.model.genai_config import GENAI_CONFIG, read_genai_config
 
 HF_CONFIG = "config.json"
 

@@ -1,6 +1,6 @@
 """Every option of the command lines: its name, default, help and validation, once.
 
-Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises RecipeError with
+Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises OptionError with
 the option's name; nothing here touches files.
 """
 
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from stages.commands.parsing import parse_bytes
-from stages.errors import RecipeError
-from stages.commands.options import require
-from stages.commands.options import beside
-from stages.commands.options import CommandOptions
 
+from stages.commands.options import CommandOptions, default_folder, require
+from stages.commands.parsing import parse_size
 
 PART_OF_FREE_MEMORY = 0.6
 """What --max_memory is where nobody says it."""
@@ -63,13 +60,13 @@ class CalibrateConfig(CommandOptions):
 
     @property
     def cache_path(self) -> Path:
-        return self.cache_dir or beside(self.onnx_path, ".calibration")
+        return self.cache_dir or default_folder(self.onnx_path, ".calibration")
 
     def validate(self) -> None:
-        """Raise RecipeError naming the first option that can't be used."""
+        """Raise OptionError naming the first option that can't be used."""
         require(self.calib_size >= 2, "--calib_size must be at least 2: one window to calibrate on, one held out.")
         require(self.seq_len >= 2, "--seq_len must be at least 2.")
         require(self.batch_size >= 1, "--batch_size must be at least 1.")
         require(self.seed >= 0, f"--seed {self.seed} must be 0 or more.")
         if self.max_memory is not None:
-            parse_bytes(self.max_memory, "--max_memory")
+            parse_size(self.max_memory, "--max_memory")

@@ -1,26 +1,19 @@
 """Every option of the command lines: its name, default, help and validation, once.
 
-Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises RecipeError with
+Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises OptionError with
 the option's name; nothing here touches files.
 """
 
 from __future__ import annotations
 
-from typing import Literal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-import tyro
-from stages.commands.options import CommandOptions
-from stages.errors import RecipeError
-from stages.commands.options import AccuracyLevel
-from stages.commands.options import Flag
-from stages.commands.options import require
-from stages.commands.quantize_options import Algorithm
-from stages.commands.quantize_options import LmHead
-from stages.commands.quantize_options import PerChannelWord
-from stages.commands.options import beside
+from typing import Annotated, Literal
 
+import tyro
+
+from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
+from stages.commands.quantize_options import Algorithm, LmHead, PerChannelWord
 
 Keep = Literal["all", "best", "none"]
 
@@ -80,7 +73,7 @@ class EvaluateConfig(CommandOptions):
     weights' folder; made where there is none. The same comparison is taken from there, too."""
 
     def validate(self) -> None:
-        """Raise RecipeError naming the first option that can't be used."""
+        """Raise OptionError naming the first option that can't be used."""
         require(self.windows >= 1, "--windows must be at least 1.")
         require(self.seq_len >= 2, "--seq_len must be at least 2.")
         require(self.worst >= 0, "--worst must be 0 or more.")
@@ -110,7 +103,7 @@ class ReportConfig(CommandOptions):
     """The quantized model."""
 
     def validate(self) -> None:
-        """Raise RecipeError naming the first option that can't be used."""
+        """Raise OptionError naming the first option that can't be used."""
         require((self.base is None) == (self.model is None), "--base and --model go together.")
         require(self.base is None or self.weights_path is not None, "--base and --model go with --weights_path.")
 
@@ -160,7 +153,7 @@ class BenchConfig(CommandOptions):
 
     @property
     def cache_path(self) -> Path:
-        return self.cache_dir or beside(self.base, ".calibration")
+        return self.cache_dir or default_folder(self.base, ".calibration")
 
 
 @dataclass(frozen=True, kw_only=True)

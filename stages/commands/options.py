@@ -1,19 +1,19 @@
 """Every option of the command lines: its name, default, help and validation, once.
 
-Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises RecipeError with
+Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises OptionError with
 the option's name; nothing here touches files.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-from typing import Annotated
-import tyro
-from stages.errors import RecipeError
-from pathlib import Path
-from stages.system.paths import companion
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
+import tyro
+
+from stages.errors import OptionError
+from stages.system.paths import sibling_folder
 
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
 
@@ -26,17 +26,17 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise RecipeError(message)
+        raise OptionError(message)
 
 
-def beside(path: Path, suffix: str) -> Path:
+def default_folder(path: Path, suffix: str) -> Path:
     """The default companion folder of a model: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
     folder = path.absolute()
     folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
     try:
-        return companion(folder, suffix)
+        return sibling_folder(folder, suffix)
     except ValueError as error:
-        raise RecipeError(f"{path} lies at the root of a disk; put it into a folder.") from error
+        raise OptionError(f"{path} lies at the root of a disk; put it into a folder.") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class CommandOptions:
     """An empty name: its options stand among the others."""
 
     def validate(self) -> None:
-        """Raise RecipeError naming the first option that can't be used."""
+        """Raise OptionError naming the first option that can't be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import math
-from stages.errors import RecipeError
-from typing import Literal
-from typing import get_args
+import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+from stages.errors import OptionError
 
 _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -19,16 +18,16 @@ _UNITS = {
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([a-z]*)")
 
 
-def parse_bytes(text: str, option: str) -> int:
+def parse_size(text: str, option: str) -> int:
     """Bytes of an amount such as 1.1GB (10^9) or 850MiB (2^20); a bare number counts bytes.
 
     Raises:
-        RecipeError: ``text`` is no such amount, or zero.
+        OptionError: ``text`` is no such amount, or zero.
     """
     match = _AMOUNT.fullmatch(text.strip().replace(" ", "").lower())
     number = float(match[1]) * _UNITS[match[2]] if match is not None and match[2] in _UNITS else 0.0
     if not 1 <= number < math.inf:
-        raise RecipeError(f"{option} '{text}' is no size; write one such as 1.1GB, 900MB or 850MiB.")
+        raise OptionError(f"{option} '{text}' is no size; write one such as 1.1GB, 900MB or 850MiB.")
     return int(number)
 
 
@@ -84,20 +83,20 @@ def parse_target(text: str) -> Target:
     """``cpu``, ``cuda@1.24`` or ``dml@1.24.1``; without a version the newest release known.
 
     Raises:
-        RecipeError: the runtime is unknown, the version is none, or older than any that fuses INT4.
+        OptionError: the runtime is unknown, the version is none, or older than any that fuses INT4.
     """
     name, separator, version = text.strip().lower().partition("@")
     runtime = next((known for known in _RUNTIMES if known == name), None)
     if runtime is None:
-        raise RecipeError(f"--target {text}: '{name}' is not one of {', '.join(_RUNTIMES)}.")
+        raise OptionError(f"--target {text}: '{name}' is not one of {', '.join(_RUNTIMES)}.")
     if not separator:
         return Target(runtime=runtime, release=_NEWEST, assumed=True)
     match = _VERSION.fullmatch(version)
     if match is None:
-        raise RecipeError(f"--target {text}: '{version}' is no version of ONNX Runtime such as 1.24 or 1.24.1.")
+        raise OptionError(f"--target {text}: '{version}' is no version of ONNX Runtime such as 1.24 or 1.24.1.")
     release = (int(match[1]), int(match[2]))
     if release < _OLDEST:
-        raise RecipeError(
+        raise OptionError(
             f"--target {text}: no release before {_OLDEST[0]}.{_OLDEST[1]} fuses INT4; name that one or a later one."
         )
     return Target(runtime=runtime, release=release)

@@ -1,31 +1,22 @@
 """Every option of the command lines: its name, default, help and validation, once.
 
-Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises RecipeError with
+Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises OptionError with
 the option's name; nothing here touches files.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-from stages.commands.options import require
-from dataclasses import dataclass
-from stages.commands.options import AccuracyLevel
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-import tyro
-from stages.commands.parsing import parse_bytes
-from stages.errors import RecipeError
-from stages.records.formats import BlockAxis
-from stages.records.formats import GatherForm
-from stages.commands.parsing import Target
-from stages.commands.parsing import parse_target
-from stages.commands.evaluate_options import Keep
-from stages.commands.options import Flag
-from stages.commands.options import beside
-from stages.commands.options import CommandOptions
+from typing import Annotated, Literal
 
+import tyro
+
+from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
+from stages.commands.parsing import Target, parse_size, parse_target
+from stages.records.formats import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
 
@@ -200,11 +191,11 @@ class QuantizeConfig(CommandOptions):
 
     @property
     def cache_path(self) -> Path:
-        return self.cache_dir or beside(self.onnx_path, ".calibration")
+        return self.cache_dir or default_folder(self.onnx_path, ".calibration")
 
     @property
     def weights_folder(self) -> Path:
-        return self.weights_path or beside(self.output_path, ".weights")
+        return self.weights_path or default_folder(self.output_path, ".weights")
 
     @property
     def export_options(self) -> ExportOptions:
@@ -212,7 +203,7 @@ class QuantizeConfig(CommandOptions):
 
     @property
     def parsed_target(self) -> Target | None:
-        """The runtime that ``target`` names; RecipeError where it names none."""
+        """The runtime that ``target`` names; OptionError where it names none."""
         return None if self.target is None else parse_target(self.target)
 
     @property
@@ -247,7 +238,7 @@ class QuantizeConfig(CommandOptions):
         return self.has_budget or self.tunes_blocks or self.algo not in ("rtn", "rtn_dq")
 
     def validate(self) -> None:
-        """Raise RecipeError naming the first option that can't be used."""
+        """Raise OptionError naming the first option that can't be used."""
         fusible = "ONNX Runtime fuses no other block size on every version"
         _require_block_size("--block_size", self.block_size, fusible)
         if self.int8_block_size != "channel":
@@ -291,7 +282,7 @@ class QuantizeConfig(CommandOptions):
             self.target_bpw is None or 0 < self.target_bpw < math.inf, "--target_bpw must be more than 0 and finite."
         )
         if self.target_size is not None:
-            parse_bytes(self.target_size, "--target_size")
+            parse_size(self.target_size, "--target_size")
         if self.has_budget:
             given = {
                 "--enable_mixed_quant": self.enable_mixed_quant,

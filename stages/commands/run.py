@@ -11,15 +11,11 @@ from typing import TypeVar
 import tyro
 from rich.console import Console
 
-from stages.commands.options import CommandOptions
-from stages.errors import UserError
 from stages.commands.logs import logging_to
-from stages.errors import in_one_line
-from stages.errors import sentence_of
+from stages.commands.options import CommandOptions
+from stages.commands.output import Output, Section, open_output
 from stages.commands.progress import progress_on
-from stages.commands.output import Output
-from stages.commands.output import Section
-from stages.commands.output import open_output
+from stages.errors import UserError, in_one_line, sentence_of
 
 Options = TypeVar("Options", bound=CommandOptions)
 Command = Callable[[Options], Iterable[Section]]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from jaxtyping import Bool
-from jaxtyping import Float
-from torch import Tensor
-from jaxtyping import Int64
-import torch
 import math
-import numpy as np
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
 
 _CHUNK_TOKENS = 64
 

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Int64
 import hashlib
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from stages.model.directory import ModelDirectory
-from stages.runtime.session import SessionSettings
-from stages.evaluation.records import Comparison
-from stages.commands.evaluate_options import EvaluateConfig
-from stages.errors import UserError
-from stages.model.directory import locate_model
-from stages.calibration.text.tokenizer import load_tokenizer
-from stages.runtime.providers import choose_providers
-from stages.model.load import fingerprint_model
-from pathlib import Path
-from jaxtyping import Float32
-from stages.evaluation.records import ModelRow
-from stages.commands.progress import Progress
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from stages.evaluation.records import Evaluation
-from stages.runtime.decoder import open_decoder
-from transformers import PreTrainedTokenizerBase
-from stages.calibration.text.windows import pack_windows
-from stages.calibration.text.offline import offline_evaluation_text
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
+
+import numpy as np
 import onnx_ir as ir
 import torch
-from stages.evaluation.accuracy import TokenScores
-from stages.evaluation.accuracy import by_position
-from stages.evaluation.accuracy import score_window
-from stages.evaluation.accuracy import summarize
-from stages.evaluation.accuracy import WorstToken
-from stages.evaluation.accuracy import worst_of_all
-from stages.evaluation.accuracy import worst_of_window
-from stages.runtime.upcast import must_widen
-from stages.model.sizes import stored_bytes
+from jaxtyping import Float32, Int64
+from transformers import PreTrainedTokenizerBase
 
+from stages.calibration.text.offline import offline_evaluation_text
+from stages.calibration.text.tokenizer import load_tokenizer
+from stages.calibration.text.windows import pack_windows
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.progress import Progress
+from stages.errors import UserError
+from stages.evaluation.accuracy import (
+    TokenScores,
+    WorstToken,
+    by_position,
+    score_window,
+    summarize,
+    worst_of_all,
+    worst_of_window,
+)
+from stages.evaluation.records import Comparison, Evaluation, ModelRow
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import fingerprint_model
+from stages.model.sizes import stored_bytes
+from stages.runtime.decoder import open_decoder
+from stages.runtime.providers import choose_providers
+from stages.runtime.session import SessionSettings
+from stages.runtime.upcast import must_upcast
 
 Windows = Int64[np.ndarray, "windows seq_len"]
 
@@ -227,7 +224,7 @@ def _score_model(
         accuracy=summarize(scores),
         positions=by_position(scores),
         worst=worst_of_all(worst, base.worst),
-        widened=must_widen(ir.load(directory.onnx_file), base.settings.providers),
+        widened=must_upcast(ir.load(directory.onnx_file), base.settings.providers),
     )
 
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from stages.evaluation.records import Answer
-from stages.evaluation.records import Generation
-from stages.runtime.genai import cannot_run
-from stages.runtime.genai import open_genai
 from stages.commands.progress import Progress
+from stages.evaluation.records import Answer, Generation
+from stages.runtime.genai import cannot_run, open_genai
 
 _OPTION = "--generate"
 

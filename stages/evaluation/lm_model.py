@@ -12,11 +12,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from stages.commands.progress import Progress
 from stages.errors import UserError
-from stages.runtime.decoder import Decoder
 from stages.evaluation.likelihood import Continuation, likelihoods
 from stages.model.genai_config import read_genai_config
-from stages.commands.progress import Progress
+from stages.runtime.decoder import Decoder
 
 _UNKNOWN_LENGTH = 2048
 """What lm-eval takes for a model that doesn't tell how many tokens it reads."""

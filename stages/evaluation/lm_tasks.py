@@ -9,13 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from stages.errors import UserError
-from stages.runtime.decoder import open_decoder
+from stages.calibration.text.tokenizer import load_tokenizer
+from stages.commands.progress import Progress
+from stages.errors import UserError, named
 from stages.evaluation.records import TaskScore
 from stages.model.directory import ModelDirectory
-from stages.calibration.text.tokenizer import load_tokenizer
-from stages.errors import named
-from stages.commands.progress import Progress
+from stages.runtime.decoder import open_decoder
 from stages.runtime.session import SessionSettings
 
 _OPTION = "--lm_eval_tasks"

@@ -7,11 +7,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from stages.evaluation.accuracy import Accuracy, PositionBin
-from stages.evaluation.accuracy import WorstToken
-from stages.system.json_file import explained
-from stages.system.json_file import read_json
-from stages.system.json_file import write_json
+from stages.evaluation.accuracy import Accuracy, PositionBin, WorstToken
+from stages.system.json_file import explained, read_json, write_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

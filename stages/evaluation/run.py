@@ -6,21 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.progress import Progress, progress_bar
 from stages.evaluation.compare import PreparedEvaluation, compare
-from stages.evaluation.speed_round import SpeedRequest
-from stages.evaluation.records import Evaluation
-from stages.evaluation.records import SpeedTest
-from stages.evaluation.records import TaskScore
-from stages.runtime.genai import require_genai
 from stages.evaluation.generation import generate
-from stages.evaluation.lm_tasks import TaskRequest
-from stages.evaluation.lm_tasks import find_tasks
-from stages.evaluation.lm_tasks import run_tasks
+from stages.evaluation.lm_tasks import TaskRequest, find_tasks, run_tasks
+from stages.evaluation.records import Evaluation, SpeedTest, TaskScore
 from stages.evaluation.speed import measure_speed
-from stages.system.hardware import default_threads
-from stages.commands.progress import Progress
-from stages.commands.progress import progress_bar
-from stages.system.hardware import threads
+from stages.evaluation.speed_round import SpeedRequest
+from stages.runtime.genai import require_genai
+from stages.system.hardware import default_threads, threads
 
 
 def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier: Evaluation | None) -> Evaluation:

@@ -10,23 +10,16 @@ from statistics import median
 
 import onnx_ir as ir
 
-from stages.errors import UserError
-from stages.evaluation.speed_round import OPTION
-from stages.evaluation.speed_round import REQUESTS
-from stages.evaluation.speed_round import ROUNDS
-from stages.evaluation.speed_round import Round
-from stages.evaluation.speed_round import SpeedRequest
-from stages.evaluation.records import ModelSpeed
-from stages.evaluation.records import Rate
-from stages.evaluation.records import SpeedTest
-from stages.runtime.genai import runtime_version
-from stages.system.measured_process import Cost
-from stages.system.measured_process import run_measured
-from stages.model.genai_config import read_genai_config
-from stages.system.hardware import describe_machine
-from stages.model.directory import ModelDirectory
 from stages.commands.progress import Progress
+from stages.errors import UserError
+from stages.evaluation.records import ModelSpeed, Rate, SpeedTest
+from stages.evaluation.speed_round import OPTION, REQUESTS, ROUNDS, Round, SpeedRequest
+from stages.model.directory import ModelDirectory
+from stages.model.genai_config import read_genai_config
+from stages.runtime.genai import runtime_version
 from stages.runtime.session import ACCURACY_LEVEL
+from stages.system.hardware import describe_machine
+from stages.system.measured_process import Cost, run_measured
 
 _DEFAULT_LEVEL = "4, ONNX Runtime's default on the CPU"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pydantic import TypeAdapter
-import time
-from pathlib import Path
-from stages.runtime.genai import open_genai
 import sys
-from stages.errors import UserError
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from stages.errors import UserError
+from stages.runtime.genai import open_genai
 
 OPTION = "--speed"
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.commands.run import run_command
 from stages.commands.evaluate_options import InspectConfig
-from stages.errors import UserError
 from stages.commands.output import Section
+from stages.commands.run import run_command
+from stages.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,12 +33,9 @@ def command(config: InspectConfig) -> Iterator[Section]:
 
 def _inspect(path: Path) -> tuple[object, RenderableType]:
     """Return the record of a folder or .onnx file, and its table."""
-    from stages.inspect.artifacts import is_sweep
-    from stages.inspect.artifacts import report_cache
-    from stages.inspect.artifacts import report_sweep
-    from stages.inspect.tables import cache_table
-    from stages.inspect.tables import sweep_table
     from stages.calibration.cache import find_cache
+    from stages.inspect.artifacts import is_sweep, report_cache, report_sweep
+    from stages.inspect.tables import cache_table, sweep_table
     from stages.quantization.weights.store import RECIPE
 
     if not path.exists():

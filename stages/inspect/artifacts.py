@@ -8,22 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from stages.calibration.cache import CalibrationCache, StatisticsOutline
 from stages.errors import CacheMismatch, UserError
-from stages.evaluation.bench.runs import read_base_rows
-from stages.evaluation.bench.runs import read_records
+from stages.evaluation.bench.results import Result, TextResults, measured_models
+from stages.evaluation.bench.runs import read_base_rows, read_records
 from stages.evaluation.records import ModelRow
-from stages.evaluation.bench.results import Result
-from stages.evaluation.bench.results import TextResults
-from stages.evaluation.bench.results import measured_models
+from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model
 from stages.quantization.plan.forecast import read_forecasts
-from stages.model.directory import locate_model
-from stages.calibration.cache import CalibrationCache
-from stages.calibration.cache import StatisticsOutline
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.results import SiteReport
-from stages.records.formats import WeightForm
 from stages.quantization.weights.summary import bits_per_weight
+from stages.records.formats import WeightForm
+from stages.records.results import SiteReport
 
 _CALIBRATION, _WEIGHTS = ".calibration", ".weights"
 _NOT_SHOWN = (".safetensors", "manifest.json", "recipe.json")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
 import re
-from dataclasses import dataclass
-from stages.records.sites import kind_of
 from collections import defaultdict
-from collections.abc import Collection
-from stages.inspect.quantized_weights import num_bytes
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
+import onnx_ir as ir
+
+from stages.inspect.quantized_weights import num_bytes
+from stages.records.sites import kind_of
 
 _PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
 

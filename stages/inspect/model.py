@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-import onnx_ir as ir
-from stages.errors import GraphError
-from stages.model.genai_config import read_genai_config
-from stages.model.directory import ModelDirectory
 from collections.abc import Iterator
-from typing import Any
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-from stages.inspect.files import FileReport
-from stages.inspect.runtimes import FusedOn
-from stages.inspect.runtimes import fused_on
-from stages.inspect.float_weights import InputScaleMul
-from stages.inspect.float_weights import LeftWeights
-from stages.inspect.runtimes import RuntimeAnswer
-from stages.inspect.quantized_weights import StoredWeight
-from stages.model.load import parse_graph
-from stages.inspect.files import report_files
-from stages.inspect.float_weights import find_input_scales
-from stages.inspect.float_weights import find_left
-from stages.inspect.runtimes import runtime_answers
-from stages.inspect.quantized_weights import find_stored
-from stages.model.sites import find_groups
+from typing import Any, Literal
 
+import onnx_ir as ir
+
+from stages.errors import GraphError
+from stages.inspect.files import FileReport, report_files
+from stages.inspect.float_weights import InputScaleMul, LeftWeights, find_input_scales, find_left
+from stages.inspect.quantized_weights import StoredWeight, find_stored
+from stages.inspect.runtimes import FusedOn, RuntimeAnswer, fused_on, runtime_answers
+from stages.model.directory import ModelDirectory
+from stages.model.genai_config import read_genai_config
+from stages.model.load import parse_graph
+from stages.model.sites import find_groups
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 

@@ -6,33 +6,23 @@ Those are DQMatMulToMatMulNBits' (qdq_selectors.cc), measured with 1.20 to 1.32.
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from stages.records.formats import FLOAT_TYPES
-from typing import Literal
-from stages.commands.parsing import Release
-from dataclasses import dataclass
-from collections.abc import Sequence
-from stages.inspect.quantized_weights import DequantizedWeight
-from itertools import groupby
-from stages.commands.parsing import RELEASES
-from export.verify.fusion import known_objection
-from stages.inspect.quantized_weights import StoredWeight
-import onnx_ir as ir
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.commands.options import AccuracyLevel
-from stages.records.formats import WeightForm
-from stages.quantization.targets.choose import RULES
-from stages.commands.parsing import parse_target
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import FormatWishes
-from stages.quantization.targets.formats import ModelTraits
-from stages.commands.parsing import Runtime
-from stages.quantization.targets.rules import Request
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import MappingProxyType
+from typing import Literal
 
+import onnx_ir as ir
+
+from export.verify.fusion import known_objection
+from stages.commands.options import AccuracyLevel
+from stages.commands.parsing import RELEASES, Release, Runtime, parse_target
+from stages.inspect.quantized_weights import DequantizedWeight, StoredWeight
+from stages.quantization.targets.choose import RULES
+from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
+from stages.quantization.targets.rules import Request
+from stages.records.formats import FLOAT_TYPES, Granularity, PerBlock, PerChannel, QuantSpec, WeightForm
 
 SCALES = MappingProxyType({kind.onnx.name: name for name, kind in FLOAT_TYPES.items()})
 """Types that scales may have, by their ONNX names."""
@@ -169,7 +159,7 @@ class RuntimeAnswer:
 
     runtime: str
     """With its release: cpu@1.32."""
-    objections: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None) -> tuple[RuntimeAnswer, ...]:
@@ -183,12 +173,12 @@ def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None)
     return tuple(
         RuntimeAnswer(
             runtime=parse_target(runtime).label,
-            objections=tuple(
+            warnings=tuple(
                 dict.fromkeys(
                     sentence
                     for form, members in forms.items()
                     if members
-                    for sentence in _objections(runtime, form, [*members, *_lookups(weights)], accuracy_level)
+                    for sentence in _warnings(runtime, form, [*members, *_lookups(weights)], accuracy_level)
                 )
             ),
         )
@@ -216,7 +206,7 @@ def _lookups(weights: Sequence[StoredWeight]) -> list[StoredWeight]:
     return [each for each in weights if each.form == "GatherBlockQuantized" or each.form.endswith(" -> Gather")]
 
 
-def _objections(
+def _warnings(
     runtime: Runtime, form: WeightForm, weights: Sequence[StoredWeight], accuracy_level: str | None
 ) -> tuple[str, ...]:
     tables = _lookups(weights)
@@ -224,34 +214,34 @@ def _objections(
     four_bit, eight_bit = ([each for each in products if each.bits == bits] for bits in (4, 8))
     levels = [each.accuracy_level for each in products if each.accuracy_level is not None]
     level = str(levels[0]) if levels else accuracy_level
-    wishes = FormatWishes(
+    requested = RequestedFormats(
         form=form,
         named_eight_bit=bool(eight_bit),
         zero_point=any(each.zero_point for each in products),
         gather_axis=1 if tables else None,
         gather_form="dq" if any(each.form.endswith(" -> Gather") for each in tables) else "gather_block_quantized",
     )
-    traits = ModelTraits(
+    facts = ModelFacts(
         dtypes=frozenset(SCALES[each.scales] for each in products),
         in_features=frozenset(each.shape[0] for each in products),
         has_gemm=any(each.form.endswith("Gemm") for each in products),
         embedding_widths=frozenset(each.shape[-1] for each in tables),
     )
     rules = RULES[runtime]
-    request = Request(release=parse_target(runtime).release, wishes=wishes, traits=traits)
+    request = Request(release=parse_target(runtime).release, requested=requested, facts=facts)
     preferred = rules.prefer(request)
     commonest = _commonest(four_bit)
     choice = FormatChoice(
         form=form,
         four_bit=commonest if isinstance(commonest, PerBlock) else PerBlock(block_size=preferred.block_size.value),
         eight_bit=_commonest(eight_bit) or preferred.eight_bit.value or PerChannel(),
-        symmetric=not wishes.zero_point,
+        symmetric=not requested.zero_point,
         scale_range=preferred.scale_range.value,
-        gather_form=wishes.gather_form or "gather_block_quantized",
+        gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=next((each.block_size for each in tables if each.block_size), 32),
         accuracy_level=_LEVELS.get(level or ""),
     )
-    return tuple(rules.objections(request, choice))
+    return tuple(rules.warnings(request, choice))
 
 
 def _commonest(weights: Sequence[StoredWeight]) -> Granularity | None:

@@ -10,15 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from stages.evaluation.records import ModelRow
 from stages.evaluation.bench.results import results_table
-from stages.inspect.float_weights import general_kind
-from stages.inspect.float_weights import is_float
+from stages.evaluation.records import ModelRow
+from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport, judged_results
+from stages.inspect.float_weights import general_kind, is_float
 from stages.inspect.model import ModelReport
-from stages.inspect.artifacts import CacheReport
-from stages.inspect.artifacts import SweepReport
-from stages.inspect.artifacts import WeightsReport
-from stages.inspect.artifacts import judged_results
 from stages.inspect.quantized_weights import StoredWeight
 from stages.quantization.weights.summary import ranges
 from stages.records.sites import layer_of
@@ -129,7 +125,7 @@ def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
         first = report.input_scales[0]
         yield "input scales", f"{len(report.input_scales)} Mul nodes before products, such as {first.node}"
     for answer in report.runtimes:
-        for sentence in answer.objections or ("nothing known against it",):
+        for sentence in answer.warnings or ("nothing known against it",):
             yield answer.runtime, sentence
     yield from _files(report)
     yield from _configuration(report)

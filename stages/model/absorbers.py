@@ -16,16 +16,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from stages.model.patterns import before_cast
-from stages.model.patterns import is_square
-from stages.model.patterns import repeated_kv_heads
-from stages.model.patterns import sole_reader
-from stages.records.sites import Absorber
-from stages.records.sites import HeadSharing
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import MatMulSite
-from stages.records.sites import NormAbsorber
-from stages.records.sites import ValueAbsorber
+from stages.model.patterns import before_cast, is_square, repeated_kv_heads, sole_reader
+from stages.records.sites import Absorber, HeadSharing, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 
 _GAIN_INPUT = {
     "SimplifiedLayerNormalization": 1,

@@ -8,10 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from stages.errors import GraphError
+from stages.model.genai_config import GENAI_CONFIG, GenaiModel, read_genai_model
 from stages.system.paths import reachable
-from stages.model.genai_config import GENAI_CONFIG
-from stages.model.genai_config import GenaiModel
-from stages.model.genai_config import read_genai_model
 
 _PAST_INPUTS = slice(3, 5)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from stages.errors import GraphError
-from stages.errors import in_one_line
+from stages.errors import GraphError, in_one_line
 
 GENAI_CONFIG = "genai_config.json"
 

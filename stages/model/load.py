@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-import onnx_ir as ir
-import onnx
-from stages.errors import GraphError
-from stages.model.directory import ModelDirectory
-from stages.errors import in_one_line
-from stages.model.validate import fault_of_graph
-from stages.model.validate import fault_of_proto
-from pathlib import Path
 import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from stages.errors import GraphError, in_one_line
+from stages.model.directory import ModelDirectory
+from stages.model.validate import fault_of_graph, fault_of_proto
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

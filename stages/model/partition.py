@@ -1,6 +1,6 @@
 """A graph in pieces that run one after another, so that only one piece's weights and results are in memory at a time.
 
-Pieces are cut where the fewest bytes a token cross, which in a decoder is between two layers.
+Partitions are cut where the fewest bytes a token cross, which in a decoder is between two layers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _WITH_CACHES = frozenset({"GroupQueryAttention", "MultiHeadAttention"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Partition:
     """Some consecutive nodes as a model of their own, whose weights still point into the data file.
 
     Its outputs are what is wanted of its nodes, and what later pieces read.
     """
 
     model: ir.Model
-    carried_in: tuple[str, ...]
+    boundary_inputs: tuple[str, ...]
     """Inputs that earlier pieces compute."""
-    carried_out: tuple[str, ...]
+    boundary_outputs: tuple[str, ...]
     """Outputs that later pieces read."""
 
 
-def cut_into_pieces(
+def cut_into_partitions(
     model: ir.Model,
     *,
     wanted: Collection[str],
@@ -39,7 +39,7 @@ def cut_into_pieces(
     together: Collection[str] = (),
     extra_bytes: Mapping[str, int] | None = None,
     weight_bytes: Callable[[ir.TensorProtocol], int] = lambda weight: weight.nbytes,
-) -> Iterator[Piece]:
+) -> Iterator[Partition]:
     """Cut the part of the main graph that ``wanted`` values are computed from.
 
     Args:
@@ -185,15 +185,15 @@ def _bytes_a_token(value: ir.Value) -> int:
     return int(prod(dim for dim in value.shape if isinstance(dim, int)) * value.dtype.itemsize)
 
 
-def _piece(model: ir.Model, carried: list[ir.Value], read_later: list[ir.Value], outputs: list[ir.Value]) -> Piece:
+def _piece(model: ir.Model, carried: list[ir.Value], read_later: list[ir.Value], outputs: list[ir.Value]) -> Partition:
     graph = ir.convenience.extract(model.graph, [*carried, *model.graph.inputs], outputs)
     graph.inputs[:] = [value for value in graph.inputs if value.uses()]
     _drop_unread_caches(graph)
     read = {value.name for value in graph.inputs}
-    return Piece(
+    return Partition(
         model=ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values())),
-        carried_in=tuple(str(value.name) for value in carried if value.name in read),
-        carried_out=tuple(str(value.name) for value in read_later),
+        boundary_inputs=tuple(str(value.name) for value in carried if value.name in read),
+        boundary_outputs=tuple(str(value.name) for value in read_later),
     )
 
 

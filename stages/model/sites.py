@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-import onnx_ir as ir
-from stages.records.sites import MatMulSite
-from stages.errors import GraphError
-from stages.records.sites import ActivationGroup
-from stages.model.absorbers import find_absorber
-from stages.model.patterns import readers
-from stages.model.patterns import routes_experts
-from stages.records.sites import WeightLayout
-from stages.records.formats import float_of_onnx
 from typing import Literal
-from stages.records.formats import EmbeddingTable
 
+import onnx_ir as ir
+
+from stages.errors import GraphError
+from stages.model.absorbers import find_absorber
+from stages.model.patterns import readers, routes_experts
+from stages.records.formats import EmbeddingTable, float_of_onnx
+from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
-from dataclasses import dataclass
-from stages.model.load import load_graph
-from stages.model.directory import ModelDirectory
 from collections import Counter
-from stages.model.load import external_files
+from dataclasses import dataclass
 
+import onnx_ir as ir
+
+from stages.model.directory import ModelDirectory
+from stages.model.load import external_files, load_graph
 
 CODES = {4: "INT4 codes", 8: "INT8 codes"}
 

@@ -6,17 +6,15 @@ model in which they are a large part gets only a little smaller, and a person mu
 
 from __future__ import annotations
 
-import onnx_ir as ir
 from collections import defaultdict
-from collections.abc import Collection
-from stages.model.sites import find_embeddings
-from stages.records.sites import UnreachedWeights
-from stages.model.patterns import readers
-from stages.model.patterns import EXPERT_NODES
-from stages.model.sites import weight_of
-from collections.abc import Iterator
-from stages.records.formats import float_of_onnx
+from collections.abc import Collection, Iterator
 
+import onnx_ir as ir
+
+from stages.model.patterns import EXPERT_NODES, readers
+from stages.model.sites import find_embeddings, weight_of
+from stages.records.formats import float_of_onnx
+from stages.records.sites import UnquantizedWeights
 
 _SMALLEST_SHARE = 0.01
 
@@ -52,7 +50,7 @@ _EXPERTS = (
 _OTHERS = "only weights of MatMul and Gemm are quantized"
 
 
-def find_unreached(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnreachedWeights, ...]:
+def find_unquantized(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnquantizedWeights, ...]:
     """Weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node that does.
 
     Each entry holds at least 1 % of the bytes of all weights; tables of rotary embeddings are no weights.
@@ -96,9 +94,9 @@ def _num_bytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
 
 
-def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) -> UnreachedWeights:
+def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) -> UnquantizedWeights:
     num_bytes = sum(_num_bytes(value) for value in members)
-    return UnreachedWeights(
+    return UnquantizedWeights(
         op_type=op_type,
         weights=tuple(str(value.name) for value in members),
         num_bytes=num_bytes,
@@ -107,7 +105,7 @@ def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) ->
     )
 
 
-def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int, routers: int) -> str:
+def unquantized_warning(unreached: tuple[UnquantizedWeights, ...], *, quantized: int, routers: int) -> str:
     """One line about what a person may have expected to shrink; empty where there is nothing to say.
 
     An embedding is no surprise; experts are always named, and anything else from 5 % of the weights. ``quantized`` and
@@ -120,14 +118,14 @@ def unreached_warning(unreached: tuple[UnreachedWeights, ...], *, quantized: int
     return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *told])
 
 
-def _is_worth_a_warning(part: UnreachedWeights) -> bool:
+def _is_worth_a_warning(part: UnquantizedWeights) -> bool:
     return part.op_type in EXPERT_NODES or (part.reason != _EMBEDDING and part.share >= _WORTH_A_WARNING)
 
 
 _NO_WEIGHT = "it multiplies two activations"
 
 
-def find_rejected(model: ir.Model) -> tuple[tuple[str, str], ...]:
+def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
     """(node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
     main = set(model.graph)
     return tuple(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import torch
-from stages.errors import GraphError
-from stages.errors import SolveError
-from stages.records.sites import MatMulSite
-from stages.records.sites import WeightLayout
-import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.errors import GraphError, SolveError
 from stages.records.formats import EmbeddingTable
-import ml_dtypes
+from stages.records.sites import MatMulSite, WeightLayout
 
 
 def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:

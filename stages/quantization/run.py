@@ -12,46 +12,29 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from stages.model.load import load_graph
-from stages.quantization.blocks.decoder import open_blocks
+from stages.calibration.cache import CalibrationCache, open_cache
+from stages.commands.progress import progress_bar
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import CacheMismatch, SolveError, UserError
-from stages.model.load import fingerprint_model
-from stages.model.unquantized import unreached_warning
-from stages.model.weights import read_rows
-from stages.model.weights import read_weight
-from stages.system.hardware import choose_device
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.calibration.cache import CalibrationCache
-from stages.calibration.cache import open_cache
-from stages.quantization.plan.plan_file import PLAN
-from stages.quantization.plan.plan_file import write_plan
-from stages.quantization.plan.plan import ModelPlan
-from stages.quantization.plan.plan import group_solver
-from stages.quantization.plan.plan import make_recipe
-from stages.quantization.plan.plan import plan_model
-from stages.quantization.plan.plan import signround_options
-from stages.system.distributed import Processes
-from stages.commands.progress import progress_bar
-from stages.quantization.weights.store import EARLIER
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.store import create_or_resume_store
-from stages.records.sites import ActivationGroup
-from stages.records.results import SiteReport
-from stages.quantization.weights.summary import loss_so_far
-from stages.records.sites import short_name
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import fingerprint_model, load_graph
+from stages.model.unquantized import unquantized_warning
+from stages.model.weights import read_rows, read_weight
+from stages.quantization.blocks.decoder import open_blocks
+from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
+from stages.quantization.plan.allocate_budget import BudgetResult, allocate_budget
+from stages.quantization.plan.plan import ModelPlan, group_solver, make_recipe, plan_model, signround_options
+from stages.quantization.plan.plan_file import PLAN, write_plan
 from stages.quantization.search.embedding import quantize_table
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.solver import GroupSolver
-from stages.quantization.search.solver import search_cost
 from stages.quantization.search.parallel import solve_groups
-from stages.quantization.plan.allocate_budget import SpentBudget
-from stages.quantization.plan.allocate_budget import spend_budget
-from stages.quantization.blocks.tuner import BlockStep
-from stages.quantization.blocks.tuner import BlockTuner
-from stages.quantization.blocks.tuner import RefineStep
-from stages.quantization.blocks.tuner import SignRoundStep
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.search.solver import GroupSolver, search_cost
+from stages.quantization.weights.store import EARLIER, QuantizedStore, create_or_resume_store
+from stages.quantization.weights.summary import loss_so_far
+from stages.records.results import SiteReport
+from stages.records.sites import ActivationGroup, short_name
+from stages.system.distributed import Processes
+from stages.system.hardware import choose_device
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -135,7 +118,7 @@ def _say_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
         _LOGGER.info("formats for %s: %s", config.parsed_target.label, chosen)
     sites = plan.sites
-    left = unreached_warning(plan.unreached, quantized=len(sites.specs), routers=sites.kept_routers)
+    left = unquantized_warning(plan.unreached, quantized=len(sites.specs), routers=sites.kept_routers)
     for warning in filter(None, (*plan.choice.warnings, left)):
         _LOGGER.warning("%s", warning)
 
@@ -146,12 +129,12 @@ def _spent(
     directory: ModelDirectory,
     plan: ModelPlan,
     cache: CalibrationCache | None,
-) -> SpentBudget | None:
+) -> BudgetResult | None:
     """What ``plan`` left open, decided; None where it left nothing open."""
     if plan.left_open is None:
         return None
     assert cache is not None, "a budget needs the cache"
-    spent = spend_budget(config, model, directory, cache, plan, choose_device(config.device))
+    spent = allocate_budget(config, model, directory, cache, plan, choose_device(config.device))
     _LOGGER.info("%s", spent.summary)
     return spent
 
@@ -165,7 +148,7 @@ def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: Cal
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:
     """Solve the groups that have no file yet, shared out by cost; each is saved before the next begins."""
     unfinished = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
-    processes.wait_for_all()  # so that all share out the same groups
+    processes.barrier()  # so that all share out the same groups
     costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
     mine = processes.my_share(costs)
     with progress_bar() as progress:
@@ -177,7 +160,7 @@ def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Pro
             found += solved.reports
             now = short_name(solved.group.sites[0].name)
             progress.advance(task, costs[places[index]], now=now, note=loss_so_far(found))
-    processes.wait_for_all()
+    processes.barrier()
     if processes.is_first:
         store.write_report()
 
@@ -194,7 +177,7 @@ def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Proc
     blocks = open_blocks(prepared.model, store.recipe.groups)
     search = replace(config, algo=config.search_algorithm, refine=False)
     solver = _solver(search, prepared.model, prepared.plan, cache)
-    with processes.first_goes_first():
+    with processes.main_process_first():
         begun = _earlier_store(store, "search", search, prepared.plan, cache)
     _solve_unfinished(solver, begun, processes)
     if not processes.is_first:

@@ -6,16 +6,16 @@ Weights are always [N, K] here, whatever the graph stores.
 
 from __future__ import annotations
 
-from typing import Literal
-import torch
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Literal
+
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from collections.abc import Mapping
-from types import MappingProxyType
-import ml_dtypes
-from enum import StrEnum
-
+import torch
 
 FloatName = Literal["float32", "float16", "bfloat16"]
 """Floating-point storage types a base model can have, named as torch names them."""

@@ -7,17 +7,11 @@ Weights are always [N, K] here, whatever the graph stores.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torch import Tensor
-from stages.records.sites import MatMulSite
-from stages.records.formats import QuantSpec
-from stages.records.sites import ActivationGroup
-from stages.records.formats import WeightForm
-from stages.records.formats import EmbeddingPlan
-from stages.records.sites import UnreachedWeights
-from stages.records.formats import DataFileUse
-from stages.records.formats import SiteError
-from stages.records.formats import TableError
-from stages.records.formats import UnfusedSite
+
+from stages.records.formats import DataFileUse, EmbeddingPlan, QuantSpec, SiteError, TableError, UnfusedSite, WeightForm
+from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +140,7 @@ class ExportRecipe:
     """The algorithm and options in words."""
     embeddings: tuple[EmbeddingPlan, ...] = ()
     """The tables whose Gather nodes read INT4 codes."""
-    unreached: tuple[UnreachedWeights, ...] = ()
+    unreached: tuple[UnquantizedWeights, ...] = ()
     """Large weights that no MatMul or Gemm reads, and so stay as they are."""
     session_options: tuple[tuple[str, str], ...] = ()
     """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them

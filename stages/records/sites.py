@@ -6,12 +6,12 @@ Weights are always [N, K] here, whatever the graph stores.
 
 from __future__ import annotations
 
-from enum import StrEnum
-from dataclasses import dataclass
-from typing import Literal
-from stages.records.formats import FloatName
 import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
 
+from stages.records.formats import FloatName
 
 # --------------------------------------------------------------------------- the graph's sites
 
@@ -123,7 +123,7 @@ class ActivationGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnreachedWeights:
+class UnquantizedWeights:
     """Matrices that one kind of node reads and that quantization leaves alone."""
 
     op_type: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from stages.commands.run import run_command
 from stages.commands.evaluate_options import ReportConfig
-from stages.errors import UserError
 from stages.commands.output import Section
+from stages.commands.run import run_command
+from stages.errors import UserError
 
 
 def command(config: ReportConfig) -> Iterable[Section]:
@@ -18,13 +18,11 @@ def command(config: ReportConfig) -> Iterable[Section]:
         UserError: there is nothing to make a page from, or the folder can't be written.
     """
     from stages.model.directory import locate_model
-    from stages.report.document import REPORT_JSON
-    from stages.report.document import read_document
-    from stages.report.document import write_report
+    from stages.model.sizes import size_parts
+    from stages.quantization.weights.store import open_store
+    from stages.report.document import REPORT_JSON, read_document, write_report
     from stages.report.from_runs import quantization_of
     from stages.report.render import render
-    from stages.quantization.weights.store import open_store
-    from stages.model.sizes import size_parts
 
     document = read_document(config.report)
     if config.weights_path is not None:

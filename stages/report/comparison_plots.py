@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 from stages.evaluation.records import Evaluation
-from stages.report.document import SweepPoint
-from stages.report.document import SweepTable
-from stages.report.svg import OUTLINES
-from stages.report.svg import Axis
-from stages.report.svg import Mark
-from stages.report.svg import axis_over
-from stages.report.svg import chart
-from stages.report.view import Figure
-from stages.report.view import LegendEntry
-from stages.report.view import TableView
-from stages.report.view import megabytes
-from stages.report.view import number
-from stages.report.view import percent
-from stages.report.view import table
+from stages.report.document import SweepPoint, SweepTable
+from stages.report.svg import OUTLINES, Axis, Mark, axis_over, chart
+from stages.report.view import Figure, LegendEntry, TableView, megabytes, number, percent, table
 
 
 def front_figure(sweep: SweepTable, name: str) -> Figure | None:

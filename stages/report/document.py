@@ -11,13 +11,10 @@ from pydantic import TypeAdapter
 
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.records import Evaluation
-from stages.evaluation.records import ModelRow
-from stages.system.json_file import explained
-from stages.system.json_file import write_whole
-from stages.records.results import SiteReport
-from stages.records.results import VerifyReport
+from stages.evaluation.records import Evaluation, ModelRow
 from stages.model.sizes import SizePart
+from stages.records.results import SiteReport, VerifyReport
+from stages.system.json_file import explained, write_whole
 
 _LOGGER = logging.getLogger(__name__)
 REPORT_JSON = "report.json"

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import logging
-from pydantic import TypeAdapter
-from stages.records.results import VerifyReport
-from stages.errors import RecipeError
-from stages.report.document import KeptSite
-from stages.report.document import Quantization
-from stages.quantization.weights.store import VERIFICATION
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.summary import bits_per_weight
-from stages.records.sites import kind_of
-from stages.records.sites import layer_of
-from stages.model.sizes import SizePart
-from collections.abc import Sequence
-from stages.report.document import QuantizedSite
-from stages.records.results import ExportRecipe
-from stages.records.results import SiteReport
-from pathlib import Path
-from pydantic import ValidationError
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from stages.system.hardware import describe_machine
-from stages.report.document import read_document
-from stages.report.document import write_report
-from stages.report.render import render
-from stages.quantization.weights.store import REPORT_FOLDER
-from collections.abc import Mapping
-from stages.evaluation.bench.runs import Bench
-from stages.evaluation.bench.runs import Record
-from stages.evaluation.bench.runs import Run
-from stages.evaluation.bench.runs import Yardstick
-from stages.evaluation.bench.results import on_front
-from stages.evaluation.bench.setup import results_of
-from stages.report.document import Document
-from stages.report.document import SweepTable
-from stages.evaluation.bench.results import Result
-from stages.report.document import SweepPoint
+from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from stages.errors import OptionError
+from stages.evaluation.bench.results import Result, on_front
+from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder
+from stages.evaluation.bench.setup import results_of
+from stages.model.sizes import SizePart
+from stages.quantization.weights.store import REPORT_FOLDER, VERIFICATION, QuantizedStore
+from stages.quantization.weights.summary import bits_per_weight
+from stages.records.results import ExportRecipe, SiteReport, VerifyReport
+from stages.records.sites import kind_of, layer_of
+from stages.report.document import (
+    Document,
+    KeptSite,
+    Quantization,
+    QuantizedSite,
+    SweepPoint,
+    SweepTable,
+    read_document,
+    write_report,
+)
+from stages.report.render import render
+from stages.system.hardware import describe_machine
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -49,10 +41,10 @@ def quantization_of(store: QuantizedStore, sizes: tuple[SizePart, ...]) -> Quant
     """Return the report's part on one run of stages.quantize; ``sizes`` are those of the base and the output.
 
     Raises:
-        RecipeError: the search isn't finished.
+        OptionError: the search isn't finished.
     """
     if not store.is_complete():
-        raise RecipeError(f"{store.folder} isn't complete; run stages.quantize again to go on with it.")
+        raise OptionError(f"{store.folder} isn't complete; run stages.quantize again to go on with it.")
     recipe = store.recipe
     return Quantization(
         summary=recipe.summary,
@@ -114,29 +106,29 @@ def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, ti
 
 
 def sweep_document(
-    bench: Bench,
+    run_folder: RunFolder,
     runs: Sequence[Run],
     records: Mapping[str, Record],
-    yardsticks: Sequence[Yardstick],
+    evaluation_texts: Sequence[EvaluationText],
     notes: Mapping[str, str],
 ) -> Document:
     """One table a text; one of held-out layer losses where there is no text. ``notes`` are remarks by run name."""
     commands = {run.name: run.shown_command for run in runs}
     tables = []
-    for yardstick in yardsticks or (None,):
-        results = results_of(runs, records, yardstick, notes)
+    for evaluation_text in evaluation_texts or (None,):
+        results = results_of(runs, records, evaluation_text, notes)
         points = [
             _point(result, commands[result.name], on_front=best)
             for result, best in zip(results, on_front(results), strict=True)
         ]
         tables.append(
             SweepTable(
-                text=None if yardstick is None else yardstick.text,
-                base=None if yardstick is None else bench.base_row(yardstick),
+                text=None if evaluation_text is None else evaluation_text.text,
+                base=None if evaluation_text is None else run_folder.base_row(evaluation_text),
                 points=tuple(points),
             )
         )
-    return Document(title=bench.folder.name, machine=describe_machine(), sweep=tuple(tables))
+    return Document(title=run_folder.folder.name, machine=describe_machine(), sweep=tuple(tables))
 
 
 def _point(result: Result, command: str, *, on_front: bool) -> SweepPoint:

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from stages.report.document import KeptSite
-from stages.report.document import QuantizedSite
-from stages.report.svg import Axis
-from stages.report.svg import Part
-from stages.report.svg import bars
-from stages.report.view import Figure
-from stages.report.view import LegendEntry
-from stages.report.view import megabytes
-from stages.report.view import percent
-from stages.report.view import table
+from stages.model.sizes import CATEGORIES, SizePart
 from stages.records.sites import short_name
-from stages.model.sizes import CATEGORIES
-from stages.model.sizes import SizePart
+from stages.report.document import KeptSite, QuantizedSite
+from stages.report.svg import Axis, Part, bars
+from stages.report.view import Figure, LegendEntry, megabytes, percent, table
 
 _KEPT = "as it was"
 

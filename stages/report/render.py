@@ -7,27 +7,21 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.report.comparison_plots import front_figure
-from stages.report.comparison_plots import position_figure
-from stages.report.document import Document
-from stages.report.document import Quantization
-from stages.report.model_plots import bits_figure
-from stages.report.model_plots import size_figure
+from stages.report.comparison_plots import front_figure, position_figure
+from stages.report.document import Document, Quantization
+from stages.report.model_plots import bits_figure, size_figure
 from stages.report.site_plots import site_figure
-from stages.report.tables import accuracy_passage
-from stages.report.tables import answer_passage
-from stages.report.tables import speed_passage
-from stages.report.tables import task_passage
-from stages.report.tables import verified_passage
-from stages.report.tables import worst_passage
-from stages.report.view import Figure
-from stages.report.view import Passage
-from stages.report.view import Section
-from stages.report.view import Tile
-from stages.report.view import megabytes
-from stages.report.view import percent
+from stages.report.tables import (
+    accuracy_passage,
+    answer_passage,
+    speed_passage,
+    task_passage,
+    verified_passage,
+    worst_passage,
+)
+from stages.report.view import Figure, Passage, Section, Tile, megabytes, percent
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
 STYLE_SHEET = _FOLDER / "page.css"
 

@@ -6,20 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stages.report.document import QuantizedSite
-from stages.report.svg import Axis
-from stages.report.svg import Mark
-from stages.report.svg import axis_over
-from stages.report.svg import chart
-from stages.report.view import UNKNOWN
-from stages.report.view import Figure
-from stages.report.view import LegendEntry
-from stages.report.view import TableView
-from stages.report.view import number
-from stages.report.view import percent
-from stages.report.view import table
 from stages.records.results import SiteReport
 from stages.records.sites import short_name
+from stages.report.document import QuantizedSite
+from stages.report.svg import Axis, Mark, axis_over, chart
+from stages.report.view import UNKNOWN, Figure, LegendEntry, TableView, number, percent, table
 
 _ROUNDED = LegendEntry(text="rounded to nearest", shape="ring", css="c0")
 _CHOSEN = LegendEntry(text="as chosen", shape="disc", css="c1")

@@ -8,24 +8,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from stages.evaluation.records import Evaluation
-from stages.evaluation.records import Generation
-from stages.evaluation.records import ModelRow
-from stages.evaluation.records import SpeedTest
-from stages.evaluation.records import TaskScore
-from stages.evaluation.accuracy import Guess
-from stages.evaluation.accuracy import WorstToken
-from stages.report.document import Quantization
-from stages.report.view import UNKNOWN
-from stages.report.view import Passage
-from stages.report.view import TableView
-from stages.report.view import megabytes
-from stages.report.view import number
-from stages.report.view import percent
-from stages.report.view import table
-from stages.report.view import visible
+from stages.evaluation.accuracy import Guess, WorstToken
+from stages.evaluation.records import Evaluation, Generation, ModelRow, SpeedTest, TaskScore
 from stages.records.results import VerifyReport
 from stages.records.sites import short_name
+from stages.report.document import Quantization
+from stages.report.view import UNKNOWN, Passage, TableView, megabytes, number, percent, table, visible
 from stages.runtime.upcast import WIDENED_BECAUSE
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.report.svg import OUTLINES
-from stages.report.svg import Shape
+from stages.report.svg import OUTLINES, Shape
 
 UNKNOWN = "-"
 """What a table says of a number that isn't known."""

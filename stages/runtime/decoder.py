@@ -13,9 +13,7 @@ from jaxtyping import Float32, Int64
 
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.runtime.upcast import runnable_file
 
 _LOGITS = "logits"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import onnxruntime as ort
 import torch
-from stages.errors import UserError
 
+from stages.errors import UserError
 
 CPU = "CPUExecutionProvider"
 

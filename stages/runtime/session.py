@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from stages.records.formats import FLOAT_TYPES
-import numpy as np
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from stages.system.hardware import threads
-from stages.runtime.providers import CPU
-import onnxruntime as ort
-import torch
-from stages.errors import GraphError
-from stages.errors import in_one_line
-from stages.runtime.providers import ProviderChoice
-from collections.abc import Callable
-from stages.runtime.providers import SHORT_NAMES
-from stages.model.directory import ModelDirectory
-import onnx_ir as ir
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from stages.errors import GraphError, in_one_line
+from stages.model.directory import ModelDirectory
+from stages.records.formats import FLOAT_TYPES
+from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
+from stages.system.hardware import threads
 
 _REASON_LENGTH = 200
 

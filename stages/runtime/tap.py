@@ -8,34 +8,25 @@ goes through numpy, which has no bfloat16: as float32 there and back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-from stages.model.directory import ModelDirectory
-from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import OpenedSession
-from stages.runtime.providers import ProviderChoice
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_first_session
-from stages.runtime.session import open_session
-from stages.runtime.upcast import runnable_graph
-import numpy as np
-from onnx_ir.passes.common import RemoveUnusedNodesPass
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import TracebackType
-from torch import Tensor
-from stages.errors import GraphError
-from stages.errors import in_one_line
-from stages.runtime.providers import CUDA
-from stages.runtime.session import CausalFeeds
 import torch
-from stages.model.partition import Piece
-from stages.runtime.upcast import must_widen
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
 
+from stages.errors import GraphError, in_one_line
+from stages.model.directory import ModelDirectory
+from stages.model.partition import Partition
+from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
+from stages.runtime.session import CausalFeeds, OpenedSession, SessionSettings, open_first_session, open_session
+from stages.runtime.upcast import must_upcast, runnable_graph
 
 _NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
@@ -127,7 +118,7 @@ class ActivationTap:
 
     values: tuple[str, ...]
     """Names of what it gives."""
-    carried_in: Mapping[str, str]
+    boundary_inputs: Mapping[str, str]
     """The input for each value that was computed before."""
     providers: ProviderChoice
     """What it runs on: the providers asked for, without those that failed."""
@@ -168,7 +159,7 @@ class ActivationTap:
             RuntimeError: the tap is closed.
         """
         session = self.feeds.session
-        feeds = self.feeds(tokens) | {self.carried_in[name]: array for name, array in carried.items()}
+        feeds = self.feeds(tokens) | {self.boundary_inputs[name]: array for name, array in carried.items()}
         binding = _bound(session, feeds)
         options = ort.RunOptions()
         options.log_severity_level = _FATAL  # what it would log is in the exception
@@ -225,22 +216,22 @@ def open_value_tap(
 
 
 def open_piece_tap(
-    piece: Piece,
+    partition: Partition,
     directory: ModelDirectory,
     choice: ProviderChoice,
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None,
-    carried_types: Mapping[str, np.dtype[np.generic]],
+    boundary_types: Mapping[str, np.dtype[np.generic]],
 ) -> ActivationTap:
-    """The same for a piece of the graph, whose outputs are given; ``carried_types`` by the names of its carried inputs.
+    """Do the same for a part of the graph whose outputs are given; ``boundary_types`` go by the names of its inputs.
 
     Raises:
         GraphError: ONNX Runtime can't open that part of the base model.
     """
-    values = tuple(str(output.name) for output in piece.model.graph.outputs)
-    tapped = tapped_model(piece.model, values)
-    carried_in = {name: _feedable(tapped.graph, name, carried_types[name]) for name in piece.carried_in}
-    return _open(tapped, values, directory, choice, provider_options, scratch, carried_in)
+    values = tuple(str(output.name) for output in partition.model.graph.outputs)
+    tapped = tapped_model(partition.model, values)
+    boundary_inputs = {name: _feedable(tapped.graph, name, boundary_types[name]) for name in partition.boundary_inputs}
+    return _open(tapped, values, directory, choice, provider_options, scratch, boundary_inputs)
 
 
 def _open(
@@ -250,17 +241,17 @@ def _open(
     choice: ProviderChoice,
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None,
-    carried_in: Mapping[str, str],
+    boundary_inputs: Mapping[str, str],
 ) -> ActivationTap:
     with ExitStack() as temporary:
         opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
-        held = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(carried_in.values()))]
+        held = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(boundary_inputs.values()))]
         temporary.callback(held.clear)  # the last in is the first out: the session goes before the files that it maps
         return ActivationTap(
             values=values,
-            carried_in=carried_in,
+            boundary_inputs=boundary_inputs,
             providers=opened.providers,
-            widened=must_widen(tapped, opened.providers.names),
+            widened=must_upcast(tapped, opened.providers.names),
             _held=held,
             _resources=temporary.pop_all(),
         )

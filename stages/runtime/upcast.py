@@ -6,15 +6,15 @@ would be. Nothing is held in memory: widened weights go tensor by tensor into a 
 
 from __future__ import annotations
 
-import onnx_ir as ir
-from stages.runtime.providers import CPU_ONLY
-from pathlib import Path
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from contextlib import nullcontext
-import numpy as np
 
+import numpy as np
+import onnx_ir as ir
+
+from stages.runtime.providers import CPU_ONLY
 
 _WIDENED = "model.onnx"
 
@@ -26,7 +26,7 @@ _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "prec
 _BFLOAT16 = frozenset({ir.DataType.BFLOAT16})
 
 
-NARROW = _BFLOAT16 | {ir.DataType.FLOAT16}
+SIXTEEN_BIT = _BFLOAT16 | {ir.DataType.FLOAT16}
 """Types of 16 bits, every number of which is a float32."""
 
 
@@ -34,7 +34,7 @@ WIDENED_BECAUSE = "as float32: the CPU has no bfloat16 kernels, and every bfloat
 """What tables say of a widened run."""
 
 
-def must_widen(model: ir.Model, providers: tuple[str, ...]) -> bool:
+def must_upcast(model: ir.Model, providers: tuple[str, ...]) -> bool:
     """Whether ``model`` holds bfloat16 and only the CPU is there to run it."""
     return providers == CPU_ONLY and any(value.dtype == ir.DataType.BFLOAT16 for value in _values(model))
 
@@ -50,14 +50,14 @@ def widened(model: ir.Model, narrow: frozenset[ir.DataType] = _BFLOAT16) -> ir.M
         if value.dtype in narrow:
             value.type = ir.TensorType(ir.DataType.FLOAT)
             if value.const_value is not None:
-                value.const_value = _lazily_widened(value.const_value)
+                value.const_value = _lazily_upcast(value.const_value)
     for node in _nodes(wide):
         for name, attribute in tuple(node.attributes.items()):
             node.attributes[name] = _widened_attribute(attribute, narrow)
     return wide
 
 
-def save_widened(model: ir.Model, folder: Path) -> Path:
+def save_upcast(model: ir.Model, folder: Path) -> Path:
     """Write the widened ``model`` and all its weights into ``folder``, one tensor in memory at a time."""
     path = folder / _WIDENED
     ir.save(widened(model), path, external_data=f"{_WIDENED}.data")
@@ -70,14 +70,14 @@ def widened_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="widened-", dir=scratch, ignore_cleanup_errors=True) as folder:
-        yield save_widened(model, Path(folder))
+        yield save_upcast(model, Path(folder))
 
 
 @contextmanager
 def runnable_file(onnx_file: Path, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path]:
     """``onnx_file``, or its widened copy where ``providers`` can't run it otherwise."""
     model = ir.load(onnx_file)
-    source = widened_file(model, scratch) if must_widen(model, providers) else nullcontext(onnx_file)
+    source = widened_file(model, scratch) if must_upcast(model, providers) else nullcontext(onnx_file)
     with source as path:
         yield path
 
@@ -85,7 +85,7 @@ def runnable_file(onnx_file: Path, providers: tuple[str, ...], scratch: Path | N
 @contextmanager
 def runnable_graph(model: ir.Model, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path | bytes]:
     """``model`` serialized, its weights left where they lie, or a widened file of it where needed."""
-    if must_widen(model, providers):
+    if must_upcast(model, providers):
         with widened_file(model, scratch) as path:
             yield path
     else:
@@ -106,7 +106,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _lazily_widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+def _lazily_upcast(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     return ir.LazyTensor(
         lambda: _float32(tensor), dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name
     )
@@ -130,10 +130,10 @@ def _widened_attribute(attribute: ir.Attr, narrow: frozenset[ir.DataType]) -> ir
     return attribute
 
 
-def held_bytes(weight: ir.TensorProtocol, providers: tuple[str, ...]) -> int:
+def resident_bytes(weight: ir.TensorProtocol, providers: tuple[str, ...]) -> int:
     """Bytes of ``weight`` under ``providers``, at most.
 
     The CPU provider multiplies in float32: it keeps 16-bit weights as float32 copies (measured with ONNX Runtime 1.31:
     5.2 GB for 2.6 GB of float16; an embedding that is only looked up stays as it is). Others lie as they are stored.
     """
-    return weight.nbytes * (2 if providers == CPU_ONLY and weight.dtype in NARROW else 1)
+    return weight.nbytes * (2 if providers == CPU_ONLY and weight.dtype in SIXTEEN_BIT else 1)

@@ -20,14 +20,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from stages.errors import GraphError
-from stages.runtime.tap import open_graph
-from stages.model.weights import read_weight
 from stages.model.directory import ModelDirectory
+from stages.model.weights import read_weight
 from stages.records.formats import FLOAT_TYPES
-from stages.records.sites import MatMulSite
-from stages.records.sites import WeightLayout
-from stages.runtime.session import CausalFeeds
+from stages.records.sites import MatMulSite, WeightLayout
 from stages.runtime.providers import ProviderChoice
+from stages.runtime.session import CausalFeeds
+from stages.runtime.tap import open_graph
 
 _LOGITS = "logits"
 

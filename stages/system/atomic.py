@@ -83,7 +83,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 @contextmanager
-def whole_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
+def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` only if the block succeeds.
 
     Args:
@@ -140,7 +140,7 @@ def scratch_beside(path: Path, *, owner: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a scratch path; what the block writes there replaces ``path`` in one step, or is removed."""
     partial = _partial(path)
     try:

@@ -54,7 +54,7 @@ class Processes:
         return 0 if self.state is None else int(self.state.local_process_index)
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The first process runs the block while the others wait; then they run it too."""
         if self.state is None:
             yield
@@ -62,7 +62,7 @@ class Processes:
             with self.state.main_process_first():
                 yield
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when every process has come here."""
         if self.state is not None:
             self.state.wait_for_everyone()
@@ -71,7 +71,7 @@ class Processes:
         """Indices of the pieces of work, of these ``costs``, that are this process's: the same split everywhere."""
         return split_by_cost(costs, self.count)[self.index]
 
-    def hear_first(self, said: Said) -> Said:
+    def broadcast(self, said: Said) -> Said:
         """What the first process says; what the others pass is not looked at."""
         if self.state is None:
             return said

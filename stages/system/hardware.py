@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-import torch
-from stages.errors import UserError
-import psutil
-import re
 import os
+import platform
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
+import torch
+
+from stages.errors import UserError
 
 _CPUINFO = Path("/proc/cpuinfo")
 """Linux alone names its processor here; platform.processor() is empty there."""

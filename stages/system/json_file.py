@@ -9,9 +9,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from pydantic import ValidationError
 
-from stages.system.atomic import whole_file
-from stages.errors import UserError
-from stages.errors import in_one_line
+from stages.errors import UserError, in_one_line
+from stages.system.atomic import atomic_file
 
 _Record = TypeVar("_Record")
 
@@ -42,7 +41,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write ``content`` as ``path``, whole or not at all; make its folder where it is missing."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_bytes(content)
 
 

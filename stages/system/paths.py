@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import TypeVar
-import hashlib
-from pathlib import PureWindowsPath
-from pathlib import Path
-
 
 ON_WINDOWS = os.name == "nt"
 
@@ -73,7 +70,7 @@ def file_name(words: str, *, longest: int = _LONGEST_NAME) -> str:
     return f"{name[: longest - _DIGITS - 1]}-{digest}"
 
 
-def companion(folder: Place, suffix: str) -> Place:
+def sibling_folder(folder: Place, suffix: str) -> Place:
     """``folder`` with ``suffix`` added to its name.
 
     Raises:

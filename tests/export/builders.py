@@ -12,21 +12,12 @@ import onnxruntime as ort
 import torch
 
 from export.rewrite import RewriteResult, rewrite
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.store import create_or_resume_store
-from stages.records.sites import ActivationGroup
-from stages.records.results import ExportRecipe
-from stages.records.formats import Granularity
-from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
-from stages.records.results import SolvedGroup
-from stages.records.formats import WeightForm
-from stages.records.sites import WeightLayout
-from tests.support.graphs import TinyGraph
-from tests.support.graphs import onnx_type
+from stages.quantization.weights.store import QuantizedStore, create_or_resume_store
+from stages.records.formats import Granularity, PerBlock, QuantSpec, WeightForm
+from stages.records.results import ExportRecipe, QuantizedWeight, SolvedGroup
+from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 from tests.reference.dequantize import dequantize
+from tests.support.graphs import TinyGraph, onnx_type
 
 TOLERANCE = 1e-5
 

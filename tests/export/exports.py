@@ -8,18 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from export.run import Destination
-from export.run import ExportSummary
-from export.run import export_model
+from export.run import Destination, ExportSummary, export_model
 from stages.commands.quantize_options import ExportOptions
+from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import NormAbsorber
-from stages.records.formats import QuantSpec
-from stages.records.formats import WeightForm
+from stages.records.formats import QuantSpec, WeightForm
+from stages.records.sites import LinearAbsorber, NormAbsorber
 from tests.export.builders import exact_weight, group_of, input_scale, site_of, spec_of, store_of
 from tests.support.graphs import tiny_decoder
 

@@ -16,14 +16,10 @@ from onnx import TensorProto, helper
 
 from export.fold import FoldOutcome
 from export.rewrite import RewriteResult, rewrite
-from stages.errors import RecipeError
+from stages.errors import OptionError
 from stages.model.sites import find_groups
-from stages.records.sites import ActivationGroup
-from stages.records.sites import HeadSharing
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import NormAbsorber
 from stages.records.formats import PerChannel
-from stages.records.sites import ValueAbsorber
+from stages.records.sites import ActivationGroup, HeadSharing, LinearAbsorber, NormAbsorber, ValueAbsorber
 from tests.export.builders import (
     TOLERANCE,
     ExactWeight,
@@ -37,8 +33,7 @@ from tests.export.builders import (
     spec_of,
     store_of,
 )
-from tests.support.graphs import MICROSOFT
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 K, N, T = 32, 48, 5
 
@@ -279,7 +274,7 @@ def test_an_impossible_input_scale_is_refused(tmp_path: Path, rng: np.random.Gen
         ),
         matrix=weights[0].matrix,
     )
-    with pytest.raises(RecipeError, match=r"positive|NaN"):
+    with pytest.raises(OptionError, match=r"positive|NaN"):
         rewrite(graph.model(), store_of(tmp_path / "weights", [(group_of([broken], absorber=NORM), [broken])]))
 
 
@@ -516,7 +511,7 @@ def test_float16_scales_that_would_leave_their_range_force_a_mul(
     store = store_of(tmp_path / "weights", [(group_of([up]), [up]), (group, [down])])
     if factor < 1:
         # 1 / s doesn't fit float16 either: there is no exact way left.
-        with pytest.raises(RecipeError, match="doesn't fit float16"):
+        with pytest.raises(OptionError, match="doesn't fit float16"):
             rewrite(graph.model(), store)
         return
     outcome = rewrite(graph.model(), store).folds[1]

@@ -13,9 +13,7 @@ from onnx import TensorProto, helper
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
 from stages.model.sites import find_groups
-from stages.records.sites import ActivationGroup
-from stages.records.sites import HeadSharing
-from stages.records.sites import ValueAbsorber
+from stages.records.sites import ActivationGroup, HeadSharing, ValueAbsorber
 from tests.export.builders import (
     TOLERANCE,
     ExactWeight,
@@ -29,8 +27,7 @@ from tests.export.builders import (
     spec_of,
     store_of,
 )
-from tests.support.graphs import MICROSOFT
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 K, N, T, PAST = 32, 48, 5, 3
 HEADS, SIZE = 4, 8

@@ -13,7 +13,7 @@ import pytest
 
 from export.__main__ import command, export
 from stages.commands.quantize_options import ExportConfig
-from stages.errors import CacheMismatch, RecipeError
+from stages.errors import CacheMismatch, OptionError
 from tests.export.exports import TinyExport, tiny_export
 
 
@@ -52,7 +52,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     (tiny.store.folder / "recipe.json").unlink()
-    with pytest.raises(RecipeError, match=r"recipe\.json"):
+    with pytest.raises(OptionError, match=r"recipe\.json"):
         export(config(tiny))
 
 

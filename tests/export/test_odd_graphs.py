@@ -15,15 +15,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.run import Destination
-from export.run import ExportSummary
-from export.run import export_model
-from stages.model.load import load_graph
-from stages.model.load import fingerprint_model
-from stages.model.sites import find_groups
+from export.run import Destination, ExportSummary, export_model
 from stages.model.directory import locate_model
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import WeightLayout
+from stages.model.load import fingerprint_model, load_graph
+from stages.model.sites import find_groups
+from stages.records.sites import LinearAbsorber, WeightLayout
 from tests.export.builders import ExactWeight, exact_weight, input_scale, relative_difference, spec_of, store_of
 from tests.export.exports import options
 from tests.support.graphs import TinyGraph

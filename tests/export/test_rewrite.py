@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import numpy as np
-from onnx import TensorProto
-from tests.support.graphs import TinyGraph
-from pathlib import Path
-import onnx_ir as ir
-from tests.export.builders import run
-from export.rewrite import rewrite
-from tests.export.builders import exact_weight
-from tests.export.builders import site_of
-from tests.export.builders import spec_of
-from tests.export.builders import store_of_each
-from export.verify.fusion import why_not_fused
-from stages.records.sites import NormAbsorber
-from tests.export.builders import group_of
-from tests.export.builders import input_scale
-from tests.export.builders import store_of
-from tests.support.graphs import tiny_decoder
-import pytest
-from stages.records.formats import WeightForm
-from stages.records.sites import WeightLayout
-from tests.export.builders import check_rewrite
-from dataclasses import replace
-from stages.errors import RecipeError
-from stages.errors import GraphError
-from stages.model.load import load_graph
-from stages.model.directory import locate_model
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
-from tests.export.builders import relative_difference
-from tests.support.scaled_rewrite import INT8_ERROR
-from tests.support.scaled_rewrite import scaled_rewrite
 import sys
 from collections.abc import Callable
-from stages.model.sites import find_groups
-from tests.support.scaled_rewrite import filled_store
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto
+
+from export.rewrite import rewrite
+from export.verify.fusion import why_not_fused
+from stages.errors import GraphError, OptionError
+from stages.model.directory import locate_model
+from stages.model.load import load_graph
+from stages.model.sites import find_groups
+from stages.records.formats import WeightForm
+from stages.records.sites import NormAbsorber, WeightLayout
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from tests.export.builders import (
+    check_rewrite,
+    exact_weight,
+    group_of,
+    input_scale,
+    relative_difference,
+    run,
+    site_of,
+    spec_of,
+    store_of,
+    store_of_each,
+)
+from tests.support.graphs import TinyGraph, tiny_decoder
+from tests.support.scaled_rewrite import INT8_ERROR, filled_store, scaled_rewrite
 
 TOKENS = 3
 
@@ -206,7 +202,7 @@ def test_an_unfinished_store_is_refused(tmp_path: Path, rng: np.random.Generator
     model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng).model()
     store = store_of_each(tmp_path / "weights", up)
     store.group_file(0).unlink()
-    with pytest.raises(RecipeError, match=r"lacks 1 of 1 groups.*run stages.quantize again"):
+    with pytest.raises(OptionError, match=r"lacks 1 of 1 groups.*run stages.quantize again"):
         rewrite(model, store)
 
 
@@ -220,7 +216,7 @@ def test_a_site_of_another_model_is_refused(tmp_path: Path, rng: np.random.Gener
 def test_scales_of_another_type_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     up = exact_weight(site_of("up", "x", 64, 96), spec_of(scale_dtype="float16"), rng)
     model = tiny_decoder(up.matrix.astype(np.float32), np.ones((96, 64), np.float32), rng).model()
-    with pytest.raises(RecipeError, match="float16 scales in a float32 model"):
+    with pytest.raises(OptionError, match="float16 scales in a float32 model"):
         rewrite(model, store_of_each(tmp_path / "weights", up))
 
 
@@ -233,7 +229,7 @@ def test_weights_are_read_when_they_are_saved_and_not_before(tmp_path: Path, rng
     for part in ("codes", "scales", "zero_points"):
         tensor = result.model.graph.initializers[f"up/MatMul/{part}"].const_value
         assert tensor is not None
-        with pytest.raises(RecipeError, match="missing"):
+        with pytest.raises(OptionError, match="missing"):
             tensor.tobytes()
 
 

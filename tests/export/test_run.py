@@ -17,9 +17,9 @@ import export.run
 from export.run import Destination
 from stages.errors import GraphError, UserError
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.sites import MatMulSite
-from stages.records.formats import WeightForm
 from stages.quantization.weights.validate import PartName
+from stages.records.formats import WeightForm
+from stages.records.sites import MatMulSite
 from tests.export.builders import relative_difference, spec_of
 from tests.export.exports import TinyExport, options, tiny_export
 

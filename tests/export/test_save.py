@@ -8,8 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.save import account_for_bytes
-from export.save import read_initializer
+from export.save import account_for_bytes, read_initializer
 from stages.errors import GraphError
 
 

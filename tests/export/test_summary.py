@@ -8,16 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome
 from export.run import ExportSummary
-from export.fold import FoldOutcome
 from export.summary import export_table
-from stages.records.formats import DataFileUse
-from stages.records.formats import SiteError
-from stages.records.formats import TableError
-from stages.records.formats import UnfusedSite
-from stages.records.sites import UnreachedWeights
+from stages.records.formats import DataFileUse, SiteError, TableError, UnfusedSite
 from stages.records.results import VerifyReport
+from stages.records.sites import UnquantizedWeights
 from tests.support.embeddings import plan_of
 
 
@@ -82,7 +79,7 @@ def test_an_embedding_says_what_it_does_to_the_size() -> None:
 
 
 def test_weights_that_nothing_reaches_are_named_with_their_size() -> None:
-    experts = UnreachedWeights(
+    experts = UnquantizedWeights(
         op_type="MoE", weights=("fc1", "fc2", "fc3"), num_bytes=31_000_000, share=0.923, reason="experts, because"
     )
     shown = text(replace(SUMMARY, unreached=(experts,)))

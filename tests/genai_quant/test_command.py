@@ -14,13 +14,9 @@ import tyro
 
 from genai_quant.command import main
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig
-from stages.commands.quantize_options import ExportConfig
-from stages.commands.evaluate_options import InspectConfig
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.evaluate_options import ReportConfig
+from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.options import RunConfig
-from stages.commands.evaluate_options import SweepConfig
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = {

@@ -11,8 +11,7 @@ import pytest
 from genai_quant import read_run
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
-from stages.commands.quantize_options import ExportConfig
-from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.errors import UserError
 
 

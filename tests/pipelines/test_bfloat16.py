@@ -12,23 +12,19 @@ import onnxruntime as ort
 import pytest
 
 import stages.runtime.tap
-from stages.model.load import load_graph
+from stages.calibration.cache import open_cache
 from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.evaluation.compare import compare, prepare
-from stages.model.load import fingerprint_model
-from stages.runtime.tap import open_piece_tap
-from stages.runtime.tap import open_value_tap
-from stages.runtime.tap import tapped_model
-from stages.model.sites import find_groups
 from stages.model.directory import locate_model
-from stages.calibration.cache import open_cache
+from stages.model.load import fingerprint_model, load_graph
+from stages.model.partition import cut_into_partitions
+from stages.model.sites import find_groups
 from stages.report.tables import accuracy_passage
-from stages.model.partition import cut_into_pieces
-from stages.commands.progress import progress_bar
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import OpenedSession
 from stages.runtime.providers import choose_providers
+from stages.runtime.session import CausalFeeds, OpenedSession
+from stages.runtime.tap import open_piece_tap, open_value_tap, tapped_model
 from stages.runtime.upcast import widened_file
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
@@ -99,9 +95,9 @@ def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf
     directory = locate_model(tiny_model_bf16)
     model = load_graph(directory)
     activations = [group.activation for group in find_groups(model)]
-    piece = list(cut_into_pieces(model, wanted=activations, limit=1))[-1]
-    carried = {name: np.dtype(np.float32) for name in piece.carried_in}
-    narrow = [value.name for value in piece.model.graph.inputs if value.dtype == ir.DataType.BFLOAT16]
+    partition = list(cut_into_partitions(model, wanted=activations, limit=1))[-1]
+    carried = {name: np.dtype(np.float32) for name in partition.boundary_inputs}
+    narrow = [value.name for value in partition.model.graph.inputs if value.dtype == ir.DataType.BFLOAT16]
     fed = {name for name in narrow if name in carried}
     assert fed
     opened: list[ir.Model] = []
@@ -113,7 +109,7 @@ def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages.runtime.tap, "open_graph", keep)
         with pytest.raises(GraphError, match="seen enough"):
-            open_piece_tap(piece, directory, choose_providers("cpu"), {}, None, carried)
+            open_piece_tap(partition, directory, choose_providers("cpu"), {}, None, carried)
     (tapped,) = opened
     inputs = {value.name: value for value in tapped.graph.inputs}
     for name in fed:

@@ -11,17 +11,14 @@ import pytest
 import torch
 
 import stages.quantization.blocks.tuner
-from stages.model.load import fingerprint_model
-from stages.model.directory import locate_model
 from stages.calibration.cache import open_cache
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model
 from stages.quantization.weights.store import open_store
 from stages.records.results import QuantizedWeight
+from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
-from tests.support.families import FAMILIES
-from tests.support.families import build_in_process
-from tests.support.families import save_random_model
-from tests.pipelines.test_both_stages import _generate
-from tests.pipelines.test_both_stages import _logits
+from tests.support.families import FAMILIES, build_in_process, save_random_model
 from tests.support.written import fused_sites
 
 _TUNING = (

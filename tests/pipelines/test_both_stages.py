@@ -11,12 +11,12 @@ import onnxruntime as ort
 import onnxruntime_genai as og
 import pytest
 
-from stages.runtime.tap import ActivationTap
-from stages.model.directory import locate_model
 from stages.calibration.cache import open_cache
-from stages.runtime.session import CausalFeeds
-from stages.runtime.providers import choose_providers
+from stages.model.directory import locate_model
 from stages.quantization.search.solver import GroupSolver
+from stages.runtime.providers import choose_providers
+from stages.runtime.session import CausalFeeds
+from stages.runtime.tap import ActivationTap
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
 
@@ -72,10 +72,9 @@ def test_forward_passes_equal_batches(
 def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model: Path) -> None:
     from safetensors.numpy import load_file
 
-    from stages.model.load import load_graph
-    from stages.model.load import fingerprint_model
-    from stages.runtime.tap import open_value_tap
+    from stages.model.load import fingerprint_model, load_graph
     from stages.model.sites import find_groups
+    from stages.runtime.tap import open_value_tap
 
     directory = locate_model(tiny_model)
     model = load_graph(directory)

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 
-from stages.runtime.weight_trials import TrialRunner
 from stages.quantization.weights.store import open_store
 from stages.quantization.weights.summary import bits_per_weight
+from stages.runtime.weight_trials import TrialRunner
 from tests.support.commands import Commands
 
 HEAD = "/lm_head/MatMul"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.commands import Commands
 from tests.pipelines.test_both_stages import _logits
+from tests.support.commands import Commands
 from tests.support.tiny_models import build_genai_model
 from tests.support.written import fused_sites
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from stages.runtime.providers import CPU
-from stages.runtime.providers import NV_TENSORRT_RTX
+from stages.runtime.providers import CPU, NV_TENSORRT_RTX
 from tests.support.commands import Commands
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.commands import Commands
 from tests.stages.calibration.chats import with_template
+from tests.support.commands import Commands
 from tests.support.written import cache_times
 
 

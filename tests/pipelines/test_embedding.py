@@ -9,11 +9,9 @@ import onnx_ir as ir
 import pytest
 
 import stages.quantize
+from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
-from tests.pipelines.test_both_stages import _generate
-from tests.pipelines.test_both_stages import _logits
-from tests.support.tiny_models import build_genai_model
-from tests.support.tiny_models import save_tiny_llama
+from tests.support.tiny_models import build_genai_model, save_tiny_llama
 
 pytestmark = pytest.mark.slow
 

@@ -11,15 +11,10 @@ import pytest
 from onnx import TensorProto
 
 from stages.model.directory import locate_model
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
 from stages.quantization.search.solver import GroupSolver
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from tests.support.commands import Commands
-from tests.support.families import FAMILIES
-from tests.support.families import build_in_process
-from tests.support.families import lfm2_moe
-from tests.support.families import save_random_model
+from tests.support.families import FAMILIES, build_in_process, lfm2_moe, save_random_model
 from tests.support.graphs import TinyGraph
 from tests.support.tiny_models import VOCABULARY
 from tests.support.written import fused_sites

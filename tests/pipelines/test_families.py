@@ -28,25 +28,18 @@ from pydantic import TypeAdapter
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
 from scripts.support_matrix import FamilyResult
-from stages.model.load import load_graph
 from stages.calibration.run import calibrate
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig
 from stages.evaluation.accuracy import score_window, summarize
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import load_graph
+from stages.quantization.weights.store import QuantizedStore, open_store
 from stages.quantize import quantize
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.store import open_store
 from stages.records.results import QuantizedWeight
 from stages.records.sites import WeightLayout
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
-from tests.support.families import FAMILIES
-from tests.support.families import Family
-from tests.support.families import build_in_process
-from tests.support.families import save_random_model
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from tests.support.families import FAMILIES, Family, build_in_process, save_random_model
 
 pytestmark = pytest.mark.slow
 

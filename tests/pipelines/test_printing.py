@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig
-from stages.commands.quantize_options import ExportConfig
-from stages.commands.evaluate_options import InspectConfig
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.evaluate_options import SweepConfig
+from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, SweepConfig
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.evaluate import command as evaluate
 from stages.inspect.__main__ import command as inspect
 from tests.support.commands import Commands

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from stages.system.distributed import Processes
-from stages.system.distributed import join_processes
-from stages.system.distributed import split_by_cost
+from stages.system.distributed import Processes, join_processes, split_by_cost
 
 LAUNCH = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -86,8 +84,8 @@ def test_without_a_launcher_one_process_does_everything(monkeypatch: pytest.Monk
     processes = join_processes()
     assert processes == Processes(None)
     assert (processes.is_first, processes.count, processes.my_share([1.0, 2.0])) == (True, 1, {0, 1})
-    with processes.first_goes_first():
-        processes.wait_for_all()
+    with processes.main_process_first():
+        processes.barrier()
 
 
 def options(base: Path, cache: Path, output: Path, *more: str) -> list[str]:

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 import stages.quantization.blocks.converters.layers
-import stages.quantization.search.solver
 import stages.quantization.blocks.tuner
+import stages.quantization.search.solver
 from stages.quantization.blocks.cut import cut_block
 from stages.quantization.blocks.module import BlockModule
 from stages.quantization.weights.store import open_store
-from tests.stages.quantization.blocks.blocks import CPU
-from tests.stages.quantization.blocks.blocks import open_model
-from tests.support.commands import Commands
-from tests.pipelines.test_block_tuning import _calibrated
-from tests.pipelines.test_block_tuning import _quantize
+from tests.pipelines.test_block_tuning import _calibrated, _quantize
 from tests.pipelines.test_both_stages import _logits
+from tests.stages.quantization.blocks.blocks import CPU, open_model
+from tests.support.commands import Commands
 from tests.support.written import fused_sites
 
 _TOKENS = np.arange(40).reshape(1, 40) * 7 % 300

@@ -10,9 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
-from tests.pipelines.test_both_stages import _generate
-from tests.pipelines.test_both_stages import _logits
 from tests.support.written import fused_sites
 
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300

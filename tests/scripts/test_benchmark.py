@@ -10,6 +10,7 @@ import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from scripts.base_models.synthetic_llama import LlamaShape
 from scripts.benchmark import benchmark
 from scripts.benchmarks import growth
 from scripts.benchmarks.figures import (
@@ -24,7 +25,6 @@ from scripts.benchmarks.figures import (
 from scripts.benchmarks.plot import growth_plot
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.options import BenchmarkConfig
-from scripts.base_models.synthetic_llama import LlamaShape
 from stages.commands.output import TablePrinter
 
 MACHINE = Machine(processor="p", cores=2, threads=2, gpu=None, versions={})

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from scripts.base_models.checkpoints import (
+    FolderCheckpoint,
+    GgufCheckpoint,
+    HubCheckpoint,
+    dequantize_gguf,
+    find_checkpoint,
+)
 from scripts.build_base_model import build
-from scripts.base_models.checkpoints import FolderCheckpoint
-from scripts.base_models.checkpoints import GgufCheckpoint
-from scripts.base_models.checkpoints import HubCheckpoint
-from scripts.base_models.checkpoints import dequantize_gguf
-from scripts.base_models.checkpoints import find_checkpoint
 from scripts.options import BuildConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model

@@ -13,15 +13,9 @@ from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from scripts.options import PeerConfig
-from scripts.peers.environment import ensure_environment
-from scripts.peers.environment import python_of
-from scripts.peers.run_modelopt import arguments_of
-from scripts.peers.run_modelopt import read_feeds
-from scripts.peers.runs import MODELOPT_REQUIREMENTS
-from scripts.peers.runs import MODELOPT_RUNNER
-from scripts.peers.runs import modelopt_requests
-from scripts.peers.runs import ort_requests
-from scripts.peers.runs import peers_of
+from scripts.peers.environment import ensure_environment, python_of
+from scripts.peers.run_modelopt import arguments_of, read_feeds
+from scripts.peers.runs import MODELOPT_REQUIREMENTS, MODELOPT_RUNNER, modelopt_requests, ort_requests, peers_of
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Record
 from tests.support.commands import Commands

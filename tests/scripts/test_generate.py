@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from scripts.generate import generate_sentence
-from scripts.generate import until_sentence_end
+from scripts.generate import generate_sentence, until_sentence_end
 from stages.errors import UserError
 
 

@@ -11,13 +11,12 @@ import onnxruntime as ort
 import pytest
 
 from scripts import make_large_model as command
+from scripts.base_models.synthetic_llama import LlamaShape, random_llama
 from scripts.options import LargeModelConfig
-from scripts.base_models.synthetic_llama import LlamaShape
-from scripts.base_models.synthetic_llama import random_llama
-from stages.model.load import load_graph
 from stages.errors import UserError
-from stages.model.sites import find_sites
 from stages.model.directory import locate_model
+from stages.model.load import load_graph
+from stages.model.sites import find_sites
 from stages.runtime.session import CausalFeeds
 from tests.support.tiny_models import VOCABULARY
 

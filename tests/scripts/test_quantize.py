@@ -27,17 +27,14 @@ import stages.calibration.text.tokenizer
 from scripts.drop_in.calibration_folder import calibration_folder
 from scripts.drop_in.run import past_the_end
 from scripts.options import DropInConfig
-from stages.runtime.tap import ActivationTap
 from stages.model.directory import locate_model
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.store import open_store
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
+from stages.quantization.weights.store import QuantizedStore, open_store
+from stages.records.formats import PerBlock, PerChannel
 from stages.records.results import SiteReport
 from stages.runtime.session import CausalFeeds
+from stages.runtime.tap import ActivationTap
 from tests.support.commands import Commands
-from tests.support.written import cache_times
-from tests.support.written import fused_sites
+from tests.support.written import cache_times, fused_sites
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--calib_size", 4, "--seq_len", 16, "--block_size", 16)
@@ -146,7 +143,9 @@ def local_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     monkeypatch.setattr(stages.calibration.text.documents, "why_unreachable", lambda *_: None)
-    monkeypatch.setattr(stages.calibration.text.tokenizer, "why_unreachable", lambda *_: "the hub can't be reached here")
+    monkeypatch.setattr(
+        stages.calibration.text.tokenizer, "why_unreachable", lambda *_: "the hub can't be reached here"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +225,9 @@ def is_near(folder: Path, base: Path) -> bool:
 
 def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.calibrate, "load_windows", lambda *_: pytest.fail("read calibration text"))
-    monkeypatch.setattr(stages.calibration.capture, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one"))
+    monkeypatch.setattr(
+        stages.calibration.capture, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one")
+    )
 
 
 # --------------------------------------------------------------------------- the documentation's command lines

@@ -11,10 +11,10 @@ import pytest
 import stages.evaluation.run
 from stages.commands.quantize_options import QuantizeConfig
 from stages.evaluation.records import Evaluation
-from stages.report.document import read_document
 from stages.quantize import quantize
-from tests.support.commands import Commands
+from stages.report.document import read_document
 from tests.stages.report.parsed import parse
+from tests.support.commands import Commands
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 MODELS = ("base", "coarse", "twin")

@@ -12,10 +12,10 @@ import transformers
 from safetensors.numpy import load_file
 
 from stages.evaluation.bench.runs import Record
-from stages.report.document import read_document
 from stages.quantization.weights.store import open_store
-from tests.support.commands import Commands
+from stages.report.document import read_document
 from tests.stages.report.parsed import parse
+from tests.support.commands import Commands
 
 pytestmark = pytest.mark.slow
 

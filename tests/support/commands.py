@@ -9,19 +9,13 @@ from dataclasses import dataclass
 import pytest
 
 from export import __main__ as export
-from stages import calibrate
-from stages import evaluate
-from stages import quantize
-from stages.report import __main__ as report_page
-from stages import sweep
-from stages.commands.run import run_command
+from stages import calibrate, evaluate, quantize, sweep
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig
-from stages.commands.quantize_options import ExportConfig
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.evaluate_options import ReportConfig
-from stages.commands.evaluate_options import SweepConfig
+from stages.commands.evaluate_options import EvaluateConfig, ReportConfig, SweepConfig
 from stages.commands.output import Section
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
+from stages.commands.run import run_command
+from stages.report import __main__ as report_page
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,12 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from stages.quantization.weights.bitpack import unpack_4bit
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.store import create_or_resume_store
-from stages.records.formats import EmbeddingPlan
-from stages.records.formats import EmbeddingTable
-from stages.records.results import ExportRecipe
-from stages.records.results import QuantizedTable
-from stages.records.formats import WeightForm
 from stages.quantization.search.embedding import quantize_table
-from tests.support.graphs import TinyGraph
-from tests.support.graphs import onnx_type
+from stages.quantization.weights.bitpack import unpack_4bit
+from stages.quantization.weights.store import QuantizedStore, create_or_resume_store
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, WeightForm
+from stages.records.results import ExportRecipe, QuantizedTable
+from tests.support.graphs import TinyGraph, onnx_type
 
 
 def plan_of(vocabulary: int, hidden: int, *, dtype: str = "float32", **changes: object) -> EmbeddingPlan:

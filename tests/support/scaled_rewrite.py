@@ -16,21 +16,14 @@ from torch import Tensor
 from export.rewrite import RewriteResult, rewrite
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
-from stages.quantization.weights.store import QuantizedStore
-from stages.quantization.weights.store import create_or_resume_store
-from stages.records.results import ExportRecipe
-from stages.records.formats import PerBlock
-from stages.records.formats import WeightForm
-from stages.quantization.search.awq import mean_over_heads
-from stages.quantization.search.awq import repeat_over_heads
+from stages.quantization.plan.rules import FormatRules, make_plan
+from stages.quantization.search.awq import mean_over_heads, repeat_over_heads
 from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import InputScale
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.plan.rules import FormatRules
-from stages.quantization.plan.rules import make_plan
+from stages.quantization.search.problem import GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.quantization.search.solver import GroupSolver
+from stages.quantization.weights.store import QuantizedStore, create_or_resume_store
+from stages.records.formats import PerBlock, WeightForm
+from stages.records.results import ExportRecipe
 from tests.export.builders import input_scale
 from tests.stages.quantization.search.problems import OPTIONS
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stages.errors import UserError
 from stages.calibration.text.offline import paragraphs
-from stages.errors import named
+from stages.errors import UserError, named
 
 Message = dict[str, Any]
 """``role``, ``content`` and whatever else a template reads."""

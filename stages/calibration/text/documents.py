@@ -16,14 +16,10 @@ from typing import Any
 
 import datasets
 
-from stages.errors import UserError
-from stages.calibration.text.tokenizer import why_unreachable
 from stages.calibration.text.chat import Message
-from stages.calibration.text.offline import DOCUMENT_CHARACTERS
-from stages.calibration.text.offline import gather
-from stages.calibration.text.offline import offline_calibration_documents
-from stages.calibration.text.offline import paragraphs
-from stages.errors import named
+from stages.calibration.text.offline import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
+from stages.calibration.text.tokenizer import why_unreachable
+from stages.errors import UserError, named
 
 Row = dict[str, Any]
 Document = str | list[Message]

@@ -27,7 +27,7 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
+class GenerationScript:
     """Given tokens, then passages in turn, over and over."""
 
     kind: ScriptKind
@@ -45,7 +45,7 @@ class Script:
         return frozenset(self.opening).union(*(passage.then for passage in self.passages))
 
 
-def text_script(tokenizer: PreTrainedTokenizerBase, marks: ChatMarks | None, eos: frozenset[int]) -> Script:
+def text_script(tokenizer: PreTrainedTokenizerBase, marks: ChatMarks | None, eos: frozenset[int]) -> GenerationScript:
     """Documents from their first word on, one after the other.
 
     They open with what the tokenizer puts before any text; where that is nothing, with the first of its special tokens
@@ -61,12 +61,14 @@ def text_script(tokenizer: PreTrainedTokenizerBase, marks: ChatMarks | None, eos
     end = tokenizer.eos_token_id
     # Text from other sources ends with EOS too; a separator alone does both.
     then = (end, *opening) if added and end is not None and end not in opening else opening
-    return Script(kind="text", opening=opening, passages=(Passage(ends=eos | {opening[0]}, at_most=None, then=then),))
+    return GenerationScript(
+        kind="text", opening=opening, passages=(Passage(ends=eos | {opening[0]}, at_most=None, then=then),)
+    )
 
 
 def chat_script(
     tokenizer: PreTrainedTokenizerBase, marks: ChatMarks, eos: frozenset[int], longest_question: int
-) -> Script:
+) -> GenerationScript:
     """Conversations of which the model writes both sides: given what stands before a question, it asks one.
 
     Xu et al. 2024 (Magpie, arXiv 2406.08464). A question of ``longest_question`` tokens gets its answer unasked.
@@ -75,13 +77,13 @@ def chat_script(
     opening = marks.opening or (_separator(tokenizer, marks),)
     question = Passage(ends=eos | (special & {*marks.to_answer[:1]}), at_most=longest_question, then=marks.to_answer)
     answer = Passage(ends=eos | (special & {*marks.to_end[:1]}), at_most=None, then=marks.to_end + opening)
-    return Script(kind="chat", opening=opening, passages=(question, answer))
+    return GenerationScript(kind="chat", opening=opening, passages=(question, answer))
 
 
-class Scribe:
+class WindowWriter:
     """Writes one window by a script: gives its tokens, takes the model's in between."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: GenerationScript) -> None:
         self._script = script
         self._given = deque(script.opening)
         self._passage = 0

@@ -11,15 +11,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from stages.errors import UserError
-from stages.model.genai_config import GENAI_CONFIG
-from stages.model.genai_config import read_genai_config
+from stages.calibration.text.generation_script import GenerationScript, WindowWriter
+from stages.errors import UserError, named
 from stages.model.directory import ModelDirectory
-from stages.calibration.text.generation_script import Scribe
-from stages.calibration.text.generation_script import Script
-from stages.errors import named
-from stages.runtime.providers import CPU
-from stages.runtime.providers import SHORT_NAMES
+from stages.model.genai_config import GENAI_CONFIG, read_genai_config
+from stages.runtime.providers import CPU, SHORT_NAMES
 from stages.system.hardware import threads
 
 LARGEST_BATCH = 32
@@ -41,24 +37,24 @@ class _Generator(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeWriter:
+class Sampler:
     """A model that onnxruntime-genai has loaded to write.
 
-    ``vocabulary`` counts the token ids that may be sampled. ``mute`` is one that never comes out: the runtime, which
-    stops at an end token and leaves padding out, is told that it is both.
+    ``vocabulary`` counts the token ids that may be sampled. ``suppressed_token`` is one that never comes out: the
+    runtime, which stops at an end token and leaves padding out, is told that it is both.
     """
 
     runtime: ModuleType
     model: object
     vocabulary: int
-    mute: int
+    suppressed_token: int
     shortest_cache: int
     """Tokens that the runtime must hold room for: the window of attention that slides."""
 
     def write(
         self,
-        scripts: Sequence[Script],
-        luck: Float[np.ndarray, "windows seq_len"],
+        scripts: Sequence[GenerationScript],
+        uniforms: Float[np.ndarray, "windows seq_len"],
         on_tokens: Callable[[int], None],
     ) -> Int64[np.ndarray, "windows seq_len"]:
         """One window for each script, all at once, at temperature 1 and from the whole vocabulary.
@@ -71,16 +67,16 @@ class FreeWriter:
         Raises:
             UserError: the runtime can't run the model.
         """
-        scribes = [Scribe(script) for script in scripts]
-        windows = np.zeros(luck.shape, np.int64)
+        scribes = [WindowWriter(script) for script in scripts]
+        windows = np.zeros(uniforms.shape, np.int64)
         try:
-            generator = self._generator(*luck.shape)
-            windows[:, 0] = [scribe.next(self.mute) for scribe in scribes]
+            generator = self._generator(*uniforms.shape)
+            windows[:, 0] = [scribe.next(self.suppressed_token) for scribe in scribes]
             generator.append_tokens(windows[:, :1].astype(np.int32))
             on_tokens(len(scribes))
-            for step in range(1, luck.shape[1]):
+            for step in range(1, uniforms.shape[1]):
                 logits = generator.get_logits()
-                sampled = sample(self._allowed(logits), luck[:, step])
+                sampled = sample(self._allowed(logits), uniforms[:, step])
                 windows[:, step] = [scribe.next(int(token)) for scribe, token in zip(scribes, sampled, strict=True)]
                 generator.set_logits(_only(windows[:, step], logits.shape))
                 generator.generate_next_token()
@@ -109,14 +105,14 @@ class FreeWriter:
 
     def _allowed(self, logits: Float32[np.ndarray, "windows 1 rows"]) -> Float32[np.ndarray, "windows allowed"]:
         allowed = logits[:, -1, : self.vocabulary].copy()
-        if self.mute < self.vocabulary:
-            allowed[:, self.mute] = -np.inf
+        if self.suppressed_token < self.vocabulary:
+            allowed[:, self.suppressed_token] = -np.inf
         return allowed
 
 
 def open_writer(
-    directory: ModelDirectory, providers: Sequence[str], scripts: Sequence[Script], token_count: int
-) -> FreeWriter:
+    directory: ModelDirectory, providers: Sequence[str], scripts: Sequence[GenerationScript], token_count: int
+) -> Sampler:
     """Load the model with the first of ``providers`` that onnxruntime-genai can run it with.
 
     Args:
@@ -134,19 +130,19 @@ def open_writer(
             f"run the model; put it there, or {_INSTEAD}."
         )
     runtime = _runtime()
-    mute = _mute(directory.vocab_size, scripts)
+    suppressed_token = _suppressed_token(directory.vocab_size, scripts)
     reasons: list[str] = []
     for provider in providers:
         try:
-            model = _load(runtime, directory, provider, mute)
+            model = _load(runtime, directory, provider, suppressed_token)
         except Exception as error:  # RuntimeError mostly, by no promise
             reasons.append(f"{SHORT_NAMES[provider]}: {named(error)}")
             continue
-        return FreeWriter(
+        return Sampler(
             runtime=runtime,
             model=model,
             vocabulary=min(directory.vocab_size, token_count),
-            mute=mute,
+            suppressed_token=suppressed_token,
             shortest_cache=max(directory.windowed_caches.values(), default=0),
         )
     raise UserError(
@@ -170,9 +166,9 @@ def end_tokens(directory: ModelDirectory) -> frozenset[int]:
 
 
 def sample(
-    logits: Float32[np.ndarray, "windows vocabulary"], luck: Float[np.ndarray, " windows"]
+    logits: Float32[np.ndarray, "windows vocabulary"], uniforms: Float[np.ndarray, " windows"]
 ) -> Int64[np.ndarray, " windows"]:
-    """A token for each row, with probability softmax(logits): where the cumulated sum passes ``luck`` of the whole.
+    """A token for each row, with probability softmax(logits): where the cumulated sum passes ``uniforms`` of the whole.
 
     Raises:
         UserError: a row holds NaN or infinity.
@@ -181,7 +177,7 @@ def sample(
     if not np.isfinite(largest).all():
         raise UserError(f"--dataset self: the model's logits are no numbers (NaN or infinite); {_INSTEAD}.")
     sums = np.cumsum(np.exp(logits - largest), axis=1, dtype=np.float64)
-    wanted = luck * sums[:, -1]
+    wanted = uniforms * sums[:, -1]
     found = [np.searchsorted(row, value, side="right") for row, value in zip(sums, wanted, strict=True)]
     return np.array(found, np.int64)
 
@@ -198,12 +194,14 @@ def _runtime() -> ModuleType:
     return runtime
 
 
-def _load(runtime: ModuleType, directory: ModelDirectory, provider: str, mute: int) -> object:
+def _load(runtime: ModuleType, directory: ModelDirectory, provider: str, suppressed_token: int) -> object:
     decoder: dict[str, object] = {"filename": directory.onnx_file.name}
     if (granted := threads()) is not None:
         decoder["session_options"] = {"intra_op_num_threads": granted}
     config = runtime.Config(str(directory.folder))
-    config.overlay(json.dumps({"model": {"eos_token_id": mute, "pad_token_id": mute, "decoder": decoder}}))
+    config.overlay(
+        json.dumps({"model": {"eos_token_id": suppressed_token, "pad_token_id": suppressed_token, "decoder": decoder}})
+    )
     config.clear_providers()
     if provider != CPU:
         config.append_provider(SHORT_NAMES[provider])
@@ -211,7 +209,7 @@ def _load(runtime: ModuleType, directory: ModelDirectory, provider: str, mute: i
     return model
 
 
-def _mute(vocabulary: int, scripts: Sequence[Script]) -> int:
+def _suppressed_token(vocabulary: int, scripts: Sequence[GenerationScript]) -> int:
     """The last token that no script gives: a row without a token, a spare special one, or the rarest word."""
     given = frozenset[int]().union(*(script.given for script in scripts))
     return next(token for token in reversed(range(vocabulary)) if token not in given)

@@ -5,34 +5,27 @@ Liu et al. 2023 (LLM-QAT, arXiv 2305.17888) and Williams et al. 2024 (arXiv 2410
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from stages.calibration.text.generation_script import ScriptKind
-from pydantic import TypeAdapter
-from collections.abc import Sequence
-from pathlib import Path
-from stages.system.json_file import explained
-from stages.system.json_file import write_whole
-import numpy as np
-from jaxtyping import Int64
 import hashlib
 import json
-from functools import partial
-from transformers import PreTrainedTokenizerBase
-from stages.model.load import fingerprint_model
-from stages.model.directory import ModelDirectory
-from stages.calibration.text.chat import find_chat_template
-from stages.calibration.text.chat import require_chat_template
-from stages.calibration.text.sampler import end_tokens
-from stages.calibration.text.sampler import open_writer
-from stages.calibration.text.generation_script import Script
-from stages.calibration.text.generation_script import chat_script
-from stages.calibration.text.generation_script import text_script
-from stages.commands.progress import progress_bar
-from collections.abc import Iterator
-from stages.calibration.text.sampler import LARGEST_BATCH
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import get_args
-from jaxtyping import Float64
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
+
+from stages.calibration.text.chat import find_chat_template, require_chat_template
+from stages.calibration.text.generation_script import GenerationScript, ScriptKind, chat_script, text_script
+from stages.calibration.text.sampler import LARGEST_BATCH, end_tokens, open_writer
+from stages.commands.progress import progress_bar
+from stages.model.directory import ModelDirectory
+from stages.model.load import fingerprint_model
+from stages.system.json_file import explained, write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +137,7 @@ class OwnTextSource:
         self,
         file: OwnTextFile,
         missing: Sequence[int],
-        scripts: Sequence[Script],
+        scripts: Sequence[GenerationScript],
         tokenizer: PreTrainedTokenizerBase,
         request: OwnTextRequest,
     ) -> None:
@@ -153,10 +146,10 @@ class OwnTextSource:
             task = bar.add_task("the model writes", total=len(missing) * request.seq_len, unit="tokens")
             for batch in _batches(missing, request.seq_len):
                 cast = [scripts[window % len(scripts)] for window in batch]
-                tokens = writer.write(cast, _luck(request.seed, batch, request.seq_len), partial(bar.advance, task))
+                tokens = writer.write(cast, _uniforms(request.seed, batch, request.seq_len), partial(bar.advance, task))
                 file.add(_lines(batch, cast, tokens, tokenizer))
 
-    def _scripts(self, tokenizer: PreTrainedTokenizerBase, request: OwnTextRequest) -> tuple[Script, ...]:
+    def _scripts(self, tokenizer: PreTrainedTokenizerBase, request: OwnTextRequest) -> tuple[GenerationScript, ...]:
         template = require_chat_template(tokenizer) if request.chats_only else find_chat_template(tokenizer)
         marks = None if template is None else template.marks()
         ends = end_tokens(self.directory)
@@ -165,7 +158,7 @@ class OwnTextSource:
             return texts
         return *texts, chat_script(tokenizer, marks, ends, max(1, request.seq_len // _WINDOW_OVER_QUESTION))
 
-    def _file_name(self, scripts: Sequence[Script], token_count: int, request: OwnTextRequest) -> str:
+    def _file_name(self, scripts: Sequence[GenerationScript], token_count: int, request: OwnTextRequest) -> str:
         """With a digest of all that decides about the text, but for the machine and the number of windows."""
         named = {
             "version": _VERSION,
@@ -189,13 +182,13 @@ def _title(written: Sequence[WrittenWindow]) -> str:
     return "the model's own " + " + ".join(f"{kinds[kind]} {kind}s" for kind in get_args(ScriptKind) if kinds[kind])
 
 
-def _luck(seed: int, batch: Sequence[int], seq_len: int) -> Float64[np.ndarray, "windows seq_len"]:
+def _uniforms(seed: int, batch: Sequence[int], seq_len: int) -> Float64[np.ndarray, "windows seq_len"]:
     return np.stack([np.random.default_rng((seed, window)).random(seq_len) for window in batch])
 
 
 def _lines(
     batch: Sequence[int],
-    cast: Sequence[Script],
+    cast: Sequence[GenerationScript],
     windows: Int64[np.ndarray, "windows seq_len"],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[WrittenWindow]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.errors import OfflineModeIsEnabled
-from stages.errors import named
-from dataclasses import dataclass
-from transformers import PreTrainedTokenizerBase
-from stages.errors import UserError
-from pathlib import Path
-from transformers import AutoTokenizer
-from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.errors import RepositoryNotFoundError
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stages.errors import UserError, named
 
 _SECONDS = 10.0
 

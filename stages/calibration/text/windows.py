@@ -16,19 +16,11 @@ import numpy as np
 from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
+from stages.calibration.text.chat import as_conversation, require_chat_template
+from stages.calibration.text.documents import HUB_SOURCES, SELF, Document, HubSource, dataset_names, open_documents
+from stages.calibration.text.self_generated import OwnTextRequest, OwnTextSource
+from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
 from stages.errors import UserError
-from stages.calibration.text.chat import as_conversation
-from stages.calibration.text.chat import require_chat_template
-from stages.calibration.text.documents import HUB_SOURCES
-from stages.calibration.text.documents import SELF
-from stages.calibration.text.documents import Document
-from stages.calibration.text.documents import HubSource
-from stages.calibration.text.documents import dataset_names
-from stages.calibration.text.documents import open_documents
-from stages.calibration.text.self_generated import OwnTextRequest
-from stages.calibration.text.self_generated import OwnTextSource
-from stages.calibration.text.tokenizer import FoundTokenizer
-from stages.calibration.text.tokenizer import find_tokenizer
 
 _HELD_OUT_SHARE = 10
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")

@@ -8,14 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.commands.quantize_options import Algorithm
-from stages.commands.quantize_options import LmHead
-from stages.commands.quantize_options import PerChannelWord
 from stages.commands.evaluate_options import SweepGrid
-from stages.commands.options import beside
+from stages.commands.options import default_folder
+from stages.commands.quantize_options import Algorithm, LmHead, PerChannelWord
 from stages.evaluation.bench.runs import Run
-from stages.system.paths import file_name
-from stages.system.paths import split_line
+from stages.system.paths import file_name, split_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +62,7 @@ class Point:
         places = (f"--onnx_path={base.absolute()}", f"--output_path={folder}", f"--cache_dir={cache.absolute()}")
         # What an interrupted run left is replaced.
         command = (sys.executable, "-m", "stages.quantize", *places, *self.arguments, "--overwrite")
-        return Run(name=self.name, command=command, model=folder, weights=beside(folder, ".weights"))
+        return Run(name=self.name, command=command, model=folder, weights=default_folder(folder, ".weights"))
 
 
 def points_of(grid: SweepGrid) -> list[Point]:

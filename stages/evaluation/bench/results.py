@@ -9,8 +9,7 @@ from rich import box
 from rich.table import Table
 
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.bench.runs import Record
-from stages.evaluation.bench.runs import Search
+from stages.evaluation.bench.runs import Record, Search
 from stages.evaluation.records import ModelRow
 from stages.system.measured_process import Cost
 

@@ -17,22 +17,17 @@ from statistics import mean
 
 from pydantic import TypeAdapter
 
-from stages.errors import UserError
-from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.compare import PreparedBase
-from stages.evaluation.compare import Reference
-from stages.evaluation.compare import open_reference
-from stages.model.sizes import stored_bytes
-from stages.evaluation.records import ModelRow
-from stages.system.measured_process import Cost
-from stages.system.measured_process import run_measured
-from stages.system.json_file import read_json
-from stages.system.json_file import write_json
-from stages.model.directory import locate_model
-from stages.errors import in_one_line
 from stages.commands.progress import Progress
+from stages.errors import UserError, in_one_line
+from stages.evaluation.accuracy import Accuracy
+from stages.evaluation.compare import PreparedBase, Reference, open_reference
+from stages.evaluation.records import ModelRow
+from stages.model.directory import locate_model
+from stages.model.sizes import stored_bytes
 from stages.quantization.weights.store import open_store
 from stages.quantization.weights.summary import bits_per_weight
+from stages.system.json_file import read_json, write_json
+from stages.system.measured_process import Cost, run_measured
 from stages.system.paths import shell_line
 
 _RECORD_SUFFIX = ".run.json"
@@ -84,11 +79,11 @@ class Record:
     bytes: int | None = None
     search: Search | None = None
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
-    """By the key of the yardstick."""
+    """By the key of the evaluation_text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Yardstick:
+class EvaluationText:
     """A text that models are judged on, and the base on it."""
 
     text: str
@@ -107,7 +102,7 @@ _ROWS = TypeAdapter(ModelRow)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
+class RunFolder:
     """A folder of measured models."""
 
     folder: Path
@@ -116,26 +111,26 @@ class Bench:
     retry_failed: bool
     """Make runs again that failed before."""
 
-    def base_row(self, yardstick: Yardstick) -> ModelRow | None:
+    def base_row(self, evaluation_text: EvaluationText) -> ModelRow | None:
         """The base's own row, where it was judged."""
-        return read_json(self._base_file(yardstick), _ROWS)
+        return read_json(self._base_file(evaluation_text), _ROWS)
 
     @contextmanager
-    def open_reference(self, yardstick: Yardstick, progress: Progress) -> Iterator[Reference]:
+    def open_reference(self, evaluation_text: EvaluationText, progress: Progress) -> Iterator[Reference]:
         """The base's logits on a text; its own row is written down."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open_reference(yardstick.base, progress) as reference:
-            write_json(self._base_file(yardstick), _ROWS, reference.row)
+        with open_reference(evaluation_text.base, progress) as reference:
+            write_json(self._base_file(evaluation_text), _ROWS, reference.row)
             yield reference
 
-    def find(self, run: Run, yardsticks: Sequence[Yardstick]) -> Record | None:
+    def find(self, run: Run, evaluation_texts: Sequence[EvaluationText]) -> Record | None:
         """The record of ``run`` if it is one of this command, and whole, or its model is there to be judged."""
         record = read_json(self._record_file(run), _RECORDS)
         if record is None or (record.command, record.inputs) != (run.command, self.inputs):
             return None
         if record.failure is not None:
             return None if self.retry_failed else record
-        judged = all(yardstick.key in record.accuracy for yardstick in yardsticks)
+        judged = all(evaluation_text.key in record.accuracy for evaluation_text in evaluation_texts)
         return record if judged or run.model.is_dir() else None
 
     def make(self, run: Run) -> Record:
@@ -170,8 +165,8 @@ class Bench:
         self._save(run, record)
         return record
 
-    def _base_file(self, yardstick: Yardstick) -> Path:
-        return self.folder / f"base.{self.inputs[:8]}.{yardstick.key}.json"
+    def _base_file(self, evaluation_text: EvaluationText) -> Path:
+        return self.folder / f"base.{self.inputs[:8]}.{evaluation_text.key}.json"
 
     def _record_file(self, run: Run) -> Path:
         return self.folder / f"{run.name}{_RECORD_SUFFIX}"
@@ -193,20 +188,20 @@ def room_in(folder: Path) -> Iterator[None]:
 
 
 def measure(
-    bench: Bench,
+    run_folder: RunFolder,
     runs: Sequence[Run],
-    yardsticks: Sequence[Yardstick],
+    evaluation_texts: Sequence[EvaluationText],
     progress: Progress,
     tidy: Callable[[Mapping[str, Record]], None],
 ) -> dict[str, Record]:
     """Make and judge all runs that aren't written down; ``tidy`` is told after each what there is, by name."""
     task = progress.add_task("sweep", total=len(runs), unit="models")
     records: dict[str, Record] = {}
-    with room_in(bench.folder), _references(bench, runs, yardsticks, progress) as references:
+    with room_in(run_folder.folder), _references(run_folder, runs, evaluation_texts, progress) as references:
         for run in runs:
             progress.update(task, now=run.name)
-            record = bench.find(run, yardsticks) or bench.make(run)
-            records[run.name] = bench.judge(run, record, references, progress)
+            record = run_folder.find(run, evaluation_texts) or run_folder.make(run)
+            records[run.name] = run_folder.judge(run, record, references, progress)
             tidy(records)
             progress.advance(task)
     return records
@@ -214,19 +209,20 @@ def measure(
 
 @contextmanager
 def _references(
-    bench: Bench, runs: Sequence[Run], yardsticks: Sequence[Yardstick], progress: Progress
+    run_folder: RunFolder, runs: Sequence[Run], evaluation_texts: Sequence[EvaluationText], progress: Progress
 ) -> Iterator[dict[str, Reference]]:
     """The base's logits on every text that a run hasn't been judged on."""
     with ExitStack() as stack:
         yield {
-            yardstick.key: stack.enter_context(bench.open_reference(yardstick, progress))
-            for yardstick in yardsticks
-            if bench.base_row(yardstick) is None or any(_lacks(bench.find(run, yardsticks), yardstick) for run in runs)
+            evaluation_text.key: stack.enter_context(run_folder.open_reference(evaluation_text, progress))
+            for evaluation_text in evaluation_texts
+            if run_folder.base_row(evaluation_text) is None
+            or any(_lacks(run_folder.find(run, evaluation_texts), evaluation_text) for run in runs)
         }
 
 
-def _lacks(record: Record | None, yardstick: Yardstick) -> bool:
-    return record is None or (record.failure is None and yardstick.key not in record.accuracy)
+def _lacks(record: Record | None, evaluation_text: EvaluationText) -> bool:
+    return record is None or (record.failure is None and evaluation_text.key not in record.accuracy)
 
 
 def read_records(folder: Path) -> dict[str, Record]:
@@ -239,7 +235,7 @@ def read_records(folder: Path) -> dict[str, Record]:
 
 
 def read_base_rows(folder: Path) -> dict[str, ModelRow]:
-    """The base's own rows in ``folder`` by the key of their yardstick."""
+    """The base's own rows in ``folder`` by the key of their evaluation_text."""
     return {
         path.name.split(".")[-2]: row
         for path in sorted(folder.glob("base.*.json"))

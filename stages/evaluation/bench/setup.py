@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
-from pathlib import Path
-from stages.errors import UserError
-from stages.calibration.cache import find_cache
-import hashlib
-from stages.system.atomic import require_creatable
-from stages.commands.evaluate_options import BenchConfig
-from stages.errors import CacheMismatch
-from stages.evaluation.bench.runs import Bench
-from stages.model.load import fingerprint_model
-from stages.model.directory import locate_model
-from stages.commands.evaluate_options import EvaluateConfig
-from stages.evaluation.bench.runs import Yardstick
-from stages.evaluation.compare import prepare_base
-from collections.abc import Mapping
-from collections.abc import Sequence
-from stages.evaluation.bench.runs import Record
-from stages.evaluation.bench.runs import Run
-from stages.evaluation.bench.results import Result
-from rich.console import Group
-from rich.table import Table
-from stages.evaluation.bench.runs import room_in
-from stages.evaluation.bench.results import TextResults
-from stages.evaluation.bench.results import measured_models
-from stages.evaluation.bench.results import results_table
-from stages.system.json_file import write_whole
-from stages.commands.output import Section
-from stages.commands.output import unwrapped
-import io
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.table import Table
 
+from stages.calibration.cache import find_cache
+from stages.commands.evaluate_options import BenchConfig, EvaluateConfig
+from stages.commands.output import Section, unwrapped
+from stages.errors import CacheMismatch, UserError
+from stages.evaluation.bench.results import Result, TextResults, measured_models, results_table
+from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder, room_in
+from stages.evaluation.compare import prepare_base
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model
+from stages.system.atomic import require_creatable
+from stages.system.json_file import write_whole
 
 _RUN = 16
 """Tokens. Ordinary prose repeats hardly any run of this length; set phrases are shorter."""
@@ -79,7 +68,7 @@ _WIDE = 1000
 """Columns of a file, in which nothing is to be wrapped."""
 
 
-def open_bench(config: BenchConfig) -> Bench:
+def open_run_folder(config: BenchConfig) -> RunFolder:
     """The bench of ``config``; its records count for this base model and this calibration.
 
     Raises:
@@ -94,35 +83,35 @@ def open_bench(config: BenchConfig) -> Bench:
         raise CacheMismatch(f"--cache_dir {config.cache_path} was made from another model; pass this one's.")
     calibration = "" if cache is None else cache.manifest.key.digest()
     inputs = hashlib.sha256(f"{fingerprint} {calibration}".encode()).hexdigest()
-    return Bench(folder=config.output.absolute(), inputs=inputs, retry_failed=config.retry_failed)
+    return RunFolder(folder=config.output.absolute(), inputs=inputs, retry_failed=config.retry_failed)
 
 
-def read_yardsticks(config: BenchConfig) -> tuple[Yardstick, ...]:
+def read_evaluation_texts(config: BenchConfig) -> tuple[EvaluationText, ...]:
     """The texts of ``config``, tokenized.
 
     Raises:
         UserError: a text can't be read, is too short, or was calibrated on.
     """
-    yardsticks = []
+    evaluation_texts = []
     for text in config.text:
         request = EvaluateConfig(
             base=config.base, model=(), text=text, windows=config.windows, seq_len=config.seq_len, worst=0
         )
         base = prepare_base(request)
         refuse_calibrated(text, base.windows, config.cache_path)
-        yardsticks.append(Yardstick(text=text, base=base))
-    return tuple(yardsticks)
+        evaluation_texts.append(EvaluationText(text=text, base=base))
+    return tuple(evaluation_texts)
 
 
 def results_of(
-    runs: Sequence[Run], records: Mapping[str, Record], yardstick: Yardstick | None, notes: Mapping[str, str]
+    runs: Sequence[Run], records: Mapping[str, Record], evaluation_text: EvaluationText | None, notes: Mapping[str, str]
 ) -> list[Result]:
     """The results of those ``runs`` that have a record, on one text; None where there is no text."""
     return [
         Result(
             name=run.name,
             record=records[run.name],
-            accuracy=None if yardstick is None else records[run.name].accuracy.get(yardstick.key),
+            accuracy=None if evaluation_text is None else records[run.name].accuracy.get(evaluation_text.key),
             note=notes.get(run.name, ""),
         )
         for run in runs
@@ -131,10 +120,10 @@ def results_of(
 
 
 def publish(
-    bench: Bench,
+    run_folder: RunFolder,
     runs: Sequence[Run],
     records: Mapping[str, Record],
-    yardsticks: Sequence[Yardstick],
+    evaluation_texts: Sequence[EvaluationText],
     notes: Mapping[str, str],
 ) -> Section:
     """Return a table for each text and every command, and write the same into the bench's folder as table.md.
@@ -145,18 +134,18 @@ def publish(
     lines = [f"{name}: {command}" for name, command in commands.items()]
     tables: list[Table] = []
     published: list[TextResults] = []
-    for yardstick in yardsticks or (None,):
-        results = results_of(runs, records, yardstick, notes)
-        tables.append(results_table(_title(bench, yardstick), results))
+    for evaluation_text in evaluation_texts or (None,):
+        results = results_of(runs, records, evaluation_text, notes)
+        tables.append(results_table(_title(run_folder, evaluation_text), results))
         published.append(
             TextResults(
-                text=None if yardstick is None else yardstick.text,
-                base=None if yardstick is None else bench.base_row(yardstick),
+                text=None if evaluation_text is None else evaluation_text.text,
+                base=None if evaluation_text is None else run_folder.base_row(evaluation_text),
                 models=measured_models(results, commands),
             )
         )
-    with room_in(bench.folder):
-        write_whole(bench.folder / TABLE, ("\n".join([*map(_as_markdown, tables), *lines]) + "\n").encode())
+    with room_in(run_folder.folder):
+        write_whole(run_folder.folder / TABLE, ("\n".join([*map(_as_markdown, tables), *lines]) + "\n").encode())
     return Section(name="results", table=Group(*tables, unwrapped("\n".join(lines))), record=published)
 
 
@@ -177,13 +166,13 @@ def _as_markdown(table: Table) -> str:
     return f"{title}\n\n{page.getvalue()}"
 
 
-def _title(bench: Bench, yardstick: Yardstick | None) -> str:
-    if yardstick is None:
+def _title(run_folder: RunFolder, evaluation_text: EvaluationText | None) -> str:
+    if evaluation_text is None:
         return "no text: held-out layer losses alone"
-    row = bench.base_row(yardstick)
+    row = run_folder.base_row(evaluation_text)
     if row is None:
-        return yardstick.text
+        return evaluation_text.text
     return (
-        f"{yardstick.text}: {row.accuracy.tokens} tokens; the base has {row.bytes / 1e6:.1f} MB and perplexity "
+        f"{evaluation_text.text}: {row.accuracy.tokens} tokens; the base has {row.bytes / 1e6:.1f} MB and perplexity "
         f"{row.accuracy.perplexity:.3f}; * is nowhere beaten"
     )

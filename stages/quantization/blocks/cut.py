@@ -7,20 +7,17 @@ tokens crosses. Sites tell their layer by their name (layers.N).
 
 from __future__ import annotations
 
-import onnx_ir as ir
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from stages.records.sites import MatMulSite
 from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
 from stages.errors import GraphError
 from stages.model.sites import find_sites
-from stages.records.sites import layer_of
-from collections.abc import Iterable
-from collections.abc import Callable
-from stages.runtime.upcast import NARROW
-from stages.runtime.upcast import widened
-import numpy as np
-from collections.abc import Iterator
-
+from stages.records.sites import MatMulSite, layer_of
+from stages.runtime.upcast import SIXTEEN_BIT, widened
 
 OWN_DOMAIN = "genai_quant"
 """Domain, in the cut graph alone, of the operators that stages.block.converters defines."""
@@ -269,7 +266,7 @@ class _Cutter:
             name=f"layers.{self._block.layer}",
         )
         cut = ir.Model(graph, ir_version=self._model.ir_version)
-        return widened(cut, NARROW)
+        return widened(cut, SIXTEEN_BIT)
 
 
 def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -6,17 +6,15 @@ what a block's loss is measured on, and the norm belongs to the block that reads
 
 from __future__ import annotations
 
-import onnx_ir as ir
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from stages.quantization.blocks.cut import DecoderBlock
-from collections.abc import Sequence
-import torch
-from stages.quantization.blocks.cut import find_blocks
-from stages.records.sites import ActivationGroup
-from collections.abc import Iterable
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.module import BlockModule
 
+import onnx_ir as ir
+import torch
+
+from stages.quantization.blocks.cut import DecoderBlock, cut_block, find_blocks
+from stages.quantization.blocks.module import BlockModule
+from stages.records.sites import ActivationGroup
 
 _NORMS = {
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
@@ -79,7 +77,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TunableModel:
+class DecoderBlocks:
     """A graph whose residual norms are written out, its blocks, and the groups that are quantized inside each.
 
     ``groups`` holds, for each block, indices into the recipe's groups; ``others`` are those that lie in no block;
@@ -93,7 +91,7 @@ class TunableModel:
     shared: tuple[str, ...]
 
 
-def open_blocks(model: ir.Model, groups: Sequence[ActivationGroup]) -> TunableModel:
+def open_blocks(model: ir.Model, groups: Sequence[ActivationGroup]) -> DecoderBlocks:
     """Find the blocks of ``model`` and make sure that each can become a torch module; ``model`` stays as it was.
 
     Raises:
@@ -106,7 +104,7 @@ def open_blocks(model: ir.Model, groups: Sequence[ActivationGroup]) -> TunableMo
         tuple(index for index, group in enumerate(groups) if set(group.sites) <= set(block.sites)) for block in blocks
     )
     found = {index for members in inside for index in members}
-    return TunableModel(
+    return DecoderBlocks(
         graph=graph,
         blocks=blocks,
         groups=inside,

@@ -8,36 +8,25 @@ solve the same problem.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
-import torch
-from stages.quantization.search.gptq import damped
-from dataclasses import replace
-from stages.records.results import ActivationStats
-from stages.records.results import QuantizedWeight
-from stages.quantization.search.ranges import clip_sites
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.choices import stored_weight
-from stages.quantization.search.gptq import compensate
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.problem import InputScale
+
 from stages.quantization.blocks.learnable_weight import effective_weight
-from stages.records.results import TokenStats
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from stages.quantization.blocks.stream import in_batches
-from stages.records.results import SolvedGroup
-from stages.quantization.blocks.signround import StreamPair
-from stages.quantization.blocks.signround import TunedBlock
-from stages.quantization.blocks.stream import BlockInHand
+from stages.quantization.blocks.signround import StreamPair, TunedBlock
+from stages.quantization.blocks.stream import BlockContext, in_batches
+from stages.quantization.search.choices import full_ranges, stored_weight
+from stages.quantization.search.gptq import compensate, damped
+from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions
+from stages.quantization.search.ranges import clip_sites
+from stages.records.results import ActivationStats, QuantizedWeight, SolvedGroup, TokenStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DriftStats:
+class QuantizedStreamStats:
     """Second-order statistics of one activation in both models, float32."""
 
     num_tokens: int
@@ -47,8 +36,8 @@ class DriftStats:
     """X_q^T (X_q - X_f) / T: zero where nothing before was quantized."""
 
 
-class DriftAccumulator:
-    """Folds batches of an activation, as both models compute it, into DriftStats."""
+class QuantizedStreamAccumulator:
+    """Folds batches of an activation, as both models compute it, into QuantizedStreamStats."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._num_tokens = 0
@@ -63,13 +52,13 @@ class DriftAccumulator:
         self._gram.addmm_(rows.T, rows)
         self._drift.addmm_(rows.T, moved)
 
-    def finish(self) -> DriftStats:
+    def finish(self) -> QuantizedStreamStats:
         """The statistics of all tokens so far."""
         tokens = max(self._num_tokens, 1)
-        return DriftStats(num_tokens=self._num_tokens, gram=self._gram / tokens, drift=self._drift / tokens)
+        return QuantizedStreamStats(num_tokens=self._num_tokens, gram=self._gram / tokens, drift=self._drift / tokens)
 
 
-def target_weight(weight: Float[Tensor, "N K"], stats: DriftStats, damping: float) -> Float[Tensor, "N K"]:
+def target_weight(weight: Float[Tensor, "N K"], stats: QuantizedStreamStats, damping: float) -> Float[Tensor, "N K"]:
     """V, the weight that gives on X_q what ``weight`` gives on X_f, in the sense of least squares.
 
     ``damping`` (a part of G's mean diagonal) keeps it near ``weight``. Computed in float64 where the device has it.
@@ -81,7 +70,7 @@ def target_weight(weight: Float[Tensor, "N K"], stats: DriftStats, damping: floa
     return target.float()
 
 
-def drift_error(error: Float[Tensor, "N K"], weight: Float[Tensor, "N K"], stats: DriftStats) -> Tensor:
+def drift_error(error: Float[Tensor, "N K"], weight: Float[Tensor, "N K"], stats: QuantizedStreamStats) -> Tensor:
     """Mean over tokens of ||X_q (W + D)^T - X_f W^T||^2 for the weight error D, less what no D can change."""
     return ((error @ stats.gram) * error).double().sum() + 2 * ((error @ stats.drift) * weight).double().sum()
 
@@ -90,8 +79,8 @@ def refine(
     problem: GroupProblem,
     options: SearchOptions,
     starts: tuple[QuantizedWeight, ...],
-    calibration: DriftStats,
-    held_out: DriftStats,
+    calibration: QuantizedStreamStats,
+    held_out: QuantizedStreamStats,
 ) -> tuple[QuantizedWeight, ...]:
     """``starts`` solved anew for the target weights, under the scale that they share, where held-out tokens agree.
 
@@ -117,7 +106,9 @@ def _scale_of(start: QuantizedWeight, device: torch.device) -> InputScale:
     return InputScale(family="given", alpha=None, scale=start.input_scale.to(device))
 
 
-def _better(weight: Tensor, start: QuantizedWeight, other: QuantizedWeight, held_out: DriftStats) -> QuantizedWeight:
+def _better(
+    weight: Tensor, start: QuantizedWeight, other: QuantizedWeight, held_out: QuantizedStreamStats
+) -> QuantizedWeight:
     errors = [
         float(drift_error(effective_weight(candidate, weight.device) - weight, weight, held_out))
         for candidate in (start, other)
@@ -125,16 +116,16 @@ def _better(weight: Tensor, start: QuantizedWeight, other: QuantizedWeight, held
     return other if errors[1] < errors[0] else start
 
 
-def _token_stats(stats: DriftStats) -> TokenStats:
+def _token_stats(stats: QuantizedStreamStats) -> TokenStats:
     """What range search and GPTQ read; only the search of input scales reads mean |x|, here its root mean square."""
     return TokenStats(num_tokens=stats.num_tokens, abs_mean=torch.diagonal(stats.gram).sqrt(), gram=stats.gram)
 
 
 @dataclass(frozen=True, slots=True)
-class Refiner:
+class ErrorFeedback:
     """Solves a block's groups one after another, in graph order."""
 
-    hand: BlockInHand
+    hand: BlockContext
     options: SearchOptions
 
     def refine_block(self, advance: Callable[[], None]) -> TunedBlock:
@@ -167,10 +158,10 @@ class Refiner:
             )
             yield from refine(problem, self.options, starts, calibration, held_out)
 
-    def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> DriftStats:
+    def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> QuantizedStreamStats:
         """Statistics of what ``site`` reads in both models."""
         original = self.hand.originals[site]
-        accumulator = DriftAccumulator(original.shape[1], original.device)
+        accumulator = QuantizedStreamAccumulator(original.shape[1], original.device)
         for batch in in_batches(len(pair.wanted), self.hand.run.batch_size):
             exact, quantized = (
                 self.hand.run.read(stream[batch].to(original.device), used, site)

@@ -18,20 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.records.results import QuantizedWeight
+from stages.quantization.search.affine import BlockParameters, dequantize, join, round_to_storage, split
 from stages.records.formats import torch_float
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.affine import dequantize
-from stages.quantization.search.affine import round_to_storage
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
+from stages.records.results import QuantizedWeight
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 1.5
 _FROM_CENTRE = 0.25
 """Where a code that isn't plain rounding starts: this far from the middle of its interval, on the weight's side."""
 
 
-class TunableWeight:
+class LearnableWeight:
     """One site's weight between a start and what tuning makes of it.
 
     ``offsets`` [N, nB, B] and the factors ``high`` and ``low`` [N, nB] are the leaves to tune; ``low`` is None where

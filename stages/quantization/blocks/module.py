@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.quantization.blocks.converters.layers import Linear
-from stages.quantization.blocks.converters.register import register_converters
-from stages.quantization.blocks.cut import WITHOUT_BLOCKS
-from stages.quantization.blocks.cut import BlockGraph
-from stages.quantization.blocks.cut import DecoderBlock
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
 from stages.errors import GraphError
+from stages.quantization.blocks.converters.layers import Linear
+from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
+from stages.quantization.blocks.converters.register import register_converters
+from stages.quantization.blocks.cut import WITHOUT_BLOCKS, BlockGraph, DecoderBlock
 
 
 class _Reached(Exception):

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.quantization.blocks.learnable_weight import LearnableWeight
 from stages.records.results import QuantizedWeight
-from stages.quantization.blocks.learnable_weight import TunableWeight
 
 BlockFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """(stream [batch, length, hidden], weights [N, K] by site name) -> the stream behind the block."""
@@ -89,7 +89,7 @@ def tune_block(
     ``advance`` is called behind each iteration. Ensures: the kept sites' held-out loss is not above the start's.
     """
     device = next(iter(originals.values())).device
-    tuned = {start.site.name: TunableWeight(originals[start.site.name], start) for start in starts}
+    tuned = {start.site.name: LearnableWeight(originals[start.site.name], start) for start in starts}
 
     def loss_of(pair: StreamPair) -> Tensor:
         weights = {name: tuned[name].weight() if name in tuned else originals[name] for name in originals}

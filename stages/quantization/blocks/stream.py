@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 from collections.abc import Mapping
 from dataclasses import dataclass
-from jaxtyping import Float
+
 import numpy as np
 import onnx_ir as ir
-from stages.runtime.tap import open_value_tap
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from stages.model.directory import ModelDirectory
-from stages.runtime.providers import CPU
-from stages.runtime.providers import ProviderChoice
-from stages.runtime.tap import ActivationTap
-from stages.quantization.blocks.module import BlockModule
-from stages.records.results import QuantizedWeight
-from stages.records.results import SolvedGroup
 from stages.quantization.blocks.learnable_weight import effective_weight
-from stages.quantization.blocks.signround import StreamPair
-from stages.quantization.blocks.signround import block_loss
+from stages.quantization.blocks.module import BlockModule
+from stages.quantization.blocks.signround import StreamPair, block_loss
+from stages.records.results import QuantizedWeight, SolvedGroup
+from stages.runtime.providers import CPU, ProviderChoice
+from stages.runtime.tap import ActivationTap, open_value_tap
 
 
 def in_batches(windows: int, batch_size: int) -> tuple[Tensor, ...]:
@@ -110,7 +108,7 @@ class BlockRunner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockInHand:
+class BlockContext:
     """One block, the quantization that it starts with, and the windows in front of it."""
 
     run: BlockRunner

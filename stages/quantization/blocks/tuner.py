@@ -16,33 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.quantization.blocks.cut import DecoderBlock
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.stream import BlockInputs
-from stages.quantization.blocks.stream import BlockRunner
-from stages.quantization.blocks.stream import in_batches
-from stages.quantization.blocks.stream import read_inputs
-from stages.quantization.blocks.module import BlockModule
-from stages.quantization.blocks.decoder import TunableModel
-from stages.model.weights import read_weight
-from stages.model.directory import ModelDirectory
 from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
-from stages.quantization.weights.store import QuantizedStore
-from stages.records.results import QuantizedWeight
-from stages.records.results import SolvedGroup
-from stages.records.results import TokenStats
-from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import joint_errors
-from stages.quantization.search.objective import to_device
-from stages.quantization.search.problem import SearchOptions
+from stages.model.directory import ModelDirectory
+from stages.model.weights import read_weight
+from stages.quantization.blocks.cut import DecoderBlock, cut_block
+from stages.quantization.blocks.decoder import DecoderBlocks
+from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
-from stages.quantization.blocks.signround import SignRoundOptions
-from stages.quantization.blocks.signround import StreamPair
-from stages.quantization.blocks.signround import TunedBlock
-from stages.quantization.blocks.signround import tune_block
-from stages.quantization.blocks.stream import BlockInHand
-from stages.quantization.blocks.error_feedback import Refiner
+from stages.quantization.blocks.module import BlockModule
+from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
+from stages.quantization.blocks.stream import BlockContext, BlockInputs, BlockRunner, in_batches, read_inputs
+from stages.quantization.search.choices import output_energies
+from stages.quantization.search.objective import joint_errors, to_device
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.weights.store import QuantizedStore
+from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -59,7 +48,7 @@ class BlockStep(Protocol):
     def ticks(self) -> int | None:
         """How often ``advance`` is called a block; None: once a group."""
 
-    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock: ...
+    def __call__(self, hand: BlockContext, advance: Callable[[], None]) -> TunedBlock: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +62,7 @@ class SignRoundStep:
     def ticks(self) -> int | None:
         return self.options.iterations
 
-    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
+    def __call__(self, hand: BlockContext, advance: Callable[[], None]) -> TunedBlock:
         starts = tuple(weight for group in hand.starts for weight in group.weights)
         return tune_block(hand.run, hand.originals, starts, hand.calibration, hand.held_out, self.options, advance)
 
@@ -86,8 +75,8 @@ class RefineStep:
     name: str = "refine"
     ticks: int | None = None
 
-    def __call__(self, hand: BlockInHand, advance: Callable[[], None]) -> TunedBlock:
-        return Refiner(hand, self.options).refine_block(advance)
+    def __call__(self, hand: BlockContext, advance: Callable[[], None]) -> TunedBlock:
+        return ErrorFeedback(hand, self.options).refine_block(advance)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,7 +103,7 @@ class BlockTuner:
     ``start`` holds the search's result, ``store`` what becomes of it; their recipes list the same groups.
     """
 
-    model: TunableModel
+    model: DecoderBlocks
     directory: ModelDirectory
     cache: CalibrationCache
     start: QuantizedStore
@@ -182,7 +171,7 @@ class BlockTuner:
         if not self._is_finished(groups):
             starts = tuple(self.start.read_group(index) for index in groups)
             calibration, held_out = streams.pairs(wanted)
-            hand = BlockInHand(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
+            hand = BlockContext(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
             result = self.step(hand, advance)
             for index, solved in zip(groups, self._reported(hand, result), strict=True):
                 self.store.write(index, solved)
@@ -191,7 +180,7 @@ class BlockTuner:
         streams.exact, streams.tuned = wanted, run.over(streams.tuned, tuned)
         return result
 
-    def _reported(self, hand: BlockInHand, result: TunedBlock) -> Iterator[SolvedGroup]:
+    def _reported(self, hand: BlockContext, result: TunedBlock) -> Iterator[SolvedGroup]:
         """The block's groups with their tuned weights, and what those cost."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in hand.starts:

@@ -8,41 +8,26 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 import torch
 
+from stages.calibration.cache import CalibrationCache
+from stages.commands.progress import progress_bar
 from stages.commands.quantize_options import QuantizeConfig
-from stages.quantization.plan.forecast import forecast_key
-from stages.quantization.plan.forecast import read_forecasts
-from stages.quantization.plan.forecast import write_forecasts
+from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
-from stages.model.directory import ModelDirectory
-from stages.calibration.cache import CalibrationCache
-from stages.quantization.plan.plan_file import PlannedSite
-from stages.quantization.plan.plan_file import plan_text
-from stages.quantization.plan.plan import ModelPlan
-from stages.quantization.plan.plan import OpenPlan
-from stages.commands.progress import progress_bar
-from stages.records.sites import ActivationGroup
-from stages.records.sites import MatMulSite
+from stages.quantization.plan.allocate import Allocation
+from stages.quantization.plan.budget import BitsBudget, SiteCandidates, chosen_plan, num_weights, spend, stored_bytes
+from stages.quantization.plan.forecast import WHOLE, forecast_key, forecast_site, read_forecasts, write_forecasts
+from stages.quantization.plan.plan import ModelPlan, OpenPlan
+from stages.quantization.plan.plan_file import PlannedSite, plan_text
+from stages.quantization.plan.sensitivity import SensitivityMeasure, output_sections, residual_sensitivities, unmeasured
+from stages.quantization.search.objective import to_device
 from stages.records.formats import QuantSpec
 from stages.records.results import SiteForecast
-from stages.quantization.plan.sensitivity import SensitivityMeasure
-from stages.quantization.plan.sensitivity import unmeasured
-from stages.quantization.plan.allocate import Allocation
-from stages.quantization.plan.forecast import WHOLE
-from stages.quantization.plan.forecast import forecast_site
-from stages.quantization.plan.budget import SiteMenu
-from stages.quantization.plan.budget import chosen_plan
-from stages.quantization.search.objective import to_device
-from stages.quantization.plan.sensitivity import output_sections
-from stages.quantization.plan.sensitivity import residual_shares
-from stages.quantization.plan.budget import BitsBudget
-from stages.quantization.plan.budget import num_weights
-from stages.quantization.plan.budget import spend
-from stages.quantization.plan.budget import stored_bytes
+from stages.records.sites import ActivationGroup, MatMulSite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpentBudget:
+class BudgetResult:
     """The plan with every site decided, the same as a file, and one line about it."""
 
     plan: ModelPlan
@@ -50,14 +35,14 @@ class SpentBudget:
     summary: str
 
 
-def spend_budget(
+def allocate_budget(
     config: QuantizeConfig,
     model: ir.Model,
     directory: ModelDirectory,
     cache: CalibrationCache,
     plan: ModelPlan,
     device: torch.device,
-) -> SpentBudget:
+) -> BudgetResult:
     """Decide what ``plan`` left open.
 
     Raises:
@@ -80,7 +65,7 @@ def spend_budget(
         )
         weights = measure.measure(_open_groups(groups, left_open.menus))
     else:
-        weights = residual_shares(groups, {name: forecast.energy for name, forecast in forecasts.items()})
+        weights = residual_sensitivities(groups, {name: forecast.energy for name, forecast in forecasts.items()})
     losses = {
         menu.site.name: {
             label: weights.get(menu.site.name, 0.0) * forecasts[menu.site.name].errors[forecast_key(spec)]
@@ -94,7 +79,7 @@ def spend_budget(
 
 def _forecast(
     groups: Sequence[ActivationGroup],
-    menus: Sequence[SiteMenu],
+    menus: Sequence[SiteCandidates],
     model: ir.Model,
     cache: CalibrationCache,
     device: torch.device,
@@ -117,19 +102,19 @@ def _forecast(
     return {name: known[name] for name in specs}
 
 
-def needs_weights(groups: Sequence[ActivationGroup], menus: Sequence[SiteMenu], cache: CalibrationCache) -> bool:
+def needs_weights(groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates], cache: CalibrationCache) -> bool:
     """Whether a site's errors have to be forecast, because no earlier budget on the same statistics has done it."""
     return bool(_unforecast(groups, _forecast_specs(menus), read_forecasts(cache.folder)))
 
 
 def unmeasured_groups(
-    groups: Sequence[ActivationGroup], menus: Sequence[SiteMenu], cache: CalibrationCache
+    groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates], cache: CalibrationCache
 ) -> list[ActivationGroup]:
     """The groups that ``--sensitivity measured`` has to run the model for."""
     return unmeasured(cache, _open_groups(groups, menus), _rough_format(menus))
 
 
-def _forecast_specs(menus: Sequence[SiteMenu]) -> dict[str, dict[str, QuantSpec]]:
+def _forecast_specs(menus: Sequence[SiteCandidates]) -> dict[str, dict[str, QuantSpec]]:
     return {menu.site.name: {forecast_key(spec): spec for spec in _specs(menu).values()} for menu in menus}
 
 
@@ -149,18 +134,18 @@ def _joined(old: SiteForecast | None, new: SiteForecast) -> SiteForecast:
     return new if old is None else replace(new, errors={**old.errors, **new.errors})
 
 
-def _specs(menu: SiteMenu) -> dict[str, QuantSpec]:
+def _specs(menu: SiteCandidates) -> dict[str, QuantSpec]:
     return {label: spec for label, spec in menu.formats.items() if spec is not None}
 
 
-def _open_groups(groups: Sequence[ActivationGroup], menus: Sequence[SiteMenu]) -> list[ActivationGroup]:
+def _open_groups(groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates]) -> list[ActivationGroup]:
     """The groups with their sites that have a choice; others need no sensitivity."""
     undecided = {menu.site.name for menu in menus if len(menu.formats) > 1}
     parts = [replace(group, sites=tuple(site for site in group.sites if site.name in undecided)) for group in groups]
     return [group for group in parts if group.sites]
 
 
-def _rough_format(menus: Sequence[SiteMenu]) -> Callable[[MatMulSite], QuantSpec]:
+def _rough_format(menus: Sequence[SiteCandidates]) -> Callable[[MatMulSite], QuantSpec]:
     """Half way through a site's INT4 formats: an error that is no extreme."""
 
     def rough(site: MatMulSite) -> QuantSpec:
@@ -177,7 +162,7 @@ def _spent(
     groups: tuple[ActivationGroup, ...],
     allocation: Allocation,
     losses: Mapping[str, Mapping[str, float]],
-) -> SpentBudget:
+) -> BudgetResult:
     left_open = plan.left_open
     assert left_open is not None
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
@@ -186,7 +171,7 @@ def _spent(
     elsewhere = tuple(entry for entry in plan.sites.kept if entry[0] not in labels)
     summary = _summary(config, left_open, labels, allocation)
     lines = {menu.site.name: _line(menu, labels[menu.site.name], losses) for menu in left_open.menus}
-    return SpentBudget(
+    return BudgetResult(
         plan=replace(plan, sites=replace(sites, kept=(*sites.kept, *elsewhere))),
         file_text=plan_text(lines, [summary]),
         summary=summary,
@@ -213,7 +198,7 @@ def _summary(config: QuantizeConfig, left_open: OpenPlan, labels: Mapping[str, s
     )
 
 
-def _line(menu: SiteMenu, label: str, losses: Mapping[str, Mapping[str, float]]) -> PlannedSite:
+def _line(menu: SiteCandidates, label: str, losses: Mapping[str, Mapping[str, float]]) -> PlannedSite:
     site = losses[menu.site.name]
     others = [f"{other} {site.get(other, 0.0):.2g}" for other in menu.formats if other != label]
     alternatives = f"others: {', '.join(others)}" if others else ""

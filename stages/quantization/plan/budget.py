@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from stages.records.sites import MatMulSite
-from stages.records.formats import QuantSpec
-from collections.abc import Sequence
-from stages.records.sites import ActivationGroup
-from stages.quantization.plan.rules import FormatRules
-from stages.quantization.plan.rules import all_sites
-from stages.quantization.plan.rules import named_by_rules
-from stages.quantization.targets.formats import OpenFormats
-from stages.quantization.plan.rules import QuantPlan
-from stages.quantization.plan.rules import plan_of
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from stages.errors import OptionError
+from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
 from stages.quantization.plan.plan_file import KEEP
-from stages.quantization.plan.rules import NamedSites
-from stages.quantization.plan.rules import is_lm_head
-from dataclasses import replace
-from collections.abc import Callable
-from stages.errors import RecipeError
-from stages.quantization.plan.allocate import Allocation
-from stages.quantization.plan.allocate import allocate
-from stages.quantization.plan.allocate import smallest_cost
-from stages.quantization.plan.allocate import Candidate
+from stages.quantization.plan.rules import (
+    FormatRules,
+    NamedSites,
+    QuantPlan,
+    all_sites,
+    is_lm_head,
+    named_by_rules,
+    plan_of,
+)
+from stages.quantization.targets.formats import OpenFormats
+from stages.records.formats import QuantSpec
+from stages.records.sites import ActivationGroup, MatMulSite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteMenu:
+class SiteCandidates:
     """The formats that one site may have, by label; None: it stays as it is."""
 
     site: MatMulSite
@@ -36,13 +32,15 @@ class SiteMenu:
     """The option that left one format alone, or INT4 alone; empty where everything is open."""
 
 
-def site_menus(groups: Sequence[ActivationGroup], rules: FormatRules, formats: OpenFormats) -> tuple[SiteMenu, ...]:
+def site_candidates(
+    groups: Sequence[ActivationGroup], rules: FormatRules, formats: OpenFormats
+) -> tuple[SiteCandidates, ...]:
     """The menu of every site, in graph order. ``rules`` holds what was asked for by name; its blocks are not used.
 
     lm_head may stay as it is, where nobody said what becomes of it; nothing else may.
 
     Raises:
-        RecipeError: a pattern matches no site.
+        OptionError: a pattern matches no site.
     """
     sites = all_sites(groups)
     named = named_by_rules(sites, rules)
@@ -50,7 +48,7 @@ def site_menus(groups: Sequence[ActivationGroup], rules: FormatRules, formats: O
 
 
 def chosen_plan(
-    groups: Sequence[ActivationGroup], menus: Sequence[SiteMenu], labels: Mapping[str, str], kept_because: str
+    groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates], labels: Mapping[str, str], kept_because: str
 ) -> QuantPlan:
     """The plan that gives every site the format of its label; ``kept_because`` stands where a menu gives no reason."""
     formats = {menu.site.name: menu.formats[labels[menu.site.name]] for menu in menus}
@@ -59,7 +57,7 @@ def chosen_plan(
     return plan_of(groups, specs, kept)
 
 
-def _menu(site: MatMulSite, rules: FormatRules, formats: OpenFormats, named: NamedSites) -> SiteMenu:
+def _menu(site: MatMulSite, rules: FormatRules, formats: OpenFormats, named: NamedSites) -> SiteCandidates:
     four_bit = [
         QuantSpec(bits=4, symmetric=rules.symmetric, granularity=each, scale_dtype=site.dtype)
         for each in formats.four_bit
@@ -69,32 +67,32 @@ def _menu(site: MatMulSite, rules: FormatRules, formats: OpenFormats, named: Nam
     )
     open_specs = four_bit if formats.eight_bit is None else [*four_bit, eight_bit]
     if site.name in named.kept:
-        return SiteMenu(site=site, formats={KEEP: None}, fixed_because=named.kept[site.name])
+        return SiteCandidates(site=site, formats={KEEP: None}, fixed_because=named.kept[site.name])
     if site.name in named.eight_bit:
         because = "--lm_head 8" if is_lm_head(site) and rules.lm_head == "8" else "--layers_8bit"
-        return SiteMenu(site=site, formats=_by_label([eight_bit]), fixed_because=because)
+        return SiteCandidates(site=site, formats=_by_label([eight_bit]), fixed_because=because)
     if not is_lm_head(site):
-        return SiteMenu(site=site, formats=_by_label(open_specs))
+        return SiteCandidates(site=site, formats=_by_label(open_specs))
     if rules.lm_head == "4":
-        return SiteMenu(site=site, formats=_by_label(four_bit), fixed_because="--lm_head 4")
-    return SiteMenu(site=site, formats={**_by_label(open_specs), KEEP: None})
+        return SiteCandidates(site=site, formats=_by_label(four_bit), fixed_because="--lm_head 4")
+    return SiteCandidates(site=site, formats={**_by_label(open_specs), KEEP: None})
 
 
 def _by_label(specs: Sequence[QuantSpec]) -> dict[str, QuantSpec | None]:
     return {spec.label: spec for spec in specs}
 
 
-def may_stay(menu: SiteMenu) -> bool:
+def may_stay(menu: SiteCandidates) -> bool:
     """Whether the budget decides if the site is quantized at all."""
     return len(menu.formats) > 1 and KEEP in menu.formats
 
 
-def without_keep(menu: SiteMenu) -> SiteMenu:
+def without_keep(menu: SiteCandidates) -> SiteCandidates:
     """The same menu, quantized in any case."""
     return replace(menu, formats={label: spec for label, spec in menu.formats.items() if spec is not None})
 
 
-def kept_only(menu: SiteMenu) -> SiteMenu:
+def kept_only(menu: SiteCandidates) -> SiteCandidates:
     """The same menu, left as it is in any case."""
     return replace(menu, formats={KEEP: None})
 
@@ -115,7 +113,7 @@ class SizeBudget:
 
     num_bytes: int
     fixed_bytes: int
-    cost: Callable[[SiteMenu, str], int]
+    cost: Callable[[SiteCandidates, str], int]
 
 
 Budget = BitsBudget | SizeBudget
@@ -137,28 +135,28 @@ class Reach:
 class _Case:
     """A budget in bytes over menus whose number of quantized weights is settled."""
 
-    menus: tuple[SiteMenu, ...]
-    cost: Callable[[SiteMenu, str], int]
+    menus: tuple[SiteCandidates, ...]
+    cost: Callable[[SiteCandidates, str], int]
     num_bytes: int
 
 
-def check_budget(menus: Sequence[SiteMenu], budget: Budget) -> Reach:
+def check_budget(menus: Sequence[SiteCandidates], budget: Budget) -> Reach:
     """The values that can be reached.
 
     Raises:
-        RecipeError: nothing would be quantized, or ``budget`` lies below the smallest.
+        OptionError: nothing would be quantized, or ``budget`` lies below the smallest.
     """
     if all(set(menu.formats) == {KEEP} for menu in menus):
-        raise RecipeError("--exclude matches every MatMul of the model: nothing would be quantized.")
+        raise OptionError("--exclude matches every MatMul of the model: nothing would be quantized.")
     reach = _reach(menus, budget)
     match budget:
         case BitsBudget(bits_per_weight=bits) if bits < reach.smallest:
-            raise RecipeError(
+            raise OptionError(
                 f"--target_bpw {bits:g} can't be reached: these sites can have from {reach.smallest:.4g} to "
                 f"{reach.largest:.4g} bits a weight."
             )
         case SizeBudget(num_bytes=size) if size < reach.smallest:
-            raise RecipeError(
+            raise OptionError(
                 f"--target_size {size / 1e6:,.1f}MB can't be reached: this model can have from "
                 f"{reach.smallest / 1e6:,.1f}MB to {reach.largest / 1e6:,.1f}MB (--gather_quantize_axis 1 makes "
                 "embeddings smaller, --lm_head 4 the head)."
@@ -166,7 +164,7 @@ def check_budget(menus: Sequence[SiteMenu], budget: Budget) -> Reach:
     return reach
 
 
-def spend(menus: Sequence[SiteMenu], budget: Budget, losses: Losses) -> Allocation:
+def spend(menus: Sequence[SiteCandidates], budget: Budget, losses: Losses) -> Allocation:
     """A label for every site with the smallest sum of ``losses`` that ``budget`` allows.
 
     Requires: ``check_budget`` raised nothing.
@@ -179,7 +177,7 @@ def spend(menus: Sequence[SiteMenu], budget: Budget, losses: Losses) -> Allocati
     return min(found, key=lambda allocation: allocation.loss)
 
 
-def _cases(menus: Sequence[SiteMenu], budget: Budget) -> list[_Case]:
+def _cases(menus: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
     """A site that stays counts for no bits a weight: with it or without it are two problems, each with its bytes."""
     if isinstance(budget, SizeBudget):
         return [_Case(menus=tuple(menus), cost=budget.cost, num_bytes=budget.num_bytes - budget.fixed_bytes)]
@@ -193,12 +191,12 @@ def _cases(menus: Sequence[SiteMenu], budget: Budget) -> list[_Case]:
     ]
 
 
-def num_weights(menus: Sequence[SiteMenu]) -> int:
+def num_weights(menus: Sequence[SiteCandidates]) -> int:
     """Weights of the sites that are quantized in any case."""
     return sum(menu.site.in_features * menu.site.out_features for menu in menus if KEEP not in menu.formats)
 
 
-def stored_bytes(menu: SiteMenu, label: str) -> int:
+def stored_bytes(menu: SiteCandidates, label: str) -> int:
     """Codes, scales and zero points of the site; none where it stays as it is."""
     spec = menu.formats[label]
     return 0 if spec is None else spec.stored_bytes(menu.site.out_features, menu.site.in_features)
@@ -218,7 +216,7 @@ def _candidates(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
     }
 
 
-def _reach(menus: Sequence[SiteMenu], budget: Budget) -> Reach:
+def _reach(menus: Sequence[SiteCandidates], budget: Budget) -> Reach:
     if isinstance(budget, SizeBudget):
         low, high = _cost_range(menus, budget.cost)
         return Reach(smallest=float(budget.fixed_bytes + low), largest=float(budget.fixed_bytes + high))
@@ -228,7 +226,7 @@ def _reach(menus: Sequence[SiteMenu], budget: Budget) -> Reach:
     return Reach(smallest=min(ends), largest=max(ends))
 
 
-def _cost_range(menus: Sequence[SiteMenu], cost: Callable[[SiteMenu, str], int]) -> tuple[int, int]:
+def _cost_range(menus: Sequence[SiteCandidates], cost: Callable[[SiteCandidates, str], int]) -> tuple[int, int]:
     """The smallest and the largest sum of the sites' costs."""
     costs = [[cost(menu, label) for label in menu.formats] for menu in menus]
     return sum(map(min, costs)), sum(map(max, costs))

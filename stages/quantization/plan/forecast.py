@@ -7,28 +7,22 @@ that of the forecast by 0.4, around that of rounding by 0.55. INT8 is rounded: c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from stages.records.formats import QuantSpec
-from stages.records.results import TokenStats
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import round_trip
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
-from stages.quantization.search.choices import rows_per_chunk
-from stages.quantization.search.objective import gram_blocks
-from stages.quantization.search.ranges import search_clip_ratios
-from collections.abc import Mapping
-from stages.records.sites import MatMulSite
-from stages.records.results import SiteForecast
-from stages.quantization.search.objective import output_error
 from pydantic import TypeAdapter
-from pathlib import Path
-from stages.system.json_file import read_json
-from stages.system.json_file import explained
-from stages.system.json_file import write_json
+from torch import Tensor
 
+from stages.quantization.search.affine import choose_parameters, join, round_trip, split
+from stages.quantization.search.choices import rows_per_chunk
+from stages.quantization.search.objective import gram_blocks, output_error
+from stages.quantization.search.ranges import search_clip_ratios
+from stages.records.formats import QuantSpec
+from stages.records.results import SiteForecast, TokenStats
+from stages.records.sites import MatMulSite
+from stages.system.json_file import explained, read_json, write_json
 
 _RATIOS = [1.0, 0.9, 0.8, 0.7, 0.6]
 

@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from stages.records.formats import channel_block_size
-from stages.model.load import external_tensors
 from stages.model.directory import ModelDirectory
-from stages.records.formats import EmbeddingPlan
+from stages.model.load import external_tensors
+from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
 from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.formats import QuantSpec
-from stages.records.formats import WeightForm
-from stages.records.formats import torch_float
 
 _GRAPH_BYTES = 700
 """A site's new nodes and initializers in the .onnx file, besides its names; about 300 were seen."""

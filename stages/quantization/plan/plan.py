@@ -12,63 +12,55 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from stages.commands.parsing import parse_bytes
+from stages.commands.parsing import parse_size
 from stages.commands.quantize_options import QuantizeConfig
-from stages.errors import RecipeError
-from stages.model.sites import find_embeddings
-from stages.model.unquantized import find_rejected
-from stages.model.sites import find_groups
-from stages.model.unquantized import find_unreached
+from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
-from stages.quantization.plan.output_size import OutputSize
-from stages.quantization.plan.output_size import output_size
-from stages.quantization.plan.plan_file import read_plan
-from stages.quantization.plan.plan_file import spec_of
-from stages.records.sites import ActivationGroup
-from stages.records.results import ActivationStats
-from stages.records.formats import EmbeddingPlan
-from stages.records.formats import EmbeddingTable
-from stages.records.results import ExportRecipe
-from stages.records.formats import Granularity
-from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.records.sites import UnreachedWeights
-from stages.records.formats import WeightForm
-from stages.quantization.plan.rules import plan_embeddings
-from stages.quantization.plan.budget import SiteMenu
-from stages.quantization.plan.budget import chosen_plan
-from stages.quantization.plan.budget import site_menus
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.plan.rules import FormatRules
-from stages.quantization.plan.rules import QuantPlan
-from stages.quantization.plan.rules import all_sites
-from stages.quantization.plan.rules import make_plan
-from stages.quantization.plan.rules import plan_of
-from stages.quantization.search.solver import ALGORITHMS
-from stages.quantization.search.solver import GroupSolver
+from stages.model.sites import find_embeddings, find_groups
+from stages.model.unquantized import find_skipped_matmuls, find_unquantized
 from stages.quantization.blocks.signround import SignRoundOptions
-from stages.quantization.plan.budget import BitsBudget
-from stages.quantization.plan.budget import Budget
-from stages.quantization.plan.budget import Reach
-from stages.quantization.plan.budget import SizeBudget
-from stages.quantization.plan.budget import check_budget
-from stages.quantization.targets.choose import choose_formats
-from stages.quantization.targets.choose import open_formats
-from stages.quantization.targets.formats import Explanation
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import FormatWishes
-from stages.quantization.targets.formats import ModelTraits
-from stages.quantization.targets.formats import OpenFormats
-from stages.quantization.targets.formats import traits_of
+from stages.quantization.plan.budget import (
+    BitsBudget,
+    Budget,
+    Reach,
+    SiteCandidates,
+    SizeBudget,
+    check_budget,
+    chosen_plan,
+    site_candidates,
+)
+from stages.quantization.plan.output_size import OutputSize, output_size
+from stages.quantization.plan.plan_file import read_plan, spec_of
+from stages.quantization.plan.rules import FormatRules, QuantPlan, all_sites, make_plan, plan_embeddings, plan_of
+from stages.quantization.search.problem import SearchOptions
+from stages.quantization.search.solver import ALGORITHMS, GroupSolver
+from stages.quantization.targets.choose import choose_formats, open_formats
+from stages.quantization.targets.formats import (
+    Explanation,
+    FormatChoice,
+    ModelFacts,
+    OpenFormats,
+    RequestedFormats,
+    facts_of,
+)
+from stages.records.formats import (
+    EmbeddingPlan,
+    EmbeddingTable,
+    Granularity,
+    PerBlock,
+    PerChannel,
+    QuantSpec,
+    WeightForm,
+)
+from stages.records.results import ActivationStats, ExportRecipe
+from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPlan:
     """What is left to decide once losses are known: every site's menu, and the budget that all share."""
 
-    menus: tuple[SiteMenu, ...]
+    menus: tuple[SiteCandidates, ...]
     budget: Budget
     reach: Reach
     size: OutputSize
@@ -84,7 +76,7 @@ class ModelPlan:
     choice: FormatChoice
     sites: QuantPlan
     embeddings: tuple[EmbeddingPlan, ...]
-    unreached: tuple[UnreachedWeights, ...]
+    unreached: tuple[UnquantizedWeights, ...]
     left_open: OpenPlan | None = None
 
 
@@ -93,35 +85,35 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
 
     Raises:
         GraphError: the model holds nothing to quantize.
-        RecipeError: options that fit neither each other nor the model, a budget that can't be reached, or a plan file
+        OptionError: options that fit neither each other nor the model, a budget that can't be reached, or a plan file
             that can't be used.
     """
     groups, tables = find_groups(model), find_embeddings(model)
-    traits = traits_of(groups, tables)
+    facts = facts_of(groups, tables)
     left_open: OpenPlan | None = None
     if config.plan is not None:
-        choice, sites = _given_plan(config, groups, traits)
+        choice, sites = _given_plan(config, groups, facts)
     elif config.has_budget:
-        choice, menus = _open_choice(config, groups, traits)
+        choice, menus = _open_choice(config, groups, facts)
         left_open = _open_plan(
             config, menus, output_size(directory, model, choice.form, _embedding_plans(config, choice, tables))
         )
         sites = chosen_plan(groups, menus, {menu.site.name: next(iter(menu.formats)) for menu in menus}, "")
     else:
-        choice = choose_formats(config.parsed_target, _wishes(config), traits)
+        choice = choose_formats(config.parsed_target, _requested(config), facts)
         sites = make_plan(groups, _format_rules(config, choice))
     embeddings = _embedding_plans(config, choice, tables)
     return ModelPlan(
         choice=choice,
-        sites=replace(sites, kept=(*sites.kept, *find_rejected(model))),
+        sites=replace(sites, kept=(*sites.kept, *find_skipped_matmuls(model))),
         embeddings=embeddings,
-        unreached=find_unreached(model, {plan.table.weight for plan in embeddings}),
+        unreached=find_unquantized(model, {plan.table.weight for plan in embeddings}),
         left_open=left_open,
     )
 
 
 def _given_plan(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], traits: ModelTraits
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
 ) -> tuple[FormatChoice, QuantPlan]:
     """``--plan``: the file decides about formats, the target about everything else."""
     assert config.plan is not None
@@ -130,21 +122,21 @@ def _given_plan(
     formats = {site.name: spec_of(planned[site.name], site, symmetric=not config.use_zero_point) for site in sites}
     specs = {name: spec for name, spec in formats.items() if spec is not None}
     if not specs:
-        raise RecipeError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
+        raise OptionError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
     kept = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
-    return _choice_of_specs(config, tuple(specs.values()), traits), plan_of(groups, specs, kept)
+    return _choice_of_specs(config, tuple(specs.values()), facts), plan_of(groups, specs, kept)
 
 
-def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], traits: ModelTraits) -> FormatChoice:
+def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], facts: ModelFacts) -> FormatChoice:
     """The choice for the commonest INT4 block, with what the target says against each of the formats."""
     sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
     eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
-    wishes = [
-        replace(_wishes(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
+    requested = [
+        replace(_requested(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
         for size in sizes or [None]
         for granularity in eight_bit or [None]
     ]
-    choices = [choose_formats(config.parsed_target, each, traits) for each in wishes]
+    choices = [choose_formats(config.parsed_target, each, facts) for each in requested]
     warnings = dict.fromkeys(warning for choice in choices for warning in choice.warnings)
     return replace(choices[0], warnings=tuple(warnings))
 
@@ -154,16 +146,16 @@ def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularit
 
 
 def _open_choice(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], traits: ModelTraits
-) -> tuple[FormatChoice, tuple[SiteMenu, ...]]:
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
+) -> tuple[FormatChoice, tuple[SiteCandidates, ...]]:
     """The target's choice for all that a budget leaves alone, and the menus that it chooses from."""
-    wishes = _wishes(config)
-    formats = open_formats(config.parsed_target, wishes, traits)
-    named = wishes.named_eight_bit or formats.eight_bit is not None
-    choice = choose_formats(config.parsed_target, replace(wishes, named_eight_bit=named), traits)
+    requested = _requested(config)
+    formats = open_formats(config.parsed_target, requested, facts)
+    named = requested.named_eight_bit or formats.eight_bit is not None
+    choice = choose_formats(config.parsed_target, replace(requested, named_eight_bit=named), facts)
     explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
     choice = replace(choice, explanations=explained)
-    return choice, site_menus(groups, _format_rules(config, choice), formats)
+    return choice, site_candidates(groups, _format_rules(config, choice), formats)
 
 
 def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
@@ -173,22 +165,22 @@ def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
     return replace(line, chosen=sizes, why="the budget chooses among those that this runtime runs fast")
 
 
-def _open_plan(config: QuantizeConfig, menus: tuple[SiteMenu, ...], size: OutputSize) -> OpenPlan:
+def _open_plan(config: QuantizeConfig, menus: tuple[SiteCandidates, ...], size: OutputSize) -> OpenPlan:
     budget: Budget
     if config.target_bpw is not None:
         budget = BitsBudget(bits_per_weight=config.target_bpw)
     else:
         budget = SizeBudget(
-            num_bytes=parse_bytes(config.target_size or "", "--target_size"),
+            num_bytes=parse_size(config.target_size or "", "--target_size"),
             fixed_bytes=size.fixed_bytes([menu.site for menu in menus]),
             cost=lambda menu, label: size.site_bytes(menu.site, menu.formats[label]),
         )
     return OpenPlan(menus=menus, budget=budget, reach=check_budget(menus, budget), size=size)
 
 
-def _wishes(config: QuantizeConfig) -> FormatWishes:
+def _requested(config: QuantizeConfig) -> RequestedFormats:
     """The options that were given, and not left to the target."""
-    return FormatWishes(
+    return RequestedFormats(
         form=_weight_form(config),
         block_size=config.block_size,
         eight_bit=_eight_bit_wish(config),

@@ -13,14 +13,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.errors import RecipeError
-from stages.system.json_file import explained
-from stages.system.json_file import write_whole
-from stages.records.formats import Granularity
+from stages.errors import OptionError
+from stages.records.formats import Granularity, PerBlock, PerChannel, QuantSpec
 from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
+from stages.system.json_file import explained, write_whole
 
 PLAN = "plan.toml"
 KEEP = "keep"
@@ -86,7 +82,7 @@ def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]
     """The plan in ``path``, in the order of ``sites``, each of which it must name.
 
     Raises:
-        RecipeError: it can't be read, isn't TOML, has an unreadable format, names an unknown site or leaves one out.
+        OptionError: it can't be read, isn't TOML, has an unreadable format, names an unknown site or leaves one out.
     """
     text, content = _read(path)
     planned = {name: _parsed(path, text, name, fields) for name, fields in content.items()}
@@ -95,11 +91,11 @@ def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.1)
             hint = f"; the nearest name is '{nearest[0]}'" if nearest else ""
-            raise RecipeError(f"{_place(path, text, name)}: the model has no site '{name}'{hint}.")
+            raise OptionError(f"{_place(path, text, name)}: the model has no site '{name}'{hint}.")
     missing = [site.name for site in sites if site.name not in planned]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise RecipeError(
+        raise OptionError(
             f"--plan {path} says nothing about '{missing[0]}'{more}; add a line under [sites] (format = \"keep\" "
             "leaves a site as it is)."
         )
@@ -111,15 +107,15 @@ def _read(path: Path) -> tuple[str, dict[str, dict[str, object]]]:
         text = path.read_text(encoding="utf-8-sig")
         return text, _File.model_validate(tomllib.loads(text)).sites
     except OSError as error:
-        raise RecipeError(f"--plan {path} can't be read ({error.strerror}); pass a plan.toml.") from error
+        raise OptionError(f"--plan {path} can't be read ({error.strerror}); pass a plan.toml.") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"--plan {path} is not UTF-8 text ({error}); pass a plan.toml.") from error
+        raise OptionError(f"--plan {path} is not UTF-8 text ({error}); pass a plan.toml.") from error
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"--plan {path} is no TOML: {error}; mend that line.") from error
+        raise OptionError(f"--plan {path} is no TOML: {error}; mend that line.") from error
     except RecursionError as error:
-        raise RecipeError(f"--plan {path} is no TOML that can be read: it is nested too deeply; flatten it.") from error
+        raise OptionError(f"--plan {path} is no TOML that can be read: it is nested too deeply; flatten it.") from error
     except ValidationError as error:
-        raise RecipeError(
+        raise OptionError(
             f"--plan {path} must hold one table, [sites], with a line for each site; pass a plan.toml that "
             "stages.quantize wrote, or one like it."
         ) from error
@@ -130,7 +126,7 @@ def _parsed(path: Path, text: str, name: str, fields: Mapping[str, object]) -> P
         line = _Line.model_validate(fields)
     except ValidationError as error:
         field = error.errors()[0]["loc"][0]
-        raise RecipeError(
+        raise OptionError(
             f"{_place(path, text, name)}: the {field} of '{name}' is {fields.get(str(field), 'missing')!r}; a line has "
             "a format (4b32, 8b128, 8ch, keep; blocks are powers of two from 16 to 256) and may have a loss (a number) "
             "and a why."

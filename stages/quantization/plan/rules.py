@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from collections.abc import Mapping
-from types import MappingProxyType
-from stages.commands.quantize_options import MixedRule
-from collections import defaultdict
-from collections.abc import Sequence
-from stages.errors import RecipeError
-from stages.records.sites import MatMulSite
-from stages.records.sites import layer_of
-from stages.records.sites import within_layer
-from dataclasses import dataclass
-from typing import Literal
-from stages.records.formats import Granularity
-from stages.records.sites import ActivationGroup
-from stages.records.formats import QuantSpec
-from dataclasses import replace
 import difflib
-from stages.records.formats import BlockAxis
-from stages.records.formats import EmbeddingPlan
-from stages.records.formats import EmbeddingTable
-from stages.records.formats import GatherForm
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
 
+from stages.commands.quantize_options import MixedRule
+from stages.errors import OptionError
+from stages.records.formats import BlockAxis, EmbeddingPlan, EmbeddingTable, GatherForm, Granularity, QuantSpec
+from stages.records.sites import ActivationGroup, MatMulSite, layer_of, within_layer
 
 _SENSITIVE = re.compile(r"(?:(?:self_)?attn[./](qkv_proj|v_proj)|mlp[./](down_proj))(?!\w)")
 
@@ -56,7 +45,7 @@ def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, 
     """The qkv (or v) projections and down projections that ``rule`` stores as INT8, counted by kind in layer order.
 
     Raises:
-        RecipeError: no site has a name that the rules know.
+        OptionError: no site has a name that the rules know.
     """
     kinds: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for site in sites:
@@ -64,7 +53,7 @@ def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, 
         if layer is not None and match is not None:
             kinds[match[1] or match[2]].append((layer, site.name))
     if not kinds:
-        raise RecipeError(
+        raise OptionError(
             "--enable_mixed_quant: no site is called layers.N/attn/qkv_proj, v_proj or layers.N/mlp/down_proj; "
             "name the sensitive sites with --layers_8bit."
         )
@@ -123,13 +112,13 @@ def make_plan(groups: tuple[ActivationGroup, ...], rules: FormatRules) -> QuantP
     """A number format for every site, or the reason why it is kept.
 
     Raises:
-        RecipeError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
+        OptionError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
     """
     sites = all_sites(groups)
     named = named_by_rules(sites, rules)
     eight_bit, kept = named.eight_bit, named.kept
     if len(kept) == len(sites):
-        raise RecipeError(f"--exclude {rules.exclude} matches every MatMul of the model: nothing would be quantized.")
+        raise OptionError(f"--exclude {rules.exclude} matches every MatMul of the model: nothing would be quantized.")
     specs = {site.name: _spec(site, rules, 8 if site.name in eight_bit else 4) for site in sites}
     return plan_of(groups, {name: spec for name, spec in specs.items() if name not in kept}, kept)
 
@@ -170,7 +159,7 @@ def named_by_rules(sites: Sequence[MatMulSite], rules: FormatRules) -> NamedSite
     """What ``rules`` say about ``sites``.
 
     Raises:
-        RecipeError: a pattern matches no site, or mixed precision finds no site of its rule.
+        OptionError: a pattern matches no site, or mixed precision finds no site of its rule.
     """
     eight_bit = _eight_bit(sites, rules)
     return NamedSites(eight_bit=eight_bit, kept=_kept(sites, rules, eight_bit))
@@ -229,7 +218,7 @@ def _matches(sites: Sequence[MatMulSite], patterns: str, option: str) -> dict[st
         names = [site.name for site in sites if matches_site(pattern, site)]
         if not names and pattern != _LM_HEAD:
             nearest = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.1)
-            raise RecipeError(f"{option}: '{pattern}' matches no site; the nearest names are {', '.join(nearest)}.")
+            raise OptionError(f"{option}: '{pattern}' matches no site; the nearest names are {', '.join(nearest)}.")
         found |= dict.fromkeys(names, f"{option} {pattern}")
     return found
 
@@ -250,10 +239,10 @@ def plan_embeddings(
     """The same format for every table.
 
     Raises:
-        RecipeError: there is no table.
+        OptionError: there is no table.
     """
     if not tables:
-        raise RecipeError(
+        raise OptionError(
             "--gather_quantize_axis: no Gather of the model looks input_ids up in a constant rank-2 floating-point "
             "table; leave the option out."
         )

@@ -8,41 +8,31 @@ relative error costs there. Results are kept in the cache's folder, group by gro
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from pydantic import TypeAdapter
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
 import numpy as np
 import onnx_ir as ir
 import torch
+from jaxtyping import Float
+from pydantic import TypeAdapter
 from torch import Tensor
-from stages.runtime.weight_trials import TrialRunner
-from stages.runtime.weight_trials import open_trials
-from stages.model.weights import read_weight
-from stages.model.directory import ModelDirectory
+
 from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
-from stages.records.sites import ActivationGroup
-from stages.records.sites import MatMulSite
-from stages.records.formats import QuantSpec
-from stages.runtime.providers import choose_providers
-from stages.quantization.plan.forecast import WHOLE
-from stages.quantization.plan.forecast import Sections
-from stages.quantization.plan.forecast import quick_error
-from stages.quantization.plan.forecast import quick_weight
-from stages.quantization.search.objective import to_device
-from jaxtyping import Float
-from pathlib import Path
-from stages.system.json_file import read_json
-from stages.system.json_file import explained
-from stages.system.json_file import write_json
-from statistics import median
+from stages.model.directory import ModelDirectory
+from stages.model.weights import read_weight
+from stages.quantization.plan.forecast import WHOLE, Sections, quick_error, quick_weight
 from stages.quantization.plan.rules import all_sites
-from stages.records.sites import NormAbsorber
-from stages.records.sites import ValueAbsorber
-
+from stages.quantization.search.objective import to_device
+from stages.records.formats import QuantSpec
+from stages.records.sites import ActivationGroup, MatMulSite, NormAbsorber, ValueAbsorber
+from stages.runtime.providers import choose_providers
+from stages.runtime.weight_trials import TrialRunner, open_trials
+from stages.system.json_file import explained, read_json, write_json
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -188,7 +178,7 @@ _CAP = 4.0
 """Usual energies that one block counts for in R at most; between 2 and 8 the ranks hardly change."""
 
 
-def residual_shares(groups: Sequence[ActivationGroup], energies: Mapping[str, float]) -> dict[str, float]:
+def residual_sensitivities(groups: Sequence[ActivationGroup], energies: Mapping[str, float]) -> dict[str, float]:
     """The weight of a relative error at every site, by name; ``energies`` are tr(W G W^T) by site.
 
     All 1 where no site writes to the residual stream as far as one can see.

@@ -12,15 +12,13 @@ import onnx_ir as ir
 import psutil
 import torch
 
-from stages.runtime.upcast import held_bytes
 from stages.calibration.capture import cut_to_memory
 from stages.quantization.preview.table import StageMemory
-from stages.records.sites import ActivationGroup
-from stages.records.formats import QuantSpec
-from stages.records.formats import torch_float
 from stages.quantization.search.parallel import search_memory as group_memory
-from stages.quantization.search.parallel import small_groups
-from stages.quantization.search.parallel import workers_on
+from stages.quantization.search.parallel import small_groups, workers_on
+from stages.records.formats import QuantSpec, torch_float
+from stages.records.sites import ActivationGroup
+from stages.runtime.upcast import resident_bytes
 
 _CHECKED = 24
 """Bytes for each weight of the site whose product is checked: codes, float32 and float64 rows, ONNX Runtime's copy."""
@@ -41,18 +39,18 @@ def calibration_memory(
 
     Args:
         model: the base model.
-        costs: bytes of each activation, by ``piece_bytes``.
+        costs: bytes of each activation, by ``partition_bytes``.
         limit: bytes that a piece of the graph may take.
         held: bytes of this process already.
         providers: those that shall run the model.
     """
     weights: list[int] = []
     totals: list[int] = []
-    for piece in cut_to_memory(model, costs, limit, providers):
-        of_piece = {value for node in piece.model.graph for value in node.inputs if value is not None}
-        made = {output.name for node in piece.model.graph for output in node.outputs}
+    for partition in cut_to_memory(model, costs, limit, providers):
+        of_piece = {value for node in partition.model.graph for value in node.inputs if value is not None}
+        made = {output.name for node in partition.model.graph for output in node.outputs}
         weights.append(
-            sum(held_bytes(value.const_value, providers) for value in of_piece if value.const_value is not None)
+            sum(resident_bytes(value.const_value, providers) for value in of_piece if value.const_value is not None)
         )
         totals.append(weights[-1] + sum(cost for name, cost in costs.items() if name in made))
     largest = max(range(len(totals)), key=totals.__getitem__)

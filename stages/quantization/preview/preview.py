@@ -8,55 +8,29 @@ from typing import get_args
 
 import onnx_ir as ir
 
-from stages.model.load import parse_graph
-from stages.model.load import require_weights
-from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.quantize_options import QuantizeConfig
-from stages.commands.quantize_options import ScaleSearch
-from stages.errors import CacheMismatch, UserError
-from stages.model.load import fingerprint_model
-from stages.quantization.preview.memory import calibration_memory
-from stages.quantization.preview.memory import export_memory
-from stages.quantization.preview.memory import held_already
-from stages.quantization.preview.memory import search_memory
-from stages.model.sites import find_groups
-from stages.system.hardware import choose_device
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.calibration.capture import TextShape
-from stages.calibration.capture import memory_limit
-from stages.calibration.capture import piece_bytes
-from stages.calibration.cache import CalibrationCache
-from stages.calibration.cache import find_cache
-from stages.calibration.cache import open_cache
-from stages.calibration.text.windows import held_out_windows
-from stages.calibration.text.windows import window_shares
+from stages.calibration.cache import CalibrationCache, find_cache, open_cache
+from stages.calibration.capture import TextShape, memory_limit, partition_bytes
 from stages.calibration.text.documents import dataset_names
-from stages.quantization.plan.output_size import output_size
-from stages.quantization.plan.output_size import stored_bytes
-from stages.quantization.plan.output_size import weight_bytes
+from stages.calibration.text.windows import held_out_windows, window_shares
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.quantize_options import QuantizeConfig, ScaleSearch
+from stages.errors import CacheMismatch, UserError
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import fingerprint_model, parse_graph, require_weights
+from stages.model.sites import find_groups
+from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
+from stages.quantization.plan.output_size import output_size, stored_bytes, weight_bytes
+from stages.quantization.plan.plan import ModelPlan, plan_model, recipe_in_words
 from stages.quantization.plan.plan_file import KEEP
-from stages.quantization.plan.plan import ModelPlan
-from stages.quantization.plan.plan import plan_model
-from stages.quantization.plan.plan import recipe_in_words
-from stages.quantization.preview.table import InputScalePlace
-from stages.quantization.preview.table import Preview
-from stages.quantization.preview.table import PreviewedSite
-from stages.quantization.preview.table import SearchEstimate
-from stages.quantization.preview.table import StageMemory
-from stages.system.distributed import join_processes
-from stages.records.sites import ActivationGroup
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import MatMulSite
-from stages.records.sites import NormAbsorber
-from stages.records.formats import PerBlock
-from stages.records.sites import ValueAbsorber
-from stages.quantization.preview.seconds import search_seconds
-from stages.runtime.providers import choose_providers
 from stages.quantization.plan.rules import all_sites
-from stages.quantization.plan.allocate_budget import needs_weights
-from stages.quantization.plan.allocate_budget import spend_budget
-from stages.quantization.plan.allocate_budget import unmeasured_groups
+from stages.quantization.preview.memory import calibration_memory, export_memory, held_already, search_memory
+from stages.quantization.preview.seconds import search_seconds
+from stages.quantization.preview.table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
+from stages.records.formats import PerBlock
+from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
+from stages.runtime.providers import choose_providers
+from stages.system.distributed import join_processes
+from stages.system.hardware import choose_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +56,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacl
 
     Raises:
         GraphError: the graph can't be read, or holds nothing to quantize.
-        RecipeError: options that fit neither each other nor the model.
+        OptionError: options that fit neither each other nor the model.
     """
     known = _look(config, obstacles)
     plan, open_because = _decide(config, known)
@@ -168,7 +142,7 @@ def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str
     reason = _left_open_because(config, known, plan)
     if not reason and known.cache is not None:
         device = choose_device(config.device)
-        spent = spend_budget(config, known.model, known.directory, known.cache, plan, device)
+        spent = allocate_budget(config, known.model, known.directory, known.cache, plan, device)
         return replace(spent.plan, left_open=None), (spent.summary,)
     reach, in_bits = plan.left_open.reach, config.target_bpw is not None
     unit, scale = ("bits a weight", 1.0) if in_bits else ("MB", 1e6)
@@ -228,7 +202,7 @@ def _memory(
     if text is not None and known.cache is None:
         processes = join_processes()
         limit = memory_limit(calibration.max_memory, choose_device(calibration.device), processes)
-        costs = piece_bytes(find_groups(known.model), text, processes)
+        costs = partition_bytes(find_groups(known.model), text, processes)
         providers = choose_providers(calibration.calibration_eps).names
         yield calibration_memory(known.model, costs, limit, held, providers)
     yield search_memory(plan.sites.groups, choose_device(config.device), held)

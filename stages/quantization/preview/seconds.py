@@ -9,20 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stages.commands.quantize_options import QuantizeConfig
 from stages.calibration.capture import TextShape
 from stages.calibration.statistics import StatisticsSize
-from stages.quantization.plan.plan import ModelPlan
-from stages.quantization.plan.plan import group_solver
-from stages.records.sites import ActivationGroup
-from stages.records.results import ActivationStats
-from stages.records.sites import MatMulSite
-from stages.records.results import TokenStats
-from stages.quantization.search.solver import GroupSolver
-from stages.quantization.search.solver import search_cost
-from stages.quantization.search.parallel import small_groups
-from stages.quantization.search.parallel import solve_groups
-from stages.quantization.search.parallel import workers_on
+from stages.commands.quantize_options import QuantizeConfig
+from stages.quantization.plan.plan import ModelPlan, group_solver
+from stages.quantization.search.parallel import small_groups, solve_groups, workers_on
+from stages.quantization.search.solver import GroupSolver, search_cost
+from stages.records.results import ActivationStats, TokenStats
+from stages.records.sites import ActivationGroup, MatMulSite
 
 _TIMED = 4e9
 """The ``search_cost`` of a timed group, at most: a dry run shall take seconds."""

@@ -13,12 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from stages.records.formats import EmbeddingPlan
-from stages.records.sites import UnreachedWeights
 from stages.quantization.weights.summary import ranges
-from stages.records.sites import kind_of
-from stages.records.sites import layer_of
-from stages.records.sites import short_name
+from stages.records.formats import EmbeddingPlan
+from stages.records.sites import UnquantizedWeights, kind_of, layer_of, short_name
 
 InputScalePlace = Literal["none", "norm", "linear", "value", "mul"]
 _PLACES: dict[InputScalePlace, str] = {
@@ -92,7 +89,7 @@ class Preview:
     unquantizable: tuple[tuple[str, str], ...]
     """(node, why) for MatMul and Gemm nodes that are no sites."""
     embeddings: tuple[EmbeddingPlan, ...]
-    unreached: tuple[UnreachedWeights, ...]
+    unreached: tuple[UnquantizedWeights, ...]
     bits_per_weight: float
     """Codes, scales and zero points, over the sites that are quantized."""
     bytes_before: int

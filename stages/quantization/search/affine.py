@@ -6,17 +6,16 @@ Scales are rounded to their stored type before any code is chosen, so that the c
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from collections.abc import Sequence
-import torch
-from stages.records.formats import FloatName
-from stages.records.formats import torch_float
-from stages.records.formats import QuantSpec
 from torch.nn.functional import pad
 
+from stages.records.formats import FloatName, QuantSpec, torch_float
 
 RangeRule = Literal["signed", "full", "compat7"]
 """How a symmetric range without zero point becomes a scale, b being its bits.

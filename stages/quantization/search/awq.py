@@ -7,29 +7,26 @@ that the result is never worse than plain rounding. Siblings are searched jointl
 
 from __future__ import annotations
 
-from stages.quantization.search.choices import first_accepted
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import InputScale
-from stages.quantization.search.problem import LOOK
-from stages.quantization.search.problem import Sample
-from stages.quantization.search.problem import GLANCE
 import torch
-from stages.quantization.search.choices import candidate_errors
-from torch import Tensor
-from stages.records.results import TokenStats
 from jaxtyping import Float
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
-from stages.records.sites import HeadSharing
-from stages.quantization.search.ranges import clip_sites
-from stages.quantization.search.ranges import search_sites
-from stages.quantization.search.choices import site_errors
+from torch import Tensor
 
+from stages.quantization.search.affine import join, split
+from stages.quantization.search.choices import candidate_errors, first_validated, full_ranges, site_errors
+from stages.quantization.search.problem import (
+    COARSE_CHANNELS,
+    FINE_CHANNELS,
+    IDENTITY,
+    GroupProblem,
+    InputScale,
+    Sample,
+    SearchOptions,
+    SiteChoice,
+)
+from stages.quantization.search.ranges import clip_sites, search_sites
+from stages.records.formats import QuantSpec
+from stages.records.results import TokenStats
+from stages.records.sites import HeadSharing
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 """Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
@@ -42,7 +39,7 @@ _SECOND_LOOKS = 8
 def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The input scale with the smallest joint error that neither the held-out tokens nor all channels veto."""
     ranked = rank_input_scales(problem, options)
-    return first_accepted(problem, options, (full_ranges(problem, options.range_rule, scale) for scale in ranked))
+    return first_validated(problem, options, (full_ranges(problem, options.range_rule, scale) for scale in ranked))
 
 
 def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
@@ -51,7 +48,7 @@ def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[Inp
     The list ends with the identity: what comes after it is never taken.
     """
     *candidates, _ = glance_at_input_scales(problem, options)
-    return _ranked(Sample(problem, LOOK), options, [IDENTITY, *candidates[:_SECOND_LOOKS]])
+    return _ranked(Sample(problem, FINE_CHANNELS), options, [IDENTITY, *candidates[:_SECOND_LOOKS]])
 
 
 def glance_at_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
@@ -61,7 +58,7 @@ def glance_at_input_scales(problem: GroupProblem, options: SearchOptions) -> lis
     """
     assert problem.stats is not None
     candidates = input_scale_candidates(problem, problem.stats.calibration, options.alpha_step)
-    return _ranked(Sample(problem, GLANCE), options, [IDENTITY, *candidates])
+    return _ranked(Sample(problem, COARSE_CHANNELS), options, [IDENTITY, *candidates])
 
 
 def _ranked(sample: Sample, options: SearchOptions, candidates: list[InputScale]) -> list[InputScale]:
@@ -145,9 +142,9 @@ _SHORTLIST = 5
 def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The best of the few best input scales and the identity, each with its own ranges."""
     *scales, identity = glance_at_input_scales(problem, options)
-    sample = Sample(problem, LOOK)
+    sample = Sample(problem, FINE_CHANNELS)
     ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(sample, options, scale))
-    return first_accepted(problem, options, (_clipped(problem, options, scale) for scale in ranked))
+    return first_validated(problem, options, (_clipped(problem, options, scale) for scale in ranked))
 
 
 def _clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:

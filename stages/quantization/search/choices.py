@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from jaxtyping import Float
-from stages.quantization.search.problem import InputScale
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import RangeRule
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import split
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.affine import join
-import torch
-from stages.records.sites import MatMulSite
-from stages.records.results import QuantizedWeight
-from stages.records.formats import torch_float
-from stages.quantization.search.affine import dequantize
-from stages.records.results import TokenStats
-from stages.quantization.search.objective import joint_errors
-from dataclasses import replace
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.problem import Errors
-from stages.quantization.search.affine import round_trip
-from stages.quantization.search.objective import output_error
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import SearchOptions
 from collections.abc import Iterable
+from dataclasses import replace
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stages.quantization.search.affine import (
+    BlockParameters,
+    RangeRule,
+    choose_parameters,
+    dequantize,
+    join,
+    quantize,
+    round_trip,
+    split,
+)
+from stages.quantization.search.objective import joint_errors, output_error
+from stages.quantization.search.problem import IDENTITY, Errors, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.records.formats import QuantSpec, torch_float
+from stages.records.results import QuantizedWeight, TokenStats
+from stages.records.sites import MatMulSite
 
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 1 << 22, 1 << 27
 """Elements of one temporary: about what a CPU's caches hold; a few hundred megabytes on an accelerator."""
@@ -195,7 +190,7 @@ def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]
     return problem.plain or full_ranges(problem, options.range_rule, IDENTITY)
 
 
-def first_accepted(
+def first_validated(
     problem: GroupProblem, options: SearchOptions, ranked: Iterable[tuple[SiteChoice, ...]]
 ) -> tuple[SiteChoice, ...]:
     """The first of ``ranked`` (best first) that is no worse than plain rounding, on calibration and held-out tokens.
@@ -205,14 +200,14 @@ def first_accepted(
     plain = measured(problem, rtn(problem, options))
     limits = total_errors(plain)
     for candidate in ranked:
-        choices = settle(problem, candidate)
+        choices = keep_validated(problem, candidate)
         errors = total_errors(choices)
         if errors.held_out <= limits.held_out and errors.calibration <= limits.calibration:
             return choices
     return plain
 
 
-def settle(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
+def keep_validated(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
     """Every site's choice, or the fallback that does better on held-out tokens; all are measured.
 
     What is returned has no fallback any more: the question is decided, and its tensors can be freed.

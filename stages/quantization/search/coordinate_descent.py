@@ -11,10 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.records.formats import PerBlock
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.affine import round_to_storage
+from stages.quantization.search.affine import BlockParameters, round_to_storage
+from stages.records.formats import PerBlock, QuantSpec
 
 _TILE = 128
 """Columns whose gradients are brought up to date by one product."""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from stages.quantization.weights.bitpack import pack_4bit
-from stages.records.formats import EmbeddingPlan
-from stages.records.results import QuantizedTable
-from stages.records.formats import torch_float
-from collections.abc import Iterator
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
 
+from stages.quantization.search.affine import choose_parameters, join, quantize, split
+from stages.quantization.weights.bitpack import pack_4bit
+from stages.records.formats import EmbeddingPlan, torch_float
+from stages.records.results import QuantizedTable
 
 _CHUNK = 1 << 22
 """Numbers rounded at once: about 100 MB of work space, whatever the size of the table."""

@@ -6,27 +6,21 @@ Scales are fixed before (static groups), so that the order of columns is free an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from jaxtyping import Float
-from jaxtyping import Int64
-from torch import Tensor
-import torch
-from stages.errors import SolveError
-from stages.quantization.search.ranges import awq_clip
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.search.choices import settle
-from stages.quantization.search.affine import stack_parameters
-from stages.quantization.search.coordinate_descent import descend
-from stages.quantization.search.choices import scaled_weight
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.affine import split_parameters
-from stages.records.results import TokenStats
-from stages.quantization.search.objective import full_gram
-from stages.quantization.search.objective import in_scaled_space
-from stages.records.formats import QuantSpec
-from stages.quantization.search.awq import awq_full
 
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from stages.errors import SolveError
+from stages.quantization.search.affine import BlockParameters, split_parameters, stack_parameters
+from stages.quantization.search.awq import awq_full
+from stages.quantization.search.choices import keep_validated, scaled_weight
+from stages.quantization.search.coordinate_descent import descend
+from stages.quantization.search.objective import full_gram, in_scaled_space
+from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
+from stages.quantization.search.ranges import awq_clip
+from stages.records.formats import QuantSpec
+from stages.records.results import TokenStats
 
 _DOUBLE_UP_TO = 16384
 """Inputs up to which the factorization runs in float64: three copies of K x K then stay below 7 GB."""
@@ -126,7 +120,7 @@ def compensate(
         if options.descent_passes:
             steps.append(descend(stack, steps[0][0], ranges, spec, tied, options.descent_passes))
         refined |= _taken_apart(problem, alike, choices, steps)
-    return settle(problem, tuple(refined[index] for index in range(len(choices))))
+    return keep_validated(problem, tuple(refined[index] for index in range(len(choices))))
 
 
 def _stacks(problem: GroupProblem) -> list[list[int]]:

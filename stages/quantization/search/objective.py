@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.quantization.search.affine import diagonal_blocks, split
 from stages.records.results import TokenStats
-from stages.quantization.search.affine import diagonal_blocks
-from stages.quantization.search.affine import split
 
 _STRIP = 256
 """Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""

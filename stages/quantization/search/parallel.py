@@ -13,9 +13,9 @@ from itertools import islice
 
 import torch
 
-from stages.records.sites import ActivationGroup
-from stages.records.results import SolvedGroup
 from stages.quantization.search.solver import GroupSolver
+from stages.records.results import SolvedGroup
+from stages.records.sites import ActivationGroup
 from stages.system.hardware import one_thread_each
 
 Solved = tuple[int, SolvedGroup]

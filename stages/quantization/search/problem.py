@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from stages.quantization.search.affine import RangeRule
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
 from torch import Tensor
-from stages.records.sites import ActivationGroup
-from stages.records.results import ActivationStats
-from stages.records.sites import HeadSharing
+
+from stages.quantization.search.affine import BlockParameters, RangeRule
 from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import BlockParameters
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import replace
+from stages.records.results import ActivationStats
+from stages.records.sites import ActivationGroup, HeadSharing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +100,7 @@ Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
 """A pure function: one choice for every site of the group."""
 
 
-GLANCE, LOOK = 128, 256
+COARSE_CHANNELS, FINE_CHANNELS = 128, 256
 """Output channels of a site that are looked at: enough to find the better candidates, and to find the best of those
 (the standard error of a difference is then some five percent of it)."""
 

@@ -11,32 +11,24 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.affine import stack_parameters
-from stages.quantization.search.affine import split
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.affine import RangeRule
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import block_range
-from stages.quantization.search.affine import parameters_of
-from stages.quantization.search.affine import dequantize
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.affine import round_to_storage
-from stages.quantization.search.affine import round_trip
-from stages.quantization.search.objective import block_error
-from stages.quantization.search.choices import first_accepted
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.search.choices import errors_of
-from stages.quantization.search.choices import measured
-from stages.quantization.search.choices import scaled_weight
-from stages.quantization.search.objective import gram_blocks
-from stages.quantization.search.objective import in_scaled_space
-from stages.quantization.search.problem import InputScale
 
+from stages.quantization.search.affine import (
+    BlockParameters,
+    RangeRule,
+    block_range,
+    choose_parameters,
+    dequantize,
+    parameters_of,
+    quantize,
+    round_to_storage,
+    round_trip,
+    split,
+    stack_parameters,
+)
+from stages.quantization.search.choices import errors_of, first_validated, full_ranges, measured, scaled_weight
+from stages.quantization.search.objective import block_error, gram_blocks, in_scaled_space
+from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.records.formats import QuantSpec
 
 _REFITS = 3
 """Refits of scale and codes in turn; each is kept only where it helps, and the fourth hardly ever does."""
@@ -161,7 +153,7 @@ def _where(better: Tensor, first: BlockParameters, second: BlockParameters) -> B
 def awq_clip(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """The best ranges for every site, without an input scale."""
     unclipped = full_ranges(problem, options.range_rule, IDENTITY)
-    return first_accepted(problem, options, [clip_sites(problem, options, unclipped)])
+    return first_validated(problem, options, [clip_sites(problem, options, unclipped)])
 
 
 def clip_sites(

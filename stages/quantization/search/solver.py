@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from stages.records.sites import ActivationGroup
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
-from stages.records.results import ActivationStats
-from stages.records.sites import MatMulSite
-from stages.records.formats import QuantSpec
-from stages.records.results import SolvedGroup
-from stages.records.sites import ValueAbsorber
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.choices import measured
-from stages.quantization.search.choices import stored_weight
-from stages.quantization.search.objective import to_device
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import Algorithm
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.search.choices import rtn
-from stages.errors import SolveError
-from stages.records.results import SiteReport
-from stages.quantization.search.choices import errors_of
-from stages.quantization.search.choices import full_range
-from stages.quantization.search.choices import output_energies
-from types import MappingProxyType
-from stages.quantization.search.awq import awq_lite
-from stages.quantization.search.awq import awq_full
-from stages.quantization.search.gptq import awq_gptq
-from stages.quantization.search.ranges import awq_clip
-from stages.quantization.search.gptq import gptq
 
+from stages.errors import SolveError
+from stages.quantization.search.awq import awq_full, awq_lite
+from stages.quantization.search.choices import (
+    errors_of,
+    full_range,
+    full_ranges,
+    measured,
+    output_energies,
+    rtn,
+    stored_weight,
+)
+from stages.quantization.search.gptq import awq_gptq, gptq
+from stages.quantization.search.objective import to_device
+from stages.quantization.search.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
+from stages.quantization.search.ranges import awq_clip
+from stages.records.formats import QuantSpec
+from stages.records.results import ActivationStats, SiteReport, SolvedGroup
+from stages.records.sites import ActivationGroup, MatMulSite, ValueAbsorber
 
 _UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
 

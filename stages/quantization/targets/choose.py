@@ -6,112 +6,96 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from stages.commands.options import AccuracyLevel
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import WeightForm
-from stages.runtime.session import ACCURACY_LEVEL
-from stages.quantization.targets import cpu
-from stages.quantization.targets import cuda
-from stages.quantization.targets import dml
-from stages.quantization.targets import qnn
-from stages.quantization.targets import trt_rtx
-from stages.quantization.targets import webgpu
+from stages.commands.parsing import Runtime, Target
+from stages.quantization.targets import cpu, cuda, dml, qnn, trt_rtx, webgpu
 from stages.quantization.targets.explain import explain
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import FormatWishes
-from stages.quantization.targets.formats import ModelTraits
-from stages.quantization.targets.formats import OpenFormats
-from stages.commands.parsing import Runtime
-from stages.commands.parsing import Target
-from stages.quantization.targets.rules import BLOCKS
-from stages.quantization.targets.rules import POSITIVE
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
-from stages.quantization.targets.rules import Rules
+from stages.quantization.targets.formats import FormatChoice, ModelFacts, OpenFormats, RequestedFormats
+from stages.quantization.targets.rules import BLOCKS, POSITIVE, Preferences, Request, Rules
+from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
+from stages.runtime.session import ACCURACY_LEVEL
 
 RULES: Mapping[Runtime, Rules] = {
-    "cpu": Rules(cpu.prefer, cpu.objections),
-    "cuda": Rules(cuda.prefer, cuda.objections),
-    "dml": Rules(dml.prefer, dml.objections),
-    "trt-rtx": Rules(trt_rtx.prefer, trt_rtx.objections),
-    "webgpu": Rules(webgpu.prefer, webgpu.objections),
-    "qnn": Rules(qnn.prefer, qnn.objections),
+    "cpu": Rules(cpu.prefer, cpu.warnings),
+    "cuda": Rules(cuda.prefer, cuda.warnings),
+    "dml": Rules(dml.prefer, dml.warnings),
+    "trt-rtx": Rules(trt_rtx.prefer, trt_rtx.warnings),
+    "webgpu": Rules(webgpu.prefer, webgpu.warnings),
+    "qnn": Rules(qnn.prefer, qnn.warnings),
 }
 _DEFAULT_EIGHT_BIT = PerChannel()
 _OPEN_EIGHT_BIT = PerBlock(block_size=128)
 """Of a budget: nearly the same bytes as a scale per channel, and exact over long rows too."""
 
 
-def choose_formats(target: Target | None, wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
+def choose_formats(target: Target | None, requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
     """Formats for ``target``, with the reasons; without a target the tool's defaults, without reasons."""
     if target is None:
-        return _defaults(wishes, traits)
-    request = Request(release=target.release, wishes=wishes, traits=traits)
+        return _defaults(requested, facts)
+    request = Request(release=target.release, requested=requested, facts=facts)
     rules = RULES[target.runtime]
     preferred = rules.prefer(request)
-    choice = _merge(wishes, preferred)
-    warnings = (*rules.objections(request, choice), *_objections_everywhere(wishes, choice))
+    choice = _merge(requested, preferred)
+    warnings = (*rules.warnings(request, choice), *_warnings_everywhere(requested, choice))
     return replace(choice, explanations=explain(target, request, preferred, choice), warnings=warnings)
 
 
-def open_formats(target: Target | None, wishes: FormatWishes, traits: ModelTraits) -> OpenFormats:
+def open_formats(target: Target | None, requested: RequestedFormats, facts: ModelFacts) -> OpenFormats:
     """The formats that a budget may give a site; what was asked for wins here too."""
     if target is None:
-        return _opened(wishes, BLOCKS, wishes.eight_bit or _OPEN_EIGHT_BIT)
-    request = Request(release=target.release, wishes=wishes, traits=traits)
+        return _opened(requested, BLOCKS, requested.eight_bit or _OPEN_EIGHT_BIT)
+    request = Request(release=target.release, requested=requested, facts=facts)
     preferred = RULES[target.runtime].prefer(request)
     fast = preferred.eight_bit.value
-    return _opened(wishes, preferred.open_blocks, None if fast is None else wishes.eight_bit or fast)
+    return _opened(requested, preferred.open_blocks, None if fast is None else requested.eight_bit or fast)
 
 
-def _opened(wishes: FormatWishes, blocks: tuple[int, ...], eight_bit: Granularity | None) -> OpenFormats:
-    sizes = blocks if wishes.block_size is None else (wishes.block_size,)
+def _opened(requested: RequestedFormats, blocks: tuple[int, ...], eight_bit: Granularity | None) -> OpenFormats:
+    sizes = blocks if requested.block_size is None else (requested.block_size,)
     return OpenFormats(four_bit=tuple(PerBlock(block_size=size) for size in sizes), eight_bit=eight_bit)
 
 
-def _defaults(wishes: FormatWishes, traits: ModelTraits) -> FormatChoice:
-    form = WeightForm.MATMUL_NBITS if "bfloat16" in traits.dtypes else WeightForm.DQ
+def _defaults(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
+    form = WeightForm.MATMUL_NBITS if "bfloat16" in facts.dtypes else WeightForm.DQ
     return FormatChoice(
-        form=wishes.form or form,
-        four_bit=PerBlock(block_size=wishes.block_size or 128),
-        eight_bit=wishes.eight_bit or _DEFAULT_EIGHT_BIT,
-        symmetric=not wishes.zero_point,
-        scale_range=wishes.scale_range or "full",
-        gather_form=wishes.gather_form or "gather_block_quantized",
-        gather_block_size=wishes.gather_block_size or 32,
-        accuracy_level=wishes.accuracy_level,
+        form=requested.form or form,
+        four_bit=PerBlock(block_size=requested.block_size or 128),
+        eight_bit=requested.eight_bit or _DEFAULT_EIGHT_BIT,
+        symmetric=not requested.zero_point,
+        scale_range=requested.scale_range or "full",
+        gather_form=requested.gather_form or "gather_block_quantized",
+        gather_block_size=requested.gather_block_size or 32,
+        accuracy_level=requested.accuracy_level,
     )
 
 
-def _merge(wishes: FormatWishes, preferred: Preferences) -> FormatChoice:
-    eight_bit: Granularity = wishes.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
+def _merge(requested: RequestedFormats, preferred: Preferences) -> FormatChoice:
+    eight_bit: Granularity = requested.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
     wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
     # QuantizeLinear by a negative scale was never run.
-    scale_range = POSITIVE if wishes.form is WeightForm.QDQ else preferred.scale_range
+    scale_range = POSITIVE if requested.form is WeightForm.QDQ else preferred.scale_range
     return FormatChoice(
-        form=wishes.form or preferred.form.value,
-        four_bit=PerBlock(block_size=wishes.block_size or preferred.block_size.value),
+        form=requested.form or preferred.form.value,
+        four_bit=PerBlock(block_size=requested.block_size or preferred.block_size.value),
         eight_bit=eight_bit,
-        symmetric=not wishes.zero_point,
-        scale_range=wishes.scale_range or scale_range.value,
-        gather_form=wishes.gather_form or "gather_block_quantized",
-        gather_block_size=wishes.gather_block_size or preferred.gather_block_size.value,
-        accuracy_level=wanted if wishes.accuracy_level is None else wishes.accuracy_level,
+        symmetric=not requested.zero_point,
+        scale_range=requested.scale_range or scale_range.value,
+        gather_form=requested.gather_form or "gather_block_quantized",
+        gather_block_size=requested.gather_block_size or preferred.gather_block_size.value,
+        accuracy_level=wanted if requested.accuracy_level is None else requested.accuracy_level,
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
-        session_options=(*preferred.session_options, *_level_option(wishes, wanted)),
+        session_options=(*preferred.session_options, *_level_option(requested, wanted)),
     )
 
 
-def _level_option(wishes: FormatWishes, wanted: AccuracyLevel | None) -> tuple[tuple[str, str], ...]:
+def _level_option(requested: RequestedFormats, wanted: AccuracyLevel | None) -> tuple[tuple[str, str], ...]:
     """Recorded, so that exporting again alone gives the same level; a level that was asked for is given again."""
-    return () if wanted is None or wishes.accuracy_level is not None else ((ACCURACY_LEVEL, str(wanted)),)
+    return () if wanted is None or requested.accuracy_level is not None else ((ACCURACY_LEVEL, str(wanted)),)
 
 
-def _objections_everywhere(wishes: FormatWishes, choice: FormatChoice) -> Iterator[str]:
-    if wishes.mixed and choice.keep_mixed_because:
+def _warnings_everywhere(requested: RequestedFormats, choice: FormatChoice) -> Iterator[str]:
+    if requested.mixed and choice.keep_mixed_because:
         yield f"{choice.keep_mixed_because}: the sites of --enable_mixed_quant stay in floating point."
-    if wishes.gather_axis is not None and choice.gather_form == "dq":
+    if requested.gather_axis is not None and choice.gather_form == "dq":
         yield (
             "ONNX Runtime never fuses DequantizeLinear and Gather: it expands the whole table for every token; leave "
             "--gather_form dq out."

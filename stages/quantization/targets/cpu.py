@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.commands.options import AccuracyLevel
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import WeightForm
-from stages.quantization.targets.formats import FormatChoice
 from stages.commands.parsing import Release
-from stages.quantization.targets.rules import DQ_FUSES_ALL
-from stages.quantization.targets.rules import FROM_DQ
-from stages.quantization.targets.rules import NEVER_BFLOAT16
-from stages.quantization.targets.rules import SIGNED
-from stages.quantization.targets.rules import Preference
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
-from stages.quantization.targets.rules import column_major_objections
-from stages.quantization.targets.rules import dq_objections
-from stages.quantization.targets.rules import unfused_in_dq
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.rules import (
+    DQ_FUSES_ALL,
+    FROM_DQ,
+    NEVER_BFLOAT16,
+    SIGNED,
+    Preference,
+    Preferences,
+    Request,
+    column_major_warnings,
+    dq_warnings,
+    unfused_in_dq,
+)
+from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 
 _EIGHT_BIT: Release = (1, 23)
 """First release that runs 8-bit MatMulNBits at every accuracy level; 1.22 does at level 4 alone, 1.21 never (run)."""
@@ -33,7 +32,7 @@ def prefer(request: Request) -> Preferences:
     eight_bit = _eight_bit(request)
     stored = request.stores_eight_bit(eight_bit.value)
     form = _form(request, eight_bit=stored)
-    written = request.wishes.form or form.value
+    written = request.requested.form or form.value
     return Preferences(
         scale_range=SIGNED,
         form=form,
@@ -80,10 +79,10 @@ def _accuracy_level(form: WeightForm) -> Preference[AccuracyLevel | None]:
 
 
 def _expands_channels(request: Request, form: WeightForm) -> bool:
-    return form in FROM_DQ and request.wishes.eight_bit == PerChannel() and request.release >= DQ_FUSES_ALL
+    return form in FROM_DQ and request.requested.eight_bit == PerChannel() and request.release >= DQ_FUSES_ALL
 
 
-def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     eight_bit = request.stores_eight_bit(_eight_bit(request).value)
     if request.is_bfloat16:
         yield (
@@ -92,9 +91,9 @@ def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
         )
     if choice.form in FROM_DQ:
         unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=True)
-        yield from dq_objections(request, unfused, _mend(request, eight_bit=eight_bit))
+        yield from dq_warnings(request, unfused, _mend(request, eight_bit=eight_bit))
     if choice.form is WeightForm.DQ_COLUMN_MAJOR:
-        yield from column_major_objections(request, choice, eight_bit=eight_bit)
+        yield from column_major_warnings(request, choice, eight_bit=eight_bit)
     if choice.form is WeightForm.MATMUL_NBITS and eight_bit and request.release < _EIGHT_BIT:
         yield (
             f"{request.version} can't run 8-bit MatMulNBits on the CPU (1.22 can at accuracy level 4 alone); leave "

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import WeightForm
-from stages.quantization.targets.formats import FormatChoice
 from stages.commands.parsing import Release
-from stages.quantization.targets.rules import DQ_FUSES_ALL
-from stages.quantization.targets.rules import FROM_DQ
-from stages.quantization.targets.rules import NEVER_BFLOAT16
-from stages.quantization.targets.rules import SIGNED
-from stages.quantization.targets.rules import Preference
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
-from stages.quantization.targets.rules import column_major_objections
-from stages.quantization.targets.rules import dq_objections
-from stages.quantization.targets.rules import looks_up_on_cpu
-from stages.quantization.targets.rules import looks_up_quantized
-from stages.quantization.targets.rules import since
-from stages.quantization.targets.rules import unfused_in_dq
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.rules import (
+    DQ_FUSES_ALL,
+    FROM_DQ,
+    NEVER_BFLOAT16,
+    SIGNED,
+    Preference,
+    Preferences,
+    Request,
+    column_major_warnings,
+    dq_warnings,
+    looks_up_on_cpu,
+    looks_up_quantized,
+    since,
+    unfused_in_dq,
+)
+from stages.records.formats import Granularity, PerBlock, WeightForm
 
 _EIGHT_BIT: Release = (1, 22)
 """ORT#24509"""
@@ -66,18 +66,18 @@ def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
 
 def _gather_block(request: Request) -> Preference[int]:
     """ORT#32663: GatherBlockQuantized reads another block's scale where blocks don't divide the width."""
-    divides = all(width % 32 == 0 for width in request.traits.embedding_widths)
+    divides = all(width % 32 == 0 for width in request.facts.embedding_widths)
     return Preference(32 if divides else 16, "CUDA's kernel needs a size that divides the width (ORT#32663)")
 
 
-def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     eight_bit = request.stores_eight_bit(_eight_bit(request).value)
     if request.is_bfloat16 and request.release < _BFLOAT16:
         yield f"{request.version} has no bfloat16 MatMulNBits on CUDA; use 1.23 or later (ORT#25161)."
     if choice.form in FROM_DQ:
-        yield from _dq_objections(request, eight_bit=eight_bit)
+        yield from _dq_warnings(request, eight_bit=eight_bit)
     if choice.form is WeightForm.DQ_COLUMN_MAJOR:
-        yield from column_major_objections(request, choice, eight_bit=eight_bit)
+        yield from column_major_warnings(request, choice, eight_bit=eight_bit)
     if choice.form is WeightForm.MATMUL_NBITS and eight_bit and request.release < _EIGHT_BIT:
         yield f"{request.version} has no 8-bit MatMulNBits on CUDA; leave INT8 out or use 1.22 or later."
     if choice.four_bit.block_size > _LARGEST_BLOCK:
@@ -85,14 +85,14 @@ def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
             f"CUDA's MatMulNBits refuses blocks of {choice.four_bit.block_size}; choose --block_size "
             f"{_LARGEST_BLOCK} or less."
         )
-    yield from _gather_objections(request, choice)
+    yield from _gather_warnings(request, choice)
 
 
-def _dq_objections(request: Request, *, eight_bit: bool) -> Iterator[str]:
+def _dq_warnings(request: Request, *, eight_bit: bool) -> Iterator[str]:
     kernels = not eight_bit or request.release >= _EIGHT_BIT
     mend = "choose --weight_operator matmul_nbits" if kernels else "leave INT8 out"
     unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=False)
-    yield from dq_objections(request, unfused, f"{mend} or use 1.25 or later")
+    yield from dq_warnings(request, unfused, f"{mend} or use 1.25 or later")
     if eight_bit and request.release >= DQ_FUSES_ALL:
         yield (
             "Nobody tests on CUDA that DequantizeLinear with 8-bit codes is fused; choose --weight_operator "
@@ -100,13 +100,13 @@ def _dq_objections(request: Request, *, eight_bit: bool) -> Iterator[str]:
         )
 
 
-def _gather_objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def _gather_warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     yield from looks_up_on_cpu(request, choice, _GATHER)
     if not looks_up_quantized(request, choice) or request.release < _GATHER:
         return
     size = choice.gather_block_size
-    uneven = sorted(width for width in request.traits.embedding_widths if width % size)
-    if request.wishes.gather_axis == 0:
+    uneven = sorted(width for width in request.facts.embedding_widths if width % size)
+    if request.requested.gather_axis == 0:
         yield "CUDA's GatherBlockQuantized reads wrong scales on axis 0 (ORT#32663); choose --gather_quantize_axis 1."
     elif uneven:
         yield (

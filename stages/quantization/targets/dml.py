@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.records.formats import WeightForm
 from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.rules import FROM_DQ
-from stages.quantization.targets.rules import NEVER_BFLOAT16
-from stages.quantization.targets.rules import Preference
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
-from stages.quantization.targets.rules import column_major_objections
-from stages.quantization.targets.rules import dq_objections
-from stages.quantization.targets.rules import looks_up_quantized
-from stages.quantization.targets.rules import unfused_in_dq
+from stages.quantization.targets.rules import (
+    FROM_DQ,
+    NEVER_BFLOAT16,
+    Preference,
+    Preferences,
+    Request,
+    column_major_warnings,
+    dq_warnings,
+    looks_up_quantized,
+    unfused_in_dq,
+)
+from stages.records.formats import WeightForm
 
 
 def prefer(request: Request) -> Preferences:
@@ -35,15 +37,15 @@ def _form(request: Request) -> Preference[WeightForm]:
     return Preference(WeightForm.DQ, "fused into MatMulNBits (ORT#22114): rows [K, N], one reader each; not run here")
 
 
-def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     if request.is_bfloat16:
         yield "DirectML has no bfloat16; build the base model as fp16."
     if choice.form in FROM_DQ:
         unfused = unfused_in_dq(request, eight_bit=False, float16=False)
-        yield from dq_objections(request, unfused, "choose --weight_operator matmul_nbits or use 1.25 or later")
+        yield from dq_warnings(request, unfused, "choose --weight_operator matmul_nbits or use 1.25 or later")
     if choice.form is WeightForm.DQ_COLUMN_MAJOR:
-        yield from column_major_objections(request, choice, eight_bit=False)
-    if request.wishes.named_eight_bit:
+        yield from column_major_warnings(request, choice, eight_bit=False)
+    if request.requested.named_eight_bit:
         yield (
             "DirectML has no 8-bit weights (ModelOpt's FAQ 7): the sites named for INT8 may run on the CPU or not at "
             "all; leave them out of --layers_8bit and --lm_head 8."

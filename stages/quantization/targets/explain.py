@@ -8,15 +8,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import WeightForm
-from stages.runtime.session import ACCURACY_LEVEL
-from stages.quantization.targets.formats import Explanation
-from stages.quantization.targets.formats import FormatChoice
 from stages.commands.parsing import Target
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
+from stages.quantization.targets.formats import Explanation, FormatChoice
+from stages.quantization.targets.rules import Preferences, Request
+from stages.records.formats import Granularity, PerBlock, WeightForm
+from stages.runtime.session import ACCURACY_LEVEL
 
 _ASKED = "as asked"
 _FORMS = {
@@ -45,16 +41,16 @@ def _release(target: Target) -> Iterator[Explanation]:
 
 
 def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
-    wishes = request.wishes
+    requested = request.requested
     yield Explanation(
         option="--weight_operator",
         chosen=_FORMS[choice.form],
-        why=_ASKED if wishes.form else preferred.form.why,
+        why=_ASKED if requested.form else preferred.form.why,
     )
     yield Explanation(
         option="--block_size",
         chosen=str(choice.four_bit.block_size),
-        why=_ASKED if wishes.block_size else preferred.block_size.why,
+        why=_ASKED if requested.block_size else preferred.block_size.why,
     )
     yield Explanation(
         option="--use_zero_point",
@@ -63,7 +59,7 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
     )
     yield Explanation(
         option="scales",
-        chosen=", ".join(sorted(request.traits.dtypes)),
+        chosen=", ".join(sorted(request.facts.dtypes)),
         why="the activations' own type: another type needs a Cast, behind which nothing is fused",
     )
 
@@ -71,13 +67,13 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
 def _scale_range(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
     if not choice.symmetric or choice.form is WeightForm.QDQ:
         return
-    why = _ASKED if request.wishes.scale_range else preferred.scale_range.why
+    why = _ASKED if request.requested.scale_range else preferred.scale_range.why
     yield Explanation(option="--scale_range", chosen=choice.scale_range, why=why)
 
 
 def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
-    wishes = request.wishes
-    if wishes.mixed and choice.keep_mixed_because:
+    requested = request.requested
+    if requested.mixed and choice.keep_mixed_because:
         yield Explanation(
             option="--enable_mixed_quant",
             chosen="floating point",
@@ -87,7 +83,7 @@ def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -
         yield Explanation(
             option="--int8_block_size",
             chosen=_in_words(choice.eight_bit),
-            why=_ASKED if wishes.eight_bit else preferred.eight_bit.why,
+            why=_ASKED if requested.eight_bit else preferred.eight_bit.why,
         )
 
 
@@ -96,14 +92,14 @@ def _in_words(granularity: Granularity) -> str:
 
 
 def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
-    if not request.traits.embedding_widths:
+    if not request.facts.embedding_widths:
         return
-    if request.wishes.gather_axis is None:
+    if request.requested.gather_axis is None:
         yield Explanation(option="embedding", chosen="as it is", why="a Gather of floating point is fast everywhere")
     else:
-        why = _ASKED if request.wishes.gather_form else preferred.embedding
+        why = _ASKED if request.requested.gather_form else preferred.embedding
         yield Explanation(option="--gather_form", chosen=choice.gather_form, why=why)
-        asked = request.wishes.gather_block_size is not None
+        asked = request.requested.gather_block_size is not None
         yield Explanation(
             option="--gather_block_size",
             chosen=str(choice.gather_block_size),
@@ -113,7 +109,7 @@ def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -
 
 def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
     if preferred.accuracy_level is not None:
-        asked = request.wishes.accuracy_level is not None
+        asked = request.requested.accuracy_level is not None
         yield Explanation(
             option="--accuracy_level",
             chosen="not set" if choice.accuracy_level is None else str(choice.accuracy_level),

@@ -7,18 +7,12 @@ from dataclasses import dataclass
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ScaleRange
+from stages.records.formats import BlockAxis, EmbeddingTable, FloatName, GatherForm, Granularity, PerBlock, WeightForm
 from stages.records.sites import ActivationGroup
-from stages.records.formats import BlockAxis
-from stages.records.formats import EmbeddingTable
-from stages.records.formats import FloatName
-from stages.records.formats import GatherForm
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import WeightForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FormatWishes:
+class RequestedFormats:
     """What a person asked for in so many words; None and False leave it to the target."""
 
     form: WeightForm | None = None
@@ -37,7 +31,7 @@ class FormatWishes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelTraits:
+class ModelFacts:
     """What of a base model matters to the choice."""
 
     dtypes: frozenset[FloatName]
@@ -47,10 +41,10 @@ class ModelTraits:
     embedding_widths: frozenset[int] = frozenset()
 
 
-def traits_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]) -> ModelTraits:
+def facts_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]) -> ModelFacts:
     """The traits of a model with these sites and embeddings."""
     sites = [site for group in groups for site in group.sites]
-    return ModelTraits(
+    return ModelFacts(
         dtypes=frozenset(site.dtype for site in sites),
         in_features=frozenset(site.in_features for site in sites),
         has_gemm=any(site.op_type == "Gemm" for site in sites),

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.records.formats import WeightForm
-from stages.quantization.targets.formats import FormatChoice
 from stages.commands.parsing import Release
-from stages.quantization.targets.rules import Preference
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.rules import Preference, Preferences, Request
+from stages.records.formats import WeightForm
 
 _MATMUL_NBITS: Release = (1, 24)
 """ORT#26340"""
@@ -32,10 +30,10 @@ def prefer(_: Request) -> Preferences:
     )
 
 
-def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     if request.release < _MATMUL_NBITS:
         yield f"QNN of {request.version} translates no MatMulNBits, so it runs on the CPU; use 1.24 or later."
-    if request.traits.dtypes != {"float32"}:
+    if request.facts.dtypes != {"float32"}:
         yield (
             "QNN's GPU backend translated MatMulNBits with float32 activations alone when that was added (ORT#26340); "
             "build the base model as fp32 or check a newer release."
@@ -46,7 +44,7 @@ def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
         yield f"QNN's GPU backend translates blocks of 32, not of {choice.four_bit.block_size}; choose --block_size 32."
     if not choice.symmetric:
         yield "QNN's GPU backend translates symmetric codes alone; leave --use_zero_point out."
-    if request.wishes.named_eight_bit:
+    if request.requested.named_eight_bit:
         yield (
             "QNN's GPU backend translates no 8-bit MatMulNBits, so the sites named for INT8 run on the CPU; leave them "
             "out of --layers_8bit and --lm_head 8."

@@ -1,6 +1,6 @@
 """What the rules of every runtime are made of.
 
-Each runtime has a module with two functions: ``prefer`` says what it runs fast, ``objections`` what it does not.
+Each runtime has a module with two functions: ``prefer`` says what it runs fast, ``warnings`` what it does not.
 Sources are named where a rule stands. Sections (2a to 2g) are those of the project's notes on what ONNX Runtime fuses;
 ORT#n is an issue or pull request of microsoft/onnxruntime. "Run" means run on the CPU (x86) with 1.20.1, 1.21.1,
 1.22.1, 1.23.2, 1.24.1, 1.24.4, 1.25.1, 1.28.0 and 1.31.1; no other provider was run, and the reasons say so.
@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.quantize_options import ScaleRange
-from stages.records.formats import Granularity
-from stages.records.formats import PerChannel
-from stages.records.formats import WeightForm
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import FormatWishes
-from stages.quantization.targets.formats import ModelTraits
 from stages.commands.parsing import Release
+from stages.commands.quantize_options import ScaleRange
+from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
+from stages.records.formats import Granularity, PerChannel, WeightForm
 
 T = TypeVar("T")
 
@@ -39,12 +35,12 @@ class Request:
     """What a rule may look at."""
 
     release: Release
-    wishes: FormatWishes
-    traits: ModelTraits
+    requested: RequestedFormats
+    facts: ModelFacts
 
     @property
     def is_bfloat16(self) -> bool:
-        return "bfloat16" in self.traits.dtypes
+        return "bfloat16" in self.facts.dtypes
 
     @property
     def version(self) -> str:
@@ -52,7 +48,7 @@ class Request:
 
     def stores_eight_bit(self, eight_bit: Granularity | None) -> bool:
         """Whether any site becomes INT8; those that only a rule finds don't where the runtime has no INT8 (None)."""
-        return self.wishes.named_eight_bit or (self.wishes.mixed and eight_bit is not None)
+        return self.requested.named_eight_bit or (self.requested.mixed and eight_bit is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +93,7 @@ class Rules:
     """One runtime's two functions; objections are whole sentences."""
 
     prefer: Callable[[Request], Preferences]
-    objections: Callable[[Request, FormatChoice], Iterator[str]]
+    warnings: Callable[[Request, FormatChoice], Iterator[str]]
 
 
 def unfused_in_dq(request: Request, *, eight_bit: bool, float16: bool) -> str:
@@ -109,13 +105,13 @@ def unfused_in_dq(request: Request, *, eight_bit: bool, float16: bool) -> str:
         return ""
     needs = {
         "8-bit codes": eight_bit,
-        "float16 scales": float16 and "float16" in request.traits.dtypes,
-        "Gemm": request.traits.has_gemm,
+        "float16 scales": float16 and "float16" in request.facts.dtypes,
+        "Gemm": request.facts.has_gemm,
     }
     return " or ".join(name for name, needed in needs.items() if needed)
 
 
-def dq_objections(request: Request, unfused: str, mend: str) -> Iterator[str]:
+def dq_warnings(request: Request, unfused: str, mend: str) -> Iterator[str]:
     """Against DequantizeLinear where the provider's rule leaves ``unfused`` things alone."""
     if request.is_bfloat16:
         yield f"{NEVER_BFLOAT16}; choose --weight_operator matmul_nbits."
@@ -126,7 +122,7 @@ def dq_objections(request: Request, unfused: str, mend: str) -> Iterator[str]:
         )
 
 
-def column_major_objections(request: Request, choice: FormatChoice, *, eight_bit: bool) -> Iterator[str]:
+def column_major_warnings(request: Request, choice: FormatChoice, *, eight_bit: bool) -> Iterator[str]:
     """Against a Transpose behind DequantizeLinear, on the providers that ONNX Runtime's rule covers (section 2a)."""
     yield (
         "ONNX Runtime fuses no INT4 behind a Transpose (86 times slower at 4096 x 4096 on the CPU); leave "
@@ -141,7 +137,7 @@ def column_major_objections(request: Request, choice: FormatChoice, *, eight_bit
 
 def looks_up_quantized(request: Request, choice: FormatChoice) -> bool:
     """Whether GatherBlockQuantized will stand in the graph."""
-    return request.wishes.gather_axis is not None and choice.gather_form == "gather_block_quantized"
+    return request.requested.gather_axis is not None and choice.gather_form == "gather_block_quantized"
 
 
 def since(request: Request, first: Release, what: str) -> str:

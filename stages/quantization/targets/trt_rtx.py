@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.records.formats import PerChannel
-from stages.records.formats import WeightForm
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import ModelTraits
-from stages.quantization.targets.rules import Preference
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
-from stages.quantization.targets.rules import looks_up_quantized
+from stages.quantization.targets.formats import FormatChoice, ModelFacts
+from stages.quantization.targets.rules import Preference, Preferences, Request, looks_up_quantized
+from stages.records.formats import PerChannel, WeightForm
 
 _BLOCKS = (128, 64)
 
@@ -23,8 +18,8 @@ _BLOCKS = (128, 64)
 def prefer(request: Request) -> Preferences:
     return Preferences(
         form=Preference(WeightForm.DQ, "what onnxruntime-genai's builder writes for it (use_qdq); not run here"),
-        block_size=_block(request.traits),
-        open_blocks=_dividing(request.traits) or _BLOCKS,
+        block_size=_block(request.facts),
+        open_blocks=_dividing(request.facts) or _BLOCKS,
         eight_bit=Preference(
             PerChannel(), "what the tool that this one replaces writes; blocks are for INT4 alone; not run here"
         ),
@@ -33,21 +28,21 @@ def prefer(request: Request) -> Preferences:
     )
 
 
-def _block(traits: ModelTraits) -> Preference[int]:
-    if dividing := _dividing(traits):
+def _block(facts: ModelFacts) -> Preference[int]:
+    if dividing := _dividing(facts):
         return Preference(dividing[0], "TensorRT takes 64 and 128: the larger that divides every row; not run here")
     return Preference(_BLOCKS[0], "TensorRT takes 64 and 128, and neither divides every row; not run here")
 
 
-def _dividing(traits: ModelTraits) -> tuple[int, ...]:
-    return tuple(size for size in _BLOCKS if all(features % size == 0 for features in traits.in_features))
+def _dividing(facts: ModelFacts) -> tuple[int, ...]:
+    return tuple(size for size in _BLOCKS if all(features % size == 0 for features in facts.in_features))
 
 
-def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
-    yield from _block_objections(request, choice)
+def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
+    yield from _block_warnings(request, choice)
     if not choice.symmetric:
         yield "TensorRT knows no zero point (microsoft/olive-recipes#573); leave --use_zero_point out."
-    if choice.symmetric and request.wishes.scale_range == "signed":
+    if choice.symmetric and request.requested.scale_range == "signed":
         yield "TensorRT takes positive scales alone; leave --scale_range out."
     if choice.form is WeightForm.MATMUL_NBITS:
         yield "TensorRT for RTX runs no MatMulNBits; choose --weight_operator dq."
@@ -57,9 +52,9 @@ def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
         yield "TensorRT for RTX has no GatherBlockQuantized; leave --gather_quantize_axis out."
 
 
-def _block_objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def _block_warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     size = choice.four_bit.block_size
     if size not in _BLOCKS:
         yield f"TensorRT takes INT4 in blocks of 64 and 128, not of {size}; choose one of these."
-    elif uneven := sorted(features for features in request.traits.in_features if features % size):
+    elif uneven := sorted(features for features in request.facts.in_features if features % size):
         yield f"Blocks of {size} don't divide rows of {uneven[0]}, which TensorRT may refuse; not run here."

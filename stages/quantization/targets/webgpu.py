@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import WeightForm
-from stages.quantization.targets.formats import FormatChoice
 from stages.commands.parsing import Release
-from stages.quantization.targets.rules import SIGNED
-from stages.quantization.targets.rules import Preference
-from stages.quantization.targets.rules import Preferences
-from stages.quantization.targets.rules import Request
-from stages.quantization.targets.rules import looks_up_on_cpu
-from stages.quantization.targets.rules import since
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.rules import SIGNED, Preference, Preferences, Request, looks_up_on_cpu, since
+from stages.records.formats import Granularity, PerBlock, WeightForm
 
 _EIGHT_BIT: Release = (1, 23)
 """ORT#24546 and #24590"""
@@ -45,11 +38,11 @@ def _eight_bit(request: Request) -> Preference[Granularity | None]:
     return Preference(PerBlock(block_size=32), "as for INT4; not run here")
 
 
-def objections(request: Request, choice: FormatChoice) -> Iterator[str]:
+def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     if request.is_bfloat16:
         yield "WebGPU has no bfloat16; build the base model as fp16."
     if choice.form is not WeightForm.MATMUL_NBITS:
         yield "ONNX Runtime fuses no DequantizeLinear for WebGPU; choose --weight_operator matmul_nbits."
-    if request.wishes.named_eight_bit and request.release < _EIGHT_BIT:
+    if request.requested.named_eight_bit and request.release < _EIGHT_BIT:
         yield f"{request.version} has no 8-bit MatMulNBits on WebGPU; leave INT8 out or use 1.23 or later."
     yield from looks_up_on_cpu(request, choice, _GATHER)

@@ -10,14 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages.system.atomic import whole_file
-from stages.errors import RecipeError
-from stages.errors import in_one_line
+from stages.errors import OptionError, in_one_line
+from stages.quantization.weights.validate import Damage, require_packed, require_table_scales
 from stages.records.formats import EmbeddingPlan
 from stages.records.results import QuantizedTable
-from stages.quantization.weights.validate import Damage
-from stages.quantization.weights.validate import require_packed
-from stages.quantization.weights.validate import require_table_scales
+from stages.system.atomic import atomic_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +29,14 @@ class TableFile:
 
     def write(self, table: QuantizedTable) -> None:
         """Save ``table``; the file gets its name when it is whole."""
-        with whole_file(self.path) as partial:
+        with atomic_file(self.path) as partial:
             save_file({"packed": table.packed, "scales": table.scales}, partial)
 
     def read_packed(self) -> Tensor:
         """The codes, [ceil(V * D / 2)] uint8.
 
         Raises:
-            RecipeError: the file is missing or damaged.
+            OptionError: the file is missing or damaged.
         """
         return self._read("packed", require_packed)
 
@@ -47,7 +44,7 @@ class TableFile:
         """The scales, in the table's type.
 
         Raises:
-            RecipeError: the file is missing or damaged.
+            OptionError: the file is missing or damaged.
         """
         return self._read("scales", require_table_scales)
 
@@ -57,7 +54,7 @@ class TableFile:
                 tensor: Tensor = file.get_tensor(name)
             require(tensor, self.plan)
         except (OSError, SafetensorError, Damage) as error:
-            raise RecipeError(
+            raise OptionError(
                 f"{self.path} is missing or damaged ({in_one_line(error)}); delete it and run stages.quantize again to "
                 "complete it."
             ) from error

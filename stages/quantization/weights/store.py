@@ -19,24 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages.system.atomic import is_occupied
-from stages.system.atomic import whole_file
-from stages.errors import CacheMismatch, RecipeError, UserError
-from stages.system.paths import reachable
-from stages.errors import in_one_line
-from stages.records.results import ExportRecipe
-from stages.records.sites import MatMulSite
-from stages.records.results import QuantizedTable
-from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
-from stages.records.results import SiteReport
-from stages.records.results import SolvedGroup
-from stages.quantization.weights.validate import Damage
-from stages.quantization.weights.validate import PartName
-from stages.quantization.weights.validate import require_part
-from stages.quantization.weights.validate import require_recipe
-from stages.quantization.weights.validate import require_spec
+from stages.errors import CacheMismatch, OptionError, UserError, in_one_line
 from stages.quantization.weights.embedding_file import TableFile
+from stages.quantization.weights.validate import Damage, PartName, require_part, require_recipe, require_spec
+from stages.records.formats import QuantSpec
+from stages.records.results import ExportRecipe, QuantizedTable, QuantizedWeight, SiteReport, SolvedGroup
+from stages.records.sites import MatMulSite
+from stages.system.atomic import atomic_file, is_occupied
+from stages.system.paths import reachable
 
 RECIPE = "recipe.json"
 REPORT = "report.jsonl"
@@ -85,14 +75,14 @@ class QuantizedStore:
             "specs": _SPECS.dump_json(specs).decode(),
             "reports": _REPORTS.dump_json(solved.reports).decode(),
         }
-        with self._room(), whole_file(self.group_file(index)) as partial:
+        with self._room(), atomic_file(self.group_file(index)) as partial:
             save_file(tensors, partial, metadata)
 
     def read_group(self, index: int) -> SolvedGroup:
         """Load one finished group.
 
         Raises:
-            RecipeError: the group's file is missing or damaged.
+            OptionError: the group's file is missing or damaged.
         """
         group = self.recipe.groups[index]
         weights = tuple(self.read(index, site) for site in group.sites)
@@ -110,7 +100,7 @@ class QuantizedStore:
         """Write report.jsonl, one line a site, from the finished groups."""
         path = self.folder / REPORT
         lines = [TypeAdapter(SiteReport).dump_json(report).decode() for report in self.reports()]
-        with self._room(), whole_file(path) as partial:
+        with self._room(), atomic_file(path) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
@@ -142,7 +132,7 @@ class QuantizedStore:
         """Return the format of one site's weight; no tensor is read.
 
         Raises:
-            RecipeError: the group's file is missing or damaged.
+            OptionError: the group's file is missing or damaged.
         """
         return self._load(index, site, ())[0]
 
@@ -155,7 +145,7 @@ class QuantizedStore:
             part: which tensor to read; the others stay on disk.
 
         Raises:
-            RecipeError: the group's file is missing or damaged.
+            OptionError: the group's file is missing or damaged.
         """
         return self._load(index, site, (part,))[1].get(part)
 
@@ -163,7 +153,7 @@ class QuantizedStore:
         """Load one site's whole weight.
 
         Raises:
-            RecipeError: the group's file is missing or damaged.
+            OptionError: the group's file is missing or damaged.
         """
         spec, parts = self._load(index, site, ("codes", "scales", "zero_points", "input_scale"))
         return QuantizedWeight(
@@ -200,7 +190,7 @@ class QuantizedStore:
         try:
             yield path
         except (OSError, SafetensorError, ValidationError, Damage) as error:
-            raise RecipeError(
+            raise OptionError(
                 f"{path} is missing or damaged ({in_one_line(error)}); run stages.quantize again to complete it."
             ) from error
 
@@ -242,7 +232,7 @@ def open_store(folder: Path) -> QuantizedStore:
     """Open the folder of an earlier run.
 
     Raises:
-        RecipeError: there is no readable recipe.json.
+        OptionError: there is no readable recipe.json.
     """
     folder = reachable(folder)
     path = folder / RECIPE
@@ -250,7 +240,7 @@ def open_store(folder: Path) -> QuantizedStore:
         recipe = _RECIPES.validate_json(path.read_bytes())
         require_recipe(recipe)
     except (OSError, ValidationError, Damage) as error:
-        raise RecipeError(
+        raise OptionError(
             f"{path} can't be read ({_in_short(error)}); pass the folder that stages.quantize wrote its weights to."
         ) from error
     return QuantizedStore(folder, recipe)
@@ -286,7 +276,7 @@ def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: boo
         raise UserError(f"--weights_path {folder} is not empty and holds no recipe.json; choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_bytes(_RECIPES.dump_json(recipe, indent=1))
     except OSError as error:
         with suppress(OSError):

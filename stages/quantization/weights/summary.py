@@ -12,9 +12,7 @@ from rich.table import Table
 
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import SiteReport
-from stages.records.sites import kind_of
-from stages.records.sites import layer_of
-from stages.records.sites import short_name
+from stages.records.sites import kind_of, layer_of, short_name
 
 _WORST = 3
 Rows = dict[tuple[str, str], list[SiteReport]]

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from stages.model.weights import all_finite
-from stages.records.formats import EmbeddingPlan
+from stages.records.formats import EmbeddingPlan, QuantSpec, torch_float
 from stages.records.results import ExportRecipe
 from stages.records.sites import MatMulSite
-from stages.records.formats import QuantSpec
-from stages.records.formats import torch_float
 
 PartName = Literal["codes", "scales", "zero_points", "input_scale"]
 """The tensors that a site's stored weight is made of."""

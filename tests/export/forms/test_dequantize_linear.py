@@ -14,11 +14,8 @@ import pytest
 import torch
 
 from export.rewrite import rewrite
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
+from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 from stages.records.results import QuantizedWeight
-from stages.records.formats import WeightForm
 from tests.export.builders import (
     ExactWeight,
     group_of,
@@ -29,8 +26,7 @@ from tests.export.builders import (
     spec_of,
     store_of,
 )
-from tests.support.graphs import TinyGraph
-from tests.support.graphs import onnx_type
+from tests.support.graphs import TinyGraph, onnx_type
 from tests.support.pairwise import pairwise
 
 BLOCKS = [PerBlock(block_size=16), PerBlock(block_size=32), PerBlock(block_size=128), PerChannel()]

@@ -10,14 +10,9 @@ import pytest
 
 from export.forms.embedding import table_outcomes
 from export.rewrite import rewrite
-from stages.errors import GraphError, RecipeError
-from tests.support.embeddings import dequantized
-from tests.support.embeddings import lookup_graph
-from tests.support.embeddings import plan_of
-from tests.support.embeddings import random_table
-from tests.support.embeddings import rounded
-from tests.support.embeddings import table_store
+from stages.errors import GraphError, OptionError
 from tests.export.builders import relative_difference, run
+from tests.support.embeddings import dequantized, lookup_graph, plan_of, random_table, rounded, table_store
 from tests.support.graphs import TinyGraph
 from tests.support.pairwise import pairwise
 
@@ -138,7 +133,7 @@ def test_an_unfinished_table_is_refused_and_a_finished_one_is_read_late(tmp_path
     for name in ("h/Gather/codes", "h/Gather/scales"):
         tensor = result.model.graph.initializers[name].const_value
         assert tensor is not None
-        with pytest.raises(RecipeError, match="missing"):
+        with pytest.raises(OptionError, match="missing"):
             tensor.tobytes()
-    with pytest.raises(RecipeError, match=r"lacks the quantized embedding embedding\.0000\.table\.safetensors"):
+    with pytest.raises(OptionError, match=r"lacks the quantized embedding embedding\.0000\.table\.safetensors"):
         rewrite(lookup_graph(plan, table).model(), store)

@@ -9,24 +9,21 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.forms.matmul_nbits import packed_codes
-from export.forms.matmul_nbits import packed_zero_points
-from export.forms.matmul_nbits import stored_block_size
-from export.forms.matmul_nbits import unpacked_codes
-from export.forms.matmul_nbits import unpacked_zero_points
+from export.forms.matmul_nbits import (
+    packed_codes,
+    packed_zero_points,
+    stored_block_size,
+    unpacked_codes,
+    unpacked_zero_points,
+)
 from export.rewrite import rewrite
-from stages.errors import RecipeError
-from stages.records.formats import Granularity
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.records.formats import WeightForm
+from stages.errors import OptionError
+from stages.records.formats import Granularity, PerBlock, PerChannel, QuantSpec, WeightForm
 from tests.export.builders import ExactWeight, exact_weight, relative_difference, run, site_of, spec_of, store_of_each
-from tests.support.graphs import TinyGraph
-from tests.support.graphs import onnx_type
-from tests.support.pairwise import pairwise
 from tests.reference.dequantize import dequantize
 from tests.reference.matmul_nbits import dequantize_nbits
+from tests.support.graphs import TinyGraph, onnx_type
+from tests.support.pairwise import pairwise
 
 # Even and odd numbers of blocks, K not divisible by the block, K smaller than the block, an odd N.
 SHAPES = [(64, 48), (80, 48), (72, 16), (33, 7)]
@@ -228,5 +225,5 @@ def test_scales_per_channel_take_the_blocks_that_fill_up_least(in_features: int,
 def test_blocks_that_the_operator_does_not_know_are_refused(tmp_path: Path, block_size: int) -> None:
     spec: QuantSpec = spec_of(4, granularity=PerBlock(block_size=block_size))
     weight = exact_weight(site_of("y", "x", 96, 8), spec, np.random.default_rng(0))
-    with pytest.raises(RecipeError, match=f"'y/MatMul' has blocks of {block_size}"):
+    with pytest.raises(OptionError, match=f"'y/MatMul' has blocks of {block_size}"):
         rewritten(tmp_path, weight)

@@ -11,15 +11,12 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from export.forms.opset import lowest_opset
-from export.forms.opset import raise_opset
+from export.forms.opset import lowest_opset, raise_opset
 from export.rewrite import rewrite
 from stages.errors import GraphError
-from stages.records.formats import EmbeddingPlan
-from stages.records.formats import EmbeddingTable
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, WeightForm
 from stages.records.results import ExportRecipe
 from stages.records.sites import NormAbsorber
-from stages.records.formats import WeightForm
 from tests.export.builders import (
     ExactWeight,
     exact_weight,
@@ -31,8 +28,7 @@ from tests.export.builders import (
     spec_of,
     store_of,
 )
-from tests.support.graphs import MICROSOFT
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 OPSETS = (14, 17, 18, 20)
 FLOAT = TensorProto.FLOAT

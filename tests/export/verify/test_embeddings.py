@@ -13,15 +13,10 @@ import export.verify.embeddings
 from export.forms.embedding import RewrittenTable
 from export.rewrite import rewrite
 from export.save import save_model
-from export.verify.embeddings import check_stored_table
-from export.verify.embeddings import measure_table
+from export.verify.embeddings import check_stored_table, measure_table
 from stages.errors import GraphError
-from tests.support.embeddings import lookup_graph
-from tests.support.embeddings import plan_of
-from tests.support.embeddings import random_table
-from tests.support.embeddings import rounded
-from tests.support.embeddings import table_store
 from tests.export.verify.test_verify import flip
+from tests.support.embeddings import lookup_graph, plan_of, random_table, rounded, table_store
 
 
 def saved(folder: Path, **changes: object) -> tuple[Path, RewrittenTable]:

@@ -9,14 +9,10 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from export.verify.fusion import CannotRun
-from export.verify.fusion import nodes_run_as_matmulnbits
-from export.verify.fusion import why_not_fused
 from export.rewrite import rewrite
+from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, why_not_fused
 from stages.model.directory import ModelDirectory
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
+from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from tests.export.builders import exact_weight, site_of, spec_of, store_of_each
 from tests.export.exports import options, tiny_export
 from tests.support.graphs import TinyGraph

@@ -13,18 +13,14 @@ import pytest
 import torch
 from onnx import TensorProto
 
-import export.verify.verify.verify
+import export.verify.verify
 from export.rewrite import RewriteResult, rewrite
 from export.save import save_model
 from export.verify.verify import verify
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
-from stages.records.results import VerifyReport
-from stages.records.formats import WeightForm
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.records.results import QuantizedWeight, VerifyReport
 from tests.export.builders import ExactWeight, group_of, site_of, spec_of, store_of
 from tests.export.exports import TinyExport, tiny_export
 from tests.support.graphs import TinyGraph

@@ -10,14 +10,12 @@ import pytest
 import torch
 import transformers
 
-from scripts.build_base_model import build
 from scripts.base_models.checkpoints import as_builder_input
+from scripts.build_base_model import build
 from scripts.options import BuildConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 
 # Beyond the window of 16, so that the sliding layer's mask and both rotations count.
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300

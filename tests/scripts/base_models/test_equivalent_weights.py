@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+import pytest
 import torch
 import transformers
-from collections.abc import Callable
-import pytest
+
+from scripts.base_models.equivalent_weights import random_rotation
 from scripts.base_models.off_grid import move_off_grid
 from tests.reference.grid import grid_error
-import numpy as np
-from scripts.base_models.equivalent_weights import random_rotation
-
 
 TOKENS = torch.arange(40)[None] * 7 % 300
 

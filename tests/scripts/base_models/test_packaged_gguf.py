@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.base_models.packaged_gguf import PACKAGED
-from scripts.base_models.packaged_gguf import PackagedGguf
-from scripts.base_models.packaged_gguf import find_parts
-from scripts.base_models.packaged_gguf import join_parts
+from scripts.base_models.packaged_gguf import PACKAGED, PackagedGguf, find_parts, join_parts
 from stages.errors import UserError
 
 CONTENT = (b"first, ", b"second, ", b"third")

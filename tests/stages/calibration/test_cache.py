@@ -6,16 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stages.calibration.cache import CacheKey, CalibrationCache, find_cache, new_cache, open_cache
 from stages.errors import CacheMismatch, UserError
-from stages.calibration.cache import CacheKey
-from stages.calibration.cache import CalibrationCache
-from stages.calibration.cache import find_cache
-from stages.calibration.cache import new_cache
-from stages.calibration.cache import open_cache
 from stages.records.results import ActivationStats
+from tests.stages.quantization.search.problems import gram_stats, row_stats
 from tests.support.full_disk import full_after
-from tests.stages.quantization.search.problems import gram_stats
-from tests.stages.quantization.search.problems import row_stats
 
 KEY = CacheKey(
     model_fingerprint="m" * 64,

@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.model.load import load_graph
-from stages.model.load import fingerprint_model
-from stages.runtime.tap import ActivationTap
-from stages.model.sites import find_groups
-from stages.model.directory import locate_model
 from stages.calibration.cache import open_cache
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model, load_graph
+from stages.model.sites import find_groups
+from stages.runtime.tap import ActivationTap
 from tests.support.commands import Commands
 from tests.support.written import cache_times
 

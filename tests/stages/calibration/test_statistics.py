@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from stages.calibration.statistics import StatisticsSize
-from stages.calibration.statistics import StatisticsAccumulator
 import numpy as np
 import pytest
-from stages.errors import SolveError
-from stages.calibration import statistics as triangle
-from stages.calibration.statistics import pack
-from stages.calibration.statistics import unpack
+import torch
 
+from stages.calibration import statistics as triangle
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, pack, unpack
+from stages.errors import SolveError
 
 CPU = torch.device("cpu")
 

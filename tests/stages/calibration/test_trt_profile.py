@@ -9,13 +9,9 @@ import pytest
 from onnx import TensorProto
 
 import stages.calibration.trt_profile
+from stages.calibration.trt_profile import DecoderSizes, ShapeProfile, WindowShape, decoder_sizes, sizes_of_config
 from stages.errors import GraphError, UserError
 from stages.model.directory import ModelDirectory
-from stages.calibration.trt_profile import DecoderSizes
-from stages.calibration.trt_profile import ShapeProfile
-from stages.calibration.trt_profile import WindowShape
-from stages.calibration.trt_profile import decoder_sizes
-from stages.calibration.trt_profile import sizes_of_config
 from tests.support.graphs import TinyGraph
 
 WINDOW = WindowShape(batch_size=4, seq_len=512)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from stages.commands.logs import logging_to
 from stages.commands.options import OutputOptions
 from stages.errors import UserError
-from stages.commands.logs import logging_to
 
 OURS = logging.getLogger("stages.somewhere")
 ENTRY = logging.getLogger("__main__")

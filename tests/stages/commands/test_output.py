@@ -12,11 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from stages.commands.output import JsonOutput
-from stages.commands.output import Section
-from stages.commands.output import TablePrinter
-from stages.commands.output import open_output
-from stages.commands.output import unwrapped
+from stages.commands.output import JsonOutput, Section, TablePrinter, open_output, unwrapped
 
 
 class Colour(StrEnum):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from stages.commands.parsing import Target
-from stages.commands.parsing import parse_target
-from stages.errors import RecipeError
-from stages.commands.parsing import parse_bytes
+
+from stages.commands.parsing import Target, parse_size, parse_target
+from stages.errors import OptionError
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,7 @@ def test_a_target_is_a_runtime_and_a_release(text: str, target: Target, label: s
     ],
 )
 def test_what_names_no_target_is_refused_in_one_sentence(text: str, words: list[str]) -> None:
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(OptionError) as refused:
         parse_target(text)
     message = str(refused.value)
     assert message.startswith(f"--target {text}: ")
@@ -64,10 +63,10 @@ def test_what_is_assumed_about_a_release_is_said() -> None:
     ],
 )
 def test_sizes_as_people_write_them(text: str, expected: int) -> None:
-    assert parse_bytes(text, "--target_size") == expected
+    assert parse_size(text, "--target_size") == expected
 
 
 @pytest.mark.parametrize("text", ["", "big", "1.1.1GB", "-3MB", "4XB", "0MB", "MB"])
 def test_what_is_no_size_is_refused_by_the_options_name(text: str) -> None:
-    with pytest.raises(RecipeError, match="--target_size"):
-        parse_bytes(text, "--target_size")
+    with pytest.raises(OptionError, match="--target_size"):
+        parse_size(text, "--target_size")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import pytest
-from stages.evaluation.accuracy import score_window
-from stages.evaluation.accuracy import summarize
-from tests.reference import accuracy as reference
-from stages.evaluation.accuracy import by_position
 from collections.abc import Sequence
-from stages.evaluation.accuracy import worst_of_window
-from stages.evaluation.accuracy import worst_of_all
+
+import pytest
+import torch
+
+from stages.evaluation.accuracy import by_position, score_window, summarize, worst_of_all, worst_of_window
+from tests.reference import accuracy as reference
 
 
 def random_logits(tokens: int, vocabulary: int, seed: int) -> torch.Tensor:

@@ -10,14 +10,12 @@ import onnx
 import pytest
 
 from stages.commands.evaluate_options import EvaluateConfig
-from stages.errors import UserError
-from stages.evaluation.compare import compare
-from stages.evaluation.compare import prepare
-from stages.model.sizes import stored_bytes
-from stages.evaluation.records import load_evaluation
-from stages.evaluation.records import save_evaluation
-from stages.model.directory import locate_model
 from stages.commands.progress import progress_bar
+from stages.errors import UserError
+from stages.evaluation.compare import compare, prepare
+from stages.evaluation.records import load_evaluation, save_evaluation
+from stages.model.directory import locate_model
+from stages.model.sizes import stored_bytes
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stages.errors import UserError
-from stages.runtime.genai import open_genai
-from stages.runtime.genai import require_genai
-from stages.evaluation.generation import common_start, generate
 from stages.commands.progress import Progress
+from stages.errors import UserError
+from stages.evaluation.generation import common_start, generate
+from stages.runtime.genai import open_genai, require_genai
 
 QUIET = Progress(Console(quiet=True))
 

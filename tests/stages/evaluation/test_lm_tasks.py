@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stages.errors import UserError
-from stages.evaluation import lm_tasks as harness
-from stages.runtime.decoder import open_decoder
-from stages.evaluation.records import TaskScore
-from stages.evaluation.lm_tasks import TaskRequest
-from stages.evaluation.lm_tasks import find_tasks
-from stages.evaluation.lm_tasks import run_tasks
-from stages.model.directory import locate_model
 from stages.calibration.text.tokenizer import load_tokenizer
 from stages.commands.progress import Progress
+from stages.errors import UserError
+from stages.evaluation import lm_tasks as harness
+from stages.evaluation.lm_tasks import TaskRequest, find_tasks, run_tasks
+from stages.evaluation.records import TaskScore
+from stages.model.directory import locate_model
+from stages.runtime.decoder import open_decoder
 from stages.runtime.session import SessionSettings
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation import speed
-from stages.evaluation.speed_round import Round
-from stages.evaluation.speed_round import SpeedRequest
-from stages.system.measured_process import Cost
 from stages.evaluation.speed import accuracy_level_in_words, measure_speed
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.commands.progress import Progress
+from stages.evaluation.speed_round import Round, SpeedRequest
+from stages.model.directory import ModelDirectory, locate_model
+from stages.system.measured_process import Cost
 from tests.support.commands import Commands
 
 REQUEST = SpeedRequest(prompt=(0, 5, 9, 12, 7, 7, 30, 2), new_tokens=5, threads=1)

@@ -9,8 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from stages.model.directory import locate_model
-from tests.support.graphs import MICROSOFT
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 
 def attention_model(folder: Path, attributes: dict[str, int], *, configured: bool) -> None:

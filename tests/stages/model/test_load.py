@@ -11,10 +11,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from stages.model.load import external_files
-from stages.model.load import load_graph
 from stages.errors import GraphError
 from stages.model.directory import locate_model
+from stages.model.load import external_files, load_graph
 from tests.support.graphs import TinyGraph
 
 

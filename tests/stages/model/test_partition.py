@@ -1,4 +1,4 @@
-"""Pieces of a model, run one after another, compute what the whole does, and the same nodes fuse in them."""
+"""Partitions of a model, run one after another, compute what the whole does, and the same nodes fuse in them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import pytest
 
 from export.verify import fusion
 from export.verify.fusion import nodes_run_as_matmulnbits
-from scripts.base_models.synthetic_llama import LlamaShape
-from scripts.base_models.synthetic_llama import random_llama
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.model.partition import Piece
-from stages.model.partition import cut_into_pieces
+from scripts.base_models.synthetic_llama import LlamaShape, random_llama
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.partition import Partition, cut_into_partitions
 from stages.runtime.session import CausalFeeds
 from tests.support.commands import Commands
 
@@ -33,9 +30,9 @@ def sites_of(model: ir.Model) -> list[str]:
     ]
 
 
-def declare_types(piece: Piece, computed: dict[str, np.ndarray]) -> None:
-    for value in piece.model.graph.inputs:
-        if value.name in piece.carried_in:
+def declare_types(partition: Partition, computed: dict[str, np.ndarray]) -> None:
+    for value in partition.model.graph.inputs:
+        if value.name in partition.boundary_inputs:
             value.type = ir.TensorType(ir.DataType.from_numpy(computed[value.name].dtype))
 
 
@@ -47,10 +44,10 @@ def run(model: ir.Model, computed: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return dict(zip(names, session.run(None, feeds(TOKENS) | carried), strict=True))
 
 
-def pieces_of(model: ir.Model, limit: int) -> list[Piece]:
+def pieces_of(model: ir.Model, limit: int) -> list[Partition]:
     """Up to the last norm, which reads the last site."""
     wanted = ["/model/layers.3/final_norm_layernorm/output_0", *sites_of(model)]
-    return list(cut_into_pieces(model, wanted=wanted, limit=limit))
+    return list(cut_into_partitions(model, wanted=wanted, limit=limit))
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
@@ -60,29 +57,29 @@ def test_pieces_compute_what_the_whole_computes(limit: int, dtype: ir.DataType) 
     (whole,) = pieces_of(model, 10**9)
     expected = run(whole.model, {})
     computed: dict[str, np.ndarray] = {}
-    pieces = pieces_of(model, limit)
-    for piece in pieces:
-        declare_types(piece, computed)
-        computed |= run(piece.model, computed)
-    assert (len(pieces) == 1) == (limit == 10**9)
+    partitions = pieces_of(model, limit)
+    for partition in partitions:
+        declare_types(partition, computed)
+        computed |= run(partition.model, computed)
+    assert (len(partitions) == 1) == (limit == 10**9)
     assert set(expected) <= set(computed)
     tolerance = 1e-5 if dtype is ir.DataType.FLOAT else 2e-3
     for name, value in expected.items():
         np.testing.assert_allclose(computed[name], value, rtol=tolerance, atol=tolerance)
 
 
-def weights_of(piece: Piece) -> dict[str, int]:
-    initializers = piece.model.graph.initializers
+def weights_of(partition: Partition) -> dict[str, int]:
+    initializers = partition.model.graph.initializers
     return {name: value.const_value.nbytes for name, value in initializers.items() if value.const_value is not None}
 
 
 def test_pieces_keep_to_the_limit_and_hold_each_large_weight_once() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     layer = 4 * (64 * (128 + 64) + 3 * 64 * 96)
-    pieces = [weights_of(piece) for piece in pieces_of(model, layer * 5 // 4)]
-    assert all(sum(sizes.values()) <= layer * 5 // 4 for sizes in pieces)
-    assert 3 <= len(pieces) <= 5
-    large = [name for sizes in pieces for name in sizes if name.endswith("MatMul.weight")]
+    partitions = [weights_of(partition) for partition in pieces_of(model, layer * 5 // 4)]
+    assert all(sum(sizes.values()) <= layer * 5 // 4 for sizes in partitions)
+    assert 3 <= len(partitions) <= 5
+    large = [name for sizes in partitions for name in sizes if name.endswith("MatMul.weight")]
     assert sorted(large) == sorted(
         f"{site[1:].replace('/', '.').removesuffix('.output_0')}.weight" for site in sites_of(model)
     )
@@ -92,18 +89,18 @@ def test_nodes_that_cannot_be_parted_may_exceed_the_limit() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     sites = frozenset(sites_of(model))
     ends = ["/model/layers.3/final_norm_layernorm/output_0"]
-    for piece in cut_into_pieces(model, wanted=ends, limit=1, together=sites):
-        made = {value.name for node in piece.model.graph for value in node.outputs}
-        read = {value.name for node in piece.model.graph for value in node.inputs if value is not None}
+    for partition in cut_into_partitions(model, wanted=ends, limit=1, together=sites):
+        made = {value.name for node in partition.model.graph for value in node.outputs}
+        read = {value.name for node in partition.model.graph for value in node.inputs if value is not None}
         assert made & sites <= read, "a product leaves the piece in which it is made"
-        assert not sites & {value.name for value in piece.model.graph.inputs}
+        assert not sites & {value.name for value in partition.model.graph.inputs}
 
 
 def test_layers_are_parted_where_the_stream_alone_crosses() -> None:
     """The stream and its norm, and the lengths that every attention reads."""
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     layer = 4 * (64 * (128 + 64) + 3 * 64 * 96)
-    carried = [piece.carried_in for piece in pieces_of(model, layer * 5 // 4)]
+    carried = [partition.boundary_inputs for partition in pieces_of(model, layer * 5 // 4)]
     streams = [[name for name in names if "attn_mask" not in name] for names in carried[1:]]
     assert all(len(names) == 2 and "mlp" not in "".join(names) for names in streams[1:]), streams
 
@@ -112,14 +109,14 @@ def test_extra_bytes_count_like_weights() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     site = sites_of(model)
     heavy = dict.fromkeys(site, 10**6)
-    pieces = list(cut_into_pieces(model, wanted=site, limit=5 * 10**6 + 10**5, extra_bytes=heavy))
-    assert 3 <= len(pieces) <= 5
-    assert all(sum(value.name in heavy for value in piece.model.graph.outputs) <= 5 for piece in pieces)
+    partitions = list(cut_into_partitions(model, wanted=site, limit=5 * 10**6 + 10**5, extra_bytes=heavy))
+    assert 3 <= len(partitions) <= 5
+    assert all(sum(value.name in heavy for value in partition.model.graph.outputs) <= 5 for partition in partitions)
 
 
 def test_what_comes_behind_what_is_wanted_is_left_out() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
-    nodes = [node.name for piece in pieces_of(model, 1) for node in piece.model.graph]
+    nodes = [node.name for partition in pieces_of(model, 1) for node in partition.model.graph]
     assert "/lm_head/MatMul" not in nodes
     assert "/model/layers.3/final_norm_layernorm/SkipLayerNorm" in nodes
 

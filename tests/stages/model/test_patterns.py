@@ -7,8 +7,7 @@ import pytest
 from onnx import TensorProto
 
 from stages.model.sites import find_sites
-from tests.support.graphs import MICROSOFT
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 FLOAT = TensorProto.FLOAT
 HIDDEN, EXPERTS = 16, 4

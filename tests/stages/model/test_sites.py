@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import TensorProto
-from tests.support.graphs import TinyGraph
-from stages.records.formats import EmbeddingTable
-import pytest
-from stages.model.sites import find_embeddings
-from stages.model.weights import read_rows
 import onnx_ir as ir
-from stages.model.sites import find_groups
-from stages.records.sites import ActivationGroup
-from stages.model.sites import find_sites
-from stages.records.sites import WeightLayout
-from stages.errors import GraphError
-from stages.records.sites import NormAbsorber
-from tests.support.graphs import MICROSOFT
-from stages.records.sites import LinearAbsorber
-from onnx import helper
-from stages.records.sites import HeadSharing
-from stages.records.sites import ValueAbsorber
+import pytest
+from onnx import TensorProto, helper
 
+from stages.errors import GraphError
+from stages.model.sites import find_embeddings, find_groups, find_sites
+from stages.model.weights import read_rows
+from stages.records.formats import EmbeddingTable
+from stages.records.sites import ActivationGroup, HeadSharing, LinearAbsorber, NormAbsorber, ValueAbsorber, WeightLayout
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 TABLE = np.arange(24, dtype=np.float32).reshape(6, 4)
 

@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.model.sizes import stored_bytes
 from stages.model.directory import locate_model
+from stages.model.sizes import CODES, EMBEDDING, GRAPH, MATRICES, SCALES, ZERO_POINTS, size_parts, stored_bytes
 from stages.quantization.weights.store import open_store
-from stages.model.sizes import CODES
-from stages.model.sizes import EMBEDDING
-from stages.model.sizes import GRAPH
-from stages.model.sizes import MATRICES
-from stages.model.sizes import SCALES
-from stages.model.sizes import ZERO_POINTS
-from stages.model.sizes import size_parts
 from tests.support.commands import Commands
 
 VOCABULARY = 300

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from onnx import TensorProto
 from collections.abc import Callable
-from tests.support.graphs import TinyGraph
-import numpy as np
-from onnx import helper
-import pytest
-from stages.model.unquantized import find_rejected
-from stages.model.sites import find_sites
-from stages.model.unquantized import find_unreached
-from stages.records.sites import UnreachedWeights
-from tests.support.graphs import MICROSOFT
-from stages.model.unquantized import unreached_warning
 
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from stages.model.sites import find_sites
+from stages.model.unquantized import find_skipped_matmuls, find_unquantized, unquantized_warning
+from stages.records.sites import UnquantizedWeights
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 FLOAT = TensorProto.FLOAT
 
@@ -101,7 +98,7 @@ def test_the_reason_is_said(add: Add, reason: str) -> None:
     add(graph)
     model = graph.model()
     assert [site.output for site in find_sites(model)] == ["y"]
-    rejected = dict(find_rejected(model))
+    rejected = dict(find_skipped_matmuls(model))
     assert rejected.pop("odd/Gemm" if "Gemm" in reason else "odd/MatMul") == reason
     # The other branch of the If.
     assert set(rejected) == ({"other/MatMul"} if add is _in_subgraph else set())
@@ -112,7 +109,7 @@ def test_a_node_without_a_name_goes_by_its_output() -> None:
     graph.input("x", FLOAT, [6, 8])
     _rank_three(graph)
     graph.nodes[-1].name = ""
-    assert find_rejected(graph.model()) == (("odd", "its weight has rank 3"),)
+    assert find_skipped_matmuls(graph.model()) == (("odd", "its weight has rank 3"),)
 
 
 def matrix(*shape: int, dtype: type = np.float32) -> np.ndarray:
@@ -129,8 +126,8 @@ def start() -> TinyGraph:
     return graph
 
 
-def unreached(graph: TinyGraph, *quantized: str) -> dict[str, UnreachedWeights]:
-    return {part.op_type: part for part in find_unreached(graph.model(), quantized)}
+def unreached(graph: TinyGraph, *quantized: str) -> dict[str, UnquantizedWeights]:
+    return {part.op_type: part for part in find_unquantized(graph.model(), quantized)}
 
 
 def test_the_embedding_is_named_until_it_is_quantized() -> None:
@@ -181,7 +178,7 @@ def test_experts_are_summed_over_all_nodes_and_say_what_to_do() -> None:
     assert found.weights == ("0.fc1", "0.fc2", "0.bias", "1.fc1", "1.fc2", "1.bias")
     assert found.num_bytes == 2 * 4 * (4 * 32 * 16 * 2 + 4 * 32)
     assert "moe_quant_type=int4" in found.reason
-    line = unreached_warning(tuple(unreached(graph).values()), quantized=1, routers=2)
+    line = unquantized_warning(tuple(unreached(graph).values()), quantized=1, routers=2)
     assert line.startswith("MatMuls that are quantized: 1; routers of experts kept: 2; kept as it is: MoE: 0.fc1")
     assert "and 5 more" in line
     assert "table" not in line
@@ -193,9 +190,9 @@ def test_experts_that_a_gather_chooses_are_not_taken_for_an_embedding() -> None:
     chosen = graph.input("chosen", TensorProto.INT64, ["t"])
     graph.node("Gather", [graph.constant("experts", matrix(4, 16, 64)), chosen], ["weights"])
     graph.output("weights", FLOAT, ["t", 16, 64])
-    both = find_unreached(graph.model(), ())
+    both = find_unquantized(graph.model(), ())
     assert {part.weights for part in both} == {("table",), ("experts",)}
-    line = unreached_warning(both, quantized=1, routers=0)
+    line = unquantized_warning(both, quantized=1, routers=0)
     assert "kept as it is: Gather: experts" in line
     assert "table" not in line
 
@@ -209,7 +206,7 @@ def test_quantized_experts_are_said_to_be_so() -> None:
     found = unreached(graph)["QMoE"]
     assert found.weights == ("codes", "scales")
     assert found.reason == "quantized already"
-    assert "kept as it is: QMoE: codes" in unreached_warning((found,), quantized=1, routers=1)
+    assert "kept as it is: QMoE: codes" in unquantized_warning((found,), quantized=1, routers=1)
 
 
 def test_other_readers_are_named_from_one_percent_and_warned_of_from_five() -> None:
@@ -218,11 +215,11 @@ def test_other_readers_are_named_from_one_percent_and_warned_of_from_five() -> N
     graph.output(graph.node("Conv", ["batch", graph.constant("kernel", matrix(16, 1, 3))], ["z"]), FLOAT, None)
     found = unreached(graph)["Conv"]
     assert found.share == pytest.approx(192 / (7424 + 8 + 192))
-    assert unreached_warning((found,), quantized=1, routers=0) == ""
+    assert unquantized_warning((found,), quantized=1, routers=0) == ""
     graph.initializers = [tensor for tensor in graph.initializers if tensor.name != "kernel"]
     graph.constant("kernel", matrix(16, 1, 30))
     found = unreached(graph)["Conv"]
-    assert found.in_words in unreached_warning((found,), quantized=1, routers=0)
+    assert found.in_words in unquantized_warning((found,), quantized=1, routers=0)
     assert "only weights of MatMul and Gemm are quantized" in found.in_words
     graph.initializers = [tensor for tensor in graph.initializers if tensor.name != "kernel"]
     graph.constant("kernel", matrix(16, 1, 1))
@@ -235,4 +232,4 @@ def test_vectors_and_integers_are_no_matrices() -> None:
     graph.node("Gather", [graph.constant("lookup", matrix(100, 16, dtype=np.int64)), "input_ids"], ["numbers"])
     graph.output("scaled", FLOAT, ["t", 16])
     graph.output("numbers", TensorProto.INT64, ["t", 16])
-    assert [part.weights for part in find_unreached(graph.model(), ())] == [("table",)]
+    assert [part.weights for part in find_unquantized(graph.model(), ())] == [("table",)]

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+import math
+import shutil
 from pathlib import Path
+
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnx import TensorProto
-from tests.support.graphs import TinyGraph
-from stages.model.load import load_graph
-from stages.model.sites import find_sites
-from stages.model.weights import read_weight
-from stages.model.directory import locate_model
-import ml_dtypes
 import pytest
-from stages.model.weights import to_torch
-from stages.errors import SolveError
-from stages.errors import GraphError
-import shutil
-from stages.model.load import fingerprint_model
-import math
-from stages.model.weights import all_finite
+import torch
+from onnx import TensorProto
 
+from stages.errors import GraphError, SolveError
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model, load_graph
+from stages.model.sites import find_sites
+from stages.model.weights import all_finite, read_weight, to_torch
+from tests.support.graphs import TinyGraph
 
 CPU = torch.device("cpu")
 

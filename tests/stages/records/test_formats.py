@@ -9,9 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from stages.records.formats import FLOAT_TYPES
-from stages.records.formats import FloatName
-from stages.records.formats import float_of_onnx
+from stages.records.formats import FLOAT_TYPES, FloatName, float_of_onnx
 from tests.support.graphs import TinyGraph
 
 

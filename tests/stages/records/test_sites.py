@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.records.sites import kind_of
-from stages.records.sites import layer_of
-from stages.records.sites import short_name
-from stages.records.sites import within_layer
+from stages.records.sites import kind_of, layer_of, short_name, within_layer
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from stages.evaluation.accuracy import Accuracy, PositionBin
-from stages.evaluation.records import Answer
-from stages.evaluation.records import Comparison
-from stages.evaluation.records import Evaluation
-from stages.evaluation.records import Generation
-from stages.evaluation.records import ModelRow
-from stages.evaluation.records import ModelSpeed
-from stages.evaluation.records import Rate
-from stages.evaluation.records import SpeedTest
-from stages.evaluation.records import TaskScore
-from stages.evaluation.accuracy import Guess
-from stages.evaluation.accuracy import WorstToken
-from stages.report.document import Document
-from stages.report.document import KeptSite
-from stages.report.document import Quantization
-from stages.report.document import QuantizedSite
-from stages.report.document import SweepPoint
-from stages.report.document import SweepTable
-from stages.records.formats import DataFileUse
-from stages.records.formats import SiteError
-from stages.records.results import SiteReport
-from stages.records.formats import UnfusedSite
-from stages.records.results import VerifyReport
+from stages.evaluation.accuracy import Accuracy, Guess, PositionBin, WorstToken
+from stages.evaluation.records import (
+    Answer,
+    Comparison,
+    Evaluation,
+    Generation,
+    ModelRow,
+    ModelSpeed,
+    Rate,
+    SpeedTest,
+    TaskScore,
+)
 from stages.model.sizes import SizePart
+from stages.records.formats import DataFileUse, SiteError, UnfusedSite
+from stages.records.results import SiteReport, VerifyReport
+from stages.report.document import Document, KeptSite, Quantization, QuantizedSite, SweepPoint, SweepTable
 
 NASTY = "<script>alert('x')</script> & \"http://example.com/x.js\""
 """What a page must show and never run."""

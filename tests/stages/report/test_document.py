@@ -9,9 +9,7 @@ import pytest
 
 from stages.errors import UserError
 from stages.evaluation.records import Evaluation
-from stages.report.document import Document
-from stages.report.document import read_document
-from stages.report.document import write_report
+from stages.report.document import Document, read_document, write_report
 from tests.stages.report import documents
 
 

@@ -10,12 +10,12 @@ import jinja2
 import pytest
 from pydantic import TypeAdapter
 
-from stages.report.document import read_document
+from stages.quantization.search.solver import GroupSolver
 from stages.quantization.weights.store import open_store
 from stages.records.results import VerifyReport
-from stages.quantization.search.solver import GroupSolver
-from tests.support.commands import Commands
+from stages.report.document import read_document
 from tests.stages.report.parsed import parse
+from tests.support.commands import Commands
 
 
 @pytest.fixture

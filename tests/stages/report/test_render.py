@@ -11,17 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from stages.records.sites import short_name
 from stages.report.document import Document
 from stages.report.render import render
-from stages.report.view import megabytes
-from stages.report.view import percent
-from stages.records.sites import short_name
+from stages.report.view import megabytes, percent
 from tests.stages.report import documents
-from tests.stages.report.parsed import Element
-from tests.stages.report.parsed import hints
-from tests.stages.report.parsed import parse
-from tests.stages.report.parsed import place
-from tests.stages.report.parsed import rows_of
+from tests.stages.report.parsed import Element, hints, parse, place, rows_of
 
 DOCUMENT = documents.whole_document()
 ROOT = Path(__file__).parent.parent.parent

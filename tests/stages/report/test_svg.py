@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from stages.report.svg import Axis
-from stages.report.svg import axis_over
+from stages.report.svg import Axis, axis_over
 
 
 def test_ends_and_middle() -> None:

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from stages.errors import UserError
-from stages.runtime.decoder import open_decoder
 from stages.model.directory import locate_model
+from stages.runtime.decoder import open_decoder
 from stages.runtime.session import SessionSettings
 
 SETTINGS = SessionSettings(accuracy_level=1)

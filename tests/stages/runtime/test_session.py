@@ -11,14 +11,8 @@ import torch
 from onnx import TensorProto
 
 from stages.errors import GraphError, UserError
-from stages.runtime.providers import CPU
-from stages.runtime.providers import NV_TENSORRT_RTX
-from stages.runtime.session import CausalFeeds
-from stages.runtime.providers import ProviderChoice
-from stages.runtime.session import SessionSettings
-from stages.runtime.providers import choose_providers
-from stages.runtime.session import open_first_session
-from stages.runtime.session import open_session
+from stages.runtime.providers import CPU, NV_TENSORRT_RTX, ProviderChoice, choose_providers
+from stages.runtime.session import CausalFeeds, SessionSettings, open_first_session, open_session
 from tests.support.graphs import TinyGraph
 
 TOKENS = np.array([[5, 6, 7], [8, 9, 10]])

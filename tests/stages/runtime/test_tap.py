@@ -12,13 +12,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from stages.model.load import load_graph
 from stages.errors import GraphError
-from stages.runtime.tap import open_value_tap
-from stages.runtime.tap import tapped_model
-from stages.model.sites import find_groups
 from stages.model.directory import locate_model
+from stages.model.load import load_graph
+from stages.model.sites import find_groups
 from stages.runtime.providers import choose_providers
+from stages.runtime.tap import open_value_tap, tapped_model
 
 CPU = choose_providers("cpu")
 

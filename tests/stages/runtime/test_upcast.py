@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from stages.runtime.providers import CPU
-from stages.runtime.providers import CUDA
-import ml_dtypes
-import numpy as np
-import onnx_ir as ir
-import pytest
-from stages.runtime.upcast import held_bytes
-from stages.runtime.providers import CPU_ONLY
 from functools import partial
 from pathlib import Path
-from stages.model.load import load_graph
-from stages.model.sites import find_groups
-from stages.model.directory import locate_model
-from stages.model.partition import cut_into_pieces
-from onnx import TensorProto
-from onnx import helper
-import onnx
-import onnxruntime as ort
-from stages.runtime.upcast import widened_file
-from stages.runtime.upcast import must_widen
-from stages.runtime.upcast import widened
-from stages.runtime.upcast import runnable_file
-from stages.runtime.upcast import runnable_graph
 
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from stages.model.directory import locate_model
+from stages.model.load import load_graph
+from stages.model.partition import cut_into_partitions
+from stages.model.sites import find_groups
+from stages.runtime.providers import CPU, CPU_ONLY, CUDA
+from stages.runtime.upcast import must_upcast, resident_bytes, runnable_file, runnable_graph, widened, widened_file
 
 GPU = (CUDA, CPU)
 
@@ -33,14 +26,14 @@ GPU = (CUDA, CPU)
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_the_cpu_alone_holds_16_bit_weights_as_float32(dtype: type) -> None:
     weight = ir.tensor(np.zeros((3, 5), dtype))
-    assert held_bytes(weight, CPU_ONLY) == 3 * 5 * 4
-    assert held_bytes(weight, GPU) == 3 * 5 * 2
+    assert resident_bytes(weight, CPU_ONLY) == 3 * 5 * 4
+    assert resident_bytes(weight, GPU) == 3 * 5 * 2
 
 
 @pytest.mark.parametrize("providers", [CPU_ONLY, GPU])
 def test_float32_and_codes_lie_as_they_are_stored(providers: tuple[str, ...]) -> None:
-    assert held_bytes(ir.tensor(np.zeros((3, 5), np.float32)), providers) == 3 * 5 * 4
-    assert held_bytes(ir.tensor(np.zeros((3, 5), np.int8)), providers) == 3 * 5
+    assert resident_bytes(ir.tensor(np.zeros((3, 5), np.float32)), providers) == 3 * 5 * 4
+    assert resident_bytes(ir.tensor(np.zeros((3, 5), np.int8)), providers) == 3 * 5
 
 
 def test_a_float16_model_is_cut_finer_for_the_cpu(tiny_model_dml: Path) -> None:
@@ -48,7 +41,11 @@ def test_a_float16_model_is_cut_finer_for_the_cpu(tiny_model_dml: Path) -> None:
     wanted = [group.activation for group in find_groups(model)]
     whole = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     cpu, gpu = (
-        list(cut_into_pieces(model, wanted=wanted, limit=whole, weight_bytes=partial(held_bytes, providers=providers)))
+        list(
+            cut_into_partitions(
+                model, wanted=wanted, limit=whole, weight_bytes=partial(resident_bytes, providers=providers)
+            )
+        )
         for providers in (CPU_ONLY, GPU)
     )
     assert len(gpu) == 1
@@ -131,8 +128,8 @@ def test_no_bfloat16_is_left_and_the_original_keeps_its_own() -> None:
     assert b"\x10" in before
     wide = ir.to_proto(widened(model))
     assert ir.to_proto(model).SerializeToString() == before
-    assert must_widen(model, CPU_ONLY)
-    assert not must_widen(ir.from_proto(wide), CPU_ONLY)
+    assert must_upcast(model, CPU_ONLY)
+    assert not must_upcast(ir.from_proto(wide), CPU_ONLY)
     types = [tensor.data_type for tensor in wide.graph.initializer] + [
         attribute.t.data_type
         for node in [*wide.graph.node, *wide.graph.node[4].attribute[0].g.node]

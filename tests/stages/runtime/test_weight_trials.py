@@ -5,16 +5,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_sites
-from stages.runtime.weight_trials import input_name
-from stages.runtime.weight_trials import open_trials
-from stages.runtime.weight_trials import with_weight_inputs
 from stages.model.weights import read_weight
-from stages.model.directory import locate_model
-from stages.runtime.providers import CPU_ONLY
+from stages.runtime.providers import CPU_ONLY, ProviderChoice
 from stages.runtime.session import CausalFeeds
-from stages.runtime.providers import ProviderChoice
+from stages.runtime.weight_trials import input_name, open_trials, with_weight_inputs
 
 CHOICE = ProviderChoice(names=CPU_ONLY, missing=())
 TOKENS = np.array([[0, 5, 9, 17], [0, 33, 2, 250]])

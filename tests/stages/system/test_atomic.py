@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from stages.system.atomic import require_creatable
-from stages.system.atomic import whole_directory
-from stages.system.atomic import whole_file
 from stages.errors import UserError
+from stages.system.atomic import atomic_directory, atomic_file, require_creatable
 
 
 def _make(target: Path, content: str, *, overwrite: bool = False) -> None:
-    with whole_directory(target, overwrite=overwrite, option="--x") as scratch:
+    with atomic_directory(target, overwrite=overwrite, option="--x") as scratch:
         (scratch / "sub").mkdir()
         (scratch / "sub" / "file").write_text(content)
 
@@ -24,7 +22,7 @@ def _content(target: Path) -> str:
 
 def test_the_folder_appears_only_when_the_block_has_succeeded(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    with whole_directory(target, overwrite=False, option="--x") as scratch:
+    with atomic_directory(target, overwrite=False, option="--x") as scratch:
         (scratch / "file").write_text("a")
         assert not target.exists()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
@@ -35,7 +33,7 @@ def test_a_failed_replacement_keeps_the_old_folder_whole(tmp_path: Path) -> None
     _make(target, "old")
 
     def fail_half_way() -> None:
-        with whole_directory(target, overwrite=True, option="--x") as scratch:
+        with atomic_directory(target, overwrite=True, option="--x") as scratch:
             (scratch / "half").write_text("new")
             raise RuntimeError("stop")
 
@@ -80,14 +78,14 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
     target.write_text("old")
 
     def fail_half_way() -> None:
-        with whole_file(target) as partial:
+        with atomic_file(target) as partial:
             partial.write_text("half")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         fail_half_way()
     assert target.read_text() == "old"
-    with whole_file(target) as partial:
+    with atomic_file(target) as partial:
         partial.write_text("new")
     assert target.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

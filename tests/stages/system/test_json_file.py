@@ -9,10 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from stages.errors import UserError
-from stages.system.json_file import explained
-from stages.system.json_file import read_json
-from stages.system.json_file import write_json
-from stages.system.json_file import write_whole
+from stages.system.json_file import explained, read_json, write_json, write_whole
 from tests.support.full_disk import full_after
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.system.measured_process import CommandFailed
-from stages.system.measured_process import run_measured
+from stages.system.measured_process import CommandFailed, run_measured
 
 
 def python(code: str) -> tuple[str, ...]:

@@ -8,14 +8,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pytest
 
 from stages.commands.evaluate_options import SweepGrid
-from stages.commands.options import beside
-from stages.errors import RecipeError
+from stages.commands.options import default_folder
+from stages.errors import OptionError
 from stages.evaluation.bench.grid import points_of
-from stages.system.paths import companion
-from stages.system.paths import extended
-from stages.system.paths import file_name
-from stages.system.paths import shell_line
-from stages.system.paths import split_line
+from stages.system.paths import extended, file_name, shell_line, sibling_folder, split_line
 
 _LONG = "model." * 60
 
@@ -75,19 +71,19 @@ def test_names_of_points_are_names_of_folders() -> None:
     ],
 )
 def test_companions(folder: PureWindowsPath | PurePosixPath, expected: str) -> None:
-    assert str(companion(folder, ".weights")) == expected
+    assert str(sibling_folder(folder, ".weights")) == expected
 
 
 @pytest.mark.parametrize("root", [PureWindowsPath("C:/"), PureWindowsPath("//server/share/"), PurePosixPath("/")])
 def test_a_disk_has_no_companion(root: PureWindowsPath | PurePosixPath) -> None:
     with pytest.raises(ValueError, match="is the root of a disk"):
-        companion(root, ".weights")
+        sibling_folder(root, ".weights")
 
 
 def test_a_model_at_the_root_of_a_disk_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"^/model.onnx lies at the root of a disk; put it into a folder\.$"):
-        beside(Path("/model.onnx"), ".weights")
-    assert beside(Path("/models/base/MODEL.ONNX"), ".weights") == Path("/models/base.weights")
+    with pytest.raises(OptionError, match=r"^/model.onnx lies at the root of a disk; put it into a folder\.$"):
+        default_folder(Path("/model.onnx"), ".weights")
+    assert default_folder(Path("/models/base/MODEL.ONNX"), ".weights") == Path("/models/base.weights")
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.functional import scaled_dot_product_attention
-from jaxtyping import Int
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
 from stages.quantization.blocks.converters.layers import rms_norm
 
 

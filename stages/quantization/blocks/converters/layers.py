@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch import nn
-from torch.nn.functional import layer_norm
 from typing import Literal
-from torch.nn.functional import gelu
-from torch.nn.functional import linear
-from jaxtyping import Int
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear
 
 
 def rms_norm(

@@ -12,20 +12,23 @@ from torch import nn
 
 from stages.quantization.blocks.converters import attention as group_query_attention
 from stages.quantization.blocks.converters import attention as multi_head_attention
-from stages.quantization.blocks.converters.layers import Gelu
-from stages.quantization.blocks.converters.layers import QuickGelu
-from stages.quantization.blocks.converters.attention import GroupQueryAttention
-from stages.quantization.blocks.converters.attention import GroupQueryRule
-from stages.quantization.blocks.converters.layers import Linear
-from stages.quantization.blocks.converters.attention import MultiHeadAttention
-from stages.quantization.blocks.converters.layers import LayerNorm
-from stages.quantization.blocks.converters.layers import RootMeanSquareNorm
-from stages.quantization.blocks.converters.attention import RotaryEmbedding
-from stages.quantization.blocks.converters.layers import ReduceMean
-from stages.quantization.blocks.converters.layers import Split
+from stages.quantization.blocks.converters.attention import (
+    GroupQueryAttention,
+    GroupQueryRule,
+    MultiHeadAttention,
+    RotaryEmbedding,
+)
+from stages.quantization.blocks.converters.layers import (
+    Gelu,
+    LayerNorm,
+    Linear,
+    QuickGelu,
+    ReduceMean,
+    RootMeanSquareNorm,
+    Split,
+)
 from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
-from stages.quantization.blocks.cut import LINEAR
-from stages.quantization.blocks.cut import OWN_DOMAIN
+from stages.quantization.blocks.cut import LINEAR, OWN_DOMAIN
 
 Attributes = Mapping[str, Any]
 """A node's attributes as onnx2torch parses them: numbers, lists, strings."""

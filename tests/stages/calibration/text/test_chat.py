@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from stages.calibration.text.chat import ChatTemplate, as_conversation, find_chat_template, require_chat_template
 from stages.errors import UserError
-from stages.calibration.text.chat import ChatTemplate
-from stages.calibration.text.chat import as_conversation
-from stages.calibration.text.chat import find_chat_template
-from stages.calibration.text.chat import require_chat_template
 from tests.stages.calibration.chats import TEMPLATE
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]

@@ -9,14 +9,15 @@ import pytest
 import transformers
 from tokenizers import processors
 
-from stages.calibration.text.chat import ChatMarks
-from stages.calibration.text.chat import require_chat_template
-from stages.calibration.text.generation_script import Passage
-from stages.calibration.text.generation_script import Scribe
-from stages.calibration.text.generation_script import Script
-from stages.calibration.text.generation_script import chat_script
-from stages.calibration.text.generation_script import is_loop
-from stages.calibration.text.generation_script import text_script
+from stages.calibration.text.chat import ChatMarks, require_chat_template
+from stages.calibration.text.generation_script import (
+    GenerationScript,
+    Passage,
+    WindowWriter,
+    chat_script,
+    is_loop,
+    text_script,
+)
 from tests.stages.calibration.chats import TEMPLATE
 
 BOS, EOS = 0, 1
@@ -29,16 +30,16 @@ def tokenizer(tiny_tokenizer: Path) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def written(script: Script, sampled: list[int]) -> list[int]:
+def written(script: GenerationScript, sampled: list[int]) -> list[int]:
     """What a scribe writes until all of ``sampled``, one for each step, is used up."""
-    scribe = Scribe(script)
+    scribe = WindowWriter(script)
     return [scribe.next(token) for token in sampled]
 
 
 def test_given_tokens_come_first_and_end_tokens_are_replaced() -> None:
     question = Passage(ends=frozenset({9}), at_most=3, then=(20, 21))
     answer = Passage(ends=frozenset({8, 9}), at_most=None, then=(30,))
-    script = Script(kind="chat", opening=(10, 11), passages=(question, answer))
+    script = GenerationScript(kind="chat", opening=(10, 11), passages=(question, answer))
     sampled = [1, 2, 3, 9, 5, 6, 7, 7, 7, 7, 8, 1, 1, 1, 1, 1]
     #          given  end given          answer   end   question, three at most, then given
     assert written(script, sampled) == [10, 11, 3, 20, 21, 6, 7, 7, 7, 7, 30, 1, 1, 1, 20, 21]
@@ -47,11 +48,13 @@ def test_given_tokens_come_first_and_end_tokens_are_replaced() -> None:
 
 def test_where_nothing_is_given_after_a_passage_the_next_one_begins_at_once() -> None:
     passages = (Passage(ends=frozenset({9}), at_most=None, then=()), Passage(ends=frozenset(), at_most=None, then=(5,)))
-    assert written(Script(kind="chat", opening=(1,), passages=passages), [0, 2, 9, 9, 3]) == [1, 2, 9, 9, 3]
+    assert written(GenerationScript(kind="chat", opening=(1,), passages=passages), [0, 2, 9, 9, 3]) == [1, 2, 9, 9, 3]
 
 
 def test_a_model_that_turns_in_circles_begins_anew() -> None:
-    script = Script(kind="text", opening=(1,), passages=(Passage(ends=frozenset(), at_most=None, then=(2, 1)),))
+    script = GenerationScript(
+        kind="text", opening=(1,), passages=(Passage(ends=frozenset(), at_most=None, then=(2, 1)),)
+    )
     circle = [*range(100, 116)]
     tokens = written(script, [0, 7, *circle * 6])
     assert tokens[: 2 + 64 + 2] == [1, 7, *circle * 4, 2, 1]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pydoc_data.topics import topics
 
-from stages.calibration.text.offline import gather
-from stages.calibration.text.offline import offline_calibration_documents
-from stages.calibration.text.offline import offline_evaluation_text
-from stages.calibration.text.offline import paragraphs
+from stages.calibration.text.offline import gather, offline_calibration_documents, offline_evaluation_text, paragraphs
 
 
 def normalized(text: str) -> list[str]:

@@ -10,45 +10,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stages.calibration.text.generation_script import GenerationScript, Passage
+from stages.calibration.text.sampler import Sampler, end_tokens, open_writer, sample
 from stages.errors import UserError
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
-from stages.calibration.text.sampler import FreeWriter
-from stages.calibration.text.sampler import end_tokens
-from stages.calibration.text.sampler import open_writer
-from stages.calibration.text.sampler import sample
-from stages.calibration.text.generation_script import Passage
-from stages.calibration.text.generation_script import Script
-from stages.runtime.providers import CPU
-from stages.runtime.providers import CUDA
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.model.directory import ModelDirectory, locate_model
+from stages.runtime.providers import CPU, CUDA
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from tests.reference.sampling import draw
 
 BOS, EOS, VOCABULARY = 0, 1, 300
-TEXT = Script(kind="text", opening=(BOS,), passages=(Passage(ends=frozenset({EOS}), at_most=None, then=(EOS, BOS)),))
-CHAT = Script(kind="chat", opening=(BOS, 60, 61), passages=(Passage(ends=frozenset(), at_most=5, then=(70, EOS)),))
+TEXT = GenerationScript(
+    kind="text", opening=(BOS,), passages=(Passage(ends=frozenset({EOS}), at_most=None, then=(EOS, BOS)),)
+)
+CHAT = GenerationScript(
+    kind="chat", opening=(BOS, 60, 61), passages=(Passage(ends=frozenset(), at_most=5, then=(70, EOS)),)
+)
 
 
 def luck_of(windows: int, length: int) -> np.ndarray:
     return np.random.default_rng(5).random((windows, length))
 
 
-def write(writer: FreeWriter, scripts: list[Script], luck: np.ndarray) -> np.ndarray:
-    return writer.write(scripts, luck, lambda _: None)
+def write(writer: Sampler, scripts: list[GenerationScript], uniforms: np.ndarray) -> np.ndarray:
+    return writer.write(scripts, uniforms, lambda _: None)
 
 
-def opened(folder: Path) -> FreeWriter:
+def opened(folder: Path) -> Sampler:
     return open_writer(locate_model(folder), (CPU,), (TEXT, CHAT), VOCABULARY)
 
 
 def test_sampling_is_the_slow_drawing_from_a_softmax() -> None:
     generator = np.random.default_rng(0)
     logits = (5 * generator.standard_normal((200, 40))).astype(np.float32)
-    luck = generator.random(200)
-    expected = [draw(row, value) for row, value in zip(logits.tolist(), luck.tolist(), strict=True)]
-    assert sample(logits, luck).tolist() == expected
+    uniforms = generator.random(200)
+    expected = [draw(row, value) for row, value in zip(logits.tolist(), uniforms.tolist(), strict=True)]
+    assert sample(logits, uniforms).tolist() == expected
     # The ends of the range, and a token that can't come.
     edges = np.array([[0, -np.inf, 0], [0, -np.inf, 0]], np.float32)
     assert sample(edges, np.array([0.4999, 0.5])).tolist() == [0, 2]
@@ -76,15 +72,17 @@ def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
     """One full forward pass a window, without cache and runtime, gives the same distribution at every place."""
     directory = locate_model(request.getfixturevalue(kind))
     writer = open_writer(directory, (CPU,), (TEXT, CHAT), VOCABULARY)
-    luck = luck_of(4, 40)
-    windows = write(writer, [TEXT, CHAT, TEXT, CHAT], luck)
+    uniforms = luck_of(4, 40)
+    windows = write(writer, [TEXT, CHAT, TEXT, CHAT], uniforms)
     session = open_session(directory.onnx_file, SessionSettings())
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
     logits = session.run(["logits"], feeds(windows))[0].astype(np.float32)
-    logits[:, :, writer.mute] = -np.inf
+    logits[:, :, writer.suppressed_token] = -np.inf
     # What fp16 rounds differently in the cache moves probabilities by a thousandth.
     low, high = (
-        np.stack([sample(logits[:, place - 1], np.clip(luck[:, place] + shift, 0, 1 - 1e-9)) for place in range(1, 40)])
+        np.stack(
+            [sample(logits[:, place - 1], np.clip(uniforms[:, place] + shift, 0, 1 - 1e-9)) for place in range(1, 40)]
+        )
         for shift in (-2e-3, 2e-3)
     )
     found = windows[:, 1:].T
@@ -103,18 +101,18 @@ def test_models_open_whatever_omp_num_threads_holds(
 
 
 def test_the_same_luck_writes_the_same_and_each_window_its_own(tiny_model: Path) -> None:
-    writer, luck = opened(tiny_model), luck_of(3, 24)
-    first = write(writer, [TEXT] * 3, luck)
-    np.testing.assert_array_equal(first, write(writer, [TEXT] * 3, luck))
+    writer, uniforms = opened(tiny_model), luck_of(3, 24)
+    first = write(writer, [TEXT] * 3, uniforms)
+    np.testing.assert_array_equal(first, write(writer, [TEXT] * 3, uniforms))
     assert len({tuple(window) for window in first.tolist()}) == 3
     # Companions change nothing but the rounding of sums.
-    np.testing.assert_array_equal(first[1:2], write(writer, [TEXT], luck[1:2]))
+    np.testing.assert_array_equal(first[1:2], write(writer, [TEXT], uniforms[1:2]))
 
 
 def test_writing_goes_on_behind_an_end_token_and_padding(tiny_model: Path) -> None:
     """The model's own configuration ends generation at </s> and takes it for padding."""
     assert end_tokens(locate_model(tiny_model)) == {EOS}
-    ends = Script(kind="text", opening=(EOS,), passages=(Passage(ends=frozenset(), at_most=2, then=(EOS,)),))
+    ends = GenerationScript(kind="text", opening=(EOS,), passages=(Passage(ends=frozenset(), at_most=2, then=(EOS,)),))
     windows = write(opened(tiny_model), [ends] * 2, luck_of(2, 30))
     assert (windows[:, ::3] == EOS).all()
     assert len(set(windows.reshape(-1).tolist())) > 10
@@ -122,11 +120,11 @@ def test_writing_goes_on_behind_an_end_token_and_padding(tiny_model: Path) -> No
 
 def test_tokens_that_the_tokenizer_lacks_and_the_mute_one_never_come(tiny_model: Path) -> None:
     few = open_writer(locate_model(tiny_model), (CPU,), (TEXT,), 40)
-    assert few.mute == VOCABULARY - 1
+    assert few.suppressed_token == VOCABULARY - 1
     assert write(few, [TEXT] * 4, luck_of(4, 60)).max() < 40
     whole = opened(tiny_model)
-    assert (write(whole, [TEXT] * 4, luck_of(4, 60)) != whole.mute).all()
-    assert open_writer(locate_model(tiny_model), (CPU,), (replace(TEXT, opening=(299,)),), 300).mute == 298
+    assert (write(whole, [TEXT] * 4, luck_of(4, 60)) != whole.suppressed_token).all()
+    assert open_writer(locate_model(tiny_model), (CPU,), (replace(TEXT, opening=(299,)),), 300).suppressed_token == 298
 
 
 def test_windows_may_be_shorter_than_attention_that_slides(tiny_model: Path) -> None:
@@ -134,8 +132,8 @@ def test_windows_may_be_shorter_than_attention_that_slides(tiny_model: Path) -> 
     directory = replace(locate_model(tiny_model), windowed_caches={"past_key_values.0.key": 40})
     writer = open_writer(directory, (CPU,), (TEXT,), VOCABULARY)
     assert writer.shortest_cache == 40
-    luck = luck_of(2, 8)
-    np.testing.assert_array_equal(write(writer, [TEXT] * 2, luck), write(opened(tiny_model), [TEXT] * 2, luck))
+    uniforms = luck_of(2, 8)
+    np.testing.assert_array_equal(write(writer, [TEXT] * 2, uniforms), write(opened(tiny_model), [TEXT] * 2, uniforms))
 
 
 def test_a_provider_that_fails_leaves_the_work_to_the_next(tiny_model: Path) -> None:

@@ -11,14 +11,10 @@ import pytest
 import transformers
 
 import stages.calibration.text.self_generated
+from stages.calibration.text.sampler import Sampler
+from stages.calibration.text.self_generated import OwnText, OwnTextFile, OwnTextRequest, OwnTextSource, WrittenWindow
 from stages.errors import UserError
 from stages.model.directory import locate_model
-from stages.calibration.text.sampler import FreeWriter
-from stages.calibration.text.self_generated import OwnText
-from stages.calibration.text.self_generated import OwnTextRequest
-from stages.calibration.text.self_generated import OwnTextSource
-from stages.calibration.text.self_generated import OwnTextFile
-from stages.calibration.text.self_generated import WrittenWindow
 from stages.runtime.providers import CPU
 from tests.stages.calibration.chats import TEMPLATE
 
@@ -48,13 +44,13 @@ def author(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stages.calibration.text.self_generated, "LARGEST_BATCH", 2)
     source = OwnTextSource(directory=locate_model(tiny_model), providers=(CPU,), folder=tmp_path / "kept")
     author = Author(source, transformers.AutoTokenizer.from_pretrained(tiny_model))
-    write: Callable[..., np.ndarray] = FreeWriter.write
+    write: Callable[..., np.ndarray] = Sampler.write
 
-    def counted(self: FreeWriter, scripts: list[object], *arguments: object) -> np.ndarray:
+    def counted(self: Sampler, scripts: list[object], *arguments: object) -> np.ndarray:
         author.written.append(len(scripts))
         return write(self, scripts, *arguments)
 
-    monkeypatch.setattr(FreeWriter, "write", counted)
+    monkeypatch.setattr(Sampler, "write", counted)
     return author
 
 
@@ -118,15 +114,15 @@ def test_a_stopped_run_loses_the_batch_at_hand_alone(chatty: Author, monkeypatch
     whole = chatty.write()
     chatty.file.unlink()
     chatty.written.clear()
-    write = FreeWriter.write
+    write = Sampler.write
 
-    def stopped(self: FreeWriter, *arguments: object) -> np.ndarray:
+    def stopped(self: Sampler, *arguments: object) -> np.ndarray:
         if chatty.written:
             raise KeyboardInterrupt
         return write(self, *arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(FreeWriter, "write", stopped)
+        context.setattr(Sampler, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
             chatty.write()
     assert len(OwnTextFile(chatty.file).read()) == 2

@@ -13,9 +13,8 @@ import pytest
 import transformers
 
 import stages.calibration.text.tokenizer
+from stages.calibration.text.tokenizer import find_tokenizer, why_unreachable
 from stages.errors import UserError
-from stages.calibration.text.tokenizer import why_unreachable
-from stages.calibration.text.tokenizer import find_tokenizer
 
 ANSWERS = {
     "gated": (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."}),

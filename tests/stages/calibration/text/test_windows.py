@@ -15,12 +15,9 @@ import pytest
 import transformers
 
 import stages.calibration.text.documents
+from stages.calibration.text.documents import HubSource, open_documents
+from stages.calibration.text.windows import WindowRequest, load_windows, pack_windows
 from stages.errors import UserError
-from stages.calibration.text.windows import WindowRequest
-from stages.calibration.text.windows import load_windows
-from stages.calibration.text.windows import pack_windows
-from stages.calibration.text.documents import HubSource
-from stages.calibration.text.documents import open_documents
 from tests.stages.calibration.chats import with_template
 
 STORIES = [

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from stages.commands.quantize_options import QuantizeConfig
 from stages.commands.evaluate_options import SweepGrid
-from stages.evaluation.bench.grid import Point
-from stages.evaluation.bench.grid import points_of
+from stages.commands.quantize_options import QuantizeConfig
+from stages.evaluation.bench.grid import Point, points_of
 
 
 def test_combinations_have_names_of_their_own() -> None:

@@ -9,13 +9,9 @@ import pytest
 from rich.console import Console
 
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.bench.runs import Record
-from stages.evaluation.bench.runs import Search
+from stages.evaluation.bench.results import Result, on_front, pareto_front, results_table
+from stages.evaluation.bench.runs import Record, Search
 from stages.system.measured_process import Cost
-from stages.evaluation.bench.results import Result
-from stages.evaluation.bench.results import on_front
-from stages.evaluation.bench.results import pareto_front
-from stages.evaluation.bench.results import results_table
 
 
 def accuracy(divergence: float) -> Accuracy:

@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stages.calibration.cache import CacheKey, new_cache
 from stages.errors import UserError
-from stages.evaluation.bench.setup import common_share
-from stages.evaluation.bench.setup import refuse_calibrated
-from stages.calibration.cache import CacheKey
-from stages.calibration.cache import new_cache
+from stages.evaluation.bench.setup import common_share, refuse_calibrated
 
 GENERATOR = np.random.default_rng(0)
 CALIBRATION = GENERATOR.integers(1000, size=(6, 64))

@@ -9,21 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import load_graph
-from stages.quantization.blocks.cut import BlockGraph
-from stages.quantization.blocks.cut import DecoderBlock
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.cut import find_blocks
+from stages.model.weights import read_weight
+from stages.quantization.blocks.cut import BlockGraph, DecoderBlock, cut_block, find_blocks
 from stages.quantization.blocks.decoder import write_out_residuals
 from stages.quantization.blocks.module import BlockModule
-from stages.runtime.tap import tapped_model
-from stages.model.weights import read_weight
-from stages.model.directory import ModelDirectory
-from stages.model.directory import locate_model
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import CausalFeeds
-from stages.runtime.session import SessionSettings
-from stages.runtime.session import open_session
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.tap import tapped_model
 from stages.runtime.upcast import runnable_graph
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from stages.quantization.blocks.converters.register import register_converters
 from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
+from stages.quantization.blocks.converters.register import register_converters
 from stages.quantization.blocks.cut import domain_in_cut
 
 MICROSOFT = "com.microsoft"

@@ -9,17 +9,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.cut import find_blocks
+from stages.errors import GraphError
+from stages.quantization.blocks.cut import cut_block, find_blocks
 from stages.quantization.blocks.decoder import write_out_residuals
 from stages.quantization.blocks.module import BlockModule
-from stages.errors import GraphError
-from tests.stages.quantization.blocks.blocks import CPU
-from tests.stages.quantization.blocks.blocks import open_model
-from tests.stages.quantization.blocks.blocks import relative_error
-from tests.support.families import FAMILIES
-from tests.support.families import build_in_process
-from tests.support.families import save_random_model
+from tests.stages.quantization.blocks.blocks import CPU, open_model, relative_error
+from tests.support.families import FAMILIES, build_in_process, save_random_model
 from tests.support.graphs import tiny_decoder
 from tests.support.tiny_models import VOCABULARY
 

@@ -7,8 +7,7 @@ import pytest
 from onnx import TensorProto
 
 from stages.quantization.blocks.decoder import write_out_residuals
-from tests.support.graphs import MICROSOFT
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])

@@ -5,22 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.records.results import QuantizedWeight
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.choices import stored_weight
-from stages.quantization.blocks.error_feedback import DriftAccumulator
-from stages.quantization.blocks.error_feedback import DriftStats
-from stages.quantization.blocks.error_feedback import drift_error
-from stages.quantization.blocks.error_feedback import refine
-from stages.quantization.blocks.error_feedback import target_weight
-from stages.quantization.search.gptq import gptq
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import InputScale
+from stages.quantization.blocks.error_feedback import (
+    QuantizedStreamAccumulator,
+    QuantizedStreamStats,
+    drift_error,
+    refine,
+    target_weight,
+)
 from stages.quantization.blocks.learnable_weight import effective_weight
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import RandomLayer
-from tests.stages.quantization.search.problems import random_layer
+from stages.quantization.search.choices import full_ranges, stored_weight
+from stages.quantization.search.gptq import gptq
+from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale
+from stages.records.results import QuantizedWeight
+from tests.stages.quantization.search.problems import OPTIONS, RandomLayer, random_layer
 
 CPU = torch.device("cpu")
 
@@ -32,14 +29,14 @@ def drifted(tokens: Tensor, seed: int) -> Tensor:
     return tokens @ leak
 
 
-def measured(tokens: Tensor, quantized: Tensor) -> DriftStats:
-    accumulator = DriftAccumulator(tokens.shape[1], CPU)
+def measured(tokens: Tensor, quantized: Tensor) -> QuantizedStreamStats:
+    accumulator = QuantizedStreamAccumulator(tokens.shape[1], CPU)
     for quantized_part, part in zip(torch.split(quantized, 70), torch.split(tokens, 70), strict=True):
         accumulator.add(quantized_part[None], part[None])
     return accumulator.finish()
 
 
-def statistics(layer: RandomLayer) -> tuple[DriftStats, DriftStats]:
+def statistics(layer: RandomLayer) -> tuple[QuantizedStreamStats, QuantizedStreamStats]:
     """Of the calibration and the held-out tokens."""
     return measured(layer.tokens, drifted(layer.tokens, 1)), measured(layer.held_out, drifted(layer.held_out, 1))
 

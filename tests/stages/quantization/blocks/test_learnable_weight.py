@@ -4,13 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
+from stages.quantization.blocks.learnable_weight import LearnableWeight, effective_weight
 from stages.quantization.search.affine import split
-from stages.quantization.blocks.learnable_weight import TunableWeight
-from stages.quantization.blocks.learnable_weight import effective_weight
+from stages.records.formats import PerBlock, PerChannel, QuantSpec
+from stages.records.results import QuantizedWeight
 from tests.reference import signround as reference
 from tests.stages.quantization.search.problems import site
 
@@ -63,7 +60,7 @@ FORMS = pytest.mark.parametrize(
 def test_it_begins_exactly_at_the_start(spec: QuantSpec, scaled: bool) -> None:
     """Codes, scales and zero points to the bit, whatever chose them; and the weight is what they stand for."""
     weight, start = _start(spec, scaled=scaled)
-    tunable = TunableWeight(weight, start)
+    tunable = LearnableWeight(weight, start)
     _assert_equal(tunable.quantized(), start)
     assert torch.equal(tunable.weight(), effective_weight(start, weight.device))
 
@@ -75,7 +72,7 @@ def test_codes_that_are_plain_rounding_start_without_offsets() -> None:
     ratios = split(weight, B) / start.scales.unsqueeze(-1)
     plain = ratios.round().clamp(spec.code_min, spec.code_max) == split(start.codes.float(), B)
     assert 0 < int(plain.sum()) < plain.numel()
-    tunable = TunableWeight(weight, start)
+    tunable = LearnableWeight(weight, start)
     assert not tunable.offsets[plain].any()
     place = (ratios + tunable.offsets.detach())[~plain] - split(start.codes.float(), B)[~plain]
     torch.testing.assert_close(place.abs(), torch.full_like(place, 0.25), rtol=0, atol=1e-5)
@@ -85,7 +82,7 @@ def test_codes_that_are_plain_rounding_start_without_offsets() -> None:
 def test_what_is_tuned_is_what_is_stored(spec: QuantSpec) -> None:
     """After any steps, the weight that gradients see is to the bit what the stored numbers stand for."""
     weight, start = _start(spec, scaled=True)
-    tunable = TunableWeight(weight, start)
+    tunable = LearnableWeight(weight, start)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         (tunable.weight() * torch.randn(N, K, generator=generator)).sum().backward()
@@ -102,7 +99,7 @@ def test_gradients_are_those_of_straight_through_rounding(symmetric: bool) -> No
     """Against the definition in float64, at offsets and factors away from the start; some codes are clamped."""
     spec = _spec(symmetric=symmetric)
     weight, start = _start(spec, scaled=False)
-    tunable = TunableWeight(weight, start)
+    tunable = LearnableWeight(weight, start)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for leaf in tunable.leaves:
@@ -132,7 +129,7 @@ def test_gradients_are_those_of_straight_through_rounding(symmetric: bool) -> No
 
 def test_a_step_goes_against_the_gradients_sign() -> None:
     weight, start = _start(_spec(symmetric=True), scaled=False)
-    tunable = TunableWeight(weight, start)
+    tunable = LearnableWeight(weight, start)
     before = [leaf.detach().clone() for leaf in tunable.leaves]
     tunable.weight().sum().backward()
     signs = [leaf.grad.sign() for leaf in tunable.leaves]
@@ -144,7 +141,7 @@ def test_a_step_goes_against_the_gradients_sign() -> None:
 
 def test_factors_stay_in_their_bounds() -> None:
     weight, start = _start(_spec(symmetric=False), scaled=False)
-    tunable = TunableWeight(weight, start)
+    tunable = LearnableWeight(weight, start)
     for _ in range(4):
         tunable.weight().square().sum().backward()
         tunable.step(1.0)

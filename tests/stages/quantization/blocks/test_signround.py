@@ -7,19 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.records.results import QuantizedWeight
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
 from stages.quantization.blocks.learnable_weight import effective_weight
-from stages.quantization.blocks.signround import SignRoundOptions
-from stages.quantization.blocks.signround import StreamPair
-from stages.quantization.blocks.signround import TunedBlock
-from stages.quantization.blocks.signround import block_loss
-from stages.quantization.blocks.signround import tune_block
-from tests.stages.quantization.search.problems import site
-from tests.stages.quantization.search.problems import spec
+from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, block_loss, tune_block
+from stages.quantization.search.affine import choose_parameters, join, quantize, split
+from stages.records.results import QuantizedWeight
+from tests.stages.quantization.search.problems import site, spec
 
 HIDDEN, INNER, LENGTH = 32, 48, 12
 OPTIONS = SignRoundOptions(iterations=60, learning_rate=None, batch_size=4, seed=0)

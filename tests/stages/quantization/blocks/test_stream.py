@@ -6,12 +6,9 @@ import numpy as np
 import torch
 
 from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.stream import BlockRunner
-from stages.quantization.blocks.stream import read_inputs
 from stages.quantization.blocks.module import BlockModule
-from tests.stages.quantization.blocks.blocks import CPU
-from tests.stages.quantization.blocks.blocks import OpenModel
-from tests.stages.quantization.blocks.blocks import open_model
+from stages.quantization.blocks.stream import BlockRunner, read_inputs
+from tests.stages.quantization.blocks.blocks import CPU, OpenModel, open_model
 from tests.support.tiny_models import VOCABULARY
 
 _TOKENS = np.random.default_rng(0).integers(2, VOCABULARY, (5, 24))

@@ -3,12 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from stages.quantization.plan.allocate import Candidate
-from stages.quantization.plan.allocate import Menu
-from stages.quantization.plan.allocate import allocate
-from stages.quantization.plan.allocate import largest_cost
-from stages.quantization.plan.allocate import smallest_cost
-from stages.quantization.plan.allocate import useful
+from stages.quantization.plan.allocate import Candidate, Menu, allocate, largest_cost, smallest_cost, useful
 from tests.reference.knapsack import smallest_loss
 
 HULL_ONLY = 1

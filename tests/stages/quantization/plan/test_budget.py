@@ -2,20 +2,21 @@ from dataclasses import replace
 
 import pytest
 
-from stages.errors import RecipeError
-from stages.records.sites import ActivationGroup
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.quantization.plan.budget import SiteMenu
-from stages.quantization.plan.budget import chosen_plan
-from stages.quantization.plan.budget import site_menus
+from stages.errors import OptionError
+from stages.quantization.plan.budget import (
+    BitsBudget,
+    SiteCandidates,
+    SizeBudget,
+    check_budget,
+    chosen_plan,
+    site_candidates,
+    spend,
+    stored_bytes,
+)
 from stages.quantization.plan.rules import FormatRules
-from stages.quantization.plan.budget import BitsBudget
-from stages.quantization.plan.budget import SizeBudget
-from stages.quantization.plan.budget import check_budget
-from stages.quantization.plan.budget import spend
-from stages.quantization.plan.budget import stored_bytes
 from stages.quantization.targets.formats import OpenFormats
+from stages.records.formats import PerBlock, PerChannel
+from stages.records.sites import ActivationGroup
 from tests.stages.quantization.search.problems import site
 
 Q, DOWN, HEAD = "/model/layers.0/attn/q_proj/MatMul", "/model/layers.0/mlp/down_proj/MatMul", "/lm_head/MatMul"
@@ -37,8 +38,8 @@ FORMATS = OpenFormats(four_bit=(PerBlock(block_size=128), PerBlock(block_size=32
 ALL = {"4b128", "4b32", "8b128"}
 
 
-def _menus(formats: OpenFormats = FORMATS, **changes: object) -> dict[str, SiteMenu]:
-    return {menu.site.name: menu for menu in site_menus(GROUPS, replace(RULES, **changes), formats)}
+def _menus(formats: OpenFormats = FORMATS, **changes: object) -> dict[str, SiteCandidates]:
+    return {menu.site.name: menu for menu in site_candidates(GROUPS, replace(RULES, **changes), formats)}
 
 
 def _losses(**by_site: float) -> dict[str, dict[str, float]]:
@@ -47,7 +48,7 @@ def _losses(**by_site: float) -> dict[str, dict[str, float]]:
     return {name: {"4b128": weight, "4b32": weight / 2, "8b128": weight / 100} for name, weight in weights.items()}
 
 
-def _labels(menus: dict[str, SiteMenu], budget: object, losses: dict[str, dict[str, float]]) -> dict[str, str]:
+def _labels(menus: dict[str, SiteCandidates], budget: object, losses: dict[str, dict[str, float]]) -> dict[str, str]:
     chosen = spend(tuple(menus.values()), budget, losses).chosen
     return {name: candidate.key for name, candidate in chosen.items()}
 
@@ -111,8 +112,8 @@ def test_a_head_that_stays_takes_part_in_no_bits_a_weight() -> None:
     }  # fmt: skip
 
 
-def _size(num_bytes: int, menus: dict[str, SiteMenu]) -> SizeBudget:
-    def cost(menu: SiteMenu, label: str) -> int:
+def _size(num_bytes: int, menus: dict[str, SiteCandidates]) -> SizeBudget:
+    def cost(menu: SiteCandidates, label: str) -> int:
         full = 4 * menu.site.in_features * menu.site.out_features
         return full if label == "keep" else stored_bytes(menu, label)
 
@@ -131,16 +132,16 @@ def test_a_size_counts_what_stays_and_everything_else() -> None:
 
 def test_a_budget_that_can_not_be_reached_says_what_can() -> None:
     menus = tuple(_menus().values())
-    with pytest.raises(RecipeError, match=r"--target_bpw 4 can't be reached.*from 4\.25 to 8\.25 bits a weight"):
+    with pytest.raises(OptionError, match=r"--target_bpw 4 can't be reached.*from 4\.25 to 8\.25 bits a weight"):
         check_budget(menus, BitsBudget(bits_per_weight=4.0))
     reach = check_budget(menus, BitsBudget(bits_per_weight=100.0))
     assert (reach.smallest, reach.largest) == (4.25, 8.25)
-    with pytest.raises(RecipeError, match=r"--target_size 0\.0MB can't be reached.*from 0\.1MB to 0\.6MB"):
+    with pytest.raises(OptionError, match=r"--target_size 0\.0MB can't be reached.*from 0\.1MB to 0\.6MB"):
         check_budget(menus, _size(2000, _menus()))
 
 
 def test_excluding_everything_is_refused() -> None:
-    with pytest.raises(RecipeError, match="nothing would be quantized"):
+    with pytest.raises(OptionError, match="nothing would be quantized"):
         check_budget(tuple(_menus(exclude="model,lm_head").values()), BitsBudget(bits_per_weight=5.0))
 
 

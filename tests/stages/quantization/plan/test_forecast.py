@@ -1,16 +1,12 @@
 import pytest
 import torch
 
-from stages.records.formats import PerBlock
-from stages.records.formats import QuantSpec
-from stages.quantization.search.ranges import awq_clip
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.choices import site_errors
 from stages.quantization.plan.forecast import forecast_site
+from stages.quantization.search.choices import full_ranges, site_errors
 from stages.quantization.search.problem import IDENTITY
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import spec
+from stages.quantization.search.ranges import awq_clip
+from stages.records.formats import PerBlock, QuantSpec
+from tests.stages.quantization.search.problems import OPTIONS, random_layer, spec
 from tests.stages.quantization.search.problems import site as make_site
 
 SPECS = {

@@ -3,12 +3,7 @@ from dataclasses import replace
 import pytest
 
 from stages.quantization.plan.output_size import OutputSize
-from stages.records.formats import EmbeddingPlan
-from stages.records.formats import EmbeddingTable
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.records.formats import WeightForm
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, PerChannel, QuantSpec, WeightForm
 from tests.stages.quantization.search.problems import site
 
 HEAD = site("/lm_head/MatMul", 300, 64)

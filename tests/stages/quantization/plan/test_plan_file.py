@@ -3,15 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.errors import RecipeError
-from stages.quantization.plan.plan_file import PlannedSite
-from stages.quantization.plan.plan_file import plan_text
-from stages.quantization.plan.plan_file import read_plan
-from stages.quantization.plan.plan_file import spec_of
-from stages.quantization.plan.plan_file import write_plan
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
+from stages.errors import OptionError
+from stages.quantization.plan.plan_file import PlannedSite, plan_text, read_plan, spec_of, write_plan
+from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from tests.stages.quantization.search.problems import site
 
 SITES = [site(name, 8, 32) for name in ("/model/layers.0/attn/q_proj/MatMul", 'odd "name" \\ #', "/lm_head/MatMul")]
@@ -68,7 +62,7 @@ def test_an_edited_format_is_obeyed_and_loss_and_why_may_go(tmp_path: Path) -> N
 )
 def test_a_line_that_can_not_be_used_is_named_with_its_file(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = _edited(tmp_path, old, new)
-    with pytest.raises(RecipeError, match=message) as caught:
+    with pytest.raises(OptionError, match=message) as caught:
         read_plan(path, SITES)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -76,12 +70,12 @@ def test_a_line_that_can_not_be_used_is_named_with_its_file(tmp_path: Path, old:
 
 def test_a_site_that_is_left_out_is_named(tmp_path: Path) -> None:
     path = _write(tmp_path, plan_text({SITES[1].name: PLANNED[SITES[1].name]}))
-    with pytest.raises(RecipeError, match=r"says nothing about '/model/layers\.0.* and 1 more; add a line"):
+    with pytest.raises(OptionError, match=r"says nothing about '/model/layers\.0.* and 1 more; add a line"):
         read_plan(path, SITES)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=re.escape(f"--plan {tmp_path / 'none.toml'} can't be read")):
+    with pytest.raises(OptionError, match=re.escape(f"--plan {tmp_path / 'none.toml'} can't be read")):
         read_plan(tmp_path / "none.toml", SITES)
 
 

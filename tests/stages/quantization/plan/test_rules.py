@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from stages.records.sites import MatMulSite
-from tests.stages.quantization.search.problems import site
-import pytest
-from stages.quantization.plan.rules import MixedRule
-from stages.quantization.plan.rules import sensitive_sites
-from stages.errors import RecipeError
-from stages.records.sites import ActivationGroup
-from stages.records.sites import NormAbsorber
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.quantization.plan.rules import FormatRules
 from dataclasses import replace
-from stages.quantization.plan.rules import QuantPlan
-from stages.quantization.plan.rules import make_plan
 
+import pytest
+
+from stages.errors import OptionError
+from stages.quantization.plan.rules import FormatRules, MixedRule, QuantPlan, make_plan, sensitive_sites
+from stages.records.formats import PerBlock, PerChannel
+from stages.records.sites import ActivationGroup, MatMulSite, NormAbsorber
+from tests.stages.quantization.search.problems import site
 
 # Lists of the two tools' own rules for 32 layers.
 MODELOPT = {0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 29, 30, 31}
@@ -72,14 +66,14 @@ def test_layers_are_counted_in_every_way_of_naming_them(name: str) -> None:
     ],
 )
 def test_names_that_only_look_alike_are_left(name: str) -> None:
-    with pytest.raises(RecipeError, match="no site is called"):
+    with pytest.raises(OptionError, match="no site is called"):
         sensitive_sites([site(name.format(0), 4, 4)], "modelopt")
 
 
 @pytest.mark.parametrize("rule", ["modelopt", "llamacpp"])
 def test_a_rule_that_finds_nothing_is_an_error(rule: MixedRule) -> None:
     # The competitor silently stores nothing as INT8.
-    with pytest.raises(RecipeError, match=r"--enable_mixed_quant.*--layers_8bit"):
+    with pytest.raises(OptionError, match=r"--enable_mixed_quant.*--layers_8bit"):
         sensitive_sites([site("transformer/h.0/mlp/c_proj", 4, 4)], rule)
 
 
@@ -138,7 +132,7 @@ def test_a_kept_sibling_forbids_the_fold() -> None:
 
 
 def test_a_pattern_that_matches_nothing_lists_the_nearest_names() -> None:
-    with pytest.raises(RecipeError, match=r"'dwn_proj' matches no site.*down_proj"):
+    with pytest.raises(OptionError, match=r"'dwn_proj' matches no site.*down_proj"):
         _plan("dwn_proj")
 
 
@@ -147,7 +141,7 @@ def test_a_model_without_lm_head_is_fine_by_default() -> None:
 
 
 def test_excluding_everything_is_refused() -> None:
-    with pytest.raises(RecipeError, match="nothing would be quantized"):
+    with pytest.raises(OptionError, match="nothing would be quantized"):
         _plan("model,lm_head")
 
 
@@ -180,7 +174,7 @@ def test_sites_of_the_mixed_rule_stay_where_the_target_has_no_int8_and_named_one
 
 def test_layers_8bit_replaces_the_mixed_rule_and_refuses_what_matches_nothing() -> None:
     assert _eight_bit(mixed=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
-    with pytest.raises(RecipeError, match=r"--layers_8bit: 'layers\.7' matches no site"):
+    with pytest.raises(OptionError, match=r"--layers_8bit: 'layers\.7' matches no site"):
         _eight_bit(layers_8bit="layers.7")
 
 

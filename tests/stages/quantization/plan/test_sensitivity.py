@@ -2,13 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from stages.records.sites import ActivationGroup
-from stages.records.sites import HeadSharing
-from stages.records.sites import LinearAbsorber
-from stages.records.sites import NormAbsorber
-from stages.records.sites import ValueAbsorber
-from stages.quantization.plan.sensitivity import output_sections
-from stages.quantization.plan.sensitivity import residual_shares
+from stages.quantization.plan.sensitivity import output_sections, residual_sensitivities
+from stages.records.sites import ActivationGroup, HeadSharing, LinearAbsorber, NormAbsorber, ValueAbsorber
 from tests.stages.quantization.search.problems import site
 
 HEADS = HeadSharing(kv_heads=2, group_size=3, head_size=8)
@@ -46,7 +41,7 @@ def _energies(**of_writers: float) -> dict[str, float]:
 
 
 def test_writers_have_their_share_of_the_stream_so_far_and_readers_the_median() -> None:
-    shares = residual_shares(GROUPS, _energies(l0_o=1.0, l0_down=3.0, l1_o=1.0, l1_down=5.0))
+    shares = residual_sensitivities(GROUPS, _energies(l0_o=1.0, l0_down=3.0, l1_o=1.0, l1_down=5.0))
     expected = {"layers.0/o": 1.0, "layers.0/down": 3 / 4, "layers.1/o": 1 / 5, "layers.1/down": 5 / 10}
     assert {name: shares[name] for name in expected} == pytest.approx(expected)
     usual = (1 / 2 + 3 / 4) / 2
@@ -57,7 +52,7 @@ def test_writers_have_their_share_of_the_stream_so_far_and_readers_the_median() 
 
 
 def test_a_few_loud_tokens_count_where_they_are_made_and_do_not_drown_the_rest() -> None:
-    shares = residual_shares(GROUPS, _energies(l0_o=2.0, l0_down=2e6, l1_o=2.0, l1_down=2.0))
+    shares = residual_sensitivities(GROUPS, _energies(l0_o=2.0, l0_down=2e6, l1_o=2.0, l1_down=2.0))
     # R holds four times the median (2) for the loud block.
     assert shares["layers.0/down"] == pytest.approx(2e6 / (2 + 8))
     assert shares["layers.1/o"] == pytest.approx(2 / (2 + 8 + 2))
@@ -65,7 +60,7 @@ def test_a_few_loud_tokens_count_where_they_are_made_and_do_not_drown_the_rest()
 
 def test_without_writers_every_error_counts_the_same() -> None:
     groups = tuple(group for group in GROUPS if isinstance(group.absorber, NormAbsorber))
-    assert set(residual_shares(groups, _energies()).values()) == {1.0}
+    assert set(residual_sensitivities(groups, _energies()).values()) == {1.0}
 
 
 def test_sections_are_those_of_a_packed_qkv() -> None:

@@ -16,18 +16,17 @@ import torch
 
 import genai_quant
 from genai_quant import CalibrateConfig, QuantizeConfig
-from stages.quantization.preview import seconds as search_time
-from stages.model.load import parse_graph
-from stages.quantization.preview.memory import search_memory
-from stages.model.directory import locate_model
 from stages.calibration.capture import TextShape
+from stages.model.directory import locate_model
+from stages.model.load import parse_graph
 from stages.quantization.plan.plan import plan_model
+from stages.quantization.preview import seconds as search_time
+from stages.quantization.preview.memory import search_memory
 from stages.quantization.preview.table import Preview
-from stages.quantize import open_search
-from stages.quantization.search.solver import search_cost
 from stages.quantization.search.parallel import solve_groups
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import solver_of
+from stages.quantization.search.solver import search_cost
+from stages.quantize import open_search
+from tests.stages.quantization.search.problems import random_layer, solver_of
 
 HIGH_WATER = Path("/proc/self/clear_refs")
 
@@ -70,8 +69,8 @@ def test_pieces_are_those_of_the_run(limit: str, tiny_model: Path, tmp_path: Pat
     found = genai_quant.preview(quantization(tiny_model, tmp_path, "awq_lite"), wanted)
     made = genai_quant.calibrate(wanted).made
     assert made is not None
-    assert parts(found) == made.pieces
-    assert (made.pieces > 1) == (limit != "1GB")
+    assert parts(found) == made.partitions
+    assert (made.partitions > 1) == (limit != "1GB")
 
 
 @pytest.fixture

@@ -7,21 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.records.sites import ActivationGroup
-from stages.records.results import ActivationStats
-from stages.records.sites import HeadSharing
-from stages.records.sites import MatMulSite
-from stages.records.formats import PerBlock
-from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
-from stages.records.results import TokenStats
-from stages.records.sites import WeightLayout
 from stages.quantization.search.choices import site_errors
-from stages.quantization.search.problem import GroupProblem
-from stages.quantization.search.problem import SearchOptions
-from stages.quantization.search.problem import SiteChoice
-from stages.quantization.search.solver import ALGORITHMS
-from stages.quantization.search.solver import GroupSolver
+from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
+from stages.quantization.search.solver import ALGORITHMS, GroupSolver
+from stages.records.formats import PerBlock, QuantSpec
+from stages.records.results import ActivationStats, QuantizedWeight, TokenStats
+from stages.records.sites import ActivationGroup, HeadSharing, MatMulSite, WeightLayout
 
 OPTIONS = SearchOptions(
     range_rule="full",

@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from stages.records.formats import PerBlock
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import round_trip
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
-from tests.support.pairwise import pairwise
-from tests.reference.rounding import round_trip as reference_round_trip
-from stages.quantization.search.affine import quantize
-from tests.stages.quantization.search.problems import spec
-from stages.quantization.search.affine import round_to_storage
-from tests.reference.rounding import compat7_codes
-from stages.quantization.search.affine import num_blocks
-from stages.quantization.search.affine import diagonal_blocks
 
+from stages.quantization.search.affine import (
+    choose_parameters,
+    diagonal_blocks,
+    join,
+    num_blocks,
+    quantize,
+    round_to_storage,
+    round_trip,
+    split,
+)
+from stages.records.formats import PerBlock, QuantSpec
+from tests.reference.rounding import compat7_codes
+from tests.reference.rounding import round_trip as reference_round_trip
+from tests.stages.quantization.search.problems import spec
+from tests.support.pairwise import pairwise
 
 NUMPY = {"float32": np.float32, "float16": np.float16}
 

@@ -5,22 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from stages.records.sites import HeadSharing
-from stages.quantization.search.awq import awq_lite
-from stages.quantization.search.awq import input_scale_candidates
-from stages.quantization.search.awq import mean_over_heads
-from stages.quantization.search.awq import rank_input_scales
-from stages.quantization.search.awq import repeat_over_heads
-from stages.quantization.search.awq import weight_magnitude
-from stages.quantization.search.choices import candidate_errors
-from stages.quantization.search.choices import full_ranges
+from stages.quantization.search.awq import (
+    awq_lite,
+    input_scale_candidates,
+    mean_over_heads,
+    rank_input_scales,
+    repeat_over_heads,
+    weight_magnitude,
+)
+from stages.quantization.search.choices import candidate_errors, full_ranges
 from stages.quantization.search.problem import IDENTITY
+from stages.records.sites import HeadSharing
 from tests.reference.search import awq_loss
 from tests.reference.search import weight_magnitude as reference_magnitude
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import joint_error
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import spec
+from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer, spec
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -4,17 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
+from stages.quantization.search.affine import choose_parameters, join, quantize, split
 from stages.quantization.search.coordinate_descent import descend
 from stages.quantization.search.gptq import damped
+from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import best_code, error
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import spec
+from tests.stages.quantization.search.problems import random_layer, spec
 from tests.stages.quantization.search.test_gptq import spread
 
 

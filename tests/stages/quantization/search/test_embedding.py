@@ -7,14 +7,11 @@ import pytest
 import torch
 
 import stages.quantization.search.embedding
-from stages.quantization.weights.bitpack import unpack_4bit
-from stages.errors import RecipeError
+from stages.errors import OptionError
 from stages.quantization.plan.rules import plan_embeddings
-from tests.support.embeddings import dequantized
-from tests.support.embeddings import plan_of
-from tests.support.embeddings import random_table
-from tests.support.embeddings import rounded
+from stages.quantization.weights.bitpack import unpack_4bit
 from tests.reference.rounding import round_trip
+from tests.support.embeddings import dequantized, plan_of, random_table, rounded
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -73,5 +70,5 @@ def test_stored_bytes_are_those_of_the_file() -> None:
 
 
 def test_a_model_without_embedding_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"--gather_quantize_axis: no Gather of the model"):
+    with pytest.raises(OptionError, match=r"--gather_quantize_axis: no Gather of the model"):
         plan_embeddings((), axis=1, block_size=32, form="dq")

@@ -5,27 +5,13 @@ import pytest
 import torch
 
 from stages.errors import SolveError
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.affine import join
-from stages.quantization.search.affine import split
+from stages.quantization.search.affine import BlockParameters, choose_parameters, join, quantize, split
 from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.gptq import damped
-from stages.quantization.search.gptq import inverse_factor
-from stages.quantization.search.gptq import compensate
-from stages.quantization.search.gptq import gptq
-from stages.quantization.search.gptq import gptq_codes
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import InputScale
+from stages.quantization.search.gptq import compensate, damped, gptq, gptq_codes, inverse_factor
+from stages.quantization.search.problem import IDENTITY, InputScale
+from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import obq_codes
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import joint_error
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import row_stats
-from tests.stages.quantization.search.problems import spec
+from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer, row_stats, spec
 
 
 def spread(parameters: BlockParameters, in_features: int, block_size: int = 16) -> tuple[np.ndarray, np.ndarray]:

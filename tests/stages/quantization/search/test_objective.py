@@ -1,13 +1,9 @@
 import pytest
 import torch
 
+from stages.quantization.search.objective import block_error, gram_blocks, in_scaled_space, output_error
 from stages.records.results import TokenStats
-from stages.quantization.search.objective import block_error
-from stages.quantization.search.objective import gram_blocks
-from stages.quantization.search.objective import in_scaled_space
-from stages.quantization.search.objective import output_error
-from tests.stages.quantization.search.problems import gram_stats
-from tests.stages.quantization.search.problems import row_stats
+from tests.stages.quantization.search.problems import gram_stats, row_stats
 
 
 @pytest.fixture(params=[gram_stats, row_stats])

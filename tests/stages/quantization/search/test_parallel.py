@@ -9,16 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.records.sites import ActivationGroup
-from stages.records.results import SolvedGroup
 from stages.quantization.search import parallel as side_by_side
+from stages.quantization.search.parallel import search_memory, solve_groups
 from stages.quantization.search.problem import GroupProblem
 from stages.quantization.search.solver import GroupSolver
-from stages.quantization.search.parallel import search_memory
-from stages.quantization.search.parallel import solve_groups
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import site
-from tests.stages.quantization.search.problems import solver_of
+from stages.records.results import SolvedGroup
+from stages.records.sites import ActivationGroup
+from tests.stages.quantization.search.problems import random_layer, site, solver_of
 
 GROUP = random_layer(0, widths=(12, 8)).problem.group
 

@@ -3,20 +3,14 @@ import torch
 
 from stages.quantization.search import awq
 from stages.quantization.search.awq import awq_lite
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.choices import site_errors
-from stages.quantization.search.problem import IDENTITY
-from stages.quantization.search.problem import InputScale
-from stages.quantization.search.problem import LOOK
-from stages.quantization.search.problem import Sample
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import joint_error
-from tests.stages.quantization.search.problems import random_layer
+from stages.quantization.search.choices import full_ranges, site_errors
+from stages.quantization.search.problem import FINE_CHANNELS, IDENTITY, InputScale, Sample
+from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer
 
 
 def test_small_layers_are_looked_at_whole() -> None:
-    problem = random_layer(0, widths=(LOOK, 20)).problem
-    sample = Sample(problem, LOOK)
+    problem = random_layer(0, widths=(FINE_CHANNELS, 20)).problem
+    sample = Sample(problem, FINE_CHANNELS)
     both = zip(sample.problem.weights, problem.weights, strict=True)
     assert all(torch.equal(few, whole) for few, whole in both)
     assert sample.joint_error((2.0, 3.0)) == 5
@@ -25,10 +19,10 @@ def test_small_layers_are_looked_at_whole() -> None:
 @pytest.mark.parametrize("width", [513, 1024, 1500])
 def test_the_sample_is_even_and_its_error_stands_for_all_channels(width: int) -> None:
     layer = random_layer(1, widths=(width, 700))
-    sample = Sample(layer.problem, LOOK)
+    sample = Sample(layer.problem, FINE_CHANNELS)
     few = sample.problem
-    assert all(len(weight) <= LOOK for weight in few.weights)
-    assert torch.equal(few.weights[0][1], layer.problem.weights[0][-(-width // LOOK)])
+    assert all(len(weight) <= FINE_CHANNELS for weight in few.weights)
+    assert torch.equal(few.weights[0][1], layer.problem.weights[0][-(-width // FINE_CHANNELS)])
     assert layer.problem.stats is not None
     stats = layer.problem.stats.calibration
     scale = InputScale(
@@ -46,7 +40,7 @@ def test_the_choice_is_nearly_as_good_as_one_from_all_channels(seed: int, monkey
     assert layer.problem.stats is not None
     stats = layer.problem.stats.calibration
     ours = joint_error(layer.problem, awq_lite(layer.problem, OPTIONS), stats)
-    for name in ("GLANCE", "LOOK", "_SECOND_LOOKS"):
+    for name in ("COARSE_CHANNELS", "FINE_CHANNELS", "_SECOND_LOOKS"):
         monkeypatch.setattr(awq, name, 10**9)
     best = joint_error(layer.problem, awq_lite(layer.problem, OPTIONS), stats)
     plain = joint_error(layer.problem, full_ranges(layer.problem, "full", IDENTITY), stats)

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-from tests.reference.rounding import round_trip
-from tests.reference.search import output_loss
-from stages.quantization.search.ranges import clip_sites
-from stages.quantization.search.choices import full_range
-from stages.quantization.search.objective import gram_blocks
-from stages.quantization.search.problem import InputScale
-from stages.quantization.search.ranges import clip_ratio_grid
-from stages.quantization.search.ranges import search_clip_ratios
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import random_layer
-from tests.stages.quantization.search.problems import spec
-import pytest
 import numpy as np
-from tests.reference.search import best_clip_ratio
-from stages.records.formats import PerChannel
-from stages.records.formats import QuantSpec
-from stages.quantization.search.affine import BlockParameters
-from stages.quantization.search.affine import round_trip
-from stages.quantization.search.affine import split
-from stages.quantization.search.objective import block_error
-from stages.quantization.search.affine import choose_parameters
-from stages.quantization.search.affine import quantize
-from stages.quantization.search.ranges import refit
-from stages.quantization.search.ranges import search_ranges
-from stages.quantization.search.affine import diagonal_blocks
-from stages.quantization.search.ranges import site_ranges
+import pytest
+import torch
+
+from stages.quantization.search.affine import (
+    BlockParameters,
+    choose_parameters,
+    diagonal_blocks,
+    quantize,
+    round_trip,
+    split,
+)
+from stages.quantization.search.choices import full_range
+from stages.quantization.search.objective import block_error, gram_blocks
+from stages.quantization.search.problem import InputScale
+from stages.quantization.search.ranges import (
+    clip_ratio_grid,
+    clip_sites,
+    refit,
+    search_clip_ratios,
+    search_ranges,
+    site_ranges,
+)
+from stages.records.formats import PerChannel, QuantSpec
+from tests.reference.rounding import round_trip as reference_round_trip
+from tests.reference.search import best_clip_ratio, output_loss
+from tests.stages.quantization.search.problems import OPTIONS, random_layer, spec
 
 
 def _loss(held_out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, ratios: torch.Tensor) -> float:
     """Return the output error of diag(s) W, clipped by ``ratios``, on tokens that no search saw."""
-    stored = round_trip((weight * scale).numpy(), 16, 4, symmetric=True, ratios=ratios.numpy())
+    stored = reference_round_trip((weight * scale).numpy(), 16, 4, symmetric=True, ratios=ratios.numpy())
     return output_loss(held_out.numpy(), stored / scale.numpy() - weight.numpy())
 
 

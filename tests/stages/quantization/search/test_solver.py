@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from stages.quantization.search.problem import SiteChoice
-from dataclasses import replace
-import pytest
-from stages.quantization.search.awq import awq_lite
-from stages.quantization.search.awq import awq_full
-from stages.quantization.search.gptq import awq_gptq
-from stages.quantization.search.ranges import awq_clip
-from stages.quantization.search.gptq import gptq
-from stages.quantization.search.solver import Algorithm
-from stages.quantization.search.choices import rtn
-from tests.stages.quantization.search.problems import OPTIONS
-from tests.stages.quantization.search.problems import random_layer
-from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.problem import IDENTITY
-from tests.stages.quantization.search.problems import joint_error
-import torch
-from stages.quantization.search.objective import output_error
-from stages.quantization.search.solver import ALGORITHMS
-from tests.stages.quantization.search.problems import solver_of
-from tests.stages.quantization.search.problems import spec
-from tests.stages.quantization.search.problems import stored_weight
-from stages.records.sites import NormAbsorber
-from stages.records.results import TokenStats
-from tests.stages.quantization.search.problems import gram_stats
-from stages.records.results import ActivationStats
-from dataclasses import dataclass
-from dataclasses import field
-from typing import Any
-from torch.utils._python_dispatch import TorchDispatchMode
 from concurrent.futures import ThreadPoolExecutor
-from tests.stages.quantization.search.problems import row_stats
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.quantization.search.awq import awq_full, awq_lite
+from stages.quantization.search.choices import full_ranges, rtn
+from stages.quantization.search.gptq import awq_gptq, gptq
+from stages.quantization.search.objective import output_error
+from stages.quantization.search.problem import IDENTITY, SiteChoice
+from stages.quantization.search.ranges import awq_clip
+from stages.quantization.search.solver import ALGORITHMS, Algorithm
+from stages.records.results import ActivationStats, TokenStats
+from stages.records.sites import NormAbsorber
+from tests.stages.quantization.search.problems import (
+    OPTIONS,
+    gram_stats,
+    joint_error,
+    random_layer,
+    row_stats,
+    solver_of,
+    spec,
+    stored_weight,
+)
 
 
 def both_signs(choices: tuple[SiteChoice, ...]) -> list[set[float]]:

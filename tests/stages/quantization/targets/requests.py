@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from stages.records.formats import FloatName
-from stages.records.formats import PerBlock
+from stages.commands.parsing import Release, Runtime, Target
 from stages.quantization.targets.choose import choose_formats
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import FormatWishes
-from stages.quantization.targets.formats import ModelTraits
-from stages.commands.parsing import Release
-from stages.commands.parsing import Runtime
-from stages.commands.parsing import Target
+from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
+from stages.records.formats import FloatName, PerBlock
 
 RUNTIMES: tuple[Runtime, ...] = ("cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn")
 RELEASES: tuple[Release, ...] = tuple((1, minor) for minor in range(20, 33))
 
 
-def traits(
+def facts(
     dtype: FloatName = "float32",
     *,
     gemm: bool = False,
     widths: tuple[int, ...] = (),
     in_features: tuple[int, ...] = (1024, 4096),
-) -> ModelTraits:
-    return ModelTraits(
+) -> ModelFacts:
+    return ModelFacts(
         dtypes=frozenset({dtype}),
         in_features=frozenset(in_features),
         has_gemm=gemm,
@@ -32,15 +27,18 @@ def traits(
 
 
 def choose(
-    runtime: Runtime, release: Release = (1, 32), wishes: FormatWishes | None = None, model: ModelTraits | None = None
+    runtime: Runtime,
+    release: Release = (1, 32),
+    requested: RequestedFormats | None = None,
+    model: ModelFacts | None = None,
 ) -> FormatChoice:
     target = Target(runtime=runtime, release=release)
-    return choose_formats(target, wishes or FormatWishes(), model or traits())
+    return choose_formats(target, requested or RequestedFormats(), model or facts())
 
 
-def stored(choice: FormatChoice, wishes: FormatWishes) -> list[tuple[int, int | None]]:
+def stored(choice: FormatChoice, requested: RequestedFormats) -> list[tuple[int, int | None]]:
     """(bits, block size) of the kinds of sites that the choice leads to; None is a scale per channel."""
     kinds: list[tuple[int, int | None]] = [(4, choice.four_bit.block_size)]
-    if wishes.named_eight_bit or (wishes.mixed and not choice.keep_mixed_because):
+    if requested.named_eight_bit or (requested.mixed and not choice.keep_mixed_because):
         kinds.append((8, choice.eight_bit.block_size if isinstance(choice.eight_bit, PerBlock) else None))
     return kinds

@@ -6,22 +6,12 @@ from itertools import product
 
 import pytest
 
-from stages.records.formats import FloatName
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.formats import WeightForm
+from stages.commands.parsing import Release, Runtime
 from stages.quantization.targets.choose import choose_formats
-from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.formats import FormatWishes
-from stages.quantization.targets.formats import ModelTraits
-from stages.commands.parsing import Release
-from stages.commands.parsing import Runtime
+from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
+from stages.records.formats import FloatName, PerBlock, PerChannel, WeightForm
 from tests.reference.runtimes import lookup_is_fast, weight_is_fast
-from tests.stages.quantization.targets.requests import RELEASES
-from tests.stages.quantization.targets.requests import RUNTIMES
-from tests.stages.quantization.targets.requests import choose
-from tests.stages.quantization.targets.requests import stored
-from tests.stages.quantization.targets.requests import traits
+from tests.stages.quantization.targets.requests import RELEASES, RUNTIMES, choose, facts, stored
 
 # Releases at which something changes, and the ends.
 BOUNDARIES = tuple((1, minor) for minor in (21, 22, 23, 24, 25, 32))
@@ -34,23 +24,23 @@ BASES: tuple[tuple[FloatName, bool], ...] = (
 FORMS = (None, WeightForm.DQ, WeightForm.MATMUL_NBITS, WeightForm.DQ_COLUMN_MAJOR, WeightForm.QDQ)
 WISHES = [
     *(
-        FormatWishes(form=form, eight_bit=eight, mixed=mixed, named_eight_bit=named)
+        RequestedFormats(form=form, eight_bit=eight, mixed=mixed, named_eight_bit=named)
         for form, eight, mixed, named in product(
             FORMS, (None, PerChannel(), PerBlock(block_size=64)), (False, True), (False, True)
         )
         if mixed or named or eight is None
     ),
     *(
-        FormatWishes(form=form, block_size=block, zero_point=zero_point, mixed=True)
+        RequestedFormats(form=form, block_size=block, zero_point=zero_point, mixed=True)
         for form, block, zero_point in product(FORMS[:3], (None, 32, 64, 256), (False, True))
         if block or zero_point
     ),
-    *(FormatWishes(accuracy_level=level, mixed=True) for level in (0, 1, 4)),
+    *(RequestedFormats(accuracy_level=level, mixed=True) for level in (0, 1, 4)),
 ]
 
 
 def _all_fast(
-    runtime: Runtime, release: Release, choice: FormatChoice, wishes: FormatWishes, model: ModelTraits
+    runtime: Runtime, release: Release, choice: FormatChoice, requested: RequestedFormats, model: ModelFacts
 ) -> bool:
     (dtype,) = model.dtypes
     return all(
@@ -66,22 +56,22 @@ def _all_fast(
             in_features=model.in_features,
             level=choice.accuracy_level,
         )
-        for bits, block in stored(choice, wishes)
+        for bits, block in stored(choice, requested)
     )
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_nobody_asked_for_is_never_slow_and_never_a_form_that_no_runtime_fuses(runtime: Runtime) -> None:
     for release, (dtype, gemm), mixed in product(RELEASES, BASES, (False, True)):
-        wishes, model = FormatWishes(mixed=mixed), traits(dtype, gemm=gemm, widths=(1024,))
-        choice = choose(runtime, release, wishes, model)
+        requested, model = RequestedFormats(mixed=mixed), facts(dtype, gemm=gemm, widths=(1024,))
+        choice = choose(runtime, release, requested, model)
         where = (runtime, release, dtype, gemm, mixed, choice)
         assert choice.four_bit.block_size in (32, 64, 128), where
         assert choice.form in (WeightForm.DQ, WeightForm.MATMUL_NBITS), where
         assert choice.gather_form == "gather_block_quantized", where
         assert choice.symmetric, where
         # What is slow then is the base model or the release itself, and that is said.
-        assert _all_fast(runtime, release, choice, wishes, model) or choice.warnings, where
+        assert _all_fast(runtime, release, choice, requested, model) or choice.warnings, where
 
 
 def _is_hopeless(runtime: Runtime, release: Release, dtype: FloatName) -> bool:
@@ -95,22 +85,22 @@ def _is_hopeless(runtime: Runtime, release: Release, dtype: FloatName) -> bool:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_only_a_base_or_release_that_the_runtime_cannot_run_is_warned_of_unasked(runtime: Runtime) -> None:
     for release, (dtype, gemm) in product(RELEASES, BASES):
-        choice = choose(runtime, release, model=traits(dtype, gemm=gemm))
+        choice = choose(runtime, release, model=facts(dtype, gemm=gemm))
         assert bool(choice.warnings) == _is_hopeless(runtime, release, dtype), (release, dtype, gemm, choice.warnings)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_warning_stands_exactly_where_a_wish_makes_something_slow(runtime: Runtime) -> None:
-    for wishes, release, (dtype, gemm) in product(WISHES, BOUNDARIES, BASES):
-        model = traits(dtype, gemm=gemm)
-        choice = choose(runtime, release, wishes, model)
-        where = (wishes, release, dtype, gemm, choice)
-        assert choice.form == (wishes.form or choice.form), where
-        assert choice.four_bit.block_size == (wishes.block_size or choice.four_bit.block_size), where
-        assert choice.eight_bit == (wishes.eight_bit or choice.eight_bit), where
-        assert choice.symmetric is not wishes.zero_point, where
-        left_out = wishes.mixed and bool(choice.keep_mixed_because)
-        fast = _all_fast(runtime, release, choice, wishes, model) and not left_out
+    for requested, release, (dtype, gemm) in product(WISHES, BOUNDARIES, BASES):
+        model = facts(dtype, gemm=gemm)
+        choice = choose(runtime, release, requested, model)
+        where = (requested, release, dtype, gemm, choice)
+        assert choice.form == (requested.form or choice.form), where
+        assert choice.four_bit.block_size == (requested.block_size or choice.four_bit.block_size), where
+        assert choice.eight_bit == (requested.eight_bit or choice.eight_bit), where
+        assert choice.symmetric is not requested.zero_point, where
+        left_out = requested.mixed and bool(choice.keep_mixed_because)
+        fast = _all_fast(runtime, release, choice, requested, model) and not left_out
         assert bool(choice.warnings) is not fast, where
 
 
@@ -119,15 +109,15 @@ def test_a_lookup_that_is_slow_or_wrong_is_warned_of(runtime: Runtime) -> None:
     for release, axis, form, block, width in product(
         ((1, 22), (1, 32)), (0, 1), (None, "dq"), (None, 64), (1024, 48, 40)
     ):
-        wishes = FormatWishes(gather_axis=axis, gather_form=form, gather_block_size=block)
-        choice = choose(runtime, release, wishes, traits(widths=(width,)))
+        requested = RequestedFormats(gather_axis=axis, gather_form=form, gather_block_size=block)
+        choice = choose(runtime, release, requested, facts(widths=(width,)))
         assert choice.gather_form == (form or "gather_block_quantized")
         assert block in (None, choice.gather_block_size)
         fast = lookup_is_fast(
             runtime, release, form=choice.gather_form, axis=axis, block=choice.gather_block_size, width=width
         )
         others = choose(runtime, release).warnings
-        assert (set(choice.warnings) == set(others)) is fast, (release, wishes, width, choice)
+        assert (set(choice.warnings) == set(others)) is fast, (release, requested, width, choice)
 
 
 def test_without_a_target_the_defaults_are_what_they_were() -> None:
@@ -136,7 +126,7 @@ def test_without_a_target_the_defaults_are_what_they_were() -> None:
         ("float16", WeightForm.DQ),
         ("bfloat16", WeightForm.MATMUL_NBITS),
     ):
-        assert choose_formats(None, FormatWishes(mixed=True, gather_axis=1), traits(dtype)) == FormatChoice(
+        assert choose_formats(None, RequestedFormats(mixed=True, gather_axis=1), facts(dtype)) == FormatChoice(
             form=form,
             four_bit=PerBlock(block_size=128),
             eight_bit=PerChannel(),
@@ -149,7 +139,7 @@ def test_without_a_target_the_defaults_are_what_they_were() -> None:
 
 
 def test_without_a_target_wishes_are_taken_without_comment() -> None:
-    wishes = FormatWishes(
+    requested = RequestedFormats(
         form=WeightForm.DQ_COLUMN_MAJOR,
         block_size=16,
         eight_bit=PerBlock(block_size=64),
@@ -159,7 +149,7 @@ def test_without_a_target_wishes_are_taken_without_comment() -> None:
         gather_block_size=64,
         accuracy_level=1,
     )
-    assert choose_formats(None, wishes, traits()) == FormatChoice(
+    assert choose_formats(None, requested, facts()) == FormatChoice(
         form=WeightForm.DQ_COLUMN_MAJOR,
         four_bit=PerBlock(block_size=16),
         eight_bit=PerBlock(block_size=64),
@@ -175,8 +165,8 @@ def test_without_a_target_wishes_are_taken_without_comment() -> None:
 def test_every_line_has_a_reason_and_every_warning_is_one_sentence(runtime: Runtime) -> None:
     seen: set[str] = set()
     for release, (dtype, _), mixed, named in product(BOUNDARIES, BASES, (False, True), (False, True)):
-        wishes = FormatWishes(mixed=mixed, named_eight_bit=named, gather_axis=1, zero_point=named)
-        choice = choose(runtime, release, wishes, traits(dtype, widths=(40,)))
+        requested = RequestedFormats(mixed=mixed, named_eight_bit=named, gather_axis=1, zero_point=named)
+        choice = choose(runtime, release, requested, facts(dtype, widths=(40,)))
         assert all(line.option and line.chosen and line.why for line in choice.explanations)
         assert len({line.option for line in choice.explanations}) == len(choice.explanations)
         seen |= set(choice.warnings)
@@ -192,12 +182,12 @@ def test_negative_scales_are_the_default_where_they_are_known_to_run(runtime: Ru
     line = next(line for line in choose(runtime).explanations if line.option == "--scale_range")
     assert line.chosen == ("signed" if known else "full")
     assert choose(runtime).scale_range == line.chosen
-    assert choose(runtime, wishes=FormatWishes(scale_range="compat7")).scale_range == "compat7"
-    assert choose(runtime, wishes=FormatWishes(form=WeightForm.QDQ)).scale_range == "full"
-    assert choose_formats(None, FormatWishes(), traits()).scale_range == "full"
+    assert choose(runtime, requested=RequestedFormats(scale_range="compat7")).scale_range == "compat7"
+    assert choose(runtime, requested=RequestedFormats(form=WeightForm.QDQ)).scale_range == "full"
+    assert choose_formats(None, RequestedFormats(), facts()).scale_range == "full"
 
 
 def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:
-    wishes = FormatWishes(scale_range="signed")
-    assert any("positive scales" in warning for warning in choose("trt-rtx", wishes=wishes).warnings)
-    assert not any("positive scales" in warning for warning in choose("cpu", wishes=wishes).warnings)
+    requested = RequestedFormats(scale_range="signed")
+    assert any("positive scales" in warning for warning in choose("trt-rtx", requested=requested).warnings)
+    assert not any("positive scales" in warning for warning in choose("cpu", requested=requested).warnings)

@@ -7,8 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from stages.quantization.weights.bitpack import pack_4bit
-from stages.quantization.weights.bitpack import unpack_4bit
+from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
 
 SHAPES = [(1,), (2,), (7,), (3, 5), (4, 6), (2, 3, 5)]
 

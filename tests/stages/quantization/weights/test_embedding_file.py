@@ -8,11 +8,9 @@ import pytest
 import torch
 
 import stages.quantization.weights.embedding_file
-from stages.errors import RecipeError
+from stages.errors import OptionError
 from stages.quantization.weights.embedding_file import TableFile
-from tests.support.embeddings import plan_of
-from tests.support.embeddings import random_table
-from tests.support.embeddings import rounded
+from tests.support.embeddings import plan_of, random_table, rounded
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -46,9 +44,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
     plan = plan_of(8, 16)
     file = TableFile(tmp_path / "table.safetensors", plan)
-    with pytest.raises(RecipeError, match=r"run stages\.quantize again"):
+    with pytest.raises(OptionError, match=r"run stages\.quantize again"):
         file.read_scales()
     file.write(rounded(plan, random_table(plan)))
     file.path.write_bytes(file.path.read_bytes()[:60])
-    with pytest.raises(RecipeError, match="damaged"):
+    with pytest.raises(OptionError, match="damaged"):
         file.read_packed()

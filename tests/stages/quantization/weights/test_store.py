@@ -8,24 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.errors import CacheMismatch, RecipeError, UserError
-from stages.quantization.weights.store import create_or_resume_store
-from stages.quantization.weights.store import open_store
-from stages.records.sites import ActivationGroup
-from stages.records.results import ExportRecipe
-from stages.records.sites import HeadSharing
-from stages.records.sites import LinearAbsorber
-from stages.records.formats import PerBlock
-from stages.records.formats import PerChannel
-from stages.records.results import QuantizedWeight
-from stages.records.formats import QuantSpec
-from stages.records.results import SiteReport
-from stages.records.results import SolvedGroup
-from stages.records.sites import ValueAbsorber
-from stages.records.formats import WeightForm
+from stages.errors import CacheMismatch, OptionError, UserError
+from stages.quantization.weights.store import create_or_resume_store, open_store
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.records.results import ExportRecipe, QuantizedWeight, SiteReport, SolvedGroup
+from stages.records.sites import ActivationGroup, HeadSharing, LinearAbsorber, ValueAbsorber
+from tests.stages.quantization.search.problems import site
 from tests.support.embeddings import plan_of
 from tests.support.full_disk import full_after
-from tests.stages.quantization.search.problems import site
 
 GROUPS = (
     ActivationGroup(
@@ -133,14 +123,14 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
 
 def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
     store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
-    with pytest.raises(RecipeError, match=r"run stages\.quantize again"):
+    with pytest.raises(OptionError, match=r"run stages\.quantize again"):
         store.read(0, GROUPS[0].sites[0])
     store.write(0, _solved())
     store.group_file(0).write_bytes(store.group_file(0).read_bytes()[:100])
-    with pytest.raises(RecipeError, match="damaged"):
+    with pytest.raises(OptionError, match="damaged"):
         store.read(0, GROUPS[0].sites[0])
     (tmp_path / "w" / "recipe.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"recipe\.json can't be read"):
+    with pytest.raises(OptionError, match=r"recipe\.json can't be read"):
         open_store(tmp_path / "w")
 
 

@@ -8,15 +8,10 @@ import pytest
 from rich.console import Console
 
 from stages.quantization.weights.store import create_or_resume_store
-from stages.records.sites import ActivationGroup
-from stages.records.results import ExportRecipe
-from stages.records.sites import MatMulSite
-from stages.records.results import SiteReport
-from stages.records.results import SolvedGroup
+from stages.quantization.weights.summary import quantization_table, ranges
 from stages.records.formats import WeightForm
-from stages.records.sites import WeightLayout
-from stages.quantization.weights.summary import quantization_table
-from stages.quantization.weights.summary import ranges
+from stages.records.results import ExportRecipe, SiteReport, SolvedGroup
+from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 
 _IN, _OUT = 64, 32
 

@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.blocks.converters.attention import LEFT_OUT
-from stages.quantization.blocks.converters.attention import GroupQueryAttention
-from stages.quantization.blocks.converters.attention import GroupQueryRule
-from tests.stages.quantization.blocks.one_node import OneNode
-from tests.stages.quantization.blocks.one_node import assert_same
+from stages.quantization.blocks.converters.attention import LEFT_OUT, GroupQueryAttention, GroupQueryRule
+from tests.stages.quantization.blocks.one_node import OneNode, assert_same
 
 BATCH, LENGTH, HEADS, KV_HEADS, SIZE = 2, 11, 6, 2, 32
 _CUT = frozenset({"past_key", "past_value", "seqlens_k", "total_sequence_length"})

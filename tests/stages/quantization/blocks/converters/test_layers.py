@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from stages.quantization.blocks.converters.layers import Linear
-from tests.stages.quantization.blocks.one_node import MICROSOFT
-from tests.stages.quantization.blocks.one_node import OneNode
-from tests.stages.quantization.blocks.one_node import assert_same
+from tests.stages.quantization.blocks.one_node import MICROSOFT, OneNode, assert_same
 
 _RNG = np.random.default_rng(0)
 _HIDDEN = (3 * _RNG.standard_normal((2, 5, 12))).astype(np.float32)

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.stages.quantization.blocks.one_node import OneNode
-from tests.stages.quantization.blocks.one_node import assert_same
+from tests.stages.quantization.blocks.one_node import OneNode, assert_same
 
 BATCH, LENGTH, HEADS, SIZE = 2, 9, 4, 6
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
 from stages.errors import UserError
+from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
 
 _SCRIPT = """
 import importlib.util, sys
