@@ -27,8 +27,6 @@ class Partition:
     model: ir.Model
     boundary_inputs: tuple[str, ...]
     """Inputs that earlier pieces compute."""
-    boundary_outputs: tuple[str, ...]
-    """Outputs that later pieces read."""
 
 
 def cut_into_partitions(
@@ -60,7 +58,7 @@ def cut_into_partitions(
         read_later = [value for value in made if order.last_reader.get(value, 0) >= end]
         outputs = dict.fromkeys([*(value for value in made if value.name in wanted), *read_later])
         if outputs:  # else these nodes compute constants, which come with those that read them
-            yield _piece(model, carried, read_later, list(outputs))
+            yield _partition(model, carried, list(outputs))
         carried += read_later
 
 
@@ -185,7 +183,7 @@ def _bytes_a_token(value: ir.Value) -> int:
     return int(prod(dim for dim in value.shape if isinstance(dim, int)) * value.dtype.itemsize)
 
 
-def _piece(model: ir.Model, carried: list[ir.Value], read_later: list[ir.Value], outputs: list[ir.Value]) -> Partition:
+def _partition(model: ir.Model, carried: list[ir.Value], outputs: list[ir.Value]) -> Partition:
     graph = ir.convenience.extract(model.graph, [*carried, *model.graph.inputs], outputs)
     graph.inputs[:] = [value for value in graph.inputs if value.uses()]
     _drop_unread_caches(graph)
@@ -193,7 +191,6 @@ def _piece(model: ir.Model, carried: list[ir.Value], read_later: list[ir.Value],
     return Partition(
         model=ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values())),
         boundary_inputs=tuple(str(value.name) for value in carried if value.name in read),
-        boundary_outputs=tuple(str(value.name) for value in read_later),
     )
 
 

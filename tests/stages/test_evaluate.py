@@ -146,7 +146,7 @@ def test_a_report_of_another_kind_is_refused_first(
     (tmp_path / "report.json").write_text("[]", encoding="utf-8")
     code, printed = commands.evaluate(*arguments(folder), "--report", tmp_path)
     assert code == 2
-    assert "it is no report of this version" in printed
+    assert "report.json can't be read as a report of this version" in printed
     assert (tmp_path / "report.json").read_text(encoding="utf-8") == "[]"
 
 

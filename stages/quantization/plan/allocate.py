@@ -31,10 +31,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """The candidate of every site, and by how much another choice could at most be better (0 where none is)."""
+    """The candidate of every site."""
 
     chosen: Mapping[str, Candidate]
-    gap: float
 
     @property
     def cost(self) -> int:
@@ -80,8 +79,8 @@ def allocate(menu: Menu, budget: int, largest_table: int = _LARGEST_TABLE) -> Al
     extras = [step.cost - ladder[0].cost for ladder in ladders.values() for step in ladder[1:]]
     unit = math.gcd(*extras) or 1
     if len(ladders) * (spare // unit + 1) <= largest_table:
-        return Allocation(chosen=_by_table(ladders, spare // unit, unit), gap=0.0)
-    return _by_hull(ladders, spare)
+        return Allocation(chosen=_by_table(ladders, spare // unit, unit))
+    return Allocation(chosen=_by_hull(ladders, spare))
 
 
 def _by_table(ladders: Mapping[str, list[Candidate]], bins: int, unit: int) -> dict[str, Candidate]:
@@ -124,17 +123,17 @@ class _Step:
     gain: float
 
 
-def _by_hull(ladders: Mapping[str, list[Candidate]], spare: int) -> Allocation:
+def _by_hull(ladders: Mapping[str, list[Candidate]], spare: int) -> dict[str, Candidate]:
     """Steps along every site's hull, the most gain per byte first, up to the first that the budget can't pay."""
     steps = [step for site, ladder in ladders.items() for step in _hull_steps(site, ladder)]
     chosen = {site: ladder[0] for site, ladder in ladders.items()}
     # Sorting is stable and gains per byte fall along a hull: a site's steps stay in order.
     for step in sorted(steps, key=lambda each: -each.gain / each.cost):
         if step.cost > spare:
-            return Allocation(chosen=chosen, gap=step.gain * spare / step.cost)
+            break
         chosen[step.site] = step.candidate
         spare -= step.cost
-    return Allocation(chosen=chosen, gap=0.0)
+    return chosen
 
 
 def _hull_steps(site: str, ladder: list[Candidate]) -> list[_Step]:

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from stages.quantization.plan.allocate import Candidate, Menu, allocate, largest_cost, smallest_cost, useful
-from tests.reference.knapsack import smallest_loss
+from tests.reference.knapsack import lower_bound, smallest_loss
 
 HULL_ONLY = 1
 """A table of one entry holds nothing: the hull decides."""
@@ -25,7 +25,7 @@ def _pairs(menu: Menu) -> list[list[tuple[int, float]]]:
     return [[(candidate.cost, candidate.loss) for candidate in candidates] for candidates in menu.values()]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("unit", [1, 96])
 def test_the_table_finds_the_optimum(seed: int, unit: int) -> None:
     menu = _random_menu(seed, unit=unit)
@@ -35,24 +35,25 @@ def test_the_table_finds_the_optimum(seed: int, unit: int) -> None:
             continue
         found = allocate(menu, budget)
         assert found.cost <= budget
-        assert found.gap == 0
         # Sums of the same six numbers in another order.
         assert found.loss == pytest.approx(smallest_loss(_pairs(menu), budget), rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_hull_is_no_further_from_the_optimum_than_it_says(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(20))
+def test_the_hull_is_no_further_from_the_optimum_than_one_step(seed: int) -> None:
     menu = _random_menu(seed)
     low, high = smallest_cost(menu), largest_cost(menu)
+    ladders = [useful(candidates) for candidates in menu.values()]
+    step = max(ladder[0].loss - ladder[-1].loss for ladder in ladders)
     for budget in range(low, high + 1, max((high - low) // 7, 1)):
         found = allocate(menu, budget, largest_table=HULL_ONLY)
         best = smallest_loss(_pairs(menu), budget)
         assert found.cost <= budget
         # 1e-12: rounding of sums.
-        assert best - 1e-12 <= found.loss <= best + found.gap + 1e-12
+        assert best - 1e-12 <= found.loss <= best + step + 1e-12
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("largest_table", [10**8, HULL_ONLY])
 def test_a_larger_budget_never_gives_a_larger_loss(seed: int, largest_table: int) -> None:
     menu = _random_menu(seed, sites=12)
@@ -87,6 +88,7 @@ def test_every_site_gets_one_of_its_own_candidates() -> None:
 
 def test_thousands_of_sites_with_costs_without_a_common_divisor_are_solved_closely() -> None:
     menu = _random_menu(1, sites=5000)
-    found = allocate(menu, (smallest_cost(menu) + largest_cost(menu)) // 2, largest_table=10**6)
+    budget = (smallest_cost(menu) + largest_cost(menu)) // 2
+    found = allocate(menu, budget, largest_table=10**6)
     # One step of five thousand sites.
-    assert 0 < found.gap < 1e-3 * found.loss
+    assert 0 < found.loss - lower_bound(_pairs(menu), budget) < 1e-3 * found.loss

@@ -25,7 +25,7 @@ from stages.quantization.preview.memory import search_memory
 from stages.quantization.preview.table import Preview
 from stages.quantization.search.parallel import solve_groups
 from stages.quantization.search.solver import search_cost
-from stages.quantize import open_search
+from stages.quantization.run import open_search
 from tests.stages.quantization.search.problems import random_layer, solver_of
 
 HIGH_WATER = Path("/proc/self/clear_refs")
