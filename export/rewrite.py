@@ -25,7 +25,8 @@ from stages.errors import GraphError, OptionError
 from stages.model.patterns import sole_reader
 from stages.model.sites import find_sites
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.formats import FloatName, WeightForm, torch_float
+from stages.records.formats import WeightForm, torch_float
+from stages.records.sites import FloatName
 
 
 def blocks_fusion(node: ir.Node) -> ir.Node | None:

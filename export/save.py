@@ -16,7 +16,7 @@ from stages.errors import GraphError, UserError
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import GENAI_CONFIG, read_genai_config
 from stages.model.load import external_files, external_tensors
-from stages.records.formats import DataFileUse
+from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 
 _OPTION = "--output_path"

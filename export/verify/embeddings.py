@@ -12,7 +12,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from export.forms.embedding import RewrittenTable
 from export.save import read_initializer
 from stages.errors import GraphError
-from stages.records.formats import TableError, onnx_float
+from stages.records.formats import onnx_float
+from stages.records.results import TableError
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.upcast import runnable_graph

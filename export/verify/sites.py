@@ -15,7 +15,8 @@ from export.forms.dequantize_linear import RewrittenSite
 from export.forms.matmul_nbits import stored_block_size, unpacked_codes, unpacked_zero_points
 from export.save import read_initializer
 from stages.commands.options import AccuracyLevel
-from stages.records.formats import FLOAT_TYPES, SiteError, WeightForm, onnx_float
+from stages.records.formats import FLOAT_TYPES, WeightForm, onnx_float
+from stages.records.results import SiteError
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.upcast import runnable_graph

@@ -22,8 +22,8 @@ from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.quantization.weights.store import VERIFICATION
-from stages.records.formats import SiteError, UnfusedSite, WeightForm
-from stages.records.results import VerifyReport
+from stages.records.formats import WeightForm
+from stages.records.results import SiteError, UnfusedSite, VerifyReport
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.upcast import must_upcast
 from stages.system.atomic import atomic_file

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stages.errors import SolveError
 from stages.model.weights import all_finite
-from stages.records.formats import FLOAT_TYPES, FloatName
+from stages.records.formats import FLOAT_TYPES
 from stages.records.results import TokenStats
+from stages.records.sites import FloatName
 
 _BLOCK = 1024
 

@@ -16,7 +16,7 @@ import tyro
 
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
 from stages.commands.parsing import Target, parse_size, parse_target
-from stages.records.formats import BlockAxis, GatherForm
+from stages.records.sites import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
 

@@ -17,8 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-FloatName = Literal["float32", "float16", "bfloat16"]
-"""Floating-point storage types a base model can have, named as torch names them."""
+from stages.records.sites import BlockAxis, FloatName, GatherForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,16 +161,6 @@ class WeightForm(StrEnum):
     """com.microsoft MatMulNBits in place of the MatMul, for runtimes that fuse no DequantizeLinear and for bfloat16."""
 
 
-# --------------------------------------------------------------------------- embeddings
-
-GatherForm = Literal["gather_block_quantized", "dq"]
-"""com.microsoft GatherBlockQuantized, or DequantizeLinear and Gather."""
-
-
-BlockAxis = Literal[0, 1]
-"""Axis of a [V, D] table that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingTable:
     """A constant [V, D] table that token ids are looked up in, by every Gather that does so.
@@ -223,43 +212,6 @@ class EmbeddingPlan:
         rows, columns = self.scales_shape
         codes = -(-self.table.vocabulary * self.table.hidden // 2)
         return codes + rows * columns * torch_float(self.table.dtype).itemsize
-
-
-# --------------------------------------------------------------------------- the checks of an export
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataFileUse:
-    """Bytes of a data file, of the tensors in it, and of the padding between them."""
-
-    file_bytes: int
-    referenced_bytes: int
-    padding_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteError:
-    """max |y - y_ref| / max |y_ref| over 8 random tokens, at accuracy level 1 and at the runtime's default level."""
-
-    site: str
-    exact: float
-    default: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableError:
-    """max |y - y_ref| / max |y_ref| over the first, the last and a few random tokens."""
-
-    table: str
-    error: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnfusedSite:
-    """A site that runs as DequantizeLinear and MatMul, and why."""
-
-    site: str
-    reason: str
 
 
 _SIZES = (128, 64, 32, 16)

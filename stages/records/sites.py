@@ -11,7 +11,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from stages.records.formats import FloatName
+FloatName = Literal["float32", "float16", "bfloat16"]
+"""Floating-point storage types a base model can have, named as torch names them."""
+
+
+# --------------------------------------------------------------------------- embeddings
+
+GatherForm = Literal["gather_block_quantized", "dq"]
+"""com.microsoft GatherBlockQuantized, or DequantizeLinear and Gather."""
+
+
+BlockAxis = Literal[0, 1]
+"""Axis of a [V, D] table that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
+
 
 # --------------------------------------------------------------------------- the graph's sites
 

@@ -12,8 +12,7 @@ from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome
 from export.run import ExportSummary
 from export.summary import export_table
-from stages.records.formats import DataFileUse, SiteError, TableError, UnfusedSite
-from stages.records.results import VerifyReport
+from stages.records.results import DataFileUse, SiteError, TableError, UnfusedSite, VerifyReport
 from stages.records.sites import UnquantizedWeights
 from tests.support.embeddings import plan_of
 

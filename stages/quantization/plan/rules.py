@@ -12,8 +12,8 @@ from typing import Literal
 
 from stages.commands.quantize_options import MixedRule
 from stages.errors import OptionError
-from stages.records.formats import BlockAxis, EmbeddingPlan, EmbeddingTable, GatherForm, Granularity, QuantSpec
-from stages.records.sites import ActivationGroup, MatMulSite, layer_of, within_layer
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, Granularity, QuantSpec
+from stages.records.sites import ActivationGroup, BlockAxis, GatherForm, MatMulSite, layer_of, within_layer
 
 _SENSITIVE = re.compile(r"(?:(?:self_)?attn[./](qkv_proj|v_proj)|mlp[./](down_proj))(?!\w)")
 

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stages.records.formats import FloatName, QuantSpec, torch_float
+from stages.records.formats import QuantSpec, torch_float
+from stages.records.sites import FloatName
 
 RangeRule = Literal["signed", "full", "compat7"]
 """How a symmetric range without zero point becomes a scale, b being its bits.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ScaleRange
-from stages.records.formats import BlockAxis, EmbeddingTable, FloatName, GatherForm, Granularity, PerBlock, WeightForm
-from stages.records.sites import ActivationGroup
+from stages.records.formats import EmbeddingTable, Granularity, PerBlock, WeightForm
+from stages.records.sites import ActivationGroup, BlockAxis, FloatName, GatherForm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

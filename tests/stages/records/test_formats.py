@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from stages.records.formats import FLOAT_TYPES, FloatName, float_of_onnx
+from stages.records.formats import FLOAT_TYPES, float_of_onnx
+from stages.records.sites import FloatName
 from tests.support.graphs import TinyGraph
 
 

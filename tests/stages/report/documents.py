@@ -15,8 +15,7 @@ from stages.evaluation.records import (
     TaskScore,
 )
 from stages.model.sizes import SizePart
-from stages.records.formats import DataFileUse, SiteError, UnfusedSite
-from stages.records.results import SiteReport, VerifyReport
+from stages.records.results import DataFileUse, SiteError, SiteReport, UnfusedSite, VerifyReport
 from stages.report.document import Document, KeptSite, Quantization, QuantizedSite, SweepPoint, SweepTable
 
 NASTY = "<script>alert('x')</script> & \"http://example.com/x.js\""

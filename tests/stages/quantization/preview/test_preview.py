@@ -23,9 +23,9 @@ from stages.quantization.plan.plan import plan_model
 from stages.quantization.preview import seconds as search_time
 from stages.quantization.preview.memory import search_memory
 from stages.quantization.preview.table import Preview
+from stages.quantization.run import open_search
 from stages.quantization.search.parallel import solve_groups
 from stages.quantization.search.solver import search_cost
-from stages.quantization.run import open_search
 from tests.stages.quantization.search.problems import random_layer, solver_of
 
 HIGH_WATER = Path("/proc/self/clear_refs")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from stages.commands.parsing import Release, Runtime, Target
 from stages.quantization.targets.choose import choose_formats
 from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
-from stages.records.formats import FloatName, PerBlock
+from stages.records.formats import PerBlock
+from stages.records.sites import FloatName
 
 RUNTIMES: tuple[Runtime, ...] = ("cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn")
 RELEASES: tuple[Release, ...] = tuple((1, minor) for minor in range(20, 33))

@@ -9,7 +9,8 @@ import pytest
 from stages.commands.parsing import Release, Runtime
 from stages.quantization.targets.choose import choose_formats
 from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
-from stages.records.formats import FloatName, PerBlock, PerChannel, WeightForm
+from stages.records.formats import PerBlock, PerChannel, WeightForm
+from stages.records.sites import FloatName
 from tests.reference.runtimes import lookup_is_fast, weight_is_fast
 from tests.stages.quantization.targets.requests import RELEASES, RUNTIMES, choose, facts, stored
 
