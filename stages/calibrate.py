@@ -21,7 +21,7 @@ def command(config: CalibrateConfig) -> Iterator[Section]:
     summary = calibrate(config)
     yield Section(name="calibration", table=calibration_table(summary), record=summary)
     cache = "" if config.cache_dir is None else f" --cache_dir {config.cache_dir}"
-    _LOGGER.info("next: python -m stages.quantize --onnx_path %s%s --output_path ...", config.onnx_path, cache)
+    _LOGGER.info("next: stages.quantize --onnx_path %s%s --output_path ...", config.onnx_path, cache)
 
 
 if __name__ == "__main__":

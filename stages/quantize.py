@@ -165,7 +165,7 @@ def _write_report(prepared: Prepared, output: Path) -> None:
         sizes = size_parts(base, locate_model(output), prepared.model)
         write_quantization(store, sizes, title=output.parent.name)
     except Exception as error:  # whatever a page may raise
-        again = ["python", "-m", "stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
+        again = ["stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
         models = ["--base", base.onnx_file, "--model", output]
         _LOGGER.warning(
             "the model is finished, but its report is not (%s); write it again: %s",

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from stages.commands import progress
 from stages.commands.options import OutputOptions
+from stages.commands.output import as_called
 from stages.errors import UserError
 
 _OURS = ("genai_quant", "stages", "export", "scripts", "__main__")
@@ -24,14 +25,15 @@ _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records on a console, above the bars that are drawn there, unwrapped so that lines can be copied.
+    """Print records on a console, above the bars that are drawn there, unwrapped so that lines can be copied.
 
     Lines about progress are left to the bars, where there are any.
     """
 
-    def __init__(self, console: Console, level: int) -> None:
+    def __init__(self, console: Console, level: int, program: str) -> None:
         super().__init__(level)
         self._console = console
+        self.setFormatter(_AsCalled(None, program))
         if console.is_terminal:
             self.addFilter(lambda record: record.name != progress.__name__)
 
@@ -43,11 +45,25 @@ class ConsoleHandler(logging.Handler):
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
+class _AsCalled(logging.Formatter):
+    """Spell our commands as the program was called."""
+
+    def __init__(self, form: str | None, program: str) -> None:
+        super().__init__(form)
+        self._program = program
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_called(super().format(record), self._program)
+
+
 @contextmanager
-def logging_to(console: Console, options: OutputOptions, *, errors_only: bool) -> Iterator[None]:
+def logging_to(console: Console, options: OutputOptions, program: str, *, errors_only: bool) -> Iterator[None]:
     """Send what is logged inside the block to ``console`` and to the file of ``options``; then all is as it was before.
 
     Args:
+        console: where people see it.
+        options: levels and the file.
+        program: what people typed: messages spell our commands in the same way.
         errors_only: whether another process says everything else, in the file too.
 
     Raises:
@@ -56,9 +72,9 @@ def logging_to(console: Console, options: OutputOptions, *, errors_only: bool) -
     level = logging.getLevelNamesMapping()[options.log_level.upper()]
     shown = logging.ERROR if errors_only else max(level, logging.WARNING) if options.quiet else level
     with ExitStack() as stack:
-        stack.enter_context(_handler(ConsoleHandler(console, shown)))
+        stack.enter_context(_handler(ConsoleHandler(console, shown, program)))
         if options.log_file is not None and not errors_only:
-            stack.enter_context(_handler(_file_handler(options.log_file, level)))
+            stack.enter_context(_handler(_file_handler(options.log_file, level, program)))
         for name in _OURS:
             stack.enter_context(_level(logging.getLogger(name), level))
         yield
@@ -85,12 +101,12 @@ def _level(logger: logging.Logger, level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _file_handler(path: Path, level: int) -> logging.Handler:
+def _file_handler(path: Path, level: int, program: str) -> logging.Handler:
     """Appends, as a command that goes on where it was stopped does."""
     try:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--log_file {path} can't be written ({error.strerror}); choose another file.") from error
     handler.setLevel(level)
-    handler.setFormatter(logging.Formatter(_FILE_FORMAT))
+    handler.setFormatter(_AsCalled(_FILE_FORMAT, program))
     return handler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from rich.text import Text
 
 FORMAT = 1
 """Version of the JSON document; a key that is there stays and keeps its meaning as long as this stays."""
+_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|evaluate|sweep|inspect|report)\b")
 _FILE_WIDTH = 160
 """Columns where no terminal has a width: numbers stand in full."""
 
@@ -62,7 +64,8 @@ class JsonOutput:
 
     def end(self, error: str | None) -> None:
         """Print the document; ``error`` is the sentence that the command ended with."""
-        document = {"format": FORMAT, "command": self.command, **self._records, "error": error}
+        said = None if error is None else as_called(error, self.command)
+        document = {"format": FORMAT, "command": self.command, **self._records, "error": said}
         self.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -72,6 +75,15 @@ Output = TablePrinter | JsonOutput
 def open_output(command: str, *, as_json: bool, quiet: bool) -> Output:
     """Return where the results of ``command`` go; ``--json`` asks for a document, so ``--quiet`` doesn't silence it."""
     return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet))
+
+
+def as_called(text: str, program: str) -> str:
+    """Spell our commands in ``text`` as the person who started ``program`` does: messages say only ``stages.NAME``.
+
+    ``genai-quant NAME`` where ``program`` begins so, else ``python -m stages.NAME``.
+    """
+    spelled = r"genai-quant \1" if program.startswith("genai-quant") else r"python -m stages.\1"
+    return _COMMAND.sub(spelled, text)
 
 
 def unwrapped(text: str) -> Text:

@@ -47,7 +47,7 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
     try:
         # Bars are drawn on the console that messages are printed on, so that they know of each other.
         with (
-            logging_to(console, options.printing, errors_only=not is_first),
+            logging_to(console, options.printing, program, errors_only=not is_first),
             progress_on(Console(quiet=True) if silent else console),
         ):
             code = _run(options, command, output)

@@ -32,10 +32,12 @@ class Shown:
 
 
 @contextmanager
-def said(options: OutputOptions, *, terminal: bool = False, errors_only: bool = False) -> Iterator[Shown]:
+def said(
+    options: OutputOptions, *, terminal: bool = False, errors_only: bool = False, program: str = "python -m x"
+) -> Iterator[Shown]:
     file = io.StringIO()
     console = Console(file=file, width=40, force_terminal=terminal, color_system=None)
-    with logging_to(console, options, errors_only=errors_only):
+    with logging_to(console, options, program, errors_only=errors_only):
         yield Shown(file)
 
 
@@ -87,6 +89,20 @@ def test_lines_of_progress_are_for_what_is_no_terminal(terminal: bool, tmp_path:
         PROGRESS.info("search: 1 of 2 groups")
     assert ("search" in shown.file.getvalue()) == (not terminal)
     assert "search: 1 of 2 groups" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("genai-quant quantize", "run genai-quant calibrate again; /tmp/stages.quantize/x stays"),
+        ("python -m stages.quantize", "run python -m stages.calibrate again; /tmp/stages.quantize/x stays"),
+    ],
+)
+def test_commands_are_spelled_as_the_program_was_called(program: str, expected: str, tmp_path: Path) -> None:
+    with said(OutputOptions(log_file=tmp_path / "log"), program=program) as shown:
+        OURS.info("run stages.calibrate again; /tmp/stages.quantize/x stays")
+    assert shown.lines == [expected]
+    assert expected in (tmp_path / "log").read_text()
 
 
 def test_the_file_has_times_and_is_appended_to(tmp_path: Path) -> None:
