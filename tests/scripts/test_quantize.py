@@ -264,6 +264,7 @@ def here(example: str, theirs: str, folder: Path) -> list[str]:
     return [word.replace(theirs, str(folder)).replace("\\", "/") if theirs in word else word for word in words]
 
 
+@pytest.mark.slow
 def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -284,6 +285,7 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     assert {path.name for path in (base / "cnn_32_lite_b").iterdir()} == {path.name for path in output.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "output", "eight_bit", "line"),
     [
@@ -317,6 +319,7 @@ def generated(folder: Path) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)]
 
 
+@pytest.mark.slow
 def test_the_file_runs_by_its_path_and_as_a_module(tiny_model: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     script = [sys.executable, str(ROOT / "scripts" / "quantize.py"), "--onnx_path=base/model.onnx"]
@@ -344,6 +347,7 @@ def test_another_algorithm_skips_stage_one_and_says_so(run: Run, base: Path, mon
     assert any(str(path.parent) in made.printed for path in caches)
 
 
+@pytest.mark.slow
 def test_other_settings_calibrate_into_a_folder_of_their_own_and_the_first_stays_usable(
     tiny_model: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -382,6 +386,7 @@ def test_a_calibration_folder_is_named_after_all_that_the_statistics_depend_on_a
     assert len(others | {first}) == len(changes) + 3
 
 
+@pytest.mark.slow
 def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
     tiny_model: Path, tmp_path: Path, run: Run
 ) -> None:
