@@ -93,7 +93,7 @@ def load_genai(
     filename: str | None = None,
     end_token: int | None = None,
     provider: str | None = None,
-) -> Any:
+) -> object:
     """Load the model in ``folder``; what is given replaces what its genai_config.json says.
 
     Args:
@@ -120,7 +120,8 @@ def load_genai(
         config.clear_providers()
         if provider != _CPU:
             config.append_provider(provider)
-    return runtime.Model(config)
+    model: object = runtime.Model(config)
+    return model
 
 
 def import_genai(option: str) -> ModuleType:
