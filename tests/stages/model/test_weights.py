@@ -1,9 +1,8 @@
-"""."""
+"""Check that weights and rows of embeddings are read in their own orientation, with their own values, and finite."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -13,11 +12,11 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from stages.errors import GraphError, SolveError
+from stages.errors import SolveError
 from stages.model.directory import locate_model
-from stages.model.load import fingerprint_model, load_graph
-from stages.model.sites import find_sites
-from stages.model.weights import all_finite, read_weight, to_torch
+from stages.model.load import load_graph
+from stages.model.sites import find_embeddings, find_sites
+from stages.model.weights import all_finite, read_rows, read_weight, to_torch
 from tests.support.graphs import TinyGraph
 
 CPU = torch.device("cpu")
@@ -29,13 +28,11 @@ def _saved(folder: Path, weight: np.ndarray) -> Path:
     graph.linear("x", weight, "y")
     graph.output("y", TensorProto.FLOAT, ["t", weight.shape[1]])
     folder.mkdir()
-    ir.save(
-        ir.from_proto(graph.proto()), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0
-    )
+    ir.save(graph.model(), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
     return folder
 
 
-def test_weights_of_every_layout_and_type_become_n_by_k_float32(tmp_path: Path) -> None:
+def test_a_weight_becomes_n_by_k_float32(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
     read = read_weight(model, find_sites(model)[0], CPU)
@@ -66,26 +63,34 @@ def test_nan_weights_name_the_site(tmp_path: Path) -> None:
         read_weight(model, find_sites(model)[0], CPU)
 
 
-def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match="does not exist"):
-        locate_model(tmp_path / "nothing")
-    with pytest.raises(GraphError, match=r"no \.onnx file"):
-        locate_model(tmp_path)
-    for name in ("a.onnx", "b.onnx"):
-        (tmp_path / name).touch()
-    with pytest.raises(GraphError, match=r"a\.onnx, b\.onnx"):
-        locate_model(tmp_path)
-    assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"
+TABLE = np.arange(24, dtype=np.float32).reshape(6, 4)
 
 
-def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
-    weight = np.ones((200, 40), np.float32)
-    first = _saved(tmp_path / "a", weight)
-    shutil.copytree(first, tmp_path / "b")
-    same = fingerprint_model(locate_model(tmp_path / "b"))
-    assert fingerprint_model(locate_model(first)) == same
-    weight[-1, -1] = 2
-    assert fingerprint_model(locate_model(_saved(tmp_path / "c", weight))) != same
+def lookup(table: np.ndarray, *, transposed: bool = False) -> ir.Model:
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["b", "t"])
+    graph.constant("table", np.ascontiguousarray(table.T) if transposed else table)
+    if transposed:
+        graph.node("Transpose", ["table"], ["swapped"], {"perm": [1, 0]})
+    graph.node("Gather", ["swapped" if transposed else "table", "input_ids"], ["h"])
+    return graph.model()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_an_embedding_are_read_in_their_own_orientation(transposed: bool) -> None:
+    model = lookup(TABLE, transposed=transposed)
+    (table,) = find_embeddings(model)
+    np.testing.assert_array_equal(read_rows(model, table, slice(2, 5), CPU).numpy(), TABLE[2:5])
+
+
+def test_rows_that_are_not_finite_are_refused() -> None:
+    broken = TABLE.copy()
+    broken[3, 1] = np.nan
+    model = lookup(broken)
+    (table,) = find_embeddings(model)
+    read_rows(model, table, slice(0, 3), CPU)
+    with pytest.raises(SolveError, match="'table' holds NaN or infinite"):
+        read_rows(model, table, slice(3, 6), CPU)
 
 
 _TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
