@@ -25,12 +25,6 @@ _PLACES = {
     "MatMulNBits": {1: "codes", 2: SCALES, 3: ZERO_POINTS},
 }
 """What inputs of nodes that dequantize hold, by their place."""
-_BITS = {
-    ir.DataType.INT4: 4,
-    ir.DataType.UINT4: 4,
-    ir.DataType.INT8: 8,
-    ir.DataType.UINT8: 8,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +105,7 @@ def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
 def _bits(value: ir.Value, node: ir.Node) -> int:
     if node.op_type == "MatMulNBits":
         return node.attributes.get_int("bits", 4)
-    return _BITS.get(value.dtype, 8) if value.dtype is not None else 8
+    return 4 if value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
 
 
 def _is_table(reached: list[tuple[ir.Node, int]]) -> bool:

@@ -103,16 +103,16 @@ def _faults_of_attributes(node: ir.Node, schema: OpSchema | None) -> Iterator[st
     declared = {} if schema is None else schema.attributes
     for name, attribute in declared.items():
         if attribute.required and name not in node.attributes:
-            yield f"{_describe(node)} lacks its {name}"
+            yield f"{_describe(node)} lacks the attribute {name}"
     for name, given in node.attributes.items():
         if name in declared and given.type.name != str(declared[name].type).rpartition(".")[2]:
-            yield f"{_describe(node)} has a {name} of type {given.type.name}"
+            yield f"{_describe(node)} has the attribute {name} of type {given.type.name}"
         if not given.is_ref() and given.type == ir.AttributeType.TENSOR and not _is_readable(given.as_tensor()):
-            yield f"{_describe(node)} has a {name} whose bytes don't fit its shape"
+            yield f"{_describe(node)} has the attribute {name}, whose bytes don't fit its shape"
     for name in _HEAD_COUNTS.get(node.op_type, ()):
         count = node.attributes.get(name)
         if count is None or count.type != ir.AttributeType.INT or (not count.is_ref() and count.as_int() < 1):
-            yield f"{_describe(node)} needs a number from 1 as its {name}"
+            yield f"{_describe(node)} needs a {name} of at least 1"
 
 
 def _faults_of_weight(value: ir.Value) -> Iterator[str]:

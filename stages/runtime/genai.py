@@ -23,7 +23,6 @@ _CPU = "cpu"
 class GenaiSession:
     """An open model with its tokenizer."""
 
-    folder: Path
     runtime: ModuleType
     """onnxruntime_genai."""
     model: Any
@@ -80,9 +79,7 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
         tokenizer = runtime.Tokenizer(model)
     except RuntimeError as error:
         raise cannot_run(folder, option, error) from error
-    return GenaiSession(
-        folder=folder, runtime=runtime, model=model, tokenizer=tokenizer, has_template=_has_template(folder)
-    )
+    return GenaiSession(runtime=runtime, model=model, tokenizer=tokenizer, has_template=_has_template(folder))
 
 
 def load_genai(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from stages.errors import SolveError
+from stages.errors import GraphError, SolveError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_embeddings, find_sites
@@ -22,26 +23,25 @@ from tests.support.graphs import TinyGraph
 CPU = torch.device("cpu")
 
 
-def _saved(folder: Path, weight: np.ndarray) -> Path:
+def matmul(weight: np.ndarray) -> ir.Model:
     graph = TinyGraph()
     graph.input("x", TensorProto.FLOAT, ["t", weight.shape[0]])
-    graph.linear("x", weight, "y")
-    graph.output("y", TensorProto.FLOAT, ["t", weight.shape[1]])
-    folder.mkdir()
-    ir.save(graph.model(), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
-    return folder
+    graph.output(graph.linear("x", weight, "y"), TensorProto.FLOAT, ["t", weight.shape[1]])
+    return graph.model()
 
 
-def test_a_weight_becomes_n_by_k_float32(tmp_path: Path) -> None:
-    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+def test_a_weight_becomes_n_by_k_float32() -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16)
+    model = matmul(weight)
     read = read_weight(model, find_sites(model)[0], CPU)
     assert read.dtype == torch.float32
     np.testing.assert_array_equal(read.numpy(), weight.T)
 
 
 def test_a_weight_that_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
-    model = load_graph(locate_model(_saved(tmp_path / "m", np.ones((6, 4), np.float32))))
+    path = tmp_path / "model.onnx"
+    ir.save(matmul(np.ones((6, 4), np.float32)), path, external_data="model.onnx.data", size_threshold_bytes=0)
+    model = load_graph(locate_model(path))
     site = find_sites(model)[0]
     read_weight(model, site, CPU)
     tensor = model.graph.initializers[site.weight].const_value
@@ -56,11 +56,17 @@ def test_every_float_type_keeps_its_values(dtype: type) -> None:
     np.testing.assert_array_equal(to_torch(array).float().numpy(), array.astype(np.float32))
 
 
-def test_nan_weights_name_the_site(tmp_path: Path) -> None:
-    weight = np.full((6, 4), np.nan, np.float32)
-    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+def test_nan_weights_name_the_site() -> None:
+    model = matmul(np.full((6, 4), np.nan, np.float32))
     with pytest.raises(SolveError, match="weight of y/MatMul holds NaN"):
         read_weight(model, find_sites(model)[0], CPU)
+
+
+def test_a_weight_that_is_gone_is_named() -> None:
+    model = matmul(np.ones((6, 4), np.float32))
+    (site,) = find_sites(model)
+    with pytest.raises(GraphError, match=r"The weight 'gone' of y/MatMul is not in the graph"):
+        read_weight(model, replace(site, weight="gone"), CPU)
 
 
 TABLE = np.arange(24, dtype=np.float32).reshape(6, 4)
