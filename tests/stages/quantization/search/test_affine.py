@@ -1,4 +1,4 @@
-"""."""
+"""Affine quantization against the float64 reference and the replaced tool; blocks are cut and joined exactly."""
 
 from __future__ import annotations
 
