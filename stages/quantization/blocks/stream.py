@@ -94,7 +94,13 @@ class BlockRunner:
     def read(
         self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor], site: str
     ) -> Float[Tensor, "batch length K"]:
-        """Return what ``site`` reads when ``stream`` enters the block."""
+        """Return what a site reads.
+
+        Args:
+            stream: what enters the block.
+            weights: of all the block's sites, by name.
+            site: the name of the site.
+        """
         return self.module.read(stream, weights, self._shared_by(stream), site)
 
     def _shared_by(self, stream: Tensor) -> dict[str, Tensor]:

@@ -83,13 +83,11 @@ def choose_parameters(
     rule: RangeRule = "full",
     clip_ratio: float | Float[Tensor, "*#batch nB"] = 1.0,
 ) -> BlockParameters:
-    """Turn the range of every block into scales and zero points.
+    """Turn the full range of every block into scales and zero points.
 
     Args:
         blocks: the weights.
-        spec: the format that they are stored in.
-        rule: how a symmetric range becomes a scale.
-        clip_ratio: what the range is multiplied by first.
+        spec, rule, clip_ratio: see ``range_parameters``.
     """
     return range_parameters(block_range(blocks), spec, rule, clip_ratio)
 
@@ -97,10 +95,16 @@ def choose_parameters(
 def range_parameters(
     full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Float[Tensor, "*#batch nB"]
 ) -> BlockParameters:
-    """Turn ranges that are known already into scales and zero points; see ``choose_parameters``.
+    """Turn ranges into scales and zero points.
 
     An all-zero block gets scale 1. The asymmetric range always contains 0, so that the zero point exists for blocks of
     one sign.
+
+    Args:
+        full: the range of every block.
+        spec: the format that the blocks are stored in.
+        rule: how a symmetric range becomes a scale.
+        clip_ratio: what the range is multiplied by first.
     """
     if spec.symmetric:
         return _symmetric(full, spec, rule, clip_ratio)
@@ -137,7 +141,13 @@ def _storable(extent: Tensor, spec: QuantSpec) -> Tensor:
 def quantize(
     blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
 ) -> Float[Tensor, "*batch nB B"]:
-    """Round to codes: integers in [code_min, code_max], in float32."""
+    """Round to codes: integers in [code_min, code_max], in float32.
+
+    Args:
+        blocks: the weights.
+        parameters: their scales and zero points.
+        spec: the format that they are stored in.
+    """
     codes = (blocks / parameters.scales.unsqueeze(-1)).round_()
     if parameters.zero_points is not None:
         codes += parameters.zero_points.unsqueeze(-1)
@@ -157,7 +167,11 @@ def levels(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters) -> 
 def round_trip(
     blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
 ) -> Float[Tensor, "*batch nB B"]:
-    """Quantize and dequantize: return what the runtime will compute with in place of ``blocks``, a new tensor."""
+    """Quantize and dequantize: return what the runtime will compute with in place of ``blocks``, a new tensor.
+
+    Args:
+        blocks, parameters, spec: see ``quantize``.
+    """
     # In place: dequantize(quantize(...)) would go through memory once more.
     stored = quantize(blocks, parameters, spec)
     if parameters.zero_points is not None:
@@ -166,15 +180,10 @@ def round_trip(
     return stored
 
 
-def num_blocks(in_features: int, block_size: int) -> int:
-    """Return nB = ceil(K / B)."""
-    return -(-in_features // block_size)
-
-
 def split(weight: Float[Tensor, "*batch K"], block_size: int) -> Float[Tensor, "*batch nB B"]:
     """Cut rows into blocks: [..., K] -> [..., nB, B], zero-padded; a view of ``weight`` where nothing is added."""
     *batch, in_features = weight.shape
-    blocks = num_blocks(in_features, block_size)
+    blocks = -(-in_features // block_size)
     missing = blocks * block_size - in_features
     whole = pad(weight, (0, missing)) if missing else weight  # pad copies even where there is nothing to add
     return whole.reshape(*batch, blocks, block_size)

@@ -40,14 +40,21 @@ def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]
 
 
 def full_ranges(problem: GroupProblem, rule: RangeRule, input_scale: InputScale) -> tuple[SiteChoice, ...]:
-    """Return ``full_range`` of every site of a group."""
+    """Choose rounding to nearest for every site of a group; the other arguments are those of ``full_range``."""
     return tuple(
         full_range(weight, spec, rule, input_scale) for weight, spec in zip(problem.weights, problem.specs, strict=True)
     )
 
 
 def full_range(weight: Float[Tensor, "N K"], spec: QuantSpec, rule: RangeRule, input_scale: InputScale) -> SiteChoice:
-    """Choose rounding to nearest under ``input_scale``: every block keeps its full range."""
+    """Choose rounding to nearest: every block keeps its full range.
+
+    Args:
+        weight: the unscaled weight.
+        spec: the format that it is stored in.
+        rule: how a block's full range becomes its scale.
+        input_scale: what the weight is multiplied by first.
+    """
     blocks = split(scaled_weight(weight, input_scale), spec.block_size(weight.shape[1]))
     return SiteChoice(input_scale=input_scale, parameters=choose_parameters(blocks, spec, rule))
 
@@ -60,7 +67,14 @@ def scaled_weight(weight: Float[Tensor, "N K"], input_scale: InputScale) -> Floa
 def stored_weight(
     site: MatMulSite, weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice
 ) -> QuantizedWeight:
-    """Return what the file will hold for one site under ``choice``, on the CPU."""
+    """Return what the file will hold for one site, on the CPU.
+
+    Args:
+        site: the MatMul.
+        weight: its unscaled weight.
+        spec: the format that it is stored in.
+        choice: its input scale, scales, zero points and codes.
+    """
     zero_points, scale = choice.parameters.zero_points, choice.input_scale.scale
     return QuantizedWeight(
         site=site,
@@ -142,7 +156,13 @@ def _total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
 
 
 def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
-    """Return tr(D G D^T) of every site: the mean over tokens of its squared output error, summed over its channels."""
+    """Return tr(D G D^T) of every site: the mean over tokens of its squared output error, summed over its channels.
+
+    Args:
+        problem: the sites.
+        choices: one a site.
+        stats: of the activation that the sites share.
+    """
     return tuple(
         _site_errors(weight, spec, choice, (stats,))[0]
         for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)

@@ -72,7 +72,13 @@ class _Descent:
         self._error = (self.codes - self._zero_points[block]) * self.scales[block] - self._weight
 
     def visit(self, start: int, stop: int, *, refit_blocks: bool) -> None:
-        """Improve the codes of columns ``start`` to ``stop`` one by one, and each block's scale behind its columns."""
+        """Improve the codes of some columns one by one, and each block's scale after its columns.
+
+        Args:
+            start: the first column.
+            stop: the column behind the last.
+            refit_blocks: whether scales are improved too.
+        """
         gradient = self._gram[start:stop] @ self._error  # half the derivative by each stored weight
         for column in range(start, stop):
             self._choose_code(column, start, stop, gradient)

@@ -44,7 +44,12 @@ def clip_sites(
 ) -> tuple[SiteChoice, ...]:
     """Return ``unclipped`` with every site's best ranges, or unchanged at a site whose error gets no smaller.
 
-    Blocks are searched one by one; the error of whole rows decides whether their ranges are taken.
+    Blocks are searched one by one; the error of the whole site decides whether their ranges are taken.
+
+    Args:
+        problem: the group, with statistics.
+        options: clip ratios, and the rule for full ranges.
+        unclipped: a choice a site, with full ranges.
     """
     unclipped = measured(problem, unclipped)
     clipped = measured(problem, search_sites(problem, options, unclipped))
@@ -57,7 +62,11 @@ def clip_sites(
 def search_sites(
     problem: GroupProblem, options: SearchOptions, unclipped: tuple[SiteChoice, ...]
 ) -> tuple[SiteChoice, ...]:
-    """Return ``unclipped`` with the best ranges of every block by itself."""
+    """Return ``unclipped`` with the best ranges of every block by itself.
+
+    Args:
+        problem, options, unclipped: see ``clip_sites``.
+    """
     return tuple(
         choice.refined(_site_ranges(problem, options, weight, spec, choice.input_scale))
         for weight, spec, choice in zip(problem.weights, problem.specs, unclipped, strict=True)
@@ -118,11 +127,7 @@ def search_clip_ratios(
     """Find for every block of every output channel the ratio with the smallest error; the first of equals wins.
 
     Args:
-        weight: the weight, times its input scale.
-        spec: the format that it is stored in.
-        rule: how a block's full range becomes its scale.
-        gram: the diagonal blocks of the Gram matrix, in the scaled space.
-        ratios: the clip ratios to try.
+        weight, spec, rule, gram, ratios: see ``search_ranges``.
     """
     return _best_ratios(split(weight, spec.block_size(weight.shape[1])), spec, rule, gram, ratios)[0]
 

@@ -65,7 +65,19 @@ class GroupQueryAttention(nn.Module):
         q_norm_weight: Float[Tensor, " size"] | None = None,
         k_norm_weight: Float[Tensor, " size"] | None = None,
     ) -> Float[Tensor, "batch length width_out"]:
-        """Return softmax(...) v, heads joined: [batch, length, num_heads * head size]."""
+        """Return softmax(...) v, heads joined: [batch, length, num_heads * head size].
+
+        Args:
+            query: of all heads; with the keys and values behind it where ``key`` and ``value`` are None.
+            key: of all key/value heads.
+            value: of all key/value heads.
+            cos_cache: cosines of the rotation, by position.
+            sin_cache: sines of the rotation, by position.
+            attention_bias: what is added to the scores.
+            head_sink: see ``AttentionRule.attend``.
+            q_norm_weight: the gain of the norm of each query head; None where there is no norm.
+            k_norm_weight: the same for key heads.
+        """
         rule = self._rule
         heads = self._heads(query, key, value)
         q, k = self._norm(heads[0], q_norm_weight), self._norm(heads[1], k_norm_weight)
@@ -119,7 +131,15 @@ class MultiHeadAttention(nn.Module):
         _key_padding_mask: None = None,
         attention_bias: Float[Tensor, "_ _ length length"] | None = None,
     ) -> Float[Tensor, "batch length value_width"]:
-        """Return softmax(...) v, heads joined."""
+        """Return softmax(...) v, heads joined.
+
+        Args:
+            query: of all heads.
+            key: of all heads.
+            value: of all heads.
+            bias: of the projections of query, key and value, one behind the other.
+            attention_bias: what is added to the scores.
+        """
         parts: tuple[Tensor, ...] = (query, key, value)
         if bias is not None:
             biases = torch.split(bias, [part.shape[-1] for part in parts])

@@ -26,7 +26,13 @@ class RootMeanSquareNorm(nn.Module):
 def rms_norm(
     hidden: Float[Tensor, "*batch width"], gain: Float[Tensor, " width"], epsilon: float
 ) -> Float[Tensor, "*batch width"]:
-    """Return hidden / sqrt(mean(hidden^2) + epsilon) * gain."""
+    """Return hidden / sqrt(mean(hidden^2) + epsilon) * gain.
+
+    Args:
+        hidden: the vectors along the last axis.
+        gain: a factor for each channel.
+        epsilon: keeps the root of a zero vector from 0.
+    """
     return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + epsilon) * gain
 
 
