@@ -48,10 +48,8 @@ def stack_parameters(parts: Sequence[BlockParameters]) -> BlockParameters:
 def split_parameters(stack: BlockParameters, rows: Sequence[int]) -> list[BlockParameters]:
     """Undo ``stack_parameters``: return the parameters of each matrix, which has as many rows as ``rows`` says."""
     scales = torch.split(stack.scales, list(rows))
-    if stack.zero_points is None:
-        return [BlockParameters(scales=part, zero_points=None) for part in scales]
-    both = zip(scales, torch.split(stack.zero_points, list(rows)), strict=True)
-    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in both]
+    zero_points = [None] * len(rows) if stack.zero_points is None else torch.split(stack.zero_points, list(rows))
+    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in zip(scales, zero_points, strict=True)]
 
 
 def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -29,17 +29,13 @@ def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tenso
     packed = np.empty(-(-vocabulary * hidden // 2), np.uint8)
     scales = torch.empty(plan.scales_shape, dtype=torch_float(plan.table.dtype))
     per_scale = plan.block_size if plan.axis == 0 else 1
-    for rows in _chunks(vocabulary, hidden):
+    step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
+    for start in range(0, vocabulary, step):
+        rows = slice(start, min(start + step, vocabulary))
         codes, chosen = _round(read_rows(rows), plan)
         packed[rows.start * hidden // 2 : -(-rows.stop * hidden // 2)] = pack_4bit(codes.to(torch.int8).cpu())
         scales[rows.start // per_scale : -(-rows.stop // per_scale)] = chosen.to(scales.dtype).cpu()
     return QuantizedTable(packed=torch.from_numpy(packed), scales=scales)
-
-
-def _chunks(vocabulary: int, hidden: int) -> Iterator[slice]:
-    step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
-    for start in range(0, vocabulary, step):
-        yield slice(start, min(start + step, vocabulary))
 
 
 def _round(

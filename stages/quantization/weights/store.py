@@ -158,7 +158,7 @@ class QuantizedStore:
     ) -> tuple[QuantSpec, dict[PartName, Tensor]]:
         parts: dict[PartName, Tensor] = {}
         with self._explained_reads(index) as path, safe_open(path, "pt") as file:
-            spec = _found(_SPECS.validate_json(_metadata(file, "specs")), site)
+            spec = _found(_SPECS.validate_json(_entry(file.metadata(), "specs")), site)
             names = set(file.keys())
             for part in wanted:
                 name = f"{site.name}:{part}"
@@ -169,7 +169,7 @@ class QuantizedStore:
 
     def _reports(self, index: int) -> tuple[SiteReport, ...]:
         with self._explained_reads(index) as path, safe_open(path, "pt") as file:
-            return _REPORTS.validate_json(_metadata(file, "reports"))
+            return _REPORTS.validate_json(_entry(file.metadata(), "reports"))
 
     @contextmanager
     def _explained_writes(self) -> Iterator[None]:
@@ -272,8 +272,8 @@ def _in_short(error: OSError | ValidationError | InvalidFile) -> str:
     return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
 
 
-def _metadata(file: safe_open, key: str) -> str:
-    text: str | None = (file.metadata() or {}).get(key)
+def _entry(metadata: dict[str, str] | None, key: str) -> str:
+    text = (metadata or {}).get(key)
     if text is None:
         raise InvalidFile(f"it has no {key}")
     return text
