@@ -20,7 +20,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.calibration.statistics import pack, unpack
+from stages.calibration.statistics import pack_symmetric, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
 from stages.records.results import ActivationStats, TokenStats
@@ -194,7 +194,7 @@ def _gram(tensors: Mapping[str, Tensor], part: str, size: int) -> Tensor | None:
         return whole
     wanted = (-(-size // 2), size + 1)
     _need(packed.shape == wanted, f"{part}.gram_triangle doesn't fit {part}.abs_mean of {size}")
-    return unpack(packed)
+    return unpack_symmetric(packed)
 
 
 def _floats(tensors: Mapping[str, Tensor], name: str, *, rank: int, optional: bool = False) -> Tensor | None:
@@ -210,7 +210,7 @@ def _as_tensors(part: str, stats: TokenStats) -> dict[str, Tensor]:
     named = {
         "num_tokens": stats.abs_mean.new_tensor(stats.num_tokens).long(),
         "abs_mean": stats.abs_mean,
-        "gram_triangle": None if stats.gram is None else pack(stats.gram),
+        "gram_triangle": None if stats.gram is None else pack_symmetric(stats.gram),
         "rows": stats.rows,
     }
     return {f"{part}.{name}": tensor for name, tensor in named.items() if tensor is not None}
