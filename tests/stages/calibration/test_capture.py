@@ -1,4 +1,4 @@
-"""Calibration in parts: the statistics of one pass, from sessions that hold a part of the model each."""
+"""Calibration in partitions gives the statistics of one pass, from sessions that hold a part of the model each."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_parts_give_the_statistics_of_the_whole(
     sessions: list[ActivationTap] = []
     original = ActivationTap.run
 
-    def counted(self: ActivationTap, tokens: object, carried: object) -> object:
+    def counted(self: ActivationTap, tokens: object, boundary: object) -> object:
         sessions.append(self)
-        return original(self, tokens, carried)
+        return original(self, tokens, boundary)
 
     monkeypatch.setattr(ActivationTap, "run", counted)
     printed = calibrate(commands, base, tiny_text, tmp_path / "parts", "--max_memory", "300kB")
@@ -89,12 +89,12 @@ def test_no_session_outlives_its_part(
     alive: list[int] = []
     original = ActivationTap.run
 
-    def watched(self: ActivationTap, tokens: object, carried: object) -> object:
+    def watched(self: ActivationTap, tokens: object, boundary: object) -> object:
         if not any(session() is self.feeds.session for session in opened):
             opened.append(weakref.ref(self.feeds.session))
         gc.collect()
         alive.append(sum(session() is not None for session in opened))
-        return original(self, tokens, carried)
+        return original(self, tokens, boundary)
 
     monkeypatch.setattr(ActivationTap, "run", watched)
     calibrate(commands, tiny_model, tiny_text, tmp_path / "parts", "--max_memory", "300kB")
