@@ -46,6 +46,7 @@ def measured(run_folder: RunFolder, run: Run, *evaluation_texts: EvaluationText)
     return measure(run_folder, [run], evaluation_texts, progress_bar(), lambda _: None)[run.name]
 
 
+@pytest.mark.slow
 def test_a_run_is_made_and_judged_once(
     run_folder: RunFolder, tiny_model_dml: Path, evaluation_text: EvaluationText
 ) -> None:
