@@ -121,8 +121,8 @@ def is_loop(tokens: list[int]) -> bool:
 
 def _separator(tokenizer: PreTrainedTokenizerBase, marks: ChatMarks | None) -> int:
     chat = set() if marks is None else {*marks.opening, *marks.to_answer, *marks.to_end}
-    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
-    known = [token for token in named if token is not None]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+    known = [token for token in special if token is not None]
     outside = [token for token in known if token not in chat]
     return int((outside or known or [0])[0])
 

@@ -166,8 +166,8 @@ def end_tokens(directory: ModelDirectory) -> frozenset[int]:
             f"--dataset self: {directory.folder} has no {GENAI_CONFIG}, without which onnxruntime-genai can't run the "
             f"model; put it there, or {_INSTEAD}."
         )
-    named = read_genai_config(directory.folder).get("model", {}).get("eos_token_id", [])
-    return frozenset(named if isinstance(named, list) else [named])
+    tokens = read_genai_config(directory.folder).get("model", {}).get("eos_token_id", [])
+    return frozenset(tokens if isinstance(tokens, list) else [tokens])
 
 
 def sample(

@@ -115,7 +115,7 @@ class TextGenerator:
 
     def _file_name(self, scripts: Sequence[GenerationScript], token_count: int, request: GenerationRequest) -> str:
         """Return a name with a digest of all that decides about the text, but the machine and the number of windows."""
-        named = {
+        content = {
             "version": _VERSION,
             "model": fingerprint_model(self.directory),
             "scripts": [script.description() for script in scripts],
@@ -123,7 +123,7 @@ class TextGenerator:
             "seq_len": request.seq_len,
             "seed": request.seed,
         }
-        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return f"{self.directory.folder.name}.own-text-{digest[:_DIGITS]}.jsonl"
 
 

@@ -41,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The hub, on this machine."""
+    """Serve the hub on this machine."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     point_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
@@ -59,7 +59,7 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens there."""
+    """Point at a place where nobody listens."""
     point_at("http://127.0.0.1:9", monkeypatch)
 
 

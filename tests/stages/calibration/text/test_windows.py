@@ -51,7 +51,7 @@ def all_windows(config: CalibrateConfig) -> np.ndarray:
 
 
 def texts_of(windows: np.ndarray, tokenizer_path: Path) -> list[str]:
-    """The documents that full windows hold, cut ones at the end left out."""
+    """Return the documents that full windows hold, but one that is cut at the end."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
     return [part.removeprefix("<s>") for part in tokenizer.decode(windows.reshape(-1)).split("</s>")[:-1]]
 
@@ -120,7 +120,7 @@ def test_random_tokens_are_seeded_uniform_and_need_no_tokenizer(config: Calibrat
 
 
 def numbered(path: Path, word: str) -> str:
-    """A file of many documents that all hold ``word``."""
+    """Write a file of many documents that all hold ``word``; return its path."""
     path.write_text("\n\n\n".join(f"{word} number {number} of many" for number in range(400)), encoding="utf-8")
     return str(path)
 
@@ -161,7 +161,7 @@ def chat_config(config: CalibrateConfig, tmp_path: Path) -> CalibrateConfig:
 
 
 def conversations(path: Path, *, others: bool = False) -> str:
-    """A table of conversations of one question and answer, or one question; every third row has a text if any."""
+    """Write a table of conversations: a question, often with its answer; with ``others`` every third row is a text."""
     rows: list[dict[str, object]] = []
     for number in range(120):
         messages = [{"role": "user", "content": f"What is {number}?"}]
