@@ -15,7 +15,7 @@ from stages.calibration.cache import CacheKey, CacheWriter, find_cache, new_cach
 from stages.calibration.capture import Capture, memory_limit
 from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import load_windows
-from stages.calibration.trt_profile import ShapeProfile, WindowShape, decoder_sizes
+from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
@@ -116,7 +116,8 @@ def _provider_options(
     if NV_TENSORRT_RTX not in choice.names:
         return options
     profile = ShapeProfile(
-        window=WindowShape(batch_size=config.batch_size, seq_len=config.seq_len),
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
         sizes=decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code),
         windowed_caches=directory.windowed_caches,
     )

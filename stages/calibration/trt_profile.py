@@ -40,14 +40,6 @@ class DecoderSizes:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowShape:
-    """The largest batch and window that will be fed."""
-
-    batch_size: int
-    seq_len: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Range:
     """Smallest, usual and largest value of one dimension."""
@@ -64,9 +56,17 @@ class _Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeProfile:
-    """Ranges of all graph inputs for one run; ``windowed_caches`` are those whose length never changes."""
+    """Ranges of all graph inputs for one run.
 
-    window: WindowShape
+    Args:
+        batch_size: windows in the largest batch that will be fed.
+        seq_len: tokens of the longest window.
+        sizes: what the model's configuration says.
+        windowed_caches: the length of those key/value caches whose length never changes.
+    """
+
+    batch_size: int
+    seq_len: int
     sizes: DecoderSizes
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
 
@@ -116,16 +116,16 @@ class ShapeProfile:
         return [self._batch(), heads, self._past() if window is None else _Range.fixed(window), head_size]
 
     def _batch(self) -> _Range:
-        return _Range(1, self.window.batch_size, self.window.batch_size)
+        return _Range(1, self.batch_size, self.batch_size)
 
     def _length(self) -> _Range:
-        return _Range(1, self.window.seq_len, self.window.seq_len)
+        return _Range(1, self.seq_len, self.seq_len)
 
     def _past(self) -> _Range:
         """Return past lengths: none, as calibration starts with empty caches, and up to a window within the context."""
-        left = self.window.seq_len
+        left = self.seq_len
         if self.sizes.context_length is not None:
-            left = min(left, max(1, self.sizes.context_length - self.window.seq_len))
+            left = min(left, max(1, self.sizes.context_length - self.seq_len))
         return _Range(0, 0, left)
 
 

@@ -10,12 +10,11 @@ import pytest
 import transformers
 from onnx import TensorProto
 
-from stages.calibration.trt_profile import DecoderSizes, ShapeProfile, WindowShape, decoder_sizes, sizes_of_config
+from stages.calibration.trt_profile import DecoderSizes, ShapeProfile, decoder_sizes, sizes_of_config
 from stages.errors import GraphError, UserError
 from stages.model.directory import ModelDirectory
 from tests.support.graphs import TinyGraph
 
-WINDOW = WindowShape(batch_size=4, seq_len=512)
 SIZES = DecoderSizes(kv_heads=8, head_size=64, context_length=2048)
 TOKENS = {"input_ids": ["b", "s"], "attention_mask": ["b", "t"], "position_ids": ["b", "s"]}
 CACHE = {"past_key_values.0.key": ["b", 2, "past", "kv_cache_dim"], "past_key_values.0.value": ["b", "h", "past", 16]}
@@ -25,12 +24,11 @@ def _options(
     inputs: dict[str, list[int | str]],
     sizes: DecoderSizes = SIZES,
     windowed: dict[str, int] | None = None,
-    window: WindowShape = WINDOW,
 ) -> dict[str, str]:
     graph = TinyGraph()
     for name, shape in inputs.items():
         graph.input(name, TensorProto.FLOAT, shape)
-    profile = ShapeProfile(window=window, sizes=sizes, windowed_caches=windowed or {})
+    profile = ShapeProfile(batch_size=4, seq_len=512, sizes=sizes, windowed_caches=windowed or {})
     return profile.provider_options(graph.model().graph.inputs)
 
 
