@@ -13,7 +13,7 @@ from genai_quant.olive import is_olive, sections_of_olive
 from genai_quant.run_options import read_mapping, read_options, unknown
 from stages import evaluate, quantize
 from stages.calibration.run import calibrate
-from stages.calibration.summary import calibration_table
+from stages.calibration.summary import calibration_section
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.options import RunConfig
@@ -132,7 +132,6 @@ def _calibrate(run: WholeRun) -> Iterator[Section]:
     if run.calibrate is None:
         return
     if run.quantize.needs_cache:
-        summary = calibrate(run.calibrate)
-        yield Section(name="calibration", table=calibration_table(summary), record=summary)
+        yield calibration_section(calibrate(run.calibrate))
     else:
         _LOGGER.info("%s rounds without calibration data: stage one is left out.", run.quantize.algo)

@@ -16,10 +16,9 @@ def command(config: CalibrateConfig) -> Iterator[Section]:
     """Calibrate, then say which command to type next."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
     from stages.calibration.run import calibrate
-    from stages.calibration.summary import calibration_table
+    from stages.calibration.summary import calibration_section
 
-    summary = calibrate(config)
-    yield Section(name="calibration", table=calibration_table(summary), record=summary)
+    yield calibration_section(calibrate(config))
     cache = "" if config.cache_dir is None else f" --cache_dir {config.cache_dir}"
     _LOGGER.info("next: stages.quantize --onnx_path %s%s --output_path ...", config.onnx_path, cache)
 

@@ -15,7 +15,7 @@ from scripts.options import DropInConfig
 from stages import quantize
 from stages.calibration.cache import CalibrationCache, open_cache
 from stages.calibration.run import calibrate
-from stages.calibration.summary import calibration_table
+from stages.calibration.summary import calibration_section
 from stages.commands.output import Section
 from stages.errors import CacheMismatch
 from stages.model.directory import locate_model
@@ -100,8 +100,7 @@ def _calibrated(config: DropInConfig) -> Generator[Section, None, Path]:
 
 
 def _calibration(config: DropInConfig) -> Section:
-    summary = calibrate(config)
-    return Section(name="calibration", table=calibration_table(summary), record=summary)
+    return calibration_section(calibrate(config))
 
 
 def _earlier_cache(folder: Path, config: DropInConfig) -> CalibrationCache | None:

@@ -1,4 +1,4 @@
-"""The calibration cache: a folder with manifest.json, the tokens, and one safetensors file for each activation.
+"""Read and write the calibration cache: a folder of manifest.json, the tokens, and a safetensors file per activation.
 
 It is written whole or not at all, and knows the model, tokens and options it was made from: a cache that doesn't match
 is refused with the reason.
@@ -20,7 +20,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.calibration.statistics import pack, unpack
+from stages.calibration.statistics import pack_symmetric, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
 from stages.records.results import ActivationStats, TokenStats
@@ -47,20 +47,16 @@ class CacheKey:
     providers: tuple[str, ...]
 
     def digest(self) -> str:
+        """Return the sha256 of all fields."""
         return hashlib.sha256(TypeAdapter(CacheKey).dump_json(self)).hexdigest()
 
     def difference(self, other: CacheKey) -> str:
-        """The first field in which ``other`` differs, in words; empty where they are equal."""
+        """Return the first field in which ``other`` differs, in words; "" where they are equal."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine != theirs:
                 return f"its {field.name.replace('_', ' ')} is {_short(mine)}, this run's is {_short(theirs)}"
         return ""
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +69,12 @@ class Manifest:
 
 
 _MANIFESTS = TypeAdapter(Manifest)
+_CALIBRATE_AGAIN = "run stages.calibrate again with --overwrite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatisticsOutline:
-    """One activation's file."""
+    """What an activation's file holds, without its numbers."""
 
     in_features: int
     as_rows: bool
@@ -93,63 +90,168 @@ class CalibrationCache:
     manifest: Manifest
 
     def read(self, activation: str) -> ActivationStats:
-        """Statistics of one activation.
+        """Return the statistics of one activation.
 
         Raises:
-            CacheMismatch: the cache has no such activation, or its file is damaged.
+            CacheMismatch: the cache has no such activation, or its file is missing or damaged.
         """
         name = self.manifest.files.get(activation)
         if name is None:
-            raise CacheMismatch(
-                f"{self.folder} has no statistics of '{activation}'; run stages.calibrate again with --overwrite."
-            )
-        path = self.folder / name
-        try:
+            raise CacheMismatch(f"{self.folder} has no statistics of '{activation}'; {_CALIBRATE_AGAIN}.")
+        with _reading(self.folder / name) as path:
             tensors = load_file(path)
             return ActivationStats(
                 calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
             )
-        except (OSError, SafetensorError, _Damage) as error:
-            raise CacheMismatch(
-                f"{path} is damaged ({in_one_line(error)}); run stages.calibrate again with --overwrite."
-            ) from error
 
     def outline(self, activation: str) -> StatisticsOutline:
-        """What is stored of one activation; its numbers are not read.
+        """Return what is stored of one activation, without reading its numbers.
 
         Raises:
             CacheMismatch: its file is missing or damaged.
         """
-        path = self.folder / self.manifest.files[activation]
-        try:
-            with safe_open(path, "pt") as file:
-                return StatisticsOutline(
-                    in_features=file.get_slice("calibration.abs_mean").get_shape()[0],
-                    as_rows="calibration.rows" in file.keys(),  # noqa: SIM118
-                    bytes=path.stat().st_size,
-                )
-        except (OSError, SafetensorError) as error:
-            raise CacheMismatch(
-                f"{path} is missing or damaged ({error}); run stages.calibrate again with --overwrite."
-            ) from error
+        with _reading(self.folder / self.manifest.files[activation]) as path, safe_open(path, "pt") as file:
+            return StatisticsOutline(
+                in_features=file.get_slice("calibration.abs_mean").get_shape()[0],
+                as_rows="calibration.rows" in file.keys(),  # noqa: SIM118
+                bytes=path.stat().st_size,
+            )
 
     def read_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """The windows that the statistics come from: calibration and held out, each [windows, length] int64.
+        """Return the windows that the statistics come from: calibration and held out, each [windows, length] int64.
 
         Raises:
             CacheMismatch: their file is missing or damaged.
         """
-        path = self.folder / _TOKENS
-        try:
+        with _reading(self.folder / _TOKENS) as path:
             windows = load_arrays(path)
             return _windows(windows, "calibration"), _windows(windows, "held_out")
-        except (OSError, SafetensorError, _Damage) as error:
-            raise CacheMismatch(
-                f"{path} is missing or damaged ({in_one_line(error)}); run stages.calibrate again with --overwrite."
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWriter:
+    """Fills the scratch folder of a new cache; several processes may fill one, each its own activations."""
+
+    folder: Path
+    files: Mapping[str, str]
+    """File by activation."""
+
+    @classmethod
+    def of(cls, folder: Path, activations: Iterable[str]) -> CacheWriter:
+        """Return a writer of ``activations``, whose files are numbered in this order."""
+        return cls(folder, {name: f"{index:04d}.safetensors" for index, name in enumerate(activations)})
+
+    def write(self, activation: str, stats: ActivationStats) -> None:
+        """Save one activation's statistics."""
+        tensors = _as_tensors("calibration", stats.calibration) | _as_tensors("held_out", stats.held_out)
+        with self.place_for(self.files[activation]) as path:
+            save_file(tensors, path, {"activation": activation})
+
+    def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
+        """Save the token windows, so that a later pass can see exactly the same text."""
+        with self.place_for(_TOKENS) as path:
+            save_arrays({"calibration": calibration, "held_out": held_out}, path)
+
+    @contextmanager
+    def place_for(self, name: str) -> Iterator[Path]:
+        """Give the block the path to write the file ``name`` to; raise UserError where the disk is full."""
+        try:
+            yield self.folder / name
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"The calibration cache can't be written to {self.folder.parent} ({error}); free space there, or "
+                "choose another place with --cache_dir."
             ) from error
 
 
-# --------------------------------------------------------------------------- what a file must hold
+@contextmanager
+def new_cache(folder: Path, key: CacheKey, activations: Iterable[str], *, overwrite: bool) -> Iterator[CacheWriter]:
+    """Write a cache of ``activations``; it gets its place when the block ends without an error, else nothing is left.
+
+    Args:
+        folder: where it will lie.
+        key: what it is made from.
+        activations: names of all that the block will write.
+        overwrite: whether a cache that is there is replaced.
+
+    Raises:
+        UserError: the folder exists and ``overwrite`` is off, or it is not a cache, or can't be written.
+    """
+    require_place(folder)
+    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
+        writer = CacheWriter.of(scratch, activations)
+        yield writer
+        manifest = Manifest(key=key, files=dict(writer.files))
+        with writer.place_for(MANIFEST) as path:
+            path.write_bytes(_MANIFESTS.dump_json(manifest, indent=1))
+
+
+def require_place(folder: Path) -> None:
+    """Raise UserError when no cache can be made in ``folder``, or when it holds anything else."""
+    require_creatable(folder, option="--cache_dir")
+    if not is_occupied(folder):
+        return
+    others = [] if folder.is_file() else [entry for entry in folder.iterdir() if not _is_of_cache(entry)]
+    if others or not (folder / MANIFEST).is_file():
+        what = others[0].name if others else "no manifest.json"
+        raise UserError(
+            f"--cache_dir {folder} is not a calibration cache (it holds {what}) and is never replaced; choose "
+            "another path."
+        )
+
+
+def _is_of_cache(entry: Path) -> bool:
+    return entry.is_file() and entry.suffix in (".json", ".safetensors")
+
+
+def find_cache(folder: Path) -> CalibrationCache | None:
+    """Return the cache in ``folder``, or None where there is none.
+
+    Raises:
+        CacheMismatch: the folder holds something that is not a readable cache of this version.
+    """
+    folder = reachable(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = _MANIFESTS.validate_json(path.read_bytes())
+    except OSError as error:
+        raise CacheMismatch(f"{path} can't be read ({error.strerror}); get the right to read it.") from error
+    except ValidationError as error:
+        raise CacheMismatch(f"{path} was written by another version or is damaged; {_CALIBRATE_AGAIN}.") from error
+    if manifest.format not in _READABLE:
+        raise CacheMismatch(f"{path} has format {manifest.format}, not {_FORMAT}; {_CALIBRATE_AGAIN}.")
+    for name in manifest.files.values():
+        if Path(name).name != name or "\0" in name:
+            raise CacheMismatch(f"{path} names the file '{name}', which isn't in its folder; {_CALIBRATE_AGAIN}.")
+    return CalibrationCache(folder, manifest)
+
+
+def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
+    """Return the cache in ``folder`` if it belongs to the model.
+
+    Raises:
+        CacheMismatch: there is none, or it was made from another model.
+    """
+    cache = find_cache(folder)
+    if cache is None:
+        raise CacheMismatch(f"--cache_dir {folder} holds no calibration cache; run stages.calibrate first.")
+    if cache.manifest.key.model_fingerprint != model_fingerprint:
+        raise CacheMismatch(
+            f"--cache_dir {folder} was made from another model (or another build of it); run stages.calibrate on "
+            "this one, or pass its cache."
+        )
+    return cache
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Give the path of a file to the block; raise CacheMismatch where the block finds it missing or damaged."""
+    try:
+        yield path
+    except (OSError, SafetensorError, _Damage) as error:
+        raise CacheMismatch(f"{path} is missing or damaged ({in_one_line(error)}); {_CALIBRATE_AGAIN}.") from error
 
 
 class _Damage(Exception):
@@ -164,7 +266,7 @@ def _need(condition: bool, what: str) -> None:
 def _windows(found: Mapping[str, np.ndarray], part: str) -> np.ndarray:
     _need(part in found, f"it has no {part}")
     windows = found[part]
-    _need(windows.ndim == 2 and windows.dtype == np.int64 and windows.size > 0, f"its {part} is no table of tokens")
+    _need(windows.ndim == 2 and windows.dtype == np.int64 and windows.size > 0, f"its {part} is not a table of tokens")
     _need(int(windows.min()) >= 0, f"its {part} has tokens below 0")
     return windows
 
@@ -182,7 +284,7 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:
     _need(name in tensors, f"it has no {name}")
     tensor = tensors[name]
-    _need(tensor.numel() == 1 and not tensor.is_floating_point() and int(tensor) >= 0, f"{name} is no count")
+    _need(tensor.numel() == 1 and not tensor.is_floating_point() and int(tensor) >= 0, f"{name} is not a count")
     return int(tensor)
 
 
@@ -194,14 +296,16 @@ def _gram(tensors: Mapping[str, Tensor], part: str, size: int) -> Tensor | None:
         return whole
     wanted = (-(-size // 2), size + 1)
     _need(packed.shape == wanted, f"{part}.gram_triangle doesn't fit {part}.abs_mean of {size}")
-    return unpack(packed)
+    return unpack_symmetric(packed)
 
 
 def _floats(tensors: Mapping[str, Tensor], name: str, *, rank: int, optional: bool = False) -> Tensor | None:
     _need(optional or name in tensors, f"it has no {name}")
     tensor = tensors.get(name)
     if tensor is not None:
-        _need(tensor.ndim == rank and tensor.is_floating_point(), f"{name} is no {rank}-dimensional tensor of floats")
+        _need(
+            tensor.ndim == rank and tensor.is_floating_point(), f"{name} is not a {rank}-dimensional tensor of floats"
+        )
         _need(all_finite(tensor), f"{name} holds NaN or infinite values")
     return tensor
 
@@ -210,122 +314,12 @@ def _as_tensors(part: str, stats: TokenStats) -> dict[str, Tensor]:
     named = {
         "num_tokens": stats.abs_mean.new_tensor(stats.num_tokens).long(),
         "abs_mean": stats.abs_mean,
-        "gram_triangle": None if stats.gram is None else pack(stats.gram),
+        "gram_triangle": None if stats.gram is None else pack_symmetric(stats.gram),
         "rows": stats.rows,
     }
     return {f"{part}.{name}": tensor for name, tensor in named.items() if tensor is not None}
 
 
-@dataclass(frozen=True, slots=True)
-class CacheWriter:
-    """Fills the scratch folder of a new cache; several processes may fill one, each its own activations."""
-
-    folder: Path
-    files: Mapping[str, str]
-    """File by activation."""
-
-    @classmethod
-    def of(cls, folder: Path, activations: Iterable[str]) -> CacheWriter:
-        """A writer of these activations, whose files are numbered in this order."""
-        return cls(folder, {name: f"{index:04d}.safetensors" for index, name in enumerate(activations)})
-
-    def write(self, activation: str, stats: ActivationStats) -> None:
-        """Save one activation's statistics."""
-        tensors = _as_tensors("calibration", stats.calibration) | _as_tensors("held_out", stats.held_out)
-        with self.place_for(self.files[activation]) as path:
-            save_file(tensors, path, {"activation": activation})
-
-    def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
-        """Save the token windows, so that a later pass can see exactly the same text."""
-        with self.place_for(_TOKENS) as path:
-            save_arrays({"calibration": calibration, "held_out": held_out}, path)
-
-    @contextmanager
-    def place_for(self, name: str) -> Iterator[Path]:
-        """Where the file ``name`` is written; a disk that is full becomes a UserError."""
-        try:
-            yield self.folder / name
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"The calibration cache can't be written to {self.folder.parent} ({error}); free space there, or "
-                "choose another place with --cache_dir."
-            ) from error
-
-
-@contextmanager
-def new_cache(folder: Path, key: CacheKey, activations: Iterable[str], *, overwrite: bool) -> Iterator[CacheWriter]:
-    """Write a cache of ``activations``; it gets its place when the block ends without an error, else nothing is left.
-
-    Raises:
-        UserError: the folder exists and ``overwrite`` is off, or it is no cache, or can't be written.
-    """
-    require_place(folder)
-    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
-        writer = CacheWriter.of(scratch, activations)
-        yield writer
-        manifest = Manifest(key=key, files=dict(writer.files))
-        with writer.place_for(MANIFEST) as path:
-            path.write_bytes(_MANIFESTS.dump_json(manifest, indent=1))
-
-
-def require_place(folder: Path) -> None:
-    """Raise UserError when no cache can be made in ``folder``, or when that would replace what is no cache."""
-    require_creatable(folder, option="--cache_dir")
-    if not is_occupied(folder):
-        return
-    others = [] if folder.is_file() else [entry for entry in folder.iterdir() if not _is_of_cache(entry)]
-    if others or not (folder / MANIFEST).is_file():
-        what = others[0].name if others else "no manifest.json"
-        raise UserError(
-            f"--cache_dir {folder} is no calibration cache (it holds {what}) and is never replaced; choose "
-            "another path."
-        )
-
-
-def _is_of_cache(entry: Path) -> bool:
-    return entry.is_file() and entry.suffix in (".json", ".safetensors")
-
-
-def find_cache(folder: Path) -> CalibrationCache | None:
-    """The cache in ``folder``, or None where there is none.
-
-    Raises:
-        CacheMismatch: the folder holds something that is not a readable cache of this version.
-    """
-    folder = reachable(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = _MANIFESTS.validate_json(path.read_bytes())
-    except OSError as error:
-        raise CacheMismatch(f"{path} can't be read ({error.strerror}); get the right to read it.") from error
-    except ValidationError as error:
-        raise CacheMismatch(
-            f"{path} was written by another version or is damaged; run stages.calibrate with --overwrite."
-        ) from error
-    if manifest.format not in _READABLE:
-        raise CacheMismatch(f"{path} has format {manifest.format}, not {_FORMAT}; calibrate with --overwrite.")
-    for name in manifest.files.values():
-        if Path(name).name != name or "\0" in name:
-            raise CacheMismatch(
-                f"{path} names the file '{name}', which isn't in its folder; run stages.calibrate with --overwrite."
-            )
-    return CalibrationCache(folder, manifest)
-
-
-def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
-    """The cache in ``folder`` if it belongs to the model.
-
-    Raises:
-        CacheMismatch: there is none, or it was made from another model.
-    """
-    cache = find_cache(folder)
-    if cache is None:
-        raise CacheMismatch(f"--cache_dir {folder} holds no calibration cache; run stages.calibrate first.")
-    if cache.manifest.key.model_fingerprint != model_fingerprint:
-        raise CacheMismatch(
-            f"--cache_dir {folder} was made from another model (or another build of it); run stages.calibrate on "
-            "this one, or pass its cache."
-        )
-    return cache
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."

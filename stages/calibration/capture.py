@@ -1,20 +1,23 @@
-"""Stage one's passes: piece after piece of the graph over all windows; what a piece observed is saved before the next.
+"""Run the base model on the token windows and accumulate the statistics of every MatMul input: stage one's passes.
 
-One piece, where statistics, tapped activations and weights fit the memory; more where they don't. What crosses from
-one piece to the next goes through files, so that each token passes each node once, however many pieces there are.
+The graph runs whole where its weights, the statistics and the tapped activations fit the memory, and else in
+partitions, one after the other, each of which saves its statistics before the next one starts. Boundary values, which
+one partition computes and a later one reads, go through files, so that each token passes each node once. How much
+memory there is and where it cuts the graph is decided here for the run and for the dry run alike.
 
-Processes launched together take turns with the batches, and each adds up the statistics of some activations over the
-batches of all, in their order: the sums are those of one process, bit for bit, and lie in the memory of all.
+Processes launched together run a batch each at a time, and each accumulates the statistics of some activations over
+the batches of all, in their order: the sums are those of one process, bit for bit, and lie in the memory of all.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -41,41 +44,8 @@ from stages.runtime.upcast import resident_bytes
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
 
-
-@dataclass(frozen=True, slots=True)
-class CarriedValues:
-    """The values of the batches of one run through the pieces; ``folder`` is there and its own."""
-
-    folder: Path
-
-    def read(self, batch: str) -> dict[str, np.ndarray]:
-        """Everything that was kept for ``batch``; nothing before its first piece."""
-        file = self._file(batch)
-        return load_file(file) if file.is_file() else {}
-
-    def keep(self, batch: str, values: Mapping[str, np.ndarray], needed: Collection[str]) -> None:
-        """Keep those of ``values`` that are still ``needed``, in place of what was kept for ``batch``."""
-        kept = {name: np.ascontiguousarray(array) for name, array in values.items() if name in needed}
-        file = self._file(batch)
-        file.unlink(missing_ok=True)
-        if not kept:
-            return
-        try:
-            save_file(kept, file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"What one part of the model hands to the next can't be written to {self.folder.parent.parent} "
-                f"({in_one_line(error)}); free space there, choose another --cache_dir, or raise --max_memory."
-            ) from error
-
-    def _file(self, batch: str) -> Path:
-        return self.folder / f"{batch}.safetensors"
-
-
-_PARTS = ("held_out", "calibration")
-
-
-_NAMES = {"held_out": "held-out text", "calibration": "calibration text"}
+_PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out text", "calibration": "calibration text"})
+"""What is run, in this order, and what the progress bar calls it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +58,7 @@ class TextShape:
     batch_size: int
 
     def size(self, group: ActivationGroup, part: str) -> StatisticsSize:
-        """Return what the statistics of ``group`` on the windows of ``part`` take."""
+        """Return the size of the statistics of ``group`` on the windows of ``part``."""
         windows = self.held_out_windows if part == "held_out" else self.calibration_windows
         return StatisticsSize(
             in_features=group.in_features,
@@ -98,10 +68,10 @@ class TextShape:
 
 
 def memory_limit(max_memory: str | None, device: torch.device, processes: Processes) -> int:
-    """Return the bytes that a piece of the graph may take in one process.
+    """Return the bytes that a partition of the graph may take in one process.
 
     Args:
-        max_memory: the option's text, which decides where it is given; else a part of what is free is used.
+        max_memory: the option's text, which decides where it is given; else a part of the free memory is used.
         device: where statistics are added up; on CUDA its free memory counts too.
         processes: those on this machine share the free memory.
 
@@ -117,7 +87,13 @@ def memory_limit(max_memory: str | None, device: torch.device, processes: Proces
 
 
 def partition_bytes(groups: Iterable[ActivationGroup], text: TextShape, processes: Processes) -> dict[str, int]:
-    """Return by activation the bytes that one process holds of it: its share of the statistics, and one batch."""
+    """Return by activation the bytes that one process holds of it: its share of the statistics, and one batch.
+
+    Args:
+        groups: the activations.
+        text: the windows that are run.
+        processes: they share the statistics.
+    """
 
     def held(group: ActivationGroup) -> int:
         sizes = [text.size(group, part) for part in _PARTS]
@@ -130,35 +106,39 @@ def partition_bytes(groups: Iterable[ActivationGroup], text: TextShape, processe
 def cut_to_memory(
     model: ir.Model, costs: Mapping[str, int], memory: int, providers: tuple[str, ...]
 ) -> tuple[Partition, ...]:
-    """Return ``model`` in pieces that fit the memory.
+    """Return ``model`` in partitions that fit the memory.
 
     Args:
         model: the base model.
         costs: bytes of each activation, by ``partition_bytes``.
-        memory: bytes that a piece may take, weights included.
+        memory: bytes that a partition may take, weights included.
         providers: those that shall run it.
     """
-    held = partial(resident_bytes, providers=providers)
-    return tuple(cut_into_partitions(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=held))
+    weight_bytes = partial(resident_bytes, providers=providers)
+    cut = cut_into_partitions(model, wanted=costs.keys(), limit=memory, extra_bytes=costs, weight_bytes=weight_bytes)
+    return tuple(cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capture:
-    """What is observed on which windows, by which session options."""
+    """A model, the activations that are captured of it, the windows that it runs on, and how it runs."""
 
+    model: ir.Model
     directory: ModelDirectory
     groups: tuple[ActivationGroup, ...]
     windows: TokenWindows
     batch_size: int
     device: torch.device
+    """Where statistics are added up."""
+    choice: ProviderChoice
     provider_options: dict[str, dict[str, str]]
     scratch: Path
-    """Where a widened copy of the model may lie for a while."""
+    """Where a float32 copy of the model may lie for a while."""
     processes: Processes
 
     @property
     def text(self) -> TextShape:
-        """The shape of the windows and their batches."""
+        """Return the shape of the windows and their batches."""
         return TextShape(
             calibration_windows=len(self.windows.calibration),
             held_out_windows=len(self.windows.held_out),
@@ -166,100 +146,111 @@ class Capture:
             batch_size=self.batch_size,
         )
 
-    def cut(self, model: ir.Model, memory: int, providers: tuple[str, ...]) -> tuple[Partition, ...]:
-        """Return ``model`` in pieces of at most ``memory`` bytes each, to be run by ``providers``."""
-        return cut_to_memory(model, partition_bytes(self.groups, self.text, self.processes), memory, providers)
+    def cut(self, memory: int) -> tuple[Partition, ...]:
+        """Return the model in partitions of at most ``memory`` bytes each."""
+        costs = partition_bytes(self.groups, self.text, self.processes)
+        return cut_to_memory(self.model, costs, memory, self.choice.names)
 
-    def open_first(self, partition: Partition, choice: ProviderChoice) -> ActivationTap:
-        """The tap of the first piece, which finds out the providers that work."""
-        return open_piece_tap(partition, self.directory, choice, self.provider_options, self.scratch, {})
+    def open_first(self, partition: Partition) -> ActivationTap:
+        """Open the tap of the first partition, which finds out the providers that work."""
+        return self._open(partition, self.choice, {})
 
     def fill(self, writer: CacheWriter, partitions: Sequence[Partition], first: ActivationTap) -> None:
-        """Run all windows through ``partitions``, the first of which ``first`` has opened, and save the statistics.
+        """Run all windows through ``partitions`` and save the statistics.
 
         Ensures: when it returns, all processes have saved theirs.
+
+        Args:
+            writer: the cache that is filled.
+            partitions: the model, in this order.
+            first: the tap of the first of them; it is closed when that one is done, as each other is.
         """
         with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar() as bar:
-            carried = CarriedValues(Path(folder))
+            boundary = _BoundaryValues(Path(folder))
             for index, partition in enumerate(partitions):
-                tap = first if index == 0 else self._open_next(partition, first.providers, carried)
+                tap = first if index == 0 else self._open_next(partition, first.providers, boundary)
+                label = f", part {index + 1} of {len(partitions)}" if len(partitions) > 1 else ""
                 needed = {name for later in partitions[index + 1 :] for name in later.boundary_inputs}
                 with tap:
-                    self._observe(writer, tap, carried, needed, bar, _label(index, len(partitions)))
+                    self._run_partition(writer, tap, boundary, needed, bar, label)
         self.processes.barrier()
 
-    def _tokens(self, part: str) -> np.ndarray:
-        return self.windows.held_out if part == "held_out" else self.windows.calibration
+    def _open(
+        self, partition: Partition, choice: ProviderChoice, boundary_types: Mapping[str, np.dtype[np.generic]]
+    ) -> ActivationTap:
+        return open_piece_tap(partition, self.directory, choice, self.provider_options, self.scratch, boundary_types)
 
-    def _batches(self, part: str) -> list[np.ndarray]:
-        tokens = self._tokens(part)
-        return [tokens[start : start + self.batch_size] for start in range(0, len(tokens), self.batch_size)]
+    def _open_next(self, partition: Partition, choice: ProviderChoice, boundary: _BoundaryValues) -> ActivationTap:
+        types = {name: array.dtype for name, array in boundary.read("held_out", 0).items()}
+        # The first process is the only one that always has a batch.
+        return self._open(partition, choice, self.processes.broadcast(types))
 
-    def _open_next(self, partition: Partition, choice: ProviderChoice, carried: CarriedValues) -> ActivationTap:
-        types = {name: array.dtype for name, array in carried.read(f"{_PARTS[0]}-0").items()}
-        types = self.processes.broadcast(types)  # the only one that always has a batch
-        return open_piece_tap(partition, self.directory, choice, self.provider_options, self.scratch, types)
-
-    def _observe(
+    def _run_partition(
         self,
         writer: CacheWriter,
         tap: ActivationTap,
-        carried: CarriedValues,
-        needed: Iterable[str],
+        boundary: _BoundaryValues,
+        needed: Collection[str],
         bar: Progress,
         label: str,
     ) -> None:
-        """All windows through one piece; every tapped activation is folded into its statistics at once."""
-        observed = [group for group in self.groups if group.activation in tap.values]
-        owners = self._owners(observed)
-        mine = [group for group in observed if owners[group.activation] == self.processes.index]
-        found: dict[str, dict[str, StatisticsAccumulator]] = {}
-        for part in _PARTS:
-            found[part] = {
+        """Run all windows through one partition and save the statistics of the activations that it computes."""
+        groups = [group for group in self.groups if group.activation in tap.values]
+        owners = self._owners(groups)
+        mine = [group for group in groups if owners[group.activation] == self.processes.index]
+        sums: dict[str, dict[str, StatisticsAccumulator]] = {}
+        for part, title in _PARTS.items():
+            sums[part] = {
                 group.activation: StatisticsAccumulator(group.activation, self.text.size(group, part), self.device)
                 for group in mine
             }
-            task = bar.add_task(f"{_NAMES[part]}{label}", total=len(self._tokens(part)), unit="windows")
-            for turn, batches in self._turns(part):
-                values = self._run_mine(part, turn, tap, carried, frozenset(needed))
-                observable = {name: value for name, value in values.items() if name in owners}
-                fold_in(found[part], self.processes.exchange(observable, owners), self.device)
-                bar.advance(task, sum(map(len, batches)))
+            batches = self._batches(part)
+            task = bar.add_task(title + label, total=sum(map(len, batches)), unit="windows")
+            for start in range(0, len(batches), self.processes.count):
+                number = start + self.processes.index
+                values: dict[str, Tensor] = {}  # of this process's batch, if there is one left for it
+                if number < len(batches):
+                    values = self._run_batch(part, number, tap, boundary, needed)
+                values = {name: value for name, value in values.items() if name in owners}
+                fold_in(sums[part], self.processes.exchange(values, owners), self.device)
+                bar.advance(task, sum(map(len, batches[start : start + self.processes.count])))
         for group in mine:
-            held_out, calibration = (found[part].pop(group.activation).finish() for part in _PARTS)
+            held_out, calibration = (sums[part].pop(group.activation).finish() for part in _PARTS)
             writer.write(group.activation, ActivationStats(calibration=calibration, held_out=held_out))
 
-    def _owners(self, observed: Sequence[ActivationGroup]) -> dict[str, int]:
-        """The process that adds up each activation."""
-        shares = split_by_cost([float(group.in_features**2) for group in observed], self.processes.count)
-        return {group.activation: _holder(index, shares) for index, group in enumerate(observed)}
-
-    def _turns(self, part: str) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Numbers of the first batches, and the batches, that all processes run at the same time."""
-        batches, together = self._batches(part), self.processes.count
-        for turn in range(0, len(batches), together):
-            yield turn, batches[turn : turn + together]
-
-    def _run_mine(
-        self, part: str, turn: int, tap: ActivationTap, carried: CarriedValues, needed: frozenset[str]
+    def _run_batch(
+        self, part: str, number: int, tap: ActivationTap, boundary: _BoundaryValues, needed: Collection[str]
     ) -> dict[str, Tensor]:
-        """What this process's batch of the turn gives; nothing where there is none left for it."""
-        number, batches = turn + self.processes.index, self._batches(part)
-        if number >= len(batches):
-            return {}
-        kept = carried.read(f"{part}-{number}")
-        values = dict(tap.run(batches[number], {name: kept[name] for name in tap.boundary_inputs}))
-        kept |= {name: value.cpu().numpy() for name, value in values.items() if name in needed}
-        carried.keep(f"{part}-{number}", kept, needed)
+        """Return all that ``tap`` gives for a batch, and keep what later partitions need of it and of earlier ones."""
+        known = boundary.read(part, number)
+        values = dict(tap.run(self._batches(part)[number], {name: known[name] for name in tap.boundary_inputs}))
+        known |= {name: value.cpu().numpy() for name, value in values.items() if name in needed}
+        boundary.keep(part, number, {name: array for name, array in known.items() if name in needed})
         return values
+
+    def _owners(self, groups: Sequence[ActivationGroup]) -> dict[str, int]:
+        """Return by activation the process that accumulates it, in the same order everywhere."""
+        shares = split_by_cost([float(group.in_features**2) for group in groups], self.processes.count)
+        owners = {index: process for process, share in enumerate(shares) for index in share}
+        return {group.activation: owners[index] for index, group in enumerate(groups)}
+
+    def _batches(self, part: str) -> list[np.ndarray]:
+        tokens = self.windows.held_out if part == "held_out" else self.windows.calibration
+        return [tokens[start : start + self.batch_size] for start in range(0, len(tokens), self.batch_size)]
 
 
 def fold_in(
     sums: Mapping[str, StatisticsAccumulator], values: Mapping[str, Sequence[Tensor]], device: torch.device
 ) -> None:
-    """Add ``values`` to the sums of their names, each name's in order.
+    """Add each of ``values`` to the sums of its name, in order.
 
-    On the CPU some names at a time, a thread for each: small products gain little from a second thread.
+    On the CPU several names are added at a time, each in a thread of its own: small products gain little from a second
+    thread.
+
+    Args:
+        sums: by activation.
+        values: what is added, by activation.
+        device: where the sums live.
     """
 
     def add(name: str) -> None:
@@ -274,9 +265,34 @@ def fold_in(
         deque(pool.map(add, values), maxlen=0)  # map raises what a thread raised, once it is asked for results
 
 
-def _holder(item: int, shares: Sequence[frozenset[int]]) -> int:
-    return next(index for index, share in enumerate(shares) if item in share)
+@dataclass(frozen=True, slots=True)
+class _BoundaryValues:
+    """What partitions that have run computed for later ones: a file for each batch, in a folder of its own."""
 
+    folder: Path
 
-def _label(index: int, partitions: int) -> str:
-    return f", part {index + 1} of {partitions}" if partitions > 1 else ""
+    def read(self, part: str, batch: int) -> dict[str, np.ndarray]:
+        """Return everything that was kept for a batch; nothing before its first partition."""
+        file = self._file(part, batch)
+        return load_file(file) if file.is_file() else {}
+
+    def keep(self, part: str, batch: int, values: Mapping[str, np.ndarray]) -> None:
+        """Keep ``values`` in place of what was kept for a batch.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        file = self._file(part, batch)
+        file.unlink(missing_ok=True)
+        if not values:
+            return
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in values.items()}, file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"What one part of the model hands to the next can't be written to {self.folder.parent.parent} "
+                f"({in_one_line(error)}); free space there, choose another --cache_dir, or raise --max_memory."
+            ) from error
+
+    def _file(self, part: str, batch: int) -> Path:
+        return self.folder / f"{part}-{batch}.safetensors"

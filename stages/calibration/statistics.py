@@ -1,7 +1,8 @@
-"""Streaming statistics of one activation: mean |x| and the Gram matrix, or the raw rows where they are smaller.
+"""Accumulate the statistics of one activation: mean |x|, and the Gram matrix or the raw rows, whichever is smaller.
 
 The output error of a weight error D [N, K] over T tokens is ||X D^T||^2 / T = tr(D G D^T) with G = X^T X / T: exact,
 and independent of T once G is known. Sums are float32 whatever the model's type; float16 products are exact there.
+G is symmetric, so files hold its lower triangle only.
 """
 
 from __future__ import annotations
@@ -18,57 +19,30 @@ from stages.records.formats import FLOAT_TYPES
 from stages.records.results import TokenStats
 from stages.records.sites import FloatName
 
-_BLOCK = 1024
-
-
-def pack(matrix: Float[Tensor, "K K"]) -> Float[Tensor, "half columns"]:
-    """The lower triangle of ``matrix`` as [ceil(K / 2), K + 1]; what is above the diagonal isn't read."""
-    size = len(matrix)
-    half = -(-size // 2)
-    packed = matrix.new_zeros(half, size + 1)
-    packed[:, :size] = matrix[:half].tril()
-    packed[:, 1:] += matrix[size - half :].flip(0, 1).triu()
-    return packed
-
-
-def unpack(packed: Float[Tensor, "half columns"]) -> Float[Tensor, "K K"]:
-    """The whole symmetric matrix."""
-    half, size = packed.shape[0], packed.shape[1] - 1
-    matrix = packed.new_empty(size, size)
-    matrix[size - half :] = packed[:, 1:].triu().flip(0, 1)
-    matrix[:half] = packed[:, :size].tril()
-    return mirrored(matrix)
-
-
-def mirrored(matrix: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
-    """``matrix`` itself, with what is below the diagonal copied above it, some rows at a time."""
-    for start in range(0, len(matrix), _BLOCK):
-        end = start + _BLOCK
-        corner = matrix[start:end, start:end].tril()
-        matrix[start:end, start:end] = corner + corner.tril(-1).T
-        matrix[start:end, end:] = matrix[end:, start:end].T
-    return matrix
-
-
-_FLOAT32 = 4
-
-
+_FLOAT32_BYTES = 4
 _STRIP = 256
 """Rows of a Gram matrix in one product: narrower ones run slower, wider ones compute more above the diagonal."""
+_MIRROR_STRIP = 1024
+"""Rows that are mirrored at a time."""
 
 
 def tapped_itemsize(dtype: FloatName) -> int:
-    """Return the bytes of a number of an activation whose sites have weights of this type."""
+    """Return the bytes of each number of an activation whose sites have weights of type ``dtype``."""
     # numpy can't take bfloat16 from a session, so it is tapped as float32.
-    return _FLOAT32 if dtype == "bfloat16" else FLOAT_TYPES[dtype].numpy.itemsize
+    return _FLOAT32_BYTES if dtype == "bfloat16" else FLOAT_TYPES[dtype].numpy.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatisticsSize:
-    """What the statistics of one activation take, for ``tokens`` of ``in_features`` (K) numbers of ``itemsize`` bytes.
+    """Size of the statistics of one activation.
 
-    Rows are kept where there are fewer than K, so that they cost less to multiply with too, and where they are smaller
-    than the packed Gram matrix.
+    Rows are kept where there are fewer than ``in_features``, so that they cost less to multiply with too, and where
+    they are smaller than the packed Gram matrix.
+
+    Args:
+        in_features: channels of the activation (K).
+        tokens: rows that will be seen in all.
+        itemsize: bytes of each number.
     """
 
     in_features: int
@@ -77,34 +51,22 @@ class StatisticsSize:
 
     @property
     def keeps_rows(self) -> bool:
-        return self.tokens < self.in_features and self._row_bytes < self._triangle_bytes
+        """Return whether the tokens' own rows are kept in place of the Gram matrix."""
+        packed_bytes = self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
+        return self.tokens < self.in_features and self._row_bytes < packed_bytes
 
     @property
     def memory(self) -> int:
-        """Bytes while they are added up."""
-        return self._row_bytes if self.keeps_rows else self.in_features**2 * _FLOAT32
+        """Return the bytes that they take while they are accumulated."""
+        return self._row_bytes if self.keeps_rows else self.in_features**2 * _FLOAT32_BYTES
 
     @property
     def _row_bytes(self) -> int:
         return self.tokens * self.in_features * self.itemsize
 
-    @property
-    def _triangle_bytes(self) -> int:
-        return self.in_features * (self.in_features + 1) // 2 * _FLOAT32
-
-
-def add_lower_triangle(gram: Float[Tensor, "K K"], rows: Float[Tensor, "T K"]) -> None:
-    """Add X^T X to ``gram`` in place, on and below the diagonal; above it only beside the diagonal, for speed.
-
-    A symmetric product has half the arithmetic of a general one; in strips, a general one's routine does little more.
-    """
-    for start in range(0, len(gram), _STRIP):
-        end = start + _STRIP
-        gram[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
-
 
 class StatisticsAccumulator:
-    """Folds batches of one activation into TokenStats.
+    """Accumulates batches of one activation into TokenStats.
 
     Args:
         activation: the tapped value's name, for messages.
@@ -121,7 +83,7 @@ class StatisticsAccumulator:
         self._gram = None if size.keeps_rows else torch.zeros(size.in_features, size.in_features, device=device)
 
     def add(self, batch: Float[Tensor, "*tokens K"]) -> None:
-        """Fold in one batch of any floating type.
+        """Add one batch of any floating type.
 
         Raises:
             SolveError: it holds NaN or infinite values.
@@ -137,12 +99,12 @@ class StatisticsAccumulator:
         self._abs_sum += abs_sum.double().cpu()
         self._num_tokens += rows.shape[0]
         if self._gram is not None:
-            add_lower_triangle(self._gram, rows)
+            _add_lower_triangle(self._gram, rows)
         elif self._rows is not None:
             self._rows.append(stored.cpu().clone())
 
     def finish(self) -> TokenStats:
-        """The statistics, on the CPU; zeros where no token came (an expert that nobody chose).
+        """Return the statistics, on the CPU; zeros where no token came (an expert that was never chosen).
 
         The sums themselves become the mean: nothing can be added afterwards.
         """
@@ -150,6 +112,55 @@ class StatisticsAccumulator:
         return TokenStats(
             num_tokens=self._num_tokens,
             abs_mean=(self._abs_sum / divisor).float(),
-            gram=None if self._gram is None else mirrored(self._gram.div_(divisor).cpu()),
+            gram=None if self._gram is None else _mirror_lower_triangle(self._gram.div_(divisor).cpu()),
             rows=None if self._rows is None else torch.cat(self._rows),
         )
+
+
+def pack_symmetric(matrix: Float[Tensor, "K K"]) -> Float[Tensor, "half columns"]:
+    """Return the lower triangle of ``matrix`` as a rectangle [ceil(K / 2), K + 1], without reading the upper one.
+
+    Row i of the triangle has i + 1 numbers, so it and row K - 1 - i, written backwards, fill a row of the rectangle::
+
+        a . . .
+        b c . .   ->   a j i h g
+        d e f .        b c f e d
+        g h i j
+
+    The middle row of an odd K stands there both ways. ``unpack_symmetric`` is the inverse.
+    """
+    size = len(matrix)
+    half = -(-size // 2)
+    packed = matrix.new_zeros(half, size + 1)
+    packed[:, :size] = matrix[:half].tril()
+    packed[:, 1:] += matrix[size - half :].flip(0, 1).triu()
+    return packed
+
+
+def unpack_symmetric(packed: Float[Tensor, "half columns"]) -> Float[Tensor, "K K"]:
+    """Return the symmetric matrix whose lower triangle ``pack_symmetric`` has packed."""
+    half, size = packed.shape[0], packed.shape[1] - 1
+    matrix = packed.new_empty(size, size)
+    matrix[size - half :] = packed[:, 1:].triu().flip(0, 1)
+    matrix[:half] = packed[:, :size].tril()
+    return _mirror_lower_triangle(matrix)
+
+
+def _mirror_lower_triangle(matrix: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
+    """Copy what is below the diagonal above it, in place and some rows at a time; return ``matrix`` itself."""
+    for start in range(0, len(matrix), _MIRROR_STRIP):
+        end = start + _MIRROR_STRIP
+        corner = matrix[start:end, start:end].tril()
+        matrix[start:end, start:end] = corner + corner.tril(-1).T
+        matrix[start:end, end:] = matrix[end:, start:end].T
+    return matrix
+
+
+def _add_lower_triangle(gram: Float[Tensor, "K K"], rows: Float[Tensor, "T K"]) -> None:
+    """Add X^T X to ``gram`` in place, on and below the diagonal; above it only near the diagonal, for speed.
+
+    A symmetric product has half the arithmetic of a general one; in strips, a general one's routine does little more.
+    """
+    for start in range(0, len(gram), _STRIP):
+        end = start + _STRIP
+        gram[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])

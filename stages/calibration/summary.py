@@ -1,13 +1,15 @@
-"""The table that a calibration ends with."""
+"""Say what a calibration cache holds and how it was made: a table for people, a record for programs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
+from stages.calibration.cache import CacheKey
+from stages.commands.output import Section
 from stages.runtime.upcast import WIDENED_BECAUSE
 
 
@@ -35,24 +37,27 @@ class CalibrationSummary:
 
     cache: Path
     bytes: int
-    source: str
-    calibration_windows: int
-    held_out_windows: int
-    seq_len: int
+    key: CacheKey
     activations: int
-    providers: tuple[str, ...]
     made: PassSummary | None
     """None where the cache was there already."""
 
 
-def calibration_table(summary: CalibrationSummary) -> Table:
-    """A two-column table."""
+def calibration_section(summary: CalibrationSummary) -> Section:
+    """Return what a command prints of a calibration."""
+    key = {name: value for name, value in asdict(summary.key).items() if not name.endswith("_fingerprint")}
+    record = {"cache": summary.cache, "bytes": summary.bytes, **key, "activations": summary.activations}
+    return Section(name="calibration", table=_table(summary), record={**record, "made": summary.made})
+
+
+def _table(summary: CalibrationSummary) -> Table:
     table = Table(title="calibration cache", show_header=False)
-    windows = f"{summary.calibration_windows} to search with + {summary.held_out_windows} held out, {summary.seq_len}"
+    made, key = summary.made, summary.key
+    windows = f"{key.calibration_windows} to search with + {key.held_out_windows} held out, {key.seq_len} tokens each"
     rows = [
         ("cache", f"{summary.cache} ({summary.bytes / 1e6:.0f} MB)"),
-        ("text", summary.source),
-        *([] if summary.made is None else [("tokenizer", summary.made.tokenizer)]),
+        ("text", key.source),
+        *([] if made is None else [("tokenizer", made.tokenizer)]),
         ("windows", windows),
         *_how_it_ran(summary),
     ]
@@ -63,16 +68,13 @@ def calibration_table(summary: CalibrationSummary) -> Table:
 
 
 def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
-    made, providers = summary.made, ("ran on", ", ".join(summary.providers))
+    made, providers = summary.made, ("ran on", ", ".join(summary.key.providers))
     if made is None:
         return [("tapped", f"{summary.activations} activations"), providers]
+    grams = summary.activations - made.as_rows
     rows = [
         ("tapped", f"{summary.activations} activations of {made.matmuls} MatMuls"),
-        (
-            "kept as",
-            f"{summary.activations - made.as_rows} Gram matrices (packed triangles), {made.as_rows} as the tokens' own "
-            "rows",
-        ),
+        ("kept as", f"{grams} Gram matrices (packed triangles), {made.as_rows} as the tokens' own rows"),
     ]
     if made.partitions > 1:
         text = f"the model ran in {made.partitions} parts, one after the other; --max_memory sets their size"

@@ -1,4 +1,4 @@
-"""The input shapes that NvTensorRtRtx is told to prepare for: the smallest, usual and largest of every graph input.
+"""Tell NvTensorRtRtx which input shapes to prepare for: the smallest, usual and largest of every graph input.
 
 The provider builds its engine for a range of shapes (options nv_profile_min_shapes, nv_profile_opt_shapes and
 nv_profile_max_shapes, each "name:1x512,other:1x8x0x64"). Sizes that the graph leaves open come from genai_config.json,
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from stages.calibration.text.tokenizer import why_unreachable
 from stages.errors import GraphError, UserError
 from stages.model.directory import ModelDirectory
-from stages.model.genai_config import GENAI_CONFIG, read_genai_config
+from stages.model.genai_config import GENAI_CONFIG
 
 HF_CONFIG = "config.json"
 
@@ -33,20 +32,12 @@ class DecoderSizes:
     context_length: int | None = None
 
     def or_else(self, other: DecoderSizes) -> DecoderSizes:
-        """These sizes, and ``other``'s where they are None."""
+        """Return these sizes, and ``other``'s where they are None."""
         return DecoderSizes(
             kv_heads=self.kv_heads or other.kv_heads,
             head_size=self.head_size or other.head_size,
             context_length=self.context_length or other.context_length,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowShape:
-    """The largest batch and window that will be fed."""
-
-    batch_size: int
-    seq_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +50,28 @@ class _Range:
 
     @classmethod
     def fixed(cls, size: int) -> _Range:
+        """Return a range of one size."""
         return cls(size, size, size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeProfile:
-    """Ranges of all graph inputs for one run; ``windowed_caches`` are those whose length never changes."""
+    """Ranges of all graph inputs for one run.
 
-    window: WindowShape
+    Args:
+        batch_size: windows in the largest batch that will be fed.
+        seq_len: tokens of the longest window.
+        sizes: what the model's configuration says.
+        windowed_caches: the length of those key/value caches whose length never changes.
+    """
+
+    batch_size: int
+    seq_len: int
     sizes: DecoderSizes
     windowed_caches: Mapping[str, int] = field(default_factory=dict)
 
     def provider_options(self, inputs: Sequence[ir.Value]) -> dict[str, str]:
-        """The three provider options for graph inputs ``inputs``.
+        """Return the three provider options for the graph inputs ``inputs``.
 
         Raises:
             GraphError: an input isn't one of a text decoder, or has a size that neither graph nor configuration gives.
@@ -116,17 +116,52 @@ class ShapeProfile:
         return [self._batch(), heads, self._past() if window is None else _Range.fixed(window), head_size]
 
     def _batch(self) -> _Range:
-        return _Range(1, self.window.batch_size, self.window.batch_size)
+        return _Range(1, self.batch_size, self.batch_size)
 
     def _length(self) -> _Range:
-        return _Range(1, self.window.seq_len, self.window.seq_len)
+        return _Range(1, self.seq_len, self.seq_len)
 
     def _past(self) -> _Range:
-        """Calibration starts with an empty cache; up to a window more fits, as far as the model's context reaches."""
-        left = self.window.seq_len
+        """Return past lengths: none, as calibration starts with empty caches, and up to a window within the context."""
+        left = self.seq_len
         if self.sizes.context_length is not None:
-            left = min(left, max(1, self.sizes.context_length - self.window.seq_len))
+            left = min(left, max(1, self.sizes.context_length - self.seq_len))
         return _Range(0, 0, left)
+
+
+def decoder_sizes(directory: ModelDirectory, model_name: str | None, *, trust_remote_code: bool) -> DecoderSizes:
+    """Return sizes by genai_config.json, and what it lacks by the config.json of ``model_name`` or the model's folder.
+
+    Args:
+        directory: the model.
+        model_name: a folder or hub name; its config.json goes before the model's.
+        trust_remote_code: whether Python code of the hub may run.
+
+    Raises:
+        UserError: a configuration that is needed is there and can't be read.
+    """
+    sizes = DecoderSizes(
+        kv_heads=directory.kv_heads, head_size=directory.head_size, context_length=directory.context_length
+    )
+    if sizes.kv_heads and sizes.head_size and sizes.context_length:
+        return sizes
+    for folder in ([] if model_name is None else [Path(model_name)]) + [directory.folder]:
+        if (folder / HF_CONFIG).is_file():
+            return sizes.or_else(sizes_of_config(_read_json(folder / HF_CONFIG)))
+    if model_name is None or Path(model_name).is_dir():
+        return sizes
+    return sizes.or_else(sizes_of_config(_hub_config(model_name, trust_remote_code=trust_remote_code)))
+
+
+def sizes_of_config(config: Mapping[str, Any]) -> DecoderSizes:
+    """Return sizes by a Hugging Face configuration; of several parts the text part counts."""
+    text = config.get("text_config", config)
+    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    return DecoderSizes(
+        kv_heads=text.get("num_key_value_heads") or heads,
+        head_size=text.get("head_dim") or (hidden // heads if hidden and heads else None),
+        context_length=text.get("max_position_embeddings"),
+    )
 
 
 def _known(size: _Range | None, name: str, axis: int) -> _Range:
@@ -147,53 +182,17 @@ def _written(ranges: Mapping[str, Sequence[_Range]], pick: Callable[[_Range], in
     return ",".join(f"{name}:{'x'.join(str(pick(size)) for size in sizes)}" for name, sizes in ranges.items())
 
 
-# --------------------------------------------------------------------------- sizes from the configurations
-
-
-def decoder_sizes(directory: ModelDirectory, model_name: str | None, *, trust_remote_code: bool) -> DecoderSizes:
-    """Sizes by genai_config.json, and what it lacks by the config.json of ``model_name`` or beside the model.
-
-    Raises:
-        UserError: a configuration that is needed is there and can't be read.
-    """
-    sizes = _sizes_of_genai(directory)
-    if sizes.kv_heads and sizes.head_size and sizes.context_length:
-        return sizes
-    for folder in ([] if model_name is None else [Path(model_name)]) + [directory.folder]:
-        if (folder / HF_CONFIG).is_file():
-            return sizes.or_else(sizes_of_config(_read_json(folder / HF_CONFIG)))
-    if model_name is None or Path(model_name).is_dir():
-        return sizes
-    return sizes.or_else(sizes_of_config(_hub_config(model_name, trust_remote_code=trust_remote_code)))
-
-
-def _sizes_of_genai(directory: ModelDirectory) -> DecoderSizes:
-    model = read_genai_config(directory.folder).get("model", {}) if directory.has_genai_config else {}
-    return DecoderSizes(
-        kv_heads=directory.kv_heads, head_size=directory.head_size, context_length=model.get("context_length")
-    )
-
-
-def sizes_of_config(config: Mapping[str, Any]) -> DecoderSizes:
-    """Sizes by a Hugging Face configuration, whose text part counts where it has several."""
-    text = config.get("text_config", config)
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
-    return DecoderSizes(
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_size=text.get("head_dim") or (hidden // heads if hidden and heads else None),
-        context_length=text.get("max_position_embeddings"),
-    )
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} can't be read as JSON ({error}); repair it or remove it.") from error
+        raise UserError(f"{path} can't be read as JSON ({error}); repair or remove it.") from error
     return content
 
 
 def _hub_config(model_name: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    from transformers import AutoConfig  # here, because it takes a second
+
     unreachable = why_unreachable(model_name, "model")
     if unreachable is not None:
         raise UserError(

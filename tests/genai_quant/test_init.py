@@ -20,7 +20,7 @@ def test_from_calibration_to_evaluation(
         onnx_path=tiny_model, dataset=str(tiny_text), calib_size=4, seq_len=32, cache_dir=tmp_path / "cache"
     )
     made = genai_quant.calibrate(calibration)
-    assert (made.cache, made.calibration_windows, made.held_out_windows) == (tmp_path / "cache", 3, 1)
+    assert (made.cache, made.key.calibration_windows, made.key.held_out_windows) == (tmp_path / "cache", 3, 1)
     assert genai_quant.calibrate(calibration).made is None, "it is there already"
 
     config = QuantizeConfig(

@@ -20,7 +20,7 @@ LAUNCH = [
 ]  # fmt: skip
 DIES = """
 import os, sys
-from stages.solve.runner import GroupSolver
+from stages.quantization.search.solver import GroupSolver
 solve, solved = GroupSolver.solve_posed, []
 def solve_two(self, problem):
     if os.environ["RANK"] == "1" and len(solved) == 2:
@@ -28,14 +28,14 @@ def solve_two(self, problem):
     solved.append(problem)
     return solve(self, problem)
 GroupSolver.solve_posed = solve_two
-from stages.cli import run_command
-from stages.config import QuantizeConfig
-from stages.quantize import quantize
-run_command(QuantizeConfig, quantize, "python -m stages.quantize")
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.run import run_command
+from stages.quantize import command
+run_command(QuantizeConfig, command, "python -m stages.quantize")
 """
 DIES_CALIBRATING = """
 import os
-from stages.graph.run import ActivationTap
+from stages.runtime.tap import ActivationTap
 run, times = ActivationTap.run, []
 def run_two(self, *arguments):
     if os.environ["RANK"] == "1" and len(times) == 2:
@@ -43,15 +43,15 @@ def run_two(self, *arguments):
     times.append(1)
     return run(self, *arguments)
 ActivationTap.run = run_two
-from stages.calibrate_run import calibrate
-from stages.cli import run_command
-from stages.config import CalibrateConfig
-run_command(CalibrateConfig, calibrate, "python -m stages.calibrate")
+from stages.calibrate import command
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.run import run_command
+run_command(CalibrateConfig, command, "python -m stages.calibrate")
 """
 EXCHANGES = """
 import os
 import torch
-from stages.processes import join_processes
+from stages.system.distributed import join_processes
 processes = join_processes()
 numbers = torch.zeros(2, dtype=torch.int64) if processes.is_first else torch.ones(1, dtype=torch.int64)
 mine = {"often": numbers}
@@ -202,6 +202,7 @@ def test_a_process_that_dies_leaves_no_cache_and_the_next_run_makes_it(
     arguments = calibration(tiny_model, tiny_text, tmp_path / "cache")[2:]
     dead = run([*LAUNCH, str(script), *arguments])
     assert dead.returncode != 0
+    assert "exitcode  : 9" in dead.stderr, dead.stderr
     assert not (tmp_path / "cache").exists()
     done = run([sys.executable, *calibration(tiny_model, tiny_text, tmp_path / "cache")])
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Conversations as the model saw them in training: through its tokenizer's chat template."""
+"""Write conversations as the model saw them in training: through its tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.offline import paragraphs
 from stages.errors import UserError, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 """``role``, ``content`` and whatever else a template reads."""
@@ -40,7 +41,7 @@ class ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation; the template itself writes the special tokens.
+        """Return the token ids of a conversation; the template itself writes the special tokens.
 
         Raises:
             UserError: the template refuses it.
@@ -48,7 +49,7 @@ class ChatTemplate:
         return self._encode(self._render(messages))
 
     def marks(self) -> ChatMarks:
-        """What stands around questions and answers.
+        """Return what stands around questions and answers.
 
         Raises:
             UserError: the template doesn't write messages as they are.
@@ -82,8 +83,8 @@ class ChatTemplate:
         parts = rendered.split(message)
         if len(parts) != 2:
             raise UserError(
-                "The tokenizer's chat template doesn't write each message once and as it is, so the model can't be "
-                "let write in it; choose another --dataset."
+                "The tokenizer's chat template doesn't write each message once and as it is, so the model can't write "
+                "conversations itself; choose another --dataset."
             )
         return parts[0], parts[1]
 
@@ -93,17 +94,17 @@ class ChatTemplate:
 
 
 def _always_the_same_day(template: str) -> str:
-    """Templates that write today's date would give other tokens every day: no calibration would be found again."""
+    """Fix the date that a template writes: tokens would differ from day to day, and no cache would be found again."""
     return _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
 
 
 def find_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The tokenizer's chat template, or None where it has none."""
+    """Return the tokenizer's chat template, or None where it has none."""
     return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The tokenizer's chat template.
+    """Return the tokenizer's chat template.
 
     Raises:
         UserError: it has none.
@@ -118,7 +119,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
 
 
 def as_conversation(text: str) -> list[Message]:
-    """A document as a question and its answer: the user gives the beginning, the assistant writes all the rest.
+    """Return a document as a question and its answer: the user begins it, and the assistant writes the rest.
 
     The beginning is the first paragraph; of a single paragraph its first sentence; a single sentence is a question
     without an answer.

@@ -1,4 +1,4 @@
-"""Where calibration text comes from: hub data sets, local files, or CPython's documentation.
+"""Read calibration text from hub data sets, local files, or CPython's documentation.
 
 A document is a text, or the messages of a conversation.
 """
@@ -12,18 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.chat import Message
 from stages.calibration.text.offline import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
 from stages.calibration.text.tokenizer import why_unreachable
 from stages.errors import UserError, named
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
 Row = dict[str, Any]
-Document = str | list[Message]
-SELF = "self"
+TextDocument = str | list[Message]
+SELF_GENERATED = "self"
 """The data set that the model writes itself; there are no documents of it."""
 _SHUFFLE_BUFFER = 2000
 _LONGEST_HUB_DOCUMENT = 16384
@@ -43,6 +44,7 @@ class HubSource:
 
     @property
     def title(self) -> str:
+        """Return what tables call it."""
         return f"{self.path.rsplit('/', 1)[-1]} {self.split}"
 
 
@@ -59,11 +61,13 @@ class Documents:
     """Documents in the order that the seed gives; read once, as far as needed."""
 
     title: str
-    texts: Iterator[Document]
+    texts: Iterator[TextDocument]
 
 
 def dataset_names(dataset: str) -> tuple[str, ...]:
-    """The data sets that ``--dataset`` names, separated by commas; a file that is there may have commas in its name.
+    """Return the data sets that ``--dataset`` names, separated by commas.
+
+    A file that is there may have commas in its name.
 
     Raises:
         UserError: a name is missing between two commas, or comes twice.
@@ -72,7 +76,7 @@ def dataset_names(dataset: str) -> tuple[str, ...]:
         return (dataset,)
     names = tuple(name.strip() for name in dataset.split(","))
     if not all(names):
-        raise UserError(f"--dataset {dataset} has a comma without a name beside it; leave it out.")
+        raise UserError(f"--dataset {dataset} has a comma without a name beside it; remove it.")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--dataset names {twice} twice; windows are shared evenly among different data sets.")
@@ -82,9 +86,13 @@ def dataset_names(dataset: str) -> tuple[str, ...]:
 def open_documents(
     dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES, *, with_messages: bool = False
 ) -> Documents:
-    """The documents that one name of ``--dataset`` means: a hub data set, ``offline``, or a local file.
+    """Return the documents that one name of ``--dataset`` means: a hub data set, ``offline``, or a local file.
 
-    Where ``with_messages``, the rows of a local file give their conversations, if they have any.
+    Args:
+        dataset: the name.
+        seed: of their order.
+        hub_sources: data sets of the hub by their short names.
+        with_messages: whether the rows of a local file give their conversations, if they have any.
 
     Raises:
         UserError: the name is unknown or the file is missing; also, while texts are read, when the hub can't be
@@ -99,8 +107,8 @@ def open_documents(
     path = Path(dataset)
     if path.suffix not in (".txt", *_TABLES):
         raise UserError(
-            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, {SELF}, "
-            "and no .txt, .jsonl or .parquet file; pass one of these."
+            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, {SELF_GENERATED}, and not a .txt, "
+            ".jsonl or .parquet file; pass one of these."
         )
     if not path.is_file():
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
@@ -110,7 +118,7 @@ def open_documents(
 
 
 def _by_hub_name(dataset: str, hub_sources: Mapping[str, HubSource]) -> HubSource | None:
-    """The source that the hub calls ``dataset``, with or without its owner: cnn_dailymail is cnn."""
+    """Return the source that the hub calls ``dataset``, with or without its owner: cnn_dailymail is cnn."""
     return next((s for s in hub_sources.values() if dataset in (s.path, s.path.rsplit("/", 1)[-1])), None)
 
 
@@ -119,11 +127,8 @@ def _shuffled(texts: list[str], seed: int) -> Iterator[str]:
     return iter(texts)
 
 
-# --------------------------------------------------------------------------- text files
-
-
 def _text_file(path: Path, seed: int) -> Iterator[str]:
-    """Documents are separated by two or more blank lines; without any, paragraphs are gathered into documents."""
+    """Return the documents of a file, which two or more blank lines separate; without any, paragraphs make them up."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -136,15 +141,9 @@ def _text_file(path: Path, seed: int) -> Iterator[str]:
     return _shuffled(texts, seed)
 
 
-# --------------------------------------------------------------------------- tables
-
-
-def _stream(rows: datasets.IterableDataset, seed: int) -> Iterable[Row]:
-    shuffled: Iterable[Row] = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    return shuffled
-
-
 def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
+    import datasets  # here, because it takes seconds
+
     unreachable = None if Path(source.path).is_dir() else why_unreachable(source.path, "dataset")
     if unreachable is not None:
         raise UserError(
@@ -153,7 +152,7 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
         )
     try:
         rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
-        for text in _column(_stream(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
+        for text in _column(_shuffled_rows(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
             # A book would otherwise fill every window.
             yield text[:_LONGEST_HUB_DOCUMENT]
     except UserError:
@@ -165,10 +164,9 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
         ) from error
 
 
-def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[Document]:
+def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[TextDocument]:
     try:
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-        for row in _stream(rows, seed):
+        for row in _shuffled_rows(_rows(path), seed):
             document = _document(row, with_messages, f"--dataset {path}")
             if document:
                 yield document
@@ -180,8 +178,13 @@ def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[Document
         ) from error
 
 
-def _document(row: Row, with_messages: bool, where: str) -> Document | None:
-    """What a row of a file holds: where ``with_messages``, its conversation, if it has one; else its text."""
+def _shuffled_rows(rows: IterableDataset, seed: int) -> Iterable[Row]:
+    shuffled: Iterable[Row] = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    return shuffled
+
+
+def _document(row: Row, with_messages: bool, where: str) -> TextDocument | None:
+    """Return what a row of a file holds: where ``with_messages``, its conversation, if it has one; else its text."""
     if with_messages and row.get(_MESSAGES):
         return _conversation(row[_MESSAGES], where)
     if _MESSAGES in row and not any(column in row for column in _FILE_COLUMNS):
@@ -196,7 +199,7 @@ def _document(row: Row, with_messages: bool, where: str) -> Document | None:
 
 def _conversation(messages: object, where: str) -> list[Message]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: column {_MESSAGES} holds no list of messages; store one role and content each.")
+        raise UserError(f"{where}: column {_MESSAGES} is not a list of messages; give each a role and content.")
     # A reader of tables gives each message every key that any message has.
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     if not all(isinstance(message.get("role"), str) and "content" in message for message in given):
@@ -204,12 +207,12 @@ def _conversation(messages: object, where: str) -> list[Message]:
     return given
 
 
-def _parquet_rows(path: Path) -> datasets.IterableDataset:
-    return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+def _rows(path: Path) -> IterableDataset:
+    import datasets  # here, because it takes seconds
 
-
-def _jsonl_rows(path: Path) -> datasets.IterableDataset:
-    """Lines one by one by Python's own parser: that of the library crashes on brackets that are nested deeply."""
+    if path.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    # Line by line with Python's own parser: that of the library crashes on brackets that are nested deeply.
     return datasets.IterableDataset.from_generator(_parsed_lines, gen_kwargs={"path": str(path)})
 
 
@@ -225,12 +228,12 @@ def _parsed_lines(path: str) -> Iterator[Row]:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object")
+                raise ValueError(f"line {number} is not an object")
             yield row
 
 
 def _column(rows: Iterable[Row], columns: tuple[str, ...], where: str) -> Iterator[str]:
-    """The text of each row that has any, from the first of ``columns`` that the rows have."""
+    """Yield the text of each row that has any, from the first of ``columns`` that the rows have."""
     for row in rows:
         name = next((column for column in columns if column in row), None)
         if name is None:

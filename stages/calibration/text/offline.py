@@ -1,4 +1,4 @@
-"""Text that every Python installation carries: CPython's help topics, freed of repetition and split for evaluation.
+"""Take text from the Python installation itself: CPython's help topics, without repetition and split for evaluation.
 
 Topics repeat one another word for word ("specialnames" holds most of "customization"), so paragraphs are compared, not
 topics: no paragraph occurs twice, and none of an evaluation topic occurs in a calibration document.
@@ -18,7 +18,7 @@ DOCUMENT_CHARACTERS = 4000
 
 
 def paragraphs(text: str) -> list[str]:
-    """The blocks of ``text`` between blank lines, with their own line breaks."""
+    """Return the blocks of ``text`` between blank lines, with their own line breaks."""
     return [block.strip("\n") for block in re.split(r"\n\s*\n", text) if block.strip()]
 
 
@@ -35,7 +35,7 @@ def gather(blocks: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def offline_calibration_documents() -> list[str]:
-    """Documents of about 4000 characters, each from one topic, in a fixed order."""
+    """Return documents of about 4000 characters, each from one topic, in a fixed order."""
     names = sorted(topics)
     seen: set[str] = set()
     for name in filter(_is_for_evaluation, names):
@@ -48,7 +48,7 @@ def offline_calibration_documents() -> list[str]:
 
 
 def offline_evaluation_text() -> str:
-    """The topics kept for evaluation, in a fixed order, each paragraph once."""
+    """Return the topics kept for evaluation, in a fixed order, each paragraph once."""
     seen: set[str] = set()
     kept = (_unseen_paragraphs(topics[name], seen) for name in sorted(topics) if _is_for_evaluation(name))
     return "\n\n".join(block for blocks in kept for block in blocks)
@@ -64,7 +64,7 @@ def _words(block: str) -> str:
 
 
 def _unseen_paragraphs(topic: str, seen: set[str]) -> Iterator[str]:
-    """Readable paragraphs that aren't in ``seen`` yet; they are added to it."""
+    """Yield the readable paragraphs that aren't in ``seen`` yet, and add them to it."""
     for block in paragraphs(topic):
         key = _words(block)
         if key not in seen and _is_readable(key):
@@ -73,6 +73,6 @@ def _unseen_paragraphs(topic: str, seen: set[str]) -> Iterator[str]:
 
 
 def _is_readable(words: str) -> bool:
-    """Grammar productions and tables of signs are no English."""
+    """Return False for grammar productions and tables of signs."""
     letters = sum(character.isalpha() for character in words)
     return "::=" not in words and letters >= _LEAST_LETTERS * len(words)

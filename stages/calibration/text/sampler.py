@@ -1,4 +1,4 @@
-"""Free writing through onnxruntime-genai: a batch of windows at a time, sampled from the model's whole distribution."""
+"""Sample text from the model through onnxruntime-genai, a batch of windows at a time, from the whole distribution."""
 
 from __future__ import annotations
 
@@ -38,52 +38,50 @@ class _Generator(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """A model that onnxruntime-genai has loaded to write.
-
-    ``vocabulary`` counts the token ids that may be sampled. ``suppressed_token`` is one that never comes out: the
-    runtime, which stops at an end token and leaves padding out, is told that it is both.
-    """
+    """A model that onnxruntime-genai has loaded."""
 
     runtime: ModuleType
     model: object
     vocabulary: int
+    """Token ids that may be sampled: those below it."""
     suppressed_token: int
+    """A token that never comes out: the runtime stops at an end token and leaves padding out, and takes it for both."""
     shortest_cache: int
     """Tokens that the runtime must hold room for: the window of attention that slides."""
 
-    def write(
+    def generate(
         self,
         scripts: Sequence[GenerationScript],
         uniforms: Float[np.ndarray, "windows seq_len"],
         on_tokens: Callable[[int], None],
     ) -> Int64[np.ndarray, "windows seq_len"]:
-        """One window for each script, all at once, at temperature 1 and from the whole vocabulary.
+        """Return one window for each script, written all at once, at temperature 1 and from the whole vocabulary.
 
         Args:
             scripts: at most LARGEST_BATCH.
-            luck: uniform numbers from [0, 1): the only randomness. A window's first token is always given.
-            on_tokens: told how many tokens each step has added.
+            uniforms: numbers from [0, 1): the only randomness. A window's first token is always given.
+            on_tokens: called after each step with the number of tokens that it has added.
 
         Raises:
             UserError: the runtime can't run the model.
         """
-        scribes = [WindowWriter(script) for script in scripts]
+        writers = [WindowWriter(script) for script in scripts]
         windows = np.zeros(uniforms.shape, np.int64)
         try:
             generator = self._generator(*uniforms.shape)
-            windows[:, 0] = [scribe.next(self.suppressed_token) for scribe in scribes]
+            windows[:, 0] = [writer.next(self.suppressed_token) for writer in writers]
             generator.append_tokens(windows[:, :1].astype(np.int32))
-            on_tokens(len(scribes))
+            on_tokens(len(writers))
             for step in range(1, uniforms.shape[1]):
                 logits = generator.get_logits()
                 sampled = sample(self._allowed(logits), uniforms[:, step])
-                windows[:, step] = [scribe.next(int(token)) for scribe, token in zip(scribes, sampled, strict=True)]
+                windows[:, step] = [writer.next(int(token)) for writer, token in zip(writers, sampled, strict=True)]
                 generator.set_logits(_only(windows[:, step], logits.shape))
                 generator.generate_next_token()
-                on_tokens(len(scribes))
+                on_tokens(len(writers))
         except RuntimeError as error:
             raise UserError(
-                f"--dataset self: onnxruntime-genai can't go on writing ({named(error)}); {_INSTEAD}."
+                f"--dataset self: onnxruntime-genai stops while it writes ({named(error)}); {_INSTEAD}."
             ) from error
         return windows
 
@@ -110,7 +108,7 @@ class Sampler:
         return allowed
 
 
-def open_writer(
+def open_sampler(
     directory: ModelDirectory, providers: Sequence[str], scripts: Sequence[GenerationScript], token_count: int
 ) -> Sampler:
     """Load the model with the first of ``providers`` that onnxruntime-genai can run it with.
@@ -118,8 +116,8 @@ def open_writer(
     Args:
         directory: the model.
         providers: ONNX Runtime's names, in the order in which they are tried.
-        scripts: all that will be written by.
-        token_count: ids that the tokenizer has; a model's vocabulary may have more rows.
+        scripts: all that will be used.
+        token_count: token ids that the tokenizer has; a model's vocabulary may have more rows.
 
     Raises:
         UserError: onnxruntime-genai isn't installed, or can't run the model.
@@ -158,7 +156,7 @@ def open_writer(
 
 
 def end_tokens(directory: ModelDirectory) -> frozenset[int]:
-    """The tokens at which the model's genai_config.json ends generation.
+    """Return the tokens at which the model's genai_config.json ends generation.
 
     Raises:
         UserError: there is no such file.
@@ -168,21 +166,21 @@ def end_tokens(directory: ModelDirectory) -> frozenset[int]:
             f"--dataset self: {directory.folder} has no {GENAI_CONFIG}, without which onnxruntime-genai can't run the "
             f"model; put it there, or {_INSTEAD}."
         )
-    named = read_genai_config(directory.folder).get("model", {}).get("eos_token_id", [])
-    return frozenset(named if isinstance(named, list) else [named])
+    tokens = read_genai_config(directory.folder).get("model", {}).get("eos_token_id", [])
+    return frozenset(tokens if isinstance(tokens, list) else [tokens])
 
 
 def sample(
     logits: Float32[np.ndarray, "windows vocabulary"], uniforms: Float[np.ndarray, " windows"]
 ) -> Int64[np.ndarray, " windows"]:
-    """A token for each row, with probability softmax(logits): where the cumulated sum passes ``uniforms`` of the whole.
+    """Return a token for each row, drawn from softmax(logits): where the running sum passes ``uniforms`` of the whole.
 
     Raises:
         UserError: a row holds NaN or infinity.
     """
     largest = logits.max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
-        raise UserError(f"--dataset self: the model's logits are no numbers (NaN or infinite); {_INSTEAD}.")
+        raise UserError(f"--dataset self: the model's logits are NaN or infinite; {_INSTEAD}.")
     sums = np.cumsum(np.exp(logits - largest), axis=1, dtype=np.float64)
     wanted = uniforms * sums[:, -1]
     found = [np.searchsorted(row, value, side="right") for row, value in zip(sums, wanted, strict=True)]
@@ -190,13 +188,13 @@ def sample(
 
 
 def _suppressed_token(vocabulary: int, scripts: Sequence[GenerationScript]) -> int:
-    """The last token that no script gives: a row without a token, a spare special one, or the rarest word."""
+    """Return the last token that no script gives: a row without a token, a spare special one, or the rarest word."""
     given = frozenset[int]().union(*(script.given for script in scripts))
     return next(token for token in reversed(range(vocabulary)) if token not in given)
 
 
 def _only(tokens: Int64[np.ndarray, " windows"], shape: tuple[int, ...]) -> Float32[np.ndarray, "windows 1 rows"]:
-    """Logits of which each row's best is its token."""
+    """Return logits that leave each row no choice but its token."""
     logits = np.zeros(shape, np.float32)
     logits[np.arange(len(tokens)), -1, tokens] = 1
     return logits

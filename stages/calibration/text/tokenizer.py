@@ -1,11 +1,11 @@
-"""The model's tokenizer: from a folder, from the hub, or from the model's own folder where the hub can't give it."""
+"""Load the model's tokenizer from a folder or the hub, or from the model's own folder where the hub can't give it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -15,15 +15,17 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.errors import UserError, named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 10.0
 
 
 def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
-    """Why the hub doesn't answer, or None where it does, whatever it answers about ``name``.
+    """Return why the hub doesn't answer, or None where it does, whatever it answers about ``name``.
 
     None too where HF_HUB_OFFLINE is set: the libraries then look only at what they keep in HF_HOME, at once.
     """
@@ -51,7 +53,7 @@ class _CannotLoad(Exception):
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
+    """Return the tokenizer of a folder or hub name.
 
     Raises:
         UserError: there is none, or it can't be loaded.
@@ -60,7 +62,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) -> FoundTokenizer:
-    """The tokenizer of ``path``, a folder or hub name; where it is a hub name that can't be loaded, ``stand_in``'s.
+    """Return the tokenizer of ``path`` or, where that is a hub name that can't be loaded, the one of ``stand_in``.
+
+    Args:
+        path: a folder or hub name.
+        stand_in: another folder; None: there is none.
+        trust_remote_code: whether the tokenizer's own Python code may run.
 
     Raises:
         UserError: neither has one that can be loaded.
@@ -81,7 +88,7 @@ def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) 
 
 
 def _names_a_place(path: str, error: BaseException) -> bool:
-    """Whether a folder was meant: one that is there, or a path that no hub name looks like."""
+    """Return whether a folder was meant: one that is there, or a path that no hub name looks like."""
     return Path(path).is_dir() or any(isinstance(cause, HFValidationError) for cause in _causes(error))
 
 
@@ -94,6 +101,8 @@ def _stand_in(folder: str, wanted: str, reason: _CannotLoad, trust_remote_code: 
 
 
 def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # here, because it takes a second
+
     unreachable = None if Path(path).is_dir() else why_unreachable(path, "model")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -107,7 +116,7 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
 def _reason(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, HFValidationError):
-            return "there is no such folder, and it is no hub name"
+            return "there is no such folder, and it is not a hub name"
         if isinstance(cause, GatedRepoError):
             return "its terms must be accepted on the Hugging Face hub; do that, then log in with 'hf auth login'"
         if isinstance(cause, RepositoryNotFoundError):

@@ -1,4 +1,4 @@
-"""Text to token windows: deterministic, packed full, fingerprinted, and split into calibration and held-out windows."""
+"""Turn text into token windows: deterministic, packed full, fingerprinted, and split into calibration and held-out."""
 
 from __future__ import annotations
 
@@ -10,42 +10,31 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from jaxtyping import Int64
-from transformers import PreTrainedTokenizerBase
 
 from stages.calibration.text.chat import as_conversation, require_chat_template
-from stages.calibration.text.documents import HUB_SOURCES, SELF, Document, HubSource, dataset_names, open_documents
-from stages.calibration.text.self_generated import OwnTextRequest, OwnTextSource
+from stages.calibration.text.documents import (
+    HUB_SOURCES,
+    SELF_GENERATED,
+    HubSource,
+    TextDocument,
+    dataset_names,
+    open_documents,
+)
+from stages.calibration.text.self_generated import GenerationRequest, TextGenerator
 from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
+from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
+from stages.model.directory import ModelDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _HELD_OUT_SHARE = 10
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowRequest:
-    """Which tokens to calibrate on.
-
-    ``dataset`` may name several, separated by commas. ``tokenizer_path`` is a folder or hub name; ``stand_in_path`` is
-    a folder whose tokenizer is taken where the hub can't give that one. ``vocab_size`` is the model's (None: unknown),
-    ``calib_size`` counts windows of ``seq_len`` tokens, held-out ones included. ``apply_chat_template`` makes a
-    conversation of each document, ``use_random`` replaces text by uniform token ids.
-    """
-
-    dataset: str
-    tokenizer_path: str
-    stand_in_path: str | None = None
-    vocab_size: int | None
-    calib_size: int
-    seq_len: int
-    seed: int
-    apply_chat_template: bool = False
-    use_random: bool
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,57 +52,65 @@ class TokenWindows:
 
 
 def load_windows(
-    request: WindowRequest,
+    config: CalibrateConfig,
+    directory: ModelDirectory,
+    providers: tuple[str, ...],
     hub_sources: Mapping[str, HubSource] = HUB_SOURCES,
-    *,
-    own_text: OwnTextSource | None = None,
 ) -> TokenWindows:
-    """Read, tokenize and pack as much text as ``request`` needs; a tenth of the windows (at least one) is held out.
+    """Read, tokenize and pack as much text as ``config`` asks for; a tenth of the windows (at least one) is held out.
 
     Each document is tokenized with the special tokens its tokenizer adds, and ends with the tokenizer's EOS where there
     is one; as a conversation it gets what the chat template writes, and nothing else. Several data sets give the same
-    number of windows each (the first ones one more where that doesn't come out even), by turns, a tenth of each held
-    out. The same request on the same data gives the same windows.
+    number of windows each (the first ones one more where that doesn't come out even), alternately, a tenth of each held
+    out. The same options on the same data give the same windows.
 
     Args:
-        request: what is asked for.
+        config: names the data sets and the tokenizer, and gives the number and length of windows.
+        directory: the model; its folder's tokenizer is used where none is named or the hub can't give it.
+        providers: with which the model may write the data set "self", by ONNX Runtime's names.
         hub_sources: data sets of the hub by their short names.
-        own_text: who writes the data set "self".
 
     Raises:
         UserError: the data or tokenizer can't be read, the text is too short, or its ids don't fit the vocabulary.
     """
-    if request.use_random:
-        return _split([_Part(title="random tokens", windows=_random_windows(request))], tokenizer="none")
-    names = dataset_names(request.dataset)
-    if request.calib_size < 2 * len(names):
+    if config.use_random_calib:
+        windows = _random_windows(config, directory.vocab_size)
+        return _split([_Part(title="random tokens", windows=windows)], tokenizer="none")
+    names = dataset_names(config.dataset)
+    if config.calib_size < 2 * len(names):
         raise UserError(
-            f"--calib_size {request.calib_size} is too small for {len(names)} data sets; each needs a window to "
+            f"--calib_size {config.calib_size} is too small for {len(names)} data sets; each needs a window to "
             f"calibrate on and one held out, so pass {2 * len(names)} or more."
         )
+    own_folder = str(directory.folder)
     with _quiet_libraries():
-        found = find_tokenizer(
-            request.tokenizer_path, request.stand_in_path, trust_remote_code=request.trust_remote_code
-        )
+        found = find_tokenizer(config.model_name or own_folder, own_folder, trust_remote_code=config.trust_remote_code)
         parts = [
-            _own_part(own_text, request, count, found)
-            if name == SELF
-            else _part(name, request, count, found, hub_sources)
-            for name, count in zip(names, window_shares(request.calib_size, len(names)), strict=True)
+            _self_generated_part(config, directory, providers, count, found.tokenizer)
+            if name == SELF_GENERATED
+            else _part(name, config, count, found.tokenizer, hub_sources)
+            for name, count in zip(names, window_shares(config.calib_size, len(names)), strict=True)
         ]
     for part in parts:
-        _check_vocabulary(part.windows, found.source, request.vocab_size)
+        _check_vocabulary(part.windows, found, directory.vocab_size)
     return _split(parts, tokenizer=found.title)
 
 
 def window_shares(windows: int, sources: int) -> list[int]:
-    """How many of so many windows each data set gives."""
+    """Return how many of so many windows each data set gives."""
     return [len(range(index, windows, sources)) for index in range(sources)]
 
 
 def held_out_windows(windows: int) -> int:
-    """How many of so many windows of one data set are held out."""
+    """Return how many of so many windows of one data set are held out."""
     return max(1, round(windows / _HELD_OUT_SHARE))
+
+
+def pack_windows(tokens: Iterable[int], count: int, seq_len: int) -> Int64[np.ndarray, "windows seq_len"]:
+    """Return the first ``count`` full windows of a token stream, or as many as there are; the remainder is dropped."""
+    flat = np.fromiter(islice(tokens, count * seq_len), np.int64)
+    full = len(flat) // seq_len
+    return flat[: full * seq_len].reshape(full, seq_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,49 +121,53 @@ class _Part:
     windows: Int64[np.ndarray, "windows seq_len"]
 
     @property
-    def held_out_count(self) -> int:
-        return held_out_windows(len(self.windows))
+    def split(self) -> int:
+        """Return where the held-out windows begin: they are the last ones, as neighbours in a document are no test."""
+        return len(self.windows) - held_out_windows(len(self.windows))
 
 
 def _part(
-    dataset: str, request: WindowRequest, count: int, found: FoundTokenizer, hub_sources: Mapping[str, HubSource]
+    dataset: str,
+    config: CalibrateConfig,
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    hub_sources: Mapping[str, HubSource],
 ) -> _Part:
-    chat = request.apply_chat_template
-    documents = open_documents(dataset, request.seed, hub_sources, with_messages=chat)
-    tokens = (_chat_stream if chat else _token_stream)(found.tokenizer, documents.texts)
-    windows = pack_windows(tokens, count, request.seq_len)
+    chat = config.apply_chat_template
+    documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
+    tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
+    windows = pack_windows(tokens, count, config.seq_len)
     if len(windows) < count:
-        asked = "--calib_size is" if count == request.calib_size else "its share of --calib_size is"
+        asked = "--calib_size is" if count == config.calib_size else "its share of --calib_size is"
         raise UserError(
-            f"--dataset {dataset} gives {len(windows)} windows of {request.seq_len} tokens and {asked} {count}; lower "
+            f"--dataset {dataset} gives {len(windows)} windows of {config.seq_len} tokens and {asked} {count}; lower "
             "--calib_size or --seq_len, or pass more text."
         )
     return _Part(title=f"{documents.title}, as chats" if chat else documents.title, windows=windows)
 
 
-def _own_part(own_text: OwnTextSource | None, request: WindowRequest, count: int, found: FoundTokenizer) -> _Part:
-    assert own_text is not None, "whoever lets a user ask for it brings it along"
-    written = own_text.write(
-        found.tokenizer,
-        OwnTextRequest(count=count, seq_len=request.seq_len, seed=request.seed, chats_only=request.apply_chat_template),
+def _self_generated_part(
+    config: CalibrateConfig,
+    directory: ModelDirectory,
+    providers: tuple[str, ...],
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> _Part:
+    generator = TextGenerator(directory=directory, providers=providers, folder=config.cache_path.absolute().parent)
+    request = GenerationRequest(
+        count=count, seq_len=config.seq_len, seed=config.seed, chats_only=config.apply_chat_template
     )
-    return _Part(title=written.title, windows=written.windows)
+    text = generator.generate(tokenizer, request)
+    return _Part(title=text.title, windows=text.windows)
 
 
-def pack_windows(tokens: Iterable[int], count: int, seq_len: int) -> Int64[np.ndarray, "windows seq_len"]:
-    """The first ``count`` full windows of a token stream, or as many as there are; the remainder is dropped."""
-    flat = np.fromiter(islice(tokens, count * seq_len), np.int64)
-    full = len(flat) // seq_len
-    return flat[: full * seq_len].reshape(full, seq_len)
-
-
-def _chat_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> Iterator[int]:
+def _chat_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[TextDocument]) -> Iterator[int]:
     template = require_chat_template(tokenizer)
     for document in documents:
         yield from template.tokens(as_conversation(document) if isinstance(document, str) else document)
 
 
-def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document]) -> Iterator[int]:
+def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[TextDocument]) -> Iterator[int]:
     for text in texts:
         # verbose warns of texts longer than the model's context; windows are cut afterwards.
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
@@ -175,31 +176,32 @@ def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document])
             yield tokenizer.eos_token_id
 
 
-def _random_windows(request: WindowRequest) -> Int64[np.ndarray, "windows seq_len"]:
-    if request.vocab_size is None:
-        raise UserError("--use_random_calib needs the model's vocab_size; put genai_config.json beside the model.")
-    generator = np.random.default_rng(request.seed)
+def _random_windows(config: CalibrateConfig, vocab_size: int | None) -> Int64[np.ndarray, "windows seq_len"]:
+    if vocab_size is None:
+        raise UserError("--use_random_calib needs the model's vocab_size; put genai_config.json into its folder.")
+    generator = np.random.default_rng(config.seed)
     try:
-        return generator.integers(request.vocab_size, size=(request.calib_size, request.seq_len), dtype=np.int64)
+        return generator.integers(vocab_size, size=(config.calib_size, config.seq_len), dtype=np.int64)
     except (ValueError, MemoryError) as error:
         raise UserError(
-            f"--calib_size {request.calib_size} windows of --seq_len {request.seq_len} don't fit the memory; lower one."
+            f"--calib_size {config.calib_size} windows of --seq_len {config.seq_len} don't fit the memory; lower one."
         ) from error
 
 
-def _check_vocabulary(windows: Int64[np.ndarray, "windows seq_len"], tokenizer: str, vocab_size: int | None) -> None:
+def _check_vocabulary(
+    windows: Int64[np.ndarray, "windows seq_len"], found: FoundTokenizer, vocab_size: int | None
+) -> None:
     largest = int(windows.max())
     if vocab_size is not None and largest >= vocab_size:
         raise UserError(
-            f"The tokenizer of {tokenizer} gives token {largest}, but the model's vocabulary has {vocab_size}; pass "
+            f"The tokenizer of {found.source} gives token {largest}, but the model's vocabulary has {vocab_size}; pass "
             "the model's own tokenizer as --model_name."
         )
 
 
 def _split(parts: Sequence[_Part], *, tokenizer: str) -> TokenWindows:
-    # The last windows, not scattered ones: neighbours in one document would be no test.
-    calibration = _by_turns([part.windows[: -part.held_out_count] for part in parts])
-    held_out = _by_turns([part.windows[-part.held_out_count :] for part in parts])
+    calibration = _alternately([part.windows[: part.split] for part in parts])
+    held_out = _alternately([part.windows[part.split :] for part in parts])
     return TokenWindows(
         calibration=calibration,
         held_out=held_out,
@@ -209,10 +211,10 @@ def _split(parts: Sequence[_Part], *, tokenizer: str) -> TokenWindows:
     )
 
 
-def _by_turns(parts: Sequence[Int64[np.ndarray, "_ seq_len"]]) -> Int64[np.ndarray, "windows seq_len"]:
-    """The first window of each part, then the second of each, and so on: the first few hold something of all."""
-    turns = zip_longest(*parts)
-    return np.stack([window for turn in turns for window in turn if window is not None])
+def _alternately(parts: Sequence[Int64[np.ndarray, "_ seq_len"]]) -> Int64[np.ndarray, "windows seq_len"]:
+    """Return the first window of each part, then the second of each, and so on: the first few hold something of all."""
+    rounds = zip_longest(*parts)
+    return np.stack([window for windows in rounds for window in windows if window is not None])
 
 
 def _fingerprint(windows: Int64[np.ndarray, "windows seq_len"], held_out: int) -> str:
@@ -224,6 +226,8 @@ def _fingerprint(windows: Int64[np.ndarray, "windows seq_len"], held_out: int) -
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Hide the progress bars and warnings of the libraries that fetch and tokenize; what fails is raised."""
+    import datasets  # here, because it takes seconds
+
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     bars_were_on = not datasets.are_progress_bars_disabled()

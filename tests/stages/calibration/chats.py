@@ -12,7 +12,7 @@ TEMPLATE = (
 
 
 def with_template(folder: Path, copy: Path, template: str = TEMPLATE) -> Path:
-    """A copy of a tokenizer's or model's folder with a chat template."""
+    """Copy a tokenizer's or model's folder, and give the copy a chat template."""
     shutil.copytree(folder, copy)
     (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
     return copy

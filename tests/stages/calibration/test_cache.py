@@ -114,7 +114,7 @@ def test_a_truncated_statistics_file_is_refused(tmp_path: Path) -> None:
     cache = _write(tmp_path / "cache")
     file = cache.folder / cache.manifest.files["/x"]
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(CacheMismatch, match="is damaged"):
+    with pytest.raises(CacheMismatch, match="is missing or damaged"):
         cache.read("/x")
 
 

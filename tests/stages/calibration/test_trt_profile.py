@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import transformers
 from onnx import TensorProto
 
-import stages.calibration.trt_profile
-from stages.calibration.trt_profile import DecoderSizes, ShapeProfile, WindowShape, decoder_sizes, sizes_of_config
+from stages.calibration.trt_profile import DecoderSizes, ShapeProfile, decoder_sizes, sizes_of_config
 from stages.errors import GraphError, UserError
 from stages.model.directory import ModelDirectory
 from tests.support.graphs import TinyGraph
 
-WINDOW = WindowShape(batch_size=4, seq_len=512)
 SIZES = DecoderSizes(kv_heads=8, head_size=64, context_length=2048)
 TOKENS = {"input_ids": ["b", "s"], "attention_mask": ["b", "t"], "position_ids": ["b", "s"]}
 CACHE = {"past_key_values.0.key": ["b", 2, "past", "kv_cache_dim"], "past_key_values.0.value": ["b", "h", "past", 16]}
@@ -24,12 +24,11 @@ def _options(
     inputs: dict[str, list[int | str]],
     sizes: DecoderSizes = SIZES,
     windowed: dict[str, int] | None = None,
-    window: WindowShape = WINDOW,
 ) -> dict[str, str]:
     graph = TinyGraph()
     for name, shape in inputs.items():
         graph.input(name, TensorProto.FLOAT, shape)
-    profile = ShapeProfile(window=window, sizes=sizes, windowed_caches=windowed or {})
+    profile = ShapeProfile(batch_size=4, seq_len=512, sizes=sizes, windowed_caches=windowed or {})
     return profile.provider_options(graph.model().graph.inputs)
 
 
@@ -82,16 +81,14 @@ def test_what_is_open_is_named(inputs: dict[str, list[int | str]], sizes: Decode
         _options(inputs, sizes)
 
 
-def _directory(folder: Path, genai: dict[str, object] | None, **known: int) -> ModelDirectory:
-    if genai is not None:
-        (folder / "genai_config.json").write_text(json.dumps({"model": genai}))
-    return ModelDirectory(folder=folder, onnx_file=folder / "model.onnx", has_genai_config=genai is not None, **known)
+def _directory(folder: Path, **known: int) -> ModelDirectory:
+    return ModelDirectory(folder=folder, onnx_file=folder / "model.onnx", has_genai_config=bool(known), **known)
 
 
 def test_genai_config_is_asked_first_and_config_json_fills_the_rest(tmp_path: Path) -> None:
     hugging_face = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     (tmp_path / "config.json").write_text(json.dumps(hugging_face | {"max_position_embeddings": 8192}))
-    directory = _directory(tmp_path, {"context_length": 4096}, kv_heads=2)
+    directory = _directory(tmp_path, kv_heads=2, context_length=4096)
     found = decoder_sizes(directory, None, trust_remote_code=False)
     assert found == DecoderSizes(kv_heads=2, head_size=64, context_length=4096)
 
@@ -100,19 +97,19 @@ def test_the_folder_of_model_name_goes_before_the_models_own(tmp_path: Path) -> 
     (tmp_path / "hf").mkdir()
     for folder, size in ((tmp_path, 32), (tmp_path / "hf", 128)):
         (folder / "config.json").write_text(json.dumps({"num_attention_heads": 4, "head_dim": size}))
-    directory = _directory(tmp_path, None)
+    directory = _directory(tmp_path)
     assert decoder_sizes(directory, str(tmp_path / "hf"), trust_remote_code=False).head_size == 128
     assert decoder_sizes(directory, None, trust_remote_code=False).head_size == 32
 
 
 def test_without_any_configuration_nothing_is_known(tmp_path: Path) -> None:
-    assert decoder_sizes(_directory(tmp_path, None), str(tmp_path), trust_remote_code=False) == DecoderSizes()
+    assert decoder_sizes(_directory(tmp_path), str(tmp_path), trust_remote_code=False) == DecoderSizes()
 
 
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json can't be read as JSON"):
-        decoder_sizes(_directory(tmp_path, None), None, trust_remote_code=False)
+        decoder_sizes(_directory(tmp_path), None, trust_remote_code=False)
 
 
 @pytest.mark.parametrize(
@@ -137,21 +134,25 @@ def test_hugging_face_configurations(config: dict[str, object], sizes: DecoderSi
 def test_a_hub_name_is_asked_last_and_its_failure_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    class Hub:
-        @staticmethod
-        def from_pretrained(name: str, **_: bool) -> None:
-            asked.append(name)
-            raise OSError("offline\nand more")
+    def offline(name: str, **_: bool) -> None:
+        asked.append(name)
+        raise OSError("offline\nand more")
 
-    monkeypatch.setattr(stages.calibration.trt_profile, "AutoConfig", Hub)
-    monkeypatch.setattr(stages.calibration.trt_profile, "why_unreachable", lambda *_: None)
-    known = _directory(tmp_path, {"context_length": 64}, kv_heads=2, head_size=16)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
+    known = _directory(tmp_path, kv_heads=2, head_size=16, context_length=64)
     assert decoder_sizes(known, "owner/model", trust_remote_code=False).head_size == 16
     assert asked == []
     with pytest.raises(UserError, match=r"--model_name owner/model has no configuration.*\(offline\)"):
-        decoder_sizes(_directory(tmp_path, None), "owner/model", trust_remote_code=False)
-    monkeypatch.setattr(stages.calibration.trt_profile, "why_unreachable", lambda *_: "no answer")
-    asked.clear()
-    with pytest.raises(UserError, match=r"\(no answer\); check the network"):
-        decoder_sizes(_directory(tmp_path, None), "owner/model", trust_remote_code=False)
-    assert asked == []
+        decoder_sizes(_directory(tmp_path), "owner/model", trust_remote_code=False)
+    assert asked == ["owner/model"]
+
+
+def test_without_a_network_the_hub_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match=r"can't be reached, .*no route\); check the network"):
+        decoder_sizes(_directory(tmp_path), "owner/model", trust_remote_code=False)

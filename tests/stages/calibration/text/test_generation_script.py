@@ -1,4 +1,4 @@
-"""Scripts open documents as training did, and a scribe mixes their tokens with the model's in the right order."""
+"""Scripts open documents as training did, and a writer mixes their tokens with the model's in the right order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import processors
 from stages.calibration.text.chat import ChatMarks, require_chat_template
 from stages.calibration.text.generation_script import (
     GenerationScript,
-    Passage,
+    Turn,
     WindowWriter,
     chat_script,
     is_loop,
@@ -31,30 +31,28 @@ def tokenizer(tiny_tokenizer: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def written(script: GenerationScript, sampled: list[int]) -> list[int]:
-    """What a scribe writes until all of ``sampled``, one for each step, is used up."""
-    scribe = WindowWriter(script)
-    return [scribe.next(token) for token in sampled]
+    """Return what a writer writes until all of ``sampled``, one for each step, is used up."""
+    writer = WindowWriter(script)
+    return [writer.next(token) for token in sampled]
 
 
 def test_given_tokens_come_first_and_end_tokens_are_replaced() -> None:
-    question = Passage(ends=frozenset({9}), at_most=3, then=(20, 21))
-    answer = Passage(ends=frozenset({8, 9}), at_most=None, then=(30,))
-    script = GenerationScript(kind="chat", opening=(10, 11), passages=(question, answer))
+    question = Turn(ends=frozenset({9}), at_most=3, then=(20, 21))
+    answer = Turn(ends=frozenset({8, 9}), at_most=None, then=(30,))
+    script = GenerationScript(kind="chat", opening=(10, 11), turns=(question, answer))
     sampled = [1, 2, 3, 9, 5, 6, 7, 7, 7, 7, 8, 1, 1, 1, 1, 1]
     #          given  end given          answer   end   question, three at most, then given
     assert written(script, sampled) == [10, 11, 3, 20, 21, 6, 7, 7, 7, 7, 30, 1, 1, 1, 20, 21]
     assert script.given == {10, 11, 20, 21, 30}
 
 
-def test_where_nothing_is_given_after_a_passage_the_next_one_begins_at_once() -> None:
-    passages = (Passage(ends=frozenset({9}), at_most=None, then=()), Passage(ends=frozenset(), at_most=None, then=(5,)))
-    assert written(GenerationScript(kind="chat", opening=(1,), passages=passages), [0, 2, 9, 9, 3]) == [1, 2, 9, 9, 3]
+def test_where_nothing_is_given_after_a_turn_the_next_one_begins_at_once() -> None:
+    turns = (Turn(ends=frozenset({9}), at_most=None, then=()), Turn(ends=frozenset(), at_most=None, then=(5,)))
+    assert written(GenerationScript(kind="chat", opening=(1,), turns=turns), [0, 2, 9, 9, 3]) == [1, 2, 9, 9, 3]
 
 
 def test_a_model_that_turns_in_circles_begins_anew() -> None:
-    script = GenerationScript(
-        kind="text", opening=(1,), passages=(Passage(ends=frozenset(), at_most=None, then=(2, 1)),)
-    )
+    script = GenerationScript(kind="text", opening=(1,), turns=(Turn(ends=frozenset(), at_most=None, then=(2, 1)),))
     circle = [*range(100, 116)]
     tokens = written(script, [0, 7, *circle * 6])
     assert tokens[: 2 + 64 + 2] == [1, 7, *circle * 4, 2, 1]
@@ -104,17 +102,17 @@ def test_chats_are_what_the_template_makes_of_question_and_answer(
     script = chat_script(tokenizer, template.marks(), frozenset({EOS}), 100)
     question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Where?", "Here."))
     expected = template.tokens([{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}])
-    opening, to_answer = len(script.opening), len(script.passages[0].then)
+    opening, to_answer = len(script.opening), len(script.turns[0].then)
     sampled = chain(repeat(5, opening), question, [EOS], repeat(5, to_answer - 1), answer, [EOS])
     assert written(script, list(sampled)) == expected
     # The next conversation begins as the first one did.
-    assert script.passages[1].then[1:] == script.opening
+    assert script.turns[1].then[1:] == script.opening
 
 
 def test_a_question_without_an_end_is_answered_all_the_same(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     script = chat_script(tokenizer, require_chat_template(tokenizer).marks(), frozenset({EOS}), 4)
     tokens = written(script, [50] * 40)
     start = len(script.opening)
-    then = script.passages[0].then
+    then = script.turns[0].then
     assert tokens[start : start + 4 + len(then)] == [50, 50, 50, 50, *then]
     assert set(tokens[start + 4 + len(then) :]) == {50}

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.calibration.text.generation_script import GenerationScript, Passage
-from stages.calibration.text.sampler import Sampler, end_tokens, open_writer, sample
+from stages.calibration.text.generation_script import GenerationScript, Turn
+from stages.calibration.text.sampler import Sampler, end_tokens, open_sampler, sample
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.runtime.providers import CPU, CUDA
@@ -20,23 +20,21 @@ from tests.reference.sampling import draw
 
 BOS, EOS, VOCABULARY = 0, 1, 300
 TEXT = GenerationScript(
-    kind="text", opening=(BOS,), passages=(Passage(ends=frozenset({EOS}), at_most=None, then=(EOS, BOS)),)
+    kind="text", opening=(BOS,), turns=(Turn(ends=frozenset({EOS}), at_most=None, then=(EOS, BOS)),)
 )
-CHAT = GenerationScript(
-    kind="chat", opening=(BOS, 60, 61), passages=(Passage(ends=frozenset(), at_most=5, then=(70, EOS)),)
-)
+CHAT = GenerationScript(kind="chat", opening=(BOS, 60, 61), turns=(Turn(ends=frozenset(), at_most=5, then=(70, EOS)),))
 
 
-def luck_of(windows: int, length: int) -> np.ndarray:
+def uniforms_of(windows: int, length: int) -> np.ndarray:
     return np.random.default_rng(5).random((windows, length))
 
 
-def write(writer: Sampler, scripts: list[GenerationScript], uniforms: np.ndarray) -> np.ndarray:
-    return writer.write(scripts, uniforms, lambda _: None)
+def generate(sampler: Sampler, scripts: list[GenerationScript], uniforms: np.ndarray) -> np.ndarray:
+    return sampler.generate(scripts, uniforms, lambda _: None)
 
 
 def opened(folder: Path) -> Sampler:
-    return open_writer(locate_model(folder), (CPU,), (TEXT, CHAT), VOCABULARY)
+    return open_sampler(locate_model(folder), (CPU,), (TEXT, CHAT), VOCABULARY)
 
 
 def test_sampling_is_the_slow_drawing_from_a_softmax() -> None:
@@ -60,8 +58,8 @@ def test_the_rarest_tokens_come_as_often_as_they_should() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
-    with pytest.raises(UserError, match="logits are no numbers"):
+def test_nan_and_infinite_logits_are_refused(value: float) -> None:
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
         sample(np.array([[0, value, 1]], np.float32), np.array([0.5]))
 
 
@@ -71,13 +69,13 @@ def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
 ) -> None:
     """One full forward pass a window, without cache and runtime, gives the same distribution at every place."""
     directory = locate_model(request.getfixturevalue(kind))
-    writer = open_writer(directory, (CPU,), (TEXT, CHAT), VOCABULARY)
-    uniforms = luck_of(4, 40)
-    windows = write(writer, [TEXT, CHAT, TEXT, CHAT], uniforms)
+    sampler = open_sampler(directory, (CPU,), (TEXT, CHAT), VOCABULARY)
+    uniforms = uniforms_of(4, 40)
+    windows = generate(sampler, [TEXT, CHAT, TEXT, CHAT], uniforms)
     session = open_session(directory.onnx_file, SessionSettings())
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
     logits = session.run(["logits"], feeds(windows))[0].astype(np.float32)
-    logits[:, :, writer.suppressed_token] = -np.inf
+    logits[:, :, sampler.suppressed_token] = -np.inf
     # What fp16 rounds differently in the cache moves probabilities by a thousandth.
     low, high = (
         np.stack(
@@ -97,51 +95,50 @@ def test_models_open_whatever_omp_num_threads_holds(
     value: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert write(opened(tiny_model), [TEXT], luck_of(1, 4)).shape == (1, 4)
+    assert generate(opened(tiny_model), [TEXT], uniforms_of(1, 4)).shape == (1, 4)
 
 
-def test_the_same_luck_writes_the_same_and_each_window_its_own(tiny_model: Path) -> None:
-    writer, uniforms = opened(tiny_model), luck_of(3, 24)
-    first = write(writer, [TEXT] * 3, uniforms)
-    np.testing.assert_array_equal(first, write(writer, [TEXT] * 3, uniforms))
+def test_the_same_uniforms_write_the_same_and_each_window_its_own(tiny_model: Path) -> None:
+    sampler, uniforms = opened(tiny_model), uniforms_of(3, 24)
+    first = generate(sampler, [TEXT] * 3, uniforms)
+    np.testing.assert_array_equal(first, generate(sampler, [TEXT] * 3, uniforms))
     assert len({tuple(window) for window in first.tolist()}) == 3
-    # Companions change nothing but the rounding of sums.
-    np.testing.assert_array_equal(first[1:2], write(writer, [TEXT], uniforms[1:2]))
+    # Other windows in its batch change nothing but the rounding of sums.
+    np.testing.assert_array_equal(first[1:2], generate(sampler, [TEXT], uniforms[1:2]))
 
 
 def test_writing_goes_on_behind_an_end_token_and_padding(tiny_model: Path) -> None:
     """The model's own configuration ends generation at </s> and takes it for padding."""
     assert end_tokens(locate_model(tiny_model)) == {EOS}
-    ends = GenerationScript(kind="text", opening=(EOS,), passages=(Passage(ends=frozenset(), at_most=2, then=(EOS,)),))
-    windows = write(opened(tiny_model), [ends] * 2, luck_of(2, 30))
+    ends = GenerationScript(kind="text", opening=(EOS,), turns=(Turn(ends=frozenset(), at_most=2, then=(EOS,)),))
+    windows = generate(opened(tiny_model), [ends] * 2, uniforms_of(2, 30))
     assert (windows[:, ::3] == EOS).all()
     assert len(set(windows.reshape(-1).tolist())) > 10
 
 
-def test_tokens_that_the_tokenizer_lacks_and_the_mute_one_never_come(tiny_model: Path) -> None:
-    few = open_writer(locate_model(tiny_model), (CPU,), (TEXT,), 40)
+def test_tokens_that_the_tokenizer_lacks_and_the_suppressed_one_never_come(tiny_model: Path) -> None:
+    few = open_sampler(locate_model(tiny_model), (CPU,), (TEXT,), 40)
     assert few.suppressed_token == VOCABULARY - 1
-    assert write(few, [TEXT] * 4, luck_of(4, 60)).max() < 40
+    assert generate(few, [TEXT] * 4, uniforms_of(4, 60)).max() < 40
     whole = opened(tiny_model)
-    assert (write(whole, [TEXT] * 4, luck_of(4, 60)) != whole.suppressed_token).all()
-    assert open_writer(locate_model(tiny_model), (CPU,), (replace(TEXT, opening=(299,)),), 300).suppressed_token == 298
+    assert (generate(whole, [TEXT] * 4, uniforms_of(4, 60)) != whole.suppressed_token).all()
+    assert open_sampler(locate_model(tiny_model), (CPU,), (replace(TEXT, opening=(299,)),), 300).suppressed_token == 298
 
 
 def test_windows_may_be_shorter_than_attention_that_slides(tiny_model: Path) -> None:
     """The runtime refuses a cache with less room than such attention looks back."""
     directory = replace(locate_model(tiny_model), windowed_caches={"past_key_values.0.key": 40})
-    writer = open_writer(directory, (CPU,), (TEXT,), VOCABULARY)
-    assert writer.shortest_cache == 40
-    uniforms = luck_of(2, 8)
-    np.testing.assert_array_equal(write(writer, [TEXT] * 2, uniforms), write(opened(tiny_model), [TEXT] * 2, uniforms))
+    sampler = open_sampler(directory, (CPU,), (TEXT,), VOCABULARY)
+    assert sampler.shortest_cache == 40
+    uniforms = uniforms_of(2, 8)
+    np.testing.assert_array_equal(
+        generate(sampler, [TEXT] * 2, uniforms), generate(opened(tiny_model), [TEXT] * 2, uniforms)
+    )
 
 
 def test_a_provider_that_fails_leaves_the_work_to_the_next(tiny_model: Path) -> None:
-    writer = open_writer(locate_model(tiny_model), (CUDA, CPU), (TEXT,), VOCABULARY)
-    assert write(writer, [TEXT], luck_of(1, 8)).shape == (1, 8)
-
-
-# --------------------------------------------------------------------------- why it can't write
+    sampler = open_sampler(locate_model(tiny_model), (CUDA, CPU), (TEXT,), VOCABULARY)
+    assert generate(sampler, [TEXT], uniforms_of(1, 8)).shape == (1, 8)
 
 
 def test_without_the_runtime_its_package_is_named(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +157,7 @@ def test_without_genai_config_the_file_is_named(tiny_model: Path, tmp_path: Path
 def test_a_configuration_without_a_vocabulary_is_named(tiny_model: Path) -> None:
     directory: ModelDirectory = replace(locate_model(tiny_model), vocab_size=None)
     with pytest.raises(UserError, match=r"genai_config\.json gives no vocab_size"):
-        open_writer(directory, (CPU,), (TEXT,), VOCABULARY)
+        open_sampler(directory, (CPU,), (TEXT,), VOCABULARY)
 
 
 @pytest.mark.slow

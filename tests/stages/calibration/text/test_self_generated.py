@@ -1,4 +1,4 @@
-"""The model's own text: by turns texts and chats, the same for a seed, and never written twice."""
+"""The model's own text: texts and chats alternately, the same for a seed, and never written twice."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 import transformers
 
-import stages.calibration.text.self_generated
 from stages.calibration.text.sampler import Sampler
-from stages.calibration.text.self_generated import OwnText, OwnTextFile, OwnTextRequest, OwnTextSource, WrittenWindow
+from stages.calibration.text.self_generated import (
+    GeneratedText,
+    GeneratedTextFile,
+    GeneratedWindow,
+    GenerationRequest,
+    TextGenerator,
+)
 from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.runtime.providers import CPU
 from tests.stages.calibration.chats import TEMPLATE
 
-REQUEST = OwnTextRequest(count=5, seq_len=24, seed=0, chats_only=False)
+REQUEST = GenerationRequest(count=5, seq_len=24, seed=0, chats_only=False)
 BOS, EOS = 0, 1
 
 
@@ -26,31 +31,35 @@ BOS, EOS = 0, 1
 class Author:
     """The tiny model, two windows at a time, and how many windows it was made to write."""
 
-    source: OwnTextSource
+    generator: TextGenerator
     tokenizer: transformers.PreTrainedTokenizerBase
     written: list[int] = field(default_factory=list)
 
-    def write(self, request: OwnTextRequest = REQUEST) -> OwnText:
-        return self.source.write(self.tokenizer, request)
+    def write(self, request: GenerationRequest = REQUEST) -> GeneratedText:
+        return self.generator.generate(self.tokenizer, request)
 
     @property
     def file(self) -> Path:
-        (path,) = self.source.folder.iterdir()
+        (path,) = self.generator.folder.iterdir()
         return path
 
 
 @pytest.fixture
 def author(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Author:
-    monkeypatch.setattr(stages.calibration.text.self_generated, "LARGEST_BATCH", 2)
-    source = OwnTextSource(directory=locate_model(tiny_model), providers=(CPU,), folder=tmp_path / "kept")
-    author = Author(source, transformers.AutoTokenizer.from_pretrained(tiny_model))
-    write: Callable[..., np.ndarray] = Sampler.write
+    generator = TextGenerator(
+        directory=locate_model(tiny_model),
+        providers=(CPU,),
+        folder=tmp_path / "kept",
+        tokens_at_once=2 * REQUEST.seq_len,
+    )
+    author = Author(generator, transformers.AutoTokenizer.from_pretrained(tiny_model))
+    write: Callable[..., np.ndarray] = Sampler.generate
 
     def counted(self: Sampler, scripts: list[object], *arguments: object) -> np.ndarray:
         author.written.append(len(scripts))
         return write(self, scripts, *arguments)
 
-    monkeypatch.setattr(Sampler, "write", counted)
+    monkeypatch.setattr(Sampler, "generate", counted)
     return author
 
 
@@ -79,7 +88,7 @@ def test_with_a_chat_template_every_other_window_is_a_chat(chatty: Author) -> No
     assert all("[assistant] " in chatty.tokenizer.decode(window) for window in chats.windows)
 
 
-def test_chats_alone_need_a_template(author: Author) -> None:
+def test_only_chats_need_a_template(author: Author) -> None:
     with pytest.raises(UserError, match=r"^--apply_chat_template: the tokenizer has no chat template"):
         author.write(replace(REQUEST, chats_only=True))
 
@@ -99,22 +108,22 @@ def test_the_same_seed_writes_the_same_text_anew_and_another_one_another(chatty:
     np.testing.assert_array_equal(first.windows, chatty.write().windows)
     other = chatty.write(replace(REQUEST, seed=1))
     assert (first.windows != other.windows).mean() > 0.3
-    assert len(list(chatty.source.folder.iterdir())) == 2
+    assert len(list(chatty.generator.folder.iterdir())) == 2
 
 
 def test_a_person_can_read_what_was_written(chatty: Author) -> None:
     text = chatty.write()
-    lines = OwnTextFile(chatty.file).read()
+    lines = GeneratedTextFile(chatty.file).read()
     assert [line.window for line in lines] == [0, 1, 2, 3, 4]
     assert [line.text for line in lines] == [chatty.tokenizer.decode(window) for window in text.windows]
     assert {line.kind for line in lines} == {"text", "chat"}
 
 
-def test_a_stopped_run_loses_the_batch_at_hand_alone(chatty: Author, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_loses_only_the_batch_that_it_writes(chatty: Author, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = chatty.write()
     chatty.file.unlink()
     chatty.written.clear()
-    write = Sampler.write
+    write = Sampler.generate
 
     def stopped(self: Sampler, *arguments: object) -> np.ndarray:
         if chatty.written:
@@ -122,11 +131,11 @@ def test_a_stopped_run_loses_the_batch_at_hand_alone(chatty: Author, monkeypatch
         return write(self, *arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(Sampler, "write", stopped)
+        context.setattr(Sampler, "generate", stopped)
         with pytest.raises(KeyboardInterrupt):
             chatty.write()
-    assert len(OwnTextFile(chatty.file).read()) == 2
-    assert [path.name for path in chatty.source.folder.iterdir()] == [chatty.file.name]
+    assert len(GeneratedTextFile(chatty.file).read()) == 2
+    assert [path.name for path in chatty.generator.folder.iterdir()] == [chatty.file.name]
     np.testing.assert_array_equal(chatty.write().windows, whole.windows)
     assert chatty.written == [2, 2, 1]
 
@@ -140,14 +149,14 @@ def test_more_windows_are_added_to_those_that_are_there(chatty: Author) -> None:
     chatty.written.clear()
     np.testing.assert_array_equal(chatty.write(replace(REQUEST, count=4)).windows, few.windows[:4])
     assert chatty.written == []
-    # Among other companions they are the same.
+    # In other batches they are the same.
     chatty.file.unlink()
     np.testing.assert_array_equal(chatty.write(replace(REQUEST, count=8)).windows, many.windows)
     assert chatty.written == [2, 2, 2, 2]
 
 
-def test_fewer_long_windows_are_written_at_once(chatty: Author, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.calibration.text.self_generated, "_TOKENS_AT_ONCE", 30)
+def test_fewer_long_windows_are_written_at_once(chatty: Author) -> None:
+    chatty.generator = replace(chatty.generator, tokens_at_once=30)
     chatty.write()
     assert chatty.written == [1] * 5
 
@@ -160,14 +169,14 @@ def test_a_damaged_file_is_named(author: Author) -> None:
 
 
 def test_text_keeps_characters_that_end_lines(tmp_path: Path) -> None:
-    window = WrittenWindow(window=0, kind="text", text="a\u2028b\x85c\nd", tokens=(0,))
-    file = OwnTextFile(tmp_path / "own.jsonl")
+    window = GeneratedWindow(window=0, kind="text", text="a\u2028b\x85c\nd", tokens=(0,))
+    file = GeneratedTextFile(tmp_path / "own.jsonl")
     file.add([window])
     assert file.read() == (window,)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    window = WrittenWindow(window=0, kind="text", text="a", tokens=(0,))
+    window = GeneratedWindow(window=0, kind="text", text="a", tokens=(0,))
     with pytest.raises(UserError, match=r"own text can't be kept in .*; free space there, or choose another place"):
-        OwnTextFile(tmp_path / "file" / "own.jsonl").add([window])
+        GeneratedTextFile(tmp_path / "file" / "own.jsonl").add([window])

@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 import transformers
 
-import stages.calibration.text.tokenizer
 from stages.calibration.text.tokenizer import find_tokenizer, why_unreachable
 from stages.errors import UserError
 
@@ -42,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The hub, on this machine."""
+    """Serve the hub on this machine."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     point_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
@@ -60,12 +59,12 @@ def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens there."""
+    """Point at a place where nobody listens."""
     point_at("http://127.0.0.1:9", monkeypatch)
 
 
 def test_a_folder_is_read_without_asking_the_hub(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.calibration.text.tokenizer, "why_unreachable", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: pytest.fail("asked the hub"))
     found = find_tokenizer(str(tiny_tokenizer), None, trust_remote_code=False)
     assert (len(found.tokenizer), found.source, found.title) == (300, str(tiny_tokenizer), str(tiny_tokenizer))
 
@@ -77,7 +76,7 @@ def test_a_folder_is_read_without_asking_the_hub(tiny_tokenizer: Path, monkeypat
         ("someone/private", "has no such model, or it is private; if so, log in with 'hf auth login'"),
     ],
 )
-def test_a_model_that_the_hub_keeps_is_named_with_the_mend(
+def test_a_model_that_the_hub_keeps_is_named_with_the_fix(
     name: str, reason: str, hub: None, tiny_tokenizer: Path
 ) -> None:
     assert why_unreachable(name, "model") is None
@@ -118,7 +117,7 @@ def test_a_folder_without_a_tokenizer_is_not_replaced_by_another(tiny_tokenizer:
 
 
 def test_a_path_that_leads_nowhere_is_not_replaced_either(tiny_tokenizer: Path) -> None:
-    with pytest.raises(UserError, match=r"\(there is no such folder, and it is no hub name\); pass a folder"):
+    with pytest.raises(UserError, match=r"\(there is no such folder, and it is not a hub name\); pass a folder"):
         find_tokenizer(r"E:\models\llama", str(tiny_tokenizer), trust_remote_code=False)
 
 
