@@ -46,7 +46,7 @@ def test_an_interruption_ends_the_command_and_what_it_started(tmp_path: Path) ->
     measuring = (
         # A shell that starts the tests in the background makes programs ignore Ctrl-C.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from stages.evaluation.process import run_measured; "
+        "from pathlib import Path; from stages.system.measured_process import run_measured; "
         f"run_measured({python(endless)!r}, Path({str(tmp_path / 'log')!r}))"
     )
     program = subprocess.Popen(python(measuring), stderr=subprocess.PIPE)
