@@ -1,4 +1,4 @@
-"""A command's cost, or the sentence that it failed with."""
+"""Measure a command, or say why it failed."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def test_a_failure_is_its_last_line(tmp_path: Path, code: str, sentence: str) ->
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CommandFailed, match="nothing is no program that can be run"):
+    with pytest.raises(CommandFailed, match="nothing is not a program that can be run"):
         run_measured((str(tmp_path / "nothing"),), tmp_path / "log")
