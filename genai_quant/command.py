@@ -1,4 +1,4 @@
-"""The console command ``genai-quant``: one program whose subcommands are the commands of ``python -m``."""
+"""The console command ``genai-quant``, whose subcommands are the commands of ``python -m stages.COMMAND``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.options import RunConfig
 from stages.commands.output import Section
+from stages.commands.parsing import parse_options
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
 from stages.inspect import __main__ as inspect
@@ -22,8 +23,8 @@ from stages.report import __main__ as report_page
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (
-    "Quantize ONNX Runtime GenAI language models to INT4 / INT8. Each command has the options of its "
-    "python -m stages.COMMAND (export: python -m export; report: python -m stages.report)."
+    "Quantize ONNX Runtime GenAI language models to INT4 / INT8. The commands are also python -m stages.COMMAND, and "
+    "export is python -m export. --version prints the version."
 )
 _Options = (
     Annotated[CalibrateConfig, tyro.conf.subcommand("calibrate", prefix_name=False)]
@@ -39,10 +40,10 @@ _Options = (
 
 def main() -> None:
     """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does."""
-    if sys.argv[1:] == ["--version"]:
+    if sys.argv[1:2] == ["--version"]:
         print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
         return
-    options: _Options = tyro.cli(_Options, prog=PROGRAM, description=_DESCRIPTION, use_underscores=True)
+    options: _Options = parse_options(_Options, PROGRAM, _DESCRIPTION)
     match options:
         case CalibrateConfig():
             run_parsed(options, calibrate.command, f"{PROGRAM} calibrate")

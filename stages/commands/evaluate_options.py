@@ -26,7 +26,7 @@ class InspectConfig(CommandOptions):
 class EvaluateConfig(CommandOptions):
     """Compare models with their base: perplexity, KL divergence, top-1 agreement and the worst tokens on the same text.
 
-    If asked for also answers to prompts, lm-eval's tasks, speed and memory.
+    On request also answers to prompts, lm-eval's tasks, speed and memory.
     """
 
     base: Path
@@ -114,13 +114,13 @@ class SweepGrid:
     """Options of ``stages.quantize`` that take several values each: every combination is a point."""
 
     algo: tuple[Algorithm, ...] = ("rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq")
-    """Algorithms. Default: all that search one site at a time."""
+    """Algorithms; by default all that search one site at a time."""
     block_size: tuple[int | None, ...] = (32, 128)
     """Inputs that share a scale, or None: as stages.quantize chooses."""
     use_zero_point: tuple[bool, ...] = (False, True)
-    """Without a zero point, with one, or both."""
+    """Without a zero point (False), with one (True), or both."""
     enable_mixed_quant: tuple[bool, ...] = (False,)
-    """All sites in INT4, mixed INT4 and INT8, or both."""
+    """All sites in INT4 (False), mixed INT4 and INT8 (True), or both."""
     int8_block_size: tuple[int | PerChannelWord | None, ...] = (None,)
     """Inputs that share an INT8 scale, where there is INT8, or None (default): as stages.quantize chooses."""
     lm_head: tuple[LmHead | None, ...] = (None,)

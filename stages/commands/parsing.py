@@ -7,14 +7,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from stages.errors import OptionError
 
-Options = TypeVar("Options")
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
 Release = tuple[int, int]
 """Major and minor version of ONNX Runtime; what is fused has never changed with a patch."""
@@ -39,7 +38,7 @@ _REWRITTEN = object()
 """Marks options whose help is already being rewritten."""
 
 
-def parse_options(options_type: type[Options], program: str, description: str | None = None) -> Options:
+def parse_options(options_type: Any, program: str, description: str | None = None) -> Any:
     """Return ``sys.argv`` as ``options_type``; leave with the help text or an error, as tyro does.
 
     Args:

@@ -33,7 +33,8 @@ def run_command(options_type: type[Options], command: Command[Options], program:
         command: what to run; its sections are printed.
         program: what people typed, for the help text.
     """
-    run_parsed(parse_options(options_type, program), command, program)
+    options: Options = parse_options(options_type, program)
+    run_parsed(options, command, program)
 
 
 def run_parsed(options: Options, command: Command[Options], program: str) -> None:

@@ -98,13 +98,13 @@ _PLACES = "onnx_path: a, output_path: b"
         (f"quantize: {{{_PLACES}}}\nevaluate: {{windows: 0}}", "--windows must be at least 1."),
         ("quantize: {onnx_path: a}", "quantize lacks output_path; add it."),
         ("calibrate: {onnx_path: a}", "has no section quantize; add it, with output_path in it."),
-        ("quantize: 5", "quantize holds no options; write one a line below it, name: value."),
-        ("quantize: {a: 1", "line 1: expected ',' or '}', but got '<stream end>'; repair the YAML."),
-        ("quantize: {algo: rtn_dq, algo: rtn}", "line 1: algo stands twice; repair the YAML."),
+        ("quantize: 5", "quantize holds no options; write each on a line below it, as name: value."),
+        ("quantize: {a: 1", "line 1: expected ',' or '}', but got '<stream end>'; fix the YAML."),
+        ("quantize: {algo: rtn_dq, algo: rtn}", "line 1: algo occurs twice; fix the YAML."),
         ("quantize: !!python/object:os.system {}", "could not determine a constructor for the tag"),
         ("- a", "holds no sections"),
         ("", "holds no sections"),
-        ("\x00", "repair"),
+        ("\x00", "fix the YAML"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(file: Path, text: str, words: str) -> None:
@@ -122,11 +122,11 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_run(tmp_path / "nothing.yaml")
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"quantize: {algo: \xe4}")
-    with pytest.raises(UserError, match=r"latin.yaml is no text that can be read as YAML \(UnicodeDecodeError\)"):
+    with pytest.raises(UserError, match=r"latin.yaml can't be read as YAML \(UnicodeDecodeError\)"):
         read_run(latin)
     broken = tmp_path / "run.json"
     broken.write_text('{"quantize": \n oops}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"run.json, line 2: Expecting value; repair the JSON\."):
+    with pytest.raises(UserError, match=r"run.json, line 2: Expecting value; fix the JSON\."):
         read_run(broken)
 
 
@@ -217,7 +217,7 @@ def _rounding(**options: object) -> dict[str, Any]:
         ({"input_model": {"type": "HfModel", "model_path": "x/y"}}, "is of type HfModel, and only OnnxModel"),
         ({"input_model": {"type": "OnnxModel"}}, "input_model lacks model_path"),
         ({"input_model": {"type": "OnnxModel", "model_path": "x", "io_config": {}}}, "has io_config, which has no"),
-        ({"input_model": ["x"]}, "input_model is no dictionary"),
+        ({"input_model": ["x"]}, "input_model is not a dictionary"),
         ({"target": "gpx"}, "has no system gpx; did you mean gpu?"),
         ({"target": "far"}, "system far is of type AzureML; only LocalSystem runs here."),
         ({"target": "two"}, "system two has 2 accelerators; a model is made for one, so leave one."),
