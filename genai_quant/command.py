@@ -43,8 +43,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--version"]:
         print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
         return
-    options: _Options = parse_options(_Options, PROGRAM, _DESCRIPTION)
-    match options:
+    match options := parse_options(_Options, PROGRAM, _DESCRIPTION):
         case CalibrateConfig():
             run_parsed(options, calibrate.command, f"{PROGRAM} calibrate")
         case QuantizeConfig():

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
@@ -38,7 +38,7 @@ _REWRITTEN = object()
 """Marks options whose help is already being rewritten."""
 
 
-def parse_options(options_type: Any, program: str, description: str | None = None) -> Any:
+def parse_options(options_type: object, program: str, description: str | None = None) -> object:
     """Return ``sys.argv`` as ``options_type``; leave with the help text or an error, as tyro does.
 
     Args:
@@ -46,7 +46,10 @@ def parse_options(options_type: Any, program: str, description: str | None = Non
         program: what people typed, for the help text.
         description: what the help text begins with; None: the docstring of ``options_type``.
     """
-    return tyro.cli(options_type, prog=program, description=description, use_underscores=True, registry=_HELP)
+    parsed: object = tyro.cli(
+        cast(type, options_type), prog=program, description=description, use_underscores=True, registry=_HELP
+    )
+    return parsed
 
 
 @_HELP.struct_rule
@@ -59,7 +62,7 @@ def _readable_help(info: StructTypeInfo) -> StructConstructorSpec | None:
     fields = tuple(
         dataclasses.replace(
             field,
-            type=Annotated[field.type, tyro.conf.arg(help_behavior_hint=_default_hint)],
+            type=cast(type, Annotated[field.type, tyro.conf.arg(help_behavior_hint=_default_hint)]),
             helptext=_paragraph(field.helptext),
         )
         for field in spec.fields

@@ -33,7 +33,8 @@ def run_command(options_type: type[Options], command: Command[Options], program:
         command: what to run; its sections are printed.
         program: what people typed, for the help text.
     """
-    options: Options = parse_options(options_type, program)
+    options = parse_options(options_type, program)
+    assert isinstance(options, options_type)
     run_parsed(options, command, program)
 
 

@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from stages.system.distributed import Processes, join_processes, split_by_cost
-
 LAUNCH = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 DIES = """
 import os, sys
-from stages.solve.runner import GroupSolver
+from stages.quantization.search.solver import GroupSolver
 solve, solved = GroupSolver.solve_posed, []
 def solve_two(self, problem):
     if os.environ["RANK"] == "1" and len(solved) == 2:
@@ -28,14 +26,14 @@ def solve_two(self, problem):
     solved.append(problem)
     return solve(self, problem)
 GroupSolver.solve_posed = solve_two
-from stages.cli import run_command
-from stages.config import QuantizeConfig
-from stages.quantize import quantize
-run_command(QuantizeConfig, quantize, "python -m stages.quantize")
+from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.run import run_command
+from stages.quantize import command
+run_command(QuantizeConfig, command, "python -m stages.quantize")
 """
 DIES_CALIBRATING = """
 import os
-from stages.graph.run import ActivationTap
+from stages.runtime.tap import ActivationTap
 run, times = ActivationTap.run, []
 def run_two(self, *arguments):
     if os.environ["RANK"] == "1" and len(times) == 2:
@@ -43,15 +41,15 @@ def run_two(self, *arguments):
     times.append(1)
     return run(self, *arguments)
 ActivationTap.run = run_two
-from stages.calibrate_run import calibrate
-from stages.cli import run_command
-from stages.config import CalibrateConfig
-run_command(CalibrateConfig, calibrate, "python -m stages.calibrate")
+from stages.calibrate import command
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.run import run_command
+run_command(CalibrateConfig, command, "python -m stages.calibrate")
 """
 EXCHANGES = """
 import os
 import torch
-from stages.processes import join_processes
+from stages.system.distributed import join_processes
 processes = join_processes()
 numbers = torch.zeros(2, dtype=torch.int64) if processes.is_first else torch.ones(1, dtype=torch.int64)
 mine = {"often": numbers}
@@ -59,33 +57,6 @@ mine |= {"rare": torch.tensor([0.5], dtype=torch.float16)} if processes.is_first
 for found in processes.exchange(mine, {"often": 0, "rare": 1, "never": 1}).values():
     os.write(1, f"{processes.index} {[tensor.tolist() for tensor in found]}\\n".encode())
 """
-
-
-@pytest.mark.parametrize("shares", [1, 2, 3, 7])
-def test_every_piece_of_work_is_done_once(shares: int) -> None:
-    costs = [5.0, 1.0, 1.0, 8.0, 2.0, 2.0, 1.0]
-    parts = split_by_cost(costs, shares)
-    assert len(parts) == shares
-    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
-
-
-def test_shares_cost_about_the_same() -> None:
-    costs = [14336.0**2 if index % 4 == 3 else 4096.0**2 for index in range(128)]
-    totals = [sum(costs[index] for index in part) for part in split_by_cost(costs, 4)]
-    assert max(totals) < 1.05 * sum(costs) / 4
-
-
-def test_more_processes_than_work() -> None:
-    assert split_by_cost([3.0], 3) == [frozenset({0}), frozenset(), frozenset()]
-
-
-def test_without_a_launcher_one_process_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    processes = join_processes()
-    assert processes == Processes(None)
-    assert (processes.is_first, processes.count, processes.my_share([1.0, 2.0])) == (True, 1, {0, 1})
-    with processes.main_process_first():
-        processes.barrier()
 
 
 def options(base: Path, cache: Path, output: Path, *more: str) -> list[str]:
