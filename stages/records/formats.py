@@ -12,7 +12,6 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -29,36 +28,21 @@ class FloatType:
 
     name: FloatName
     torch: torch.dtype
-    numpy: np.dtype[np.generic]
     onnx: ir.DataType
     onnxruntime: str
 
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        """Return numpy's type, of ml_dtypes where numpy has none."""
+        return self.onnx.numpy()
 
-FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType(
-    {
-        "float32": FloatType(
-            name="float32",
-            torch=torch.float32,
-            numpy=np.dtype(np.float32),
-            onnx=ir.DataType.FLOAT,
-            onnxruntime="tensor(float)",
-        ),
-        "float16": FloatType(
-            name="float16",
-            torch=torch.float16,
-            numpy=np.dtype(np.float16),
-            onnx=ir.DataType.FLOAT16,
-            onnxruntime="tensor(float16)",
-        ),
-        "bfloat16": FloatType(
-            name="bfloat16",
-            torch=torch.bfloat16,
-            numpy=np.dtype(ml_dtypes.bfloat16),
-            onnx=ir.DataType.BFLOAT16,
-            onnxruntime="tensor(bfloat16)",
-        ),
-    }
+
+_FLOAT_TYPES = (
+    FloatType(name="float32", torch=torch.float32, onnx=ir.DataType.FLOAT, onnxruntime="tensor(float)"),
+    FloatType(name="float16", torch=torch.float16, onnx=ir.DataType.FLOAT16, onnxruntime="tensor(float16)"),
+    FloatType(name="bfloat16", torch=torch.bfloat16, onnx=ir.DataType.BFLOAT16, onnxruntime="tensor(bfloat16)"),
 )
+FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType({kind.name: kind for kind in _FLOAT_TYPES})
 
 
 def torch_float(name: FloatName) -> torch.dtype:

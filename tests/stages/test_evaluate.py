@@ -22,7 +22,7 @@ MODELS = ("base", "coarse", "twin")
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, unseen_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, its copy called twin, an INT4 model called coarse, and a text."""
+    """Return a folder with a base, its copy called twin, an INT4 model called coarse, and a text."""
     folder = tmp_path_factory.mktemp("evaluated")
     for name in ("base", "twin"):
         shutil.copytree(tiny_model, folder / name)
