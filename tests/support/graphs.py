@@ -91,7 +91,7 @@ VOCABULARY = 32
 
 
 def tiny_decoder(up: np.ndarray, down: np.ndarray, rng: np.random.Generator, opset: int = 21) -> TinyGraph:
-    """Return a graph: input_ids -> embedding h -> norm x; Sigmoid(gate(h)) * up(x) -> down -> logits, tied to h.
+    """Return a graph: input_ids -> embedding h -> norm x; Sigmoid(gate(h)) * up(x) -> down -> tied logits.
 
     ``up`` is [64, 96] and ``down`` [96, 64] in the model's type; the embedding has 32 rows.
     """
