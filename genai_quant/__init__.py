@@ -1,7 +1,7 @@
 """Quantize ONNX Runtime GenAI language models from Python: see docs/reference/python.md.
 
 The options are the command lines' own dataclasses; the functions return what the commands print. Names are imported
-when they are first used: torch and ONNX Runtime take seconds, and ``genai-quant --help`` needs neither.
+on first use: torch and ONNX Runtime take seconds, and ``genai-quant --help`` needs neither.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "quantize",
     "read_run",
 ]
-_HOMES = {
+_NAMES_BY_MODULE = {
     "export.__main__": ("export",),
     "export.run": ("QuantizedModel",),
     "genai_quant.run_file": ("WholeRun", "read_run"),
@@ -62,7 +62,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """Import ``name`` from the module that defines it."""
-    for module, names in _HOMES.items():
+    for module, names in _NAMES_BY_MODULE.items():
         if name in names:
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

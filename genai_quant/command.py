@@ -1,10 +1,10 @@
-"""The console command ``genai-quant``: one program whose subcommands are the commands of ``python -m``."""
+"""The console command ``genai-quant``, whose subcommands are the commands of ``python -m stages.COMMAND``."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -13,8 +13,9 @@ from genai_quant import __version__
 from stages import calibrate, evaluate, quantize, sweep
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
-from stages.commands.options import RunConfig
+from stages.commands.options import CommandOptions, RunConfig
 from stages.commands.output import Section
+from stages.commands.parsing import parse_options
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
 from stages.inspect import __main__ as inspect
@@ -22,47 +23,38 @@ from stages.report import __main__ as report_page
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (
-    "Quantize ONNX Runtime GenAI language models to INT4 / INT8. Each command has the options of its "
-    "python -m stages.COMMAND (export: python -m export; report: python -m stages.report)."
+    "Quantize ONNX Runtime GenAI language models to INT4 / INT8. The commands are also python -m stages.COMMAND, and "
+    "export is python -m export. --version prints the version."
 )
-_Options = (
-    Annotated[CalibrateConfig, tyro.conf.subcommand("calibrate", prefix_name=False)]
-    | Annotated[QuantizeConfig, tyro.conf.subcommand("quantize", prefix_name=False)]
-    | Annotated[ExportConfig, tyro.conf.subcommand("export", prefix_name=False)]
-    | Annotated[RunConfig, tyro.conf.subcommand("run", prefix_name=False)]
-    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", prefix_name=False)]
-    | Annotated[SweepConfig, tyro.conf.subcommand("sweep", prefix_name=False)]
-    | Annotated[InspectConfig, tyro.conf.subcommand("inspect", prefix_name=False)]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report", prefix_name=False)]
-)
-
-
-def main() -> None:
-    """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does."""
-    if sys.argv[1:] == ["--version"]:
-        print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
-        return
-    options: _Options = tyro.cli(_Options, prog=PROGRAM, description=_DESCRIPTION, use_underscores=True)
-    match options:
-        case CalibrateConfig():
-            run_parsed(options, calibrate.command, f"{PROGRAM} calibrate")
-        case QuantizeConfig():
-            run_parsed(options, quantize.command, f"{PROGRAM} quantize")
-        case ExportConfig():
-            run_parsed(options, export.command, f"{PROGRAM} export")
-        case RunConfig():
-            run_parsed(options, _run_file, f"{PROGRAM} run")
-        case EvaluateConfig():
-            run_parsed(options, evaluate.command, f"{PROGRAM} evaluate")
-        case SweepConfig():
-            run_parsed(options, sweep.command, f"{PROGRAM} sweep")
-        case InspectConfig():
-            run_parsed(options, inspect.command, f"{PROGRAM} inspect")
-        case ReportConfig():
-            run_parsed(options, report_page.command, f"{PROGRAM} report")
 
 
 def _run_file(config: RunConfig) -> Iterable[Section]:
     from genai_quant.run_file import run_whole
 
     return run_whole(config)
+
+
+_COMMANDS: Mapping[str, tuple[type[CommandOptions], Callable[[Any], Iterable[Section]]]] = {
+    "calibrate": (CalibrateConfig, calibrate.command),
+    "quantize": (QuantizeConfig, quantize.command),
+    "export": (ExportConfig, export.command),
+    "run": (RunConfig, _run_file),
+    "evaluate": (EvaluateConfig, evaluate.command),
+    "sweep": (SweepConfig, sweep.command),
+    "inspect": (InspectConfig, inspect.command),
+    "report": (ReportConfig, report_page.command),
+}
+_OPTIONS: object = Union[  # noqa: UP007 - of a tuple
+    tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, (kind, _) in _COMMANDS.items())
+]
+
+
+def main() -> None:
+    """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does."""
+    if sys.argv[1:2] == ["--version"]:
+        print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
+        return
+    options = parse_options(_OPTIONS, PROGRAM, _DESCRIPTION)
+    assert isinstance(options, CommandOptions)
+    name, command = next((name, command) for name, (kind, command) in _COMMANDS.items() if type(options) is kind)
+    run_parsed(options, command, f"{PROGRAM} {name}")

@@ -1,8 +1,8 @@
-"""Olive workflows as sections of a run file.
+"""Translate Olive workflows into sections of a run file.
 
 The schema is Microsoft Olive's (``olive run --config``): input_model, systems, passes, and the engine's keys beside
-them or in ``engine``. A workflow with one pass is understood: ``GenaiQuant``, with the options of both stages, or
-Olive's own ``OnnxBlockWiseRtnQuantization``. What has no counterpart here is refused, not guessed.
+them or in ``engine``. A workflow must have one pass: ``GenaiQuant``, with the options of both stages, or Olive's own
+``OnnxBlockWiseRtnQuantization``. What has no counterpart here is an error, never guessed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = {
     "ort_py_log_severity_level",
     "workflow_id",
 }
-"""Keys about Olive's own working: the same model comes out whatever they say."""
+"""Keys about how Olive itself works; they don't change the model."""
 _PROVIDERS = {
     "CPUExecutionProvider": ("cpu", "cpu"),
     "CUDAExecutionProvider": ("cuda", "cuda,cpu"),
@@ -45,19 +45,19 @@ _PROVIDERS = {
 """Execution provider -> (--target, --calibration_eps)."""
 _OURS, _ROUNDING = "GenaiQuant", "OnnxBlockWiseRtnQuantization"
 _ONE_FILE = {"save_as_external_data": True, "all_tensors_to_one_file": True}
-"""How weights are always stored here."""
+"""The only way in which weights are stored here."""
 
 
 def is_olive(content: Mapping[str, Any]) -> bool:
-    """Whether a run file is an Olive workflow."""
+    """Return whether a run file is an Olive workflow."""
     return bool({"input_model", "passes"} & set(content))
 
 
 def sections_of_olive(content: Mapping[str, Any], file: Path) -> Sections:
-    """The sections calibrate and quantize that make the workflow's model.
+    """Return the sections calibrate and quantize that make the workflow's model.
 
     Raises:
-        UserError: a key, model, system or pass that has no counterpart here.
+        UserError: a key, model, system or pass has no counterpart here.
     """
     keys = _keys(content, file)
     places: dict[str, Any] = {"onnx_path": _model(keys, file)}
@@ -83,25 +83,25 @@ def sections_of_olive(content: Mapping[str, Any], file: Path) -> Sections:
 
 
 def _keys(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The workflow's keys, with those of ``engine`` among them; what is null or empty asks for nothing."""
+    """Return the workflow's keys, with those of ``engine`` among them, without null and empty ones."""
     keys = dict(content) | dict(_dictionary(content.get("engine") or {}, f"{file}: engine"))
     keys = {key: value for key, value in keys.items() if value not in (None, [], {}) and key != "engine"}
     for key in keys:
         if key not in _READ | _WITHOUT_EFFECT:
             raise UserError(f"{file}: {key} has no counterpart here; leave it out, or run this workflow with Olive.")
     if ignored := sorted(set(keys) & _WITHOUT_EFFECT):
-        _LOGGER.info("%s: without effect here: %s.", file, ", ".join(ignored))
+        _LOGGER.info("%s: ignored here: %s.", file, ", ".join(ignored))
     return keys
 
 
 def _dictionary(value: object, place: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{place} is no dictionary; write it as Olive's documentation has it.")
+        raise UserError(f"{place} is not a dictionary; write it as in Olive's documentation.")
     return value
 
 
 def _flat(value: object, place: str) -> dict[str, Any]:
-    """Olive's two spellings: options beside ``type``, or in ``config``."""
+    """Return options from either place that Olive allows: beside ``type``, or in ``config``."""
     outside = dict(_dictionary(value, place))
     return outside | dict(_dictionary(outside.pop("config", None) or {}, f"{place}: config"))
 
@@ -125,7 +125,7 @@ def _model(keys: Mapping[str, Any], file: Path) -> str:
 
 
 def _target(keys: Mapping[str, Any], file: Path) -> tuple[str | None, str]:
-    """The --target and --calibration_eps of the target system; no target where there is no system."""
+    """Return the --target and --calibration_eps of the target system; no target where there is no system."""
     name = keys.get("target")
     if name is None:
         return None, CalibrateConfig.calibration_eps
@@ -156,7 +156,7 @@ def _provider(accelerator: Mapping[str, Any], place: str) -> tuple[str, str]:
 
 
 def _only_pass(keys: Mapping[str, Any], file: Path) -> tuple[str, str, dict[str, Any]]:
-    """Name, type and options of the one pass."""
+    """Return the name, type and options of the only pass."""
     passes = _dictionary(keys.get("passes") or {}, f"{file}: passes")
     runs = [(name, one) for name, run in passes.items() for one in (run if isinstance(run, list) else [run])]
     if len(runs) != 1:
@@ -171,11 +171,13 @@ def _only_pass(keys: Mapping[str, Any], file: Path) -> tuple[str, str, dict[str,
 
 
 def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Olive's rounding: every MatMul, lm_head too, and the embedding along ``axis``, with its own defaults."""
+    """Return options that round as Olive does: every MatMul, lm_head too, and the embedding along ``axis``."""
     options = {key: value for key, value in options.items() if value is not None}
     for key, always in _ONE_FILE.items():
         if options.get(key, always) is not always:
-            raise UserError(f"{place}: {key} can't be {options[key]}; weights always lie in one file beside the graph.")
+            raise UserError(
+                f"{place}: {key} can't be {options[key]}; weights are always stored in one file beside the graph."
+            )
     left = set(options) - {*_ONE_FILE, "bits", "block_size", "axis", "is_symmetric", "accuracy_level"}
     if left - {"nodes_to_exclude"}:
         raise UserError(f"{place}: {min(left - {'nodes_to_exclude'})} has no counterpart here; leave it out.")

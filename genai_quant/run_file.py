@@ -1,4 +1,7 @@
-"""A whole run in one file: sections of options for calibrate, quantize, export and evaluate; or Olive's form."""
+"""Run files: a whole run in one YAML or JSON file, with sections calibrate, quantize, export and evaluate.
+
+An Olive workflow is understood too.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,10 @@ from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.errors import OptionError, UserError
 from stages.quantization.preview.table import preview_table
 
+_LOGGER = logging.getLogger(__name__)
 _SECTIONS = ("calibrate", "quantize", "export", "evaluate")
-
-
 _SHARED = ("onnx_path", "cache_dir")
-"""Options of both stages that are the same place: given to one, the other needn't repeat it."""
+"""Options that mean the same place in both stages: given to one, they hold for the other too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,7 @@ class WholeRun:
     """The steps of a run, in this order."""
 
     calibrate: CalibrateConfig | None
-    """None: the statistics are there, or none are needed."""
+    """None: the statistics exist, or aren't needed."""
     quantize: QuantizeConfig
     export: ExportConfig | None
     """The same weights in another form; None: not wanted."""
@@ -45,7 +47,7 @@ def read_run(file: Path) -> WholeRun:
     """Read and check a run file. Paths in it are as on the command line: relative to the current folder.
 
     Raises:
-        UserError: it can't be read, or has a section, option or value that doesn't exist; the closest one is named.
+        UserError: it can't be read, or has an invalid section, option or value; the message names the closest one.
     """
     content = read_mapping(file)
     sections = sections_of_olive(content, file) if is_olive(content) else dict(_sections(content, file))
@@ -70,49 +72,11 @@ def read_run(file: Path) -> WholeRun:
     )
 
 
-def _sections(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, options in content.items():
-        if name not in _SECTIONS:
-            raise unknown(str(file), "section", name, _SECTIONS, f"its sections are {', '.join(_SECTIONS)}.")
-        if not isinstance(options, dict | None):
-            raise UserError(f"{file}: {name} holds no options; write one a line below it, name: value.")
-        yield name, {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
-
-
-def _shared_in(sections: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, ...]:
-    return tuple(key for key in _SHARED if key in sections.get(name, {}))
-
-
-def _export(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig, file: Path) -> ExportConfig | None:
-    """Another form of the weights that ``quantize`` leaves, unless the section names others."""
-    if "export" not in sections:
-        return None
-    weights = {"onnx_path": quantize.onnx_path, "weights_path": quantize.weights_folder}
-    return read_options(ExportConfig, weights | dict(sections["export"]), file, "export")
-
-
-def _evaluate(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig, file: Path) -> EvaluateConfig | None:
-    """The quantized model beside its base, unless the section names others."""
-    if "evaluate" not in sections:
-        return None
-    models = {"base": quantize.onnx_path, "model": [quantize.output_path]}
-    config = read_options(EvaluateConfig, models | dict(sections["evaluate"]), file, "evaluate")
-    try:
-        config.validate()
-    except OptionError as error:
-        raise OptionError(f"{file}: {error}") from error
-    return config
-
-
-_LOGGER = logging.getLogger(__name__)
-
-
 def run_whole(config: RunConfig) -> Iterator[Section]:
     """Do what the file of ``config`` says, or with ``dry_run`` say what that would be.
 
     Raises:
-        UserError: the file can't be read or has something that no option is; and what the steps raise. What can't work
-            is said before the first step.
+        UserError: the file can't be read or is invalid, or a step fails; impossible steps fail before the first one.
     """
     run = read_run(config.config)
     if config.dry_run or run.quantize.dry_run:
@@ -126,6 +90,40 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
         yield from export.command(run.export)
     if run.evaluate is not None:
         yield from evaluate.command(run.evaluate)
+
+
+def _sections(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, options in content.items():
+        if name not in _SECTIONS:
+            raise unknown(str(file), "section", name, _SECTIONS, f"its sections are {', '.join(_SECTIONS)}.")
+        if not isinstance(options, dict | None):
+            raise UserError(f"{file}: {name} holds no options; write each on a line below it, as name: value.")
+        yield name, {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
+
+
+def _shared_in(sections: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, ...]:
+    return tuple(key for key in _SHARED if key in sections.get(name, {}))
+
+
+def _export(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig, file: Path) -> ExportConfig | None:
+    """Return options that write the weights of ``quantize`` in another form, unless the section names others."""
+    if "export" not in sections:
+        return None
+    weights = {"onnx_path": quantize.onnx_path, "weights_path": quantize.weights_folder}
+    return read_options(ExportConfig, weights | dict(sections["export"]), file, "export")
+
+
+def _evaluate(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig, file: Path) -> EvaluateConfig | None:
+    """Return options that compare the quantized model with its base, unless the section names others."""
+    if "evaluate" not in sections:
+        return None
+    models = {"base": quantize.onnx_path, "model": [quantize.output_path]}
+    config = read_options(EvaluateConfig, models | dict(sections["evaluate"]), file, "evaluate")
+    try:
+        config.validate()
+    except OptionError as error:
+        raise OptionError(f"{file}: {error}") from error
+    return config
 
 
 def _calibrate(run: WholeRun) -> Iterator[Section]:

@@ -1,4 +1,4 @@
-"""Dictionaries of a run file as the dataclasses of options, every key and value checked."""
+"""Read a run file and turn its dictionaries into the dataclasses of options, with every key and value checked."""
 
 from __future__ import annotations
 
@@ -18,37 +18,42 @@ from stages.errors import UserError
 
 Options = TypeVar("Options", bound=CommandOptions)
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_TIME = "tag:yaml.org,2002:timestamp"
+
 
 def option_names(kind: type[CommandOptions]) -> frozenset[str]:
-    """The options of a command, without those about what is printed: they belong to the run."""
+    """Return the options of a command, without those about printing, which belong to the run."""
     return frozenset(field.name for field in dataclasses.fields(kind)) - {"printing"}
 
 
 def unknown(place: str, what: str, key: str, known: Iterable[str], otherwise: str) -> UserError:
-    """The error about a key that is none of ``known``: it names the closest one where one is close.
+    """Return an error about a key that isn't among ``known``, which suggests the closest one if any is close.
 
     Args:
         place: the file, and the section in it.
-        what: what the key would be.
-        otherwise: what to do where nothing is close.
+        what: what the key should be, such as "option".
+        key: the key.
+        known: the valid keys.
+        otherwise: what to do where none is close.
     """
     spelled = {name.lower(): name for name in sorted(known)}
     close = difflib.get_close_matches(key.lower(), spelled, 1)
-    mend = f"did you mean {spelled[close[0]]}?" if close else otherwise
-    return UserError(f"{place} has no {what} {key}; {mend}")
+    fix = f"did you mean {spelled[close[0]]}?" if close else otherwise
+    return UserError(f"{place} has no {what} {key}; {fix}")
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], file: Path, section: str) -> Options:
-    """``given`` as a configuration.
+    """Return ``given`` as an instance of ``kind``.
 
     Args:
-        kind: the configuration's type.
-        given: option -> value; hyphens in names are as good as underscores.
-        file: where it was read.
-        section: its part of the file.
+        kind: the command's dataclass of options.
+        given: option -> value; names may have hyphens in place of underscores.
+        file: the run file, for messages.
+        section: the section of the file.
 
     Raises:
-        UserError: an option that doesn't exist, that is missing, or a value of the wrong type.
+        UserError: an option is unknown or missing, or a value has the wrong type.
     """
     place, hints = f"{file}: {section}", get_type_hints(kind, include_extras=True)
     names, values = option_names(kind), dict[str, Any]()
@@ -64,11 +69,11 @@ def read_options(kind: type[Options], given: Mapping[str, Any], file: Path, sect
 
 
 def _value(value: object, hint: object, place: str) -> object:
-    """``value`` with the type of the option; a path may be written as text, a number for a word (``lm_head: 4``)."""
+    """Return ``value`` as the option's type: text becomes a path, a number a word where one is due (``lm_head: 4``)."""
     if type(value) is int and str(value) in _words(hint):
         value = str(value)
     try:
-        checked: TypeAdapter[object] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))  # type: ignore[arg-type]  # a type that is only known now
+        checked: TypeAdapter[object] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))  # type: ignore[arg-type]  # a type known only at run time
         return checked.validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
@@ -78,20 +83,14 @@ def _value(value: object, hint: object, place: str) -> object:
 
 
 def _words(hint: object) -> set[str]:
-    """The words among the choices of a type, wherever in it they stand."""
+    """Return the words among the choices of a type, however deep inside it."""
     if get_origin(hint) is Literal:
         return {choice for choice in get_args(hint) if isinstance(choice, str)}
     return {word for part in get_args(hint) if not isinstance(part, str | int) for word in _words(part)}
 
 
-_BOOLEAN = "tag:yaml.org,2002:bool"
-
-
-_TIME = "tag:yaml.org,2002:timestamp"
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``off`` is a word, as YAML 1.2 and the options have it, and no key stands twice."""
+    """Safe YAML in which ``off`` is a word, as in YAML 1.2 and in our options, and no key may occur twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # the base class declares it so
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOLEAN, _TIME)]
@@ -99,11 +98,11 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A dictionary; a key that stands twice is an error, not silently the last."""
+        """Return a dictionary; raise an error where a key occurs twice, rather than silently take the last."""
         names = [key.value for key, _ in node.value]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise yaml.MarkedYAMLError(problem=f"{name} stands twice", problem_mark=node.value[index][0].start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{name} occurs twice", problem_mark=node.value[index][0].start_mark)
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -112,7 +111,7 @@ _Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(?:true|false)$"), ["t", "f
 
 
 def read_mapping(path: Path) -> Mapping[str, Any]:
-    """The content of a .json or YAML file.
+    """Return the content of a .json or YAML file.
 
     Raises:
         UserError: the file can't be read or parsed, or isn't a dictionary.
@@ -123,11 +122,11 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); pass a run file.") from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is no text that can be read as YAML ({type(error).__name__}); repair it.") from error
+        raise UserError(f"{path} can't be read as YAML ({type(error).__name__}); fix it.") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}; repair the JSON.") from error
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}; fix the JSON.") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}{_place(error)}; repair the YAML.") from error
+        raise UserError(f"{path}{_place(error)}; fix the YAML.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} holds no sections; write calibrate: and quantize: with their options below.")
     return content

@@ -1,4 +1,4 @@
-"""Stage one: ``python -m stages.calibrate``. Run the base model once per batch and cache the statistics."""
+"""Stage one, ``python -m stages.calibrate``: run the base model on text and cache statistics of its activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def command(config: CalibrateConfig) -> Iterator[Section]:
-    """Calibrate, then say which command to type next."""
+    """Calibrate, and log which command to run next."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
     from stages.calibration.run import calibrate
     from stages.calibration.summary import calibration_section

@@ -1,12 +1,14 @@
-"""Errors that a person can act on. Each message names what is wrong, where, and the mend, in one sentence."""
+"""Errors that a person can act on: each message says in one sentence what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
 import textwrap
 
+_LENGTH = 200
+
 
 class UserError(Exception):
-    """Bad input or environment; the command line prints the message alone and exits with code 2."""
+    """Bad input or environment; the command line prints only the message and exits with code 2."""
 
 
 class GraphError(UserError):
@@ -25,16 +27,13 @@ class SolveError(UserError):
     """The statistics or weights of a site can't be used (NaN or infinite values, for example)."""
 
 
-_LENGTH = 200
-
-
 def in_one_line(error: BaseException) -> str:
-    """The error's own words in one line, or its class where it has none."""
+    """Return the error's own words in one line, or its class where it has none."""
     return _words(error) or type(error).__name__
 
 
 def named(error: BaseException) -> str:
-    """The error's class and words in one line: what a library's error says often means little without its class."""
+    """Return the error's class and words in one line: a library's message often means little without its class."""
     return ": ".join(filter(None, (type(error).__name__, _words(error))))
 
 
@@ -43,5 +42,5 @@ def _words(error: BaseException) -> str:
 
 
 def sentence_of(error: BaseException) -> str:
-    """Our own sentence, printable: names in damaged files hold anything, lines and half characters too."""
+    """Return our own sentence, printable: names in damaged files may hold line breaks and half characters."""
     return " ".join(str(error).splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Compare models with their base: ``python -m stages.evaluate --base DIR --model DIR [DIR ...]``."""
+"""Compare models with their base, ``python -m stages.evaluate``: accuracy, answers, lm-eval tasks, speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def command(config: EvaluateConfig) -> Iterator[Section]:
-    """Evaluate, and print the tables."""
+    """Evaluate the models."""
     from rich.console import Group
 
     from stages.report.tables import tables_of
@@ -27,7 +27,7 @@ def command(config: EvaluateConfig) -> Iterator[Section]:
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Compare models with their base on the same text; an equal comparison that was kept is not run again.
+    """Compare models with their base on the same text; a comparison that was kept is not run again.
 
     Raises:
         UserError: an option, a model, a text or a task can't be used.
@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvaluation) -> Evaluation | None:
-    """Return an evaluation of the same comparison, from --results or the report."""
+    """Return a kept evaluation of the same comparison, from --results or the report; None where there is none."""
     from stages.evaluation.records import load_evaluation
 
     found = None if config.results is None else load_evaluation(config.results, prepared.comparison)
@@ -54,7 +54,7 @@ def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvalu
 
 
 def _keep(config: EvaluateConfig, found: Evaluation, document: Document) -> None:
-    """Write what was found to --results and into the report of --report."""
+    """Write ``found`` to --results and into the report of --report."""
     from stages.evaluation.records import save_evaluation
     from stages.report.document import write_report
     from stages.report.render import render

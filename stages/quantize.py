@@ -1,4 +1,4 @@
-"""Stage two: ``python -m stages.quantize``. Plan, search and store quantized weights, then export the model."""
+"""Stage two, ``python -m stages.quantize``: plan formats, search quantized weights, store them and export the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def command(config: QuantizeConfig) -> Iterator[Section]:
-    """Quantize, or say what that would do."""
+    """Quantize, or with ``dry_run`` say what that would do."""
     if config.dry_run:
         from stages.quantization.preview.table import preview_table
 
@@ -64,7 +64,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
         destination = _destination(config, directory)
         prepared = prepare(config, directory)
     store = prepared.store
-    read_document(store.folder / REPORT_FOLDER)  # a damaged one is named before the search
+    read_document(store.folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:
@@ -100,7 +100,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) 
 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
-    """Raise what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
+    """Raise now what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
     from stages.model.directory import locate_model
     from stages.model.load import load_graph
     from stages.quantization.blocks.decoder import open_blocks
@@ -142,7 +142,7 @@ def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destinati
 
 
 def _obstacles(config: QuantizeConfig) -> Iterator[str]:
-    """Give out why the output couldn't be written as things are."""
+    """Yield the reason why the output can't be written as things are, if there is one."""
     from stages.model.directory import locate_model
 
     try:
@@ -152,7 +152,7 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
 
 
 def _write_report(prepared: Prepared, output: Path) -> None:
-    """Write the report inside the weights' folder, and warn where that fails: the model is finished."""
+    """Write the report into the weights' folder; log a warning where that fails, since the model is finished."""
     from stages.errors import in_one_line
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
@@ -164,7 +164,7 @@ def _write_report(prepared: Prepared, output: Path) -> None:
     try:
         sizes = size_parts(base, locate_model(output), prepared.model)
         write_quantization(store, sizes, title=output.parent.name)
-    except Exception as error:  # whatever a page may raise
+    except Exception as error:  # whatever a report may raise
         again = ["stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
         models = ["--base", base.onnx_file, "--model", output]
         _LOGGER.warning(

@@ -1,7 +1,7 @@
-"""Quantize one model in many ways on one cache: ``python -m stages.sweep --base DIR --output DIR --algo ...``.
+"""Quantize one model in many ways from one cache and compare the results: ``python -m stages.sweep``.
 
-Each point is made by stages.quantize in a process of its own, whose seconds and peak memory the operating system
-reports; then all are compared with the base on the same text at accuracy level 1.
+Each point is made by stages.quantize in a process of its own, whose seconds and peak memory are measured; then all are
+compared with the base on the same text at accuracy level 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def command(config: SweepConfig) -> Iterator[Section]:
-    """Make and judge every point that isn't there, and print the table.
+    """Make and evaluate every missing point, and compare all.
 
     Raises:
         UserError: at once where options or texts can't be used; after everything else where points failed.
@@ -45,7 +45,7 @@ def command(config: SweepConfig) -> Iterator[Section]:
 def _tidying(
     keep: Keep, runs: Sequence[Run], evaluation_texts: Sequence[EvaluationText]
 ) -> Callable[[Mapping[str, Record]], None]:
-    """Return what deletes models after each point, given the records so far."""
+    """Return the function that deletes models after each point, given the records so far."""
     from stages.evaluation.bench.runs import remove_model
 
     def tidy(records: Mapping[str, Record]) -> None:

@@ -16,7 +16,7 @@ from tests.support.tiny_models import build_genai_model, save_tiny_llama, train_
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .txt file with about 100,000 characters of English."""
+    """Return a .txt file with about 100,000 characters of English."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     path.write_text("\n\n\n".join(topics[name] for name in sorted(topics))[:100_000], encoding="utf-8")
     return path
@@ -24,7 +24,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
-    """Folder of a byte-level BPE tokenizer with 300 tokens, beginning each text with <s> and having </s> as its EOS."""
+    """Return a folder with a byte-level BPE tokenizer of 300 tokens that begins each text with <s>; </s> is its EOS."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(tiny_text.read_text(encoding="utf-8")).save_pretrained(folder)
     return folder
@@ -32,7 +32,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) ->
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Hugging Face folder of a random two-layer Llama with its tokenizer."""
+    """Return the Hugging Face folder of a random two-layer Llama with its tokenizer."""
     folder = tmp_path_factory.mktemp("hf")
     save_tiny_llama(folder, tiny_tokenizer)
     return folder
@@ -40,7 +40,7 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
-    """ORT-GenAI folder of the tiny Llama, fp32 for the CPU: packed qkv, rotation inside GroupQueryAttention."""
+    """Return the tiny Llama as an fp32 ORT-GenAI folder for the CPU: packed qkv, GroupQueryAttention rotates."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build_genai_model(tiny_hf, folder, "fp32", "cpu")
     return folder
@@ -48,7 +48,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dml(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
-    """ORT-GenAI folder of the tiny Llama, fp16 for DirectML: separate q/k/v, position_ids as an input."""
+    """Return the tiny Llama as an fp16 ORT-GenAI folder for DirectML: separate q/k/v, position_ids as an input."""
     folder = tmp_path_factory.mktemp("models") / "tiny-dml"
     build_genai_model(tiny_hf, folder, "fp16", "dml")
     return folder
@@ -56,7 +56,7 @@ def tiny_model_dml(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> P
 
 @pytest.fixture(scope="session")
 def tiny_model_bf16(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> Path:
-    """ORT-GenAI folder of the tiny Llama, bf16 for CUDA: key/value caches are bfloat16 too, the logits float32."""
+    """Return the tiny Llama as a bf16 ORT-GenAI folder for CUDA: bfloat16 key/value caches, float32 logits."""
     folder = tmp_path_factory.mktemp("models") / "tiny-bf16"
     build_genai_model(tiny_hf, folder, "bf16", "cuda")
     return folder
@@ -64,7 +64,7 @@ def tiny_model_bf16(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path) -> 
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_text: Path) -> Path:
-    """A calibration of the tiny model: 18 windows of 32 tokens to search with, 2 held out."""
+    """Calibrate the tiny model: 18 windows of 32 tokens to search with, 2 held out."""
     from stages.calibration.run import calibrate
     from stages.commands.calibrate_options import CalibrateConfig
 
@@ -78,7 +78,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_
 
 @pytest.fixture(scope="session")
 def unseen_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .txt file that the tiny model was not calibrated on."""
+    """Return a .txt file that the tiny model was not calibrated on."""
     path = tmp_path_factory.mktemp("text") / "unseen.txt"
     path.write_text(" ".join(f"Line {n} holds {n * n % 89} apples." for n in range(60)), encoding="utf-8")
     return path
@@ -86,5 +86,5 @@ def unseen_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
-    """The command lines, run inside the test process."""
+    """Return the command lines, to run inside the test process."""
     return Commands(capsys, monkeypatch)

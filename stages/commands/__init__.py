@@ -1,1 +1,1 @@
-"""Define the options of every command and what a command prints."""
+"""Define every command's options, run it, and print its results, progress and messages."""

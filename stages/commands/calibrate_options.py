@@ -1,8 +1,4 @@
-"""Every option of the command lines: its name, default, help and validation, once.
-
-Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises OptionError with
-the option's name; nothing here touches files.
-"""
+"""Options of ``stages.calibrate``."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from stages.commands.options import CommandOptions, default_folder, require
 from stages.commands.parsing import parse_size
 
 PART_OF_FREE_MEMORY = 0.6
-"""What --max_memory is where nobody says it."""
+"""The default of --max_memory."""
 
 
 # Without slots, so that a command that takes the options of both stages can inherit from both configurations.
@@ -24,42 +20,44 @@ class CalibrateConfig(CommandOptions):
     onnx_path: Path
     """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
     model_name: str | None = None
-    """Hub name or folder to take the tokenizer from; default: the model's own folder."""
+    """Hub name or folder to take the tokenizer from. Default: the model's own folder."""
     dataset: str = "cnn"
-    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose in CPython's own documentation, no download), self
-    (the model writes it, through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of these
-    separated by commas, which share the windows evenly."""
+    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose from CPython's own documentation, no download),
+    self (text that the model writes, through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of
+    these separated by commas, which share the windows evenly."""
     apply_chat_template: bool = False
-    """Make a conversation of each document with the tokenizer's chat template: the messages of a .jsonl or .parquet
-    row; else its text, the beginning as the user's message and the rest as the assistant's. With self: chats alone."""
+    """Make a conversation of each document with the tokenizer's chat template: from the messages of a .jsonl or
+    .parquet row, or else from its text, the beginning as the user's message and the rest as the assistant's. With self:
+    only chats."""
     calib_size: int = 128
-    """Windows of seq_len tokens in all; a tenth of them is held out from the search."""
+    """Number of windows of seq_len tokens; a tenth of them is held out from the search."""
     seq_len: int = 512
-    """Tokens in a window; windows are packed full, without padding."""
+    """Tokens in each window; windows are packed full, without padding."""
     batch_size: int = 1
-    """Windows in one forward pass."""
+    """Windows in each forward pass."""
     calibration_eps: str = "cuda,cpu"
     """Execution providers for the forward passes, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
     max_memory: str | None = None
-    """Memory for weights, statistics and activations, such as 8GB. What doesn't fit at once is run in parts, a range of
-    layers after the other; each token still passes each layer once. Default: six tenths of what is free."""
+    """Memory for weights, statistics and activations, such as 8GB. A model that doesn't fit is run in parts, one range
+    of layers after the other; each token still passes each layer once. Default: six tenths of what is free."""
     cache_dir: Path | None = None
-    """Folder for the cache; default: the model's folder name with .calibration added."""
+    """Folder for the cache. Default: the model's folder name with .calibration added."""
     use_random_calib: bool = False
-    """Random token ids in place of text (smoke tests; never for accuracy)."""
+    """Use random token ids in place of text: for smoke tests, never for accuracy."""
     add_position_ids: bool = False
-    """Accepted for compatibility: the graph itself tells whether it has position_ids."""
+    """Accepted for compatibility, without effect: the graph itself says whether it has position_ids."""
     trust_remote_code: bool = False
     """Allow the tokenizer's own Python code to run."""
     device: str = "auto"
-    """Where statistics are accumulated: auto, cpu, cuda, cuda:1, mps."""
+    """Device that accumulates statistics: auto, cpu, cuda, cuda:1, mps."""
     seed: int = 0
-    """Seed of the document order, of what the model writes itself, and of random tokens."""
+    """Seed of the order of documents, of text that the model writes, and of random tokens."""
     overwrite: bool = False
-    """Replace a cache of other tokens, options or model."""
+    """Replace a cache of other tokens, other options or another model."""
 
     @property
     def cache_path(self) -> Path:
+        """Return the folder of the cache."""
         return self.cache_dir or default_folder(self.onnx_path, ".calibration")
 
     def validate(self) -> None:

@@ -1,6 +1,6 @@
-"""Where log records go while a command runs: to its console, and to a file where one is asked for.
+"""Send log records to the console while a command runs, and to a log file if there is one.
 
-Every module logs to a logger of its own. Notices stand as they are, warnings and errors behind that word.
+Every module has its own logger. Notices are printed as they are, warnings and errors after that word.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from stages.commands.output import as_called
 from stages.errors import UserError
 
 _OURS = ("genai_quant", "stages", "export", "scripts", "__main__")
-"""Loggers of this project; what others log is shown from warnings on."""
+"""Loggers of this project; of others only warnings and errors are shown."""
 _LABELS = {logging.WARNING: ("warning: ", "bold yellow"), logging.ERROR: ("error: ", "bold red")}
 _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class ConsoleHandler(logging.Handler):
-    """Print records on a console, above the bars that are drawn there, unwrapped so that lines can be copied.
+    """Prints records on a console, above its progress bars, unwrapped so that lines can be copied.
 
-    Lines about progress are left to the bars, where there are any.
+    Lines about progress are left out on a terminal, where bars show it.
     """
 
     def __init__(self, console: Console, level: int, program: str) -> None:
@@ -38,7 +38,7 @@ class ConsoleHandler(logging.Handler):
             self.addFilter(lambda record: record.name != progress.__name__)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
+        """Print ``record``."""
         label, style = _LABELS.get(record.levelno, ("", ""))
         ours = record.name.partition(".")[0] in _OURS
         text = Text.assemble((label, style), "" if ours else f"{record.name}: ", self.format(record))
@@ -46,7 +46,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class _AsCalled(logging.Formatter):
-    """Spell our commands as the program was called."""
+    """Spells our commands as the program was called."""
 
     def __init__(self, form: str | None, program: str) -> None:
         super().__init__(form)
@@ -58,13 +58,13 @@ class _AsCalled(logging.Formatter):
 
 @contextmanager
 def logging_to(console: Console, options: OutputOptions, program: str, *, errors_only: bool) -> Iterator[None]:
-    """Send what is logged inside the block to ``console`` and to the file of ``options``; then all is as it was before.
+    """Send what the block logs to ``console`` and to the log file of ``options``; then restore logging as it was.
 
     Args:
         console: where people see it.
         options: levels and the file.
         program: what people typed: messages spell our commands in the same way.
-        errors_only: whether another process says everything else, in the file too.
+        errors_only: log only errors and write no file, since another process logs everything else.
 
     Raises:
         UserError: the file can't be written.
@@ -102,7 +102,7 @@ def _level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 
 def _file_handler(path: Path, level: int, program: str) -> logging.Handler:
-    """Appends, as a command that goes on where it was stopped does."""
+    """Return a handler that appends to ``path``: a command that is run again continues its log too."""
     try:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:

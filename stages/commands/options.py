@@ -1,7 +1,8 @@
-"""Every option of the command lines: its name, default, help and validation, once.
+"""What the options of all commands have in common: printing, validation, default folders.
 
-Spelling follows the tool that this one replaces (underscores; hyphens work too). ``validate`` raises OptionError with
-the option's name; nothing here touches files.
+An option is a field of a dataclass: its name (with underscores, as in the tool that this one replaces; hyphens work
+too), its default, and its help, the docstring below it. ``validate`` raises OptionError with the option's name and
+touches no files.
 """
 
 from __future__ import annotations
@@ -16,21 +17,19 @@ from stages.errors import OptionError
 from stages.system.paths import sibling_folder
 
 AccuracyLevel = Literal[0, 1, 2, 3, 4]
-
-
 LogLevel = Literal["debug", "info", "warning", "error"]
-
-
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""An option without a --no_ form."""
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise OptionError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise OptionError(message)
 
 
 def default_folder(path: Path, suffix: str) -> Path:
-    """The default companion folder of a model: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
+    """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
     folder = path.absolute()
     folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
     try:
@@ -41,25 +40,25 @@ def default_folder(path: Path, suffix: str) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """What a command prints, and where."""
+    """Options about what a command prints, and where."""
 
     quiet: Flag = False
-    """Print warnings and errors alone; exit codes stay the same."""
+    """Print only warnings and errors; exit codes stay the same."""
     json: Flag = False
     """Print the results as one JSON document on standard output, in place of tables."""
     log_level: LogLevel = "info"
-    """The least important messages that are printed."""
+    """Print messages of this level and above."""
     log_file: Path | None = None
-    """File that messages and progress are appended to, with their time."""
+    """File to append messages and progress to, with their time."""
 
 
 # Without slots, so that a command that takes the options of two others can inherit from both.
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
-    """What every command has."""
+    """The options that every command has."""
 
     printing: Annotated[OutputOptions, tyro.conf.arg(name="")] = OutputOptions()
-    """An empty name: its options stand among the others."""
+    """The empty name puts these options among the others."""
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
@@ -67,10 +66,10 @@ class CommandOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(CommandOptions):
-    """A whole run out of one file: calibrate where the search needs it, quantize, export, evaluate."""
+    """Do a whole run that one file describes: calibrate if the search needs it, quantize, export, evaluate."""
 
     config: Annotated[Path, tyro.conf.Positional]
     """YAML (or JSON) with the sections calibrate, quantize, export and evaluate, each with that command's options; or
     an Olive workflow."""
     dry_run: Flag = False
-    """Say what would be done, and do nothing."""
+    """Say what would be done, without doing it."""

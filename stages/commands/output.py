@@ -1,4 +1,4 @@
-"""Print what a command returns: tables for people, or one JSON document for programs, on standard output."""
+"""Print a command's results on standard output: tables for people, or one JSON document for programs."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 FORMAT = 1
-"""Version of the JSON document; a key that is there stays and keeps its meaning as long as this stays."""
+"""Version of the JSON document: as long as it stays, so do the keys and their meaning."""
 _COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|evaluate|sweep|inspect|report)\b")
 _FILE_WIDTH = 160
-"""Columns where no terminal has a width: numbers stand in full."""
+"""Columns where there is no terminal: wide enough that numbers aren't cut."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A result twice: a table for people, and a record of dataclasses and plain values that says the same to programs.
-
-    ``name`` is the record's key in the JSON document.
-    """
+    """One result in two forms."""
 
     name: str
+    """The record's key in the JSON document."""
     table: RenderableType
+    """For people."""
     record: object
+    """For programs: the same in dataclasses and plain values."""
 
 
 @dataclass(frozen=True, slots=True)
 class TablePrinter:
-    """Print each table as soon as its section is there."""
+    """Prints each table as soon as its section is there."""
 
     console: Console
 
@@ -43,7 +43,9 @@ class TablePrinter:
         """Print the table of ``section``."""
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = _FILE_WIDTH
-        self.console.print(Group(section.table), crop=False)  # a text by itself would be wrapped whatever it says
+        self.console.print(
+            Group(section.table), crop=False
+        )  # rich wraps a Text outside a group even if it says no_wrap
 
     def end(self, error: str | None) -> None:
         """Do nothing: the error stands in the log."""
@@ -51,7 +53,7 @@ class TablePrinter:
 
 @dataclass(frozen=True, slots=True)
 class JsonOutput:
-    """Collect the records and print them at the end as one JSON object, ``error`` among its keys."""
+    """Collects the records and prints them at the end as one JSON object, ``error`` among its keys."""
 
     command: str
     write: Callable[[str], object]
@@ -59,13 +61,13 @@ class JsonOutput:
 
     def show(self, section: Section) -> None:
         """Keep the record of ``section``."""
-        # By way of JSON text: numbers that JSON doesn't have become null, paths and enums text.
+        # Through JSON text: infinities and NaN become null, paths and enums become text.
         self._records[section.name] = json.loads(to_json(section.record, inf_nan_mode="null"))
 
     def end(self, error: str | None) -> None:
         """Print the document; ``error`` is the sentence that the command ended with."""
-        said = None if error is None else as_called(error, self.command)
-        document = {"format": FORMAT, "command": self.command, **self._records, "error": said}
+        sentence = None if error is None else as_called(error, self.command)
+        document = {"format": FORMAT, "command": self.command, **self._records, "error": sentence}
         self.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -73,14 +75,20 @@ Output = TablePrinter | JsonOutput
 
 
 def open_output(command: str, *, as_json: bool, quiet: bool) -> Output:
-    """Return where the results of ``command`` go; ``--json`` asks for a document, so ``--quiet`` doesn't silence it."""
+    """Return the printer for the results of ``command``.
+
+    Args:
+        command: what people typed.
+        as_json: print a JSON document, also where ``quiet``.
+        quiet: print no tables.
+    """
     return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet))
 
 
 def as_called(text: str, program: str) -> str:
-    """Spell our commands in ``text`` as the person who started ``program`` does: messages say only ``stages.NAME``.
+    """Return ``text`` with our commands, which messages call ``stages.NAME``, spelled as ``program`` was called.
 
-    ``genai-quant NAME`` where ``program`` begins so, else ``python -m stages.NAME``.
+    ``genai-quant NAME`` where ``program`` begins with genai-quant, else ``python -m stages.NAME``.
     """
     spelled = r"genai-quant \1" if program.startswith("genai-quant") else r"python -m stages.\1"
     return _COMMAND.sub(spelled, text)

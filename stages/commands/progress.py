@@ -1,7 +1,7 @@
-"""How far the work is: bars on a terminal, and a line in the log now and then, so that files and pipes see it too.
+"""Progress of long work: bars on a terminal, and now and then a line in the log, so that files and pipes show it too.
 
-A task counts steps that people know (groups, windows). Where steps differ in length, ``total`` is their cost, from
-which the part that is done and the time left follow.
+A task counts steps that people know (groups, windows). Where steps differ in length, the task's ``total`` is their
+cost, which gives the finished part and the time left.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ T = TypeVar("T")
 _LOGGER = logging.getLogger(__name__)
 
 _LONGEST_SILENCE = 10.0
-"""Seconds after which a line is written at the next sign of life, however little was done."""
+"""Seconds after which the next update writes a line, however little was done."""
 _SHORTEST_SILENCE = 1.0
+"""Seconds in which no further line is written."""
 _PART = 0.1
-"""Part of the work after which a line is written too."""
+"""Part of the work, 0 to 1, after which an update writes a line too."""
 _BAR_WIDTH = 24
 _SHOWN_ON: ContextVar[Console | None] = ContextVar("console of the progress bars", default=None)
-"""Handing the console from each command down to its loops would thread it through thirty functions."""
+"""As a parameter, the console would pass from each command through thirty functions to its loops."""
 
 
 @dataclass(slots=True, kw_only=True)
-class _Steps:
-    """What people are told of a task besides its bar."""
+class _State:
+    """State of a task besides its bar, and when it was last logged."""
 
     unit: str
-    of: int | None
-    """Steps in all where the total is their cost; None where the total says it."""
-    began_with: int
-    """Steps that an earlier run did."""
+    total_steps: int | None
+    """Number of steps where the total is their cost; None where the total is their number."""
+    done_before: int
+    """Steps that an earlier run finished."""
     done: int
     now: str = ""
     note: str = ""
-    told_at: float
-    told_part: float = 0.0
+    logged_at: float
+    logged_part: float = 0.0
     ended: bool = False
 
 
 class Progress:
-    """Tasks on one console, from ``with`` to its end."""
+    """Tasks whose bars are drawn on one console while a ``with`` block runs."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars = _BarsAndDetails(
@@ -88,30 +89,34 @@ class Progress:
         steps: int | None = None,
         done: int = 0,
     ) -> TaskID:
-        """Begin a task of ``total``, None where that isn't known yet.
+        """Begin a task of ``total``, which is None where it isn't known yet.
 
         Args:
-            description: what is done, the stage's name.
-            total: steps, or their cost.
-            unit: what a step is called, in the plural.
-            steps: how many steps there are where the total is their cost.
-            done: steps that an earlier run did, where the total is that of steps.
+            description: the name of the work.
+            total: the number of steps, or their cost.
+            unit: what steps are called, in the plural.
+            steps: the number of steps where the total is their cost.
+            done: steps that an earlier run finished, where the total is their number.
         """
-        told = _Steps(unit=unit, of=steps, began_with=done, done=done, told_at=self._clock())
-        task = self._bars.add_task(description, total=total, completed=done, told=told)
+        state = _State(unit=unit, total_steps=steps, done_before=done, done=done, logged_at=self._clock())
+        task = self._bars.add_task(description, total=total, completed=done, state=state)
         if total:
-            self._tell(self._task(task))
+            self._log(self._task(task))
         return task
 
     def advance(
         self, task: TaskID, amount: int | float = 1, *, now: str | None = None, note: str | None = None
     ) -> None:
-        """One more step is done, where the total is a cost, or ``amount`` of them.
+        """Count ``amount`` steps as done; where the total is a cost, one step of cost ``amount``.
 
-        ``now`` and ``note`` are what is worked on and what came out so far, None where they stay.
+        Args:
+            task: what ``add_task`` returned.
+            amount: steps, or the cost of one.
+            now: what is worked on; None: as before.
+            note: the result so far; None: as before.
         """
-        told = _told(self._task(task))
-        told.done += int(amount) if told.of is None else 1
+        state = _state(self._task(task))
+        state.done += int(amount) if state.total_steps is None else 1
         self._bars.advance(task, amount)
         self.update(task, now=now, note=note)
 
@@ -124,51 +129,75 @@ class Progress:
         now: str | None = None,
         note: str | None = None,
     ) -> None:
-        """Say something new of a task; what is None stays."""
-        state = self._task(task)
-        told = _told(state)
-        told.now = told.now if now is None else now
-        told.note = told.note if note is None else note
+        """Change what is shown of a task, where an argument isn't None; see ``add_task`` and ``advance``."""
+        bar = self._task(task)
+        state = _state(bar)
+        state.now = state.now if now is None else now
+        state.note = state.note if note is None else note
         self._bars.update(task, description=description, total=total)
-        if self._is_due(state):
-            self._tell(state)
+        if self._is_due(bar):
+            self._log(bar)
 
     def track(self, items: Sequence[T], *, description: str, unit: str = "") -> Iterator[T]:
-        """Give out ``items`` one by one; each is a step."""
+        """Yield ``items`` one by one; each is a step."""
         task = self.add_task(description, total=len(items), unit=unit)
         for item in items:
             yield item
             self.advance(task)
 
     def remove_task(self, task: TaskID) -> None:
-        """Take a bar away."""
+        """Remove the bar of ``task``."""
         self._bars.remove_task(task)
 
     def _task(self, task: TaskID) -> Task:
-        return next(state for state in self._bars.tasks if state.id == task)
+        return next(bar for bar in self._bars.tasks if bar.id == task)
 
     def _is_due(self, task: Task) -> bool:
-        told = _told(task)
-        if told.ended or task.total is None:
+        state = _state(task)
+        if state.ended or task.total is None:
             return False
         if task.finished:
             return True
-        silence = self._clock() - told.told_at
+        silence = self._clock() - state.logged_at
         return silence >= _LONGEST_SILENCE or (
-            silence >= _SHORTEST_SILENCE and _part(task) - told.told_part >= _PART - 1e-9
+            silence >= _SHORTEST_SILENCE and _part(task) - state.logged_part >= _PART - 1e-9
         )
 
-    def _tell(self, task: Task) -> None:
-        told = _told(task)
-        told.told_at, told.told_part, told.ended = self._clock(), _part(task), task.finished
+    def _log(self, task: Task) -> None:
+        state = _state(task)
+        state.logged_at, state.logged_part, state.ended = self._clock(), _part(task), task.finished
         _LOGGER.info("%s", _line(task))
 
 
+@contextmanager
+def progress_on(console: Console) -> Iterator[None]:
+    """Draw the progress of everything inside the block on ``console``; without it nothing is drawn."""
+    before = _SHOWN_ON.set(console)
+    try:
+        yield
+    finally:
+        _SHOWN_ON.reset(before)
+
+
+def progress_bar() -> Progress:
+    """Return progress bars, drawn where ``progress_on`` says."""
+    return Progress(_console())
+
+
+def status(doing: str) -> AbstractContextManager[object]:
+    """Show what is being done while a block without steps runs, where ``progress_on`` says."""
+    return _console().status(doing)
+
+
+def _console() -> Console:
+    return _SHOWN_ON.get() or Console(quiet=True)
+
+
 class _BarsAndDetails(Bars):
-    """Below the bars stands what is worked on and what came out so far."""
+    """Bars with what is worked on, and the results so far, below them."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bars, and one line for each task that has more to say."""
+        """Yield the bars, and one line for each task that has details."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if (details := _details(task)) and not task.finished:
@@ -185,78 +214,54 @@ class _RateColumn(ProgressColumn):
         return Text(_rate(task), style="progress.data.speed")
 
 
-def _told(task: Task) -> _Steps:
-    told: _Steps = task.fields["told"]
-    return told
+def _state(task: Task) -> _State:
+    state: _State = task.fields["state"]
+    return state
 
 
 def _part(task: Task) -> float:
-    """Part of the work that is done, 0 to 1."""
+    """Return the finished part of the work, 0 to 1."""
     return task.completed / task.total if task.total else 0.0
 
 
 def _count(task: Task) -> str:
-    """12 of 121 groups"""
-    told = _told(task)
-    of = task.total if told.of is None else told.of
-    return " ".join(filter(None, (f"{told.done}" if of is None else f"{told.done} of {of:.0f}", told.unit)))
+    """Return the steps so far: 12 of 121 groups."""
+    state = _state(task)
+    total = task.total if state.total_steps is None else state.total_steps
+    return " ".join(filter(None, (f"{state.done}" if total is None else f"{state.done} of {total:.0f}", state.unit)))
 
 
 def _rate(task: Task) -> str:
-    """0.42 groups/s, or 3.1 s each where that is easier to read."""
-    told, seconds = _told(task), task.elapsed
-    steps = told.done - told.began_with
+    """Return the speed, 2.4/s, or 3.1 s each where that is easier to read."""
+    state, seconds = _state(task), task.elapsed
+    steps = state.done - state.done_before
     if not steps or not seconds:
         return ""
     return f"{steps / seconds:.1f}/s" if steps > seconds else f"{seconds / steps:.1f} s each"
 
 
 def _details(task: Task) -> str:
-    told = _told(task)
-    return ", ".join(filter(None, (told.now, told.note)))
+    state = _state(task)
+    return ", ".join(filter(None, (state.now, state.note)))
 
 
 def _line(task: Task) -> str:
     if task.finished:
         return ", ".join(
-            filter(None, (f"{task.description}: {_count(task)} in {_seconds(task.elapsed or 0.0)}", _told(task).note))
+            filter(None, (f"{task.description}: {_count(task)} in {_seconds(task.elapsed or 0.0)}", _state(task).note))
         )
     left = task.time_remaining
     parts = (
         f"{_count(task)} ({_part(task):.0%})",
         _rate(task),
-        f"{_seconds(float(left))} left" if left and _told(task).done else "",
+        f"{_seconds(float(left))} left" if left and _state(task).done else "",
         _details(task),
     )
     return f"{task.description}: {', '.join(filter(None, parts))}"
 
 
 def _seconds(seconds: float) -> str:
-    """0.4 s, 12 s, 0:03:10"""
+    """Return a duration as 0.4 s, 12 s or 0:03:10."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return str(timedelta(seconds=round(seconds)))
-
-
-@contextmanager
-def progress_on(console: Console) -> Iterator[None]:
-    """Draw the progress of everything inside the block on ``console``; elsewhere nothing is drawn."""
-    before = _SHOWN_ON.set(console)
-    try:
-        yield
-    finally:
-        _SHOWN_ON.reset(before)
-
-
-def progress_bar() -> Progress:
-    """Return the progress of tasks, drawn where ``progress_on`` says."""
-    return Progress(_console())
-
-
-def status(doing: str) -> AbstractContextManager[object]:
-    """Say what is being done while a block without steps runs, where ``progress_on`` says."""
-    return _console().status(doing)
-
-
-def _console() -> Console:
-    return _SHOWN_ON.get() or Console(quiet=True)

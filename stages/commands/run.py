@@ -8,18 +8,18 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import tyro
 from rich.console import Console
 
 from stages.commands.logs import logging_to
 from stages.commands.options import CommandOptions
 from stages.commands.output import Output, Section, open_output
+from stages.commands.parsing import parse_options
 from stages.commands.progress import progress_on
 from stages.errors import UserError, in_one_line, sentence_of
 
 Options = TypeVar("Options", bound=CommandOptions)
 Command = Callable[[Options], Iterable[Section]]
-"""Does its work and gives out each part of its result as soon as it is there."""
+"""Does its work and yields each part of its result as soon as it is there."""
 
 _LOGGER = logging.getLogger(__name__)
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -33,25 +33,32 @@ def run_command(options_type: type[Options], command: Command[Options], program:
         command: what to run; its sections are printed.
         program: what people typed, for the help text.
     """
-    run_parsed(tyro.cli(options_type, prog=program, use_underscores=True), command, program)
+    options = parse_options(options_type, program)
+    assert isinstance(options, options_type)
+    run_parsed(options, command, program)
 
 
 def run_parsed(options: Options, command: Command[Options], program: str) -> None:
-    """Run ``command`` on options that are parsed, and leave as ``run_command`` does.
+    """Run ``command`` with parsed options, and leave as ``run_command`` does.
 
-    Of processes that were launched together only the first prints results and progress; errors are everyone's.
+    Of processes that were launched together only the first prints results and progress; all print errors.
+
+    Args:
+        options: the command's options.
+        command: what to run; its sections are printed.
+        program: what people typed, in whose form messages spell our commands.
     """
     console, is_first = Console(stderr=True), _is_first_process()
     silent = options.printing.quiet or not is_first
     output = open_output(program, as_json=options.printing.json and is_first, quiet=silent)
     try:
-        # Bars are drawn on the console that messages are printed on, so that they know of each other.
+        # Bars and messages share a console, so that neither overwrites the other.
         with (
             logging_to(console, options.printing, program, errors_only=not is_first),
             progress_on(Console(quiet=True) if silent else console),
         ):
             code = _run(options, command, output)
-    except UserError as error:  # there is no log to write it to
+    except UserError as error:  # the log couldn't be opened
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         output.end(str(error))
         code = _BAD_INPUT
@@ -74,9 +81,9 @@ def _run(options: Options, command: Command[Options], output: Output) -> int:
         return _bad_input(sentence_of(error), output)
     except MemoryError as error:
         reason = in_one_line(error)
-        return _bad_input(f"The memory is too small ({reason}); give smaller sizes or close other programs.", output)
+        return _bad_input(f"Not enough memory ({reason}); use smaller sizes or close other programs.", output)
     except KeyboardInterrupt:
-        stopped = "stopped; what was finished is kept, run the same command again to go on."
+        stopped = "stopped; what was finished is kept, run the same command again to continue."
         _LOGGER.warning(stopped)
         output.end(stopped)
         return _INTERRUPTED

@@ -1,1 +1,1 @@
-"""Hold what flows between the rooms: sites, number formats, results."""
+"""Define the frozen records that flow between the rooms: sites, number formats, results."""

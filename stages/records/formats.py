@@ -1,6 +1,6 @@
-"""The value types that cross rooms: all frozen, keyword-only, and free of behaviour beyond derived values.
+"""Number formats: float types under each library's name, INT4 and INT8 codes with their scales, embeddings' formats.
 
-Shapes: N = out_features, K = in_features, T = tokens, B = block size, nB = ceil(K / B) blocks along K.
+Shapes: N = out_features, K = in_features, B = block size, V = vocabulary, D = hidden size.
 Weights are always [N, K] here, whatever the graph stores.
 """
 
@@ -12,50 +12,37 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from stages.records.sites import BlockAxis, FloatName, GatherForm
 
+_CHANNEL_BLOCK_SIZES = (128, 64, 32, 16)
+"""Every block size that CUDA's 4-bit kernels take, the largest first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatType:
-    """A floating-point storage type under the names that each library gives it."""
+    """A floating-point storage type, under the name that each library gives it."""
 
     name: FloatName
     torch: torch.dtype
-    numpy: np.dtype[np.generic]
     onnx: ir.DataType
     onnxruntime: str
 
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        """Return numpy's type, of ml_dtypes where numpy has none."""
+        return self.onnx.numpy()
 
-FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType(
-    {
-        "float32": FloatType(
-            name="float32",
-            torch=torch.float32,
-            numpy=np.dtype(np.float32),
-            onnx=ir.DataType.FLOAT,
-            onnxruntime="tensor(float)",
-        ),
-        "float16": FloatType(
-            name="float16",
-            torch=torch.float16,
-            numpy=np.dtype(np.float16),
-            onnx=ir.DataType.FLOAT16,
-            onnxruntime="tensor(float16)",
-        ),
-        "bfloat16": FloatType(
-            name="bfloat16",
-            torch=torch.bfloat16,
-            numpy=np.dtype(ml_dtypes.bfloat16),
-            onnx=ir.DataType.BFLOAT16,
-            onnxruntime="tensor(bfloat16)",
-        ),
-    }
+
+_FLOAT_TYPES = (
+    FloatType(name="float32", torch=torch.float32, onnx=ir.DataType.FLOAT, onnxruntime="tensor(float)"),
+    FloatType(name="float16", torch=torch.float16, onnx=ir.DataType.FLOAT16, onnxruntime="tensor(float16)"),
+    FloatType(name="bfloat16", torch=torch.bfloat16, onnx=ir.DataType.BFLOAT16, onnxruntime="tensor(bfloat16)"),
 )
+FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType({kind.name: kind for kind in _FLOAT_TYPES})
 
 
 def torch_float(name: FloatName) -> torch.dtype:
@@ -71,9 +58,6 @@ def onnx_float(name: FloatName) -> ir.DataType:
 def float_of_onnx(dtype: ir.DataType | None) -> FloatType | None:
     """Return the storage type that ONNX calls ``dtype``; None where a base model can't have it."""
     return next((kind for kind in FLOAT_TYPES.values() if kind.onnx == dtype), None)
-
-
-# --------------------------------------------------------------------------- number formats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +113,7 @@ class QuantSpec:
                 return f"{self.bits}ch"
 
     def block_size(self, in_features: int) -> int:
-        """Block size B for a row of ``in_features`` inputs; the whole row where scales are per channel."""
+        """Return the block size B for a row of ``in_features`` inputs: the whole row where scales are per channel."""
         match self.granularity:
             case PerBlock(block_size=size):
                 return size
@@ -137,10 +121,11 @@ class QuantSpec:
                 return in_features
 
     def num_blocks(self, in_features: int) -> int:
+        """Return the number of blocks, and so of scales, in a row of ``in_features`` inputs."""
         return -(-in_features // self.block_size(in_features))
 
     def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of codes, scales and zero points for an [N, K] weight."""
+        """Return the bytes of codes, scales and zero points for an [N, K] weight."""
         scales = out_features * self.num_blocks(in_features)
         code_bits = out_features * in_features * self.bits
         zero_point_bits = 0 if self.symmetric else scales * self.bits
@@ -148,14 +133,14 @@ class QuantSpec:
 
 
 class WeightForm(StrEnum):
-    """Which nodes stand before the MatMul."""
+    """The nodes that stand before the MatMul, or in its place."""
 
     DQ = "dq"
     """Packed codes and DequantizeLinear."""
     QDQ = "qdq"
     """The floating-point weight, QuantizeLinear and DequantizeLinear: ONNX Runtime packs it when it loads."""
     DQ_COLUMN_MAJOR = "dq_column_major"
-    """Packed codes in rows of output channels, DequantizeLinear and Transpose: for execution providers that ask for it;
+    """Packed codes in rows of output channels, DequantizeLinear and Transpose: for execution providers that need it;
     ONNX Runtime's own never fuse it."""
     MATMUL_NBITS = "matmul_nbits"
     """com.microsoft MatMulNBits in place of the MatMul, for runtimes that fuse no DequantizeLinear and for bfloat16."""
@@ -214,10 +199,6 @@ class EmbeddingPlan:
         return codes + rows * columns * torch_float(self.table.dtype).itemsize
 
 
-_SIZES = (128, 64, 32, 16)
-"""All of those that CUDA's 4-bit kernels take."""
-
-
 def channel_block_size(in_features: int) -> int:
-    """The size that fills up a row of ``in_features`` least, the largest such."""
-    return min(_SIZES, key=lambda size: -in_features % size)
+    """Return the block size that pads a row of ``in_features`` inputs least; of several, the largest."""
+    return min(_CHANNEL_BLOCK_SIZES, key=lambda size: -in_features % size)

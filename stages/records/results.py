@@ -1,6 +1,6 @@
-"""The value types that cross rooms: all frozen, keyword-only, and free of behaviour beyond derived values.
+"""What the stages hand on: calibration statistics, quantized weights and their reports, the recipe, an export's checks.
 
-Shapes: N = out_features, K = in_features, T = tokens, B = block size, nB = ceil(K / B) blocks along K.
+Shapes: N = out_features, K = in_features, T = tokens, nB = blocks along K; V = vocabulary and D = hidden size.
 Weights are always [N, K] here, whatever the graph stores.
 """
 
@@ -13,7 +13,132 @@ from torch import Tensor
 from stages.records.formats import EmbeddingPlan, QuantSpec, WeightForm
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
-# --------------------------------------------------------------------------- the checks of an export
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """Second-order statistics of one activation over ``num_tokens`` tokens.
+
+    Exactly one of ``gram`` ([K, K], float32, X^T X / T) and ``rows`` ([T, K], the model's type) is present; rows where
+    T < K and they are smaller, because they are then cheaper to multiply with too.
+    """
+
+    num_tokens: int
+    abs_mean: Tensor
+    """[K] float32, mean over tokens of |x_k|."""
+    gram: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Return whether nothing was seen: no token came here (an expert nobody chose), or only zeros."""
+        return not bool(self.abs_mean.any())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationStats:
+    """The statistics that the search minimises over (``calibration``) and that may veto its choice (``held_out``)."""
+
+    calibration: TokenStats
+    held_out: TokenStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """One site's stored weight: W[n, k] * input_scale[k] is approximated by (code - zero_point) * scale."""
+
+    site: MatMulSite
+    spec: QuantSpec
+    codes: Tensor
+    """[N, K] int8 (symmetric) or uint8 (asymmetric), unpacked."""
+    scales: Tensor
+    """[N, nB] in the spec's scale type."""
+    zero_points: Tensor | None = None
+    """[N, nB] uint8, or None where symmetric."""
+    input_scale: Tensor | None = None
+    """[K] float32 AWQ scale that the weight was multiplied with and the activation must be divided by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTable:
+    """One embedding's stored numbers: table[v, d] is approximated by code * scale."""
+
+    packed: Tensor
+    """[ceil(V * D / 2)] uint8: codes in C order, two to a byte, as ONNX stores INT4; unpacked they would need twice
+    the memory."""
+    scales: Tensor
+    """[V, nB] (axis 1) or [nB, D] (axis 0), in the table's type."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport:
+    """The choice for one site and its losses: one JSON line.
+
+    Losses are mean squared output errors relative to the mean squared output: tr(D G D^T) / tr(W G W^T); None where no
+    statistics were used (RTN).
+    """
+
+    site: str
+    algorithm: str
+    format: str
+    """The QuantSpec's label."""
+    bytes: int
+    loss_rtn: float | None = None
+    loss: float | None = None
+    held_out_loss_rtn: float | None = None
+    held_out_loss: float | None = None
+    scale_family: str = "identity"
+    alpha: float | None = None
+    mean_clip_ratio: float | None = None
+    block_loss_start: float | None = None
+    """Where a decoder block was tuned: mean squared error of its output on held-out tokens, each relative to the
+    token's squared length, before tuning."""
+    block_loss: float | None = None
+    """The same, after tuning."""
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteForecast:
+    """The error that each format would cause at a site, before any search."""
+
+    energy: float
+    """Mean squared output, summed over channels."""
+    errors: dict[str, float]
+    """Relative output error by format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedGroup:
+    """The solver's results for one activation group."""
+
+    group: ActivationGroup
+    weights: tuple[QuantizedWeight, ...]
+    reports: tuple[SiteReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRecipe:
+    """All that the exporter needs besides the weights themselves; stored as recipe.json beside them."""
+
+    model_fingerprint: str
+    weight_form: WeightForm
+    fold_input_scales: bool
+    groups: tuple[ActivationGroup, ...]
+    """The groups that hold quantized sites, in graph order; only those sites."""
+    kept: tuple[tuple[str, str], ...]
+    """(site, why) for each site that stays as it is."""
+    search: str
+    """Fingerprint of the algorithm, options and cache: a folder with another one is refused, not mixed."""
+    summary: str
+    """The algorithm and options, for people to read."""
+    embeddings: tuple[EmbeddingPlan, ...] = ()
+    """The tables whose Gather nodes read INT4 codes."""
+    unreached: tuple[UnquantizedWeights, ...] = ()
+    """Large weights that no MatMul or Gemm reads, and so stay as they are."""
+    session_options: tuple[tuple[str, str], ...] = ()
+    """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
+    holds where none is asked for; MatMulNBits nodes carry it themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,139 +176,6 @@ class UnfusedSite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedTable:
-    """One embedding's stored numbers: table[v, d] is approximated by code * scale."""
-
-    packed: Tensor
-    """[ceil(V * D / 2)] uint8: codes in C order, two to a byte, as ONNX stores INT4; unpacked they would need twice
-    the memory."""
-    scales: Tensor
-    """[V, nB] (axis 1) or [nB, D] (axis 0), in the table's type."""
-
-
-# --------------------------------------------------------------------------- statistics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenStats:
-    """Second-order statistics of one activation over ``num_tokens`` tokens.
-
-    Exactly one of ``gram`` ([K, K], float32, X^T X / T) and ``rows`` ([T, K], the model's type) is present; rows where
-    T < K and they are smaller, because they are then cheaper to multiply with too.
-    """
-
-    num_tokens: int
-    abs_mean: Tensor
-    """[K] float32, mean over tokens of |x_k|."""
-    gram: Tensor | None = None
-    rows: Tensor | None = None
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether nothing was seen: no token came here (an expert nobody chose), or only zeros."""
-        return not bool(self.abs_mean.any())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationStats:
-    """What the search minimises over (``calibration``) and what may veto its choice (``held_out``)."""
-
-    calibration: TokenStats
-    held_out: TokenStats
-
-
-# --------------------------------------------------------------------------- results
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedWeight:
-    """One site's stored weight: W[n, k] * input_scale[k] is approximated by (code - zero_point) * scale."""
-
-    site: MatMulSite
-    spec: QuantSpec
-    codes: Tensor
-    """[N, K] int8 (symmetric) or uint8 (asymmetric), unpacked."""
-    scales: Tensor
-    """[N, nB] in the spec's scale type."""
-    zero_points: Tensor | None = None
-    """[N, nB] uint8, or None where symmetric."""
-    input_scale: Tensor | None = None
-    """[K] float32 AWQ scale that the weight was multiplied with and the activation must be divided by."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteReport:
-    """What was chosen for a site and what it costs: one JSON line.
-
-    Losses are mean squared output errors relative to the mean squared output: tr(D G D^T) / tr(W G W^T); None where no
-    statistics were used (RTN).
-    """
-
-    site: str
-    algorithm: str
-    format: str
-    """The QuantSpec's label."""
-    bytes: int
-    loss_rtn: float | None = None
-    loss: float | None = None
-    held_out_loss_rtn: float | None = None
-    held_out_loss: float | None = None
-    scale_family: str = "identity"
-    alpha: float | None = None
-    mean_clip_ratio: float | None = None
-    block_loss_start: float | None = None
-    """Where a decoder block was tuned: mean squared error of its output on held-out tokens, each relative to the
-    token's squared length, as tuning found it."""
-    block_loss: float | None = None
-    """The same, as tuning left it."""
-    note: str = ""
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteForecast:
-    """What formats would cost a site, before any search."""
-
-    energy: float
-    """Mean squared output, summed over channels."""
-    errors: dict[str, float]
-    """Relative output error by format."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolvedGroup:
-    """Everything the solver found for one activation group."""
-
-    group: ActivationGroup
-    weights: tuple[QuantizedWeight, ...]
-    reports: tuple[SiteReport, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRecipe:
-    """What the exporter must know besides the weights themselves; stored as recipe.json beside them."""
-
-    model_fingerprint: str
-    weight_form: WeightForm
-    fold_input_scales: bool
-    groups: tuple[ActivationGroup, ...]
-    """The groups that hold quantized sites, in graph order; only those sites."""
-    kept: tuple[tuple[str, str], ...]
-    """(site, why) for each site that stays as it is."""
-    search: str
-    """Fingerprint of the algorithm, options and cache: a folder with another one is refused, not mixed."""
-    summary: str
-    """The algorithm and options in words."""
-    embeddings: tuple[EmbeddingPlan, ...] = ()
-    """The tables whose Gather nodes read INT4 codes."""
-    unreached: tuple[UnquantizedWeights, ...] = ()
-    """Large weights that no MatMul or Gemm reads, and so stay as they are."""
-    session_options: tuple[tuple[str, str], ...] = ()
-    """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
-    holds where none is asked for; MatMulNBits nodes carry it themselves."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
     """The figures of a verified export; None where a check was not run, which ``skipped`` then explains."""
 
@@ -192,9 +184,9 @@ class VerifyReport:
     fused: int | None
     unfused: tuple[UnfusedSite, ...] = ()
     worst_exact: SiteError | None = None
-    """Largest error at accuracy level 1."""
+    """The site with the largest error at accuracy level 1."""
     worst_default: SiteError | None = None
-    """Largest error at the runtime's default level, where activations are rounded to int8."""
+    """The site with the largest error at the runtime's default level, which rounds activations to int8."""
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
     widened: bool = False

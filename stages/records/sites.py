@@ -1,7 +1,9 @@
-"""The value types that cross rooms: all frozen, keyword-only, and free of behaviour beyond derived values.
+"""What a graph holds to quantize: MatMul sites, groups that share an input, and where an input scale can be folded.
 
-Shapes: N = out_features, K = in_features, T = tokens, B = block size, nB = ceil(K / B) blocks along K.
-Weights are always [N, K] here, whatever the graph stores.
+Also what is left unquantized, what a site's name says, and the words of the options that describe formats: nothing here
+imports torch, so that command lines can be parsed without it.
+
+Shapes: N = out_features, K = in_features; V = vocabulary and D = hidden size of an embedding table.
 """
 
 from __future__ import annotations
@@ -12,20 +14,16 @@ from enum import StrEnum
 from typing import Literal
 
 FloatName = Literal["float32", "float16", "bfloat16"]
-"""Floating-point storage types a base model can have, named as torch names them."""
-
-
-# --------------------------------------------------------------------------- embeddings
+"""Floating-point types that a base model's weights can have, named as torch names them."""
 
 GatherForm = Literal["gather_block_quantized", "dq"]
-"""com.microsoft GatherBlockQuantized, or DequantizeLinear and Gather."""
-
+"""How a quantized embedding is looked up: by com.microsoft GatherBlockQuantized, or DequantizeLinear and Gather."""
 
 BlockAxis = Literal[0, 1]
-"""Axis of a [V, D] table that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
+"""Axis of a [V, D] embedding that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
 
-
-# --------------------------------------------------------------------------- the graph's sites
+_LAYER = re.compile(r"layers[./](\d+)[./]?")
+"""The builder writes layers.3/, other exporters layers/3/ or layers.3. with dots throughout."""
 
 
 class WeightLayout(StrEnum):
@@ -60,9 +58,6 @@ class MatMulSite:
     feeds_logits: bool = False
     routes_experts: bool = False
     """Whether its output decides which experts of a mixture a token goes to."""
-
-
-# --------------------------------------------------------------------------- where an input scale can be folded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,15 +123,12 @@ class ActivationGroup:
     sites: tuple[MatMulSite, ...]
     absorber: Absorber | None
     unfoldable_because: str = ""
-    """Why there is no absorber, in words a person can read; empty where there is one."""
-
-
-# --------------------------------------------------------------------------- what stays as it is
+    """Why there is no absorber, for people to read; empty where there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnquantizedWeights:
-    """Matrices that one kind of node reads and that quantization leaves alone."""
+    """Matrices that one kind of node reads and that stay unquantized."""
 
     op_type: str
     weights: tuple[str, ...]
@@ -148,14 +140,10 @@ class UnquantizedWeights:
 
     @property
     def in_words(self) -> str:
-        """Which weights stay, how large they are, and why."""
+        """Say which weights stay, how large they are, and why."""
         more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
         size = f"{self.num_bytes / 1e6:,.1f} MB, {self.share:.0%} of the base's weights"
         return f"{self.op_type}: {self.weights[0]}{more} ({size}): {self.reason}"
-
-
-_LAYER = re.compile(r"layers[./](\d+)[./]?")
-"""The builder writes layers.3/, other exporters layers/3/ or layers.3. with dots throughout."""
 
 
 def short_name(site: str) -> str:

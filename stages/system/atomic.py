@@ -1,4 +1,4 @@
-"""Write whole or not at all: scratch copies beside the target, fsync, then rename."""
+"""Atomic writes of files and folders, whole or not at all: a scratch copy beside the target, fsync, then a rename."""
 
 from __future__ import annotations
 
@@ -10,6 +10,107 @@ from pathlib import Path
 
 from stages.errors import UserError
 from stages.system.paths import reachable
+
+
+def is_occupied(path: Path) -> bool:
+    """Return whether ``path`` is a file, or a folder that isn't empty."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def refuse_existing(path: Path, *, overwrite: bool, option: str) -> None:
+    """Raise UserError when ``path`` (a file, or a folder that isn't empty) exists and may not be replaced."""
+    if is_occupied(path) and not overwrite:
+        raise UserError(f"{option} {path} already exists; choose another path or pass --overwrite to replace it.")
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest folder above ``path`` that exists."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def require_creatable(path: Path, *, option: str) -> None:
+    """Raise UserError when ``path`` could not be created, before hours of work depend on it."""
+    try:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{option} {path} is a link that leads nowhere; choose another path.")
+        path.exists()
+        parent = existing_parent(path)
+    except OSError as error:
+        raise UserError(f"{option} {path} can't be written ({error.strerror}); choose another path.") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{option} {path} can't be written ({parent} is not a writable folder); choose another path.")
+
+
+@contextmanager
+def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``path`` only if the block succeeds.
+
+    Args:
+        path: the folder to create; missing parents are created too.
+        overwrite: replace an existing folder; else it is refused before any work.
+        option: the command-line option that named ``path``, for messages.
+
+    Raises:
+        UserError: the folder exists and ``overwrite`` is off, or can't be written.
+    """
+    # A link stays; the folder that it leads to is replaced.
+    path = reachable(path.resolve() if path.is_symlink() else path.absolute())
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _recover(path)
+        refuse_existing(path, overwrite=overwrite, option=option)
+        partial = _partial(path)
+        partial.mkdir()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{option} {path} can't be written ({reason}); choose a folder you may write to.") from error
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _fsync(partial)
+        if path.is_dir():
+            path.rename(_replaced(path))
+        partial.rename(path)
+        _fsync(path.parent)
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch path; what the block writes there replaces ``path`` in one step, or is removed."""
+    partial = _partial(path)
+    try:
+        yield partial
+        _fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_beside(path: Path, *, owner: bool) -> Iterator[Path]:
+    """Yield the path of a folder for temporary files beside ``path``, which is removed afterwards.
+
+    Nothing is created: whoever puts a file there makes the folder. Of the processes that share it only the ``owner``,
+    which must come first, removes it, and before that what a killed run left there.
+    """
+    folder = path.absolute().with_name(f".{path.name}.scratch")
+    if owner:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        if owner:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _partial(path: Path) -> Path:
@@ -43,109 +144,8 @@ def _recover(path: Path) -> None:
         shutil.rmtree(_partial(path))
 
 
-def is_occupied(path: Path) -> bool:
-    """Whether ``path`` is a file, or a folder that isn't empty."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
-
-
-def refuse_existing(path: Path, *, overwrite: bool, option: str) -> None:
-    """Raise UserError when ``path`` (a file, or a folder that isn't empty) exists and may not be replaced."""
-    if is_occupied(path) and not overwrite:
-        raise UserError(f"{option} {path} already exists; choose another path or pass --overwrite to replace it.")
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above ``path`` that is there."""
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
-
-
-def require_creatable(path: Path, *, option: str) -> None:
-    """Raise UserError when ``path`` could not be created, before hours of work depend on it."""
-    try:
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"{option} {path} is a link that leads nowhere; choose another path.")
-        path.exists()
-        parent = existing_parent(path)
-    except OSError as error:
-        raise UserError(f"{option} {path} can't be written ({error.strerror}); choose another path.") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{option} {path} can't be written ({parent} is no writable folder); choose another path.")
-
-
 def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove the first of ``folders``, each the next one's child, that hold nothing."""
+    """Remove empty ``folders``, each the next one's child, until one isn't empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-@contextmanager
-def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
-    """Yield a scratch folder that becomes ``path`` only if the block succeeds.
-
-    Args:
-        path: the folder to create. Its parent is created when missing.
-        overwrite: replace a folder that is there; else it is refused before any work.
-        option: the command-line option that named ``path``, for messages.
-
-    Raises:
-        UserError: the folder exists and ``overwrite`` is off, or can't be written.
-    """
-    # Of a link, what it leads to is replaced.
-    path = reachable(path.resolve() if path.is_symlink() else path.absolute())
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _recover(path)
-        refuse_existing(path, overwrite=overwrite, option=option)
-        partial = _partial(path)
-        partial.mkdir()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{option} {path} can't be written ({reason}); choose a folder you may write to.") from error
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        _fsync(partial)
-        if path.is_dir():
-            path.rename(_replaced(path))
-        partial.rename(path)
-        _fsync(path.parent)
-        shutil.rmtree(_replaced(path), ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(made)
-
-
-@contextmanager
-def scratch_beside(path: Path, *, owner: bool) -> Iterator[Path]:
-    """Yield a folder for temporary files beside ``path``, which is gone afterwards.
-
-    Of the processes that share it the ``owner`` alone removes it, and before that what a killed run left there; it must
-    come first. Who puts something there makes the folder.
-    """
-    folder = path.absolute().with_name(f".{path.name}.scratch")
-    if owner:
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        if owner:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path; what the block writes there replaces ``path`` in one step, or is removed."""
-    partial = _partial(path)
-    try:
-        yield partial
-        _fsync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

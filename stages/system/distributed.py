@@ -1,4 +1,4 @@
-"""Processes that ``accelerate launch`` started together: who does what, who waits for whom, who tells what to whom."""
+"""Distributed runs: processes that ``accelerate launch`` started together share work, wait, broadcast and exchange."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Said = TypeVar("Said")
+Value = TypeVar("Value")
 
 _LOGGER = logging.getLogger(__name__)
-
-_PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: a share of a large model takes hours."""
+_TIMEOUT = timedelta(days=7)
+"""For waiting for other processes: a share of a large model takes hours."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among its peers; without a launcher it is the only one and never waits."""
+    """This process among its peers; without a launcher it is the only one, and never waits."""
 
     state: PartialState | None
 
@@ -40,22 +39,22 @@ class Processes:
 
     @property
     def index(self) -> int:
-        """This process's place, from 0."""
+        """Return this process's place, from 0."""
         return 0 if self.state is None else int(self.state.process_index)
 
     @property
     def count_here(self) -> int:
-        """How many of them share this machine."""
+        """Return how many of the processes share this machine."""
         return 1 if self.state is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     @property
     def index_here(self) -> int:
-        """This process's place on its machine, from 0: the number of its GPU."""
+        """Return this process's place on its machine, from 0: the number of its GPU."""
         return 0 if self.state is None else int(self.state.local_process_index)
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first process runs the block while the others wait; then they run it too."""
+        """Run the block in the first process while the others wait; then in them too."""
         if self.state is None:
             yield
         else:
@@ -63,21 +62,21 @@ class Processes:
                 yield
 
     def barrier(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has come here."""
         if self.state is not None:
             self.state.wait_for_everyone()
 
     def my_share(self, costs: Sequence[float]) -> frozenset[int]:
-        """Indices of the pieces of work, of these ``costs``, that are this process's: the same split everywhere."""
+        """Return the indices of the work, of these ``costs``, that is this process's; all processes split alike."""
         return split_by_cost(costs, self.count)[self.index]
 
-    def broadcast(self, said: Said) -> Said:
-        """What the first process says; what the others pass is not looked at."""
+    def broadcast(self, value: Value) -> Value:
+        """Return the first process's ``value`` in all processes; the others' is ignored."""
         if self.state is None:
-            return said
-        heard = [said]
-        torch.distributed.broadcast_object_list(heard, src=0, device=self.state.device)
-        return heard[0]
+            return value
+        received = [value]
+        torch.distributed.broadcast_object_list(received, src=0, device=self.state.device)
+        return received[0]
 
     def exchange(self, mine: Mapping[str, Tensor], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
         """Give every tensor to the process that owns its name; all processes must come here together.
@@ -115,38 +114,38 @@ class Processes:
         tag: int,
         posted: list[torch.distributed.P2POp],
     ) -> Tensor:
-        """What ``sender`` has of ``name``: its own tensor, or one that ``posted`` will fill."""
+        """Return ``sender``'s tensor called ``name``: the one here, or an empty one that ``posted`` will fill."""
         if sender == self.index:
             return mine[name]
         assert self.state is not None
         shape, dtype = form
-        coming = torch.empty(shape, dtype=dtype, device=self.state.device)
-        posted.append(torch.distributed.P2POp(torch.distributed.irecv, coming, sender, tag=tag))
-        return coming
+        incoming = torch.empty(shape, dtype=dtype, device=self.state.device)
+        posted.append(torch.distributed.P2POp(torch.distributed.irecv, incoming, sender, tag=tag))
+        return incoming
 
 
 def join_processes() -> Processes:
-    """Find the other processes, where a launcher started this one (it says so in WORLD_SIZE).
+    """Join the processes that a launcher started with this one, as WORLD_SIZE says.
 
-    A launcher that was asked for more and started this one alone gets a warning in the log: accelerate does so on
-    machines without GPUs.
+    Where accelerate started a single process although it was asked for several, as it does on machines without GPUs,
+    the log gets a warning.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
             _LOGGER.warning(
-                "accelerate started one process alone; on a machine without GPUs it starts several with "
+                "accelerate started one process only; on a machine without GPUs it starts several with "
                 "accelerate launch --multi_gpu --num_processes N"
             )
         return Processes(None)
     from accelerate import PartialState
 
-    return Processes(PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE))
+    return Processes(PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT))
 
 
 def split_by_cost(costs: Sequence[float], shares: int) -> list[frozenset[int]]:
-    """Indices in ``shares`` parts of about the same cost: the largest first, each to the part with least so far.
+    """Split indices into ``shares`` parts of about equal cost: the largest first, each to the part with least so far.
 
-    At most 4/3 of the best possible largest part (Graham 1969, SIAM J. Appl. Math. 17(2)).
+    The largest part costs at most 4/3 of the best possible largest part (Graham 1969, SIAM J. Appl. Math. 17(2)).
     """
     totals = [0.0] * shares
     parts: list[set[int]] = [set() for _ in range(shares)]

@@ -1,4 +1,4 @@
-"""The machine that figures were measured on, in words."""
+"""The hardware that work runs on: the torch device, threads, and the machine's description for reports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import torch
 from stages.errors import UserError
 
 _CPUINFO = Path("/proc/cpuinfo")
-"""Linux alone names its processor here; platform.processor() is empty there."""
+_CPUINFO_NAME = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
+"""Only on Linux; platform.processor() is empty there."""
+_THREADS = re.compile(r"\s*0*([1-9][0-9]{0,8})\s*(,.*)?")
+"""A value of OMP_NUM_THREADS: a number, or a list of them, one for each level of nested loops."""
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The torch device that ``--device`` means; ``auto`` takes CUDA, then MPS, then the CPU.
+    """Return the torch device that ``--device`` means; ``auto`` takes CUDA, then MPS, then the CPU.
 
     Raises:
         UserError: the device isn't there.
@@ -35,28 +38,9 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def describe_machine() -> str:
-    """Processor, cores and memory, and the operating system."""
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    memory = psutil.virtual_memory().total / 1e9
-    return f"{processor()}, {cores} cores, {memory:.0f} GB, {platform.system()}"
-
-
 def default_threads() -> int:
-    """Threads that ONNX Runtime takes unless told otherwise: one for each physical core."""
+    """Return how many threads ONNX Runtime takes by default: one for each physical core."""
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-
-
-def processor() -> str:
-    """Its name as the operating system gives it, or else the kind of machine."""
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text("ascii", errors="replace"), re.MULTILINE)
-    except OSError:
-        named = None
-    return named[1].strip() if named else platform.processor() or platform.machine()
-
-
-_COUNT = re.compile(r"\s*0*([1-9][0-9]{0,8})\s*(,.*)?")
 
 
 def threads() -> int | None:
@@ -64,10 +48,25 @@ def threads() -> int | None:
 
     None where the variable is unset, or holds what OpenMP runtimes ignore: nothing, words, a number below 1.
     """
-    found = _COUNT.fullmatch(os.environ.get("OMP_NUM_THREADS", ""))
+    found = _THREADS.fullmatch(os.environ.get("OMP_NUM_THREADS", ""))
     return None if found is None else int(found[1])
 
 
 def one_thread_each(workers: int) -> ThreadPoolExecutor:
-    """A pool of ``workers`` threads, in each of which torch computes with that thread alone."""
+    """Return a pool of ``workers`` threads, each of which computes with torch on its own thread only."""
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def processor() -> str:
+    """Return the processor's name as the operating system gives it, or else the kind of machine."""
+    try:
+        found = _CPUINFO_NAME.search(_CPUINFO.read_text("ascii", errors="replace"))
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def describe_machine() -> str:
+    """Return the processor, cores, memory and operating system in one line."""
+    memory = psutil.virtual_memory().total / 1e9
+    return f"{processor()}, {default_threads()} cores, {memory:.0f} GB, {platform.system()}"

@@ -1,4 +1,4 @@
-"""Records as JSON files: passed over where they can't be read, and written whole or not at all."""
+"""JSON files of records: read if they fit, written atomically, with errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Record = TypeVar("_Record")
 
 @runtime_checkable
 class Records(Protocol[_Record]):
-    """The two methods that are used of pydantic's TypeAdapter, whose own type beartype can't check."""
+    """The two methods needed of pydantic's TypeAdapter, whose own type beartype can't check."""
 
     def validate_json(self, data: bytes, /) -> _Record: ...
 
@@ -33,12 +33,12 @@ def read_json(path: Path, records: Records[_Record]) -> _Record | None:
 
 
 def write_json(path: Path, records: Records[_Record], record: _Record) -> None:
-    """Write ``record`` as ``path``, indented, like ``write_whole``."""
+    """Write ``record`` to ``path`` as indented JSON, whole or not at all; create missing folders."""
     write_whole(path, records.dump_json(record, indent=1))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write ``content`` as ``path``, whole or not at all; make its folder where it is missing."""
+    """Write ``content`` to ``path``, whole or not at all; create missing folders."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
@@ -47,11 +47,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def explained(failure: str, fix: str) -> Iterator[None]:
-    """Raise UserError where the block can't read or write a file.
+    """Raise a UserError where the block can't read or write a file: "failure (reason); fix."
 
     Args:
-        failure: what can't be done, and with which file: the sentence's beginning, which the reason follows.
-        fix: what to do about it.
+        failure: the beginning of the sentence: what can't be done, with which file.
+        fix: the end of the sentence: what to do about it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Run a command in a process of its own: its seconds, its peak memory, or the sentence that it failed with."""
+"""Run a command in a process of its own and measure its seconds and peak memory, or say why it failed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from pathlib import Path
 from stages.errors import UserError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_MARK = re.compile(r"^(error: |ERROR: |\w*(Error|Exception): )")
+_ERROR_PREFIX = re.compile(r"^(error: |ERROR: |\w*(Error|Exception): )")
 _SIGNALS = 128
-_KILLED = 9
+"""Exit codes above it are the number of a signal more."""
+_SIGKILL = 9
 
 
 class CommandFailed(UserError):
@@ -28,21 +29,21 @@ class CommandFailed(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a whole process took."""
+    """Time and memory that a whole process took."""
 
     seconds: float
     peak_bytes: int | None
-    """Most memory that it held at once; None where the operating system doesn't tell (Windows)."""
+    """Peak memory; None on Windows, which doesn't report it."""
 
 
 def run_measured(command: Sequence[str], log: Path) -> Cost:
-    """Run ``command`` to its end; what it prints goes to the file ``log``, which is replaced.
+    """Run ``command`` to its end; its output replaces the file ``log``.
 
     Raises:
-        CommandFailed: there is no such program, or it ends with another exit code than 0.
+        CommandFailed: there is no such program, or it ends with an exit code other than 0.
     """
     if shutil.which(command[0]) is None:
-        raise CommandFailed(f"{command[0]} is no program that can be run")
+        raise CommandFailed(f"{command[0]} is not a program that can be run")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         report = Path(scratch) / "peak_bytes"
         started = time.perf_counter()
@@ -54,17 +55,17 @@ def run_measured(command: Sequence[str], log: Path) -> Cost:
 
 
 def _run(command: Sequence[str], log: Path) -> int:
-    """The exit code of ``command``; it and what it started end with this process's interruption."""
+    """Return the exit code of ``command``; if this process is interrupted, end it and what it started."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             return process.wait()
         except BaseException:
-            _end(process)
+            _kill(process)
             raise
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     if sys.platform == "win32":
         process.kill()
     else:
@@ -73,10 +74,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(code: int, log: Path) -> str:
-    """The last line of what a failed command printed; a traceback ends with the error itself."""
+    """Return the last line that a failed command printed; a traceback ends with the error itself."""
     if code > _SIGNALS:
         number = code - _SIGNALS
-        return f"ended by signal {number}" + (", as when memory runs out" if number == _KILLED else "")
+        return f"ended by signal {number}" + (", as when memory runs out" if number == _SIGKILL else "")
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     last = next((line for line in reversed(lines) if line), f"ended with exit code {code} and said nothing")
-    return _MARK.sub("", last)
+    return _ERROR_PREFIX.sub("", last)

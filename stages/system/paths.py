@@ -1,4 +1,4 @@
-"""Names of files and folders that every system takes, Windows being the strictest."""
+"""Names of files and folders that every system accepts, Windows being the strictest, and quoting for its shells."""
 
 from __future__ import annotations
 
@@ -12,66 +12,37 @@ from typing import TypeVar
 
 ON_WINDOWS = os.name == "nt"
 
-
-def shell_line(arguments: Sequence[str], *, windows: bool = ON_WINDOWS) -> str:
-    """One line that gives a program these ``arguments``, for cmd or PowerShell on Windows, elsewhere for sh."""
-    return subprocess.list2cmdline(arguments) if windows else shlex.join(arguments)
-
-
-def split_line(text: str, *, windows: bool = ON_WINDOWS) -> list[str]:
-    r"""The words of ``text``; on Windows a backslash is a part of a path (``plan=C:\models\plan.toml``).
-
-    Raises:
-        ValueError: a quotation mark has no partner.
-    """
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    if windows:
-        lexer.escape = ""
-    return list(lexer)
-
-
-Place = TypeVar("Place", bound=PurePath)
-
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 """Names that mean a device on Windows, with any extension."""
-
-
 _LONGEST_NAME = 120
-
-
-_DIGITS = 8
-
-
+_DIGEST_DIGITS = 8
 _LONGEST_WINDOWS_PATH = 247
 """Characters of a folder's path without the prefix; files may have 12 more."""
-
-
-_ROOM = len(".embedding.0000.") + 150 + len(".safetensors.partial")
-"""The longest name that is written inside one of our folders, with a number before and a suffix behind it."""
-
-
-_EXTENDED = "\\\\?\\"
+_LONGEST_INNER_NAME = len(".embedding.0000.") + 150 + len(".safetensors.partial")
+"""Characters of the longest name that is written inside our folders, with a number before and a suffix behind it."""
+_LONG_PREFIX = "\\\\?\\"
 
 
 def file_name(words: str, *, longest: int = _LONGEST_NAME) -> str:
-    """``words``, made of letters, digits and ``.-_``, as a name that no system refuses or changes.
+    """Return ``words``, made of letters, digits and ``.-_``, as a name that no system refuses or changes.
 
-    Device names of Windows get a ``_`` in front, dots at the end go (Windows drops them silently), and what is longer
-    than ``longest`` is cut and gets a part of its sha256, so that different words keep different names.
+    Device names of Windows get a ``_`` in front, dots at the end are dropped, as Windows would silently do, and a name
+    of more than ``longest`` characters is cut and gets a part of its sha256, so that different words keep different
+    names.
     """
     name = words.rstrip(".") or "_"
     if name.partition(".")[0].lower() in _DEVICES:
         name = f"_{name}"
     if len(name) <= longest:
         return name
-    digest = hashlib.sha256(words.encode()).hexdigest()[:_DIGITS]
-    return f"{name[: longest - _DIGITS - 1]}-{digest}"
+    digest = hashlib.sha256(words.encode()).hexdigest()[:_DIGEST_DIGITS]
+    return f"{name[: longest - _DIGEST_DIGITS - 1]}-{digest}"
 
 
-def sibling_folder(folder: Place, suffix: str) -> Place:
-    """``folder`` with ``suffix`` added to its name.
+def sibling_folder(folder: AnyPath, suffix: str) -> AnyPath:
+    """Return ``folder`` with ``suffix`` added to its name.
 
     Raises:
         ValueError: it is the root of a disk, and has no name.
@@ -81,19 +52,37 @@ def sibling_folder(folder: Place, suffix: str) -> Place:
     return folder.with_name(folder.name + suffix)
 
 
+def reachable(path: Path) -> Path:
+    """Return ``path`` in a form in which long names inside it work: as it is, except on Windows."""
+    return Path(extended(PureWindowsPath(path.resolve()))) if ON_WINDOWS else path
+
+
 def extended(path: PureWindowsPath) -> PureWindowsPath:
-    r"""``path``, an absolute one without ``..``, with ``\\?\`` before it where files in it may pass Windows' 260
-    characters; network paths get ``\\?\UNC\``."""
+    r"""Return ``path`` with ``\\?\`` before it where files in it may pass Windows' 260 characters.
+
+    The path must be absolute and without ``..``; network paths get ``\\?\UNC\``.
+    """
     text = str(path)
-    if text.startswith(_EXTENDED) or len(text) + _ROOM <= _LONGEST_WINDOWS_PATH:
+    if text.startswith(_LONG_PREFIX) or len(text) + _LONGEST_INNER_NAME <= _LONGEST_WINDOWS_PATH:
         return path
     if text.startswith("\\\\"):
-        return PureWindowsPath(f"{_EXTENDED}UNC\\{text[2:]}")
-    return PureWindowsPath(_EXTENDED + text)
+        return PureWindowsPath(f"{_LONG_PREFIX}UNC\\{text[2:]}")
+    return PureWindowsPath(_LONG_PREFIX + text)
 
 
-def reachable(path: Path) -> Path:
-    """``path`` in a form in which long names inside it work: as it is, except on Windows."""
-    if not ON_WINDOWS:
-        return path
-    return Path(extended(PureWindowsPath(path.resolve())))
+def shell_line(arguments: Sequence[str], *, windows: bool = ON_WINDOWS) -> str:
+    """Return one line that gives a program these ``arguments``, for cmd or PowerShell on Windows, elsewhere for sh."""
+    return subprocess.list2cmdline(arguments) if windows else shlex.join(arguments)
+
+
+def split_line(text: str, *, windows: bool = ON_WINDOWS) -> list[str]:
+    r"""Split ``text`` into words as a shell does; on Windows a backslash is part of a path (``C:\models\plan.toml``).
+
+    Raises:
+        ValueError: a quotation mark has no partner.
+    """
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if windows:
+        lexer.escape = ""
+    return list(lexer)

@@ -1,4 +1,4 @@
-"""``genai-quant``: the commands under one name, whole runs, completion, and the wheel that brings it."""
+"""``genai-quant``: the commands under one name, its version, whole runs, completion, and the wheel that contains it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import tyro
 
+import genai_quant
 from genai_quant.command import main
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
@@ -38,7 +40,7 @@ class Program:
         self._capsys, self._monkeypatch = capsys, monkeypatch
 
     def __call__(self, *arguments: object) -> tuple[int, str]:
-        """(exit code, what was printed)."""
+        """Return (exit code, what was printed)."""
         self._monkeypatch.setattr(sys, "argv", ["genai-quant", *map(str, arguments)])
         self._monkeypatch.setenv("COLUMNS", "400")
         self._capsys.readouterr()
@@ -77,6 +79,46 @@ def test_the_program_alone_names_its_commands(program: Program) -> None:
     assert all(f"• {command} " in printed for command in COMMANDS)
 
 
+@pytest.mark.parametrize("start", [["genai-quant"], ["python", "-m", "genai_quant"]])
+def test_the_version_is_printed(start: list[str]) -> None:
+    program = [sys.executable, *start[1:]] if len(start) > 1 else [str(Path(sys.executable).with_name(start[0]))]
+    if not Path(program[0]).exists():
+        pytest.skip("the console command isn't installed")
+    done = subprocess.run([*program, "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"genai-quant {version('genai-quant')}\n"
+    assert genai_quant.__version__ == version("genai-quant")
+
+
+def test_an_unknown_option_names_the_nearest(program: Program) -> None:
+    code, printed = program("quantize", "--onnx_path", "a", "--output_path", "b", "--blok_size", 32)
+    assert code == 2
+    assert "--blok_size" in printed
+    assert "--block_size" in printed
+
+
+ENTRIES = (
+    "genai_quant",
+    "export",
+    *(f"stages.{name}" for name in ("calibrate", "quantize", "evaluate", "sweep", "inspect", "report")),
+)
+
+
+@pytest.mark.parametrize("module", ENTRIES)
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_option"]], ids=["help", "error"])
+def test_help_and_errors_in_options_do_not_wait_for_heavy_packages(module: str, arguments: list[str]) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['program', *{arguments}]\n"
+        "try:\n"
+        f"    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as stop:\n"
+        "    heavy = {'torch', 'transformers', 'onnxruntime', 'datasets'} & set(sys.modules)\n"
+        "    sys.exit(f'imported: {heavy}' if heavy else 10 + stop.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 10 + (0 if arguments == ["--help"] else 2), done.stdout + done.stderr
+
+
 def test_bad_input_is_one_sentence(program: Program, tmp_path: Path) -> None:
     code, printed = program("inspect", tmp_path / "nothing")
     assert code == 2
@@ -85,7 +127,7 @@ def test_bad_input_is_one_sentence(program: Program, tmp_path: Path) -> None:
 
 
 def _completed(script: Path, *words: str) -> set[str]:
-    """What bash offers after ``words``."""
+    """Return what bash offers after ``words``."""
     line = " ".join(f'"{word}"' for word in words)
     source = f"source '{script}'; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _tyro_genai_quant"
     done = subprocess.run(

@@ -89,7 +89,7 @@ def test_results_are_frozen() -> None:
 
 
 def test_what_is_exported_is_documented() -> None:
-    text = (Path(__file__).parent.parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent.parent / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
     for name in genai_quant.__all__:
         assert f"`{name}" in text, name
         assert getattr(genai_quant, name).__doc__, name

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from stages.system.distributed import Processes, join_processes, split_by_cost
-
 LAUNCH = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -59,33 +57,6 @@ mine |= {"rare": torch.tensor([0.5], dtype=torch.float16)} if processes.is_first
 for found in processes.exchange(mine, {"often": 0, "rare": 1, "never": 1}).values():
     os.write(1, f"{processes.index} {[tensor.tolist() for tensor in found]}\\n".encode())
 """
-
-
-@pytest.mark.parametrize("shares", [1, 2, 3, 7])
-def test_every_piece_of_work_is_done_once(shares: int) -> None:
-    costs = [5.0, 1.0, 1.0, 8.0, 2.0, 2.0, 1.0]
-    parts = split_by_cost(costs, shares)
-    assert len(parts) == shares
-    assert sorted(index for part in parts for index in part) == list(range(len(costs)))
-
-
-def test_shares_cost_about_the_same() -> None:
-    costs = [14336.0**2 if index % 4 == 3 else 4096.0**2 for index in range(128)]
-    totals = [sum(costs[index] for index in part) for part in split_by_cost(costs, 4)]
-    assert max(totals) < 1.05 * sum(costs) / 4
-
-
-def test_more_processes_than_work() -> None:
-    assert split_by_cost([3.0], 3) == [frozenset({0}), frozenset(), frozenset()]
-
-
-def test_without_a_launcher_one_process_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    processes = join_processes()
-    assert processes == Processes(None)
-    assert (processes.is_first, processes.count, processes.my_share([1.0, 2.0])) == (True, 1, {0, 1})
-    with processes.main_process_first():
-        processes.barrier()
 
 
 def options(base: Path, cache: Path, output: Path, *more: str) -> list[str]:

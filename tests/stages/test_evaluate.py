@@ -22,7 +22,7 @@ MODELS = ("base", "coarse", "twin")
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, unseen_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, its copy called twin, an INT4 model called coarse, and a text."""
+    """Return a folder with a base, its copy called twin, an INT4 model called coarse, and a text."""
     folder = tmp_path_factory.mktemp("evaluated")
     for name in ("base", "twin"):
         shutil.copytree(tiny_model, folder / name)
@@ -128,7 +128,7 @@ def test_local_tasks_are_scored_for_every_model(folder: Path, tmp_path: Path, co
     [
         (["--worst", -1], "--worst must be 0 or more."),
         (["--windows", 0], "--windows must be at least 1."),
-        (["--speed_new_tokens", 1], "--speed_new_tokens must be at least 2: one ends the prompt's time."),
+        (["--speed_new_tokens", 1], "--speed_new_tokens must be at least 2: the first ends the prompt's time."),
         (["--speed", "--speed_prompt_tokens", 65], "65 is more than the 64 tokens of text that are read."),
     ],
 )

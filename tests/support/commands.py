@@ -58,7 +58,7 @@ class Commands:
     def run(
         self, config: type, command: Callable[[object], Iterable[Section]], arguments: tuple[object, ...]
     ) -> tuple[int, str]:
-        """Any other command."""
+        """Run any other command."""
         self.monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
         self.monkeypatch.setenv("COLUMNS", "400")
         self.capsys.readouterr()

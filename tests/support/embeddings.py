@@ -17,7 +17,7 @@ from tests.support.graphs import TinyGraph, onnx_type
 
 
 def plan_of(vocabulary: int, hidden: int, *, dtype: str = "float32", **changes: object) -> EmbeddingPlan:
-    """The plan for initializer "table", which Gather "h" reads: axis 1, blocks of 16, GatherBlockQuantized."""
+    """Return a plan for initializer "table", which Gather "h" reads: axis 1, blocks of 16, GatherBlockQuantized."""
     in_table = {key: changes.pop(key) for key in ("transposed", "gathers", "weight") if key in changes}
     fields: dict[str, object] = {"weight": "table", "gathers": ("h",), "transposed": False}
     table = EmbeddingTable(vocabulary=vocabulary, hidden=hidden, dtype=dtype, **(fields | in_table))
@@ -35,7 +35,7 @@ def rounded(plan: EmbeddingPlan, table: np.ndarray) -> QuantizedTable:
 
 
 def dequantized(plan: EmbeddingPlan, stored: QuantizedTable) -> np.ndarray:
-    """code * scale in float64."""
+    """Return code * scale in float64."""
     codes = unpack_4bit(stored.packed.numpy(), plan.table.shape, np.dtype(np.int8)).astype(np.float64)
     rows, columns = plan.table.shape
     scales = stored.scales.double().numpy()
@@ -43,7 +43,7 @@ def dequantized(plan: EmbeddingPlan, stored: QuantizedTable) -> np.ndarray:
 
 
 def table_store(folder: Path, plan: EmbeddingPlan, stored: QuantizedTable) -> QuantizedStore:
-    """A finished store that holds nothing but one table."""
+    """Return a finished store that holds only one table."""
     recipe = ExportRecipe(
         model_fingerprint="tiny",
         weight_form=WeightForm.DQ,
@@ -60,7 +60,7 @@ def table_store(folder: Path, plan: EmbeddingPlan, stored: QuantizedTable) -> Qu
 
 
 def lookup_graph(plan: EmbeddingPlan, table: np.ndarray) -> TinyGraph:
-    """input_ids -> Gather -> h, for every Gather of the plan."""
+    """Return a graph with input_ids -> Gather -> h for every Gather of the plan."""
     graph = TinyGraph()
     graph.input("input_ids", TensorProto.INT64, ["batch", "length"])
     data = graph.constant("table", np.ascontiguousarray(table.T) if plan.table.transposed else table)

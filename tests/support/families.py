@@ -206,7 +206,7 @@ def _gpt_oss() -> transformers.GptOssConfig:
 
 
 def lfm2_moe() -> transformers.Lfm2MoeConfig:
-    """LFM2-MoE: short convolutions between attention layers, and experts in all layers but the first."""
+    """Return LFM2-MoE: short convolutions between attention layers, and experts in all layers but the first."""
     return transformers.Lfm2MoeConfig(
         **_SIZES,
         moe_intermediate_size=64,
@@ -346,7 +346,7 @@ FAMILIES = (
 
 
 def save_random_model(config: transformers.PretrainedConfig, width: float, folder: Path, tokenizer: Path) -> None:
-    """Hugging Face folder of a random model whose predictions are neither flat nor certain.
+    """Return the Hugging Face folder of a random model whose predictions are neither flat nor certain.
 
     The embedding and head are wide enough for an entropy of some nats less than uniform: a KL divergence then means
     something. Gains are drawn around one whichever way the family stores them (Gemma and Nemotron keep gain - 1). Each
@@ -372,7 +372,7 @@ def save_random_model(config: transformers.PretrainedConfig, width: float, folde
 def build_in_process(
     source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu", *extra: str
 ) -> None:
-    """onnxruntime-genai's builder with ``extra`` options, without a new interpreter for each of a dozen models."""
+    """Run onnxruntime-genai's builder with ``extra`` options, without a new interpreter for each model."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     place = ("", str(source), str(output), precision, execution_provider, str(output / "cache"))

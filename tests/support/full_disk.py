@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def full_after(size: int) -> Iterator[None]:
-    """No file can grow past ``size`` bytes."""
+    """Let no file grow past ``size`` bytes."""
     resource = pytest.importorskip("resource", reason="only POSIX systems limit the size of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -64,7 +64,7 @@ class TinyGraph:
         return outputs[0]
 
     def linear(self, x: str, weight: np.ndarray, output: str) -> str:
-        """MatMul with a [K, N] initializer called "<output>.weight"."""
+        """Add a MatMul with a [K, N] initializer called "<output>.weight"."""
         return self.node("MatMul", [x, self.constant(f"{output}.weight", weight)], [output])
 
     def proto(self) -> onnx.ModelProto:
@@ -76,7 +76,7 @@ class TinyGraph:
         return ir.from_proto(self.proto())
 
     def save(self, folder: Path) -> Path:
-        """model.onnx with its weights in model.onnx.data, in ``folder``."""
+        """Save model.onnx with its weights in model.onnx.data, in ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "model.onnx"
         ir.save(self.model(), path, external_data="model.onnx.data")
@@ -91,7 +91,7 @@ VOCABULARY = 32
 
 
 def tiny_decoder(up: np.ndarray, down: np.ndarray, rng: np.random.Generator, opset: int = 21) -> TinyGraph:
-    """input_ids -> embedding h -> norm x; Sigmoid(gate(h)) * up(x) -> down -> logits by the embedding transposed.
+    """Return a graph: input_ids -> embedding h -> norm x; Sigmoid(gate(h)) * up(x) -> down -> tied logits.
 
     ``up`` is [64, 96] and ``down`` [96, 64] in the model's type; the embedding has 32 rows.
     """

@@ -33,12 +33,12 @@ INT8_ERROR = 0.02
 
 
 def known_scale(in_features: int) -> Tensor:
-    """The scale that ``scaled_rounding`` takes, where no query heads share it."""
+    """Return the scale that ``scaled_rounding`` takes, where no query heads share it."""
     return torch.from_numpy(input_scale(np.random.default_rng(in_features), in_features))
 
 
 def scaled_rounding(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
-    """An algorithm that needs no statistics: every group gets ``known_scale``."""
+    """Round behind ``known_scale``, an algorithm that needs no statistics."""
     scale = known_scale(problem.group.in_features)
     if problem.head_sharing is not None:
         scale = repeat_over_heads(mean_over_heads(scale, problem.head_sharing), problem.head_sharing)
@@ -46,7 +46,7 @@ def scaled_rounding(problem: GroupProblem, options: SearchOptions) -> tuple[Site
 
 
 def filled_store(folder: Path, model: ir.Model, exclude: str = "") -> QuantizedStore:
-    """A finished store of every site of ``model`` that ``exclude`` does not match, in INT8."""
+    """Return a finished store of every site of ``model`` that ``exclude`` does not match, in INT8."""
     plan = make_plan(
         find_groups(model),
         FormatRules(
@@ -87,5 +87,5 @@ def filled_store(folder: Path, model: ir.Model, exclude: str = "") -> QuantizedS
 
 
 def scaled_rewrite(folder: Path, model: ir.Model, exclude: str = "") -> RewriteResult:
-    """``model`` with every site quantized behind ``known_scale``."""
+    """Return ``model`` with every site quantized behind ``known_scale``."""
     return rewrite(model, filled_store(folder, model, exclude))

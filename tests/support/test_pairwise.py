@@ -1,3 +1,7 @@
+"""Every pair of values meets, in few combinations."""
+
+from __future__ import annotations
+
 from itertools import combinations, product
 
 from tests.support.pairwise import pairwise

@@ -15,7 +15,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with exactly 300 tokens (256 bytes, two special ones, the commonest merges)."""
+    """Train byte-level BPE with exactly 300 tokens (256 bytes, two special ones, the commonest merges)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +34,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def save_tiny_llama(folder: Path, tokenizer: Path, *, tied: bool = False) -> None:
-    """A random Llama with grouped-query attention (4 query heads, 2 key/value heads of 16); lm_head may be tied.
+    """Save a random Llama with grouped-query attention (4 query heads, 2 key/value heads of 16); lm_head may be tied.
 
     Weights are drawn wide enough that tokens differ in their logits; norm gains differ, so that folding into them
     can be seen.

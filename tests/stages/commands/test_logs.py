@@ -19,7 +19,7 @@ from stages.errors import UserError
 OURS = logging.getLogger("stages.somewhere")
 ENTRY = logging.getLogger("__main__")
 THEIRS = logging.getLogger("a_library.module")
-PROGRESS = logging.getLogger("stages.progress")
+PROGRESS = logging.getLogger("stages.commands.progress")
 
 
 @dataclass

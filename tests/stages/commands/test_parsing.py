@@ -1,11 +1,54 @@
-"""."""
+"""What people type: options and their help, sizes, targets."""
 
 from __future__ import annotations
 
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
-from stages.commands.parsing import Target, parse_size, parse_target
+from stages.commands.options import CommandOptions
+from stages.commands.parsing import Target, parse_options, parse_size, parse_target
 from stages.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Paths:
+    cache_dir: Path | None = None
+    """A folder. Default: the model's folder, whose name
+    (which may be long) is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config(_Paths, CommandOptions):
+    """Do something."""
+
+    first: int = 3
+    """A number."""
+    patterns: str = ""
+    """Any text."""
+
+
+def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--first", "4", "--cache-dir", "a", "--quiet"])
+    options = parse_options(_Config, "program")
+    assert isinstance(options, _Config)
+    assert (options.first, options.cache_dir, options.printing.quiet) == (4, Path("a"), True)
+
+
+def test_help_is_in_paragraphs_and_names_no_empty_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    monkeypatch.setenv("COLUMNS", "140")
+    with pytest.raises(SystemExit):
+        parse_options(_Config, "program")
+    printed = capsys.readouterr().out
+    assert "A folder. Default: the model's folder, whose name (which may be long) is used. " in printed
+    assert re.findall(r"\(default: .*?\)", printed) == ["(default: 3)", *["(default: False)"] * 2, "(default: info)"]
+    assert re.findall(r"--\w+", printed)[1:4] == ["--cache_dir", "--first", "--patterns"]
 
 
 @pytest.mark.parametrize(

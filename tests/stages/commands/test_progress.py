@@ -28,7 +28,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, logger="stages.progress")
+    caplog.set_level(logging.INFO, logger="stages.commands.progress")
     return caplog
 
 

@@ -93,7 +93,7 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
 
 def test_a_path_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--x .*file is no writable folder"):
+    with pytest.raises(UserError, match=r"--x .*file is not a writable folder"):
         require_creatable(tmp_path / "file" / "a" / "b", option="--x")
     require_creatable(tmp_path / "new" / "deeper", option="--x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,4 @@
-"""A command's cost, or the sentence that it failed with."""
+"""Measure a command, or say why it failed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_interruption_ends_the_command_and_what_it_started(tmp_path: Path) ->
     measuring = (
         # A shell that starts the tests in the background makes programs ignore Ctrl-C.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from pathlib import Path; from stages.evaluation.process import run_measured; "
+        "from pathlib import Path; from stages.system.measured_process import run_measured; "
         f"run_measured({python(endless)!r}, Path({str(tmp_path / 'log')!r}))"
     )
     program = subprocess.Popen(python(measuring), stderr=subprocess.PIPE)
@@ -82,5 +82,5 @@ def test_a_failure_is_its_last_line(tmp_path: Path, code: str, sentence: str) ->
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CommandFailed, match="nothing is no program that can be run"):
+    with pytest.raises(CommandFailed, match="nothing is not a program that can be run"):
         run_measured((str(tmp_path / "nothing"),), tmp_path / "log")

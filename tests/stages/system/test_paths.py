@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 import pytest
 
-from stages.commands.evaluate_options import SweepGrid
-from stages.commands.options import default_folder
-from stages.errors import OptionError
-from stages.evaluation.bench.grid import points_of
 from stages.system.paths import extended, file_name, shell_line, sibling_folder, split_line
 
 _LONG = "model." * 60
@@ -51,16 +47,6 @@ def test_long_names_stay_different() -> None:
     assert file_name(_LONG + "a") == file_name(_LONG + "a")
 
 
-def test_names_of_points_are_names_of_folders() -> None:
-    grid = SweepGrid(algo=("rtn_dq",), options=("layers_8bit=/model/a:b*?.", f"exclude={_LONG}", "plan=a|b"))
-    names = [point.name for point in points_of(grid)]
-    assert len({name.lower() for name in names}) == len(names)
-    for name in names:
-        assert PureWindowsPath(name).name == name == name.rstrip(". ")
-        assert not set(name) & set('<>:"/\\|?*')
-        assert len(name) <= 120
-
-
 @pytest.mark.parametrize(
     ("folder", "expected"),
     [
@@ -70,20 +56,14 @@ def test_names_of_points_are_names_of_folders() -> None:
         (PurePosixPath("/models/base"), "/models/base.weights"),
     ],
 )
-def test_companions(folder: PureWindowsPath | PurePosixPath, expected: str) -> None:
+def test_sibling_folders(folder: PureWindowsPath | PurePosixPath, expected: str) -> None:
     assert str(sibling_folder(folder, ".weights")) == expected
 
 
 @pytest.mark.parametrize("root", [PureWindowsPath("C:/"), PureWindowsPath("//server/share/"), PurePosixPath("/")])
-def test_a_disk_has_no_companion(root: PureWindowsPath | PurePosixPath) -> None:
+def test_a_disk_has_no_sibling(root: PureWindowsPath | PurePosixPath) -> None:
     with pytest.raises(ValueError, match="is the root of a disk"):
         sibling_folder(root, ".weights")
-
-
-def test_a_model_at_the_root_of_a_disk_is_named() -> None:
-    with pytest.raises(OptionError, match=r"^/model.onnx lies at the root of a disk; put it into a folder\.$"):
-        default_folder(Path("/model.onnx"), ".weights")
-    assert default_folder(Path("/models/base/MODEL.ONNX"), ".weights") == Path("/models/base.weights")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +104,7 @@ def test_lines_for_both_shells() -> None:
     )
 
 
-def test_options_keep_backslashes_on_windows_alone() -> None:
+def test_options_keep_backslashes_only_on_windows() -> None:
     text = r'plan=C:\plans\p.toml layers_8bit="down_proj, lm_head"'
     assert split_line(text, windows=True) == [r"plan=C:\plans\p.toml", "layers_8bit=down_proj, lm_head"]
     assert split_line(text, windows=False) == [r"plan=C:plansp.toml", "layers_8bit=down_proj, lm_head"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import tyro
 
@@ -71,3 +71,13 @@ def test_a_points_command_is_what_the_command_line_takes() -> None:
     )
     assert run.weights == Path(f"/sweep/{point.name}.weights")
     assert run.shown_command.startswith("python -m stages.quantize --onnx_path=/models/base ")
+
+
+def test_names_of_points_are_names_of_folders() -> None:
+    grid = SweepGrid(algo=("rtn_dq",), options=("layers_8bit=/model/a:b*?.", f"exclude={'model.' * 60}", "plan=a|b"))
+    names = [point.name for point in points_of(grid)]
+    assert len({name.lower() for name in names}) == len(names)
+    for name in names:
+        assert PureWindowsPath(name).name == name == name.rstrip(". ")
+        assert not set(name) & set('<>:"/\\|?*')
+        assert len(name) <= 120

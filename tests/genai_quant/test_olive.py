@@ -1,0 +1,135 @@
+"""Olive's workflows as the options of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genai_quant import read_run
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import UserError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "workflow.json"
+
+
+def _workflow(**changes: object) -> dict[str, Any]:
+    workflow: dict[str, Any] = {
+        "input_model": {"type": "OnnxModel", "model_path": "models/base"},
+        "systems": {
+            "gpu": {
+                "type": "LocalSystem",
+                "accelerators": [{"device": "gpu", "execution_providers": ["CUDAExecutionProvider"]}],
+            },
+            "far": {"type": "AzureML"},
+            "two": {"type": "LocalSystem", "accelerators": [{"device": "cpu"}, {"device": "gpu"}]},
+            "cpu": {"type": "LocalSystem", "config": {"accelerators": [{"device": "cpu"}]}},
+            "vague": {"type": "LocalSystem", "accelerators": [{"device": "gpu"}]},
+            "odd": {"type": "LocalSystem", "accelerators": [{"execution_providers": ["CudaExecutionProvider"]}]},
+        },
+        "passes": {"int4": {"type": "GenaiQuant", "algo": "awq_full", "dataset": "offline", "device": "cpu"}},
+        "target": "gpu",
+        "cache_dir": "cache",
+        "output_dir": "models/int4",
+        "log_severity_level": 1,
+    }
+    return {key: value for key, value in (workflow | changes).items() if value is not None}
+
+
+def _read(file: Path, workflow: dict[str, Any]) -> Any:
+    file.write_text(json.dumps(workflow), encoding="utf-8")
+    return read_run(file)
+
+
+def test_an_olive_workflow(file: Path) -> None:
+    run = _read(file, _workflow())
+    base, cache = Path("models/base"), Path("cache/base.calibration")
+    assert run.calibrate == CalibrateConfig(
+        onnx_path=base, cache_dir=cache, dataset="offline", calibration_eps="cuda,cpu", device="cpu"
+    )
+    assert run.quantize == QuantizeConfig(
+        onnx_path=base, output_path=Path("models/int4"), cache_dir=cache, algo="awq_full", target="cuda", device="cpu"
+    )
+
+
+def test_olives_other_spellings(file: Path) -> None:
+    run = _read(
+        file,
+        _workflow(
+            input_model={"type": "ONNXModel", "config": {"model_path": "models/base", "onnx_file_name": "model.onnx"}},
+            passes={"int4": [{"type": "genaiquant", "config": {"block_size": 32}}]},
+            engine={"target": "cpu", "output_dir": "elsewhere", "search_strategy": None},
+            target=None,
+            cache_dir=None,
+            output_dir=None,
+            data_configs=[],
+        ),
+    )
+    assert run.quantize == QuantizeConfig(
+        onnx_path=Path("models/base/model.onnx"), output_path=Path("elsewhere"), target="cpu", block_size=32
+    )
+    assert run.calibrate.calibration_eps == "cpu"
+
+
+def test_olives_rounding(file: Path) -> None:
+    options = {"block_size": 32, "is_symmetric": False, "axis": 1, "accuracy_level": 4, "nodes_to_exclude": ["a", "b"]}
+    run = _read(file, _workflow(passes={"q": {"type": "OnnxBlockWiseRtnQuantization", **options}}, cache_dir=None))
+    assert run.calibrate is None
+    assert run.quantize == QuantizeConfig(
+        onnx_path=Path("models/base"),
+        output_path=Path("models/int4"),
+        target="cuda",
+        algo="rtn_dq",
+        weight_operator="matmul_nbits",
+        block_size=32,
+        gather_quantize_axis=1,
+        gather_block_size=32,
+        use_zero_point=True,
+        accuracy_level=4,
+        exclude="a,b",
+    )
+
+
+def _rounding(**options: object) -> dict[str, Any]:
+    return {"passes": {"q": {"type": "OnnxBlockWiseRtnQuantization", **options}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"input_model": {"type": "HfModel", "model_path": "x/y"}}, "is of type HfModel, and only OnnxModel"),
+        ({"input_model": {"type": "OnnxModel"}}, "input_model lacks model_path"),
+        ({"input_model": {"type": "OnnxModel", "model_path": "x", "io_config": {}}}, "has io_config, which has no"),
+        ({"input_model": ["x"]}, "input_model is not a dictionary"),
+        ({"target": "gpx"}, "has no system gpx; did you mean gpu?"),
+        ({"target": "far"}, "system far is of type AzureML; only LocalSystem runs here."),
+        ({"target": "two"}, "system two has 2 accelerators; a model is made for one, so leave one."),
+        ({"target": "vague"}, "system vague names no execution_providers; name one of CPUExecutionProvider, CUDA"),
+        ({"target": "odd"}, "no execution provider CudaExecutionProvider; did you mean CUDAExecutionProvider?"),
+        ({"output_dir": None}, "has no output_dir"),
+        ({"evaluators": {"e": {}}}, "evaluators has no counterpart here; leave it out, or run this workflow with"),
+        ({"search_strategy": {"a": 1}}, "search_strategy has no counterpart here"),
+        ({"passes": None}, "has 0 passes; leave one, of type GenaiQuant or OnnxBlockWiseRtnQuantization."),
+        ({"passes": {"a": {"type": "X"}, "b": {"type": "Y"}}}, "has 2 passes"),
+        ({"passes": {"a": {"type": "OnnxHqqQuantization"}}}, "pass a is of type OnnxHqqQuantization; use GenaiQuant"),
+        ({"passes": {"a": {"type": "GenaiQuant", "algos": "rtn"}}}, "pass a has no option algos; did you mean algo?"),
+        ({"passes": {"a": {"type": "GenaiQuant", "onnx_path": "x"}}}, "pass a has no option onnx_path"),
+        (_rounding(bits=8), "pass q: bits can't be 8; use the pass GenaiQuant with layers_8bit for INT8."),
+        (_rounding(nodes_to_include=["a"]), "pass q: nodes_to_include has no counterpart here; leave it out."),
+        (_rounding(all_tensors_to_one_file=False), "pass q: all_tensors_to_one_file can't be False"),
+        (_rounding(block_size=8), "--block_size 8 is not a power of two from 16 to 256"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(file: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _read(file, _workflow(**changes))
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith(str(file))
+    assert "\n" not in message

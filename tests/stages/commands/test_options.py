@@ -1,0 +1,16 @@
+"""What the options of all commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stages.commands.options import default_folder
+from stages.errors import OptionError
+
+
+def test_a_model_at_the_root_of_a_disk_is_named() -> None:
+    with pytest.raises(OptionError, match=r"^/model.onnx lies at the root of a disk; put it into a folder\.$"):
+        default_folder(Path("/model.onnx"), ".weights")
+    assert default_folder(Path("/models/base/MODEL.ONNX"), ".weights") == Path("/models/base.weights")

@@ -1,0 +1,64 @@
+"""Options of quantize that depend on each other; tests/bad_input/options.py holds the rest of what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import OptionError
+
+
+def config(**options: Any) -> QuantizeConfig:
+    return QuantizeConfig(onnx_path=Path("models/base/model.onnx"), output_path=Path("models/int4"), **options)
+
+
+def test_folders_lie_beside_the_models() -> None:
+    found = config()
+    assert found.cache_path == Path("models/base.calibration").absolute()
+    assert found.weights_folder == Path("models/int4.weights").absolute()
+    given = config(cache_dir=Path("a"), weights_path=Path("b"))
+    assert (given.cache_path, given.weights_folder) == (Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("options", "excluded", "needs_cache"),
+    [
+        ({}, "lm_head", True),
+        ({"algo": "rtn"}, "lm_head", False),
+        ({"algo": "rtn_dq"}, "lm_head", False),
+        ({"algo": "rtn_dq", "refine": True}, "lm_head", True),
+        ({"algo": "rtn_dq", "target_bpw": 4.5}, "", True),
+        ({"algo": "rtn_dq", "target_size": "1GB", "exclude": "down_proj"}, "down_proj", True),
+        ({"exclude": ""}, "", True),
+    ],
+)
+def test_what_follows_from_the_options(options: dict[str, Any], excluded: str, needs_cache: bool) -> None:
+    found = config(**options)
+    found.validate()
+    assert (found.excluded, found.needs_cache) == (excluded, needs_cache)
+
+
+def test_the_search_before_signround_is_its_start() -> None:
+    assert config(algo="signround", signround_start="gptq").search_algorithm == "gptq"
+    assert config(algo="gptq", signround_start="awq_full").search_algorithm == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"algo": "rtn", "use_column_major": True}, "--use_column_major works only with DQ nodes; use --algo rtn_dq"),
+        ({"algo": "rtn", "weight_operator": "matmul_nbits"}, "can't be combined with --algo rtn; use --algo rtn_dq"),
+        ({"use_column_major": True, "weight_operator": "matmul_nbits"}, "can't be combined with --use_column_major"),
+        ({"algo": "rtn", "target_size": "1GB"}, "it can't keep to a budget; use rtn_dq"),
+        ({"target_bpw": 4.5, "enable_mixed_quant": True}, "--target_bpw decides .* and so does --enable_mixed_quant"),
+        ({"target_size": "1GB", "enable_mixed_quant": True}, "--target_size decides .* so does --enable_mixed_quant"),
+        ({"plan": Path("p"), "exclude": ""}, "--plan decides about every site's format, and so does --exclude"),
+        ({"plan": Path("p"), "layers_8bit": "x"}, "--plan decides about every site's format, and so does --layers_8"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        config(**options).validate()
