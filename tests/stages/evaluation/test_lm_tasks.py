@@ -13,7 +13,7 @@ from rich.console import Console
 from stages.calibration.text.tokenizer import load_tokenizer
 from stages.commands.progress import Progress
 from stages.errors import UserError
-from stages.evaluation import lm_tasks as harness
+from stages.evaluation import lm_tasks
 from stages.evaluation.lm_tasks import TaskRequest, find_tasks, run_tasks
 from stages.evaluation.records import TaskScore
 from stages.model.directory import locate_model
@@ -24,7 +24,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 
 from stages.evaluation.lm_model import OnnxRuntimeLM
 
-TASKS = Path(__file__).parent.parent / "lm_eval_tasks"
+TASKS = Path(__file__).parent / "lm_eval_tasks"
 SETTINGS = SessionSettings(accuracy_level=1)
 QUIET = Progress(Console(quiet=True))
 
@@ -137,10 +137,10 @@ def test_an_end_token_of_the_models_configuration_ends_answers(
     assert len(cut) < len(whole)
 
 
-def test_sampling_and_too_long_a_wish_are_refused(ours: OnnxRuntimeLM) -> None:
+def test_sampling_and_too_long_a_request_are_refused(ours: OnnxRuntimeLM) -> None:
     with pytest.raises(UserError, match="asks for sampling"):
         ours.generate_until(instances("generate_until", [("x", {"do_sample": True, "temperature": 0.7})]))
-    with pytest.raises(UserError, match=r"wants 601 tokens at once, and .* reads at most 512"):
+    with pytest.raises(UserError, match=r"needs 601 tokens at once, but .* reads at most 512"):
         ours.generate_until(instances("generate_until", [("x", {"max_gen_toks": 600})]))
     with pytest.raises(UserError, match="tokens at once"):
         ours.loglikelihood(instances("loglikelihood", [("x", "many words " * 300)]))
@@ -159,7 +159,7 @@ def test_requests_that_cannot_be_met_are_named(tmp_path: Path, monkeypatch: pyte
     broken.write_text("task: [", encoding="utf-8")
     with pytest.raises(UserError, match=r"broken\.yaml can't be read \(ParserError"):
         find_tasks([str(broken)], None)
-    monkeypatch.setattr(harness, "find_spec", lambda _: None)
+    monkeypatch.setattr(lm_tasks, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs lm-eval, which isn't installed: pip install 'lm-eval"):
         find_tasks([str(TASKS)], None)
 
@@ -168,5 +168,5 @@ def test_missing_data_are_one_sentence(tiny_model: Path, tmp_path: Path) -> None
     task = (TASKS / "places.yaml").read_text().replace("places.jsonl", "nowhere.jsonl")
     (tmp_path / "places.yaml").write_text(task, encoding="utf-8")
     request = find_tasks([str(tmp_path)], None)
-    with pytest.raises(UserError, match=r"lm-eval stops \(.*nowhere\.jsonl"):
+    with pytest.raises(UserError, match=r"lm-eval stopped \(.*nowhere\.jsonl"):
         run_tasks(locate_model(tiny_model), request, SETTINGS, QUIET)

@@ -12,7 +12,7 @@ from rich.console import Console
 from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation import speed
-from stages.evaluation.speed import accuracy_level_in_words, measure_speed
+from stages.evaluation.speed import describe_accuracy_level, measure_speed
 from stages.evaluation.speed_round import Round, SpeedRequest
 from stages.model.directory import ModelDirectory, locate_model
 from stages.system.measured_process import Cost
@@ -73,7 +73,7 @@ def test_a_model_that_cannot_run_is_one_sentence(tiny_model: Path, tmp_path: Pat
 
 
 def test_the_accuracy_level_is_that_of_the_model(commands: Commands, tiny_model: Path, tmp_path: Path) -> None:
-    assert accuracy_level_in_words(locate_model(tiny_model)) == "none: nothing is quantized"
+    assert describe_accuracy_level(locate_model(tiny_model)) == "none: nothing is quantized"
     common = ["--onnx_path", tiny_model, "--algo", "rtn_dq", "--block_size", 32]
     variants = {
         "silent": ([], "4, ONNX Runtime's default on the CPU"),
@@ -83,5 +83,5 @@ def test_the_accuracy_level_is_that_of_the_model(commands: Commands, tiny_model:
     for name, (options, words) in variants.items():
         code, printed = commands.quantize(*common, "--output_path", tmp_path / name, *options)
         assert code == 0, printed
-        assert accuracy_level_in_words(locate_model(tmp_path / name)) == words
+        assert describe_accuracy_level(locate_model(tmp_path / name)) == words
     assert "session_options" in json.loads((tmp_path / "exact" / "genai_config.json").read_text())["model"]["decoder"]
