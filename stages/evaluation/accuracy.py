@@ -182,31 +182,25 @@ def worst_of_window(
         if divergence > 0:
             base = torch.softmax(base_logits[place].double(), dim=-1)
             model = torch.softmax(logits[place].double(), dim=-1)
-            guesses = _Guesses(base=base, model=model, decode=decode)
             yield WorstToken(
                 window=window,
                 position=place + 1,
                 divergence=divergence,
                 context=decode(tokens[max(0, place + 1 - _CONTEXT_TOKENS) : place + 1].tolist()),
-                following=guesses.of(int(tokens[place + 1])),
-                base_first=guesses.first(base),
-                model_first=guesses.first(model),
+                following=_guess(int(tokens[place + 1]), base, model, decode),
+                base_first=tuple(_guess(token, base, model, decode) for token in _top_tokens(base)),
+                model_first=tuple(_guess(token, base, model, decode) for token in _top_tokens(model)),
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Guesses:
-    base: Float[Tensor, " V"]
-    model: Float[Tensor, " V"]
-    decode: Callable[[Sequence[int]], str]
+def _guess(
+    token: int, base: Float[Tensor, " V"], model: Float[Tensor, " V"], decode: Callable[[Sequence[int]], str]
+) -> Guess:
+    return Guess(token=decode([token]), base=base[token].item(), model=model[token].item())
 
-    def of(self, token: int) -> Guess:
-        return Guess(token=self.decode([token]), base=self.base[token].item(), model=self.model[token].item())
 
-    def first(self, probabilities: Float[Tensor, " V"]) -> tuple[Guess, ...]:
-        return tuple(
-            self.of(token) for token in probabilities.topk(min(_TOP_TOKENS, len(probabilities))).indices.tolist()
-        )
+def _top_tokens(probabilities: Float[Tensor, " V"]) -> list[int]:
+    return [int(token) for token in probabilities.topk(min(_TOP_TOKENS, len(probabilities))).indices]
 
 
 def worst_of_all(found: Sequence[WorstToken], count: int) -> tuple[WorstToken, ...]:

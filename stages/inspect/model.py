@@ -1,4 +1,4 @@
-"""Report on one model, from its graph and the files beside it; no weight is read and nothing is run."""
+"""Report on one model, from its graph and the files next to it; no weight is read and nothing is run."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
     if report.forecasts:
         yield "budgets", f"the errors of {report.forecasts} sites are forecast, so another budget starts at once"
     if report.files:
-        yield "beside", ", ".join(report.files)
+        yield "other files", ", ".join(report.files)
     for sentence in report.damaged:
         yield "DAMAGED", sentence
 
@@ -239,7 +239,7 @@ def _weights_facts(report: WeightsReport) -> Iterator[tuple[str, str]]:
     if len(report.kept) > _FEW:
         yield "not quantized", f"and {len(report.kept) - _FEW} more"
     if report.files:
-        yield "beside", ", ".join(report.files)
+        yield "other files", ", ".join(report.files)
 
 
 def sweep_table(report: SweepReport) -> RenderableType:

@@ -132,7 +132,7 @@ def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, sma
         y: the vertical axis.
         marks: points, drawn above the lines.
         lines: lines through values.
-        small: whether it stands beside other drawings.
+        small: whether it is one of several, side by side.
     """
     width, height = SMALL if small else _LARGE
     plot = _Plot(_svg(f"{y.title} by {x.title}: {len(marks)} values", width, height), x, y, _LEFT, width, _TOP, height)

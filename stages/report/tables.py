@@ -94,7 +94,7 @@ def answer_tables(generations: Sequence[Generation]) -> TableGroup | None:
 
 
 def _answer_table(generation: Generation) -> TableView:
-    how = "in the chat template" if generation.templated else "as it stands"
+    how = "in the chat template" if generation.templated else "without a template"
     rows = [
         (answer.model, answer.text.strip(), f"{answer.same_tokens} of {answer.tokens}") for answer in generation.answers
     ]

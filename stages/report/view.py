@@ -62,7 +62,7 @@ class Figure:
     legend: tuple[LegendEntry, ...]
     table: TableView
     small: bool = False
-    """Whether the drawings stand beside each other."""
+    """Whether the drawings are small ones, side by side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

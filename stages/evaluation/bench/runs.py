@@ -1,7 +1,7 @@
 """Make models by running commands and score them, each once: measurements are recorded and read the next time.
 
-Beside every model lie its record, NAME.run.json, and the output of its command, NAME.log. A record counts as long as
-its command and that command's inputs (the base model and its calibration) are the same.
+Next to each model's folder NAME are its record, NAME.run.json, and its command's output, NAME.log. A record counts as
+long as the command and its inputs (the base model and its calibration) are the same.
 """
 
 from __future__ import annotations
@@ -161,16 +161,12 @@ class RunFolder:
         """
         for key, reference in references.items():
             if record.failure is None and key not in record.accuracy:
-                record = self._scored(run, record, key, reference, progress)
-        return record
-
-    def _scored(self, run: Run, record: Record, key: str, reference: Reference, progress: Progress) -> Record:
-        try:
-            row = reference.score(locate_model(run.model), progress)
-            record = replace(record, accuracy={**record.accuracy, key: row.accuracy})
-        except UserError as error:
-            record = replace(record, failure=str(error))
-        self._save(run, record)
+                try:
+                    row = reference.score(locate_model(run.model), progress)
+                    record = replace(record, accuracy={**record.accuracy, key: row.accuracy})
+                except UserError as error:
+                    record = replace(record, failure=str(error))
+                self._save(run, record)
         return record
 
     def _base_file(self, text: EvaluationText) -> Path:

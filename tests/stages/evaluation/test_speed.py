@@ -1,4 +1,4 @@
-"""Speed rounds: what is measured, of which process, and which accuracy level a model ships with."""
+"""Speed rounds: what is measured, of which process, and which accuracy level a model's files set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_models_run_in_processes_of_their_own(tiny_model: Path) -> None:
     assert model.prompt.median > 0
     assert model.decode.median > 0
     assert model.load_seconds > 0
-    # Python, the runtime and a tiny model; torch alone would take 200 MB more.
+    # Python, the runtime and a tiny model; torch would take 200 MB more.
     assert model.peak_bytes is not None
     assert 20e6 < model.peak_bytes < 250e6
 
@@ -58,7 +58,7 @@ def test_models_take_turns_and_the_median_counts(tiny_model: Path, monkeypatch: 
     twin = locate_model(tiny_model)
     first, second = measure_speed([base, twin], REQUEST, 3, QUIET).models
     assert asked == [base, twin] * 3
-    # 8 prompt tokens in 1 s (0.5 to 2); 4 tokens behind the first in 2 s (1 to 4).
+    # 8 prompt tokens in 1 s (0.5 to 2); 4 tokens after the first in 2 s (1 to 4).
     assert (first.prompt.median, first.prompt.slowest, first.prompt.fastest) == (8, 4, 16)
     assert (first.decode.median, first.decode.slowest, first.decode.fastest) == (2, 1, 4)
     assert first.load_seconds == 2

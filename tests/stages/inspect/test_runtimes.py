@@ -25,7 +25,7 @@ def one_matmul(
     zero_point: bool = False,
     transposed: bool = False,
 ) -> FoundWeights:
-    """Return what is found in a graph of one MatMul with a weight behind DequantizeLinear."""
+    """Return what is found in a graph of one MatMul with a dequantized weight."""
     graph = TinyGraph(opset=25)
     graph.input("x", TensorProto.FLOAT, [2, K])
     inputs = [graph.constant("codes", np.zeros((N, K) if transposed else (K, N), codes))]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
-from stages.evaluation.records import Evaluation
 from stages.report.document import Document, read_document, write_report
 from tests.stages.report import sample
 
@@ -55,18 +54,3 @@ def test_an_evaluation_replaces_that_of_its_text_and_models() -> None:
     report = Document().with_evaluation(first).with_evaluation(second).with_evaluation(changed)
     assert report.evaluations == (second, changed)
     assert report.with_evaluation(others).evaluations == (second, changed, others)
-
-
-def test_what_is_asked_again_replaces_what_was_known() -> None:
-    earlier = sample.evaluation()
-    bare = Evaluation(comparison=earlier.comparison, rows=earlier.rows)
-    assert bare.kept_from(earlier) == earlier
-    assert bare.kept_from(None) == bare
-    other_text = replace(earlier, comparison=replace(earlier.comparison, text="other"))
-    assert bare.kept_from(other_text) == bare
-    again = replace(earlier.generations[0], templated=False)
-    new = replace(earlier.generations[0], prompt="another")
-    found = replace(bare, generations=(again, new), tasks=(replace(earlier.tasks[0], value=0.5),)).kept_from(earlier)
-    assert found.generations == (again, new)
-    assert [score.value for score in found.tasks] == [0.5]
-    assert found.speed == earlier.speed

@@ -127,7 +127,7 @@ def test_a_page_is_made_again(
     code, printed = commands.report(report)
     assert code == 0, printed
     assert (report / "report.html").read_bytes() == page
-    # From weights alone: all but sizes, and from nothing else than them.
+    # From weights only: everything but sizes.
     weights, other = report.parent, tmp_path / "other"
     assert commands.report(other, "--weights_path", weights)[0] == 0
     whole, without = read_document(report).quantization, read_document(other).quantization

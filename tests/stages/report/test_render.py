@@ -299,7 +299,7 @@ def first_pixel(picture: Path) -> tuple[int, int, int]:
         length, kind = struct.unpack(">I4s", content[place : place + 8])
         packed += content[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
         place += length + 12
-    # Behind the row's filter byte; the first pixel has no neighbours that a filter could have taken off.
+    # After the row's filter byte; the first pixel has no neighbours that a filter could have taken off.
     red, green, blue = zlib.decompress(packed)[1:4]
     return red, green, blue
 
