@@ -84,7 +84,16 @@ def data_name(onnx_name: str) -> str:
 
 
 def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
-    """Write ``model`` and its data file into ``folder``, one tensor in memory at a time."""
+    """Write ``model`` and its data file into ``folder``, one tensor in memory at a time.
+
+    Args:
+        model: the graph to write; its tensors may be read only now.
+        folder: where both files go.
+        onnx_name: name of the graph's file.
+
+    Raises:
+        UserError: a tensor can't be read.
+    """
     with progress_bar() as bar:
         task = bar.add_task("writing", total=None, unit="tensors")
 
@@ -92,7 +101,21 @@ def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
             bar.update(task, total=info.total)
             bar.advance(task)
 
-        ir.save(model, folder / onnx_name, external_data=data_name(onnx_name), callback=advance)
+        try:
+            ir.save(model, folder / onnx_name, external_data=data_name(onnx_name), callback=advance)
+        except ir.serde.SerdeError as error:
+            cause = _user_error_behind(error)
+            if cause is None:
+                raise
+            raise cause from cause.__cause__
+
+
+def _user_error_behind(error: BaseException) -> UserError | None:
+    """Return what a tensor that is read while it is written said; onnx-ir wraps it."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
 
 
 def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, onnx_name: str) -> None:

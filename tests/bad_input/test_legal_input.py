@@ -16,6 +16,7 @@ from tests.support.written import fused_sites
 _LONG = "/".join(["a_folder_with_a_name_of_forty_characters"] * 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["with two spaces/[bold]", "größe/模型/д", _LONG], ids=["spaces", "unicode", "long"])
 def test_odd_places(place: str, workplace: Path, commands: Commands) -> None:
     (workplace / place).parent.mkdir(parents=True)

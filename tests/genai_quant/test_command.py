@@ -94,6 +94,7 @@ def _completed(script: Path, *words: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_commands_options_and_values(program: Program, tmp_path: Path) -> None:
     script = tmp_path / "genai-quant.bash"
@@ -173,6 +174,7 @@ def test_a_wrong_key_is_one_sentence(program: Program, tiny_model: Path, tiny_te
     assert printed.splitlines() == [f"error: {tmp_path / 'run.yaml'}: quantize has no option algoo; did you mean algo?"]
 
 
+@pytest.mark.slow
 def test_a_wheel_brings_the_command(tmp_path: Path) -> None:
     """Built from a copy, so that nothing is left beside the sources, and run from the installed files alone."""
     source = tmp_path / "source"

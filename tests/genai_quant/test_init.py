@@ -12,6 +12,7 @@ from genai_quant import CalibrateConfig, EvaluateConfig, ExportConfig, QuantizeC
 from stages.quantization.weights.store import open_store
 
 
+@pytest.mark.slow
 def test_from_calibration_to_evaluation(
     tiny_model: Path, tiny_text: Path, unseen_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_plot_holds_every_time() -> None:
     assert len(list(page.iter("{http://www.w3.org/2000/svg}polyline"))) == 4
 
 
+@pytest.mark.slow
 def test_a_whole_run(
     tiny_model: Path,
     tiny_text: Path,

@@ -52,6 +52,7 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
         dequantize_gguf(gguf, tmp_path / "out", keep_grid=False)
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
     output = tmp_path / "models" / "tiny"
     build(BuildConfig(source=str(tiny_hf), output=output))
@@ -61,6 +62,7 @@ def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
         build(BuildConfig(source=str(tiny_hf), output=output))
 
 
+@pytest.mark.slow
 def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

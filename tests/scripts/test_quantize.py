@@ -264,6 +264,7 @@ def here(example: str, theirs: str, folder: Path) -> list[str]:
     return [word.replace(theirs, str(folder)).replace("\\", "/") if theirs in word else word for word in words]
 
 
+@pytest.mark.slow
 def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -284,6 +285,7 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     assert {path.name for path in (base / "cnn_32_lite_b").iterdir()} == {path.name for path in output.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "output", "eight_bit", "line"),
     [
@@ -317,6 +319,7 @@ def generated(folder: Path) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)]
 
 
+@pytest.mark.slow
 def test_the_file_runs_by_its_path_and_as_a_module(tiny_model: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     script = [sys.executable, str(ROOT / "scripts" / "quantize.py"), "--onnx_path=base/model.onnx"]
@@ -344,6 +347,7 @@ def test_another_algorithm_skips_stage_one_and_says_so(run: Run, base: Path, mon
     assert any(str(path.parent) in made.printed for path in caches)
 
 
+@pytest.mark.slow
 def test_other_settings_calibrate_into_a_folder_of_their_own_and_the_first_stays_usable(
     tiny_model: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -382,6 +386,7 @@ def test_a_calibration_folder_is_named_after_all_that_the_statistics_depend_on_a
     assert len(others | {first}) == len(changes) + 3
 
 
+@pytest.mark.slow
 def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
     tiny_model: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -403,6 +408,7 @@ def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
     assert cache_times(tmp_path) != times
 
 
+@pytest.mark.slow
 def test_a_base_model_that_may_only_be_read_is_calibrated_beside_the_output(
     tiny_model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,6 +422,7 @@ def test_a_base_model_that_may_only_be_read_is_calibrated_beside_the_output(
     assert cache.name.startswith("first.")
 
 
+@pytest.mark.slow
 def test_a_named_cache_folder_keeps_the_rules_of_the_stages(
     run: Run, base: Path, tiny_text: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,12 +438,14 @@ def test_a_named_cache_folder_keeps_the_rules_of_the_stages(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_an_output_that_is_gone_do_not_stand_in_the_way(run: Run) -> None:
     made = run("--algo", "rtn_dq")
     shutil.rmtree(made.folder)
     assert run("--algo", "awq_lite").store.recipe.summary.startswith("awq_lite")
 
 
+@pytest.mark.slow
 def test_named_weights_of_another_run_are_refused(run: Run, base: Path, tmp_path: Path, commands: Commands) -> None:
     run("--algo", "rtn_dq", "--weights_path", tmp_path / "w")
     arguments = ["--onnx_path", base, "--output_path", tmp_path / "b", "--algo", "rtn", "--weights_path"]
@@ -466,6 +475,7 @@ def test_what_cannot_be_is_said_before_stage_one(
     assert (code, words in printed, "Traceback" in printed) == (2, True, False), printed
 
 
+@pytest.mark.slow
 def test_an_existing_output_is_refused_before_stage_one(
     run: Run, base: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +492,7 @@ def test_an_existing_output_is_refused_before_stage_one(
 # --------------------------------------------------------------------------- one test for each option
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["awq_lite", "awq_clip", "awq_full", "rtn", "rtn_dq"])
 def test_algo(algorithm: str, run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_no_data = algorithm in ("rtn", "rtn_dq")
@@ -494,6 +505,7 @@ def test_algo(algorithm: str, run: Run, base: Path, monkeypatch: pytest.MonkeyPa
     assert is_near(made.folder, base)
 
 
+@pytest.mark.slow
 def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = ActivationTap.run
@@ -508,6 +520,7 @@ def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [1, 4, 4, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dataset", "title"),
     [
@@ -521,6 +534,7 @@ def test_dataset(dataset: str, title: str, run: Run) -> None:
     assert title in run("--dataset", dataset).printed
 
 
+@pytest.mark.slow
 def test_model_name_of_a_folder_is_taken_and_one_without_a_tokenizer_refused(
     run: Run, base: Path, tiny_hf: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -531,6 +545,7 @@ def test_model_name_of_a_folder_is_taken_and_one_without_a_tokenizer_refused(
     assert (code, f"No tokenizer can be loaded from {tmp_path}" in printed) == (2, True), printed
 
 
+@pytest.mark.slow
 def test_trust_remote_code(run: Run, base: Path, tiny_tokenizer: Path, tmp_path: Path, commands: Commands) -> None:
     folder = Path(shutil.copytree(tiny_tokenizer, tmp_path / "own code"))
     (folder / "mine.py").write_text(
@@ -546,11 +561,13 @@ def test_trust_remote_code(run: Run, base: Path, tiny_tokenizer: Path, tmp_path:
     assert str(folder) in run("--model_name", folder, "--trust_remote_code").printed
 
 
+@pytest.mark.slow
 def test_use_random_calib(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("read a data set"))
     assert "random tokens" in run("--use_random_calib", "--dataset", "cnn").printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["dml,cpu", "[dml,cpu]", "dml, cpu"])
 def test_calibration_eps(written: str, run: Run) -> None:
     if "DmlExecutionProvider" in ort.get_available_providers():
@@ -559,6 +576,7 @@ def test_calibration_eps(written: str, run: Run) -> None:
     assert "dml: this onnxruntime package was built without it" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "of_gqa", "of_dml"),
     [
@@ -594,22 +612,26 @@ def test_a_shared_buffer_holds_nothing_before_the_first_token(base: Path) -> Non
     np.testing.assert_array_equal(session.run(["logits"], feeds)[0], session.run(["logits"], shared)[0])
 
 
+@pytest.mark.slow
 def test_device(run: Run) -> None:
     assert run("--device", "cpu").reports
 
 
+@pytest.mark.slow
 def test_use_zero_point(run: Run) -> None:
     for arguments, inputs in (((), 2), (("--use_zero_point",), 3)):
         made = run("--algo", "rtn_dq", *arguments, into=f"out{inputs}")
         assert {len([value for value in node.inputs if value]) for node in made.nodes("DequantizeLinear")} == {inputs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_block_size(size: int, run: Run) -> None:
     made = run("--algo", "rtn_dq", "--block_size", size)
     assert {node.attributes.get_int("block_size", 0) for node in made.nodes("DequantizeLinear")} == {size}
 
 
+@pytest.mark.slow
 def test_awqlite_alpha_step(run: Run) -> None:
     fine = {report.alpha for report in run(into="fine").reports.values()} - {None}
     coarse = {report.alpha for report in run("--awqlite_alpha_step", 0.5, into="coarse").reports.values()} - {None}
@@ -617,6 +639,7 @@ def test_awqlite_alpha_step(run: Run) -> None:
     assert not fine <= {0.0, 0.5, 1.0}
 
 
+@pytest.mark.slow
 def test_awqlite_disable_fuse_nodes_and_run_per_subgraph(run: Run) -> None:
     folded = run(into="folded")
     own = run("--awqlite_disable_fuse_nodes", into="own")
@@ -631,6 +654,7 @@ def test_awqlite_disable_fuse_nodes_and_run_per_subgraph(run: Run) -> None:
     assert added[1] > 0
 
 
+@pytest.mark.slow
 def test_awqclip_alpha_min_and_step(run: Run) -> None:
     def ratios(made: Made) -> dict[str, float]:
         known = {name: report.mean_clip_ratio for name, report in made.reports.items()}
@@ -651,12 +675,14 @@ def test_awqclip_alpha_min_and_step(run: Run) -> None:
     assert all(halves[name] != default[name] for name in both)
 
 
+@pytest.mark.slow
 def test_awqclip_bsz_col_changes_memory_and_nothing_else(run: Run) -> None:
     whole, sliced = (run("--algo", "awq_clip", "--awqclip_bsz_col", size, into=f"o{size}") for size in (1024, 8))
     for name in ("model.onnx", "model.onnx.data"):
         assert (whole.folder / name).read_bytes() == (sliced.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [["--enable_mixed_quant"], ["--layers_8bit", "layers.0/attn/qkv_proj,down_proj"]])
 def test_enable_mixed_quant_and_layers_8bit(option: list[str], run: Run) -> None:
     formats = {name: report.format for name, report in run("--algo", "rtn_dq", *option).reports.items()}
@@ -682,6 +708,7 @@ def test_layer_numbers_past_the_end_are_left_out_but_not_all_of_them() -> None:
     assert past_the_end("layers.3,lm_head", ["lm_head"])[0] == "layers.3,lm_head"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_gather_quantize_axis_and_block_size(axis: int, run: Run, base: Path) -> None:
     made = run("--algo", "rtn_dq", "--gather_quantize_axis", axis, "--gather_block_size", 64)
@@ -691,6 +718,7 @@ def test_gather_quantize_axis_and_block_size(axis: int, run: Run, base: Path) ->
     assert is_near(made.folder, base)
 
 
+@pytest.mark.slow
 def test_use_column_major(run: Run, base: Path) -> None:
     made = run("--algo", "awq_lite", "--use_column_major")
     transposed = [node for node in made.nodes("Transpose") if node.inputs[0].producer().op_type == "DequantizeLinear"]

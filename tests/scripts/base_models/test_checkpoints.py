@@ -64,6 +64,7 @@ def respell(folder: Path, rope: dict[str, object]) -> None:
     path.write_text(json.dumps(kept | rope), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", [LAYERED, FLAT], ids=["transformers 5", "transformers 4"])
 def test_the_built_model_computes_what_transformers_does(rope: dict[str, object], gemma3: Path, tmp_path: Path) -> None:
     respell(gemma3, rope)

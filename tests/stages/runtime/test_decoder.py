@@ -20,7 +20,7 @@ SETTINGS = SessionSettings(accuracy_level=1)
 TOKENS = [0, 71, 33, 250, 18]
 
 
-@pytest.fixture(params=["tiny_model", "tiny_model_dml", "tiny_model_bf16"])
+@pytest.fixture(params=["tiny_model", "tiny_model_dml", pytest.param("tiny_model_bf16", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest) -> Path:
     """fp32 with packed qkv; fp16 with position_ids; bf16, which the CPU runs as a float32 copy."""
     found: Path = request.getfixturevalue(request.param)

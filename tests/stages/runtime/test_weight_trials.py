@@ -24,7 +24,9 @@ def _base_logits(folder: Path) -> torch.Tensor:
     return torch.from_numpy(np.asarray(session.run(["logits"], feeds(TOKENS))[0], np.float32))
 
 
-@pytest.mark.parametrize("model", ["tiny_model", "tiny_model_dml", "tiny_model_bf16"])
+@pytest.mark.parametrize(
+    "model", ["tiny_model", "tiny_model_dml", pytest.param("tiny_model_bf16", marks=pytest.mark.slow)]
+)
 def test_logits_are_the_models_own_until_a_weight_is_replaced(model: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(model)
     directory, graph = locate_model(folder), load_graph(locate_model(folder))

@@ -163,6 +163,7 @@ def test_a_configuration_without_a_vocabulary_is_named(tiny_model: Path) -> None
         open_writer(directory, (CPU,), (TEXT,), VOCABULARY)
 
 
+@pytest.mark.slow
 def test_a_model_that_the_cpu_has_no_kernels_for_is_refused_with_the_reason(tiny_model_bf16: Path) -> None:
     with pytest.raises(UserError, match=r"^--dataset self: onnxruntime-genai can't run .*model\.onnx here \(cpu: "):
         opened(tiny_model_bf16)

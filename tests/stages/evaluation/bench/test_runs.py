@@ -46,6 +46,7 @@ def measured(run_folder: RunFolder, run: Run, *texts: EvaluationText) -> Record:
     return measure(run_folder, [run], texts, progress_bar(), lambda _: None)[run.name]
 
 
+@pytest.mark.slow
 def test_a_run_is_made_and_scored_once(run_folder: RunFolder, tiny_model_dml: Path, text: EvaluationText) -> None:
     run = made_by(COPY, run_folder, tiny_model_dml)
     record = measured(run_folder, run, text)

@@ -17,6 +17,7 @@ print(importlib.util.find_spec("torchvision") is not None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["RuntimeError('operator torchvision::nms does not exist')", "ImportError('none')"])
 def test_a_torchvision_that_can_not_be_imported_is_left_aside(error: str, tmp_path: Path) -> None:
     """And nothing stays behind that others would take for it."""
