@@ -117,13 +117,13 @@ def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
         open_sites = report.open
         yield (
             "not quantized",
-            f"{open_sites.matmuls} MatMuls on {open_sites.activations} activations, {_megabytes(open_sites.weights)} "
-            "million weights, could be: stages.quantize --dry_run says how",
+            f"{_counted(open_sites.matmuls, 'MatMul')} on {_counted(open_sites.activations, 'activation')}, "
+            f"{_megabytes(open_sites.weights)} million weights, could be: stages.quantize --dry_run says how",
         )
     yield from _fusion(report)
     if report.input_scales:
         first = report.input_scales[0]
-        yield "input scales", f"{len(report.input_scales)} Mul nodes before MatMuls, such as {first.node}"
+        yield "input scales", f"{_counted(len(report.input_scales), 'Mul node')} before MatMuls, such as {first.node}"
     for answer in report.runtimes:
         for sentence in answer.warnings or ("no known problem",):
             yield answer.runtime, sentence
@@ -150,10 +150,13 @@ def _fusion(report: ModelReport) -> Iterator[tuple[str, str]]:
         fused = [_span(each.first, each.last) for each in group.spans if each.fused]
         refusals = [f"{_span(each.first, each.last)}: {each.why_not}" for each in group.spans if not each.fused]
         never = len(group.spans) == 1 and not fused
-        answer = f"fused by ONNX Runtime {', '.join(fused)} (CPU)" if fused else "never become MatMulNBits"
+        answer = f"fused by ONNX Runtime {', '.join(fused)} (CPU)" if fused else "never fused"
         reasons = f"; not by {'; '.join(refusals)}" if refusals and not never else ""
         reason = f": {group.spans[0].why_not}" if never else ""
-        yield "DequantizeLinear", f"{len(group.sites)} sites {answer}{reason}{reasons} ({_named(group.sites)})"
+        yield (
+            "DequantizeLinear",
+            f"{_counted(len(group.sites), 'site')} {answer}{reason}{reasons} ({_named(group.sites)})",
+        )
 
 
 def _span(first: str, last: str) -> str:
@@ -272,6 +275,10 @@ def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
         # Text, because a node name with brackets is not markup.
         table.add_row(name, Text(text))
     return table
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _megabytes(size: int) -> str:

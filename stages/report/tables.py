@@ -94,7 +94,7 @@ def answer_tables(generations: Sequence[Generation]) -> TableGroup | None:
 
 
 def _answer_table(generation: Generation) -> TableView:
-    how = "in the chat template" if generation.templated else "without a template"
+    how = "in the chat template" if generation.templated else "as it stands"
     rows = [
         (answer.model, answer.text.strip(), f"{answer.same_tokens} of {answer.tokens}") for answer in generation.answers
     ]
@@ -109,9 +109,9 @@ def speed_tables(speed: SpeedTest | None) -> TableGroup | None:
         name="speed",
         heading="Speed and memory",
         text=f"{speed.runtime}, {speed.threads} {'thread' if speed.threads == 1 else 'threads'}, on {speed.machine}; "
-        f"{speed.prompt_tokens} prompt tokens, {speed.new_tokens} new ones; median of {speed.rounds} rounds "
-        "(slowest to fastest), models alternately, each round in a process of its own. Memory is the peak of the whole "
-        "process, Python included.",
+        f"{speed.prompt_tokens} prompt tokens, {speed.new_tokens} new ones; median of {speed.rounds} "
+        f"{'round' if speed.rounds == 1 else 'rounds'} (slowest to fastest), models alternately, each round in a "
+        "process of its own. Memory is the peak of the whole process, Python included.",
         tables=(_speed_table(speed),),
     )
 
