@@ -1,1 +1,1 @@
-"""Run decoder blocks in torch to tune weights by a block's output."""
+"""Tune quantized weights by the output of whole decoder blocks, which run as torch modules."""

@@ -1,8 +1,8 @@
-"""Find the decoder blocks of a graph, and cut one out as a small graph of its own.
+"""Find the decoder blocks of an ONNX graph, and cut one out as a small graph of its own.
 
-A block is what lies between two values of the residual stream. Which nodes those are, the graph itself tells: behind
-the last site of layer N and before the first of layer N + 1 there is a place where exactly one value that carries the
-tokens crosses. Sites tell their layer by their name (layers.N).
+A block is what lies between two values of the residual stream. The graph itself tells which nodes those are: behind the
+last site of layer N and before the first of layer N + 1 there is a place that exactly one value computed from the
+tokens crosses. The name of a site tells its layer (layers.N).
 """
 
 from __future__ import annotations
@@ -20,40 +20,25 @@ from stages.records.sites import MatMulSite, layer_of
 from stages.runtime.upcast import SIXTEEN_BIT, widened
 
 OWN_DOMAIN = "genai_quant"
-"""Domain, in the cut graph alone, of the operators that stages.block.converters defines."""
-
-
+"""Domain of the operators that blocks/converters defines; only cut graphs have it."""
 LINEAR = "Linear"
 """y = x W^T + beta * bias, with W [N, K] an input of the cut graph."""
-
+WITHOUT_BLOCKS = "run without --algo signround and --refine, which run each block by itself."
+"""The fix in messages about blocks that can't be cut out."""
 
 _STANDARD = frozenset(
     {"Gelu", "LayerNormalization", "ReduceMean", "RMSNormalization", "SimplifiedLayerNormalization", "Split"}
 )
-"""Standard operators that onnx2torch lacks, or knows in older versions only."""
-
-
-def domain_in_cut(node: ir.Node) -> str:
-    """The domain that ``node`` has in the cut graph: onnx2torch can't name a module after one with a dot in it."""
-    standard = node.domain in ("", "ai.onnx")
-    return node.domain if standard and node.op_type not in _STANDARD else OWN_DOMAIN
-
-
+"""Standard operators that onnx2torch lacks, or knows only in older versions."""
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
-
-
 _EMPTY_PAST = {"GroupQueryAttention": (3, 4, 5, 6, 9), "MultiHeadAttention": (6, 7, 8)}
-"""Inputs that say nothing in full windows that begin at position 0 with an empty past: the past key and value, the
-lengths, the positions."""
-
-
-WITHOUT_BLOCKS = "do without --algo signround and --refine, which run blocks by themselves."
-"""The mend in messages about blocks that can't be cut out."""
+"""Inputs that are left out because windows are full and begin at position 0 with an empty past: the past key and value,
+the lengths, the positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderBlock:
-    """One layer: the values of the residual stream that enter and leave it, both [batch, length, hidden], its sites."""
+    """One layer: the values of the residual stream that enter and leave it, [batch, length, hidden], and its sites."""
 
     layer: int
     stream_in: str
@@ -75,7 +60,7 @@ class BlockGraph:
 
 
 def find_blocks(model: ir.Model) -> tuple[DecoderBlock, ...]:
-    """The decoder blocks in the order in which the stream passes them.
+    """Return the decoder blocks in the order in which the stream passes them.
 
     Requires: ``model`` went through ``write_out_residuals``.
 
@@ -103,13 +88,13 @@ def find_blocks(model: ir.Model) -> tuple[DecoderBlock, ...]:
 
 
 def _span(sites: Iterable[MatMulSite], places: dict[str | None, int]) -> tuple[int, int]:
-    """Places of a layer's first and last site in the graph's order."""
+    """Return the places of a layer's first and last site in the graph's order."""
     found = [places[site.output] for site in sites]
     return min(found), max(found)
 
 
 def _only_one(crossings: Iterable[frozenset[str]], where: str) -> str:
-    """The value of the first place that a single value crosses."""
+    """Return the value of the first place that a single value crosses."""
     for crossing in crossings:
         if len(crossing) == 1:
             return next(iter(crossing))
@@ -120,8 +105,10 @@ def _only_one(crossings: Iterable[frozenset[str]], where: str) -> str:
 
 
 def _crossings(model: ir.Model) -> list[frozenset[str]]:
-    """For every place before a node, and the one at the end, the token-carrying values that are made before and read
-    behind it."""
+    """Return, for the place before every node and the one at the end, the values that cross it.
+
+    Those are the values computed from the tokens that are made before and read behind it.
+    """
     nodes = tuple(model.graph)
     last_read = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
     carrying = _descendants(model, lambda value: value.is_graph_input() and value.name == "input_ids")
@@ -135,7 +122,7 @@ def _crossings(model: ir.Model) -> list[frozenset[str]]:
 
 
 def _descendants(model: ir.Model, is_root: Callable[[ir.Value], bool]) -> set[ir.Value]:
-    """Values computed from the roots' numbers, the roots included; reading a shape alone doesn't count."""
+    """Return the values computed from the roots' numbers, the roots included; reading only a shape doesn't count."""
     found = {value for value in model.graph.inputs if is_root(value)}
     for node in model.graph:
         if node.op_type not in _SHAPE_ONLY and any(value in found for value in node.inputs):
@@ -145,12 +132,12 @@ def _descendants(model: ir.Model, is_root: Callable[[ir.Value], bool]) -> set[ir
 
 
 def cut_block(model: ir.Model, block: DecoderBlock) -> BlockGraph:
-    """The block alone, as a graph in float32; reads the block's small parameters and none of its sites' weights.
+    """Cut a block out as a graph in float32; reads the block's small parameters and none of its sites' weights.
 
     Requires: ``block`` is one of ``find_blocks(model)``.
 
     Raises:
-        GraphError: the block holds a subgraph, or reads the tokens apart from the stream.
+        GraphError: the block holds a subgraph, or reads values computed from the tokens beside the stream.
     """
     cutter = _Cutter(model, block)
     inside = cutter.nodes()
@@ -174,9 +161,15 @@ def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node
         for value in node.inputs:
             if value in carrying and value not in made and value is not None and value.name != block.stream_in:
                 raise GraphError(
-                    f"Layer {block.layer} reads '{value.name}' beside the residual stream, which carries the tokens "
-                    f"too, and can't be run as a block; {WITHOUT_BLOCKS}"
+                    f"Layer {block.layer} reads '{value.name}' beside the residual stream, which also depends on the "
+                    f"tokens, and can't be run as a block; {WITHOUT_BLOCKS}"
                 )
+
+
+def domain_in_cut(node: ir.Node) -> str:
+    """Return the domain that ``node`` has in the cut graph: onnx2torch can't name a module after one with a dot."""
+    standard = node.domain in ("", "ai.onnx")
+    return node.domain if standard and node.op_type not in _STANDARD else OWN_DOMAIN
 
 
 class _Cutter:
@@ -194,7 +187,7 @@ class _Cutter:
         """Values from outside that are neither constants nor the stream."""
 
     def nodes(self) -> list[ir.Node]:
-        """The nodes between the two values of the stream that depend on the first, in graph order."""
+        """Return the nodes between the two values of the stream that depend on the first, in graph order."""
         needed = _ancestors(next(value for value in _values(self._model) if value.name == self._block.stream_out))
         reached = set(self._copies)
         inside = []
@@ -205,15 +198,15 @@ class _Cutter:
         return inside
 
     def copy(self, node: ir.Node) -> None:
-        """Copy one node; those that its inputs come from must have been copied before."""
+        """Copy one node; the nodes inside that its inputs come from must have been copied before."""
         site = self._sites.get(str(node.outputs[0].name))
-        copied = self._plain(node) if site is None else self._linear(node, site)
+        copied = self._copied(node) if site is None else self._linear(node, site)
         self._nodes.append(copied)
         for old, new in zip(node.outputs, copied.outputs, strict=False):
             new.name, new.type = old.name, old.type
             self._copies[old] = new
 
-    def _plain(self, node: ir.Node) -> ir.Node:
+    def _copied(self, node: ir.Node) -> ir.Node:
         unused = _EMPTY_PAST.get(node.op_type, ())
         inputs = [None if index in unused else self._input(value) for index, value in enumerate(node.inputs)]
         while inputs and inputs[-1] is None:
@@ -255,7 +248,7 @@ class _Cutter:
         return outside
 
     def finish(self) -> ir.Model:
-        """The graph of the copied nodes, every floating-point type float32."""
+        """Return the graph of the copied nodes, every floating-point type float32."""
         constants = [value for value in self._copies.values() if value.const_value is not None]
         graph = ir.Graph(
             [self._stream, *self.shared.values(), *self._weights],
@@ -270,7 +263,7 @@ class _Cutter:
 
 
 def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """A copy of the numbers; the file that they were mapped from is let go."""
+    """Return a copy of the numbers; the file that they were mapped from is released."""
     numbers = np.array(tensor.numpy())
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
@@ -284,7 +277,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _ancestors(value: ir.Value) -> set[ir.Node]:
-    """Every node that ``value`` is computed from."""
+    """Return every node that ``value`` is computed from."""
     found: set[ir.Node] = set()
     waiting = [value]
     while waiting:

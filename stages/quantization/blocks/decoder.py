@@ -1,7 +1,8 @@
-"""Write fused residual norms out as Add and norm, so that one tensor, the residual stream, leads from block to block.
+"""Open a model as decoder blocks: residual norms split up, blocks found, and each checked to run as a torch module.
 
-SkipSimplifiedLayerNormalization hands the next block two tensors: the sum, and the sum normalized. The sum alone is
-what a block's loss is measured on, and the norm belongs to the block that reads it.
+A fused SkipSimplifiedLayerNormalization hands the next block two tensors, the sum and the sum normalized. Written as
+Add and norm, one tensor leads from block to block: the residual stream, which a block's loss is measured on. The norm
+belongs to the block that reads it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,20 @@ _NORMS = {
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
     "SkipLayerNormalization": "LayerNormalization",
 }
-
-
 _SUM = 3
 """Index of the output that holds the sum."""
 
 
 def write_out_residuals(model: ir.Model) -> ir.Model:
-    """A copy of ``model`` whose skip norms are Add and norm nodes; ``model`` is left as it was.
+    """Return a copy of ``model`` whose skip norms are Add and norm nodes; ``model`` is left as it was.
 
     Ensures: the values keep their names, and every sum has one.
     """
-    plain = model.clone()
-    for node in tuple(plain.graph):
+    copy = model.clone()
+    for node in tuple(copy.graph):
         if node.op_type in _NORMS:
-            _write_out(plain.graph, node)
-    return plain
+            _write_out(copy.graph, node)
+    return copy
 
 
 def _write_out(graph: ir.Graph, node: ir.Node) -> None:
@@ -60,7 +59,7 @@ def _add(graph: ir.Graph, before: ir.Node, left: ir.Value | None, right: ir.Valu
 
 
 def _bias_index(node: ir.Node) -> int:
-    """SkipLayerNormalization has the norm's own bias, beta, before the one that is added to the sum."""
+    """Return the place of the bias that is added to the sum; SkipLayerNormalization has the norm's own before it."""
     return 4 if node.op_type == "SkipLayerNormalization" else 3
 
 
@@ -78,7 +77,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderBlocks:
-    """A graph whose residual norms are written out, its blocks, and the groups that are quantized inside each.
+    """A graph whose residual norms are Add and norm, its blocks, and the groups that are quantized inside each.
 
     ``groups`` holds, for each block, indices into the recipe's groups; ``others`` are those that lie in no block;
     ``shared`` names the values that blocks read beside the stream.
@@ -92,7 +91,7 @@ class DecoderBlocks:
 
 
 def open_blocks(model: ir.Model, groups: Sequence[ActivationGroup]) -> DecoderBlocks:
-    """Find the blocks of ``model`` and make sure that each can become a torch module; ``model`` stays as it was.
+    """Find the blocks of ``model`` and check that each can become a torch module; ``model`` is left as it was.
 
     Raises:
         GraphError: the layers aren't joined by one stream, or hold an operator without a converter.
@@ -114,7 +113,7 @@ def open_blocks(model: ir.Model, groups: Sequence[ActivationGroup]) -> DecoderBl
 
 
 def _shared(graph: ir.Model, blocks: Iterable[DecoderBlock]) -> tuple[str, ...]:
-    """What the blocks share; one of each kind is converted, so that nothing is computed for a model that can't be."""
+    """Return what the blocks share; one of each kind is converted, to fail before anything is computed."""
     seen: set[frozenset[str]] = set()
     shared: dict[str, None] = {}
     for block in blocks:

@@ -1,9 +1,10 @@
-"""Error feedback: a layer reads what the quantized layers before it give, and makes up for it where it can.
+"""Error feedback (GPTAQ): solve each layer for what the quantized layers before it give, so as to correct them.
 
 With X_f the float model's activation and X_q the quantized one's over the same tokens, the stored weight V should make
 X_q V^T what X_f W^T was. That is least squares: V = W - W drift^T G^-1 with G = X_q^T X_q / T and drift =
-X_q^T (X_q - X_f) / T. The asymmetric calibration of GPTAQ (Li et al., 2025) and the target shift of GPTQ's second pass
-solve the same problem.
+X_q^T (X_q - X_f) / T. The asymmetric calibration of GPTAQ (Li et al., "GPTAQ: Efficient Finetuning-Free Quantization
+for Asymmetric Calibration", 2025, https://arxiv.org/abs/2504.02692) and the target shift of GPTQ's second pass solve
+the same problem.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from stages.records.results import ActivationStats, QuantizedWeight, SolvedGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedStreamStats:
-    """Second-order statistics of one activation in both models, float32."""
+    """Second-order statistics of one activation on the float and the quantized stream, float32."""
 
     num_tokens: int
     gram: Float[Tensor, "K K"]
@@ -37,7 +38,7 @@ class QuantizedStreamStats:
 
 
 class QuantizedStreamAccumulator:
-    """Folds batches of an activation, as both models compute it, into QuantizedStreamStats."""
+    """Accumulates QuantizedStreamStats over batches of an activation, as both models compute it."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._num_tokens = 0
@@ -45,7 +46,7 @@ class QuantizedStreamAccumulator:
         self._drift = torch.zeros(in_features, in_features, device=device)
 
     def add(self, quantized: Float[Tensor, "*tokens K"], exact: Float[Tensor, "*tokens K"]) -> None:
-        """Fold in the same tokens of both models."""
+        """Add the same tokens of both models."""
         rows = quantized.reshape(-1, quantized.shape[-1]).float()
         moved = rows - exact.reshape(-1, exact.shape[-1]).float()
         self._num_tokens += len(rows)
@@ -53,15 +54,20 @@ class QuantizedStreamAccumulator:
         self._drift.addmm_(rows.T, moved)
 
     def finish(self) -> QuantizedStreamStats:
-        """The statistics of all tokens so far."""
+        """Return the statistics of all tokens so far."""
         tokens = max(self._num_tokens, 1)
         return QuantizedStreamStats(num_tokens=self._num_tokens, gram=self._gram / tokens, drift=self._drift / tokens)
 
 
 def target_weight(weight: Float[Tensor, "N K"], stats: QuantizedStreamStats, damping: float) -> Float[Tensor, "N K"]:
-    """V, the weight that gives on X_q what ``weight`` gives on X_f, in the sense of least squares.
+    """Return V, the weight that gives on X_q what ``weight`` gives on X_f, in the sense of least squares.
 
-    ``damping`` (a part of G's mean diagonal) keeps it near ``weight``. Computed in float64 where the device has it.
+    Computed in float64 where the device has it.
+
+    Args:
+        weight: the original weight.
+        stats: G and the drift.
+        damping: the part of G's mean diagonal that keeps V near ``weight``.
     """
     precise = torch.float32 if weight.device.type == "mps" else torch.float64
     pull = weight.to(precise) @ stats.drift.to(precise).T
@@ -71,7 +77,13 @@ def target_weight(weight: Float[Tensor, "N K"], stats: QuantizedStreamStats, dam
 
 
 def drift_error(error: Float[Tensor, "N K"], weight: Float[Tensor, "N K"], stats: QuantizedStreamStats) -> Tensor:
-    """Mean over tokens of ||X_q (W + D)^T - X_f W^T||^2 for the weight error D, less what no D can change."""
+    """Return the mean over tokens of ||X_q (W + D)^T - X_f W^T||^2, less what no weight error D can change.
+
+    Args:
+        error: D.
+        weight: W, the original weight.
+        stats: of both models' activations.
+    """
     return ((error @ stats.gram) * error).double().sum() + 2 * ((error @ stats.drift) * weight).double().sum()
 
 
@@ -82,9 +94,14 @@ def refine(
     calibration: QuantizedStreamStats,
     held_out: QuantizedStreamStats,
 ) -> tuple[QuantizedWeight, ...]:
-    """``starts`` solved anew for the target weights, under the scale that they share, where held-out tokens agree.
+    """Solve ``starts`` anew for the target weights, under the scale that they share; keep what held-out tokens confirm.
 
-    ``problem`` holds the original weights; its statistics are not read.
+    Args:
+        problem: the original weights; its statistics are not read.
+        options: of range search and GPTQ.
+        starts: the quantization of each site to begin with.
+        calibration: what the target weights are computed from.
+        held_out: what decides, site by site, whether the start stays.
     """
     aimed = replace(
         problem,
@@ -117,7 +134,7 @@ def _better(
 
 
 def _token_stats(stats: QuantizedStreamStats) -> TokenStats:
-    """What range search and GPTQ read; only the search of input scales reads mean |x|, here its root mean square."""
+    """Return what range search and GPTQ read; mean |x|, which they don't read, is the root mean square here."""
     return TokenStats(num_tokens=stats.num_tokens, abs_mean=torch.diagonal(stats.gram).sqrt(), gram=stats.gram)
 
 
@@ -125,33 +142,33 @@ def _token_stats(stats: QuantizedStreamStats) -> TokenStats:
 class ErrorFeedback:
     """Solves a block's groups one after another, in graph order."""
 
-    hand: BlockContext
+    block: BlockContext
     options: SearchOptions
 
     def refine_block(self, advance: Callable[[], None]) -> TunedBlock:
-        """The block's sites with errors fed back, or as they start where held-out windows come out no nearer.
+        """Solve the block's sites with error feedback; keep the start where the held-out loss doesn't fall.
 
-        ``advance`` is called behind each group. Both models' blocks are run once a group, as far as its activation.
+        ``advance`` is called after each group. Both models' blocks run once a group, as far as its activation.
         """
-        begun = self.hand.stored
-        stored = dict(begun)
-        for group in self.hand.starts:
+        start = self.block.stored
+        stored = dict(start)
+        for group in self.block.starts:
             stored |= {weight.site.name: weight for weight in self._refine_group(group, stored)}
             advance()
-        losses = [self.hand.held_out_loss(weights) for weights in (begun, stored)]
-        kept = stored if losses[1] < losses[0] else begun
+        losses = [self.block.held_out_loss(weights) for weights in (start, stored)]
+        kept = stored if losses[1] < losses[0] else start
         return TunedBlock(weights=tuple(kept.values()), start_loss=losses[0], loss=min(losses))
 
     def _refine_group(self, solved: SolvedGroup, stored: Mapping[str, QuantizedWeight]) -> Iterator[QuantizedWeight]:
         names = [weight.site.name for weight in solved.weights]
-        weights = self.hand.effective(stored)
+        weights = self.block.effective(stored)
         calibration, held_out = (
-            self._drift(pair, names[0], weights) for pair in (self.hand.calibration, self.hand.held_out)
+            self._drift(pair, names[0], weights) for pair in (self.block.calibration, self.block.held_out)
         )
-        for starts in _sharing_a_scale(tuple(stored[name] for name in names)):
+        for starts in _by_input_scale(tuple(stored[name] for name in names)):
             problem = GroupProblem(
                 group=replace(solved.group, sites=tuple(start.site for start in starts)),
-                weights=tuple(self.hand.originals[start.site.name] for start in starts),
+                weights=tuple(self.block.originals[start.site.name] for start in starts),
                 specs=tuple(start.spec for start in starts),
                 stats=None,
                 head_sharing=None,
@@ -159,20 +176,20 @@ class ErrorFeedback:
             yield from refine(problem, self.options, starts, calibration, held_out)
 
     def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> QuantizedStreamStats:
-        """Statistics of what ``site`` reads in both models."""
-        original = self.hand.originals[site]
+        """Return the statistics of what ``site`` reads in both models."""
+        original = self.block.originals[site]
         accumulator = QuantizedStreamAccumulator(original.shape[1], original.device)
-        for batch in in_batches(len(pair.wanted), self.hand.run.batch_size):
+        for batch in in_batches(len(pair.wanted), self.block.run.batch_size):
             exact, quantized = (
-                self.hand.run.read(stream[batch].to(original.device), used, site)
-                for stream, used in ((pair.exact, self.hand.originals), (pair.quantized, weights))
+                self.block.run.read(stream[batch].to(original.device), used, site)
+                for stream, used in ((pair.exact, self.block.originals), (pair.quantized, weights))
             )
             accumulator.add(quantized, exact)
         return accumulator.finish()
 
 
-def _sharing_a_scale(starts: tuple[QuantizedWeight, ...]) -> list[tuple[QuantizedWeight, ...]]:
-    """All together where they have one input scale, else each alone."""
+def _by_input_scale(starts: tuple[QuantizedWeight, ...]) -> list[tuple[QuantizedWeight, ...]]:
+    """Keep all together where they have one input scale, else return each by itself."""
     scales = [start.input_scale for start in starts]
     found = [scale for scale in scales if scale is not None]
     alike = not found or (len(found) == len(scales) and all(torch.equal(scale, found[0]) for scale in found))

@@ -5,8 +5,7 @@
 
 with S and z the scale and zero point that the weight starts with, w the weight times its input scale, and top the
 largest code; without zero points scale = stored(S * high). Rounding passes gradients through unchanged
-(straight-through estimator). SignRound: Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for
-the Quantization of LLMs".
+(straight-through estimator), as in SignRound (Cheng et al., 2023, https://arxiv.org/abs/2309.05516).
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.quantization.search.affine import BlockParameters, dequantize, join, round_to_storage, split
+from stages.quantization.search.affine import BlockParameters, dequantize, join, levels, round_to_storage, split
 from stages.records.formats import torch_float
 from stages.records.results import QuantizedWeight
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 0.25, 1.5
 _FROM_CENTRE = 0.25
-"""Where a code that isn't plain rounding starts: this far from the middle of its interval, on the weight's side."""
+"""Where a code that rounding doesn't give starts: this far from the middle of its interval, on the weight's side."""
 
 
 class LearnableWeight:
-    """One site's weight between a start and what tuning makes of it.
+    """One site's weight while it is tuned.
 
     ``offsets`` [N, nB, B] and the factors ``high`` and ``low`` [N, nB] are the leaves to tune; ``low`` is None where
     there are no zero points.
@@ -49,10 +48,11 @@ class LearnableWeight:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
+        """Return the tensors to tune."""
         return (self.offsets, self.high) if self.low is None else (self.offsets, self.high, self.low)
 
     def weight(self) -> Float[Tensor, "N K"]:
-        """What the site multiplies its unscaled activation with; differentiable in the leaves."""
+        """Return what the site multiplies its unscaled activation with; differentiable in the leaves."""
         parameters = self._tuned_parameters()
         spec = self._start.spec
         stored: Tensor = _RoundTrip.apply(  # type: ignore[no-untyped-call]
@@ -73,7 +73,7 @@ class LearnableWeight:
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
-        """Codes, scales and zero points as they stand, on the CPU."""
+        """Return the codes, scales and zero points as they stand, on the CPU."""
         parameters, spec = self._tuned_parameters(), self._start.spec
         codes = _codes(self._blocks, self.offsets, parameters, spec.code_min, spec.code_max)
         zero_points = parameters.zero_points
@@ -99,7 +99,7 @@ class LearnableWeight:
 
 
 def effective_weight(quantized: QuantizedWeight, device: torch.device) -> Float[Tensor, "N K"]:
-    """The weight that ``quantized`` stands for, as the unscaled activation sees it, in float32."""
+    """Return the weight that ``quantized`` stands for, as the unscaled activation sees it, in float32."""
     size = quantized.spec.block_size(quantized.codes.shape[1])
     codes = split(quantized.codes.to(device).float(), size)
     stored = join(dequantize(codes, _parameters(quantized, device)), quantized.codes.shape[1])
@@ -115,13 +115,12 @@ def _parameters(quantized: QuantizedWeight, device: torch.device) -> BlockParame
 
 
 def _offsets(blocks: Tensor, codes: Tensor, parameters: BlockParameters, start: QuantizedWeight) -> Tensor:
-    """0 where plain rounding gives the code already, else what leads into the code's interval."""
+    """Return 0 where rounding gives the code already, else what leads into the code's interval."""
     spec = start.spec
     zeros = torch.zeros_like(blocks)
-    plain = _codes(blocks, zeros, parameters, spec.code_min, spec.code_max)
-    levels = codes if parameters.zero_points is None else codes - parameters.zero_points.unsqueeze(-1)
-    distance = levels - blocks / parameters.scales.unsqueeze(-1)
-    return torch.where(plain == codes, zeros, distance - _FROM_CENTRE * distance.sign())
+    rounded = _codes(blocks, zeros, parameters, spec.code_min, spec.code_max)
+    distance = levels(codes, parameters) - blocks / parameters.scales.unsqueeze(-1)
+    return torch.where(rounded == codes, zeros, distance - _FROM_CENTRE * distance.sign())
 
 
 def _codes(blocks: Tensor, offsets: Tensor, parameters: BlockParameters, code_min: int, code_max: int) -> Tensor:
@@ -132,7 +131,7 @@ def _codes(blocks: Tensor, offsets: Tensor, parameters: BlockParameters, code_mi
 
 
 def _through(value: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function(value)`` with the gradient of the identity."""
+    """Return ``function(value)`` with the gradient of the identity."""
     return value + (function(value) - value).detach()
 
 
@@ -153,10 +152,10 @@ class _RoundTrip(torch.autograd.Function):
         code_max: int,
     ) -> Tensor:
         ratios = blocks / scales.unsqueeze(-1)
-        levels = torch.round(ratios + offsets)
+        rounded = torch.round(ratios + offsets)
         shift = 0.0 if zero_points is None else zero_points.unsqueeze(-1)
-        clamped = (levels + shift).clamp_(code_min, code_max) - shift
-        inside = clamped == levels
+        clamped = (rounded + shift).clamp_(code_min, code_max) - shift
+        inside = clamped == rounded
         ctx.save_for_backward(scales, inside, torch.where(inside, clamped - ratios, clamped))
         ctx.has_zero_points = zero_points is not None
         return clamped * scales.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""A cut block as a torch module: a function of the stream, the shared values and the sites' weights."""
+"""Run a cut block as a torch module: a function of the residual stream, the shared values and the sites' weights."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ class BlockModule:
         weights: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
     ) -> Float[Tensor, "batch length hidden"]:
-        """The stream behind the block.
+        """Return the stream behind the block; gradients reach both the stream and the weights.
 
-        ``weights`` holds [N, K] float32 by site name, ``shared`` the values of ``self.shared`` for this batch size, by
-        name. Gradients reach both the stream and the weights.
+        Args:
+            stream: what enters the block.
+            weights: [N, K] float32, by site name.
+            shared: the values of ``self.shared`` for this batch size, by name.
         """
         others = [shared[name] for name in self.shared]
         behind: Tensor = self._module(stream, *others, *(weights[site.name] for site in self.block.sites))
@@ -66,7 +68,14 @@ class BlockModule:
         shared: Mapping[str, Tensor],
         site: str,
     ) -> Float[Tensor, "batch length K"]:
-        """What ``site`` reads; the block is run that far and no further."""
+        """Return what ``site`` reads; the block runs that far and no further.
+
+        Args:
+            stream: what enters the block.
+            weights: [N, K] float32, by site name.
+            shared: the values of ``self.shared`` for this batch size, by name.
+            site: the name of the site.
+        """
         wanted = weights[site]
 
         def stop(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,9 +1,9 @@
 """SignRound: tune a block's roundings and ranges by signed gradient descent on the block's output.
 
-Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs" (AutoRound). The
-reference is the float block on the float stream; the tuned block reads the stream that the blocks tuned before it make.
-Two things differ from the paper: tuning begins at a given quantization, not at plain rounding, and what is kept is
-decided on windows that the descent never saw, the start among the candidates.
+Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs" (AutoRound), 2023,
+https://arxiv.org/abs/2309.05516. The reference is the float block on the float stream; the tuned block reads the stream
+that the blocks tuned before it make. Two things differ from the paper: tuning starts from any quantization, not only
+from rounding to nearest, and what is kept is decided on windows that the descent never saw; the start is a candidate.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ BlockFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """(stream [batch, length, hidden], weights [N, K] by site name) -> the stream behind the block."""
 
 _CHECKS = 10
-"""How often the held-out windows are looked at."""
+"""How often the held-out loss is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignRoundOptions:
-    """Numbers that steer the descent; defaults live in stages.config alone."""
+    """Numbers that steer the descent; defaults live in stages.commands.quantize_options only."""
 
     iterations: int
     learning_rate: float | None
     """First step of every offset and factor; it falls linearly to 0. None: 1 / iterations, so that an offset can move
-    by half a code in all."""
+    by half a code in total."""
     batch_size: int
     """Windows in one step."""
     seed: int
@@ -40,7 +40,7 @@ class SignRoundOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPair:
-    """Windows in front of a block, and what is wanted behind it: all [windows, length, hidden] float32, on any device.
+    """Windows in front of a block, and what is wanted behind it: [windows, length, hidden] float32, on any device.
 
     ``exact`` comes from the float blocks, ``quantized`` from the blocks as quantized so far; ``wanted`` is what the
     float block makes of ``exact``.
@@ -51,7 +51,7 @@ class StreamPair:
     wanted: Tensor
 
     def batch(self, indices: Tensor, device: torch.device) -> StreamPair:
-        """The windows of ``indices``, on ``device``."""
+        """Return the windows of ``indices``, on ``device``."""
         exact, quantized, wanted = (stream[indices].to(device) for stream in (self.exact, self.quantized, self.wanted))
         return StreamPair(exact=exact, quantized=quantized, wanted=wanted)
 
@@ -66,7 +66,7 @@ class TunedBlock:
 
 
 def block_loss(found: Float[Tensor, "*batch hidden"], wanted: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
-    """Mean over tokens of the squared error, relative to the token's own squared length.
+    """Return the mean over tokens of the squared error, relative to the token's own squared length.
 
     The next norm divides every token by its length. Without that, the few tokens whose stream is a thousand times
     longer than the others' (attention sinks) would be all that is tuned for.
@@ -85,8 +85,16 @@ def tune_block(
 ) -> TunedBlock:
     """Tune ``starts``, the block's quantized sites; its other sites keep their original weight.
 
-    ``originals`` holds the float32 weight [N, K] of all the block's sites by name, on the device where tuning runs;
-    ``advance`` is called behind each iteration. Ensures: the kept sites' held-out loss is not above the start's.
+    Ensures: the held-out loss of what is returned is not above the start's.
+
+    Args:
+        run: the block.
+        originals: the float32 weights [N, K] of all the block's sites by name, on the device where tuning runs.
+        starts: what to begin with.
+        calibration: the windows to tune on.
+        held_out: the windows that decide what is kept.
+        options: the numbers that steer the descent.
+        advance: called after each iteration.
     """
     device = next(iter(originals.values())).device
     tuned = {start.site.name: LearnableWeight(originals[start.site.name], start) for start in starts}
@@ -116,12 +124,12 @@ def tune_block(
 
 
 def _is_check(done: int, iterations: int) -> bool:
-    """Whether the held-out windows are looked at behind this many iterations: ``_CHECKS`` times, the last included."""
+    """Return whether the held-out loss is measured after ``done`` iterations: ``_CHECKS`` times, the last included."""
     return done * _CHECKS // iterations > (done - 1) * _CHECKS // iterations
 
 
 def _batches(windows: int, options: SignRoundOptions) -> Iterator[Tensor]:
-    """Indices of the windows of every iteration: all windows in a random order, then in another."""
+    """Yield the indices of every iteration's windows: all windows in a random order, then in another."""
     generator = torch.Generator().manual_seed(options.seed)
     waiting = torch.empty(0, dtype=torch.int64)
     size = min(options.batch_size, windows)

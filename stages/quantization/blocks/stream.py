@@ -1,4 +1,4 @@
-"""The residual stream: what enters the first decoder block, and how it passes one."""
+"""The residual stream: read what enters the first decoder block, and run windows of it through a block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.runtime.tap import ActivationTap, open_value_tap
 
 
 def in_batches(windows: int, batch_size: int) -> tuple[Tensor, ...]:
-    """Indices of ``windows`` windows, ``batch_size`` at a time."""
+    """Return the indices of ``windows`` windows, ``batch_size`` at a time."""
     return torch.split(torch.arange(windows), batch_size)
 
 
@@ -41,10 +41,15 @@ def read_inputs(
     shared: tuple[str, ...],
     batch_sizes: frozenset[int],
 ) -> BlockInputs:
-    """Run the graph in front of the first block, on the CPU, over all ``tokens`` [windows, length].
+    """Run the graph in front of the first block, on the CPU, over all ``tokens``; return floats as float32.
 
-    ``stream`` is the value that enters the first block, ``shared`` those that the blocks read beside it; floating-point
-    values come as float32.
+    Args:
+        model: the whole graph.
+        directory: where it lies.
+        tokens: [windows, length].
+        stream: the value that enters the first block.
+        shared: the values that the blocks read beside it.
+        batch_sizes: how many windows the blocks will be run on at a time.
 
     Raises:
         GraphError: ONNX Runtime can't run that part of the graph.
@@ -73,7 +78,7 @@ def _as_float32(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRunner:
-    """A block's module with the values that it reads beside the stream, by batch size."""
+    """A block's module with the values that it reads beside the stream, by batch size and name."""
 
     module: BlockModule
     shared: Mapping[int, Mapping[str, Tensor]]
@@ -82,14 +87,20 @@ class BlockRunner:
     def __call__(
         self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor]
     ) -> Float[Tensor, "batch length hidden"]:
-        """The stream of some windows behind the block, on their device, which must be the module's."""
+        """Run some windows through the block, on their device, which must be the module's."""
         return self.module(stream, weights, self._shared_by(stream))
 
     @torch.no_grad()
     def read(
         self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor], site: str
     ) -> Float[Tensor, "batch length K"]:
-        """What ``site`` reads when ``stream`` enters the block."""
+        """Return what a site reads.
+
+        Args:
+            stream: what enters the block.
+            weights: of all the block's sites, by name.
+            site: the name of the site.
+        """
         return self.module.read(stream, weights, self._shared_by(stream), site)
 
     def _shared_by(self, stream: Tensor) -> dict[str, Tensor]:
@@ -99,7 +110,7 @@ class BlockRunner:
     def over(
         self, stream: Float[Tensor, "windows length hidden"], weights: Mapping[str, Tensor]
     ) -> Float[Tensor, "windows length hidden"]:
-        """All windows behind the block, batch by batch; they stay in the memory that they lie in."""
+        """Run all windows through the block, batch by batch; the result lies in the same memory as ``stream``."""
         device = next(iter(weights.values())).device
         behind = torch.empty_like(stream)
         for batch in in_batches(len(stream), self.batch_size):
@@ -120,16 +131,16 @@ class BlockContext:
 
     @property
     def stored(self) -> dict[str, QuantizedWeight]:
-        """The weights that the block starts with, by site."""
+        """Return the weights that the block starts with, by site."""
         return {weight.site.name: weight for group in self.starts for weight in group.weights}
 
     def effective(self, stored: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-        """What the block computes with when it holds ``stored``."""
+        """Return the weights that the block computes with when its sites hold ``stored``."""
         device = next(iter(self.originals.values())).device
         return dict(self.originals) | {name: effective_weight(weight, device) for name, weight in stored.items()}
 
     @torch.no_grad()
     def held_out_loss(self, stored: Mapping[str, QuantizedWeight]) -> float:
-        """How far from the float block the block with ``stored`` is on windows that nothing is searched on."""
+        """Return the loss of the block with ``stored``, against the float block, on held-out windows."""
         behind = self.run.over(self.held_out.quantized, self.effective(stored))
         return float(block_loss(behind, self.held_out.wanted))

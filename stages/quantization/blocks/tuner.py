@@ -1,8 +1,8 @@
-"""Block-level tuning of a finished search: decoder block by decoder block, each saved before the next begins.
+"""Tune a finished search decoder block by decoder block (signround, refine), each saved before the next begins.
 
-Two streams of hidden states go through the blocks side by side: the float one, which says what a block should give, and
-the one that the blocks as quantized so far make. ONNX Runtime computes what enters the first block; all else the blocks
-compute themselves, as torch modules. A run that was stopped sends both streams through the finished blocks again.
+Two streams of hidden states go through the blocks in parallel: the float one, which says what a block should give, and
+the one that the blocks as quantized so far make. ONNX Runtime computes what enters the first block; the blocks compute
+everything else, as torch modules. A run that was stopped sends both streams through the finished blocks again.
 """
 
 from __future__ import annotations
@@ -38,45 +38,49 @@ _LOGGER = logging.getLogger(__name__)
 
 @runtime_checkable
 class BlockStep(Protocol):
-    """A way to improve a block; never worse than its start on the held-out windows."""
+    """A way to improve a block's weights; never worse than its start on the held-out windows."""
 
     @property
     def name(self) -> str:
-        """The algorithm's name for reports."""
+        """Return the algorithm's name for reports."""
 
     @property
     def ticks(self) -> int | None:
-        """How often ``advance`` is called a block; None: once a group."""
+        """Return how often ``advance`` is called for a block; None: once a group."""
 
-    def __call__(self, hand: BlockContext, advance: Callable[[], None]) -> TunedBlock: ...
+    def __call__(self, block: BlockContext, advance: Callable[[], None]) -> TunedBlock:
+        """Return the block's weights, improved; call ``advance`` as the work goes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class SignRoundStep:
-    """Roundings and ranges by signed gradient descent."""
+    """Tunes roundings and ranges by signed gradient descent."""
 
     options: SignRoundOptions
     name: str = "signround"
 
     @property
     def ticks(self) -> int | None:
+        """Return the number of iterations."""
         return self.options.iterations
 
-    def __call__(self, hand: BlockContext, advance: Callable[[], None]) -> TunedBlock:
-        starts = tuple(weight for group in hand.starts for weight in group.weights)
-        return tune_block(hand.run, hand.originals, starts, hand.calibration, hand.held_out, self.options, advance)
+    def __call__(self, block: BlockContext, advance: Callable[[], None]) -> TunedBlock:
+        """Tune the block."""
+        starts = tuple(weight for group in block.starts for weight in group.weights)
+        return tune_block(block.run, block.originals, starts, block.calibration, block.held_out, self.options, advance)
 
 
 @dataclass(frozen=True, slots=True)
 class RefineStep:
-    """Codes and ranges solved anew for what the quantized layers before give."""
+    """Solves codes and ranges anew for what the quantized layers before give: error feedback."""
 
     options: SearchOptions
     name: str = "refine"
     ticks: int | None = None
 
-    def __call__(self, hand: BlockContext, advance: Callable[[], None]) -> TunedBlock:
-        return ErrorFeedback(hand, self.options).refine_block(advance)
+    def __call__(self, block: BlockContext, advance: Callable[[], None]) -> TunedBlock:
+        """Solve the block's groups one after another."""
+        return ErrorFeedback(block, self.options).refine_block(advance)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +92,7 @@ class _Streams:
     calibration_windows: int
 
     def pairs(self, wanted: Tensor) -> tuple[StreamPair, StreamPair]:
-        """Calibration and held-out windows, with what is wanted behind the block."""
+        """Return the calibration and the held-out windows, with what is wanted behind the block."""
         count = self.calibration_windows
         return (
             StreamPair(exact=self.exact[:count], quantized=self.tuned[:count], wanted=wanted[:count]),
@@ -98,9 +102,9 @@ class _Streams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockTuner:
-    """Everything that stays the same from block to block.
+    """Tunes the blocks of a model with one step, from the weights in ``start``, and saves them to ``store``.
 
-    ``start`` holds the search's result, ``store`` what becomes of it; their recipes list the same groups.
+    The recipes of both stores list the same groups.
     """
 
     model: DecoderBlocks
@@ -113,7 +117,7 @@ class BlockTuner:
     device: torch.device
 
     def tune(self) -> None:
-        """Tune the blocks that aren't finished; groups outside of blocks are taken over as they are.
+        """Tune the blocks that aren't finished; groups outside of blocks are copied as they are.
 
         Raises:
             GraphError: ONNX Runtime can't run the part in front of the first block.
@@ -144,7 +148,7 @@ class BlockTuner:
             for block, groups in blocks:
                 progress.update(task, now=f"layer {block.layer}")
                 result = self._take(block, groups, inputs.shared, streams, lambda: progress.advance(task))
-                progress.update(task, note="" if result is None else _in_words(block, result))
+                progress.update(task, note="" if result is None else _summary(block, result))
 
     def _inputs(self, calibration: np.ndarray, held_out: np.ndarray) -> BlockInputs:
         windows = np.concatenate([calibration, held_out])
@@ -162,7 +166,7 @@ class BlockTuner:
         streams: _Streams,
         advance: Callable[[], None],
     ) -> TunedBlock | None:
-        """Tune and save one block unless it is finished (None), and lead both streams through it."""
+        """Tune and save one block unless it is finished (None), and send both streams through it."""
         result: TunedBlock | None = None
         module = BlockModule(cut_block(self.model.graph, block), self.device)
         run = BlockRunner(module=module, shared=shared, batch_size=self.batch_size)
@@ -171,23 +175,25 @@ class BlockTuner:
         if not self._is_finished(groups):
             starts = tuple(self.start.read_group(index) for index in groups)
             calibration, held_out = streams.pairs(wanted)
-            hand = BlockContext(run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out)
-            result = self.step(hand, advance)
-            for index, solved in zip(groups, self._reported(hand, result), strict=True):
+            context = BlockContext(
+                run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out
+            )
+            result = self.step(context, advance)
+            for index, solved in zip(groups, self._reported(context, result), strict=True):
                 self.store.write(index, solved)
         kept = (weight for index in groups for weight in self.store.read_group(index).weights)
         tuned = originals | {weight.site.name: effective_weight(weight, self.device) for weight in kept}
         streams.exact, streams.tuned = wanted, run.over(streams.tuned, tuned)
         return result
 
-    def _reported(self, hand: BlockContext, result: TunedBlock) -> Iterator[SolvedGroup]:
-        """The block's groups with their tuned weights, and what those cost."""
+    def _reported(self, context: BlockContext, result: TunedBlock) -> Iterator[SolvedGroup]:
+        """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
-        for solved in hand.starts:
+        for solved in context.starts:
             stats = self.cache.read(solved.group.activation)
             parts = tuple(to_device(part, self.device) for part in (stats.calibration, stats.held_out))
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
-            losses = [_relative_losses(weight, hand.originals[weight.site.name], parts) for weight in tuned]
+            losses = [_relative_losses(weight, context.originals[weight.site.name], parts) for weight in tuned]
             reports = tuple(
                 replace(
                     report,
@@ -203,12 +209,12 @@ class BlockTuner:
             yield SolvedGroup(group=solved.group, weights=tuned, reports=reports)
 
 
-def _in_words(block: DecoderBlock, result: TunedBlock) -> str:
+def _summary(block: DecoderBlock, result: TunedBlock) -> str:
     return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
 
 
 def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:
-    """tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
+    """Return tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
     errors = joint_errors(effective_weight(weight, original.device) - original, stats)
     energies = output_energies(original, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -1,1 +1,1 @@
-"""Quantize the weights of one activation group: pure functions of tensors."""
+"""Search how the weights of one activation group are quantized: AWQ, GPTQ, ranges; pure functions of tensors."""

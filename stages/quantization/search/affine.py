@@ -1,7 +1,8 @@
-"""Choose scales and zero points for blocks of weights, quantize, dequantize.
+"""Affine quantization of weights in blocks: cut rows into blocks, choose scales and zero points, quantize, dequantize.
 
 w = (code - zero_point) * scale, codes rounded half to even, as ONNX QuantizeLinear / DequantizeLinear define it.
 Scales are rounded to their stored type before any code is chosen, so that the codes fit what the runtime reads.
+Blocks are consecutive inputs of a row, the last one padded with zeros.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ RangeRule = Literal["signed", "full", "compat7"]
 """How a symmetric range without zero point becomes a scale, b being its bits.
 
 full: scale = max(-min / 2^(b-1), max / (2^(b-1) - 1)). signed: the same for INT8; for INT4 the scale is negative where
-the block reaches farther up than down, so that the larger side always has the level more (ONNX Runtime's own
-MatMulNBits quantizer and llama.cpp's Q4_0 do so too). compat7: |w|max / (2^(b-1) - 1).
+the block's maximum is farther from 0 than its minimum, so that the larger side always has the extra level (ONNX
+Runtime's own MatMulNBits quantizer and llama.cpp's Q4_0 do so too). compat7: |w|max / (2^(b-1) - 1).
 """
 
 
@@ -36,7 +37,7 @@ class BlockParameters:
 
 
 def stack_parameters(parts: Sequence[BlockParameters]) -> BlockParameters:
-    """Parameters of several matrices' rows, one below the other."""
+    """Stack the parameters of several matrices, one's rows below the other's."""
     zero_points = [part.zero_points for part in parts if part.zero_points is not None]
     return BlockParameters(
         scales=torch.cat([part.scales for part in parts]),
@@ -45,18 +46,16 @@ def stack_parameters(parts: Sequence[BlockParameters]) -> BlockParameters:
 
 
 def split_parameters(stack: BlockParameters, rows: Sequence[int]) -> list[BlockParameters]:
-    """The inverse: the parameters of each matrix, of so many rows."""
+    """Undo ``stack_parameters``: return the parameters of each matrix, which has as many rows as ``rows`` says."""
     scales = torch.split(stack.scales, list(rows))
-    if stack.zero_points is None:
-        return [BlockParameters(scales=part, zero_points=None) for part in scales]
-    both = zip(scales, torch.split(stack.zero_points, list(rows)), strict=True)
-    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in both]
+    zero_points = [None] * len(rows) if stack.zero_points is None else torch.split(stack.zero_points, list(rows))
+    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in zip(scales, zero_points, strict=True)]
 
 
 def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:
-    """Scales as the file will hold them, in float32: rounded, never nearer to 0 than the type's smallest normal number.
+    """Round scales to what the file will hold, in float32; the sign stays.
 
-    The sign stays.
+    They are never nearer to 0 than the smallest normal number of the type ``name``.
     """
     dtype = torch_float(name)
     info = torch.finfo(dtype)
@@ -65,14 +64,14 @@ def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRange:
-    """Smallest and largest number of every block."""
+    """The smallest and the largest number of every block."""
 
     low: Float[Tensor, "*batch nB"]
     high: Float[Tensor, "*batch nB"]
 
 
 def block_range(blocks: Float[Tensor, "*batch nB B"]) -> BlockRange:
-    """The full range of every block."""
+    """Return the full range of every block."""
     return BlockRange(low=blocks.amin(dim=-1), high=blocks.amax(dim=-1))  # aminmax is several times slower here
 
 
@@ -82,17 +81,28 @@ def choose_parameters(
     rule: RangeRule = "full",
     clip_ratio: float | Float[Tensor, "*#batch nB"] = 1.0,
 ) -> BlockParameters:
-    """Range of every block, shrunk by ``clip_ratio``, as scales and zero points."""
-    return parameters_of(block_range(blocks), spec, rule, clip_ratio)
+    """Turn the full range of every block into scales and zero points.
+
+    Args:
+        blocks: the weights.
+        spec, rule, clip_ratio: see ``range_parameters``.
+    """
+    return range_parameters(block_range(blocks), spec, rule, clip_ratio)
 
 
-def parameters_of(
+def range_parameters(
     full: BlockRange, spec: QuantSpec, rule: RangeRule, clip_ratio: float | Float[Tensor, "*#batch nB"]
 ) -> BlockParameters:
-    """``full``, shrunk by ``clip_ratio``, as scales and zero points.
+    """Turn ranges into scales and zero points.
 
     An all-zero block gets scale 1. The asymmetric range always contains 0, so that the zero point exists for blocks of
     one sign.
+
+    Args:
+        full: the range of every block.
+        spec: the format that the blocks are stored in.
+        rule: how a symmetric range becomes a scale.
+        clip_ratio: what the range is multiplied by first.
     """
     if spec.symmetric:
         return _symmetric(full, spec, rule, clip_ratio)
@@ -129,7 +139,13 @@ def _storable(extent: Tensor, spec: QuantSpec) -> Tensor:
 def quantize(
     blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
 ) -> Float[Tensor, "*batch nB B"]:
-    """Codes as float32 integers in [code_min, code_max]."""
+    """Round to codes: integers in [code_min, code_max], in float32.
+
+    Args:
+        blocks: the weights.
+        parameters: their scales and zero points.
+        spec: the format that they are stored in.
+    """
     codes = (blocks / parameters.scales.unsqueeze(-1)).round_()
     if parameters.zero_points is not None:
         codes += parameters.zero_points.unsqueeze(-1)
@@ -137,17 +153,24 @@ def quantize(
 
 
 def dequantize(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters) -> Float[Tensor, "*batch nB B"]:
-    """(codes - zero_points) * scales, in float32."""
-    if parameters.zero_points is not None:
-        codes = codes - parameters.zero_points.unsqueeze(-1)
-    return codes * parameters.scales.unsqueeze(-1)
+    """Return (codes - zero_points) * scales, in float32."""
+    return levels(codes, parameters) * parameters.scales.unsqueeze(-1)
+
+
+def levels(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters) -> Float[Tensor, "*batch nB B"]:
+    """Return codes - zero_points: the weights in units of their scales."""
+    return codes if parameters.zero_points is None else codes - parameters.zero_points.unsqueeze(-1)
 
 
 def round_trip(
     blocks: Float[Tensor, "*batch nB B"], parameters: BlockParameters, spec: QuantSpec
 ) -> Float[Tensor, "*batch nB B"]:
-    """What the runtime will compute with in place of ``blocks``: a new tensor."""
-    # The same as dequantize(quantize(...)) without another pass through memory.
+    """Quantize and dequantize: return what the runtime will compute with in place of ``blocks``, a new tensor.
+
+    Args:
+        blocks, parameters, spec: see ``quantize``.
+    """
+    # In place: dequantize(quantize(...)) would go through memory once more.
     stored = quantize(blocks, parameters, spec)
     if parameters.zero_points is not None:
         stored -= parameters.zero_points.unsqueeze(-1)
@@ -155,26 +178,21 @@ def round_trip(
     return stored
 
 
-def num_blocks(in_features: int, block_size: int) -> int:
-    """nB = ceil(K / B)."""
-    return -(-in_features // block_size)
-
-
 def split(weight: Float[Tensor, "*batch K"], block_size: int) -> Float[Tensor, "*batch nB B"]:
-    """[..., K] -> [..., nB, B], zero-padded at the end; a view of ``weight`` where nothing is added."""
+    """Cut rows into blocks: [..., K] -> [..., nB, B], zero-padded; a view of ``weight`` where nothing is added."""
     *batch, in_features = weight.shape
-    blocks = num_blocks(in_features, block_size)
+    blocks = -(-in_features // block_size)
     missing = blocks * block_size - in_features
-    whole = pad(weight, (0, missing)) if missing else weight  # a copy even where there is nothing to add
+    whole = pad(weight, (0, missing)) if missing else weight  # pad copies even where there is nothing to add
     return whole.reshape(*batch, blocks, block_size)
 
 
 def join(blocks: Float[Tensor, "*batch nB B"], in_features: int) -> Float[Tensor, "*batch K"]:
-    """The inverse of ``split``: [..., nB, B] -> [..., K] with the padding cut off."""
+    """Undo ``split``: [..., nB, B] -> [..., K], the padding cut off."""
     return blocks.flatten(-2)[..., :in_features]
 
 
 def diagonal_blocks(gram: Float[Tensor, "K K"], block_size: int) -> Float[Tensor, "nB B B"]:
-    """The B x B blocks on the diagonal of a Gram matrix, zero where the last one is padded."""
+    """Return the B x B blocks on the diagonal of a Gram matrix, zero where the last one is padded."""
     padded = split(split(gram, block_size).movedim(0, -1), block_size)  # [nB, B, nB, B]: columns, then rows
     return torch.diagonal(padded, dim1=0, dim2=2).permute(2, 0, 1).contiguous()

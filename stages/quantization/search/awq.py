@@ -1,8 +1,10 @@
-"""AWQ input scales (Lin et al., AWQ: Activation-aware Weight Quantization, 2023, section 3.2).
+"""AWQ: an input scale for each activation group (``awq_lite``), and ranges searched under the best few (``awq_full``).
 
-Channels that carry large activations are quantized more finely: W diag(s) is rounded and x / s multiplied with it. Two
-families are searched, s = a^r (the paper's) and s = a^r / w^(1-r) ("duo", llm-awq and AutoAWQ), and the identity, so
-that the result is never worse than plain rounding. Siblings are searched jointly, at the scale that is really used.
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023,
+https://arxiv.org/abs/2306.00978, section 3.2. Channels that carry large activations are quantized more finely:
+W diag(s) is rounded and x / s multiplied with it. Two families are searched, s = a^r (the paper's) and
+s = a^r / w^(1-r) ("duo", llm-awq and AutoAWQ), and the identity, so that the result is never worse than rounding to
+nearest. Siblings are searched jointly, at the scale that is really used.
 """
 
 from __future__ import annotations
@@ -30,39 +32,53 @@ from stages.records.sites import HeadSharing
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 """Bounds of a scale after normalization, as in AWQ's reference code: beyond them float16 folds lose digits."""
-
-
-_SECOND_LOOKS = 8
-"""Candidates that are looked at on more channels."""
+_FINE_CANDIDATES = 8
+"""Input scales that are compared again on more channels."""
+_CLIPPED_CANDIDATES = 5
+"""Input scales that ranges are searched under before one is chosen: clipping can reorder the best few."""
 
 
 def awq_lite(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
-    """The input scale with the smallest joint error that neither the held-out tokens nor all channels veto."""
+    """Choose the input scale with the smallest joint error that neither held-out tokens nor all channels veto."""
     ranked = rank_input_scales(problem, options)
     return first_validated(problem, options, (full_ranges(problem, options.range_rule, scale) for scale in ranked))
 
 
+def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """Choose the best of the few best input scales and the identity, each with its own ranges."""
+    *scales, identity = _rank_coarsely(problem, options)
+    sample = Sample(problem, FINE_CHANNELS)
+    ranked = sorted((*scales[:_CLIPPED_CANDIDATES], identity), key=lambda scale: _clipped_error(sample, options, scale))
+    clipped = (clip_sites(problem, options, full_ranges(problem, options.range_rule, scale)) for scale in ranked)
+    return first_validated(problem, options, clipped)
+
+
+def _clipped_error(sample: Sample, options: SearchOptions, scale: InputScale) -> float:
+    """Return the joint error with ranges searched, measured on a sample of the channels."""
+    few = sample.problem
+    assert few.stats is not None
+    searched = search_sites(few, options, full_ranges(few, options.range_rule, scale))
+    return sample.joint_error(site_errors(few, searched, few.stats.calibration))
+
+
 def rank_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
-    """The best candidates from the smallest to the largest joint error at full range.
+    """Return the best candidates from the smallest to the largest joint error at full range.
 
     The list ends with the identity: what comes after it is never taken.
     """
-    *candidates, _ = glance_at_input_scales(problem, options)
-    return _ranked(Sample(problem, FINE_CHANNELS), options, [IDENTITY, *candidates[:_SECOND_LOOKS]])
+    *candidates, _ = _rank_coarsely(problem, options)
+    return _ranked(Sample(problem, FINE_CHANNELS), options, [IDENTITY, *candidates[:_FINE_CANDIDATES]])
 
 
-def glance_at_input_scales(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
-    """All candidates in the order of their joint error at full range, on a small sample of the channels.
-
-    The list ends with the identity, like that of ``rank_input_scales``.
-    """
+def _rank_coarsely(problem: GroupProblem, options: SearchOptions) -> list[InputScale]:
+    """Rank all candidates as ``rank_input_scales`` does, on a smaller sample of the channels."""
     assert problem.stats is not None
     candidates = input_scale_candidates(problem, problem.stats.calibration, options.alpha_step)
     return _ranked(Sample(problem, COARSE_CHANNELS), options, [IDENTITY, *candidates])
 
 
 def _ranked(sample: Sample, options: SearchOptions, candidates: list[InputScale]) -> list[InputScale]:
-    """``candidates``, the identity first among them, best first and up to the identity."""
+    """Return ``candidates``, the identity first among them, best first and up to the identity."""
     few = sample.problem
     assert few.stats is not None
     stats = few.stats.calibration
@@ -81,7 +97,13 @@ def _as_tensor(candidate: InputScale, stats: TokenStats) -> Tensor:
 
 
 def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step: float) -> list[InputScale]:
-    """a^r for r in (0, 1] and a^r / w^(1-r) for r in [0, 1), without the identity."""
+    """Return a^r for r in (0, 1] and a^r / w^(1-r) for r in [0, 1), without the identity.
+
+    Args:
+        problem: the group; where query heads share a value head, so do their scales.
+        stats: what a, the mean activation of a channel, is read from.
+        alpha_step: the distance of one r from the next.
+    """
     activation, weight = stats.abs_mean, weight_magnitude(problem.weights, problem.specs)
     heads = problem.head_sharing
     if heads is not None:
@@ -100,7 +122,7 @@ def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step:
 
 
 def weight_magnitude(weights: tuple[Tensor, ...], specs: tuple[QuantSpec, ...]) -> Float[Tensor, " K"]:
-    """w_k: mean over all output channels of |W_nk| relative to the largest weight of its own block."""
+    """Return w: the mean over all output channels of |W_nk| relative to the largest weight of its own block."""
     parts = [_relative_magnitude(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
     return torch.cat(parts).mean(dim=0)
 
@@ -112,12 +134,12 @@ def _relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def mean_over_heads(values: Float[Tensor, " K"], heads: HeadSharing) -> Float[Tensor, " V"]:
-    """Mean over the query heads of each key/value head: one value for each output channel of v_proj."""
+    """Average over the query heads of each key/value head: one value for each output channel of v_proj."""
     return values.reshape(heads.kv_heads, heads.group_size, heads.head_size).mean(dim=1).reshape(-1)
 
 
 def repeat_over_heads(values: Float[Tensor, " V"], heads: HeadSharing) -> Float[Tensor, " K"]:
-    """Every key/value head's values for each of its query heads, equal to the last bit: what v_proj can absorb.
+    """Repeat every key/value head's values for each of its query heads, equal to the last bit: v_proj can absorb them.
 
     Repeated after all arithmetic, because a vectorized power may differ in the last bit from one lane to another.
     """
@@ -126,35 +148,10 @@ def repeat_over_heads(values: Float[Tensor, " V"], heads: HeadSharing) -> Float[
 
 
 def _positive(values: Tensor) -> Tensor:
-    """Channels that are never used (0) count as very quiet ones, so that powers stay finite."""
+    """Raise channels that are never used (0) to a tiny value, so that powers stay finite."""
     return values.clamp_min(max(float(values.max()) * 1e-8, torch.finfo(values.dtype).tiny))
 
 
 def _normalized(scale: Tensor) -> Tensor:
     scale = scale / (scale.max().sqrt() * scale.min().sqrt())
     return scale.clamp(_SMALLEST, _LARGEST)
-
-
-_SHORTLIST = 5
-"""Input scales that are clipped before one is chosen: clipping can reorder the best few."""
-
-
-def awq_full(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
-    """The best of the few best input scales and the identity, each with its own ranges."""
-    *scales, identity = glance_at_input_scales(problem, options)
-    sample = Sample(problem, FINE_CHANNELS)
-    ranked = sorted((*scales[:_SHORTLIST], identity), key=lambda scale: _clipped_error(sample, options, scale))
-    return first_validated(problem, options, (_clipped(problem, options, scale) for scale in ranked))
-
-
-def _clipped(problem: GroupProblem, options: SearchOptions, scale: InputScale) -> tuple[SiteChoice, ...]:
-    """The best ranges of all sites under a given input scale."""
-    return clip_sites(problem, options, full_ranges(problem, options.range_rule, scale))
-
-
-def _clipped_error(sample: Sample, options: SearchOptions, scale: InputScale) -> float:
-    """The joint error with ranges searched, measured on a sample of the channels."""
-    few = sample.problem
-    assert few.stats is not None
-    searched = search_sites(few, options, full_ranges(few, options.range_rule, scale))
-    return sample.joint_error(site_errors(few, searched, few.stats.calibration))

@@ -1,4 +1,7 @@
-"""Carry out a choice: codes of a site, and the output error that they cause."""
+"""Carry out choices: codes of a site, the output error that they cause, and which choice held-out tokens confirm.
+
+Rounding to nearest (RTN) is here too: it is the baseline that no choice may be worse than.
+"""
 
 from __future__ import annotations
 
@@ -27,114 +30,101 @@ from stages.records.sites import MatMulSite
 
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 1 << 22, 1 << 27
 """Elements of one temporary: about what a CPU's caches hold; a few hundred megabytes on an accelerator."""
-
-
-_SILENCE = 1e-30
+_SMALLEST_ENERGY = 1e-30
 """Least energy that an error is divided by."""
 
 
-def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
-    """Output channels to work on at once so that temporaries stay small, whatever the layer's size."""
-    budget = _CPU_ELEMENTS if weight.device.type == "cpu" else _ACCELERATOR_ELEMENTS
-    return max(1, budget // (weight.shape[1] * candidates))
-
-
-def scaled_weight(weight: Float[Tensor, "N K"], input_scale: InputScale) -> Float[Tensor, "N K"]:
-    """W diag(s): what is stored under an input scale."""
-    return weight if input_scale.scale is None else weight * input_scale.scale
-
-
-def full_range(weight: Float[Tensor, "N K"], spec: QuantSpec, rule: RangeRule, input_scale: InputScale) -> SiteChoice:
-    """Rounding to nearest under ``input_scale``: every block keeps its full range."""
-    blocks = split(scaled_weight(weight, input_scale), spec.block_size(weight.shape[1]))
-    return SiteChoice(input_scale=input_scale, parameters=choose_parameters(blocks, spec, rule))
+def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
+    """Round every site to nearest."""
+    return problem.rtn_baseline or full_ranges(problem, options.range_rule, IDENTITY)
 
 
 def full_ranges(problem: GroupProblem, rule: RangeRule, input_scale: InputScale) -> tuple[SiteChoice, ...]:
-    """``full_range`` of every site of a group."""
+    """Choose rounding to nearest for every site of a group; the other arguments are those of ``full_range``."""
     return tuple(
         full_range(weight, spec, rule, input_scale) for weight, spec in zip(problem.weights, problem.specs, strict=True)
     )
 
 
-def quantize_site(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
-    """Codes of one site under ``choice``, integers in float32."""
-    if choice.codes is not None:
-        return choice.codes
-    blocks = split(scaled_weight(weight, choice.input_scale), spec.block_size(weight.shape[1]))
-    return join(quantize(blocks, choice.parameters, spec), weight.shape[1])
+def full_range(weight: Float[Tensor, "N K"], spec: QuantSpec, rule: RangeRule, input_scale: InputScale) -> SiteChoice:
+    """Choose rounding to nearest: every block keeps its full range.
+
+    Args:
+        weight: the unscaled weight.
+        spec: the format that it is stored in.
+        rule: how a block's full range becomes its scale.
+        input_scale: what the weight is multiplied by first.
+    """
+    blocks = split(scaled_weight(weight, input_scale), spec.block_size(weight.shape[1]))
+    return SiteChoice(input_scale=input_scale, parameters=choose_parameters(blocks, spec, rule))
+
+
+def scaled_weight(weight: Float[Tensor, "N K"], input_scale: InputScale) -> Float[Tensor, "N K"]:
+    """Return W diag(s): what is stored under an input scale."""
+    return weight if input_scale.scale is None else weight * input_scale.scale
 
 
 def stored_weight(
     site: MatMulSite, weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice
 ) -> QuantizedWeight:
-    """What the file will hold for one site under ``choice``, on the CPU."""
+    """Return what the file will hold for one site, on the CPU.
+
+    Args:
+        site: the MatMul.
+        weight: its unscaled weight.
+        spec: the format that it is stored in.
+        choice: its input scale, scales, zero points and codes.
+    """
     zero_points, scale = choice.parameters.zero_points, choice.input_scale.scale
     return QuantizedWeight(
         site=site,
         spec=spec,
-        codes=quantize_site(weight, spec, choice).to(spec.code_dtype).cpu(),
+        codes=_codes(weight, spec, choice).to(spec.code_dtype).cpu(),
         scales=choice.parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
         zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
         input_scale=None if scale is None else scale.cpu(),
     )
 
 
-def weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
-    """D = Q(W diag(s)) diag(1/s) - W: the error as the unscaled activation sees it."""
-    codes = split(quantize_site(weight, spec, choice), spec.block_size(weight.shape[1]))
-    stored = join(dequantize(codes, choice.parameters), weight.shape[1])
-    scale = choice.input_scale.scale
-    return (stored if scale is None else stored / scale) - weight
+def first_validated(
+    problem: GroupProblem, options: SearchOptions, ranked: Iterable[tuple[SiteChoice, ...]]
+) -> tuple[SiteChoice, ...]:
+    """Return the first candidate that is no worse than RTN, on calibration and on held-out tokens; else RTN.
+
+    Refinements that are worse on held-out tokens are undone first.
+
+    Args:
+        problem: the group that is searched.
+        options: how RTN is to round.
+        ranked: the candidates, best first; each is made only when its turn comes.
+    """
+    baseline = measured(problem, rtn(problem, options))
+    limits = _total_errors(baseline)
+    for candidate in ranked:
+        choices = keep_validated(problem, candidate)
+        errors = _total_errors(choices)
+        if errors.held_out <= limits.held_out and errors.calibration <= limits.calibration:
+            return choices
+    return baseline
 
 
-def site_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: TokenStats) -> float:
-    """tr(D G D^T): mean over tokens of the squared output error of the site, summed over its channels."""
-    return _site_errors(weight, spec, choice, (stats,))[0]
+def keep_validated(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
+    """Return every site's choice, or its fallback where that is better on held-out tokens; all are measured.
+
+    Nothing that is returned has a fallback any more: the question is decided, and its tensors can be freed.
+    """
+    return tuple(_validated(choice) for choice in measured(problem, choices))
 
 
-def _site_errors(
-    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: tuple[TokenStats, ...]
-) -> list[float]:
-    totals = [0.0] * len(stats)
-    size = rows_per_chunk(weight)
-    for start in range(0, weight.shape[0], size):
-        chunk = slice(start, start + size)
-        errors = joint_errors(weight_error(weight[chunk], spec, _restrict(choice, chunk)), stats)
-        totals = [total + error for total, error in zip(totals, errors, strict=True)]
-    return totals
-
-
-def output_energies(weight: Float[Tensor, "N K"], stats: tuple[TokenStats, ...]) -> list[float | None]:
-    """tr(W G W^T) over each of ``stats``, what errors are reported relative to; None where no token was seen."""
-    chunks = [joint_errors(rows, stats) for rows in torch.split(weight, rows_per_chunk(weight))]
-    totals = [max(sum(part), _SILENCE) for part in zip(*chunks, strict=True)]
-    return [None if each.is_silent else total for each, total in zip(stats, totals, strict=True)]
-
-
-def _restrict(choice: SiteChoice, chunk: slice) -> SiteChoice:
-    """The choice for some of the output channels."""
-    zero_points = choice.parameters.zero_points
-    return replace(
-        choice,
-        parameters=BlockParameters(
-            scales=choice.parameters.scales[chunk],
-            zero_points=None if zero_points is None else zero_points[chunk],
-        ),
-        codes=None if choice.codes is None else choice.codes[chunk],
-    )
-
-
-def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
-    """``site_error`` of every site of a group."""
-    return tuple(
-        site_error(weight, spec, choice, stats)
-        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
-    )
+def _validated(choice: SiteChoice) -> SiteChoice:
+    if choice.fallback is None:
+        return choice
+    other = _validated(choice.fallback)
+    return replace(choice, fallback=None) if errors_of(choice).held_out <= errors_of(other).held_out else other
 
 
 def measured(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
-    """``choices`` and those that they fall back to with their errors; what was measured is not measured again."""
+    """Return ``choices`` and their fallbacks with their errors; what was measured is not measured again."""
     assert problem.stats is not None
     both = (problem.stats.calibration, problem.stats.held_out)
     return tuple(
@@ -152,18 +142,38 @@ def _measured(weight: Tensor, spec: QuantSpec, choice: SiteChoice, both: tuple[T
     return replace(choice, errors=Errors(calibration=calibration, held_out=held_out))
 
 
-def total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
-    """The sums over the sites; all must be measured."""
+def errors_of(choice: SiteChoice) -> Errors:
+    """Return the errors of a choice that was measured."""
+    assert choice.errors is not None, "not measured"
+    return choice.errors
+
+
+def _total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
     errors = [errors_of(choice) for choice in choices]
     return Errors(
         calibration=sum(error.calibration for error in errors), held_out=sum(error.held_out for error in errors)
     )
 
 
-def errors_of(choice: SiteChoice) -> Errors:
-    """The errors of a choice that was measured."""
-    assert choice.errors is not None, "not measured"
-    return choice.errors
+def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
+    """Return tr(D G D^T) of every site: the mean over tokens of its squared output error, summed over its channels.
+
+    Args:
+        problem: the sites.
+        choices: one a site.
+        stats: of the activation that the sites share.
+    """
+    return tuple(
+        _site_errors(weight, spec, choice, (stats,))[0]
+        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+    )
+
+
+def output_energies(weight: Float[Tensor, "N K"], stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """Return tr(W G W^T) over each of ``stats``, what errors are relative to; None where no token was seen."""
+    chunks = [joint_errors(rows, stats) for rows in torch.split(weight, rows_per_chunk(weight))]
+    totals = [max(sum(part), _SMALLEST_ENERGY) for part in zip(*chunks, strict=True)]
+    return [None if each.is_silent else total for each, total in zip(stats, totals, strict=True)]
 
 
 def candidate_errors(
@@ -173,7 +183,15 @@ def candidate_errors(
     rule: RangeRule,
     stats: TokenStats,
 ) -> Float[Tensor, " A"]:
-    """tr(D G D^T) for each of A input scales at once, at full range, in float64."""
+    """Return tr(D G D^T) for each of A input scales at once, in float64.
+
+    Args:
+        weight: the unscaled weight.
+        spec: the format that it is stored in.
+        input_scales: the candidates.
+        rule: how a block's full range becomes its scale.
+        stats: of the unscaled activation.
+    """
     totals = torch.zeros(input_scales.shape[0], dtype=torch.float64)
     size = rows_per_chunk(weight, input_scales.shape[0])
     block_size = spec.block_size(weight.shape[1])
@@ -185,38 +203,48 @@ def candidate_errors(
     return totals
 
 
-def rtn(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
-    """Plain rounding for every site."""
-    return problem.plain or full_ranges(problem, options.range_rule, IDENTITY)
+def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
+    """Return how many output channels to work on at once, so that temporaries stay small whatever the layer's size."""
+    budget = _CPU_ELEMENTS if weight.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+    return max(1, budget // (weight.shape[1] * candidates))
 
 
-def first_validated(
-    problem: GroupProblem, options: SearchOptions, ranked: Iterable[tuple[SiteChoice, ...]]
-) -> tuple[SiteChoice, ...]:
-    """The first of ``ranked`` (best first) that is no worse than plain rounding, on calibration and held-out tokens.
-
-    Refinements that held-out tokens speak against are undone first. Plain rounding is the answer where none passes.
-    """
-    plain = measured(problem, rtn(problem, options))
-    limits = total_errors(plain)
-    for candidate in ranked:
-        choices = keep_validated(problem, candidate)
-        errors = total_errors(choices)
-        if errors.held_out <= limits.held_out and errors.calibration <= limits.calibration:
-            return choices
-    return plain
+def _site_errors(
+    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: tuple[TokenStats, ...]
+) -> list[float]:
+    totals = [0.0] * len(stats)
+    size = rows_per_chunk(weight)
+    for start in range(0, weight.shape[0], size):
+        chunk = slice(start, start + size)
+        errors = joint_errors(_weight_error(weight[chunk], spec, _rows_of(choice, chunk)), stats)
+        totals = [total + error for total, error in zip(totals, errors, strict=True)]
+    return totals
 
 
-def keep_validated(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[SiteChoice, ...]:
-    """Every site's choice, or the fallback that does better on held-out tokens; all are measured.
+def _weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
+    """Return D = Q(W diag(s)) diag(1/s) - W: the error as the unscaled activation sees it."""
+    codes = split(_codes(weight, spec, choice), spec.block_size(weight.shape[1]))
+    stored = join(dequantize(codes, choice.parameters), weight.shape[1])
+    scale = choice.input_scale.scale
+    return (stored if scale is None else stored / scale) - weight
 
-    What is returned has no fallback any more: the question is decided, and its tensors can be freed.
-    """
-    return tuple(_settled(choice) for choice in measured(problem, choices))
+
+def _codes(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
+    """Return the codes of one site under ``choice``, integers in float32."""
+    if choice.codes is not None:
+        return choice.codes
+    blocks = split(scaled_weight(weight, choice.input_scale), spec.block_size(weight.shape[1]))
+    return join(quantize(blocks, choice.parameters, spec), weight.shape[1])
 
 
-def _settled(choice: SiteChoice) -> SiteChoice:
-    if choice.fallback is None:
-        return choice
-    other = _settled(choice.fallback)
-    return replace(choice, fallback=None) if errors_of(choice).held_out <= errors_of(other).held_out else other
+def _rows_of(choice: SiteChoice, chunk: slice) -> SiteChoice:
+    """Return the choice for some of the output channels."""
+    zero_points = choice.parameters.zero_points
+    return replace(
+        choice,
+        parameters=BlockParameters(
+            scales=choice.parameters.scales[chunk],
+            zero_points=None if zero_points is None else zero_points[chunk],
+        ),
+        codes=None if choice.codes is None else choice.codes[chunk],
+    )

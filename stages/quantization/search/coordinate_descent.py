@@ -1,8 +1,9 @@
-"""Coordinate descent on codes and scales over the whole output error (Behdin et al., QuantEase, 2023).
+"""Coordinate descent on codes and scales over the whole output error.
 
+Behdin et al., "QuantEase: Optimization-based Quantization for Language Models", 2023, https://arxiv.org/abs/2309.01885.
 Each step sets one number to its best value while all others stay: a code of column k, or the scale of a block. The
-error tr(D G D^T) never grows, and blocks make up for each other's errors, which range search and GPTQ's single walk
-leave on the table.
+error tr(D G D^T) never grows, and blocks compensate for each other's errors, which neither range search nor GPTQ's
+single pass does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _TILE = 128
 """Columns whose gradients are brought up to date by one product."""
 
 
-def descend(
+def coordinate_descent(
     weight: Float[Tensor, "N K"],
     codes: Float[Tensor, "N K"],
     parameters: BlockParameters,
@@ -26,24 +27,35 @@ def descend(
     gram: Float[Tensor, "K K"],
     passes: int,
 ) -> tuple[Float[Tensor, "N K"], BlockParameters]:
-    """Codes and scales after ``passes`` walks over all columns; zero points stay.
+    """Improve codes and scales in ``passes`` over all columns; zero points stay.
 
-    ``gram`` has a positive diagonal. Scales of whole rows (INT8 per channel) stay too: their codes are fine enough.
+    Scales of whole rows (INT8 per channel) stay too: their codes are fine enough.
+
+    Args:
+        weight: the weight, times its input scale.
+        codes: what to start from, integers in float32.
+        parameters: the scales and zero points to start from.
+        spec: the format that the weight is stored in.
+        gram: the Gram matrix, with a positive diagonal.
+        passes: how often each code is visited.
+
+    Returns:
+        The codes, and the parameters that go with them.
     """
     in_features = weight.shape[1]
     block_size = spec.block_size(in_features)
-    walk = _Walk(weight, codes, parameters, spec, gram)
+    state = _Descent(weight, codes, parameters, spec, gram)
     blockwise = isinstance(spec.granularity, PerBlock)
     tile = max(_TILE, block_size) if blockwise else _TILE
     for _ in range(passes):
         for start in range(0, in_features, tile):
-            walk.visit(start, min(start + tile, in_features), refit_blocks=blockwise)
-    return walk.codes.T.contiguous(), BlockParameters(
-        scales=walk.scales.T.contiguous(), zero_points=parameters.zero_points
+            state.visit(start, min(start + tile, in_features), refit_blocks=blockwise)
+    return state.codes.T.contiguous(), BlockParameters(
+        scales=state.scales.T.contiguous(), zero_points=parameters.zero_points
     )
 
 
-class _Walk:
+class _Descent:
     """The state of a descent; tensors are [K, N], so that a column of the weight is contiguous."""
 
     def __init__(
@@ -60,7 +72,13 @@ class _Walk:
         self._error = (self.codes - self._zero_points[block]) * self.scales[block] - self._weight
 
     def visit(self, start: int, stop: int, *, refit_blocks: bool) -> None:
-        """Improve the codes of columns ``start`` to ``stop`` one by one, and each block's scale behind its columns."""
+        """Improve the codes of some columns one by one, and each block's scale after its columns.
+
+        Args:
+            start: the first column.
+            stop: the column behind the last.
+            refit_blocks: whether scales are improved too.
+        """
         gradient = self._gram[start:stop] @ self._error  # half the derivative by each stored weight
         for column in range(start, stop):
             self._choose_code(column, start, stop, gradient)

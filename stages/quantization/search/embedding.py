@@ -1,8 +1,8 @@
-"""Round embedding tables to INT4: full range, symmetric, a few rows at a time."""
+"""Quantize embedding tables to INT4: symmetric, rounded to nearest at full range, a few rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,14 +16,12 @@ from stages.records.results import QuantizedTable
 
 _CHUNK = 1 << 22
 """Numbers rounded at once: about 100 MB of work space, whatever the size of the table."""
-
-
 _ROWS = 256
-"""Chunks hold a multiple of so many rows: whole blocks of tokens, and whole bytes of codes."""
+"""Chunks hold a multiple of this many rows: whole blocks of tokens, and whole bytes of codes."""
 
 
 def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tensor, "rows D"]]) -> QuantizedTable:
-    """Codes and scales of one table; ``read_rows`` gives rows of it in float32.
+    """Round one table to codes and scales; ``read_rows`` reads rows of it in float32.
 
     Only the packed codes and the scales of the whole table are held in memory.
     """
@@ -31,23 +29,19 @@ def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tenso
     packed = np.empty(-(-vocabulary * hidden // 2), np.uint8)
     scales = torch.empty(plan.scales_shape, dtype=torch_float(plan.table.dtype))
     per_scale = plan.block_size if plan.axis == 0 else 1
-    for rows in _chunks(vocabulary, hidden):
+    step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
+    for start in range(0, vocabulary, step):
+        rows = slice(start, min(start + step, vocabulary))
         codes, chosen = _round(read_rows(rows), plan)
         packed[rows.start * hidden // 2 : -(-rows.stop * hidden // 2)] = pack_4bit(codes.to(torch.int8).cpu())
         scales[rows.start // per_scale : -(-rows.stop // per_scale)] = chosen.to(scales.dtype).cpu()
     return QuantizedTable(packed=torch.from_numpy(packed), scales=scales)
 
 
-def _chunks(vocabulary: int, hidden: int) -> Iterator[slice]:
-    step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
-    for start in range(0, vocabulary, step):
-        yield slice(start, min(start + step, vocabulary))
-
-
 def _round(
     rows: Float[Tensor, "rows D"], plan: EmbeddingPlan
 ) -> tuple[Float[Tensor, "rows D"], Float[Tensor, "blocks_0 blocks_1"]]:
-    """Codes and scales of some rows, both in the table's orientation."""
+    """Round some rows to codes and scales, both in the table's orientation."""
     along = rows if plan.axis == 1 else rows.T
     blocks = split(along, plan.block_size)
     parameters = choose_parameters(blocks, plan.spec)

@@ -1,6 +1,7 @@
-"""The reconstruction error of a weight error D [N, K]: ||X D^T||^2 / T = tr(D G D^T), G = X^T X / T.
+"""Output error of quantized weights, which every search minimizes: ||X D^T||^2 / T = tr(D G D^T), G = X^T X / T.
 
-Exact for a linear layer, and computed from G or from the rows X themselves, whichever the cache holds.
+D [N, K] is the error of the weight, X [T, K] the activation and G its Gram matrix. Exact for a linear layer, and
+computed from G or from the rows X themselves, whichever the cache holds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _STRIP = 256
 
 
 def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float[Tensor, "*batch N"]:
-    """Mean over tokens of the squared output error of every output channel, in float32."""
+    """Return the mean over tokens of every output channel's squared error, in float32."""
     if stats.gram is not None:
         return ((error @ stats.gram) * error).sum(dim=-1)
     assert stats.rows is not None
@@ -27,9 +28,9 @@ def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float
 
 
 def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> list[float]:
-    """tr(D G D^T) for each of ``stats``: their squared output errors, summed over channels.
+    """Return tr(D G D^T) for each of ``stats``: the squared output errors, summed over channels.
 
-    As <D^T D, G>: the first factor is common to all, and symmetric, so that half of it is enough.
+    Computed as <D^T D, G>: the first factor is common to all, and symmetric, so half of it is enough.
     """
     totals = [0.0 if each.gram is not None else float(output_error(error, each).double().sum()) for each in stats]
     with_gram = {index: each.gram for index, each in enumerate(stats) if each.gram is not None}
@@ -48,7 +49,7 @@ def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> li
 
 
 def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
-    """The Gram matrix X^T X / T, from whichever form the statistics have."""
+    """Return the Gram matrix X^T X / T, from whichever form the statistics have."""
     if stats.gram is not None:
         return stats.gram
     assert stats.rows is not None
@@ -57,7 +58,7 @@ def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
 
 
 def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
-    """Diagonal blocks of the Gram matrix, from whichever form the statistics have."""
+    """Return the diagonal blocks of the Gram matrix, from whichever form the statistics have."""
     if stats.gram is not None:
         return diagonal_blocks(stats.gram, block_size)
     assert stats.rows is not None
@@ -66,12 +67,12 @@ def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
 
 
 def block_error(error: Float[Tensor, "*batch nB N B"], blocks: Float[Tensor, "nB B B"]) -> Float[Tensor, "*batch nB N"]:
-    """d^T G_bb d for the error d of every (block, output channel): the error that each block makes by itself."""
+    """Return d^T G_bb d for the error d of every (block, output channel): what each block costs by itself."""
     return ((error @ blocks) * error).sum(dim=-1)
 
 
 def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
-    """The statistics with their tensors on ``device``."""
+    """Return the statistics with their tensors on ``device``."""
     return TokenStats(
         num_tokens=stats.num_tokens,
         abs_mean=stats.abs_mean.to(device),
@@ -81,7 +82,7 @@ def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
 
 
 def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:
-    """Statistics of x / s: the same loss, for errors of the scaled weight W diag(s)."""
+    """Return the statistics of x / s: they give the same loss, for errors of the scaled weight W diag(s)."""
     return TokenStats(
         num_tokens=stats.num_tokens,
         abs_mean=stats.abs_mean / input_scale,

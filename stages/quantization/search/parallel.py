@@ -1,8 +1,8 @@
-"""Solve many groups: small ones side by side, one thread each; large ones one after another, with all threads.
+"""Solve many groups: small ones in parallel, one thread each; large ones one after another, with all threads.
 
-Sums over a few hundred channels gain little from a second thread, and wait for it after every operation. Two groups at
-a time keep two cores busy. Where one group fills the memory that is allowed, its matrices are large enough for threads
-of their own; its successor's weights and statistics are then read while it is solved.
+Sums over a few hundred channels gain little from a second thread, and wait for it after every operation; two groups at
+a time keep two cores busy. Where one group fills the memory that is allowed, its matrices are large enough for several
+threads; the next group's weights and statistics are then read while it is solved.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from stages.records.sites import ActivationGroup
 from stages.system.hardware import one_thread_each
 
 Solved = tuple[int, SolvedGroup]
-"""A group's place, and what was found for it."""
+"""A group's place among those that are solved, and its result."""
 
 _MEMORY = 2 << 30
-"""Bytes that the groups solved side by side may take together; one that takes more is solved alone in any case."""
+"""Bytes that the groups solved in parallel may take together; one that takes more is solved by itself in any case."""
 _COPIES_OF_WEIGHTS, _COPIES_OF_GRAM = 12, 8
 """Float32 copies that a search holds at once, at most; a float64 copy of a Gram matrix counts twice."""
 _FLOAT32 = 4
 
 
 def search_memory(group: ActivationGroup) -> int:
-    """About how many bytes the search of ``group`` holds at once."""
+    """Estimate how many bytes the search of ``group`` holds at once."""
     inputs = group.in_features
     weights = inputs * sum(site.out_features for site in group.sites)
     return _FLOAT32 * (_COPIES_OF_WEIGHTS * weights + _COPIES_OF_GRAM * inputs * inputs)
 
 
 def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iterator[Solved]:
-    """Solve all ``groups``; each comes with its place among them as soon as it is done.
+    """Solve all ``groups`` and yield each with its place among them as soon as it is done.
 
-    When the caller stops early, groups that were begun are ended and dropped.
+    When the caller stops early, groups that were begun are finished and dropped.
     """
     workers = workers_on(solver.device)
     small = small_groups(groups, workers)
     large = [place for place in range(len(groups)) if place not in set(small)]
-    yield from _side_by_side([_task(solver, groups[place], place) for place in small], workers)
-    yield from _one_by_one(solver, [(place, groups[place]) for place in large])
+    yield from _in_parallel([_task(solver, groups[place], place) for place in small], workers)
+    yield from _in_turn(solver, [(place, groups[place]) for place in large])
 
 
 def workers_on(device: torch.device) -> int:
-    """How many groups ``device`` solves at a time."""
+    """Return how many groups ``device`` solves at a time."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def small_groups(groups: Sequence[ActivationGroup], workers: int) -> list[int]:
-    """Places of the groups that are solved side by side, by one thread each; all others get all threads."""
+    """Return the places of the groups that are solved in parallel, by one thread each; all others get all threads."""
     small = [place for place, group in enumerate(groups) if search_memory(group) <= _MEMORY // workers]
     return [] if workers == 1 or len(small) == 1 else small
 
@@ -62,7 +62,7 @@ def _task(solver: GroupSolver, group: ActivationGroup, place: int) -> Callable[[
     return lambda: (place, solver.solve(group))
 
 
-def _side_by_side(tasks: Sequence[Callable[[], Solved]], workers: int) -> Iterator[Solved]:
+def _in_parallel(tasks: Sequence[Callable[[], Solved]], workers: int) -> Iterator[Solved]:
     with one_thread_each(workers) as pool:
         waiting = iter(tasks)
         running: set[Future[Solved]] = {pool.submit(task) for task in islice(waiting, workers)}
@@ -74,7 +74,7 @@ def _side_by_side(tasks: Sequence[Callable[[], Solved]], workers: int) -> Iterat
                 yield future.result()
 
 
-def _one_by_one(solver: GroupSolver, groups: Sequence[tuple[int, ActivationGroup]]) -> Iterator[Solved]:
+def _in_turn(solver: GroupSolver, groups: Sequence[tuple[int, ActivationGroup]]) -> Iterator[Solved]:
     if not groups:
         return
     with ThreadPoolExecutor(1) as reader:

@@ -1,4 +1,4 @@
-"""What an algorithm is given and what it returns: one activation group, its weights and statistics, nothing else."""
+"""What a search algorithm is given and what it returns: one activation group's weights and statistics; choices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.records.sites import ActivationGroup, HeadSharing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """Numbers that steer the searches; defaults live in stages.config alone."""
+    """Numbers that steer the searches; defaults live in stages.commands.quantize_options only."""
 
     range_rule: RangeRule
     alpha_step: float
@@ -24,11 +24,11 @@ class SearchOptions:
     column_chunk: int
     """Output channels whose clip ratios are searched at once."""
     damping: float
-    """Part of the Gram matrix's mean diagonal that GPTQ adds to its diagonal."""
+    """The part of the Gram matrix's mean diagonal that GPTQ adds to the diagonal."""
     act_order: bool
-    """Whether GPTQ starts with the loudest channels."""
+    """GPTQ starts with the channels of the largest activations."""
     descent_passes: int
-    """Walks of coordinate descent over all columns after GPTQ."""
+    """Passes of coordinate descent over all columns after GPTQ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,8 @@ class GroupProblem:
     """The sites that share one input scale.
 
     ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too.
-    ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head. ``plain`` is what
-    every search is compared with, rounding to nearest, where it was measured already.
+    ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head. ``rtn_baseline`` is
+    rounding to nearest, which every search is compared with, where it was measured already.
     """
 
     group: ActivationGroup
@@ -45,11 +45,11 @@ class GroupProblem:
     specs: tuple[QuantSpec, ...]
     stats: ActivationStats | None
     head_sharing: HeadSharing | None
-    plain: tuple[SiteChoice, ...] = ()
+    rtn_baseline: tuple[SiteChoice, ...] = ()
 
     @property
     def is_unseen(self) -> bool:
-        """Whether calibration never reached these sites."""
+        """Return whether calibration never reached these sites."""
         return self.stats is not None and self.stats.calibration.is_silent
 
 
@@ -57,7 +57,7 @@ class GroupProblem:
 class InputScale:
     """An AWQ scale candidate: W is multiplied by ``scale`` [K] and the activation divided by it.
 
-    ``scale`` is None for the identity: plain rounding.
+    ``scale`` is None for the identity.
     """
 
     family: str
@@ -81,7 +81,7 @@ class SiteChoice:
     """How one site is stored: the group's input scale, and scales, zero points and codes of the scaled weight.
 
     ``parameters`` are [N, nB]; ``codes`` [N, K] hold integers in float32, or are None where they are what rounding
-    gives. ``fallback`` is the choice that this one refines: it is taken where held-out tokens speak against this one.
+    gives. ``fallback`` is the choice that this one refines; it is kept where it is better on held-out tokens.
     """
 
     input_scale: InputScale
@@ -92,34 +92,34 @@ class SiteChoice:
     """None until they are measured."""
 
     def refined(self, parameters: BlockParameters, codes: Tensor | None = None) -> SiteChoice:
-        """A choice with other numbers under the same input scale, which falls back to this one."""
+        """Return a choice with other numbers under the same input scale, which falls back to this one."""
         return SiteChoice(input_scale=self.input_scale, parameters=parameters, codes=codes, fallback=self)
 
 
 Algorithm = Callable[[GroupProblem, SearchOptions], tuple[SiteChoice, ...]]
-"""A pure function: one choice for every site of the group."""
+"""A pure function that makes one choice for every site of the group."""
 
 
 COARSE_CHANNELS, FINE_CHANNELS = 128, 256
-"""Output channels of a site that are looked at: enough to find the better candidates, and to find the best of those
-(the standard error of a difference is then some five percent of it)."""
+"""Output channels of a site that candidates are compared on: coarse finds the better ones, fine the best of those (the
+standard error of a difference is then some five percent of it)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """At most ``channels`` output channels a site, evenly spaced, in the place of all of ``whole``."""
+    """At most ``channels`` output channels of each site, evenly spaced, in place of all of ``whole``."""
 
     whole: GroupProblem
     channels: int
 
     @property
     def problem(self) -> GroupProblem:
-        """The same problem for these channels alone."""
+        """Return the same problem for these channels only."""
         weights = tuple(weight[:: self._stride(weight)].contiguous() for weight in self.whole.weights)
-        return replace(self.whole, weights=weights, plain=())
+        return replace(self.whole, weights=weights, rtn_baseline=())
 
     def joint_error(self, errors: Sequence[float]) -> float:
-        """The joint error of the whole that the ``errors`` of the sample's sites stand for."""
+        """Estimate the joint error of the whole from the ``errors`` of the sample's sites."""
         return sum(
             error * len(weight) / -(-len(weight) // self._stride(weight))
             for weight, error in zip(self.whole.weights, errors, strict=True)

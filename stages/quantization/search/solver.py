@@ -1,4 +1,4 @@
-"""One group at a time: pose the problem, run the planned algorithm, turn its choices into codes and reports."""
+"""Solve one activation group: read it, run the chosen algorithm, turn its choices into stored weights and reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from stages.quantization.search.awq import awq_full, awq_lite
 from stages.quantization.search.choices import (
     errors_of,
     full_range,
-    full_ranges,
     measured,
     output_energies,
     rtn,
@@ -23,7 +22,7 @@ from stages.quantization.search.choices import (
 )
 from stages.quantization.search.gptq import awq_gptq, gptq
 from stages.quantization.search.objective import to_device
-from stages.quantization.search.problem import IDENTITY, Algorithm, GroupProblem, SearchOptions, SiteChoice
+from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import QuantSpec
 from stages.records.results import ActivationStats, SiteReport, SolvedGroup
@@ -33,15 +32,15 @@ _UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibr
 
 
 def search_cost(group: ActivationGroup) -> float:
-    """About how long a search of ``group`` takes beside others: products with the Gram matrix, and its factor."""
+    """Return how long a search of ``group`` takes relative to others: Gram matrix products, and its factorization."""
     return float(group.in_features**2 * (group.in_features + sum(site.out_features for site in group.sites)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSolver:
-    """Everything that stays the same from group to group.
+    """Solves groups with one algorithm and its options.
 
-    ``read_weight`` gives a site's [N, K] float32 weight on the device; ``read_stats`` a group's statistics by
+    ``read_weight`` reads a site's [N, K] float32 weight onto the device; ``read_stats`` a group's statistics by
     activation, or is None where the algorithm needs none. ``fold`` says that input scales will be folded into the
     producer where there is one; ``one_scale`` that sites of a group share a scale even where it is not folded.
     """
@@ -57,11 +56,11 @@ class GroupSolver:
     one_scale: bool
 
     def solve(self, group: ActivationGroup) -> SolvedGroup:
-        """Quantize all sites of ``group``; by plain rounding where calibration never saw its activation."""
+        """Quantize all sites of ``group``; by rounding to nearest where calibration never saw its activation."""
         return self.solve_posed(self.pose(group))
 
     def solve_posed(self, problem: GroupProblem) -> SolvedGroup:
-        """The same for a group that was read already."""
+        """Quantize all sites of a group that was read already."""
         started = time.perf_counter()
         problems = self._parts(problem)
         unseen = any(part.is_unseen for part in problems)
@@ -82,14 +81,14 @@ class GroupSolver:
         return SolvedGroup(group=problem.group, weights=weights, reports=reports)
 
     def _choices(self, algorithm: Algorithm, problem: GroupProblem) -> tuple[SiteChoice, ...]:
-        """What ``algorithm`` chooses, with errors measured where there are statistics."""
+        """Run ``algorithm`` and measure the errors of its choices where there are statistics."""
         choices = algorithm(problem, self.options)
         return choices if problem.stats is None else measured(problem, choices)
 
     def _parts(self, problem: GroupProblem) -> list[GroupProblem]:
         """Return all sites at once, or each by itself where each has its own input scale."""
-        problem = replace(problem, plain=self._plain(problem))
-        return [problem] if self.fold or self.one_scale else _one_by_one(problem)
+        problem = replace(problem, rtn_baseline=self._choices(rtn, problem))
+        return [problem] if self.fold or self.one_scale else _site_by_site(problem)
 
     def pose(self, group: ActivationGroup) -> GroupProblem:
         """Read the weights and statistics of ``group``."""
@@ -109,10 +108,6 @@ class GroupSolver:
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
         )
 
-    def _plain(self, problem: GroupProblem) -> tuple[SiteChoice, ...]:
-        choices = full_ranges(problem, self.options.range_rule, IDENTITY)
-        return choices if problem.stats is None else measured(problem, choices)
-
 
 def _require_width(stats: ActivationStats, group: ActivationGroup) -> None:
     """Raise SolveError where the statistics are of another width than the sites that they are for."""
@@ -124,12 +119,18 @@ def _require_width(stats: ActivationStats, group: ActivationGroup) -> None:
             )
 
 
-def _one_by_one(problem: GroupProblem) -> list[GroupProblem]:
-    """The same sites, each with an input scale of its own."""
+def _site_by_site(problem: GroupProblem) -> list[GroupProblem]:
+    """Make a problem of each site, so that each gets an input scale of its own."""
     return [
-        replace(problem, group=replace(problem.group, sites=(site,)), weights=(weight,), specs=(spec,), plain=(plain,))
-        for site, weight, spec, plain in zip(
-            problem.group.sites, problem.weights, problem.specs, problem.plain, strict=True
+        replace(
+            problem,
+            group=replace(problem.group, sites=(site,)),
+            weights=(weight,),
+            specs=(spec,),
+            rtn_baseline=(baseline,),
+        )
+        for site, weight, spec, baseline in zip(
+            problem.group.sites, problem.weights, problem.specs, problem.rtn_baseline, strict=True
         )
     ]
 
@@ -147,24 +148,24 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     )
     if problem.stats is None:
         return report
-    plain, errors = errors_of(problem.plain[index]), errors_of(choice)
+    baseline, errors = errors_of(problem.rtn_baseline[index]), errors_of(choice)
     seen, unseen = output_energies(weight, (problem.stats.calibration, problem.stats.held_out))
     return replace(
         report,
-        loss_rtn=_relative(plain.calibration, seen),
+        loss_rtn=_relative(baseline.calibration, seen),
         loss=_relative(errors.calibration, seen),
-        held_out_loss_rtn=_relative(plain.held_out, unseen),
+        held_out_loss_rtn=_relative(baseline.held_out, unseen),
         held_out_loss=_relative(errors.held_out, unseen),
     )
 
 
 def _relative(error: float, energy: float | None) -> float | None:
-    """An output error as a part of the output's energy; None where no token was seen."""
+    """Return an output error as a part of the output's energy; None where no token was seen."""
     return None if energy is None else error / energy
 
 
 def _mean_clip_ratio(choice: SiteChoice, full: SiteChoice) -> float | None:
-    """How large the chosen scales are beside those of full ranges; None where they are the same."""
+    """Return the mean ratio of the chosen scales to those of full ranges; None where they are the same."""
     ratios = choice.parameters.scales / full.parameters.scales
     return None if bool((ratios == 1).all()) else float(ratios.mean())
 

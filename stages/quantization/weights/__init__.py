@@ -1,1 +1,1 @@
-"""Store quantized weights, check them, and sum them up."""
+"""Store quantized weights on disk, check them when they are read, and sum up what a search chose."""

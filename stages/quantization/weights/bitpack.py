@@ -1,4 +1,4 @@
-"""Four-bit codes, two to a byte: ONNX's layout for INT4 and UINT4, low nibble first."""
+"""Pack four-bit codes two to a byte, low nibble first, and unpack them: ONNX's layout for INT4 and UINT4."""
 
 from __future__ import annotations
 
@@ -36,7 +36,12 @@ def pack_4bit(
 def unpack_4bit(
     packed: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...], dtype: np.dtype[np.int8] | np.dtype[np.uint8]
 ) -> Int8[np.ndarray, "*shape"] | UInt8[np.ndarray, "*shape"]:
-    """The inverse of ``pack_4bit``: codes of ``shape``, sign-extended where ``dtype`` is int8.
+    """Undo ``pack_4bit``.
+
+    Args:
+        packed: the bytes.
+        shape: that of the codes.
+        dtype: int8 for codes in [-8, 7], uint8 for codes in [0, 15].
 
     Raises:
         ValueError: ``packed`` doesn't hold exactly ``shape``'s codes.
@@ -49,6 +54,6 @@ def unpack_4bit(
     nibbles[1::2] = packed >> 4
     codes = nibbles[:count].reshape(shape)
     if dtype == np.int8:
-        # Moving the sign bit to the byte's own and back extends it.
+        # Shifting the sign bit to the byte's own and back extends it.
         return (codes << 4).view(np.int8) >> 4
     return codes

@@ -1,4 +1,4 @@
-"""One quantized embedding on disk: written whole or not at all, codes and scales read apart."""
+"""The file of one quantized embedding: written whole or not at all; codes and scales are read separately."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import OptionError, in_one_line
-from stages.quantization.weights.validate import Damage, require_packed, require_table_scales
+from stages.quantization.weights.validate import InvalidFile, require_packed, require_table_scales
 from stages.records.formats import EmbeddingPlan
 from stages.records.results import QuantizedTable
 from stages.system.atomic import atomic_file
@@ -25,15 +25,16 @@ class TableFile:
     plan: EmbeddingPlan
 
     def is_finished(self) -> bool:
+        """Return whether the file was written."""
         return self.path.is_file()
 
     def write(self, table: QuantizedTable) -> None:
-        """Save ``table``; the file gets its name when it is whole."""
+        """Write ``table``; the file gets its name when it is whole."""
         with atomic_file(self.path) as partial:
             save_file({"packed": table.packed, "scales": table.scales}, partial)
 
     def read_packed(self) -> Tensor:
-        """The codes, [ceil(V * D / 2)] uint8.
+        """Load the codes, [ceil(V * D / 2)] uint8.
 
         Raises:
             OptionError: the file is missing or damaged.
@@ -41,7 +42,7 @@ class TableFile:
         return self._read("packed", require_packed)
 
     def read_scales(self) -> Tensor:
-        """The scales, in the table's type.
+        """Load the scales, in the table's type.
 
         Raises:
             OptionError: the file is missing or damaged.
@@ -53,7 +54,7 @@ class TableFile:
             with safe_open(self.path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
             require(tensor, self.plan)
-        except (OSError, SafetensorError, Damage) as error:
+        except (OSError, SafetensorError, InvalidFile) as error:
             raise OptionError(
                 f"{self.path} is missing or damaged ({in_one_line(error)}); delete it and run stages.quantize again to "
                 "complete it."

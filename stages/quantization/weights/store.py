@@ -1,7 +1,7 @@
 """A folder of quantized weights: recipe.json, and one safetensors file for each finished group and embedding.
 
-Each file appears only when whole, so a search that is stopped resumes at the first group that has none; a folder whose
-recipe differs is refused. The exporter reads weights one site at a time.
+A file gets its name when it is whole, so a search that was stopped resumes at the first group that has none; a folder
+with another recipe is refused. The export reads one tensor of one site at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stages.errors import CacheMismatch, OptionError, UserError, in_one_line
 from stages.quantization.weights.embedding_file import TableFile
-from stages.quantization.weights.validate import Damage, PartName, require_part, require_recipe, require_spec
+from stages.quantization.weights.validate import InvalidFile, PartName, require_part, require_recipe, require_spec
 from stages.records.formats import QuantSpec
 from stages.records.results import ExportRecipe, QuantizedTable, QuantizedWeight, SiteReport, SolvedGroup
 from stages.records.sites import MatMulSite
@@ -32,9 +32,9 @@ RECIPE = "recipe.json"
 REPORT = "report.jsonl"
 VERIFICATION = "verification.json"
 REPORT_FOLDER = "report"
-"""Folder of the page about a run, inside that of its weights."""
+"""Folder of the HTML report of a run, inside that of its weights."""
 EARLIER = "earlier"
-"""Folder of what block by block steps begin with, inside that of the result."""
+"""Folder of the weights that block-level tuning starts from, inside that of its result."""
 _LONGEST_SLUG = 150
 _SUFFIXES = frozenset({".json", ".jsonl", ".toml", ".safetensors"})
 _RECIPES = TypeAdapter(ExportRecipe)
@@ -44,29 +44,39 @@ _SPECS = TypeAdapter(dict[str, QuantSpec])
 
 @dataclass(frozen=True, slots=True)
 class QuantizedStore:
-    """An open folder of quantized weights; see the module's text."""
+    """An open folder of quantized weights."""
 
     folder: Path
     recipe: ExportRecipe
 
     def group_file(self, index: int) -> Path:
-        """Path of group ``index``'s file, named after its first site so that people find it."""
+        """Return the path of group ``index``'s file, named after its first site so that people find it."""
         return self.folder / f"{index:04d}.{_slug(self.recipe.groups[index].sites[0].name)}.safetensors"
 
     def table_file(self, index: int) -> TableFile:
-        """The file of embedding ``index``, named after its initializer."""
+        """Return the file of embedding ``index``, named after its initializer."""
         name = _slug(self.recipe.embeddings[index].table.weight)
         return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors", self.recipe.embeddings[index])
 
     def is_finished(self, index: int) -> bool:
+        """Return whether group ``index`` was written."""
         return self.group_file(index).is_file()
 
     def is_complete(self) -> bool:
-        """Whether every group is finished."""
+        """Return whether every group was written."""
         return all(self.is_finished(index) for index in range(len(self.recipe.groups)))
 
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing was written yet."""
+        return not any(self.folder.rglob("*.safetensors"))
+
+    def discard(self) -> None:
+        """Remove the folder and everything in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def write(self, index: int, solved: SolvedGroup) -> None:
-        """Save one group; the file gets its name when it is whole."""
+        """Write group ``index``; the file gets its name when it is whole."""
         tensors: dict[str, Tensor] = {}
         for weight in solved.weights:
             tensors |= _as_tensors(weight)
@@ -75,11 +85,11 @@ class QuantizedStore:
             "specs": _SPECS.dump_json(specs).decode(),
             "reports": _REPORTS.dump_json(solved.reports).decode(),
         }
-        with self._room(), atomic_file(self.group_file(index)) as partial:
+        with self._explained_writes(), atomic_file(self.group_file(index)) as partial:
             save_file(tensors, partial, metadata)
 
     def read_group(self, index: int) -> SolvedGroup:
-        """Load one finished group.
+        """Load finished group ``index``.
 
         Raises:
             OptionError: the group's file is missing or damaged.
@@ -89,44 +99,22 @@ class QuantizedStore:
         return SolvedGroup(group=group, weights=weights, reports=self._reports(index))
 
     def reports(self) -> list[SiteReport]:
-        """The reports of all finished groups, in graph order."""
-        found: list[SiteReport] = []
-        for index in range(len(self.recipe.groups)):
-            if self.is_finished(index):
-                found.extend(self._reports(index))
-        return found
+        """Load the reports of all finished groups, in graph order."""
+        finished = filter(self.is_finished, range(len(self.recipe.groups)))
+        return [report for index in finished for report in self._reports(index)]
 
     def write_report(self) -> Path:
-        """Write report.jsonl, one line a site, from the finished groups."""
+        """Write report.jsonl, one line a site, from the finished groups; return its path."""
         path = self.folder / REPORT
         lines = [TypeAdapter(SiteReport).dump_json(report).decode() for report in self.reports()]
-        with self._room(), atomic_file(path) as partial:
+        with self._explained_writes(), atomic_file(path) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
 
     def write_table(self, index: int, table: QuantizedTable) -> None:
-        """Save embedding ``index``; the file gets its name when it is whole."""
-        with self._room():
+        """Write embedding ``index``; the file gets its name when it is whole."""
+        with self._explained_writes():
             self.table_file(index).write(table)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is finished."""
-        return not any(self.folder.rglob("*.safetensors"))
-
-    def discard(self) -> None:
-        """Remove the folder and all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"Quantized weights can't be written to {self.folder} ({in_one_line(error)}); free space there, or "
-                "choose another place with --weights_path."
-            ) from error
 
     def spec(self, index: int, site: MatMulSite) -> QuantSpec:
         """Return the format of one site's weight; no tensor is read.
@@ -169,8 +157,8 @@ class QuantizedStore:
         self, index: int, site: MatMulSite, wanted: tuple[PartName, ...]
     ) -> tuple[QuantSpec, dict[PartName, Tensor]]:
         parts: dict[PartName, Tensor] = {}
-        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
-            spec = _found(_SPECS.validate_json(_of_metadata(file.metadata(), "specs")), site)
+        with self._explained_reads(index) as path, safe_open(path, "pt") as file:
+            spec = _found(_SPECS.validate_json(_entry(file.metadata(), "specs")), site)
             names = set(file.keys())
             for part in wanted:
                 name = f"{site.name}:{part}"
@@ -180,52 +168,30 @@ class QuantizedStore:
         return spec, parts
 
     def _reports(self, index: int) -> tuple[SiteReport, ...]:
-        with self._whole_file_of(index) as path, safe_open(path, "pt") as file:
-            return _REPORTS.validate_json(_of_metadata(file.metadata(), "reports"))
+        with self._explained_reads(index) as path, safe_open(path, "pt") as file:
+            return _REPORTS.validate_json(_entry(file.metadata(), "reports"))
 
     @contextmanager
-    def _whole_file_of(self, index: int) -> Iterator[Path]:
-        """Group ``index``'s file; what is wrong with it in the block becomes the sentence of a damaged file."""
+    def _explained_writes(self) -> Iterator[None]:
+        """Raise UserError where the block can't write."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"Quantized weights can't be written to {self.folder} ({in_one_line(error)}); free space there, or "
+                "choose another folder with --weights_path."
+            ) from error
+
+    @contextmanager
+    def _explained_reads(self, index: int) -> Iterator[Path]:
+        """Yield the path of group ``index``'s file; raise OptionError where the block can't read it."""
         path = self.group_file(index)
         try:
             yield path
-        except (OSError, SafetensorError, ValidationError, Damage) as error:
+        except (OSError, SafetensorError, ValidationError, InvalidFile) as error:
             raise OptionError(
                 f"{path} is missing or damaged ({in_one_line(error)}); run stages.quantize again to complete it."
             ) from error
-
-
-def _of_metadata(metadata: dict[str, str] | None, key: str) -> str:
-    if key not in (metadata or {}):
-        raise Damage(f"it has no {key}")
-    assert metadata is not None
-    return metadata[key]
-
-
-def _found(specs: dict[str, QuantSpec], site: MatMulSite) -> QuantSpec:
-    if site.name not in specs:
-        raise Damage(f"its specs don't name '{site.name}'")
-    require_spec(specs[site.name], site)
-    return specs[site.name]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", ".", name).strip(".")[:_LONGEST_SLUG]
-
-
-def _as_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
-    parts = {
-        "codes": weight.codes,
-        "scales": weight.scales,
-        "zero_points": weight.zero_points,
-        "input_scale": weight.input_scale,
-    }
-    # A copy each: safetensors refuses tensors that share storage (siblings share one input scale).
-    return {
-        f"{weight.site.name}:{key}": tensor.cpu().contiguous().clone()
-        for key, tensor in parts.items()
-        if tensor is not None
-    }
 
 
 def open_store(folder: Path) -> QuantizedStore:
@@ -239,22 +205,20 @@ def open_store(folder: Path) -> QuantizedStore:
     try:
         recipe = _RECIPES.validate_json(path.read_bytes())
         require_recipe(recipe)
-    except (OSError, ValidationError, Damage) as error:
+    except (OSError, ValidationError, InvalidFile) as error:
         raise OptionError(
             f"{path} can't be read ({_in_short(error)}); pass the folder that stages.quantize wrote its weights to."
         ) from error
     return QuantizedStore(folder, recipe)
 
 
-def _in_short(error: OSError | ValidationError | Damage) -> str:
-    if not isinstance(error, ValidationError):
-        return in_one_line(error)
-    fault = error.errors()[0]
-    return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
-
-
 def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: bool) -> QuantizedStore:
-    """Start a folder for ``recipe``, or go on with one that has exactly this recipe.
+    """Start a folder for ``recipe``, or open one that has exactly this recipe.
+
+    Args:
+        folder: where the weights go.
+        recipe: what is to be computed.
+        overwrite: replace the weights of another recipe.
 
     Raises:
         CacheMismatch: the folder holds another recipe's weights and ``overwrite`` is off.
@@ -270,7 +234,7 @@ def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: boo
                 f"{folder} holds weights of another run ({_summary(path)}); choose another --weights_path or pass "
                 "--overwrite to replace them."
             )
-        _require_weights_alone(folder)
+        _require_only_weights(folder)
         shutil.rmtree(folder)
     elif is_occupied(folder):
         raise UserError(f"--weights_path {folder} is not empty and holds no recipe.json; choose another folder.")
@@ -285,11 +249,11 @@ def create_or_resume_store(folder: Path, recipe: ExportRecipe, *, overwrite: boo
     return QuantizedStore(folder, recipe)
 
 
-def _require_weights_alone(folder: Path) -> None:
+def _require_only_weights(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.suffix not in _SUFFIXES and entry.name not in (EARLIER, REPORT_FOLDER):
             raise UserError(
-                f"--weights_path {folder} holds {entry} besides quantized weights and isn't replaced; choose another "
+                f"--weights_path {folder} holds {entry} beside quantized weights, so it isn't replaced; choose another "
                 "folder."
             )
 
@@ -299,3 +263,43 @@ def _summary(recipe_file: Path) -> str:
         return str(json.loads(recipe_file.read_text(encoding="utf-8"))["summary"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return "unreadable recipe.json"
+
+
+def _in_short(error: OSError | ValidationError | InvalidFile) -> str:
+    if not isinstance(error, ValidationError):
+        return in_one_line(error)
+    fault = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
+
+
+def _entry(metadata: dict[str, str] | None, key: str) -> str:
+    text = (metadata or {}).get(key)
+    if text is None:
+        raise InvalidFile(f"it has no {key}")
+    return text
+
+
+def _found(specs: dict[str, QuantSpec], site: MatMulSite) -> QuantSpec:
+    if site.name not in specs:
+        raise InvalidFile(f"its specs don't name '{site.name}'")
+    require_spec(specs[site.name], site)
+    return specs[site.name]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", ".", name).strip(".")[:_LONGEST_SLUG]
+
+
+def _as_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    parts = {
+        "codes": weight.codes,
+        "scales": weight.scales,
+        "zero_points": weight.zero_points,
+        "input_scale": weight.input_scale,
+    }
+    # Each is copied: safetensors refuses tensors that share storage, and siblings share one input scale.
+    return {
+        f"{weight.site.name}:{key}": tensor.cpu().contiguous().clone()
+        for key, tensor in parts.items()
+        if tensor is not None
+    }

@@ -1,4 +1,4 @@
-"""The table that a search ends with: what each kind of site lost, and which sites to look at."""
+"""The table that a search ends with: the error of each kind of site, and the sites with the largest errors."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from stages.records.results import SiteReport
 from stages.records.sites import kind_of, layer_of, short_name
 
 _WORST = 3
-Rows = dict[tuple[str, str], list[SiteReport]]
-"""(kind of site, format) -> its sites."""
+_Rows = dict[tuple[str, str], list[SiteReport]]
+"""The sites of each (kind, format)."""
 _COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "unseen", "a^r/duo/none", "clip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSummary:
-    """What a search chose, for programs: the table's numbers site by site."""
+    """What a search chose, site by site: the table's numbers for programs."""
 
     recipe: str
-    """The algorithm and options in words."""
+    """The algorithm and its options, as a summary."""
     bits_per_weight: float
     seconds: float
     sites: tuple[SiteReport, ...]
     kept: tuple[tuple[str, str], ...]
-    """(site, why) for each site that stays as it is."""
+    """(site, reason) for each site that isn't quantized."""
 
 
 def search_summary(store: QuantizedStore, seconds: float) -> SearchSummary:
-    """The summary of a finished search that took ``seconds``."""
+    """Return the summary of a finished search.
+
+    Args:
+        store: the finished weights.
+        seconds: how long the search took.
+    """
     return SearchSummary(
         recipe=store.recipe.summary,
         bits_per_weight=bits_per_weight(store),
@@ -45,7 +50,7 @@ def search_summary(store: QuantizedStore, seconds: float) -> SearchSummary:
 
 
 def loss_so_far(reports: Sequence[SiteReport]) -> str:
-    """The mean error of the sites so far beside that of plain rounding; empty where none was searched."""
+    """Describe the mean error of the sites so far and that of rounding to nearest; empty where none was searched."""
     pairs = [(each.loss, each.loss_rtn) for each in reports if each.loss is not None and each.loss_rtn is not None]
     if not pairs:
         return ""
@@ -54,10 +59,14 @@ def loss_so_far(reports: Sequence[SiteReport]) -> str:
 
 
 def quantization_table(store: QuantizedStore, seconds: float) -> Table:
-    """One row for each kind of site (the same name in every layer) and format, then the sites that lost most.
+    """Build the table: a row for each kind of site (one name in all layers) and format, then the sites that lost most.
 
-    Errors are mean squared output errors relative to the output: as plain rounding would give, as chosen, and as
-    chosen on held-out text.
+    Errors are mean squared output errors relative to the output: of rounding to nearest, of what was chosen, and of
+    that on held-out text.
+
+    Args:
+        store: the finished weights.
+        seconds: how long the search took.
     """
     reports = store.reports()
     notes = Counter(report.note for report in reports if report.note)
@@ -84,16 +93,16 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     return table
 
 
-def _by_kind_and_format(reports: Sequence[SiteReport]) -> Rows:
-    """Sites of one kind and format together, the formats of a kind beside each other."""
+def _by_kind_and_format(reports: Sequence[SiteReport]) -> _Rows:
+    """Put sites of one kind and format together, the formats of a kind next to each other."""
     kinds: dict[str, dict[str, list[SiteReport]]] = defaultdict(lambda: defaultdict(list))
     for report in reports:
         kinds[kind_of(report.site)][report.format].append(report)
     return {(kind, form): members for kind, formats in kinds.items() for form, members in formats.items()}
 
 
-def _layers_by_format(rows: Rows) -> list[str]:
-    """For kinds stored in several formats: which layers have which, kinds with the same layers in one line."""
+def _layers_by_format(rows: _Rows) -> list[str]:
+    """List which layers have which format, for kinds stored in several; kinds with the same layers share a line."""
     formats = Counter(kind for kind, _ in rows)
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (kind, form), members in rows.items():
@@ -104,7 +113,7 @@ def _layers_by_format(rows: Rows) -> list[str]:
 
 
 def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:
-    """What tuning did to the blocks' outputs, in one line; none where nothing was tuned."""
+    """Describe in one line what tuning did to the blocks' outputs; no line where nothing was tuned."""
     pairs = {
         layer: (report.block_loss_start, report.block_loss)
         for report in reports
@@ -123,14 +132,14 @@ def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:
 
 
 def bits_per_weight(store: QuantizedStore) -> float:
-    """Stored bits, scales and zero points included, a weight of the quantized sites; kept ones don't count."""
+    """Return the bits a weight that the quantized sites take, scales and zero points included."""
     weights = {site.name: site.in_features * site.out_features for group in store.recipe.groups for site in group.sites}
     reports = store.reports()
     return 8 * sum(report.bytes for report in reports) / sum(weights[report.site] for report in reports)
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers with runs drawn together: 0-2,5,7-8."""
+    """Write ascending numbers with runs drawn together: 0-2,5,7-8."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -145,26 +154,21 @@ def _row(name: str, members: list[SiteReport]) -> list[str]:
         name,
         members[0].format,
         f"{sum(member.bytes for member in members) / 1e6:.1f}",
-        _percent([member.loss_rtn for member in members]),
-        _percent([member.loss for member in members]),
-        _percent([member.held_out_loss for member in members]),
+        _mean([member.loss_rtn for member in members], ".3%"),
+        _mean([member.loss for member in members], ".3%"),
+        _mean([member.held_out_loss for member in members], ".3%"),
         _families(members),
-        _mean([member.mean_clip_ratio for member in members]),
+        _mean([member.mean_clip_ratio for member in members], ".2f"),
     ]
 
 
-def _percent(values: list[float | None]) -> str:
+def _mean(values: list[float | None], number_format: str) -> str:
     known = [value for value in values if value is not None]
-    return f"{100 * mean(known):.3f}%" if known else "-"
-
-
-def _mean(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{mean(known):.2f}" if known else "-"
+    return format(mean(known), number_format) if known else "-"
 
 
 def _families(members: list[SiteReport]) -> str:
-    """One site: the family and alpha of its scale; many: how many took a^r, duo and no scale."""
+    """Describe the scale of one site by family and alpha; of many, count how many took a^r, duo and none."""
     if len(members) == 1:
         alpha, family = members[0].alpha, members[0].scale_family.replace("activation", "a^r")
         return family if alpha is None else f"{family} {alpha:.2g}"

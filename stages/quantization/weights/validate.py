@@ -1,4 +1,4 @@
-"""Whether stored numbers are what their format and site say: checked once, when they are read."""
+"""Check stored tensors against their format and site: type, shape, range and finiteness, whenever they are read."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ PartName = Literal["codes", "scales", "zero_points", "input_scale"]
 """The tensors that a site's stored weight is made of."""
 
 
-class Damage(Exception):
-    """Carries what is wrong with a file that could be parsed."""
+class InvalidFile(Exception):
+    """Says what is wrong with a file that could be parsed."""
 
 
-def _need(condition: bool, what: str) -> None:
+def _check(condition: bool, fault: str) -> None:
     if not condition:
-        raise Damage(what)
+        raise InvalidFile(fault)
 
 
 def require_recipe(recipe: ExportRecipe) -> None:
-    """Raise Damage when ``recipe`` names nothing, or sizes that can't be."""
-    _need(bool(recipe.groups or recipe.embeddings), "it has no groups")
+    """Raise InvalidFile when ``recipe`` names nothing to quantize, or impossible sizes."""
+    _check(bool(recipe.groups or recipe.embeddings), "it has no groups")
     for group in recipe.groups:
-        _need(bool(group.sites), f"the group of '{group.activation}' has no sites")
+        _check(bool(group.sites), f"the group of '{group.activation}' has no sites")
         for site in group.sites:
-            _need(site.in_features >= 1 and site.out_features >= 1, f"the sizes of '{site.name}' are below 1")
+            _check(site.in_features >= 1 and site.out_features >= 1, f"the sizes of '{site.name}' are below 1")
     for plan in recipe.embeddings:
-        _need(min(plan.table.shape) >= 1 and plan.block_size >= 1, f"the sizes of '{plan.table.weight}' are below 1")
+        _check(min(plan.table.shape) >= 1 and plan.block_size >= 1, f"the sizes of '{plan.table.weight}' are below 1")
 
 
 def require_spec(spec: QuantSpec, site: MatMulSite) -> None:
-    """Raise Damage when no weight of the site can have this format."""
-    _need(spec.block_size(site.in_features) >= 1, "its blocks are smaller than 1")
+    """Raise InvalidFile when no weight of the site can have this format."""
+    _check(spec.block_size(site.in_features) >= 1, "its blocks are smaller than 1")
 
 
 def require_part(name: PartName, part: Tensor | None, site: MatMulSite, spec: QuantSpec) -> None:
-    """Raise Damage when a part of a site's weight isn't that of its shape and format.
+    """Raise InvalidFile when a part of a site's weight doesn't fit its shape and format.
 
     Args:
         name: which part it is.
@@ -53,43 +53,45 @@ def require_part(name: PartName, part: Tensor | None, site: MatMulSite, spec: Qu
     scales = (site.out_features, spec.num_blocks(site.in_features))
     match name:
         case "codes":
-            _require_range(require(part, name, (site.out_features, site.in_features), spec.code_dtype), name, spec)
+            _require_range(
+                _require_form(part, name, (site.out_features, site.in_features), spec.code_dtype), name, spec
+            )
         case "scales":
-            _require_finite(require(part, name, scales, torch_float(spec.scale_dtype)), name)
+            _require_finite(_require_form(part, name, scales, torch_float(spec.scale_dtype)), name)
         case "zero_points" if spec.symmetric:
-            _need(part is None, "it has zero_points and a format without them")
+            _check(part is None, "it has zero_points and a format without them")
         case "zero_points":
-            _require_range(require(part, name, scales, torch.uint8), name, spec)
+            _require_range(_require_form(part, name, scales, torch.uint8), name, spec)
         case "input_scale" if part is not None:
-            _require_finite(require(part, name, (site.in_features,), torch.float32), name)
-            _need(bool((part > 0).all()), "its input_scale isn't positive")
+            _require_finite(_require_form(part, name, (site.in_features,), torch.float32), name)
+            _check(bool((part > 0).all()), "its input_scale isn't positive")
 
 
 def require_packed(packed: Tensor, plan: EmbeddingPlan) -> None:
-    """Raise Damage when ``packed`` aren't the codes of the table."""
-    require(packed, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
+    """Raise InvalidFile when ``packed`` can't be the codes of the table."""
+    _require_form(packed, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
 
 
 def require_table_scales(scales: Tensor, plan: EmbeddingPlan) -> None:
-    """Raise Damage when ``scales`` aren't those of the table."""
-    require(scales, "scales", plan.scales_shape, torch_float(plan.table.dtype))
+    """Raise InvalidFile when ``scales`` can't be those of the table."""
+    _require_form(scales, "scales", plan.scales_shape, torch_float(plan.table.dtype))
     _require_finite(scales, "scales")
 
 
-def require(part: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _require_form(part: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if part is None:
-        raise Damage(f"it has no {name}")
-    _need(
+        raise InvalidFile(f"it has no {name}")
+    _check(
         part.dtype == dtype and tuple(part.shape) == shape,
-        f"its {name} are {part.dtype} {list(part.shape)}, not {dtype} {list(shape)}",
+        f"its {name} tensor is {part.dtype} {list(part.shape)}, not {dtype} {list(shape)}",
     )
     return part
 
 
 def _require_range(codes: Tensor, name: str, spec: QuantSpec) -> None:
     inside = codes.numel() == 0 or (int(codes.min()) >= spec.code_min and int(codes.max()) <= spec.code_max)
-    _need(inside, f"its {name} leave the range of {spec.bits} bits")
+    _check(inside, f"its {name} leave the range of {spec.bits} bits")
 
 
 def _require_finite(numbers: Tensor, name: str) -> None:
-    _need(all_finite(numbers), f"its {name} hold NaN or infinite values")
+    _check(all_finite(numbers), f"its {name} hold NaN or infinite values")

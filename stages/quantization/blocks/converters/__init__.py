@@ -1,1 +1,1 @@
-"""Convert ONNX operators that onnx2torch lacks."""
+"""Convert the ONNX operators that onnx2torch lacks to torch modules."""

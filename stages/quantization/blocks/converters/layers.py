@@ -1,4 +1,4 @@
-"""Normalizations over the last axis."""
+"""Norms, activations and small operators as torch modules: what onnx2torch lacks beside attention."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear
 
 
-def rms_norm(
-    hidden: Float[Tensor, "*batch width"], gain: Float[Tensor, " width"], epsilon: float
-) -> Float[Tensor, "*batch width"]:
-    """hidden / sqrt(mean(hidden^2) + epsilon) * gain."""
-    return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + epsilon) * gain
-
-
 class RootMeanSquareNorm(nn.Module):
-    """SimplifiedLayerNormalization and RMSNormalization."""
+    """SimplifiedLayerNormalization and RMSNormalization, over the last axis."""
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
@@ -30,8 +23,21 @@ class RootMeanSquareNorm(nn.Module):
         return rms_norm(hidden, gain, self._epsilon)
 
 
+def rms_norm(
+    hidden: Float[Tensor, "*batch width"], gain: Float[Tensor, " width"], epsilon: float
+) -> Float[Tensor, "*batch width"]:
+    """Return hidden / sqrt(mean(hidden^2) + epsilon) * gain.
+
+    Args:
+        hidden: the vectors along the last axis.
+        gain: a factor for each channel.
+        epsilon: keeps the root of a zero vector from 0.
+    """
+    return hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + epsilon) * gain
+
+
 class LayerNorm(nn.Module):
-    """LayerNormalization: mean 0, variance 1, gain and bias."""
+    """LayerNormalization over the last axis: mean 0, variance 1, gain and bias."""
 
     def __init__(self, epsilon: float) -> None:
         super().__init__()
@@ -47,7 +53,7 @@ class LayerNorm(nn.Module):
 
 
 class Gelu(nn.Module):
-    """Gelu, and with the bias that is added first BiasGelu and FastGelu (the tanh form)."""
+    """Gelu; with a bias, which is added first, BiasGelu and FastGelu (the tanh form)."""
 
     def __init__(self, approximate: Literal["none", "tanh"]) -> None:
         super().__init__()
@@ -88,7 +94,7 @@ class Linear(nn.Module):
 
 
 class ReduceMean(nn.Module):
-    """Mean over ``axes``, which are an input; over all where there is none."""
+    """The mean over ``axes``, an attribute or an input; over all axes where there is neither."""
 
     def __init__(self, *, keepdims: bool, axes: tuple[int, ...]) -> None:
         super().__init__()
@@ -100,7 +106,7 @@ class ReduceMean(nn.Module):
 
 
 class Split(nn.Module):
-    """Parts of the sizes in ``split``; else ``outputs`` parts, equal but for the last."""
+    """Parts of the sizes in ``split``; without that, ``outputs`` parts, equal but for the last."""
 
     def __init__(self, *, axis: int, outputs: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Import onnx2torch where torchvision is missing, or was built for another torch.
+"""Import onnx2torch even where torchvision is missing, or was built for another torch.
 
 onnx2torch imports torchvision for two operators of object detectors, NonMaxSuppression and RoiAlign, which no language
 model has. Beside a CPU build of torch the registry's torchvision can't be imported at all, and transformers breaks
-where it is installed all the same. So two empty modules stand in for it while onnx2torch is imported, and no longer.
+where it is installed all the same. So two empty modules stand in for it, only while onnx2torch is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMES = ("torchvision", "torchvision.ops")
 
 @cache
 def import_onnx2torch() -> ModuleType:
-    """The onnx2torch package.
+    """Import the onnx2torch package.
 
     Raises:
         UserError: it isn't installed.
@@ -43,7 +43,7 @@ def _import() -> ModuleType:
         if error.name != "onnx2torch":
             raise
         raise UserError(
-            "--algo signround and --refine turn decoder blocks into torch modules with onnx2torch, which is not "
+            "--algo signround and --refine turn decoder blocks into torch modules with onnx2torch, which isn't "
             "installed: pip install --no-deps onnx2torch==1.5.15"
         ) from error
 

@@ -1,18 +1,18 @@
-"""Tell onnx2torch of the operators in this room, once."""
+"""Register the converters of this folder with onnx2torch, once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
 from onnx import defs
 from torch import nn
 
-from stages.quantization.blocks.converters import attention as group_query_attention
-from stages.quantization.blocks.converters import attention as multi_head_attention
 from stages.quantization.blocks.converters.attention import (
+    GROUP_QUERY_ABSENT,
+    MULTI_HEAD_ABSENT,
     GroupQueryAttention,
     GroupQueryRule,
     MultiHeadAttention,
@@ -36,7 +36,7 @@ Attributes = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeForm:
-    """What of a node decides which module it becomes."""
+    """What decides which module a node becomes."""
 
     operator: str
     attributes: Attributes
@@ -45,14 +45,14 @@ class NodeForm:
     outputs: int
 
     def require(self, **values: object) -> None:
-        """Refuse attributes of other values, with onnx2torch's own kind of error."""
+        """Raise NotImplementedError, as onnx2torch does, where an attribute has another value."""
         for name, value in values.items():
             if self.attributes.get(name, value) != value:
                 raise NotImplementedError(f"{self.operator} with {name} = {self.attributes[name]}")
 
-    def require_absent(self, left_out: tuple[int, ...]) -> None:
-        """Refuse inputs that the module would not look at."""
-        for index in left_out:
+    def require_absent(self, indices: tuple[int, ...]) -> None:
+        """Raise NotImplementedError where the node has an input that its module would ignore."""
+        for index in indices:
             if index < len(self.inputs) and self.inputs[index]:
                 raise NotImplementedError(f"{self.operator} with input {index}, '{self.inputs[index]}'")
 
@@ -75,31 +75,18 @@ _ONLY_TYPES_CHANGED = (
     ("Transpose", 13),
     ("Unsqueeze", 13),
 )
-"""Operators whose versions after this one, the newest that onnx2torch knows, admit more types and mean the same."""
+"""Operators and the newest version that onnx2torch knows; later ones only admit more types."""
 
 
 def _group_query_attention(node: NodeForm) -> nn.Module:
     node.require(qk_output=0, k_quant_type="NONE", v_quant_type="NONE")
-    node.require_absent(group_query_attention.LEFT_OUT)
-    attributes = node.attributes
-    return GroupQueryAttention(
-        GroupQueryRule(
-            num_heads=attributes["num_heads"],
-            kv_num_heads=attributes["kv_num_heads"],
-            scale=attributes.get("scale", 0.0),
-            softcap=attributes.get("softcap", 0.0),
-            local_window_size=attributes.get("local_window_size", -1),
-            do_rotary=attributes.get("do_rotary", 0) == 1,
-            rotary_interleaved=attributes.get("rotary_interleaved", 0) == 1,
-            smooth_softmax=attributes.get("smooth_softmax", 0) == 1,
-            causal=attributes.get("causal", 1) == 1,
-            qk_norm_epsilon=attributes.get("qk_norm_epsilon", 1e-6),
-        )
-    )
+    node.require_absent(GROUP_QUERY_ABSENT)
+    names = {field.name for field in fields(GroupQueryRule)}
+    return GroupQueryAttention(GroupQueryRule(**{name: node.attributes[name] for name in names & set(node.attributes)}))
 
 
 def _multi_head_attention(node: NodeForm) -> nn.Module:
-    node.require_absent(multi_head_attention.LEFT_OUT)
+    node.require_absent(MULTI_HEAD_ABSENT)
     if not all(node.inputs[:3]) or len(node.inputs) < 3:
         raise NotImplementedError("MultiHeadAttention with packed query, key and value")
     return MultiHeadAttention(
@@ -118,14 +105,12 @@ def _rotary_embedding(node: NodeForm) -> nn.Module:
     )
 
 
-def _rms_norm(node: NodeForm) -> nn.Module:
-    node.require(axis=-1)
-    return RootMeanSquareNorm(node.attributes.get("epsilon", 1e-5))
+def _norm(module: Callable[[float], nn.Module]) -> Builder:
+    def build(node: NodeForm) -> nn.Module:
+        node.require(axis=-1)
+        return module(node.attributes.get("epsilon", 1e-5))
 
-
-def _layer_norm(node: NodeForm) -> nn.Module:
-    node.require(axis=-1)
-    return LayerNorm(node.attributes.get("epsilon", 1e-5))
+    return build
 
 
 def _reduce_mean(node: NodeForm) -> nn.Module:
@@ -138,21 +123,21 @@ _BUILDERS: Mapping[str, Builder] = {
     "FastGelu": lambda _: Gelu("tanh"),
     "Gelu": lambda node: Gelu(node.attributes.get("approximate", "none")),
     "GroupQueryAttention": _group_query_attention,
-    "LayerNormalization": _layer_norm,
+    "LayerNormalization": _norm(LayerNorm),
     LINEAR: lambda node: Linear(node.attributes.get("beta", 1.0)),
     "MultiHeadAttention": _multi_head_attention,
     "QuickGelu": lambda node: QuickGelu(node.attributes.get("alpha", 1.702)),
     "ReduceMean": _reduce_mean,
-    "RMSNormalization": _rms_norm,
+    "RMSNormalization": _norm(RootMeanSquareNorm),
     "RotaryEmbedding": _rotary_embedding,
-    "SimplifiedLayerNormalization": _rms_norm,
+    "SimplifiedLayerNormalization": _norm(RootMeanSquareNorm),
     "Split": lambda node: Split(axis=node.attributes.get("axis", 0), outputs=node.outputs),
 }
 
 
 @cache
 def register_converters() -> None:
-    """Register every operator of this room with onnx2torch.
+    """Register every operator of this folder with onnx2torch.
 
     Raises:
         UserError: onnx2torch isn't installed.

@@ -1,4 +1,4 @@
-"""Run blocks of a real graph beside ONNX Runtime."""
+"""Run blocks of a real graph, and the graph itself in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OpenModel:
         return {site.name: read_weight(self.model, site, CPU) for site in block.sites}
 
     def tap(self, names: tuple[str, ...], tokens: np.ndarray) -> dict[str, torch.Tensor]:
-        """Values of the graph, and its inputs, as ONNX Runtime sees them; floating-point ones as float32."""
+        """Return values of the graph, or its inputs, as ONNX Runtime sees them; floating-point ones as float32."""
         inputs = {value.name for value in self.model.graph.inputs}
         computed = tuple(name for name in names if name not in inputs)
         with runnable_graph(tapped_model(self.model, computed), CPU_ONLY, None) as graph:
@@ -54,7 +54,7 @@ def open_model(folder: Path) -> OpenModel:
 
 
 def relative_error(opened: OpenModel, block: DecoderBlock, tokens: np.ndarray) -> float:
-    """Largest error of what the torch module adds to the stream, relative to the largest addition."""
+    """Return the largest error of what the torch module adds to the stream, relative to the largest addition."""
     graph: BlockGraph = cut_block(opened.model, block)
     values = opened.tap((block.stream_in, block.stream_out, *graph.shared), tokens)
     before, behind = values[block.stream_in], values[block.stream_out]

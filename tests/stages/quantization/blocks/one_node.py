@@ -23,7 +23,8 @@ _TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": Ten
 class OneNode:
     """A node whose inputs are all graph inputs; None leaves one out.
 
-    ``outputs`` are the names of the outputs that are compared; ``further`` those that ONNX Runtime insists on.
+    ``outputs`` are the names of the outputs that are compared; ``further`` those that ONNX Runtime insists on;
+    ``left_out`` the inputs that a cut leaves out.
     """
 
     operator: str
@@ -33,25 +34,26 @@ class OneNode:
     opset: int = 21
     outputs: tuple[str, ...] = ("y",)
     further: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     def run_onnxruntime(self) -> list[np.ndarray]:
         session = ort.InferenceSession(
             self._model(self.domain, frozenset(), self.further).SerializeToString(), providers=["CPUExecutionProvider"]
         )
-        feeds = {name: array for name, array in self.inputs.items() if array is not None}
-        return session.run(list(self.outputs), feeds)
+        return session.run(list(self.outputs), self._given(frozenset()))
 
-    def run_torch(self, left_out: frozenset[str] = frozenset()) -> list[torch.Tensor]:
-        """The module's outputs; ``left_out`` names the inputs that a cut leaves out."""
+    def run_torch(self) -> list[torch.Tensor]:
         register_converters()
         node = ir.Node(self.domain, self.operator, [])
-        module = import_onnx2torch().convert(self._model(domain_in_cut(node), left_out, ()))
-        names = [name for name, array in self.inputs.items() if array is not None and name not in left_out]
-        made = module(*(torch.from_numpy(self.inputs[name]) for name in names))
+        module = import_onnx2torch().convert(self._model(domain_in_cut(node), self.left_out, ()))
+        made = module(*(torch.from_numpy(array) for array in self._given(self.left_out).values()))
         return list(made) if len(self.outputs) > 1 else [made]
 
+    def _given(self, left_out: frozenset[str]) -> dict[str, np.ndarray]:
+        return {name: array for name, array in self.inputs.items() if array is not None and name not in left_out}
+
     def _model(self, domain: str, left_out: frozenset[str], further: tuple[str, ...]):
-        given = {name: array for name, array in self.inputs.items() if array is not None and name not in left_out}
+        given = self._given(left_out)
         names = [name if name in given else "" for name in self.inputs]
         while names and not names[-1]:
             names.pop()
@@ -69,13 +71,13 @@ class OneNode:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def assert_same(node: OneNode, left_out: frozenset[str] = frozenset()) -> None:
-    """Both runtimes agree to float32's rounding.
+def assert_same(node: OneNode) -> None:
+    """Assert that both runtimes agree to float32's rounding.
 
     1e-5 of the largest value: dot products of at most some dozens of terms, each side summing in its own order and with
     its own exp and tanh, differ by some dozen units in the last place (6e-8 each).
     """
-    for expected, found in zip(node.run_onnxruntime(), node.run_torch(left_out), strict=True):
+    for expected, found in zip(node.run_onnxruntime(), node.run_torch(), strict=True):
         assert found.shape == expected.shape
         assert np.abs(found.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
         assert np.abs(expected).max() > 0

@@ -1,3 +1,5 @@
+"""Residual norms are split up without a change in names or values."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -10,7 +12,7 @@ from stages.quantization.blocks.decoder import write_out_residuals
 from tests.support.graphs import MICROSOFT, TinyGraph
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("operator", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
 def test_outputs_keep_their_names_and_values(operator: str, bias: bool) -> None:
     rng = np.random.default_rng(0)
@@ -28,11 +30,11 @@ def test_outputs_keep_their_names_and_values(operator: str, bias: bool) -> None:
     graph.output("normed", TensorProto.FLOAT, shape)
     graph.output("total", TensorProto.FLOAT, shape)
     model = graph.model()
-    plain = write_out_residuals(model)
-    assert operator not in {node.op_type for node in plain.graph}
+    written = write_out_residuals(model)
+    assert operator not in {node.op_type for node in written.graph}
     assert operator in {node.op_type for node in model.graph}
     feeds = {name: rng.standard_normal(shape).astype(np.float32) for name in ("x", "skip")}
-    for expected, found in zip(_run(model, feeds), _run(plain, feeds), strict=True):
+    for expected, found in zip(_run(model, feeds), _run(written, feeds), strict=True):
         # The same additions; the norm's sixteen squares in another order.
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

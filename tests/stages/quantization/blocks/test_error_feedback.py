@@ -1,3 +1,7 @@
+"""Error feedback against least squares; refined weights are nearer on tokens that were never seen."""
+
+from __future__ import annotations
+
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def drifted(tokens: Tensor, seed: int) -> Tensor:
-    """What a quantized model makes of the activation: a leak between channels, and noise."""
+    """Return what a quantized model makes of the activation: a leak between channels."""
     generator = torch.Generator().manual_seed(seed)
     leak = torch.eye(tokens.shape[1]) + 0.05 * torch.randn(tokens.shape[1], tokens.shape[1], generator=generator)
     return tokens @ leak
@@ -37,7 +41,7 @@ def measured(tokens: Tensor, quantized: Tensor) -> QuantizedStreamStats:
 
 
 def statistics(layer: RandomLayer) -> tuple[QuantizedStreamStats, QuantizedStreamStats]:
-    """Of the calibration and the held-out tokens."""
+    """Return those of the calibration and of the held-out tokens."""
     return measured(layer.tokens, drifted(layer.tokens, 1)), measured(layer.held_out, drifted(layer.held_out, 1))
 
 
@@ -50,7 +54,7 @@ def start_of(problem: GroupProblem, scale: InputScale = IDENTITY) -> tuple[Quant
 
 
 def output_gap(layer: RandomLayer, stored: QuantizedWeight) -> float:
-    """||X_q V^T - X_f W^T||^2 / T over the held-out tokens, spelled out."""
+    """Return ||X_q V^T - X_f W^T||^2 / T over the held-out tokens, spelled out."""
     weight = layer.problem.weights[0].double()
     wanted = layer.held_out.double() @ weight.T
     found = drifted(layer.held_out, 1).double() @ effective_weight(stored, CPU).double().T
@@ -87,7 +91,7 @@ def test_target_is_the_least_squares_solution() -> None:
     stats = statistics(layer)[0]
     weight = layer.problem.weights[0]
     quantized, wanted = drifted(layer.tokens, 1).double(), layer.tokens.double() @ weight.double().T
-    # Damping is as many tokens more, in which each channel alone is loud and both models agree.
+    # Damping amounts to 48 more tokens, in each of which one channel is loud and both models agree.
     more = (300 * 0.01 * quantized.square().mean()).sqrt() * torch.eye(48, dtype=torch.float64)
     rows, results = torch.cat([quantized, more]), torch.cat([wanted, more @ weight.double().T])
     exact = torch.linalg.lstsq(rows, results).solution.T
@@ -115,9 +119,9 @@ def test_refined_weights_close_the_gap_on_tokens_never_seen(seed: int, symmetric
     scale = InputScale(family="test", alpha=None, scale=drawn) if scaled else IDENTITY
     start = start_of(layer.problem, scale)
     (refined,) = refine(layer.problem, OPTIONS, start, *statistics(layer))
-    (blind,) = gptq(layer.problem, OPTIONS)
+    (unaware,) = gptq(layer.problem, OPTIONS)
     site, spec = layer.problem.group.sites[0], layer.problem.specs[0]
-    one_shot = stored_weight(site, layer.problem.weights[0], spec, blind)
+    one_shot = stored_weight(site, layer.problem.weights[0], spec, unaware)
     assert output_gap(layer, refined) < 0.5 * output_gap(layer, start[0])
     assert output_gap(layer, refined) < output_gap(layer, one_shot)
     assert (refined.input_scale is None) == (not scaled)

@@ -1,3 +1,5 @@
+"""A learnable weight begins exactly at its start, and what is tuned is what is stored."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,7 +22,7 @@ def _spec(*, symmetric: bool, dtype: str = "float32", bits: int = 4, per_channel
 
 
 def _start(spec: QuantSpec, *, scaled: bool, seed: int = 0) -> tuple[Tensor, QuantizedWeight]:
-    """A weight, and codes that are anything but its rounding, as GPTQ leaves them."""
+    """Return a weight, and codes that are anything but its rounding, as GPTQ leaves them."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(N, K, generator=generator)
     blocks = spec.num_blocks(K)
@@ -56,25 +58,25 @@ FORMS = pytest.mark.parametrize(
 
 
 @FORMS
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 def test_it_begins_exactly_at_the_start(spec: QuantSpec, scaled: bool) -> None:
     """Codes, scales and zero points to the bit, whatever chose them; and the weight is what they stand for."""
     weight, start = _start(spec, scaled=scaled)
-    tunable = LearnableWeight(weight, start)
-    _assert_equal(tunable.quantized(), start)
-    assert torch.equal(tunable.weight(), effective_weight(start, weight.device))
+    learnable = LearnableWeight(weight, start)
+    _assert_equal(learnable.quantized(), start)
+    assert torch.equal(learnable.weight(), effective_weight(start, weight.device))
 
 
-def test_codes_that_are_plain_rounding_start_without_offsets() -> None:
+def test_codes_that_rounding_gives_start_without_offsets() -> None:
     """As published: V = 0. Others start a quarter inside their code's interval."""
     spec = _spec(symmetric=True)
     weight, start = _start(spec, scaled=False)
     ratios = split(weight, B) / start.scales.unsqueeze(-1)
-    plain = ratios.round().clamp(spec.code_min, spec.code_max) == split(start.codes.float(), B)
-    assert 0 < int(plain.sum()) < plain.numel()
-    tunable = LearnableWeight(weight, start)
-    assert not tunable.offsets[plain].any()
-    place = (ratios + tunable.offsets.detach())[~plain] - split(start.codes.float(), B)[~plain]
+    rounded = ratios.round().clamp(spec.code_min, spec.code_max) == split(start.codes.float(), B)
+    assert 0 < int(rounded.sum()) < rounded.numel()
+    learnable = LearnableWeight(weight, start)
+    assert not learnable.offsets[rounded].any()
+    place = (ratios + learnable.offsets.detach())[~rounded] - split(start.codes.float(), B)[~rounded]
     torch.testing.assert_close(place.abs(), torch.full_like(place, 0.25), rtol=0, atol=1e-5)
 
 
@@ -82,16 +84,16 @@ def test_codes_that_are_plain_rounding_start_without_offsets() -> None:
 def test_what_is_tuned_is_what_is_stored(spec: QuantSpec) -> None:
     """After any steps, the weight that gradients see is to the bit what the stored numbers stand for."""
     weight, start = _start(spec, scaled=True)
-    tunable = LearnableWeight(weight, start)
+    learnable = LearnableWeight(weight, start)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
-        (tunable.weight() * torch.randn(N, K, generator=generator)).sum().backward()
-        tunable.step(0.2)
-    found = tunable.quantized()
+        (learnable.weight() * torch.randn(N, K, generator=generator)).sum().backward()
+        learnable.step(0.2)
+    found = learnable.quantized()
     assert not torch.equal(found.codes, start.codes)
     assert not torch.equal(found.scales, start.scales)
     assert found.scales.dtype == start.scales.dtype
-    assert torch.equal(tunable.weight(), effective_weight(found, weight.device))
+    assert torch.equal(learnable.weight(), effective_weight(found, weight.device))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero-points"])
@@ -99,15 +101,15 @@ def test_gradients_are_those_of_straight_through_rounding(symmetric: bool) -> No
     """Against the definition in float64, at offsets and factors away from the start; some codes are clamped."""
     spec = _spec(symmetric=symmetric)
     weight, start = _start(spec, scaled=False)
-    tunable = LearnableWeight(weight, start)
+    learnable = LearnableWeight(weight, start)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for leaf in tunable.leaves:
+        for leaf in learnable.leaves:
             leaf.add_(0.2 * torch.rand(leaf.shape, generator=generator) - 0.1)
     upstream = torch.randn(N, K, generator=generator)
-    tunable.weight().backward(upstream)
+    learnable.weight().backward(upstream)
     zero_points = None if start.zero_points is None else start.zero_points.double()
-    leaves = [leaf.detach().double().requires_grad_() for leaf in tunable.leaves]
+    leaves = [leaf.detach().double().requires_grad_() for leaf in learnable.leaves]
     low = None if symmetric else leaves[2]
     expected = reference.weight(
         split(weight.double(), B),
@@ -121,7 +123,7 @@ def test_gradients_are_those_of_straight_through_rounding(symmetric: bool) -> No
     )
     expected.backward(split(upstream.double(), B))
     assert (leaves[0].grad == 0).any()
-    for found, leaf in zip(tunable.leaves, leaves, strict=True):
+    for found, leaf in zip(learnable.leaves, leaves, strict=True):
         assert found.grad is not None
         # Sums of sixteen terms in float32.
         torch.testing.assert_close(found.grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
@@ -129,20 +131,20 @@ def test_gradients_are_those_of_straight_through_rounding(symmetric: bool) -> No
 
 def test_a_step_goes_against_the_gradients_sign() -> None:
     weight, start = _start(_spec(symmetric=True), scaled=False)
-    tunable = LearnableWeight(weight, start)
-    before = [leaf.detach().clone() for leaf in tunable.leaves]
-    tunable.weight().sum().backward()
-    signs = [leaf.grad.sign() for leaf in tunable.leaves]
-    tunable.step(0.125)
-    for leaf, old, sign in zip(tunable.leaves, before, signs, strict=True):
+    learnable = LearnableWeight(weight, start)
+    before = [leaf.detach().clone() for leaf in learnable.leaves]
+    learnable.weight().sum().backward()
+    signs = [leaf.grad.sign() for leaf in learnable.leaves]
+    learnable.step(0.125)
+    for leaf, old, sign in zip(learnable.leaves, before, signs, strict=True):
         torch.testing.assert_close(leaf.detach(), old - 0.125 * sign)
         assert leaf.grad is None
 
 
 def test_factors_stay_in_their_bounds() -> None:
     weight, start = _start(_spec(symmetric=False), scaled=False)
-    tunable = LearnableWeight(weight, start)
+    learnable = LearnableWeight(weight, start)
     for _ in range(4):
-        tunable.weight().square().sum().backward()
-        tunable.step(1.0)
-    assert all(((factor >= 0.25) & (factor <= 1.5)).all() for factor in tunable.leaves[1:])
+        learnable.weight().square().sum().backward()
+        learnable.step(1.0)
+    assert all(((factor >= 0.25) & (factor <= 1.5)).all() for factor in learnable.leaves[1:])

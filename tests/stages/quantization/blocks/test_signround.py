@@ -1,3 +1,5 @@
+"""SignRound on a small block: it beats rounding on held-out windows, and never loses to its start."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ OPTIONS = SignRoundOptions(iterations=60, learning_rate=None, batch_size=4, seed
 
 
 def _run(stream: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """A block with one hidden layer and a residual."""
+    """Run a block with one hidden layer and a residual."""
     return stream + torch.relu(stream @ weights["up"].T) @ weights["down"].T
 
 
@@ -72,7 +74,7 @@ def test_tuning_beats_rounding_on_held_out_windows() -> None:
         result = _tune(seed)
         kept = {weight.site.name: effective_weight(weight, torch.device("cpu")) for weight in result.weights}
         rounded = {weight.site.name: effective_weight(weight, torch.device("cpu")) for weight in starts}
-        # The reported losses are those of the stored numbers; batches of windows differ in float32's rounding alone.
+        # The reported losses are those of the stored numbers; batches of windows differ only in float32's rounding.
         assert abs(result.start_loss - _loss(rounded, held_out)) < 1e-5 * result.start_loss
         assert abs(result.loss - _loss(kept, held_out)) < 1e-5 * result.loss
         assert result.loss < 0.8 * result.start_loss
@@ -102,7 +104,7 @@ def test_sites_that_are_not_quantized_keep_their_weight() -> None:
 
 
 def test_it_is_reproducible_and_depends_on_the_seed() -> None:
-    first, second, third = _tune(2), _tune(2), _tune(2, SignRoundOptions(**{**_fields(OPTIONS), "seed": 1}))
+    first, second, third = _tune(2), _tune(2), _tune(2, replace(OPTIONS, seed=1))
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(first.weights, second.weights, strict=True))
     assert not all(torch.equal(a.codes, b.codes) for a, b in zip(first.weights, third.weights, strict=True))
 
@@ -118,14 +120,10 @@ def test_every_window_is_seen_before_one_is_seen_again() -> None:
             seen.extend(stream[:, 0, 0].tolist())
         return _run(stream, weights)
 
-    options = SignRoundOptions(**{**_fields(OPTIONS), "iterations": 8})
+    options = replace(OPTIONS, iterations=8)
     steps: list[int] = []
     pair = replace(calibration, quantized=marked)
     tune_block(run, originals, starts, pair, held_out, options, lambda: steps.append(1))
     assert sorted(seen[:16]) == sorted(seen[16:]) == list(range(16))
     assert seen[:16] != seen[16:]
     assert len(steps) == 8
-
-
-def _fields(options: SignRoundOptions) -> dict[str, object]:
-    return {name: getattr(options, name) for name in ("iterations", "learning_rate", "batch_size", "seed")}

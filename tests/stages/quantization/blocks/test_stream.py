@@ -1,3 +1,5 @@
+"""Windows that pass all blocks come out as ONNX Runtime computes them from the tokens."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +17,7 @@ _TOKENS = np.random.default_rng(0).integers(2, VOCABULARY, (5, 24))
 
 
 def _error_behind_all_blocks(opened: OpenModel) -> float:
-    """Error of the stream behind the last block, from the tokens on, relative to its largest value."""
+    """Return the error of the stream behind the last block, from the tokens on, relative to its largest value."""
     cuts = [cut_block(opened.model, block) for block in opened.blocks]
     shared = tuple(dict.fromkeys(name for cut in cuts for name in cut.shared))
     first, last = opened.blocks[0].stream_in, opened.blocks[-1].stream_out

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stages.quantization.search.affine import BlockParameters
 from stages.quantization.search.choices import site_errors
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
@@ -85,12 +87,12 @@ def random_layer(
 
 
 def joint_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> float:
-    """The error summed over the sites of the group."""
+    """Return the error summed over the sites of the group."""
     return sum(site_errors(problem, choices, stats))
 
 
 def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale: bool = False) -> GroupSolver:
-    """A solver that reads ``problem``'s weights and statistics."""
+    """Return a solver that reads ``problem``'s weights and statistics."""
     weights = {site.name: weight for site, weight in zip(problem.group.sites, problem.weights, strict=True)}
 
     def read_stats(_: str) -> ActivationStats:
@@ -110,8 +112,16 @@ def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale:
     )
 
 
+def spread(parameters: BlockParameters, in_features: int, block_size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale and the zero point of every weight, [N, K]."""
+    scales = parameters.scales.double().numpy().repeat(block_size, axis=1)[:, :in_features]
+    if parameters.zero_points is None:
+        return scales, np.zeros_like(scales, dtype=int)
+    return scales, parameters.zero_points.numpy().astype(int).repeat(block_size, axis=1)[:, :in_features]
+
+
 def stored_weight(weight: QuantizedWeight) -> Tensor:
-    """(code - zero point) * scale / input scale, block by block."""
+    """Return (code - zero point) * scale / input scale, computed block by block."""
     codes = weight.codes.float()
     size = weight.spec.block_size(codes.shape[1])
     for block in range(weight.scales.shape[1]):

@@ -1,3 +1,7 @@
+"""AWQ input scales against the loss spelled out; the choice is never worse than rounding to nearest."""
+
+from __future__ import annotations
+
 import itertools
 from dataclasses import replace
 
@@ -56,10 +60,10 @@ def test_alpha_step_is_honoured(step: float) -> None:
 def test_never_worse_than_rounding_on_calibration_and_held_out(seed: int) -> None:
     layer = random_layer(seed, widths=(12, 8))
     chosen = awq_lite(layer.problem, OPTIONS)
-    plain = full_ranges(layer.problem, "full", IDENTITY)
+    baseline = full_ranges(layer.problem, "full", IDENTITY)
     assert layer.problem.stats is not None
     for stats in (layer.problem.stats.calibration, layer.problem.stats.held_out):
-        assert joint_error(layer.problem, chosen, stats) <= joint_error(layer.problem, plain, stats)
+        assert joint_error(layer.problem, chosen, stats) <= joint_error(layer.problem, baseline, stats)
     assert chosen[0].input_scale is chosen[1].input_scale
 
 
@@ -115,7 +119,7 @@ def test_dead_channels_give_finite_scales() -> None:
         assert bool((candidate.scale <= 1e4).all())
 
 
-def test_plain_rounding_is_a_candidate() -> None:
+def test_the_identity_is_a_candidate() -> None:
     # Weights that rounding keeps exactly: codes from -7 to 7 times a power of two, 7 in every block.
     layer = random_layer(0)
     weight = torch.randint(-7, 8, (20, 48), generator=torch.Generator().manual_seed(0)).float() / 8

@@ -1,3 +1,7 @@
+"""Coordinate descent against an exhaustive search over each single code and scale."""
+
+from __future__ import annotations
+
 import itertools
 
 import numpy as np
@@ -5,12 +9,11 @@ import pytest
 import torch
 
 from stages.quantization.search.affine import choose_parameters, join, quantize, split
-from stages.quantization.search.coordinate_descent import descend
+from stages.quantization.search.coordinate_descent import coordinate_descent
 from stages.quantization.search.gptq import damped
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import best_code, error
-from tests.stages.quantization.search.problems import random_layer, spec
-from tests.stages.quantization.search.test_gptq import spread
+from tests.stages.quantization.search.problems import random_layer, spec, spread
 
 
 def start(seed: int, *, in_features: int = 48, symmetric: bool = True, scale_dtype: str = "float32"):
@@ -29,7 +32,7 @@ def start(seed: int, *, in_features: int = 48, symmetric: bool = True, scale_dty
 def test_every_code_is_the_best_beside_the_others(symmetric: bool) -> None:
     """After many passes nothing is left to gain by changing a single code."""
     weight, codes, parameters, number, gram = start(1, symmetric=symmetric)
-    found, fitted = descend(weight, codes, parameters, number, gram, 30)
+    found, fitted = coordinate_descent(weight, codes, parameters, number, gram, 30)
     scales, zeros = spread(fitted, 48)
     levels = range(number.code_min, number.code_max + 1)
     rows, exact = found.numpy().astype(int), gram.double().numpy()
@@ -48,7 +51,7 @@ def test_error_falls_with_every_pass(symmetric: bool, scale_dtype: str, in_featu
     )
     losses = []
     for passes in range(4):
-        found, fitted = descend(weight, codes, parameters, number, gram, passes)
+        found, fitted = coordinate_descent(weight, codes, parameters, number, gram, passes)
         scales, zeros = spread(fitted, in_features)
         rows = found.numpy().astype(int)
         exact = gram.double().numpy()
@@ -65,7 +68,7 @@ def test_error_falls_with_every_pass(symmetric: bool, scale_dtype: str, in_featu
 
 def test_scale_is_the_best_beside_all_other_blocks() -> None:
     weight, codes, parameters, number, gram = start(3)
-    found, fitted = descend(weight, codes, parameters, number, gram, 40)
+    found, fitted = coordinate_descent(weight, codes, parameters, number, gram, 40)
     scales, zeros = spread(fitted, 48)
     rows, exact = found.numpy().astype(int), gram.double().numpy()
     for n, row in enumerate(weight.double().numpy()):
@@ -79,11 +82,13 @@ def test_scale_is_the_best_beside_all_other_blocks() -> None:
 
 def test_no_pass_changes_nothing_and_rows_of_one_scale_keep_it() -> None:
     weight, codes, parameters, number, gram = start(4)
-    same, kept = descend(weight, codes, parameters, number, gram, 0)
+    same, kept = coordinate_descent(weight, codes, parameters, number, gram, 0)
     assert torch.equal(same, codes)
     assert torch.equal(kept.scales, parameters.scales)
     channel = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(), scale_dtype="float32")
     ranges = choose_parameters(split(weight, 48), channel, "full")
-    _, kept = descend(weight, join(quantize(split(weight, 48), ranges, channel), 48), ranges, channel, gram, 2)
+    _, kept = coordinate_descent(
+        weight, join(quantize(split(weight, 48), ranges, channel), 48), ranges, channel, gram, 2
+    )
     assert torch.equal(kept.scales, ranges.scales)
     assert np.isfinite(kept.scales.numpy()).all()

@@ -1,4 +1,4 @@
-"""Tables are rounded as weights are, along either axis, and the work space doesn't decide the result."""
+"""Tables are rounded as weights are, along either axis, and the size of a chunk doesn't change the result."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import stages.quantization.search.embedding
 from stages.errors import OptionError
 from stages.quantization.plan.rules import plan_embeddings
+from stages.quantization.search import embedding
+from stages.quantization.search.embedding import quantize_table
 from stages.quantization.weights.bitpack import unpack_4bit
 from tests.reference.rounding import round_trip
 from tests.support.embeddings import dequantized, plan_of, random_table, rounded
@@ -39,14 +40,14 @@ def test_chunks_do_not_change_the_result(axis: int, monkeypatch: pytest.MonkeyPa
     plan = plan_of(1037, 33, axis=axis)
     table = random_table(plan)
     whole = rounded(plan, table)
-    monkeypatch.setattr(stages.quantization.search.embedding, "_CHUNK", 256 * 33)
+    monkeypatch.setattr(embedding, "_CHUNK", 256 * 33)
     read: list[int] = []
 
     def counted(rows: slice) -> torch.Tensor:
         read.append(rows.stop - rows.start)
         return torch.from_numpy(table[rows])
 
-    parts = stages.quantization.search.embedding.quantize_table(plan, counted)
+    parts = quantize_table(plan, counted)
     assert read == [256, 256, 256, 256, 13]
     assert torch.equal(parts.packed, whole.packed)
     assert torch.equal(parts.scales, whole.scales)

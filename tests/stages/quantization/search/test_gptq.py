@@ -1,3 +1,7 @@
+"""GPTQ against optimal brain surgery solved anew at each step, and its effect on the output error."""
+
+from __future__ import annotations
+
 from dataclasses import replace
 
 import numpy as np
@@ -7,19 +11,11 @@ import torch
 from stages.errors import SolveError
 from stages.quantization.search.affine import BlockParameters, choose_parameters, join, quantize, split
 from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.gptq import compensate, damped, gptq, gptq_codes, inverse_factor
+from stages.quantization.search.gptq import compensate, damped, gptq, gptq_codes, inverse_cholesky
 from stages.quantization.search.problem import IDENTITY, InputScale
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import obq_codes
-from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer, row_stats, spec
-
-
-def spread(parameters: BlockParameters, in_features: int, block_size: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and zero points of every weight, [N, K]."""
-    scales = parameters.scales.double().numpy().repeat(block_size, axis=1)[:, :in_features]
-    if parameters.zero_points is None:
-        return scales, np.zeros_like(scales, dtype=int)
-    return scales, parameters.zero_points.numpy().astype(int).repeat(block_size, axis=1)[:, :in_features]
+from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer, row_stats, spec, spread
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -32,36 +28,36 @@ def test_codes_match_brain_surgery_solved_anew_at_each_step(symmetric: bool, act
     gram = layer.problem.stats.calibration.gram
     assert gram is not None
     parameters = choose_parameters(split(weight, 16), number, "full", 0.9)
-    factor = inverse_factor(gram, 0.01, act_order=act_order)
-    ours = gptq_codes(weight, parameters, number, factor).numpy()
+    inverse = inverse_cholesky(gram, 0.01, act_order=act_order)
+    ours = gptq_codes(weight, parameters, number, inverse).numpy()
     scales, zeros = spread(parameters, in_features)
     exact = damped(gram.double(), 0.01).numpy()
     reference = np.stack(
         [
-            obq_codes(row, exact, scales[n], zeros[n], number.code_min, number.code_max, factor.order.tolist())
+            obq_codes(row, exact, scales[n], zeros[n], number.code_min, number.code_max, inverse.order.tolist())
             for n, row in enumerate(weight.double().numpy())
         ]
     )
     # float32 may round a tie the other way, and the rest of that row then differs too.
     assert (ours == reference).all(axis=1).mean() >= 0.9
     if act_order:
-        assert factor.order.tolist() != list(range(in_features))
+        assert inverse.order.tolist() != list(range(in_features))
 
 
-def test_uncorrelated_inputs_give_plain_rounding() -> None:
+def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     layer = random_layer(1)
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    factor = inverse_factor(torch.diag(torch.rand(48) + 0.5), 0.01, act_order=True)
-    plain = join(quantize(split(weight, 16), parameters, spec()), 48)
-    assert torch.equal(gptq_codes(weight, parameters, spec(), factor), plain)
+    inverse = inverse_cholesky(torch.diag(torch.rand(48) + 0.5), 0.01, act_order=True)
+    rounded = join(quantize(split(weight, 16), parameters, spec()), 48)
+    assert torch.equal(gptq_codes(weight, parameters, spec(), inverse), rounded)
 
 
 def test_two_columns_by_hand() -> None:
     """w = (0.4, 0.4), G = [[1, 0.8], [0.8, 1]], scale 1: 0.4 becomes 0, so the second must be 0.4 + 0.8 * 0.4."""
     parameters = BlockParameters(scales=torch.ones(1, 1), zero_points=None)
-    factor = inverse_factor(torch.tensor([[1.0, 0.8], [0.8, 1.0]]), 1e-6, act_order=False)
-    codes = gptq_codes(torch.tensor([[0.4, 0.4]]), parameters, spec(), factor)
+    inverse = inverse_cholesky(torch.tensor([[1.0, 0.8], [0.8, 1.0]]), 1e-6, act_order=False)
+    codes = gptq_codes(torch.tensor([[0.4, 0.4]]), parameters, spec(), inverse)
     assert codes.tolist() == [[0, 1]]
 
 
@@ -73,28 +69,28 @@ def test_tiles_do_not_show() -> None:
     assert gram is not None
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    factor = inverse_factor(gram, 0.01, act_order=True)
+    inverse = inverse_cholesky(gram, 0.01, act_order=True)
     pending, codes = weight.double().clone(), torch.zeros_like(weight)
-    upper, scales = factor.upper.double(), parameters.scales.double()
-    for step, column in enumerate(factor.order.tolist()):
+    upper, scales = inverse.upper.double(), parameters.scales.double()
+    for step, column in enumerate(inverse.order.tolist()):
         scale = scales[:, column // 16]
         codes[:, column] = torch.round(pending[:, column] / scale).clamp(-8, 7)
         error = (pending[:, column] - codes[:, column] * scale) / upper[step, step]
-        pending[:, factor.order[step:]] -= error[:, None] * upper[step, step:]
-    assert (gptq_codes(weight, parameters, spec(), factor) == codes).float().mean() > 0.99
+        pending[:, inverse.order[step:]] -= error[:, None] * upper[step, step:]
+    assert (gptq_codes(weight, parameters, spec(), inverse) == codes).float().mean() > 0.99
 
 
-def test_factor_is_that_of_the_inverse() -> None:
+def test_the_factor_is_that_of_the_inverse() -> None:
     layer = random_layer(0)
     assert layer.problem.stats is not None
     gram = layer.problem.stats.calibration.gram
     assert gram is not None
-    factor = inverse_factor(gram, 0.01, act_order=True)
-    ordered = damped(gram, 0.01).double()[factor.order][:, factor.order]
-    product = factor.upper.double().T @ factor.upper.double() @ ordered
+    inverse = inverse_cholesky(gram, 0.01, act_order=True)
+    ordered = damped(gram, 0.01).double()[inverse.order][:, inverse.order]
+    product = inverse.upper.double().T @ inverse.upper.double() @ ordered
     # The factor is rounded to float32; the Gram matrix's condition is some thousands.
     torch.testing.assert_close(product, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-2)
-    diagonal = torch.diagonal(gram)[factor.order]
+    diagonal = torch.diagonal(gram)[inverse.order]
     assert bool((diagonal[:-1] >= diagonal[1:]).all())
 
 
@@ -107,29 +103,31 @@ def test_dead_channels_are_rounded_and_disturb_nobody() -> None:
     gram[5], gram[:, 5] = 0, 0
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    codes = gptq_codes(weight, parameters, spec(), inverse_factor(gram, 0.01, act_order=True))
-    plain = join(quantize(split(weight, 16), parameters, spec()), 48)
-    assert torch.equal(codes[:, 5], plain[:, 5])
+    codes = gptq_codes(weight, parameters, spec(), inverse_cholesky(gram, 0.01, act_order=True))
+    rounded = join(quantize(split(weight, 16), parameters, spec()), 48)
+    assert torch.equal(codes[:, 5], rounded[:, 5])
 
 
 def test_damping_grows_until_the_matrix_can_be_factored() -> None:
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 1.05  # not positive: eigenvalue -0.05
-    factor = inverse_factor(gram, 0.01, act_order=False)
-    assert bool(torch.isfinite(factor.upper).all())
+    inverse = inverse_cholesky(gram, 0.01, act_order=False)
+    assert bool(torch.isfinite(inverse.upper).all())
     with pytest.raises(SolveError, match="can't be factored"):
-        inverse_factor(-1e9 * torch.eye(8) + torch.diag(torch.full((8,), 1.0)), 0.01, act_order=False)
+        inverse_cholesky(-1e9 * torch.eye(8) + torch.diag(torch.full((8,), 1.0)), 0.01, act_order=False)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_output_error_falls_well_below_that_of_the_ranges(seed: int) -> None:
     layer = random_layer(seed, widths=(30, 20))
     assert layer.problem.stats is not None
-    alone = compensate(layer.problem, replace(OPTIONS, descent_passes=0), full_ranges(layer.problem, "full", IDENTITY))
+    codes_only = compensate(
+        layer.problem, replace(OPTIONS, descent_passes=0), full_ranges(layer.problem, "full", IDENTITY)
+    )
     both = compensate(layer.problem, OPTIONS, full_ranges(layer.problem, "full", IDENTITY))
-    plain = full_ranges(layer.problem, "full", IDENTITY)
+    baseline = full_ranges(layer.problem, "full", IDENTITY)
     held_out = layer.problem.stats.held_out
-    losses = [joint_error(layer.problem, choices, held_out) for choices in (plain, alone, both)]
+    losses = [joint_error(layer.problem, choices, held_out) for choices in (baseline, codes_only, both)]
     assert losses[1] < 0.9 * losses[0]
     assert losses[2] < losses[1]
 
@@ -144,9 +142,9 @@ def test_scaled_space_is_that_of_the_divided_activation() -> None:
     assert gram is not None
     start = full_ranges(layer.problem, "full", InputScale(family="test", alpha=None, scale=scale))
     (choice,) = compensate(layer.problem, replace(OPTIONS, descent_passes=0), start)
-    factor = inverse_factor(gram / scale / scale[:, None], 0.01, act_order=True)
+    inverse = inverse_cholesky(gram / scale / scale[:, None], 0.01, act_order=True)
     assert choice.codes is not None
-    assert torch.equal(choice.codes, gptq_codes(weight * scale, start[0].parameters, spec(), factor))
+    assert torch.equal(choice.codes, gptq_codes(weight * scale, start[0].parameters, spec(), inverse))
 
 
 def test_rows_in_place_of_a_gram_matrix_give_the_same_codes() -> None:
@@ -173,6 +171,6 @@ def test_per_channel_int8() -> None:
     assert layer.problem.stats is not None
     number = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(), scale_dtype="float16")
     problem = replace(layer.problem, specs=(number,))
-    chosen, plain = gptq(problem, OPTIONS), full_ranges(problem, "full", IDENTITY)
+    chosen, baseline = gptq(problem, OPTIONS), full_ranges(problem, "full", IDENTITY)
     held_out = layer.problem.stats.held_out
-    assert joint_error(problem, chosen, held_out) < joint_error(problem, plain, held_out)
+    assert joint_error(problem, chosen, held_out) < joint_error(problem, baseline, held_out)

@@ -1,3 +1,7 @@
+"""The output error against the product with the activations spelled out."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""Groups side by side or one after another: the same results, the small ones first, and an early end is clean."""
+"""Groups in parallel or one after another: the same results, the small ones first, and an early end is clean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.quantization.search import parallel as side_by_side
+from stages.quantization.search import parallel
 from stages.quantization.search.parallel import search_memory, solve_groups
 from stages.quantization.search.problem import GroupProblem
 from stages.quantization.search.solver import GroupSolver
@@ -25,15 +25,15 @@ def groups(count: int) -> list[ActivationGroup]:
 
 
 def solver(seen: list[tuple[str, int]] | None = None) -> GroupSolver:
-    """One that notes the threads of each search."""
-    plain = solver_of(random_layer(0, widths=(12, 8)).problem, "awq_lite")
+    """Return one that notes the threads of each search in ``seen``."""
+    original = solver_of(random_layer(0, widths=(12, 8)).problem, "awq_lite")
 
     def noted(problem: GroupProblem, options: object) -> object:
         if seen is not None:
             seen.append((problem.group.activation, torch.get_num_threads()))
-        return plain.algorithm(problem, options)
+        return original.algorithm(problem, options)
 
-    return replace(plain, algorithm=noted)
+    return replace(original, algorithm=noted)
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +55,12 @@ def test_small_groups_have_a_thread_each_and_all_come_once() -> None:
     assert sorted(solved) == [0, 1, 2, 3, 4]
     assert {threads for _, threads in seen} == {1}
     assert torch.get_num_threads() == 2
-    alone = solver().solve(GROUP)
-    assert all(same(group, alone) and group.group.activation == f"x{place}" for place, group in solved.items())
+    expected = solver().solve(GROUP)
+    assert all(same(group, expected) and group.group.activation == f"x{place}" for place, group in solved.items())
 
 
 def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "_MEMORY", search_memory(GROUP))
+    monkeypatch.setattr(parallel, "_MEMORY", search_memory(GROUP))
     seen: list[tuple[str, int]] = []
     read: list[str] = []
     original = solver(seen)
@@ -80,7 +80,7 @@ def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkey
 
 def test_a_large_group_waits_for_the_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     large = replace(GROUP, activation="large", sites=(*GROUP.sites, site("more", 200, 48)))
-    monkeypatch.setattr(side_by_side, "_MEMORY", search_memory(large))
+    monkeypatch.setattr(parallel, "_MEMORY", search_memory(large))
     seen: list[tuple[str, int]] = []
     some = solver(seen)
     some = replace(some, specs=dict.fromkeys(["more", *some.specs], next(iter(some.specs.values()))))

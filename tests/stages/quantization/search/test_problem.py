@@ -1,3 +1,7 @@
+"""Samples of output channels stand for all of them."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -8,7 +12,7 @@ from stages.quantization.search.problem import FINE_CHANNELS, IDENTITY, InputSca
 from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer
 
 
-def test_small_layers_are_looked_at_whole() -> None:
+def test_small_layers_are_sampled_whole() -> None:
     problem = random_layer(0, widths=(FINE_CHANNELS, 20)).problem
     sample = Sample(problem, FINE_CHANNELS)
     both = zip(sample.problem.weights, problem.weights, strict=True)
@@ -40,8 +44,8 @@ def test_the_choice_is_nearly_as_good_as_one_from_all_channels(seed: int, monkey
     assert layer.problem.stats is not None
     stats = layer.problem.stats.calibration
     ours = joint_error(layer.problem, awq_lite(layer.problem, OPTIONS), stats)
-    for name in ("COARSE_CHANNELS", "FINE_CHANNELS", "_SECOND_LOOKS"):
+    for name in ("COARSE_CHANNELS", "FINE_CHANNELS", "_FINE_CANDIDATES"):
         monkeypatch.setattr(awq, name, 10**9)
     best = joint_error(layer.problem, awq_lite(layer.problem, OPTIONS), stats)
-    plain = joint_error(layer.problem, full_ranges(layer.problem, "full", IDENTITY), stats)
-    assert ours - best < 0.02 * (plain - best)
+    baseline = joint_error(layer.problem, full_ranges(layer.problem, "full", IDENTITY), stats)
+    assert ours - best < 0.02 * (baseline - best)

@@ -1,8 +1,7 @@
-"""."""
+"""Every algorithm through the solver: never worse than rounding, and reports that are true of the stored numbers."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.quantization.search import choices as choices_module
 from stages.quantization.search.awq import awq_full, awq_lite
 from stages.quantization.search.choices import full_ranges, rtn
 from stages.quantization.search.gptq import awq_gptq, gptq
@@ -48,8 +48,7 @@ def test_scales_are_positive_unless_signed_ones_are_asked_for(algorithm: Algorit
 def test_no_algorithm_is_worse_than_rounding_and_full_is_the_best(seed: int, symmetric: bool) -> None:
     layer = random_layer(seed, widths=(12, 8), symmetric=symmetric)
     assert layer.problem.stats is not None
-    plain = full_ranges(layer.problem, "full", IDENTITY)
-    results = {"rtn": plain} | {
+    results = {"rtn": full_ranges(layer.problem, "full", IDENTITY)} | {
         name: algorithm(layer.problem, OPTIONS)
         for name, algorithm in (
             ("lite", awq_lite),
@@ -69,18 +68,6 @@ def test_no_algorithm_is_worse_than_rounding_and_full_is_the_best(seed: int, sym
     assert all(held_out[name] <= held_out["rtn"] for name in results)
     assert held_out["gptq"] <= held_out["clip"]
     assert held_out["awq_gptq"] <= held_out["full"]
-
-
-def test_held_out_tokens_veto_a_choice_that_only_fits_the_calibration_text() -> None:
-    layer = random_layer(5)
-    assert layer.problem.stats is not None
-    calm = torch.ones(48)
-    calm[:24] = 1e-3  # calibration never sees what the first half does
-    layer.problem.stats.calibration.gram[:] = torch.diag(calm)
-    layer.problem.stats.calibration.abs_mean[:] = calm
-    layer.problem.stats.held_out.gram[:] = torch.diag(1 / calm)
-    chosen = awq_lite(layer.problem, OPTIONS)
-    assert chosen[0].input_scale is IDENTITY
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
@@ -118,7 +105,7 @@ def test_siblings_share_one_scale_unless_each_may_have_its_own() -> None:
     assert {report.alpha for report in joint.reports} == {joint.reports[0].alpha}
     losses = [sum(report.loss or 0 for report in result.reports) for result in (own, joint)]
     assert own.reports[0].site != own.reports[1].site
-    # Each alone can only fit its own output better (relative losses weigh sites a little differently).
+    # Each by itself can only fit its own output better (relative losses weigh sites a little differently).
     assert losses[0] <= losses[1] * 1.001
 
 
@@ -171,7 +158,7 @@ def test_codes_depend_neither_on_chunks_nor_on_threads(name: str, monkeypatch: p
     solver = solver_of(problem, name)
     threads = torch.get_num_threads()
     whole = solver.solve(problem.group)
-    monkeypatch.setattr("stages.solve.evaluate._CPU_ELEMENTS", 48)
+    monkeypatch.setattr(choices_module, "_CPU_ELEMENTS", 48)
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
         parts = replace(solver, options=replace(OPTIONS, column_chunk=1024)).solve(problem.group)
@@ -196,7 +183,7 @@ def test_codes_from_128_on_survive() -> None:
 
 @dataclass
 class MatMulTypes(TorchDispatchMode):
-    """Notes the number types of all matrix products that torch computes in this thread."""
+    """Note the number types of all matrix products that torch computes in this thread."""
 
     seen: set[torch.dtype] = field(default_factory=set)
 
@@ -209,20 +196,10 @@ class MatMulTypes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_product_is_computed_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_product_is_computed_in_half_precision() -> None:
     """A CPU has no BLAS for float16: its products are a hundred times slower."""
     layer = random_layer(9)
     found = MatMulTypes()
-
-    class WatchedPool(ThreadPoolExecutor):
-        def submit(self, work: Any, *arguments: Any) -> Any:
-            def watched() -> Any:
-                with MatMulTypes(found.seen):
-                    return work(*arguments)
-
-            return super().submit(watched)
-
-    monkeypatch.setattr("stages.threads.ThreadPoolExecutor", WatchedPool)
     # Fewer rows than channels are kept as the model computed them.
     stats = ActivationStats(
         calibration=row_stats(layer.tokens[:16].half()), held_out=row_stats(layer.held_out[:16].half())

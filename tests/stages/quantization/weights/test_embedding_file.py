@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import stages.quantization.weights.embedding_file
 from stages.errors import OptionError
+from stages.quantization.weights import embedding_file
 from stages.quantization.weights.embedding_file import TableFile
 from tests.support.embeddings import plan_of, random_table, rounded
 
@@ -35,7 +35,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.quantization.weights.embedding_file, "save_file", fails)
+    monkeypatch.setattr(embedding_file, "save_file", fails)
     with pytest.raises(KeyboardInterrupt):
         TableFile(tmp_path / "table.safetensors", plan).write(rounded(plan, random_table(plan)))
     assert list(tmp_path.iterdir()) == []

@@ -104,6 +104,34 @@ def test_embeddings_have_files_of_their_own_and_belong_to_the_recipe(tmp_path: P
             create_or_resume_store(tmp_path / "w", other, overwrite=False)
 
 
+def test_one_tensor_or_the_format_is_read_without_the_rest(tmp_path: Path) -> None:
+    solved = _solved()
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    store.write(0, solved)
+    first, second = solved.weights
+    assert store.spec(0, first.site) == first.spec
+    assert torch.equal(store.tensor(0, first.site, "zero_points"), first.zero_points)
+    assert store.tensor(0, second.site, "zero_points") is None
+
+
+def test_a_file_without_a_sites_format_is_refused(tmp_path: Path) -> None:
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    solved = _solved()
+    store.write(0, replace(solved, weights=solved.weights[:1]))
+    with pytest.raises(
+        OptionError, match=r"its specs don't name '/layers.0/k_proj/MatMul'.*run stages\.quantize again"
+    ):
+        store.read(0, GROUPS[0].sites[1])
+
+
+def test_overwrite_removes_only_folders_that_hold_nothing_else(tmp_path: Path) -> None:
+    create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    (tmp_path / "w" / "precious.txt").write_text("data")
+    with pytest.raises(UserError, match=r"precious\.txt beside quantized weights"):
+        create_or_resume_store(tmp_path / "w", replace(RECIPE, search="other"), overwrite=True)
+    assert (tmp_path / "w" / "precious.txt").read_text() == "data"
+
+
 def test_the_same_recipe_resumes_another_is_refused(tmp_path: Path) -> None:
     create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False).write(0, _solved())
     again = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)

@@ -1,4 +1,4 @@
-"""GroupQueryAttention against ONNX Runtime's CPU kernel, for every form that onnxruntime-genai's builder writes."""
+"""Attention and rotary embedding against ONNX Runtime's CPU kernels, in every form that onnxruntime-genai writes."""
 
 from __future__ import annotations
 
@@ -6,97 +6,129 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.blocks.converters.attention import LEFT_OUT, GroupQueryAttention, GroupQueryRule
+from stages.quantization.blocks.converters.attention import GroupQueryAttention, GroupQueryRule
 from tests.stages.quantization.blocks.one_node import OneNode, assert_same
 
 BATCH, LENGTH, HEADS, KV_HEADS, SIZE = 2, 11, 6, 2, 32
-_CUT = frozenset({"past_key", "past_value", "seqlens_k", "total_sequence_length"})
 
 
-def _node(rng: np.random.Generator, attributes: dict, *, packed: bool, **others: np.ndarray) -> OneNode:
-    def random(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
+def _random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
+
+def _tables(half: int) -> dict[str, np.ndarray]:
+    angles = np.random.default_rng(1).uniform(0, 6, (32, half)).astype(np.float32)
+    return {"cos_cache": np.cos(angles), "sin_cache": np.sin(angles)}
+
+
+def group_query(
+    *, packed: bool = True, half: int = SIZE // 2, bias: bool = False, sink: bool = False, **attributes: float
+) -> OneNode:
+    """Return a node with an empty past, which a cut leaves out; ``half`` is half of the channels that rotate."""
     widths = HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE
-    past = np.zeros((BATCH, KV_HEADS, 0, SIZE), np.float32)
-    angles = rng.uniform(0, 6, (32, SIZE // 2)).astype(np.float32)
-    rotary = attributes.get("do_rotary", 0)
+    rotary = _tables(half) if attributes.get("do_rotary") else {}
     return OneNode(
         operator="GroupQueryAttention",
         inputs={
-            "query": random(BATCH, LENGTH, sum(widths) if packed else widths[0]),
-            "key": None if packed else random(BATCH, LENGTH, widths[1]),
-            "value": None if packed else random(BATCH, LENGTH, widths[2]),
-            "past_key": past,
-            "past_value": past.copy(),
+            "query": _random(BATCH, LENGTH, sum(widths) if packed else widths[0]),
+            "key": None if packed else _random(BATCH, LENGTH, widths[1], seed=2),
+            "value": None if packed else _random(BATCH, LENGTH, widths[2], seed=3),
+            "past_key": np.zeros((BATCH, KV_HEADS, 0, SIZE), np.float32),
+            "past_value": np.zeros((BATCH, KV_HEADS, 0, SIZE), np.float32),
             "seqlens_k": np.full((BATCH,), LENGTH - 1, np.int32),
             "total_sequence_length": np.array([LENGTH], np.int32),
-            "cos_cache": others.get("cos", np.cos(angles)) if rotary else None,
-            "sin_cache": others.get("sin", np.sin(angles)) if rotary else None,
+            "cos_cache": rotary.get("cos_cache"),
+            "sin_cache": rotary.get("sin_cache"),
             "position_ids": None,
-            "attention_bias": others.get("bias"),
-            "head_sink": others.get("sink"),
+            "attention_bias": _random(1, HEADS, LENGTH, LENGTH, seed=4) if bias else None,
+            "head_sink": np.linspace(-2, 3, HEADS).astype(np.float32) if sink else None,
         },
         attributes={"num_heads": HEADS, "kv_num_heads": KV_HEADS, **attributes},
         further=("present_key", "present_value"),
+        left_out=frozenset({"past_key", "past_value", "seqlens_k", "total_sequence_length"}),
     )
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
-@pytest.mark.parametrize(
-    "attributes",
-    [
-        {"do_rotary": 0},
-        {"do_rotary": 1},
-        {"do_rotary": 1, "rotary_interleaved": 1},
-        {"do_rotary": 1, "scale": 0.7},
-        {"do_rotary": 1, "local_window_size": 4},
-        {"do_rotary": 1, "local_window_size": 20},
-        {"do_rotary": 0, "softcap": 2.0},
-        {"do_rotary": 1, "softcap": 1.5, "local_window_size": 3},
-        {"do_rotary": 0, "smooth_softmax": 1},
-    ],
-    ids=str,
-)
-def test_agrees_with_onnxruntime(attributes: dict, packed: bool) -> None:
-    assert_same(_node(np.random.default_rng(0), attributes, packed=packed), _CUT)
+def multi_head(
+    *, mask: tuple[int, int] | None = None, bias: bool = False, padding: bool = False, **attributes: float
+) -> OneNode:
+    """Return a node; ``mask`` is the batch and heads of an additive causal mask that a graph computes."""
+    hidden = None if mask is None else _random(*mask, LENGTH, LENGTH, seed=4)
+    return OneNode(
+        operator="MultiHeadAttention",
+        inputs={
+            **{name: _random(BATCH, LENGTH, HEADS * SIZE, seed=seed) for seed, name in enumerate(["q", "k", "v"])},
+            "bias": _random(3 * HEADS * SIZE, seed=5) if bias else None,
+            "key_padding_mask": np.full((BATCH,), LENGTH, np.int32) if padding else None,
+            "attention_bias": None if hidden is None else hidden + np.triu(np.full_like(hidden, -1e4), 1),
+        },
+        attributes={"num_heads": HEADS, **attributes},
+    )
 
 
-def test_partial_rotation_leaves_the_other_channels() -> None:
-    angles = np.random.default_rng(1).uniform(0, 6, (32, SIZE // 4)).astype(np.float32)
-    node = _node(np.random.default_rng(0), {"do_rotary": 1}, packed=True, cos=np.cos(angles), sin=np.sin(angles))
-    assert_same(node, _CUT)
+EACH = np.stack([np.arange(LENGTH), np.arange(LENGTH)[::-1] + 3]).astype(np.int64)
+JOINED, SPLIT = (BATCH, LENGTH, HEADS * SIZE), (BATCH, HEADS, LENGTH, SIZE)
 
 
-def test_bias_and_sinks() -> None:
-    rng = np.random.default_rng(2)
-    bias = rng.standard_normal((1, HEADS, LENGTH, LENGTH)).astype(np.float32)
-    assert_same(_node(rng, {"do_rotary": 1}, packed=True, bias=bias), _CUT)
-    assert_same(_node(rng, {"do_rotary": 1}, packed=True, sink=np.linspace(-2, 3, HEADS).astype(np.float32)), _CUT)
+def rotary(
+    shape: tuple[int, ...] = JOINED, positions: np.ndarray = EACH, half: int = SIZE // 2, **attributes: int
+) -> OneNode:
+    inputs = {"input": _random(*shape), "position_ids": positions, **_tables(half)}
+    return OneNode(operator="RotaryEmbedding", inputs=inputs, attributes=attributes)
+
+
+CASES = {
+    **{
+        f"group query, {'packed' if packed else 'separate'}, {attributes}": group_query(packed=packed, **attributes)
+        for packed in (True, False)
+        for attributes in (
+            {"do_rotary": 0},
+            {"do_rotary": 1},
+            {"do_rotary": 1, "rotary_interleaved": 1},
+            {"do_rotary": 1, "scale": 0.7},
+            {"do_rotary": 1, "local_window_size": 4},
+            {"do_rotary": 1, "local_window_size": 20},
+            {"do_rotary": 0, "softcap": 2.0},
+            {"do_rotary": 1, "softcap": 1.5, "local_window_size": 3},
+            {"do_rotary": 0, "smooth_softmax": 1},
+        )
+    },
+    "group query, partial rotation": group_query(do_rotary=1, half=SIZE // 4),
+    "group query, bias": group_query(do_rotary=1, bias=True),
+    "group query, sinks": group_query(do_rotary=1, sink=True),
+    "multi head": multi_head(),
+    "multi head, scale": multi_head(scale=0.3),
+    "multi head, causal": multi_head(unidirectional=1),
+    "multi head, mask by window": multi_head(mask=(BATCH, 1)),
+    "multi head, mask by head": multi_head(mask=(1, HEADS)),
+    "multi head, bias of the projections": multi_head(bias=True),
+    "rotary, joined heads": rotary(interleaved=0),
+    "rotary, joined heads, interleaved": rotary(interleaved=1),
+    "rotary, split heads": rotary(SPLIT, interleaved=0),
+    "rotary, split heads, interleaved": rotary(SPLIT, interleaved=1),
+    "rotary, one position where the window begins": rotary(positions=np.array([5], np.int64)),
+    "rotary, partial": rotary(half=SIZE // 4, num_heads=HEADS, rotary_embedding_dim=SIZE // 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_onnxruntime(name: str) -> None:
+    assert_same(CASES[name])
 
 
 def test_norms_of_query_and_key_come_before_the_rotation() -> None:
     """ONNX Runtime's CPU kernel refuses them, so the oracle is the same node behind norms made by hand."""
-    rng = np.random.default_rng(3)
-    query, key, value = (torch.from_numpy(rng.standard_normal((1, 5, n * SIZE)).astype(np.float32)) for n in (4, 2, 2))
-    gains = [torch.from_numpy(rng.uniform(0.5, 2, SIZE).astype(np.float32)) for _ in range(2)]
-    angles = torch.from_numpy(rng.uniform(0, 6, (5, SIZE // 2)).astype(np.float32))
-    module = GroupQueryAttention(GroupQueryRule(num_heads=4, kv_num_heads=2, do_rotary=True, qk_norm_epsilon=0.1))
+    query, key, value = (torch.from_numpy(_random(1, 5, n * SIZE, seed=n)) for n in (4, 2, 3))
+    value = value[..., : 2 * SIZE]
+    gains = [torch.from_numpy(0.5 + abs(_random(SIZE, seed=seed))) for seed in (5, 6)]
+    module = GroupQueryAttention(GroupQueryRule(num_heads=4, kv_num_heads=2, do_rotary=1, qk_norm_epsilon=0.1))
 
     def normed(hidden: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         heads = hidden.reshape(1, 5, -1, SIZE)
         return (heads / (heads.pow(2).mean(-1, keepdim=True) + 0.1).sqrt() * gain).flatten(2)
 
-    tables = {"cos_cache": angles.cos(), "sin_cache": angles.sin()}
+    tables = {name: torch.from_numpy(table) for name, table in _tables(SIZE // 2).items()}
     found = module(query, key, value, **tables, q_norm_weight=gains[0], k_norm_weight=gains[1])
     expected = module(normed(query, gains[0]), normed(key, gains[1]), value, **tables)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, module(query, key, value, **tables), atol=1e-3)
-
-
-def test_a_past_is_refused() -> None:
-    """A cut leaves it out; whoever hands one over must not have it ignored."""
-    node = _node(np.random.default_rng(0), {"do_rotary": 0}, packed=True)
-    with pytest.raises(NotImplementedError, match="input 3, 'past_key'"):
-        node.run_torch()
-    assert 3 in LEFT_OUT
