@@ -15,10 +15,11 @@ from stages.commands.output import Section
 from stages.commands.progress import progress_bar
 from stages.commands.run import run_command
 from stages.evaluation.bench.grid import points_of
+from stages.evaluation.bench.results import publish, raise_failures, text_results
 from stages.evaluation.bench.runs import measure
-from stages.evaluation.bench.setup import open_run_folder, publish, raise_failures, read_evaluation_texts
+from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
 from stages.report.document import write_report
-from stages.report.from_runs import sweep_document
+from stages.report.from_runs import sweep_report
 from stages.report.render import render
 
 
@@ -35,8 +36,9 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     with progress_bar() as progress:
         records = measure(run_folder, runs, evaluation_texts, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
-    yield publish(run_folder, runs, records, evaluation_texts, notes)
-    write_report(sweep_document(run_folder, runs, records, evaluation_texts, notes), render, run_folder.folder)
+    results = text_results(run_folder, runs, records, evaluation_texts, notes)
+    yield publish(run_folder, results)
+    write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
     raise_failures({run.name: records[run.name] for run in ours})
 
 

@@ -14,7 +14,7 @@ from stages.commands.output import Section
 from stages.commands.run import run_command
 
 if TYPE_CHECKING:
-    from stages.evaluation.bench.runs import EvaluationText, Record, Run
+    from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder
 
 
 def command(config: SweepConfig) -> Iterator[Section]:
@@ -25,31 +25,33 @@ def command(config: SweepConfig) -> Iterator[Section]:
     """
     from stages.commands.progress import progress_bar
     from stages.evaluation.bench.grid import points_of
+    from stages.evaluation.bench.results import publish, raise_failures, text_results
     from stages.evaluation.bench.runs import measure
-    from stages.evaluation.bench.setup import open_run_folder, publish, raise_failures, read_evaluation_texts
+    from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
     from stages.report.document import write_report
-    from stages.report.from_runs import sweep_document
+    from stages.report.from_runs import sweep_report
     from stages.report.render import render
 
     runs = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
     run_folder = open_run_folder(config)
-    evaluation_texts = () if config.no_evaluation else read_evaluation_texts(config)
-    tidy = _tidying(config.keep, runs, evaluation_texts)
+    texts = () if config.no_evaluation else read_evaluation_texts(config)
+    tidy = _tidying(config.keep, run_folder, runs, texts)
     with progress_bar() as progress:
-        records = measure(run_folder, runs, evaluation_texts, progress, tidy)
-    yield publish(run_folder, runs, records, evaluation_texts, {})
-    write_report(sweep_document(run_folder, runs, records, evaluation_texts, {}), render, run_folder.folder)
+        records = measure(run_folder, runs, texts, progress, tidy)
+    results = text_results(run_folder, runs, records, texts, {})
+    yield publish(run_folder, results)
+    write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
     raise_failures(records)
 
 
 def _tidying(
-    keep: Keep, runs: Sequence[Run], evaluation_texts: Sequence[EvaluationText]
+    keep: Keep, run_folder: RunFolder, runs: Sequence[Run], texts: Sequence[EvaluationText]
 ) -> Callable[[Mapping[str, Record]], None]:
     """Return the function that deletes models after each point, given the records so far."""
     from stages.evaluation.bench.runs import remove_model
 
     def tidy(records: Mapping[str, Record]) -> None:
-        wanted = set() if keep == "none" else _best(runs, records, evaluation_texts)
+        wanted = set() if keep == "none" else _best(run_folder, runs, records, texts)
         for run in runs:
             if run.name in records and run.name not in wanted:
                 remove_model(run)
@@ -57,16 +59,14 @@ def _tidying(
     return (lambda _: None) if keep == "all" else tidy
 
 
-def _best(runs: Sequence[Run], records: Mapping[str, Record], evaluation_texts: Sequence[EvaluationText]) -> set[str]:
+def _best(
+    run_folder: RunFolder, runs: Sequence[Run], records: Mapping[str, Record], texts: Sequence[EvaluationText]
+) -> set[str]:
     """Return the names of the points that no other one beats in bytes and loss, on one text at least."""
-    from stages.evaluation.bench.results import on_front
-    from stages.evaluation.bench.setup import results_of
+    from stages.evaluation.bench.results import text_results
 
-    best: set[str] = set()
-    for evaluation_text in evaluation_texts or (None,):
-        results = results_of(runs, records, evaluation_text, {})
-        best |= {result.name for result, is_best in zip(results, on_front(results), strict=True) if is_best}
-    return best
+    results = text_results(run_folder, runs, records, texts, {})
+    return {model.name for each in results for model in each.models if model.unbeaten}
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Compare models with their base: accuracy, answers, tasks, speed."""
+"""Evaluate models against their base: accuracy on text, generated answers, lm-eval tasks, speed and memory."""

@@ -1,4 +1,4 @@
-"""How far a model's next-token distributions are from its base's: pure functions of logits."""
+"""Accuracy from logits: perplexity, KL divergence from the base, top-1 agreement, and the tokens that lost most."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 _CHUNK_TOKENS = 64
-
-
-_MOST_BINS = 32
+_MAX_BINS = 32
+_TOP_TOKENS = 3
+"""Tokens shown of those that a model finds most likely."""
+_CONTEXT_TOKENS = 32
+"""Tokens shown before a prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
-    """Scores of T predictions: surprise and divergence in nats, and whether both models put the same token first."""
+    """Scores of T predictions, in nats, and whether both models put the same token first."""
 
     surprise: Float[Tensor, " T"]
     """-log p(next token), float64."""
@@ -58,6 +60,35 @@ class PositionBin:
     """Its 99th percentile."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guess:
+    """A token and its probability in both models, 0 to 1."""
+
+    token: str
+    base: float
+    model: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstToken:
+    """A prediction far from the base's."""
+
+    window: int
+    """Index of the window of text."""
+    position: int
+    """Index in the window of the token that is predicted."""
+    divergence: float
+    """KL(base || model), nats."""
+    context: str
+    """The text before it, up to 32 tokens."""
+    following: Guess
+    """The token that comes next in the text."""
+    base_first: tuple[Guess, ...]
+    """The base's most likely tokens."""
+    model_first: tuple[Guess, ...]
+    """The model's most likely tokens."""
+
+
 def score_window(
     base_logits: Float[Tensor, "L V"], logits: Float[Tensor, "L V"], tokens: Int64[Tensor, " L"]
 ) -> TokenScores:
@@ -92,7 +123,7 @@ def _join(parts: list[TokenScores]) -> TokenScores:
 
 
 def summarize(windows: list[TokenScores]) -> Accuracy:
-    """Means over the predictions of all windows."""
+    """Return the means over the predictions of all windows."""
     scores = _join(windows)
     return Accuracy(
         tokens=len(scores.surprise),
@@ -104,10 +135,10 @@ def summarize(windows: list[TokenScores]) -> Accuracy:
 
 
 def by_position(windows: list[TokenScores]) -> tuple[PositionBin, ...]:
-    """Divergence along windows of one length, in at most 32 bins of as many positions (the last may have fewer)."""
+    """Return the divergence by position for windows of one length, in at most 32 bins; the last may be narrower."""
     divergences = torch.stack([window.divergence for window in windows])
     positions = divergences.shape[1]
-    width = -(-positions // _MOST_BINS)
+    width = -(-positions // _MAX_BINS)
     return tuple(
         PositionBin(
             first=start + 1,
@@ -122,45 +153,8 @@ def by_position(windows: list[TokenScores]) -> tuple[PositionBin, ...]:
 
 
 def _percentile_99(values: Tensor) -> float:
-    """The 99th percentile, between neighbours linearly. numpy's, because torch's takes 16 million numbers at most."""
+    # numpy's, because torch's takes 16 million numbers at most.
     return float(np.percentile(values.numpy(), 99))
-
-
-_FIRST = 3
-"""Tokens shown of those that a model puts first."""
-
-
-_CONTEXT = 32
-"""Tokens shown before a prediction."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guess:
-    """A token, and how likely both hold it: probabilities, 0 to 1."""
-
-    token: str
-    base: float
-    model: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorstToken:
-    """One prediction."""
-
-    window: int
-    """Index of the window of text."""
-    position: int
-    """Index in the window of the token that is predicted."""
-    divergence: float
-    """KL(base || model), nats."""
-    context: str
-    """The text before it, up to 32 tokens."""
-    following: Guess
-    """What the text goes on with."""
-    base_first: tuple[Guess, ...]
-    """What the base holds most likely."""
-    model_first: tuple[Guess, ...]
-    """What the model holds most likely."""
 
 
 def worst_of_window(
@@ -172,40 +166,43 @@ def worst_of_window(
     count: int,
     decode: Callable[[Sequence[int]], str],
 ) -> Iterator[WorstToken]:
-    """The ``count`` predictions of one window with the largest divergence above 0, the largest first.
+    """Yield the predictions of one window with the largest divergence above 0, the largest first.
 
-    ``decode`` turns token ids into text.
+    Args:
+        window: index of the window.
+        base_logits: the base's logits.
+        logits: the model's logits.
+        tokens: the window's token ids.
+        scores: what ``score_window`` gave for the same window.
+        count: predictions at most.
+        decode: turns token ids into text.
     """
     found = scores.divergence.topk(min(count, len(scores.divergence)))
     for divergence, place in zip(found.values.tolist(), found.indices.tolist(), strict=True):
         if divergence > 0:
             base = torch.softmax(base_logits[place].double(), dim=-1)
             model = torch.softmax(logits[place].double(), dim=-1)
-            guesses = _Guesses(base=base, model=model, decode=decode)
             yield WorstToken(
                 window=window,
                 position=place + 1,
                 divergence=divergence,
-                context=decode(tokens[max(0, place + 1 - _CONTEXT) : place + 1].tolist()),
-                following=guesses.of(int(tokens[place + 1])),
-                base_first=guesses.first(base),
-                model_first=guesses.first(model),
+                context=decode(tokens[max(0, place + 1 - _CONTEXT_TOKENS) : place + 1].tolist()),
+                following=_guess(int(tokens[place + 1]), base, model, decode),
+                base_first=tuple(_guess(token, base, model, decode) for token in _top_tokens(base)),
+                model_first=tuple(_guess(token, base, model, decode) for token in _top_tokens(model)),
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Guesses:
-    base: Float[Tensor, " V"]
-    model: Float[Tensor, " V"]
-    decode: Callable[[Sequence[int]], str]
+def _guess(
+    token: int, base: Float[Tensor, " V"], model: Float[Tensor, " V"], decode: Callable[[Sequence[int]], str]
+) -> Guess:
+    return Guess(token=decode([token]), base=base[token].item(), model=model[token].item())
 
-    def of(self, token: int) -> Guess:
-        return Guess(token=self.decode([token]), base=self.base[token].item(), model=self.model[token].item())
 
-    def first(self, probabilities: Float[Tensor, " V"]) -> tuple[Guess, ...]:
-        return tuple(self.of(token) for token in probabilities.topk(min(_FIRST, len(probabilities))).indices.tolist())
+def _top_tokens(probabilities: Float[Tensor, " V"]) -> list[int]:
+    return [int(token) for token in probabilities.topk(min(_TOP_TOKENS, len(probabilities))).indices]
 
 
 def worst_of_all(found: Sequence[WorstToken], count: int) -> tuple[WorstToken, ...]:
-    """The ``count`` of ``found`` with the largest divergence, the largest first."""
+    """Return the ``count`` of ``found`` with the largest divergence, the largest first."""
     return tuple(sorted(found, key=lambda token: -token.divergence)[:count])

@@ -45,25 +45,25 @@ Windows = Int64[np.ndarray, "windows seq_len"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedBase:
-    """The base found and the text cut into windows; nothing has run yet."""
+    """A base model and the windows of text to run it on."""
 
     directory: ModelDirectory
     windows: Windows
     settings: SessionSettings
     worst: int
-    """Predictions shown of each model."""
+    """How many of the predictions farthest from the base's are kept for each model."""
     decode: Callable[[Sequence[int]], str]
-    """Text of token ids."""
+    """Turns token ids into text."""
 
     @property
     def tokens(self) -> str:
-        """sha256 of the windows."""
+        """Return the sha256 of the windows."""
         return hashlib.sha256(repr(self.windows.shape).encode() + self.windows.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedEvaluation:
-    """The base with its text, and the models to compare with it."""
+    """A base model with its text, and the models to compare with it."""
 
     base: PreparedBase
     models: tuple[ModelDirectory, ...]
@@ -71,7 +71,7 @@ class PreparedEvaluation:
 
     @property
     def all_models(self) -> tuple[ModelDirectory, ...]:
-        """The base first."""
+        """Return all models, the base first."""
         return self.base.directory, *self.models
 
 
@@ -96,7 +96,7 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
 
 
 def prepare(config: EvaluateConfig) -> PreparedEvaluation:
-    """``prepare_base``, and find the models.
+    """Find the base and the models, and tokenize the text with the base's tokenizer.
 
     Raises:
         UserError: a model, the tokenizer or the text can't be read, or the text is too short.
@@ -122,48 +122,48 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """The base's logits, on disk, which models are scored against."""
+    """The base's logits, in a file, that models are scored against."""
 
     base: PreparedBase
     logits: Float32[np.ndarray, "W L V"]
     row: ModelRow
-    """The base's own."""
+    """The base's own scores."""
     scratch: Path
 
     def score(self, directory: ModelDirectory, progress: Progress) -> ModelRow:
-        """Run a model on the same windows; one session is open meanwhile.
+        """Run a model on the same windows and score it.
 
         Raises:
-            UserError: it has another vocabulary than the base, or logits that aren't finite, or doesn't run.
+            UserError: its vocabulary isn't the base's, its logits aren't finite, or it can't be run.
         """
-        return _score_model(directory, self.logits, _watched(directory, self.base, self.scratch, progress), self.base)
+        return _score_model(directory, self.logits, _run_model(directory, self.base, self.scratch, progress), self.base)
 
 
 @contextmanager
 def open_reference(base: PreparedBase, progress: Progress) -> Iterator[Reference]:
-    """Run the base on its text; its logits wait in a temporary file until the block ends."""
+    """Run the base on its text and keep its logits in a temporary file while the block runs."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
-        logits = _record(_watched(base.directory, base, folder, progress), len(base.windows), folder / "base_logits")
+        logits = _record(_run_model(base.directory, base, folder, progress), len(base.windows), folder / "base_logits")
         row = _score_model(base.directory, logits, iter(logits), base)
         yield Reference(base=base, logits=logits, row=row, scratch=folder)
 
 
 def compare(prepared: PreparedEvaluation, progress: Progress) -> Evaluation:
-    """Score the base and every model; the base's logits wait in a temporary file meanwhile.
+    """Score the base and every model.
 
     Raises:
-        UserError: a model has another vocabulary than the base, or logits that aren't finite.
+        UserError: a model's vocabulary isn't the base's, its logits aren't finite, or it can't be run.
     """
     with open_reference(prepared.base, progress) as reference:
         rows = [reference.row, *(reference.score(model, progress) for model in prepared.models)]
     return Evaluation(comparison=prepared.comparison, rows=tuple(rows))
 
 
-def _watched(
+def _run_model(
     directory: ModelDirectory, base: PreparedBase, scratch: Path, progress: Progress
 ) -> Iterator[Float32[np.ndarray, "L V"]]:
-    """The model's logits on each window, with a bar of its own that goes when it is done."""
+    """Yield the model's logits on each window, with a progress bar of its own."""
     task = progress.add_task(directory.folder.name, total=len(base.windows), unit="windows")
     with open_decoder(directory, base.settings, scratch) as decoder:
         for window in base.windows:
@@ -178,7 +178,7 @@ def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) ->
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
             f"--text {config.text} gives {len(windows)} windows of {config.seq_len} tokens and --windows is "
-            f"{config.windows}; choose from 1 to what there is."
+            f"{config.windows}; pass at least 1 and at most that many windows, or a longer text."
         )
     return windows
 
@@ -187,11 +187,14 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} can't be read ({error}); pass a UTF-8 text file, or offline.") from error
+        raise UserError(f"--text {path} can't be read ({error}); pass a UTF-8 text file, or 'offline'.") from error
 
 
 def _record(logits: Iterator[Float32[np.ndarray, "L V"]], windows: int, file: Path) -> Float32[np.ndarray, "W L V"]:
-    """Write logits to ``file`` as they come: 16 windows of 512 tokens fill 1.6 GB at 49,000 tokens of vocabulary."""
+    """Write logits to ``file`` as they come.
+
+    They are too many for memory: 16 windows of 512 tokens fill 1.6 GB at 49,000 tokens of vocabulary.
+    """
     first = next(logits)
     try:
         recorded = np.memmap(file, np.float32, "w+", shape=(windows, *first.shape))
@@ -229,7 +232,7 @@ def _score_model(
 
 
 def _vocabulary(directory: ModelDirectory) -> int | None:
-    """Width of the logits, None where the graph leaves it open."""
+    """Return the width of the logits, None where the graph leaves it open."""
     logits = next((value for value in ir.load(directory.onnx_file).graph.outputs if value.name == "logits"), None)
     if logits is None:
         raise UserError(f"{directory.onnx_file} has no output 'logits'; pass a text decoder.")
@@ -239,13 +242,15 @@ def _vocabulary(directory: ModelDirectory) -> int | None:
 
 def _check_vocabulary(folder: Path, base: int | None, model: int | None) -> None:
     if base is not None and model is not None and base != model:
-        raise UserError(f"{folder} has {model} tokens in its vocabulary and --base {base}; pass models of this base.")
+        raise UserError(
+            f"{folder} has {model} tokens in its vocabulary and --base {base}; pass models made from this base."
+        )
 
 
 def _check_logits(folder: Path, base: Float32[np.ndarray, "L V"], logits: Float32[np.ndarray, "L W"]) -> None:
     _check_vocabulary(folder, base.shape[-1], logits.shape[-1])
     if not np.isfinite(logits).all():
         raise UserError(
-            f"{folder} gives logits that are not finite: its weights, or float16 on this execution provider, overflow; "
-            "build it in fp32 or try another of --eps."
+            f"{folder} gives logits that are not finite: its weights overflow, or float16 does on this execution "
+            "provider; build it in fp32, or pass other --eps."
         )

@@ -1,4 +1,4 @@
-"""The same prompts to several models, their greedy answers side by side."""
+"""Generate each model's greedy answers to the same prompts, side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ _OPTION = "--generate"
 def generate(
     folders: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress
 ) -> tuple[Generation, ...]:
-    """What each model, the base first, answers to each prompt; one model is open at a time.
+    """Return each model's greedy answers to each prompt; one model is open at a time.
+
+    Args:
+        folders: the models' folders, the base first.
+        prompts: what they answer.
+        max_new_tokens: tokens of an answer at most.
+        progress: shows how many answers are there.
 
     Raises:
         UserError: onnxruntime-genai isn't installed, or a model can't be run by it here.
@@ -46,11 +52,11 @@ def generate(
 def _side_by_side(names: Sequence[str], answers: Sequence[tuple[list[int], str]]) -> tuple[Answer, ...]:
     base, _ = answers[0]
     return tuple(
-        Answer(model=name, text=text, tokens=len(tokens), same_tokens=common_start(base, tokens))
+        Answer(model=name, text=text, tokens=len(tokens), same_tokens=common_prefix(base, tokens))
         for name, (tokens, text) in zip(names, answers, strict=True)
     )
 
 
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

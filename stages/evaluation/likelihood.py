@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, many at once: batches of similar lengths, past key/values empty."""
+"""Compute log-likelihoods of continuations in batches of similar lengths, without a key/value cache."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxtyping import Float32, Int64
 
 LogitsOf = Callable[[Int64[np.ndarray, "B L"]], Float32[np.ndarray, "B L V"]]
 _PADDING = 0
-"""Any token does: it stands behind all others, and attention looks back only."""
+"""Any token does: it comes after all others, and attention only looks back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """Tokens that are given, at least one, and those whose likelihood is asked for."""
+    """At least one token of context, and the tokens whose likelihood is asked for."""
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -24,7 +24,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likelihood:
-    """The sum of log p(token | all before it), nats, and whether each token is the most likely one at its place."""
+    """Sum of log p(token | all before it), in nats, and whether each token is the most likely one in its place."""
 
     log_probability: float
     is_greedy: bool
@@ -33,7 +33,7 @@ class Likelihood:
 def likelihoods(
     requests: Sequence[Continuation], logits_of: LogitsOf, max_length: int, batch_tokens: int
 ) -> Iterator[tuple[int, Likelihood]]:
-    """(index of the request, its likelihood), longest requests first.
+    """Yield (index of the request, its likelihood), the longest requests first.
 
     The model reads all tokens but the last; where they are more than ``max_length``, the context's first tokens are
     left out. A batch is padded on the right to at most ``batch_tokens`` tokens, or holds a single request.
@@ -53,7 +53,7 @@ def likelihoods(
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Neighbours in ``order``, whose lengths fall: the first of a batch is the longest."""
+    """Yield neighbours in ``order``, whose lengths fall: the first of a batch is the longest."""
     batch: list[int] = []
     for index in order:
         if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:

@@ -1,4 +1,7 @@
-"""A model in ONNX Runtime as lm-eval asks its models. Imported only where lm-eval is used, an optional package."""
+"""Adapt a model in ONNX Runtime to lm-eval's model interface.
+
+Import it only after ``require_lm_eval``: lm-eval is an optional package.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from stages.model.genai_config import read_genai_config
 from stages.runtime.decoder import Decoder
 
 _UNKNOWN_LENGTH = 2048
-"""What lm-eval takes for a model that doesn't tell how many tokens it reads."""
+"""Tokens that lm-eval assumes where a model doesn't say how many it reads."""
 _NEW_TOKENS = 256
-"""lm-eval's own default."""
+"""lm-eval's default for tokens of an answer."""
 _LOGITS_BYTES = 256 << 20
-"""What the logits of one batch may take; a single long request may take more."""
+"""Memory for the logits of one batch; a single long request may take more."""
 _FLOAT32 = 4
 
 
@@ -44,25 +47,28 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads at most."""
+        """Return how many tokens the model reads at most."""
         return self._decoder.directory.context_length or _UNKNOWN_LENGTH
 
     @property
     def eot_token_id(self) -> int:
+        """Return the token that ends texts."""
         token: int = self.tokenizer.eos_token_id
         return token
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the token that begins texts, or else the one that ends them."""
+        """Return the token before a text without context: the one that begins texts, or else the one that ends them."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
+        """Return the name under which lm-eval caches requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the text that the tokenizer's template makes of it."""
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -72,7 +78,7 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return str(text)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids; text that already begins with the first token doesn't get it again."""
+        """Return token ids; the first token isn't added to text that already begins with it."""
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = not (begin and string.startswith(begin))
@@ -82,7 +88,7 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy or not) of each (cache key, context, continuation)."""
+        """Return (log-likelihood, greedy or not) of each (cache key, context, continuation)."""
         continuations = [Continuation(context=tuple(context), tokens=tuple(tokens)) for _, context, tokens in requests]
         for continuation in continuations:
             self._require_room(len(continuation.tokens))
@@ -98,7 +104,7 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """The log-likelihood of each whole text, in windows of ``max_length`` tokens; each token counts once."""
+        """Return the log-likelihood of each whole text, in windows of ``max_length`` tokens; each token counts once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             (text,) = request.args
@@ -114,7 +120,7 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy answers, each up to its first stop string, its end token, or as many tokens as it may have.
+        """Return greedy answers, each up to its first stop string, its end token, or its largest length.
 
         Raises:
             UserError: a task asks for sampling, or for more tokens than the model reads.
@@ -130,7 +136,7 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         wanted = normalize_gen_kwargs(settings, _NEW_TOKENS)
         if wanted.get("do_sample"):
             raise UserError(
-                f"--lm_eval_tasks: a task asks for sampling ({json.dumps(settings)}), and answers here are greedy; "
+                f"--lm_eval_tasks: a task asks for sampling ({json.dumps(settings)}), but answers here are greedy; "
                 "set do_sample: false in its generation_kwargs."
             )
         limit = int(wanted["max_gen_toks"])
@@ -160,6 +166,6 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _require_room(self, tokens: int) -> None:
         if tokens > self.max_length:
             raise UserError(
-                f"--lm_eval_tasks: a task wants {tokens} tokens at once, and {self._decoder.directory.folder} reads at "
+                f"--lm_eval_tasks: a task needs {tokens} tokens at once, but {self._decoder.directory.folder} reads at "
                 f"most {self.max_length}; leave this task out."
             )

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on models in ONNX Runtime: by name from the hub, or from local task files."""
+"""Run lm-eval tasks on models in ONNX Runtime: tasks by name from the hub, or from local task files."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _YAML = ".yaml"
 _STDERR = "_stderr"
 _NO_FILTER = "none"
 TaskSpec = str | dict[str, Any]
-"""A task as lm-eval takes it: a name, or a task file's content."""
+"""A task as lm-eval takes it: a name, or the content of a task file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRequest:
-    """Tasks that were found, and how much of each is run."""
+    """The tasks to run, and how much of each."""
 
     specs: tuple[TaskSpec, ...]
     limit: int | None
     """Samples of each task; None for all."""
     manager: Any
-    """lm-eval's TaskManager: it takes half a minute to learn lm-eval's own tasks, where they are needed."""
+    """lm-eval's TaskManager: kept, because it takes half a minute to index lm-eval's own tasks."""
 
 
 def require_lm_eval() -> None:
@@ -43,9 +43,13 @@ def require_lm_eval() -> None:
 
 
 def find_tasks(names: Sequence[str], limit: int | None) -> TaskRequest:
-    """The tasks that ``names`` mean: names that lm-eval knows, task files (.yaml), or folders of them.
+    """Return the tasks that ``names`` mean: names that lm-eval knows, task files (.yaml), or folders of them.
 
     Paths of data files in a task file may be relative to it.
+
+    Args:
+        names: the values of --lm_eval_tasks.
+        limit: samples of each task; None for all.
 
     Raises:
         UserError: lm-eval isn't installed, or a name is neither of these, or a file can't be read.
@@ -69,10 +73,16 @@ def find_tasks(names: Sequence[str], limit: int | None) -> TaskRequest:
 def run_tasks(
     directory: ModelDirectory, request: TaskRequest, settings: SessionSettings, progress: Progress
 ) -> tuple[TaskScore, ...]:
-    """Run the tasks on one model: every metric of every task, groups of tasks too.
+    """Run the tasks on one model and return every metric of every task, groups of tasks included.
+
+    Args:
+        directory: the model.
+        request: what ``find_tasks`` found.
+        settings: how its session is opened.
+        progress: shows how far each kind of request is.
 
     Raises:
-        UserError: a task's data can't be had, or it asks for what the model can't do, or the model doesn't run.
+        UserError: a task's data is missing, it asks for what the model can't do, or the model can't be run.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -93,7 +103,7 @@ def run_tasks(
             raise
         except Exception as error:  # data sets, task files and metrics raise whatever they like
             raise UserError(
-                f"{_OPTION}: lm-eval stops ({named(error)}); where a data set is missing, go online once or pass a "
+                f"{_OPTION}: lm-eval stopped ({named(error)}); where a data set is missing, run once online or pass a "
                 "task file whose data lies on this machine."
             ) from error
     return tuple(_scores(directory.folder.name, results))
@@ -105,7 +115,9 @@ def _task_files(path: Path) -> list[Path]:
     if path.suffix != _YAML:
         return []
     if not path.is_file():
-        raise UserError(f"{_OPTION} {path} doesn't exist; pass a task file, a folder of them, or a name lm-eval knows.")
+        raise UserError(
+            f"{_OPTION} {path} doesn't exist; pass a task file, a folder of them, or a name that lm-eval knows."
+        )
     return [path]
 
 
@@ -115,22 +127,22 @@ def _read_task(file: Path) -> dict[str, Any]:
     try:
         task: dict[str, Any] = load_yaml(file)
     except Exception as error:  # yaml's own classes, and whatever functions beside the file raise
-        raise UserError(f"{_OPTION} {file} can't be read ({named(error)}); mend the file.") from error
+        raise UserError(f"{_OPTION} {file} can't be read ({named(error)}); fix the file.") from error
     files = task.get("dataset_kwargs", {}).get("data_files")
     if files is not None:
-        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": _found_beside(files, file.parent)}
+        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": _resolve_beside(files, file.parent)}
     return task
 
 
-def _found_beside(files: object, folder: Path) -> object:
-    """``files`` (a path, or several in lists and mappings) with those that lie in ``folder`` as absolute paths."""
+def _resolve_beside(files: object, folder: Path) -> object:
+    """Return ``files`` (a path, or lists and mappings of some) with those that lie in ``folder`` as absolute paths."""
     match files:
         case str():
             return str((folder / files).absolute()) if (folder / files).is_file() else files
         case list():
-            return [_found_beside(file, folder) for file in files]
+            return [_resolve_beside(file, folder) for file in files]
         case dict():
-            return {split: _found_beside(file, folder) for split, file in files.items()}
+            return {split: _resolve_beside(file, folder) for split, file in files.items()}
         case _:
             return files
 
@@ -138,13 +150,13 @@ def _found_beside(files: object, folder: Path) -> object:
 def _require_known(name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise UserError(
-            f"{_OPTION} {name} is neither a task that lm-eval knows nor a {_YAML} file or a folder with some; "
-            "'lm-eval ls tasks' lists its names."
+            f"{_OPTION} {name} is not a task that lm-eval knows, a {_YAML} file or a folder of them; "
+            "'lm-eval ls tasks' lists the names."
         )
 
 
 def _scores(model: str, results: Mapping[str, Any]) -> Iterator[TaskScore]:
-    """Every number of lm-eval's results: ``metric,filter`` and ``metric_stderr,filter``."""
+    """Yield every number of lm-eval's results: ``metric,filter`` and ``metric_stderr,filter``."""
     for task, metrics in results["results"].items():
         samples = results.get("n-samples", {}).get(task, {}).get("effective")
         for key, value in metrics.items():

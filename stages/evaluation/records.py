@@ -1,4 +1,4 @@
-"""What an evaluation found, and the file that keeps it."""
+"""Records of an evaluation, and the JSON file that keeps them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.system.json_file import explained, read_json, write_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What is compared with what; two equal comparisons have equal numbers."""
+    """Models, text and settings: equal comparisons give equal numbers."""
 
     models: tuple[tuple[str, str], ...]
     """(folder name, fingerprint), the base first."""
@@ -25,12 +25,12 @@ class Comparison:
     accuracy_level: int
     providers: tuple[str, ...]
     worst: int
-    """Predictions shown of each model."""
+    """How many of the predictions farthest from the base's are kept for each model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRow:
-    """One model on a text."""
+    """One model's scores on a text."""
 
     name: str
     bytes: int
@@ -44,13 +44,13 @@ class ModelRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a model goes on with behind a prompt, each time with its most likely token."""
+    """One model's greedy continuation of a prompt."""
 
     model: str
     text: str
     tokens: int
     same_tokens: int
-    """Tokens from the beginning that are the base's too; all of them for the base."""
+    """Leading tokens that are the base's too; all of them for the base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +59,13 @@ class Generation:
 
     prompt: str
     templated: bool
-    """Whether the base's chat template was put around it."""
+    """Whether the base's chat template was applied to it."""
     answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """Tokens a second over several rounds."""
+    """Tokens per second over several rounds."""
 
     median: float
     slowest: float
@@ -74,7 +74,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpeed:
-    """How one model ran in onnxruntime-genai."""
+    """One model's speed and memory in onnxruntime-genai."""
 
     model: str
     prompt: Rate
@@ -82,15 +82,15 @@ class ModelSpeed:
     load_seconds: float
     """Median."""
     peak_bytes: int | None
-    """Largest of all rounds: the most that the whole process held, Python included. None where the operating system
-    doesn't tell (Windows)."""
+    """Largest of all rounds, for the whole process, Python included; None where the operating system doesn't say
+    (Windows)."""
     accuracy_level: str
-    """In words: the level and who sets it."""
+    """The level, and which file sets it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedTest:
-    """Models in turns, each round in a process of its own."""
+    """A speed test of several models, which run alternately, each round in a process of its own."""
 
     machine: str
     runtime: str
@@ -110,7 +110,7 @@ class TaskScore:
     task: str
     metric: str
     filter: str
-    """The filter of answers that lm-eval applied; none where it is the default one."""
+    """The filter that lm-eval applied to the answers; empty for its default one."""
     value: float
     stderr: float | None
     """Standard error over the samples; None where lm-eval gives none."""
@@ -119,7 +119,7 @@ class TaskScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Everything that is known of some models and their base on one text; the base's row first."""
+    """Everything known about some models and their base on one text; the base's row comes first."""
 
     comparison: Comparison
     rows: tuple[ModelRow, ...]
@@ -128,8 +128,10 @@ class Evaluation:
     tasks: tuple[TaskScore, ...] = ()
 
     def kept_from(self, earlier: Evaluation | None) -> Evaluation:
-        """This evaluation with what an ``earlier`` one of the same comparison knows besides: other prompts and tasks,
-        and the speed if it wasn't measured again."""
+        """Return this evaluation with what an ``earlier`` one of the same comparison adds to it.
+
+        That is other prompts, other tasks, and the speed if it wasn't measured again.
+        """
         if earlier is None or earlier.comparison != self.comparison:
             return self
         prompts, tasks = {one.prompt for one in self.generations}, {one.task for one in self.tasks}
@@ -155,6 +157,6 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 
 def load_evaluation(path: Path, comparison: Comparison) -> Evaluation | None:
-    """The evaluation in ``path`` if it is one of exactly this comparison."""
+    """Return the evaluation in ``path`` if it is of exactly this comparison; else None."""
     evaluation = read_json(path, _EVALUATIONS)
     return None if evaluation is None or evaluation.comparison != comparison else evaluation

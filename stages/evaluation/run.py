@@ -1,8 +1,7 @@
-"""Run a whole evaluation: the comparison on text, and the answers, tasks and speed that are asked for."""
+"""Run a whole evaluation: compare models on text, and add the answers, tasks and speed that are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from stages.commands.evaluate_options import EvaluateConfig
@@ -26,7 +25,7 @@ def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier
         earlier: what an equal comparison found.
 
     Raises:
-        UserError: a model, a prompt or a task can't be used; said before anything is run.
+        UserError: a model, a prompt or a task can't be used; raised before anything is run.
     """
     folders = [model.folder for model in prepared.all_models]
     for option, wanted in (("--generate", config.generate), ("--speed", config.speed)):
@@ -53,7 +52,6 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
 
 
 def _tasks(request: TaskRequest, prepared: PreparedEvaluation, progress: Progress) -> tuple[TaskScore, ...]:
-    scores: Sequence[tuple[TaskScore, ...]] = [
-        run_tasks(model, request, prepared.base.settings, progress) for model in prepared.all_models
-    ]
-    return tuple(score for of_model in scores for score in of_model)
+    return tuple(
+        score for model in prepared.all_models for score in run_tasks(model, request, prepared.base.settings, progress)
+    )

@@ -1,10 +1,10 @@
-"""Speed and memory in onnxruntime-genai: models in turns, each round of each in a process of its own."""
+"""Measure speed and memory in onnxruntime-genai; models run alternately, each round in a process of its own."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -27,18 +27,24 @@ _DEFAULT_LEVEL = "4, ONNX Runtime's default on the CPU"
 def measure_speed(
     models: Sequence[ModelDirectory], request: SpeedRequest, rounds: int, progress: Progress
 ) -> SpeedTest:
-    """Run each model ``rounds`` times, the base first, all models one after the other in each round.
+    """Run every model once in each round and summarize all rounds.
+
+    Args:
+        models: the base first.
+        request: the prompt and settings, the same for all.
+        rounds: how often each model runs.
+        progress: shows how many rounds are done.
 
     Raises:
         UserError: onnxruntime-genai isn't installed, or a model can't be run by it here.
     """
     runtime = runtime_version(OPTION)
-    found: dict[int, list[tuple[Round, Cost]]] = {number: [] for number in range(len(models))}
+    found: list[list[tuple[Round, Cost]]] = [[] for _ in models]
     task = progress.add_task("speed", total=rounds * len(models), unit="rounds")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         for _ in range(rounds):
-            for number, model in enumerate(models):
-                found[number].append(_run_round(model, request, Path(scratch)))
+            for model, measured in zip(models, found, strict=True):
+                measured.append(_run_round(model, request, Path(scratch)))
                 progress.advance(task)
     progress.remove_task(task)
     return SpeedTest(
@@ -48,7 +54,7 @@ def measure_speed(
         rounds=rounds,
         prompt_tokens=len(request.prompt),
         new_tokens=request.new_tokens,
-        models=_summaries(models, found, request),
+        models=tuple(_summarize(model, measured, request) for model, measured in zip(models, found, strict=True)),
     )
 
 
@@ -63,19 +69,15 @@ def _run_round(model: ModelDirectory, request: SpeedRequest, scratch: Path) -> t
     return ROUNDS.validate_json(answered.read_bytes()), cost
 
 
-def _summaries(
-    models: Sequence[ModelDirectory], found: Mapping[int, Sequence[tuple[Round, Cost]]], request: SpeedRequest
-) -> tuple[ModelSpeed, ...]:
-    return tuple(
-        ModelSpeed(
-            model=model.folder.name,
-            prompt=_rate(len(request.prompt), [run.prompt for run, _ in found[number]]),
-            decode=_rate(request.new_tokens - 1, [run.decode for run, _ in found[number]]),
-            load_seconds=median(run.load for run, _ in found[number]),
-            peak_bytes=_largest([cost.peak_bytes for _, cost in found[number]]),
-            accuracy_level=accuracy_level_in_words(model),
-        )
-        for number, model in enumerate(models)
+def _summarize(model: ModelDirectory, measured: Sequence[tuple[Round, Cost]], request: SpeedRequest) -> ModelSpeed:
+    peaks = [cost.peak_bytes for _, cost in measured if cost.peak_bytes is not None]
+    return ModelSpeed(
+        model=model.folder.name,
+        prompt=_rate(len(request.prompt), [run.prompt for run, _ in measured]),
+        decode=_rate(request.new_tokens - 1, [run.decode for run, _ in measured]),
+        load_seconds=median(run.load for run, _ in measured),
+        peak_bytes=max(peaks, default=None),
+        accuracy_level=describe_accuracy_level(model),
     )
 
 
@@ -84,18 +86,13 @@ def _rate(tokens: int, seconds: Sequence[float]) -> Rate:
     return Rate(median=median(rates), slowest=min(rates), fastest=max(rates))
 
 
-def _largest(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return max(known, default=None)
-
-
-def accuracy_level_in_words(model: ModelDirectory) -> str:
-    """The accuracy level that the runtime takes for a model's 4- and 8-bit MatMuls, and who says so."""
-    nodes = [node for node in ir.load(model.onnx_file).graph.all_nodes() if node.op_type == "MatMulNBits"]
-    levels = sorted({node.attributes.get_int("accuracy_level", 0) for node in nodes})
+def describe_accuracy_level(model: ModelDirectory) -> str:
+    """Return the accuracy level that the runtime uses for a model's quantized MatMuls, and which file sets it."""
+    nodes = list(ir.load(model.onnx_file).graph.all_nodes())
+    levels = sorted({node.attributes.get_int("accuracy_level", 0) for node in nodes if node.op_type == "MatMulNBits"})
     options = read_genai_config(model.folder).get("model", {}).get("decoder", {}).get("session_options", {})
     if levels:
         return f"{', '.join(map(str, levels))}, by its MatMulNBits nodes"
-    if not any(node.op_type == "DequantizeLinear" for node in ir.load(model.onnx_file).graph.all_nodes()):
+    if not any(node.op_type == "DequantizeLinear" for node in nodes):
         return "none: nothing is quantized"
     return f"{options[ACCURACY_LEVEL]}, by its genai_config.json" if ACCURACY_LEVEL in options else _DEFAULT_LEVEL

@@ -1,4 +1,7 @@
-"""One round in a process of its own: ``python -m stages.evaluation.speed_round MODEL REQUEST.json ROUND.json``."""
+"""Time one model once, in a process of its own.
+
+Run as ``python -m stages.evaluation.speed_round MODEL REQUEST.json ROUND.json``.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,12 @@ from stages.errors import UserError
 from stages.runtime.genai import open_genai
 
 OPTION = "--speed"
-
-
 _WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedRequest:
-    """What every model is given in every round."""
+    """The prompt and settings of every round of every model."""
 
     prompt: tuple[int, ...]
     """Token ids."""
@@ -30,23 +31,21 @@ class SpeedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What one process measured: seconds."""
+    """Seconds that one process measured."""
 
     load: float
     prompt: float
     """From the prompt to the first new token."""
     decode: float
-    """For the new tokens after the first."""
+    """For all new tokens after the first."""
 
 
 REQUESTS = TypeAdapter(SpeedRequest)
-
-
 ROUNDS = TypeAdapter(Round)
 
 
 def time_round(folder: Path, request: SpeedRequest) -> Round:
-    """Load the model, generate a few tokens unmeasured, then answer the prompt.
+    """Time loading the model and answering the prompt, after a few tokens of warm-up.
 
     Raises:
         UserError: onnxruntime-genai isn't installed, or the model can't be run by it here.
@@ -66,7 +65,7 @@ def time_round(folder: Path, request: SpeedRequest) -> Round:
 
 
 def main(folder: str, request: str, answer: str) -> None:
-    """Measure what the file ``request`` asks for and write the file ``answer``."""
+    """Measure what the file ``request`` asks for, and write the file ``answer``."""
     try:
         found = time_round(Path(folder), REQUESTS.validate_json(Path(request).read_bytes()))
     except UserError as error:

@@ -22,10 +22,10 @@ _SHOWN = 5
 
 
 def command(config: InspectConfig) -> Iterator[Section]:
-    """Explain what ``config.path`` holds.
+    """Explain what a folder or .onnx file holds.
 
     Raises:
-        UserError: it doesn't exist, or is nothing that this project knows.
+        UserError: it doesn't exist, or this project doesn't know what it is.
     """
     record, table = _inspect(config.path.absolute())
     yield Section(name="inspection", table=table, record=record)
@@ -71,8 +71,8 @@ def _inspect_model(path: Path) -> tuple[object, RenderableType]:
     if path.is_dir() and not any(path.glob("*.onnx")):
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:_SHOWN]) or "nothing"
         raise UserError(
-            f"{path} holds {held}: no .onnx file, no calibration cache (manifest.json), no quantized weights "
-            "(recipe.json) and no sweep (*.run.json); pass a folder that has one."
+            f"{path} has no .onnx file, calibration cache (manifest.json), quantized weights (recipe.json) or sweep "
+            f"(*.run.json), but {held}; pass a folder that has one."
         )
     found = report_model(locate_model(path))
     return found, model_table(found)

@@ -1,4 +1,4 @@
-"""This project's own folders: calibration caches, quantized weights, sweeps."""
+"""Report on this project's own folders: calibration caches, quantized weights, sweeps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Literal
 
 from stages.calibration.cache import CalibrationCache, StatisticsOutline
 from stages.errors import CacheMismatch, UserError
-from stages.evaluation.bench.results import Result, TextResults, measured_models
+from stages.evaluation.bench.results import TextResults, measured_models
 from stages.evaluation.bench.runs import read_base_rows, read_records
-from stages.evaluation.records import ModelRow
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model
 from stages.quantization.plan.forecast import read_forecasts
@@ -39,16 +38,16 @@ class CacheReport:
     providers: tuple[str, ...]
     activations: int
     widths: tuple[tuple[int, int], ...]
-    """(inputs of an activation, activations that have so many)."""
+    """(channels of an activation, activations with that many)."""
     as_rows: int
-    """Activations whose tokens' own rows are kept in place of a Gram matrix."""
+    """Activations of which the tokens' rows are kept instead of a Gram matrix."""
     forecasts: int
-    """Sites whose errors a budget has forecast."""
+    """Sites whose errors were forecast for a budget."""
     files: tuple[str, ...]
-    """What else lies in the folder."""
+    """Other files in the folder."""
     damaged: tuple[str, ...]
     made_from: str
-    """The base model, where it lies beside the cache, or what is known of it."""
+    """The base model where it lies beside the cache, else what is known of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +62,14 @@ class WeightsReport:
     folds_input_scales: bool
     groups: int
     finished: int
-    """Groups that are searched; the same command goes on with the rest."""
+    """Groups that were searched; running the same command again searches the rest."""
     embeddings: int
     bits_per_weight: float | None
-    """Of the finished groups; None where there is none."""
+    """Of the finished groups; None where none is."""
     sites: tuple[SiteReport, ...]
     kept: tuple[tuple[str, str], ...]
     files: tuple[str, ...]
-    """What else lies in the folder: report.jsonl, plan.toml, verification.json."""
+    """Other files in the folder: report.jsonl, plan.toml, verification.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +79,14 @@ class SweepReport:
     kind: Literal["sweep"] = field(default="sweep", init=False)
     folder: Path
     texts: tuple[TextResults, ...]
-    """Texts go by the keys under which they were measured."""
+    """Texts have their keys as names: the folder doesn't hold their own."""
     failed: int
     deleted: tuple[str, ...]
-    """Models that aren't there any more; their records are."""
+    """Models that were deleted while their records stay."""
 
 
 def report_cache(cache: CalibrationCache) -> CacheReport:
-    """Look at a cache; statistics are not read."""
+    """Report on a cache; its statistics aren't read."""
     key, outlines, damaged = cache.manifest.key, list[StatisticsOutline](), list[str]()
     for activation in cache.manifest.files:
         try:
@@ -113,7 +112,7 @@ def report_cache(cache: CalibrationCache) -> CacheReport:
 
 
 def _made_from(cache: CalibrationCache) -> str:
-    """The folder that the cache's default name belongs to, if its fingerprint is the cache's."""
+    """Return the base model's folder, if the cache has its default name beside it, or what is known instead."""
     name = cache.folder.absolute().name
     base = cache.folder.absolute().with_name(name.removesuffix(_CALIBRATION))
     if not name.endswith(_CALIBRATION) or not base.exists():
@@ -121,12 +120,12 @@ def _made_from(cache: CalibrationCache) -> str:
     try:
         same = fingerprint_model(locate_model(base)) == cache.manifest.key.model_fingerprint
     except (UserError, OSError):
-        return f"{base}, which can't be read whole now"
-    return f"{base}" if same else f"another model than {base} is now"
+        return f"{base}, which can't be read now"
+    return f"{base}" if same else f"another model than {base} holds now"
 
 
 def report_weights(store: QuantizedStore) -> WeightsReport:
-    """Look at quantized weights; codes are not read."""
+    """Report on quantized weights; their codes aren't read."""
     finished = sum(store.is_finished(index) for index in range(len(store.recipe.groups)))
     return WeightsReport(
         folder=store.folder,
@@ -145,47 +144,28 @@ def report_weights(store: QuantizedStore) -> WeightsReport:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether ``folder`` holds records of measured models."""
+    """Return whether ``folder`` holds records of measured models."""
     return bool(read_records(folder))
 
 
 def report_sweep(folder: Path) -> SweepReport:
-    """The records of a sweep or of a comparison with competitors."""
-    records = read_records(folder)
+    """Report on the records of a sweep or a comparison with other tools."""
+    records, bases = read_records(folder), read_base_rows(folder)
+    keys = dict.fromkeys(key for record in records.values() for key in record.accuracy)
     commands = {name: " ".join(record.command) for name, record in records.items()}
     return SweepReport(
         folder=folder,
         texts=tuple(
-            TextResults(text=judged.text, base=judged.base, models=measured_models(judged.results, commands))
-            for judged in judged_results(folder)
+            TextResults(
+                text=key,
+                base=None if key is None else bases.get(key),
+                models=measured_models(commands, records, key, {}),
+            )
+            for key in keys or (None,)
         ),
         failed=sum(record.failure is not None for record in records.values()),
         deleted=tuple(name for name in records if not (folder / name).is_dir()),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedResults:
-    """All models of a folder on one text; None where no text judged them."""
-
-    text: str | None
-    base: ModelRow | None
-    results: tuple[Result, ...]
-
-
-def judged_results(folder: Path) -> Iterator[JudgedResults]:
-    """The records of ``folder``, text by text."""
-    records, bases = read_records(folder), read_base_rows(folder)
-    keys = dict.fromkeys(key for record in records.values() for key in record.accuracy)
-    for key in keys or (None,):
-        yield JudgedResults(
-            text=key,
-            base=None if key is None else bases.get(key),
-            results=tuple(
-                Result(name=name, record=record, accuracy=None if key is None else record.accuracy.get(key))
-                for name, record in records.items()
-            ),
-        )
 
 
 def _size(folder: Path) -> int:

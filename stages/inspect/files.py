@@ -1,8 +1,8 @@
-"""The files of a model: which bytes of its external data belong to a tensor, and which to nothing."""
+"""Look at a model's files: which bytes of its external data belong to a tensor, and which to none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,11 @@ class DataFile:
     referenced_bytes: int
     """Bytes that tensors of the graph refer to, each once."""
     padding_bytes: int
-    """Gaps that align the tensor behind them."""
+    """Gaps that align the tensor after them."""
     orphan_bytes: int
     """Bytes that belong to no tensor."""
     beyond: str
-    """The first tensor that ends behind the file's end; empty where all fit."""
+    """The first tensor that ends after the file's end; empty where all fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,11 @@ class FileReport:
     onnx_bytes: int
     data: tuple[DataFile, ...]
     unread: tuple[tuple[str, int], ...]
-    """(name, bytes) of files in the folder that look like external data and that the graph doesn't refer to."""
+    """(name, bytes) of files that look like external data but that the graph doesn't refer to."""
 
 
 def report_files(model: ir.Model, onnx_file: Path) -> FileReport:
-    """What lies around ``onnx_file``; no weight is read."""
+    """Return the sizes of ``onnx_file`` and the files around it; no weight is read."""
     tensors: dict[Path, list[ir.ExternalTensor]] = {}
     for tensor in external_tensors(model):
         tensors.setdefault(Path(tensor.path).resolve(), []).append(tensor)
@@ -78,11 +78,10 @@ def _data_file(path: Path, tensors: list[ir.ExternalTensor]) -> DataFile:
     )
 
 
-def _unread(folder: Path, referenced: Iterable[Path]) -> list[tuple[str, int]]:
-    known = set(referenced)
+def _unread(folder: Path, referenced: Collection[Path]) -> list[tuple[str, int]]:
     found = [
         (path.name, path.stat().st_size)
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name.endswith(_DATA_SUFFIXES) and path.resolve() not in known
+        if path.is_file() and path.name.endswith(_DATA_SUFFIXES) and path.resolve() not in referenced
     ]
     return [(name, size) for name, size in found if size >= _WORTH_NAMING]

@@ -1,4 +1,4 @@
-"""What a model holds besides its quantized weights: numbers by the kind of node that reads them."""
+"""List what a model holds besides quantized weights: tensors by the kind of their reader, and input-scale Muls."""
 
 from __future__ import annotations
 
@@ -9,30 +9,26 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from stages.inspect.quantized_weights import num_bytes
+from stages.inspect.quantized_weights import PASSED_THROUGH, node_name, num_bytes
 from stages.records.sites import kind_of
 
-_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
-
-
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
-
-
 _SUFFIX = re.compile(r"[_/](MatMul|Gemm|Gather|Conv)?_?(Q[248]|DQ|quant|quantized|matmul)(_Q[248])?$", re.IGNORECASE)
 """What quantizers add to the names of nodes."""
-
-
 _NUMBER = re.compile(r"\d+")
+_PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
+_NORMALIZING = frozenset({"Div", "Sqrt", "Reciprocal", "ReduceMean", "Pow", "Rsqrt"})
+"""Operators that compute the factors of a norm written out in small nodes, whose gain is a Mul by a vector too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeftWeights:
-    """Numbers that one kind of node reads as they are."""
+class UnquantizedTensors:
+    """Initializers that one kind of node reads and that aren't part of a quantized weight."""
 
     reader: str
     """Operator; empty where no node reads them."""
     kind: str
-    """Name of the reading nodes without their layer, or the initializers' where they are small."""
+    """Name of the reading nodes without their layer; all vectors and scalars are of one kind."""
     type: str
     count: int
     """Initializers."""
@@ -40,19 +36,19 @@ class LeftWeights:
 
 
 def general_kind(node: str) -> str:
-    """A node's name without layer, numbers, and what quantizers add: the same for the same place in every layer."""
+    """Return a node's name without its layer, numbers, and what quantizers add: the same in every layer."""
     return _NUMBER.sub("*", kind_of(_SUFFIX.sub("", node)))
 
 
-def find_left(model: ir.Model, quantized: Collection[str]) -> tuple[LeftWeights, ...]:
-    """Every initializer that isn't among ``quantized``, the largest kinds first. Vectors are one kind a reader."""
+def find_unquantized(model: ir.Model, quantized: Collection[str]) -> tuple[UnquantizedTensors, ...]:
+    """Return every initializer whose name isn't among ``quantized``, the largest kinds first."""
     found: dict[tuple[str, str, str], list[ir.Value]] = defaultdict(list)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.name not in quantized:
                 found[_place(value)].append(value)
     groups = [
-        LeftWeights(reader=reader, kind=kind, type=dtype, count=len(values), bytes=sum(map(num_bytes, values)))
+        UnquantizedTensors(reader=reader, kind=kind, type=dtype, count=len(values), bytes=sum(map(num_bytes, values)))
         for (reader, kind, dtype), values in found.items()
     ]
     return tuple(sorted(groups, key=lambda group: -group.bytes))
@@ -70,53 +66,44 @@ def _place(value: ir.Value) -> tuple[str, str, str]:
 
 def _readers(value: ir.Value) -> Iterator[ir.Node]:
     for node in value.consumers():
-        if node.op_type in _PASSED_THROUGH and node.outputs[0].consumers():
+        if node.op_type in PASSED_THROUGH and node.outputs[0].consumers():
             yield from _readers(node.outputs[0])
         else:
             yield node
 
 
-def is_float(left: LeftWeights) -> bool:
-    """Whether the numbers are floating point."""
-    return left.type in {dtype.name for dtype in _FLOATS}
-
-
-_PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
-
-
-_NORMALIZING = frozenset({"Div", "Sqrt", "Reciprocal", "ReduceMean", "Pow", "Rsqrt"})
-"""What makes the factors of a norm that is written out in small nodes, whose gain is a Mul by a vector too."""
+def is_float(tensors: UnquantizedTensors) -> bool:
+    """Return whether the numbers are floating point."""
+    return tensors.type in {dtype.name for dtype in _FLOATS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputScaleMul:
-    """One Mul; it costs a pass over the activation for every token."""
+    """A Mul that applies an input scale; it costs a pass over the activation for every token."""
 
     node: str
     channels: int
     readers: tuple[str, ...]
-    """The quantized products that read the result."""
+    """The quantized MatMuls that read the result."""
 
 
 def find_input_scales(model: ir.Model, quantized: Collection[str]) -> tuple[InputScaleMul, ...]:
-    """The Muls by a constant vector whose result only nodes of the names ``quantized`` multiply with.
+    """Return the Muls by a constant vector whose result only the nodes named in ``quantized`` multiply with.
 
-    The gain that ends a norm in small nodes is none.
+    The gain that ends a norm written out in small nodes is not an input scale.
     """
     found = []
     for node in model.graph.all_nodes():
         vector = _vector(node) if node.op_type == "Mul" else None
-        readers = [str(reader.name or reader.outputs[0].name) for reader in node.outputs[0].consumers()]
+        readers = [node_name(reader) for reader in node.outputs[0].consumers()]
         products = all(reader.op_type in _PRODUCTS for reader in node.outputs[0].consumers())
         if vector and readers and products and set(readers) <= set(quantized) and not _ends_norm(node):
-            found.append(
-                InputScaleMul(node=str(node.name or node.outputs[0].name), channels=vector, readers=tuple(readers))
-            )
+            found.append(InputScaleMul(node=node_name(node), channels=vector, readers=tuple(readers)))
     return tuple(found)
 
 
 def _vector(node: ir.Node) -> int:
-    """Length of the constant factor; 0 where neither is a constant vector."""
+    """Return the length of the constant factor; 0 where neither factor is a constant vector."""
     for value in node.inputs:
         if value is None or (tensor := ir.convenience.get_const_tensor(value)) is None:
             continue

@@ -1,4 +1,4 @@
-"""Everything about one model, from its graph and the files beside it; no weight is read and nothing is run."""
+"""Report on one model, from its graph and the files next to it; no weight is read and nothing is run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.inspect.files import FileReport, report_files
-from stages.inspect.float_weights import InputScaleMul, LeftWeights, find_input_scales, find_left
-from stages.inspect.quantized_weights import StoredWeight, find_stored
+from stages.inspect.float_weights import InputScaleMul, UnquantizedTensors, find_input_scales, find_unquantized
+from stages.inspect.quantized_weights import StoredWeight, find_quantized
 from stages.inspect.runtimes import FusedOn, RuntimeAnswer, fused_on, runtime_answers
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import read_genai_config
@@ -20,14 +20,12 @@ from stages.model.load import parse_graph
 from stages.model.sites import find_groups
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-
-
-_PRESENT_LAYERS = ("past_key_names", "past_value_names")
+_ONNX_DOMAIN = ("", "ai.onnx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigurationReport:
-    """What onnxruntime-genai reads beside the graph."""
+    """What onnxruntime-genai reads besides the graph."""
 
     present: bool
     tokenizer: str
@@ -38,11 +36,11 @@ class ConfigurationReport:
     session_options: tuple[tuple[str, str], ...] = ()
     providers: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
-    """Sentences about what the graph contradicts."""
+    """Sentences, one for each setting that the graph contradicts."""
 
     @property
     def accuracy_level(self) -> str | None:
-        """The level of fused INT4 products that the session options ask for."""
+        """Return the accuracy level that the session options set for fused MatMuls."""
         return dict(self.session_options).get("session.qdq_matmulnbits_accuracy_level")
 
 
@@ -75,7 +73,7 @@ def _conflicts(
 ) -> Iterator[str]:
     filename = decoder.get("filename")
     if filename != directory.onnx_file.name:
-        yield f"model.decoder.filename is {filename!r}, the graph looked at is {directory.onnx_file.name!r}"
+        yield f"model.decoder.filename is {filename!r}, but this graph is {directory.onnx_file.name!r}"
     inputs = {str(value.name): value for value in model.graph.inputs}
     outputs = {str(value.name): value for value in model.graph.outputs}
     layers = decoder.get("num_hidden_layers")
@@ -86,18 +84,18 @@ def _conflicts(
     width = None if logits is None or logits.shape is None else logits.shape[-1]
     vocabulary = whole.get("vocab_size")
     if isinstance(width, int) and vocabulary is not None and width != vocabulary:
-        yield f"vocab_size is {vocabulary}, the graph's logits have {width} columns"
+        yield f"vocab_size is {vocabulary}, but the graph's logits have {width} columns"
 
 
 def _missing(names: dict[str, Any], values: dict[str, ir.Value], layers: int | None, what: str) -> Iterator[str]:
-    """Names that the graph doesn't have; %d stands for every layer's number."""
+    """Yield the names that the graph doesn't have; %d stands for every layer's number."""
     for key, pattern in names.items():
         if not isinstance(pattern, str):
             continue
         numbered = "%d" in pattern
         wanted = [pattern % layer for layer in range(layers or 0)] if numbered else [pattern]
         lacking = [name for name in wanted if name not in values]
-        # Graphs without position_ids or an attention mask are fed none; a cache is needed whole.
+        # A graph may lack position_ids or an attention mask, but not a part of its cache.
         if lacking and (numbered or key in ("input_ids", "logits")):
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             yield f"the graph has no {what} '{lacking[0]}'{more} ({key})"
@@ -109,7 +107,7 @@ def _caches(decoder: dict[str, Any], inputs: dict[str, ir.Value]) -> Iterator[st
     if not isinstance(pattern, str) or "%d" not in pattern or layers is None:
         return
     if pattern % layers in inputs:
-        yield f"num_hidden_layers is {layers}, the graph has a cache for layer {layers} too"
+        yield f"num_hidden_layers is {layers}, but the graph has a cache for layer {layers} too"
     first = inputs.get(pattern % 0)
     shape = () if first is None or first.shape is None else tuple(first.shape)
     if len(shape) != 4:
@@ -117,25 +115,22 @@ def _caches(decoder: dict[str, Any], inputs: dict[str, ir.Value]) -> Iterator[st
     for key, found in (("num_key_value_heads", shape[1]), ("head_size", shape[3])):
         told = decoder.get(key)
         if isinstance(found, int) and told is not None and told != found:
-            yield f"{key} is {told}, the graph's caches have {found}"
-
-
-_ONNX_DOMAIN = ("", "ai.onnx")
+            yield f"{key} is {told}, but the graph's caches have {found}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSites:
-    """What this project could still quantize."""
+    """The sites that this project could still quantize."""
 
     matmuls: int
     activations: int
     weights: int
-    """Numbers in them."""
+    """Numbers in all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
-    """What a model is made of."""
+    """What a model is made of, and how runtimes treat it."""
 
     kind: Literal["model"] = field(default="model", init=False)
     onnx_file: Path
@@ -144,12 +139,12 @@ class ModelReport:
     opsets: dict[str, int]
     nodes: int
     quantized: tuple[StoredWeight, ...]
-    left: tuple[LeftWeights, ...]
-    """Numbers that are not part of a quantized weight."""
+    left: tuple[UnquantizedTensors, ...]
+    """Tensors that aren't part of a quantized weight."""
     open: OpenSites | None
     """None where the graph holds no MatMul or Gemm with a floating-point weight."""
     fused_on: tuple[FusedOn, ...]
-    """What ONNX Runtime's CPU provider makes of DequantizeLinear and MatMul, by release."""
+    """Which releases of ONNX Runtime's CPU provider fuse DequantizeLinear and MatMul."""
     input_scales: tuple[InputScaleMul, ...]
     runtimes: tuple[RuntimeAnswer, ...]
     files: FileReport
@@ -157,18 +152,18 @@ class ModelReport:
 
     @property
     def quantized_bytes(self) -> int:
-        """Codes, scales and zero points, each initializer once."""
+        """Return the bytes of codes, scales and zero points, each initializer once."""
         return sum({each.initializers: each.bytes for each in self.quantized}.values())
 
 
 def report_model(directory: ModelDirectory) -> ModelReport:
-    """Look at the model in ``directory``.
+    """Report on the model in ``directory``.
 
     Raises:
         GraphError: the .onnx file can't be read.
     """
     model = parse_graph(directory)
-    found = find_stored(model)
+    found = find_quantized(model)
     opsets = {name or "ai.onnx": version for name, version in model.opset_imports.items()}
     configuration = report_configuration(directory, model)
     return ModelReport(
@@ -178,7 +173,7 @@ def report_model(directory: ModelDirectory) -> ModelReport:
         opsets=opsets,
         nodes=sum(1 for _ in model.graph.all_nodes()),
         quantized=found.stored,
-        left=find_left(model, {name for each in found.stored for name in each.initializers}),
+        left=find_unquantized(model, {name for each in found.stored for name in each.initializers}),
         open=_open_sites(model),
         fused_on=fused_on(found.dequantized, max(model.opset_imports.get(name, 0) for name in _ONNX_DOMAIN)),
         input_scales=find_input_scales(model, {each.node for each in found.stored}),

@@ -1,12 +1,12 @@
-"""The quantized weights of a graph, whoever wrote it: which operator reads them, in which format, and what they take.
+"""Find the quantized weights of a graph, by any quantizer: their operators, formats and bytes.
 
-Only the graph is read: types, shapes and attributes say everything.
+Only types, shapes and attributes are read, no weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
@@ -32,7 +32,8 @@ _BITS = {
     ir.DataType.UINT16: 16,
     ir.DataType.INT32: 32,
 }
-_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
+"""Operators that change only the shape or type of a weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +42,14 @@ class StoredWeight:
 
     node: str
     """The node that multiplies with it or looks it up."""
-    form: str
-    """Operators between the file and the product: DequantizeLinear -> MatMul."""
+    operators: tuple[str, ...]
+    """From the file to the node: DequantizeLinear, Transpose, MatMul."""
+    form: str = field(init=False)
+    """The operators as text, for programs that read --json: DequantizeLinear -> Transpose -> MatMul."""
     initializers: tuple[str, ...]
-    """The codes (or the numbers that a QuantizeLinear makes codes of), scales, zero points."""
+    """Codes (or the numbers that a QuantizeLinear turns into codes), scales, zero points."""
     codes: str
-    """Type of the codes: INT4, UINT8, FLOAT8E4M3FN; of packed bytes the bits in them."""
+    """Type of the codes, such as INT4, UINT8, FLOAT8E4M3FN; where they are packed in bytes, their bits."""
     bits: int
     grouping: Grouping
     block_size: int | None
@@ -56,26 +59,30 @@ class StoredWeight:
     scales: str
     """Type of the scales."""
     shape: tuple[int, ...]
-    """Of the weight itself: [K, N], a table's [V, D], experts' [E, N, K]."""
+    """Of the unpacked weight: a MatMul's [K, N], a table's [V, D], experts' [E, N, K]."""
     bytes: int
-    """Codes, scales and zero points in the file."""
+    """Of codes, scales and zero points in the file."""
     activations: Activations = "float"
     accuracy_level: int | None = None
-    """What the node itself says; None: nothing."""
+    """The node's attribute; None where it has none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "form", " -> ".join(self.operators))
 
     @property
     def weights(self) -> int:
+        """Return how many numbers the weight has."""
         return prod(self.shape)
 
     @property
     def bits_per_weight(self) -> float:
-        """Scales and zero points counted."""
+        """Return the bits of a number, with its part of scales and zero points."""
         return 8 * self.bytes / max(self.weights, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DequantizedWeight:
-    """A weight behind DequantizeLinear, with the nodes that decide whether ONNX Runtime fuses them."""
+    """A weight of a DequantizeLinear, with the nodes that decide whether ONNX Runtime fuses them."""
 
     stored: StoredWeight
     dequantize: ir.Node
@@ -88,11 +95,11 @@ class FoundWeights:
 
     stored: tuple[StoredWeight, ...]
     dequantized: tuple[DequantizedWeight, ...]
-    """Those of ``stored`` that stand behind DequantizeLinear and are multiplied with."""
+    """Those of ``stored`` that a MatMul or Gemm reads through a DequantizeLinear."""
 
 
-def find_stored(model: ir.Model) -> FoundWeights:
-    """The quantized weights of ``model``, those of subgraphs included."""
+def find_quantized(model: ir.Model) -> FoundWeights:
+    """Return the quantized weights of ``model``, those of subgraphs included."""
     stored: list[StoredWeight] = []
     dequantized: list[DequantizedWeight] = []
     for node in model.graph.all_nodes():
@@ -105,11 +112,8 @@ def find_stored(model: ir.Model) -> FoundWeights:
     return FoundWeights(stored=tuple(stored), dequantized=tuple(dequantized))
 
 
-# --------------------------------------------------------------------------- DequantizeLinear
-
-
 def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
-    """What a DequantizeLinear gives each node that multiplies with it; nothing where it dequantizes activations."""
+    """Yield the weight of a DequantizeLinear once for each reader; nothing where it dequantizes activations."""
     source = _input(node, 0)
     quantize = None if source is None else source.producer()
     constant = source
@@ -122,11 +126,11 @@ def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
         return
     parts = (constant, _input(node, 1), _input(node, 2))
     for reader, between in _readers(node.outputs[0]):
-        names = [*(["QuantizeLinear"] if constant is not source else []), "DequantizeLinear", *between, reader.op_type]
+        quantized = () if constant is source else ("QuantizeLinear",)
         yield DequantizedWeight(
             stored=StoredWeight(
-                node=_called(reader),
-                form=" -> ".join(names),
+                node=node_name(reader),
+                operators=(*quantized, "DequantizeLinear", *between, reader.op_type),
                 initializers=_names(parts),
                 codes=codes.name,
                 bits=_BITS[codes],
@@ -144,7 +148,7 @@ def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
 
 
 def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
-    """A table of codes whose rows are dequantized behind the Gather."""
+    """Yield a table of codes whose rows are dequantized after the Gather."""
     source = _input(node, 0)
     gather = None if source is None else source.producer()
     table = _input(gather, 0) if gather is not None and gather.op_type == "Gather" else None
@@ -152,8 +156,8 @@ def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
         return
     parts = (table, _input(node, 1), _input(node, 2))
     yield StoredWeight(
-        node=_called(gather),
-        form="Gather -> DequantizeLinear",
+        node=node_name(gather),
+        operators=("Gather", "DequantizeLinear"),
         initializers=_names(parts),
         codes=table.dtype.name,
         bits=_BITS[table.dtype],
@@ -167,7 +171,7 @@ def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
 
 
 def _code_type(node: ir.Node, quantize: ir.Node | None) -> ir.DataType | None:
-    """Type of the codes: what is dequantized, or what a QuantizeLinear before makes."""
+    """Return the type of what is dequantized, or of what a QuantizeLinear before it makes."""
     source = _input(node, 0)
     if quantize is None:
         return None if source is None else source.dtype
@@ -186,9 +190,9 @@ def _grouping(node: ir.Node) -> Grouping:
 
 
 def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, tuple[str, ...]]]:
-    """The nodes that compute with ``value``, with what only changes its shape or type on the way."""
+    """Yield the nodes that compute with ``value``, and the operators on the way, which change only shape or type."""
     for node in dict.fromkeys(value.consumers()):
-        if node.op_type in _PASSED_THROUGH:
+        if node.op_type in PASSED_THROUGH:
             for reader, between in _readers(node.outputs[0]):
                 yield reader, (node.op_type, *between)
         else:
@@ -196,21 +200,18 @@ def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, tuple[str, ...]]]:
 
 
 def _product_shape(reader: ir.Node, weight: ir.Value, between: tuple[str, ...]) -> tuple[int, ...]:
-    """[K, N] where a product reads the weight, whichever way it is stored; else the weight's own shape."""
+    """Return [K, N] where a MatMul or Gemm reads the weight, however it is stored; else its own shape."""
     shape = _shape(weight)
     swapped = "Transpose" in between or reader.attributes.get_int("transB", 0) == 1
     return shape[::-1] if reader.op_type in ("MatMul", "Gemm") and swapped and len(shape) == 2 else shape
 
 
 def _activations(reader: ir.Node) -> Activations:
-    """Whether the other factor is dequantized too."""
+    """Return what the other factor is: dequantized too, or floating point."""
     first = _input(reader, 0)
     maker = None if first is None else first.producer()
     both = reader.op_type in ("MatMul", "Gemm", "Conv") and maker is not None and maker.op_type == "DequantizeLinear"
     return "int8, fixed scales" if both else "float"
-
-
-# --------------------------------------------------------------------------- operators that read codes themselves
 
 
 def _matmul_nbits(node: ir.Node) -> Iterator[StoredWeight]:
@@ -246,7 +247,7 @@ def _gather(node: ir.Node) -> Iterator[StoredWeight]:
 
 
 def _experts(node: ir.Node) -> Iterator[StoredWeight]:
-    """Weights, scales and zero points of the experts' first, second and third layer."""
+    """Yield the weights of the experts' first, second and third layer."""
     for index, (weight, scale, zero_point) in enumerate(((2, 3, 11), (5, 6, 12), (8, 9, 13)), start=1):
         value = _input(node, weight)
         if value is None or not _is_constant(value):
@@ -267,12 +268,21 @@ def _packed(
     shape: tuple[int, ...],
     codes: str | None = None,
 ) -> StoredWeight:
-    """A weight whose codes stand in bytes; ``places`` are the inputs of codes, scales and zero points."""
+    """Return a weight whose codes are packed in bytes.
+
+    Args:
+        node: the node that reads it.
+        places: indices of the inputs that hold codes, scales and zero points.
+        bits: of a code.
+        block_size: numbers that share a scale; 0 for a scale per channel.
+        shape: of the unpacked weight.
+        codes: name of the codes' type, where it isn't an integer of ``bits``.
+    """
     values = [None if place is None else _input(node, place) for place in places]
     level = node.attributes.get_int("accuracy_level", 0)
     return StoredWeight(
-        node=_called(node),
-        form=node.op_type,
+        node=node_name(node),
+        operators=(node.op_type,),
         initializers=_names(values),
         codes=codes or f"{bits} bits",
         bits=bits,
@@ -288,7 +298,7 @@ def _packed(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _IntegerProduct:
-    """Where an operator on 8-bit integers has its weight, its scale (None: a later Mul applies it) and zero point."""
+    """Indices of the inputs of an operator on 8-bit integers; without a scale, a later Mul applies it."""
 
     weight: int
     scale: int | None
@@ -303,8 +313,8 @@ class _IntegerProduct:
         zero_point = _input(node, self.zero_point)
         per_channel = any(_shape(value) not in ((), (1,)) for value in (scale, zero_point) if value is not None)
         yield StoredWeight(
-            node=_called(node),
-            form=node.op_type,
+            node=node_name(node),
+            operators=(node.op_type,),
             initializers=_names((weight, scale, zero_point)),
             codes=weight.dtype.name,
             bits=_BITS[weight.dtype],
@@ -319,7 +329,7 @@ class _IntegerProduct:
 
 
 def _later_scale(node: ir.Node) -> ir.Value | None:
-    """The weight's scale behind MatMulInteger: a Cast, and a Mul with the product of both scales."""
+    """Return the weight's scale after MatMulInteger: a Mul with the product of both scales applies it."""
     for reader, _ in _readers(node.outputs[0]):
         for value in reader.inputs if reader.op_type == "Mul" else ():
             maker = None if value is None else value.producer()
@@ -346,15 +356,12 @@ _OPERATORS: Mapping[str, Callable[[ir.Node], Iterator[StoredWeight]]] = {
 }
 
 
-# --------------------------------------------------------------------------- values
-
-
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """Whether its numbers stand in the file: an initializer, or what a Constant node gives."""
+    """Return whether the file holds its numbers: an initializer, or the output of a Constant node."""
     return value.const_value is not None or ir.convenience.get_const_tensor(value) is not None
 
 
@@ -363,7 +370,7 @@ def _names(values: Sequence[ir.Value | None]) -> tuple[str, ...]:
 
 
 def num_bytes(value: ir.Value | None) -> int:
-    """Bytes of a constant in the file; 0 where there is none."""
+    """Return the bytes of a constant in the file; 0 for any other value."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return 0 if tensor is None else tensor.nbytes
 
@@ -377,5 +384,6 @@ def _type_name(value: ir.Value | None) -> str:
     return "" if value is None or value.dtype is None else value.dtype.name
 
 
-def _called(node: ir.Node) -> str:
+def node_name(node: ir.Node) -> str:
+    """Return a node's name, or its output's where it has none."""
     return str(node.name or node.outputs[0].name)

@@ -1,7 +1,10 @@
-"""On which releases of ONNX Runtime's CPU provider a DequantizeLinear and its MatMul become one MatMulNBits.
+"""Tell how runtimes treat a model's quantized weights.
 
-The rules for what this project writes are export.fusion's; what others write breaks conditions that ours never does.
-Those are DQMatMulToMatMulNBits' (qdq_selectors.cc), measured with 1.20 to 1.32.
+``fused_on``: which releases of ONNX Runtime's CPU provider fuse a DequantizeLinear and its MatMul into one MatMulNBits.
+The conditions for what this project writes are those of export.verify.fusion; models by other quantizers also break
+other conditions of DQMatMulToMatMulNBits (qdq_selectors.cc), measured with releases 1.20 to 1.32.
+
+``runtime_answers``: what each target runtime has against the formats, by the rules that stages.quantize chooses with.
 """
 
 from __future__ import annotations
@@ -26,48 +29,37 @@ from stages.records.formats import FLOAT_TYPES, Granularity, PerBlock, PerChanne
 
 SCALES = MappingProxyType({kind.onnx.name: name for name, kind in FLOAT_TYPES.items()})
 """Types that scales may have, by their ONNX names."""
-
-
 _BITS: dict[int, Literal[4, 8]] = {4: 4, 8: 8}
-
-
+_LEVELS: dict[str, AccuracyLevel] = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4}
 _TWO_BITS: Release = (1, 32)
-
-
 _PER_TENSOR: Release = (1, 25)
-
-
 _TRANSPOSED_INT8: Release = (1, 25)
-
-
 _TRANSPOSED_INT8_WITHOUT_ZERO_POINT: Release = (1, 28)
-
-
 _OPSET = 21
 """First opset whose DequantizeLinear has 4-bit codes and blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSpan:
-    """Consecutive releases that treat a weight alike."""
+    """Consecutive releases that treat a weight the same way."""
 
     first: str
     last: str
-    """The newest release known where nothing newer was looked at."""
+    """The newest known release, for the last span."""
     fused: bool
     why_not: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedOn:
-    """Sites that all releases treat alike."""
+    """Sites that every release treats the same way."""
 
     sites: tuple[str, ...]
     spans: tuple[ReleaseSpan, ...]
 
 
 def fused_on(weights: Sequence[DequantizedWeight], opset: int) -> tuple[FusedOn, ...]:
-    """What becomes of the sites, those with the same answer together, in graph order."""
+    """Return which releases fuse which sites, those with the same answer together, in graph order."""
     found: dict[tuple[ReleaseSpan, ...], list[str]] = {}
     for weight in weights:
         found.setdefault(_spans(weight, opset), []).append(weight.stored.node)
@@ -81,25 +73,25 @@ def _spans(weight: DequantizedWeight, opset: int) -> tuple[ReleaseSpan, ...]:
         releases = [release for release, _ in group]
         spans.append(
             ReleaseSpan(
-                first=_called(releases[0]), last=_called(releases[-1]), fused=why_not is None, why_not=why_not or ""
+                first=_version(releases[0]), last=_version(releases[-1]), fused=why_not is None, why_not=why_not or ""
             )
         )
     return tuple(spans)
 
 
-def _called(release: Release) -> str:
+def _version(release: Release) -> str:
     return f"{release[0]}.{release[1]}"
 
 
 def _objection(weight: DequantizedWeight, release: Release, opset: int) -> str | None:
-    """Why ``release`` doesn't fuse it; None where nothing known is against it."""
+    """Return why ``release`` doesn't fuse the weight; None where no reason is known."""
     stored, node = weight.stored, weight.dequantize
     foreign = _because_of_codes(stored, release, opset) or _because_of_scales(stored, node, release)
     if foreign is not None:
         return foreign
     if stored.activations != "float":
-        return "its activation is quantized too, so that another rule makes an integer product of both"
-    if stored.bits == 8 and stored.grouping == "channel" and "Transpose" in stored.form:
+        return "its activation is quantized too, so another rule makes an integer product of both"
+    if stored.bits == 8 and stored.grouping == "channel" and "Transpose" in stored.operators:
         return _because_of_transpose(stored, release)
     if stored.bits == 2 or stored.grouping == "tensor":
         return None
@@ -108,9 +100,9 @@ def _objection(weight: DequantizedWeight, release: Release, opset: int) -> str |
 
 def _because_of_codes(stored: StoredWeight, release: Release, opset: int) -> str | None:
     if stored.codes not in ("INT4", "UINT4", "INT8", "UINT8", "INT2", "UINT2"):
-        return f"{stored.codes} codes are fused nowhere"
+        return f"no release fuses {stored.codes} codes"
     if stored.bits == 2 and release < _TWO_BITS:
-        return f"2-bit codes were seen fused on ONNX Runtime {_called(_TWO_BITS)} alone"
+        return f"2-bit codes were seen fused only on ONNX Runtime {_version(_TWO_BITS)}"
     if stored.bits < 8 and opset < _OPSET:
         return f"the model has opset {opset}, and {stored.bits}-bit DequantizeLinear needs {_OPSET}: it doesn't load"
     return None
@@ -122,8 +114,8 @@ def _because_of_scales(stored: StoredWeight, node: ir.Node, release: Release) ->
     if len(stored.shape) != 2:
         return f"its weight has rank {len(stored.shape)}"
     if stored.grouping == "tensor" and release < _PER_TENSOR:
-        return f"ONNX Runtime {_called(_PER_TENSOR)} is the first to fuse one scale for a whole weight"
-    straight = "Transpose" not in stored.form
+        return f"ONNX Runtime {_version(_PER_TENSOR)} is the first to fuse one scale for a whole weight"
+    straight = "Transpose" not in stored.operators
     axis = node.attributes.get_int("axis", 1) % 2
     if stored.grouping == "block" and straight and axis == 1:
         return "its blocks run along output channels (axis 1), not along inputs"
@@ -133,11 +125,10 @@ def _because_of_scales(stored: StoredWeight, node: ir.Node, release: Release) ->
 
 
 def _because_of_transpose(stored: StoredWeight, release: Release) -> str | None:
-    """INT8 with a scale per channel is fused behind a Transpose too."""
     first = _TRANSPOSED_INT8 if stored.zero_point else _TRANSPOSED_INT8_WITHOUT_ZERO_POINT
     if release >= first:
         return None
-    return f"ONNX Runtime {_called(first)} is the first to fuse INT8 per channel behind a Transpose"
+    return f"ONNX Runtime {_version(first)} is the first to fuse INT8 per channel through a Transpose"
 
 
 def _spec(stored: StoredWeight) -> QuantSpec:
@@ -150,12 +141,9 @@ def _spec(stored: StoredWeight) -> QuantSpec:
     )
 
 
-_LEVELS: dict[str, AccuracyLevel] = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeAnswer:
-    """One runtime's objections to the model as it is; none where it runs everything fast as far as is known."""
+    """One runtime's warnings about the model; none where it runs everything fast as far as is known."""
 
     runtime: str
     """With its release: cpu@1.32."""
@@ -163,9 +151,11 @@ class RuntimeAnswer:
 
 
 def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None) -> tuple[RuntimeAnswer, ...]:
-    """The answers for weights in blocks or with a scale per channel; none for models with other integer products.
+    """Return every runtime's answer; none where the rules don't know the formats.
 
-    ``accuracy_level`` is that of genai_config.json's session options, if any.
+    Args:
+        weights: all quantized weights of the model.
+        accuracy_level: that of genai_config.json's session options, if any.
     """
     forms = {form: [each for each in weights if _form(each) is form] for form in WeightForm}
     if not any(forms.values()) or any(_is_foreign(each) for each in weights):
@@ -187,12 +177,12 @@ def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None)
 
 
 def _is_foreign(weight: StoredWeight) -> bool:
-    """Whether the runtimes' rules have nothing to say about it."""
+    """Return whether the runtimes' rules don't cover its format."""
     return weight.scales not in SCALES or weight.bits not in (4, 8) or weight.activations != "float"
 
 
 def _form(weight: StoredWeight) -> WeightForm | None:
-    operators = weight.form.split(" -> ")
+    operators = weight.operators
     if operators[-1] not in ("MatMul", "Gemm", "MatMulNBits"):
         return None
     if operators[0] == "MatMulNBits":
@@ -203,7 +193,7 @@ def _form(weight: StoredWeight) -> WeightForm | None:
 
 
 def _lookups(weights: Sequence[StoredWeight]) -> list[StoredWeight]:
-    return [each for each in weights if each.form == "GatherBlockQuantized" or each.form.endswith(" -> Gather")]
+    return [each for each in weights if each.operators[-1] in ("GatherBlockQuantized", "Gather")]
 
 
 def _warnings(
@@ -219,12 +209,12 @@ def _warnings(
         named_eight_bit=bool(eight_bit),
         zero_point=any(each.zero_point for each in products),
         gather_axis=1 if tables else None,
-        gather_form="dq" if any(each.form.endswith(" -> Gather") for each in tables) else "gather_block_quantized",
+        gather_form="dq" if any(each.operators[-1] == "Gather" for each in tables) else "gather_block_quantized",
     )
     facts = ModelFacts(
         dtypes=frozenset(SCALES[each.scales] for each in products),
         in_features=frozenset(each.shape[0] for each in products),
-        has_gemm=any(each.form.endswith("Gemm") for each in products),
+        has_gemm=any(each.operators[-1] == "Gemm" for each in products),
         embedding_widths=frozenset(each.shape[-1] for each in tables),
     )
     rules = RULES[runtime]
@@ -245,7 +235,7 @@ def _warnings(
 
 
 def _commonest(weights: Sequence[StoredWeight]) -> Granularity | None:
-    """The block size, or the scale per channel, that most of them have; None where there are none."""
+    """Return the block size, or the scale per channel, that most weights have; None where there are none."""
     if not weights:
         return None
     size = Counter(each.block_size for each in weights).most_common(1)[0][0]

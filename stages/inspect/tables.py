@@ -1,8 +1,9 @@
-"""Reports as tables."""
+"""Show the reports of stages.inspect as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich import box
@@ -11,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.evaluation.bench.results import results_table
-from stages.evaluation.records import ModelRow
-from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport, judged_results
+from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
 from stages.inspect.float_weights import general_kind, is_float
 from stages.inspect.model import ModelReport
 from stages.inspect.quantized_weights import StoredWeight
@@ -21,11 +21,11 @@ from stages.records.sites import layer_of
 
 _FEW = 3
 _SMALL = 0.005
-"""Part of all bytes below which what stays is drawn together."""
+"""Share of all bytes below which unquantized tensors are one row together."""
 
 
 class _Format(NamedTuple):
-    """What sites of one row have in common."""
+    """What the weights of one row have in common."""
 
     kind: str
     form: str
@@ -38,14 +38,14 @@ class _Format(NamedTuple):
 
 
 def model_table(report: ModelReport) -> RenderableType:
-    """Quantized weights by kind and format, what stays, and everything that concerns the whole model."""
+    """Return quantized weights by kind and format, the other tensors, and facts about the whole model."""
     parts: list[RenderableType] = [_quantized(report)] if report.quantized else []
-    return Group(*parts, _left(report), _facts(str(report.onnx_file), _model_facts(report)))
+    return Group(*parts, _unquantized(report), _facts(str(report.onnx_file), _model_facts(report)))
 
 
 def _quantized(report: ModelReport) -> Table:
     table = _open_table(
-        "quantized weights", ("weights", "layers", "form", "codes", "scale per", "zero point", "scales")
+        "quantized weights", ("weights", "layers", "operators", "codes", "scale per", "zero point", "scales")
     )
     for name in ("bits a weight", "MB"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -87,9 +87,9 @@ def _format_of(weight: StoredWeight) -> _Format:
     )
 
 
-def _left(report: ModelReport) -> Table:
+def _unquantized(report: ModelReport) -> Table:
     total = sum(each.bytes for each in report.left) + report.quantized_bytes
-    table = _open_table("numbers that are not quantized", ("read by", "kind", "type"))
+    table = _open_table("tensors that are not quantized", ("read by", "kind", "type"))
     for name in ("tensors", "MB", "of all"):
         table.add_column(name, justify="right", no_wrap=True)
     large = [each for each in report.left if each.bytes >= _SMALL * total]
@@ -100,7 +100,7 @@ def _left(report: ModelReport) -> Table:
     if small:
         size = sum(each.bytes for each in small)
         count = str(sum(each.count for each in small))
-        table.add_row("...", "norms, biases and other small ones", "", count, *_size_and_part(size, total))
+        table.add_row("...", "norms, biases and other small tensors", "", count, *_size_and_part(size, total))
     return table
 
 
@@ -109,7 +109,7 @@ def _size_and_part(size: int, total: int) -> tuple[str, str]:
 
 
 def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
-    yield "made by", report.producer or "nobody says"
+    yield "made by", report.producer or "unknown"
     opsets = ", ".join(f"{name} {version}" for name, version in report.opsets.items())
     yield "graph", f"{report.nodes} nodes, opset {opsets}, IR {report.ir_version}"
     yield from _sizes(report)
@@ -117,15 +117,15 @@ def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
         open_sites = report.open
         yield (
             "not quantized",
-            f"{open_sites.matmuls} MatMuls on {open_sites.activations} activations, {_megabytes(open_sites.weights)} "
-            "million weights, could be: stages.quantize --dry_run says how",
+            f"{_counted(open_sites.matmuls, 'MatMul')} on {_counted(open_sites.activations, 'activation')}, "
+            f"{_megabytes(open_sites.weights)} million weights, could be: stages.quantize --dry_run says how",
         )
     yield from _fusion(report)
     if report.input_scales:
         first = report.input_scales[0]
-        yield "input scales", f"{len(report.input_scales)} Mul nodes before products, such as {first.node}"
+        yield "input scales", f"{_counted(len(report.input_scales), 'Mul node')} before MatMuls, such as {first.node}"
     for answer in report.runtimes:
-        for sentence in answer.warnings or ("nothing known against it",):
+        for sentence in answer.warnings or ("no known problem",):
             yield answer.runtime, sentence
     yield from _files(report)
     yield from _configuration(report)
@@ -135,13 +135,13 @@ def _sizes(report: ModelReport) -> Iterator[tuple[str, str]]:
     floats = sum(each.bytes for each in report.left if is_float(each))
     weights = sum({each.initializers: each.weights for each in report.quantized}.values())
     if not weights:
-        yield "quantized", "nothing: a base model"
+        yield "quantized", "nothing: this is a base model"
         return
     bits = 8 * report.quantized_bytes / weights
     yield (
         "quantized",
         f"{_megabytes(weights)} million weights in {_megabytes(report.quantized_bytes)} MB: {bits:.3f} bits a weight; "
-        f"{_megabytes(floats)} MB stay floating point",
+        f"{_megabytes(floats)} MB are floating point",
     )
 
 
@@ -150,10 +150,13 @@ def _fusion(report: ModelReport) -> Iterator[tuple[str, str]]:
         fused = [_span(each.first, each.last) for each in group.spans if each.fused]
         refusals = [f"{_span(each.first, each.last)}: {each.why_not}" for each in group.spans if not each.fused]
         never = len(group.spans) == 1 and not fused
-        answer = f"fused by ONNX Runtime {', '.join(fused)} (CPU)" if fused else "never become MatMulNBits"
+        answer = f"fused by ONNX Runtime {', '.join(fused)} (CPU)" if fused else "never fused"
         reasons = f"; not by {'; '.join(refusals)}" if refusals and not never else ""
         reason = f": {group.spans[0].why_not}" if never else ""
-        yield "DequantizeLinear", f"{len(group.sites)} sites {answer}{reason}{reasons} ({_named(group.sites)})"
+        yield (
+            "DequantizeLinear",
+            f"{_counted(len(group.sites), 'site')} {answer}{reason}{reasons} ({_named(group.sites)})",
+        )
 
 
 def _span(first: str, last: str) -> str:
@@ -168,7 +171,7 @@ def _files(report: ModelReport) -> Iterator[tuple[str, str]]:
             continue
         orphans = f", {file.orphan_bytes:,} belong to no tensor" if file.orphan_bytes else ", none unused"
         used = f"{file.referenced_bytes:,} in tensors, {file.padding_bytes:,} padding{orphans}"
-        broken = f"; TRUNCATED: {file.beyond} ends behind it" if file.beyond else ""
+        broken = f"; TRUNCATED: {file.beyond} ends after it" if file.beyond else ""
         yield "data file", f"{file.path.name}, {file.file_bytes:,} bytes: {used}{broken}"
     for name, size in report.files.unread:
         yield "unused file", f"{name}, {size:,} bytes: the graph doesn't refer to it"
@@ -191,89 +194,70 @@ def _configuration(report: ModelReport) -> Iterator[tuple[str, str]]:
     yield "tokenizer", found.tokenizer or "missing"
 
 
-# --------------------------------------------------------------------------- own folders
-
-
 def cache_table(report: CacheReport) -> RenderableType:
-    """A calibration cache."""
+    """Return facts about a calibration cache."""
     return _facts(str(report.folder), _cache_facts(report))
 
 
 def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
-    yield "is", "a calibration cache: statistics that stages.quantize searches with"
+    yield "is", "a calibration cache: the statistics that stages.quantize searches with"
     yield "size", f"{report.bytes / 1e6:,.1f} MB"
     yield "made from", report.made_from
     yield "text", report.source
-    windows = f"{report.calibration_windows} windows to search with + {report.held_out_windows} held out"
+    windows = f"{report.calibration_windows} to search with, {report.held_out_windows} held out"
     yield "windows", f"{windows}, {report.seq_len} tokens each"
     yield "ran on", ", ".join(report.providers)
     widths = ", ".join(f"{count} x {width}" for width, count in report.widths)
-    rows = f"; {report.as_rows} keep their tokens' own rows" if report.as_rows else ""
-    yield "activations", f"{report.activations} of inputs {widths}{rows}"
+    rows = f"; {report.as_rows} kept as rows of tokens" if report.as_rows else ""
+    yield "activations", f"{report.activations}, by channels: {widths}{rows}"
     if report.forecasts:
-        yield "budgets", f"the errors of {report.forecasts} sites are forecast: another budget starts at once"
+        yield "budgets", f"the errors of {report.forecasts} sites are forecast, so another budget starts at once"
     if report.files:
-        yield "beside", ", ".join(report.files)
+        yield "other files", ", ".join(report.files)
     for sentence in report.damaged:
         yield "DAMAGED", sentence
 
 
 def weights_table(report: WeightsReport, details: RenderableType | None) -> RenderableType:
-    """A folder of quantized weights; ``details`` is the table of a search, where something is finished."""
+    """Return facts about quantized weights, and ``details``, the table of the search, where a group is finished."""
     facts = _facts(str(report.folder), _weights_facts(report))
     return facts if details is None else Group(facts, details)
 
 
 def _weights_facts(report: WeightsReport) -> Iterator[tuple[str, str]]:
-    yield "is", "quantized weights: python -m export writes them into the base model again"
+    yield "is", "quantized weights: python -m export writes them into the base model"
     yield "recipe", report.recipe
     yield "size", f"{report.bytes / 1e6:,.1f} MB (codes unpacked)"
-    left = report.groups - report.finished
-    state = "complete" if not left else f"{left} are left: the same command of stages.quantize goes on"
-    yield "groups", f"{report.finished} of {report.groups} finished, {state}"
+    missing = report.groups - report.finished
+    state = f"{missing} to go: run the same command of stages.quantize again" if missing else "complete"
+    yield "groups", f"{report.finished} of {report.groups} finished; {state}"
     if report.bits_per_weight is not None:
         yield "bits", f"{report.bits_per_weight:.3f} a weight"
-    folds = "folded where the graph allows it" if report.folds_input_scales else "kept as Mul nodes"
-    yield "written as", f"{report.weight_form.value}; input scales {folds}"
+    scales = "folded where the graph allows it" if report.folds_input_scales else "kept as Mul nodes"
+    yield "written as", f"{report.weight_form.value}; input scales {scales}"
     if report.embeddings:
         yield "embeddings", str(report.embeddings)
     for name, why in report.kept[:_FEW]:
-        yield "stays", f"{name}: {why}"
+        yield "not quantized", f"{name}: {why}"
     if len(report.kept) > _FEW:
-        yield "stays", f"and {len(report.kept) - _FEW} more"
+        yield "not quantized", f"and {len(report.kept) - _FEW} more"
     if report.files:
-        yield "beside", ", ".join(report.files)
+        yield "other files", ", ".join(report.files)
 
 
 def sweep_table(report: SweepReport) -> RenderableType:
-    """A folder of measured models: one table a text."""
-    tables = [
-        results_table(
-            "no text: held-out layer losses alone" if judged.text is None else _text_title(judged.text, judged.base),
-            judged.results,
-        )
-        for judged in judged_results(report.folder)
-    ]
+    """Return a table for each text, and facts about the folder of measured models."""
+    named = (replace(each, text=None if each.text is None else f"text {each.text}") for each in report.texts)
+    tables = [results_table(each) for each in named]
     return Group(*tables, _facts(str(report.folder), _sweep_facts(report)))
-
-
-def _text_title(key: str, base: ModelRow | None) -> str:
-    title = f"text {key}"
-    if base is None:
-        return title
-    size, accuracy = base.bytes / 1e6, base.accuracy
-    return f"{title}: {accuracy.tokens} tokens; the base has {size:,.1f} MB, perplexity {accuracy.perplexity:.3f}"
 
 
 def _sweep_facts(report: SweepReport) -> Iterator[tuple[str, str]]:
     models = report.texts[0].models
-    yield "is", "a sweep or comparison: * is nowhere beaten in bytes and loss"
+    yield "is", "a sweep or comparison: nothing beats a model with * in both bytes and loss"
     yield "models", f"{len(models)}, of which {report.failed} failed"
     if report.deleted:
-        yield "deleted", f"{len(report.deleted)}, whose records stay: {_named(report.deleted)}"
-
-
-# --------------------------------------------------------------------------- pieces of tables
+        yield "deleted", f"{len(report.deleted)}, but their records are here: {_named(report.deleted)}"
 
 
 def _open_table(title: str, columns: Iterable[str]) -> Table:
@@ -291,6 +275,10 @@ def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
         # Text, because a node name with brackets is not markup.
         table.add_row(name, Text(text))
     return table
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _megabytes(size: int) -> str:

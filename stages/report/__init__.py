@@ -1,1 +1,1 @@
-"""Write the HTML report of a quantized model or a sweep."""
+"""Write HTML reports: of a quantized model, its evaluations, or a sweep."""

@@ -1,4 +1,4 @@
-"""Make a report's page again from its report.json: ``python -m stages.report DIR``."""
+"""Write a report's page again from its report.json: ``python -m stages.report DIR``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stages.errors import UserError
 
 
 def command(config: ReportConfig) -> Iterable[Section]:
-    """Write report.html, and first the part on quantized weights where their folder is named.
+    """Write report.html, with the part on quantized weights made anew where --weights_path names them.
 
     Raises:
-        UserError: there is nothing to make a page from, or the folder can't be written.
+        UserError: there is nothing to report on, or the folder can't be written.
     """
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
@@ -24,17 +24,17 @@ def command(config: ReportConfig) -> Iterable[Section]:
     from stages.report.from_runs import quantization_of
     from stages.report.render import render
 
-    document = read_document(config.report)
+    report = read_document(config.report)
     if config.weights_path is not None:
         sizes = (
             size_parts(locate_model(config.base), locate_model(config.model)) if config.base and config.model else ()
         )
         quantization = quantization_of(open_store(config.weights_path), sizes)
-        title = document.title or (config.model or config.weights_path).absolute().name
-        document = replace(document, title=title, quantization=quantization)
+        title = report.title or (config.model or config.weights_path).absolute().name
+        report = replace(report, title=title, quantization=quantization)
     elif not (config.report / REPORT_JSON).exists():
-        raise UserError(f"{config.report} holds no {REPORT_JSON}; name a report's folder, or --weights_path as well.")
-    write_report(document, render, config.report)
+        raise UserError(f"{config.report} holds no {REPORT_JSON}; pass a report's folder, or --weights_path too.")
+    write_report(report, render, config.report)
     return ()
 
 

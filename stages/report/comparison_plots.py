@@ -1,4 +1,4 @@
-"""Drawings that compare models: size against loss in a sweep, and KL divergence along a window of text."""
+"""Plot comparisons of models: size against loss in a sweep, and KL divergence by token position."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from stages.report.svg import OUTLINES, Axis, Mark, axis_over, chart
 from stages.report.view import Figure, LegendEntry, TableView, megabytes, number, percent, table
 
 
-def front_figure(sweep: SweepTable, name: str) -> Figure | None:
-    """Return size and loss of every point that has both; None where none has."""
+def sweep_figure(sweep: SweepTable, name: str) -> Figure | None:
+    """Return the plot of size against loss for the points that have both; None where none has."""
     known = [(point, point.bytes / 1e6, point.loss) for point in sweep.points if point.bytes and point.loss]
     if not known:
         return None
@@ -31,19 +31,19 @@ def front_figure(sweep: SweepTable, name: str) -> Figure | None:
     return Figure(
         name=name,
         heading="Size against loss",
-        text=f"Smaller is to the left, better further down. The line joins the models that no other one beats in both "
-        f"size and {loss}; the scale of the loss is logarithmic.",
+        text="Smaller models are further left, better ones further down. The line joins the models that no other one "
+        f"beats in size and {loss} at once; the loss has a logarithmic scale.",
         drawings=(chart(x, y, marks, [front]),),
         legend=(
             LegendEntry(text="nowhere beaten", shape="diamond", css="c2"),
             LegendEntry(text="beaten", shape="ring", css="c0"),
         ),
-        table=_table(sweep),
+        table=_sweep_table(sweep),
     )
 
 
 def position_figure(evaluation: Evaluation, name: str) -> Figure | None:
-    """Return mean and 99th percentile by position for every model but the base; None where they weren't measured."""
+    """Return the plot of mean and 99th percentile by position for every model but the base; None without numbers."""
     rows = [row for row in evaluation.rows[1:] if row.positions and row.accuracy.mean_divergence > 0]
     if not rows:
         return None
@@ -65,7 +65,7 @@ def position_figure(evaluation: Evaluation, name: str) -> Figure | None:
     return Figure(
         name=name,
         heading="KL divergence by token position",
-        text="KL(base || model) in nats for tokens at the same place of their window, over "
+        text="KL(base || model) in nats for tokens at the same position in their windows, over "
         f"{comparison.windows} windows of {comparison.seq_len} tokens; logarithmic.",
         drawings=(chart(x, axis_over("KL (nats)", [mark.y for mark in marks], log=True), marks, lines),),
         legend=tuple(legend),
@@ -87,14 +87,14 @@ def position_figure(evaluation: Evaluation, name: str) -> Figure | None:
     )
 
 
-def _table(sweep: SweepTable) -> TableView:
-    judged = sweep.text is not None
+def _sweep_table(sweep: SweepTable) -> TableView:
+    scored = sweep.text is not None
     headings = ["", "model", "note", "search, s", "total, s", "peak MB", "bits a weight", "MB", "held-out loss"]
-    headings += ["perplexity", "KL", "KL, 99th percentile", "same top-1"] if judged else []
-    return table(headings, [_cells(point, judged=judged) for point in sweep.points], texts=3, wraps=2)
+    headings += ["perplexity", "KL", "KL, 99th percentile", "same top-1"] if scored else []
+    return table(headings, [_cells(point, scored=scored) for point in sweep.points], texts=3, wraps=2)
 
 
-def _cells(point: SweepPoint, *, judged: bool) -> list[str]:
+def _cells(point: SweepPoint, *, scored: bool) -> list[str]:
     accuracy = point.accuracy
     cells = [
         "*" if point.on_front else "",
@@ -107,7 +107,7 @@ def _cells(point: SweepPoint, *, judged: bool) -> list[str]:
         megabytes(point.bytes),
         number(point.held_out_loss, ".5f"),
     ]
-    if judged:
+    if scored:
         cells += [
             number(None if accuracy is None else accuracy.perplexity, ".3f"),
             number(None if accuracy is None else accuracy.mean_divergence, ".5f"),

@@ -1,4 +1,4 @@
-"""report.json: everything that a report shows, as frozen types; the page is made from nothing else."""
+"""Read and write reports: report.json holds everything that a report shows, and the page is made only from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_HTML = "report.html"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedSite:
-    """A site, what was chosen for it, and what it lost."""
+    """A quantized site: the choices for it, and its errors."""
 
     layer: int | None
     """Decoder layer; None outside the layers."""
@@ -36,7 +36,7 @@ class QuantizedSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptSite:
-    """A site that stays as it is."""
+    """A site that isn't quantized."""
 
     site: str
     layer: int | None
@@ -49,7 +49,7 @@ class Quantization:
     """One run of stages.quantize."""
 
     summary: str
-    """Algorithm and options in words."""
+    """The algorithm and options, as text."""
     weight_form: str
     bits_per_weight: float
     """Over the quantized sites, scales and zero points included."""
@@ -57,15 +57,15 @@ class Quantization:
     """In graph order."""
     kept: tuple[KeptSite, ...]
     other_weights: tuple[str, ...] = ()
-    """In words: large weights that no MatMul or Gemm reads."""
+    """Descriptions of large weights that no MatMul or Gemm reads."""
     sizes: tuple[SizePart, ...] = ()
-    """None where the models weren't at hand."""
+    """Empty where the models weren't there to look at."""
     verified: VerifyReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPoint:
-    """One model of a sweep."""
+    """One model of a sweep, on one text."""
 
     name: str
     command: str
@@ -78,7 +78,7 @@ class SweepPoint:
     held_out_loss: float | None
     accuracy: Accuracy | None
     loss: float | None
-    """What is weighed against bytes."""
+    """KL, or the held-out layer loss where there is no text."""
     on_front: bool
     """Whether no other one beats it in bytes and loss at once."""
     note: str
@@ -87,28 +87,28 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepTable:
-    """The points of a sweep on one text."""
+    """All models of a sweep on one text."""
 
     text: str | None
-    """None where no text judged them: then the loss is that of the layers on held-out text."""
+    """None where the models were scored on no text."""
     base: ModelRow | None
     points: tuple[SweepPoint, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A whole report; each part is there or not."""
+    """A whole report; every part is optional."""
 
     title: str = ""
     machine: str = ""
-    """Where its first part was made."""
+    """The machine that its first part was made on."""
     quantization: Quantization | None = None
     evaluations: tuple[Evaluation, ...] = ()
-    """One a text and choice of models, in the order in which they came."""
+    """One for each text and choice of models, oldest first."""
     sweep: tuple[SweepTable, ...] = ()
 
     def with_evaluation(self, evaluation: Evaluation) -> Document:
-        """This report with ``evaluation`` in place of one of the same models on the same text, or added."""
+        """Return this report with ``evaluation`` added, in place of one of the same models on the same text."""
         others = [one for one in self.evaluations if _subject(one) != _subject(evaluation)]
         return replace(self, evaluations=(*others, evaluation))
 
@@ -118,31 +118,36 @@ def _subject(evaluation: Evaluation) -> tuple[str, tuple[str, ...]]:
     return comparison.text, tuple(name for name, _ in comparison.models)
 
 
-_DOCUMENTS = TypeAdapter(Document)
+_REPORTS = TypeAdapter(Document)
 
 
 def read_document(folder: Path) -> Document:
-    """The report in ``folder``; an empty one where there is none yet.
+    """Return the report in ``folder``, or an empty one where there is none yet.
 
     Raises:
-        UserError: there is a report.json of another kind, or only a page.
+        UserError: report.json can't be read, or there is a page without it.
     """
     path = folder / REPORT_JSON
     if not path.exists():
         if folder.is_file() or (folder / REPORT_HTML).exists():
-            raise UserError(f"{folder} holds no {REPORT_JSON} to add to, and is not empty; choose another folder.")
+            raise UserError(f"{folder} is not empty and holds no {REPORT_JSON} to add to; choose another folder.")
         return Document()
     with explained(f"{path} can't be read as a report of this version", "delete it or choose another folder"):
-        return _DOCUMENTS.validate_json(path.read_bytes())
+        return _REPORTS.validate_json(path.read_bytes())
 
 
-def write_report(document: Document, render: Callable[[Document], str], folder: Path) -> None:
-    """Write report.json and the page that ``render`` makes from it, and log where the page lies.
+def write_report(report: Document, render: Callable[[Document], str], folder: Path) -> None:
+    """Write report.json and the page, and log where the page lies.
+
+    Args:
+        report: what to write.
+        render: makes the page.
+        folder: made if it isn't there.
 
     Raises:
         UserError: the folder can't be written.
     """
-    files = {REPORT_JSON: _DOCUMENTS.dump_json(document, indent=1), REPORT_HTML: render(document).encode()}
+    files = {REPORT_JSON: _REPORTS.dump_json(report, indent=1), REPORT_HTML: render(report).encode()}
     with explained(f"The report can't be written to {folder}", "choose another folder"):
         for name, content in files.items():
             write_whole(folder / name, content)

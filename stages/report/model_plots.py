@@ -1,4 +1,4 @@
-"""Drawings of the whole model: what its bytes are, and which weight got which format."""
+"""Plot the whole model: its bytes by kind, and the format of every weight."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stages.report.document import KeptSite, QuantizedSite
 from stages.report.svg import Axis, Part, bars
 from stages.report.view import Figure, LegendEntry, megabytes, percent, table
 
-_KEPT = "as it was"
+_KEPT = "not quantized"
 
 
 def size_figure(parts: Sequence[SizePart]) -> Figure | None:
-    """Return the bytes of the base and of the quantized model, by kind; None where nothing is known."""
+    """Return the bars of the base's and the quantized model's bytes by kind; None where they aren't known."""
     if not parts:
         return None
     colours = {part.name: f"part c{1 + CATEGORIES.index(part.name)}" for part in parts}
@@ -45,14 +45,14 @@ def size_figure(parts: Sequence[SizePart]) -> Figure | None:
         drawings=(bars("Size of both models", Axis(title="MB", low=0, high=max(before, after) / 1e6), rows),),
         legend=tuple(LegendEntry(text=name, shape="square", css=css) for name, css in colours.items()),
         table=table(
-            ("part", "base, MB", "quantized, MB", "share of it"),
+            ("part", "base, MB", "quantized, MB", "share"),
             [*lines, ("all", megabytes(before), megabytes(after), "")],
         ),
     )
 
 
 def bits_figure(sites: Sequence[QuantizedSite], kept: Sequence[KeptSite]) -> Figure | None:
-    """Return the formats, a row for each kind of site and a column for each layer; None where all are alike."""
+    """Return the map of formats, a row a kind of site and a column a layer; None where all formats are the same."""
     formats = sorted({site.report.format for site in sites})
     if len(formats) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else."""
+"""Render a report as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from stages.report.comparison_plots import front_figure, position_figure
+from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Document, Quantization
 from stages.report.model_plots import bits_figure, size_figure
 from stages.report.site_plots import site_figure
 from stages.report.tables import (
-    accuracy_passage,
-    answer_passage,
-    speed_passage,
-    task_passage,
-    verified_passage,
-    worst_passage,
+    accuracy_tables,
+    answer_tables,
+    speed_tables,
+    task_tables,
+    verified_tables,
+    worst_tables,
 )
-from stages.report.view import Figure, Passage, Section, Tile, megabytes, percent
+from stages.report.view import Figure, Section, TableGroup, Tile, megabytes, percent
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
 STYLE_SHEET = _FOLDER / "page.css"
 
 
-def render(document: Document) -> str:
-    """The page as text; the same for the same document."""
+def render(report: Document) -> str:
+    """Return the page; equal reports give equal pages."""
     templates = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -36,67 +36,67 @@ def render(document: Document) -> str:
         lstrip_blocks=True,
     )
     return templates.get_template(_PAGE).render(
-        document=document, tiles=_tiles(document), sections=[one for one in _sections(document) if one.parts]
+        report=report, tiles=_tiles(report), sections=[one for one in _sections(report) if one.parts]
     )
 
 
-def _sections(document: Document) -> list[Section]:
-    quantization = document.quantization
+def _sections(report: Document) -> list[Section]:
+    quantization = report.quantization
     return [
-        Section(name="accuracy", heading="Accuracy", parts=_accuracy(document)),
-        Section(name="use", heading="In use", parts=_in_use(document)),
+        Section(name="accuracy", heading="Accuracy", parts=_accuracy(report)),
+        Section(name="use", heading="In use", parts=_in_use(report)),
         Section(name="layers", heading="Layer by layer", parts=() if quantization is None else _layers(quantization)),
-        Section(name="sweep", heading="Sweep", parts=_sweep(document)),
+        Section(name="sweep", heading="Sweep", parts=_sweep(report)),
     ]
 
 
-def _accuracy(document: Document) -> tuple[Figure | Passage, ...]:
-    parts: list[Figure | Passage | None] = []
-    for index, evaluation in enumerate(document.evaluations):
+def _accuracy(report: Document) -> tuple[Figure | TableGroup, ...]:
+    parts: list[Figure | TableGroup | None] = []
+    for index, evaluation in enumerate(report.evaluations):
         parts += [
-            accuracy_passage(evaluation, f"accuracy-{index}"),
+            accuracy_tables(evaluation, f"accuracy-{index}"),
             position_figure(evaluation, f"positions-{index}"),
-            worst_passage(evaluation, f"worst-{index}"),
+            worst_tables(evaluation, f"worst-{index}"),
         ]
-    return _there(parts)
+    return _present(parts)
 
 
-def _in_use(document: Document) -> tuple[Figure | Passage, ...]:
-    evaluations = document.evaluations
+def _in_use(report: Document) -> tuple[Figure | TableGroup, ...]:
+    evaluations = report.evaluations
     speeds = [evaluation.speed for evaluation in evaluations if evaluation.speed is not None]
-    return _there(
+    return _present(
         [
-            answer_passage([one for evaluation in evaluations for one in evaluation.generations]),
-            speed_passage(speeds[-1] if speeds else None),
-            task_passage([one for evaluation in evaluations for one in evaluation.tasks]),
+            answer_tables([one for evaluation in evaluations for one in evaluation.generations]),
+            speed_tables(speeds[-1] if speeds else None),
+            task_tables([one for evaluation in evaluations for one in evaluation.tasks]),
         ]
     )
 
 
-def _layers(quantization: Quantization) -> tuple[Figure | Passage, ...]:
+def _layers(quantization: Quantization) -> tuple[Figure | TableGroup, ...]:
     sites = quantization.sites
-    return _there(
+    return _present(
         [
             size_figure(quantization.sizes),
             bits_figure(sites, quantization.kept),
             site_figure(sites),
-            verified_passage(quantization),
+            verified_tables(quantization),
         ]
     )
 
 
-def _sweep(document: Document) -> tuple[Figure | Passage, ...]:
-    return _there([front_figure(sweep, f"front-{index}") for index, sweep in enumerate(document.sweep)])
+def _sweep(report: Document) -> tuple[Figure | TableGroup, ...]:
+    return _present([sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep)])
 
 
-def _there(parts: Sequence[Figure | Passage | None]) -> tuple[Figure | Passage, ...]:
+def _present(parts: Sequence[Figure | TableGroup | None]) -> tuple[Figure | TableGroup, ...]:
     return tuple(part for part in parts if part is not None)
 
 
-def _tiles(document: Document) -> list[Tile]:
-    """The figures to see at once."""
+def _tiles(report: Document) -> list[Tile]:
+    """Return the numbers at the top of the page."""
     tiles = []
-    quantization = document.quantization
+    quantization = report.quantization
     if quantization is not None:
         before = sum(part.before for part in quantization.sizes)
         after = sum(part.after for part in quantization.sizes)
@@ -108,7 +108,7 @@ def _tiles(document: Document) -> list[Tile]:
         if quantization.verified is not None and quantization.verified.fused is not None:
             verified = quantization.verified
             tiles.append(Tile(value=f"{verified.fused} of {verified.sites}", label="sites run fused"))
-    for evaluation in document.evaluations:
+    for evaluation in report.evaluations:
         # More models are compared in the table.
         if len(evaluation.rows) == 2:
             base, model = evaluation.rows

@@ -1,4 +1,4 @@
-"""Drawings of what each site lost, as rounding to nearest would give it and as chosen."""
+"""Plot each site's output error: with rounding to nearest, and with what the search chose."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stages.report.view import UNKNOWN, Figure, LegendEntry, TableView, number, 
 _ROUNDED = LegendEntry(text="rounded to nearest", shape="ring", css="c0")
 _CHOSEN = LegendEntry(text="as chosen", shape="disc", css="c1")
 _Pair = tuple[float, float]
-"""Errors as rounded and as chosen."""
+"""Errors with rounding to nearest and as chosen."""
 
 
 def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
-    """Return every site's format, choices and output error; a panel for each kind of site where errors are known."""
+    """Return every site's choices and output error, with a panel for each kind of site whose errors are known."""
     if not sites:
         return None
     panels: dict[str, list[tuple[QuantizedSite, _Pair]]] = {}
@@ -30,7 +30,7 @@ def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
             panels.setdefault(kind, []).append((site, pair))
     y = axis_over("", [loss for panel in panels.values() for _, pair in panel for loss in pair], log=True, percent=True)
     unseen = all(site.report.held_out_loss is not None for panel in panels.values() for site, _ in panel)
-    where = "text that the search did not see" if unseen else "the calibration text"
+    where = "text that the search never saw" if unseen else "the calibration text"
     text = (
         f"Mean squared error of each site's output relative to the output, on {where}; logarithmic, the same scale in "
         "all panels."
@@ -47,7 +47,7 @@ def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
 
 
 def _losses(report: SiteReport) -> _Pair | None:
-    """Return the errors on held-out text where there is some, else on the calibration text."""
+    """Return the errors on held-out text where they are known, else on the calibration text."""
     for rounded, chosen in ((report.held_out_loss_rtn, report.held_out_loss), (report.loss_rtn, report.loss)):
         if rounded is not None and chosen is not None:
             return rounded, chosen
@@ -74,7 +74,7 @@ def _panel(sites: Sequence[tuple[QuantizedSite, _Pair]], y: Axis) -> str:
 
 
 def _table(reports: Sequence[SiteReport]) -> TableView:
-    """Return a row for each site; columns that are empty for all of them are left out."""
+    """Return a row for each site, without the columns that are empty for all."""
     columns = {
         "site": [short_name(report.site) for report in reports],
         "format": [report.format for report in reports],

@@ -1,4 +1,4 @@
-"""Charts as SVG: marks and lines over two axes, and bars made of parts. Colours are classes of page.css."""
+"""Draw SVG charts: marks and lines over two axes, and stacked bars. Colours are classes of page.css."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 Shape = Literal["disc", "ring", "diamond", "square"]
 Number = int | float
-"""A pixel, or a figure that is drawn."""
+"""A pixel, or a value that is drawn."""
 Line = tuple[str, Sequence[tuple[Number, Number]]]
-"""Classes of a line, and the points of a chart that it goes through."""
+"""CSS classes of a line, and the values of the points that it goes through."""
 
 _DISC = "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z"
 OUTLINES: dict[Shape, str] = {
@@ -36,10 +36,10 @@ _FEW_TICKS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """A scale from ``low`` to ``high``; logarithmic ones are above 0.
+    """A scale from ``low`` to ``high``, both above 0 where it is logarithmic.
 
     Args:
-        title: what is drawn, with its unit; an axis without a title has no ticks.
+        title: the quantity, with its unit; an axis without a title has no ticks.
         whole: whether only whole numbers are ticks.
         percent: whether ticks of shares are written as per cent.
     """
@@ -52,13 +52,13 @@ class Axis:
     percent: bool = False
 
     def share(self, value: Number) -> float:
-        """Return where ``value`` stands, 0 at the low end and 1 at the high one; 0 has no logarithm and stands at 0."""
+        """Return the place of ``value``: 0 at the low end, 1 at the high one. A logarithmic axis puts zero at 0."""
         if not self.log:
             return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
 
     def ticks(self) -> list[tuple[Number, str]]:
-        """Return a few round numbers between the ends, and how each is written."""
+        """Return a few round numbers between the ends, with their labels."""
         values = (_log_ticks if self.log else _linear_ticks)(self.low, self.high)
         if self.whole:
             values = [value for value in values if value == int(value)]
@@ -66,7 +66,14 @@ class Axis:
 
 
 def axis_over(title: str, values: Sequence[Number], *, log: bool = False, percent: bool = False) -> Axis:
-    """Return an axis with room for ``values`` and a margin at both ends; a logarithmic one leaves out zeros."""
+    """Return an axis with room for ``values`` and a margin at both ends; a logarithmic one leaves out zeros.
+
+    Args:
+        title: the quantity, with its unit.
+        values: what it must hold.
+        log: whether it is logarithmic.
+        percent: whether ticks of shares are written as per cent.
+    """
     if log:
         values = [value for value in values if value > 0] or [1.0]
         return Axis(title=title, low=min(values) / 1.3, high=max(values) * 1.3, log=True, percent=percent)
@@ -96,7 +103,7 @@ def _log_ticks(low: Number, high: Number) -> list[Number]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """A point of a chart; ``hint`` is shown under the pointer, ``label`` beside the mark."""
+    """A point of a chart; ``hint`` is shown while the pointer is on it, ``label`` always."""
 
     x: Number
     y: Number
@@ -108,7 +115,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A stretch of a bar; ``text`` is written on it where it is wide enough."""
+    """A part of a stacked bar; ``text`` is written on it where it fits."""
 
     start: Number
     end: Number
@@ -118,7 +125,15 @@ class Part:
 
 
 def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, small: bool = False) -> str:
-    """Return a drawing of ``marks`` and ``lines``, a ``small`` one to stand beside others."""
+    """Return a drawing of marks and lines.
+
+    Args:
+        x: the horizontal axis.
+        y: the vertical axis.
+        marks: points, drawn above the lines.
+        lines: lines through values.
+        small: whether it is one of several, side by side.
+    """
     width, height = SMALL if small else _LARGE
     plot = _Plot(_svg(f"{y.title} by {x.title}: {len(marks)} values", width, height), x, y, _LEFT, width, _TOP, height)
     plot.text(0, 14, y.title, "heading")
@@ -137,7 +152,13 @@ def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, sma
 
 
 def bars(title: str, x: Axis, rows: Sequence[tuple[str, Sequence[Part]]]) -> str:
-    """Return a drawing of one bar for each (label, parts) of ``rows``."""
+    """Return a drawing of stacked bars.
+
+    Args:
+        title: what a screen reader says.
+        x: the axis of all bars.
+        rows: (label, parts) of each bar.
+    """
     width, height = _LARGE[0], len(rows) * _ROW + _BOTTOM
     plot = _Plot(_svg(title, width, height), x, x, _LABELS, width, 0, height)
     for index, (label, parts) in enumerate(rows):
@@ -160,7 +181,7 @@ def _svg(title: str, width: Number, height: Number) -> ElementTree.Element:
 
 @dataclass(frozen=True, slots=True)
 class _Plot:
-    """An SVG element under construction, two axes, and the edges between which their ranges lie."""
+    """An SVG element under construction, with two axes and the margins around them."""
 
     root: ElementTree.Element
     x: Axis
@@ -199,7 +220,7 @@ class _Plot:
             self.text(self.width - _RIGHT, bottom + 33, self.x.title, "tick end")
 
     def write_labels(self, marks: Sequence[Mark]) -> None:
-        """Write labels above their marks, moved up where they would cover one another."""
+        """Write labels above their marks, moved up where they would overlap."""
         taken: list[tuple[float, float, float]] = []
         for mark in marks:
             x, y, width = self.across(mark.x), self.down(mark.y) - 8, _LETTER * len(mark.label)

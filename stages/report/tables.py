@@ -1,4 +1,4 @@
-"""The parts of a report that are tables and sentences: accuracy, worst tokens, answers, speed, tasks, checks."""
+"""Make the tables of a report, for the page and the terminal: accuracy, worst tokens, answers, speed, tasks, checks."""
 
 from __future__ import annotations
 
@@ -13,30 +13,24 @@ from stages.evaluation.records import Evaluation, Generation, ModelRow, SpeedTes
 from stages.records.results import VerifyReport
 from stages.records.sites import short_name
 from stages.report.document import Quantization
-from stages.report.view import UNKNOWN, Passage, TableView, megabytes, number, percent, table, visible
+from stages.report.view import UNKNOWN, TableGroup, TableView, megabytes, number, percent, table, visible
 from stages.runtime.upcast import WIDENED_BECAUSE
 
 
-def accuracy_passage(evaluation: Evaluation, name: str) -> Passage:
-    """Perplexity, KL, top-1 and size of every model on one text."""
+def accuracy_tables(evaluation: Evaluation, name: str) -> TableGroup:
+    """Return perplexity, KL, top-1 agreement and size of every model on one text."""
     comparison, base = evaluation.comparison, evaluation.rows[0]
     widened = [row.name for row in evaluation.rows if row.widened]
     note = f" {', '.join(widened)} ran {WIDENED_BECAUSE}." if widened else ""
-    return Passage(
+    headings = ("model", "perplexity", "KL, mean", "KL, 99th percentile", "same top-1", "MB", "of the base")
+    return TableGroup(
         name=name,
         heading=f"Accuracy on {comparison.text}",
         text=f"{base.accuracy.tokens} predicted tokens in {comparison.windows} windows of {comparison.seq_len}; KL is "
         f"KL({base.name} || model) in nats; accuracy level {comparison.accuracy_level}; ONNX Runtime, "
         f"{', '.join(comparison.providers)}.{note}",
-        tables=(accuracy_table(evaluation),),
+        tables=(table(headings, [_accuracy_row(row, base) for row in evaluation.rows]),),
     )
-
-
-def accuracy_table(evaluation: Evaluation) -> TableView:
-    """One row a model, the base first."""
-    base = evaluation.rows[0]
-    headings = ("model", "perplexity", "KL, mean", "KL, 99th percentile", "same top-1", "MB", "of the base")
-    return table(headings, [_accuracy_row(row, base) for row in evaluation.rows])
 
 
 def _accuracy_row(row: ModelRow, base: ModelRow) -> tuple[str, ...]:
@@ -52,49 +46,49 @@ def _accuracy_row(row: ModelRow, base: ModelRow) -> tuple[str, ...]:
     )
 
 
-def worst_passage(evaluation: Evaluation, name: str) -> Passage | None:
-    """The predictions that lost most, a table for each model; None where there are none."""
+def worst_tables(evaluation: Evaluation, name: str) -> TableGroup | None:
+    """Return the predictions farthest from the base's, a table for each model; None where there are none."""
     tables = [_worst_table(row) for row in evaluation.rows if row.worst]
     if not tables:
         return None
-    return Passage(
+    return TableGroup(
         name=name,
         heading="Worst tokens",
-        text="The predictions farthest from the base's. Behind each token stands its probability in the "
-        "base and in the model; ⏎ is a line break.",
+        text="The predictions farthest from the base's. Each token is followed by its probability in the base and in "
+        "the model; ⏎ is a line break.",
         tables=tuple(tables),
     )
 
 
 def _worst_table(row: ModelRow) -> TableView:
-    headings = (f"text before it ({row.name})", "goes on with", "base puts first", "model puts first", "KL")
+    headings = (f"text before it ({row.name})", "next token", "base's top tokens", "model's top tokens", "KL")
     return table(headings, [_worst_row(token) for token in row.worst], texts=4, wraps=0)
 
 
 def _worst_row(token: WorstToken) -> tuple[str, ...]:
     return (
         "…" + visible(token.context),
-        in_words(token.following),
-        "\n".join(map(in_words, token.base_first)),
-        "\n".join(map(in_words, token.model_first)),
+        _describe(token.following),
+        "\n".join(map(_describe, token.base_first)),
+        "\n".join(map(_describe, token.model_first)),
         f"{token.divergence:.3f}",
     )
 
 
-def in_words(guess: Guess) -> str:
-    """A token and its probabilities: " the" 61 → 3 %."""
+def _describe(guess: Guess) -> str:
+    """Return a token and its probabilities: “ the” 61.0 → 3.0 %."""
     return f"“{visible(guess.token)}” {100 * guess.base:.1f} → {100 * guess.model:.1f} %"
 
 
-def answer_passage(generations: Sequence[Generation]) -> Passage | None:
-    """Each prompt with every model's answer; None where nothing was asked."""
+def answer_tables(generations: Sequence[Generation]) -> TableGroup | None:
+    """Return each prompt with every model's answer; None where there are none."""
     if not generations:
         return None
-    return Passage(
+    return TableGroup(
         name="answers",
         heading="Answers side by side",
-        text="Greedy, through onnxruntime-genai, at the accuracy level that each model ships with. Same start: how "
-        "many of its tokens, from the first on, are the base's too.",
+        text="Greedy, by onnxruntime-genai, at the accuracy level that each model's files set. Same start: how many of "
+        "an answer's first tokens are the base's too.",
         tables=tuple(_answer_table(generation) for generation in generations),
     )
 
@@ -107,23 +101,22 @@ def _answer_table(generation: Generation) -> TableView:
     return table(("model", f"{generation.prompt} ({how})", "same start"), rows, texts=2, wraps=1)
 
 
-def speed_passage(speed: SpeedTest | None) -> Passage | None:
-    """Tokens a second and memory; None where they weren't measured."""
+def speed_tables(speed: SpeedTest | None) -> TableGroup | None:
+    """Return tokens per second and memory; None where they weren't measured."""
     if speed is None:
         return None
-    return Passage(
+    return TableGroup(
         name="speed",
         heading="Speed and memory",
         text=f"{speed.runtime}, {speed.threads} {'thread' if speed.threads == 1 else 'threads'}, on {speed.machine}; "
-        f"{speed.prompt_tokens} prompt tokens, {speed.new_tokens} new ones; median of {speed.rounds} rounds "
-        "(slowest to fastest), models in turns, each round in a process of its own. Memory is the most that a whole "
-        "process held, Python included.",
-        tables=(speed_table(speed),),
+        f"{speed.prompt_tokens} prompt tokens, {speed.new_tokens} new ones; median of {speed.rounds} "
+        f"{'round' if speed.rounds == 1 else 'rounds'} (slowest to fastest), models alternately, each round in a "
+        "process of its own. Memory is the peak of the whole process, Python included.",
+        tables=(_speed_table(speed),),
     )
 
 
-def speed_table(speed: SpeedTest) -> TableView:
-    """One row a model, the base first."""
+def _speed_table(speed: SpeedTest) -> TableView:
     base = speed.models[0]
     rows = [
         (
@@ -149,21 +142,19 @@ def speed_table(speed: SpeedTest) -> TableView:
     return table(headings, rows, texts=2, wraps=1)
 
 
-def task_passage(scores: Sequence[TaskScore]) -> Passage | None:
-    """lm-eval's tasks; None where none was run."""
+def task_tables(scores: Sequence[TaskScore]) -> TableGroup | None:
+    """Return the scores of lm-eval's tasks; None where none was run."""
     if not scores:
         return None
-    return Passage(
+    return TableGroup(
         name="tasks",
         heading="lm-eval",
-        text="Tasks of lm-eval on ONNX Runtime, at the accuracy level of the comparison; ± is the standard error that "
-        "lm-eval gives.",
-        tables=(task_table(scores),),
+        text="lm-eval's tasks on ONNX Runtime, at the accuracy level of the comparison; ± is lm-eval's standard error.",
+        tables=(_task_table(scores),),
     )
 
 
-def task_table(scores: Sequence[TaskScore]) -> TableView:
-    """One row a metric, a column a model."""
+def _task_table(scores: Sequence[TaskScore]) -> TableView:
     models = list(dict.fromkeys(score.model for score in scores))
     cells: dict[tuple[str, str, str, int], dict[str, str]] = {}
     for score in scores:
@@ -173,27 +164,27 @@ def task_table(scores: Sequence[TaskScore]) -> TableView:
     rows = [
         (
             task,
-            f"{metric} ({kind})" if kind else metric,
+            f"{metric} ({answer_filter})" if answer_filter else metric,
             str(samples),
             *(of_model.get(model, UNKNOWN) for model in models),
         )
-        for (task, metric, kind, samples), of_model in cells.items()
+        for (task, metric, answer_filter, samples), of_model in cells.items()
     ]
     return table(("task", "metric", "samples", *models), rows, texts=2)
 
 
-def verified_passage(quantization: Quantization) -> Passage | None:
-    """What was checked, and what stayed as it was; None where nothing is known."""
+def verified_tables(quantization: Quantization) -> TableGroup | None:
+    """Return the checks of the export, and what isn't quantized; None where nothing is known."""
     tables = []
     if quantization.verified is not None:
         tables.append(table(("check", "result"), _checks(quantization.verified), texts=2))
-    left = [*((short_name(one.site), one.reason) for one in quantization.kept)]
-    left += [("other weights", words) for words in quantization.other_weights]
-    if left:
-        tables.append(table(("kept as it was", "why"), left, texts=2, wraps=1))
+    unquantized = [*((short_name(one.site), one.reason) for one in quantization.kept)]
+    unquantized += [("other weights", text) for text in quantization.other_weights]
+    if unquantized:
+        tables.append(table(("not quantized", "why"), unquantized, texts=2, wraps=1))
     if not tables:
         return None
-    return Passage(
+    return TableGroup(
         name="checks",
         heading="Checks",
         text="The exported model against the numbers that it was made from, on ONNX Runtime's CPU provider.",
@@ -217,22 +208,22 @@ def _checks(verified: VerifyReport) -> list[tuple[str, str]]:
 
 
 def tables_of(evaluation: Evaluation) -> Iterator[Table]:
-    """Yield the tables of a report for the screen, one after the other."""
-    passages: Sequence[Passage | None] = (
-        accuracy_passage(evaluation, ""),
-        worst_passage(evaluation, ""),
-        answer_passage(evaluation.generations),
-        speed_passage(evaluation.speed),
-        task_passage(evaluation.tasks),
+    """Yield an evaluation's tables for the terminal."""
+    groups: Sequence[TableGroup | None] = (
+        accuracy_tables(evaluation, ""),
+        worst_tables(evaluation, ""),
+        answer_tables(evaluation.generations),
+        speed_tables(evaluation.speed),
+        task_tables(evaluation.tasks),
     )
-    for passage in passages:
-        if passage is not None:
-            for index, view in enumerate(passage.tables):
-                yield _on_screen(view, f"{passage.heading}. {passage.text}" if index == 0 else "")
+    for group in groups:
+        if group is not None:
+            for index, view in enumerate(group.tables):
+                yield _terminal_table(view, f"{group.heading}. {group.text}" if index == 0 else "")
 
 
-def _on_screen(view: TableView, title: str) -> Table:
-    # Text, because words of a model are no markup.
+def _terminal_table(view: TableView, title: str) -> Table:
+    # Text, because what a model wrote is not markup.
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in view.columns:
         table.add_column(Text(column.heading), justify="right" if column.is_number else "left", overflow="fold")

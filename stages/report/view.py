@@ -1,4 +1,4 @@
-"""What a page is made of: sections of figures, tables and short texts, ready to be written as HTML."""
+"""Describe a page: sections of figures and tables whose cells are text, ready for HTML or the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stages.report.svg import OUTLINES, Shape
 
 UNKNOWN = "-"
-"""What a table says of a number that isn't known."""
+"""What a table shows for an unknown number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,25 +18,25 @@ class Column:
     heading: str
     is_number: bool = True
     wraps: bool = False
-    """Whether it holds sentences, which are broken into lines."""
+    """Whether it holds sentences, which wrap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableView:
-    """Text in rows and columns."""
+    """A table of text."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
 
     @property
     def is_wide(self) -> bool:
-        """Whether it takes all the width there is."""
+        """Return whether it takes the whole width."""
         return any(column.wraps for column in self.columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegendEntry:
-    """What a mark of this shape and colour stands for."""
+    """The meaning of a mark's shape and colour."""
 
     text: str
     shape: Shape
@@ -50,24 +50,24 @@ class LegendEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One or more drawings with their numbers as a table."""
+    """Drawings, with their numbers as a table."""
 
     name: str
     """Unique on the page."""
     heading: str
     text: str
-    """What is drawn, and how to read it."""
+    """What the drawings show, and how to read them."""
     drawings: tuple[str, ...]
     """SVG elements."""
     legend: tuple[LegendEntry, ...]
     table: TableView
     small: bool = False
-    """Whether the drawings stand beside each other."""
+    """Whether the drawings are small ones, side by side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """A figure to see at once."""
+    """A number shown at the top of the page."""
 
     value: str
     label: str
@@ -75,8 +75,8 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
-    """A heading with a table or tables and no drawing."""
+class TableGroup:
+    """Tables under one heading."""
 
     name: str
     heading: str
@@ -86,18 +86,24 @@ class Passage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of the page."""
+    """A part of the page with a heading of its own."""
 
     name: str
     heading: str
-    text: str = ""
-    parts: tuple[Figure | Passage, ...] = ()
+    parts: tuple[Figure | TableGroup, ...] = ()
 
 
 def table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1, wraps: int | None = None
 ) -> TableView:
-    """A table whose first ``texts`` columns hold text, that of index ``wraps`` sentences, and whose others numbers."""
+    """Return a table whose first columns hold text and whose others hold numbers.
+
+    Args:
+        headings: one a column.
+        rows: cells.
+        texts: how many columns hold text.
+        wraps: index of the column that holds sentences; None where there is none.
+    """
     columns = tuple(
         Column(heading=heading, is_number=index >= texts, wraps=index == wraps)
         for index, heading in enumerate(headings)
@@ -105,21 +111,21 @@ def table(
     return TableView(columns=columns, rows=tuple(tuple(row) for row in rows))
 
 
-def number(value: float | None, form: str, unknown: str = UNKNOWN) -> str:
-    """``value`` in ``form``, or a dash where it isn't known."""
-    return unknown if value is None else format(value, form)
+def number(value: float | None, form: str) -> str:
+    """Return ``value`` in ``form``, or a dash where it isn't known."""
+    return UNKNOWN if value is None else format(value, form)
 
 
 def percent(value: float | None) -> str:
-    """A share as per cent with three significant digits."""
-    return number(None if value is None else 100 * value, ".3g") + ("" if value is None else " %")
+    """Return a share as per cent with three significant digits."""
+    return UNKNOWN if value is None else f"{100 * value:.3g} %"
 
 
 def megabytes(value: int | None) -> str:
-    """Bytes in millions."""
+    """Return bytes in millions."""
     return number(None if value is None else value / 1e6, ",.1f")
 
 
 def visible(text: str) -> str:
-    """``text`` with line breaks and tabs as signs."""
+    """Return ``text`` with signs for line breaks and tabs."""
     return text.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥")

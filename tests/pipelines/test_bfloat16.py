@@ -21,7 +21,7 @@ from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.partition import cut_into_partitions
 from stages.model.sites import find_groups
-from stages.report.tables import accuracy_passage
+from stages.report.tables import accuracy_tables
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import CausalFeeds, OpenedSession
 from stages.runtime.tap import open_piece_tap, open_value_tap, tapped_model
@@ -193,7 +193,7 @@ def test_evaluation_runs_bfloat16_models_and_says_how(tiny_model_bf16: Path, tin
     # bfloat16 rounds weights by 2^-9; a divergence is of the order of the squared change of logits.
     assert 0 < rounded.accuracy.mean_divergence < 1e-2
     assert rounded.bytes < 0.7 * plain.bytes
-    text = accuracy_passage(report, "").text
+    text = accuracy_tables(report, "").text
     assert "tiny-bf16, tiny-bf16 ran as float32" in text
 
 

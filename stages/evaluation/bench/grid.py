@@ -1,4 +1,4 @@
-"""The points of a sweep: every combination of options of stages.quantize once, each a command."""
+"""List the points of a sweep: every combination of stages.quantize options once, each with its command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.system.paths import file_name, split_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One way to quantize the base model."""
+    """One combination of options."""
 
     algo: Algorithm
     block_size: int | None
@@ -31,7 +31,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name of the folder: different for different points of a grid."""
+        """Return the name of the folder, which differs between the points of a grid."""
         parts = [
             self.algo,
             f"b{self.block_size}" if self.block_size is not None else "",
@@ -46,7 +46,7 @@ class Point:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The options of stages.quantize that make this point."""
+        """Return the options of stages.quantize that make this point."""
         arguments = [f"--algo={self.algo}"]
         arguments += [f"--block_size={self.block_size}"] if self.block_size is not None else []
         arguments += ["--use_zero_point"] if self.zero_point else []
@@ -57,16 +57,22 @@ class Point:
         return (*arguments, *(f"--{option}" for option in split_line(self.options)))
 
     def run(self, base: Path, output: Path, cache: Path) -> Run:
-        """The command that makes this point in a folder of its own under ``output``."""
+        """Return the run that makes this point in a folder of its own.
+
+        Args:
+            base: the base model.
+            output: the sweep's folder.
+            cache: the calibration cache.
+        """
         folder = output.absolute() / self.name
         places = (f"--onnx_path={base.absolute()}", f"--output_path={folder}", f"--cache_dir={cache.absolute()}")
-        # What an interrupted run left is replaced.
+        # --overwrite replaces what an interrupted run left.
         command = (sys.executable, "-m", "stages.quantize", *places, *self.arguments, "--overwrite")
         return Run(name=self.name, command=command, model=folder, weights=default_folder(folder, ".weights"))
 
 
 def points_of(grid: SweepGrid) -> list[Point]:
-    """Every combination once; where nothing is INT8, its block size makes no difference."""
+    """Return every combination once; INT8 block sizes differ only where something may be INT8."""
     combinations = itertools.product(
         grid.block_size,
         grid.use_zero_point,

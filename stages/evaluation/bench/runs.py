@@ -1,7 +1,7 @@
-"""Make models by commands and judge them, each once: what was measured is written down and read the next time.
+"""Make models by running commands and score them, each once: measurements are recorded and read the next time.
 
-Beside every model lies NAME.run.json, its record, and NAME.log, what its command printed. A record counts as long as
-its command and what that works on (the base model and its calibration) are the same.
+Next to each model's folder NAME are its record, NAME.run.json, and its command's output, NAME.log. A record counts as
+long as the command and its inputs (the base model and its calibration) are the same.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from stages.system.paths import shell_line
 _RECORD_SUFFIX = ".run.json"
 
 
-def _nothing() -> None:
-    return None
+def _do_nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One way to make a model: a command that writes ``model``, and what happens before and after, unmeasured."""
+    """One way to make a model: a command that writes it, and what to do before and after, unmeasured."""
 
     name: str
     command: tuple[str, ...]
     model: Path
-    """The folder that appears."""
+    """The folder that the command writes."""
     weights: Path | None = None
-    """The folder of quantized weights that appears, where the command is stages.quantize."""
-    before: Callable[[], None] = _nothing
-    after: Callable[[], None] = _nothing
+    """The folder of quantized weights that it also writes, where it is stages.quantize."""
+    before: Callable[[], None] = _do_nothing
+    after: Callable[[], None] = _do_nothing
 
     @property
     def shown_command(self) -> str:
-        """What a person types to make the same model."""
+        """Return what a person types to make the same model."""
         program = "python" if self.command[0] == sys.executable else self.command[0]
         return shell_line((program, *self.command[1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """What stages.quantize reports of its search."""
+    """What stages.quantize reports about its search."""
 
     seconds: float
     bits_per_weight: float
@@ -69,29 +69,30 @@ class Search:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is known of a run."""
+    """What is known of a run: the file NAME.run.json."""
 
     command: tuple[str, ...]
     inputs: str
+    """Fingerprint of the base model and its calibration."""
     failure: str | None = None
-    """The sentence that it failed with."""
+    """Why it failed, in one sentence."""
     cost: Cost | None = None
     bytes: int | None = None
     search: Search | None = None
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
-    """By the key of the evaluation_text."""
+    """By the text's key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationText:
-    """A text that models are judged on, and the base on it."""
+    """A text to score models on, with the base and its windows of the text."""
 
     text: str
     base: PreparedBase
 
     @property
     def key(self) -> str:
-        """Fingerprint of everything but the models that the numbers depend on."""
+        """Return the fingerprint of everything, apart from the models, that scores depend on."""
         settings = self.base.settings
         parts = (self.base.tokens, settings.accuracy_level, settings.providers)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -109,32 +110,32 @@ class RunFolder:
     inputs: str
     """Fingerprint of the base model and its calibration."""
     retry_failed: bool
-    """Make runs again that failed before."""
+    """Whether to make runs again that failed before."""
 
-    def base_row(self, evaluation_text: EvaluationText) -> ModelRow | None:
-        """The base's own row, where it was judged."""
-        return read_json(self._base_file(evaluation_text), _ROWS)
+    def base_row(self, text: EvaluationText) -> ModelRow | None:
+        """Return the base's own row; None where it wasn't scored yet."""
+        return read_json(self._base_file(text), _ROWS)
 
     @contextmanager
-    def open_reference(self, evaluation_text: EvaluationText, progress: Progress) -> Iterator[Reference]:
-        """The base's logits on a text; its own row is written down."""
+    def open_reference(self, text: EvaluationText, progress: Progress) -> Iterator[Reference]:
+        """Run the base on a text, record its own row, and yield its logits to score models against."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open_reference(evaluation_text.base, progress) as reference:
-            write_json(self._base_file(evaluation_text), _ROWS, reference.row)
+        with open_reference(text.base, progress) as reference:
+            write_json(self._base_file(text), _ROWS, reference.row)
             yield reference
 
-    def find(self, run: Run, evaluation_texts: Sequence[EvaluationText]) -> Record | None:
-        """The record of ``run`` if it is one of this command, and whole, or its model is there to be judged."""
+    def find(self, run: Run, texts: Sequence[EvaluationText]) -> Record | None:
+        """Return the record of ``run`` if its command and inputs are the same, and what it lacks can be scored."""
         record = read_json(self._record_file(run), _RECORDS)
         if record is None or (record.command, record.inputs) != (run.command, self.inputs):
             return None
         if record.failure is not None:
             return None if self.retry_failed else record
-        judged = all(evaluation_text.key in record.accuracy for evaluation_text in evaluation_texts)
-        return record if judged or run.model.is_dir() else None
+        scored = all(text.key in record.accuracy for text in texts)
+        return record if scored or run.model.is_dir() else None
 
     def make(self, run: Run) -> Record:
-        """Run the command; a failure is a record too."""
+        """Run the command and record what it took; a failure is recorded too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = Record(command=run.command, inputs=self.inputs)
         try:
@@ -149,24 +150,27 @@ class RunFolder:
         self._save(run, record)
         return record
 
-    def judge(self, run: Run, record: Record, references: Mapping[str, Reference], progress: Progress) -> Record:
-        """Score the model of ``run`` against each reference that it has no accuracy for yet."""
+    def score(self, run: Run, record: Record, references: Mapping[str, Reference], progress: Progress) -> Record:
+        """Score the model of ``run`` against each reference that its record lacks, and record that.
+
+        Args:
+            run: whose model is scored.
+            record: what is known of it.
+            references: the base's logits, by the text's key.
+            progress: shows how many windows are scored.
+        """
         for key, reference in references.items():
             if record.failure is None and key not in record.accuracy:
-                record = self._judged(run, record, key, reference, progress)
+                try:
+                    row = reference.score(locate_model(run.model), progress)
+                    record = replace(record, accuracy={**record.accuracy, key: row.accuracy})
+                except UserError as error:
+                    record = replace(record, failure=str(error))
+                self._save(run, record)
         return record
 
-    def _judged(self, run: Run, record: Record, key: str, reference: Reference, progress: Progress) -> Record:
-        try:
-            row = reference.score(locate_model(run.model), progress)
-            record = replace(record, accuracy={**record.accuracy, key: row.accuracy})
-        except UserError as error:
-            record = replace(record, failure=str(error))
-        self._save(run, record)
-        return record
-
-    def _base_file(self, evaluation_text: EvaluationText) -> Path:
-        return self.folder / f"base.{self.inputs[:8]}.{evaluation_text.key}.json"
+    def _base_file(self, text: EvaluationText) -> Path:
+        return self.folder / f"base.{self.inputs[:8]}.{text.key}.json"
 
     def _record_file(self, run: Run) -> Path:
         return self.folder / f"{run.name}{_RECORD_SUFFIX}"
@@ -176,32 +180,40 @@ class RunFolder:
 
 
 @contextmanager
-def room_in(folder: Path) -> Iterator[None]:
-    """Raise UserError where what is measured can't be written down."""
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Raise UserError where the block can't write its measurements into ``folder``."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"--output {folder} can't be written ({in_one_line(error)}); free space or choose another folder (what is "
-            "finished stays, and the same command goes on)."
+            f"--output {folder} can't be written ({in_one_line(error)}); free space there or choose another folder "
+            "(what is finished stays, and the same command goes on from there)."
         ) from error
 
 
 def measure(
     run_folder: RunFolder,
     runs: Sequence[Run],
-    evaluation_texts: Sequence[EvaluationText],
+    texts: Sequence[EvaluationText],
     progress: Progress,
     tidy: Callable[[Mapping[str, Record]], None],
 ) -> dict[str, Record]:
-    """Make and judge all runs that aren't written down; ``tidy`` is told after each what there is, by name."""
+    """Make and score all models that aren't recorded yet, and return all records by the run's name.
+
+    Args:
+        run_folder: where models and records are kept.
+        runs: the ways to make the models.
+        texts: what to score them on; none for no scores.
+        progress: shows how many models are done.
+        tidy: called after each run with the records so far.
+    """
     task = progress.add_task("sweep", total=len(runs), unit="models")
     records: dict[str, Record] = {}
-    with room_in(run_folder.folder), _references(run_folder, runs, evaluation_texts, progress) as references:
+    with explain_write_errors(run_folder.folder), _references(run_folder, runs, texts, progress) as references:
         for run in runs:
             progress.update(task, now=run.name)
-            record = run_folder.find(run, evaluation_texts) or run_folder.make(run)
-            records[run.name] = run_folder.judge(run, record, references, progress)
+            record = run_folder.find(run, texts) or run_folder.make(run)
+            records[run.name] = run_folder.score(run, record, references, progress)
             tidy(records)
             progress.advance(task)
     return records
@@ -209,24 +221,23 @@ def measure(
 
 @contextmanager
 def _references(
-    run_folder: RunFolder, runs: Sequence[Run], evaluation_texts: Sequence[EvaluationText], progress: Progress
+    run_folder: RunFolder, runs: Sequence[Run], texts: Sequence[EvaluationText], progress: Progress
 ) -> Iterator[dict[str, Reference]]:
-    """The base's logits on every text that a run hasn't been judged on."""
+    """Yield the base's logits, by the text's key, on every text that a run wasn't scored on."""
     with ExitStack() as stack:
         yield {
-            evaluation_text.key: stack.enter_context(run_folder.open_reference(evaluation_text, progress))
-            for evaluation_text in evaluation_texts
-            if run_folder.base_row(evaluation_text) is None
-            or any(_lacks(run_folder.find(run, evaluation_texts), evaluation_text) for run in runs)
+            text.key: stack.enter_context(run_folder.open_reference(text, progress))
+            for text in texts
+            if run_folder.base_row(text) is None or any(_lacks(run_folder.find(run, texts), text) for run in runs)
         }
 
 
-def _lacks(record: Record | None, evaluation_text: EvaluationText) -> bool:
-    return record is None or (record.failure is None and evaluation_text.key not in record.accuracy)
+def _lacks(record: Record | None, text: EvaluationText) -> bool:
+    return record is None or (record.failure is None and text.key not in record.accuracy)
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Every readable record in ``folder`` by the run's name, whatever its inputs."""
+    """Return every readable record in ``folder`` by the run's name, whatever its inputs."""
     return {
         path.name.removesuffix(_RECORD_SUFFIX): record
         for path in sorted(folder.glob(f"*{_RECORD_SUFFIX}"))
@@ -235,7 +246,7 @@ def read_records(folder: Path) -> dict[str, Record]:
 
 
 def read_base_rows(folder: Path) -> dict[str, ModelRow]:
-    """The base's own rows in ``folder`` by the key of their evaluation_text."""
+    """Return the base's own rows in ``folder`` by their text's key."""
     return {
         path.name.split(".")[-2]: row
         for path in sorted(folder.glob("base.*.json"))

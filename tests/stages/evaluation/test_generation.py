@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from stages.commands.progress import Progress
-from stages.evaluation.generation import common_start, generate
+from stages.evaluation.generation import common_prefix, generate
 
 QUIET = Progress(Console(quiet=True))
 
@@ -27,9 +27,9 @@ def test_answers_stand_beside_the_bases(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_where_answers_part_is_counted() -> None:
-    assert common_start([5, 6, 7], [5, 6, 8, 9]) == 2
-    assert common_start([5, 6], [5, 6, 8]) == 2
-    assert common_start([], [1]) == 0
+    assert common_prefix([5, 6, 7], [5, 6, 8, 9]) == 2
+    assert common_prefix([5, 6], [5, 6, 8]) == 2
+    assert common_prefix([], [1]) == 0
 
 
 def test_a_template_is_put_around_prompts(tiny_model: Path, tmp_path: Path) -> None:

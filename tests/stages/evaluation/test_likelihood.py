@@ -34,7 +34,7 @@ def requests(count: int, longest: int) -> list[Continuation]:
     return made
 
 
-# 1 token a batch: every request alone; 40: some together; 10,000: all in one.
+# 1 token a batch: every request by itself; 40: some together; 10,000: all in one.
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
 # 30 tokens hold every request; with 8 most contexts are cut from the left, never a continuation.
 @pytest.mark.parametrize("max_length", [30, 8])

@@ -1,4 +1,4 @@
-"""Speed rounds: what is measured, of which process, and which accuracy level a model ships with."""
+"""Speed rounds: what is measured, of which process, and which accuracy level a model's files set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation import speed
-from stages.evaluation.speed import accuracy_level_in_words, measure_speed
+from stages.evaluation.speed import describe_accuracy_level, measure_speed
 from stages.evaluation.speed_round import Round, SpeedRequest
 from stages.model.directory import ModelDirectory, locate_model
 from stages.system.measured_process import Cost
@@ -31,7 +31,7 @@ def test_models_run_in_processes_of_their_own(tiny_model: Path) -> None:
     assert model.prompt.median > 0
     assert model.decode.median > 0
     assert model.load_seconds > 0
-    # Python, the runtime and a tiny model; torch alone would take 200 MB more.
+    # Python, the runtime and a tiny model; torch would take 200 MB more.
     assert model.peak_bytes is not None
     assert 20e6 < model.peak_bytes < 250e6
 
@@ -58,7 +58,7 @@ def test_models_take_turns_and_the_median_counts(tiny_model: Path, monkeypatch: 
     twin = locate_model(tiny_model)
     first, second = measure_speed([base, twin], REQUEST, 3, QUIET).models
     assert asked == [base, twin] * 3
-    # 8 prompt tokens in 1 s (0.5 to 2); 4 tokens behind the first in 2 s (1 to 4).
+    # 8 prompt tokens in 1 s (0.5 to 2); 4 tokens after the first in 2 s (1 to 4).
     assert (first.prompt.median, first.prompt.slowest, first.prompt.fastest) == (8, 4, 16)
     assert (first.decode.median, first.decode.slowest, first.decode.fastest) == (2, 1, 4)
     assert first.load_seconds == 2
@@ -73,7 +73,7 @@ def test_a_model_that_cannot_run_is_one_sentence(tiny_model: Path, tmp_path: Pat
 
 
 def test_the_accuracy_level_is_that_of_the_model(commands: Commands, tiny_model: Path, tmp_path: Path) -> None:
-    assert accuracy_level_in_words(locate_model(tiny_model)) == "none: nothing is quantized"
+    assert describe_accuracy_level(locate_model(tiny_model)) == "none: nothing is quantized"
     common = ["--onnx_path", tiny_model, "--algo", "rtn_dq", "--block_size", 32]
     variants = {
         "silent": ([], "4, ONNX Runtime's default on the CPU"),
@@ -83,5 +83,5 @@ def test_the_accuracy_level_is_that_of_the_model(commands: Commands, tiny_model:
     for name, (options, words) in variants.items():
         code, printed = commands.quantize(*common, "--output_path", tmp_path / name, *options)
         assert code == 0, printed
-        assert accuracy_level_in_words(locate_model(tmp_path / name)) == words
+        assert describe_accuracy_level(locate_model(tmp_path / name)) == words
     assert "session_options" in json.loads((tmp_path / "exact" / "genai_config.json").read_text())["model"]["decoder"]

@@ -72,7 +72,7 @@ def parse(page: str) -> Element:
 
 
 def hints(element: Element) -> dict[str, Element]:
-    """Everything inside that stands for a number, by what is said under the pointer."""
+    """Return everything inside that stands for a number, by the hint under the pointer."""
     found = [
         (child.whole_text(), one) for one in element.everything() for child in one.children if child.tag == "title"
     ]

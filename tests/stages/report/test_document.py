@@ -1,4 +1,4 @@
-"""report.json: what is written is what is read; foreign files are refused, parts are added and replaced."""
+"""Reports: what is written is what is read; foreign files are refused, parts are added and replaced."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
-from stages.evaluation.records import Evaluation
 from stages.report.document import Document, read_document, write_report
-from tests.stages.report import documents
+from tests.stages.report import sample
 
 
-def render(document: Document) -> str:
-    return f"a page of {document.title}"
+def render(report: Document) -> str:
+    return f"a page of {report.title}"
 
 
 def test_reports_are_read_as_they_were_written(tmp_path: Path) -> None:
-    document = documents.whole_document()
-    write_report(document, render, tmp_path / "deep" / "report")
+    report = sample.whole_report()
+    write_report(report, render, tmp_path / "deep" / "report")
     page = tmp_path / "deep" / "report" / "report.html"
-    assert page.read_text(encoding="utf-8") == f"a page of {document.title}"
-    assert read_document(page.parent) == document
+    assert page.read_text(encoding="utf-8") == f"a page of {report.title}"
+    assert read_document(page.parent) == report
     assert sorted(file.name for file in page.parent.iterdir()) == ["report.html", "report.json"]
 
 
@@ -49,24 +48,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_replaces_that_of_its_text_and_models() -> None:
-    first, second = documents.evaluation("a"), documents.evaluation("b")
+    first, second = sample.evaluation("a"), sample.evaluation("b")
     changed = replace(first, comparison=replace(first.comparison, windows=9))
     others = replace(first, comparison=replace(first.comparison, models=(("base", "f"), ("other", "e"))))
-    document = Document().with_evaluation(first).with_evaluation(second).with_evaluation(changed)
-    assert document.evaluations == (second, changed)
-    assert document.with_evaluation(others).evaluations == (second, changed, others)
-
-
-def test_what_is_asked_again_replaces_what_was_known() -> None:
-    earlier = documents.evaluation()
-    bare = Evaluation(comparison=earlier.comparison, rows=earlier.rows)
-    assert bare.kept_from(earlier) == earlier
-    assert bare.kept_from(None) == bare
-    other_text = replace(earlier, comparison=replace(earlier.comparison, text="other"))
-    assert bare.kept_from(other_text) == bare
-    again = replace(earlier.generations[0], templated=False)
-    new = replace(earlier.generations[0], prompt="another")
-    found = replace(bare, generations=(again, new), tasks=(replace(earlier.tasks[0], value=0.5),)).kept_from(earlier)
-    assert found.generations == (again, new)
-    assert [score.value for score in found.tasks] == [0.5]
-    assert found.speed == earlier.speed
+    report = Document().with_evaluation(first).with_evaluation(second).with_evaluation(changed)
+    assert report.evaluations == (second, changed)
+    assert report.with_evaluation(others).evaluations == (second, changed, others)

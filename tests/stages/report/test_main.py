@@ -96,7 +96,6 @@ def test_a_damaged_report_is_named_before_the_search(
 ) -> None:
     assert commands.quantize(*arguments)[0] == 0
     (report / "report.json").write_text("{", encoding="utf-8")
-    monkeypatch.setattr("export.export_model.export_model", lambda *_: pytest.fail("exported"))
     monkeypatch.setattr(GroupSolver, "solve", lambda *_: pytest.fail("searched"))
     code, printed = commands.quantize(*arguments, "--overwrite")
     assert code == 2
@@ -128,7 +127,7 @@ def test_a_page_is_made_again(
     code, printed = commands.report(report)
     assert code == 0, printed
     assert (report / "report.html").read_bytes() == page
-    # From weights alone: all but sizes, and from nothing else than them.
+    # From weights only: everything but sizes.
     weights, other = report.parent, tmp_path / "other"
     assert commands.report(other, "--weights_path", weights)[0] == 0
     whole, without = read_document(report).quantization, read_document(other).quantization
@@ -157,7 +156,7 @@ def test_unreadable_checks_are_said(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ([], "holds no report.json; name a report's folder, or --weights_path as well."),
+        ([], "holds no report.json; pass a report's folder, or --weights_path too."),
         (["--base", "x"], "--base and --model go together."),
         (["--base", "x", "--model", "y"], "--base and --model go with --weights_path."),
     ],
@@ -179,4 +178,4 @@ def test_unfinished_weights_make_no_page(
     next(report.parent.glob("*.safetensors")).unlink()
     code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
     assert code == 2
-    assert "isn't complete; run stages.quantize again to go on with it." in printed
+    assert "isn't complete; run python -m stages.quantize again to finish it." in printed

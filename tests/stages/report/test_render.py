@@ -1,9 +1,13 @@
-"""The page: whole, alone, safe, and its drawings hold the report's numbers where they belong."""
+"""The page needs no other file, runs nothing foreign, and its drawings hold the report's numbers in their places."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import struct
+import subprocess
 import tomllib
+import zlib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,16 +19,30 @@ from stages.records.sites import short_name
 from stages.report.document import Document
 from stages.report.render import render
 from stages.report.view import megabytes, percent
-from tests.stages.report import documents
+from tests.stages.report import sample
 from tests.stages.report.parsed import Element, hints, parse, place, rows_of
 
-DOCUMENT = documents.whole_document()
-ROOT = Path(__file__).parent.parent.parent
+REPORT = sample.whole_report()
+ROOT = Path(__file__).parents[3]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+)
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 @pytest.fixture(scope="module")
 def page() -> Element:
-    return parse(render(DOCUMENT))
+    return parse(render(REPORT))
 
 
 def test_nothing_is_loaded_and_nothing_foreign_runs(page: Element) -> None:
@@ -45,12 +63,12 @@ def test_nothing_is_loaded_and_nothing_foreign_runs(page: Element) -> None:
 
 def test_names_and_texts_are_shown_as_they_are(page: Element) -> None:
     for name in ("h1", "th", "td"):
-        assert any(documents.NASTY in element.whole_text() for element in page.all(name)), name
+        assert any(sample.NASTY in element.whole_text() for element in page.all(name)), name
     assert len(page.all("script")) == 1
 
 
 def test_every_drawing_is_xml_and_says_what_it_is(page: Element) -> None:
-    drawings = re.findall(r"<svg .*?</svg>", render(DOCUMENT), re.DOTALL)
+    drawings = re.findall(r"<svg .*?</svg>", render(REPORT), re.DOTALL)
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     pictures = [svg for svg in page.all("svg") if svg.attributes.get("role") == "img"]
@@ -84,7 +102,7 @@ def test_nothing_is_cut_off_at_the_edges_of_a_drawing(page: Element) -> None:
 
 def test_losses_are_drawn_for_every_site(page: Element) -> None:
     figure = page.by_id("sites")
-    reports = [site.report for site in documents.quantization().sites]
+    reports = [site.report for site in sample.quantization().sites]
     series = ("rounded to nearest", "as chosen")
     errors = {
         (short_name(report.site), words): error
@@ -106,10 +124,10 @@ def test_losses_are_drawn_for_every_site(page: Element) -> None:
 
 
 def test_a_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> None:
-    quantization = documents.quantization()
+    quantization = sample.quantization()
     found = hints(page.by_id("bits"))
     cells = {site.report.site: f"{short_name(site.report.site)}: {site.report.format}" for site in quantization.sites}
-    assert found.keys() == {*cells.values(), *(f"{short_name(one.site)}: as it was" for one in quantization.kept)}
+    assert found.keys() == {*cells.values(), *(f"{short_name(one.site)}: not quantized" for one in quantization.kept)}
     columns: dict[int | None, set[str]] = {}
     rows: dict[str, set[str]] = {}
     colours: dict[str, set[str]] = {}
@@ -125,7 +143,7 @@ def test_a_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> Non
 
 
 def test_there_is_no_bits_map_where_all_formats_are_alike() -> None:
-    known = documents.quantization()
+    known = sample.quantization()
     sites = tuple(replace(site, report=replace(site.report, format="4b32")) for site in known.sites)
     page = parse(render(Document(quantization=replace(known, sites=sites))))
     assert [figure.attributes["id"] for figure in page.all("figure")] == ["sizes", "sites"]
@@ -135,7 +153,7 @@ def test_bars_are_as_long_as_their_bytes(page: Element) -> None:
     found = hints(page.by_id("sizes"))
     sizes = {
         f"{model}, {part.name}: {megabytes(size)} MB": size
-        for part in documents.quantization().sizes
+        for part in sample.quantization().sizes
         for model, size in (("base", part.before), ("quantized", part.after))
     }
     assert found.keys() == sizes.keys()
@@ -149,7 +167,7 @@ def test_bars_are_as_long_as_their_bytes(page: Element) -> None:
 
 def test_positions_are_drawn_for_every_model_but_the_base(page: Element) -> None:
     expected = {}
-    for row in documents.evaluation().rows[1:]:
+    for row in sample.evaluation().rows[1:]:
         for part in row.positions:
             where = f"{row.name}, positions {part.first}-{part.last}"
             expected[f"{where}, mean: {part.mean_divergence:.4g}"] = part.mean_divergence
@@ -161,7 +179,7 @@ def test_positions_are_drawn_for_every_model_but_the_base(page: Element) -> None
         assert all(place(found[lower])[1] >= place(found[upper])[1] for lower, upper in pairwise(ordered))
 
 
-def test_the_front_is_drawn_through_the_models_that_nothing_beats(page: Element) -> None:
+def test_the_pareto_front_is_drawn_through_the_models_that_nothing_beats(page: Element) -> None:
     figure = page.by_id("front-0")
     small, large, beaten = "small: 285.7 MB, 0.2", "large: 297.0 MB, 0.1", "beaten: 297.0 MB, 0.3"
     found = hints(figure)
@@ -196,7 +214,7 @@ def test_tables_hold_the_figures(page: Element) -> None:
 def test_what_is_not_there_is_not_shown() -> None:
     empty = parse(render(Document()))
     assert empty.all("section") == []
-    rounded = documents.quantization()
+    rounded = sample.quantization()
     sites = tuple(
         replace(
             site,
@@ -223,7 +241,7 @@ def test_what_is_not_there_is_not_shown() -> None:
 
 
 def test_many_layers_and_experts_and_losses_of_zero_are_drawn() -> None:
-    site = documents.quantized_site(0, "mlp/experts.0/down_proj", 0)
+    site = sample.quantized_site(0, "mlp/experts.0/down_proj", 0)
     sites = tuple(
         replace(
             site,
@@ -238,20 +256,67 @@ def test_many_layers_and_experts_and_losses_of_zero_are_drawn() -> None:
         for layer in range(96)
         for expert in range(4)
     )
-    page = parse(render(Document(quantization=replace(documents.quantization(), sites=sites))))
+    page = parse(render(Document(quantization=replace(sample.quantization(), sites=sites))))
     figure = page.by_id("sites")
     assert len(figure.all("svg")) == 2 + 1  # the legend's two, and one panel for all experts
     heights = {hint.endswith(": 0 %"): place(mark)[1] for hint, mark in hints(figure).items() if "chosen" in hint}
     assert heights[True] == max(place(mark)[1] for mark in hints(figure).values()) > heights[False]
 
 
-def test_a_page_depends_on_its_report_alone() -> None:
-    assert render(DOCUMENT) == render(documents.whole_document())
+def test_a_page_depends_only_on_its_report() -> None:
+    assert render(REPORT) == render(sample.whole_report())
 
 
 def test_files_of_the_page_are_part_of_the_package() -> None:
     package = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = package["tool"]["setuptools"]["package-data"]["*"]
-    there = [file for file in (ROOT / "stages" / "page").iterdir() if file.is_file() and file.suffix != ".py"]
+    there = [
+        file for file in (ROOT / "stages" / "report" / "page").iterdir() if file.is_file() and file.suffix != ".py"
+    ]
     assert there
     assert all(any(file.match(pattern) for pattern in patterns) for file in there)
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(render(sample.whole_report()), encoding="utf-8")
+    return file
+
+
+def browse(page: Path, profile: Path, *options: str) -> str:
+    command = [str(CHROMIUM), *QUIET, f"--user-data-dir={profile}", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    # What the page's policy refuses, and errors of its script, are messages of the console.
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def first_pixel(picture: Path) -> tuple[int, int, int]:
+    """Red, green and blue of the upper left corner of a PNG of 8 bits a colour."""
+    content, place, packed = picture.read_bytes(), 8, b""
+    while place < len(content):
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        packed += content[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        place += length + 12
+    # After the row's filter byte; the first pixel has no neighbours that a filter could have taken off.
+    red, green, blue = zlib.decompress(packed)[1:4]
+    return red, green, blue
+
+
+@in_browser
+def test_the_script_makes_headings_buttons(page_file: Path, tmp_path: Path) -> None:
+    seen = browse(page_file, tmp_path, "--dump-dom")
+    assert '<th scope="col" class="number"><button type="button">perplexity</button></th>' in seen
+    assert "alert(" not in seen.replace("&lt;script&gt;alert(", "")
+
+
+@in_browser
+@pytest.mark.parametrize(("scheme", "background"), [("1", (255, 255, 255)), ("0", (0x14, 0x17, 0x1A))])
+def test_colours_follow_the_system(
+    page_file: Path, tmp_path: Path, scheme: str, background: tuple[int, int, int]
+) -> None:
+    picture = tmp_path / "page.png"
+    options = (f"--blink-settings=preferredColorScheme={scheme}", "--window-size=800,600", f"--screenshot={picture}")
+    browse(page_file, tmp_path / "profile", *options)
+    assert first_pixel(picture) == background

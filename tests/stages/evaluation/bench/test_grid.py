@@ -22,8 +22,8 @@ def test_combinations_have_names_of_their_own() -> None:
     )
     found = points_of(grid)
     assert len({point.name for point in found}) == len(found)
-    # All algorithms, two block sizes, two zero points, two layouts; a head without INT8 and further options: INT4
-    # alone once, everything else with three INT8 block sizes.
+    # All algorithms, two block sizes, two zero points, two layouts; a head without INT8 and further options: only INT4,
+    # once; everything else with three INT8 block sizes.
     assert len(found) == len(grid.algo) * 2 * 2 * 2 * ((1 + 3) + (1 + 3) + (3 + 3) + 2 * 3 * 2 * 3)
 
 

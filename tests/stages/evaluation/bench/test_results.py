@@ -1,16 +1,25 @@
-"""The Pareto front, and what a table says of models that were measured, not judged, or failed."""
+"""The Pareto front, and the tables of models that were measured, weren't scored, or failed."""
 
 from __future__ import annotations
 
 import io
 import random
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.bench.results import Result, on_front, pareto_front, results_table
-from stages.evaluation.bench.runs import Record, Search
+from stages.evaluation.bench.results import (
+    TextResults,
+    measured_models,
+    pareto_front,
+    publish,
+    raise_failures,
+    results_table,
+)
+from stages.evaluation.bench.runs import Record, RunFolder, Search
 from stages.system.measured_process import Cost
 
 
@@ -18,23 +27,33 @@ def accuracy(divergence: float) -> Accuracy:
     return Accuracy(tokens=100, perplexity=20.5, mean_divergence=divergence, top1_agreement=0.75)
 
 
-def result(name: str, size: int | None, divergence: float | None, *, loss: float | None = None, **more: str) -> Result:
+def record(
+    size: int | None, divergence: float | None, *, loss: float | None = None, failure: str | None = None
+) -> Record:
     search = Search(seconds=3.0, bits_per_weight=4.25, held_out_loss=loss) if loss is not None else None
-    record = Record(
+    return Record(
         command=("x",),
         inputs="i",
         bytes=size,
         search=search,
         cost=Cost(seconds=12.5, peak_bytes=7_000_000) if size is not None else None,
-        failure=more.get("failure"),
+        failure=failure,
+        accuracy={} if divergence is None else {"key": accuracy(divergence)},
     )
-    judged = None if divergence is None else accuracy(divergence)
-    return Result(name=name, record=record, accuracy=judged, note=more.get("note", ""))
 
 
-def shown(results: list[Result]) -> list[str]:
+def results_of(notes: dict[str, str] | None = None, **records: Record) -> TextResults:
+    commands = {name: f"make {name}" for name in records}
+    return TextResults(text="title", base=None, models=measured_models(commands, records, "key", notes or {}))
+
+
+def front(results: TextResults) -> list[str]:
+    return [model.name for model in results.models if model.unbeaten]
+
+
+def shown(results: TextResults) -> list[str]:
     page = io.StringIO()
-    Console(file=page, width=300).print(results_table("title", results))
+    Console(file=page, width=300).print(results_table(results))
     return page.getvalue().splitlines()
 
 
@@ -68,25 +87,50 @@ def test_unknown_points_are_never_on_the_front_and_beat_nothing() -> None:
 
 
 def test_the_front_weighs_kl_against_bytes() -> None:
-    results = [result("small", 10, 0.5), result("beaten", 20, 0.6), result("large", 30, 0.1)]
-    assert on_front(results) == [True, False, True]
+    results = results_of(small=record(10, 0.5), beaten=record(20, 0.6), large=record(30, 0.1))
+    assert front(results) == ["small", "large"]
+    assert [model.command for model in results.models] == ["make small", "make beaten", "make large"]
     lines = shown(results)
     assert line_of("small", lines) == ["*", "small", "-", "12.5", "7", "-", "0.0", "-", "20.500", "0.50000", "75.00%"]
     assert line_of("beaten", lines)[0] == "beaten"
 
 
 def test_without_text_the_held_out_loss_is_weighed() -> None:
-    results = [result("good", 10, None, loss=0.01), result("bad", 10, None, loss=0.02), result("rounded", 9, None)]
-    assert on_front(results) == [True, False, False]
+    results = results_of(good=record(10, None, loss=0.01), bad=record(10, None, loss=0.02), rounded=record(9, None))
+    assert front(results) == ["good"]
+    assert [model.loss for model in results.models] == [0.01, 0.02, None]
     lines = shown(results)
     assert not any("KL" in line or "perplexity" in line for line in lines)
     assert line_of("good", lines) == ["*", "good", "3.0", "12.5", "7", "4.250", "0.0", "0.01000"]
 
 
-@pytest.mark.parametrize("judged", [0.001, None])
-def test_a_failure_is_a_row_with_its_sentence_and_not_on_the_front(judged: float | None) -> None:
-    results = [result("fine", 10, 0.5, note="8 windows"), result("broken", 9, judged, failure="it can't be done")]
-    lines = shown(results)
-    assert on_front(results) == [True, False]
-    assert " ".join(line_of("broken", lines)).endswith("it can't be done")
-    assert " ".join(line_of("fine", lines)).endswith("8 windows")
+@pytest.mark.parametrize("divergence", [0.001, None])
+def test_a_failure_is_a_row_with_its_reason_and_not_on_the_front(divergence: float | None) -> None:
+    broken = record(9, divergence, failure="it can't be done")
+    results = results_of({"fine": "8 windows"}, fine=record(10, 0.5), broken=broken)
+    assert front(results) == ["fine"]
+    assert [model.remark for model in results.models] == ["8 windows", "it can't be done"]
+    assert " ".join(line_of("broken", shown(results))).endswith("it can't be done")
+    assert " ".join(line_of("fine", shown(results))).endswith("8 windows")
+
+
+def test_runs_without_a_record_have_no_result() -> None:
+    assert [
+        model.name for model in measured_models({"made": "x", "other": "y"}, {"made": record(1, 1.0)}, "key", {})
+    ] == ["made"]
+
+
+def test_what_is_published_is_in_the_folder_too(tmp_path: Path) -> None:
+    folder = RunFolder(folder=tmp_path, inputs="i", retry_failed=False)
+    results = [results_of(small=record(10, 0.5)), results_of(small=record(10, 0.25))]
+    assert publish(folder, results).record == results
+    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("title")] == ["title", "title"]
+    assert lines[-1] == "small: make small"
+    assert [line.split("|")[-3].strip() for line in lines if line.startswith("| *")] == ["0.50000", "0.25000"]
+
+
+def test_failed_runs_are_named() -> None:
+    raise_failures({"fine": record(1, 1.0)})
+    with pytest.raises(UserError, match=r"1 of 2 failed \(broken\)"):
+        raise_failures({"fine": record(1, 1.0), "broken": record(1, 1.0, failure="why")})

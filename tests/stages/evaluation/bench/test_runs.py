@@ -1,4 +1,4 @@
-"""A bench makes and judges each model once; what it wrote down counts for the same command, base and text alone."""
+"""A run folder makes and scores each model once; records count only for the same command, base and text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FAIL = "import sys; open(sys.argv[3], 'a').write('x'); raise ValueError('no such
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> RunFolder:
-    return RunFolder(folder=tmp_path / "bench", inputs="base and calibration", retry_failed=False)
+    return RunFolder(folder=tmp_path / "runs", inputs="base and calibration", retry_failed=False)
 
 
 @pytest.fixture
-def evaluation_text(tiny_model: Path, tiny_text: Path) -> EvaluationText:
+def text(tiny_model: Path, tiny_text: Path) -> EvaluationText:
     config = EvaluateConfig(base=tiny_model, model=(), text=str(tiny_text), windows=2, seq_len=32)
     return EvaluationText(text="tiny", base=prepare_base(config))
 
@@ -42,47 +42,43 @@ def calls(run: Run) -> int:
     return len(file.read_text()) if file.is_file() else 0
 
 
-def measured(run_folder: RunFolder, run: Run, *evaluation_texts: EvaluationText) -> Record:
-    return measure(run_folder, [run], evaluation_texts, progress_bar(), lambda _: None)[run.name]
+def measured(run_folder: RunFolder, run: Run, *texts: EvaluationText) -> Record:
+    return measure(run_folder, [run], texts, progress_bar(), lambda _: None)[run.name]
 
 
 @pytest.mark.slow
-def test_a_run_is_made_and_judged_once(
-    run_folder: RunFolder, tiny_model_dml: Path, evaluation_text: EvaluationText
-) -> None:
+def test_a_run_is_made_and_scored_once(run_folder: RunFolder, tiny_model_dml: Path, text: EvaluationText) -> None:
     run = made_by(COPY, run_folder, tiny_model_dml)
-    record = measured(run_folder, run, evaluation_text)
+    record = measured(run_folder, run, text)
     assert record.failure is None
     # float16 in place of float32, 62 predictions.
-    assert 0 < record.accuracy[evaluation_text.key].mean_divergence < 1e-3
-    assert record.accuracy[evaluation_text.key].tokens == 2 * 31
+    assert 0 < record.accuracy[text.key].mean_divergence < 1e-3
+    assert record.accuracy[text.key].tokens == 2 * 31
     assert record.bytes == sum(file.stat().st_size for file in run.model.glob("model.onnx*"))
     assert record.cost is not None
-    assert measured(run_folder, run, evaluation_text) == record
+    assert measured(run_folder, run, text) == record
     assert calls(run) == 1
-    row = run_folder.base_row(evaluation_text)
+    row = run_folder.base_row(text)
     assert row is not None
     assert row.accuracy.mean_divergence == 0
 
 
-def test_another_text_needs_the_model_alone(
-    run_folder: RunFolder, tiny_model_dml: Path, evaluation_text: EvaluationText
-) -> None:
+def test_another_text_needs_only_the_model(run_folder: RunFolder, tiny_model_dml: Path, text: EvaluationText) -> None:
     run = made_by(COPY, run_folder, tiny_model_dml)
     assert measured(run_folder, run).accuracy == {}
-    assert set(measured(run_folder, run, evaluation_text).accuracy) == {evaluation_text.key}
+    assert set(measured(run_folder, run, text).accuracy) == {text.key}
     assert calls(run) == 1
 
 
-def test_a_removed_model_is_made_again_only_to_be_judged(
-    run_folder: RunFolder, tiny_model_dml: Path, evaluation_text: EvaluationText
+def test_a_removed_model_is_made_again_only_to_be_scored(
+    run_folder: RunFolder, tiny_model_dml: Path, text: EvaluationText
 ) -> None:
     run = made_by(COPY, run_folder, tiny_model_dml)
     measured(run_folder, run)
     remove_model(run)
     measured(run_folder, run)
     assert calls(run) == 1
-    assert evaluation_text.key in measured(run_folder, run, evaluation_text).accuracy
+    assert text.key in measured(run_folder, run, text).accuracy
     assert calls(run) == 2
 
 
@@ -99,16 +95,14 @@ def test_another_command_or_base_is_another_run(run_folder: RunFolder, tiny_mode
     assert calls(run) == 2
 
 
-def test_a_failure_is_kept_until_it_shall_be_tried_again(
-    run_folder: RunFolder, evaluation_text: EvaluationText
-) -> None:
+def test_a_failure_is_kept_until_it_shall_be_tried_again(run_folder: RunFolder, text: EvaluationText) -> None:
     run = made_by(FAIL, run_folder, Path("nowhere"))
-    record = measured(run_folder, run, evaluation_text)
+    record = measured(run_folder, run, text)
     assert record.failure == "no such method"
     assert record.cost is None
-    assert measured(run_folder, run, evaluation_text) == record
+    assert measured(run_folder, run, text) == record
     assert calls(run) == 1
-    measured(replace(run_folder, retry_failed=True), run, evaluation_text)
+    measured(replace(run_folder, retry_failed=True), run, text)
     assert calls(run) == 2
     assert "Traceback" in (run_folder.folder / "model.log").read_text()
 
@@ -125,23 +119,19 @@ def test_what_comes_before_or_after_may_fail_too(run_folder: RunFolder, tiny_mod
     assert calls(run) == 1
 
 
-def test_a_model_that_can_not_be_judged_failed(
-    run_folder: RunFolder, tiny_model: Path, evaluation_text: EvaluationText
-) -> None:
+def test_a_model_that_cannot_be_scored_failed(run_folder: RunFolder, tiny_model: Path, text: EvaluationText) -> None:
     spoil = COPY + "; open(sys.argv[2] + '/model.onnx', 'w').write('spoilt')"
     run = made_by(spoil, run_folder, tiny_model)
-    assert measured(run_folder, run, evaluation_text).failure is not None
+    assert measured(run_folder, run, text).failure is not None
 
 
-def test_others_go_on_and_are_told_of(
-    run_folder: RunFolder, tiny_model_dml: Path, evaluation_text: EvaluationText
-) -> None:
+def test_others_go_on_and_are_told_of(run_folder: RunFolder, tiny_model_dml: Path, text: EvaluationText) -> None:
     runs = [made_by(FAIL, run_folder, tiny_model_dml, "first"), made_by(COPY, run_folder, tiny_model_dml, "second")]
     told: list[list[str]] = []
 
     def tidy(records: Mapping[str, Record]) -> None:
         told.append(list(records))
 
-    records = measure(run_folder, runs, [evaluation_text], progress_bar(), tidy)
+    records = measure(run_folder, runs, [text], progress_bar(), tidy)
     assert [record.failure for record in records.values()] == ["no such method", None]
     assert told == [["first"], ["first", "second"]]

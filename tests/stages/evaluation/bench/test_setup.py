@@ -1,4 +1,4 @@
-"""Text that was calibrated on is recognised, wherever its windows begin."""
+"""Text that was calibrated on is recognized, wherever its windows begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports with made-up numbers that fill every part of a page."""
+"""A report with made-up numbers that fills every part of a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NASTY = "<script>alert('x')</script> & \"http://example.com/x.js\""
 
 
 def quantized_site(layer: int | None, kind: str, index: int) -> QuantizedSite:
-    """A site whose numbers differ from those of other indices."""
+    """Return a site whose numbers differ from those of other indices."""
     name = f"/model/layers.{layer}/{kind}/MatMul" if layer is not None else f"/{kind}/MatMul"
     rounded = 0.001 * 1.37**index
     return QuantizedSite(
@@ -195,8 +195,8 @@ def sweep_table() -> SweepTable:
     )
 
 
-def whole_document() -> Document:
-    """Everything that a page can show."""
+def whole_report() -> Document:
+    """Return a report with everything that a page can show."""
     return Document(
         title=f"int4 {NASTY}",
         machine="a machine",
