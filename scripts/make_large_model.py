@@ -1,4 +1,4 @@
-"""A large base model with random weights: ``python -m scripts.make_large_model --output models/llama-3-8b``.
+"""Write a large base model with random weights: ``python -m scripts.make_large_model --output models/llama-3-8b``.
 
 For benchmarks of memory and time. Its words mean nothing; its graph, shapes and files are those of a real model.
 """

@@ -1,4 +1,4 @@
-"""What an earlier stage made, damaged or of something else: caches, quantized weights, plans."""
+"""List artifacts of an earlier stage that are damaged or belong to something else: caches, weights, plans."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _store(name: str, spoil: Spoil, *words: str, arguments: str = "") -> BadInpu
 
 
 def _group(part: str, value: torch.Tensor | None) -> Spoil:
-    """The first site's part, changed or gone."""
+    """Change or remove a part of the first site."""
 
     def change(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
         name = next(name for name in tensors if name.endswith(f":{part}"))

@@ -122,7 +122,7 @@ def test_every_argument_is_taken_in_each_spelling(argument: Argument) -> None:
 
 @pytest.fixture(autouse=True)
 def local_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> None:
-    """The hub's two data sets as local files with the same columns; its models can't be reached."""
+    """Serve the hub's two data sets as local files with the same columns; its models can't be reached."""
     folder = tmp_path_factory.mktemp("hub")
     text = tiny_text.read_text(encoding="utf-8")
     parts = [text[start : start + 2000] for start in range(0, len(text), 2000)]
@@ -150,7 +150,7 @@ def local_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny model; what is calibrated here lies beside it and serves several tests."""
+    """Copy the tiny model; what is calibrated here lies beside it and serves several tests."""
     return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("drop-in") / "base"))
 
 
@@ -259,7 +259,7 @@ python quantize.py --model_name=meta-llama/Meta-Llama-3.2-1B \
 
 
 def here(example: str, theirs: str, folder: Path) -> list[str]:
-    """The arguments of a documented command line, with its model store moved to ``folder``."""
+    """Return the arguments of a documented command line, with its model store moved to ``folder``."""
     words = shlex.split(example.replace("\\\n", " "))[2:]
     return [word.replace(theirs, str(folder)).replace("\\", "/") if theirs in word else word for word in words]
 
@@ -602,7 +602,7 @@ def test_what_the_graph_decides_is_said(
 
 
 def test_a_shared_buffer_holds_nothing_before_the_first_token(base: Path) -> None:
-    """What --use_buffer_share feeds there, a past of the greatest length and all zeros, gives the same numbers."""
+    """Feed what --use_buffer_share does there, a past of the greatest length and all zeros: the numbers stay the same."""
     directory = locate_model(base)
     session = ort.InferenceSession(str(directory.onnx_file), providers=["CPUExecutionProvider"])
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)(TOKENS)

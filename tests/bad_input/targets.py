@@ -1,4 +1,4 @@
-"""Our loaders, each given one file of bytes: it must take them or raise UserError."""
+"""Give our loaders one file of bytes each: they must take them or raise UserError."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from pathlib import Path
 
 import torch
 
-from scripts.fuzzing.mutations import (
-    Mutation,
-    mutate_bytes,
-    mutate_json,
-    mutate_onnx,
-    mutate_safetensors,
-    mutate_text,
-)
 from stages.calibration.cache import CalibrationCache, find_cache
 from stages.calibration.text.documents import open_documents
 from stages.calibration.trt_profile import decoder_sizes
@@ -30,6 +22,14 @@ from stages.model.unquantized import find_skipped_matmuls, find_unquantized
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.plan.plan_file import PlannedSite, plan_text, read_plan
 from stages.quantization.weights.store import open_store
+from tests.bad_input.mutations import (
+    Mutation,
+    mutate_bytes,
+    mutate_json,
+    mutate_onnx,
+    mutate_safetensors,
+    mutate_text,
+)
 
 _CPU = torch.device("cpu")
 _TEXTS = 50
@@ -46,7 +46,7 @@ class Target:
     load: Callable[[], None]
 
     def survives(self, data: bytes) -> bool:
-        """Whether the loader takes ``data``; False where it refuses them with a sentence. Anything else is raised."""
+        """Say whether the loader takes ``data``, or refuses them with a sentence; anything else is raised."""
         self.file.write_bytes(data)
         try:
             self.load()
@@ -58,7 +58,7 @@ class Target:
 
 
 def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[str, Target]:
-    """The targets by name, on copies of a small model, its calibration and its quantized weights in ``scratch``."""
+    """Return the targets by name, on copies of a small model, its cache and its quantized weights in ``scratch``."""
     shutil.copytree(base, scratch / "base")
     shutil.copytree(cache, scratch / "cache")
     shutil.copytree(weights, scratch / "weights")
