@@ -1,7 +1,7 @@
 """Benchmark both stages: ``python -m scripts.benchmark --base models/base --output models/benchmark``.
 
-Times and memory of whole commands, of calibration beside plain inference, of the search, of the export beside a plain
-copy, and of the competitor. All of it on one machine in one run, so that ratios mean something; absolute times are that
+Times and memory of whole commands, of calibration and plain inference, of the search, of the export and a plain copy,
+and of the competitor. All of it on one machine in one run, so that ratios mean something; absolute times are that
 machine's. Nothing else should run on it meanwhile.
 """
 
@@ -69,14 +69,14 @@ def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[
         found = replace(found, commands=(*found.commands, figure))
         yield found
     directory, device = locate_model(config.base), choose_device(config.device)
-    with status("plain inference beside calibration's passes"):
+    with status("plain inference and calibration's passes"):
         tokens = open_cache(cache, fingerprint_model(directory)).read_tokens()[0][:1]
         choice = choose_providers(config.calibration_eps)
         yield (found := replace(found, capture=measure_capture(directory, tokens, choice, device, config.rounds)))
     with status("search"), torch.no_grad():
         figures = [figure for algorithm in config.algo for figure in measure_search(_search(config, cache, algorithm))]
         yield (found := replace(found, search=tuple(figures)))
-    with status("export beside a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with status("export and a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = default_folder(folder / config.algo[0], ".weights")
         yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
     if not config.no_competitor:

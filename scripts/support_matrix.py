@@ -46,7 +46,7 @@ class FamilyResult:
     reasons: tuple[str, ...]
     """Why Mul nodes remained."""
     against_own_weights: float
-    """Relative error of the logits against the base graph with the same dequantized weights: folding alone."""
+    """Relative error of the logits against the base graph with the same dequantized weights: of folding only."""
     divergence_rounded: float
     """Mean KL(base || model) over tokens, nats: INT4 rounded to nearest."""
     divergence_int4: float

@@ -38,7 +38,7 @@ class LlamaShape:
 
     @property
     def qkv(self) -> int:
-        """Output channels of the packed q, k and v projection."""
+        """Return the output channels of the packed q, k and v projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
     def genai_config(self) -> dict[str, Any]:

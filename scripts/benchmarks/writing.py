@@ -1,4 +1,4 @@
-"""Measure an export beside a copy of as many bytes, both to the same disk and both flushed."""
+"""Measure an export and a copy of as many bytes, both to the same disk and both flushed."""
 
 from __future__ import annotations
 

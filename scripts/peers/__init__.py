@@ -1,1 +1,1 @@
-"""Run other quantizers beside ours."""
+"""Run other quantizers for comparison."""

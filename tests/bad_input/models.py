@@ -1,4 +1,4 @@
-"""Base models: the folder, the graph's file, its external data, the numbers, and genai_config.json."""
+"""List damaged base models: the folder, the graph's file, its external data, the numbers, and genai_config.json."""
 
 from __future__ import annotations
 

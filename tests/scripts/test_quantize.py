@@ -510,9 +510,9 @@ def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     original = ActivationTap.run
 
-    def counted(self: ActivationTap, tokens: np.ndarray, carried: dict[str, np.ndarray]) -> object:
+    def counted(self: ActivationTap, tokens: np.ndarray, boundary: dict[str, np.ndarray]) -> object:
         seen.append(len(tokens))
-        return original(self, tokens, carried)
+        return original(self, tokens, boundary)
 
     monkeypatch.setattr(ActivationTap, "run", counted)
     run("--calib_size", 11, "--batch_size", 4, into="a")
@@ -602,7 +602,7 @@ def test_what_the_graph_decides_is_said(
 
 
 def test_a_shared_buffer_holds_nothing_before_the_first_token(base: Path) -> None:
-    """Feed what --use_buffer_share does there, a past of the greatest length and all zeros: the numbers stay the same."""
+    """Feed what --use_buffer_share does there, a past of full length and all zeros: the numbers stay the same."""
     directory = locate_model(base)
     session = ort.InferenceSession(str(directory.onnx_file), providers=["CPUExecutionProvider"])
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)(TOKENS)
@@ -668,7 +668,7 @@ def test_awqclip_alpha_min_and_step(run: Run) -> None:
             ("halves", ("--awqclip_alpha_step", 0.5)),
         )
     )
-    # Refits move a block's range on from the ratio that won, so the bounds hold for the search's start alone.
+    # Refits move a block's range on from the ratio that won, so the bounds hold only for the search's start.
     assert min(default.values()) < min(narrow.values()) < 1
     both = halves.keys() & default.keys()
     assert both
