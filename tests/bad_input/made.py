@@ -55,7 +55,7 @@ def _other_weights(folder: Path) -> None:
 
 
 CACHES = (
-    _cache("missing", gone(f"{_CACHE}/*"), "base.calibration", "run stages.calibrate first"),
+    _cache("missing", gone(f"{_CACHE}/*"), "base.calibration", "run python -m stages.calibrate first"),
     _cache("a file", in_turn(moved(_CACHE, "away"), written(_CACHE, "x")), "base.calibration"),
     _cache("of another model", _other_weights, "base.calibration", "another model"),
     _cache("of another model (sweep)", _other_weights, "base.calibration", "another model", command="sweep"),

@@ -20,8 +20,7 @@ import onnxruntime_genai as og
 import pytest
 import tyro
 
-import stages.calibrate
-import stages.calibration.capture
+import scripts.drop_in.run
 import stages.calibration.text.documents
 import stages.calibration.text.tokenizer
 from scripts.drop_in.calibration_folder import calibration_folder
@@ -224,10 +223,7 @@ def is_near(folder: Path, base: Path) -> bool:
 
 
 def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.calibrate, "load_windows", lambda *_: pytest.fail("read calibration text"))
-    monkeypatch.setattr(
-        stages.calibration.capture, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one")
-    )
+    monkeypatch.setattr(scripts.drop_in.run, "calibrate", lambda _: pytest.fail("stage one was run"))
 
 
 # --------------------------------------------------------------------------- the documentation's command lines
