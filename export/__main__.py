@@ -1,4 +1,4 @@
-"""Write saved quantized weights into the base model again: ``python -m export``."""
+"""Write saved quantized weights into the base model again, without a search: ``python -m export``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def command(config: ExportConfig) -> Iterator[Section]:
-    """Export, and print what was written."""
+    """Export, and yield what was written."""
     from export.summary import export_table
 
     exported = export(config)

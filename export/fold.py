@@ -1,4 +1,4 @@
-"""Divide activations by their AWQ input scales without a node, where the node before can be divided exactly.
+"""Fold AWQ input scales into the graph: divide the node before an activation, where that can be done exactly.
 
 x / s is folded into a norm's gain (and LayerNorm's bias), into the output channels of up_proj where x is
 act(gate) * up or relu(up)^2 (then by sqrt(s)), or into v_proj's channels where x is attention's output. Wherever a
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import onnx_ir as ir
@@ -30,7 +29,7 @@ from export.fold_guards import (
     require_as_planned,
     require_own_cache,
     require_seen_only_by,
-    untie_heads,
+    scale_per_value_channel,
 )
 from export.forms.dequantize_linear import StoredSite, divided_scales
 from export.graph_edit import GraphEditor, name_of
@@ -115,7 +114,7 @@ class InputScaleFolder:
         name = f"{share.sites[0].name}/input_scale"
         value = self.editor.add_initializer(nodes[0], f"{name}/reciprocal", TorchTensor(inverse))
         scaled = self.editor.insert_before(
-            nodes[0], "Mul", [activation, value], f"{name}/Mul", {}, partial(_like, activation)
+            nodes[0], "Mul", [activation, value], f"{name}/Mul", {}, shape=activation.shape, kind=activation.type
         )
         for node in nodes:
             node.replace_input_with(0, scaled)
@@ -148,7 +147,7 @@ class InputScaleFolder:
         require_own_cache(attention)
         heads = absorber.heads
         divisor = torch.ones(absorber.first_channel + heads.kv_heads * heads.head_size)
-        divisor[absorber.first_channel :] = untie_heads(scale, heads)
+        divisor[absorber.first_channel :] = scale_per_value_channel(scale, heads)
         self._divide_outputs(absorber, divisor)
 
     def _divide_outputs(self, absorber: LinearAbsorber | ValueAbsorber, divisor: Float32[Tensor, " N"]) -> None:
@@ -172,14 +171,14 @@ class InputScaleFolder:
         self.row_divisors[name] = together
 
     def _replace(self, node: ir.Node, index: int, tensor: ir.TensorProtocol) -> None:
-        """A new initializer for this input alone: another reader of the old one never sees the change."""
+        """Give this input an initializer of its own: another reader of the old one never sees the change."""
         old = node.inputs[index]
         assert old is not None
         node.replace_input_with(index, self.editor.add_initializer(node, f"{old.name}/divided", tensor))
 
 
 def _checked(scale: Tensor | None, site: MatMulSite) -> Tensor | None:
-    """The scale in float32, or None where dividing by it changes nothing."""
+    """Return the scale in float32, or None where dividing by it changes nothing."""
     if scale is None:
         return None
     if scale.shape != (site.in_features,) or not all_finite(scale) or bool((scale <= 0).any()):
@@ -204,10 +203,6 @@ def _reciprocal(scale: Float32[Tensor, " K"], site: MatMulSite) -> Tensor:
             "awq_clip, which needs no input scale."
         )
     return inverse
-
-
-def _like(value: ir.Value, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=value.shape, type=value.type)
 
 
 def _outcome(group: ActivationGroup, share: _Share, how: How, reason: str = "") -> FoldOutcome:

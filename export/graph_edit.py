@@ -1,8 +1,8 @@
-"""Small edits on an onnx-ir graph, each in constant time: every lookup is a dictionary built once."""
+"""Make small edits on an onnx-ir graph, each in constant time: every lookup is in a dictionary built once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -14,20 +14,28 @@ MICROSOFT = "com.microsoft"
 
 
 def name_of(value: ir.Value) -> str:
-    """A value's name; onnx-ir names every value it loads."""
+    """Return a value's name; onnx-ir names every value it loads."""
     assert value.name, "onnx-ir names every value it loads"
     return value.name
 
 
 def describe(node: ir.Node) -> str:
-    """A node as messages call it: its type and its name, or its output's where it has none."""
+    """Name a node for a message: its type and its name, or its output's where it has none."""
     return f"{node.op_type} '{node.name or node.outputs[0].name}'"
 
 
 def replace_op(
     node: ir.Node, domain: str, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
 ) -> None:
-    """Turn ``node`` into another operator; its name and outputs stay."""
+    """Turn ``node`` into another operator; its name and outputs stay.
+
+    Args:
+        node: changed in place.
+        domain: of the new operator; empty for ONNX's own.
+        op_type: the new operator.
+        inputs: all that it reads.
+        attributes: all that it has.
+    """
     node.domain, node.op_type = domain, op_type
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
@@ -62,7 +70,7 @@ class GraphEditor:
         return cls(by_output, taken)
 
     def producer(self, output: str) -> ir.Node:
-        """The node that makes the value ``output``.
+        """Return the node that makes the value ``output``.
 
         Raises:
             GraphError: no node does.
@@ -76,7 +84,13 @@ class GraphEditor:
         return node
 
     def add_initializer(self, node: ir.Node, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """Register ``tensor`` in the graph that holds ``node``, as ``name`` or a free name made from it."""
+        """Register ``tensor`` in the graph that holds ``node``.
+
+        Args:
+            node: a reader of the new initializer.
+            name: its name, or the beginning of it where that is taken.
+            tensor: its content.
+        """
         shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value = ir.Value(name=self._free(name), shape=shape, type=dtype, const_value=tensor)
         tensor.name = value.name
@@ -91,11 +105,24 @@ class GraphEditor:
         inputs: Iterable[ir.Value | None],
         name: str,
         attributes: Mapping[str, int | Sequence[int] | ir.Attr],
-        output: Callable[[str], ir.Value],
+        *,
+        shape: ir.Shape | None = None,
+        kind: ir.TypeProtocol | None = None,
         domain: str = "",
     ) -> ir.Value:
-        """Insert a one-output node before ``node`` and return its output, made by ``output`` from a free name."""
-        made = output(self._free(f"{name}/output_0"))
+        """Insert a one-output node before ``node`` and return its output.
+
+        Args:
+            node: stays where it is and reads what it did.
+            op_type: the new node's operator.
+            inputs: what the new node reads.
+            name: the new node's name.
+            attributes: the new node's attributes.
+            shape: of the output, where it is known.
+            kind: the output's type, where it is known.
+            domain: of the operator; empty for ONNX's own.
+        """
+        made = ir.Value(name=self._free(f"{name}/output_0"), shape=shape, type=kind)
         new = ir.node(op_type, list(inputs), attributes=dict(attributes), domain=domain, outputs=[made], name=name)
         assert isinstance(node.graph, ir.Graph)
         node.graph.insert_before(node, new)

@@ -1,4 +1,4 @@
-"""Put quantized weights into a graph.
+"""Put quantized weights into a graph, and replace the ReLUs that would keep them from being fused.
 
 Requires sites that are where the quantized weights say. Ensures that the input model is left untouched, that the opset
 is one which has the nodes that are written, that every quantized site reads its own weight, that other nodes
@@ -28,30 +28,6 @@ from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import WeightForm, torch_float
 from stages.records.sites import FloatName
 
-
-def blocks_fusion(node: ir.Node) -> ir.Node | None:
-    """The Relu or Clip behind ``node`` that keeps ONNX Runtime from fusing it, if there is one."""
-    reader = sole_reader(node.outputs[0])
-    if reader is None or reader.op_type not in ("Relu", "Clip"):
-        return None
-    result = reader.outputs[0]
-    return reader if len(result.uses()) == 1 and not result.is_graph_output() else None
-
-
-def replace_relu(editor: GraphEditor, node: ir.Node, dtype: FloatName) -> None:
-    """Put Max(x, 0) in the place of the Relu that keeps the quantized ``node`` from being fused."""
-    relu = blocks_fusion(node)
-    if relu is None or relu.op_type != "Relu":
-        return
-    zero = editor.add_initializer(relu, f"{relu.name}/zero", TorchTensor(torch.zeros((), dtype=torch_float(dtype))))
-    x, y = node.outputs[0], relu.outputs[0]
-    clamped = editor.insert_before(
-        relu, "Max", [x, zero], f"{relu.name}/Max", {}, lambda name: ir.Value(name=name, shape=y.shape, type=y.type)
-    )
-    for use in tuple(y.uses()):
-        use.node.replace_input_with(use.idx, clamped)
-
-
 _IR_VERSION = 10
 
 
@@ -68,9 +44,12 @@ class RewriteResult:
 
 
 def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLevel | None = None) -> RewriteResult:
-    """A copy of ``model`` in which every site of ``store`` reads its quantized weight.
+    """Return a copy of ``model`` in which every site of ``store`` reads its quantized weight.
 
-    ``accuracy_level`` goes into MatMulNBits nodes that are written here; the runtime decides for those that it fuses.
+    Args:
+        model: the base, which stays as it is.
+        store: the finished weights.
+        accuracy_level: goes into MatMulNBits nodes that are written here; session options reach those that are fused.
 
     Raises:
         GraphError: the opset can't be raised, or a site isn't in the model.
@@ -85,8 +64,8 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     for source in stored.values():
         _require_fit(source, editor.producer(source.site.output))
     folder = InputScaleFolder(editor, stored, {site.output: site for site in find_sites(edited)})
-    treat = folder.fold if store.recipe.fold_input_scales else folder.multiply
-    folds = tuple(outcome for group in store.recipe.groups for outcome in treat(group))
+    place_scale = folder.fold if store.recipe.fold_input_scales else folder.multiply
+    folds = tuple(outcome for group in store.recipe.groups for outcome in place_scale(group))
     # All row divisors must be known first: a site can take the scale of a later group.
     divided = [replace(source, row_divisor=folder.row_divisors.get(name)) for name, source in stored.items()]
     sites = tuple(_rewrite_site(editor, source, store.recipe.weight_form, accuracy_level) for source in divided)
@@ -142,5 +121,26 @@ def _rewrite_site(
         return insert_matmul_nbits(editor, node, source, accuracy_level)
     if node.attributes.get_int("transB", 0) == 1:
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
-    replace_relu(editor, node, source.site.dtype)
+    _replace_relu(editor, node, source.site.dtype)
     return insert_dequantize(editor, node, source, form)
+
+
+def blocks_fusion(node: ir.Node) -> ir.Node | None:
+    """Return the Relu or Clip behind ``node`` that keeps ONNX Runtime from fusing it, if there is one."""
+    reader = sole_reader(node.outputs[0])
+    if reader is None or reader.op_type not in ("Relu", "Clip"):
+        return None
+    result = reader.outputs[0]
+    return reader if len(result.uses()) == 1 and not result.is_graph_output() else None
+
+
+def _replace_relu(editor: GraphEditor, node: ir.Node, dtype: FloatName) -> None:
+    """Put Max(x, 0) in the place of the Relu that keeps the quantized ``node`` from being fused."""
+    relu = blocks_fusion(node)
+    if relu is None or relu.op_type != "Relu":
+        return
+    zero = editor.add_initializer(relu, f"{relu.name}/zero", TorchTensor(torch.zeros((), dtype=torch_float(dtype))))
+    x, y = node.outputs[0], relu.outputs[0]
+    clamped = editor.insert_before(relu, "Max", [x, zero], f"{relu.name}/Max", {}, shape=y.shape, kind=y.type)
+    for use in tuple(y.uses()):
+        use.node.replace_input_with(use.idx, clamped)

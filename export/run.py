@@ -1,4 +1,4 @@
-"""Export: rewrite the base graph, write the output folder whole, and verify it before it gets its name."""
+"""Export a model: rewrite the base graph, write the output folder whole, and verify it before it gets its name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome, table_outcomes
 from export.rewrite import RewriteResult, rewrite
 from export.save import (
+    OUTPUT_OPTION,
     Destination,
     copy_side_files,
     data_name,
@@ -85,7 +86,7 @@ def export_model(
         store: the finished weights.
         destination: where the output goes.
         options: how its nodes are written and checked.
-        base_graph: what ``load_graph`` gave for the base, which stays as it is; None parses the file here.
+        base_graph: the base's graph as ``load_graph`` returns it, which stays as it is; None parses the file here.
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
@@ -97,9 +98,7 @@ def export_model(
     model = load_graph(base) if base_graph is None else base_graph
     result = rewrite(model, store, options.accuracy_level)
     try:
-        with atomic_directory(
-            destination.folder, overwrite=destination.overwrite, option=destination.option
-        ) as scratch:
+        with atomic_directory(destination.folder, overwrite=destination.overwrite, option=OUTPUT_OPTION) as scratch:
             save_model(result.model, scratch, destination.onnx_name)
             copy_side_files(base, model, scratch, destination.onnx_name)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
@@ -107,7 +106,7 @@ def export_model(
             notes = (*notes, *_kept_report(report, store.folder))
     except OSError as error:
         raise UserError(
-            f"{destination.option} {destination.folder} can't be written ({error.strerror or error}); free space or "
+            f"{OUTPUT_OPTION} {destination.folder} can't be written ({error.strerror or error}); free space or "
             "choose another folder."
         ) from error
     return ExportSummary(
@@ -117,14 +116,14 @@ def export_model(
         folds=result.folds,
         kept=store.recipe.kept,
         report=report,
-        notes=(*_opset_note(result), *notes),
+        notes=notes if result.opset is None else (str(result.opset), *notes),
         tables=table_outcomes(result.model, result.tables),
         unreached=store.recipe.unreached,
     )
 
 
 def _kept_report(report: VerifyReport | None, folder: Path) -> tuple[str, ...]:
-    """Keep the figures beside the weights; a note where that can't be, for the model itself is whole."""
+    """Keep the figures beside the weights; return a note where that can't be, for the model itself is whole."""
     if report is None:
         return ()
     try:
@@ -134,12 +133,8 @@ def _kept_report(report: VerifyReport | None, folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _opset_note(result: RewriteResult) -> tuple[str, ...]:
-    return () if result.opset is None else (str(result.opset),)
-
-
 def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOptions:
-    """``options`` with the accuracy level that the weights' target runs fast, where none was asked for."""
+    """Return ``options`` with the accuracy level that the weights' target runs fast, where none was asked for."""
     chosen = dict(recipe.session_options).get(ACCURACY_LEVEL)
     if options.accuracy_level is not None or chosen is None:
         return options
@@ -147,12 +142,12 @@ def _with_target_level(options: ExportOptions, recipe: ExportRecipe) -> ExportOp
         return replace(options, accuracy_level=TypeAdapter(AccuracyLevel).validate_python(int(chosen)))
     except ValueError as error:  # pydantic's own is one
         raise OptionError(
-            f"recipe.json asks for the accuracy level '{chosen}', which is none of 0 to 4; run stages.quantize again."
+            f"recipe.json asks for the accuracy level '{chosen}', which is not 0 to 4; run stages.quantize again."
         ) from error
 
 
 def _session_options(recipe: ExportRecipe, options: ExportOptions) -> dict[str, str]:
-    """What the target needs, and the accuracy level, which MatMulNBits nodes carry themselves."""
+    """Return what the target needs, and the accuracy level where no MatMulNBits node carries it."""
     needed = {key: value for key, value in recipe.session_options if key != ACCURACY_LEVEL}
     if options.accuracy_level is None or recipe.weight_form is WeightForm.MATMUL_NBITS:
         return needed

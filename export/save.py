@@ -1,4 +1,7 @@
-"""Write the output folder's files: the graph with one data file, and everything that lay beside the base model."""
+"""Write the output folder: the graph with one data file, and everything that lay beside the base model.
+
+Also reads saved tensors back, and accounts for every byte of the data file.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from stages.model.load import external_files, external_tensors
 from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 
-_OPTION = "--output_path"
-
-
+OUTPUT_OPTION = "--output_path"
 _OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
 """Files that mark a folder as quantized weights or a calibration cache."""
+# Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
+_PAGE, _LARGEST_ALIGNMENT = 4096, 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +39,21 @@ class Destination:
 
     @property
     def onnx_file(self) -> Path:
+        """Return the .onnx file's path."""
         return self.folder / self.onnx_name
-
-    @property
-    def option(self) -> str:
-        """The command-line option that names the folder, for messages."""
-        return _OPTION
 
     @classmethod
     def from_path(cls, path: Path, base: ModelDirectory, *, overwrite: bool) -> Destination:
-        """The destination that ``path`` means: a folder, or the .onnx file in it.
+        """Return the destination that ``path`` names: a folder, or the .onnx file in it.
+
+        Args:
+            path: --output_path.
+            base: gives the .onnx file its name where ``path`` doesn't.
+            overwrite: replace an earlier output.
 
         Raises:
             UserError: the folder holds the base model; it is there and ``overwrite`` is off; or it is no
-                earlier output, which alone may be replaced.
+                earlier output, and only such a one may be replaced.
         """
         path = path.absolute()
         is_file = path.suffix == ".onnx"
@@ -59,8 +63,8 @@ class Destination:
             overwrite=overwrite,
         )
         destination.require_apart_from(base.folder, "the base model")
-        require_creatable(destination.folder, option=_OPTION)
-        refuse_existing(destination.folder, overwrite=overwrite, option=_OPTION)
+        require_creatable(destination.folder, option=OUTPUT_OPTION)
+        refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
         return destination
 
@@ -68,18 +72,18 @@ class Destination:
         """Raise UserError when replacing the folder would replace ``other`` with it."""
         mine, theirs = self.folder.resolve(), other.resolve()
         if mine == theirs or mine in theirs.parents:
-            raise UserError(f"{_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
+            raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
 
     def _require_replaceable(self) -> None:
         if is_occupied(self.folder) and not self.onnx_file.is_file():
             raise UserError(
-                f"{_OPTION} {self.folder} holds no {self.onnx_name}, so it isn't an earlier output and --overwrite "
-                "won't delete it; choose another path."
+                f"{OUTPUT_OPTION} {self.folder} holds no {self.onnx_name}, so it isn't an earlier output and "
+                "--overwrite won't delete it; choose another path."
             )
 
 
 def data_name(onnx_name: str) -> str:
-    """Name of the external data file beside ``onnx_name``."""
+    """Name the external data file beside ``onnx_name``."""
     return f"{onnx_name}.data"
 
 
@@ -111,7 +115,7 @@ def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
 
 
 def _user_error_behind(error: BaseException) -> UserError | None:
-    """Return what a tensor that is read while it is written said; onnx-ir wraps it."""
+    """Return the error of a tensor that is read while it is written, which onnx-ir wraps."""
     cause = error.__cause__
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
@@ -124,6 +128,12 @@ def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, on
     Subfolders are copied too, except those that hold a model, a cache or weights of their own: outputs are often put
     inside the base folder.
 
+    Args:
+        base: the base model.
+        base_model: its graph, which names its external data.
+        folder: the output.
+        onnx_name: name of the output's graph.
+
     Raises:
         UserError: another model of the base folder has the output's file name.
     """
@@ -133,7 +143,9 @@ def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, on
         if source.resolve() in left_out or str(relative) == data_name(onnx_name):
             continue
         if str(relative) == onnx_name:
-            raise UserError(f"{_OPTION}: the base folder holds another model called {onnx_name}; choose another name.")
+            raise UserError(
+                f"{OUTPUT_OPTION}: the base folder holds another model called {onnx_name}; choose another name."
+            )
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
@@ -148,17 +160,19 @@ def _files_of_model(folder: Path) -> Iterator[Path]:
 
 
 def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str]) -> None:
-    """Point genai_config.json at the output's graph and add ``session_options``, which onnxruntime-genai passes on."""
+    """Point genai_config.json at the output's graph, and add session options.
+
+    Args:
+        folder: holds genai_config.json.
+        onnx_name: name of the output's graph.
+        session_options: what onnxruntime-genai passes on to ONNX Runtime.
+    """
     content = read_genai_config(folder)
     decoder = content.setdefault("model", {}).setdefault("decoder", {})
     decoder["filename"] = onnx_name
     if session_options:
         decoder.setdefault("session_options", {}).update(session_options)
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
-_PAGE, _LARGEST_ALIGNMENT = 4096, 65536
 
 
 def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
@@ -184,13 +198,13 @@ def account_for_bytes(model: ir.Model, path: Path) -> DataFileUse:
 
 
 def is_padding(end: int, offset: int) -> bool:
-    """Whether the bytes from ``end`` to ``offset`` do nothing but align what lies at ``offset``."""
+    """Say whether the bytes from ``end`` to ``offset`` only align what lies at ``offset``."""
     gap = offset - end
     return gap == 0 or (0 < gap < _LARGEST_ALIGNMENT and offset % _PAGE == 0)
 
 
 def read_initializer(node: ir.Node, name: str) -> np.ndarray:
-    """A copy of initializer ``name`` of the graph that holds ``node``; no mapping of the file stays open."""
+    """Return a copy of initializer ``name`` of the graph that holds ``node``; no mapping of the file stays open."""
     assert isinstance(node.graph, ir.Graph)
     tensor = node.graph.initializers[name].const_value
     assert tensor is not None

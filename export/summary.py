@@ -1,4 +1,4 @@
-"""The table that an export ends with: what was written, what runs fused, and what to look at."""
+"""Show what an export wrote, what runs fused, and what to look at, as a table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = 3
 
 
 def export_table(summary: ExportSummary) -> Table:
-    """A two-column table of the summary; reasons are counted, so it stays short for any model."""
+    """Return a two-column table of the summary; reasons are counted, so it stays short for any model."""
     table = Table(title=Text(f"written to {summary.onnx_file}"), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -87,7 +87,8 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits {here}"
     if report.widened:
         yield "ran", WIDENED_BECAUSE
-    yield from _unfused(report)
+    # verification.json names every site.
+    yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
     if report.worst_exact is not None and report.worst_default is not None:
         exact, default = report.worst_exact, report.worst_default
         yield "largest error", f"{exact.exact:.1e} at accuracy level 1 ({exact.site})"
@@ -101,13 +102,8 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "not checked", skipped
 
 
-def _unfused(report: VerifyReport) -> Iterator[tuple[str, str]]:
-    """verification.json names every site."""
-    yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
-
-
 def _named(row: str, sites: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Each reason of (site, reason) with the first sites that it holds for."""
+    """Yield each reason of (site, reason) with the first sites that it holds for."""
     by_reason: dict[str, list[str]] = {}
     for site, reason in sites:
         by_reason.setdefault(reason, []).append(site)

@@ -1,7 +1,8 @@
-"""Times, rates and memory beside plain inference, plain matrix products, a plain copy, and the competitor.
+"""Benchmark both stages: ``python -m scripts.benchmark --base models/base --output models/benchmark``.
 
-``python -m scripts.benchmark --base models/base --output models/benchmark``. All of it on one machine in one run, so
-that ratios mean something; absolute times are that machine's. Nothing else should run on it meanwhile.
+Times and memory of whole commands, of calibration and plain inference, of the search, of the export and a plain copy,
+and of the competitor. All of it on one machine in one run, so that ratios mean something; absolute times are that
+machine's. Nothing else should run on it meanwhile.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +20,7 @@ from pydantic import TypeAdapter
 from rich.console import Group
 
 from scripts.benchmarks.capture import measure_capture
-from scripts.benchmarks.figures import Benchmark, CommandFigure
-from scripts.benchmarks.growth import measure_growth
-from scripts.benchmarks.machine import this_machine
-from scripts.benchmarks.plot import growth_plot
+from scripts.benchmarks.figures import Benchmark, CommandFigure, this_machine
 from scripts.benchmarks.search import measure_search
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.benchmarks.writing import measure_writing
@@ -39,16 +38,16 @@ from stages.model.load import fingerprint_model
 from stages.runtime.providers import choose_providers
 from stages.system.atomic import atomic_file
 from stages.system.hardware import choose_device
-from stages.system.measured_process import run_measured
+from stages.system.measured_process import Cost, run_measured
 from stages.system.paths import shell_line
 
 _LOGGER = logging.getLogger(__name__)
 _FIGURES = TypeAdapter(Benchmark)
-CALIBRATE, QUANTIZE, PEER = "calibrate", "quantize", "competitor"
+_CALIBRATE, _QUANTIZE, _PEER = "calibrate", "quantize", "competitor"
 
 
 def benchmark(config: BenchmarkConfig) -> Iterator[Section]:
-    """Measure, and write benchmark.json and growth.svg after every step: a stopped run leaves what it has.
+    """Measure, and write benchmark.json after every step: a stopped run leaves what it has.
 
     Raises:
         UserError: the base can't be used, or the calibration failed.
@@ -57,48 +56,48 @@ def benchmark(config: BenchmarkConfig) -> Iterator[Section]:
     folder.mkdir(parents=True, exist_ok=True)
     begun = Benchmark(machine=this_machine(), base=str(config.base), commands=())
     for known in _steps(config, folder, begun):
-        _write(known, folder)
+        with atomic_file(folder / "benchmark.json") as file:
+            file.write_bytes(_FIGURES.dump_json(known, indent=1))
     yield Section(name="benchmark", table=Group(*benchmark_tables(known)), record=known)
-    _LOGGER.info("figures: %s, plot: %s", folder / "benchmark.json", folder / "growth.svg")
+    _LOGGER.info("figures: %s", folder / "benchmark.json")
 
 
 def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[Benchmark]:
-    """What is known after each measurement."""
+    """Yield what is known after each measurement."""
     cache = folder / "calibration"
     for figure in _our_commands(config, folder, cache):
         found = replace(found, commands=(*found.commands, figure))
         yield found
     directory, device = locate_model(config.base), choose_device(config.device)
-    with status("plain inference beside calibration's passes"):
+    with status("plain inference and calibration's passes"):
         tokens = open_cache(cache, fingerprint_model(directory)).read_tokens()[0][:1]
         choice = choose_providers(config.calibration_eps)
         yield (found := replace(found, capture=measure_capture(directory, tokens, choice, device, config.rounds)))
-    with status("search beside plain matrix products"), torch.no_grad():
+    with status("search"), torch.no_grad():
         figures = [figure for algorithm in config.algo for figure in measure_search(_search(config, cache, algorithm))]
         yield (found := replace(found, search=tuple(figures)))
-    with status("export beside a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with status("export and a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = default_folder(folder / config.algo[0], ".weights")
         yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
-    if not config.no_growth:
-        with status("growth on synthetic models"), tempfile.TemporaryDirectory(dir=folder) as scratch:
-            yield (found := replace(found, growth=tuple(measure_growth(Path(scratch)))))
     if not config.no_competitor:
         with status("the competitor, which takes long"):
             yield replace(found, commands=(*found.commands, _competitor(config, folder, cache)))
 
 
 def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterator[CommandFigure]:
-    """Both stages as a user types them."""
+    """Run both stages as a user types them."""
     shared = ("--onnx_path", str(config.base), "--cache_dir", str(cache), "--device", config.device, "--overwrite")
     calibration = ("--dataset", config.dataset, "--calib_size", str(config.calib_size))
     command = ("stages.calibrate", *shared, *calibration, "--calibration_eps", config.calibration_eps)
-    with status(CALIBRATE):
-        _forget(cache)
-        figure = _run(CALIBRATE, command, folder)
+    with status(_CALIBRATE):
+        # A calibration that is there would be found and not made.
+        for file in cache.iterdir() if cache.is_dir() else ():
+            file.unlink()
+        figure = _run(_CALIBRATE, command, folder)
         yield figure
     if figure.failure is not None:
         raise UserError(
-            f"stages.calibrate failed: {figure.failure}; {folder / f'{CALIBRATE}.log'} has what it printed."
+            f"stages.calibrate failed: {figure.failure}; {folder / f'{_CALIBRATE}.log'} has what it printed."
         )
     for algorithm in config.algo:
         options = (
@@ -109,28 +108,27 @@ def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterato
             "--output_path",
             str(folder / algorithm),
         )
-        with status(f"{QUANTIZE} {algorithm}"):
-            yield _run(f"{QUANTIZE} {algorithm}", ("stages.quantize", *shared, *options), folder)
-
-
-def _forget(cache: Path) -> None:
-    """A calibration that is there would be found and not made."""
-    for file in cache.iterdir() if cache.is_dir() else ():
-        file.unlink()
+        with status(f"{_QUANTIZE} {algorithm}"):
+            yield _run(f"{_QUANTIZE} {algorithm}", ("stages.quantize", *shared, *options), folder)
 
 
 def _run(name: str, module: Sequence[str], folder: Path) -> CommandFigure:
     command = (sys.executable, "-m", *module)
     shown = shell_line(("python", *command[1:]))
+    return _figure(name, shown, partial(run_measured, command, folder / f"{name.replace(' ', '-')}.log"))
+
+
+def _figure(name: str, shown: str, run: Callable[[], Cost]) -> CommandFigure:
+    """Return what ``run`` cost, or why it failed."""
     try:
-        cost = run_measured(command, folder / f"{name.replace(' ', '-')}.log")
+        cost = run()
     except UserError as error:
         return CommandFigure(name=name, command=shown, seconds=None, peak_bytes=None, failure=str(error))
     return CommandFigure(name=name, command=shown, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
 
 
 def _competitor(config: BenchmarkConfig, folder: Path, cache: Path) -> CommandFigure:
-    """NVIDIA ModelOpt's awq_lite on the first windows of the same calibration."""
+    """Run NVIDIA ModelOpt's awq_lite on the first windows of the same calibration."""
     request = PeerConfig(
         base=config.base,
         output=folder,
@@ -143,13 +141,12 @@ def _competitor(config: BenchmarkConfig, folder: Path, cache: Path) -> CommandFi
         modelopt_environment=config.modelopt_environment,
     )
     (peer,) = peers_of(request)
-    name, shown = f"{PEER} ({peer.note})", peer.run.shown_command
-    try:
+
+    def run() -> Cost:
         peer.run.before()
-        cost = run_measured(peer.run.command, folder / "competitor.log")
-    except UserError as error:
-        return CommandFigure(name=name, command=shown, seconds=None, peak_bytes=None, failure=str(error))
-    return CommandFigure(name=name, command=shown, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
+        return run_measured(peer.run.command, folder / f"{_PEER}.log")
+
+    return _figure(f"{_PEER} ({peer.note})", peer.run.shown_command, run)
 
 
 def _search(config: BenchmarkConfig, cache: Path, algorithm: Algorithm) -> QuantizeConfig:
@@ -161,14 +158,6 @@ def _search(config: BenchmarkConfig, cache: Path, algorithm: Algorithm) -> Quant
         block_size=config.block_size,
         device=config.device,
     )
-
-
-def _write(found: Benchmark, folder: Path) -> None:
-    with atomic_file(folder / "benchmark.json") as partial:
-        partial.write_bytes(_FIGURES.dump_json(found, indent=1))
-    if found.growth:
-        with atomic_file(folder / "growth.svg") as partial:
-            partial.write_text(growth_plot(found.growth), encoding="utf-8")
 
 
 if __name__ == "__main__":

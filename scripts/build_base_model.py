@@ -49,7 +49,7 @@ def build(config: BuildConfig) -> Iterable[Section]:
 
 
 def _builder_arguments(checkpoint: Checkpoint, scratch: Path, config: BuildConfig) -> list[str]:
-    """The builder's arguments that name the checkpoint."""
+    """Return the builder's arguments that name the checkpoint."""
     match checkpoint:
         case HubCheckpoint(name=name):
             return ["-m", name]
@@ -76,7 +76,7 @@ def _run_builder(model: list[str], output: Path, cache: Path, config: BuildConfi
     command += ["-p", config.precision, "-e", config.execution_provider]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
-        _LOGGER.warning("onnxruntime-genai's builder said:\n%s", done.stdout)
+        _LOGGER.warning("output of onnxruntime-genai's builder:\n%s", done.stdout)
         raise UserError(
             f"onnxruntime-genai's builder failed on --source {config.source} with --precision {config.precision} and "
             f"--execution_provider {config.execution_provider}; its output is above."

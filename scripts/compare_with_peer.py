@@ -1,4 +1,4 @@
-"""Our algorithms beside the competitors': ``python -m scripts.compare_with_peer --base DIR --output DIR``.
+"""Compare our algorithms with other quantizers: ``python -m scripts.compare_with_peer --base DIR --output DIR``.
 
 Each quantizes the same base model in a process of its own, whose seconds and peak memory the operating system reports;
 then all run through the same evaluation at accuracy level 1. A competitor that can't be installed, or fails, gets a
@@ -24,7 +24,7 @@ from stages.report.render import render
 
 
 def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
-    """Make and judge everything that isn't there, and show the tables.
+    """Quantize and evaluate everything that isn't there yet, and show the tables.
 
     Raises:
         UserError: at once where options or texts can't be used; after everything else where our own runs failed.

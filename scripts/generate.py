@@ -1,4 +1,4 @@
-"""One greedy sentence from each model: ``python -m scripts.generate --model DIR [DIR ...] --prompt "..."``."""
+"""Print one greedy sentence from each model: ``python -m scripts.generate --model DIR [DIR ...] --prompt "..."``."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from stages.errors import UserError
 from stages.runtime.genai import GenaiSession, cannot_run, open_genai
 
 _OPTION = "--model"
-
-
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n\n")
 
 
 def generate_sentence(folder: Path, prompt: str, max_new_tokens: int) -> str:
-    """The model's greedy answer: up to its first sentence's end, its end token, or ``max_new_tokens``.
+    """Return the model's greedy answer, up to the end of its first sentence or its end token.
 
-    ``prompt`` is wrapped in the model's chat template where the folder has one.
+    Args:
+        folder: an ORT-GenAI model.
+        prompt: wrapped in the model's chat template where the folder has one.
+        max_new_tokens: longest answer, in tokens.
 
     Raises:
         UserError: the folder isn't an ORT-GenAI model, or the runtime can't run it here.
     """
     session = open_genai(folder, _OPTION)
     try:
-        return until_sentence_end(_partitions(session, prompt, max_new_tokens))
+        return until_sentence_end(_decoded(session, prompt, max_new_tokens))
     except RuntimeError as error:
         raise cannot_run(folder, _OPTION, error) from error
 
 
-def _partitions(session: GenaiSession, prompt: str, max_new_tokens: int) -> Iterator[str]:
-    """Decoded text, one token at a time."""
+def _decoded(session: GenaiSession, prompt: str, max_new_tokens: int) -> Iterator[str]:
+    """Yield the answer's text, one token at a time."""
     decoder = session.tokenizer.create_stream()
     for token in session.greedy(session.prompt_tokens(prompt), max_new_tokens):
         yield decoder.decode(token)
 
 
-def until_sentence_end(partitions: Iterable[str]) -> str:
-    """Join ``partitions`` as far as the first full stop, question or exclamation mark before a space, or blank line."""
+def until_sentence_end(parts: Iterable[str]) -> str:
+    """Join ``parts`` as far as the first full stop, question or exclamation mark before a space, or blank line."""
     text = ""
-    for partition in partitions:
-        text += partition
+    for part in parts:
+        text += part
         end = _SENTENCE_END.search(text)
         if end is not None:
             return text[: end.end()].strip()

@@ -1,4 +1,4 @@
-"""A large base model with random weights: ``python -m scripts.make_large_model --output models/llama-3-8b``.
+"""Write a large base model with random weights: ``python -m scripts.make_large_model --output models/llama-3-8b``.
 
 For benchmarks of memory and time. Its words mean nothing; its graph, shapes and files are those of a real model.
 """
@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from export.save import save_model
 from scripts.base_models.synthetic_llama import LlamaShape, random_llama
 from scripts.options import LargeModelConfig
 from stages.commands.output import Section
-from stages.commands.progress import progress_bar
 from stages.commands.run import run_command
 from stages.model.genai_config import GENAI_CONFIG
 from stages.system.atomic import atomic_directory
@@ -41,14 +41,7 @@ def make_large_model(config: LargeModelConfig) -> Iterable[Section]:
     shape = shape if config.layers is None else replace(shape, layers=config.layers)
     model = random_llama(shape, _PRECISIONS[config.precision], config.seed)
     with atomic_directory(config.output, overwrite=config.overwrite, option="--output") as folder:
-        with progress_bar() as bar:
-            task = bar.add_task("drawing", total=None, unit="weights")
-
-            def advance(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-                bar.update(task, total=info.total)
-                bar.advance(task)
-
-            ir.save(model, folder / "model.onnx", external_data="model.onnx.data", callback=advance)
+        save_model(model, folder, "model.onnx")
         (folder / GENAI_CONFIG).write_text(json.dumps(shape.genai_config(), indent=4) + "\n", encoding="utf-8")
     _LOGGER.info("base model: %s", config.output)
     return ()

@@ -1,4 +1,4 @@
-"""Options of the scripts; spelling as in stages.config."""
+"""Define the options of the scripts, spelled as those of the stages are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import BenchConfig, SweepGrid
-from stages.commands.options import CommandOptions, Flag, default_folder
+from stages.commands.options import CommandOptions, Flag
 from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -47,7 +47,7 @@ class LargeModelConfig(CommandOptions):
     output: Path
     """Folder for the base model. Must not exist yet."""
     shape: LargeShape = "llama-3-8b"
-    """Whose sizes it has (qwen2.5-1.5b without that model's biases)."""
+    """The real model whose sizes it has (qwen2.5-1.5b without that model's biases)."""
     layers: int | None = None
     """Decoder blocks; default: all that the shape has."""
     precision: LargePrecision = "fp16"
@@ -56,28 +56,6 @@ class LargeModelConfig(CommandOptions):
     """Seed of the weights."""
     overwrite: bool = False
     """Replace an output that is there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FuzzConfig(CommandOptions):
-    """Give our loaders damaged files until they fail in another way than with a sentence."""
-
-    base: Path
-    """Base model, a small one: the folder."""
-    weights_path: Path
-    """Its quantized weights, as stages.quantize saved them."""
-    output: Path
-    """Folder for what each target's process said, and for inputs that were found."""
-    cache_dir: Path | None = None
-    """Its calibration cache; default: the model's folder name with .calibration added."""
-    seconds: int = 600
-    """For all targets together."""
-    target: tuple[str, ...] = ()
-    """Targets; default: all."""
-
-    @property
-    def cache_path(self) -> Path:
-        return self.cache_dir or default_folder(self.base, ".calibration")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +72,7 @@ class GenerateConfig(CommandOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig(BenchConfig, SweepGrid):
-    """Quantize one base model with our algorithms and with the competitors', and judge all in the same way.
+    """Quantize one base model with our algorithms and with the competitors', and evaluate all in the same way.
 
     Where both have the choice, block sizes and zero points hold for the competitors too.
     """
@@ -118,12 +96,12 @@ class PeerConfig(BenchConfig, SweepGrid):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkConfig(CommandOptions):
-    """Measure both stages, their parts and the competitor in one run; nothing else should run on the machine."""
+    """Measure both stages, their parts and a competitor in one run; nothing else should run on the machine."""
 
     base: Path
     """Base model: the .onnx file or its folder."""
     output: Path
-    """Folder for benchmark.json, growth.svg, logs and the models that are made."""
+    """Folder for benchmark.json, logs and the models that are made."""
     algo: tuple[Algorithm, ...] = ("awq_full", "awq_gptq")
     """Searches that are measured."""
     block_size: int = 32
@@ -138,8 +116,6 @@ class BenchmarkConfig(CommandOptions):
     """Where statistics are added up and the search runs."""
     rounds: int = 5
     """Passes of plain inference and of calibration that medians are taken of."""
-    no_growth: Flag = False
-    """Leave out the synthetic models."""
     no_competitor: Flag = False
     """Leave out NVIDIA ModelOpt, which takes most of the time."""
     modelopt_windows: int = 8

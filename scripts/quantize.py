@@ -1,4 +1,4 @@
-"""Drop-in for ModelOpt-Windows' script: ``python scripts/quantize.py --onnx_path ... --output_path ...``."""
+"""Stand in for ModelOpt-Windows' script: ``python scripts/quantize.py --onnx_path ... --output_path ...``."""
 
 from __future__ import annotations
 

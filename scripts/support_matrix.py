@@ -1,6 +1,7 @@
 """Print the support matrix as Markdown: ``python -m scripts.support_matrix RESULTS.jsonl``.
 
-tests/test_families.py writes the results, one JSON line a family, into the file that SUPPORT_MATRIX_OUT names.
+tests/pipelines/test_families.py writes the results, one JSON line a family, into the file that SUPPORT_MATRIX_OUT
+names.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class FamilyResult:
     reasons: tuple[str, ...]
     """Why Mul nodes remained."""
     against_own_weights: float
-    """Relative error of the logits against the base graph with the same dequantized weights: folding alone."""
+    """Relative error of the logits against the base graph with the same dequantized weights: of folding only."""
     divergence_rounded: float
     """Mean KL(base || model) over tokens, nats: INT4 rounded to nearest."""
     divergence_int4: float
@@ -63,7 +64,7 @@ class MatrixConfig(CommandOptions):
 
 
 def read_results(path: Path) -> list[FamilyResult]:
-    """The results in the file, the last one of each family.
+    """Read the results in the file, the last one of each family.
 
     Raises:
         UserError: the file can't be read or holds something else.
@@ -73,13 +74,14 @@ def read_results(path: Path) -> list[FamilyResult]:
         found = [lines.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValidationError) as error:
         raise UserError(
-            f"RESULTS {path} can't be read ({error}); run tests/test_families.py with SUPPORT_MATRIX_OUT={path}."
+            f"RESULTS {path} can't be read ({error}); run tests/pipelines/test_families.py with "
+            f"SUPPORT_MATRIX_OUT={path}."
         ) from error
     return list({result.name: result for result in found}.values())
 
 
 def markdown(results: list[FamilyResult]) -> str:
-    """One row for each released model."""
+    """Return the table with one row for each released model."""
     header = [
         "| model | architecture | fused | INT8 | bits a weight | KL: rounding / INT4 / mixed | input scales go into "
         "| error of folding |",

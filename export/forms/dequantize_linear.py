@@ -1,15 +1,15 @@
-"""From stored codes to DequantizeLinear: the tensors in the graph's own layout, and the nodes that read them.
+"""Write stored codes as DequantizeLinear: the tensors in the graph's own layout, and the nodes that read them.
 
 The store holds rows, [N, K]; MatMul wants [K, N]. Blocks run along K, so a per-block weight has axis 0, scales
 [nB, N] and an explicit block_size; a per-channel one has axis 1 and scales [N]. That is the form which ONNX Runtime
-fuses into MatMulNBits when the MatMul alone reads it. Column-major weights keep the store's rows: blocks lie on axis 1,
-channels on axis 0, and a Transpose follows.
+fuses into MatMulNBits when only the MatMul reads it. Column-major weights keep the store's rows: blocks lie on axis 1,
+channels on axis 0, and a Transpose follows. The QDQ form stores the weight itself in floating point, and quantizes it
+when it runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import onnx_ir as ir
 from jaxtyping import Float, Float32, Shaped, UInt8
@@ -29,82 +29,6 @@ _CODE_TYPES: dict[tuple[int, bool], ir.DataType] = {
     (8, True): ir.DataType.INT8,
     (8, False): ir.DataType.UINT8,
 }
-
-
-def code_type(spec: QuantSpec) -> ir.DataType:
-    """INT4, UINT4, INT8 or UINT8: signed where symmetric."""
-    return _CODE_TYPES[spec.bits, spec.symmetric]
-
-
-def oriented(rows: Shaped[Tensor, "N columns"], form: WeightForm) -> Shaped[Tensor, "first second"]:
-    """The store's rows as the graph holds them: [N, columns] in column-major form, else [columns, N]."""
-    return rows.contiguous() if form is WeightForm.DQ_COLUMN_MAJOR else rows.t().contiguous()
-
-
-def scales_shape(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> tuple[int, ...]:
-    """Shape of scales and zero points in the graph: [nB, N] ([N, nB] in column-major form), or [N] per channel."""
-    match spec.granularity:
-        case PerBlock():
-            shape = (spec.num_blocks(site.in_features), site.out_features)
-            return shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape
-        case PerChannel():
-            return (site.out_features,)
-
-
-def divided_scales(scales: Float[Tensor, "N nB"], row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
-    """Divide output channel n's scales by ``row_divisor[n]``, in float32 that is then rounded to storage."""
-    return scales if row_divisor is None else (scales.float() / row_divisor[:, None]).to(scales.dtype)
-
-
-def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N K"]:
-    """(code - zero_point) * scale in the scale's type: QuantizeLinear gives exactly these codes again.
-
-    One rounding of code * scale to the storage type moves the quotient by less than half a code, whatever the type.
-    """
-    width = weight.spec.block_size(weight.site.in_features)
-    codes = weight.codes.float()
-    if weight.zero_points is not None:
-        codes -= _per_input(weight.zero_points.float(), width, codes.shape[1])
-    codes *= _per_input(divided_scales(weight.scales, row_divisor).float(), width, codes.shape[1])
-    return codes.to(torch_float(weight.spec.scale_dtype))
-
-
-def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int) -> Float32[Tensor, "N K"]:
-    return per_block.repeat_interleave(width, dim=1)[:, :in_features]
-
-
-# --------------------------------------------------------------------------- tensors in the graph's layout
-
-
-def _codes_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
-    """Return the codes in the graph's layout, packed where they have four bits."""
-    return _integers(oriented(source.codes(), form), source.spec)
-
-
-def _zero_points_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
-    """Return the zero points in the scales' shape and the codes' type."""
-    zero_points = source.zero_points()
-    assert zero_points is not None
-    return _integers(oriented(zero_points, form).reshape(scales_shape(source.site, source.spec, form)), source.spec)
-
-
-def _scales_tensor(source: StoredSite, form: WeightForm) -> ir.TensorProtocol:
-    """Return the scales in the graph's shape and the spec's type."""
-    return TorchTensor(oriented(source.scales(), form).reshape(scales_shape(source.site, source.spec, form)))
-
-
-def _float_tensor(source: StoredSite) -> ir.TensorProtocol:
-    """Return the dequantized weight [K, N]."""
-    return TorchTensor(oriented(dequantized(source.read(), source.row_divisor), WeightForm.QDQ))
-
-
-def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:
-    if spec.bits == 8:
-        return TorchTensor(values)
-    return ir.PackedTensor(pack_4bit(values), code_type(spec), shape=ir.Shape(values.shape))
-
-
-# --------------------------------------------------------------------------- nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +83,14 @@ class RewrittenSite:
 
 
 def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm) -> RewrittenSite:
-    """Feed ``node``'s second input from its own new [Q ->] DequantizeLinear; a shared one would never be fused."""
+    """Feed ``node``'s second input from its own new [Q ->] DequantizeLinear; a shared one would never be fused.
+
+    Args:
+        editor: of the graph that holds ``node``.
+        node: the site's MatMul or Gemm.
+        source: the stored weight.
+        form: DQ, DQ_COLUMN_MAJOR or QDQ.
+    """
     site, spec = source.site, source.spec
     scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source, form))
     quantization = [scales]
@@ -183,41 +114,69 @@ def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, fo
     )
 
 
+def divided_scales(scales: Float[Tensor, "N nB"], row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
+    """Divide output channel n's scales by ``row_divisor[n]``, in float32 that is then rounded to storage."""
+    return scales if row_divisor is None else (scales.float() / row_divisor[:, None]).to(scales.dtype)
+
+
+def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N K"]:
+    """Return (code - zero_point) * scale in the scale's type: QuantizeLinear gives exactly these codes again.
+
+    One rounding of code * scale to the storage type moves the quotient by less than half a code, whatever the type.
+    """
+    width = weight.spec.block_size(weight.site.in_features)
+    codes = weight.codes.float()
+    if weight.zero_points is not None:
+        codes -= _per_input(weight.zero_points.float(), width, codes.shape[1])
+    codes *= _per_input(divided_scales(weight.scales, row_divisor).float(), width, codes.shape[1])
+    return codes.to(torch_float(weight.spec.scale_dtype))
+
+
+def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int) -> Float32[Tensor, "N K"]:
+    return per_block.repeat_interleave(width, dim=1)[:, :in_features]
+
+
+# --------------------------------------------------------------------------- nodes
+
+
 def _dequantize(
     editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm, inputs: list[ir.Value]
 ) -> ir.Value:
-    """DequantizeLinear, and the Transpose that a column-major weight needs: the [K, N] that MatMul reads."""
-    site, dtype = source.site, onnx_float(source.spec.scale_dtype)
+    """Insert DequantizeLinear, and the Transpose that a column-major weight needs; return the [K, N] for the MatMul."""
+    site, dtype = source.site, ir.TensorType(onnx_float(source.spec.scale_dtype))
     floats = editor.insert_before(
         node,
         "DequantizeLinear",
         inputs,
         f"{site.name}/DequantizeLinear",
         _axis(source.spec, form),
-        partial(_matrix_value, site, form, dtype),
+        shape=_matrix_shape(site, form),
+        kind=dtype,
     )
     if form is not WeightForm.DQ_COLUMN_MAJOR:
         return floats
-    value = partial(_matrix_value, site, WeightForm.DQ, dtype)
-    return editor.insert_before(node, "Transpose", [floats], f"{site.name}/Transpose", {"perm": [1, 0]}, value)
+    shape = _matrix_shape(site, WeightForm.DQ)
+    perm = {"perm": [1, 0]}
+    return editor.insert_before(node, "Transpose", [floats], f"{site.name}/Transpose", perm, shape=shape, kind=dtype)
 
 
 def _quantize(editor: GraphEditor, node: ir.Node, source: StoredSite, inputs: list[ir.Value]) -> ir.Value:
     site, spec = source.site, source.spec
     # A zero point already says the type of the codes.
-    output_type = {"output_dtype": int(code_type(spec))} if spec.symmetric else {}
+    output_type = {"output_dtype": int(_code_type(spec))} if spec.symmetric else {}
     return editor.insert_before(
         node,
         "QuantizeLinear",
         inputs,
         f"{site.name}/QuantizeLinear",
         _axis(spec, WeightForm.QDQ) | output_type,
-        partial(_matrix_value, site, WeightForm.QDQ, code_type(spec)),
+        shape=_matrix_shape(site, WeightForm.QDQ),
+        kind=ir.TensorType(_code_type(spec)),
     )
 
 
 def _axis(spec: QuantSpec, form: WeightForm) -> dict[str, int]:
-    """Blocks lie along K, channels along N, whichever axis that is."""
+    """Return the attributes that say along which axis scales differ: blocks lie along K, channels along N."""
     along_k, along_n = (1, 0) if form is WeightForm.DQ_COLUMN_MAJOR else (0, 1)
     match spec.granularity:
         case PerBlock(block_size=size):
@@ -226,42 +185,70 @@ def _axis(spec: QuantSpec, form: WeightForm) -> dict[str, int]:
             return {"axis": along_n}
 
 
-def _matrix_shape(site: MatMulSite, form: WeightForm) -> ir.Shape:
-    shape = (site.in_features, site.out_features)
-    return ir.Shape(shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape)
-
-
-def _matrix_value(site: MatMulSite, form: WeightForm, dtype: ir.DataType, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=_matrix_shape(site, form), type=ir.TensorType(dtype))
+# --------------------------------------------------------------------------- tensors that are read when written
 
 
 def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: _codes_tensor(source, form),
-        dtype=code_type(source.spec),
+        lambda: _integers(_oriented(source.codes(), form), source.spec),
+        dtype=_code_type(source.spec),
         shape=_matrix_shape(source.site, form),
     )
 
 
 def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: _float_tensor(source),
+        lambda: TorchTensor(_oriented(dequantized(source.read(), source.row_divisor), WeightForm.QDQ)),
         dtype=onnx_float(source.spec.scale_dtype),
         shape=_matrix_shape(source.site, WeightForm.QDQ),
     )
 
 
 def _lazy_scales(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
+    shape = _scales_shape(source.site, source.spec, form)
     return ir.LazyTensor(
-        lambda: _scales_tensor(source, form),
+        lambda: TorchTensor(_oriented(source.scales(), form).reshape(shape)),
         dtype=onnx_float(source.spec.scale_dtype),
-        shape=ir.Shape(scales_shape(source.site, source.spec, form)),
+        shape=ir.Shape(shape),
     )
 
 
 def _lazy_zero_points(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
-    return ir.LazyTensor(
-        lambda: _zero_points_tensor(source, form),
-        dtype=code_type(source.spec),
-        shape=ir.Shape(scales_shape(source.site, source.spec, form)),
-    )
+    shape = _scales_shape(source.site, source.spec, form)
+
+    def read() -> ir.TensorProtocol:
+        zero_points = source.zero_points()
+        assert zero_points is not None
+        return _integers(_oriented(zero_points, form).reshape(shape), source.spec)
+
+    return ir.LazyTensor(read, dtype=_code_type(source.spec), shape=ir.Shape(shape))
+
+
+def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:
+    if spec.bits == 8:
+        return TorchTensor(values)
+    return ir.PackedTensor(pack_4bit(values), _code_type(spec), shape=ir.Shape(values.shape))
+
+
+def _code_type(spec: QuantSpec) -> ir.DataType:
+    return _CODE_TYPES[spec.bits, spec.symmetric]
+
+
+def _oriented(rows: Shaped[Tensor, "N columns"], form: WeightForm) -> Shaped[Tensor, "first second"]:
+    """Return the store's rows as the graph holds them: [N, columns] in column-major form, else [columns, N]."""
+    return rows.contiguous() if form is WeightForm.DQ_COLUMN_MAJOR else rows.t().contiguous()
+
+
+def _matrix_shape(site: MatMulSite, form: WeightForm) -> ir.Shape:
+    shape = (site.in_features, site.out_features)
+    return ir.Shape(shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape)
+
+
+def _scales_shape(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> tuple[int, ...]:
+    """Return the shape of scales and zero points: [nB, N] ([N, nB] in column-major form), or [N] per channel."""
+    match spec.granularity:
+        case PerBlock():
+            shape = (spec.num_blocks(site.in_features), site.out_features)
+            return shape[::-1] if form is WeightForm.DQ_COLUMN_MAJOR else shape
+        case PerChannel():
+            return (site.out_features,)

@@ -1,6 +1,6 @@
-"""From stored codes to an embedding lookup: GatherBlockQuantized, or DequantizeLinear before the Gather.
+"""Write stored codes of an embedding as GatherBlockQuantized, or as DequantizeLinear before the Gather.
 
-Requires the Gather nodes where the quantized table says. Ensures that these nodes alone read the codes: another reader
+Requires the Gather nodes where the quantized table says. Ensures that only these nodes read the codes: another reader
 of the table (a tied lm_head) keeps the original, which stays in the graph as long as somebody reads it.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
@@ -53,7 +52,7 @@ def rewrite_tables(editor: GraphEditor, store: QuantizedStore) -> tuple[Rewritte
 
 
 def table_outcomes(model: ir.Model, tables: Sequence[RewrittenTable]) -> tuple[TableOutcome, ...]:
-    """Sizes before and after; call it when unused nodes are gone from ``model``."""
+    """Return sizes before and after; call it when unused nodes are gone from ``model``."""
     return tuple(_outcome(model, table.plan) for table in tables)
 
 
@@ -98,21 +97,17 @@ def _require_fit(plan: EmbeddingPlan, node: ir.Node) -> None:
 def _insert_dequantize(
     editor: GraphEditor, nodes: list[ir.Node], plan: EmbeddingPlan, inputs: list[ir.Value], name: str
 ) -> None:
-    shape, dtype = ir.Shape(plan.table.shape), ir.TensorType(onnx_float(plan.table.dtype))
     floats = editor.insert_before(
         nodes[0],
         "DequantizeLinear",
         inputs,
         f"{name}/DequantizeLinear",
         {"axis": plan.axis, "block_size": plan.block_size},
-        partial(_value, shape, dtype),
+        shape=ir.Shape(plan.table.shape),
+        kind=ir.TensorType(onnx_float(plan.table.dtype)),
     )
     for node in nodes:
         node.replace_input_with(0, floats)
-
-
-def _value(shape: ir.Shape, dtype: ir.TensorType, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=shape, type=dtype)
 
 
 def _make_block_quantized(node: ir.Node, plan: EmbeddingPlan, codes: ir.Value, scales: ir.Value) -> None:

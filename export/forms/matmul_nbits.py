@@ -1,4 +1,4 @@
-"""From stored codes to com.microsoft MatMulNBits, which ONNX Runtime otherwise makes of DequantizeLinear and MatMul.
+"""Write stored codes as com.microsoft MatMulNBits, which ONNX Runtime otherwise makes of DequantizeLinear and MatMul.
 
 The store's rows, [N, K], are cut into blocks along K, each a run of bytes: a weight is [N, nB, bytes], and a row's last
 block is filled up. Codes are unsigned: where no zero point is stored the operator takes 2^(bits - 1), and signed codes
@@ -11,7 +11,6 @@ that the site's output keeps its own. A Gemm's bias becomes an Add: not every ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -33,7 +32,7 @@ _BIAS_INPUT = 2
 
 
 def stored_block_size(site: MatMulSite, spec: QuantSpec) -> int:
-    """Inputs in a block of the operator; scales per channel take the size that fills up least, the largest such.
+    """Return the inputs in a block of the operator; scales per channel take the largest size that fills up least.
 
     Raises:
         OptionError: the operator knows no such block size.
@@ -44,14 +43,14 @@ def stored_block_size(site: MatMulSite, spec: QuantSpec) -> int:
         case PerBlock(block_size=size):
             if size < _SMALLEST_BLOCK or size & (size - 1):
                 raise OptionError(
-                    f"'{site.name}' has blocks of {size} and MatMulNBits takes powers of two from {_SMALLEST_BLOCK}; "
+                    f"'{site.name}' has blocks of {size}, but MatMulNBits takes powers of two from {_SMALLEST_BLOCK}; "
                     "quantize with another --block_size or --weight_operator dq."
                 )
             return size
 
 
 def implied_zero_point(spec: QuantSpec) -> int:
-    """The zero point that the operator takes where none is stored."""
+    """Return the zero point that the operator takes where none is stored."""
     return 1 << (spec.bits - 1)
 
 
@@ -86,7 +85,13 @@ def packed_codes(
 def unpacked_codes(
     packed: UInt8[np.ndarray, "N nB bytes"], site: MatMulSite, spec: QuantSpec
 ) -> Int16[np.ndarray, "N K"]:
-    """The inverse of ``packed_codes``: codes as the store has them, signed where symmetric."""
+    """Return codes as the store has them, signed where symmetric: the inverse of ``packed_codes``.
+
+    Args:
+        packed: as the operator reads them.
+        site: the site that they are of.
+        spec: how they are stored.
+    """
     rows = packed.shape[0]
     codes = packed.reshape(rows, -1)
     if spec.bits == 4:
@@ -114,7 +119,13 @@ def packed_zero_points(
 def unpacked_zero_points(
     packed: UInt8[np.ndarray, "N bytes"], site: MatMulSite, spec: QuantSpec
 ) -> UInt8[np.ndarray, "N nB"]:
-    """The inverse of ``packed_zero_points``."""
+    """Return zero points of the operator's blocks: the inverse of ``packed_zero_points``.
+
+    Args:
+        packed: as the operator reads them.
+        site: the site that they are of.
+        spec: how they are stored.
+    """
     if spec.bits == 8:
         return packed
     codes = unpack_4bit(packed.reshape(-1), (packed.shape[0], 2 * packed.shape[1]), np.dtype(np.uint8))
@@ -126,7 +137,7 @@ def _num_blocks(site: MatMulSite, spec: QuantSpec) -> int:
 
 
 def _per_stored_block(per_block: Tensor, site: MatMulSite, spec: QuantSpec) -> Tensor:
-    """[N, 1] repeated over the operator's blocks where scales are per channel; [N, nB] as it is."""
+    """Repeat [N, 1] over the operator's blocks where scales are per channel; return [N, nB] as it is."""
     match spec.granularity:
         case PerChannel():
             return per_block.expand(-1, _num_blocks(site, spec)).contiguous()
@@ -142,7 +153,11 @@ def insert_matmul_nbits(
 ) -> RewrittenSite:
     """Put MatMulNBits in the place of ``node``, or before the Add that a Gemm with a bias becomes.
 
-    ``accuracy_level`` is written as the operator's attribute: session options don't reach it.
+    Args:
+        editor: of the graph that holds ``node``.
+        node: the site's MatMul or Gemm.
+        source: the stored weight.
+        accuracy_level: written as the operator's attribute, since session options don't reach it.
 
     Raises:
         OptionError: the operator knows no such block size.
@@ -189,13 +204,21 @@ def _has_bias(node: ir.Node) -> bool:
 def _insert_before_bias(
     editor: GraphEditor, node: ir.Node, weights: list[ir.Value], attributes: Mapping[str, int], dtype: ir.DataType
 ) -> ir.Value:
-    """MatMulNBits before the Gemm, which becomes the Add of its (scaled) bias; the operator takes over its name."""
+    """Insert MatMulNBits before the Gemm, which becomes the Add of its (scaled) bias and gives up its name."""
     activation, bias, y = node.inputs[0], node.inputs[_BIAS_INPUT], node.outputs[0]
     assert activation is not None
     assert bias is not None
     name, node.name = str(node.name), f"{node.name}/Add"
-    value = partial(_value, y.shape, y.type)
-    product = editor.insert_before(node, "MatMulNBits", [activation, *weights], name, attributes, value, MICROSOFT)
+    product = editor.insert_before(
+        node,
+        "MatMulNBits",
+        [activation, *weights],
+        name,
+        attributes,
+        shape=y.shape,
+        kind=y.type,
+        domain=MICROSOFT,
+    )
     replace_op(node, "", "Add", [product, _times_beta(editor, node, bias, dtype)], {})
     return product
 
@@ -205,12 +228,8 @@ def _times_beta(editor: GraphEditor, gemm: ir.Node, bias: ir.Value, dtype: ir.Da
     if beta == 1:
         return bias
     factor = editor.add_initializer(gemm, f"{gemm.name}/beta", ir.tensor(beta, dtype=dtype))
-    value = partial(_value, bias.shape, ir.TensorType(dtype))
-    return editor.insert_before(gemm, "Mul", [bias, factor], f"{gemm.name}/Mul", {}, value)
-
-
-def _value(shape: ir.Shape | None, kind: ir.TypeProtocol | None, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=shape, type=kind)
+    kind = ir.TensorType(dtype)
+    return editor.insert_before(gemm, "Mul", [bias, factor], f"{gemm.name}/Mul", {}, shape=bias.shape, kind=kind)
 
 
 # --------------------------------------------------------------------------- tensors that are read when written

@@ -1,10 +1,10 @@
 """Raise a graph's opset with onnx's own version converter, without showing it the model.
 
 The converter needs a definition of every operator and copies every weight: it can take neither com.microsoft nodes nor
-gigabytes. So it gets one small model that holds only the nodes whose definition changed between the two opsets, each
-for itself: their inputs and outputs are bare names, their subgraphs empty. What it makes of each is put back in the
-node's place. Nodes of other domains, weights, and the names of nodes and values stay as they are; subgraphs are
-converted like the main graph.
+gigabytes. So it gets one small model of isolated nodes, those whose definition changed between the two opsets: their
+inputs and outputs are bare names, their subgraphs empty. What it makes of each is put back in the node's place.
+Nodes of other domains, weights, and the names of nodes and values stay as they are; subgraphs are converted like the
+main graph.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IR_VERSION = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpsetChange:
-    """What was converted: the opset before and after, and how many nodes have another definition there."""
+    """The conversion that was done: the opset before and after, and how many nodes have another definition there."""
 
     before: int
     after: int
@@ -44,7 +44,7 @@ class OpsetChange:
 
 
 def lowest_opset(recipe: ExportRecipe) -> int:
-    """The opset that the nodes which ``recipe`` writes need: MatMulNBits and GatherBlockQuantized need none."""
+    """Return the opset that the nodes which ``recipe`` writes need: MatMulNBits and GatherBlockQuantized need none."""
     writes_dq = recipe.weight_form is not WeightForm.MATMUL_NBITS
     writes_dq = writes_dq or any(plan.form == "dq" for plan in recipe.embeddings)
     return DEQUANTIZE_OPSET if writes_dq else 1
@@ -61,10 +61,10 @@ def raise_opset(model: ir.Model, lowest: int) -> OpsetChange | None:
         return None
     _require_convertible(model, before)
     nodes = [node for node in model.graph.all_nodes() if _changes(node, before, lowest)]
-    alone = [_NodeAlone(node=node, key=f"node{index}") for index, node in enumerate(nodes)]
-    converted = _convert(alone, before, lowest)
+    isolated = [_IsolatedNode(node=node, key=f"node{index}") for index, node in enumerate(nodes)]
+    converted = _convert(isolated, before, lowest)
     editor = GraphEditor.of(model)
-    for item in alone:
+    for item in isolated:
         _put_back(editor, item, converted, lowest)
     for graph in model.graphs():
         for name in _ONNX_DOMAIN & graph.opset_imports.keys():
@@ -84,7 +84,7 @@ def _require_convertible(model: ir.Model, before: int) -> None:
 
 
 def _changes(node: ir.Node, before: int, after: int) -> bool:
-    """Whether ONNX defines the node's operator anew between the two opsets.
+    """Say whether ONNX defines the node's operator anew between the two opsets.
 
     Raises:
         GraphError: ONNX has the operator, but not yet in opset ``before``; or it can't be converted rightly.
@@ -107,12 +107,12 @@ def _defined_in(op_type: str, opset: int) -> int | None:
         return None
 
 
-# --------------------------------------------------------------------------- what the converter sees
+# --------------------------------------------------------------------------- what the converter is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _NodeAlone:
-    """A node under names that say whose they are."""
+class _IsolatedNode:
+    """A node whose inputs and outputs have names made from its own key."""
 
     node: ir.Node
     key: str
@@ -136,26 +136,26 @@ def _attribute(attribute: ir.Attr) -> onnx.AttributeProto:
     return made
 
 
-def _convert(alone: Sequence[_NodeAlone], before: int, after: int) -> dict[str, onnx.NodeProto]:
-    """The converted nodes by each of their outputs.
+def _convert(isolated: Sequence[_IsolatedNode], before: int, after: int) -> dict[str, onnx.NodeProto]:
+    """Return the converted nodes by each of their outputs.
 
     Raises:
         GraphError: onnx has no way to convert one of them; it is named.
     """
     try:
-        model = version_converter.convert_version(_model_of(alone, before), after)
+        model = version_converter.convert_version(_model_of(isolated, before), after)
     except RuntimeError as error:
-        if len(alone) > 1:
+        if len(isolated) > 1:
             # The converter names the operator but not the node: each for itself until it fails.
-            return {name: node for item in alone for name, node in _convert([item], before, after).items()}
-        raise _refusal(alone[0].node, after, f"from opset {before}: {str(error).rpartition(': ')[2]}") from error
+            return {name: node for item in isolated for name, node in _convert([item], before, after).items()}
+        raise _refusal(isolated[0].node, after, f"from opset {before}: {str(error).rpartition(': ')[2]}") from error
     return {output: node for node in model.graph.node for output in node.output if output}
 
 
-def _model_of(alone: Sequence[_NodeAlone], opset: int) -> onnx.ModelProto:
-    inputs = [onnx.ValueInfoProto(name=name) for item in alone for name in item.inputs() if name]
-    outputs = [onnx.ValueInfoProto(name=name) for item in alone for name in item.outputs() if name]
-    graph = helper.make_graph([item.proto() for item in alone], "changed nodes", inputs, outputs)
+def _model_of(isolated: Sequence[_IsolatedNode], opset: int) -> onnx.ModelProto:
+    inputs = [onnx.ValueInfoProto(name=name) for item in isolated for name in item.inputs() if name]
+    outputs = [onnx.ValueInfoProto(name=name) for item in isolated for name in item.outputs() if name]
+    graph = helper.make_graph([item.proto() for item in isolated], "changed nodes", inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION)
 
 
@@ -169,7 +169,7 @@ def _refusal(node: ir.Node, after: int, reason: str) -> GraphError:
 # --------------------------------------------------------------------------- back into the graph
 
 
-def _put_back(editor: GraphEditor, item: _NodeAlone, converted: dict[str, onnx.NodeProto], after: int) -> None:
+def _put_back(editor: GraphEditor, item: _IsolatedNode, converted: dict[str, onnx.NodeProto], after: int) -> None:
     """Let ``item``'s node be what it was converted to; nodes that the converter put before it are inserted."""
     wanted = [name for name in item.outputs() if name]
     made = converted.get(wanted[0])
@@ -186,21 +186,19 @@ def _put_back(editor: GraphEditor, item: _NodeAlone, converted: dict[str, onnx.N
 
 def _value(
     editor: GraphEditor,
-    item: _NodeAlone,
+    item: _IsolatedNode,
     name: str,
     known: dict[str, ir.Value],
     converted: dict[str, onnx.NodeProto],
 ) -> ir.Value | None:
-    """The graph's value for a name of the converter's; the node that makes it is inserted."""
+    """Return the graph's value for a name of the converter's; the node that makes it is inserted."""
     if not name or name in known:
         return known.get(name)
     made = converted[name]
     inputs = [_value(editor, item, source, known, converted) for source in made.input]
     attributes = {proto.name: ir.from_proto(proto) for proto in made.attribute}
     where = f"{item.node.name or item.node.outputs[0].name}/{made.op_type}"
-    known[name] = editor.insert_before(
-        item.node, made.op_type, inputs, where, attributes, lambda free: ir.Value(name=free)
-    )
+    known[name] = editor.insert_before(item.node, made.op_type, inputs, where, attributes)
     return known[name]
 
 

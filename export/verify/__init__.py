@@ -1,1 +1,1 @@
-"""Prove that the exported model fuses, computes what it should, and has the right bytes."""
+"""Verify that an exported model fuses, computes what it should, and has the right bytes."""

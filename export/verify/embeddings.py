@@ -6,19 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.forms.embedding import RewrittenTable
 from export.save import read_initializer
+from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.errors import GraphError
 from stages.records.formats import onnx_float
 from stages.records.results import TableError
-from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import SessionSettings, open_session
-from stages.runtime.upcast import runnable_graph
 
 _TOKENS = 8
+_TOKENS_INPUT = 1
 _TOLERANCE = {
     # One product of float32 numbers, rounded once.
     "float32": 1e-6,
@@ -43,7 +42,12 @@ def check_stored_table(node: ir.Node, table: RewrittenTable) -> None:
 
 
 def measure_table(folder: Path, node: ir.Node, table: RewrittenTable) -> TableError:
-    """Error of ``node``'s lookups, with the numbers in the data file in ``folder``.
+    """Measure the error of a saved table's lookups.
+
+    Args:
+        folder: holds the saved data file.
+        node: the saved Gather or GatherBlockQuantized.
+        table: what was written there.
 
     Raises:
         GraphError: ONNX Runtime refuses the table, or looks up something else than its numbers.
@@ -51,10 +55,8 @@ def measure_table(folder: Path, node: ir.Node, table: RewrittenTable) -> TableEr
     last = table.plan.table.vocabulary - 1
     tokens = np.random.default_rng(0).integers(0, last + 1, _TOKENS)
     tokens[:2] = 0, last
-    with runnable_graph(_lookup_alone(node, table), CPU_ONLY, folder) as graph:
-        settings = SessionSettings(external_data_folder=None if isinstance(graph, Path) else folder)
-        rows = open_session(graph, settings).run(None, {"tokens": tokens})[0]
-    error = _relative_error(rows, _reference(node, table, tokens))
+    rows = run_isolated(_isolated(node, table), tokens, folder)
+    error = relative_error(rows, _reference(node, table, tokens))
     tolerance = _TOLERANCE[table.plan.table.dtype]
     if not error < tolerance:
         raise GraphError(
@@ -64,60 +66,27 @@ def measure_table(folder: Path, node: ir.Node, table: RewrittenTable) -> TableEr
     return TableError(table=table.plan.table.weight, error=error)
 
 
-def _bytes_of(node: ir.Node, name: str) -> bytes:
-    assert isinstance(node.graph, ir.Graph)
-    tensor = node.graph.initializers[name].const_value
-    assert tensor is not None
-    content = tensor.tobytes()
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-    return content
-
-
-def _relative_error(y: Float[np.ndarray, "T D"], reference: Float64[np.ndarray, "T D"]) -> float:
-    size = float(np.abs(reference).max())
-    return float(np.abs(y.astype(np.float64) - reference).max()) / (size or 1.0)
-
-
-# --------------------------------------------------------------------------- the model of one lookup
-
-
-def _lookup_alone(node: ir.Node, table: RewrittenTable) -> ir.Model:
-    """tokens -> [DequantizeLinear and] the node itself, whose initializers still point into the data file."""
-    assert isinstance(node.graph, ir.Graph)
-    plan = table.plan
-    codes, scales = (_copy(node.graph.initializers[name]) for name in (table.codes, table.scales))
-    tokens = ir.Value(name="tokens", shape=ir.Shape((_TOKENS,)), type=ir.TensorType(ir.DataType.INT64))
-    rows = ir.Value(
-        name="rows", shape=ir.Shape((_TOKENS, plan.table.hidden)), type=ir.TensorType(onnx_float(plan.table.dtype))
-    )
-    nodes, inputs = [], [codes, tokens, scales]
-    if plan.form == "dq":
-        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
-        assert maker is not None
-        nodes.append(ir.Node("", maker.op_type, [codes, scales], list(maker.attributes.values()), num_outputs=1))
-        inputs = [nodes[0].outputs[0], tokens]
-    nodes.append(ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=[rows]))
-    graph = ir.Graph(
-        [tokens],
-        [rows],
-        nodes=nodes,
-        initializers=[codes, scales],
-        opset_imports=node.graph.opset_imports,
-        name="lookup",
-    )
-    return ir.Model(graph, ir_version=10)
-
-
-def _copy(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+def _isolated(node: ir.Node, table: RewrittenTable) -> ir.Model:
+    """Return tokens -> the node itself [behind its DequantizeLinear]."""
+    entry = table.plan.table
+    x = ir.Value(name="x", shape=ir.Shape((_TOKENS,)), type=ir.TensorType(ir.DataType.INT64))
+    rows = ir.Value(name="rows", shape=ir.Shape((_TOKENS, entry.hidden)), type=ir.TensorType(onnx_float(entry.dtype)))
+    model, graph = IsolatedModel(), node.graph
+    assert isinstance(graph, ir.Graph)
+    inputs = [
+        x if index == _TOKENS_INPUT else model.copy(value)
+        for index, value in enumerate(node.inputs)
+        if value is not None
+    ]
+    last = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=[rows])
+    return model.ending_in(last, x, graph)
 
 
 # --------------------------------------------------------------------------- float64 arithmetic on the saved numbers
 
 
 def _reference(node: ir.Node, table: RewrittenTable, tokens: Int64[np.ndarray, " T"]) -> Float64[np.ndarray, "T D"]:
-    """code * scale of the tokens' rows, from the file's bytes."""
+    """Return code * scale of the tokens' rows, from the file's bytes."""
     plan = table.plan
     hidden = plan.table.hidden
     packed = np.frombuffer(_bytes_of(node, table.codes), np.uint8)
@@ -131,3 +100,13 @@ def _reference(node: ir.Node, table: RewrittenTable, tokens: Int64[np.ndarray, "
         steps = scales[tokens][:, np.arange(hidden) // plan.block_size]
     rows: np.ndarray = codes * steps
     return rows
+
+
+def _bytes_of(node: ir.Node, name: str) -> bytes:
+    assert isinstance(node.graph, ir.Graph)
+    tensor = node.graph.initializers[name].const_value
+    assert tensor is not None
+    content = tensor.tobytes()
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return content

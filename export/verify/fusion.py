@@ -1,4 +1,4 @@
-"""Which sites ONNX Runtime really runs as MatMulNBits, and why the others are not.
+"""Find the sites that ONNX Runtime really runs as MatMulNBits, and the reason where it doesn't.
 
 A DequantizeLinear that stays makes a floating-point copy of the weight at every token, so fusion is what decides speed.
 The proof is a profile of one token: a fused kernel keeps the name of its MatMul. The reasons are the conditions of
@@ -32,7 +32,7 @@ _EIGHT_BITS: Version = (1, 25)
 """First release that fuses 8-bit codes, per-channel scales, float16 scales and Gemm."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _PIECE_BYTES = 1 << 28
-"""ONNX Runtime repacks weights, so that a piece takes up to three times as much."""
+"""ONNX Runtime repacks weights, so that a partition takes up to three times as much."""
 
 
 class CannotRun(Exception):
@@ -40,23 +40,27 @@ class CannotRun(Exception):
 
 
 def runtime_version() -> Version:
-    """Major and minor version of the ONNX Runtime that is installed."""
+    """Return major and minor version of the installed ONNX Runtime."""
     major, minor = ort.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
 def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
-    """Names of the nodes that ran as MatMulNBits when one token went through the model on the CPU, widened if needed.
+    """Run one token on the CPU, upcast if needed, and return the names of the nodes that ran as MatMulNBits.
 
-    The model runs in pieces: the weights of one alone are in memory at a time. Nodes behind the last of ``sites``
-    (names of their outputs) don't run.
+    The model runs in partitions, so that the weights of only one are in memory at a time.
+
+    Args:
+        onnx_file: the saved model.
+        sites: names of their outputs; nodes behind the last of them don't run.
+        base: describes the model's inputs.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
         CannotRun: the model's inputs, types or operators are not for the CPU.
     """
     model = ir.load(onnx_file)
-    widens = must_upcast(model, CPU_ONLY)
+    upcast = must_upcast(model, CPU_ONLY)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
     with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
@@ -66,19 +70,19 @@ def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: Model
         for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PIECE_BYTES, together=sites):
             _declare_types(partition, computed)
             source = (
-                widened_file(partition.model, onnx_file.parent) if widens else nullcontext(_serialized(partition.model))
+                widened_file(partition.model, onnx_file.parent) if upcast else nullcontext(_serialized(partition.model))
             )
             with source as runnable:
-                run = _run_piece(runnable, partition, computed, base, settings)
+                run = _run_partition(runnable, partition, computed, base, settings)
             names |= _matmulnbits_in(run.profile)
             computed |= run.outputs
     return frozenset(names)
 
 
 def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
-    """What the nodes behind the sites compute: they too decide whether a product is fused.
+    """Return what the nodes behind the sites compute: they too decide whether a product is fused.
 
-    A product that were an output itself would be kept from fusing with its reader.
+    A product that is an output itself would be kept from fusing with its reader.
     """
     behind = {str(node.outputs[0].name) for node in readers(model, sites)}
     read = {value.name for node in readers(model, sites) for value in node.inputs if value is not None}
@@ -97,21 +101,21 @@ def _serialized(model: ir.Model) -> bytes:
 
 
 def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> None:
-    """Give the inputs that earlier pieces computed the types that they turned out to have."""
+    """Give the inputs that earlier partitions computed the types that they turned out to have."""
     for value in partition.model.graph.inputs:
         if value.name in partition.boundary_inputs:
             value.type = ir.TensorType(ir.DataType.from_numpy(computed[value.name].dtype))
 
 
-def _run_piece(
+def _run_partition(
     source: Path | bytes,
     partition: Partition,
     computed: Mapping[str, np.ndarray],
     base: ModelDirectory,
     settings: SessionSettings,
 ) -> _PartitionRun:
-    """One token through ``partition``."""
-    carried = {name: computed[name] for name in partition.boundary_inputs}
+    """Run one token through ``partition``."""
+    boundary = {name: computed[name] for name in partition.boundary_inputs}
     if isinstance(source, Path):
         settings = replace(settings, external_data_folder=None)
     try:
@@ -121,12 +125,12 @@ def _run_piece(
             raise CannotRun("its operators have no CPU kernel for this type") from error
         raise
     try:
-        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(carried))
+        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary))
         one_token = feeds(np.zeros((1, 1), np.int64))
     except GraphError as error:
         raise CannotRun(f"its inputs can't be made here: {error}") from error
     try:
-        outputs = session.run(None, one_token | carried)
+        outputs = session.run(None, one_token | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base
         raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
     finally:
@@ -136,7 +140,7 @@ def _run_piece(
 
 
 def _matmulnbits_in(profile: Path) -> frozenset[str]:
-    """Names of the nodes that ran as MatMulNBits."""
+    """Return the names of the nodes that ran as MatMulNBits."""
     suffix = "_kernel_time"
     return frozenset(
         event["name"].removesuffix(suffix)
@@ -148,13 +152,25 @@ def _matmulnbits_in(profile: Path) -> frozenset[str]:
 
 
 def why_not_fused(node: ir.Node, spec: QuantSpec, version: Version) -> str:
-    """The reason that ONNX Runtime ``version`` leaves ``node``'s weight (stored as ``spec``) unfused."""
+    """Say why ONNX Runtime leaves a weight unfused, as far as it is known.
+
+    Args:
+        node: the MatMul or Gemm.
+        spec: how its weight is stored.
+        version: ONNX Runtime's.
+    """
     known = known_objection(node, spec, version)
     return known or f"ONNX Runtime {version[0]}.{version[1]} left it unfused for a reason this tool doesn't know"
 
 
 def known_objection(node: ir.Node, spec: QuantSpec, version: Version) -> str | None:
-    """The condition of ONNX Runtime ``version`` that ``node``'s weight (stored as ``spec``) breaks, if any is known."""
+    """Return the condition of ONNX Runtime's fusion rule that a weight breaks; None where none is known.
+
+    Args:
+        node: the MatMul or Gemm.
+        spec: how its weight is stored.
+        version: ONNX Runtime's.
+    """
     reasons = (_because_of_type(spec, version), _because_of_blocks(spec), _because_of_graph(node, version))
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -194,7 +210,7 @@ def _because_of_graph(node: ir.Node, version: Version) -> str | None:
     if len(weight.uses()) != 1 or weight.is_graph_output():
         return "another node reads the same DequantizeLinear"
     if (reader := blocks_fusion(node)) is not None:
-        return f"a {reader.op_type} alone reads its result"
+        return f"only a {reader.op_type} reads its result"
     if node.op_type == "Gemm" and version < _EIGHT_BITS:
         return f"ONNX Runtime {_EIGHT_BITS[0]}.{_EIGHT_BITS[1]} is the first to fuse Gemm"
     if node.op_type == "Gemm" and not _is_plain_gemm(node):

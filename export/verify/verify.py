@@ -1,4 +1,4 @@
-"""Prove an export before it gets its name: bytes, codes, fusion, and every site's product."""
+"""Verify an export before it gets its name: bytes, codes, fusion, and every site's product."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
-from jaxtyping import Shaped
 from pydantic import TypeAdapter
-from torch import Tensor
 
-from export.forms.dequantize_linear import RewrittenSite, dequantized, divided_scales
+from export.forms.dequantize_linear import RewrittenSite
 from export.forms.embedding import RewrittenTable
 from export.save import account_for_bytes, data_name
 from export.verify.embeddings import check_stored_table, measure_table
 from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
-from export.verify.sites import measure_site, stored_matrix, stored_scales, stored_zero_points
+from export.verify.sites import check_stored_site, measure_site
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
@@ -50,7 +47,14 @@ def verify(
     level: Literal["full", "quick"],
     tables: Sequence[RewrittenTable] = (),
 ) -> VerifyReport:
-    """Check the model at ``onnx_file`` against the weights that it was made from.
+    """Check a saved model against the weights that it was made from.
+
+    Args:
+        onnx_file: the saved model.
+        sites: what was written into its MatMuls.
+        base: where the inputs of one token are described.
+        level: "quick" leaves out the products of single weights.
+        tables: what was written into its embeddings.
 
     Raises:
         GraphError: a byte, a code, a scale or a product isn't what it should be, or ONNX Runtime refuses the model.
@@ -60,7 +64,7 @@ def verify(
     nodes = {output.name: node for node in model.graph.all_nodes() for output in node.outputs}
     pairs = [(nodes[site.output], site) for site in sites]
     for node, site in pairs:
-        _check_stored_numbers(node, site)
+        check_stored_site(node, site)
     lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
     for node, table in lookups:
         check_stored_table(node, table)
@@ -85,31 +89,6 @@ def save_report(report: VerifyReport, folder: Path) -> None:
         partial.write_bytes(TypeAdapter(VerifyReport).dump_json(report, indent=1))
 
 
-def _check_stored_numbers(node: ir.Node, site: RewrittenSite) -> None:
-    """Codes equal the store's exactly; scales too, after the one rounding that a fold costs."""
-    weight, divisor = site.source.read(), site.source.row_divisor
-    matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
-    _check_equal(site, site.weight, stored_matrix(node, site), matrix)
-    _check_equal(site, site.scales, stored_scales(node, site), divided_scales(weight.scales, divisor))
-    found = stored_zero_points(node, site)
-    if weight.zero_points is not None:
-        assert found is not None
-        assert site.zero_points is not None
-        _check_equal(site, site.zero_points, found, weight.zero_points)
-
-
-def _check_equal(site: RewrittenSite, name: str, found: np.ndarray, expected: Shaped[Tensor, "N columns"]) -> None:
-    wanted = expected.float().t().numpy()
-    if site.form is WeightForm.MATMUL_NBITS and len(wanted) == 1:
-        # One scale per channel stands in every block.
-        wanted = np.broadcast_to(wanted, found.shape)
-    if not np.array_equal(found.astype(np.float32), wanted):
-        raise GraphError(
-            f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "
-            "disk and export again."
-        )
-
-
 def _prove_fusion(
     onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory
 ) -> tuple[int | None, tuple[UnfusedSite, ...], tuple[str, ...]]:
@@ -127,7 +106,7 @@ def _prove_fusion(
 
 
 def _fuses_only_upcast(site: RewrittenSite) -> bool:
-    """Whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
+    """Say whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
     return site.source.spec.scale_dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
 
 

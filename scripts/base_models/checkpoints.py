@@ -1,4 +1,7 @@
-"""Getting a Hugging Face checkpoint that the model builder reads, from a GGUF file where that is all there is."""
+"""Find a model's checkpoint and make a Hugging Face folder of it that the model builder reads.
+
+GGUF files are dequantized, and Gemma 3's configuration is spelled as the builder reads it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from scripts.base_models.off_grid import move_off_grid
 from scripts.base_models.packaged_gguf import PACKAGED, find_parts
 from stages.errors import UserError
+
+_CONFIG = "config.json"
+_LAYERED_ROPE = "gemma3_text"
+"""Its sliding layers have a rotation of their own."""
+_FLAT_NAMES = ("rope_theta", "rope_local_base_freq", "rope_scaling")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +51,14 @@ class PackagedCheckpoint:
     """A GGUF file that installed Python packages hold in parts."""
 
     source: str
-    """Its name in scripts.packaged_gguf.PACKAGED."""
+    """Its name in ``packaged_gguf.PACKAGED``."""
 
 
 Checkpoint = HubCheckpoint | FolderCheckpoint | GgufCheckpoint | PackagedCheckpoint
 
 
 def find_checkpoint(source: str) -> Checkpoint:
-    """What ``--source`` means.
+    """Return the checkpoint that ``--source`` names.
 
     Raises:
         UserError: the package that carries the model, or the path, isn't there.
@@ -62,8 +70,8 @@ def find_checkpoint(source: str) -> Checkpoint:
     if path.suffix == ".gguf" and path.is_file():
         return GgufCheckpoint(file=path.absolute())
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"--source {source} holds no config.json; pass a Hugging Face folder or a .gguf file.")
+        if not (path / _CONFIG).is_file():
+            raise UserError(f"--source {source} holds no {_CONFIG}; pass a Hugging Face folder or a .gguf file.")
         return FolderCheckpoint(folder=path.absolute())
     if path.suffix == ".gguf" or path.is_absolute() or source.count("/") != 1:
         raise UserError(
@@ -104,17 +112,8 @@ def _load_gguf(file: Path) -> PreTrainedModel:
     return model
 
 
-_CONFIG = "config.json"
-
-
-_LAYERED_ROPE = "gemma3_text"
-
-
-_FLAT_NAMES = ("rope_theta", "rope_local_base_freq", "rope_scaling")
-
-
 def as_builder_input(folder: Path, scratch: Path) -> Path:
-    """``folder`` itself, or ``scratch`` with links to its files and another config.json where the builder needs one.
+    """Return ``folder`` itself, or ``scratch`` with links to its files and a config.json that the builder reads.
 
     Raises:
         UserError: the model scales its rotation in a way that the builder would also apply to its sliding layers.
@@ -136,7 +135,7 @@ def _both_spellings(layered: dict[str, dict[str, Any]]) -> dict[str, Any]:
     everywhere, sliding = layered["full_attention"], layered["sliding_attention"]
     if everywhere["rope_type"] != "default":
         raise UserError(
-            f"--source has rotations of type '{everywhere['rope_type']}' in its full attention alone, which "
-            "onnxruntime-genai's builder would apply to sliding layers too; use a Gemma 3 of at most 1B parameters."
+            f"--source has rotations of type '{everywhere['rope_type']}' only in its full attention, and "
+            "onnxruntime-genai's builder would apply them to all layers; use a Gemma 3 of at most 1B parameters."
         )
     return {**layered, **everywhere, "rope_local_base_freq": sliding["rope_theta"]}

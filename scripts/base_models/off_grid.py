@@ -1,8 +1,8 @@
-"""The same function with other weights, so that no weight lies on its old 4-bit grid.
+"""Move a model's weights off their old 4-bit grid, its function unchanged.
 
 A checkpoint dequantized from GGUF has a few values in each block of 32; a quantizer with the same blocks recovers them
-exactly, which says nothing about it. How weights can change while the function stays depends on the architecture:
-scripts.residual_rotation and scripts.channel_changes each state their equations.
+exactly, which says nothing about it. How weights can change while the function stays depends on the architecture; the
+equations are in ``equivalent_weights``.
 """
 
 from __future__ import annotations

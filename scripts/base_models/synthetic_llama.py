@@ -1,4 +1,4 @@
-"""Llama graphs of any size with random weights, node by node as onnxruntime-genai's builder 0.18 writes them.
+"""Build Llama graphs of any size with random weights, node by node as onnxruntime-genai's builder 0.18 writes them.
 
 For measuring memory and time where no real checkpoint of that size is at hand: no tensor exists before it is written.
 """
@@ -38,11 +38,11 @@ class LlamaShape:
 
     @property
     def qkv(self) -> int:
-        """Output channels of the packed q, k and v projection."""
+        """Return the output channels of the packed q, k and v projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
     def genai_config(self) -> dict[str, Any]:
-        """The part of genai_config.json that describes the graph."""
+        """Return the part of genai_config.json that describes the graph."""
         decoder = {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "filename": "model.onnx",
@@ -78,7 +78,7 @@ class LlamaShape:
 
 
 def random_llama(shape: LlamaShape, dtype: ir.DataType, seed: int) -> ir.Model:
-    """The whole graph; each weight is drawn from N(0, 0.02^2) when it is read, the same at each reading.
+    """Return the whole graph; each weight is drawn from N(0, 0.02^2) when it is read, the same at each reading.
 
     Args:
         shape: sizes.
@@ -134,7 +134,7 @@ class _LlamaWriter:
         lengths: tuple[ir.Value, ir.Value],
         rotation: tuple[ir.Value, ir.Value],
     ) -> tuple[ir.Value, ir.Value]:
-        """The residual stream behind one decoder block, and what the norm after it makes of it."""
+        """Append one decoder block; return the residual stream behind it and the next norm's output."""
         place = f"layers.{layer}"
         attended = self._attention(layer, normed, past, lengths, rotation)
         stream, normed = self._norm(stream, attended, f"{place}/post_attention_layernorm")
@@ -194,7 +194,7 @@ class _LlamaWriter:
         return normed
 
     def _norm(self, stream: ir.Value, added: ir.Value, place: str, *, last: bool = False) -> tuple[ir.Value, ir.Value]:
-        """``stream + added``, and its norm; behind the last layer nobody reads the sum."""
+        """Return ``stream + added`` and its norm; behind the last layer nobody reads the sum."""
         gain = self._ones(f"model.{place.replace('/', '.')}.weight")
         outputs = self._tape.op_multi_out(
             "SkipSimplifiedLayerNormalization",
@@ -212,7 +212,7 @@ class _LlamaWriter:
         return outputs[3], outputs[0]
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """What attention wants to know of ``mask``: each sequence's last position, and the longest length."""
+        """Return what attention reads of ``mask``: each sequence's last position, and the longest length."""
         place = "/model/attn_mask_reformat/attn_mask_subgraph"
         one = self._constant("/model/constants/INT64/[1]", np.array([1], np.int64))
         second = self._constant("/model/constants/INT64/1", np.array(1, np.int64))
@@ -281,7 +281,7 @@ def _lazy(
 
 
 def _normal(seed: tuple[int, int], shape: tuple[int, ...], dtype: ir.DataType) -> ir.TensorProtocol:
-    """N(0, 0.02^2) in rows at a time, so that no second copy of the tensor is ever there."""
+    """Draw from N(0, 0.02^2), a row at a time, so that no second copy of the tensor is ever there."""
     random = np.random.default_rng(seed)
     numbers = np.empty(shape, dtype.numpy())
     for row in numbers:

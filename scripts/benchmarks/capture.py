@@ -1,4 +1,4 @@
-"""How much longer calibration's passes take than plain inference: both run in turns, medians are compared."""
+"""Measure how much longer calibration's passes take than plain inference: alternating rounds, medians compared."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ _MANY_TOKENS = 1 << 40
 def measure_capture(
     directory: ModelDirectory, tokens: np.ndarray, choice: ProviderChoice, device: torch.device, rounds: int
 ) -> CaptureFigure:
-    """Run ``tokens`` [batch, length] ``rounds`` times through the plain and the tapped graph.
+    """Run ``tokens`` alternately through the plain and the tapped graph.
 
-    The first round of each is not counted: memory is laid out in it.
+    Args:
+        directory: the base model.
+        tokens: [batch, length].
+        choice: execution providers of both graphs.
+        device: where statistics are added up.
+        rounds: how many are counted; one more comes before, in which memory is laid out.
 
     Raises:
         GraphError: ONNX Runtime can't open or run the model.

@@ -1,4 +1,4 @@
-"""Export beside a copy of as many bytes, both to the same disk and both flushed."""
+"""Measure an export and a copy of as many bytes, both to the same disk and both flushed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ _CHUNK = 1 << 24
 
 
 def measure_writing(base: Path, weights: Path, scratch: Path) -> WriteFigure:
-    """Write the model of ``weights`` into ``scratch`` without verification, then copy its data file.
+    """Write a model without verification, then copy its data file.
+
+    Args:
+        base: the model that the weights were made from.
+        weights: the folder of its quantized weights.
+        scratch: an empty folder on the disk that is measured.
 
     Raises:
         UserError: what ``python -m export`` raises.

@@ -1,4 +1,4 @@
-"""A folder for each calibration: its name holds a digest of everything that the statistics depend on."""
+"""Name a folder for each calibration: the name holds a digest of everything that the statistics depend on."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added
 
 
 def calibration_folder(config: DropInConfig) -> Path:
-    """Where the statistics that ``config`` asks for lie, or will: beside the base model.
+    """Return where the statistics that ``config`` asks for lie, or will: beside the base model.
 
-    Beside the output where the base model's place can't be written: nothing but the output's had to be there.
+    Where no folder can be made there, beside the output, which must be writable anyway.
 
     Raises:
         UserError: there is no model, or an execution provider is unknown.
@@ -65,7 +65,7 @@ def _text_files(dataset: str) -> Iterator[Path]:
 
 
 def _tokenizer_files(source: Path) -> Iterator[Path]:
-    """The files of a local folder that decide how text becomes tokens; of a hub name none."""
+    """Yield the files of a local folder that decide how text becomes tokens; a hub name has none."""
     if source.is_dir():
         yield from (f for f in sorted(source.iterdir()) if any(fnmatch(f.name, kind) for kind in _TOKENIZER_FILES))
 

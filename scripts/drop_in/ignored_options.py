@@ -1,4 +1,4 @@
-"""Options of ModelOpt-Windows that describe the graph's inputs: here the graph is asked, and the answer is said."""
+"""Answer the options of ModelOpt-Windows that describe the graph's inputs: here the graph itself tells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_PAST = "the graph has no past key/value inputs"
 
 
 def answers(config: DropInConfig, model: ir.Model) -> Iterator[str]:
-    """One line for each such option that was given: what the graph has, and that the option changes nothing."""
+    """Yield a line for each such option that was given: what the graph has, and that the option changes nothing."""
     given = {
         "--add_position_ids": (config.add_position_ids, _positions(model)),
         "--no_position_ids": (config.no_position_ids, _positions(model)),

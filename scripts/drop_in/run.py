@@ -1,4 +1,4 @@
-"""Stage one where it is needed, stage two and the export, one after the other."""
+"""Run ModelOpt-Windows' command line: stage one where it is needed, then stage two and the export."""
 
 from __future__ import annotations
 
@@ -23,25 +23,6 @@ from stages.model.load import fingerprint_model, parse_graph
 from stages.model.sites import find_groups
 from stages.quantization.preview.table import preview_table
 from stages.records.sites import layer_of, within_layer
-
-
-def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[str, ...], int]:
-    """``--layers_8bit`` without its layer numbers past the last layer, those numbers, and the last layer.
-
-    Nothing is left out where no layer would remain, or no site has a number: then the plan refuses the pattern.
-    """
-    last = max((layer for name in site_names if (layer := layer_of(name)) is not None), default=None)
-    parts = [part for part in (partition.strip() for partition in patterns.split(",")) if part]
-    beyond = tuple(part for part in parts if last is not None and _is_past(part, last))
-    if last is None or not beyond or len(beyond) == len(parts):
-        return patterns, (), last or 0
-    return ",".join(part for part in parts if part not in beyond), beyond, last
-
-
-def _is_past(pattern: str, last: int) -> bool:
-    layer = layer_of(pattern)
-    return layer is not None and layer > last and not within_layer(pattern)
-
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -75,8 +56,26 @@ def _without_missing_layers(config: DropInConfig, model: ir.Model) -> DropInConf
     return replace(config, layers_8bit=patterns)
 
 
+def past_the_end(patterns: str, site_names: Iterable[str]) -> tuple[str, tuple[str, ...], int]:
+    """Return ``--layers_8bit`` without its layer numbers past the last layer, those numbers, and the last layer.
+
+    Nothing is left out where no layer would remain, or no site has a number: then the plan refuses the pattern.
+    """
+    last = max((layer for name in site_names if (layer := layer_of(name)) is not None), default=None)
+    parts = [part for part in (part.strip() for part in patterns.split(",")) if part]
+    beyond = tuple(part for part in parts if last is not None and _is_past(part, last))
+    if last is None or not beyond or len(beyond) == len(parts):
+        return patterns, (), last or 0
+    return ",".join(part for part in parts if part not in beyond), beyond, last
+
+
+def _is_past(pattern: str, last: int) -> bool:
+    layer = layer_of(pattern)
+    return layer is not None and layer > last and not within_layer(pattern)
+
+
 def _with_found_cache(config: DropInConfig) -> DropInConfig:
-    """``config`` with the folder that a run would look for statistics in; its name needs the weights."""
+    """Return ``config`` with the folder that a run would look for statistics in; its name needs the weights."""
     if config.cache_dir is not None:
         return config
     try:

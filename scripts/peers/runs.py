@@ -1,4 +1,4 @@
-"""The competitors: what each is asked for, as runs of a bench."""
+"""List the competitors' runs: what each quantizer is asked for, and what is done before and after."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.system.atomic import atomic_file
 
 _HERE = Path(__file__).parent
+ORT_RUNNER = _HERE / "run_onnxruntime.py"
 MODELOPT_RUNNER = _HERE / "run_modelopt.py"
 MODELOPT_REQUIREMENTS = _HERE / "modelopt.txt"
 
@@ -49,11 +50,12 @@ class PeerRequest:
     use_zero_point: bool
 
     def name(self, library: str) -> str:
+        """Return the run's name: library, method and format."""
         return f"{library}-{self.method}-b{self.block_size}{'-zp' if self.use_zero_point else ''}"
 
 
 def peers_of(config: PeerConfig) -> list[Peer]:
-    """All competitors that ``config`` names, for the sites that stages.quantize quantizes by default.
+    """Return all competitors that ``config`` names, for the sites that stages.quantize quantizes by default.
 
     Raises:
         UserError: the base model can't be read, or holds nothing to quantize.
@@ -69,7 +71,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
 
 
 def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
-    """HQQ and k_quant always write zero points; only the default method has the choice."""
+    """Yield ONNX Runtime's requests; only its default method has the choice of zero points, the others write them."""
     for size in filter(None, config.block_size):
         for method in config.ort:
             for zero_point in config.use_zero_point if method == "default" else (True,):
@@ -77,7 +79,7 @@ def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
 
 
 def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
-    """Rounding and awq_clip know no zero points."""
+    """Yield ModelOpt's requests; rounding and awq_clip know no zero points."""
     for size in filter(None, config.block_size):
         for method in config.modelopt:
             for zero_point in config.use_zero_point if method in ("awq_lite", "awq_full") else (False,):
@@ -90,7 +92,7 @@ def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config:
     content = json.dumps(_content(request, base, folder, exclude))
     run = Run(
         name=name,
-        command=(sys.executable, "-m", "scripts.peer_ort", content),
+        command=(sys.executable, str(ORT_RUNNER), content),
         model=folder,
         before=partial(_empty, folder),
         after=partial(_complete, base, folder),
@@ -153,7 +155,7 @@ def _complete(base: ModelDirectory, folder: Path) -> None:
 
 
 def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
-    """The model's inputs for the first windows of our own calibration cache.
+    """Write the model's inputs for the first windows of our own calibration cache.
 
     Raises:
         UserError: there is no cache of this model, it holds fewer windows, or numpy can't hold an input's type.
@@ -161,7 +163,10 @@ def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
     windows, _ = open_cache(config.cache_path, fingerprint_model(base)).read_tokens()
     wanted = config.modelopt_windows
     if len(windows) < wanted:
-        raise UserError(f"--modelopt_windows {wanted}: {config.cache_path} holds {len(windows)} calibration windows.")
+        raise UserError(
+            f"--modelopt_windows {wanted}: {config.cache_path} holds only {len(windows)} calibration windows; "
+            "pass at most as many, or calibrate on more."
+        )
     session = open_session(base.onnx_file, SessionSettings())
     feeds = CausalFeeds.of(session, base)
     arrays: dict[str, np.ndarray] = {}

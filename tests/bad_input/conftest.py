@@ -1,4 +1,4 @@
-"""A work folder with one good piece of everything, which is also the current folder and that for temporary files."""
+"""Make a work folder with one good artifact of each kind; it is the current folder and holds temporary files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.commands import Commands
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Quantized weights of the tiny model: INT4 with zero points, one site INT8, and the embedding."""
+    """Quantize the tiny model: INT4 with zero points, one site INT8, and the embedding."""
     from stages.commands.quantize_options import QuantizeConfig
     from stages.quantize import quantize
 
@@ -34,7 +34,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
 
 
 @pytest.fixture
-def workplace(
+def work_folder(
     tiny_model: Path,
     tiny_cache: Path,
     tiny_weights: Path,
@@ -42,7 +42,7 @@ def workplace(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """The folder, entered: base, base.calibration, weights and text.txt."""
+    """Make and enter the folder: base, base.calibration, weights and text.txt."""
     folder = tmp_path / "work"
     for source, name in ((tiny_model, "base"), (tiny_cache, "base.calibration"), (tiny_weights, "weights")):
         shutil.copytree(source, folder / name)
@@ -55,5 +55,5 @@ def workplace(
 
 @pytest.fixture
 def spoken(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
-    """The command lines; what native libraries print is heard too."""
+    """Return the command lines; what native libraries print is heard too."""
     return Commands(capfd, monkeypatch)

@@ -1,4 +1,4 @@
-"""Small damage: to bytes, JSON, safetensors and graphs of a work folder."""
+"""Do small damage: to bytes, JSON, safetensors and graphs of a work folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GraphChange = Callable[[onnx.ModelProto], None]
 
 
 def written(name: str, content: bytes | str) -> Spoil:
-    """A file with this content, in place of what was there."""
+    """Write a file with this content, in place of what was there."""
 
     def spoil(folder: Path) -> None:
         path = folder / name
@@ -32,7 +32,7 @@ def written(name: str, content: bytes | str) -> Spoil:
 
 
 def gone(*patterns: str) -> Spoil:
-    """No file that matches."""
+    """Delete the files that match."""
 
     def spoil(folder: Path) -> None:
         for pattern in patterns:
@@ -43,7 +43,7 @@ def gone(*patterns: str) -> Spoil:
 
 
 def shortened(pattern: str, keep: float = 0.5) -> Spoil:
-    """The first file that matches, cut."""
+    """Cut the first file that matches."""
 
     def spoil(folder: Path) -> None:
         path = sorted(folder.glob(pattern))[0]
@@ -62,7 +62,7 @@ def folder_in_place_of(name: str) -> Spoil:
 
 
 def linked(name: str, target: str) -> Spoil:
-    """A symbolic link to ``target``, in place of what was there; the work folder is written {here}."""
+    """Make a symbolic link to ``target``, in place of what was there; the work folder is written {here}."""
 
     def spoil(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def in_turn(*spoils: Spoil) -> Spoil:
 
 
 def json_with(name: str, *keys: str | int, value: object) -> Spoil:
-    """The JSON file with ``value`` at the place that ``keys`` lead to."""
+    """Put ``value`` into the JSON file, at the place that ``keys`` lead to."""
 
     def spoil(folder: Path) -> None:
         content: Any = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def json_with(name: str, *keys: str | int, value: object) -> Spoil:
 
 
 def tensors_with(pattern: str, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> Spoil:
-    """The first safetensors file that matches, with other tensors or metadata."""
+    """Change tensors or metadata of the first safetensors file that matches."""
 
     def spoil(folder: Path) -> None:
         path = sorted(folder.glob(pattern))[0]
@@ -123,7 +123,7 @@ def tensors_with(pattern: str, change: Callable[[dict[str, torch.Tensor], dict[s
 
 
 def graph_with(change: GraphChange) -> Spoil:
-    """The base's graph, changed; its data file stays."""
+    """Change the base's graph; its data file stays."""
 
     def spoil(folder: Path) -> None:
         model = onnx.load(folder / MODEL, load_external_data=False)
@@ -133,7 +133,7 @@ def graph_with(change: GraphChange) -> Spoil:
     return spoil
 
 
-# --------------------------------------------------------------------------- pieces of a graph
+# --------------------------------------------------------------------------- parts of a graph
 
 
 def first_node(model: onnx.ModelProto, op_type: str) -> onnx.NodeProto:
@@ -141,7 +141,7 @@ def first_node(model: onnx.ModelProto, op_type: str) -> onnx.NodeProto:
 
 
 def first_weight(model: onnx.ModelProto) -> onnx.TensorProto:
-    """The weight of the first MatMul."""
+    """Return the weight of the first MatMul."""
     name = first_node(model, "MatMul").input[1]
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
@@ -151,7 +151,7 @@ def external(tensor: onnx.TensorProto, key: str) -> onnx.StringStringEntryProto:
 
 
 def set_external(key: str, value: str) -> Spoil:
-    """The first weight's external data entry, changed."""
+    """Change the first weight's external data entry."""
 
     def change(model: onnx.ModelProto) -> None:
         external(first_weight(model), key).value = value
@@ -160,7 +160,7 @@ def set_external(key: str, value: str) -> Spoil:
 
 
 def weight_of_values(value: float) -> Spoil:
-    """The first weight with one such number, inside the .onnx file."""
+    """Give the first weight one such number, inside the .onnx file."""
 
     def change(model: onnx.ModelProto) -> None:
         tensor = first_weight(model)
@@ -172,7 +172,7 @@ def weight_of_values(value: float) -> Spoil:
 
 
 def gain_of_values(value: float) -> Spoil:
-    """The gain of the second layer's first norm with one such number, inside the .onnx file."""
+    """Give the gain of the second layer's first norm one such number, inside the .onnx file."""
 
     def change(model: onnx.ModelProto) -> None:
         (tensor,) = (one for one in model.graph.initializer if one.name == "model.layers.1.input_layernorm.weight")
@@ -184,7 +184,7 @@ def gain_of_values(value: float) -> Spoil:
 
 
 def small_model(*nodes: onnx.NodeProto, weights: dict[str, np.ndarray]) -> Spoil:
-    """A base of these nodes, from ``x`` [t, 32] to ``y``, alone in its folder."""
+    """Make a base of these nodes, from ``x`` [t, 32] to ``y``, with nothing else in its folder."""
     graph = onnx.helper.make_graph(
         list(nodes),
         "small",

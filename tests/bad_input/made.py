@@ -1,4 +1,4 @@
-"""What an earlier stage made, damaged or of something else: caches, quantized weights, plans."""
+"""List artifacts of an earlier stage that are damaged or belong to something else: caches, weights, plans."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _other_weights(folder: Path) -> None:
 
 
 CACHES = (
-    _cache("missing", gone(f"{_CACHE}/*"), "base.calibration", "run stages.calibrate first"),
+    _cache("missing", gone(f"{_CACHE}/*"), "base.calibration", "run python -m stages.calibrate first"),
     _cache("a file", in_turn(moved(_CACHE, "away"), written(_CACHE, "x")), "base.calibration"),
     _cache("of another model", _other_weights, "base.calibration", "another model"),
     _cache("of another model (sweep)", _other_weights, "base.calibration", "another model", command="sweep"),
@@ -136,7 +136,7 @@ def _store(name: str, spoil: Spoil, *words: str, arguments: str = "") -> BadInpu
 
 
 def _group(part: str, value: torch.Tensor | None) -> Spoil:
-    """The first site's part, changed or gone."""
+    """Change or remove a part of the first site."""
 
     def change(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
         name = next(name for name in tensors if name.endswith(f":{part}"))

@@ -1,4 +1,4 @@
-"""Base models: the folder, the graph's file, its external data, the numbers, and genai_config.json."""
+"""List damaged base models: the folder, the graph's file, its external data, the numbers, and genai_config.json."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _dims(*dims: int) -> Spoil:
 
 
 def _cycle(model: onnx.ModelProto) -> None:
-    """The first norm reads what the last node gives."""
+    """Let the first norm read what the last node gives."""
     node = first_node(model, "SimplifiedLayerNormalization")
     node.input[0] = model.graph.node[-1].output[0]
 

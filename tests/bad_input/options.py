@@ -1,4 +1,4 @@
-"""Options that can't be, alone or together."""
+"""List options that are invalid by themselves or together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where results go: folders that are taken, can't be made, or have no room."""
+"""List places for results that can't be used: folders that are taken, can't be made, or have no room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of the table says, and the work folder that it spoils."""
+"""Define a row of the table of bad input, and the work folder that it spoils."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def nothing(_: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadInput:
-    """One case: what is done to the work folder (the current one), the command, and the words of its answer."""
+    """One case: damage to the work folder (the current one), the command, and the words of its answer."""
 
     name: str
     command: Command

@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names the culprit and the mend, exit code 2, nothing written, nothing overwritten."""
+"""Bad input: one sentence that names the culprit and the fix, exit code 2, nothing written, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def _named(row: BadInput) -> str:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.largest_file is None], ids=_named)
-def test_bad_input(row: BadInput, workplace: Path, spoken: Commands) -> None:
-    _check(row, workplace, spoken)
+def test_bad_input(row: BadInput, work_folder: Path, spoken: Commands) -> None:
+    _check(row, work_folder, spoken)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.largest_file is not None], ids=_named)
-def test_full_disk(row: BadInput, workplace: Path, commands: Commands) -> None:
-    """What is heard through pytest's files would be cut as well, so native libraries aren't listened to."""
-    _check(row, workplace, commands)
+def test_full_disk(row: BadInput, work_folder: Path, commands: Commands) -> None:
+    """Fill the disk: what is heard through pytest's files would be cut as well, so native libraries aren't heard."""
+    _check(row, work_folder, commands)
 
 
-def _check(row: BadInput, workplace: Path, programs: Commands) -> None:
-    row.spoil(workplace)
-    before = tree(workplace)
+def _check(row: BadInput, work_folder: Path, programs: Commands) -> None:
+    row.spoil(work_folder)
+    before = tree(work_folder)
     with nullcontext() if row.largest_file is None else full_after(row.largest_file):
         code, printed = getattr(programs, row.command)(*USUAL[row.command], *row.arguments)
     assert code == 2, printed
@@ -45,12 +45,12 @@ def _check(row: BadInput, workplace: Path, programs: Commands) -> None:
     said = printed.replace("-", "_") if row.by_parser else _the_sentence(printed)
     for word in row.words:
         assert word in said, said
-    after = tree(workplace)
+    after = tree(work_folder)
     assert {path: what for path, what in after.items() if path.split("/")[0] not in row.stays} == before
 
 
 def _the_sentence(printed: str) -> str:
-    """The one line of the error, which is the last, and one sentence but for what others said (in parentheses)."""
+    """Return the one line of the error, which is the last: one sentence, but for what others said (in parentheses)."""
     lines = [line for line in printed.splitlines() if line.strip()]
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], printed
     own = re.sub(r"\(.*\)", "", lines[-1])

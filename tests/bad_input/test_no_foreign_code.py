@@ -61,7 +61,7 @@ def test_what_is_unsafe(line: str, unsafe: bool) -> None:
 
 
 def test_foreign_code_is_trusted_only_by_option() -> None:
-    """Where a library is told to trust, it is told what the option says, or no."""
+    """Check that a library which is told to trust is told what the option says, or no."""
     for path in _FILES:
         for _, call in _calls(ast.parse(path.read_text(encoding="utf-8"))):
             for word in call.keywords:
@@ -71,13 +71,13 @@ def test_foreign_code_is_trusted_only_by_option() -> None:
 
 @pytest.mark.parametrize(("option", "runs"), [((), False), (("--trust_remote_code",), True)])
 def test_a_tokenizers_own_code_runs_only_when_asked(
-    option: tuple[str, ...], runs: bool, workplace: Path, commands: Commands
+    option: tuple[str, ...], runs: bool, work_folder: Path, commands: Commands
 ) -> None:
-    gone("base/tokenizer.json")(workplace)
+    gone("base/tokenizer.json")(work_folder)
     config = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
-    written("base/tokenizer_config.json", json.dumps(config))(workplace)
-    written("base/own.py", f'open({str(workplace / "ran")!r}, "w").close()\nclass Own: pass\n')(workplace)
+    written("base/tokenizer_config.json", json.dumps(config))(work_folder)
+    written("base/own.py", f'open({str(work_folder / "ran")!r}, "w").close()\nclass Own: pass\n')(work_folder)
     code, printed = commands.calibrate(*USUAL["calibrate"], *option)
     assert code == 2
     assert "Traceback" not in printed
-    assert (workplace / "ran").exists() == runs
+    assert (work_folder / "ran").exists() == runs

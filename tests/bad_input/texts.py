@@ -1,4 +1,4 @@
-"""Calibration text and tokenizers."""
+"""List calibration texts and tokenizers that can't be used."""
 
 from __future__ import annotations
 

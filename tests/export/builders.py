@@ -38,7 +38,7 @@ def spec_of(
 
 
 def site_of(output: str, activation: str, in_features: int, out_features: int, **changes: object) -> MatMulSite:
-    """The site that TinyGraph.linear makes: node "<output>/MatMul", weight "<output>.weight"."""
+    """Return the site that TinyGraph.linear makes: node "<output>/MatMul", weight "<output>.weight"."""
     fields: dict[str, object] = {
         "name": f"{output}/MatMul",
         "op_type": "MatMul",
@@ -86,7 +86,7 @@ def exact_weight(
 
 
 def group_of(weights: Sequence[ExactWeight], **changes: object) -> ActivationGroup:
-    """The group of these weights' sites; ``absorber`` and ``unfoldable_because`` may be given."""
+    """Return the group of these weights' sites; ``absorber`` and ``unfoldable_because`` may be given."""
     sites = tuple(weight.stored.site for weight in weights)
     fields: dict[str, object] = {
         "activation": sites[0].activation,
@@ -106,7 +106,7 @@ def store_of(
     fold: bool = True,
     fingerprint: str = "tiny",
 ) -> QuantizedStore:
-    """A finished store in ``folder``."""
+    """Write a finished store into ``folder``."""
     recipe = ExportRecipe(
         model_fingerprint=fingerprint,
         weight_form=form,
@@ -150,14 +150,14 @@ def check_rewrite(
 
 
 def input_scale(rng: np.random.Generator, in_features: int) -> np.ndarray:
-    """Positive numbers around 1, as AWQ's are."""
+    """Draw positive numbers around 1, as AWQ's are."""
     return np.exp(0.5 * rng.standard_normal(in_features)).astype(np.float32)
 
 
 def run(
     model: ir.Model, feeds: dict[str, np.ndarray], *, optimize: bool = True, optimized_file: Path | None = None
 ) -> list[np.ndarray]:
-    """All outputs at accuracy level 1: float32 products, so that the numbers can be compared."""
+    """Return all outputs at accuracy level 1: float32 products, so that the numbers can be compared."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 3
@@ -177,7 +177,7 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
 def quantized_matmul(
     folder: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str, form: WeightForm
 ) -> tuple[ir.Model, np.ndarray, np.ndarray]:
-    """A model of one quantized MatMul, an input for it, and the float64 output."""
+    """Return a model of one quantized MatMul, an input for it, and the float64 output."""
     rng = np.random.default_rng(0)
     site = site_of("y", "x", *shape, dtype=dtype)
     spec = spec_of(bits, symmetric=symmetric, granularity=blocks, scale_dtype=dtype)

@@ -1,4 +1,4 @@
-"""A whole tiny export: base folder, store and destination, ready to run or to spoil."""
+"""Make a whole tiny export: base folder, store and destination, ready to run or to spoil."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tiny_export(
     name: str = "quantized",
     opset: int = 21,
 ) -> TinyExport:
-    """up (scale folded into the norm, and taking down's) and down (scale folded into up) of the tiny decoder."""
+    """Quantize the tiny decoder: up's scale is folded into the norm, down's into up."""
     rng = np.random.default_rng(0)
     spec = spec or spec_of(4)
     dtype = spec.scale_dtype

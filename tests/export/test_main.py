@@ -1,4 +1,4 @@
-"""The command line: one line and exit code 2 for what a person can mend."""
+"""The command line: one line and exit code 2 for what a person can fix."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert "run stages.quantize again" in done.stderr
+    assert "run python -m stages.quantize again" in done.stderr
     assert not tiny.output.exists()

@@ -1,4 +1,4 @@
-"""A Relu alone behind a MatMul keeps ONNX Runtime from fusing it; Max(x, 0) in its place computes the same, fused."""
+"""A Relu as a MatMul's only reader keeps ONNX Runtime from fusing it; Max(x, 0) in its place is fused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_runtime_still_needs_it(tmp_path: Path, rng: np.random.Generator) ->
     feeds = {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
     assert "MatMulNBits" not in fused_types(model, feeds, tmp_path)
     site = clamp.inputs[0].producer()
-    assert "a Relu alone reads its result" in why_not_fused(site, spec_of(4), (1, 31))
+    assert "only a Relu reads its result" in why_not_fused(site, spec_of(4), (1, 31))
 
 
 def test_a_relu_that_two_nodes_read_stays(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -193,7 +193,7 @@ def test_an_old_opset_is_raised_and_said(tmp_path: Path, rng: np.random.Generato
     model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng, opset=20).model()
     result = check_rewrite(model, store_of_each(tmp_path / "weights", up), tokens())
     assert (model.opset_imports[""], result.model.opset_imports[""]) == (20, 21)
-    # Transpose alone is defined anew in opset 21.
+    # Only Transpose is defined anew in opset 21.
     assert str(result.opset) == "converted from opset 20 to 21; nodes with another definition there: 1"
 
 

@@ -13,7 +13,7 @@ from stages.errors import GraphError
 
 
 def model_of(folder: Path, places: list[tuple[int, int]], size: int) -> tuple[ir.Model, Path]:
-    """A model of float32 vectors at (offset, bytes) in a file of ``size`` bytes."""
+    """Save a model of float32 vectors at (offset, bytes) in a file of ``size`` bytes."""
     path = folder / "m.onnx.data"
     path.write_bytes(bytes(size))
     initializers = []

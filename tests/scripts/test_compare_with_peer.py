@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from safetensors.numpy import load_file
 from scripts.options import PeerConfig
 from scripts.peers.environment import ensure_environment, python_of
 from scripts.peers.run_modelopt import arguments_of, read_feeds
-from scripts.peers.runs import MODELOPT_REQUIREMENTS, MODELOPT_RUNNER, modelopt_requests, ort_requests, peers_of
+from scripts.peers.runs import (
+    MODELOPT_REQUIREMENTS,
+    MODELOPT_RUNNER,
+    ORT_RUNNER,
+    modelopt_requests,
+    ort_requests,
+    peers_of,
+)
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Record
 from tests.support.commands import Commands
@@ -35,7 +43,7 @@ for file in Path(request["base"]).parent.glob("model.onnx*"):
 
 @pytest.fixture
 def fake_environment(tmp_path: Path) -> Path:
-    """What looks like ModelOpt's finished environment, with a quantizer that copies the base, or fails at awq_clip."""
+    """Make what looks like ModelOpt's finished environment, whose quantizer copies the base, or fails at awq_clip."""
     folder = tmp_path / "environment"
     python_of(folder).parent.mkdir(parents=True)
     python_of(folder).write_text(FAKE_QUANTIZER.format(python=sys.executable))
@@ -166,6 +174,11 @@ def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path) -> None:
     requirements.write_text("# something else\n")
     ensure_environment(folder, requirements)
     assert not (folder / "mark").exists()
+
+
+@pytest.mark.parametrize("runner", [ORT_RUNNER, MODELOPT_RUNNER])
+def test_a_runner_imports_nothing_of_ours(runner: Path) -> None:
+    assert not re.findall(r"(?:import|from) (?:stages|export|scripts)\b", runner.read_text(encoding="utf-8"))
 
 
 def test_the_pins_are_exact() -> None:

@@ -20,8 +20,7 @@ import onnxruntime_genai as og
 import pytest
 import tyro
 
-import stages.calibrate
-import stages.calibration.capture
+import scripts.drop_in.run
 import stages.calibration.text.documents
 import stages.calibration.text.tokenizer
 from scripts.drop_in.calibration_folder import calibration_folder
@@ -122,7 +121,7 @@ def test_every_argument_is_taken_in_each_spelling(argument: Argument) -> None:
 
 @pytest.fixture(autouse=True)
 def local_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> None:
-    """The hub's two data sets as local files with the same columns; its models can't be reached."""
+    """Serve the hub's two data sets as local files with the same columns; its models can't be reached."""
     folder = tmp_path_factory.mktemp("hub")
     text = tiny_text.read_text(encoding="utf-8")
     parts = [text[start : start + 2000] for start in range(0, len(text), 2000)]
@@ -150,7 +149,7 @@ def local_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny model; what is calibrated here lies beside it and serves several tests."""
+    """Copy the tiny model; what is calibrated here lies beside it and serves several tests."""
     return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("drop-in") / "base"))
 
 
@@ -224,10 +223,7 @@ def is_near(folder: Path, base: Path) -> bool:
 
 
 def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.calibrate, "load_windows", lambda *_: pytest.fail("read calibration text"))
-    monkeypatch.setattr(
-        stages.calibration.capture, "open_piece_tap", lambda *_: pytest.fail("opened a session of stage one")
-    )
+    monkeypatch.setattr(scripts.drop_in.run, "calibrate", lambda _: pytest.fail("stage one was run"))
 
 
 # --------------------------------------------------------------------------- the documentation's command lines
@@ -259,7 +255,7 @@ python quantize.py --model_name=meta-llama/Meta-Llama-3.2-1B \
 
 
 def here(example: str, theirs: str, folder: Path) -> list[str]:
-    """The arguments of a documented command line, with its model store moved to ``folder``."""
+    """Return the arguments of a documented command line, with its model store moved to ``folder``."""
     words = shlex.split(example.replace("\\\n", " "))[2:]
     return [word.replace(theirs, str(folder)).replace("\\", "/") if theirs in word else word for word in words]
 
@@ -510,9 +506,9 @@ def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     original = ActivationTap.run
 
-    def counted(self: ActivationTap, tokens: np.ndarray, carried: dict[str, np.ndarray]) -> object:
+    def counted(self: ActivationTap, tokens: np.ndarray, boundary: dict[str, np.ndarray]) -> object:
         seen.append(len(tokens))
-        return original(self, tokens, carried)
+        return original(self, tokens, boundary)
 
     monkeypatch.setattr(ActivationTap, "run", counted)
     run("--calib_size", 11, "--batch_size", 4, into="a")
@@ -602,7 +598,7 @@ def test_what_the_graph_decides_is_said(
 
 
 def test_a_shared_buffer_holds_nothing_before_the_first_token(base: Path) -> None:
-    """What --use_buffer_share feeds there, a past of the greatest length and all zeros, gives the same numbers."""
+    """Feed what --use_buffer_share does there, a past of full length and all zeros: the numbers stay the same."""
     directory = locate_model(base)
     session = ort.InferenceSession(str(directory.onnx_file), providers=["CPUExecutionProvider"])
     feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)(TOKENS)
@@ -668,7 +664,7 @@ def test_awqclip_alpha_min_and_step(run: Run) -> None:
             ("halves", ("--awqclip_alpha_step", 0.5)),
         )
     )
-    # Refits move a block's range on from the ratio that won, so the bounds hold for the search's start alone.
+    # Refits move a block's range on from the ratio that won, so the bounds hold only for the search's start.
     assert min(default.values()) < min(narrow.values()) < 1
     both = halves.keys() & default.keys()
     assert both

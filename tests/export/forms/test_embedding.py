@@ -73,7 +73,7 @@ def test_all_lookups_of_a_table_share_its_codes(tmp_path: Path, form: str) -> No
 
 
 def tied_graph(plan_transposed: bool, table: np.ndarray) -> TinyGraph:
-    """The lookup, and logits of the rows by the same table: with the Transpose on either side."""
+    """Build the lookup, and logits of the rows by the same table: with the Transpose on either side."""
     plan = plan_of(*table.shape, transposed=plan_transposed)
     graph = lookup_graph(plan, table)
     head = "table" if plan_transposed else graph.node("Transpose", ["table"], ["swapped"], {"perm": [1, 0]})

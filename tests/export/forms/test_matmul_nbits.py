@@ -35,7 +35,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-3}
 
 
 def expected_rows(weight: ExactWeight) -> np.ndarray:
-    """The stored weight [N, K] in float64, from codes as the store has them."""
+    """Return the stored weight [N, K] in float64, from codes as the store has them."""
     stored = weight.stored
     zero_points = None if stored.zero_points is None else stored.zero_points.numpy()
     width = stored.spec.block_size(stored.site.in_features)

@@ -39,8 +39,10 @@ TOLERANCE = 1e-5
 
 
 def _norms(graph: TinyGraph, x: str) -> str:
-    """LayerNormalization: ONNX Runtime's own below opset 17. Then its arithmetic written out, with axes as attribute
-    below opset 18."""
+    """Add LayerNormalization, which is ONNX Runtime's own below opset 17, and its arithmetic written out.
+
+    Axes are an attribute below opset 18.
+    """
     gain = graph.constant("gain", np.linspace(0.5, 2, WIDTH, dtype=np.float32))
     bias = graph.constant("beta", np.linspace(-1, 1, WIDTH, dtype=np.float32))
     normed = graph.node("LayerNormalization", [x, gain, bias], ["normed", "mean"], {"axis": -1, "epsilon": 1e-5})
@@ -69,7 +71,7 @@ def _halves(graph: TinyGraph, x: str) -> str:
 
 
 def _branches(graph: TinyGraph, x: str) -> str:
-    """An If whose branches reduce and split by the outer graph's opset."""
+    """Add an If whose branches reduce and split by the outer graph's opset."""
     branches = {}
     for name, sign in (("then", 1.0), ("else", -1.0)):
         inner = TinyGraph(opset=graph.opset)
@@ -136,7 +138,7 @@ def _feeds(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _definitions(model: ir.Model) -> list[str]:
-    """What makes each value of the graph that is no constant: names, kinds, domains; subgraphs too."""
+    """Return what makes each value of the graph that is no constant: names, kinds, domains; subgraphs too."""
     return [
         f"{node.name} {node.domain}:{node.op_type} {[value.name for value in node.outputs]}"
         for node in model.graph.all_nodes()
@@ -163,7 +165,7 @@ def test_a_converted_and_quantized_graph_computes_what_the_old_one_does(
 
 
 def _without_runtimes_own(model: ir.Model) -> onnx.ModelProto:
-    """The model as onnx's checker can take it: it has no definition of ONNX Runtime's operators."""
+    """Return the model as onnx's checker can take it: it has no definition of ONNX Runtime's operators."""
     proto = ir.to_proto(model)
     for node in proto.graph.node:
         if node.op_type == "SimplifiedLayerNormalization":

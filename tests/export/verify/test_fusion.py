@@ -24,7 +24,7 @@ UNKNOWN = "doesn't know"
 
 
 def node_behind(op_types: list[str], *, readers: int = 1, gemm: dict[str, float] | None = None) -> ir.Node:
-    """A MatMul (or Gemm) whose weight comes through nodes of ``op_types``."""
+    """Return a MatMul (or Gemm) whose weight comes through nodes of ``op_types``."""
     value = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT))
     for op_type in op_types:
         value = ir.node(op_type, [value]).outputs[0]

@@ -54,7 +54,7 @@ def flip(path: Path, tensor: str, byte: int = 0) -> None:
 
 
 def flip_inside(path: Path, tensor: str, byte: int) -> None:
-    """The same for a tensor so small that it lies in the .onnx file."""
+    """Flip a bit of a tensor so small that it lies in the .onnx file."""
     model = onnx.load(path, load_external_data=False)
     stored = next(initializer for initializer in model.graph.initializer if initializer.name == tensor)
     content = bytearray(stored.raw_data)
@@ -208,7 +208,7 @@ def test_bfloat16_runs_widened_and_only_the_operator_itself_counts_as_fused(tmp_
     report = check(parts)
     assert report.widened
     assert report.worst_exact is not None
-    # Float32 arithmetic on bfloat16 numbers; the float form alone rounds its weight to 9 bits and back.
+    # Float32 arithmetic on bfloat16 numbers; only the float form rounds its weight to 9 bits and back.
     assert report.worst_exact.exact < (1e-2 if form is WeightForm.QDQ else 1e-5)
     assert report.fused == (1 if form is WeightForm.MATMUL_NBITS else 0)
     assert all("bfloat16" in unfused.reason for unfused in report.unfused)

@@ -31,7 +31,7 @@ LAYERED = {
 
 @pytest.fixture
 def gemma3(tmp_path: Path, tiny_tokenizer: Path) -> Path:
-    """Hugging Face folder of a random two-layer Gemma 3, as transformers 5 writes it."""
+    """Write the Hugging Face folder of a random two-layer Gemma 3, as transformers 5 writes it."""
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
         vocab_size=300,
@@ -57,7 +57,7 @@ def gemma3(tmp_path: Path, tiny_tokenizer: Path) -> Path:
 
 
 def respell(folder: Path, rope: dict[str, object]) -> None:
-    """Give config.json these rotation parameters alone."""
+    """Give config.json these rotation parameters and no others."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in config.items() if name not in (*FLAT, *LAYERED)}
@@ -91,5 +91,5 @@ def test_a_configuration_that_needs_nothing_is_left_where_it_is(tiny_hf: Path, g
 
 def test_a_rotation_that_the_builder_would_get_wrong_is_refused(gemma3: Path, tmp_path: Path) -> None:
     respell(gemma3, FLAT | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}})
-    with pytest.raises(UserError, match="rotations of type 'linear' in its full attention alone"):
+    with pytest.raises(UserError, match="rotations of type 'linear' only in its full attention"):
         as_builder_input(gemma3, tmp_path / "scratch")

@@ -1,4 +1,4 @@
-"""The rotation leaves the function alone, and takes the weights off a grid."""
+"""The rotation leaves the function as it is, and takes the weights off a grid."""
 
 from __future__ import annotations
 

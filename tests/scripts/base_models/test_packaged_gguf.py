@@ -20,7 +20,7 @@ def packaged(sha256: str) -> PackagedGguf:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three packages, the source "carried" made of them; importing one would fail."""
+    """Install three packages that make up the source "carried"; importing one would fail."""
     for part, content in zip((1, 2, 3), CONTENT, strict=True):
         data = tmp_path / "site" / f"carried_part{part}" / "data"
         data.mkdir(parents=True)
@@ -28,7 +28,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (data / f"part{part}.bin").write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path / "site")
     sha256 = hashlib.sha256(b"".join(CONTENT)).hexdigest()
-    monkeypatch.setattr("scripts.packaged_gguf.PACKAGED", {"carried": packaged(sha256)})
+    monkeypatch.setitem(PACKAGED, "carried", packaged(sha256))
     return tmp_path / "site"
 
 
@@ -38,7 +38,7 @@ def test_parts_are_joined_in_order(installed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "whole.gguf").read_bytes() == b"first, second, third"
 
 
-def test_a_missing_part_is_named_with_the_mend(installed: Path) -> None:
+def test_a_missing_part_is_named_with_the_fix(installed: Path) -> None:
     (installed / "carried_part2" / "data" / "part2.bin").unlink()
     with pytest.raises(UserError, match=r"--source carried needs .*: pip install carried==1"):
         find_parts("carried")

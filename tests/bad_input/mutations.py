@@ -1,4 +1,4 @@
-"""Damage to valid files that keeps their form, so that loaders get behind their parsers: pure functions of bytes."""
+"""Damage valid files and keep their form, so that loaders get behind their parsers: pure functions of bytes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _changed_object(members: dict[str, object], random: Random) -> dict[str, obj
 
 
 def mutate_safetensors(data: bytes, random: Random) -> bytes:
-    """Another header (names, shapes, types, places, metadata), or other numbers behind it."""
+    """Change the header (names, shapes, types, places, metadata), or the numbers behind it."""
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
     header, numbers = data[8 : 8 + size], data[8 + size :]
     if size > len(data) or random.random() < 0.2:
@@ -118,7 +118,7 @@ def _same_length(numbers: bytes, random: Random) -> bytes:
 
 
 def _other_type(header: bytes, random: Random) -> bytes:
-    """A tensor's bytes read as another type and shape that fit: what safetensors itself can't refuse."""
+    """Declare a tensor's bytes as another type and shape that fit: what safetensors itself can't refuse."""
     try:
         content = json.loads(header)
         entry = content[random.choice([name for name in content if name != "__metadata__"])]

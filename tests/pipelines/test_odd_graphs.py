@@ -19,6 +19,7 @@ from export.run import Destination, ExportSummary, export_model
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
+from stages.records.formats import WeightForm
 from stages.records.sites import LinearAbsorber, WeightLayout
 from tests.export.builders import ExactWeight, exact_weight, input_scale, relative_difference, spec_of, store_of
 from tests.export.exports import options
@@ -50,9 +51,18 @@ class OddModel:
         self.graph.outputs.append(helper.make_tensor_value_info(name, FLOAT, None))
 
     def export(
-        self, folder: Path, *, scaled: frozenset[str] = frozenset(), verify: str = "full"
+        self,
+        folder: Path,
+        *,
+        scaled: frozenset[str] = frozenset(),
+        form: WeightForm = WeightForm.DQ,
+        verify: str = "full",
     ) -> tuple[ExportSummary, float]:
-        """Quantize every site exactly, with an input scale for the activations ``scaled``; the largest difference."""
+        """Quantize every site exactly, with an input scale for the activations ``scaled``.
+
+        Returns:
+            What the export said, and the largest relative difference of outputs from the base's.
+        """
         self.graph.save(folder / "draft")
         groups = [(group, []) for group in find_groups(load_graph(locate_model(folder / "draft")))]
         for group, weights in groups:
@@ -61,7 +71,7 @@ class OddModel:
                 weights.append(exact_weight(site, spec_of(8), self.rng, scale))
                 self._store(weights[-1])
         base = locate_model(self.graph.save(folder / "base"))
-        store = store_of(folder / "weights", groups, fingerprint=fingerprint_model(base))
+        store = store_of(folder / "weights", groups, form=form, fingerprint=fingerprint_model(base))
         destination = Destination.from_path(folder / "out", base, overwrite=False)
         summary = export_model(base, store, destination, options(verify))
         # ONNX Runtime opens no model in which two nodes have one name; the export gives each its own.
@@ -119,6 +129,17 @@ def test_gemm_in_all_its_forms_also_takes_the_scale_of_the_next_layer(
     fuses = bias == "none" or (bias == "vector" and beta == 1)
     assert list(unfused) == ([] if fuses else ["up/Gemm"])
     assert all(words in reason for reason in unfused.values())
+
+
+@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.MATMUL_NBITS])
+def test_a_gemm_that_adds_what_other_nodes_compute(odd: OddModel, tmp_path: Path, form: WeightForm) -> None:
+    inputs = ["x", odd.random("up.weight", K, K), odd.graph.node("Tanh", ["x"], ["bent"])]
+    odd.graph.node("Gemm", inputs, ["logits"])
+    odd.show("logits")
+    summary, difference = odd.export(tmp_path, form=form)
+    assert difference < TOLERANCE
+    assert summary.report is not None
+    assert summary.report.fused == (1 if form is WeightForm.MATMUL_NBITS else 0)
 
 
 def test_transposed_weights_of_lm_head_and_a_middle_layer(odd: OddModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Our loaders, each given one file of bytes: it must take them or raise UserError."""
+"""Give our loaders one file of bytes each: they must take them or raise UserError."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.fuzzing.mutations import (
-    Mutation,
-    mutate_bytes,
-    mutate_json,
-    mutate_onnx,
-    mutate_safetensors,
-    mutate_text,
-)
-from stages.calibration.cache import CalibrationCache, find_cache
+from stages.calibration.cache import find_cache
 from stages.calibration.text.documents import open_documents
 from stages.calibration.trt_profile import decoder_sizes
 from stages.errors import UserError
@@ -30,6 +22,14 @@ from stages.model.unquantized import find_skipped_matmuls, find_unquantized
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.plan.plan_file import PlannedSite, plan_text, read_plan
 from stages.quantization.weights.store import open_store
+from tests.bad_input.mutations import (
+    Mutation,
+    mutate_bytes,
+    mutate_json,
+    mutate_onnx,
+    mutate_safetensors,
+    mutate_text,
+)
 
 _CPU = torch.device("cpu")
 _TEXTS = 50
@@ -43,10 +43,10 @@ class Target:
     file: Path
     seed: bytes
     mutate: Mutation
-    load: Callable[[], None]
+    load: Callable[[], object]
 
     def survives(self, data: bytes) -> bool:
-        """Whether the loader takes ``data``; False where it refuses them with a sentence. Anything else is raised."""
+        """Say whether the loader takes ``data``, or refuses them with a sentence; anything else is raised."""
         self.file.write_bytes(data)
         try:
             self.load()
@@ -58,7 +58,7 @@ class Target:
 
 
 def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[str, Target]:
-    """The targets by name, on copies of a small model, its calibration and its quantized weights in ``scratch``."""
+    """Return the targets by name, on copies of a small model, its cache and its quantized weights in ``scratch``."""
     shutil.copytree(base, scratch / "base")
     shutil.copytree(cache, scratch / "cache")
     shutil.copytree(weights, scratch / "weights")
@@ -67,8 +67,9 @@ def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[
     assert opened is not None, "a calibration cache"
     sites = find_sites(load_graph(directory))
     plan = plan_text({site.name: PlannedSite(format="4b32") for site in sites})
-    group = min((scratch / "weights").glob("0*.safetensors"))
-    files: Mapping[str, tuple[Path, bytes | None, Mutation, Callable[[], None]]] = {
+    group, table = (min((scratch / "weights").glob(f"{kind}*.safetensors")) for kind in ("0", "embedding."))
+    read_weights = partial(_read_store, scratch / "weights")
+    files: Mapping[str, tuple[Path, bytes | None, Mutation, Callable[[], object]]] = {
         "graph": (directory.onnx_file, None, mutate_onnx, partial(_read_graph, directory)),
         "genai_config": (directory.genai_config_path, None, mutate_json, partial(_read_config, directory.folder)),
         "manifest": (scratch / "cache/manifest.json", None, mutate_json, partial(_read_cache, scratch / "cache")),
@@ -76,32 +77,26 @@ def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[
             scratch / "cache/0000.safetensors",
             None,
             mutate_safetensors,
-            partial(_read_statistics, opened, next(iter(opened.manifest.files))),
+            partial(opened.read, next(iter(opened.manifest.files))),
         ),
-        "tokens": (scratch / "cache/tokens.safetensors", None, mutate_safetensors, partial(_read_tokens, opened)),
-        "recipe": (scratch / "weights/recipe.json", None, mutate_json, partial(_read_store, scratch / "weights")),
-        "weights": (group, None, mutate_safetensors, partial(_read_store, scratch / "weights")),
+        "tokens": (scratch / "cache/tokens.safetensors", None, mutate_safetensors, opened.read_tokens),
+        "recipe": (scratch / "weights/recipe.json", None, mutate_json, read_weights),
+        "weights": (group, None, mutate_safetensors, read_weights),
+        "table": (table, None, mutate_safetensors, read_weights),
         "plan": (
             scratch / "plan.toml",
             plan.encode(),
             mutate_text,
-            lambda: _ignore(read_plan(scratch / "plan.toml", sites)),
+            partial(read_plan, scratch / "plan.toml", sites),
         ),
         "text": (scratch / "text.txt", _plain_text(), mutate_text, partial(_read_documents, scratch / "text.txt")),
         "jsonl": (scratch / "a.jsonl", _json_lines(), mutate_text, partial(_read_documents, scratch / "a.jsonl")),
         "parquet": (scratch / "a.parquet", _parquet(), mutate_bytes, partial(_read_documents, scratch / "a.parquet")),
     }
-    tables = sorted((scratch / "weights").glob("embedding.*.safetensors"))
-    if tables:
-        files = {**files, "table": (tables[0], None, mutate_safetensors, partial(_read_store, scratch / "weights"))}
     return {
         name: Target(name=name, file=file, seed=seed or file.read_bytes(), mutate=mutate, load=load)
         for name, (file, seed, mutate, load) in files.items()
     }
-
-
-def _ignore(_: object) -> None:
-    return None
 
 
 # --------------------------------------------------------------------------- loaders
@@ -127,14 +122,6 @@ def _read_cache(folder: Path) -> None:
     if cache is not None:
         for activation in cache.manifest.files:
             cache.read(activation)
-
-
-def _read_statistics(cache: CalibrationCache, activation: str) -> None:
-    cache.read(activation)
-
-
-def _read_tokens(cache: CalibrationCache) -> None:
-    cache.read_tokens()
 
 
 def _read_store(folder: Path) -> None:

@@ -1,1 +1,0 @@
-"""Feed damaged files to the loaders."""
