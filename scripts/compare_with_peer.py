@@ -1,4 +1,4 @@
-"""Our algorithms beside the competitors': ``python -m scripts.compare_with_peer --base DIR --output DIR``.
+"""Compare our algorithms with other quantizers: ``python -m scripts.compare_with_peer --base DIR --output DIR``.
 
 Each quantizes the same base model in a process of its own, whose seconds and peak memory the operating system reports;
 then all run through the same evaluation at accuracy level 1. A competitor that can't be installed, or fails, gets a
@@ -8,22 +8,28 @@ row that says so.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from scripts.options import PeerConfig
+from scripts.peers.comparison import Comparison, save_comparison
 from scripts.peers.runs import peers_of
+from scripts.peers.speed import measure_speeds, speed_table
 from stages.commands.output import Section
 from stages.commands.progress import progress_bar
 from stages.commands.run import run_command
 from stages.evaluation.bench.grid import points_of
+from stages.evaluation.bench.results import TextResults
 from stages.evaluation.bench.runs import measure
 from stages.evaluation.bench.setup import open_run_folder, publish, raise_failures, read_evaluation_texts
+from stages.model.directory import locate_model
 from stages.report.document import write_report
 from stages.report.from_runs import sweep_document
 from stages.report.render import render
+from stages.runtime.genai import require_genai
 
 
 def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
-    """Make and judge everything that isn't there, and show the tables.
+    """Quantize and evaluate everything that isn't there yet, and show the tables.
 
     Raises:
         UserError: at once where options or texts can't be used; after everything else where our own runs failed.
@@ -32,11 +38,24 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     peers = peers_of(config)
     runs = [*ours, *(peer.run for peer in peers)]
     run_folder, evaluation_texts = open_run_folder(config), read_evaluation_texts(config)
+    if config.speed:
+        require_genai([locate_model(config.base).folder], "--speed")
     with progress_bar() as progress:
         records = measure(run_folder, runs, evaluation_texts, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
-    yield publish(run_folder, runs, records, evaluation_texts, notes)
+    published = publish(run_folder, runs, records, evaluation_texts, notes)
+    yield published
     write_report(sweep_document(run_folder, runs, records, evaluation_texts, notes), render, run_folder.folder)
+    speed = None
+    if config.speed:
+        made = {run.name for run in runs if records[run.name].failure is None and run.model.is_dir()}
+        our_models = [run.model for run in ours if run.name in made]
+        peer_models = [peer.run.model for peer in peers if peer.run.name in made]
+        with progress_bar() as progress:
+            speed = measure_speeds(config, our_models, peer_models, evaluation_texts[0], progress)
+        yield Section(name="speed", table=speed_table(speed), record=speed)
+    results = tuple(cast("list[TextResults]", published.record))
+    save_comparison(Comparison(texts=results, speed=speed), run_folder.folder)
     raise_failures({run.name: records[run.name] for run in ours})
 
 

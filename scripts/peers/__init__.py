@@ -1,1 +1,1 @@
-"""Run the competitors."""
+"""Run other quantizers beside ours."""

@@ -1,4 +1,4 @@
-"""A virtual environment of exactly the pinned packages, for a competitor that must not touch ours."""
+"""Make a virtual environment of exactly the pinned packages, for a competitor that must not touch ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKER = "installed.txt"
 
 
 def python_of(folder: Path) -> Path:
-    """The interpreter of the virtual environment in ``folder``."""
+    """Return the interpreter of the virtual environment in ``folder``."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 

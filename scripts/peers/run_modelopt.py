@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 
 def read_feeds(file: Path) -> list[dict[str, np.ndarray]]:
-    """The inputs of every calibration window, in order."""
+    """Read the inputs of every calibration window, in order."""
     feeds: dict[int, dict[str, np.ndarray]] = defaultdict(dict)
     for key, array in load_file(file).items():
         window, name = key.split(":", 1)
@@ -27,7 +27,7 @@ def read_feeds(file: Path) -> list[dict[str, np.ndarray]]:
 
 
 def arguments_of(request: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of modelopt's quantize that ``request`` means."""
+    """Return the keyword arguments of modelopt's quantize that ``request`` means."""
     return {
         "calibration_method": request["method"],
         "calibration_eps": ["cpu"],

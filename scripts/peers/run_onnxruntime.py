@@ -1,6 +1,6 @@
-"""Quantize one model with ONNX Runtime's own MatMulNBitsQuantizer: ``python -m scripts.peer_ort JSON``.
+"""Quantize one model with ONNX Runtime's own MatMulNBitsQuantizer: ``python scripts/peers/run_onnxruntime.py JSON``.
 
-The JSON holds ``base`` and ``output`` (.onnx files), ``method`` (default, hqq, k_quant), ``block_size``,
+The only argument is JSON: ``base`` and ``output`` (.onnx files), ``method`` (default, hqq, k_quant), ``block_size``,
 ``use_zero_point`` and ``exclude`` (node names).
 """
 
