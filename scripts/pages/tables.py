@@ -28,7 +28,7 @@ NOTHING = "No figures yet: `python -m scripts.write_tables` writes them here."
 _README_MODEL = "SmolLM2-135M-Instruct"
 _README_ROWS = {
     "genai-quant": rf"({'|'.join(get_args(Algorithm))})-b32",
-    "onnxruntime-genai's own int4": "builder-(int4)-b32",
+    "onnxruntime-genai's own int4": "builder-int4()-b32",
     "NVIDIA ModelOpt": r"modelopt-(\w+)-b32",
 }
 """Names of runs, by row: each tool's most accurate one in blocks of 32 without zero points is shown."""
@@ -81,7 +81,7 @@ def _readme_result(result: ComparisonResult) -> str:
         if scored:
             model, method = min(scored, key=lambda one: _divergence(one[0]))
             cells = _accuracy_cells(model)
-            rows.append((f"{label}, `{method}`", *cells, _number(by_name.get(model.name), ".1f")))
+            rows.append((f"{label}, `{method}`" if method else label, *cells, _number(by_name.get(model.name), ".1f")))
     return f"{_table((result.title, 'MB', 'KL', 'perplexity', 'tokens/s'), rows)}\n\n{_head(result.provenance)}"
 
 

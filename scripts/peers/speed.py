@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def measure_speeds(
         new_tokens=_NEW_TOKENS,
         threads=threads() or default_threads(),
     )
-    # In the output folder, since links don't reach other file systems.
+    # In the output folder, which has room for models.
     with tempfile.TemporaryDirectory(dir=config.output, prefix=".speed-", ignore_cleanup_errors=True) as scratch:
         shipped = [ship(locate_model(folder), Path(scratch) / folder.name) for folder in peers]
         models = [locate_model(config.base), *(locate_model(folder) for folder in ours), *shipped]
@@ -56,20 +56,17 @@ def measure_speeds(
 
 
 def ship(model: ModelDirectory, folder: Path) -> ModelDirectory:
-    """Return ``model`` with its MatMulNBits nodes at the runtime's accuracy level, its other files linked.
+    """Return ``model`` with its MatMulNBits nodes at the runtime's accuracy level.
 
     Args:
         model: stays as it is, and is returned where it has no such nodes.
-        folder: where the other graph goes; on the same file system.
+        folder: where the copy goes.
     """
     graph = ir.load(model.onnx_file)
     nodes = [node for node in graph.graph.all_nodes() if node.op_type == "MatMulNBits"]
     if not nodes:
         return model
-    folder.mkdir()
-    for file in model.folder.iterdir():
-        if file.is_file() and file != model.onnx_file:
-            os.link(file, folder / file.name)
+    shutil.copytree(model.folder, folder)
     for node in nodes:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _RUNTIME_LEVEL)
     ir.save(graph, folder / model.onnx_file.name)
