@@ -51,7 +51,7 @@ def write_tables(config: TablesConfig) -> Iterable[Section]:
     Raises:
         UserError: results can't be read, or a page lacks a table's place.
     """
-    for result in _new_results(config):
+    for result in new_results(config):
         save_result(result, ROOT / _RESULTS)
     for page, text in pages_with_tables(ROOT).items():
         write_whole(page, text.encode())
@@ -99,7 +99,12 @@ def fill(text: str, block: str, content: str, page: str) -> str:
     return filled
 
 
-def _new_results(config: TablesConfig) -> Iterator[Result]:
+def new_results(config: TablesConfig) -> Iterator[Result]:
+    """Yield what the folders and files that ``config`` names hold, with today's provenance.
+
+    Raises:
+        UserError: one can't be read.
+    """
     if config.compare is not None:
         comparison = without_commands(read_comparison(config.compare))
         yield ComparisonResult(title=config.title, provenance=provenance(ROOT), comparison=comparison)

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
+from scripts.benchmarks.figures import Benchmark, CommandFigure, Machine
 from scripts.options import TablesConfig
-from scripts.pages.results import Provenance, Result, TimesResult, save_result
-from scripts.write_tables import ROOT, fill, pages_with_tables
+from scripts.pages.results import (
+    BenchmarkResult,
+    ComparisonResult,
+    FamiliesResult,
+    Provenance,
+    Result,
+    TimesResult,
+    save_result,
+    without_commands,
+)
+from scripts.peers.comparison import save_comparison
+from scripts.support_matrix import FamilyResult
+from scripts.write_tables import ROOT, fill, new_results, pages_with_tables
 from stages.errors import OptionError, UserError
+from stages.system.hardware import describe_machine
+from tests.scripts.pages.test_tables import comparison
+from tests.scripts.test_support_matrix import RESULT
 
 HERE = Provenance(date="2026-01-02", commit="abc", versions=("torch 2",), machine="a machine")
 
@@ -47,6 +64,37 @@ def test_new_results_reach_their_page_and_only_it(copied_pages: Path) -> None:
     text = pages_with_tables(copied_pages)[copied_pages / "README.md"]
     assert "| `bash scripts/check.sh` | 4 min 32 s |" in text
     assert "Measured on 2026-01-02 at commit abc with torch 2; a machine." in text
+
+
+def test_what_was_measured_becomes_results(tmp_path: Path) -> None:
+    save_comparison(comparison().comparison, tmp_path)
+    machine = Machine(processor="CPU X", cores=2, threads=2, gpu=None, versions={})
+    figure = CommandFigure(name="calibrate", command="python -m secret", seconds=30.0, peak_bytes=10**8)
+    benchmark = Benchmark(machine=machine, base="models/base", commands=(figure,))
+    (tmp_path / "benchmark.json").write_bytes(TypeAdapter(Benchmark).dump_json(benchmark))
+    (tmp_path / "families.jsonl").write_bytes(TypeAdapter(FamilyResult).dump_json(RESULT) + b"\n")
+    config = TablesConfig(
+        compare=tmp_path,
+        benchmark=tmp_path,
+        title="SmolLM2-135M-Instruct",
+        families=tmp_path / "families.jsonl",
+        times={"x": 1.0},
+    )
+    compared, measured, families, times = new_results(config)
+    assert isinstance(compared, ComparisonResult)
+    assert compared.comparison == without_commands(comparison().comparison)
+    assert isinstance(measured, BenchmarkResult)
+    assert measured.benchmark == replace(benchmark, commands=(replace(figure, command=""),))
+    assert isinstance(families, FamiliesResult)
+    assert families.families == (RESULT,)
+    assert isinstance(times, TimesResult)
+    assert {result.provenance.machine for result in (compared, measured, families, times)} == {describe_machine()}
+
+
+@pytest.mark.parametrize("option", ["compare", "benchmark"])
+def test_a_folder_without_measurements_is_named(tmp_path: Path, option: str) -> None:
+    with pytest.raises(UserError, match=rf"can't be read .*; pass the --output of scripts\.{option}"):
+        list(new_results(TablesConfig(title="x", **{option: tmp_path})))
 
 
 def test_a_block_is_replaced_between_its_markers() -> None:
