@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from scripts.benchmarks.figures import Benchmark, CommandFigure, Machine
-from scripts.pages.results import BenchmarkResult, ComparisonResult, FamiliesResult, Provenance
-from scripts.pages.tables import NOTHING, accuracy, cost, families, readme_results, readme_times
 from scripts.peers.comparison import Comparison
+from scripts.write_tables.results import BenchmarkResult, ComparisonResult, FamiliesResult, Provenance
+from scripts.write_tables.tables import NOTHING, accuracy, cost, families, readme_results, readme_times
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.bench.results import MeasuredModel, TextResults
 from stages.evaluation.records import ModelRow, ModelSpeed, Rate, SpeedTest

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.benchmarks.tables import benchmark_tables
-from scripts.pages.results import (
+from scripts.write_tables.results import (
     BenchmarkResult,
     ComparisonResult,
     FamiliesResult,
@@ -20,7 +20,7 @@ from scripts.pages.results import (
     Result,
     TimesResult,
 )
-from scripts.support_matrix import markdown
+from scripts.write_tables.support_matrix import markdown
 from stages.commands.quantize_options import Algorithm
 from stages.evaluation.bench.results import MeasuredModel, TextResults
 

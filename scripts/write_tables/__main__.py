@@ -16,8 +16,9 @@ from pydantic import TypeAdapter
 
 from scripts.benchmarks.figures import Benchmark
 from scripts.options import TablesConfig
-from scripts.pages import tables
-from scripts.pages.results import (
+from scripts.peers.comparison import read_comparison
+from scripts.write_tables import tables
+from scripts.write_tables.results import (
     BenchmarkResult,
     ComparisonResult,
     FamiliesResult,
@@ -28,14 +29,13 @@ from scripts.pages.results import (
     save_result,
     without_commands,
 )
-from scripts.peers.comparison import read_comparison
-from scripts.support_matrix import read_results as read_families
+from scripts.write_tables.support_matrix import read_results as read_families
 from stages.commands.output import Section
 from stages.commands.run import run_command
 from stages.errors import UserError
 from stages.system.json_file import explained, write_whole
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _LOGGER = logging.getLogger(__name__)
 _RESULTS = "docs/results"
 _BLOCKS: dict[str, dict[str, Callable[[Sequence[Result]], str]]] = {

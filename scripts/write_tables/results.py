@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from scripts.benchmarks.figures import Benchmark
 from scripts.peers.comparison import Comparison
-from scripts.support_matrix import FamilyResult
+from scripts.write_tables.support_matrix import FamilyResult
 from stages.runtime.genai import runtime_version
 from stages.system.hardware import describe_machine
 from stages.system.json_file import Records, explained, write_json

@@ -11,7 +11,9 @@ from pydantic import TypeAdapter
 
 from scripts.benchmarks.figures import Benchmark, CommandFigure, Machine
 from scripts.options import TablesConfig
-from scripts.pages.results import (
+from scripts.peers.comparison import save_comparison
+from scripts.write_tables.__main__ import ROOT, fill, new_results, pages_with_tables
+from scripts.write_tables.results import (
     BenchmarkResult,
     ComparisonResult,
     FamiliesResult,
@@ -21,13 +23,11 @@ from scripts.pages.results import (
     save_result,
     without_commands,
 )
-from scripts.peers.comparison import save_comparison
-from scripts.support_matrix import FamilyResult
-from scripts.write_tables import ROOT, fill, new_results, pages_with_tables
+from scripts.write_tables.support_matrix import FamilyResult
 from stages.errors import OptionError, UserError
 from stages.system.hardware import describe_machine
-from tests.scripts.pages.test_tables import comparison
-from tests.scripts.test_support_matrix import RESULT
+from tests.scripts.write_tables.test_support_matrix import RESULT
+from tests.scripts.write_tables.test_tables import comparison
 
 HERE = Provenance(date="2026-01-02", commit="abc", versions=("torch 2",), machine="a machine")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from scripts.pages.results import provenance, read_results, save_result, without_commands
-from tests.scripts.pages.test_tables import comparison
+from scripts.write_tables.results import provenance, read_results, save_result, without_commands
+from tests.scripts.write_tables.test_tables import comparison
 
 
 def test_results_are_read_as_they_were_written_and_replaced_by_title(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""Keep measured results in docs/results and write them into pages as tables."""
