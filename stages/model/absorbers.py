@@ -1,4 +1,4 @@
-"""Where an AWQ input scale can disappear: the node before an activation that can be divided by it exactly.
+"""Find where an AWQ input scale can be folded: the layer before an activation that can be divided by it exactly.
 
 x / s is folded into the gain of the norm that makes x; into the output channels of up_proj where x = act(gate) * up is
 linear in up; into v_proj's channels where x is attention's output, which is linear in V (AWQ, Lin et al. 2023, section
@@ -30,7 +30,7 @@ _BIAS_INPUT = {"LayerNormalization": 2, "SkipLayerNormalization": 3}
 
 
 def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
-    """Return the absorber for the activation ``value``, or the reason in words why there is none.
+    """Return the absorber for the activation ``value``, or the reason why there is none.
 
     Args:
         value: the activation; None where it is a graph input.
@@ -54,7 +54,7 @@ def find_absorber(value: ir.Value | None, in_features: int, sites: Mapping[str, 
 
 
 def _norm(value: ir.Value, in_features: int) -> Absorber | str | None:
-    """The norm that ``value`` is the first output of, or the Mul by a gain that a norm written out ends with."""
+    """Return the norm whose first output is ``value``, or the Mul by a gain that ends a norm written out."""
     node = value.producer()
     if node is None or value is not node.outputs[0]:
         return None
@@ -84,7 +84,7 @@ def _norm_node(node: ir.Node, value: ir.Value) -> Absorber | str:
 
 
 def _elementwise_product(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
-    """act(gate) * up: the factor that comes straight from a linear site of the same width, and from nowhere else."""
+    """Return the factor of act(gate) * up that comes straight from a linear site of the same width."""
     for factor in node.inputs:
         linear = None if factor is None else _linear_source(factor, node, sites)
         if linear is not None and linear[0].out_features == in_features:
@@ -94,7 +94,7 @@ def _elementwise_product(node: ir.Node, in_features: int, sites: Mapping[str, Ma
 
 
 def _power_of_linear(node: ir.Node, in_features: int, sites: Mapping[str, MatMulSite]) -> Absorber | str:
-    """relu(up), relu(up)^2 or up^2, where up comes straight from a linear site of the same width."""
+    """Return up of relu(up), relu(up)^2 or up^2 where it comes straight from a linear site of the same width."""
     if node.op_type == "Pow" and not is_square(node):
         return "it comes from Pow, whose exponent isn't the constant 2"
     reader = node if node.op_type == "Relu" else _relu_before(node)
@@ -107,7 +107,7 @@ def _power_of_linear(node: ir.Node, in_features: int, sites: Mapping[str, MatMul
 
 
 def _relu_before(square: ir.Node) -> ir.Node:
-    """The Relu whose output ``square`` alone reads, or ``square`` itself."""
+    """Return the Relu whose output only ``square`` reads, or ``square`` itself."""
     base = square.inputs[0]
     relu = None if base is None else base.producer()
     if base is None or relu is None or relu.op_type != "Relu" or sole_reader(base) is not square:
@@ -118,7 +118,7 @@ def _relu_before(square: ir.Node) -> ir.Node:
 def _linear_source(
     value: ir.Value, reader: ir.Node, sites: Mapping[str, MatMulSite]
 ) -> tuple[MatMulSite, str | None] | None:
-    """The site (and bias added behind it) that ``value`` is, when ``reader`` is the only one to see it."""
+    """Return the site that makes ``value``, and the bias added to it, where only ``reader`` sees them."""
     if sole_reader(value) is not reader:
         return None
     if (site := sites.get(str(value.name))) is not None:
@@ -163,23 +163,26 @@ def _attention_value(node: ir.Node, in_features: int, sites: Mapping[str, MatMul
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ValuePath:
-    """What V is made from (None: unknown), the node that reads it, and whether Q and K lie before V in it."""
+    """The way from a linear layer to attention's V."""
 
     reader: ir.Node
+    """The only node that may read ``source``."""
     source: ir.Value | None
+    """The layer's output; None where it is unknown."""
     kv_heads: int
     packed: bool
+    """Whether Q and K lie before V in ``source``."""
 
 
 def _grouped_value(node: ir.Node) -> _ValuePath:
     reader, source = _value_reader(node)
-    apart = reader is node and len(node.inputs) > 2 and node.inputs[2] is not None
+    separate = reader is node and len(node.inputs) > 2 and node.inputs[2] is not None
     kv_heads = node.attributes["kv_num_heads"].as_int()
-    return _ValuePath(reader=reader, source=source, kv_heads=kv_heads, packed=not apart)
+    return _ValuePath(reader=reader, source=source, kv_heads=kv_heads, packed=not separate)
 
 
 def _multi_head_value(node: ir.Node, heads: int) -> _ValuePath:
-    """V apart from Q and K, without a bias of attention's own; its heads may be repeated by nodes before."""
+    """Return the way to a V without a bias of attention's own; nodes before it may repeat its heads."""
     value, bias = (list(node.inputs) + [None] * 4)[2:4]
     if value is None or bias is not None:
         return _ValuePath(reader=node, source=None, kv_heads=heads, packed=False)
@@ -191,7 +194,7 @@ def _multi_head_value(node: ir.Node, heads: int) -> _ValuePath:
 
 
 def _value_reader(attention: ir.Node) -> tuple[ir.Node, ir.Value | None]:
-    """The node that reads the layer which makes V, and what it reads.
+    """Return the node that reads the layer which makes V, and what it reads.
 
     That is attention itself, or the Split whose last part is V (models that normalize q and k behind a packed qkv).
     """

@@ -1,4 +1,4 @@
-"""Where the pieces of an ORT-GenAI model lie: the graph, genai_config.json, the tokenizer, everything beside them."""
+"""Find the files of an ORT-GenAI model: the graph, genai_config.json and the folder with everything else."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class ModelDirectory:
 
     @property
     def genai_config_path(self) -> Path:
+        """Return where genai_config.json lies, or would."""
         return self.folder / GENAI_CONFIG
 
 
@@ -79,10 +80,10 @@ def locate_model(path: Path) -> ModelDirectory:
 
 
 def _windowed_caches(onnx_file: Path) -> dict[str, int]:
-    """Window length by cache input, for the attention nodes that say that they drop old tokens themselves."""
+    """Return the window's length for each cache input of attention that drops old tokens itself."""
     try:
         nodes = tuple(ir.load(onnx_file).graph)
-    except Exception:  # what is wrong with the file, load_graph says
+    except Exception:  # load_graph says what is wrong with the file
         return {}
     return {
         str(past.name): node.attributes.get_int("local_window_size", 0)

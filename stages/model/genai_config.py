@@ -1,4 +1,4 @@
-"""genai_config.json, which makes a folder one that onnxruntime-genai runs."""
+"""Read genai_config.json, which makes a folder one that onnxruntime-genai runs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class GenaiModel(BaseModel):
 
 
 class _GenaiConfig(BaseModel):
-    """What is read of genai_config.json, whatever else it says."""
+    """The entries of genai_config.json that are read; others are passed over."""
 
     model_config = ConfigDict(strict=True)
     model: GenaiModel = Field(default_factory=GenaiModel)
 
 
 def read_genai_config(folder: Path) -> dict[str, Any]:
-    """genai_config.json as a dictionary.
+    """Return genai_config.json of ``folder`` as a dictionary.
 
     Raises:
         GraphError: the file isn't valid JSON, or has something else where sizes and names are expected.
@@ -54,7 +54,7 @@ def read_genai_config(folder: Path) -> dict[str, Any]:
 
 
 def read_genai_model(folder: Path) -> GenaiModel:
-    """What genai_config.json says of the model.
+    """Return what genai_config.json of ``folder`` says of the model.
 
     Raises:
         GraphError: see ``read_genai_config``.
@@ -66,10 +66,10 @@ def read_genai_model(folder: Path) -> GenaiModel:
 def _json(path: Path) -> object:
     try:
         content: object = json.loads(path.read_text(encoding="utf-8"))
-        return content
     except (ValueError, OSError, RecursionError) as error:
         reason = in_one_line(error)
         raise GraphError(f"{path} can't be read as JSON ({reason}); rebuild or repair the model folder.") from error
+    return content
 
 
 def _parsed(path: Path, content: object) -> GenaiModel:

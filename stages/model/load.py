@@ -1,4 +1,4 @@
-"""Open a base model lazily: the graph in memory, weights left in their mapped files, damage named at once."""
+"""Load a model's graph, its weights left in their files, refuse what is damaged, and take its fingerprint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.validate import fault_of_graph, fault_of_proto
 
+_SAMPLE = 4096
+"""Bytes of each end of a tensor that are hashed."""
+
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Every initializer that lies in an external data file, subgraphs included, in the graph's order."""
+    """Yield every initializer that lies in an external data file, subgraphs included, in the graph's order."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -26,8 +29,8 @@ def load_graph(directory: ModelDirectory) -> ir.Model:
     """Parse the .onnx file; weights stay external tensors that map their file when read.
 
     Raises:
-        GraphError: the file isn't an ONNX model, or its graph doesn't hang together; its external data is missing, a
-            link, elsewhere or truncated; or a graph output is made by no node.
+        GraphError: the file isn't an ONNX model, or its graph is invalid; its external data is missing, a link,
+            elsewhere or truncated; or no node makes a graph output.
     """
     model = parse_graph(directory)
     require_weights(model, directory)
@@ -42,10 +45,10 @@ def require_weights(model: ir.Model, directory: ModelDirectory) -> None:
 
 
 def parse_graph(directory: ModelDirectory) -> ir.Model:
-    """Parse the .onnx file alone: the data files may be missing.
+    """Parse only the .onnx file: the data files may be missing.
 
     Raises:
-        GraphError: the file isn't an ONNX model, its graph doesn't hang together, or an output is made by no node.
+        GraphError: the file isn't an ONNX model, its graph is invalid, or no node makes an output.
     """
     file = directory.onnx_file
     try:
@@ -68,7 +71,7 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
 
 
 def _size_weights(model: ir.Model) -> None:
-    """A declaration may leave open what the weight itself says."""
+    """Declare the shape of weights whose declaration leaves it open."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None and (value.shape is None or not value.shape.is_static()):
@@ -78,19 +81,19 @@ def _size_weights(model: ir.Model) -> None:
 def _named_files(model: ir.Model, file: Path) -> list[Path]:
     try:
         return list(external_files(model))
-    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, no UTF-8, a loop of links
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, invalid UTF-8, a loop of links
         raise GraphError(
-            f"{file} names an external data file that can't be ({in_one_line(error)}); build it again."
+            f"{file} names an external data file that can't exist ({in_one_line(error)}); build it again."
         ) from error
 
 
 def external_files(model: ir.Model) -> Iterator[Path]:
-    """The external data files that ``model``'s initializers lie in, each once."""
+    """Yield the external data files that ``model``'s initializers lie in, each once."""
     yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in external_tensors(model))
 
 
 def _require_real_file(path: Path, folder: Path) -> None:
-    """onnx-ir refuses to read through links, which could lead anywhere; say so before anything is computed."""
+    """Raise GraphError for what onnx-ir refuses to read: links, which could lead anywhere."""
     if not path.is_relative_to(folder.resolve()):
         raise GraphError(
             f"External data file {path} lies outside of {folder}, or a link leads there; copy the base folder with its "
@@ -119,7 +122,7 @@ def _require_whole(model: ir.Model) -> None:
 
 
 def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
-    """One tensor of each file is mapped once: permissions, and whatever else onnx-ir may refuse."""
+    """Map one tensor of the file: permissions, and whatever else onnx-ir may refuse."""
     try:
         tensor.numpy()
     except PermissionError as error:
@@ -135,7 +138,10 @@ def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
 
 
 def _require_outputs(model: ir.Model, directory: ModelDirectory) -> None:
-    """onnxruntime-genai 0.18 builds float32 models for cuda, dml and NvTensorRtRtx that no runtime opens."""
+    """Raise GraphError for an output that no node makes.
+
+    onnxruntime-genai 0.18 builds such float32 models for cuda, dml and NvTensorRtRtx, and no runtime opens them.
+    """
     for value in model.graph.outputs:
         if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
             raise GraphError(
@@ -143,9 +149,6 @@ def _require_outputs(model: ir.Model, directory: ModelDirectory) -> None:
                 "(onnxruntime-genai's builder writes such graphs for some precisions of an execution provider); build "
                 "it with --precision fp16, or for cpu."
             )
-
-
-_SAMPLE = 4096
 
 
 def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) -> str:

@@ -1,6 +1,6 @@
-"""A graph in pieces that run one after another, so that only one piece's weights and results are in memory at a time.
+"""Cut a graph into partitions that run one after another, so that only one's weights and results are in memory.
 
-Partitions are cut where the fewest bytes a token cross, which in a decoder is between two layers.
+Cuts lie where the fewest bytes a token cross, which in a decoder is between two layers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _WITH_CACHES = frozenset({"GroupQueryAttention", "MultiHeadAttention"})
 class Partition:
     """Some consecutive nodes as a model of their own, whose weights still point into the data file.
 
-    Its outputs are what is wanted of its nodes, and what later pieces read.
+    Its outputs are the wanted values of its nodes, and what later partitions read.
     """
 
     model: ir.Model
     boundary_inputs: tuple[str, ...]
-    """Inputs that earlier pieces compute."""
+    """Inputs that earlier partitions compute."""
 
 
 def cut_into_partitions(
@@ -43,27 +43,27 @@ def cut_into_partitions(
     Args:
         model: a model in topological order; it is left as it was.
         wanted: names of values. Nodes that none of them depends on are left out.
-        limit: bytes of the weights of one piece and the ``extra_bytes`` of its values, unless nodes that can't be
-            parted have more.
-        together: names of values that stay in the piece that makes them.
-        extra_bytes: what else the value of this name costs in its piece.
-        weight_bytes: what a weight costs; by default its stored size.
+        limit: bytes of the weights of one partition and the ``extra_bytes`` of its values, unless nodes that can't be
+            separated have more.
+        together: names of values that stay in the partition that makes them.
+        extra_bytes: bytes that the value of this name takes besides, in its partition.
+        weight_bytes: bytes that a weight takes; by default its stored size.
     """
     nodes = _needed_nodes(model, wanted)
     order = _Order(nodes, frozenset(wanted), frozenset(together))
     cuts = order.choose_cuts(_costs(nodes, extra_bytes or {}, weight_bytes), limit)
-    carried: list[ir.Value] = []
+    boundary: list[ir.Value] = []
     for start, end in pairwise(cuts):
         made = [value for node in nodes[start:end] for value in node.outputs if value not in order.constant]
         read_later = [value for value in made if order.last_reader.get(value, 0) >= end]
         outputs = dict.fromkeys([*(value for value in made if value.name in wanted), *read_later])
         if outputs:  # else these nodes compute constants, which come with those that read them
-            yield _partition(model, carried, list(outputs))
-        carried += read_later
+            yield _partition(model, boundary, list(outputs))
+        boundary += read_later
 
 
 def readers(model: ir.Model, names: Collection[str]) -> Iterator[ir.Node]:
-    """The nodes of the main graph that read a value of one of these names."""
+    """Yield the nodes of the main graph that read a value of one of these ``names``."""
     return (node for node in model.graph if any(value.name in names for value in _read_by(node)))
 
 
@@ -77,12 +77,12 @@ class _Order:
 
     @cached_property
     def last_reader(self) -> dict[ir.Value, int]:
-        """Place of the last node that reads a value."""
+        """Return the place of the last node that reads each value."""
         return {value: place for place, node in enumerate(self.nodes) for value in _read_by(node)}
 
     @cached_property
     def constant(self) -> set[ir.Value]:
-        """Values that depend on no graph input: each piece computes those that it reads itself."""
+        """Return the values that depend on no graph input: each partition computes those that it reads itself."""
         found: set[ir.Value] = set()
         for node in self.nodes:
             if all(value.const_value is not None or value in found for value in _read_by(node)):
@@ -90,7 +90,7 @@ class _Order:
         return found
 
     def choose_cuts(self, costs: list[int], limit: int) -> list[int]:
-        """0, the places that cut into pieces of at most ``limit``, and the end."""
+        """Return 0, the places that cut into partitions of at most ``limit`` bytes, and the end."""
         total = [0, *accumulate(costs)]
         crossing = self._crossing_bytes()
         cuts = [0]
@@ -107,22 +107,22 @@ class _Order:
         return [*cuts, len(self.nodes)]
 
     def _crossing_bytes(self) -> dict[int, int]:
-        """For each place before a node that may be cut, bytes a token of the values that cross it."""
+        """Return, for each place before a node that may be cut, the bytes a token of the values that cross it."""
         crossing = [0] * (len(self.nodes) + 1)
-        torn: set[int] = set()
-        kept_whole = self._dequantized()
+        forbidden: set[int] = set()
+        uncut = self._dequantized()
         for place, node in enumerate(self.nodes):
             for value in node.outputs:
                 crossed = range(place + 1, self.last_reader.get(value, place) + 1)
-                if value.name in self.together or value in kept_whole:
-                    torn.update(crossed)
+                if value.name in self.together or value in uncut:
+                    forbidden.update(crossed)
                 elif value not in self.constant:
                     for cut in crossed:
                         crossing[cut] += _bytes_a_token(value)
-        return {place: crossing[place] for place in range(1, len(self.nodes)) if place not in torn}
+        return {place: crossing[place] for place in range(1, len(self.nodes)) if place not in forbidden}
 
     def _dequantized(self) -> set[ir.Value]:
-        """Weights behind DequantizeLinear, transposed or not: the runtime fuses them with the one node behind."""
+        """Return the weights behind DequantizeLinear, transposed or not, which the runtime fuses with their reader."""
         found: set[ir.Value] = set()
         for node in self.nodes:
             if node.op_type == "DequantizeLinear" or (node.op_type == "Transpose" and node.inputs[0] in found):
@@ -131,7 +131,7 @@ class _Order:
 
 
 def _needed_nodes(model: ir.Model, wanted: Collection[str]) -> list[ir.Node]:
-    """What ``wanted`` values are computed from, in the graph's order."""
+    """Return the nodes that ``wanted`` values are computed from, in the graph's order."""
     waiting = [node for node in model.graph if any(value.name in wanted for value in node.outputs)]
     needed: set[ir.Node] = set()
     while waiting:
@@ -143,7 +143,7 @@ def _needed_nodes(model: ir.Model, wanted: Collection[str]) -> list[ir.Node]:
 
 
 def _read_by(node: ir.Node) -> Iterator[ir.Value]:
-    """What ``node`` reads, in its subgraphs too."""
+    """Yield what ``node`` reads, in its subgraphs too."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
         for graph in _graphs_of(attribute):
@@ -165,7 +165,7 @@ def _graphs_of(attribute: ir.Attr) -> Iterable[ir.Graph]:
 def _costs(
     nodes: list[ir.Node], extra_bytes: Mapping[str, int], weight_bytes: Callable[[ir.TensorProtocol], int]
 ) -> list[int]:
-    """For each node, bytes of the initializers that no node before it reads, and the extra ones of its outputs."""
+    """Return the bytes of the initializers that each node is the first to read, and the extra ones of its outputs."""
     seen: set[ir.Value] = set()
     costs = []
     for node in nodes:
@@ -177,25 +177,25 @@ def _costs(
 
 
 def _bytes_a_token(value: ir.Value) -> int:
-    """Bytes of what the graph fixes of a value's shape; batch and length are open."""
+    """Return the bytes of what the graph fixes of a value's shape; batch and length are open."""
     if value.shape is None or value.dtype is None:
         return 1 << 20
     return int(prod(dim for dim in value.shape if isinstance(dim, int)) * value.dtype.itemsize)
 
 
-def _partition(model: ir.Model, carried: list[ir.Value], outputs: list[ir.Value]) -> Partition:
-    graph = ir.convenience.extract(model.graph, [*carried, *model.graph.inputs], outputs)
+def _partition(model: ir.Model, boundary: list[ir.Value], outputs: list[ir.Value]) -> Partition:
+    graph = ir.convenience.extract(model.graph, [*boundary, *model.graph.inputs], outputs)
     graph.inputs[:] = [value for value in graph.inputs if value.uses()]
     _drop_unread_caches(graph)
     read = {value.name for value in graph.inputs}
     return Partition(
         model=ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values())),
-        boundary_inputs=tuple(str(value.name) for value in carried if value.name in read),
+        boundary_inputs=tuple(str(value.name) for value in boundary if value.name in read),
     )
 
 
 def _drop_unread_caches(graph: ir.Graph) -> None:
-    """ONNX Runtime 1.31 stops in float16 attention whose present keys and values have names and no readers.
+    """Remove the names of present keys and values without readers, at which ONNX Runtime 1.31 stops in float16.
 
     Attention over a windowed cache keeps them: it refuses to run without.
     """

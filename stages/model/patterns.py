@@ -1,7 +1,6 @@
-"""The small patterns of nodes that planning and export recognise in a graph.
+"""Recognise the small patterns of nodes that planning and export look for in a graph.
 
-Squares, casts, sole readers, key/value heads that nodes repeat, and routers of experts; also the numbers of the small
-constants that decide what a graph means.
+These are constants, squares, sole readers, casts, key/value heads that nodes repeat, and routers of experts.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-_BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
+_REPETITION_BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
 _HEADS_FIRST = (0, 2, 1, 3)
 EXPERT_NODES = frozenset({"MoE", "QMoE"})
 _ROUTING_INPUT = 1
-_BETWEEN = frozenset(
+_ELEMENTWISE = frozenset(
     {
         *("Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"),
         *("Add", "Sub", "Mul", "Div", "Neg", "Exp", "Log", "Reciprocal", "Clip", "Where"),
@@ -38,16 +37,13 @@ def constant_values(value: ir.Value) -> np.ndarray | None:
 
 
 def is_square(node: ir.Node) -> bool:
-    """Say whether ``node`` squares its first input: Mul with itself, or Pow with the constant exponent 2."""
+    """Return whether ``node`` squares its first input: Mul with itself, or Pow with the constant exponent 2."""
     if node.op_type == "Mul":
         return node.inputs[0] is not None and node.inputs[0] is node.inputs[1]
     if node.op_type != "Pow" or node.inputs[1] is None:
         return False
     exponent = constant_values(node.inputs[1])
     return exponent is not None and exponent.size == 1 and float(exponent.item()) == 2
-
-
-# --------------------------------------------------------------------------- readers
 
 
 def sole_reader(value: ir.Value) -> ir.Node | None:
@@ -70,18 +66,15 @@ def readers(value: ir.Value, through: Collection[str] = ("Transpose",)) -> Itera
 
 
 def before_cast(value: ir.Value) -> ir.Value:
-    """Return what a Cast makes ``value`` from, where only the Cast reads it (norms of float32 in narrower models)."""
+    """Return what a Cast makes ``value`` from, where only the Cast reads it (float32 norms of 16-bit models)."""
     cast = value.producer()
     source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
     return value if source is None or sole_reader(source) is not cast else source
 
 
-# --------------------------------------------------------------------------- key/value heads repeated by nodes
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepeatedHeads:
-    """Where the repetition begins: ``entry`` reads the linear layer's output, ``kv_heads`` heads next to each other."""
+    """The repetition's beginning: ``entry`` reads the linear layer's output, ``kv_heads`` heads side by side."""
 
     entry: ir.Node
     kv_heads: int
@@ -90,15 +83,19 @@ class RepeatedHeads:
 def repeated_kv_heads(value: ir.Value, heads: int) -> RepeatedHeads | None:
     """Return the repetition that ``value`` [batch, length, heads * head_size] comes from; None where there is none.
 
-    So model builders write grouped-query attention for MultiHeadAttention: [batch, length, kv_heads * head_size] is
-    split into heads, put behind the cache, and every head is copied for its group of query heads, by Reshape,
-    Transpose, Concat, Unsqueeze, Expand, Reshape, Transpose, Reshape.
+    Model builders write grouped-query attention for MultiHeadAttention in this way: [batch, length, kv_heads *
+    head_size] is split into heads, appended to the cache, and every head is copied for its group of query heads, by
+    Reshape, Transpose, Concat, Unsqueeze, Expand, Reshape, Transpose, Reshape.
 
-    What is matched shows each number of the linear layer only to attention and to the cache that it belongs to.
+    Ensures: only attention and the cache see the linear layer's numbers.
+
+    Args:
+        value: V as MultiHeadAttention reads it.
+        heads: attention's query heads.
     """
     nodes: list[ir.Node] = []
     source: ir.Value | None = value
-    for op_type in _BACKWARDS:
+    for op_type in _REPETITION_BACKWARDS:
         node = None if source is None else source.producer()
         if node is None or node.op_type != op_type:
             return None
@@ -123,14 +120,14 @@ def repeated_kv_heads(value: ir.Value, heads: int) -> RepeatedHeads | None:
 
 
 def _appends_to_cache(node: ir.Node) -> bool:
-    """[batch, heads, length, head_size]: new tokens behind those of a graph input that nobody else reads."""
+    """Return whether ``node`` appends tokens to a graph input [batch, heads, length, head_size] that no other reads."""
     past = node.inputs[0]
     along_length = node.attributes.get_int("axis", 0) in (2, -2)
     return along_length and past is not None and past.is_graph_input() and len(past.uses()) == 1
 
 
 def _seen_only_by_each_other(nodes: list[ir.Node], cache: ir.Node) -> bool:
-    """The cache itself is an output of the graph, and its shape is read."""
+    """Return whether no other node reads the repetition's values, but for shapes and the cache as a graph output."""
     members = {id(node) for node in nodes}
     for node in nodes[1:]:
         value = node.outputs[0]
@@ -141,7 +138,7 @@ def _seen_only_by_each_other(nodes: list[ir.Node], cache: ir.Node) -> bool:
 
 
 def _axes(node: ir.Node) -> list[int] | None:
-    """Unsqueeze's axes: an input since opset 13, an attribute before."""
+    """Return Unsqueeze's axes: an input since opset 13, an attribute before."""
     return _integers(node.inputs[1]) if len(node.inputs) > 1 else list(node.attributes.get_ints("axes", []))
 
 
@@ -151,18 +148,15 @@ def _integers(value: ir.Value | None) -> list[int] | None:
 
 
 def _declared(value: ir.Value, axis: int) -> int | None:
-    """A dimension of a rank-4 value that the model declares as a number."""
+    """Return a dimension of a rank-4 value that the model declares as a number; None for any other."""
     if value.shape is None or len(value.shape) != 4:
         return None
     size = value.shape[axis]
     return size if isinstance(size, int) else None
 
 
-# --------------------------------------------------------------------------- mixtures of experts
-
-
 def routes_experts(value: ir.Value) -> bool:
-    """Say whether ``value`` decides which experts of a mixture a token goes to.
+    """Return whether ``value`` decides which experts of a mixture a token goes to.
 
     A router's output reaches the routing input of a MoE or QMoE node, or the TopK that chooses experts where a mixture
     is written out in small nodes, through nothing but reshapes and elementwise nodes.
@@ -172,7 +166,7 @@ def routes_experts(value: ir.Value) -> bool:
         for use in waiting.pop().uses():
             if use.node.op_type == "TopK" or (use.node.op_type in EXPERT_NODES and use.idx == _ROUTING_INPUT):
                 return True
-            if use.node.op_type in _BETWEEN:
+            if use.node.op_type in _ELEMENTWISE:
                 found = [output for output in use.node.outputs if id(output) not in known]
                 waiting += found
                 known |= {id(output) for output in found}

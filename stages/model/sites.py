@@ -1,10 +1,9 @@
-"""Find what can be quantized: MatMul and Gemm nodes with a constant weight, grouped by the activation they read."""
+"""Find what can be quantized: MatMul and Gemm nodes with a constant weight, and embedding tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -15,13 +14,14 @@ from stages.records.formats import EmbeddingTable, float_of_onnx
 from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
+_TOKENS = "input_ids"
 
 
 def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
-    """All sites of the main graph, in graph order.
+    """Return all sites of the main graph, in graph order.
 
     A site is a MatMul, or a Gemm without transA and with alpha = 1, whose second input is a rank-2 floating-point
-    initializer, directly or through a Transpose. Nodes of one name get their output added to it.
+    initializer, directly or through a Transpose. Nodes of the same name get their output added to it.
     """
     sites = [site for node in model.graph if (site := _as_site(node)) is not None]
     nodes = Counter(site.name for site in sites)
@@ -29,7 +29,7 @@ def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
 
 
 def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
-    """Sites grouped by the activation they read, with the place where an input scale could be folded.
+    """Return the sites grouped by the activation they read, with the place where an input scale could be folded.
 
     Raises:
         GraphError: the graph holds no site.
@@ -66,10 +66,10 @@ def _as_group(
 
 
 def _other_reader(value: ir.Value | None, members: list[MatMulSite]) -> str:
-    """Why the activation can't be divided for the sites alone: somebody else reads it; empty where nobody does."""
+    """Return which node besides the sites reads the activation, in words; empty where none does."""
     outputs = {site.output for site in members}
-    readers = () if value is None else value.consumers()
-    others = [node.op_type for node in readers if node.outputs[0].name not in outputs]
+    consumers = () if value is None else value.consumers()
+    others = [node.op_type for node in consumers if node.outputs[0].name not in outputs]
     return f"a {others[0]} node reads the activation too" if others else ""
 
 
@@ -88,8 +88,8 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
     in_features, out_features = (rows, columns) if layout is WeightLayout.K_BY_N else (columns, rows)
     _require_width(node, activation, in_features)
     return MatMulSite(
-        name=node.name or _name_from_weight(weight, output),
-        op_type=_op_type(node),
+        name=node.name or f"{weight.name}->{output.name}",  # the output tells two readers of one weight apart
+        op_type="MatMul" if node.op_type == "MatMul" else "Gemm",
         weight=_name(weight),
         activation=_name(activation),
         output=_name(output),
@@ -107,7 +107,7 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
 
 
 def _require_width(node: ir.Node, activation: ir.Value, in_features: int) -> None:
-    """An activation whose shape is told has as many channels as the weight has inputs."""
+    """Raise GraphError where the activation's declared width isn't the weight's number of inputs."""
     width = activation.shape[-1] if activation.shape is not None and len(activation.shape) else None
     if isinstance(width, int) and width != in_features:
         raise GraphError(
@@ -116,30 +116,21 @@ def _require_width(node: ir.Node, activation: ir.Value, in_features: int) -> Non
         )
 
 
-def _op_type(node: ir.Node) -> Literal["MatMul", "Gemm"]:
-    return "MatMul" if node.op_type == "MatMul" else "Gemm"
-
-
 def _name(value: ir.Value) -> str:
     assert value.name, "onnx-ir names every value it loads"
     return value.name
 
 
-def _name_from_weight(weight: ir.Value, output: ir.Value) -> str:
-    """Unnamed nodes are called after their weight; the output keeps two users of one weight apart."""
-    return f"{weight.name}->{output.name}"
-
-
 def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
-    """The constant weight of a MatMul or Gemm and how it is stored, or None where the node isn't a site."""
+    """Return the constant weight of a MatMul or Gemm and how it is stored, or None where the node isn't a site."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
         return None
-    if node.op_type == "Gemm" and not _is_plain_gemm(node):
+    if gemm_faults(node):
         return None
     value = node.inputs[1]
-    transposed = node.op_type == "Gemm" and _int_attribute(node, "transB") == 1
+    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
-    if value is not None and not transposed and (source := swapped_initializer(value)) is not None:
+    if value is not None and not transposed and (source := _swapped_initializer(value)) is not None:
         layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
     if value is None or not value.is_initializer() or float_of_onnx(value.dtype) is None:
         return None
@@ -148,18 +139,17 @@ def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
     return layout, value
 
 
-def _is_plain_gemm(node: ir.Node) -> bool:
-    alpha = node.attributes.get("alpha")
-    return _int_attribute(node, "transA") == 0 and (alpha is None or alpha.as_float() == 1.0)
+def gemm_faults(node: ir.Node) -> str:
+    """Return what a Gemm does besides multiplying and adding a bias, in words; empty for any other node."""
+    if node.op_type != "Gemm":
+        return ""
+    transposes, scales = node.attributes.get_int("transA", 0) != 0, node.attributes.get_float("alpha", 1.0) != 1
+    words = ("its Gemm transposes the activation (transA)", transposes), ("its Gemm scales the product (alpha)", scales)
+    return "; ".join(fault for fault, there in words if there)
 
 
-def _int_attribute(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return 0 if attribute is None else attribute.as_int()
-
-
-def swapped_initializer(value: ir.Value) -> ir.Value | None:
-    """The rank-2 initializer behind a Transpose that swaps its axes."""
+def _swapped_initializer(value: ir.Value) -> ir.Value | None:
+    """Return the initializer behind a Transpose that swaps its two axes; None where there is none."""
     node = value.producer()
     if node is None or node.op_type != "Transpose":
         return None
@@ -171,7 +161,7 @@ def swapped_initializer(value: ir.Value) -> ir.Value | None:
 
 
 def _becomes_logits(value: ir.Value) -> bool:
-    """Whether ``value`` is the graph's logits, or becomes them through casts and elementwise nodes (soft-capping)."""
+    """Return whether ``value`` becomes the graph's logits, directly or through casts and a soft cap."""
     while not value.is_graph_output():
         consumers = value.consumers()
         if len(consumers) != 1 or consumers[0].op_type not in _SHAPE_KEEPING:
@@ -180,11 +170,8 @@ def _becomes_logits(value: ir.Value) -> bool:
     return value.name == "logits"
 
 
-_TOKENS = "input_ids"
-
-
 def find_embeddings(model: ir.Model) -> tuple[EmbeddingTable, ...]:
-    """The embedding tables of the main graph, in graph order.
+    """Return the embedding tables of the main graph, in graph order.
 
     A table is a rank-2 floating-point initializer, read directly or through a Transpose by a Gather along the token
     axis whose indices are the graph input ``input_ids``, directly or through Casts. Rotary caches and other tables are
@@ -198,13 +185,13 @@ def find_embeddings(model: ir.Model) -> tuple[EmbeddingTable, ...]:
 
 
 def _table_of(node: ir.Node) -> tuple[str, bool] | None:
-    """Name of the table's initializer and whether a Transpose stands before the Gather; None for any other node."""
+    """Return the table's initializer and whether a Transpose stands before the Gather; None for any other node."""
     if node.domain not in ("", "ai.onnx") or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
         return None
     data, indices = node.inputs[:2]
     if data is None or not _are_tokens(indices):
         return None
-    source = swapped_initializer(data)
+    source = _swapped_initializer(data)
     table = data if source is None else source
     if not table.is_initializer() or table.shape is None or len(table.shape) != 2 or float_of_onnx(table.dtype) is None:
         return None

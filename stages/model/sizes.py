@@ -1,4 +1,4 @@
-"""What the bytes of a model's files are: codes, scales, embeddings, weights in floating point, the graph."""
+"""Count the bytes of a model's files, whole and by what they hold: codes, scales, embeddings, floats, the graph."""
 
 from __future__ import annotations
 
@@ -11,46 +11,20 @@ from stages.model.directory import ModelDirectory
 from stages.model.load import external_files, load_graph
 
 CODES = {4: "INT4 codes", 8: "INT8 codes"}
-
-
 SCALES, ZERO_POINTS = "scales", "zero points"
-
-
 EMBEDDING = "embedding"
-
-
 TIED = "embedding, lm_head too"
-
-
 MATRICES = "matrices as in the base"
-
-
 REST = "norms, biases, tables"
-
-
 GRAPH = "graph and padding"
-
-
 CATEGORIES = (*CODES.values(), SCALES, ZERO_POINTS, EMBEDDING, TIED, MATRICES, REST, GRAPH)
 """In the order in which they are shown."""
-
-
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
-
-
 _PLACES = {
     "DequantizeLinear": {0: "codes", 1: SCALES, 2: ZERO_POINTS},
     "MatMulNBits": {1: "codes", 2: SCALES, 3: ZERO_POINTS},
 }
-"""What the inputs of nodes that dequantize hold."""
-
-
-_BITS = {
-    ir.DataType.INT4: 4,
-    ir.DataType.UINT4: 4,
-    ir.DataType.INT8: 8,
-    ir.DataType.UINT8: 8,
-}
+"""What inputs of nodes that dequantize hold, by their place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +39,7 @@ class SizePart:
 def size_parts(
     base: ModelDirectory, quantized: ModelDirectory, base_graph: ir.Model | None = None
 ) -> tuple[SizePart, ...]:
-    """Return the categories that either model has.
+    """Return the bytes of every category that either model has.
 
     Ensures: each model's parts add up to the bytes of its .onnx file and external data.
 
@@ -86,18 +60,26 @@ def size_parts(
     )
 
 
+def stored_bytes(directory: ModelDirectory) -> int:
+    """Return the bytes of the .onnx file and of every file of external data that it refers to.
+
+    Raises:
+        GraphError: the model can't be read, or isn't whole.
+    """
+    return _file_bytes(directory, load_graph(directory))
+
+
 def _bytes_by_category(directory: ModelDirectory, model: ir.Model) -> Counter[str]:
     counted: Counter[str] = Counter()
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             counted[_category(value)] += value.const_value.nbytes
-    files = {directory.onnx_file.resolve(), *external_files(model)}
-    counted[GRAPH] = sum(file.stat().st_size for file in files) - counted.total()
+    counted[GRAPH] = _file_bytes(directory, model) - counted.total()
     return counted
 
 
 def _category(value: ir.Value) -> str:
-    """By what reads the initializer, itself or through Transpose and dequantizing nodes."""
+    """Return the category of an initializer by what reads it, directly or through nodes that dequantize."""
     reached = _reached(value)
     dequantizing = [(node, place) for node, place in value.uses() if node.op_type in _PLACES]
     if any(node.op_type in _LOOKUPS for node, _ in reached):
@@ -111,7 +93,7 @@ def _category(value: ir.Value) -> str:
 
 
 def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """The (node, input) that read a value, looking through Transpose, Cast and DequantizeLinear."""
+    """Return the (node, input) that read a value, looking through Transpose, Cast and DequantizeLinear."""
     found: list[tuple[ir.Node, int]] = []
     for node, place in value.uses():
         found.append((node, place))
@@ -123,21 +105,16 @@ def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
 def _bits(value: ir.Value, node: ir.Node) -> int:
     if node.op_type == "MatMulNBits":
         return node.attributes.get_int("bits", 4)
-    return _BITS.get(value.dtype, 8) if value.dtype is not None else 8
+    return 4 if value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
 
 
 def _is_table(reached: list[tuple[ir.Node, int]]) -> bool:
-    """Whether all that read it are attention or rotation nodes: tables of sines and cosines, masks."""
+    """Return whether no layer reads it: a table of sines and cosines, or a mask."""
     return not any(
         node.op_type in ("MatMul", "Gemm", "MoE", "QMoE", "Conv", "Attention", "QuantizeLinear") for node, _ in reached
     )
 
 
-def stored_bytes(directory: ModelDirectory) -> int:
-    """Bytes of the .onnx file and of every file of external data that it refers to.
-
-    Raises:
-        GraphError: the model can't be read, or isn't whole.
-    """
-    files = {directory.onnx_file.resolve(), *external_files(load_graph(directory))}
+def _file_bytes(directory: ModelDirectory, model: ir.Model) -> int:
+    files = {directory.onnx_file.resolve(), *external_files(model)}
     return sum(file.stat().st_size for file in files)

@@ -1,4 +1,4 @@
-"""Large weights that quantization leaves as they are because no MatMul or Gemm reads them, with the reason.
+"""Find what quantization leaves as it is, with the reason: weights that no MatMul reads, and MatMuls without a weight.
 
 Expert weights inside a MoE node, packed weights of an Attention node, kernels of a convolution, tables of a Gather: a
 model in which they are a large part gets only a little smaller, and a person must be told before the search starts.
@@ -7,55 +7,37 @@ model in which they are a large part gets only a little smaller, and a person mu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from stages.model.patterns import EXPERT_NODES, readers
-from stages.model.sites import find_embeddings, weight_of
+from stages.model.sites import find_embeddings, gemm_faults, weight_of
 from stages.records.formats import float_of_onnx
 from stages.records.sites import UnquantizedWeights
 
 _SMALLEST_SHARE = 0.01
-
-
 _WORTH_A_WARNING = 0.05
-
-
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
-
-
 _PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
-
-
 _LINEAR = frozenset({"MatMul", "Gemm"})
-
-
 _QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
-
-
 _ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that take tables of cosines and sines: computed from positions, never learned."""
-
-
 _EMBEDDING = "token embedding; --gather_quantize_axis 1 stores it as INT4"
-
-
 _EXPERTS = (
     "a MoE node multiplies with floating-point experts; onnxruntime-genai's builder stores them as INT4 with "
     "--extra_options moe_quant_type=int4, and the rest is quantized here"
 )
-
-
 _OTHERS = "only weights of MatMul and Gemm are quantized"
+_TWO_ACTIVATIONS = "it multiplies two activations"
 
 
 def find_unquantized(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnquantizedWeights, ...]:
-    """Weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node that does.
+    """Return weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node.
 
     Each entry holds at least 1 % of the bytes of all weights; tables of rotary embeddings are no weights.
-    ``quantized_tables`` are embeddings that will be quantized. MatMul and Gemm nodes that can't be quantized are the
-    plan's to explain.
+    ``quantized_tables`` are embeddings that will be quantized.
     """
     embeddings = {table.weight for table in find_embeddings(model)}
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
@@ -76,7 +58,7 @@ def _reason(op_type: str) -> str:
 
 
 def _reader(value: ir.Value) -> str | None:
-    """The kind of node that reads this weight and isn't a MatMul; None where there is none, or it is no matrix."""
+    """Return the kind of node, other than MatMul, that reads this weight; None without one, or for vectors."""
     if value.shape is None or len(value.shape) < 2:
         return None
     found = [node.op_type for node, index in readers(value, _PASSED_THROUGH) if not _takes_rotation(node, index)]
@@ -105,28 +87,29 @@ def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) ->
     )
 
 
-def unquantized_warning(unreached: tuple[UnquantizedWeights, ...], *, quantized: int, routers: int) -> str:
-    """One line about what a person may have expected to shrink; empty where there is nothing to say.
+def unquantized_warning(unquantized: tuple[UnquantizedWeights, ...], *, quantized: int, routers: int) -> str:
+    """Return one line about what a person may have expected to shrink; empty where there is nothing to say.
 
-    An embedding is no surprise; experts are always named, and anything else from 5 % of the weights. ``quantized`` and
-    ``routers`` count the MatMuls that will be quantized, and the routers that won't.
+    An embedding is no surprise; experts are always named, and anything else from 5 % of the weights.
+
+    Args:
+        unquantized: what ``find_unquantized`` found.
+        quantized: how many MatMuls will be quantized.
+        routers: how many routers of experts won't.
     """
-    told = [f"kept as it is: {part.in_words}" for part in unreached if _is_worth_a_warning(part)]
-    if not told and not routers:
+    named = [f"kept as it is: {weights.in_words}" for weights in unquantized if _is_worth_a_warning(weights)]
+    if not named and not routers:
         return ""
     mixture = [f"routers of experts kept: {routers}"] if routers else []
-    return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *told])
+    return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *named])
 
 
-def _is_worth_a_warning(part: UnquantizedWeights) -> bool:
-    return part.op_type in EXPERT_NODES or (part.reason != _EMBEDDING and part.share >= _WORTH_A_WARNING)
-
-
-_NO_WEIGHT = "it multiplies two activations"
+def _is_worth_a_warning(weights: UnquantizedWeights) -> bool:
+    return weights.op_type in EXPERT_NODES or (weights.reason != _EMBEDDING and weights.share >= _WORTH_A_WARNING)
 
 
 def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
-    """(node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
+    """Return (node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
     main = set(model.graph)
     return tuple(
         (str(node.name or node.outputs[0].name), _skip_reason(node, in_main_graph=node in main))
@@ -139,17 +122,10 @@ def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
 def _skip_reason(node: ir.Node, *, in_main_graph: bool) -> str:
     left, right = node.inputs[:2]
     if right is None or not _is_constant(right):
-        return "its weight is the first input" if left is not None and _is_constant(left) else _NO_WEIGHT
+        return "its weight is the first input" if left is not None and _is_constant(left) else _TWO_ACTIVATIONS
     if not in_main_graph:
         return "it lies in a subgraph"
-    return "; ".join(_faults_of_gemm(node)) or _fault_of_weight(right)
-
-
-def _faults_of_gemm(node: ir.Node) -> Iterator[str]:
-    if node.attributes.get_int("transA", 0):
-        yield "its Gemm transposes the activation (transA)"
-    if node.attributes.get_float("alpha", 1.0) != 1:
-        yield "its Gemm scales the product (alpha)"
+    return gemm_faults(node) or _fault_of_weight(right)
 
 
 def _fault_of_weight(weight: ir.Value) -> str:
@@ -166,7 +142,7 @@ def _fault_of_weight(weight: ir.Value) -> str:
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """Whether ``value`` is the same in every run: an initializer, or made from nothing but such values."""
+    """Return whether ``value`` is the same in every run: an initializer, or made from nothing but such values."""
     pending, seen = [value], {id(value)}
     while pending:
         current = pending.pop()

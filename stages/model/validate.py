@@ -1,12 +1,13 @@
-"""Whether a graph that was parsed hangs together, so that others may take inputs and sizes of weights as told.
+"""Validate a parsed graph, so that others may rely on its nodes' inputs and its weights' sizes.
 
-ONNX's own checker refuses the operators that ONNX Runtime adds to the standard domain, so it can't be asked.
+ONNX's own checker refuses the operators that ONNX Runtime adds to the standard domain, so it can't be used.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from types import MappingProxyType
 
 import onnx
@@ -30,7 +31,7 @@ _FEWEST_INPUTS = MappingProxyType(
 
 
 def fault_of_proto(proto: onnx.ModelProto) -> str | None:
-    """What parsing would hide: names that are given twice. None where there is nothing."""
+    """Return what parsing would hide, in words: a name that is given twice; None where there is none."""
     graph = proto.graph
     for what, values in (("input", graph.input), ("output", graph.output), ("initializer", graph.initializer)):
         twice = [name for name, count in Counter(value.name for value in values).items() if count > 1]
@@ -40,7 +41,7 @@ def fault_of_proto(proto: onnx.ModelProto) -> str | None:
 
 
 def fault_of_graph(model: ir.Model) -> str | None:
-    """The first thing that doesn't fit in ``model``, in words; None where it hangs together.
+    """Return the first fault of ``model``, in words; None where it is valid.
 
     Ensures: nodes stand behind what they read, in the main graph and in subgraphs.
     """
@@ -48,7 +49,7 @@ def fault_of_graph(model: ir.Model) -> str | None:
     if version is None:
         return "it doesn't say which opset it has"
     if version < 1:
-        return f"its opset {version} was never one"
+        return f"its opset {version} never existed"
     if version > onnx.defs.onnx_opset_version():
         return f"its opset {version} is newer than the {onnx.defs.onnx_opset_version()} that is known here"
     try:
@@ -56,45 +57,36 @@ def fault_of_graph(model: ir.Model) -> str | None:
     except ValueError:
         return "its nodes form a cycle"
     nodes = [*model.graph.all_nodes(), *(node for each in model.functions.values() for node in each.all_nodes())]
-    return next((fault for node in nodes for fault in _faults_of_node(model, node)), None) or next(
-        (
-            fault
-            for graph in model.graphs()
-            for value in graph.initializers.values()
-            for fault in _faults_of_weight(value)
-        ),
-        None,
-    )
+    weights = [value for graph in model.graphs() for value in graph.initializers.values()]
+    faults = chain((_faults_of_node(model, node) for node in nodes), map(_faults_of_weight, weights))
+    return next(chain.from_iterable(faults), None)
 
 
 def _opset(model: ir.Model) -> int | None:
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx"))
 
 
-def _called(node: ir.Node) -> str:
+def _describe(node: ir.Node) -> str:
     return f"{node.op_type} node '{node.name}'" if node.name else f"a {node.op_type} node"
-
-
-# --------------------------------------------------------------------------- nodes
 
 
 def _faults_of_node(model: ir.Model, node: ir.Node) -> Iterator[str]:
     if not node.outputs:
-        yield f"{_called(node)} has no output"
+        yield f"{_describe(node)} has no output"
     if isinstance(node.graph, ir.Graph):
-        yield from _unmade(node)
+        yield from _faults_of_inputs(node)
     schema = _schema(model, node)
     fewest = _FEWEST_INPUTS.get(node.op_type, 0) if schema is None else schema.min_input
     if len(node.inputs) < fewest:
-        yield f"{_called(node)} has {len(node.inputs)} inputs and needs {fewest}"
+        yield f"{_describe(node)} has {len(node.inputs)} inputs and needs {fewest}"
     yield from _faults_of_attributes(node, schema)
 
 
-def _unmade(node: ir.Node) -> Iterator[str]:
+def _faults_of_inputs(node: ir.Node) -> Iterator[str]:
     for value in node.inputs:
         if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
             continue
-        yield f"{_called(node)} reads '{value.name}', which nothing makes"
+        yield f"{_describe(node)} reads '{value.name}', which nothing makes"
 
 
 def _schema(model: ir.Model, node: ir.Node) -> OpSchema | None:
@@ -111,19 +103,16 @@ def _faults_of_attributes(node: ir.Node, schema: OpSchema | None) -> Iterator[st
     declared = {} if schema is None else schema.attributes
     for name, attribute in declared.items():
         if attribute.required and name not in node.attributes:
-            yield f"{_called(node)} lacks its {name}"
+            yield f"{_describe(node)} lacks the attribute {name}"
     for name, given in node.attributes.items():
         if name in declared and given.type.name != str(declared[name].type).rpartition(".")[2]:
-            yield f"{_called(node)} has a {name} of type {given.type.name}"
+            yield f"{_describe(node)} has the attribute {name} of type {given.type.name}"
         if not given.is_ref() and given.type == ir.AttributeType.TENSOR and not _is_readable(given.as_tensor()):
-            yield f"{_called(node)} has a {name} whose bytes don't fit its shape"
+            yield f"{_describe(node)} has the attribute {name}, whose bytes don't fit its shape"
     for name in _HEAD_COUNTS.get(node.op_type, ()):
         count = node.attributes.get(name)
         if count is None or count.type != ir.AttributeType.INT or (not count.is_ref() and count.as_int() < 1):
-            yield f"{_called(node)} needs a number from 1 as its {name}"
-
-
-# --------------------------------------------------------------------------- weights
+            yield f"{_describe(node)} needs a {name} of at least 1"
 
 
 def _faults_of_weight(value: ir.Value) -> Iterator[str]:
@@ -147,7 +136,7 @@ def _faults_of_weight(value: ir.Value) -> Iterator[str]:
 
 
 def _is_readable(tensor: ir.TensorProtocol) -> bool:
-    """Whether there are as many numbers as the shape says; those in the file itself are not copied."""
+    """Return whether a tensor has as many numbers as its shape says; external data isn't read."""
     if isinstance(tensor, ir.ExternalTensor):
         return True
     try:

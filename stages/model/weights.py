@@ -1,4 +1,4 @@
-"""The only reader of weights: any ONNX layout and type becomes a canonical [N, K] tensor."""
+"""Read weights and embeddings from a graph, in any ONNX layout and float type, as float32 tensors [N, K]."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stages.records.sites import MatMulSite, WeightLayout
 
 
 def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
-    """True where ``numbers`` hold neither NaN nor an infinity; of no numbers too. Reads them once, without a copy.
+    """Return whether ``numbers``, if any, hold neither NaN nor an infinity; reads them once, without a copy.
 
-    Smallest and largest number tell, since a NaN among the numbers becomes both; ``isfinite(...).all()`` writes four
-    temporaries and took 20 times as long.
+    The smallest and the largest number tell, since a NaN becomes both; ``isfinite(...).all()`` writes four temporaries
+    and took 20 times as long.
     """
     if numbers.numel() == 0:
         return True
@@ -27,48 +27,66 @@ def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
 
 
 def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Float[Tensor, "N K"]:
-    """One site's weight in float32 on ``device``; nothing of it stays in host memory afterwards.
+    """Return one site's weight in float32 on ``device``; nothing of it stays in host memory.
+
+    Args:
+        model: the graph that holds it.
+        site: where the weight is read.
+        device: where the tensor will lie.
 
     Raises:
         GraphError: the initializer is gone.
         SolveError: the weight holds NaN or infinite values.
     """
-    value = model.graph.initializers.get(site.weight)
-    if value is None or value.const_value is None:
-        raise GraphError(f"The weight '{site.weight}' of {site.name} is not in the graph; build the model again.")
-    weight = to_torch(value.const_value.numpy()).to(device=device, dtype=torch.float32, copy=True)
-    if isinstance(value.const_value, ir.ExternalTensor):
-        value.const_value.release()
+    stored = _stored(model, site.weight, f"weight '{site.weight}' of {site.name}")
+    weight = to_torch(stored.numpy()).to(device=device, dtype=torch.float32, copy=True)
+    _release(stored)
     if site.layout is WeightLayout.K_BY_N:
         weight = weight.T.contiguous()
-    if not all_finite(weight):
-        raise SolveError(f"The weight of {site.name} holds NaN or infinite values; build the base model again.")
-    return weight
+    return _require_finite(weight, f"weight of {site.name}")
 
 
 def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch.device) -> Float[Tensor, "rows D"]:
-    """Some rows of an embedding in float32 on ``device``; the others are not read.
+    """Return some rows of an embedding in float32 on ``device``; the others are not read.
+
+    Args:
+        model: the graph that holds it.
+        table: the embedding.
+        rows: token ids.
+        device: where the tensor will lie.
 
     Raises:
         GraphError: the initializer is gone.
         SolveError: the rows hold NaN or infinite values.
     """
-    value = model.graph.initializers.get(table.weight)
+    stored = _stored(model, table.weight, f"embedding '{table.weight}'")
+    whole = stored.numpy()
+    part = np.array(whole[:, rows].T if table.transposed else whole[rows], order="C")
+    del whole
+    _release(stored)
+    return _require_finite(to_torch(part).to(device=device, dtype=torch.float32), f"embedding '{table.weight}'")
+
+
+def _stored(model: ir.Model, name: str, description: str) -> ir.TensorProtocol:
+    value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:
-        raise GraphError(f"The embedding '{table.weight}' is not in the graph; build the model again.")
-    stored = value.const_value.numpy()
-    part = np.array(stored[:, rows].T if table.transposed else stored[rows], order="C")
-    del stored
-    if isinstance(value.const_value, ir.ExternalTensor):
-        value.const_value.release()
-    numbers = to_torch(part).to(device=device, dtype=torch.float32)
+        raise GraphError(f"The {description} is not in the graph; build the model again.")
+    return value.const_value
+
+
+def _release(stored: ir.TensorProtocol) -> None:
+    if isinstance(stored, ir.ExternalTensor):
+        stored.release()
+
+
+def _require_finite(numbers: Float[Tensor, "rows columns"], description: str) -> Float[Tensor, "rows columns"]:
     if not all_finite(numbers):
-        raise SolveError(f"The embedding '{table.weight}' holds NaN or infinite values; build the base model again.")
+        raise SolveError(f"The {description} holds NaN or infinite values; build the base model again.")
     return numbers
 
 
 def to_torch(array: np.ndarray) -> Tensor:
-    """A torch tensor with the array's values and type, bfloat16 included."""
+    """Return a torch tensor with the array's values and type, bfloat16 included."""
     if not array.flags.writeable:
         array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:

@@ -1,7 +1,8 @@
-"""A model opened in ONNX Runtime: the logits of whole windows, and greedy continuation token by token."""
+"""Open a model in ONNX Runtime: the logits of whole windows, and greedy continuation token by token."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,26 +12,25 @@ import numpy as np
 import onnxruntime as ort
 from jaxtyping import Float32, Int64
 
-from stages.errors import UserError
+from stages.errors import UserError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.runtime.upcast import runnable_file
 
 _LOGITS = "logits"
-_PAST = ("past_key_values", "past")
-_PRESENT = "present"
+_PAST = re.compile(r"past(_key_values)?")
 Feeds = Mapping[str, ort.OrtValue]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A session of a model, and how its inputs are made."""
+    """An open session of a model, and the feeds of its inputs."""
 
     directory: ModelDirectory
     feeds: CausalFeeds
 
     def logits(self, tokens: Int64[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L V"]:
-        """Logits of full windows, past key/values empty.
+        """Return the logits of full windows, past key/values empty.
 
         Raises:
             UserError: ONNX Runtime stops.
@@ -39,39 +39,39 @@ class Decoder:
         return np.asarray(logits.numpy(), np.float32)
 
     def continuation(self, tokens: list[int]) -> Iterator[int]:
-        """The most likely tokens behind ``tokens``, one by one, without end; each is computed when it is asked for.
+        """Yield the most likely tokens behind ``tokens``, without end; each is computed when it is asked for.
 
-        Keys and values are carried from step to step. Where attention drops old tokens itself, or a cache has no
+        Keys and values are kept from step to step. Where attention drops old tokens itself, or a cache has no
         output of its own, everything is computed again for each token.
 
         Raises:
             UserError: ONNX Runtime stops.
         """
-        carried = self._carried()
-        return self._from_the_start(tokens) if carried is None else self._step_by_step(tokens, carried)
+        present_of = self._present_of_past()
+        return self._recomputed(tokens) if present_of is None else self._cached(tokens, present_of)
 
-    def _from_the_start(self, tokens: list[int]) -> Iterator[int]:
+    def _recomputed(self, tokens: list[int]) -> Iterator[int]:
         known = list(tokens)
         while True:
             known.append(int(self.logits(np.array([known]))[0, -1].argmax()))
             yield known[-1]
 
-    def _step_by_step(self, tokens: list[int], carried: Mapping[str, str]) -> Iterator[int]:
+    def _cached(self, tokens: list[int], present_of: Mapping[str, str]) -> Iterator[int]:
         first = self.feeds(np.array([tokens]))
         feeds, length = _as_values(first), len(tokens)
         while True:
-            logits, *presents = self._run([_LOGITS, *carried.values()], feeds)
+            logits, *presents = self._run([_LOGITS, *present_of.values()], feeds)
             token = int(logits.numpy()[0, -1].argmax())
             yield token
             length += 1
-            feeds = _as_values(_of_one_token(first, token, length)) | dict(zip(carried, presents, strict=True))
+            feeds = _as_values(_of_one_token(first, token, length)) | dict(zip(present_of, presents, strict=True))
 
-    def _carried(self) -> dict[str, str] | None:
-        """The output that becomes each cache input in the next step; None where not every one has its own."""
+    def _present_of_past(self) -> dict[str, str] | None:
+        """Return the output that becomes each cache input in the next step; None where a cache slides or has none."""
         session = self.feeds.session
         outputs = {node.name for node in session.get_outputs()}
-        caches = [node.name for node in session.get_inputs() if _PAST[-1] in node.name]
-        pairs = {name: _present_name(name) for name in caches}
+        inputs = [node.name for node in session.get_inputs()]
+        pairs = {name: _PAST.sub("present", name) for name in inputs if _PAST.search(name)}
         complete = set(pairs.values()) <= outputs
         return pairs if complete and not self.directory.windowed_caches else None
 
@@ -79,15 +79,19 @@ class Decoder:
         try:
             return list(self.feeds.session.run_with_ort_values(outputs, dict(feeds)))
         except Exception as error:  # onnxruntime raises classes without a common base
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"ONNX Runtime can't run {self.directory.onnx_file} ({reason}); try another of --eps."
+                f"ONNX Runtime can't run {self.directory.onnx_file} ({in_one_line(error)}); try another of --eps."
             ) from error
 
 
 @contextmanager
 def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: Path | None) -> Iterator[Decoder]:
-    """Open the model in ``directory``; a float32 copy of a bfloat16 one lies in ``scratch`` meanwhile.
+    """Open the model in ``directory``; meanwhile ``scratch`` holds a float32 copy of a bfloat16 one.
+
+    Args:
+        directory: the model.
+        settings: how its session is opened.
+        scratch: folder for the copy; None is the system's folder for temporary files.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
@@ -96,13 +100,6 @@ def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: 
         session = open_session(onnx_file, settings)
         feeds = CausalFeeds.of(session, directory)
         yield Decoder(directory=directory, feeds=feeds)
-
-
-def _present_name(past: str) -> str:
-    for word in _PAST:
-        if word in past:
-            return past.replace(word, _PRESENT)
-    return past
 
 
 def _as_values(feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> dict[str, ort.OrtValue]:
@@ -115,7 +112,7 @@ def _as_values(feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> dict[str, ort.
 def _of_one_token(
     first: Mapping[str, np.ndarray | ort.OrtValue], token: int, length: int
 ) -> dict[str, np.ndarray | ort.OrtValue]:
-    """Feeds of the last of ``length`` tokens, caches left out; types are those of the ``first`` step."""
+    """Return the feeds of the last of ``length`` tokens without caches, in the types of the ``first`` step."""
     values = {
         "input_ids": np.array([[token]]),
         "attention_mask": np.ones((1, length)),

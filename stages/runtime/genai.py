@@ -1,4 +1,7 @@
-"""A model folder opened in onnxruntime-genai, the runtime that ships it. The package is optional."""
+"""Open a model folder in onnxruntime-genai, the runtime that it is made for, and generate tokens with it.
+
+The package is optional. Nothing heavy is imported here: the speed test measures the memory of processes that do so.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stages.errors import UserError
+from stages.errors import UserError, in_one_line, named
 from stages.model.genai_config import GENAI_CONFIG
 
 _TEMPLATE = "chat_template"
+_CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenaiSession:
     """An open model with its tokenizer."""
 
-    folder: Path
     runtime: ModuleType
     """onnxruntime_genai."""
     model: Any
@@ -28,20 +31,23 @@ class GenaiSession:
     """Whether the folder has a chat template."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """Token ids of a user's message, in the chat template where there is one."""
+        """Return the token ids of a user's message, in the chat template where there is one."""
         if self.has_template:
             prompt = self.tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]))
         return [int(token) for token in self.tokenizer.encode(prompt)]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What token ids stand for."""
+        """Return what token ids stand for."""
         text: str = self.tokenizer.decode(list(tokens))
         return text
 
     def greedy(self, tokens: Sequence[int], limit: int, *, past_the_end: bool = False) -> Iterator[int]:
-        """The most likely next tokens, up to the model's end token or ``limit``; ``past_the_end`` to ``limit``.
+        """Yield the most likely next tokens, each computed when it is asked for, the prompt with the first.
 
-        Everything is computed when it is asked for: the prompt with the first token.
+        Args:
+            tokens: token ids of the prompt.
+            limit: the most tokens that are generated.
+            past_the_end: whether generation goes on behind the model's end token.
         """
         settings = self.runtime.GeneratorParams(self.model)
         length = len(tokens) + limit
@@ -56,63 +62,107 @@ class GenaiSession:
 
 
 def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSession:
-    """Open the model in ``folder``; ``threads`` replaces what its genai_config.json says.
+    """Open the model in ``folder`` with its tokenizer.
 
     Args:
         folder: the model.
         option: the command-line option that named it, for messages.
-        threads: threads of ONNX Runtime; None leaves them.
+        threads: see ``load_genai``.
 
     Raises:
         UserError: onnxruntime-genai isn't installed, or the folder is no ORT-GenAI model, or can't be run here.
     """
     require_genai([folder], option)
-    runtime = _runtime(option)
+    runtime = import_genai(option)
     try:
-        config = runtime.Config(str(folder))
-        if threads is not None:
-            options = {"intra_op_num_threads": threads}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        model = runtime.Model(config)
+        model = load_genai(runtime, folder, threads=threads)
         tokenizer = runtime.Tokenizer(model)
     except RuntimeError as error:
         raise cannot_run(folder, option, error) from error
-    return GenaiSession(
-        folder=folder, runtime=runtime, model=model, tokenizer=tokenizer, has_template=_has_template(folder)
-    )
+    return GenaiSession(runtime=runtime, model=model, tokenizer=tokenizer, has_template=_has_template(folder))
+
+
+def load_genai(
+    runtime: ModuleType,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    filename: str | None = None,
+    end_token: int | None = None,
+    provider: str | None = None,
+) -> object:
+    """Load the model in ``folder``; what is given replaces what its genai_config.json says.
+
+    Args:
+        runtime: onnxruntime_genai.
+        folder: the model.
+        threads: threads of ONNX Runtime.
+        filename: the .onnx file in ``folder``.
+        end_token: the token at which generation ends, taken for padding too.
+        provider: the only execution provider, as onnxruntime-genai names it (cpu, cuda, ...).
+
+    Raises:
+        RuntimeError: onnxruntime-genai can't load it here.
+    """
+    decoder: dict[str, object] = {} if filename is None else {"filename": filename}
+    if threads is not None:
+        decoder["session_options"] = {"intra_op_num_threads": threads}
+    overlay: dict[str, object] = {"decoder": decoder} if decoder else {}
+    if end_token is not None:
+        overlay |= {"eos_token_id": end_token, "pad_token_id": end_token}
+    config = runtime.Config(str(folder))
+    if overlay:
+        config.overlay(json.dumps({"model": overlay}))
+    if provider is not None:
+        config.clear_providers()
+        if provider != _CPU:
+            config.append_provider(provider)
+    model: object = runtime.Model(config)
+    return model
+
+
+def import_genai(option: str) -> ModuleType:
+    """Return the module onnxruntime_genai.
+
+    Raises:
+        UserError: it can't be imported; ``option`` is what needs it.
+    """
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise UserError(
+            f"{option}: onnxruntime-genai can't be imported ({named(error)}); install it with 'pip install "
+            "onnxruntime-genai' (on CUDA onnxruntime-genai-cuda)."
+        ) from error
+    runtime: ModuleType = onnxruntime_genai
+    return runtime
 
 
 def require_genai(folders: Sequence[Path], option: str) -> None:
     """Raise UserError where onnxruntime-genai isn't installed, or a folder lacks its configuration."""
-    _runtime(option)
+    import_genai(option)
     for folder in folders:
         if not (folder / GENAI_CONFIG).is_file():
             raise UserError(f"{option} {folder} has no {GENAI_CONFIG}; pass a folder that onnxruntime-genai can run.")
 
 
 def cannot_run(folder: Path, option: str, error: RuntimeError) -> UserError:
-    """The runtime's ``error`` as a sentence."""
-    reason = str(error).strip().splitlines()[0]
+    """Return the runtime's ``error`` as a sentence.
+
+    Args:
+        folder: the model.
+        option: the command-line option that named it.
+        error: what onnxruntime-genai raised.
+    """
     return UserError(
-        f"{option} {folder} can't be run by onnxruntime-genai here ({reason}); "
+        f"{option} {folder} can't be run by onnxruntime-genai here ({in_one_line(error)}); "
         "pass a model built for this machine's execution provider."
     )
 
 
 def runtime_version(option: str) -> str:
-    """Name and version of the installed runtime."""
-    return f"onnxruntime-genai {_runtime(option).__version__}"
-
-
-def _runtime(option: str) -> ModuleType:
-    try:
-        import onnxruntime_genai
-    except ImportError as error:
-        raise UserError(
-            f"{option} needs onnxruntime-genai, which can't be imported ({error}): pip install onnxruntime-genai."
-        ) from error
-    module: ModuleType = onnxruntime_genai
-    return module
+    """Return name and version of the installed runtime, which ``option`` needs."""
+    return f"onnxruntime-genai {import_genai(option).__version__}"
 
 
 def _has_template(folder: Path) -> bool:

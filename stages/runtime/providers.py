@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: execution providers that really load, and inputs built from what the graph declares."""
+"""Choose the execution providers of ONNX Runtime that load on this machine."""
 
 from __future__ import annotations
 
@@ -10,31 +10,16 @@ import torch
 from stages.errors import UserError
 
 CPU = "CPUExecutionProvider"
-
-
 CPU_ONLY = (CPU,)
-
-
 CUDA = "CUDAExecutionProvider"
-
-
 NV_TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
-
-
-_PROVIDERS = {
-    "cpu": CPU,
-    "cuda": CUDA,
-    "dml": "DmlExecutionProvider",
-    "nvtensorrtrtx": NV_TENSORRT_RTX,
-}
-
-
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA, "dml": "DmlExecutionProvider", "nvtensorrtrtx": NV_TENSORRT_RTX}
 SHORT_NAMES = {provider: short for short, provider in _PROVIDERS.items()} | {NV_TENSORRT_RTX: "NvTensorRtRtx"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderChoice:
-    """Providers to ask for, in order, and (short name, why) of those that were wished for but can't load."""
+    """Providers to ask for, in order, and (short name, why) of those that were requested but can't load."""
 
     names: tuple[str, ...]
     missing: tuple[tuple[str, str], ...]

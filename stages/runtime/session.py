@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: execution providers that really load, and inputs built from what the graph declares."""
+"""Open ONNX Runtime sessions on the first providers that work, and feed them what the graph declares."""
 
 from __future__ import annotations
 
@@ -17,42 +17,34 @@ from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
 from stages.system.hardware import threads
 
 _REASON_LENGTH = 200
-
-
 _AS_MANY_AS_CORES = 0
-
-
 _BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
-
-
 _NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
     **{kind.onnxruntime: kind.numpy for kind in FLOAT_TYPES.values() if kind.onnxruntime != _BFLOAT16},
 }
-
-
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
-    """Everything about a session that callers here vary.
-
-    ``provider_options`` go to the provider that they are listed under. ``external_data_folder`` lets a graph given as
-    bytes read its weights where they lie. ``map_weights`` keeps weights as mapped file pages instead of repacked
-    copies. ``spin`` lets idle threads wait busily for the next run: faster, unless others compute between runs.
-    ``profile_prefix`` writes a profile whose kernel events name the nodes of the optimized graph.
-    """
+    """The settings of a session that differ between callers."""
 
     providers: tuple[str, ...] = (CPU,)
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Options by the provider that they go to."""
     external_data_folder: Path | None = None
+    """Where a graph given as bytes finds its weights."""
     map_weights: bool = False
+    """Whether weights stay mapped file pages instead of repacked copies."""
     spin: bool = True
+    """Whether idle threads wait busily for the next run: faster, unless others compute between runs."""
     accuracy_level: int | None = None
+    """See ``ACCURACY_LEVEL``."""
     profile_prefix: Path | None = None
+    """Start of the name of a profile, whose kernel events name the nodes of the optimized graph."""
 
 
 def open_session(model: Path | bytes, settings: SessionSettings) -> ort.InferenceSession:
@@ -63,7 +55,7 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # As torch does: processes that share a machine are told in this way how many threads are theirs.
+    # As in torch: this is how processes that share a machine are told how many threads they may use.
     options.intra_op_num_threads = threads() or _AS_MANY_AS_CORES
     if settings.external_data_folder is not None:
         options.add_session_config_entry(
@@ -113,15 +105,15 @@ def open_first_session(open_with: SessionOpener, choice: ProviderChoice) -> Open
         if culprit is None:
             raise error from error.__cause__
         return open_first_session(open_with, _without(choice, *culprit))
-    there = session.get_providers()
+    loaded = session.get_providers()
     for name in choice.names:
-        if name not in there:
+        if name not in loaded:
             choice = _without(choice, name, "ONNX Runtime could not load it; a driver or library is missing")
     return OpenedSession(session, choice)
 
 
 def _first_failing(open_with: SessionOpener, choice: ProviderChoice) -> tuple[str, str] | None:
-    """The first provider that fails by itself, and its reason; None where the CPU is the only one."""
+    """Return the first provider that fails by itself, and the reason; None where the CPU is the only one."""
     others = [name for name in choice.names if name != CPU]
     for name in others:
         try:
@@ -139,26 +131,9 @@ def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
     )
 
 
-def _past_shape(node: ort.NodeArg, empty: tuple[int, int | None, int, int | None]) -> tuple[int, ...]:
-    """Shape of an empty past: ``empty``, [batch, kv_heads, length, head_size]; fixed dimensions of the graph win."""
-    declared = list(node.shape)
-    if len(declared) == 3 and all(isinstance(dim, int) for dim in declared[1:]):
-        # The state of a short convolution: always of this size, and zero before the first token.
-        return empty[0], *declared[1:]
-    if len(declared) != 4:
-        raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
-    shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]
-    if any(dim is None for dim in shape):
-        raise GraphError(
-            f"Graph input '{node.name}' leaves its head count or size open and genai_config.json doesn't give "
-            "num_key_value_heads and head_size; put that file beside the model."
-        )
-    return tuple(int(dim) for dim in shape if dim is not None)
-
-
 @dataclass(frozen=True, slots=True)
 class CausalFeeds:
-    """Builds the inputs of a decoder graph for full windows of tokens and an empty past, by the graph's own names.
+    """The inputs of a decoder graph for full windows of tokens and an empty past, by the graph's own names.
 
     Position ids are 0, 1, 2, ...; the attention mask is all ones: windows hold no padding. An empty past has length 0,
     or the length that ``windowed_caches`` gives for its input: then a buffer of zeros, of which nothing is valid yet.
@@ -179,13 +154,13 @@ class CausalFeeds:
 
         Args:
             session: the open session.
-            directory: where head counts and sliding caches are told.
+            directory: gives head counts and sliding caches.
             fed_otherwise: inputs that the caller feeds.
         """
         return cls(session, directory.kv_heads, directory.head_size, directory.windowed_caches, fed_otherwise)
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
-        """Feeds for ``tokens`` [batch, length] (any integer type).
+        """Return the feeds for ``tokens`` [batch, length] (any integer type).
 
         Raises:
             GraphError: an input of the graph is none of input_ids, attention_mask, position_ids, past key/values.
@@ -214,9 +189,23 @@ class CausalFeeds:
         )
 
     def _past_shape(self, node: ort.NodeArg, batch: int) -> tuple[int, ...]:
-        return _past_shape(node, (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size))
+        """Return the shape of an empty past [batch, kv_heads, length, head_size]; the graph's fixed dimensions win."""
+        declared = list(node.shape)
+        if len(declared) == 3 and all(isinstance(dim, int) for dim in declared[1:]):
+            # The state of a short convolution: always of this size, and zero before the first token.
+            return batch, *declared[1:]
+        if len(declared) != 4:
+            raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
+        empty = (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size)
+        shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]
+        if None in shape:
+            raise GraphError(
+                f"Graph input '{node.name}' leaves its head count or size open and genai_config.json doesn't give "
+                "num_key_value_heads and head_size; put that file beside the model."
+            )
+        return tuple(int(dim) for dim in shape if dim is not None)
 
 
 def _bfloat16_zeros(shape: tuple[int, ...]) -> ort.OrtValue:
-    """numpy has no bfloat16 that ONNX Runtime takes; all bits zero are 0 in every type."""
+    """Return zeros; numpy has no bfloat16 that ONNX Runtime takes, and all bits zero are 0 in every type."""
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), ir.DataType.BFLOAT16)

@@ -1,9 +1,9 @@
-"""Run the base graph, or a piece of it, on token batches and yield the activations that its MatMul sites read.
+"""Run the base graph, or a partition of it, on token batches and yield the activations that its MatMul sites read.
 
 The tapped graph is the original with other outputs: it is handed to ONNX Runtime as a few hundred kilobytes of bytes
-whose weights are mapped from the base model's own files. Nodes behind the last tap (lm_head) are not run. Where the CPU
-alone must run a bfloat16 graph, it is widened to float32 first, into a temporary file. What one piece hands to the next
-goes through numpy, which has no bfloat16: as float32 there and back.
+whose weights are mapped from the base model's own files. Nodes behind the last tap (lm_head) are not run. Where only
+the CPU can run a bfloat16 graph, it is upcast to float32 first, into a temporary file. Boundary values between
+partitions go through numpy, which has no bfloat16: as float32 there and back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from stages.runtime.session import CausalFeeds, OpenedSession, SessionSettings, 
 from stages.runtime.upcast import must_upcast, runnable_graph
 
 _NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+_NO_VALUES: Mapping[str, np.ndarray] = MappingProxyType({})
+_FATAL = 4
 
 
 def open_graph(
@@ -39,10 +41,16 @@ def open_graph(
     temporary: ExitStack,
     provider_options: Mapping[str, Mapping[str, str]] = _NO_OPTIONS,
 ) -> OpenedSession:
-    """A session of ``model``, whose external tensors lie in ``directory``, on the first providers that take it.
+    """Open a session of ``model`` on the first providers that run it.
 
-    Where the CPU alone must run a bfloat16 graph, a float32 copy of it lies in ``scratch`` (None: the system's folder
-    for temporary files), twice the model's size, until ``temporary`` is closed.
+    Args:
+        model: the graph.
+        directory: where its external tensors lie.
+        choice: the providers to try.
+        scratch: folder for a float32 copy, twice the size, of a bfloat16 graph that only the CPU can run; None is the
+            system's folder for temporary files.
+        temporary: removes the copy when it is closed.
+        provider_options: options by the provider that they go to.
 
     Raises:
         GraphError: ONNX Runtime can't open the model.
@@ -62,14 +70,8 @@ def open_graph(
     return open_first_session(open_with, choice)
 
 
-_FATAL = 4
-
-
-_NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
-
-
 def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:
-    """A copy of the model with ``activations``, in this order, as its only outputs; ``model`` is left as it was.
+    """Return a copy of the model with ``activations``, in this order, as its only outputs; ``model`` is left as is.
 
     Requires: every activation is a value of the main graph. Ensures: external tensors keep their original places, and
     bfloat16 activations come out as float32, which numpy can hold.
@@ -93,7 +95,7 @@ def _readable(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
-    """Name of the input of ``graph`` through which numpy can feed the value ``name``, of numpy type ``dtype``."""
+    """Return the input of ``graph`` through which numpy can feed the value ``name``, of numpy type ``dtype``."""
     index, value = next((index, value) for index, value in enumerate(graph.inputs) if value.name == name)
     if value.dtype is None:
         value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
@@ -111,33 +113,33 @@ def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationTap:
-    """An open session of a tapped graph; leaving it closes that and removes the temporary weights, if there are any.
+    """An open session of a tapped graph; leaving it closes the session and removes temporary weights, if any.
 
-    Whoever holds the tap after that holds no session and no weights with it.
+    A closed tap holds neither a session nor weights.
     """
 
     values: tuple[str, ...]
-    """Names of what it gives."""
+    """Names of the values that it yields."""
     boundary_inputs: Mapping[str, str]
-    """The input for each value that was computed before."""
+    """The graph input for each value that an earlier partition computes."""
     providers: ProviderChoice
-    """What it runs on: the providers asked for, without those that failed."""
+    """The providers asked for, without those that failed."""
     widened: bool
     """Whether a float32 copy of a bfloat16 graph runs."""
-    _held: list[CausalFeeds]
+    _open_feeds: list[CausalFeeds]
     """The session's feeds, until ``_resources`` are closed; then nothing."""
     _resources: ExitStack
 
     @property
     def feeds(self) -> CausalFeeds:
-        """The feeds of the open session.
+        """Return the feeds of the open session.
 
         Raises:
             RuntimeError: the tap is closed.
         """
-        if not self._held:
+        if not self._open_feeds:
             raise RuntimeError("The activation tap is closed; open another one.")
-        return self._held[0]
+        return self._open_feeds[0]
 
     def __enter__(self) -> ActivationTap:
         return self
@@ -147,19 +149,23 @@ class ActivationTap:
     ) -> None:
         self._resources.close()
 
-    def run(self, tokens: np.ndarray, carried: Mapping[str, np.ndarray] = _NOTHING) -> Iterator[tuple[str, Tensor]]:
-        """One forward pass over ``tokens`` [batch, length]: (name, value in the graph's type, [batch, length, ...]).
+    def run(
+        self, tokens: np.ndarray, boundary_values: Mapping[str, np.ndarray] = _NO_VALUES
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, value in the graph's type, [batch, length, ...]) of one forward pass.
 
         Values lie where they were computed, on the CPU or a CUDA device, and are not copied.
 
-        ``carried`` holds what earlier pieces computed for the same tokens.
+        Args:
+            tokens: token ids [batch, length].
+            boundary_values: what earlier partitions computed for the same tokens.
 
         Raises:
             GraphError: ONNX Runtime stops; its reason is repeated.
             RuntimeError: the tap is closed.
         """
         session = self.feeds.session
-        feeds = self.feeds(tokens) | {self.boundary_inputs[name]: array for name, array in carried.items()}
+        feeds = self.feeds(tokens) | {self.boundary_inputs[name]: array for name, array in boundary_values.items()}
         binding = _bound(session, feeds)
         options = ort.RunOptions()
         options.log_severity_level = _FATAL  # what it would log is in the exception
@@ -176,7 +182,7 @@ class ActivationTap:
 
 
 def _bound(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> ort.IOBinding:
-    """Inputs from the host; outputs stay where the first provider computes them, if torch can read them there."""
+    """Bind inputs from the host; outputs stay where the first provider computes them, if torch can read them there."""
     binding = session.io_binding()
     for name, value in feeds.items():
         if isinstance(value, ort.OrtValue):
@@ -191,7 +197,7 @@ def _bound(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray | ort.O
 
 
 def _as_torch(output: ort.OrtValue) -> Tensor:
-    """The same memory as a tensor."""
+    """Return the same memory as a tensor."""
     tensor: Tensor = torch.utils.dlpack.from_dlpack(output)
     return tensor.view(torch.bool) if output.data_type() == "tensor(bool)" else tensor  # DLPack says uint8
 
@@ -204,10 +210,15 @@ def open_value_tap(
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None = None,
 ) -> ActivationTap:
-    """Open the graph with ``values`` as its outputs, on the first providers that take it.
+    """Open the graph with ``values`` as its outputs, on the first providers that run it.
 
-    ``scratch`` is where a widened copy of a bfloat16 model may lie, twice the model's size (None: the system's folder
-    for temporary files).
+    Args:
+        model: the base model's graph.
+        directory: where its weights lie.
+        values: names of the activations to yield.
+        choice: the providers to try.
+        provider_options: options by the provider that they go to.
+        scratch: see ``open_graph``.
 
     Raises:
         GraphError: ONNX Runtime can't open the base model.
@@ -223,7 +234,15 @@ def open_piece_tap(
     scratch: Path | None,
     boundary_types: Mapping[str, np.dtype[np.generic]],
 ) -> ActivationTap:
-    """Do the same for a part of the graph whose outputs are given; ``boundary_types`` go by the names of its inputs.
+    """Open a partition of the graph, on the first providers that run it, to yield its outputs.
+
+    Args:
+        partition: the part of the base model's graph.
+        directory: where its weights lie.
+        choice: the providers to try.
+        provider_options: options by the provider that they go to.
+        scratch: see ``open_graph``.
+        boundary_types: numpy types of the boundary inputs, by their names.
 
     Raises:
         GraphError: ONNX Runtime can't open that part of the base model.
@@ -245,13 +264,13 @@ def _open(
 ) -> ActivationTap:
     with ExitStack() as temporary:
         opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
-        held = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(boundary_inputs.values()))]
-        temporary.callback(held.clear)  # the last in is the first out: the session goes before the files that it maps
+        open_feeds = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(boundary_inputs.values()))]
+        temporary.callback(open_feeds.clear)  # last in, first out: the session goes before the files that it maps
         return ActivationTap(
             values=values,
             boundary_inputs=boundary_inputs,
             providers=opened.providers,
             widened=must_upcast(tapped, opened.providers.names),
-            _held=held,
+            _open_feeds=open_feeds,
             _resources=temporary.pop_all(),
         )

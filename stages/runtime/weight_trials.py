@@ -1,6 +1,6 @@
-"""Run the base graph with other weights: its sites' weights are inputs, so one session serves any number of trials.
+"""Run the base graph with other weights: sites' weights become inputs, so one session serves any number of trials.
 
-Nothing is reloaded between trials. The price is memory: the weights are held once as they are fed.
+Nothing is loaded again between trials. The price is memory: the weights are held once more, as they are fed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float, Integer
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from stages.errors import GraphError
+from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
 from stages.records.formats import FLOAT_TYPES
@@ -32,15 +32,15 @@ _LOGITS = "logits"
 
 
 def input_name(site: MatMulSite) -> str:
-    """The graph input that takes the place of the site's weight."""
+    """Return the name of the graph input that replaces the site's weight."""
     return f"weight of {site.output}"
 
 
 def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model:
-    """A copy of ``model`` whose only output is the logits and whose ``sites`` read their weights from graph inputs.
+    """Return a copy of ``model`` whose only output is the logits and whose ``sites`` read weights from graph inputs.
 
     Ensures: ``model`` is left as it was; another reader of a site's weight still reads the initializer; a weight that
-    the site reads through a Transpose comes as the MatMul wants it, [K, N].
+    the site reads through a Transpose is fed as the MatMul wants it, [K, N].
 
     Raises:
         GraphError: the model has no output called logits.
@@ -48,7 +48,9 @@ def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model
     changed = model.clone()
     logits = [value for value in changed.graph.outputs if value.name == _LOGITS]
     if not logits:
-        raise GraphError("The graph has no output 'logits', by which --sensitivity measured judges; leave it out.")
+        raise GraphError(
+            "The graph has no output 'logits', which --sensitivity measured compares; leave the option out."
+        )
     nodes = {node.outputs[0].name: node for node in changed.graph}
     for site in sites:
         node = nodes[site.output]
@@ -86,7 +88,7 @@ class TrialRunner:
     def logits(
         self, tokens: Integer[np.ndarray, "batch length"], replaced: Sequence[tuple[MatMulSite, Tensor]] = ()
     ) -> Float[Tensor, "batch length V"]:
-        """float32 logits of ``tokens`` with the weights [N, K] of some sites ``replaced``.
+        """Return float32 logits of ``tokens`` with the weights [N, K] of some sites ``replaced``.
 
         Raises:
             GraphError: ONNX Runtime stops; its reason is repeated.
@@ -97,8 +99,8 @@ class TrialRunner:
             output = session.run([_LOGITS], {**self.feeds(tokens), **self.original, **others})[0]
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The base model stops on {session.get_providers()[0]}: {str(error).splitlines()[0]}; leave "
-                "--sensitivity measured out."
+                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); leave --sensitivity "
+                "measured out."
             ) from error
         return torch.from_numpy(np.asarray(output, np.float32))
 
@@ -110,9 +112,14 @@ def open_trials(
     choice: ProviderChoice,
     scratch: Path | None = None,
 ) -> TrialRunner:
-    """Open ``model`` with the weights of ``sites`` as inputs, on the first providers that take it.
+    """Open ``model`` with the weights of ``sites`` as inputs, on the first providers that run it.
 
-    ``scratch`` is where a widened copy of a bfloat16 model may lie.
+    Args:
+        model: the base model's graph.
+        directory: where its weights lie.
+        sites: those whose weights may be replaced.
+        choice: the providers to try.
+        scratch: folder for a float32 copy of a bfloat16 model; None is the system's folder for temporary files.
 
     Raises:
         GraphError: ONNX Runtime can't open the base model.
@@ -127,7 +134,7 @@ def open_trials(
 
 
 def _as_fed(weight: Float[Tensor, "N K"], site: MatMulSite, session: ort.InferenceSession) -> ort.OrtValue:
-    """The weight in the layout and type of its graph input."""
+    """Return the weight in the layout and type of its graph input."""
     declared = next(node.type for node in session.get_inputs() if node.name == input_name(site))
     laid_out = weight if site.layout is WeightLayout.N_BY_K else weight.T
     dtype = next(kind.torch for kind in FLOAT_TYPES.values() if kind.onnxruntime == declared)

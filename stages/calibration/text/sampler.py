@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +14,8 @@ from stages.calibration.text.generation_script import GenerationScript, WindowWr
 from stages.errors import UserError, named
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import GENAI_CONFIG, read_genai_config
-from stages.runtime.providers import CPU, SHORT_NAMES
+from stages.runtime.genai import import_genai, load_genai
+from stages.runtime.providers import SHORT_NAMES
 from stages.system.hardware import threads
 
 LARGEST_BATCH = 32
@@ -129,12 +129,19 @@ def open_writer(
             f"--dataset self: {directory.genai_config_path} gives no vocab_size, without which onnxruntime-genai can't "
             f"run the model; put it there, or {_INSTEAD}."
         )
-    runtime = _runtime()
+    runtime = import_genai("--dataset self")
     suppressed_token = _suppressed_token(directory.vocab_size, scripts)
     reasons: list[str] = []
     for provider in providers:
         try:
-            model = _load(runtime, directory, provider, suppressed_token)
+            model = load_genai(
+                runtime,
+                directory.folder,
+                threads=threads(),
+                filename=directory.onnx_file.name,
+                end_token=suppressed_token,
+                provider=SHORT_NAMES[provider],
+            )
         except Exception as error:  # RuntimeError mostly, by no promise
             reasons.append(f"{SHORT_NAMES[provider]}: {named(error)}")
             continue
@@ -180,33 +187,6 @@ def sample(
     wanted = uniforms * sums[:, -1]
     found = [np.searchsorted(row, value, side="right") for row, value in zip(sums, wanted, strict=True)]
     return np.array(found, np.int64)
-
-
-def _runtime() -> ModuleType:
-    try:
-        import onnxruntime_genai
-    except ImportError as error:
-        raise UserError(
-            f"--dataset self: onnxruntime-genai can't be imported ({named(error)}); install it with 'pip install "
-            f"onnxruntime-genai' (on CUDA onnxruntime-genai-cuda), or {_INSTEAD}."
-        ) from error
-    runtime: ModuleType = onnxruntime_genai
-    return runtime
-
-
-def _load(runtime: ModuleType, directory: ModelDirectory, provider: str, suppressed_token: int) -> object:
-    decoder: dict[str, object] = {"filename": directory.onnx_file.name}
-    if (granted := threads()) is not None:
-        decoder["session_options"] = {"intra_op_num_threads": granted}
-    config = runtime.Config(str(directory.folder))
-    config.overlay(
-        json.dumps({"model": {"eos_token_id": suppressed_token, "pad_token_id": suppressed_token, "decoder": decoder}})
-    )
-    config.clear_providers()
-    if provider != CPU:
-        config.append_provider(SHORT_NAMES[provider])
-    model: object = runtime.Model(config)
-    return model
 
 
 def _suppressed_token(vocabulary: int, scripts: Sequence[GenerationScript]) -> int:

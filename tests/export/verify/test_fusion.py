@@ -10,11 +10,13 @@ import pytest
 from onnx import TensorProto
 
 from export.rewrite import rewrite
+from export.verify import fusion
 from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, why_not_fused
-from stages.model.directory import ModelDirectory
+from stages.model.directory import ModelDirectory, locate_model
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from tests.export.builders import exact_weight, site_of, spec_of, store_of_each
 from tests.export.exports import options, tiny_export
+from tests.support.commands import Commands
 from tests.support.graphs import TinyGraph
 
 NOW, BEFORE = (1, 31), (1, 24)
@@ -107,3 +109,21 @@ def test_no_profile_is_left_in_the_output(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     tiny.run(options("quick"))
     assert not [path for path in tiny.output.iterdir() if "profile" in path.name]
+
+
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_model_dml", "tiny_model_bf16"])
+def test_the_same_nodes_fuse_in_partitions(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands
+) -> None:
+    base, output = request.getfixturevalue(kind), tmp_path / "int4"
+    code, printed = commands.quantize(
+        "--onnx_path", base, "--output_path", output, "--algo", "rtn_dq", "--block_size", 16, "--verify", "off"
+    )
+    assert code == 0, printed
+    directory = locate_model(output)
+    matmuls = [node for node in ir.load(directory.onnx_file).graph if node.op_type in ("MatMul", "MatMulNBits")]
+    sites = frozenset(str(node.outputs[0].name) for node in matmuls if "lm_head" not in str(node.name))
+    whole = nodes_run_as_matmulnbits(directory.onnx_file, sites, directory)
+    monkeypatch.setattr(fusion, "_PIECE_BYTES", 1)
+    assert nodes_run_as_matmulnbits(directory.onnx_file, sites, directory) == whole
+    assert len(whole) == len(sites)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from stages.commands.progress import Progress
-from stages.errors import UserError
 from stages.evaluation.generation import common_start, generate
-from stages.runtime.genai import open_genai, require_genai
 
 QUIET = Progress(Console(quiet=True))
 
@@ -44,21 +40,3 @@ def test_a_template_is_put_around_prompts(tiny_model: Path, tmp_path: Path) -> N
     (plain,) = generate((tiny_model,), ("Question: The city Answer:",), 6, QUIET)
     assert templated.templated
     assert templated.answers[0].text == plain.answers[0].text
-
-
-def test_generation_past_the_end_token_has_its_full_length(tiny_model: Path) -> None:
-    session = open_genai(tiny_model, "--speed", threads=1)
-    assert len(list(session.greedy([0, 5, 9], 17, past_the_end=True))) == 17
-
-
-def test_a_runtime_that_is_missing_is_one_sentence(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(UserError, match="--speed needs onnxruntime-genai, which can't be imported"):
-        require_genai([tiny_model], "--speed")
-
-
-def test_a_folder_without_configuration_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(tiny_model, tmp_path / "copy")
-    (copy / "genai_config.json").unlink()
-    with pytest.raises(UserError, match=r"--generate .*copy has no genai_config\.json"):
-        require_genai([tiny_model, copy], "--generate")

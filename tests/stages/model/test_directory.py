@@ -1,4 +1,4 @@
-"""Which key/value caches of a model slide."""
+"""Check which folders hold a model, and which of its key/value caches slide."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto
 
+from stages.errors import GraphError
 from stages.model.directory import locate_model
 from tests.support.graphs import MICROSOFT, TinyGraph
 
@@ -52,3 +53,15 @@ def test_a_file_that_is_no_model_is_left_to_whoever_opens_it(tmp_path: Path) -> 
     attention_model(tmp_path, {}, configured=True)
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     assert locate_model(tmp_path).windowed_caches == {}
+
+
+def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="does not exist"):
+        locate_model(tmp_path / "nothing")
+    with pytest.raises(GraphError, match=r"no \.onnx file"):
+        locate_model(tmp_path)
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(GraphError, match=r"a\.onnx, b\.onnx"):
+        locate_model(tmp_path)
+    assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"

@@ -1,8 +1,9 @@
-"""Every way in which a base model can be unreadable is found when it is opened, by both stages and the export alike."""
+"""Check that a base model that can't be read is refused when it is opened, and what its fingerprint follows."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,24 @@ from onnx import TensorProto, helper
 
 from stages.errors import GraphError
 from stages.model.directory import locate_model
-from stages.model.load import external_files, load_graph
+from stages.model.load import external_files, fingerprint_model, load_graph, parse_graph
 from tests.support.graphs import TinyGraph
+
+
+def saved(folder: Path, weight: np.ndarray) -> Path:
+    """Save a model of one MatMul, whose weight lies in model.onnx.data."""
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", weight.shape[0]])
+    graph.linear("x", weight, "y")
+    graph.output("y", TensorProto.FLOAT, ["t", weight.shape[1]])
+    folder.mkdir()
+    ir.save(graph.model(), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A base of one MatMul whose weight lies in model.onnx.data."""
-    graph = TinyGraph()
-    graph.input("x", TensorProto.FLOAT, ["t", 6])
-    graph.linear("x", np.ones((6, 4), np.float32), "y")
-    graph.output("y", TensorProto.FLOAT, ["t", 4])
-    folder = tmp_path / "base"
-    folder.mkdir()
-    ir.save(graph.model(), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
-    return folder
+    return saved(tmp_path / "base", np.ones((6, 4), np.float32))
 
 
 def test_weights_stay_in_their_file(folder: Path) -> None:
@@ -44,6 +48,7 @@ def test_truncated_and_missing_data(folder: Path) -> None:
     data.unlink()
     with pytest.raises(GraphError, match="is missing"):
         load_graph(locate_model(folder))
+    assert [node.op_type for node in parse_graph(locate_model(folder)).graph] == ["MatMul"]
 
 
 @pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
@@ -75,3 +80,21 @@ def test_an_output_that_nobody_makes(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(GraphError, match=r"no node makes its output 'present\.0\.key'"):
         load_graph(locate_model(folder))
+
+
+def test_a_fault_of_the_graph_is_told_with_its_file(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    proto.graph.node[0].input[0] = "z"
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match=r"model\.onnx is not a valid model: .* reads 'z', which nothing makes; build"):
+        load_graph(locate_model(folder))
+
+
+def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    weight = np.ones((200, 40), np.float32)
+    first = saved(tmp_path / "a", weight)
+    shutil.copytree(first, tmp_path / "b")
+    same = fingerprint_model(locate_model(tmp_path / "b"))
+    assert fingerprint_model(locate_model(first)) == same
+    weight[-1, -1] = 2
+    assert fingerprint_model(locate_model(saved(tmp_path / "c", weight))) != same

@@ -1,28 +1,22 @@
-"""Partitions of a model, run one after another, compute what the whole does, and the same nodes fuse in them."""
+"""Check that partitions of a model, run one after another, compute what the whole does."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from export.verify import fusion
-from export.verify.fusion import nodes_run_as_matmulnbits
 from scripts.base_models.synthetic_llama import LlamaShape, random_llama
-from stages.model.directory import ModelDirectory, locate_model
 from stages.model.partition import Partition, cut_into_partitions
 from stages.runtime.session import CausalFeeds
-from tests.support.commands import Commands
 
 TINY = LlamaShape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=256, context=64)
 TOKENS = np.array([[3, 1, 4, 1, 5]])
 
 
 def sites_of(model: ir.Model) -> list[str]:
-    """Outputs of all MatMuls but lm_head's."""
+    """Return the outputs of all MatMuls but lm_head's."""
     return [
         str(node.outputs[0].name)
         for node in model.graph
@@ -38,26 +32,26 @@ def declare_types(partition: Partition, computed: dict[str, np.ndarray]) -> None
 
 def run(model: ir.Model, computed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    carried = {node.name: computed[node.name] for node in session.get_inputs() if node.name in computed}
-    feeds = CausalFeeds(session, TINY.kv_heads, TINY.head_size, fed_otherwise=frozenset(carried))
+    boundary = {node.name: computed[node.name] for node in session.get_inputs() if node.name in computed}
+    feeds = CausalFeeds(session, TINY.kv_heads, TINY.head_size, fed_otherwise=frozenset(boundary))
     names = [node.name for node in session.get_outputs()]
-    return dict(zip(names, session.run(None, feeds(TOKENS) | carried), strict=True))
+    return dict(zip(names, session.run(None, feeds(TOKENS) | boundary), strict=True))
 
 
-def pieces_of(model: ir.Model, limit: int) -> list[Partition]:
-    """Up to the last norm, which reads the last site."""
+def partitions_of(model: ir.Model, limit: int) -> list[Partition]:
+    """Return the partitions up to the last norm, which reads the last site."""
     wanted = ["/model/layers.3/final_norm_layernorm/output_0", *sites_of(model)]
     return list(cut_into_partitions(model, wanted=wanted, limit=limit))
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
 @pytest.mark.parametrize("limit", [1, 15_000, 60_000, 10**9])
-def test_pieces_compute_what_the_whole_computes(limit: int, dtype: ir.DataType) -> None:
+def test_partitions_compute_what_the_whole_computes(limit: int, dtype: ir.DataType) -> None:
     model = random_llama(TINY, dtype, seed=0)
-    (whole,) = pieces_of(model, 10**9)
+    (whole,) = partitions_of(model, 10**9)
     expected = run(whole.model, {})
     computed: dict[str, np.ndarray] = {}
-    partitions = pieces_of(model, limit)
+    partitions = partitions_of(model, limit)
     for partition in partitions:
         declare_types(partition, computed)
         computed |= run(partition.model, computed)
@@ -73,10 +67,10 @@ def weights_of(partition: Partition) -> dict[str, int]:
     return {name: value.const_value.nbytes for name, value in initializers.items() if value.const_value is not None}
 
 
-def test_pieces_keep_to_the_limit_and_hold_each_large_weight_once() -> None:
+def test_partitions_keep_to_the_limit_and_hold_each_large_weight_once() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     layer = 4 * (64 * (128 + 64) + 3 * 64 * 96)
-    partitions = [weights_of(partition) for partition in pieces_of(model, layer * 5 // 4)]
+    partitions = [weights_of(partition) for partition in partitions_of(model, layer * 5 // 4)]
     assert all(sum(sizes.values()) <= layer * 5 // 4 for sizes in partitions)
     assert 3 <= len(partitions) <= 5
     large = [name for sizes in partitions for name in sizes if name.endswith("MatMul.weight")]
@@ -85,23 +79,23 @@ def test_pieces_keep_to_the_limit_and_hold_each_large_weight_once() -> None:
     )
 
 
-def test_nodes_that_cannot_be_parted_may_exceed_the_limit() -> None:
+def test_nodes_that_cannot_be_separated_may_exceed_the_limit() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     sites = frozenset(sites_of(model))
     ends = ["/model/layers.3/final_norm_layernorm/output_0"]
     for partition in cut_into_partitions(model, wanted=ends, limit=1, together=sites):
         made = {value.name for node in partition.model.graph for value in node.outputs}
         read = {value.name for node in partition.model.graph for value in node.inputs if value is not None}
-        assert made & sites <= read, "a product leaves the piece in which it is made"
+        assert made & sites <= read, "a product leaves the partition that makes it"
         assert not sites & {value.name for value in partition.model.graph.inputs}
 
 
-def test_layers_are_parted_where_the_stream_alone_crosses() -> None:
-    """The stream and its norm, and the lengths that every attention reads."""
+def test_cuts_lie_where_only_the_residual_stream_crosses() -> None:
+    """What crosses is the stream and its norm, and the lengths that every attention reads."""
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
     layer = 4 * (64 * (128 + 64) + 3 * 64 * 96)
-    carried = [partition.boundary_inputs for partition in pieces_of(model, layer * 5 // 4)]
-    streams = [[name for name in names if "attn_mask" not in name] for names in carried[1:]]
+    crossing = [partition.boundary_inputs for partition in partitions_of(model, layer * 5 // 4)]
+    streams = [[name for name in names if "attn_mask" not in name] for names in crossing[1:]]
     assert all(len(names) == 2 and "mlp" not in "".join(names) for names in streams[1:]), streams
 
 
@@ -116,27 +110,6 @@ def test_extra_bytes_count_like_weights() -> None:
 
 def test_what_comes_behind_what_is_wanted_is_left_out() -> None:
     model = random_llama(TINY, ir.DataType.FLOAT, seed=0)
-    nodes = [node.name for partition in pieces_of(model, 1) for node in partition.model.graph]
+    nodes = [node.name for partition in partitions_of(model, 1) for node in partition.model.graph]
     assert "/lm_head/MatMul" not in nodes
     assert "/model/layers.3/final_norm_layernorm/SkipLayerNorm" in nodes
-
-
-@pytest.mark.parametrize("kind", ["tiny_model", "tiny_model_dml", "tiny_model_bf16"])
-def test_the_same_nodes_fuse_in_pieces(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands
-) -> None:
-    base, output = request.getfixturevalue(kind), tmp_path / "int4"
-    code, printed = commands.quantize(
-        "--onnx_path", base, "--output_path", output, "--algo", "rtn_dq", "--block_size", 16, "--verify", "off"
-    )
-    assert code == 0, printed
-    directory = locate_model(output)
-    sites = frozenset(sites_of(ir.load(directory.onnx_file)))
-    whole = fused(directory, sites)
-    monkeypatch.setattr(fusion, "_PIECE_BYTES", 1)
-    assert fused(directory, sites) == whole
-    assert len(whole) == len(sites)
-
-
-def fused(directory: ModelDirectory, sites: frozenset[str]) -> frozenset[str]:
-    return nodes_run_as_matmulnbits(directory.onnx_file, sites, directory)

@@ -1,4 +1,4 @@
-"""Every byte of a model has one name, and those of quantized weights follow from their shapes."""
+"""Check that every byte of a model has one name, and that those of quantized weights follow from their shapes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""."""
+"""Check that weights and rows of embeddings are read in their own orientation, with their own values, and finite."""
 
 from __future__ import annotations
 
 import math
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -15,36 +15,33 @@ from onnx import TensorProto
 
 from stages.errors import GraphError, SolveError
 from stages.model.directory import locate_model
-from stages.model.load import fingerprint_model, load_graph
-from stages.model.sites import find_sites
-from stages.model.weights import all_finite, read_weight, to_torch
+from stages.model.load import load_graph
+from stages.model.sites import find_embeddings, find_sites
+from stages.model.weights import all_finite, read_rows, read_weight, to_torch
 from tests.support.graphs import TinyGraph
 
 CPU = torch.device("cpu")
 
 
-def _saved(folder: Path, weight: np.ndarray) -> Path:
+def matmul(weight: np.ndarray) -> ir.Model:
     graph = TinyGraph()
     graph.input("x", TensorProto.FLOAT, ["t", weight.shape[0]])
-    graph.linear("x", weight, "y")
-    graph.output("y", TensorProto.FLOAT, ["t", weight.shape[1]])
-    folder.mkdir()
-    ir.save(
-        ir.from_proto(graph.proto()), folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0
-    )
-    return folder
+    graph.output(graph.linear("x", weight, "y"), TensorProto.FLOAT, ["t", weight.shape[1]])
+    return graph.model()
 
 
-def test_weights_of_every_layout_and_type_become_n_by_k_float32(tmp_path: Path) -> None:
-    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+def test_a_weight_becomes_n_by_k_float32() -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16)
+    model = matmul(weight)
     read = read_weight(model, find_sites(model)[0], CPU)
     assert read.dtype == torch.float32
     np.testing.assert_array_equal(read.numpy(), weight.T)
 
 
 def test_a_weight_that_was_read_is_not_kept_in_memory(tmp_path: Path) -> None:
-    model = load_graph(locate_model(_saved(tmp_path / "m", np.ones((6, 4), np.float32))))
+    path = tmp_path / "model.onnx"
+    ir.save(matmul(np.ones((6, 4), np.float32)), path, external_data="model.onnx.data", size_threshold_bytes=0)
+    model = load_graph(locate_model(path))
     site = find_sites(model)[0]
     read_weight(model, site, CPU)
     tensor = model.graph.initializers[site.weight].const_value
@@ -59,33 +56,47 @@ def test_every_float_type_keeps_its_values(dtype: type) -> None:
     np.testing.assert_array_equal(to_torch(array).float().numpy(), array.astype(np.float32))
 
 
-def test_nan_weights_name_the_site(tmp_path: Path) -> None:
-    weight = np.full((6, 4), np.nan, np.float32)
-    model = load_graph(locate_model(_saved(tmp_path / "m", weight)))
+def test_nan_weights_name_the_site() -> None:
+    model = matmul(np.full((6, 4), np.nan, np.float32))
     with pytest.raises(SolveError, match="weight of y/MatMul holds NaN"):
         read_weight(model, find_sites(model)[0], CPU)
 
 
-def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
-    with pytest.raises(GraphError, match="does not exist"):
-        locate_model(tmp_path / "nothing")
-    with pytest.raises(GraphError, match=r"no \.onnx file"):
-        locate_model(tmp_path)
-    for name in ("a.onnx", "b.onnx"):
-        (tmp_path / name).touch()
-    with pytest.raises(GraphError, match=r"a\.onnx, b\.onnx"):
-        locate_model(tmp_path)
-    assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"
+def test_a_weight_that_is_gone_is_named() -> None:
+    model = matmul(np.ones((6, 4), np.float32))
+    (site,) = find_sites(model)
+    with pytest.raises(GraphError, match=r"The weight 'gone' of y/MatMul is not in the graph"):
+        read_weight(model, replace(site, weight="gone"), CPU)
 
 
-def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
-    weight = np.ones((200, 40), np.float32)
-    first = _saved(tmp_path / "a", weight)
-    shutil.copytree(first, tmp_path / "b")
-    same = fingerprint_model(locate_model(tmp_path / "b"))
-    assert fingerprint_model(locate_model(first)) == same
-    weight[-1, -1] = 2
-    assert fingerprint_model(locate_model(_saved(tmp_path / "c", weight))) != same
+TABLE = np.arange(24, dtype=np.float32).reshape(6, 4)
+
+
+def lookup(table: np.ndarray, *, transposed: bool = False) -> ir.Model:
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["b", "t"])
+    graph.constant("table", np.ascontiguousarray(table.T) if transposed else table)
+    if transposed:
+        graph.node("Transpose", ["table"], ["swapped"], {"perm": [1, 0]})
+    graph.node("Gather", ["swapped" if transposed else "table", "input_ids"], ["h"])
+    return graph.model()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_an_embedding_are_read_in_their_own_orientation(transposed: bool) -> None:
+    model = lookup(TABLE, transposed=transposed)
+    (table,) = find_embeddings(model)
+    np.testing.assert_array_equal(read_rows(model, table, slice(2, 5), CPU).numpy(), TABLE[2:5])
+
+
+def test_rows_that_are_not_finite_are_refused() -> None:
+    broken = TABLE.copy()
+    broken[3, 1] = np.nan
+    model = lookup(broken)
+    (table,) = find_embeddings(model)
+    read_rows(model, table, slice(0, 3), CPU)
+    with pytest.raises(SolveError, match="'table' holds NaN or infinite"):
+        read_rows(model, table, slice(3, 6), CPU)
 
 
 _TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -1,4 +1,4 @@
-"""Greedy continuation with carried keys and values equals computing everything again, and transformers' own."""
+"""Check that greedy continuation with caches equals computing everything again, and transformers' own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TOKENS = [0, 71, 33, 250, 18]
 
 @pytest.fixture(params=["tiny_model", "tiny_model_dml", pytest.param("tiny_model_bf16", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest) -> Path:
-    """fp32 with packed qkv; fp16 with position_ids; bf16, which the CPU runs as a float32 copy."""
+    """Return fp32 with packed qkv; fp16 with position_ids; bf16, which the CPU runs as a float32 copy."""
     found: Path = request.getfixturevalue(request.param)
     return found
 
 
-def test_carried_caches_change_nothing(folder: Path) -> None:
+def test_caches_change_nothing(folder: Path) -> None:
     directory = locate_model(folder)
     with open_decoder(directory, SETTINGS, None) as decoder:
         stepwise = list(islice(decoder.continuation(TOKENS), 12))

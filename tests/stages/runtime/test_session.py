@@ -1,4 +1,4 @@
-"""Feeds from what a graph declares, and providers that really load."""
+"""Check that sessions open on the providers that work, and that feeds are what a graph declares."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
 from onnx import TensorProto
 
-from stages.errors import GraphError, UserError
-from stages.runtime.providers import CPU, NV_TENSORRT_RTX, ProviderChoice, choose_providers
+from stages.errors import GraphError
+from stages.runtime.providers import CPU, CUDA, NV_TENSORRT_RTX, ProviderChoice
 from stages.runtime.session import CausalFeeds, SessionSettings, open_first_session, open_session
 from tests.support.graphs import TinyGraph
 
@@ -106,26 +105,6 @@ def test_open_cache_sizes_without_genai_config_are_refused() -> None:
         _feeds(Input("past_key_values.0.key", FLOAT, ["b", 3, "past", "dim"]), head_size=None)
 
 
-def test_the_cpu_is_always_last_and_missing_providers_are_named() -> None:
-    choice = choose_providers("[dml, cpu]")
-    assert choice.names[-1] == "CPUExecutionProvider"
-    if "DmlExecutionProvider" not in choice.names:
-        assert choice.missing[0][0] == "dml"
-        assert "built without it" in choice.missing[0][1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device, so cuda is not missing")
-def test_cuda_is_not_asked_for_without_a_device() -> None:
-    choice = choose_providers("cuda,cpu")
-    assert choice.names == ("CPUExecutionProvider",)
-    assert choice.missing[0][0] == "cuda"
-
-
-def test_an_unknown_provider_names_its_option() -> None:
-    with pytest.raises(UserError, match="--eps: 'gpu' is not one of"):
-        choose_providers("gpu", "--eps")
-
-
 @pytest.mark.parametrize(("value", "threads"), [("3,2", 3), ("", 0), ("abc", 0), ("0", 0), (None, 0)])
 def test_sessions_take_the_threads_of_the_environment_or_as_many_as_cores(
     value: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
@@ -141,25 +120,19 @@ def test_sessions_take_the_threads_of_the_environment_or_as_many_as_cores(
     assert session.get_session_options().intra_op_num_threads == threads
 
 
-# --------------------------------------------------------------------------- providers that turn out not to work
-
-
-CUDA, DML = "CUDAExecutionProvider", "DmlExecutionProvider"
-
-
 class Session(ort.InferenceSession):
     """A session that only knows its providers."""
 
     def __init__(self, providers: list[str]) -> None:
-        self.there = providers
+        self.loaded = providers
 
     def get_providers(self) -> list[str]:
-        return self.there
+        return self.loaded
 
 
 @dataclass
 class Machine:
-    """Stands for onnxruntime.InferenceSession on a machine where some providers fail and some load silently not."""
+    """A stand-in for onnxruntime.InferenceSession where some providers fail and some silently don't load."""
 
     failing: dict[str, str]
     silent: tuple[str, ...] = ()
@@ -213,7 +186,7 @@ def test_when_all_others_fail_the_cpu_is_left(monkeypatch: pytest.MonkeyPatch) -
     assert [name for name, _ in choice.missing] == ["dml", "NvTensorRtRtx", "cuda"]
 
 
-def test_a_provider_that_loads_silently_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_silently_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = _open(Machine({}, silent=(CUDA,)), monkeypatch, CUDA, CPU)
     assert choice.names == (CPU,)
     assert choice.missing[1] == ("cuda", "ONNX Runtime could not load it; a driver or library is missing")

@@ -1,4 +1,4 @@
-"""Taps on a real builder-made model: each activation once, right values, original weights in place."""
+"""Check taps on a builder's model: each activation once, right values, original weights in place."""
 
 from __future__ import annotations
 

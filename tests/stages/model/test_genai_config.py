@@ -1,0 +1,50 @@
+"""Check that genai_config.json is read whole, and that a damaged one is told with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.errors import GraphError
+from stages.model.genai_config import read_genai_config, read_genai_model
+
+
+def written(folder: Path, content: object) -> Path:
+    (folder / "genai_config.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_what_is_not_known_here_is_kept_and_passed_over(tmp_path: Path) -> None:
+    decoder = {"filename": "model.onnx", "head_size": 16, "sliding_window": {"window_size": 8}, "other": 1}
+    content = {"model": {"type": "llama", "vocab_size": 300, "decoder": decoder}, "search": {}}
+    assert read_genai_config(written(tmp_path, content)) == content
+    model = read_genai_model(tmp_path)
+    assert (model.vocab_size, model.context_length) == (300, None)
+    assert (model.decoder.filename, model.decoder.head_size) == ("model.onnx", 16)
+    assert "sliding_window" in model.decoder.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1], "has the whole wrong"),
+        ({"model": {"vocab_size": 0}}, r"has model\.vocab_size wrong"),
+        ({"model": {"vocab_size": "300"}}, r"has model\.vocab_size wrong"),
+        ({"model": {"decoder": {"filename": "../model.onnx"}}}, r"filename '\.\./model\.onnx', which isn't in its"),
+        ({"model": {"decoder": {"filename": "/model.onnx"}}}, r"filename '/model\.onnx', which isn't in its folder"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path: Path, content: object, words: str) -> None:
+    written(tmp_path, content)
+    for read in (read_genai_config, read_genai_model):
+        with pytest.raises(GraphError, match=words):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "genai_config.json").write_bytes(content)
+    with pytest.raises(GraphError, match=r"genai_config\.json can't be read as JSON"):
+        read_genai_model(tmp_path)

@@ -1,0 +1,84 @@
+"""Check that a folder opens in onnxruntime-genai, with what is asked for in place of its own configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.errors import UserError
+from stages.runtime.genai import cannot_run, import_genai, load_genai, open_genai, require_genai
+
+PROMPT = [0, 5, 9]
+
+
+def test_generation_past_the_end_token_has_its_full_length(tiny_model: Path) -> None:
+    session = open_genai(tiny_model, "--speed", threads=1)
+    assert len(list(session.greedy(PROMPT, 17, past_the_end=True))) == 17
+
+
+def greedy(model: object, limit: int) -> list[int]:
+    """Return the most likely tokens before the model's end token."""
+    runtime = import_genai("--generate")
+    settings = runtime.GeneratorParams(model)
+    settings.set_search_options(max_length=len(PROMPT) + limit, do_sample=False)
+    generator = runtime.Generator(model, settings)
+    generator.append_tokens(PROMPT)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(PROMPT) :]]
+
+
+def test_an_end_token_and_a_file_replace_those_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    runtime = import_genai("--generate")
+    longer = greedy(load_genai(runtime, tiny_model), 8)
+    end = next(token for token in longer if token != longer[0])
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    (copy / "model.onnx").rename(copy / "decoder.onnx")
+    changed = load_genai(runtime, copy, threads=1, filename="decoder.onnx", end_token=end, provider="cpu")
+    assert greedy(changed, 8) == longer[: longer.index(end)]
+
+
+def test_the_provider_replaces_that_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    runtime = import_genai("--generate")
+    with pytest.raises(RuntimeError, match="nowhere"):
+        load_genai(runtime, tiny_model, provider="nowhere")
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"nowhere": {}}]
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="nowhere"):
+        load_genai(runtime, copy)
+    assert greedy(load_genai(runtime, copy, provider="cpu"), 4)
+
+
+def test_a_runtime_that_is_missing_is_one_sentence(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(UserError, match=r"--speed: onnxruntime-genai can't be imported .*; install it with 'pip "):
+        require_genai([tiny_model], "--speed")
+
+
+def test_a_folder_without_configuration_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    (copy / "genai_config.json").unlink()
+    with pytest.raises(UserError, match=r"--generate .*copy has no genai_config\.json"):
+        require_genai([tiny_model, copy], "--generate")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(RuntimeError(), "RuntimeError"), (RuntimeError("no\nkernel"), "no kernel")]
+)
+def test_the_runtimes_reason_is_told_in_one_line(error: RuntimeError, reason: str) -> None:
+    assert f"model can't be run by onnxruntime-genai here ({reason});" in str(
+        cannot_run(Path("model"), "--speed", error)
+    )
+
+
+def test_opening_a_model_imports_nothing_heavy() -> None:
+    """The speed test measures the memory of a process that imports this module."""
+    code = "import sys, stages.runtime.genai; print({'torch', 'numpy', 'onnx_ir'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
