@@ -74,6 +74,7 @@ def _dequantized(file: Path, scratch: Path, config: BuildConfig) -> Path:
 def _run_builder(model: list[str], output: Path, cache: Path, config: BuildConfig) -> None:
     command = [sys.executable, "-m", _BUILDER, *model, "-o", str(output), "-c", str(cache)]
     command += ["-p", config.precision, "-e", config.execution_provider]
+    command += ["--extra_options", *config.extra_options] if config.extra_options else []
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
         _LOGGER.warning("output of onnxruntime-genai's builder:\n%s", done.stdout)

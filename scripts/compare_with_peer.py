@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from scripts.options import PeerConfig
+from scripts.peers.comparison import Comparison, save_comparison
 from scripts.peers.runs import peers_of
+from scripts.peers.speed import measure_speeds, speed_table
 from stages.commands.output import Section
 from stages.commands.progress import progress_bar
 from stages.commands.run import run_command
@@ -18,9 +20,11 @@ from stages.evaluation.bench.grid import points_of
 from stages.evaluation.bench.results import publish, raise_failures, text_results
 from stages.evaluation.bench.runs import measure
 from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
+from stages.model.directory import locate_model
 from stages.report.document import write_report
 from stages.report.from_runs import sweep_report
 from stages.report.render import render
+from stages.runtime.genai import require_genai
 
 
 def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
@@ -33,12 +37,23 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     peers = peers_of(config)
     runs = [*ours, *(peer.run for peer in peers)]
     run_folder, evaluation_texts = open_run_folder(config), read_evaluation_texts(config)
+    if config.speed:
+        require_genai([locate_model(config.base).folder], "--speed")
     with progress_bar() as progress:
         records = measure(run_folder, runs, evaluation_texts, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
     results = text_results(run_folder, runs, records, evaluation_texts, notes)
     yield publish(run_folder, results)
     write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
+    speed = None
+    if config.speed:
+        made = {run.name for run in runs if records[run.name].failure is None and run.model.is_dir()}
+        our_models = [run.model for run in ours if run.name in made]
+        peer_models = [peer.run.model for peer in peers if peer.run.name in made]
+        with progress_bar() as progress:
+            speed = measure_speeds(config, our_models, peer_models, evaluation_texts[0], progress)
+        yield Section(name="speed", table=speed_table(speed), record=speed)
+    save_comparison(Comparison(texts=tuple(results), speed=speed), run_folder.folder)
     raise_failures({run.name: records[run.name] for run in ours})
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import BenchConfig, SweepGrid
-from stages.commands.options import CommandOptions, Flag
+from stages.commands.options import CommandOptions, Flag, require
 from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int4"]
 BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
 
 LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
+BuilderMethod = Literal["int4"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 
 
@@ -30,12 +31,14 @@ class BuildConfig(CommandOptions):
     """smollm2 (SmolLM2-135M-Instruct), gemma3 (Gemma 3 270M), qwen2.5-coder (Qwen2.5-Coder-0.5B-Instruct), each out of
     Python packages that the message of a missing one names; a Hugging Face folder, a .gguf file, or a hub name."""
     precision: Precision = "fp32"
-    """Type of weights and activations."""
+    """Type of weights and activations. int4 is the builder's own rounding, for comparisons: no base model."""
     execution_provider: BuilderProvider = "cpu"
     """The provider that the graph is written for: it decides which fused operators are used."""
     keep_grid: bool = False
     """Leave a GGUF's weights on the 4-bit grid that they were stored on; by default they are rotated off it, the
     function unchanged, since a quantizer would otherwise only find the old grid again."""
+    extra_options: tuple[str, ...] = ()
+    """Further options of onnxruntime-genai's builder, as NAME=VALUE."""
     overwrite: bool = False
     """Replace an output that is there."""
 
@@ -88,10 +91,48 @@ class PeerConfig(BenchConfig, SweepGrid):
     """Let awq_lite and awq_full keep all activations in memory: the same result sooner."""
     modelopt_environment: Path | None = None
     """Where ModelOpt is installed, in a virtual environment of its own; default: modelopt-venv in the output folder."""
+    builder_source: str | None = None
+    """What the base model was built from (--source of scripts.build_base_model): onnxruntime-genai's builder makes its
+    own int4 model from it. Default: no such model."""
+    builder_keep_grid: Flag = False
+    """The base model was built with --keep_grid."""
+    speed: Flag = False
+    """Measure the tokens a second of the base and of every model through onnxruntime-genai, alternately, each round in
+    a process of its own."""
+    speed_rounds: int = 5
+    """Rounds of each model; the median counts."""
+
+    def validate(self) -> None:
+        """Raise OptionError naming the first option that can't be used."""
+        require(self.speed_rounds >= 1, "--speed_rounds must be at least 1.")
 
     @property
     def modelopt_environment_path(self) -> Path:
         return (self.modelopt_environment or self.output / "modelopt-venv").absolute()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TablesConfig(CommandOptions):
+    """Write the tables of README and docs/ from docs/results, and first add new results there.
+
+    Add results on the machine and at the commit that they were measured on: both are noted with them.
+    """
+
+    compare: Path | None = None
+    """An output folder of scripts.compare_with_peer."""
+    benchmark: Path | None = None
+    """An output folder of scripts.benchmark."""
+    title: str = ""
+    """The model of --compare and --benchmark, as the pages call it: SmolLM2-135M-Instruct."""
+    families: Path | None = None
+    """What tests/pipelines/test_families.py wrote to the file that SUPPORT_MATRIX_OUT named."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Commands and their seconds: 'bash scripts/check.sh --fast' 80."""
+
+    def validate(self) -> None:
+        """Raise OptionError naming the first option that can't be used."""
+        named = (self.compare is None and self.benchmark is None) or self.title != ""
+        require(named, "--compare and --benchmark need the model's name; pass it with --title.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

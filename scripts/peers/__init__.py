@@ -1,1 +1,1 @@
-"""Run other quantizers for comparison."""
+"""Run other quantizers beside ours."""

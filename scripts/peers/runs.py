@@ -15,7 +15,7 @@ import onnxruntime
 from safetensors.numpy import save_file
 
 from export.save import copy_side_files, patch_genai_config
-from scripts.options import ModelOptMethod, OrtMethod, PeerConfig
+from scripts.options import BuilderMethod, ModelOptMethod, OrtMethod, PeerConfig
 from scripts.peers.environment import ensure_environment, python_of
 from stages.calibration.cache import open_cache
 from stages.commands.quantize_options import QuantizeConfig
@@ -24,6 +24,7 @@ from stages.evaluation.bench.runs import Run
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.quantization.plan.plan import plan_model
+from stages.runtime.genai import runtime_version
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.system.atomic import atomic_file
 
@@ -31,6 +32,10 @@ _HERE = Path(__file__).parent
 ORT_RUNNER = _HERE / "run_onnxruntime.py"
 MODELOPT_RUNNER = _HERE / "run_modelopt.py"
 MODELOPT_REQUIREMENTS = _HERE / "modelopt.txt"
+_FLOAT32_ACTIVATIONS = 1
+"""The accuracy level that all models are evaluated at; session options don't reach MatMulNBits nodes."""
+_SAME = 1e-2
+"""Relative difference up to which weights are the same; those of a 16-bit base are rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class Peer:
 class PeerRequest:
     """One method of a competitor."""
 
-    method: OrtMethod | ModelOptMethod
+    method: OrtMethod | ModelOptMethod | BuilderMethod
     block_size: int
     use_zero_point: bool
 
@@ -66,6 +71,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
     exclude = [name for name, _ in plan.sites.kept]
     return [
         *(_ort(request, base, exclude, config) for request in ort_requests(config)),
+        *(_builder(request, base, exclude, config) for request in builder_requests(config)),
         *(_modelopt(request, base, exclude, config) for request in modelopt_requests(config)),
     ]
 
@@ -76,6 +82,13 @@ def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
         for method in config.ort:
             for zero_point in config.use_zero_point if method == "default" else (True,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
+
+
+def builder_requests(config: PeerConfig) -> Iterator[PeerRequest]:
+    """Yield the requests to onnxruntime-genai's builder, where the base model's source is known."""
+    for size in filter(None, config.block_size) if config.builder_source is not None else ():
+        for zero_point in config.use_zero_point:
+            yield PeerRequest(method="int4", block_size=size, use_zero_point=zero_point)
 
 
 def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
@@ -99,6 +112,35 @@ def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config:
     )
     zero_points = {"hqq": ", zero points as float32", "k_quant": ", always with zero points"}.get(request.method, "")
     return Peer(run=run, note=f"onnxruntime {onnxruntime.__version__}{zero_points}")
+
+
+def _builder(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
+    name = request.name("builder")
+    folder = config.output.absolute() / name
+    options = {
+        "block_size": request.block_size,
+        "is_symmetric": not request.use_zero_point,
+        "accuracy_level": _FLOAT32_ACTIVATIONS,
+        "nodes_to_exclude": ",".join(exclude),
+    }
+    run = Run(
+        name=name,
+        command=(
+            sys.executable,
+            "-m",
+            "scripts.build_base_model",
+            f"--source={config.builder_source}",
+            f"--output={folder}",
+            "--precision=int4",
+            *(["--keep_grid"] if config.builder_keep_grid else []),
+            "--overwrite",
+            "--extra_options",
+            *(f"{option}={value}" for option, value in options.items() if value != ""),
+        ),
+        model=folder,
+        after=partial(_require_same_checkpoint, base, folder),
+    )
+    return Peer(run=run, note=f"{runtime_version('--builder_source')}, -p int4 from {config.builder_source}")
 
 
 def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
@@ -152,6 +194,22 @@ def _complete(base: ModelDirectory, folder: Path) -> None:
     copy_side_files(base, load_graph(base), folder, base.onnx_file.name)
     if base.has_genai_config:
         patch_genai_config(folder, base.onnx_file.name, {})
+
+
+def _require_same_checkpoint(base: ModelDirectory, folder: Path) -> None:
+    """Raise UserError where a float tensor that both models hold differs: then they were built from other weights."""
+    expected, built = load_graph(base).graph.initializers, load_graph(locate_model(folder)).graph.initializers
+    for name in expected.keys() & built.keys():
+        one, other = expected[name].const_value, built[name].const_value
+        if one is None or other is None or one.shape != other.shape or not one.dtype.is_floating_point():
+            continue
+        weights = one.numpy().astype(np.float32)
+        difference = np.linalg.norm(weights - other.numpy().astype(np.float32))
+        if difference > _SAME * np.linalg.norm(weights):
+            raise UserError(
+                f"--builder_source holds other weights than --base ({name} differs); pass the source that the base was "
+                "built from, and --builder_keep_grid if it was built with --keep_grid."
+            )
 
 
 def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:

@@ -3,7 +3,7 @@
 Tiny random models with each family's own configuration; what released weights lose is stages.evaluate's to say. Each
 family is calibrated once and quantized three times: the default search with INT4 alone, the same with the reference's
 mixed rule, and plain rounding to compare with. With SUPPORT_MATRIX_OUT=FILE each family adds the line that
-scripts.support_matrix makes its table from.
+scripts.write_tables.support_matrix makes its table from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
-from scripts.support_matrix import FamilyResult
+from scripts.write_tables.support_matrix import FamilyResult
 from stages.calibration.run import calibrate
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig

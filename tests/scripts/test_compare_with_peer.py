@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
+from scripts.compare_with_peer import compare_with_peer
 from scripts.options import PeerConfig
+from scripts.peers.comparison import read_comparison
 from scripts.peers.environment import ensure_environment, python_of
 from scripts.peers.run_modelopt import arguments_of, read_feeds
 from scripts.peers.runs import (
     MODELOPT_REQUIREMENTS,
     MODELOPT_RUNNER,
     ORT_RUNNER,
+    Peer,
+    builder_requests,
     modelopt_requests,
     ort_requests,
     peers_of,
@@ -62,6 +69,10 @@ def test_methods_meet_the_block_sizes_and_zero_points_that_they_know() -> None:
         f"ort-{name}"
         for size in (32, 128)
         for name in (f"default-b{size}", f"default-b{size}-zp", f"hqq-b{size}-zp", f"k_quant-b{size}-zp")
+    ]
+    assert list(builder_requests(config)) == []
+    assert [request.name("builder") for request in builder_requests(replace(config, builder_source="smollm2"))] == [
+        f"builder-int4-b{size}{zero_point}" for size in (32, 128) for zero_point in ("", "-zp")
     ]
     assert [request.name("modelopt") for request in modelopt_requests(config)] == [
         f"modelopt-{name}-b{size}{zero_point}"
@@ -148,6 +159,87 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     code, again = commands.compare(*arguments)
     assert code == 0, again
     assert not calls.exists()
+
+
+def builder_of(tiny_model: Path, output: Path) -> Peer:
+    (peer,) = peers_of(
+        PeerConfig(
+            base=tiny_model,
+            output=output,
+            ort=(),
+            modelopt=(),
+            block_size=(16,),
+            use_zero_point=(False,),
+            builder_source="some/name",
+        )
+    )
+    return peer
+
+
+def test_a_rounded_build_of_the_same_checkpoint_is_accepted(
+    tiny_model: Path, tiny_model_dml: Path, tmp_path: Path
+) -> None:
+    peer = builder_of(tiny_model, tmp_path)
+    peer.run.model.symlink_to(tiny_model_dml)
+    peer.run.after()
+
+
+def test_the_builder_must_be_given_the_weights_of_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    peer = builder_of(tiny_model, tmp_path)
+    peer.run.model.mkdir()
+    model = ir.load(tiny_model / "model.onnx")
+    norm = model.graph.initializers["model.layers.1.input_layernorm.weight"]
+    assert norm.const_value is not None
+    norm.const_value = ir.tensor(norm.const_value.numpy() * 1.1, name=norm.name)
+    ir.save(model, peer.run.model / "model.onnx")
+    shutil.copy(tiny_model / "model.onnx.data", peer.run.model)
+    with pytest.raises(UserError, match=r"other weights than --base \(model\.layers\.1\.input_layernorm\.weight"):
+        peer.run.after()
+
+
+@pytest.mark.slow
+def test_the_builders_int4_and_everyones_speed(
+    tiny_model: Path, tiny_hf: Path, tiny_cache: Path, unseen_text: Path, tmp_path: Path
+) -> None:
+    config = PeerConfig(
+        base=tiny_model,
+        cache_dir=tiny_cache,
+        output=tmp_path / "proof",
+        text=(str(unseen_text),),
+        windows=2,
+        seq_len=32,
+        algo=("rtn_dq",),
+        block_size=(16,),
+        use_zero_point=(False,),
+        ort=(),
+        modelopt=(),
+        builder_source=str(tiny_hf),
+        speed=True,
+        speed_rounds=1,
+    )
+    for _ in compare_with_peer(config):
+        pass
+    found = read_comparison(config.output)
+    ours, builder = found.texts[0].models
+    assert [(model.name, model.failure) for model in (ours, builder)] == [
+        ("rtn_dq-b16", None),
+        ("builder-int4-b16", None),
+    ]
+    assert builder.accuracy is not None
+    assert 0 < builder.accuracy.mean_divergence < 1
+    nodes = onnx.load(config.output / "builder-int4-b16" / "model.onnx", load_external_data=False).graph.node
+    quantized = [node for node in nodes if node.op_type == "MatMulNBits"]
+    values = [{attribute.name: attribute.i for attribute in node.attribute} for node in quantized]
+    assert {(value["accuracy_level"], value["block_size"]) for value in values} == {(1, 16)}
+    assert "/lm_head/MatMul" in {node.name for node in nodes}
+    assert found.speed is not None
+    assert [(model.model, model.accuracy_level) for model in found.speed.models] == [
+        ("tiny", "none: nothing is quantized"),
+        ("rtn_dq-b16", "4, ONNX Runtime's default on the CPU"),
+        ("builder-int4-b16", "4, by its MatMulNBits nodes"),
+    ]
+    assert all(model.decode.median > 0 for model in found.speed.models)
+    assert not list(config.output.glob(".speed-*"))
 
 
 @pytest.mark.slow

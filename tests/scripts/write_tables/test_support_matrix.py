@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from scripts.support_matrix import FamilyResult, markdown, read_results
+from scripts.write_tables.support_matrix import FamilyResult, markdown, read_results
 from stages.errors import UserError
 
 RESULT = FamilyResult(

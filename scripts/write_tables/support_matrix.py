@@ -1,22 +1,15 @@
-"""Print the support matrix as Markdown: ``python -m scripts.support_matrix RESULTS.jsonl``.
+"""Make the table of supported model families from the results of tests/pipelines/test_families.py.
 
-tests/pipelines/test_families.py writes the results, one JSON line a family, into the file that SUPPORT_MATRIX_OUT
-names.
+The test writes one JSON line a family into the file that SUPPORT_MATRIX_OUT names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from stages.commands.options import CommandOptions
-from stages.commands.output import Section, unwrapped
-from stages.commands.run import run_command
 from stages.errors import UserError
 
 _PLACES = {"norm": "norms", "value": "v_proj", "linear": "up_proj", "mul": "Mul nodes"}
@@ -46,21 +39,13 @@ class FamilyResult:
     reasons: tuple[str, ...]
     """Why Mul nodes remained."""
     against_own_weights: float
-    """Relative error of the logits against the base graph with the same dequantized weights: of folding only."""
+    """Relative error of the logits against the base graph with the same dequantized weights: folding alone."""
     divergence_rounded: float
     """Mean KL(base || model) over tokens, nats: INT4 rounded to nearest."""
     divergence_int4: float
     """The same of the default search in INT4."""
     divergence_mixed: float
     """The same of the default search with INT8 where the mixed rule says."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixConfig(CommandOptions):
-    """Print the support matrix of a test run."""
-
-    results: Annotated[Path, tyro.conf.Positional]
-    """The file that SUPPORT_MATRIX_OUT named."""
 
 
 def read_results(path: Path) -> list[FamilyResult]:
@@ -74,7 +59,7 @@ def read_results(path: Path) -> list[FamilyResult]:
         found = [lines.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValidationError) as error:
         raise UserError(
-            f"RESULTS {path} can't be read ({error}); run tests/pipelines/test_families.py with "
+            f"--families {path} can't be read ({error}); run tests/pipelines/test_families.py with "
             f"SUPPORT_MATRIX_OUT={path}."
         ) from error
     return list({result.name: result for result in found}.values())
@@ -105,13 +90,3 @@ def _row(model: str, result: FamilyResult) -> str:
         f"{result.against_own_weights:.0e}",
     )
     return f"| {' | '.join(cells)} |"
-
-
-def show_matrix(config: MatrixConfig) -> Iterable[Section]:
-    """Print the table to standard output."""
-    results = read_results(config.results)
-    return (Section(name="families", table=unwrapped(markdown(results)), record=results),)
-
-
-if __name__ == "__main__":
-    run_command(MatrixConfig, show_matrix, "python -m scripts.support_matrix")

@@ -1,0 +1,1 @@
+"""Keep measured results in docs/results and write them into README and docs/ as tables."""

@@ -1,0 +1,196 @@
+"""Make the Markdown of each block of tables in README and docs/."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from scripts.benchmarks.tables import benchmark_tables
+from scripts.write_tables.results import (
+    BenchmarkResult,
+    ComparisonResult,
+    FamiliesResult,
+    Provenance,
+    Result,
+    TimesResult,
+)
+from scripts.write_tables.support_matrix import markdown
+from stages.commands.quantize_options import Algorithm
+from stages.evaluation.bench.results import MeasuredModel, TextResults
+
+NOTHING = "No figures yet: `python -m scripts.write_tables` writes them here."
+_README_MODEL = "SmolLM2-135M-Instruct"
+_README_ROWS = {
+    "genai-quant": rf"({'|'.join(get_args(Algorithm))})-b32",
+    "onnxruntime-genai's own int4": "builder-int4()-b32",
+    "NVIDIA ModelOpt": r"modelopt-(\w+)-b32",
+}
+"""Names of runs, by row: each tool's most accurate one in blocks of 32 without zero points is shown."""
+_UNKNOWN = "-"
+
+
+def readme_results(results: Sequence[Result]) -> str:
+    """Return the README's comparison of one model."""
+    found = [one for one in results if isinstance(one, ComparisonResult) and one.title == _README_MODEL]
+    return "\n\n".join(_readme_result(result) for result in found) or NOTHING
+
+
+def readme_times(results: Sequence[Result]) -> str:
+    """Return how long the README's commands take."""
+    found = [one for one in results if isinstance(one, TimesResult)]
+    tables = [
+        _table(("command", "time"), [(f"`{command}`", _duration(seconds)) for command, seconds in one.seconds.items()])
+        for one in found
+    ]
+    return (
+        "\n\n".join(f"{table}\n\n{_head(one.provenance)}" for one, table in zip(found, tables, strict=True)) or NOTHING
+    )
+
+
+def accuracy(results: Sequence[Result]) -> str:
+    """Return every comparison in full."""
+    found = [one for one in results if isinstance(one, ComparisonResult)]
+    return "\n\n".join(part for result in found for part in _comparison(result)) or NOTHING
+
+
+def cost(results: Sequence[Result]) -> str:
+    """Return every benchmark."""
+    found = [one for one in results if isinstance(one, BenchmarkResult)]
+    return "\n\n".join(part for result in found for part in _benchmark(result)) or NOTHING
+
+
+def families(results: Sequence[Result]) -> str:
+    """Return the model families that the tests take the whole way."""
+    found = [one for one in results if isinstance(one, FamiliesResult)]
+    return "\n\n".join(f"{_head(one.provenance)}\n\n{markdown(list(one.families))}" for one in found) or NOTHING
+
+
+def _readme_result(result: ComparisonResult) -> str:
+    text, speeds = result.comparison.texts[0], _speeds(result)
+    rows = [("base model", *_base_cells(text), _number(speeds[0] if speeds else None, ".1f"))]
+    by_name = _speeds_by_name(result)
+    for label, names in _README_ROWS.items():
+        measured = [(model, match[1]) for model in text.models if (match := re.fullmatch(names, model.name))]
+        scored = [(model, method) for model, method in measured if model.accuracy and model.failure is None]
+        if scored:
+            model, method = min(scored, key=lambda one: _divergence(one[0]))
+            cells = _accuracy_cells(model)
+            rows.append((f"{label}, `{method}`" if method else label, *cells, _number(by_name.get(model.name), ".1f")))
+    return f"{_table((result.title, 'MB', 'KL', 'perplexity', 'tokens/s'), rows)}\n\n{_head(result.provenance)}"
+
+
+def _comparison(result: ComparisonResult) -> Iterator[str]:
+    headings = (
+        "model",
+        "MB",
+        "KL",
+        "perplexity",
+        "same top-1",
+        "tokens/s",
+        "bits a weight",
+        "seconds",
+        "peak MB",
+        "note",
+    )
+    yield f"### {result.title}"
+    yield _head(result.provenance)
+    if (speed := result.comparison.speed) is not None:
+        yield (
+            f"Tokens a second: {speed.threads} threads, {speed.new_tokens} new tokens behind {speed.prompt_tokens}, "
+            f"median of {speed.rounds} rounds."
+        )
+    speeds, by_name = _speeds(result), _speeds_by_name(result)
+    for text in result.comparison.texts:
+        base = ("base model", *_base_cells(text), _UNKNOWN, _number(speeds[0] if speeds else None, ".1f"))
+        rows = [(*base, *[_UNKNOWN] * 3, "")]
+        rows += [_comparison_row(model, by_name.get(model.name)) for model in text.models]
+        yield f"Text: {text.text}."
+        yield _table(headings, rows)
+
+
+def _comparison_row(model: MeasuredModel, speed: float | None) -> tuple[str, ...]:
+    cost, search, accuracy = model.cost, model.search, model.accuracy
+    return (
+        f"`{model.name}`",
+        *_accuracy_cells(model),
+        _number(None if accuracy is None else accuracy.top1_agreement, ".2%"),
+        _number(speed, ".1f"),
+        _number(None if search is None else search.bits_per_weight, ".2f"),
+        _number(None if cost is None else cost.seconds, ".0f"),
+        _number(None if cost is None or cost.peak_bytes is None else cost.peak_bytes / 1e6, ".0f"),
+        model.failure or model.note,
+    )
+
+
+def _base_cells(text: TextResults) -> tuple[str, ...]:
+    base = text.base
+    if base is None:
+        return (_UNKNOWN,) * 3
+    return f"{base.bytes / 1e6:.1f}", "0", f"{base.accuracy.perplexity:.3f}"
+
+
+def _accuracy_cells(model: MeasuredModel) -> tuple[str, ...]:
+    accuracy = model.accuracy
+    return (
+        _number(None if model.bytes is None else model.bytes / 1e6, ".1f"),
+        _number(None if accuracy is None else accuracy.mean_divergence, ".4f"),
+        _number(None if accuracy is None else accuracy.perplexity, ".3f"),
+    )
+
+
+def _divergence(model: MeasuredModel) -> float:
+    assert model.accuracy is not None
+    return model.accuracy.mean_divergence
+
+
+def _speeds(result: ComparisonResult) -> list[float]:
+    """Return tokens a second while decoding, the base's first; nothing where no speed was measured."""
+    speed = result.comparison.speed
+    return [] if speed is None else [model.decode.median for model in speed.models]
+
+
+def _speeds_by_name(result: ComparisonResult) -> dict[str, float]:
+    speed = result.comparison.speed
+    return {} if speed is None else {model.model: model.decode.median for model in speed.models[1:]}
+
+
+def _benchmark(result: BenchmarkResult) -> Iterator[str]:
+    yield f"### {result.title}"
+    yield _head(result.provenance)
+    for table in benchmark_tables(result.benchmark):
+        title = str(table.title)
+        yield f"{title[:1].upper()}{title[1:]}:"
+        yield _as_markdown(table)
+
+
+def _as_markdown(table: Table) -> str:
+    page = io.StringIO()
+    table.title, table.box, table.padding = None, box.MARKDOWN, (0, 1)
+    Console(file=page, width=1000).print(table)
+    return "\n".join(line.strip() for line in page.getvalue().splitlines() if line.strip())
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _head(measured: Provenance) -> str:
+    versions = ", ".join(measured.versions)
+    return f"Measured on {measured.date} at commit {measured.commit} with {versions}; {measured.machine}."
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def _number(value: float | None, form: str) -> str:
+    return _UNKNOWN if value is None else format(value, form)

@@ -1,0 +1,49 @@
+"""Results are read as they were written, without what belongs to one machine."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from scripts.write_tables.results import provenance, read_results, save_result, without_commands
+from tests.scripts.write_tables.test_tables import comparison
+
+
+def test_results_are_read_as_they_were_written_and_replaced_by_title(tmp_path: Path) -> None:
+    one, other = comparison("Qwen 2.5 (0.5B)"), comparison()
+    for result in (one, other, other):
+        save_result(result, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "comparison-qwen-2.5-0.5b.json",
+        "comparison-smollm2-135m-instruct.json",
+    ]
+    assert read_results(tmp_path) == [one, other]
+
+
+def test_no_command_is_published() -> None:
+    (text,) = without_commands(comparison().comparison).texts
+    assert {model.command for model in text.models} == {""}
+
+
+def test_a_changed_source_shows_in_the_commit(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        return subprocess.run(
+            ("git", "-C", str(tmp_path), *identity, *arguments), check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    (tmp_path / "stages").mkdir()
+    for name in ("stages/a.py", "README.md"):
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "c")
+    (tmp_path / "README.md").write_text("2")
+    commit = git("rev-parse", "--short=8", "HEAD")
+    assert provenance(tmp_path).commit == commit
+    (tmp_path / "stages/a.py").write_text("2")
+    found = provenance(tmp_path)
+    assert found.commit == f"{commit}-dirty"
+    assert {version.split()[0] for version in found.versions} == {
+        "onnxruntime", "onnxruntime-genai", "torch", "nvidia-modelopt",
+    }  # fmt: skip

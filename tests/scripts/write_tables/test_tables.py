@@ -1,0 +1,110 @@
+"""Tables show the numbers of their results, and the README the best of each tool."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.benchmarks.figures import Benchmark, CommandFigure, Machine
+from scripts.peers.comparison import Comparison
+from scripts.write_tables.results import BenchmarkResult, ComparisonResult, FamiliesResult, Provenance
+from scripts.write_tables.tables import NOTHING, accuracy, cost, families, readme_results, readme_times
+from stages.evaluation.accuracy import Accuracy
+from stages.evaluation.bench.results import MeasuredModel, TextResults
+from stages.evaluation.records import ModelRow, ModelSpeed, Rate, SpeedTest
+from stages.system.measured_process import Cost
+
+HERE = Provenance(date="2026-01-02", commit="abc", versions=("onnxruntime 1", "torch 2"), machine="a machine")
+
+
+def scores(divergence: float, perplexity: float) -> Accuracy:
+    return Accuracy(tokens=100, perplexity=perplexity, mean_divergence=divergence, top1_agreement=0.875)
+
+
+def measured(name: str, divergence: float | None, *, failure: str | None = None, note: str = "") -> MeasuredModel:
+    return MeasuredModel(
+        name=name,
+        command="python -m secret",
+        unbeaten=False,
+        note=note,
+        failure=failure,
+        bytes=None if divergence is None else 90_000_000,
+        cost=None if divergence is None else Cost(seconds=12.3, peak_bytes=1_500_000_000),
+        search=None,
+        accuracy=None if divergence is None else scores(divergence, 20 + divergence),
+    )
+
+
+def speed(name: str, rate: float) -> ModelSpeed:
+    of_model = Rate(median=rate, slowest=rate, fastest=rate)
+    return ModelSpeed(
+        model=name, prompt=of_model, decode=of_model, load_seconds=1.0, peak_bytes=None, accuracy_level="4"
+    )
+
+
+def comparison(title: str = "SmolLM2-135M-Instruct") -> ComparisonResult:
+    models = (
+        measured("rtn_dq-b32", 0.5),
+        measured("awq_gptq-b32", 0.1),
+        measured("awq_gptq-b32-refine", 0.01),
+        measured("awq_gptq-b32-zp", 0.02),
+        measured("builder-int4-b32", 0.4, note="from smollm2"),
+        measured("modelopt-awq_lite-b32", 0.3),
+        measured("modelopt-awq_full-b32", 0.2),
+        measured("modelopt-rtn_dq-b32", None, failure="no | wheel"),
+    )
+    base = ModelRow(name="base", bytes=500_000_000, accuracy=scores(0.0, 20.0))
+    rates = (speed("base", 30.0), *(speed(model.name, 60.0) for model in models if model.failure is None))
+    test = SpeedTest(machine="m", runtime="r", threads=2, rounds=5, prompt_tokens=128, new_tokens=64, models=rates)
+    texts = (TextResults(text="offline", base=base, models=models),)
+    return ComparisonResult(title=title, provenance=HERE, comparison=Comparison(texts=texts, speed=test))
+
+
+@pytest.mark.parametrize("block", [readme_results, readme_times, accuracy, cost, families])
+def test_a_table_without_results_says_so(block) -> None:
+    assert block([]) == NOTHING
+
+
+def test_the_readme_shows_the_most_accurate_of_each_tool_in_blocks_of_32_without_zero_points() -> None:
+    assert readme_results([comparison("Another"), comparison()]).splitlines() == [
+        "| SmolLM2-135M-Instruct | MB | KL | perplexity | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+        "| base model | 500.0 | 0 | 20.000 | 30.0 |",
+        "| genai-quant, `awq_gptq` | 90.0 | 0.1000 | 20.100 | 60.0 |",
+        "| onnxruntime-genai's own int4 | 90.0 | 0.4000 | 20.400 | 60.0 |",
+        "| NVIDIA ModelOpt, `awq_full` | 90.0 | 0.2000 | 20.200 | 60.0 |",
+        "",
+        "Measured on 2026-01-02 at commit abc with onnxruntime 1, torch 2; a machine.",
+    ]
+
+
+def test_every_model_of_a_comparison_has_a_row_and_no_command() -> None:
+    page = accuracy([comparison()])
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 1 + 8
+    assert "| base model | 500.0 | 0 | 20.000 | - | 30.0 | - | - | - |  |" in rows
+    assert "| `builder-int4-b32` | 90.0 | 0.4000 | 20.400 | 87.50% | 60.0 | - | 12 | 1500 | from smollm2 |" in rows
+    assert r"| `modelopt-rtn_dq-b32` | - | - | - | - | - | - | - | - | no \| wheel |" in rows
+    assert "### SmolLM2-135M-Instruct" in page
+    assert "secret" not in page
+
+
+def test_a_benchmark_has_a_heading_for_each_model() -> None:
+    machine = Machine(processor="CPU X", cores=2, threads=2, gpu=None, versions={})
+    figure = CommandFigure(name="calibrate", command="c", seconds=30.0, peak_bytes=10**8)
+    page = cost(
+        [
+            BenchmarkResult(
+                title=title, provenance=HERE, benchmark=Benchmark(machine=machine, base="b", commands=(figure,))
+            )
+            for title in ("A", "B")
+        ]
+    )
+    assert [line for line in page.splitlines() if line.startswith("###")] == ["### A", "### B"]
+    assert "Whole commands on CPU X, 2 cores, 2 threads:" in page
+    assert next([cell.strip() for cell in row.split("|")] for row in page.splitlines() if "calibrate" in row) == [
+        "", "calibrate", "30.0", "100", "-", "",
+    ]  # fmt: skip
+
+
+def test_families_have_a_head() -> None:
+    assert families([FamiliesResult(provenance=HERE, families=())]).startswith("Measured on 2026-01-02")
