@@ -24,7 +24,7 @@ _CHECKED = 24
 """Bytes for each weight of the site whose product is checked: codes, float32 and float64 rows, ONNX Runtime's copy."""
 _PARTITION = 1 << 28
 _REPACKED = 3
-"""The exported model is run in partitions of so many bytes, each so many times larger once ONNX Runtime has repacked it."""
+"""The exported model runs in partitions of so many bytes, so many times larger once ONNX Runtime has repacked them."""
 
 
 def held_already() -> int:

@@ -65,7 +65,7 @@ def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
 
 
 def _gather_block(request: Request) -> Preference[int]:
-    """Return a size whose blocks divide the width: GatherBlockQuantized reads another block's scale else (ORT#32663)."""
+    """Return a size that divides the width: else GatherBlockQuantized reads another block's scale (ORT#32663)."""
     divides = all(width % 32 == 0 for width in request.facts.embedding_widths)
     return Preference(32 if divides else 16, "CUDA's kernel needs a size that divides the width (ORT#32663)")
 

@@ -47,7 +47,7 @@ class Request:
         return f"ONNX Runtime {self.release[0]}.{self.release[1]}"
 
     def stores_eight_bit(self, eight_bit: Granularity | None) -> bool:
-        """Return whether any site becomes INT8; those that only a rule finds don't where the runtime has none (None)."""
+        """Return whether any site becomes INT8; those that only a rule finds don't where ``eight_bit`` is None."""
         return self.requested.named_eight_bit or (self.requested.mixed and eight_bit is not None)
 
 
