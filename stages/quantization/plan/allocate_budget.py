@@ -13,10 +13,11 @@ from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
-from stages.quantization.plan.budget import SiteCandidates, best_allocation, bits_per_weight, chosen_plan
+from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_plan
 from stages.quantization.plan.forecast import WHOLE, forecast_key, forecast_site, read_forecasts, write_forecasts
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
+from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, output_sections, residual_sensitivities, unmeasured
 from stages.quantization.search.objective import to_device
 from stages.records.formats import QuantSpec
@@ -79,12 +80,11 @@ def allocate_budget(
     }
     allocation = best_allocation(undecided.candidates, undecided.budget, losses)
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
-    summary = _summary(undecided, labels, allocation.loss)
+    decided = _decided(plan, undecided, groups, labels)
+    summary = _summary(undecided, decided.sites, allocation.loss)
     candidates = {each.site.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
-    return BudgetResult(
-        plan=_decided(plan, undecided, groups, labels), file_text=plan_text(lines, [summary]), summary=summary
-    )
+    return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
 
 
 def needs_weights(
@@ -187,15 +187,11 @@ def _decided(
     return replace(plan, sites=replace(sites, skipped=(*sites.skipped, *no_sites)), left_open=None)
 
 
-def _summary(undecided: OpenPlan, labels: Mapping[str, str], loss: float) -> str:
-    size = undecided.size
-    total = size.fixed_bytes([each.site for each in undecided.candidates]) + sum(
-        size.site_bytes(each.site, each.formats[labels[each.site.name]]) for each in undecided.candidates
-    )
+def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float) -> str:
+    total = undecided.size.total_bytes([each.site for each in undecided.candidates], decided.specs)
     return (
-        f"{undecided.option}: {bits_per_weight(undecided.candidates, labels):.3f} bits a weight, about "
-        f"{total / 1e6:,.1f} MB in all, expected loss {loss:.4g} by --sensitivity {undecided.sensitivity}; "
-        f"{undecided.reachable.summary}."
+        f"{undecided.option}: {decided.bits_per_weight:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
+        f"expected loss {loss:.4g} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
     )
 
 

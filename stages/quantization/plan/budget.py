@@ -157,13 +157,6 @@ def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses
     return min(found, key=lambda allocation: allocation.loss)
 
 
-def bits_per_weight(candidates: Sequence[SiteCandidates], labels: Mapping[str, str]) -> float:
-    """Return the bits of codes, scales and zero points for a weight of the sites that ``labels`` doesn't keep."""
-    quantized = [each for each in candidates if labels[each.site.name] != KEEP]
-    num_weights = sum(each.site.in_features * each.site.out_features for each in quantized)
-    return 8 * sum(candidate_bytes(each, labels[each.site.name]) for each in quantized) / num_weights
-
-
 def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
     """Return the bytes of the site's codes, scales and zero points; 0 where it stays as it is."""
     spec = candidates.formats[label]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,6 +26,10 @@ class OutputSize:
     """The base's .onnx file and the tensors outside it."""
     form: WeightForm
     embeddings: tuple[EmbeddingPlan, ...]
+
+    def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
+        """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
+        return self.fixed_bytes(sites) + sum(self.site_bytes(site, specs.get(site.name)) for site in sites)
 
     def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
         """Return the bytes of everything but what ``site_bytes`` counts for ``sites``."""

@@ -67,12 +67,6 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacl
     seconds = search_seconds(config, plan, text, device)
     size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
     sites = all_sites(groups)
-    after = size.fixed_bytes(sites) + sum(size.site_bytes(site, plan.sites.specs.get(site.name)) for site in sites)
-    weights = sum(site.in_features * site.out_features for site in all_sites(plan.sites.groups))
-    stored = sum(
-        plan.sites.specs[site.name].stored_bytes(site.out_features, site.in_features)
-        for site in all_sites(plan.sites.groups)
-    )
     names = {site.name for site in sites}
     return Preview(
         base=known.directory.onnx_file,
@@ -82,9 +76,9 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacl
         unquantizable=tuple(entry for entry in plan.sites.skipped if entry[0] not in names),
         embeddings=plan.embeddings,
         unreached=plan.unquantized,
-        bits_per_weight=8 * stored / weights,
+        bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=after,
+        bytes_after=size.total_bytes(sites, plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,

@@ -10,7 +10,6 @@ from stages.quantization.plan.budget import (
     SiteCandidates,
     SizeBudget,
     best_allocation,
-    bits_per_weight,
     candidate_bytes,
     check_budget,
     chosen_plan,
@@ -99,7 +98,8 @@ def test_stored_bits_a_weight_stay_within_the_budget(bits: float) -> None:
     chosen = [(each, labels[name]) for name, each in candidates.items() if labels[name] != "keep"]
     weights = sum(each.site.in_features * each.site.out_features for each, _ in chosen)
     reached = 8 * sum(candidate_bytes(each, label) for each, label in chosen) / weights
-    assert bits_per_weight(tuple(candidates.values()), labels) == reached <= bits
+    plan = chosen_plan(GROUPS, tuple(candidates.values()), labels, "the budget")
+    assert plan.bits_per_weight == reached <= bits
 
 
 def test_a_head_that_stays_takes_part_in_no_bits_a_weight() -> None:
