@@ -64,7 +64,7 @@ class Search:
 
 
 def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
-    """Decide the plan, spend the budget if there is one, and make or resume the store.
+    """Decide the plan, allocate the budget if there is one, and make or resume the store.
 
     Raises:
         UserError: options don't fit the model, the cache is missing or another model's, or the weights' folder can't be
@@ -74,17 +74,17 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     plan = plan_model(config, model, directory)
-    _say_plan(config, plan)
-    spent: BudgetResult | None = None
+    _log_plan(config, plan)
+    result: BudgetResult | None = None
     if plan.left_open is not None:
         assert cache is not None, "a budget needs the cache"
-        spent = allocate_budget(plan, model, directory, cache, choose_device(config.device))
-        _LOGGER.info("%s", spent.summary)
-        plan = spent.plan
+        result = allocate_budget(plan, model, directory, cache, choose_device(config.device))
+        _LOGGER.info("%s", result.summary)
+        plan = result.plan
     recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
-    if spent is not None:
-        write_plan(store.folder / PLAN, spent.file_text)
+    if result is not None:
+        write_plan(store.folder / PLAN, result.file_text)
     return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
 
 
@@ -146,7 +146,7 @@ def open_search(config: QuantizeConfig) -> Search:
     return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
 
 
-def _say_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
+def _log_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
     """Log what the target decided, and what a person should know before the search starts."""
     if config.parsed_target is not None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)

@@ -40,10 +40,6 @@ class Allocation:
     chosen: Mapping[str, Candidate]
 
     @property
-    def cost(self) -> int:
-        return sum(candidate.cost for candidate in self.chosen.values())
-
-    @property
     def loss(self) -> float:
         return math.fsum(candidate.loss for candidate in self.chosen.values())
 

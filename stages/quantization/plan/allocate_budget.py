@@ -1,4 +1,4 @@
-"""Spend a budget: forecast every format's loss from the cache, weigh it, and choose a format for every site."""
+"""Allocate a budget: forecast every format's loss from the cache, weigh it, and choose a format for every site."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Forecast what each format would cost a site in accuracy, by the output error of a short clip search.
 
-A few clip ratios by the diagonal blocks of the Gram matrix foretell what the real searches reach better than plain
+A few clip ratios by the diagonal blocks of the Gram matrix predict what the real searches reach better than plain
 rounding does: over the 150 sites of SmolLM2-135M the logarithm of the final error (awq_full, INT4) scatters around
 that of the forecast by 0.4, around that of rounding by 0.55. INT8 is rounded: clipping gains nothing there.
 """

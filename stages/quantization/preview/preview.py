@@ -129,14 +129,14 @@ def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bo
 
 
 def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str, ...]]:
-    """Return the plan and notes; where a budget can't be spent yet, the smallest formats and what is needed."""
+    """Return the plan and notes; where a budget can't be allocated yet, the smallest formats and what is needed."""
     plan = plan_model(config, known.model, known.directory)
     if plan.left_open is None:
         return plan, ()
     reason = _left_open_because(config, known, plan.left_open)
     if not reason and known.cache is not None:
-        spent = allocate_budget(plan, known.model, known.directory, known.cache, choose_device(config.device))
-        return spent.plan, (spent.summary,)
+        result = allocate_budget(plan, known.model, known.directory, known.cache, choose_device(config.device))
+        return result.plan, (result.summary,)
     return plan, (
         f"{plan.left_open.option} is not spent yet: {reason}; {plan.left_open.reachable.summary}. Formats are all that "
         "are open to a site, bytes and seconds those of the smallest.",
@@ -144,7 +144,7 @@ def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str
 
 
 def _left_open_because(config: QuantizeConfig, known: _Known, undecided: OpenPlan) -> str:
-    """Return why a budget can't be spent now; empty where it can."""
+    """Return why a budget can't be allocated now; empty where it can."""
     if known.cache is None:
         return f"it needs the calibration cache {config.cache_path}"
     groups, candidates = find_groups(known.model), undecided.candidates

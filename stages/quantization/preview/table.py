@@ -38,7 +38,7 @@ class PreviewedSite:
     format: str
     """The QuantSpec's label, or keep."""
     formats: tuple[str, ...]
-    """All that it may still become, where a budget isn't spent yet; else empty."""
+    """All that it may still become, where a budget isn't allocated yet; else empty."""
     bits: int | None
     """4 or 8; None where it stays as it is."""
     block_size: int | None

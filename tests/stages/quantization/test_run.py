@@ -47,7 +47,7 @@ def test_an_algorithm_without_statistics_needs_no_cache(config: QuantizeConfig, 
         _prepared(replace(config, cache_dir=tmp_path / "none", algo="gptq"))
 
 
-def test_a_budget_is_spent_and_its_plan_lies_in_the_store(config: QuantizeConfig) -> None:
+def test_a_budget_is_allocated_and_its_plan_lies_in_the_store(config: QuantizeConfig) -> None:
     prepared = _prepared(replace(config, target_bpw=6.0))
     assert prepared.plan.left_open is None
     specs = prepared.plan.sites.specs

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCache:
-    """A copy, since forecasts are kept in it."""
+    """Return a copy, since forecasts are kept in it."""
     folder = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
     return open_cache(folder, fingerprint_model(locate_model(tiny_model)))
 
@@ -57,7 +57,7 @@ def _open(plan: ModelPlan) -> OpenPlan:
     return plan.left_open
 
 
-def _spent(plan: ModelPlan, model: ir.Model, folder: Path, cache: CalibrationCache) -> BudgetResult:
+def _allocated(plan: ModelPlan, model: ir.Model, folder: Path, cache: CalibrationCache) -> BudgetResult:
     return allocate_budget(plan, model, locate_model(folder), cache, CPU)
 
 
@@ -70,7 +70,7 @@ def test_a_size_gets_the_smallest_sum_of_weighted_forecasts(
     assert isinstance(undecided.budget, SizeBudget)
     low, high = undecided.reachable.smallest, undecided.reachable.largest
     budget = replace(undecided.budget, num_bytes=int(low + part * (high - low)))
-    spent = _spent(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, cache)
+    result = _allocated(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, cache)
     forecasts = read_forecasts(cache.folder)
     weights = residual_sensitivities(find_groups(model), {name: each.energy for name, each in forecasts.items()})
     pairs = {
@@ -84,7 +84,7 @@ def test_a_size_gets_the_smallest_sum_of_weighted_forecasts(
         for each in undecided.candidates
     }
     best = smallest_loss([list(site.values()) for site in pairs.values()], budget.num_bytes - budget.fixed_bytes)
-    specs = spent.plan.sites.specs
+    specs = result.plan.sites.specs
     chosen = [site[specs[name].label if name in specs else KEEP] for name, site in pairs.items()]
     assert budget.fixed_bytes + sum(cost for cost, _ in chosen) <= budget.num_bytes
     # Sums of the same numbers in another order.
@@ -95,12 +95,12 @@ def test_everything_is_decided_and_the_file_says_the_same(
     model: ir.Model, tiny_model: Path, cache: CalibrationCache, tmp_path: Path
 ) -> None:
     plan = _plan(model, tiny_model, target_bpw=7.0)
-    spent = _spent(plan, model, tiny_model, cache)
-    assert spent.plan.left_open is None
+    result = _allocated(plan, model, tiny_model, cache)
+    assert result.plan.left_open is None
     sites = all_sites(find_groups(model))
-    specs, skipped = spent.plan.sites.specs, dict(spent.plan.sites.skipped)
+    specs, skipped = result.plan.sites.specs, dict(result.plan.sites.skipped)
     assert {*specs, *skipped} >= {site.name for site in sites}
-    write_plan(tmp_path / "plan.toml", spent.file_text)
+    write_plan(tmp_path / "plan.toml", result.file_text)
     planned = read_plan(tmp_path / "plan.toml", sites)
     assert {name: line.format for name, line in planned.items()} == {
         site.name: specs[site.name].label if site.name in specs else KEEP for site in sites
@@ -108,21 +108,21 @@ def test_everything_is_decided_and_the_file_says_the_same(
     down = "/model/layers.1/mlp/down_proj/MatMul"
     assert planned[down].why == "--layers_8bit"
     assert re.match(r"others: (4b32|8b128) [\d.e-]+$", planned[down.replace("layers.1", "layers.0")].why)
-    assert spent.file_text.startswith(f"# {spent.summary}\n")
+    assert result.file_text.startswith(f"# {result.summary}\n")
 
 
 def test_the_summary_names_the_budget_what_was_reached_and_what_can_be(
     model: ir.Model, tiny_model: Path, cache: CalibrationCache
 ) -> None:
     plan = _plan(model, tiny_model, target_bpw=7.0)
-    spent = _spent(plan, model, tiny_model, cache)
+    result = _allocated(plan, model, tiny_model, cache)
     said = re.fullmatch(
         r"--target_bpw 7: ([\d.]+) bits a weight, about ([\d.]+) MB in all, expected loss [\d.e-]+ by --sensitivity "
         r"cache; (from .* can be reached)\.",
-        spent.summary,
+        result.summary,
     )
     assert said is not None
-    sites, specs, size = all_sites(spent.plan.sites.groups), spent.plan.sites.specs, _open(plan).size
+    sites, specs, size = all_sites(result.plan.sites.groups), result.plan.sites.specs, _open(plan).size
     stored = sum(specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites)
     weights = sum(site.in_features * site.out_features for site in sites)
     assert float(said[1]) == pytest.approx(8 * stored / weights, abs=5e-4)  # printed to three places
@@ -137,15 +137,15 @@ def test_forecasts_are_kept_and_only_new_formats_are_forecast(
 ) -> None:
     groups, plan = find_groups(model), _plan(model, tiny_model, target_bpw=7.0)
     assert needs_weights(groups, _open(plan).candidates, cache)
-    first = _spent(plan, model, tiny_model, cache)
+    first = _allocated(plan, model, tiny_model, cache)
     kept = read_forecasts(cache.folder)
     assert not needs_weights(groups, _open(plan).candidates, cache)
     with monkeypatch.context() as patched:
         patched.setattr(CalibrationCache, "read", lambda *_: pytest.fail("statistics are read again"))
-        assert _spent(plan, model, tiny_model, cache).file_text == first.file_text
+        assert _allocated(plan, model, tiny_model, cache).file_text == first.file_text
     finer = _plan(model, tiny_model, target_bpw=7.0, block_size=16)
     assert needs_weights(groups, _open(finer).candidates, cache)
-    _spent(finer, model, tiny_model, cache)
+    _allocated(finer, model, tiny_model, cache)
     for name, forecast in read_forecasts(cache.folder).items():
         assert forecast.errors.items() >= kept[name].errors.items()
 
@@ -163,5 +163,5 @@ def test_a_head_that_a_budget_leaves_is_skipped_for_its_sake(
     model: ir.Model, tiny_model: Path, cache: CalibrationCache
 ) -> None:
     plan = _plan(model, tiny_model, target_size="1GB")
-    spent = _spent(plan, model, tiny_model, cache)
-    assert dict(spent.plan.sites.skipped)["/lm_head/MatMul"] == "--target_size 1GB spends its bytes elsewhere"
+    result = _allocated(plan, model, tiny_model, cache)
+    assert dict(result.plan.sites.skipped)["/lm_head/MatMul"] == "--target_size 1GB spends its bytes elsewhere"

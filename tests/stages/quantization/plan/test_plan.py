@@ -36,7 +36,7 @@ def _planned(config: QuantizeConfig, model: ir.Model) -> ModelPlan:
 
 
 def _plan_file(model: ir.Model, path: Path, *formats: str) -> Path:
-    """A plan in which the sites have ``formats`` in turn, and lm_head stays."""
+    """Write a plan in which the sites have ``formats`` in turn, and lm_head stays."""
     names = [site.name for site in all_sites(find_groups(model)) if site.name != HEAD]
     lines = {name: PlannedSite(format=formats[index % len(formats)]) for index, name in enumerate(names)}
     write_plan(path, plan_text({**lines, HEAD: PlannedSite(format="keep")}))

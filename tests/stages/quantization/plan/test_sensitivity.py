@@ -122,7 +122,7 @@ def test_nats_are_those_of_a_unit_of_error_and_none_without_error() -> None:
 
 @pytest.fixture
 def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCache:
-    """A copy, since sensitivities are kept in it."""
+    """Return a copy, since sensitivities are kept in it."""
     folder = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
     return open_cache(folder, fingerprint_model(locate_model(tiny_model)))
 
@@ -130,7 +130,7 @@ def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCach
 def _measure(
     tiny_model: Path, cache: CalibrationCache, bits: int = 4
 ) -> tuple[SensitivityMeasure, list[ActivationGroup]]:
-    """A measure of the groups of two sites each: gate and up of both layers."""
+    """Return a measure of the groups of two sites each: gate and up of both layers."""
     directory = locate_model(tiny_model)
     model = load_graph(directory)
     groups = [group for group in find_groups(model) if len(group.sites) == 2]

@@ -68,15 +68,15 @@ def test_the_free_memory_of_cuda_counts(tiny_model: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(not HIGH_WATER.exists(), reason="the kernel tells no peak of memory")
-def test_a_search_takes_no_more_memory_than_foretold() -> None:
+def test_a_search_takes_no_more_memory_than_predicted() -> None:
     problem = random_layer(0, in_features=512, widths=(512, 512)).problem
     solver = solver_of(problem, "awq_gptq")
     solver = replace(solver, options=replace(solver.options, column_chunk=1024))
     before = _peak()
     solver.solve(problem.group)
     used = _peak(reset=False) - before
-    foretold = search_memory([problem.group], torch.device("cpu"), held=0).bytes
-    assert foretold / 10 < used <= foretold
+    predicted = search_memory([problem.group], torch.device("cpu"), held=0).bytes
+    assert predicted / 10 < used <= predicted
 
 
 def _peak(*, reset: bool = True) -> int:
