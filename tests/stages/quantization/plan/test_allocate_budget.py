@@ -61,7 +61,7 @@ def _allocated(plan: ModelPlan, model: ir.Model, folder: Path, cache: Calibratio
     return allocate_budget(plan, model, locate_model(folder), cache, CPU)
 
 
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
 def test_a_size_gets_the_smallest_sum_of_weighted_forecasts(
     part: float, model: ir.Model, tiny_model: Path, cache: CalibrationCache
 ) -> None:

@@ -13,10 +13,10 @@ from stages.errors import OptionError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.plan import ModelPlan, describe_recipe, make_recipe, plan_model
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, make_recipe, plan_model
 from stages.quantization.plan.plan_file import PlannedSite, plan_text, write_plan
 from stages.quantization.plan.rules import all_sites
-from stages.records.formats import PerBlock, PerChannel, WeightForm
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
 
 HEAD = "/lm_head/MatMul"
 
@@ -33,6 +33,11 @@ def config(tiny_model: Path, tmp_path: Path) -> QuantizeConfig:
 
 def _planned(config: QuantizeConfig, model: ir.Model) -> ModelPlan:
     return plan_model(config, model, locate_model(config.onnx_path))
+
+
+def _finest(undecided: OpenPlan) -> dict[str, QuantSpec]:
+    """Return INT8 for every site but lm_head, which takes most where it stays."""
+    return {each.site.name: each.specs["8b128"] for each in undecided.candidates if each.site.name != HEAD}
 
 
 def _plan_file(model: ir.Model, path: Path, *formats: str) -> Path:
@@ -94,7 +99,10 @@ def test_a_budget_is_left_open_with_the_smallest_format_of_every_site(config: Qu
     sized = _planned(replace(config, target_size="1GB"), model)
     assert sized.left_open is not None
     assert (sized.left_open.option, sized.left_open.sensitivity) == ("--target_size 1GB", "cache")
+    size, sites = sized.left_open.size, all_sites(find_groups(model))
     assert sized.left_open.reachable.unit == "bytes"
+    assert sized.left_open.reachable.smallest == size.total_bytes(sites, sized.sites.specs)
+    assert sized.left_open.reachable.largest == size.total_bytes(sites, _finest(sized.left_open))
 
 
 @pytest.mark.parametrize(

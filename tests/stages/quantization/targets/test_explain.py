@@ -21,33 +21,31 @@ def _lines(runtime: Runtime, requested: RequestedFormats) -> dict[str, tuple[str
     return {line.option: (line.chosen, line.why) for line in choice.explanations}
 
 
+ASKED = {
+    "--weight_operator": ({"form": WeightForm.DQ}, "dq"),
+    "--block_size": ({"block_size": 64}, "64"),
+    "--use_zero_point": ({"zero_point": True}, "yes"),
+    "--scale_range": ({"scale_range": "compat7"}, "compat7"),
+    "--int8_block_size": ({"eight_bit": PerBlock(block_size=16), "named_eight_bit": True}, "16"),
+    "--gather_form": ({"gather_form": "dq", "gather_axis": 1}, "dq"),
+    "--gather_block_size": ({"gather_block_size": 16, "gather_axis": 1}, "16"),
+}
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_what_was_asked_for_is_called_so(runtime: Runtime) -> None:
-    asked = RequestedFormats(
-        form=WeightForm.DQ,
-        block_size=64,
-        eight_bit=PerBlock(block_size=16),
-        named_eight_bit=True,
-        zero_point=True,
-        gather_axis=1,
-        gather_form="gather_block_quantized",
-        gather_block_size=16,
-        accuracy_level=1,
-    )
-    lines = _lines(runtime, asked)
-    for option, chosen in {
-        "--weight_operator": "dq",
-        "--block_size": "64",
-        "--use_zero_point": "yes",
-        "--int8_block_size": "16",
-        "--gather_form": "gather_block_quantized",
-        "--gather_block_size": "16",
-    }.items():
-        assert lines[option] == (chosen, "as asked")
-    assert lines.get("--accuracy_level", ("1", "as asked")) == ("1", "as asked")
-    assert "--scale_range" not in lines  # of codes with a zero point
-    unasked = _lines(runtime, RequestedFormats())
-    assert "as asked" not in {why for _, why in unasked.values()}
+@pytest.mark.parametrize("option", ASKED)
+def test_what_was_asked_for_is_called_so_and_nothing_else(option: str, runtime: Runtime) -> None:
+    asked, chosen = ASKED[option]
+    lines = _lines(runtime, RequestedFormats(**asked))
+    assert lines[option] == (chosen, "as asked")
+    assert [line for line, (_, why) in lines.items() if why == "as asked"] == [option]
+
+
+def test_an_accuracy_level_has_a_line_where_it_means_something() -> None:
+    asked = RequestedFormats(accuracy_level=1)
+    assert [_lines(runtime, asked).get("--accuracy_level") for runtime in ("cpu", "webgpu", "cuda")] == [
+        ("1", "as asked"), ("1", "as asked"), None,
+    ]  # fmt: skip
 
 
 def test_int8_has_a_line_where_a_site_becomes_int8() -> None:
