@@ -68,7 +68,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
     base = locate_model(config.base)
     model = load_graph(base)
     plan = plan_model(QuantizeConfig(onnx_path=config.base, output_path=config.output), model, base)
-    exclude = [name for name, _ in plan.sites.kept]
+    exclude = [name for name, _ in plan.sites.skipped]
     return [
         *(_ort(request, base, exclude, config) for request in ort_requests(config)),
         *(_builder(request, base, exclude, config) for request in builder_requests(config)),

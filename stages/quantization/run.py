@@ -1,4 +1,8 @@
-"""Plan, search and store quantized weights: what stage two does before the export."""
+"""Plan, search and store quantized weights: what stage two does before the export.
+
+``prepare`` decides the plan, opens the statistics and makes the store; ``search_weights`` fills it group by group, then
+block by block where blocks are tuned; ``round_embeddings`` adds the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +57,67 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """A search that nothing has been done of yet."""
+    """A search before its first group."""
 
     solver: GroupSolver
     groups: tuple[ActivationGroup, ...]
+
+
+def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
+    """Decide the plan, allocate the budget if there is one, and make or resume the store.
+
+    Raises:
+        UserError: options don't fit the model, the cache is missing or another model's, or the weights' folder can't be
+            used.
+    """
+    model = load_graph(directory)
+    fingerprint = fingerprint_model(directory, model)
+    cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
+    plan = plan_model(config, model, directory)
+    _log_plan(config, plan)
+    result: BudgetResult | None = None
+    if plan.left_open is not None:
+        assert cache is not None, "a budget needs the cache"
+        result = allocate_budget(plan, model, directory, cache, choose_device(config.device))
+        _LOGGER.info("%s", result.summary)
+        plan = result.plan
+    recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
+    store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
+    if result is not None:
+        write_plan(store.folder / PLAN, result.file_text)
+    return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
+
+
+def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
+    """Fill the store; what is in it already stays.
+
+    Args:
+        config: the algorithm and its options.
+        prepared: what ``prepare`` returned.
+        processes: those that share the groups.
+    """
+    if config.tunes_blocks:
+        _tune_unfinished(config, prepared, processes)
+        if processes.is_first:
+            # Not sooner: a stopped run never searches again.
+            shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
+    else:
+        solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
+        _solve_unfinished(solver, prepared.store, processes)
+
+
+def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:
+    """Round the embeddings that have no file yet.
+
+    Args:
+        model: the base model.
+        store: where they go.
+        device: where they are rounded.
+    """
+    for index, plan in enumerate(store.recipe.embeddings):
+        file = store.table_file(index)
+        if not file.is_finished():
+            store.write_table(index, quantize_table(plan, partial(read_rows, model, plan.table, device=device)))
 
 
 @contextmanager
@@ -71,35 +132,8 @@ def discard_if_bad_input(store: QuantizedStore, *, owner: bool) -> Iterator[None
         raise
 
 
-def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
-    model = load_graph(directory)
-    fingerprint = fingerprint_model(directory, model)
-    cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    plan = plan_model(config, model, directory)
-    _say_plan(config, plan)
-    spent = _spent(config, model, directory, plan, cache)
-    plan = plan if spent is None else spent.plan
-    recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
-    store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
-    if spent is not None:
-        write_plan(store.folder / PLAN, spent.file_text)
-    return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
-
-
-def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
-    """Fill the store; what is in it already stays."""
-    if config.tunes_blocks:
-        _tune_unfinished(config, prepared, processes)
-        if processes.is_first:
-            # Not sooner: a stopped run never searches again.
-            shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
-    else:
-        solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
-        _solve_unfinished(solver, prepared.store, processes)
-
-
 def open_search(config: QuantizeConfig) -> Search:
-    """The search that ``quantize`` would do, with no place to save its results: for measuring it.
+    """Return the search that ``quantize`` would do, with no place to save its results: for measuring it.
 
     Raises:
         UserError: what ``quantize`` raises before it searches.
@@ -112,31 +146,15 @@ def open_search(config: QuantizeConfig) -> Search:
     return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
 
 
-def _say_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
-    """What the target decided, and what a person should know before the search starts."""
+def _log_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
+    """Log what the target decided, and what a person should know before the search starts."""
     if config.parsed_target is not None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
         _LOGGER.info("formats for %s: %s", config.parsed_target.label, chosen)
     sites = plan.sites
-    left = unquantized_warning(plan.unreached, quantized=len(sites.specs), routers=sites.kept_routers)
+    left = unquantized_warning(plan.unquantized, quantized=len(sites.specs), routers=sites.skipped_routers)
     for warning in filter(None, (*plan.choice.warnings, left)):
         _LOGGER.warning("%s", warning)
-
-
-def _spent(
-    config: QuantizeConfig,
-    model: ir.Model,
-    directory: ModelDirectory,
-    plan: ModelPlan,
-    cache: CalibrationCache | None,
-) -> BudgetResult | None:
-    """What ``plan`` left open, decided; None where it left nothing open."""
-    if plan.left_open is None:
-        return None
-    assert cache is not None, "a budget needs the cache"
-    spent = allocate_budget(config, model, directory, cache, plan, choose_device(config.device))
-    _LOGGER.info("%s", spent.summary)
-    return spent
 
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
@@ -146,7 +164,7 @@ def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: Cal
 
 
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:
-    """Solve the groups that have no file yet, shared out by cost; each is saved before the next begins."""
+    """Solve the groups that have no file yet, shared out by cost; save each before the next begins."""
     unfinished = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
     processes.barrier()  # so that all share out the same groups
     costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
@@ -211,14 +229,14 @@ def _block_steps(config: QuantizeConfig, options: SearchOptions) -> list[tuple[B
 def _earlier_store(
     store: QuantizedStore, name: str, config: QuantizeConfig, plan: ModelPlan, cache: CalibrationCache
 ) -> QuantizedStore:
-    """The folder of a step before the last."""
+    """Make or resume the store of a step before the last, inside the last one's folder.
+
+    Args:
+        store: the last step's.
+        name: the folder's.
+        config: describes what the search makes up to this step.
+        plan: the formats.
+        cache: the statistics.
+    """
     recipe = make_recipe(config, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
     return create_or_resume_store(store.folder / EARLIER / name, recipe, overwrite=config.overwrite)
-
-
-def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:
-    """Round the embeddings that have no file yet."""
-    for index, plan in enumerate(store.recipe.embeddings):
-        file = store.table_file(index)
-        if not file.is_finished():
-            store.write_table(index, quantize_table(plan, partial(read_rows, model, plan.table, device=device)))

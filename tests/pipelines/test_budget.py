@@ -22,7 +22,7 @@ HEAD = "/lm_head/MatMul"
 
 @pytest.fixture(scope="module")
 def cache(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, since forecasts are kept in the cache."""
+    """Return a copy, since forecasts are kept in the cache."""
     return Path(shutil.copytree(tiny_cache, tmp_path_factory.mktemp("caches") / "tiny"))
 
 
@@ -66,7 +66,7 @@ def test_bits_a_weight_are_those_of_the_table_and_within_the_budget(
 
 @pytest.mark.parametrize("megabytes", [0.26, 0.3])
 @pytest.mark.parametrize("form", ["dq", "matmul_nbits"])
-def test_the_model_is_no_larger_than_asked_for_and_than_foretold(
+def test_the_model_is_no_larger_than_asked_for_and_than_predicted(
     megabytes: float, form: str, tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output = tmp_path / "out"
@@ -75,9 +75,9 @@ def test_the_model_is_no_larger_than_asked_for_and_than_foretold(
     )
     assert code == 0, printed
     assert _size(output) <= megabytes * 1e6
-    foretold = float(re.search(r"about ([\d.]+) MB in all", printed)[1]) * 1e6
+    predicted = float(re.search(r"about ([\d.]+) MB in all", printed)[1]) * 1e6
     # Printed to 0.1 MB; a site's share of the graph is counted with a kilobyte or so too much.
-    assert _size(output) - 50_000 <= foretold <= _size(output) + 60_000
+    assert _size(output) - 50_000 <= predicted <= _size(output) + 60_000
     assert len(onnx.load(output / "model.onnx", load_external_data=False).graph.node) > 0
 
 
@@ -180,7 +180,7 @@ def test_what_can_not_be_done_is_said_by_name_before_any_work(
     assert not _weights(tmp_path / "out").exists()
 
 
-def test_a_target_without_int8_gets_int4_alone(
+def test_a_target_without_int8_gets_only_int4(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
     code, printed = _run(

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from export.rewrite import RewriteResult, rewrite
+from stages.commands.quantize_options import QuantizeConfig
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
-from stages.quantization.plan.rules import FormatRules, make_plan
+from stages.quantization.plan.rules import make_plan
 from stages.quantization.search.awq import mean_over_heads, repeat_over_heads
 from stages.quantization.search.choices import full_ranges
 from stages.quantization.search.problem import GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.quantization.search.solver import GroupSolver
+from stages.quantization.targets.choose import choose_formats
+from stages.quantization.targets.formats import RequestedFormats, facts_of
 from stages.quantization.weights.store import QuantizedStore, create_or_resume_store
 from stages.records.formats import PerBlock, WeightForm
 from stages.records.results import ExportRecipe
@@ -47,25 +50,18 @@ def scaled_rounding(problem: GroupProblem, options: SearchOptions) -> tuple[Site
 
 def filled_store(folder: Path, model: ir.Model, exclude: str = "") -> QuantizedStore:
     """Return a finished store of every site of ``model`` that ``exclude`` does not match, in INT8."""
+    groups = find_groups(model)
     plan = make_plan(
-        find_groups(model),
-        FormatRules(
-            four_bit=BLOCK,
-            eight_bit=BLOCK,
-            symmetric=True,
-            exclude=exclude,
-            layers_8bit="",
-            mixed=False,
-            mixed_rule="modelopt",
-            lm_head=None,
-        ),
+        groups,
+        QuantizeConfig(onnx_path=folder, output_path=folder, exclude=exclude),
+        choose_formats(None, RequestedFormats(block_size=BLOCK.block_size), facts_of(groups, ())),
     )
     recipe = ExportRecipe(
         model_fingerprint="in memory",
         weight_form=WeightForm.DQ,
         fold_input_scales=True,
         groups=plan.groups,
-        kept=plan.kept,
+        kept=plan.skipped,
         search="test",
         summary="test",
     )

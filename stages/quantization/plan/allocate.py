@@ -1,9 +1,9 @@
-"""Spend a budget of bytes: one candidate for each site so that the sum of their losses is smallest.
+"""Solve the multiple-choice knapsack problem: choose one candidate a site, for the smallest loss in a budget of bytes.
 
-The multiple-choice knapsack problem. Layers repeat, so costs share a large divisor and a table over all budgets is
-small: dynamic programming then finds the optimum. Where the table would be too large (thousands of experts) the lower
-convex hull of every site is climbed step by step, the best loss per byte first: optimal for each sum that a step ends
-at, and in between no worse than the optimum by more than one step's gain (Sinha and Zoltners 1979).
+Layers repeat, so costs share a large divisor and a table over all budgets is small: dynamic programming then finds the
+optimum. Where the table would be too large (thousands of experts) the lower convex hull of every site is climbed step
+by step, the best loss per byte first: optimal for each sum that a step ends at, and in between no worse than the
+optimum by more than one step's gain (Sinha and Zoltners 1979).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Candidate:
     loss: float
 
 
+Candidates = Mapping[str, Sequence[Candidate]]
+"""By site; none is without."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
     """The candidate of every site."""
@@ -36,76 +40,70 @@ class Allocation:
     chosen: Mapping[str, Candidate]
 
     @property
-    def cost(self) -> int:
-        return sum(candidate.cost for candidate in self.chosen.values())
-
-    @property
     def loss(self) -> float:
         return math.fsum(candidate.loss for candidate in self.chosen.values())
 
 
-Menu = Mapping[str, Sequence[Candidate]]
-"""Every site's candidates; none is without."""
+def allocate(candidates: Candidates, budget: int, largest_table: int = _LARGEST_TABLE) -> Allocation:
+    """Return the allocation with the smallest sum of losses; a larger budget never gives a larger sum.
 
-
-def smallest_cost(menu: Menu) -> int:
-    """Bytes of the smallest allocation there is."""
-    return sum(min(candidate.cost for candidate in candidates) for candidates in menu.values())
-
-
-def largest_cost(menu: Menu) -> int:
-    """Bytes of the smallest allocation with the smallest loss: a larger budget changes nothing."""
-    return sum(useful(candidates)[-1].cost for candidates in menu.values())
-
-
-def useful(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Ascending in cost and descending in loss: without those that another beats or equals in both."""
-    kept: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda each: (each.cost, each.loss)):
-        if not kept or candidate.loss < kept[-1].loss:
-            kept.append(candidate)
-    return kept
-
-
-def allocate(menu: Menu, budget: int, largest_table: int = _LARGEST_TABLE) -> Allocation:
-    """The allocation of at most ``budget`` bytes with the smallest sum of losses.
-
-    A larger budget never gives a larger loss. Beyond ``largest_table`` entries the optimum is approached, not reached.
-    Requires: ``budget`` is at least ``smallest_cost(menu)``.
+    Args:
+        candidates: what each site can become.
+        budget: bytes of all sites together, ``smallest_cost(candidates)`` or more.
+        largest_table: entries of the table, beyond which the optimum is approached, not reached.
     """
-    spare = min(budget, largest_cost(menu)) - smallest_cost(menu)
+    spare = min(budget, largest_cost(candidates)) - smallest_cost(candidates)
     assert spare >= 0, "the caller has compared the budget with smallest_cost"
-    ladders = {site: useful(candidates) for site, candidates in menu.items()}
-    extras = [step.cost - ladder[0].cost for ladder in ladders.values() for step in ladder[1:]]
+    fronts = {site: pareto_front(choices) for site, choices in candidates.items()}
+    extras = [step.cost - front[0].cost for front in fronts.values() for step in front[1:]]
     unit = math.gcd(*extras) or 1
-    if len(ladders) * (spare // unit + 1) <= largest_table:
-        return Allocation(chosen=_by_table(ladders, spare // unit, unit))
-    return Allocation(chosen=_by_hull(ladders, spare))
+    if len(fronts) * (spare // unit + 1) <= largest_table:
+        return Allocation(chosen=_by_table(fronts, spare // unit, unit))
+    return Allocation(chosen=_by_hull(fronts, spare))
 
 
-def _by_table(ladders: Mapping[str, list[Candidate]], bins: int, unit: int) -> dict[str, Candidate]:
-    """best[b]: the smallest loss of the sites so far with at most b units beyond the cheapest allocation."""
+def smallest_cost(candidates: Candidates) -> int:
+    """Return the bytes of the smallest allocation there is."""
+    return sum(min(candidate.cost for candidate in choices) for choices in candidates.values())
+
+
+def largest_cost(candidates: Candidates) -> int:
+    """Return the bytes of the smallest allocation with the smallest loss: a larger budget changes nothing."""
+    return sum(pareto_front(choices)[-1].cost for choices in candidates.values())
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return those that no other beats or equals in both cost and loss, ascending in cost and descending in loss."""
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda each: (each.cost, each.loss)):
+        if not front or candidate.loss < front[-1].loss:
+            front.append(candidate)
+    return front
+
+
+def _by_table(fronts: Mapping[str, list[Candidate]], bins: int, unit: int) -> dict[str, Candidate]:
+    """Choose by best[b], the smallest loss of the sites so far with at most b units beyond the cheapest allocation."""
     best = np.zeros(bins + 1)
     picks: list[UInt8[np.ndarray, " bins"]] = []
-    for ladder in ladders.values():
-        best, pick = _add_site(best, ladder, unit)
+    for front in fronts.values():
+        best, pick = _add_site(best, front, unit)
         picks.append(pick)
     chosen: dict[str, Candidate] = {}
     left = bins
-    for (site, ladder), pick in reversed(list(zip(ladders.items(), picks, strict=True))):
-        chosen[site] = ladder[pick[left]]
-        left -= (chosen[site].cost - ladder[0].cost) // unit
-    return {site: chosen[site] for site in ladders}
+    for (site, front), pick in reversed(list(zip(fronts.items(), picks, strict=True))):
+        chosen[site] = front[pick[left]]
+        left -= (chosen[site].cost - front[0].cost) // unit
+    return {site: chosen[site] for site in fronts}
 
 
 def _add_site(
-    best: Float64[np.ndarray, " bins"], ladder: list[Candidate], unit: int
+    best: Float64[np.ndarray, " bins"], front: list[Candidate], unit: int
 ) -> tuple[Float64[np.ndarray, " bins"], UInt8[np.ndarray, " bins"]]:
-    """The table with one more site, and which of its candidates each entry takes; the cheapest of equals."""
-    totals = best + ladder[0].loss
+    """Return the table with one more site, and which candidate each entry takes; the cheapest of equals."""
+    totals = best + front[0].loss
     picks = np.zeros(len(best), np.uint8)
-    for index, candidate in enumerate(ladder[1:], start=1):
-        shift = (candidate.cost - ladder[0].cost) // unit
+    for index, candidate in enumerate(front[1:], start=1):
+        shift = (candidate.cost - front[0].cost) // unit
         if shift >= len(best):
             break
         with_it = best[: len(best) - shift] + candidate.loss
@@ -123,10 +121,10 @@ class _Step:
     gain: float
 
 
-def _by_hull(ladders: Mapping[str, list[Candidate]], spare: int) -> dict[str, Candidate]:
-    """Steps along every site's hull, the most gain per byte first, up to the first that the budget can't pay."""
-    steps = [step for site, ladder in ladders.items() for step in _hull_steps(site, ladder)]
-    chosen = {site: ladder[0] for site, ladder in ladders.items()}
+def _by_hull(fronts: Mapping[str, list[Candidate]], spare: int) -> dict[str, Candidate]:
+    """Step along every site's hull, the most gain per byte first, up to the first that the budget can't pay."""
+    steps = [step for site, front in fronts.items() for step in _hull_steps(site, front)]
+    chosen = {site: front[0] for site, front in fronts.items()}
     # Sorting is stable and gains per byte fall along a hull: a site's steps stay in order.
     for step in sorted(steps, key=lambda each: -each.gain / each.cost):
         if step.cost > spare:
@@ -136,14 +134,14 @@ def _by_hull(ladders: Mapping[str, list[Candidate]], spare: int) -> dict[str, Ca
     return chosen
 
 
-def _hull_steps(site: str, ladder: list[Candidate]) -> list[_Step]:
-    """From each corner of the lower convex hull of (cost, loss) to the next."""
+def _hull_steps(site: str, front: list[Candidate]) -> list[_Step]:
+    """Return the steps from each corner of the lower convex hull of (cost, loss) to the next."""
     steps: list[_Step] = []
     current = 0
-    while current + 1 < len(ladder):
-        here = ladder[current]
-        rates = [(here.loss - other.loss) / (other.cost - here.cost) for other in ladder[current + 1 :]]
+    while current + 1 < len(front):
+        here = front[current]
+        rates = [(here.loss - other.loss) / (other.cost - here.cost) for other in front[current + 1 :]]
         current += 1 + max(range(len(rates)), key=rates.__getitem__)
-        corner = ladder[current]
+        corner = front[current]
         steps.append(_Step(site=site, candidate=corner, cost=corner.cost - here.cost, gain=here.loss - corner.loss))
     return steps

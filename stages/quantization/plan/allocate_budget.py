@@ -1,4 +1,4 @@
-"""Spend a budget: forecast every format's loss from the cache, weigh it, and choose a format for every site."""
+"""Allocate a budget: forecast every format's loss from the cache, weigh it, and choose a format for every site."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 
 from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
-from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
-from stages.quantization.plan.allocate import Allocation
-from stages.quantization.plan.budget import BitsBudget, SiteCandidates, chosen_plan, num_weights, spend, stored_bytes
+from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_plan
 from stages.quantization.plan.forecast import WHOLE, forecast_key, forecast_site, read_forecasts, write_forecasts
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
+from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, output_sections, residual_sensitivities, unmeasured
 from stages.quantization.search.objective import to_device
 from stages.records.formats import QuantSpec
@@ -36,55 +35,93 @@ class BudgetResult:
 
 
 def allocate_budget(
-    config: QuantizeConfig,
+    plan: ModelPlan,
     model: ir.Model,
     directory: ModelDirectory,
     cache: CalibrationCache,
-    plan: ModelPlan,
     device: torch.device,
 ) -> BudgetResult:
     """Decide what ``plan`` left open.
+
+    Args:
+        plan: a plan with a budget.
+        model: the base model.
+        directory: where it lies.
+        cache: its statistics; forecasts and sensitivities are kept beside them.
+        device: where forecasts are made.
 
     Raises:
         CacheMismatch: the cache lacks statistics.
         GraphError: ``--sensitivity measured`` can't run the model.
         UserError: its results can't be written.
     """
-    left_open = plan.left_open
-    assert left_open is not None, "the caller has a plan with a budget"
+    undecided = plan.left_open
+    assert undecided is not None, "the caller has a plan with a budget"
     groups = find_groups(model)
-    forecasts = _forecast(groups, left_open.menus, model, cache, device)
-    if config.sensitivity == "measured":
+    forecasts = _forecast(groups, undecided.candidates, model, cache, device)
+    if undecided.sensitivity == "measured":
         measure = SensitivityMeasure(
             model=model,
             directory=directory,
             cache=cache,
             device=device,
-            spec_of=_rough_format(left_open.menus),
+            rough_format=_rough_format(undecided.candidates),
             sections=output_sections(groups),
         )
-        weights = measure.measure(_open_groups(groups, left_open.menus))
+        sensitivities = measure.measure(_open_groups(groups, undecided.candidates))
     else:
-        weights = residual_sensitivities(groups, {name: forecast.energy for name, forecast in forecasts.items()})
+        sensitivities = residual_sensitivities(groups, {name: each.energy for name, each in forecasts.items()})
     losses = {
-        menu.site.name: {
-            label: weights.get(menu.site.name, 0.0) * forecasts[menu.site.name].errors[forecast_key(spec)]
-            for label, spec in _specs(menu).items()
+        each.site.name: {
+            label: sensitivities.get(each.site.name, 0.0) * forecasts[each.site.name].errors[forecast_key(spec)]
+            for label, spec in each.specs.items()
         }
-        for menu in left_open.menus
+        for each in undecided.candidates
     }
-    allocation = spend(left_open.menus, left_open.budget, losses)
-    return _spent(config, plan, groups, allocation, losses)
+    allocation = best_allocation(undecided.candidates, undecided.budget, losses)
+    labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
+    decided = _decided(plan, undecided, groups, labels)
+    summary = _summary(undecided, decided.sites, allocation.loss)
+    candidates = {each.site.name: each for each in undecided.candidates}
+    lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
+    return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
+
+
+def needs_weights(
+    groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates], cache: CalibrationCache
+) -> bool:
+    """Return whether a site's errors have to be forecast: no earlier budget on the same statistics has done it.
+
+    Args:
+        groups: all sites of the model.
+        candidates: the formats that each site may have.
+        cache: where forecasts are kept.
+    """
+    return bool(_unforecast(groups, _forecast_specs(candidates), read_forecasts(cache.folder)))
+
+
+def unmeasured_groups(
+    groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates], cache: CalibrationCache
+) -> list[ActivationGroup]:
+    """Return the groups that ``--sensitivity measured`` has to run the model for.
+
+    Args:
+        groups: all sites of the model.
+        candidates: the formats that each site may have.
+        cache: where sensitivities are kept.
+    """
+    return unmeasured(cache, _open_groups(groups, candidates), _rough_format(candidates))
 
 
 def _forecast(
     groups: Sequence[ActivationGroup],
-    menus: Sequence[SiteCandidates],
+    candidates: Sequence[SiteCandidates],
     model: ir.Model,
     cache: CalibrationCache,
     device: torch.device,
 ) -> dict[str, SiteForecast]:
-    specs = _forecast_specs(menus)
+    """Return the forecasts of all sites, and keep those that are new in the cache's folder."""
+    specs = _forecast_specs(candidates)
     known = read_forecasts(cache.folder)
     missing = _unforecast(groups, specs, known)
     sections = output_sections(groups)
@@ -102,20 +139,8 @@ def _forecast(
     return {name: known[name] for name in specs}
 
 
-def needs_weights(groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates], cache: CalibrationCache) -> bool:
-    """Whether a site's errors have to be forecast, because no earlier budget on the same statistics has done it."""
-    return bool(_unforecast(groups, _forecast_specs(menus), read_forecasts(cache.folder)))
-
-
-def unmeasured_groups(
-    groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates], cache: CalibrationCache
-) -> list[ActivationGroup]:
-    """The groups that ``--sensitivity measured`` has to run the model for."""
-    return unmeasured(cache, _open_groups(groups, menus), _rough_format(menus))
-
-
-def _forecast_specs(menus: Sequence[SiteCandidates]) -> dict[str, dict[str, QuantSpec]]:
-    return {menu.site.name: {forecast_key(spec): spec for spec in _specs(menu).values()} for menu in menus}
+def _forecast_specs(candidates: Sequence[SiteCandidates]) -> dict[str, dict[str, QuantSpec]]:
+    return {each.site.name: {forecast_key(spec): spec for spec in each.specs.values()} for each in candidates}
 
 
 def _unforecast(
@@ -123,87 +148,59 @@ def _unforecast(
     specs: Mapping[str, Mapping[str, QuantSpec]],
     known: Mapping[str, SiteForecast],
 ) -> list[ActivationGroup]:
-    return [group for group in groups if not all(_knows(known, site.name, specs) for site in group.sites)]
+    """Return the groups with a site of which ``known`` lacks one of ``specs``."""
 
+    def is_known(site: MatMulSite) -> bool:
+        return site.name in known and set(specs[site.name]) <= set(known[site.name].errors)
 
-def _knows(known: Mapping[str, SiteForecast], site: str, specs: Mapping[str, Mapping[str, QuantSpec]]) -> bool:
-    return site in known and set(specs[site]) <= set(known[site].errors)
+    return [group for group in groups if not all(map(is_known, group.sites))]
 
 
 def _joined(old: SiteForecast | None, new: SiteForecast) -> SiteForecast:
     return new if old is None else replace(new, errors={**old.errors, **new.errors})
 
 
-def _specs(menu: SiteCandidates) -> dict[str, QuantSpec]:
-    return {label: spec for label, spec in menu.formats.items() if spec is not None}
-
-
-def _open_groups(groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates]) -> list[ActivationGroup]:
-    """The groups with their sites that have a choice; others need no sensitivity."""
-    undecided = {menu.site.name for menu in menus if len(menu.formats) > 1}
+def _open_groups(groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates]) -> list[ActivationGroup]:
+    """Return the groups with their sites that have a choice; others need no sensitivity."""
+    undecided = {each.site.name for each in candidates if len(each.formats) > 1}
     parts = [replace(group, sites=tuple(site for site in group.sites if site.name in undecided)) for group in groups]
     return [group for group in parts if group.sites]
 
 
-def _rough_format(menus: Sequence[SiteCandidates]) -> Callable[[MatMulSite], QuantSpec]:
-    """Half way through a site's INT4 formats: an error that is no extreme."""
+def _rough_format(candidates: Sequence[SiteCandidates]) -> Callable[[MatMulSite], QuantSpec]:
+    """Return the format half way through a site's INT4 formats: an error that is no extreme."""
+    formats = {each.site.name: list(each.specs.values()) for each in candidates}
 
     def rough(site: MatMulSite) -> QuantSpec:
-        specs = list(_specs(next(menu for menu in menus if menu.site.name == site.name)).values())
+        specs = formats[site.name]
         four_bit = [spec for spec in specs if spec.bits == 4] or specs
         return four_bit[len(four_bit) // 2]
 
     return rough
 
 
-def _spent(
-    config: QuantizeConfig,
-    plan: ModelPlan,
-    groups: tuple[ActivationGroup, ...],
-    allocation: Allocation,
-    losses: Mapping[str, Mapping[str, float]],
-) -> BudgetResult:
-    left_open = plan.left_open
-    assert left_open is not None
-    labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
-    kept = f"{config.budget_in_words} spends its bytes elsewhere"
-    sites = chosen_plan(groups, left_open.menus, labels, kept)
-    elsewhere = tuple(entry for entry in plan.sites.kept if entry[0] not in labels)
-    summary = _summary(config, left_open, labels, allocation)
-    lines = {menu.site.name: _line(menu, labels[menu.site.name], losses) for menu in left_open.menus}
-    return BudgetResult(
-        plan=replace(plan, sites=replace(sites, kept=(*sites.kept, *elsewhere))),
-        file_text=plan_text(lines, [summary]),
-        summary=summary,
-    )
+def _decided(
+    plan: ModelPlan, undecided: OpenPlan, groups: Sequence[ActivationGroup], labels: Mapping[str, str]
+) -> ModelPlan:
+    sites = chosen_plan(groups, undecided.candidates, labels, f"{undecided.option} spends its bytes elsewhere")
+    no_sites = tuple(entry for entry in plan.sites.skipped if entry[0] not in labels)
+    return replace(plan, sites=replace(sites, skipped=(*sites.skipped, *no_sites)), left_open=None)
 
 
-def _summary(config: QuantizeConfig, left_open: OpenPlan, labels: Mapping[str, str], allocation: Allocation) -> str:
-    chosen = [
-        replace(menu, formats={labels[menu.site.name]: menu.formats[labels[menu.site.name]]})
-        for menu in left_open.menus
-    ]
-    bits = 8 * sum(stored_bytes(menu, labels[menu.site.name]) for menu in chosen) / num_weights(chosen)
-    size = left_open.size
-    total = size.fixed_bytes([menu.site for menu in chosen]) + sum(
-        size.site_bytes(menu.site, menu.formats[labels[menu.site.name]]) for menu in chosen
-    )
-    reach = left_open.reach
-    unit = "bits a weight" if isinstance(left_open.budget, BitsBudget) else "MB"
-    scale = 1 if isinstance(left_open.budget, BitsBudget) else 1e6
+def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float) -> str:
+    total = undecided.size.total_bytes([each.site for each in undecided.candidates], decided.specs)
     return (
-        f"{config.budget_in_words}: {bits:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
-        f"expected loss {allocation.loss:.4g} by --sensitivity {config.sensitivity or 'cache'}; from "
-        f"{reach.smallest / scale:,.4g} to {reach.largest / scale:,.4g} {unit} can be reached."
+        f"{undecided.option}: {decided.bits_per_weight:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
+        f"expected loss {loss:.4g} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
     )
 
 
-def _line(menu: SiteCandidates, label: str, losses: Mapping[str, Mapping[str, float]]) -> PlannedSite:
-    site = losses[menu.site.name]
-    others = [f"{other} {site.get(other, 0.0):.2g}" for other in menu.formats if other != label]
+def _planned(candidates: SiteCandidates, label: str, losses: Mapping[str, float]) -> PlannedSite:
+    """Return a line of the file: what was chosen, and what the other formats would have lost."""
+    others = [f"{other} {losses.get(other, 0.0):.2g}" for other in candidates.formats if other != label]
     alternatives = f"others: {', '.join(others)}" if others else ""
     return PlannedSite(
         format=label,
-        loss=float(f"{site.get(label, 0.0):.4g}"),
-        why="; ".join(filter(None, (menu.fixed_because, alternatives))),
+        loss=float(f"{losses.get(label, 0.0):.4g}"),
+        why="; ".join(filter(None, (candidates.fixed_because, alternatives))),
     )

@@ -1,25 +1,22 @@
-"""From a budget in bits a weight or in bytes to a format for every site."""
+"""Budgets in bits a weight or in bytes: the formats open to each site, and the best choice that a budget allows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
 from stages.quantization.plan.plan_file import KEEP
-from stages.quantization.plan.rules import (
-    FormatRules,
-    NamedSites,
-    QuantPlan,
-    all_sites,
-    is_lm_head,
-    named_by_rules,
-    plan_of,
-)
-from stages.quantization.targets.formats import OpenFormats
-from stages.records.formats import QuantSpec
+from stages.quantization.plan.rules import NamedSites, QuantPlan, all_sites, is_lm_head, named_sites, plan_of
+from stages.quantization.targets.formats import FormatChoice, OpenFormats
+from stages.records.formats import Granularity, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
+
+Losses = Mapping[str, Mapping[str, float]]
+"""Expected loss by site and label; keep has none and needs no entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,204 +26,224 @@ class SiteCandidates:
     site: MatMulSite
     formats: Mapping[str, QuantSpec | None]
     fixed_because: str = ""
-    """The option that left one format alone, or INT4 alone; empty where everything is open."""
+    """The option that left only one format, or only INT4; empty where everything is open."""
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """The formats without keep."""
+        return {label: spec for label, spec in self.formats.items() if spec is not None}
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether the budget decides if the site is quantized at all."""
+        return len(self.formats) > 1 and KEEP in self.formats
 
 
-def site_candidates(
-    groups: Sequence[ActivationGroup], rules: FormatRules, formats: OpenFormats
-) -> tuple[SiteCandidates, ...]:
-    """The menu of every site, in graph order. ``rules`` holds what was asked for by name; its blocks are not used.
-
-    lm_head may stay as it is, where nobody said what becomes of it; nothing else may.
-
-    Raises:
-        OptionError: a pattern matches no site.
-    """
-    sites = all_sites(groups)
-    named = named_by_rules(sites, rules)
-    return tuple(_menu(site, rules, formats, named) for site in sites)
-
-
-def chosen_plan(
-    groups: Sequence[ActivationGroup], menus: Sequence[SiteCandidates], labels: Mapping[str, str], kept_because: str
-) -> QuantPlan:
-    """The plan that gives every site the format of its label; ``kept_because`` stands where a menu gives no reason."""
-    formats = {menu.site.name: menu.formats[labels[menu.site.name]] for menu in menus}
-    specs = {name: spec for name, spec in formats.items() if spec is not None}
-    kept = {menu.site.name: menu.fixed_because or kept_because for menu in menus if formats[menu.site.name] is None}
-    return plan_of(groups, specs, kept)
-
-
-def _menu(site: MatMulSite, rules: FormatRules, formats: OpenFormats, named: NamedSites) -> SiteCandidates:
-    four_bit = [
-        QuantSpec(bits=4, symmetric=rules.symmetric, granularity=each, scale_dtype=site.dtype)
-        for each in formats.four_bit
-    ]
-    eight_bit = QuantSpec(
-        bits=8, symmetric=rules.symmetric, granularity=formats.eight_bit or rules.eight_bit, scale_dtype=site.dtype
-    )
-    open_specs = four_bit if formats.eight_bit is None else [*four_bit, eight_bit]
-    if site.name in named.kept:
-        return SiteCandidates(site=site, formats={KEEP: None}, fixed_because=named.kept[site.name])
-    if site.name in named.eight_bit:
-        because = "--lm_head 8" if is_lm_head(site) and rules.lm_head == "8" else "--layers_8bit"
-        return SiteCandidates(site=site, formats=_by_label([eight_bit]), fixed_because=because)
-    if not is_lm_head(site):
-        return SiteCandidates(site=site, formats=_by_label(open_specs))
-    if rules.lm_head == "4":
-        return SiteCandidates(site=site, formats=_by_label(four_bit), fixed_because="--lm_head 4")
-    return SiteCandidates(site=site, formats={**_by_label(open_specs), KEEP: None})
-
-
-def _by_label(specs: Sequence[QuantSpec]) -> dict[str, QuantSpec | None]:
-    return {spec.label: spec for spec in specs}
-
-
-def may_stay(menu: SiteCandidates) -> bool:
-    """Whether the budget decides if the site is quantized at all."""
-    return len(menu.formats) > 1 and KEEP in menu.formats
-
-
-def without_keep(menu: SiteCandidates) -> SiteCandidates:
-    """The same menu, quantized in any case."""
-    return replace(menu, formats={label: spec for label, spec in menu.formats.items() if spec is not None})
-
-
-def kept_only(menu: SiteCandidates) -> SiteCandidates:
-    """The same menu, left as it is in any case."""
-    return replace(menu, formats={KEEP: None})
+CandidateCost = Callable[[SiteCandidates, str], int]
+"""Bytes that a site takes under a label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitsBudget:
-    """``--target_bpw``: stored bits, scales and zero points counted, a weight of the sites that are quantized."""
+    """``--target_bpw``: bits of codes, scales and zero points, a weight of the sites that are quantized."""
 
     bits_per_weight: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeBudget:
-    """``--target_size``: bytes of the whole model.
-
-    ``cost`` gives the bytes that a site takes in the file under a label; ``fixed_bytes`` is everything else.
-    """
+    """``--target_size``: bytes of the whole model."""
 
     num_bytes: int
     fixed_bytes: int
-    cost: Callable[[SiteCandidates, str], int]
+    """Everything but what ``cost`` counts."""
+    cost: CandidateCost
 
 
 Budget = BitsBudget | SizeBudget
 
 
-Losses = Mapping[str, Mapping[str, float]]
-"""Expected loss by site and label; keep has none and needs no entry."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
+class BudgetRange:
     """The smallest and the largest value that a budget can have, in its own unit."""
 
     smallest: float
     largest: float
+    unit: Literal["bits a weight", "bytes"]
+
+    @property
+    def summary(self) -> str:
+        unit, scale = ("MB", 1e6) if self.unit == "bytes" else (self.unit, 1.0)
+        return f"from {self.smallest / scale:,.4g} to {self.largest / scale:,.4g} {unit} can be reached"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Case:
-    """A budget in bytes over menus whose number of quantized weights is settled."""
+def site_candidates(
+    groups: Sequence[ActivationGroup], config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats
+) -> tuple[SiteCandidates, ...]:
+    """Return the candidates of every site, in graph order.
 
-    menus: tuple[SiteCandidates, ...]
-    cost: Callable[[SiteCandidates, str], int]
-    num_bytes: int
+    lm_head may stay as it is, where nobody said what becomes of it; nothing else may.
+
+    Args:
+        groups: all sites of the model.
+        config: names sites.
+        choice: what the budget doesn't decide.
+        formats: what it chooses from.
+
+    Raises:
+        OptionError: a pattern matches no site.
+    """
+    sites = all_sites(groups)
+    named = named_sites(sites, config, choice)
+    return tuple(_candidates_of(site, config, choice, formats, named) for site in sites)
 
 
-def check_budget(menus: Sequence[SiteCandidates], budget: Budget) -> Reach:
-    """The values that can be reached.
+def chosen_plan(
+    groups: Sequence[ActivationGroup],
+    candidates: Sequence[SiteCandidates],
+    labels: Mapping[str, str],
+    skipped_because: str,
+) -> QuantPlan:
+    """Return the plan that gives every site the format of its label.
+
+    Args:
+        groups: all sites of the model.
+        candidates: the formats that each site may have.
+        labels: the chosen one, by site.
+        skipped_because: why a site stays as it is where no option says so.
+    """
+    formats = {each.site.name: each.formats[labels[each.site.name]] for each in candidates}
+    specs = {name: spec for name, spec in formats.items() if spec is not None}
+    skipped = {
+        each.site.name: each.fixed_because or skipped_because for each in candidates if formats[each.site.name] is None
+    }
+    return plan_of(groups, specs, skipped)
+
+
+def check_budget(candidates: Sequence[SiteCandidates], budget: Budget) -> BudgetRange:
+    """Return the values that can be reached.
 
     Raises:
         OptionError: nothing would be quantized, or ``budget`` lies below the smallest.
     """
-    if all(set(menu.formats) == {KEEP} for menu in menus):
+    if all(set(each.formats) == {KEEP} for each in candidates):
         raise OptionError("--exclude matches every MatMul of the model: nothing would be quantized.")
-    reach = _reach(menus, budget)
+    reachable = _budget_range(candidates, budget)
     match budget:
-        case BitsBudget(bits_per_weight=bits) if bits < reach.smallest:
+        case BitsBudget(bits_per_weight=bits) if bits < reachable.smallest:
             raise OptionError(
-                f"--target_bpw {bits:g} can't be reached: these sites can have from {reach.smallest:.4g} to "
-                f"{reach.largest:.4g} bits a weight."
+                f"--target_bpw {bits:g} can't be reached: these sites can have from {reachable.smallest:.4g} to "
+                f"{reachable.largest:.4g} bits a weight."
             )
-        case SizeBudget(num_bytes=size) if size < reach.smallest:
+        case SizeBudget(num_bytes=size) if size < reachable.smallest:
             raise OptionError(
                 f"--target_size {size / 1e6:,.1f}MB can't be reached: this model can have from "
-                f"{reach.smallest / 1e6:,.1f}MB to {reach.largest / 1e6:,.1f}MB (--gather_quantize_axis 1 makes "
-                "embeddings smaller, --lm_head 4 the head)."
+                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB (--gather_quantize_axis 1 "
+                "makes embeddings smaller, --lm_head 4 the head)."
             )
-    return reach
+    return reachable
 
 
-def spend(menus: Sequence[SiteCandidates], budget: Budget, losses: Losses) -> Allocation:
-    """A label for every site with the smallest sum of ``losses`` that ``budget`` allows.
+def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses: Losses) -> Allocation:
+    """Return a label for every site, with the smallest sum of ``losses`` that ``budget`` allows.
 
     Requires: ``check_budget`` raised nothing.
     """
     found = []
-    for case in _cases(menus, budget):
-        candidates = _candidates(case, losses)
-        if smallest_cost(candidates) <= case.num_bytes:
-            found.append(allocate(candidates, case.num_bytes))
+    for case in _cases(candidates, budget):
+        costs = _costs_and_losses(case, losses)
+        if smallest_cost(costs) <= case.num_bytes:
+            found.append(allocate(costs, case.num_bytes))
     return min(found, key=lambda allocation: allocation.loss)
 
 
-def _cases(menus: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
-    """A site that stays counts for no bits a weight: with it or without it are two problems, each with its bytes."""
+def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
+    """Return the bytes of the site's codes, scales and zero points; 0 where it stays as it is."""
+    spec = candidates.formats[label]
+    return 0 if spec is None else spec.stored_bytes(candidates.site.out_features, candidates.site.in_features)
+
+
+def _candidates_of(
+    site: MatMulSite, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats, named: NamedSites
+) -> SiteCandidates:
+    def specs(bits: Literal[4, 8], *granularities: Granularity) -> dict[str, QuantSpec | None]:
+        made = (
+            QuantSpec(bits=bits, symmetric=choice.symmetric, granularity=each, scale_dtype=site.dtype)
+            for each in granularities
+        )
+        return {spec.label: spec for spec in made}
+
+    four_bit, eight_bit = specs(4, *formats.four_bit), specs(8, formats.eight_bit or choice.eight_bit)
+    everything = four_bit if formats.eight_bit is None else four_bit | eight_bit
+    if site.name in named.skipped:
+        return SiteCandidates(site=site, formats={KEEP: None}, fixed_because=named.skipped[site.name])
+    if site.name in named.eight_bit:
+        because = "--lm_head 8" if is_lm_head(site) and config.lm_head == "8" else "--layers_8bit"
+        return SiteCandidates(site=site, formats=eight_bit, fixed_because=because)
+    if not is_lm_head(site):
+        return SiteCandidates(site=site, formats=everything)
+    if config.lm_head == "4":
+        return SiteCandidates(site=site, formats=four_bit, fixed_because="--lm_head 4")
+    return SiteCandidates(site=site, formats={**everything, KEEP: None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """A budget in bytes over candidates whose number of quantized weights is settled."""
+
+    candidates: tuple[SiteCandidates, ...]
+    cost: CandidateCost
+    num_bytes: int
+
+
+def _cases(candidates: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
+    """Return the problems to solve, the best of which counts.
+
+    A site that stays counts for no bits a weight: with it and without it are two problems, each with its bytes.
+    """
     if isinstance(budget, SizeBudget):
-        return [_Case(menus=tuple(menus), cost=budget.cost, num_bytes=budget.num_bytes - budget.fixed_bytes)]
-    quantized = tuple(without_keep(menu) if may_stay(menu) else menu for menu in menus)
-    kept = tuple(kept_only(menu) if may_stay(menu) else menu for menu in menus)
-    variants = [quantized] if kept == tuple(menus) or quantized == tuple(menus) else [quantized, kept]
+        return [_Case(candidates=tuple(candidates), cost=budget.cost, num_bytes=budget.num_bytes - budget.fixed_bytes)]
+    quantized = tuple(replace(each, formats=each.specs) if each.may_stay else each for each in candidates)
+    kept = tuple(replace(each, formats={KEEP: None}) if each.may_stay else each for each in candidates)
+    variants = [quantized] if kept == quantized else [quantized, kept]
     return [
-        _Case(menus=variant, cost=stored_bytes, num_bytes=int(budget.bits_per_weight * num_weights(variant) / 8))
+        _Case(candidates=variant, cost=candidate_bytes, num_bytes=int(budget.bits_per_weight * weights / 8))
         for variant in variants
-        if num_weights(variant)
+        if (weights := _num_weights(variant))
     ]
 
 
-def num_weights(menus: Sequence[SiteCandidates]) -> int:
-    """Weights of the sites that are quantized in any case."""
-    return sum(menu.site.in_features * menu.site.out_features for menu in menus if KEEP not in menu.formats)
+def _num_weights(candidates: Sequence[SiteCandidates]) -> int:
+    """Return the number of weights of the sites that are quantized in any case."""
+    return sum(each.site.in_features * each.site.out_features for each in candidates if KEEP not in each.formats)
 
 
-def stored_bytes(menu: SiteCandidates, label: str) -> int:
-    """Codes, scales and zero points of the site; none where it stays as it is."""
-    spec = menu.formats[label]
-    return 0 if spec is None else spec.stored_bytes(menu.site.out_features, menu.site.in_features)
-
-
-def _candidates(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
+def _costs_and_losses(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
     return {
-        menu.site.name: [
+        each.site.name: [
             Candidate(
                 key=label,
-                cost=case.cost(menu, label),
-                loss=0.0 if spec is None else losses[menu.site.name][label],
+                cost=case.cost(each, label),
+                loss=0.0 if spec is None else losses[each.site.name][label],
             )
-            for label, spec in menu.formats.items()
+            for label, spec in each.formats.items()
         ]
-        for menu in case.menus
+        for each in case.candidates
     }
 
 
-def _reach(menus: Sequence[SiteCandidates], budget: Budget) -> Reach:
+def _budget_range(candidates: Sequence[SiteCandidates], budget: Budget) -> BudgetRange:
     if isinstance(budget, SizeBudget):
-        low, high = _cost_range(menus, budget.cost)
-        return Reach(smallest=float(budget.fixed_bytes + low), largest=float(budget.fixed_bytes + high))
+        low, high = _cost_range(candidates, budget.cost)
+        fixed = budget.fixed_bytes
+        return BudgetRange(smallest=float(fixed + low), largest=float(fixed + high), unit="bytes")
     ends: list[float] = []
-    for case in _cases(menus, budget):
-        ends += [8 * total / num_weights(case.menus) for total in _cost_range(case.menus, stored_bytes)]
-    return Reach(smallest=min(ends), largest=max(ends))
+    for case in _cases(candidates, budget):
+        ends += [8 * total / _num_weights(case.candidates) for total in _cost_range(case.candidates, candidate_bytes)]
+    return BudgetRange(smallest=min(ends), largest=max(ends), unit="bits a weight")
 
 
-def _cost_range(menus: Sequence[SiteCandidates], cost: Callable[[SiteCandidates, str], int]) -> tuple[int, int]:
-    """The smallest and the largest sum of the sites' costs."""
-    costs = [[cost(menu, label) for label in menu.formats] for menu in menus]
+def _cost_range(candidates: Sequence[SiteCandidates], cost: CandidateCost) -> tuple[int, int]:
+    """Return the smallest and the largest sum of the sites' costs."""
+    costs = [[cost(each, label) for label in each.formats] for each in candidates]
     return sum(map(min, costs)), sum(map(max, costs))

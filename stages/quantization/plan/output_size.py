@@ -1,8 +1,8 @@
-"""How large a quantized model's files will be: to the byte for weights, a little too much for the graph around them."""
+"""Forecast the size of a quantized model's files: to the byte for weights, a little too much for the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -27,8 +27,12 @@ class OutputSize:
     form: WeightForm
     embeddings: tuple[EmbeddingPlan, ...]
 
+    def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
+        """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
+        return self.fixed_bytes(sites) + sum(self.site_bytes(site, specs.get(site.name)) for site in sites)
+
     def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
-        """Everything but what ``site_bytes`` counts for ``sites``."""
+        """Return the bytes of everything but what ``site_bytes`` counts for ``sites``."""
         freed = sum(weight_bytes(site) for site in sites if self._frees_its_weight(site))
         tables = sum(plan.stored_bytes + _GRAPH_BYTES for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
@@ -36,15 +40,15 @@ class OutputSize:
         return self.base_bytes - freed + tables - gone
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
-        """What ``site`` takes: its own weight where it stays (None), or codes, scales, zero points and nodes."""
+        """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
         if spec is None:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
-        return stored_bytes(site, spec, self.form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+        return file_bytes(site, spec, self.form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
 
     def _frees_its_weight(self, site: MatMulSite) -> bool:
-        """Whether nobody else needs the weight once the site has its codes: another site or lookup that stays."""
+        """Return whether no other site and no lookup that stays needs the weight once the site has its codes."""
         looked_up = {gather for plan in self.embeddings for gather in plan.table.gathers}
         return set(site.weight_shared_with) <= looked_up
 
@@ -52,28 +56,37 @@ class OutputSize:
 def output_size(
     directory: ModelDirectory, model: ir.Model, form: WeightForm, embeddings: tuple[EmbeddingPlan, ...]
 ) -> OutputSize:
-    """The sizes that outputs of ``model``, the one in ``directory``, will have."""
+    """Return the sizes that outputs of ``model`` will have.
+
+    Args:
+        directory: where ``model`` lies.
+        model: the base model.
+        form: of the quantized weights.
+        embeddings: those that are quantized too.
+    """
     outside = sum(tensor.nbytes for tensor in external_tensors(model))
     return OutputSize(base_bytes=directory.onnx_file.stat().st_size + outside, form=form, embeddings=embeddings)
 
 
 def weight_bytes(site: MatMulSite) -> int:
-    """Bytes of the site's floating-point weight."""
+    """Return the bytes of the site's floating-point weight."""
     return site.in_features * site.out_features * torch_float(site.dtype).itemsize
 
 
-def _table_bytes(plan: EmbeddingPlan) -> int:
-    return plan.table.vocabulary * plan.table.hidden * torch_float(plan.table.dtype).itemsize
+def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
+    """Return the bytes in the weight's place: codes or, before a QuantizeLinear, numbers; scales and zero points.
 
-
-def stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
-    """Bytes that stand in the file in the weight's place: codes or, before a Q, numbers; scales and zero points."""
+    Args:
+        site: the site whose weight it is.
+        spec: its number format.
+        form: the nodes before the MatMul.
+    """
     if form is WeightForm.QDQ:
         codes = -(-site.in_features * site.out_features * spec.bits // 8)
         return weight_bytes(site) + spec.stored_bytes(site.out_features, site.in_features) - codes
     if form is not WeightForm.MATMUL_NBITS:
         return spec.stored_bytes(site.out_features, site.in_features)
-    # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows blocks alone.
+    # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows only blocks.
     size = (
         spec.granularity.block_size if isinstance(spec.granularity, PerBlock) else channel_block_size(site.in_features)
     )
@@ -81,3 +94,7 @@ def stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
     zero_points = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
     scales = blocks * torch_float(spec.scale_dtype).itemsize
     return site.out_features * (blocks * size * spec.bits // 8 + zero_points + scales)
+
+
+def _table_bytes(plan: EmbeddingPlan) -> int:
+    return plan.table.vocabulary * plan.table.hidden * torch_float(plan.table.dtype).itemsize

@@ -1,4 +1,4 @@
-"""From options to a plan: what every weight of the model becomes, decided before anything is computed."""
+"""Plan from options what every weight of a model becomes, before anything is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from stages.commands.parsing import parse_size
-from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.quantize_options import QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_groups
@@ -22,7 +22,7 @@ from stages.quantization.blocks.signround import SignRoundOptions
 from stages.quantization.plan.budget import (
     BitsBudget,
     Budget,
-    Reach,
+    BudgetRange,
     SiteCandidates,
     SizeBudget,
     check_budget,
@@ -31,7 +31,7 @@ from stages.quantization.plan.budget import (
 )
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
-from stages.quantization.plan.rules import FormatRules, QuantPlan, all_sites, make_plan, plan_embeddings, plan_of
+from stages.quantization.plan.rules import QuantPlan, all_sites, make_plan, plan_embeddings, plan_of
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.quantization.targets.choose import choose_formats, open_formats
@@ -58,17 +58,20 @@ from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPlan:
-    """What is left to decide once losses are known: every site's menu, and the budget that all share."""
+    """What is left to decide once losses are known: a format for every site, within the budget that all share."""
 
-    menus: tuple[SiteCandidates, ...]
+    option: str
+    """The budget as it was given: ``--target_bpw 5``."""
+    candidates: tuple[SiteCandidates, ...]
     budget: Budget
-    reach: Reach
+    reachable: BudgetRange
+    sensitivity: Sensitivity
     size: OutputSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
-    """The formats, what each site and embedding becomes, and the weights that nothing here reaches.
+    """The formats, what each site and embedding becomes, and the weights that are no site's.
 
     With a budget ``sites`` holds each site's smallest format until ``left_open`` is decided.
     """
@@ -76,12 +79,17 @@ class ModelPlan:
     choice: FormatChoice
     sites: QuantPlan
     embeddings: tuple[EmbeddingPlan, ...]
-    unreached: tuple[UnquantizedWeights, ...]
+    unquantized: tuple[UnquantizedWeights, ...]
     left_open: OpenPlan | None = None
 
 
 def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> ModelPlan:
-    """Decide about every weight of ``model``, which lies in ``directory``.
+    """Decide about every weight of a model.
+
+    Args:
+        config: valid options.
+        model: the base model; its weights are not read.
+        directory: where it lies.
 
     Raises:
         GraphError: the model holds nothing to quantize.
@@ -94,161 +102,68 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     if config.plan is not None:
         choice, sites = _given_plan(config, groups, facts)
     elif config.has_budget:
-        choice, menus = _open_choice(config, groups, facts)
-        left_open = _open_plan(
-            config, menus, output_size(directory, model, choice.form, _embedding_plans(config, choice, tables))
-        )
-        sites = chosen_plan(groups, menus, {menu.site.name: next(iter(menu.formats)) for menu in menus}, "")
+        choice, candidates = _open_choice(config, groups, facts)
+        size = output_size(directory, model, choice.form, _embedding_plans(config, choice, tables))
+        left_open = _open_plan(config, candidates, size)
+        sites = chosen_plan(groups, candidates, {each.site.name: next(iter(each.formats)) for each in candidates}, "")
     else:
         choice = choose_formats(config.parsed_target, _requested(config), facts)
-        sites = make_plan(groups, _format_rules(config, choice))
+        sites = make_plan(groups, config, choice)
     embeddings = _embedding_plans(config, choice, tables)
     return ModelPlan(
         choice=choice,
-        sites=replace(sites, kept=(*sites.kept, *find_skipped_matmuls(model))),
+        sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
         embeddings=embeddings,
-        unreached=find_unquantized(model, {plan.table.weight for plan in embeddings}),
+        unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings}),
         left_open=left_open,
     )
 
 
-def _given_plan(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
-) -> tuple[FormatChoice, QuantPlan]:
-    """``--plan``: the file decides about formats, the target about everything else."""
-    assert config.plan is not None
-    sites = all_sites(groups)
-    planned = read_plan(config.plan, sites)
-    formats = {site.name: spec_of(planned[site.name], site, symmetric=not config.use_zero_point) for site in sites}
-    specs = {name: spec for name, spec in formats.items() if spec is not None}
-    if not specs:
-        raise OptionError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
-    kept = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
-    return _choice_of_specs(config, tuple(specs.values()), facts), plan_of(groups, specs, kept)
+def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache_digest: str) -> ExportRecipe:
+    """Return the recipe of the quantized weights; its ``search`` digest covers all that the codes depend on.
 
-
-def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], facts: ModelFacts) -> FormatChoice:
-    """The choice for the commonest INT4 block, with what the target says against each of the formats."""
-    sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
-    eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
-    requested = [
-        replace(_requested(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
-        for size in sizes or [None]
-        for granularity in eight_bit or [None]
-    ]
-    choices = [choose_formats(config.parsed_target, each, facts) for each in requested]
-    warnings = dict.fromkeys(warning for choice in choices for warning in choice.warnings)
-    return replace(choices[0], warnings=tuple(warnings))
-
-
-def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularity, int]]:
-    return Counter(spec.granularity for spec in specs if spec.bits == bits).most_common()
-
-
-def _open_choice(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
-) -> tuple[FormatChoice, tuple[SiteCandidates, ...]]:
-    """The target's choice for all that a budget leaves alone, and the menus that it chooses from."""
-    requested = _requested(config)
-    formats = open_formats(config.parsed_target, requested, facts)
-    named = requested.named_eight_bit or formats.eight_bit is not None
-    choice = choose_formats(config.parsed_target, replace(requested, named_eight_bit=named), facts)
-    explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
-    choice = replace(choice, explanations=explained)
-    return choice, site_candidates(groups, _format_rules(config, choice), formats)
-
-
-def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
-    if line.option != "--block_size" or len(formats.four_bit) == 1:
-        return line
-    sizes = ", ".join(str(each.block_size) for each in formats.four_bit)
-    return replace(line, chosen=sizes, why="the budget chooses among those that this runtime runs fast")
-
-
-def _open_plan(config: QuantizeConfig, menus: tuple[SiteCandidates, ...], size: OutputSize) -> OpenPlan:
-    budget: Budget
-    if config.target_bpw is not None:
-        budget = BitsBudget(bits_per_weight=config.target_bpw)
-    else:
-        budget = SizeBudget(
-            num_bytes=parse_size(config.target_size or "", "--target_size"),
-            fixed_bytes=size.fixed_bytes([menu.site for menu in menus]),
-            cost=lambda menu, label: size.site_bytes(menu.site, menu.formats[label]),
-        )
-    return OpenPlan(menus=menus, budget=budget, reach=check_budget(menus, budget), size=size)
-
-
-def _requested(config: QuantizeConfig) -> RequestedFormats:
-    """The options that were given, and not left to the target."""
-    return RequestedFormats(
-        form=_weight_form(config),
-        block_size=config.block_size,
-        eight_bit=_eight_bit_wish(config),
-        mixed=config.enable_mixed_quant and not config.layers_8bit,
-        named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
-        zero_point=config.use_zero_point,
-        scale_range=config.scale_range,
-        gather_axis=config.gather_quantize_axis,
-        gather_form=config.gather_form,
-        gather_block_size=config.gather_block_size,
-        accuracy_level=config.accuracy_level,
+    Args:
+        config: the algorithm and its options.
+        plan: the formats.
+        fingerprint: the base model's.
+        cache_digest: identifies the calibration; empty where none is used.
+    """
+    digest = hashlib.sha256()
+    for part in (
+        TypeAdapter(SearchOptions).dump_json(search_options(config, plan.choice)),
+        TypeAdapter(dict[str, QuantSpec]).dump_json(dict(plan.sites.specs)),
+        repr((config.algo, config.awqlite_run_per_subgraph, config.awqlite_disable_fuse_nodes)).encode(),
+        TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
+        cache_digest.encode(),
+        _tuning(config),
+    ):
+        digest.update(part)
+    return ExportRecipe(
+        model_fingerprint=fingerprint,
+        weight_form=plan.choice.form,
+        fold_input_scales=not config.awqlite_disable_fuse_nodes,
+        groups=plan.sites.groups,
+        kept=plan.sites.skipped,
+        search=digest.hexdigest(),
+        summary=describe_recipe(config, plan),
+        embeddings=plan.embeddings,
+        session_options=plan.choice.session_options,
+        unreached=plan.unquantized,
     )
 
 
-def _eight_bit_wish(config: QuantizeConfig) -> Granularity | None:
-    match config.int8_block_size:
-        case None:
-            return None
-        case "channel":
-            return PerChannel()
-        case int(size):
-            return PerBlock(block_size=size)
-
-
-def _weight_form(config: QuantizeConfig) -> WeightForm | None:
-    """The form that was asked for, if one was."""
-    if config.use_column_major:
-        return WeightForm.DQ_COLUMN_MAJOR
-    if config.algo == "rtn":
-        return WeightForm.QDQ
-    return None if config.weight_operator is None else WeightForm(config.weight_operator)
-
-
-def _format_rules(config: QuantizeConfig, choice: FormatChoice) -> FormatRules:
-    return FormatRules(
-        four_bit=choice.four_bit,
-        eight_bit=choice.eight_bit,
-        symmetric=choice.symmetric,
-        exclude=config.excluded,
-        layers_8bit=config.layers_8bit,
-        mixed=config.enable_mixed_quant,
-        mixed_rule=config.mixed_rule,
-        lm_head=config.lm_head,
-        keep_mixed_because=choice.keep_mixed_because,
-    )
-
-
-def _embedding_plans(
-    config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
-) -> tuple[EmbeddingPlan, ...]:
-    axis = config.gather_quantize_axis
-    if axis is None:
-        return ()
-    return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
-
-
-def search_options(config: QuantizeConfig, choice: FormatChoice) -> SearchOptions:
-    """What the algorithms are told."""
-    return SearchOptions(
-        range_rule=choice.scale_range,
-        alpha_step=config.awqlite_alpha_step,
-        clip_step=config.awqclip_alpha_step,
-        clip_min=config.awqclip_alpha_min,
-        column_chunk=config.awqclip_bsz_col,
-        damping=config.gptq_damping,
-        act_order=config.gptq_act_order,
-        descent_passes=config.descent_passes,
-    )
+def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
+    """Return the algorithm and the formats, in one line."""
+    choice = plan.choice
+    zero_point = "without" if choice.symmetric else "with"
+    by_site = config.plan is not None or config.has_budget
+    formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
+    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
+    table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
+    target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
+    algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
+    algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
+    return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
 
 
 def group_solver(
@@ -280,8 +195,22 @@ def group_solver(
     )
 
 
+def search_options(config: QuantizeConfig, choice: FormatChoice) -> SearchOptions:
+    """Return the options of the search algorithms."""
+    return SearchOptions(
+        range_rule=choice.scale_range,
+        alpha_step=config.awqlite_alpha_step,
+        clip_step=config.awqclip_alpha_step,
+        clip_min=config.awqclip_alpha_min,
+        column_chunk=config.awqclip_bsz_col,
+        damping=config.gptq_damping,
+        act_order=config.gptq_act_order,
+        descent_passes=config.descent_passes,
+    )
+
+
 def signround_options(config: QuantizeConfig) -> SignRoundOptions:
-    """What block-level tuning is told."""
+    """Return the options of block-level tuning."""
     return SignRoundOptions(
         iterations=config.signround_iters,
         learning_rate=config.signround_lr,
@@ -290,8 +219,125 @@ def signround_options(config: QuantizeConfig) -> SignRoundOptions:
     )
 
 
+def _given_plan(
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
+) -> tuple[FormatChoice, QuantPlan]:
+    """Return what ``--plan`` asks for: the file decides about formats, the target about everything else."""
+    assert config.plan is not None
+    sites = all_sites(groups)
+    planned = read_plan(config.plan, sites)
+    formats = {site.name: spec_of(planned[site.name], site, symmetric=not config.use_zero_point) for site in sites}
+    specs = {name: spec for name, spec in formats.items() if spec is not None}
+    if not specs:
+        raise OptionError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
+    skipped = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
+    return _choice_of_specs(config, tuple(specs.values()), facts), plan_of(groups, specs, skipped)
+
+
+def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], facts: ModelFacts) -> FormatChoice:
+    """Return the choice for the commonest INT4 block, with what the target says against each of the formats."""
+    sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
+    eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
+    requested = [
+        replace(_requested(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
+        for size in sizes or [None]
+        for granularity in eight_bit or [None]
+    ]
+    choices = [choose_formats(config.parsed_target, each, facts) for each in requested]
+    warnings = dict.fromkeys(warning for choice in choices for warning in choice.warnings)
+    return replace(choices[0], warnings=tuple(warnings))
+
+
+def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularity, int]]:
+    return Counter(spec.granularity for spec in specs if spec.bits == bits).most_common()
+
+
+def _open_choice(
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
+) -> tuple[FormatChoice, tuple[SiteCandidates, ...]]:
+    """Return the target's choice for what a budget doesn't decide, and the candidates for what it does."""
+    requested = _requested(config)
+    formats = open_formats(config.parsed_target, requested, facts)
+    named = requested.named_eight_bit or formats.eight_bit is not None
+    choice = choose_formats(config.parsed_target, replace(requested, named_eight_bit=named), facts)
+    explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
+    choice = replace(choice, explanations=explained)
+    return choice, site_candidates(groups, config, choice, formats)
+
+
+def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
+    if line.option != "--block_size" or len(formats.four_bit) == 1:
+        return line
+    sizes = ", ".join(str(each.block_size) for each in formats.four_bit)
+    return replace(line, chosen=sizes, why="the budget chooses among those that this runtime runs fast")
+
+
+def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], size: OutputSize) -> OpenPlan:
+    budget: Budget
+    if config.target_bpw is not None:
+        budget = BitsBudget(bits_per_weight=config.target_bpw)
+    else:
+        budget = SizeBudget(
+            num_bytes=parse_size(config.target_size or "", "--target_size"),
+            fixed_bytes=size.fixed_bytes([each.site for each in candidates]),
+            cost=lambda each, label: size.site_bytes(each.site, each.formats[label]),
+        )
+    return OpenPlan(
+        option=config.budget_in_words,
+        candidates=candidates,
+        budget=budget,
+        reachable=check_budget(candidates, budget),
+        sensitivity=config.sensitivity or "cache",
+        size=size,
+    )
+
+
+def _requested(config: QuantizeConfig) -> RequestedFormats:
+    """Return the options that were given, and not left to the target."""
+    return RequestedFormats(
+        form=_requested_form(config),
+        block_size=config.block_size,
+        eight_bit=_requested_eight_bit(config),
+        mixed=config.enable_mixed_quant and not config.layers_8bit,
+        named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
+        zero_point=config.use_zero_point,
+        scale_range=config.scale_range,
+        gather_axis=config.gather_quantize_axis,
+        gather_form=config.gather_form,
+        gather_block_size=config.gather_block_size,
+        accuracy_level=config.accuracy_level,
+    )
+
+
+def _requested_eight_bit(config: QuantizeConfig) -> Granularity | None:
+    match config.int8_block_size:
+        case None:
+            return None
+        case "channel":
+            return PerChannel()
+        case int(size):
+            return PerBlock(block_size=size)
+
+
+def _requested_form(config: QuantizeConfig) -> WeightForm | None:
+    if config.use_column_major:
+        return WeightForm.DQ_COLUMN_MAJOR
+    if config.algo == "rtn":
+        return WeightForm.QDQ
+    return None if config.weight_operator is None else WeightForm(config.weight_operator)
+
+
+def _embedding_plans(
+    config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
+) -> tuple[EmbeddingPlan, ...]:
+    axis = config.gather_quantize_axis
+    if axis is None:
+        return ()
+    return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
+
+
 def _tuning(config: QuantizeConfig) -> bytes:
-    """What the codes depend on besides the search, where blocks are tuned; else nothing."""
+    """Return what the codes depend on besides the search, where blocks are tuned; else nothing."""
     refine = b"refine" if config.refine else b""
     if config.algo != "signround":
         return refine
@@ -299,50 +345,7 @@ def _tuning(config: QuantizeConfig) -> bytes:
     return refine + options + config.signround_start.encode()
 
 
-def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache_digest: str) -> ExportRecipe:
-    """What is being made of the model with ``fingerprint``; its ``search`` digest covers all that the codes depend on.
-
-    ``cache_digest`` identifies the calibration; empty where none is used.
-    """
-    digest = hashlib.sha256()
-    for part in (
-        TypeAdapter(SearchOptions).dump_json(search_options(config, plan.choice)),
-        TypeAdapter(dict[str, QuantSpec]).dump_json(dict(plan.sites.specs)),
-        repr((config.algo, config.awqlite_run_per_subgraph, config.awqlite_disable_fuse_nodes)).encode(),
-        TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
-        cache_digest.encode(),
-        _tuning(config),
-    ):
-        digest.update(part)
-    return ExportRecipe(
-        model_fingerprint=fingerprint,
-        weight_form=plan.choice.form,
-        fold_input_scales=not config.awqlite_disable_fuse_nodes,
-        groups=plan.sites.groups,
-        kept=plan.sites.kept,
-        search=digest.hexdigest(),
-        summary=recipe_in_words(config, plan),
-        embeddings=plan.embeddings,
-        session_options=plan.choice.session_options,
-        unreached=plan.unreached,
-    )
-
-
-def recipe_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
-    """The algorithm and the formats, in one line."""
-    choice = plan.choice
-    zero_point = "without" if choice.symmetric else "with"
-    by_site = config.plan is not None or config.has_budget
-    formats = _formats_in_words(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
-    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
-    table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
-    target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
-    algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
-    algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
-    return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
-
-
-def _formats_in_words(config: QuantizeConfig, plan: ModelPlan) -> str:
+def _describe_formats(config: QuantizeConfig, plan: ModelPlan) -> str:
     counts = Counter(spec.label for spec in plan.sites.specs.values())
     decided = "--plan" if config.plan is not None else config.budget_in_words
     return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"

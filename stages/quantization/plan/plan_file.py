@@ -1,4 +1,4 @@
-"""A plan as a file that people read and edit: TOML, one line a site."""
+"""Read and write plan.toml, a plan that people can edit: one line a site."""
 
 from __future__ import annotations
 
@@ -36,36 +36,10 @@ class PlannedSite:
     why: str = ""
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    format: Annotated[str, Field(pattern=rf"^({_FORMAT.pattern})$")]
-    loss: float | None = None
-    why: str = ""
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    sites: dict[str, dict[str, object]]
-
-
 def plan_text(sites: Mapping[str, PlannedSite], notes: Sequence[str] = ()) -> str:
-    """The file's content; ``notes`` are comments at its head."""
+    """Return the file's content; ``notes`` are comments at its head."""
     lines = [_line(name, planned) for name, planned in sites.items()]
     return "\n".join([*(f"# {note}" for note in notes), _HEADER, "[sites]", *lines]) + "\n"
-
-
-def _line(name: str, planned: PlannedSite) -> str:
-    parts = [f"format = {_quoted(planned.format)}"]
-    if planned.loss is not None:
-        parts.append(f"loss = {float(planned.loss)!r}")
-    if planned.why:
-        parts.append(f"why = {_quoted(planned.why)}")
-    return f"{_quoted(name)} = {{ {', '.join(parts)} }}"
-
-
-def _quoted(text: str) -> str:
-    """A TOML basic string: JSON's escapes are among TOML's."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def write_plan(path: Path, text: str) -> None:
@@ -79,7 +53,7 @@ def write_plan(path: Path, text: str) -> None:
 
 
 def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]:
-    """The plan in ``path``, in the order of ``sites``, each of which it must name.
+    """Return the plan in ``path``, in the order of ``sites``, each of which it must name.
 
     Raises:
         OptionError: it can't be read, isn't TOML, has an unreadable format, names an unknown site or leaves one out.
@@ -102,6 +76,27 @@ def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]
     return {site.name: planned[site.name] for site in sites}
 
 
+def spec_of(planned: PlannedSite, site: MatMulSite, *, symmetric: bool) -> QuantSpec | None:
+    """Return the number format that a line means for ``site``; None where it stays as it is."""
+    if planned.format == KEEP:
+        return None
+    bits, size = planned.format[0], planned.format[2:]
+    granularity: Granularity = PerChannel() if planned.format == "8ch" else PerBlock(block_size=int(size))
+    return QuantSpec(bits=4 if bits == "4" else 8, symmetric=symmetric, granularity=granularity, scale_dtype=site.dtype)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Annotated[str, Field(pattern=rf"^({_FORMAT.pattern})$")]
+    loss: float | None = None
+    why: str = ""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    sites: dict[str, dict[str, object]]
+
+
 def _read(path: Path) -> tuple[str, dict[str, dict[str, object]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -111,9 +106,9 @@ def _read(path: Path) -> tuple[str, dict[str, dict[str, object]]]:
     except UnicodeDecodeError as error:
         raise OptionError(f"--plan {path} is not UTF-8 text ({error}); pass a plan.toml.") from error
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"--plan {path} is no TOML: {error}; mend that line.") from error
+        raise OptionError(f"--plan {path} is not valid TOML: {error}; fix that line.") from error
     except RecursionError as error:
-        raise OptionError(f"--plan {path} is no TOML that can be read: it is nested too deeply; flatten it.") from error
+        raise OptionError(f"--plan {path} is nested too deeply to be read; flatten it.") from error
     except ValidationError as error:
         raise OptionError(
             f"--plan {path} must hold one table, [sites], with a line for each site; pass a plan.toml that "
@@ -135,17 +130,22 @@ def _parsed(path: Path, text: str, name: str, fields: Mapping[str, object]) -> P
 
 
 def _place(path: Path, text: str, name: str) -> str:
-    """The file and, where the name stands in it as we write it, the line."""
+    """Return the file and, where the name stands in it as we write it, the line."""
     for number, line in enumerate(text.splitlines(), start=1):
         if (name in line or _quoted(name) in line) and not line.lstrip().startswith("#"):
             return f"--plan {path}, line {number}"
     return f"--plan {path}"
 
 
-def spec_of(planned: PlannedSite, site: MatMulSite, *, symmetric: bool) -> QuantSpec | None:
-    """The number format that a line means for ``site``; None where it stays as it is."""
-    if planned.format == KEEP:
-        return None
-    bits, size = planned.format[0], planned.format[2:]
-    granularity: Granularity = PerChannel() if planned.format == "8ch" else PerBlock(block_size=int(size))
-    return QuantSpec(bits=4 if bits == "4" else 8, symmetric=symmetric, granularity=granularity, scale_dtype=site.dtype)
+def _line(name: str, planned: PlannedSite) -> str:
+    parts = [f"format = {_quoted(planned.format)}"]
+    if planned.loss is not None:
+        parts.append(f"loss = {float(planned.loss)!r}")
+    if planned.why:
+        parts.append(f"why = {_quoted(planned.why)}")
+    return f"{_quoted(name)} = {{ {', '.join(parts)} }}"
+
+
+def _quoted(text: str) -> str:
+    """Return ``text`` as a TOML basic string: JSON's escapes are among TOML's."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Rules become a total plan: every site is listed, with its number format, or kept with the reason."""
+"""Plan by rules: every site gets INT4, INT8 where options or a mixed-precision rule say so, or is skipped, with why."""
 
 from __future__ import annotations
 
@@ -10,39 +10,105 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from stages.commands.quantize_options import MixedRule
+from stages.commands.quantize_options import MixedRule, QuantizeConfig
 from stages.errors import OptionError
-from stages.records.formats import EmbeddingPlan, EmbeddingTable, Granularity, QuantSpec
+from stages.quantization.targets.formats import FormatChoice
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, QuantSpec
 from stages.records.sites import ActivationGroup, BlockAxis, GatherForm, MatMulSite, layer_of, within_layer
 
+_LM_HEAD = "lm_head"
+_ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
 _SENSITIVE = re.compile(r"(?:(?:self_)?attn[./](qkv_proj|v_proj)|mlp[./](down_proj))(?!\w)")
 
 
-def modelopt_takes(rank: int, count: int) -> bool:
-    """NVIDIA ModelOpt's default strategy (graph_utils.py, 917-929).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantPlan:
+    """``groups`` hold only the sites to quantize; ``specs`` has one entry for each; ``skipped`` are (node, why)."""
 
-    The first and the last ``count`` // 8, and every third of those between, starting with the first of them.
+    groups: tuple[ActivationGroup, ...]
+    specs: Mapping[str, QuantSpec]
+    skipped: tuple[tuple[str, str], ...]
+
+    @property
+    def skipped_routers(self) -> int:
+        return sum(why == _ROUTER for _, why in self.skipped)
+
+    @property
+    def eight_bit_sites(self) -> int:
+        return sum(spec.bits == 8 for spec in self.specs.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes, scales and zero points, over the weights of the sites to quantize."""
+        sites = all_sites(self.groups)
+        stored = sum(self.specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites)
+        return 8 * stored / sum(site.in_features * site.out_features for site in sites)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedSites:
+    """The sites that a person's options decide about: INT8, or skipped for the reason that stands there."""
+
+    eight_bit: frozenset[str]
+    skipped: Mapping[str, str]
+
+
+def make_plan(groups: tuple[ActivationGroup, ...], config: QuantizeConfig, choice: FormatChoice) -> QuantPlan:
+    """Return a number format for every site, or the reason why it is skipped.
+
+    Args:
+        groups: all sites of the model.
+        config: names sites and rules.
+        choice: the formats that INT4 and INT8 sites get.
+
+    Raises:
+        OptionError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
     """
-    edge = count // 8
-    return rank < edge or rank >= count - edge or (rank - edge) % 3 == 0
+    sites = all_sites(groups)
+    named = named_sites(sites, config, choice)
+    if len(named.skipped) == len(sites):
+        raise OptionError(f"--exclude {config.excluded} matches every MatMul of the model: nothing would be quantized.")
+    return plan_of(groups, {site.name: _spec(site, choice, named) for site in sites}, named.skipped)
 
 
-def llamacpp_takes(rank: int, count: int) -> bool:
-    """llama.cpp's use_more_bits, which makes Q4_K_M, and k_quant_mixed of onnxruntime-genai's builder (base.py, 1229).
+def plan_of(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], skipped: Mapping[str, str]) -> QuantPlan:
+    """Return the plan that gives every site its spec.
 
-    As many as ModelOpt's, but of those between the last of every three.
+    Args:
+        groups: all sites of the model.
+        specs: number formats by site.
+        skipped: reasons by site, for those that stay as they are whatever ``specs`` says.
     """
-    edge = count // 8
-    return rank < edge or rank >= 7 * count // 8 or (rank - edge) % 3 == 2
+    quantized = tuple(_without(group, skipped) for group in groups if any(s.name not in skipped for s in group.sites))
+    return QuantPlan(
+        groups=quantized,
+        specs={site.name: specs[site.name] for site in all_sites(quantized)},
+        skipped=tuple(skipped.items()),
+    )
 
 
-_RULES: Mapping[MixedRule, Callable[[int, int], bool]] = MappingProxyType(
-    {"modelopt": modelopt_takes, "llamacpp": llamacpp_takes}
-)
+def all_sites(groups: Sequence[ActivationGroup]) -> list[MatMulSite]:
+    """Return the sites of all groups, in graph order."""
+    return [site for group in groups for site in group.sites]
+
+
+def named_sites(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: FormatChoice) -> NamedSites:
+    """Return what ``config`` says about ``sites``; ``choice`` says whether a mixed rule's sites can become INT8.
+
+    Raises:
+        OptionError: a pattern matches no site, or mixed precision finds no site of its rule.
+    """
+    eight_bit = _eight_bit(sites, config, choice)
+    return NamedSites(eight_bit=eight_bit, skipped=_skipped(sites, config, choice, eight_bit))
+
+
+def is_lm_head(site: MatMulSite) -> bool:
+    """Return whether the site is called lm_head or makes the logits."""
+    return _matches_site(_LM_HEAD, site)
 
 
 def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, ...]:
-    """The qkv (or v) projections and down projections that ``rule`` stores as INT8, counted by kind in layer order.
+    """Return the qkv (or v) and down projections that ``rule`` stores as INT8, counted by kind in layer order.
 
     Raises:
         OptionError: no site has a name that the rules know.
@@ -66,177 +132,16 @@ def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, 
     )
 
 
-_LM_HEAD = "lm_head"
-
-
-_ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FormatRules:
-    """What a person asked for. ``exclude`` and ``layers_8bit`` are comma-separated patterns of site names.
-
-    ``lm_head`` decides about the site that makes the logits whatever the patterns say; None leaves it to them.
-    """
-
-    four_bit: Granularity
-    eight_bit: Granularity
-    symmetric: bool
-    exclude: str
-    layers_8bit: str
-    mixed: bool
-    mixed_rule: MixedRule
-    lm_head: Literal["4", "8", "none"] | None
-    keep_mixed_because: str = ""
-    """Why the sites that ``mixed`` alone would make INT8 stay as they are; empty where they become INT8."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantPlan:
-    """``groups`` hold only the sites to quantize; ``specs`` has one entry for each; ``kept`` are (site, why)."""
-
-    groups: tuple[ActivationGroup, ...]
-    specs: Mapping[str, QuantSpec]
-    kept: tuple[tuple[str, str], ...]
-
-    @property
-    def kept_routers(self) -> int:
-        return sum(why == _ROUTER for _, why in self.kept)
-
-    @property
-    def eight_bit_sites(self) -> int:
-        return sum(spec.bits == 8 for spec in self.specs.values())
-
-
-def make_plan(groups: tuple[ActivationGroup, ...], rules: FormatRules) -> QuantPlan:
-    """A number format for every site, or the reason why it is kept.
-
-    Raises:
-        OptionError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
-    """
-    sites = all_sites(groups)
-    named = named_by_rules(sites, rules)
-    eight_bit, kept = named.eight_bit, named.kept
-    if len(kept) == len(sites):
-        raise OptionError(f"--exclude {rules.exclude} matches every MatMul of the model: nothing would be quantized.")
-    specs = {site.name: _spec(site, rules, 8 if site.name in eight_bit else 4) for site in sites}
-    return plan_of(groups, {name: spec for name, spec in specs.items() if name not in kept}, kept)
-
-
-def all_sites(groups: Sequence[ActivationGroup]) -> list[MatMulSite]:
-    """The sites of all groups, in graph order."""
-    return [site for group in groups for site in group.sites]
-
-
-def plan_of(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], kept: Mapping[str, str]) -> QuantPlan:
-    """The plan that gives every site its spec; sites without one are ``kept``, for the reason that stands there."""
-    quantized = tuple(_without(group, kept) for group in groups if any(site.name in specs for site in group.sites))
-    return QuantPlan(
-        groups=quantized,
-        specs={site.name: specs[site.name] for site in all_sites(quantized)},
-        kept=tuple((name, why) for name, why in kept.items() if name not in specs),
-    )
-
-
-def _spec(site: MatMulSite, rules: FormatRules, bits: Literal[4, 8]) -> QuantSpec:
-    return QuantSpec(
-        bits=bits,
-        symmetric=rules.symmetric,
-        granularity=rules.eight_bit if bits == 8 else rules.four_bit,
-        scale_dtype=site.dtype,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NamedSites:
-    """The sites that a person's rules decide about: INT8, or kept for the reason that stands there."""
-
-    eight_bit: frozenset[str]
-    kept: Mapping[str, str]
-
-
-def named_by_rules(sites: Sequence[MatMulSite], rules: FormatRules) -> NamedSites:
-    """What ``rules`` say about ``sites``.
-
-    Raises:
-        OptionError: a pattern matches no site, or mixed precision finds no site of its rule.
-    """
-    eight_bit = _eight_bit(sites, rules)
-    return NamedSites(eight_bit=eight_bit, kept=_kept(sites, rules, eight_bit))
-
-
-def is_lm_head(site: MatMulSite) -> bool:
-    """Whether the site is called lm_head or makes the logits."""
-    return matches_site(_LM_HEAD, site)
-
-
-def _eight_bit(sites: Sequence[MatMulSite], rules: FormatRules) -> frozenset[str]:
-    if rules.layers_8bit:
-        chosen = set(_matches(sites, rules.layers_8bit, "--layers_8bit"))
-    else:
-        chosen = (
-            set(sensitive_sites(sites, rules.mixed_rule)) if rules.mixed and not rules.keep_mixed_because else set()
-        )
-    if rules.lm_head is not None:
-        heads = {site.name for site in sites if is_lm_head(site)}
-        chosen = chosen | heads if rules.lm_head == "8" else chosen - heads
-    return frozenset(chosen)
-
-
-def _kept(sites: Sequence[MatMulSite], rules: FormatRules, eight_bit: frozenset[str]) -> dict[str, str]:
-    """Site name -> the words why it is kept; an lm_head or a router that was asked for by name is not."""
-    kept = _matches(sites, rules.exclude, "--exclude")
-    # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
-    kept |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*kept, *eight_bit}}
-    if rules.mixed and not rules.layers_8bit and rules.keep_mixed_because:
-        kept |= dict.fromkeys(
-            sensitive_sites(sites, rules.mixed_rule), f"--enable_mixed_quant: {rules.keep_mixed_because}"
-        )
-    for site in sites:
-        if not is_lm_head(site):
-            continue
-        if rules.lm_head == "none":
-            kept[site.name] = "--lm_head none"
-        elif rules.lm_head is not None or site.name in eight_bit:
-            kept.pop(site.name, None)
-    return kept
-
-
-def _without(group: ActivationGroup, kept: Mapping[str, str]) -> ActivationGroup:
-    """The group with its quantized sites; a kept sibling reads the same activation, which then can't be divided."""
-    sites = tuple(site for site in group.sites if site.name not in kept)
-    if len(sites) == len(group.sites):
-        return group
-    sibling = next(site.name for site in group.sites if site.name in kept)
-    return replace(group, sites=sites, absorber=None, unfoldable_because=f"{sibling} reads it too and stays as it is")
-
-
-def _matches(sites: Sequence[MatMulSite], patterns: str, option: str) -> dict[str, str]:
-    """Names of the sites that match, each with the option and pattern that did."""
-    found: dict[str, str] = {}
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        names = [site.name for site in sites if matches_site(pattern, site)]
-        if not names and pattern != _LM_HEAD:
-            nearest = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.1)
-            raise OptionError(f"{option}: '{pattern}' matches no site; the nearest names are {', '.join(nearest)}.")
-        found |= dict.fromkeys(names, f"{option} {pattern}")
-    return found
-
-
-def matches_site(pattern: str, site: MatMulSite) -> bool:
-    """Whether ``pattern`` is a whole part of the site's name: layers.1 matches layers.1, not layers.10.
-
-    ``lm_head`` also means the site that makes the logits, whatever its name.
-    """
-    if pattern == _LM_HEAD and site.feeds_logits:
-        return True
-    return re.search(rf"(?<![A-Za-z0-9_]){re.escape(pattern)}(?![A-Za-z0-9_])", site.name) is not None
-
-
 def plan_embeddings(
     tables: Sequence[EmbeddingTable], *, axis: BlockAxis, block_size: int, form: GatherForm
 ) -> tuple[EmbeddingPlan, ...]:
-    """The same format for every table.
+    """Return the same format for every table.
+
+    Args:
+        tables: those of the model.
+        axis: 1 groups numbers of one token, 0 groups tokens.
+        block_size: numbers that share a scale.
+        form: the nodes that read the codes.
 
     Raises:
         OptionError: there is no table.
@@ -247,3 +152,103 @@ def plan_embeddings(
             "table; leave the option out."
         )
     return tuple(EmbeddingPlan(table=table, axis=axis, block_size=block_size, form=form) for table in tables)
+
+
+def _modelopt_takes(rank: int, count: int) -> bool:
+    """Return whether NVIDIA ModelOpt's default strategy takes a layer (graph_utils.py, 917-929).
+
+    The first and the last ``count`` // 8, and every third of those between, starting with the first of them.
+    """
+    edge = count // 8
+    return rank < edge or rank >= count - edge or (rank - edge) % 3 == 0
+
+
+def _llamacpp_takes(rank: int, count: int) -> bool:
+    """Return whether llama.cpp's use_more_bits takes a layer.
+
+    It makes Q4_K_M, and k_quant_mixed of onnxruntime-genai's builder (base.py, 1229). As many as ModelOpt's, but of
+    those between the last of every three.
+    """
+    edge = count // 8
+    return rank < edge or rank >= 7 * count // 8 or (rank - edge) % 3 == 2
+
+
+_RULES: Mapping[MixedRule, Callable[[int, int], bool]] = MappingProxyType(
+    {"modelopt": _modelopt_takes, "llamacpp": _llamacpp_takes}
+)
+
+
+def _spec(site: MatMulSite, choice: FormatChoice, named: NamedSites) -> QuantSpec:
+    bits: Literal[4, 8] = 8 if site.name in named.eight_bit else 4
+    return QuantSpec(
+        bits=bits,
+        symmetric=choice.symmetric,
+        granularity=choice.eight_bit if bits == 8 else choice.four_bit,
+        scale_dtype=site.dtype,
+    )
+
+
+def _eight_bit(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: FormatChoice) -> frozenset[str]:
+    chosen: set[str] = set()
+    if config.layers_8bit:
+        chosen = set(_matches(sites, config.layers_8bit, "--layers_8bit"))
+    elif config.enable_mixed_quant and not choice.keep_mixed_because:
+        chosen = set(sensitive_sites(sites, config.mixed_rule))
+    if config.lm_head is not None:
+        heads = {site.name for site in sites if is_lm_head(site)}
+        chosen = chosen | heads if config.lm_head == "8" else chosen - heads
+    return frozenset(chosen)
+
+
+def _skipped(
+    sites: Sequence[MatMulSite], config: QuantizeConfig, choice: FormatChoice, eight_bit: frozenset[str]
+) -> dict[str, str]:
+    """Return why a site is skipped, by name; an lm_head or a router that was asked for by name is not."""
+    skipped = _matches(sites, config.excluded, "--exclude")
+    # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
+    skipped |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*skipped, *eight_bit}}
+    if config.enable_mixed_quant and not config.layers_8bit and choice.keep_mixed_because:
+        reason = f"--enable_mixed_quant: {choice.keep_mixed_because}"
+        skipped |= dict.fromkeys(sensitive_sites(sites, config.mixed_rule), reason)
+    for site in sites:
+        if not is_lm_head(site):
+            continue
+        if config.lm_head == "none":
+            skipped[site.name] = "--lm_head none"
+        elif config.lm_head is not None or site.name in eight_bit:
+            skipped.pop(site.name, None)
+    return skipped
+
+
+def _without(group: ActivationGroup, skipped: Mapping[str, str]) -> ActivationGroup:
+    """Return the group with its quantized sites only.
+
+    A skipped sibling reads the same activation, which then can't be divided.
+    """
+    sites = tuple(site for site in group.sites if site.name not in skipped)
+    if len(sites) == len(group.sites):
+        return group
+    sibling = next(site.name for site in group.sites if site.name in skipped)
+    return replace(group, sites=sites, absorber=None, unfoldable_because=f"{sibling} reads it too and stays as it is")
+
+
+def _matches(sites: Sequence[MatMulSite], patterns: str, option: str) -> dict[str, str]:
+    """Return the names of the sites that match, each with the option and pattern that did."""
+    found: dict[str, str] = {}
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        names = [site.name for site in sites if _matches_site(pattern, site)]
+        if not names and pattern != _LM_HEAD:
+            nearest = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.1)
+            raise OptionError(f"{option}: '{pattern}' matches no site; the nearest names are {', '.join(nearest)}.")
+        found |= dict.fromkeys(names, f"{option} {pattern}")
+    return found
+
+
+def _matches_site(pattern: str, site: MatMulSite) -> bool:
+    """Return whether ``pattern`` is a whole part of the site's name: layers.1 matches layers.1, not layers.10.
+
+    ``lm_head`` also means the site that makes the logits, whatever its name.
+    """
+    if pattern == _LM_HEAD and site.feeds_logits:
+        return True
+    return re.search(rf"(?<![A-Za-z0-9_]){re.escape(pattern)}(?![A-Za-z0-9_])", site.name) is not None

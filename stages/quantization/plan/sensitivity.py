@@ -1,8 +1,12 @@
-"""``--sensitivity measured``: what quantizing one activation group alone does to the model's answers.
+"""Weigh a site's relative error by what it does to the model's answers, from statistics or measured on the model.
 
-Each group's weights are replaced by roughly quantized ones and the model runs on a few windows of the calibration text;
-the Kullback-Leibler divergence of its logits from the base's, divided by the group's relative error, is what a unit of
-relative error costs there. Results are kept in the cache's folder, group by group: nothing is measured twice.
+From the statistics (``--sensitivity cache``): a site that writes to the residual stream changes it by its share of the
+stream's energy so far; sites that only read it have the writers' median.
+
+Measured (``--sensitivity measured``): each group's weights are replaced by roughly quantized ones, that group's only,
+and the model runs on a few windows of the calibration text. The Kullback-Leibler divergence of its logits from the
+base's, divided by the group's relative error, is what a unit of relative error costs there. Results are kept in the
+cache's folder, group by group: nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -35,17 +39,45 @@ from stages.runtime.weight_trials import TrialRunner, open_trials
 from stages.system.json_file import explained, read_json, write_json
 
 _LOGGER = logging.getLogger(__name__)
-
-
 FILE = "sensitivity.json"
-
-
 _WINDOWS, _LENGTH = 4, 128
 """512 tokens: each group's divergence is compared with the same base on the same tokens, so few are enough."""
-
-
 _CHUNK = 64
 """Tokens whose distributions are held in float64 at once."""
+_CAP = 4.0
+"""Usual energies that one block counts for in the stream at most; between 2 and 8 the ranks hardly change."""
+
+
+def residual_sensitivities(groups: Sequence[ActivationGroup], energies: Mapping[str, float]) -> dict[str, float]:
+    """Return the weight of a relative error at every site, by name, from the statistics.
+
+    All are 1 where no site writes to the residual stream as far as one can see.
+
+    Args:
+        groups: all sites of the model.
+        energies: tr(W G W^T), the energy of a site's outputs a token, by site.
+    """
+    writers = [site for group in groups if (site := _writer(group, _hidden_size(groups))) is not None]
+    shares = _stream_shares([(site.name, energies[site.name]) for site in writers])
+    usual = median(shares.values()) if shares else 1.0
+    return {site.name: 1.0 if site.feeds_logits else shares.get(site.name, usual) for site in all_sites(groups)}
+
+
+def output_sections(groups: Sequence[ActivationGroup]) -> dict[str, tuple[slice, ...]]:
+    """Return the output channels of q, k and v for every site that makes them all; other sites are not in it.
+
+    v has a small part of the energy of the three and does most of the work: relative errors count one by one.
+    """
+    sections: dict[str, tuple[slice, ...]] = {}
+    for group in groups:
+        value = group.absorber
+        if not isinstance(value, ValueAbsorber) or value.first_channel == 0:
+            continue
+        width = value.heads.kv_heads * value.heads.head_size
+        first = value.first_channel
+        parts = (slice(0, first - width), slice(first - width, first), slice(first, first + width))
+        sections[value.site] = tuple(part for part in parts if part.stop > part.start)
+    return sections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,47 +88,37 @@ class GroupSensitivity:
     error: float
 
     @property
-    def weight(self) -> float:
-        """Nats for a unit of relative error."""
+    def per_error(self) -> float:
+        """Nats a unit of relative error."""
         return self.divergence / self.error if self.error > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    """The file: by activation, for one format of the rough weights and one set of tokens."""
-
-    format: str
-    tokens: int
-    groups: dict[str, GroupSensitivity]
-
-
-_FILES = TypeAdapter(_Measured)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityMeasure:
-    """Everything that stays the same from group to group; ``spec_of`` gives the rough format of a site."""
+    """What stays the same from group to group while sensitivities are measured."""
 
     model: ir.Model
     directory: ModelDirectory
     cache: CalibrationCache
     device: torch.device
-    spec_of: Callable[[MatMulSite], QuantSpec]
+    rough_format: Callable[[MatMulSite], QuantSpec]
+    """A site's format while it is measured."""
     sections: Mapping[str, Sections]
+    """Output channels by site whose relative errors count one by one."""
 
     def measure(self, groups: Sequence[ActivationGroup]) -> dict[str, float]:
-        """Nats for a unit of relative error, by site; says what it will cost before it starts.
+        """Return the nats for a unit of relative error by site; tell what that will cost before it starts.
 
         Raises:
             GraphError: ONNX Runtime can't run the base model.
             UserError: the cache's folder can't be written.
         """
-        label = self.spec_of(groups[0].sites[0]).label
+        label = self.rough_format(groups[0].sites[0]).label
         done = _read(self.cache.folder / FILE, label)
-        left = unmeasured(self.cache, groups, self.spec_of)
+        left = unmeasured(self.cache, groups, self.rough_format)
         if left:
             done |= self._measure_missing(left, done, label)
-        return {site.name: done[group.activation].weight for group in groups for site in group.sites}
+        return {site.name: done[group.activation].per_error for group in groups for site in group.sites}
 
     def _measure_missing(
         self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str
@@ -129,22 +151,28 @@ class SensitivityMeasure:
         error = 0.0
         for site in group.sites:
             weight = read_weight(self.model, site, self.device)
-            rough = quick_weight(weight, self.spec_of(site), stats)
+            rough = quick_weight(weight, self.rough_format(site), stats)
             error += quick_error(site, weight, rough, stats, self.sections.get(site.name, WHOLE))
             replaced.append((site, rough))
         return GroupSensitivity(divergence=divergence(base, trials.logits(windows, replaced)), error=error)
 
 
 def unmeasured(
-    cache: CalibrationCache, groups: Sequence[ActivationGroup], spec_of: Callable[[MatMulSite], QuantSpec]
+    cache: CalibrationCache, groups: Sequence[ActivationGroup], rough_format: Callable[[MatMulSite], QuantSpec]
 ) -> list[ActivationGroup]:
-    """The groups whose sensitivity isn't kept in the cache's folder yet."""
-    done = _read(cache.folder / FILE, spec_of(groups[0].sites[0]).label) if groups else {}
+    """Return the groups whose sensitivity isn't kept in the cache's folder yet.
+
+    Args:
+        cache: where sensitivities are kept.
+        groups: the sites to know of.
+        rough_format: a site's format while it is measured.
+    """
+    done = _read(cache.folder / FILE, rough_format(groups[0].sites[0]).label) if groups else {}
     return [group for group in groups if group.activation not in done]
 
 
 def divergence(base: Float[Tensor, "*tokens V"], other: Float[Tensor, "*tokens V"]) -> float:
-    """Mean over tokens of KL(base || other) of the distributions that these logits mean, in nats."""
+    """Return the mean over tokens of KL(base || other), in nats, of the distributions that these logits mean."""
     mine_theirs = (torch.split(logits.flatten(0, -2), _CHUNK) for logits in (base, other))
     pairs = zip(*mine_theirs, strict=True)
     total = sum(_summed_divergence(mine.double(), theirs.double()) for mine, theirs in pairs)
@@ -156,40 +184,7 @@ def _summed_divergence(base: Tensor, other: Tensor) -> float:
     return float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
 
 
-def _windows(tokens: np.ndarray) -> np.ndarray:
-    """The beginnings of a few windows, spread over the calibration text."""
-    chosen = np.linspace(0, len(tokens) - 1, min(_WINDOWS, len(tokens))).astype(int)
-    return tokens[chosen, :_LENGTH]
-
-
-def _read(path: Path, label: str) -> dict[str, GroupSensitivity]:
-    """What is there for this format; nothing where the file is missing, damaged or of another format."""
-    found = read_json(path, _FILES)
-    return {} if found is None or found.format != label else found.groups
-
-
-def _write(path: Path, measured: _Measured) -> None:
-    failure = f"--sensitivity measured can't keep its results in {path}"
-    with explained(failure, "choose a --cache_dir that can be written"):
-        write_json(path, _FILES, measured)
-
-
-_CAP = 4.0
-"""Usual energies that one block counts for in R at most; between 2 and 8 the ranks hardly change."""
-
-
-def residual_sensitivities(groups: Sequence[ActivationGroup], energies: Mapping[str, float]) -> dict[str, float]:
-    """The weight of a relative error at every site, by name; ``energies`` are tr(W G W^T) by site.
-
-    All 1 where no site writes to the residual stream as far as one can see.
-    """
-    writers = [site for group in groups if (site := _writer(group, _hidden_size(groups))) is not None]
-    shares = _writers_shares([(site.name, energies[site.name]) for site in writers])
-    usual = median(shares.values()) if shares else 1.0
-    return {site.name: 1.0 if site.feeds_logits else shares.get(site.name, usual) for site in all_sites(groups)}
-
-
-def _writers_shares(writers: Sequence[tuple[str, float]]) -> dict[str, float]:
+def _stream_shares(writers: Sequence[tuple[str, float]]) -> dict[str, float]:
     usual = median(energy for _, energy in writers) if writers else 0.0
     shares: dict[str, float] = {}
     stream = 0.0
@@ -200,30 +195,43 @@ def _writers_shares(writers: Sequence[tuple[str, float]]) -> dict[str, float]:
 
 
 def _hidden_size(groups: Sequence[ActivationGroup]) -> int | None:
-    """Channels of the residual stream: what the site that makes the logits reads."""
+    """Return the channels of the residual stream: what the site that makes the logits reads."""
     return next((site.in_features for site in all_sites(groups) if site.feeds_logits), None)
 
 
 def _writer(group: ActivationGroup, hidden_size: int | None) -> MatMulSite | None:
-    """The group's only site if its output has the stream's size and its input is no norm's."""
+    """Return the group's only site if its output has the stream's size and its input is no norm's."""
     site = group.sites[0]
     if len(group.sites) > 1 or isinstance(group.absorber, NormAbsorber) or site.feeds_logits:
         return None
     return site if hidden_size in (None, site.out_features) else None
 
 
-def output_sections(groups: Sequence[ActivationGroup]) -> dict[str, tuple[slice, ...]]:
-    """Output channels of q, k and v for every site that makes them all; other sites are not in it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """The file: by activation, for one format of the rough weights and one set of tokens."""
 
-    v has a small part of the energy of the three and does most of the work: relative errors count one by one.
-    """
-    sections: dict[str, tuple[slice, ...]] = {}
-    for group in groups:
-        value = group.absorber
-        if not isinstance(value, ValueAbsorber) or value.first_channel == 0:
-            continue
-        width = value.heads.kv_heads * value.heads.head_size
-        first = value.first_channel
-        parts = (slice(0, first - width), slice(first - width, first), slice(first, first + width))
-        sections[value.site] = tuple(part for part in parts if part.stop > part.start)
-    return sections
+    format: str
+    tokens: int
+    groups: dict[str, GroupSensitivity]
+
+
+_FILES = TypeAdapter(_Measured)
+
+
+def _windows(tokens: np.ndarray) -> np.ndarray:
+    """Return the beginnings of a few windows, spread over the calibration text."""
+    chosen = np.linspace(0, len(tokens) - 1, min(_WINDOWS, len(tokens))).astype(int)
+    return tokens[chosen, :_LENGTH]
+
+
+def _read(path: Path, label: str) -> dict[str, GroupSensitivity]:
+    """Return what is there for this format; nothing where the file is missing, damaged or of another format."""
+    found = read_json(path, _FILES)
+    return {} if found is None or found.format != label else found.groups
+
+
+def _write(path: Path, measured: _Measured) -> None:
+    failure = f"--sensitivity measured can't keep its results in {path}"
+    with explained(failure, "choose a --cache_dir that can be written"):
+        write_json(path, _FILES, measured)

@@ -1,4 +1,4 @@
-"""How much memory each stage holds at most, from the sizes of the graph alone.
+"""Forecast how much memory each stage holds at most, from the sizes in the graph.
 
 Estimates: what a stage keeps on purpose is counted, what libraries take for themselves is not, beyond what this process
 holds already.
@@ -22,13 +22,13 @@ from stages.runtime.upcast import resident_bytes
 
 _CHECKED = 24
 """Bytes for each weight of the site whose product is checked: codes, float32 and float64 rows, ONNX Runtime's copy."""
-_PIECE = 1 << 28
+_PARTITION = 1 << 28
 _REPACKED = 3
-"""The exported model is run in pieces of so many bytes, which ONNX Runtime's repacking makes so many times larger."""
+"""The exported model runs in partitions of so many bytes, so many times larger once ONNX Runtime has repacked them."""
 
 
 def held_already() -> int:
-    """Bytes of this process, which has loaded the libraries and parsed the graph as every stage does."""
+    """Return the bytes of this process, which has loaded the libraries and parsed the graph as every stage does."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -40,17 +40,17 @@ def calibration_memory(
     Args:
         model: the base model.
         costs: bytes of each activation, by ``partition_bytes``.
-        limit: bytes that a piece of the graph may take.
+        limit: bytes that a partition of the graph may take.
         held: bytes of this process already.
         providers: those that shall run the model.
     """
     weights: list[int] = []
     totals: list[int] = []
     for partition in cut_to_memory(model, costs, limit, providers):
-        of_piece = {value for node in partition.model.graph for value in node.inputs if value is not None}
+        read = {value for node in partition.model.graph for value in node.inputs if value is not None}
         made = {output.name for node in partition.model.graph for output in node.outputs}
         weights.append(
-            sum(resident_bytes(value.const_value, providers) for value in of_piece if value.const_value is not None)
+            sum(resident_bytes(value.const_value, providers) for value in read if value.const_value is not None)
         )
         totals.append(weights[-1] + sum(cost for name, cost in costs.items() if name in made))
     largest = max(range(len(totals)), key=totals.__getitem__)
@@ -65,31 +65,45 @@ def calibration_memory(
 
 
 def search_memory(groups: Sequence[ActivationGroup], device: torch.device, held: int) -> StageMemory:
-    """The groups that are solved at a time: small ones side by side, a large one beside what its successor reads."""
+    """Return what the groups that are solved at a time hold.
+
+    Small ones are solved in parallel, a large one while its successor is read.
+
+    Args:
+        groups: those to search.
+        device: where.
+        held: bytes of this process already.
+    """
     workers = workers_on(device)
     small = small_groups(groups, workers)
     costs = {place: group_memory(group) for place, group in enumerate(groups)}
     together = sorted((costs[place] for place in small), reverse=True)[:workers]
-    alone = max((costs[place] for place in costs if place not in set(small)), default=0)
+    large = max((costs[place] for place in costs if place not in set(small)), default=0)
     largest = groups[max(costs, key=costs.__getitem__)].sites[0].name
-    beside = f", {workers} small ones at a time" if small else ""
+    several = f", {workers} small ones at a time" if small else ""
     return StageMemory(
         stage="search",
-        bytes=held + max(alone, sum(together)),
-        holds=f"the largest group is that of {largest}{beside}",
+        bytes=held + max(large, sum(together)),
+        holds=f"the largest group is that of {largest}{several}",
     )
 
 
 def export_memory(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], held: int) -> StageMemory:
-    """Writing holds one tensor at a time; checking runs the output in pieces, and each site by itself."""
+    """Return what writing and checking hold: one tensor at a time, then a partition of the output, then each site.
+
+    Args:
+        groups: those that were quantized.
+        specs: number formats by site.
+        held: bytes of this process already.
+    """
     sites = [site for group in groups for site in group.sites]
     stored = [specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites]
-    run = _REPACKED * max(min(sum(stored), _PIECE), max(stored))
+    run = _REPACKED * max(min(sum(stored), _PARTITION), max(stored))
     checked = max(
         site.in_features * site.out_features * (_CHECKED + torch_float(site.dtype).itemsize) for site in sites
     )
     return StageMemory(
         stage="export",
         bytes=held + max(run, checked),
-        holds="the output runs in pieces to be checked (less with --verify off)",
+        holds="the output runs in parts to be checked (less with --verify off)",
     )

@@ -1,9 +1,9 @@
-"""``--dry_run``: what ``stages.quantize`` would do, from the graph alone; budgets use the cache where it is there."""
+"""Preview what ``stages.quantize`` would do (``--dry_run``) from the graph; a budget uses the cache if there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import onnx_ir as ir
@@ -19,8 +19,8 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
 from stages.model.sites import find_groups
 from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
-from stages.quantization.plan.output_size import output_size, stored_bytes, weight_bytes
-from stages.quantization.plan.plan import ModelPlan, plan_model, recipe_in_words
+from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_model
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import all_sites
 from stages.quantization.preview.memory import calibration_memory, export_memory, held_already, search_memory
@@ -35,7 +35,7 @@ from stages.system.hardware import choose_device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
-    """What a preview has found out before it looks at any site."""
+    """The model and its cache, with what was found out on the way to them."""
 
     directory: ModelDirectory
     model: ir.Model
@@ -47,7 +47,7 @@ class _Known:
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacles: tuple[str, ...]) -> Preview:
-    """What a run of ``config`` would do.
+    """Return what a run of ``config`` would do.
 
     Args:
         config: a valid configuration.
@@ -67,24 +67,18 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacl
     seconds = search_seconds(config, plan, text, device)
     size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
     sites = all_sites(groups)
-    after = size.fixed_bytes(sites) + sum(size.site_bytes(site, plan.sites.specs.get(site.name)) for site in sites)
-    weights = sum(site.in_features * site.out_features for site in all_sites(plan.sites.groups))
-    stored = sum(
-        plan.sites.specs[site.name].stored_bytes(site.out_features, site.in_features)
-        for site in all_sites(plan.sites.groups)
-    )
     names = {site.name for site in sites}
     return Preview(
         base=known.directory.onnx_file,
         output=config.output_path,
         recipe=_recipe(config, plan),
         sites=tuple(_sites(config, plan, sites, seconds)),
-        unquantizable=tuple(entry for entry in plan.sites.kept if entry[0] not in names),
+        unquantizable=tuple(entry for entry in plan.sites.skipped if entry[0] not in names),
         embeddings=plan.embeddings,
-        unreached=plan.unreached,
-        bits_per_weight=8 * stored / weights,
+        unreached=plan.unquantized,
+        bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=after,
+        bytes_after=size.total_bytes(sites, plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
@@ -121,7 +115,7 @@ def _look(config: QuantizeConfig, obstacles: tuple[str, ...]) -> _Known:
 
 
 def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bool) -> CalibrationCache:
-    """The cache of the model; without its weights the cache that lies there.
+    """Return the cache of the model; without its weights the cache that lies there.
 
     Raises:
         CacheMismatch: there is none, or another model's.
@@ -135,41 +129,36 @@ def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bo
 
 
 def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str, ...]]:
-    """The plan; where a budget can't be spent yet it holds the smallest formats, and what is needed is said."""
+    """Return the plan and notes; where a budget can't be allocated yet, the smallest formats and what is needed."""
     plan = plan_model(config, known.model, known.directory)
     if plan.left_open is None:
         return plan, ()
-    reason = _left_open_because(config, known, plan)
+    reason = _left_open_because(config, known, plan.left_open)
     if not reason and known.cache is not None:
-        device = choose_device(config.device)
-        spent = allocate_budget(config, known.model, known.directory, known.cache, plan, device)
-        return replace(spent.plan, left_open=None), (spent.summary,)
-    reach, in_bits = plan.left_open.reach, config.target_bpw is not None
-    unit, scale = ("bits a weight", 1.0) if in_bits else ("MB", 1e6)
-    range_of = f"from {reach.smallest / scale:,.4g} to {reach.largest / scale:,.4g} {unit} can be reached"
+        result = allocate_budget(plan, known.model, known.directory, known.cache, choose_device(config.device))
+        return result.plan, (result.summary,)
     return plan, (
-        f"{config.budget_in_words} is not spent yet: {reason}; {range_of}. Formats are all that are open to a site, "
-        "bytes and seconds those of the smallest.",
+        f"{plan.left_open.option} is not spent yet: {reason}; {plan.left_open.reachable.summary}. Formats are all that "
+        "are open to a site, bytes and seconds those of the smallest.",
     )
 
 
-def _left_open_because(config: QuantizeConfig, known: _Known, plan: ModelPlan) -> str:
-    """Why a budget can't be spent now; empty where it can."""
-    assert plan.left_open is not None
+def _left_open_because(config: QuantizeConfig, known: _Known, undecided: OpenPlan) -> str:
+    """Return why a budget can't be allocated now; empty where it can."""
     if known.cache is None:
         return f"it needs the calibration cache {config.cache_path}"
-    groups, menus = find_groups(known.model), plan.left_open.menus
-    if not known.has_weights and needs_weights(groups, menus, known.cache):
+    groups, candidates = find_groups(known.model), undecided.candidates
+    if not known.has_weights and needs_weights(groups, candidates, known.cache):
         return "it needs the weights, whose errors are forecast"
-    if config.sensitivity == "measured" and (left := unmeasured_groups(groups, menus, known.cache)):
+    if undecided.sensitivity == "measured" and (left := unmeasured_groups(groups, candidates, known.cache)):
         return f"--sensitivity measured needs {len(left)} runs of the model"
     return ""
 
 
 def _recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     if plan.left_open is None:
-        return recipe_in_words(config, plan)
-    return f"{config.algo} {config.budget_in_words}, not spent yet"
+        return describe_recipe(config, plan)
+    return f"{config.algo} {plan.left_open.option}, not spent yet"
 
 
 def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig) -> TextShape:
@@ -218,25 +207,25 @@ def _sites(
     config: QuantizeConfig, plan: ModelPlan, sites: Sequence[MatMulSite], seconds: Mapping[str, float]
 ) -> Iterator[PreviewedSite]:
     groups = {site.name: group for group in plan.sites.groups for site in group.sites}
-    kept = dict(plan.sites.kept)
-    menus = {} if plan.left_open is None else {menu.site.name: menu for menu in plan.left_open.menus}
+    skipped = dict(plan.sites.skipped)
+    candidates = {} if plan.left_open is None else {each.site.name: each for each in plan.left_open.candidates}
     for site in sites:
-        spec, menu = plan.sites.specs.get(site.name), menus.get(site.name)
+        spec, undecided = plan.sites.specs.get(site.name), candidates.get(site.name)
         scale = _input_scale(config, groups.get(site.name))
         yield PreviewedSite(
             name=site.name,
             in_features=site.in_features,
             out_features=site.out_features,
             format=KEEP if spec is None else spec.label,
-            formats=() if menu is None or len(menu.formats) == 1 else tuple(menu.formats),
+            formats=() if undecided is None or len(undecided.formats) == 1 else tuple(undecided.formats),
             bits=None if spec is None else spec.bits,
             block_size=spec.granularity.block_size
             if spec is not None and isinstance(spec.granularity, PerBlock)
             else None,
             zero_point=spec is not None and not spec.symmetric,
-            why=kept.get(site.name, "" if menu is None else menu.fixed_because),
+            why=skipped.get(site.name, "" if undecided is None else undecided.fixed_because),
             bytes_before=weight_bytes(site),
-            bytes_after=weight_bytes(site) if spec is None else stored_bytes(site, spec, plan.choice.form),
+            bytes_after=weight_bytes(site) if spec is None else file_bytes(site, spec, plan.choice.form),
             input_scale=scale.place,
             input_scale_into=scale.into,
             input_scale_why=scale.why,
@@ -252,7 +241,7 @@ class _InputScale:
 
 
 def _input_scale(config: QuantizeConfig, group: ActivationGroup | None) -> _InputScale:
-    """Where the scale of a group goes, as far as the graph's structure decides; its values may still forbid a fold."""
+    """Return where a group's scale goes by the graph's structure; its values may still forbid a fold."""
     if group is None or config.search_algorithm not in get_args(ScaleSearch):
         return _InputScale(place="none")
     if config.awqlite_disable_fuse_nodes:

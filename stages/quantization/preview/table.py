@@ -1,4 +1,4 @@
-"""What a run would do, before it does anything: the records and the tables."""
+"""Hold and show what a run would do: the records of --dry_run and its tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PreviewedSite:
     format: str
     """The QuantSpec's label, or keep."""
     formats: tuple[str, ...]
-    """All that it may still become, where a budget isn't spent yet; else empty."""
+    """All that it may still become, where a budget isn't allocated yet; else empty."""
     bits: int | None
     """4 or 8; None where it stays as it is."""
     block_size: int | None
@@ -61,7 +61,7 @@ class PreviewedSite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """The most that one stage holds at once, beside nothing else."""
+    """The most that one stage holds at once."""
 
     stage: str
     bytes: int
@@ -103,7 +103,7 @@ class Preview:
 
 
 def preview_table(preview: Preview) -> Group:
-    """Sites by kind, format and place of the input scale, then everything that concerns the whole model."""
+    """Return the sites by kind, format and place of the input scale, then what concerns the whole model."""
     return Group(_sites(preview), _whole(preview))
 
 
@@ -125,7 +125,7 @@ def _sites(preview: Preview) -> Table:
 
 
 def _grouped(sites: Sequence[PreviewedSite]) -> list[list[PreviewedSite]]:
-    """Sites that differ in their layer alone, kinds in graph order."""
+    """Return the sites grouped so that those of a group differ only in their layer, kinds in graph order."""
     found: dict[tuple[object, ...], list[PreviewedSite]] = {}
     order: dict[str, int] = {}
     for site in sites:

@@ -1,4 +1,4 @@
-"""Choose every format for a target: what was asked for, and for the rest what the target prefers."""
+"""Choose the number formats for a runtime: what was asked for, and for the rest what the runtime runs fast."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ _OPEN_EIGHT_BIT = PerBlock(block_size=128)
 
 
 def choose_formats(target: Target | None, requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
-    """Formats for ``target``, with the reasons; without a target the tool's defaults, without reasons."""
+    """Return the formats for ``target`` with the reasons; without a target the tool's defaults, without reasons.
+
+    Args:
+        target: the runtime to please.
+        requested: what was asked for, which wins.
+        facts: what of the base model matters.
+    """
     if target is None:
         return _defaults(requested, facts)
     request = Request(release=target.release, requested=requested, facts=facts)
@@ -40,7 +46,13 @@ def choose_formats(target: Target | None, requested: RequestedFormats, facts: Mo
 
 
 def open_formats(target: Target | None, requested: RequestedFormats, facts: ModelFacts) -> OpenFormats:
-    """The formats that a budget may give a site; what was asked for wins here too."""
+    """Return the formats that a budget may give a site.
+
+    Args:
+        target: the runtime to please; None: none in particular.
+        requested: what was asked for, which wins.
+        facts: what of the base model matters.
+    """
     if target is None:
         return _opened(requested, BLOCKS, requested.eight_bit or _OPEN_EIGHT_BIT)
     request = Request(release=target.release, requested=requested, facts=facts)
@@ -88,7 +100,10 @@ def _merge(requested: RequestedFormats, preferred: Preferences) -> FormatChoice:
 
 
 def _level_option(requested: RequestedFormats, wanted: AccuracyLevel | None) -> tuple[tuple[str, str], ...]:
-    """Recorded, so that exporting again alone gives the same level; a level that was asked for is given again."""
+    """Return the level as a session option, so that a later export without options gives the same level.
+
+    A level that was asked for is given to that export again.
+    """
     return () if wanted is None or requested.accuracy_level is not None else ((ACCURACY_LEVEL, str(wanted)),)
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU provider: sections 2a, 2b and 2d, and which releases run a MatMulNBits that stands in the file."""
+"""Know ONNX Runtime's CPU provider: sections 2a, 2b and 2d, and which releases run a stored MatMulNBits."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from stages.quantization.targets.rules import (
 from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 
 _EIGHT_BIT: Release = (1, 23)
-"""First release that runs 8-bit MatMulNBits at every accuracy level; 1.22 does at level 4 alone, 1.21 never (run)."""
+"""First release that runs 8-bit MatMulNBits at every accuracy level; 1.22 does only at level 4, 1.21 never (run)."""
 _EXPAND_CHANNELS = ("session.qdq_matmulnbits_block_size", "128")
 """ONNX Runtime repeats a scale per channel for blocks of so many inputs when it fuses; its default is 32."""
 
 
 def prefer(request: Request) -> Preferences:
-    """Times are of one token on one thread at 4096 x 4096, run with 1.31.1."""
+    """Return what it runs fast; times are of one token on one thread at 4096 x 4096, run with 1.31.1."""
     eight_bit = _eight_bit(request)
     stored = request.stores_eight_bit(eight_bit.value)
     form = _form(request, eight_bit=stored)
@@ -51,9 +51,7 @@ def _eight_bit(request: Request) -> Preference[Granularity | None]:
     if request.release < _EIGHT_BIT:
         return Preference(None, f"{request.version} neither fuses 8-bit codes nor runs every 8-bit MatMulNBits")
     if request.release < DQ_FUSES_ALL:
-        return Preference(
-            PerBlock(block_size=128), "MatMulNBits takes blocks alone, and 128 is its fastest with INT4's"
-        )
+        return Preference(PerBlock(block_size=128), "MatMulNBits takes only blocks, and 128 is its fastest with INT4's")
     return Preference(
         PerBlock(block_size=128), "scales per channel are expanded into blocks of 32: 2.00 ms a token, not 0.79 ms"
     )
@@ -71,7 +69,7 @@ def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
 
 
 def _accuracy_level(form: WeightForm) -> Preference[AccuracyLevel | None]:
-    """Where ONNX Runtime fuses, its default is 4; a MatMulNBits that stands in the file has 0 unless told."""
+    """Return level 4 where it is not the default: ONNX Runtime fuses with 4, a stored MatMulNBits has 0 unless told."""
     advice = "activations as int8: 0.87 ms, not 3.09 ms; answers of small models can change, 1 keeps float32"
     if form is WeightForm.MATMUL_NBITS:
         return Preference(4, advice)
@@ -91,12 +89,12 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
         )
     if choice.form in FROM_DQ:
         unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=True)
-        yield from dq_warnings(request, unfused, _mend(request, eight_bit=eight_bit))
+        yield from dq_warnings(request, unfused, _fix(request, eight_bit=eight_bit))
     if choice.form is WeightForm.DQ_COLUMN_MAJOR:
         yield from column_major_warnings(request, choice, eight_bit=eight_bit)
     if choice.form is WeightForm.MATMUL_NBITS and eight_bit and request.release < _EIGHT_BIT:
         yield (
-            f"{request.version} can't run 8-bit MatMulNBits on the CPU (1.22 can at accuracy level 4 alone); leave "
+            f"{request.version} can't run 8-bit MatMulNBits on the CPU (1.22 can only at accuracy level 4); leave "
             "INT8 out or use 1.23 or later."
         )
     if eight_bit and choice.accuracy_level not in (None, 4):
@@ -106,7 +104,7 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
         )
 
 
-def _mend(request: Request, *, eight_bit: bool) -> str:
+def _fix(request: Request, *, eight_bit: bool) -> str:
     if eight_bit and request.release < _EIGHT_BIT:
         return "leave INT8 out or use 1.25 or later"
     return "choose --weight_operator matmul_nbits or use 1.25 or later"

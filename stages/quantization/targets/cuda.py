@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: section 2e, and its kernels' source. Not run here."""
+"""Know ONNX Runtime's CUDA provider: section 2e, and its kernels' source. Not run here."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _form(request: Request, *, eight_bit: bool) -> Preference[WeightForm]:
 
 
 def _gather_block(request: Request) -> Preference[int]:
-    """ORT#32663: GatherBlockQuantized reads another block's scale where blocks don't divide the width."""
+    """Return a size that divides the width: else GatherBlockQuantized reads another block's scale (ORT#32663)."""
     divides = all(width % 32 == 0 for width in request.facts.embedding_widths)
     return Preference(32 if divides else 16, "CUDA's kernel needs a size that divides the width (ORT#32663)")
 
@@ -90,9 +90,9 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
 
 def _dq_warnings(request: Request, *, eight_bit: bool) -> Iterator[str]:
     kernels = not eight_bit or request.release >= _EIGHT_BIT
-    mend = "choose --weight_operator matmul_nbits" if kernels else "leave INT8 out"
+    fix = "choose --weight_operator matmul_nbits" if kernels else "leave INT8 out"
     unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=False)
-    yield from dq_warnings(request, unfused, f"{mend} or use 1.25 or later")
+    yield from dq_warnings(request, unfused, f"{fix} or use 1.25 or later")
     if eight_bit and request.release >= DQ_FUSES_ALL:
         yield (
             "Nobody tests on CUDA that DequantizeLinear with 8-bit codes is fused; choose --weight_operator "

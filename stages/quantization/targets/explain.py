@@ -1,4 +1,4 @@
-"""Say what was chosen for a target and why: the lines of a table."""
+"""Explain what was chosen for a target and why: the lines of a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ _FORMS = {
 
 
 def explain(target: Target, request: Request, preferred: Preferences, choice: FormatChoice) -> tuple[Explanation, ...]:
-    """One line for each thing that the target decides."""
+    """Return one line for each thing that the target decides.
+
+    Args:
+        target: the runtime.
+        request: what was asked for, and the model.
+        preferred: what the runtime runs fast.
+        choice: what was chosen.
+    """
     return (
         *_release(target),
         *_weights(request, preferred, choice),
@@ -82,12 +89,12 @@ def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -
     if request.stores_eight_bit(preferred.eight_bit.value):
         yield Explanation(
             option="--int8_block_size",
-            chosen=_in_words(choice.eight_bit),
+            chosen=_describe(choice.eight_bit),
             why=_ASKED if requested.eight_bit else preferred.eight_bit.why,
         )
 
 
-def _in_words(granularity: Granularity) -> str:
+def _describe(granularity: Granularity) -> str:
     return str(granularity.block_size) if isinstance(granularity, PerBlock) else "channel"
 
 
@@ -122,7 +129,7 @@ def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> 
 
 
 def choice_table(target: Target, choice: FormatChoice) -> Table:
-    """What was chosen for ``target``, one line an option."""
+    """Return what was chosen for ``target``, one line an option."""
     table = Table(title=f"formats for {target.label}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("option", no_wrap=True)
     table.add_column("chosen", no_wrap=True)

@@ -1,4 +1,4 @@
-"""What goes into the choice of formats, and what comes out of it."""
+"""Define what goes into the choice of formats, and what comes out of it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ModelFacts:
 
 
 def facts_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]) -> ModelFacts:
-    """The traits of a model with these sites and embeddings."""
+    """Return the facts of a model with these sites and embeddings."""
     sites = [site for group in groups for site in group.sites]
     return ModelFacts(
         dtypes=frozenset(site.dtype for site in sites),

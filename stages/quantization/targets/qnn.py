@@ -1,4 +1,4 @@
-"""QNN's GPU backend: section 2g and matmulnbits_op_builder.cc of ORT#26340. Not run here.
+"""Know QNN's GPU backend: section 2g and matmulnbits_op_builder.cc of ORT#26340. Not run here.
 
 That file takes bits 4, block_size 32, zero points that are all 8 or absent, no bias, and float32 activations.
 """
@@ -25,7 +25,7 @@ def prefer(_: Request) -> Preferences:
         block_size=Preference(_BLOCK, "the only size that QNN's GPU backend translates; not run here"),
         open_blocks=(_BLOCK,),
         eight_bit=Preference(None, "QNN's GPU backend translates 4-bit MatMulNBits alone"),
-        zero_point="QNN's GPU backend translates symmetric codes alone",
+        zero_point="QNN's GPU backend translates only symmetric codes",
         embedding="on the GPU from onnxruntime-qnn#356 on, before that on the CPU; not run here",
     )
 
@@ -35,7 +35,7 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
         yield f"QNN of {request.version} translates no MatMulNBits, so it runs on the CPU; use 1.24 or later."
     if request.facts.dtypes != {"float32"}:
         yield (
-            "QNN's GPU backend translated MatMulNBits with float32 activations alone when that was added (ORT#26340); "
+            "QNN's GPU backend translated MatMulNBits only with float32 activations when that was added (ORT#26340); "
             "build the base model as fp32 or check a newer release."
         )
     if choice.form is not WeightForm.MATMUL_NBITS:
@@ -43,7 +43,7 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     if choice.four_bit.block_size != _BLOCK:
         yield f"QNN's GPU backend translates blocks of 32, not of {choice.four_bit.block_size}; choose --block_size 32."
     if not choice.symmetric:
-        yield "QNN's GPU backend translates symmetric codes alone; leave --use_zero_point out."
+        yield "QNN's GPU backend translates only symmetric codes; leave --use_zero_point out."
     if request.requested.named_eight_bit:
         yield (
             "QNN's GPU backend translates no 8-bit MatMulNBits, so the sites named for INT8 run on the CPU; leave them "

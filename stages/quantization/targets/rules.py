@@ -1,4 +1,4 @@
-"""What the rules of every runtime are made of.
+"""Define what the rules of every runtime are made of, and the rules that several share.
 
 Each runtime has a module with two functions: ``prefer`` says what it runs fast, ``warnings`` what it does not.
 Sources are named where a rule stands. Sections (2a to 2g) are those of the project's notes on what ONNX Runtime fuses;
@@ -47,7 +47,7 @@ class Request:
         return f"ONNX Runtime {self.release[0]}.{self.release[1]}"
 
     def stores_eight_bit(self, eight_bit: Granularity | None) -> bool:
-        """Whether any site becomes INT8; those that only a rule finds don't where the runtime has no INT8 (None)."""
+        """Return whether any site becomes INT8; those that only a rule finds don't where ``eight_bit`` is None."""
         return self.requested.named_eight_bit or (self.requested.mixed and eight_bit is not None)
 
 
@@ -90,16 +90,19 @@ class Preferences:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """One runtime's two functions; objections are whole sentences."""
+    """One runtime's two functions; warnings are whole sentences."""
 
     prefer: Callable[[Request], Preferences]
     warnings: Callable[[Request, FormatChoice], Iterator[str]]
 
 
 def unfused_in_dq(request: Request, *, eight_bit: bool, float16: bool) -> str:
-    """What of the model's needs releases before 1.25 leave unfused behind DequantizeLinear; empty where nothing.
+    """Return what of the model's needs its release leaves unfused behind DequantizeLinear; empty from 1.25 on.
 
-    ``float16`` says whether float16 scales are among it, as they are on the CPU alone.
+    Args:
+        request: the release and the model.
+        eight_bit: whether any site becomes INT8.
+        float16: whether float16 scales are among it, as they are only on the CPU.
     """
     if request.release >= DQ_FUSES_ALL:
         return ""
@@ -111,19 +114,31 @@ def unfused_in_dq(request: Request, *, eight_bit: bool, float16: bool) -> str:
     return " or ".join(name for name, needed in needs.items() if needed)
 
 
-def dq_warnings(request: Request, unfused: str, mend: str) -> Iterator[str]:
-    """Against DequantizeLinear where the provider's rule leaves ``unfused`` things alone."""
+def dq_warnings(request: Request, unfused: str, fix: str) -> Iterator[str]:
+    """Warn of DequantizeLinear where nothing fuses it.
+
+    Args:
+        request: the release and the model.
+        unfused: what ``unfused_in_dq`` returned.
+        fix: what to do about it.
+    """
     if request.is_bfloat16:
         yield f"{NEVER_BFLOAT16}; choose --weight_operator matmul_nbits."
     if unfused:
         yield (
             f"{request.version} fuses no DequantizeLinear with {unfused}: it copies such a weight to floating point "
-            f"for every token; {mend}."
+            f"for every token; {fix}."
         )
 
 
 def column_major_warnings(request: Request, choice: FormatChoice, *, eight_bit: bool) -> Iterator[str]:
-    """Against a Transpose behind DequantizeLinear, on the providers that ONNX Runtime's rule covers (section 2a)."""
+    """Warn of a Transpose behind DequantizeLinear, on the providers that ONNX Runtime's rule covers (section 2a).
+
+    Args:
+        request: the release.
+        choice: the formats.
+        eight_bit: whether any site becomes INT8.
+    """
     yield (
         "ONNX Runtime fuses no INT4 behind a Transpose (86 times slower at 4096 x 4096 on the CPU); leave "
         "--use_column_major out."
@@ -136,19 +151,19 @@ def column_major_warnings(request: Request, choice: FormatChoice, *, eight_bit: 
 
 
 def looks_up_quantized(request: Request, choice: FormatChoice) -> bool:
-    """Whether GatherBlockQuantized will stand in the graph."""
+    """Return whether GatherBlockQuantized will stand in the graph."""
     return request.requested.gather_axis is not None and choice.gather_form == "gather_block_quantized"
 
 
 def since(request: Request, first: Release, what: str) -> str:
-    """Where lookups run: ``what`` from ``first`` on, before that on the CPU."""
+    """Return where lookups run: ``what`` from ``first`` on, before that on the CPU."""
     if request.release >= first:
         return f"{what}; not run here"
     return f"{request.version} looks up on the CPU; from {first[0]}.{first[1]} on {what}"
 
 
 def looks_up_on_cpu(request: Request, choice: FormatChoice, first: Release) -> Iterator[str]:
-    """Against GatherBlockQuantized before the provider's ``first`` release with a kernel."""
+    """Warn of GatherBlockQuantized before the provider's ``first`` release with a kernel."""
     if looks_up_quantized(request, choice) and request.release < first:
         yield (
             f"{request.version} runs GatherBlockQuantized on the CPU, not on this provider; leave "

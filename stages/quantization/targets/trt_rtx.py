@@ -1,4 +1,4 @@
-"""TensorRT for RTX (NvTensorRTRTX provider): section 2g and NVIDIA's "Quantized types and schemes". Not run here.
+"""Know TensorRT for RTX (NvTensorRTRTX provider): section 2g and NVIDIA's "Quantized types and schemes". Not run here.
 
 There: INT4 "requires per-block scales. The supported block sizes are {64, 128}"; INT8 and INT4 are code * scale, with
 no zero point. Scales are positive there, so --scale_range signed is never its default.
@@ -21,7 +21,7 @@ def prefer(request: Request) -> Preferences:
         block_size=_block(request.facts),
         open_blocks=_dividing(request.facts) or _BLOCKS,
         eight_bit=Preference(
-            PerChannel(), "what the tool that this one replaces writes; blocks are for INT4 alone; not run here"
+            PerChannel(), "what the tool that this one replaces writes; blocks are only for INT4; not run here"
         ),
         zero_point="TensorRT multiplies a code with a positive scale, nothing else",
         embedding="TensorRT for RTX has no kernel for it",
@@ -43,11 +43,11 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     if not choice.symmetric:
         yield "TensorRT knows no zero point (microsoft/olive-recipes#573); leave --use_zero_point out."
     if choice.symmetric and request.requested.scale_range == "signed":
-        yield "TensorRT takes positive scales alone; leave --scale_range out."
+        yield "TensorRT takes only positive scales; leave --scale_range out."
     if choice.form is WeightForm.MATMUL_NBITS:
         yield "TensorRT for RTX runs no MatMulNBits; choose --weight_operator dq."
     if choice.eight_bit != PerChannel() and request.stores_eight_bit(choice.eight_bit):
-        yield "TensorRT takes blocks for INT4 alone; choose --int8_block_size channel."
+        yield "TensorRT takes blocks only for INT4; choose --int8_block_size channel."
     if looks_up_quantized(request, choice):
         yield "TensorRT for RTX has no GatherBlockQuantized; leave --gather_quantize_axis out."
 

@@ -1,21 +1,23 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.budget import (
     BitsBudget,
     SiteCandidates,
     SizeBudget,
+    best_allocation,
+    candidate_bytes,
     check_budget,
     chosen_plan,
     site_candidates,
-    spend,
-    stored_bytes,
 )
-from stages.quantization.plan.rules import FormatRules
-from stages.quantization.targets.formats import OpenFormats
-from stages.records.formats import PerBlock, PerChannel
+from stages.quantization.targets.choose import choose_formats
+from stages.quantization.targets.formats import ModelFacts, OpenFormats, RequestedFormats
+from stages.records.formats import PerBlock
 from stages.records.sites import ActivationGroup
 from tests.stages.quantization.search.problems import site
 
@@ -24,22 +26,16 @@ GROUPS = tuple(
     ActivationGroup(activation=f"x of {name}", in_features=256, sites=(site(name, width, 256),), absorber=None)
     for name, width in ((Q, 64), (DOWN, 64), (HEAD, 512))
 )
-RULES = FormatRules(
-    four_bit=PerBlock(block_size=128),
-    eight_bit=PerChannel(),
-    symmetric=True,
-    exclude="",
-    layers_8bit="",
-    mixed=False,
-    mixed_rule="modelopt",
-    lm_head=None,
-)
+CONFIG = QuantizeConfig(onnx_path=Path("base"), output_path=Path("out"), target_bpw=5.0)
+FACTS = ModelFacts(dtypes=frozenset({"float32"}), in_features=frozenset({256}))
+CHOICE = choose_formats(None, RequestedFormats(), FACTS)
 FORMATS = OpenFormats(four_bit=(PerBlock(block_size=128), PerBlock(block_size=32)), eight_bit=PerBlock(block_size=128))
 ALL = {"4b128", "4b32", "8b128"}
 
 
-def _menus(formats: OpenFormats = FORMATS, **changes: object) -> dict[str, SiteCandidates]:
-    return {menu.site.name: menu for menu in site_candidates(GROUPS, replace(RULES, **changes), formats)}
+def _candidates(formats: OpenFormats = FORMATS, **options: object) -> dict[str, SiteCandidates]:
+    found = site_candidates(GROUPS, replace(CONFIG, **options), CHOICE, formats)
+    return {each.site.name: each for each in found}
 
 
 def _losses(**by_site: float) -> dict[str, dict[str, float]]:
@@ -48,19 +44,21 @@ def _losses(**by_site: float) -> dict[str, dict[str, float]]:
     return {name: {"4b128": weight, "4b32": weight / 2, "8b128": weight / 100} for name, weight in weights.items()}
 
 
-def _labels(menus: dict[str, SiteCandidates], budget: object, losses: dict[str, dict[str, float]]) -> dict[str, str]:
-    chosen = spend(tuple(menus.values()), budget, losses).chosen
+def _labels(
+    candidates: dict[str, SiteCandidates], budget: object, losses: dict[str, dict[str, float]]
+) -> dict[str, str]:
+    chosen = best_allocation(tuple(candidates.values()), budget, losses).chosen
     return {name: candidate.key for name, candidate in chosen.items()}
 
 
 def test_everything_is_open_and_only_lm_head_may_stay() -> None:
-    menus = _menus()
-    assert set(menus[Q].formats) == set(menus[DOWN].formats) == ALL
-    assert set(menus[HEAD].formats) == {*ALL, "keep"}
+    candidates = _candidates()
+    assert set(candidates[Q].formats) == set(candidates[DOWN].formats) == ALL
+    assert set(candidates[HEAD].formats) == {*ALL, "keep"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "formats", "because"),
+    ("options", "name", "formats", "because"),
     [
         ({"exclude": "q_proj"}, Q, {"keep"}, "--exclude q_proj"),
         ({"exclude": "lm_head"}, HEAD, {"keep"}, "--exclude lm_head"),
@@ -71,83 +69,86 @@ def test_everything_is_open_and_only_lm_head_may_stay() -> None:
     ],
 )
 def test_what_was_asked_for_by_name_is_no_question_of_the_budget(
-    changes: dict[str, object], name: str, formats: set[str], because: str
+    options: dict[str, object], name: str, formats: set[str], because: str
 ) -> None:
-    menu = _menus(**changes)[name]
-    assert set(menu.formats) == formats
-    assert menu.fixed_because == because
+    candidates = _candidates(**options)[name]
+    assert set(candidates.formats) == formats
+    assert candidates.fixed_because == because
 
 
 def test_a_runtime_without_int8_offers_none_except_where_it_was_named() -> None:
-    menus = _menus(replace(FORMATS, eight_bit=None), layers_8bit="down_proj")
-    assert set(menus[Q].formats) == {"4b128", "4b32"}
-    assert set(menus[DOWN].formats) == {"8ch"}
+    candidates = _candidates(replace(FORMATS, eight_bit=None), layers_8bit="down_proj")
+    assert set(candidates[Q].formats) == {"4b128", "4b32"}
+    assert set(candidates[DOWN].formats) == {"8ch"}
 
 
 def test_bits_go_where_they_save_most() -> None:
-    menus = _menus(lm_head="none")
+    candidates = _candidates(lm_head="none")
     # Room for one of two equal sites in INT8.
-    assert _labels(menus, BitsBudget(bits_per_weight=6.25), _losses(q=1.0, down=3.0)) == {
+    assert _labels(candidates, BitsBudget(bits_per_weight=6.25), _losses(q=1.0, down=3.0)) == {
         Q: "4b128", DOWN: "8b128", HEAD: "keep",
     }  # fmt: skip
-    assert _labels(menus, BitsBudget(bits_per_weight=6.25), _losses(q=3.0, down=1.0))[Q] == "8b128"
+    assert _labels(candidates, BitsBudget(bits_per_weight=6.25), _losses(q=3.0, down=1.0))[Q] == "8b128"
 
 
 @pytest.mark.parametrize("bits", [4.25, 4.6, 5.0, 6.3, 8.25])
 def test_stored_bits_a_weight_stay_within_the_budget(bits: float) -> None:
-    menus = _menus()
-    labels = _labels(menus, BitsBudget(bits_per_weight=bits), _losses(head=20.0))
-    chosen = [(menu, labels[name]) for name, menu in menus.items() if labels[name] != "keep"]
-    weights = sum(menu.site.in_features * menu.site.out_features for menu, _ in chosen)
-    assert 8 * sum(stored_bytes(menu, label) for menu, label in chosen) / weights <= bits
+    candidates = _candidates()
+    labels = _labels(candidates, BitsBudget(bits_per_weight=bits), _losses(head=20.0))
+    chosen = [(each, labels[name]) for name, each in candidates.items() if labels[name] != "keep"]
+    weights = sum(each.site.in_features * each.site.out_features for each, _ in chosen)
+    reached = 8 * sum(candidate_bytes(each, label) for each, label in chosen) / weights
+    plan = chosen_plan(GROUPS, tuple(candidates.values()), labels, "the budget")
+    assert plan.bits_per_weight == reached <= bits
 
 
 def test_a_head_that_stays_takes_part_in_no_bits_a_weight() -> None:
-    menus = _menus()
+    candidates = _candidates()
     # So sensitive that even INT8 costs more than the other two could gain.
-    assert _labels(menus, BitsBudget(bits_per_weight=4.5), _losses(head=1000.0))[HEAD] == "keep"
+    assert _labels(candidates, BitsBudget(bits_per_weight=4.5), _losses(head=1000.0))[HEAD] == "keep"
     # Hardly sensitive: in coarse INT4 it makes room for both others in INT8.
-    assert _labels(menus, BitsBudget(bits_per_weight=5.1), _losses(head=0.0001, q=10.0, down=10.0)) == {
+    assert _labels(candidates, BitsBudget(bits_per_weight=5.1), _losses(head=0.0001, q=10.0, down=10.0)) == {
         Q: "8b128", DOWN: "8b128", HEAD: "4b128",
     }  # fmt: skip
 
 
-def _size(num_bytes: int, menus: dict[str, SiteCandidates]) -> SizeBudget:
-    def cost(menu: SiteCandidates, label: str) -> int:
-        full = 4 * menu.site.in_features * menu.site.out_features
-        return full if label == "keep" else stored_bytes(menu, label)
+def _size(num_bytes: int, candidates: dict[str, SiteCandidates]) -> SizeBudget:
+    def cost(each: SiteCandidates, label: str) -> int:
+        full = 4 * each.site.in_features * each.site.out_features
+        return full if label == "keep" else candidate_bytes(each, label)
 
     return SizeBudget(num_bytes=num_bytes, fixed_bytes=1000, cost=cost)
 
 
 def test_a_size_counts_what_stays_and_everything_else() -> None:
-    menus = _menus()
-    full, packed = 4 * 256 * 512, stored_bytes(menus[HEAD], "8b128")
-    small = sum(stored_bytes(menus[name], "4b128") for name in (Q, DOWN))
-    with_head = _size(1000 + full + small, menus)
-    assert _labels(menus, with_head, _losses(head=1000.0))[HEAD] == "keep"
-    assert _labels(menus, _size(1000 + full + small - 1, menus), _losses(head=1000.0))[HEAD] == "8b128"
-    assert _labels(menus, _size(1000 + packed + small - 1, menus), _losses(head=1000.0))[HEAD] == "4b32"
+    candidates = _candidates()
+    full, packed = 4 * 256 * 512, candidate_bytes(candidates[HEAD], "8b128")
+    small = sum(candidate_bytes(candidates[name], "4b128") for name in (Q, DOWN))
+    with_head = _size(1000 + full + small, candidates)
+    assert _labels(candidates, with_head, _losses(head=1000.0))[HEAD] == "keep"
+    assert _labels(candidates, _size(1000 + full + small - 1, candidates), _losses(head=1000.0))[HEAD] == "8b128"
+    assert _labels(candidates, _size(1000 + packed + small - 1, candidates), _losses(head=1000.0))[HEAD] == "4b32"
 
 
 def test_a_budget_that_can_not_be_reached_says_what_can() -> None:
-    menus = tuple(_menus().values())
+    candidates = tuple(_candidates().values())
     with pytest.raises(OptionError, match=r"--target_bpw 4 can't be reached.*from 4\.25 to 8\.25 bits a weight"):
-        check_budget(menus, BitsBudget(bits_per_weight=4.0))
-    reach = check_budget(menus, BitsBudget(bits_per_weight=100.0))
-    assert (reach.smallest, reach.largest) == (4.25, 8.25)
+        check_budget(candidates, BitsBudget(bits_per_weight=4.0))
+    reachable = check_budget(candidates, BitsBudget(bits_per_weight=100.0))
+    assert (reachable.smallest, reachable.largest) == (4.25, 8.25)
+    assert reachable.summary == "from 4.25 to 8.25 bits a weight can be reached"
     with pytest.raises(OptionError, match=r"--target_size 0\.0MB can't be reached.*from 0\.1MB to 0\.6MB"):
-        check_budget(menus, _size(2000, _menus()))
+        check_budget(candidates, _size(2000, _candidates()))
 
 
 def test_excluding_everything_is_refused() -> None:
     with pytest.raises(OptionError, match="nothing would be quantized"):
-        check_budget(tuple(_menus(exclude="model,lm_head").values()), BitsBudget(bits_per_weight=5.0))
+        check_budget(tuple(_candidates(exclude="model,lm_head").values()), BitsBudget(bits_per_weight=5.0))
 
 
-def test_the_plan_holds_the_chosen_formats_and_why_others_are_kept() -> None:
-    menus = tuple(_menus(exclude="q_proj").values())
-    plan = chosen_plan(GROUPS, menus, {Q: "keep", DOWN: "4b32", HEAD: "keep"}, "the budget")
+def test_the_plan_holds_the_chosen_formats_and_why_others_are_skipped() -> None:
+    candidates = tuple(_candidates(exclude="q_proj").values())
+    plan = chosen_plan(GROUPS, candidates, {Q: "keep", DOWN: "4b32", HEAD: "keep"}, "the budget")
     assert {name: spec.label for name, spec in plan.specs.items()} == {DOWN: "4b32"}
-    assert dict(plan.kept) == {Q: "--exclude q_proj", HEAD: "the budget"}
+    assert dict(plan.skipped) == {Q: "--exclude q_proj", HEAD: "the budget"}
     assert [group.sites[0].name for group in plan.groups] == [DOWN]

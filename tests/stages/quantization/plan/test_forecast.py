@@ -1,11 +1,23 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from stages.quantization.plan.forecast import forecast_site
+from stages.errors import UserError
+from stages.quantization.plan.forecast import (
+    forecast_key,
+    forecast_site,
+    quick_error,
+    quick_weight,
+    read_forecasts,
+    write_forecasts,
+)
 from stages.quantization.search.choices import full_ranges, site_errors
 from stages.quantization.search.problem import IDENTITY
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import PerBlock, QuantSpec
+from stages.records.results import SiteForecast, TokenStats
 from tests.stages.quantization.search.problems import OPTIONS, random_layer, spec
 from tests.stages.quantization.search.problems import site as make_site
 
@@ -58,8 +70,6 @@ def test_relative_errors_of_sections_count_one_by_one() -> None:
 
 
 def test_what_all_logits_share_is_no_signal() -> None:
-    from dataclasses import replace
-
     layer = random_layer(2)
     stats = layer.problem.stats
     assert stats is not None
@@ -69,3 +79,42 @@ def test_what_all_logits_share_is_no_signal() -> None:
     energies = [forecast_site(head, each, {}, stats.calibration).energy for each in (weight, shifted)]
     # float32 after a shift by fifty times the weights.
     assert energies[0] == pytest.approx(energies[1], rel=1e-2)
+
+
+def test_a_forecast_is_the_error_of_the_quick_weight() -> None:
+    layer = random_layer(3)
+    site, weight, stats = layer.problem.group.sites[0], layer.problem.weights[0], layer.problem.stats
+    assert stats is not None
+    forecast = forecast_site(site, weight, SPECS, stats.calibration)
+    for key, number_format in SPECS.items():
+        stored = quick_weight(weight, number_format, stats.calibration)
+        assert quick_error(site, weight, stored, stats.calibration) == forecast.errors[key]
+        lost = (layer.tokens @ (stored - weight).T).double().square().sum() / len(layer.tokens)
+        # float32 Gram matrix of 300 tokens.
+        assert forecast.errors[key] == pytest.approx(float(lost) / forecast.energy, rel=1e-3)
+
+
+def test_a_site_that_no_token_reaches_has_no_error() -> None:
+    layer = random_layer(0)
+    silent = TokenStats(num_tokens=0, abs_mean=torch.zeros(48), gram=torch.zeros(48, 48))
+    found = forecast_site(layer.problem.group.sites[0], layer.problem.weights[0], SPECS, silent)
+    assert found == SiteForecast(energy=0.0, errors=dict.fromkeys(SPECS, 0.0))
+
+
+def test_formats_with_and_without_zero_point_have_forecasts_of_their_own() -> None:
+    assert (forecast_key(spec()), forecast_key(spec(symmetric=False))) == ("4b16", "4b16z")
+
+
+def test_forecasts_are_read_as_written_and_none_from_a_damaged_file(tmp_path: Path) -> None:
+    assert read_forecasts(tmp_path) == {}
+    forecasts = {"a": SiteForecast(energy=0.1, errors={"4b16": 1 / 3})}
+    write_forecasts(tmp_path, forecasts)
+    assert read_forecasts(tmp_path) == forecasts
+    (tmp_path / "forecast.json").write_text("{", encoding="utf-8")
+    assert read_forecasts(tmp_path) == {}
+
+
+def test_a_folder_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "forecast.json").mkdir()
+    with pytest.raises(UserError, match=r"forecasts can't be kept in .*forecast\.json.*--cache_dir"):
+        write_forecasts(tmp_path, {})

@@ -20,7 +20,8 @@ def _size(form: WeightForm = WeightForm.DQ, embeddings: tuple[EmbeddingPlan, ...
 
 def _total(size: OutputSize, *formats: QuantSpec | None) -> int:
     sites = [HEAD, BODY]
-    return size.fixed_bytes(sites) + sum(size.site_bytes(each, spec) for each, spec in zip(sites, formats, strict=True))
+    specs = {each.name: spec for each, spec in zip(sites, formats, strict=True) if spec is not None}
+    return size.total_bytes(sites, specs)
 
 
 def test_a_model_whose_sites_all_stay_keeps_its_size() -> None:

@@ -55,7 +55,7 @@ def test_an_edited_format_is_obeyed_and_loss_and_why_may_go(tmp_path: Path) -> N
         ("loss = 3.0", 'loss = "much"', r"line 6: the loss of .* is 'much'"),
         ("loss = 3.0", "los = 3.0", r"line 6: the los of .* is 3.0"),
         ('format = "keep", ', "", r"line 7: the format of '/lm_head/MatMul' is 'missing'"),
-        ('"4b32"', "4b32", r"is no TOML: .*line 5"),
+        ('"4b32"', "4b32", r"is not valid TOML: .*line 5"),
         ("layers.0", "layers.9", r"line 5: the model has no site '/model/layers\.9.*nearest name is '/model/layers\.0"),
         ("[sites]", "[layers]", r"must hold one table, \[sites\]"),
     ],

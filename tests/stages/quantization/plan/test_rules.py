@@ -1,14 +1,16 @@
-"""."""
-
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from stages.commands.quantize_options import MixedRule, QuantizeConfig
 from stages.errors import OptionError
-from stages.quantization.plan.rules import FormatRules, MixedRule, QuantPlan, make_plan, sensitive_sites
-from stages.records.formats import PerBlock, PerChannel
+from stages.quantization.plan.rules import QuantPlan, make_plan, sensitive_sites
+from stages.quantization.targets.choose import choose_formats
+from stages.quantization.targets.formats import ModelFacts, RequestedFormats
+from stages.records.formats import PerBlock
 from stages.records.sites import ActivationGroup, MatMulSite, NormAbsorber
 from tests.stages.quantization.search.problems import site
 
@@ -93,38 +95,35 @@ GROUPS = (
 )
 
 
-RULES = FormatRules(
-    four_bit=PerBlock(block_size=32),
-    eight_bit=PerChannel(),
-    symmetric=True,
-    exclude="lm_head",
-    layers_8bit="",
-    mixed=False,
-    mixed_rule="modelopt",
-    lm_head=None,
-)
+FACTS = ModelFacts(dtypes=frozenset({"float32"}), in_features=frozenset({32}))
+CONFIG = QuantizeConfig(onnx_path=Path("base"), output_path=Path("out"))
+CHOICE = choose_formats(None, RequestedFormats(block_size=32), FACTS)
 
 
 def _plan(exclude: str) -> QuantPlan:
-    return make_plan(GROUPS, replace(RULES, exclude=exclude))
+    return _made(exclude=exclude)
+
+
+def _made(groups: tuple[ActivationGroup, ...] = GROUPS, **options: object) -> QuantPlan:
+    return make_plan(groups, replace(CONFIG, **options), CHOICE)
 
 
 def _eight_bit(**changes: object) -> set[str]:
-    plan = make_plan(GROUPS, replace(RULES, **changes))
+    plan = _made(**changes)
     return {name for name, spec in plan.specs.items() if spec.bits == 8}
 
 
 def test_plan_is_total() -> None:
     plan = _plan("lm_head")
-    assert set(plan.specs) | {name for name, _ in plan.kept} == {s.name for g in GROUPS for s in g.sites}
-    assert plan.kept == (("/lm_head/MatMul", "--exclude lm_head"),)
+    assert set(plan.specs) | {name for name, _ in plan.skipped} == {s.name for g in GROUPS for s in g.sites}
+    assert plan.skipped == (("/lm_head/MatMul", "--exclude lm_head"),)
 
 
 def test_a_pattern_is_a_whole_part_of_a_name() -> None:
-    assert {name for name, _ in _plan("layers.1").kept} == {s.name for s in GROUPS[0].sites}
+    assert {name for name, _ in _plan("layers.1").skipped} == {s.name for s in GROUPS[0].sites}
 
 
-def test_a_kept_sibling_forbids_the_fold() -> None:
+def test_a_skipped_sibling_forbids_the_fold() -> None:
     group = _plan("v_proj,lm_head").groups[0]
     assert [s.name for s in group.sites] == ["/model/layers.1/attn/q_proj/MatMul"]
     assert group.absorber is None
@@ -137,7 +136,7 @@ def test_a_pattern_that_matches_nothing_lists_the_nearest_names() -> None:
 
 
 def test_a_model_without_lm_head_is_fine_by_default() -> None:
-    assert len(make_plan(GROUPS[:2], RULES).specs) == 3
+    assert len(_made(GROUPS[:2]).specs) == 3
 
 
 def test_excluding_everything_is_refused() -> None:
@@ -159,36 +158,37 @@ def test_layers_8bit_takes_layers_paths_parts_of_names_and_lm_head(patterns: str
 
 
 def test_sites_of_the_mixed_rule_stay_where_the_target_has_no_int8_and_named_ones_do_not() -> None:
-    rules = replace(RULES, mixed=True, keep_mixed_because="it has none")
-    plan = make_plan(GROUPS, rules)
-    kept = dict(plan.kept)
+    choice, config = replace(CHOICE, keep_mixed_because="it has none"), replace(CONFIG, enable_mixed_quant=True)
+    plan = make_plan(GROUPS, config, choice)
+    skipped = dict(plan.skipped)
     # Both of the rule's sites: one of one v_proj, one of one down_proj.
     for name in ("/model/layers.1/attn/v_proj/MatMul", "/model/layers.10/mlp/down_proj/MatMul"):
-        assert kept[name] == "--enable_mixed_quant: it has none"
+        assert skipped[name] == "--enable_mixed_quant: it has none"
     assert {spec.label for spec in plan.specs.values()} == {"4b32"}
-    named = make_plan(GROUPS, replace(rules, layers_8bit="down_proj", lm_head="8"))
+    named = make_plan(GROUPS, replace(config, layers_8bit="down_proj", lm_head="8"), choice)
     eight_bit = {name for name, spec in named.specs.items() if spec.bits == 8}
     assert eight_bit == {"/model/layers.10/mlp/down_proj/MatMul", "/lm_head/MatMul"}
-    assert named.kept == ()
+    assert named.skipped == ()
 
 
 def test_layers_8bit_replaces_the_mixed_rule_and_refuses_what_matches_nothing() -> None:
-    assert _eight_bit(mixed=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
+    assert _eight_bit(enable_mixed_quant=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
     with pytest.raises(OptionError, match=r"--layers_8bit: 'layers\.7' matches no site"):
         _eight_bit(layers_8bit="layers.7")
 
 
 def test_lm_head_option_wins_over_patterns() -> None:
     head = "/lm_head/MatMul"
-    specs = {choice: make_plan(GROUPS, replace(RULES, lm_head=choice)).specs for choice in ("4", "8", "none")}
+    specs = {choice: _made(lm_head=choice).specs for choice in ("4", "8", "none")}
     assert (specs["4"][head].bits, specs["8"][head].bits) == (4, 8)
     assert head not in specs["none"]
-    assert head not in make_plan(GROUPS, replace(RULES, exclude="", lm_head="none")).specs
-    assert make_plan(GROUPS, replace(RULES, layers_8bit="lm_head", lm_head="4")).specs[head].bits == 4
+    assert head not in _made(exclude="", lm_head="none").specs
+    assert _made(layers_8bit="lm_head", lm_head="4").specs[head].bits == 4
 
 
 def test_eight_bit_sites_have_their_own_granularity() -> None:
-    plan = make_plan(GROUPS, replace(RULES, layers_8bit="down_proj", eight_bit=PerBlock(block_size=128)))
+    choice = replace(CHOICE, eight_bit=PerBlock(block_size=128))
+    plan = make_plan(GROUPS, replace(CONFIG, layers_8bit="down_proj"), choice)
     assert {spec.label for spec in plan.specs.values()} == {"4b32", "8b128"}
     assert plan.eight_bit_sites == 1
 
@@ -198,13 +198,13 @@ def _with_router() -> tuple[ActivationGroup, ...]:
     return (*GROUPS, replace(group, sites=tuple(replace(member, routes_experts=True) for member in group.sites)))
 
 
-def test_a_router_is_kept_unless_it_is_named() -> None:
+def test_a_router_is_skipped_unless_it_is_named() -> None:
     router = "/model/layers.1/moe/router/MatMul"
-    plan = make_plan(_with_router(), RULES)
-    assert "router of a mixture of experts" in dict(plan.kept)[router]
-    assert plan.kept_routers == 1
-    named = make_plan(_with_router(), replace(RULES, layers_8bit="router"))
+    plan = _made(_with_router())
+    assert "router of a mixture of experts" in dict(plan.skipped)[router]
+    assert plan.skipped_routers == 1
+    named = _made(_with_router(), layers_8bit="router")
     assert named.specs[router].bits == 8
-    assert named.kept_routers == 0
-    excluded = make_plan(_with_router(), replace(RULES, exclude="router,lm_head"))
-    assert dict(excluded.kept)[router] == "--exclude router"
+    assert named.skipped_routers == 0
+    excluded = _made(_with_router(), exclude="router,lm_head")
+    assert dict(excluded.skipped)[router] == "--exclude router"

@@ -1,4 +1,4 @@
-"""Targets, wishes and traits for the tests of the choice."""
+"""Targets, requested formats and facts of models for the tests of the choice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def choose(
 
 
 def stored(choice: FormatChoice, requested: RequestedFormats) -> list[tuple[int, int | None]]:
-    """(bits, block size) of the kinds of sites that the choice leads to; None is a scale per channel."""
+    """Return (bits, block size) of the kinds of sites that the choice leads to; None is a scale per channel."""
     kinds: list[tuple[int, int | None]] = [(4, choice.four_bit.block_size)]
     if requested.named_eight_bit or (requested.mixed and not choice.keep_mixed_because):
         kinds.append((8, choice.eight_bit.block_size if isinstance(choice.eight_bit, PerBlock) else None))

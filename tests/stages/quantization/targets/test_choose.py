@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 
-from stages.commands.parsing import Release, Runtime
-from stages.quantization.targets.choose import choose_formats
+from stages.commands.parsing import Release, Runtime, parse_target
+from stages.quantization.targets.choose import choose_formats, open_formats
 from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import PerBlock, PerChannel, WeightForm
 from stages.records.sites import FloatName
@@ -23,7 +23,7 @@ BASES: tuple[tuple[FloatName, bool], ...] = (
     ("bfloat16", False),
 )
 FORMS = (None, WeightForm.DQ, WeightForm.MATMUL_NBITS, WeightForm.DQ_COLUMN_MAJOR, WeightForm.QDQ)
-WISHES = [
+REQUESTS = [
     *(
         RequestedFormats(form=form, eight_bit=eight, mixed=mixed, named_eight_bit=named)
         for form, eight, mixed, named in product(
@@ -91,8 +91,8 @@ def test_only_a_base_or_release_that_the_runtime_cannot_run_is_warned_of_unasked
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_warning_stands_exactly_where_a_wish_makes_something_slow(runtime: Runtime) -> None:
-    for requested, release, (dtype, gemm) in product(WISHES, BOUNDARIES, BASES):
+def test_a_warning_stands_exactly_where_a_request_makes_something_slow(runtime: Runtime) -> None:
+    for requested, release, (dtype, gemm) in product(REQUESTS, BOUNDARIES, BASES):
         model = facts(dtype, gemm=gemm)
         choice = choose(runtime, release, requested, model)
         where = (requested, release, dtype, gemm, choice)
@@ -139,7 +139,7 @@ def test_without_a_target_the_defaults_are_what_they_were() -> None:
         )
 
 
-def test_without_a_target_wishes_are_taken_without_comment() -> None:
+def test_without_a_target_requests_are_taken_without_comment() -> None:
     requested = RequestedFormats(
         form=WeightForm.DQ_COLUMN_MAJOR,
         block_size=16,
@@ -192,3 +192,38 @@ def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:
     requested = RequestedFormats(scale_range="signed")
     assert any("positive scales" in warning for warning in choose("trt-rtx", requested=requested).warnings)
     assert not any("positive scales" in warning for warning in choose("cpu", requested=requested).warnings)
+
+
+@pytest.mark.parametrize(
+    ("target", "blocks", "eight_bit"),
+    [
+        (None, (128, 64, 32), PerBlock(block_size=128)),
+        ("cpu", (128, 64, 32), PerBlock(block_size=128)),
+        ("cpu@1.22", (128, 64, 32), None),
+        ("cuda", (128, 64, 32), PerBlock(block_size=32)),
+        ("dml", (128, 64, 32), None),
+        ("trt-rtx", (128, 64), PerChannel()),
+        ("webgpu", (32,), PerBlock(block_size=32)),
+        ("webgpu@1.22", (32,), None),
+        ("qnn", (32,), None),
+    ],
+)
+def test_a_budget_chooses_among_what_the_runtime_runs_fast(
+    target: str | None, blocks: tuple[int, ...], eight_bit: PerBlock | PerChannel | None
+) -> None:
+    found = open_formats(None if target is None else parse_target(target), RequestedFormats(), facts("float16"))
+    assert tuple(each.block_size for each in found.four_bit) == blocks
+    assert found.eight_bit == eight_bit
+
+
+def test_trt_rtx_offers_only_blocks_that_divide_every_row() -> None:
+    found = open_formats(parse_target("trt-rtx"), RequestedFormats(), facts(in_features=(576, 1536)))
+    assert [each.block_size for each in found.four_bit] == [64]
+
+
+@pytest.mark.parametrize("target", [None, "cuda"])
+def test_what_was_asked_for_wins(target: str | None) -> None:
+    requested = RequestedFormats(block_size=16, eight_bit=PerChannel())
+    found = open_formats(None if target is None else parse_target(target), requested, facts())
+    assert found.four_bit == (PerBlock(block_size=16),)
+    assert found.eight_bit == PerChannel()

@@ -1,0 +1,167 @@
+"""Spend budgets on a builder-made model: the best choice by trying all, forecasts that are kept, and what is said."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from stages.calibration.cache import CalibrationCache, open_cache
+from stages.commands.quantize_options import QuantizeConfig
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model, load_graph
+from stages.model.sites import find_groups
+from stages.quantization.plan.allocate_budget import (
+    BudgetResult,
+    allocate_budget,
+    needs_weights,
+    unmeasured_groups,
+)
+from stages.quantization.plan.budget import SizeBudget
+from stages.quantization.plan.forecast import forecast_key, read_forecasts
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, plan_model
+from stages.quantization.plan.plan_file import KEEP, read_plan, write_plan
+from stages.quantization.plan.rules import all_sites
+from stages.quantization.plan.sensitivity import residual_sensitivities
+from tests.reference.knapsack import smallest_loss
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCache:
+    """Return a copy, since forecasts are kept in it."""
+    folder = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
+    return open_cache(folder, fingerprint_model(locate_model(tiny_model)))
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> ir.Model:
+    return load_graph(locate_model(tiny_model))
+
+
+def _plan(model: ir.Model, folder: Path, **options: object) -> ModelPlan:
+    # Of 11 sites, 5 have two formats and lm_head has three: few enough to try all.
+    given = {"lm_head": None, "layers_8bit": "layers.1", "block_size": 32, **options}
+    config = QuantizeConfig(onnx_path=folder, output_path=folder / "out", **given)
+    return plan_model(config, model, locate_model(folder))
+
+
+def _open(plan: ModelPlan) -> OpenPlan:
+    assert plan.left_open is not None
+    return plan.left_open
+
+
+def _allocated(plan: ModelPlan, model: ir.Model, folder: Path, cache: CalibrationCache) -> BudgetResult:
+    return allocate_budget(plan, model, locate_model(folder), cache, CPU)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
+def test_a_size_gets_the_smallest_sum_of_weighted_forecasts(
+    part: float, model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    plan = _plan(model, tiny_model, target_size="1GB")
+    undecided = _open(plan)
+    assert isinstance(undecided.budget, SizeBudget)
+    low, high = undecided.reachable.smallest, undecided.reachable.largest
+    budget = replace(undecided.budget, num_bytes=int(low + part * (high - low)))
+    result = _allocated(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, cache)
+    forecasts = read_forecasts(cache.folder)
+    weights = residual_sensitivities(find_groups(model), {name: each.energy for name, each in forecasts.items()})
+    pairs = {
+        each.site.name: {
+            label: (
+                budget.cost(each, label),
+                0.0 if spec is None else weights[each.site.name] * forecasts[each.site.name].errors[forecast_key(spec)],
+            )
+            for label, spec in each.formats.items()
+        }
+        for each in undecided.candidates
+    }
+    best = smallest_loss([list(site.values()) for site in pairs.values()], budget.num_bytes - budget.fixed_bytes)
+    specs = result.plan.sites.specs
+    chosen = [site[specs[name].label if name in specs else KEEP] for name, site in pairs.items()]
+    assert budget.fixed_bytes + sum(cost for cost, _ in chosen) <= budget.num_bytes
+    # Sums of the same numbers in another order.
+    assert sum(loss for _, loss in chosen) == pytest.approx(best, rel=1e-12)
+
+
+def test_everything_is_decided_and_the_file_says_the_same(
+    model: ir.Model, tiny_model: Path, cache: CalibrationCache, tmp_path: Path
+) -> None:
+    plan = _plan(model, tiny_model, target_bpw=7.0)
+    result = _allocated(plan, model, tiny_model, cache)
+    assert result.plan.left_open is None
+    sites = all_sites(find_groups(model))
+    specs, skipped = result.plan.sites.specs, dict(result.plan.sites.skipped)
+    assert {*specs, *skipped} >= {site.name for site in sites}
+    write_plan(tmp_path / "plan.toml", result.file_text)
+    planned = read_plan(tmp_path / "plan.toml", sites)
+    assert {name: line.format for name, line in planned.items()} == {
+        site.name: specs[site.name].label if site.name in specs else KEEP for site in sites
+    }
+    down = "/model/layers.1/mlp/down_proj/MatMul"
+    assert planned[down].why == "--layers_8bit"
+    assert re.match(r"others: (4b32|8b128) [\d.e-]+$", planned[down.replace("layers.1", "layers.0")].why)
+    assert result.file_text.startswith(f"# {result.summary}\n")
+
+
+def test_the_summary_names_the_budget_what_was_reached_and_what_can_be(
+    model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    plan = _plan(model, tiny_model, target_bpw=7.0)
+    result = _allocated(plan, model, tiny_model, cache)
+    said = re.fullmatch(
+        r"--target_bpw 7: ([\d.]+) bits a weight, about ([\d.]+) MB in all, expected loss [\d.e-]+ by --sensitivity "
+        r"cache; (from .* can be reached)\.",
+        result.summary,
+    )
+    assert said is not None
+    sites, specs, size = all_sites(result.plan.sites.groups), result.plan.sites.specs, _open(plan).size
+    stored = sum(specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites)
+    weights = sum(site.in_features * site.out_features for site in sites)
+    assert float(said[1]) == pytest.approx(8 * stored / weights, abs=5e-4)  # printed to three places
+    every = all_sites(find_groups(model))
+    total = size.fixed_bytes(every) + sum(size.site_bytes(site, specs.get(site.name)) for site in every)
+    assert float(said[2]) == pytest.approx(total / 1e6, abs=0.05)  # printed to one place
+    assert said[3] == _open(plan).reachable.summary
+
+
+def test_forecasts_are_kept_and_only_new_formats_are_forecast(
+    model: ir.Model, tiny_model: Path, cache: CalibrationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, plan = find_groups(model), _plan(model, tiny_model, target_bpw=7.0)
+    assert needs_weights(groups, _open(plan).candidates, cache)
+    first = _allocated(plan, model, tiny_model, cache)
+    kept = read_forecasts(cache.folder)
+    assert not needs_weights(groups, _open(plan).candidates, cache)
+    with monkeypatch.context() as patched:
+        patched.setattr(CalibrationCache, "read", lambda *_: pytest.fail("statistics are read again"))
+        assert _allocated(plan, model, tiny_model, cache).file_text == first.file_text
+    finer = _plan(model, tiny_model, target_bpw=7.0, block_size=16)
+    assert needs_weights(groups, _open(finer).candidates, cache)
+    _allocated(finer, model, tiny_model, cache)
+    for name, forecast in read_forecasts(cache.folder).items():
+        assert forecast.errors.items() >= kept[name].errors.items()
+
+
+def test_a_site_without_a_choice_is_not_measured(model: ir.Model, tiny_model: Path, cache: CalibrationCache) -> None:
+    groups, plan = find_groups(model), _plan(model, tiny_model, target_bpw=7.0, sensitivity="measured")
+    left = unmeasured_groups(groups, _open(plan).candidates, cache)
+    assert {site.name for site in all_sites(left)} == {
+        site.name for site in all_sites(groups) if "layers.1/" not in site.name
+    }
+    assert unmeasured_groups(groups, [each for each in _open(plan).candidates if len(each.formats) == 1], cache) == []
+
+
+def test_a_head_that_a_budget_leaves_is_skipped_for_its_sake(
+    model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    plan = _plan(model, tiny_model, target_size="1GB")
+    result = _allocated(plan, model, tiny_model, cache)
+    assert dict(result.plan.sites.skipped)["/lm_head/MatMul"] == "--target_size 1GB spends its bytes elsewhere"

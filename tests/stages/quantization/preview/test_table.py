@@ -1,0 +1,105 @@
+"""Show previews made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stages.quantization.preview.table import Preview, PreviewedSite, SearchEstimate, StageMemory, preview_table
+
+SITE = PreviewedSite(
+    name="/model/layers.0/mlp/down_proj/MatMul",
+    in_features=96,
+    out_features=64,
+    format="4b32",
+    formats=(),
+    bits=4,
+    block_size=32,
+    zero_point=False,
+    why="",
+    bytes_before=2_000_000,
+    bytes_after=500_000,
+    input_scale="linear",
+    input_scale_into="/model/layers.0/mlp/up_proj/MatMul",
+    input_scale_why="",
+    seconds=1.5,
+)
+PREVIEW = Preview(
+    base=Path("base/model.onnx"),
+    output=Path("out"),
+    recipe="awq_lite INT4 block 32 without zero point",
+    sites=(SITE,),
+    unquantizable=(),
+    embeddings=(),
+    unreached=(),
+    bits_per_weight=4.5,
+    bytes_before=3_000_000,
+    bytes_after=1_500_000,
+    memory=(StageMemory(stage="search", bytes=7_000_000, holds="the largest group"),),
+    search=SearchEstimate(seconds=12.0, device="cpu", groups=3),
+    obstacles=(),
+    notes=(),
+)
+
+
+def _shown(preview: Preview) -> list[str]:
+    console = Console(file=StringIO(), width=200)
+    console.print(preview_table(preview))
+    file = console.file
+    assert isinstance(file, StringIO)
+    return [" ".join(line.split()) for line in file.getvalue().splitlines() if line.strip()]
+
+
+def _row(shown: list[str], kind: str) -> str:
+    (row,) = (line for line in shown if kind in line)
+    return row
+
+
+def test_sites_that_differ_only_in_their_layer_share_a_row() -> None:
+    layers = [replace(SITE, name=SITE.name.replace("layers.0", f"layers.{index}")) for index in (0, 1, 2, 5)]
+    shown = _shown(replace(PREVIEW, sites=tuple(layers)))
+    assert _row(shown, "down_proj") == "4 x mlp/down_proj 0-2,5 96 x 64 4b32 8.0 2.0 6.0 into up_proj"
+    other = replace(layers[1], format="8b128", bits=8)
+    shown = _shown(replace(PREVIEW, sites=(layers[0], other)))
+    assert [line for line in shown if "down_proj" in line] == [
+        "1 x mlp/down_proj 0 96 x 64 4b32 2.0 0.5 1.5 into up_proj",
+        "1 x mlp/down_proj 1 96 x 64 8b128 2.0 0.5 1.5 into up_proj",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cells"),
+    [
+        ({"zero_point": True}, "4b32, zero point 2.0"),
+        ({"why": "--layers_8bit"}, "4b32 (--layers_8bit) 2.0"),
+        ({"formats": ("4b128", "4b32"), "why": "--lm_head 4"}, "4b128 / 4b32 (--lm_head 4) 2.0"),
+        ({"format": "keep", "bits": None, "why": "--exclude x"}, "keep (--exclude x) 2.0 0.5 - into up_proj"),
+        ({"input_scale": "mul", "input_scale_why": "no norm"}, "1.5 Mul: no norm"),
+        ({"input_scale": "none"}, "1.5 -"),
+    ],
+)
+def test_a_site_s_format_and_input_scale_are_named(changes: dict[str, object], cells: str) -> None:
+    assert cells in _row(_shown(replace(PREVIEW, sites=(replace(SITE, **changes),))), "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(12.0, "12 seconds"), (89.6, "90 seconds"), (600.0, "10 minutes"), (9000.0, "2.5 hours")]
+)
+def test_a_duration_has_the_unit_of_its_size(seconds: float, said: str) -> None:
+    shown = _shown(replace(PREVIEW, search=replace(PREVIEW.search, seconds=seconds)))
+    assert f"about {said} for 3 groups on cpu" in _row(shown, "for 3 groups")
+
+
+def test_what_concerns_the_whole_model_follows() -> None:
+    nodes = tuple((f"/odd/{name}/MatMul", "two inputs vary") for name in "abcdef")
+    shown = _shown(replace(PREVIEW, unquantizable=nodes, notes=("a note",), obstacles=("no cache",)))
+    assert "3.0 MB -> about 1.5 MB, 4.500 bits a quantized weight" in _row(shown, "size")
+    assert "about 7 MB at most: the largest group" in _row(shown, "memory, search")
+    assert "6 x two inputs vary:" in _row(shown, "two inputs vary")
+    assert "and 2 more" in _row(shown, "two inputs vary")
+    assert "a note" in _row(shown, "note")
+    assert "no cache" in _row(shown, "not yet")
