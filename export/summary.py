@@ -13,7 +13,7 @@ from export.forms.embedding import TableOutcome
 from export.run import ExportSummary
 from export.verify.fusion import runtime_version
 from stages.records.results import VerifyReport
-from stages.runtime.upcast import WIDENED_BECAUSE
+from stages.runtime.upcast import UPCAST_REASON
 
 _PLACES: dict[How, str] = {
     "norm": "in norms",
@@ -74,7 +74,7 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
 def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
     yield from _named("kept as it was", summary.kept)
     for part in summary.unreached:
-        yield "kept as it was", part.in_words
+        yield "kept as it was", part.description
 
 
 def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
@@ -86,7 +86,7 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         here = f"on this machine's CPU with ONNX Runtime {major}.{minor}"
         yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits {here}"
     if report.widened:
-        yield "ran", WIDENED_BECAUSE
+        yield "ran", UPCAST_REASON
     # verification.json names every site.
     yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
     if report.worst_exact is not None and report.worst_default is not None:

@@ -32,7 +32,7 @@ def in_one_line(error: BaseException) -> str:
     return _words(error) or type(error).__name__
 
 
-def named(error: BaseException) -> str:
+def with_class_name(error: BaseException) -> str:
     """Return the error's class and words in one line: a library's message often means little without its class."""
     return ": ".join(filter(None, (type(error).__name__, _words(error))))
 

@@ -13,7 +13,7 @@ from stages.commands.run import run_command
 if TYPE_CHECKING:
     from stages.evaluation.compare import PreparedEvaluation
     from stages.evaluation.records import Evaluation
-    from stages.report.document import Document
+    from stages.report.document import Report
 
 
 def command(config: EvaluateConfig) -> Iterator[Section]:
@@ -34,17 +34,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
-    from stages.report.document import Document, read_document
+    from stages.report.document import Report, read_report
 
     config.validate()
-    document = Document() if config.report is None else read_document(config.report)
+    document = Report() if config.report is None else read_report(config.report)
     prepared = prepare(config)
     found = run_evaluation(config, prepared, _earlier(config, document, prepared))
     _keep(config, found, document)
     return found
 
 
-def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvaluation) -> Evaluation | None:
+def _earlier(config: EvaluateConfig, document: Report, prepared: PreparedEvaluation) -> Evaluation | None:
     """Return a kept evaluation of the same comparison, from --results or the report; None where there is none."""
     from stages.evaluation.records import load_evaluation
 
@@ -53,7 +53,7 @@ def _earlier(config: EvaluateConfig, document: Document, prepared: PreparedEvalu
     return found or next(of_report, None)
 
 
-def _keep(config: EvaluateConfig, found: Evaluation, document: Document) -> None:
+def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
     """Write ``found`` to --results and into the report of --report."""
     from stages.evaluation.records import save_evaluation
     from stages.report.document import write_report

@@ -50,7 +50,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
     from stages.quantization.run import discard_if_bad_input, prepare, round_embeddings, search_weights
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.quantization.weights.summary import search_summary
-    from stages.report.document import read_document
+    from stages.report.document import read_report
     from stages.system.distributed import join_processes
     from stages.system.hardware import choose_device
 
@@ -64,7 +64,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
         destination = _destination(config, directory)
         prepared = prepare(config, directory)
     store = prepared.store
-    read_document(store.folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
+    read_report(store.folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:

@@ -21,17 +21,17 @@ import onnxruntime as ort
 from export.rewrite import blocks_fusion
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.model.partition import Partition, cut_into_partitions, readers
+from stages.model.partition import Partition, cut_into_partitions, nodes_reading
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
-from stages.runtime.upcast import must_upcast, widened_file
+from stages.runtime.upcast import must_upcast, upcast_file
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
 """First release that fuses 8-bit codes, per-channel scales, float16 scales and Gemm."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
-_PIECE_BYTES = 1 << 28
+_PARTITION_BYTES = 1 << 28
 """ONNX Runtime repacks weights, so that a partition takes up to three times as much."""
 
 
@@ -67,10 +67,10 @@ def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: Model
         settings = SessionSettings(
             accuracy_level=1, profile_prefix=Path(profiles) / "profile", external_data_folder=onnx_file.parent
         )
-        for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PIECE_BYTES, together=sites):
+        for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PARTITION_BYTES, together=sites):
             _declare_types(partition, computed)
             source = (
-                widened_file(partition.model, onnx_file.parent) if upcast else nullcontext(_serialized(partition.model))
+                upcast_file(partition.model, onnx_file.parent) if upcast else nullcontext(_serialized(partition.model))
             )
             with source as runnable:
                 run = _run_partition(runnable, partition, computed, base, settings)
@@ -84,8 +84,8 @@ def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
 
     A product that is an output itself would be kept from fusing with its reader.
     """
-    behind = {str(node.outputs[0].name) for node in readers(model, sites)}
-    read = {value.name for node in readers(model, sites) for value in node.inputs if value is not None}
+    behind = {str(node.outputs[0].name) for node in nodes_reading(model, sites)}
+    read = {value.name for node in nodes_reading(model, sites) for value in node.inputs if value is not None}
     return frozenset(behind - sites | sites - read)
 
 
@@ -159,11 +159,11 @@ def why_not_fused(node: ir.Node, spec: QuantSpec, version: Version) -> str:
         spec: how its weight is stored.
         version: ONNX Runtime's.
     """
-    known = known_objection(node, spec, version)
+    known = known_reason_not_fused(node, spec, version)
     return known or f"ONNX Runtime {version[0]}.{version[1]} left it unfused for a reason this tool doesn't know"
 
 
-def known_objection(node: ir.Node, spec: QuantSpec, version: Version) -> str | None:
+def known_reason_not_fused(node: ir.Node, spec: QuantSpec, version: Version) -> str | None:
     """Return the condition of ONNX Runtime's fusion rule that a weight breaks; None where none is known.
 
     Args:

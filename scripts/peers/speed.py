@@ -18,7 +18,7 @@ from stages.evaluation.records import SpeedTest
 from stages.evaluation.speed import measure_speed
 from stages.evaluation.speed_round import SpeedRequest
 from stages.model.directory import ModelDirectory, locate_model
-from stages.system.hardware import default_threads, threads
+from stages.system.hardware import granted_threads, physical_cores
 
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 64
 _RUNTIME_LEVEL = 4
@@ -46,7 +46,7 @@ def measure_speeds(
     request = SpeedRequest(
         prompt=tuple(text.base.windows.reshape(-1)[:_PROMPT_TOKENS].tolist()),
         new_tokens=_NEW_TOKENS,
-        threads=threads() or default_threads(),
+        threads=granted_threads() or physical_cores(),
     )
     # In the output folder, which has room for models.
     with tempfile.TemporaryDirectory(dir=config.output, prefix=".speed-", ignore_cleanup_errors=True) as scratch:

@@ -39,7 +39,7 @@ from stages.model.partition import Partition, cut_into_partitions
 from stages.records.results import ActivationStats
 from stages.records.sites import ActivationGroup
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.tap import ActivationTap, open_piece_tap
+from stages.runtime.tap import ActivationTap, open_partition_tap
 from stages.runtime.upcast import resident_bytes
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
@@ -178,7 +178,9 @@ class Capture:
     def _open(
         self, partition: Partition, choice: ProviderChoice, boundary_types: Mapping[str, np.dtype[np.generic]]
     ) -> ActivationTap:
-        return open_piece_tap(partition, self.directory, choice, self.provider_options, self.scratch, boundary_types)
+        return open_partition_tap(
+            partition, self.directory, choice, self.provider_options, self.scratch, boundary_types
+        )
 
     def _open_next(self, partition: Partition, choice: ProviderChoice, boundary: _BoundaryValues) -> ActivationTap:
         types = {name: array.dtype for name, array in boundary.read("held_out", 0).items()}

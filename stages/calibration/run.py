@@ -23,7 +23,7 @@ from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
-from stages.system.atomic import scratch_beside
+from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device
 
@@ -44,7 +44,7 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     with ExitStack() as until_the_end:
         with processes.main_process_first():
             require_place(config.cache_path)
-            folder = scratch_beside(config.cache_path, owner=processes.is_first)
+            folder = scratch_folder(config.cache_path, owner=processes.is_first)
             capture = _prepare(config, processes, until_the_end.enter_context(folder))
             key = _cache_key(capture)
             if _existing_difference(config, key) == "":
@@ -200,7 +200,7 @@ def _pass_summary(capture: Capture, partitions: int, tap: ActivationTap, seconds
         matmuls=sum(len(group.sites) for group in groups),
         as_rows=sum(capture.text.size(group, "calibration").keeps_rows for group in groups),
         partitions=partitions,
-        widened=tap.widened,
+        widened=tap.upcast,
         unused=tap.providers.missing,
         seconds=seconds,
     )

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stages.calibration.cache import CacheKey
 from stages.commands.output import Section
-from stages.runtime.upcast import WIDENED_BECAUSE
+from stages.runtime.upcast import UPCAST_REASON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,6 @@ def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
         text = f"the model ran in {made.partitions} parts, one after the other; --max_memory sets their size"
         rows.append(("memory", text))
     rows.append(providers)
-    rows += [("", WIDENED_BECAUSE)] if made.widened else []
+    rows += [("", UPCAST_REASON)] if made.widened else []
     rows += [("not used", f"{name}: {why}") for name, why in made.unused]
     return [*rows, ("seconds", f"{made.seconds:.1f}")]

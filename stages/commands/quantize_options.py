@@ -150,7 +150,7 @@ class _FormatOptions:
         return self.target_bpw is not None or self.target_size is not None
 
     @property
-    def budget_in_words(self) -> str:
+    def budget_description(self) -> str:
         """Return the budget as it was given."""
         return f"--target_size {self.target_size}" if self.target_bpw is None else f"--target_bpw {self.target_bpw:g}"
 

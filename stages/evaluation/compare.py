@@ -34,7 +34,7 @@ from stages.evaluation.accuracy import (
 from stages.evaluation.records import Comparison, Evaluation, ModelRow
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model
-from stages.model.sizes import stored_bytes
+from stages.model.sizes import model_bytes
 from stages.runtime.decoder import open_decoder
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
@@ -223,7 +223,7 @@ def _score_model(
         worst += worst_of_window(number, of_base, of_model, ids, scores[-1], base.worst, base.decode)
     return ModelRow(
         name=directory.folder.name,
-        bytes=stored_bytes(directory),
+        bytes=model_bytes(directory),
         accuracy=summarize(scores),
         positions=by_position(scores),
         worst=worst_of_all(worst, base.worst),

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.calibration.text.tokenizer import load_tokenizer
 from stages.commands.progress import Progress
-from stages.errors import UserError, named
+from stages.errors import UserError, with_class_name
 from stages.evaluation.records import TaskScore
 from stages.model.directory import ModelDirectory
 from stages.runtime.decoder import open_decoder
@@ -103,8 +103,8 @@ def run_tasks(
             raise
         except Exception as error:  # data sets, task files and metrics raise whatever they like
             raise UserError(
-                f"{_OPTION}: lm-eval stopped ({named(error)}); where a data set is missing, run once online or pass a "
-                "task file whose data lies on this machine."
+                f"{_OPTION}: lm-eval stopped ({with_class_name(error)}); where a data set is missing, run once online or "
+                "pass a task file whose data lies on this machine."
             ) from error
     return tuple(_scores(directory.folder.name, results))
 
@@ -127,7 +127,7 @@ def _read_task(file: Path) -> dict[str, Any]:
     try:
         task: dict[str, Any] = load_yaml(file)
     except Exception as error:  # yaml's own classes, and whatever functions beside the file raise
-        raise UserError(f"{_OPTION} {file} can't be read ({named(error)}); fix the file.") from error
+        raise UserError(f"{_OPTION} {file} can't be read ({with_class_name(error)}); fix the file.") from error
     files = task.get("dataset_kwargs", {}).get("data_files")
     if files is not None:
         task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": _resolve_beside(files, file.parent)}

@@ -13,7 +13,7 @@ from stages.evaluation.records import Evaluation, SpeedTest, TaskScore
 from stages.evaluation.speed import measure_speed
 from stages.evaluation.speed_round import SpeedRequest
 from stages.runtime.genai import require_genai
-from stages.system.hardware import default_threads, threads
+from stages.system.hardware import granted_threads, physical_cores
 
 
 def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier: Evaluation | None) -> Evaluation:
@@ -46,7 +46,7 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
     request = SpeedRequest(
         prompt=tuple(prepared.base.windows.reshape(-1)[: config.speed_prompt_tokens].tolist()),
         new_tokens=config.speed_new_tokens,
-        threads=threads() or default_threads(),
+        threads=granted_threads() or physical_cores(),
     )
     return measure_speed(prepared.all_models, request, config.speed_rounds, progress)
 

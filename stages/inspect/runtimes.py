@@ -18,7 +18,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from export.verify.fusion import known_objection
+from export.verify.fusion import known_reason_not_fused
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import RELEASES, Release, Runtime, parse_target
 from stages.inspect.quantized_weights import DequantizedWeight, StoredWeight
@@ -95,7 +95,7 @@ def _objection(weight: DequantizedWeight, release: Release, opset: int) -> str |
         return _because_of_transpose(stored, release)
     if stored.bits == 2 or stored.grouping == "tensor":
         return None
-    return known_objection(weight.reader, _spec(stored), release)
+    return known_reason_not_fused(weight.reader, _spec(stored), release)
 
 
 def _because_of_codes(stored: StoredWeight, release: Release, opset: int) -> str | None:

@@ -62,7 +62,7 @@ def cut_into_partitions(
         boundary += read_later
 
 
-def readers(model: ir.Model, names: Collection[str]) -> Iterator[ir.Node]:
+def nodes_reading(model: ir.Model, names: Collection[str]) -> Iterator[ir.Node]:
     """Yield the nodes of the main graph that read a value of one of these ``names``."""
     return (node for node in model.graph if any(value.name in names for value in _read_by(node)))
 

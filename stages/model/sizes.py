@@ -60,7 +60,7 @@ def size_parts(
     )
 
 
-def stored_bytes(directory: ModelDirectory) -> int:
+def model_bytes(directory: ModelDirectory) -> int:
     """Return the bytes of the .onnx file and of every file of external data that it refers to.
 
     Raises:

@@ -97,7 +97,7 @@ def unquantized_warning(unquantized: tuple[UnquantizedWeights, ...], *, quantize
         quantized: how many MatMuls will be quantized.
         routers: how many routers of experts won't.
     """
-    named = [f"kept as it is: {weights.in_words}" for weights in unquantized if _is_worth_a_warning(weights)]
+    named = [f"kept as it is: {weights.description}" for weights in unquantized if _is_worth_a_warning(weights)]
     if not named and not routers:
         return ""
     mixture = [f"routers of experts kept: {routers}"] if routers else []

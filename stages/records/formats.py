@@ -124,7 +124,7 @@ class QuantSpec:
         """Return the number of blocks, and so of scales, in a row of ``in_features`` inputs."""
         return -(-in_features // self.block_size(in_features))
 
-    def stored_bytes(self, out_features: int, in_features: int) -> int:
+    def format_bytes(self, out_features: int, in_features: int) -> int:
         """Return the bytes of codes, scales and zero points for an [N, K] weight."""
         scales = out_features * self.num_blocks(in_features)
         code_bits = out_features * in_features * self.bits
@@ -192,7 +192,7 @@ class EmbeddingPlan:
         return (blocks, columns) if self.axis == 0 else (rows, blocks)
 
     @property
-    def stored_bytes(self) -> int:
+    def format_bytes(self) -> int:
         """Bytes of codes and scales."""
         rows, columns = self.scales_shape
         codes = -(-self.table.vocabulary * self.table.hidden // 2)

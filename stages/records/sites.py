@@ -139,7 +139,7 @@ class UnquantizedWeights:
     reason: str
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """Say which weights stay, how large they are, and why."""
         more = f" and {len(self.weights) - 1} more" if len(self.weights) > 1 else ""
         size = f"{self.num_bytes / 1e6:,.1f} MB, {self.share:.0%} of the base's weights"

@@ -20,11 +20,11 @@ def command(config: ReportConfig) -> Iterable[Section]:
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
     from stages.quantization.weights.store import open_store
-    from stages.report.document import REPORT_JSON, read_document, write_report
+    from stages.report.document import REPORT_JSON, read_report, write_report
     from stages.report.from_runs import quantization_of
     from stages.report.render import render
 
-    report = read_document(config.report)
+    report = read_report(config.report)
     if config.weights_path is not None:
         sizes = (
             size_parts(locate_model(config.base), locate_model(config.model)) if config.base and config.model else ()

@@ -96,7 +96,7 @@ class SweepTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
+class Report:
     """A whole report; every part is optional."""
 
     title: str = ""
@@ -107,7 +107,7 @@ class Document:
     """One for each text and choice of models, oldest first."""
     sweep: tuple[SweepTable, ...] = ()
 
-    def with_evaluation(self, evaluation: Evaluation) -> Document:
+    def with_evaluation(self, evaluation: Evaluation) -> Report:
         """Return this report with ``evaluation`` added, in place of one of the same models on the same text."""
         others = [one for one in self.evaluations if _subject(one) != _subject(evaluation)]
         return replace(self, evaluations=(*others, evaluation))
@@ -118,10 +118,10 @@ def _subject(evaluation: Evaluation) -> tuple[str, tuple[str, ...]]:
     return comparison.text, tuple(name for name, _ in comparison.models)
 
 
-_REPORTS = TypeAdapter(Document)
+_REPORTS = TypeAdapter(Report)
 
 
-def read_document(folder: Path) -> Document:
+def read_report(folder: Path) -> Report:
     """Return the report in ``folder``, or an empty one where there is none yet.
 
     Raises:
@@ -131,12 +131,12 @@ def read_document(folder: Path) -> Document:
     if not path.exists():
         if folder.is_file() or (folder / REPORT_HTML).exists():
             raise UserError(f"{folder} is not empty and holds no {REPORT_JSON} to add to; choose another folder.")
-        return Document()
+        return Report()
     with explained(f"{path} can't be read as a report of this version", "delete it or choose another folder"):
         return _REPORTS.validate_json(path.read_bytes())
 
 
-def write_report(report: Document, render: Callable[[Document], str], folder: Path) -> None:
+def write_report(report: Report, render: Callable[[Report], str], folder: Path) -> None:
     """Write report.json and the page, and log where the page lies.
 
     Args:

@@ -17,13 +17,13 @@ from stages.quantization.weights.summary import bits_per_weight
 from stages.records.results import ExportRecipe, SiteReport, VerifyReport
 from stages.records.sites import kind_of, layer_of
 from stages.report.document import (
-    Document,
     KeptSite,
     Quantization,
     QuantizedSite,
+    Report,
     SweepPoint,
     SweepTable,
-    read_document,
+    read_report,
     write_report,
 )
 from stages.report.render import render
@@ -46,7 +46,7 @@ def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, ti
     """
     folder = store.folder / REPORT_FOLDER
     report = replace(
-        read_document(folder), title=title, machine=describe_machine(), quantization=quantization_of(store, sizes)
+        read_report(folder), title=title, machine=describe_machine(), quantization=quantization_of(store, sizes)
     )
     write_report(report, render, folder)
 
@@ -72,7 +72,7 @@ def quantization_of(store: QuantizedStore, sizes: tuple[SizePart, ...]) -> Quant
         kept=tuple(
             KeptSite(site=site, layer=layer_of(site), kind=kind_of(site), reason=reason) for site, reason in recipe.kept
         ),
-        other_weights=tuple(part.in_words for part in recipe.unreached),
+        other_weights=tuple(part.description for part in recipe.unreached),
         sizes=sizes,
         verified=_read_verified(store.folder / VERIFICATION),
     )
@@ -105,12 +105,12 @@ def _read_verified(path: Path) -> VerifyReport | None:
         return None
 
 
-def sweep_report(title: str, results: Sequence[TextResults]) -> Document:
+def sweep_report(title: str, results: Sequence[TextResults]) -> Report:
     """Return the report on measured models, with one table a text."""
     tables = tuple(
         SweepTable(text=each.text, base=each.base, points=tuple(map(_point, each.models))) for each in results
     )
-    return Document(title=title, machine=describe_machine(), sweep=tables)
+    return Report(title=title, machine=describe_machine(), sweep=tables)
 
 
 def _point(model: MeasuredModel) -> SweepPoint:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.report.comparison_plots import position_figure, sweep_figure
-from stages.report.document import Document, Quantization
+from stages.report.document import Quantization, Report
 from stages.report.model_plots import bits_figure, size_figure
 from stages.report.site_plots import site_figure
 from stages.report.tables import (
@@ -26,7 +26,7 @@ _PAGE = "page.html.j2"
 STYLE_SHEET = _FOLDER / "page.css"
 
 
-def render(report: Document) -> str:
+def render(report: Report) -> str:
     """Return the page; equal reports give equal pages."""
     templates = Environment(
         loader=FileSystemLoader(_FOLDER),
@@ -40,7 +40,7 @@ def render(report: Document) -> str:
     )
 
 
-def _sections(report: Document) -> list[Section]:
+def _sections(report: Report) -> list[Section]:
     quantization = report.quantization
     return [
         Section(name="accuracy", heading="Accuracy", parts=_accuracy(report)),
@@ -50,7 +50,7 @@ def _sections(report: Document) -> list[Section]:
     ]
 
 
-def _accuracy(report: Document) -> tuple[Figure | TableGroup, ...]:
+def _accuracy(report: Report) -> tuple[Figure | TableGroup, ...]:
     parts: list[Figure | TableGroup | None] = []
     for index, evaluation in enumerate(report.evaluations):
         parts += [
@@ -61,7 +61,7 @@ def _accuracy(report: Document) -> tuple[Figure | TableGroup, ...]:
     return _present(parts)
 
 
-def _in_use(report: Document) -> tuple[Figure | TableGroup, ...]:
+def _in_use(report: Report) -> tuple[Figure | TableGroup, ...]:
     evaluations = report.evaluations
     speeds = [evaluation.speed for evaluation in evaluations if evaluation.speed is not None]
     return _present(
@@ -85,7 +85,7 @@ def _layers(quantization: Quantization) -> tuple[Figure | TableGroup, ...]:
     )
 
 
-def _sweep(report: Document) -> tuple[Figure | TableGroup, ...]:
+def _sweep(report: Report) -> tuple[Figure | TableGroup, ...]:
     return _present([sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep)])
 
 
@@ -93,7 +93,7 @@ def _present(parts: Sequence[Figure | TableGroup | None]) -> tuple[Figure | Tabl
     return tuple(part for part in parts if part is not None)
 
 
-def _tiles(report: Document) -> list[Tile]:
+def _tiles(report: Report) -> list[Tile]:
     """Return the numbers at the top of the page."""
     tiles = []
     quantization = report.quantization

@@ -14,14 +14,14 @@ from stages.records.results import VerifyReport
 from stages.records.sites import short_name
 from stages.report.document import Quantization
 from stages.report.view import UNKNOWN, TableGroup, TableView, megabytes, number, percent, table, visible
-from stages.runtime.upcast import WIDENED_BECAUSE
+from stages.runtime.upcast import UPCAST_REASON
 
 
 def accuracy_tables(evaluation: Evaluation, name: str) -> TableGroup:
     """Return perplexity, KL, top-1 agreement and size of every model on one text."""
     comparison, base = evaluation.comparison, evaluation.rows[0]
     widened = [row.name for row in evaluation.rows if row.widened]
-    note = f" {', '.join(widened)} ran {WIDENED_BECAUSE}." if widened else ""
+    note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
     headings = ("model", "perplexity", "KL, mean", "KL, 99th percentile", "same top-1", "MB", "of the base")
     return TableGroup(
         name=name,

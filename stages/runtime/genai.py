@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from stages.errors import UserError, in_one_line, named
+from stages.errors import UserError, in_one_line, with_class_name
 from stages.model.genai_config import GENAI_CONFIG
 
 _TEMPLATE = "chat_template"
@@ -131,7 +131,7 @@ def import_genai(option: str) -> ModuleType:
         import onnxruntime_genai
     except ImportError as error:
         raise UserError(
-            f"{option}: onnxruntime-genai can't be imported ({named(error)}); install it with 'pip install "
+            f"{option}: onnxruntime-genai can't be imported ({with_class_name(error)}); install it with 'pip install "
             "onnxruntime-genai' (on CUDA onnxruntime-genai-cuda)."
         ) from error
     runtime: ModuleType = onnxruntime_genai

@@ -14,7 +14,7 @@ from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.records.formats import FLOAT_TYPES
 from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
-from stages.system.hardware import threads
+from stages.system.hardware import granted_threads
 
 _REASON_LENGTH = 200
 _AS_MANY_AS_CORES = 0
@@ -56,7 +56,7 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # As in torch: this is how processes that share a machine are told how many threads they may use.
-    options.intra_op_num_threads = threads() or _AS_MANY_AS_CORES
+    options.intra_op_num_threads = granted_threads() or _AS_MANY_AS_CORES
     if settings.external_data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(settings.external_data_folder)

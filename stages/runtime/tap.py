@@ -124,7 +124,7 @@ class ActivationTap:
     """The graph input for each value that an earlier partition computes."""
     providers: ProviderChoice
     """The providers asked for, without those that failed."""
-    widened: bool
+    upcast: bool
     """Whether a float32 copy of a bfloat16 graph runs."""
     _open_feeds: list[CausalFeeds]
     """The session's feeds, until ``_resources`` are closed; then nothing."""
@@ -226,7 +226,7 @@ def open_value_tap(
     return _open(tapped_model(model, values), values, directory, choice, provider_options, scratch, {})
 
 
-def open_piece_tap(
+def open_partition_tap(
     partition: Partition,
     directory: ModelDirectory,
     choice: ProviderChoice,
@@ -270,7 +270,7 @@ def _open(
             values=values,
             boundary_inputs=boundary_inputs,
             providers=opened.providers,
-            widened=must_upcast(tapped, opened.providers.names),
+            upcast=must_upcast(tapped, opened.providers.names),
             _open_feeds=open_feeds,
             _resources=temporary.pop_all(),
         )

@@ -22,7 +22,7 @@ _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "prec
 _BFLOAT16 = frozenset({ir.DataType.BFLOAT16})
 SIXTEEN_BIT = _BFLOAT16 | {ir.DataType.FLOAT16}
 """Types of 16 bits, every number of which is a float32."""
-WIDENED_BECAUSE = "as float32: the CPU has no bfloat16 kernels, and every bfloat16 is a float32"
+UPCAST_REASON = "as float32: the CPU has no bfloat16 kernels, and every bfloat16 is a float32"
 """What tables say of an upcast run."""
 
 
@@ -31,7 +31,7 @@ def must_upcast(model: ir.Model, providers: tuple[str, ...]) -> bool:
     return providers == CPU_ONLY and any(value.dtype == ir.DataType.BFLOAT16 for value in _values(model))
 
 
-def widened(model: ir.Model, types: frozenset[ir.DataType] = _BFLOAT16) -> ir.Model:
+def upcast_model(model: ir.Model, types: frozenset[ir.DataType] = _BFLOAT16) -> ir.Model:
     """Return a copy of ``model`` with float32 wherever it had one of ``types``; ``model`` is left as it was.
 
     Ensures: initializers are read and upcast only when they are written; inputs and outputs of the graph (key/value
@@ -50,13 +50,13 @@ def widened(model: ir.Model, types: frozenset[ir.DataType] = _BFLOAT16) -> ir.Mo
 
 
 @contextmanager
-def widened_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
+def upcast_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
     """Yield the upcast ``model`` as a file in a temporary folder in ``scratch`` (None: the system's)."""
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="upcast-", dir=scratch, ignore_cleanup_errors=True) as folder:
         path = Path(folder, _FILE)
-        ir.save(widened(model), path, external_data=f"{_FILE}.data")
+        ir.save(upcast_model(model), path, external_data=f"{_FILE}.data")
         yield path
 
 
@@ -64,7 +64,7 @@ def widened_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
 def runnable_file(onnx_file: Path, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path]:
     """Yield ``onnx_file``, or an upcast copy in ``scratch`` where ``providers`` can't run it otherwise."""
     model = ir.load(onnx_file)
-    source = widened_file(model, scratch) if must_upcast(model, providers) else nullcontext(onnx_file)
+    source = upcast_file(model, scratch) if must_upcast(model, providers) else nullcontext(onnx_file)
     with source as path:
         yield path
 
@@ -73,7 +73,7 @@ def runnable_file(onnx_file: Path, providers: tuple[str, ...], scratch: Path | N
 def runnable_graph(model: ir.Model, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path | bytes]:
     """Yield ``model`` serialized, its weights left where they lie, or an upcast file in ``scratch`` where needed."""
     if must_upcast(model, providers):
-        with widened_file(model, scratch) as path:
+        with upcast_file(model, scratch) as path:
             yield path
     else:
         yield ir.to_proto(model).SerializeToString()

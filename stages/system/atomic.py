@@ -97,7 +97,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_beside(path: Path, *, owner: bool) -> Iterator[Path]:
+def scratch_folder(path: Path, *, owner: bool) -> Iterator[Path]:
     """Yield the path of a folder for temporary files beside ``path``, which is removed afterwards.
 
     Nothing is created: whoever puts a file there makes the folder. Of the processes that share it only the ``owner``,

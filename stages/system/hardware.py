@@ -38,12 +38,12 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def default_threads() -> int:
+def physical_cores() -> int:
     """Return how many threads ONNX Runtime takes by default: one for each physical core."""
     return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
-def threads() -> int | None:
+def granted_threads() -> int | None:
     """Return the number of threads that OMP_NUM_THREADS grants: of a list, as OpenMP allows, its first number.
 
     None where the variable is unset, or holds what OpenMP runtimes ignore: nothing, words, a number below 1.
@@ -69,4 +69,4 @@ def processor() -> str:
 def describe_machine() -> str:
     """Return the processor, cores, memory and operating system in one line."""
     memory = psutil.virtual_memory().total / 1e9
-    return f"{processor()}, {default_threads()} cores, {memory:.0f} GB, {platform.system()}"
+    return f"{processor()}, {physical_cores()} cores, {memory:.0f} GB, {platform.system()}"

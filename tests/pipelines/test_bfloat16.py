@@ -24,8 +24,8 @@ from stages.model.sites import find_groups
 from stages.report.tables import accuracy_tables
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import CausalFeeds, OpenedSession
-from stages.runtime.tap import open_piece_tap, open_value_tap, tapped_model
-from stages.runtime.upcast import widened_file
+from stages.runtime.tap import open_partition_tap, open_value_tap, tapped_model
+from stages.runtime.upcast import upcast_file
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
 
@@ -47,7 +47,7 @@ def calibrated(tiny_model_bf16: Path, tiny_text: Path, tmp_path: Path, commands:
 
 def logits(folder: Path, scratch: Path) -> np.ndarray:
     directory = locate_model(folder)
-    with widened_file(ir.load(directory.onnx_file), scratch) as path:
+    with upcast_file(ir.load(directory.onnx_file), scratch) as path:
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
         return np.asarray(session.run(["logits"], feeds(TOKENS))[0])
@@ -109,7 +109,7 @@ def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages.runtime.tap, "open_graph", keep)
         with pytest.raises(GraphError, match="seen enough"):
-            open_piece_tap(partition, directory, choose_providers("cpu"), {}, None, carried)
+            open_partition_tap(partition, directory, choose_providers("cpu"), {}, None, carried)
     (tapped,) = opened
     inputs = {value.name: value for value in tapped.graph.inputs}
     for name in fed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.errors import UserError, in_one_line, named, sentence_of
+from stages.errors import UserError, in_one_line, sentence_of, with_class_name
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from stages.errors import UserError, in_one_line, named, sentence_of
 )
 def test_a_librarys_error_becomes_one_short_line(error: Exception, words: str, with_class: str) -> None:
     assert in_one_line(error) == words
-    assert named(error) == with_class
+    assert with_class_name(error) == with_class
 
 
 def test_names_from_damaged_files_can_be_printed() -> None:

@@ -12,7 +12,7 @@ import stages.evaluation.run
 from stages.commands.quantize_options import QuantizeConfig
 from stages.evaluation.records import Evaluation
 from stages.quantize import quantize
-from stages.report.document import read_document
+from stages.report.document import read_report
 from tests.stages.report.parsed import parse
 from tests.support.commands import Commands
 
@@ -48,7 +48,7 @@ def test_all_of_it_is_shown_and_kept(folder: Path, tmp_path: Path, commands: Com
     code, printed = commands.evaluate(*arguments(folder), *in_use(), "--report", report)
     assert code == 0, printed
     assert f"report: {report / 'report.html'}" in printed
-    document = read_document(report)
+    document = read_report(report)
     assert document.title == "coarse, twin"
     (found,) = document.evaluations
     _check_accuracy(found, printed)
@@ -106,7 +106,7 @@ def test_the_same_comparison_is_not_run_again(
     # Another prompt is added; what is known stays.
     code, more = commands.evaluate(*arguments(folder), "--generate", "A list", *report)
     assert code == 0, more
-    (found,) = read_document(tmp_path / "report").evaluations
+    (found,) = read_report(tmp_path / "report").evaluations
     assert [one.prompt for one in found.generations] == ["The city", "A list"]
 
 
@@ -115,7 +115,7 @@ def test_local_tasks_are_scored_for_every_model(folder: Path, tmp_path: Path, co
     task = TASKS / "places.yaml"
     code, printed = commands.evaluate(*arguments(folder), "--lm_eval_tasks", task, "--report", tmp_path / "report")
     assert code == 0, printed
-    (found,) = read_document(tmp_path / "report").evaluations
+    (found,) = read_report(tmp_path / "report").evaluations
     scores = {(score.model, score.metric): score for score in found.tasks}
     assert set(scores) == {(model, metric) for model in MODELS for metric in ("acc", "acc_norm")}
     assert scores["twin", "acc"].value == scores["base", "acc"].value

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from stages.evaluation.bench.runs import Record
 from stages.quantization.weights.store import open_store
-from stages.report.document import read_document
+from stages.report.document import read_report
 from tests.stages.report.parsed import parse
 from tests.support.commands import Commands
 
@@ -49,7 +49,7 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
         assert " ".join(("python", *record.command[1:])) in printed.replace("'", "")
     written = (output / "table.md").read_text()
     assert all(f" {name} " in written for name in found)
-    (table,) = read_document(output).sweep
+    (table,) = read_report(output).sweep
     assert {point.name: point.bytes for point in table.points} == {name: found[name].bytes for name in found}
     assert sum(point.on_front for point in table.points) == 1
     assert parse((output / "report.html").read_text(encoding="utf-8")).by_id("front-0")

@@ -9,7 +9,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.offline import paragraphs
-from stages.errors import UserError, named
+from stages.errors import UserError, with_class_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ class ChatTemplate:
             )
         except Exception as error:  # jinja2's errors, and those that templates cause in Python
             raise UserError(
-                f"The tokenizer's chat template refuses a conversation ({named(error)}); leave such rows out, or "
+                f"The tokenizer's chat template refuses a conversation ({with_class_name(error)}); leave such rows out, "
                 "pass text in place of messages."
             ) from error
         assert isinstance(text, str), "one conversation, not tokenized"

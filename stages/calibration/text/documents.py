@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stages.calibration.text.chat import Message
 from stages.calibration.text.offline import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
 from stages.calibration.text.tokenizer import why_unreachable
-from stages.errors import UserError, named
+from stages.errors import UserError, with_class_name
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -159,8 +159,8 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
         raise
     except Exception as error:  # the hub's clients raise classes without a common base
         raise UserError(
-            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({named(error)}); check the "
-            "network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
+            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({with_class_name(error)}); "
+            "check the network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
         ) from error
 
 
@@ -174,7 +174,8 @@ def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[TextDocu
         raise
     except Exception as error:  # pyarrow, pandas, datasets and json each have errors of their own
         raise UserError(
-            f"--dataset {path} can't be read as {path.suffix[1:]} ({named(error)}); repair the file or pass another."
+            f"--dataset {path} can't be read as {path.suffix[1:]} ({with_class_name(error)}); repair the file or "
+            "pass another."
         ) from error
 
 

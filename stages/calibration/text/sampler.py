@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from stages.calibration.text.generation_script import GenerationScript, WindowWriter
-from stages.errors import UserError, named
+from stages.errors import UserError, with_class_name
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import GENAI_CONFIG, read_genai_config
 from stages.runtime.genai import import_genai, load_genai
 from stages.runtime.providers import SHORT_NAMES
-from stages.system.hardware import threads
+from stages.system.hardware import granted_threads
 
 LARGEST_BATCH = 32
 """onnxruntime-genai takes no more sequences at once."""
@@ -81,7 +81,7 @@ class Sampler:
                 on_tokens(len(writers))
         except RuntimeError as error:
             raise UserError(
-                f"--dataset self: onnxruntime-genai stops while it writes ({named(error)}); {_INSTEAD}."
+                f"--dataset self: onnxruntime-genai stops while it writes ({with_class_name(error)}); {_INSTEAD}."
             ) from error
         return windows
 
@@ -135,13 +135,13 @@ def open_sampler(
             model = load_genai(
                 runtime,
                 directory.folder,
-                threads=threads(),
+                threads=granted_threads(),
                 filename=directory.onnx_file.name,
                 end_token=suppressed_token,
                 provider=SHORT_NAMES[provider],
             )
         except Exception as error:  # RuntimeError mostly, by no promise
-            reasons.append(f"{SHORT_NAMES[provider]}: {named(error)}")
+            reasons.append(f"{SHORT_NAMES[provider]}: {with_class_name(error)}")
             continue
         return Sampler(
             runtime=runtime,

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from stages.errors import UserError, named
+from stages.errors import UserError, with_class_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
         return None
     except Exception as error:  # the HTTP library's own classes, which change with its version
-        return f"the Hugging Face hub can't be reached, {named(error)}"
+        return f"the Hugging Face hub can't be reached, {with_class_name(error)}"
     return None
 
 
@@ -121,7 +121,7 @@ def _reason(error: BaseException) -> str:
             return "its terms must be accepted on the Hugging Face hub; do that, then log in with 'hf auth login'"
         if isinstance(cause, RepositoryNotFoundError):
             return "the Hugging Face hub has no such model, or it is private; if so, log in with 'hf auth login'"
-    return named(error)
+    return with_class_name(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

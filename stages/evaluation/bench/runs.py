@@ -23,7 +23,7 @@ from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.compare import PreparedBase, Reference, open_reference
 from stages.evaluation.records import ModelRow
 from stages.model.directory import locate_model
-from stages.model.sizes import stored_bytes
+from stages.model.sizes import model_bytes
 from stages.quantization.weights.store import open_store
 from stages.quantization.weights.summary import bits_per_weight
 from stages.system.json_file import read_json, write_json
@@ -142,7 +142,7 @@ class RunFolder:
             run.before()
             cost = run_measured(run.command, self.folder / f"{run.name}.log")
             run.after()
-            size = stored_bytes(locate_model(run.model))
+            size = model_bytes(locate_model(run.model))
             search = None if run.weights is None else _read_search(run.weights)
             record = replace(record, cost=cost, bytes=size, search=search)
         except UserError as error:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from stages.errors import GraphError
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
-from stages.runtime.upcast import SIXTEEN_BIT, widened
+from stages.runtime.upcast import SIXTEEN_BIT, upcast_model
 
 OWN_DOMAIN = "genai_quant"
 """Domain of the operators that blocks/converters defines; only cut graphs have it."""
@@ -259,7 +259,7 @@ class _Cutter:
             name=f"layers.{self._block.layer}",
         )
         cut = ir.Model(graph, ir_version=self._model.ir_version)
-        return widened(cut, SIXTEEN_BIT)
+        return upcast_model(cut, SIXTEEN_BIT)
 
 
 def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -160,7 +160,7 @@ def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses
 def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
     """Return the bytes of the site's codes, scales and zero points; 0 where it stays as it is."""
     spec = candidates.formats[label]
-    return 0 if spec is None else spec.stored_bytes(candidates.site.out_features, candidates.site.in_features)
+    return 0 if spec is None else spec.format_bytes(candidates.site.out_features, candidates.site.in_features)
 
 
 def _candidates_of(

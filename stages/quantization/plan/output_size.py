@@ -83,9 +83,9 @@ def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
     """
     if form is WeightForm.QDQ:
         codes = -(-site.in_features * site.out_features * spec.bits // 8)
-        return weight_bytes(site) + spec.stored_bytes(site.out_features, site.in_features) - codes
+        return weight_bytes(site) + spec.format_bytes(site.out_features, site.in_features) - codes
     if form is not WeightForm.MATMUL_NBITS:
-        return spec.stored_bytes(site.out_features, site.in_features)
+        return spec.format_bytes(site.out_features, site.in_features)
     # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows only blocks.
     size = (
         spec.granularity.block_size if isinstance(spec.granularity, PerBlock) else channel_block_size(site.in_features)

@@ -283,7 +283,7 @@ def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], s
             cost=lambda each, label: size.site_bytes(each.site, each.formats[label]),
         )
     return OpenPlan(
-        option=config.budget_in_words,
+        option=config.budget_description,
         candidates=candidates,
         budget=budget,
         reachable=check_budget(candidates, budget),
@@ -347,5 +347,5 @@ def _tuning(config: QuantizeConfig) -> bytes:
 
 def _describe_formats(config: QuantizeConfig, plan: ModelPlan) -> str:
     counts = Counter(spec.label for spec in plan.sites.specs.values())
-    decided = "--plan" if config.plan is not None else config.budget_in_words
+    decided = "--plan" if config.plan is not None else config.budget_description
     return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"

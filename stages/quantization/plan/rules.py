@@ -41,7 +41,7 @@ class QuantPlan:
     def bits_per_weight(self) -> float:
         """Bits of codes, scales and zero points, over the weights of the sites to quantize."""
         sites = all_sites(self.groups)
-        stored = sum(self.specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites)
+        stored = sum(self.specs[site.name].format_bytes(site.out_features, site.in_features) for site in sites)
         return 8 * stored / sum(site.in_features * site.out_features for site in sites)
 
 

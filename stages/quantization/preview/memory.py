@@ -97,7 +97,7 @@ def export_memory(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSp
         held: bytes of this process already.
     """
     sites = [site for group in groups for site in group.sites]
-    stored = [specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites]
+    stored = [specs[site.name].format_bytes(site.out_features, site.in_features) for site in sites]
     run = _REPACKED * max(min(sum(stored), _PARTITION), max(stored))
     checked = max(
         site.in_features * site.out_features * (_CHECKED + torch_float(site.dtype).itemsize) for site in sites

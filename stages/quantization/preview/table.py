@@ -178,7 +178,7 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
             f"{plan.table.weight}: INT4 in blocks of {plan.block_size}, {plan.stored_bytes / 1e6:,.1f} MB",
         )
     for part in preview.unreached:
-        yield "stays", part.in_words
+        yield "stays", part.description
     yield from _by_reason("stays", preview.unquantizable)
     estimate = preview.search
     yield (

@@ -141,7 +141,7 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
         site=site.name,
         algorithm="",
         format=spec.label,
-        bytes=spec.stored_bytes(site.out_features, site.in_features),
+        bytes=spec.format_bytes(site.out_features, site.in_features),
         scale_family=choice.input_scale.family,
         alpha=choice.input_scale.alpha,
         mean_clip_ratio=_mean_clip_ratio(choice, full_range(weight, spec, options.range_rule, choice.input_scale)),

@@ -124,6 +124,6 @@ def test_the_same_nodes_fuse_in_partitions(
     matmuls = [node for node in ir.load(directory.onnx_file).graph if node.op_type in ("MatMul", "MatMulNBits")]
     sites = frozenset(str(node.outputs[0].name) for node in matmuls if "lm_head" not in str(node.name))
     whole = nodes_run_as_matmulnbits(directory.onnx_file, sites, directory)
-    monkeypatch.setattr(fusion, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(fusion, "_PARTITION_BYTES", 1)
     assert nodes_run_as_matmulnbits(directory.onnx_file, sites, directory) == whole
     assert len(whole) == len(sites)

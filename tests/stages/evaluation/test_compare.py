@@ -15,7 +15,7 @@ from stages.errors import UserError
 from stages.evaluation.compare import compare, prepare
 from stages.evaluation.records import load_evaluation, save_evaluation
 from stages.model.directory import locate_model
-from stages.model.sizes import stored_bytes
+from stages.model.sizes import model_bytes
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_the_base_equals_itself_and_float16_is_near(config: EvaluateConfig, tiny
 
 def test_sizes_count_only_the_files_that_the_graph_refers_to(tiny_model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
-    before = stored_bytes(locate_model(copy))
+    before = model_bytes(locate_model(copy))
     (copy / "stale.onnx.data").write_bytes(b"0" * 1000)
-    assert stored_bytes(locate_model(copy)) == before
+    assert model_bytes(locate_model(copy)) == before
 
 
 def test_a_report_is_reused_for_the_same_comparison_only(config: EvaluateConfig, tmp_path: Path) -> None:

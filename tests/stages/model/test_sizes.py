@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.model.directory import locate_model
-from stages.model.sizes import CODES, EMBEDDING, GRAPH, MATRICES, SCALES, ZERO_POINTS, size_parts, stored_bytes
+from stages.model.sizes import CODES, EMBEDDING, GRAPH, MATRICES, SCALES, ZERO_POINTS, model_bytes, size_parts
 from stages.quantization.weights.store import open_store
 from tests.support.commands import Commands
 
@@ -18,7 +18,7 @@ def parts(base: Path, quantized: Path) -> dict[str, tuple[int, int]]:
     directories = locate_model(base), locate_model(quantized)
     found = {part.name: (part.before, part.after) for part in size_parts(*directories)}
     for side, directory in enumerate(directories):
-        assert sum(pair[side] for pair in found.values()) == stored_bytes(directory)
+        assert sum(pair[side] for pair in found.values()) == model_bytes(directory)
     return found
 
 

@@ -59,7 +59,7 @@ def test_a_format_knows_its_codes_and_bytes(
     spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, scale_dtype="float16")
     assert spec.label == label
     assert (spec.code_min, spec.code_max) == codes
-    assert spec.stored_bytes(3, 40) == expected
+    assert spec.format_bytes(3, 40) == expected
 
 
 @pytest.mark.parametrize(("in_features", "size"), [(256, 128), (192, 64), (96, 32), (48, 16), (40, 16), (130, 16)])

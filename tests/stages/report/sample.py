@@ -16,7 +16,7 @@ from stages.evaluation.records import (
 )
 from stages.model.sizes import SizePart
 from stages.records.results import DataFileUse, SiteError, SiteReport, UnfusedSite, VerifyReport
-from stages.report.document import Document, KeptSite, Quantization, QuantizedSite, SweepPoint, SweepTable
+from stages.report.document import KeptSite, Quantization, QuantizedSite, Report, SweepPoint, SweepTable
 
 NASTY = "<script>alert('x')</script> & \"http://example.com/x.js\""
 """What a page must show and never run."""
@@ -195,9 +195,9 @@ def sweep_table() -> SweepTable:
     )
 
 
-def whole_report() -> Document:
+def whole_report() -> Report:
     """Return a report with everything that a page can show."""
-    return Document(
+    return Report(
         title=f"int4 {NASTY}",
         machine="a machine",
         quantization=quantization(),

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from stages.quantization.search.solver import GroupSolver
 from stages.quantization.weights.store import open_store
 from stages.records.results import VerifyReport
-from stages.report.document import read_document
+from stages.report.document import read_report
 from tests.stages.report.parsed import parse
 from tests.support.commands import Commands
 
@@ -70,7 +70,7 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     code, printed = commands.quantize(*arguments)
     assert code == 0, printed
     assert f"report: {report / 'report.html'}" in printed
-    document = read_document(report)
+    document = read_report(report)
     found = document.quantization
     assert document.title == "int4"
     assert found is not None
@@ -110,11 +110,11 @@ def test_evaluations_stay_when_a_run_is_repeated(
     compared = ["--base", tiny_model, "--model", tmp_path / "int4", "--text", unseen_text, "--windows", 1]
     code, printed = commands.evaluate(*compared, "--seq_len", 32, "--report", report)
     assert code == 0, printed
-    both = read_document(report)
+    both = read_report(report)
     assert both.quantization is not None
     assert len(both.evaluations) == 1
     assert commands.quantize(*arguments, "--overwrite")[0] == 0
-    assert read_document(report).evaluations == both.evaluations
+    assert read_report(report).evaluations == both.evaluations
 
 
 @pytest.mark.slow
@@ -130,13 +130,13 @@ def test_a_page_is_made_again(
     # From weights only: everything but sizes.
     weights, other = report.parent, tmp_path / "other"
     assert commands.report(other, "--weights_path", weights)[0] == 0
-    whole, without = read_document(report).quantization, read_document(other).quantization
+    whole, without = read_report(report).quantization, read_report(other).quantization
     assert whole is not None
     assert without is not None
     assert (without.sites, without.kept, without.sizes) == (whole.sites, whole.kept, ())
     models = ["--base", tiny_model, "--model", tmp_path / "int4"]
     assert commands.report(other, "--weights_path", weights, *models)[0] == 0
-    assert read_document(other).quantization == whole
+    assert read_report(other).quantization == whole
 
 
 @pytest.mark.parametrize("content", ["{", '{"sites": 3, "merged": 3}'])

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from stages.records.sites import short_name
-from stages.report.document import Document
+from stages.report.document import Report
 from stages.report.render import render
 from stages.report.view import megabytes, percent
 from tests.stages.report import sample
@@ -145,7 +145,7 @@ def test_a_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> Non
 def test_there_is_no_bits_map_where_all_formats_are_alike() -> None:
     known = sample.quantization()
     sites = tuple(replace(site, report=replace(site.report, format="4b32")) for site in known.sites)
-    page = parse(render(Document(quantization=replace(known, sites=sites))))
+    page = parse(render(Report(quantization=replace(known, sites=sites))))
     assert [figure.attributes["id"] for figure in page.all("figure")] == ["sizes", "sites"]
 
 
@@ -212,7 +212,7 @@ def test_tables_hold_the_figures(page: Element) -> None:
 
 
 def test_what_is_not_there_is_not_shown() -> None:
-    empty = parse(render(Document()))
+    empty = parse(render(Report()))
     assert empty.all("section") == []
     rounded = sample.quantization()
     sites = tuple(
@@ -233,7 +233,7 @@ def test_what_is_not_there_is_not_shown() -> None:
         )
         for site in rounded.sites
     )
-    page = parse(render(Document(quantization=replace(rounded, sites=sites, sizes=(), verified=None))))
+    page = parse(render(Report(quantization=replace(rounded, sites=sites, sizes=(), verified=None))))
     assert [figure.attributes["id"] for figure in page.all("figure")] == ["bits", "sites"]
     # A column that would be empty is left out.
     assert {len(row) for row in rows_of(page.by_id("sites"))} == {2}
@@ -256,7 +256,7 @@ def test_many_layers_and_experts_and_losses_of_zero_are_drawn() -> None:
         for layer in range(96)
         for expert in range(4)
     )
-    page = parse(render(Document(quantization=replace(sample.quantization(), sites=sites))))
+    page = parse(render(Report(quantization=replace(sample.quantization(), sites=sites))))
     figure = page.by_id("sites")
     assert len(figure.all("svg")) == 2 + 1  # the legend's two, and one panel for all experts
     heights = {hint.endswith(": 0 %"): place(mark)[1] for hint, mark in hints(figure).items() if "chosen" in hint}

@@ -18,7 +18,7 @@ from stages.model.load import load_graph
 from stages.model.partition import cut_into_partitions
 from stages.model.sites import find_groups
 from stages.runtime.providers import CPU, CPU_ONLY, CUDA
-from stages.runtime.upcast import must_upcast, resident_bytes, runnable_file, runnable_graph, widened, widened_file
+from stages.runtime.upcast import must_upcast, resident_bytes, runnable_file, runnable_graph, upcast_file, upcast_model
 
 GPU = (CUDA, CPU)
 
@@ -93,7 +93,7 @@ def bfloat16_model(weight: np.ndarray = WEIGHT) -> ir.Model:
 
 def test_the_upcast_graph_runs_on_the_cpu_with_exactly_the_same_numbers(tmp_path: Path) -> None:
     model = bfloat16_model()
-    with widened_file(model, tmp_path) as path:
+    with upcast_file(model, tmp_path) as path:
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         assert {node.name: node.type for node in session.get_inputs()} == {
             "x": "tensor(float)",
@@ -124,7 +124,7 @@ def test_no_bfloat16_is_left_and_the_original_keeps_its_own() -> None:
     model = bfloat16_model()
     before = ir.to_proto(model).SerializeToString()
     assert b"\x10" in before
-    upcast = ir.to_proto(widened(model))
+    upcast = ir.to_proto(upcast_model(model))
     assert ir.to_proto(model).SerializeToString() == before
     assert must_upcast(model, CPU_ONLY)
     assert not must_upcast(ir.from_proto(upcast), CPU_ONLY)
@@ -144,19 +144,19 @@ def test_only_numbers_that_name_a_type_change(name: str, number: int, expected: 
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16))
     node = ir.node("Op", [x], attributes={name: number})
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 21}, name="g")
-    (changed,) = widened(ir.Model(graph, ir_version=10)).graph
+    (changed,) = upcast_model(ir.Model(graph, ir_version=10)).graph
     assert changed.attributes.get_int(name) == expected
 
 
 def test_weights_are_upcast_when_they_are_written_not_before() -> None:
-    tensor = widened(bfloat16_model()).graph.initializers["w"].const_value
+    tensor = upcast_model(bfloat16_model()).graph.initializers["w"].const_value
     assert isinstance(tensor, ir.LazyTensor)
     assert tensor.dtype == ir.DataType.FLOAT
 
 
 def test_temporary_weights_lie_where_asked_and_are_removed_even_after_an_error(tmp_path: Path) -> None:
     def stop_inside() -> None:
-        with widened_file(bfloat16_model(), tmp_path) as path:
+        with upcast_file(bfloat16_model(), tmp_path) as path:
             assert tmp_path in path.parents
             assert path.with_name("model.onnx.data").stat().st_size == WEIGHT.size * 4
             raise RuntimeError("stopped")
@@ -179,6 +179,6 @@ def test_only_the_cpu_needs_the_copy(tmp_path: Path, providers: tuple[str, ...],
 
 def test_a_float32_model_is_run_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    ir.save(widened(bfloat16_model()), path)
+    ir.save(upcast_model(bfloat16_model()), path)
     with runnable_file(path, CPU_ONLY, tmp_path) as found:
         assert found == path

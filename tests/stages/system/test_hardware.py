@@ -10,11 +10,11 @@ import torch
 from stages.errors import UserError
 from stages.system.hardware import (
     choose_device,
-    default_threads,
     describe_machine,
+    granted_threads,
     one_thread_each,
+    physical_cores,
     processor,
-    threads,
 )
 
 _TOO_MANY_DIGITS = 5000
@@ -43,12 +43,12 @@ def test_a_list_grants_its_first_number_and_what_openmp_ignores_nothing(
     value: str, granted: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert threads() == granted
+    assert granted_threads() == granted
 
 
 def test_an_unset_variable_grants_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert threads() is None
+    assert granted_threads() is None
 
 
 def test_a_device_is_the_one_that_is_named() -> None:
@@ -69,6 +69,6 @@ def test_a_pool_computes_with_one_torch_thread_each() -> None:
 
 def test_the_machine_is_described_in_one_line() -> None:
     described = describe_machine()
-    assert described.startswith(f"{processor()}, {default_threads()} cores, ")
+    assert described.startswith(f"{processor()}, {physical_cores()} cores, ")
     assert described.endswith(f" GB, {platform.system()}")
     assert processor().strip() == processor() != ""

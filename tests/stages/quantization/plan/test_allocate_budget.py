@@ -123,7 +123,7 @@ def test_the_summary_names_the_budget_what_was_reached_and_what_can_be(
     )
     assert said is not None
     sites, specs, size = all_sites(result.plan.sites.groups), result.plan.sites.specs, _open(plan).size
-    stored = sum(specs[site.name].stored_bytes(site.out_features, site.in_features) for site in sites)
+    stored = sum(specs[site.name].format_bytes(site.out_features, site.in_features) for site in sites)
     weights = sum(site.in_features * site.out_features for site in sites)
     assert float(said[1]) == pytest.approx(8 * stored / weights, abs=5e-4)  # printed to three places
     every = all_sites(find_groups(model))

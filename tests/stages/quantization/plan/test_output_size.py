@@ -65,5 +65,5 @@ def test_matmul_nbits_fills_up_rows_and_repeats_scales(
     spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, scale_dtype="float32")
     form = _size(WeightForm.MATMUL_NBITS)
     # Nodes, names and an input scale, the same whatever the format.
-    around = _size().site_bytes(BODY, spec) - spec.stored_bytes(64, 96)
+    around = _size().site_bytes(BODY, spec) - spec.format_bytes(64, 96)
     assert form.site_bytes(BODY, spec) - around == expected
