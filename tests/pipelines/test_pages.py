@@ -76,7 +76,7 @@ def is_run(block: Block) -> bool:
 
 
 def lines_of(body: str) -> Iterator[list[str]]:
-    """The commands of a shell block as words; comments and continued lines are understood."""
+    """Yield the commands of a shell block as words; comments and continued lines are understood."""
     for line in body.replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             yield words
@@ -84,7 +84,7 @@ def lines_of(body: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def seed_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """What every page finds: models/base, and its calibration of --dataset offline --calib_size 32."""
+    """Return what every page finds: models/base, and its calibration of --dataset offline --calib_size 32."""
     from stages.calibration.run import calibrate
 
     folder = tmp_path_factory.mktemp("pages") / "models"
@@ -143,7 +143,7 @@ def test_a_block_that_fails_is_seen() -> None:
 
 
 def options_of(config: type) -> set[str]:
-    """The option names of a command, those of its output included."""
+    """Return the option names of a command, those of its output included."""
     names = {field.name for field in dataclasses.fields(config) if field.name != "printing"}
     names |= {field.name for field in dataclasses.fields(options.OutputOptions)}
     return {f"--{name}" for name in names} | {f"--no_{name}" for name in names}
@@ -194,7 +194,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -34,7 +34,7 @@ HERE = Provenance(date="2026-01-02", commit="abc", versions=("torch 2",), machin
 
 @pytest.fixture
 def copied_pages(tmp_path: Path) -> Path:
-    """The repository's pages and results, to be changed."""
+    """Copy the repository's pages and results, to be changed."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     return tmp_path
