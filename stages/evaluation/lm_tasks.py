@@ -103,8 +103,8 @@ def run_tasks(
             raise
         except Exception as error:  # data sets, task files and metrics raise whatever they like
             raise UserError(
-                f"{_OPTION}: lm-eval stopped ({with_class_name(error)}); where a data set is missing, run once online or "
-                "pass a task file whose data lies on this machine."
+                f"{_OPTION}: lm-eval stopped ({with_class_name(error)}); where a data set is missing, run once online "
+                "or pass a task file whose data lies on this machine."
             ) from error
     return tuple(_scores(directory.folder.name, results))
 
