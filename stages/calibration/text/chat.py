@@ -73,8 +73,8 @@ class ChatTemplate:
             )
         except Exception as error:  # jinja2's errors, and those that templates cause in Python
             raise UserError(
-                f"The tokenizer's chat template refuses a conversation ({with_class_name(error)}); leave such rows out, "
-                "pass text in place of messages."
+                f"The tokenizer's chat template refuses a conversation ({with_class_name(error)}); leave such rows out "
+                "or pass text in place of messages."
             ) from error
         assert isinstance(text, str), "one conversation, not tokenized"
         return text
