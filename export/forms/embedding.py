@@ -63,7 +63,7 @@ def _outcome(model: ir.Model, plan: EmbeddingPlan) -> TableOutcome:
     return TableOutcome(
         plan=plan,
         bytes_before=rows * columns * torch_float(plan.table.dtype).itemsize,
-        bytes_after=plan.stored_bytes,
+        bytes_after=plan.format_bytes,
         still_read_by=tuple(str(node.name) for node in kept_by),
     )
 

@@ -34,7 +34,7 @@ class OutputSize:
     def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
         """Return the bytes of everything but what ``site_bytes`` counts for ``sites``."""
         freed = sum(weight_bytes(site) for site in sites if self._frees_its_weight(site))
-        tables = sum(plan.stored_bytes + _GRAPH_BYTES for plan in self.embeddings)
+        tables = sum(plan.format_bytes + _GRAPH_BYTES for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
         return self.base_bytes - freed + tables - gone

@@ -175,7 +175,7 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     for plan in preview.embeddings:
         yield (
             "embedding",
-            f"{plan.table.weight}: INT4 in blocks of {plan.block_size}, {plan.stored_bytes / 1e6:,.1f} MB",
+            f"{plan.table.weight}: INT4 in blocks of {plan.block_size}, {plan.format_bytes / 1e6:,.1f} MB",
         )
     for part in preview.unreached:
         yield "stays", part.description

@@ -35,7 +35,7 @@ def test_a_weight_that_somebody_else_reads_stays_beside_the_codes() -> None:
     assert beside - alone == 300 * 64 * 4
     # The lookup has codes of its own too: nobody reads the numbers.
     tied = _size(embeddings=(PLAN,))
-    table = PLAN.stored_bytes
+    table = PLAN.format_bytes
     gone = tied.fixed_bytes([shared]) + tied.site_bytes(shared, spec)
     # The table's nodes and attributes.
     assert table <= gone - alone <= table + 1000
@@ -44,7 +44,7 @@ def test_a_weight_that_somebody_else_reads_stays_beside_the_codes() -> None:
 def test_an_embedding_of_its_own_is_replaced_by_its_codes() -> None:
     own = replace(PLAN, table=replace(TABLE, weight="embedding"))
     saved = _size().fixed_bytes([BODY]) - _size(embeddings=(own,)).fixed_bytes([BODY])
-    assert saved == pytest.approx(300 * 64 * 4 - own.stored_bytes, abs=1000)
+    assert saved == pytest.approx(300 * 64 * 4 - own.format_bytes, abs=1000)
 
 
 @pytest.mark.parametrize(

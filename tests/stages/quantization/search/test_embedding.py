@@ -63,11 +63,11 @@ def test_codes_of_a_hand_made_row_are_packed_low_nibble_first() -> None:
     assert stored.packed[0].item() == 0x87
 
 
-def test_stored_bytes_are_those_of_the_file() -> None:
+def test_format_bytes_are_those_of_the_file() -> None:
     for axis in (0, 1):
         plan = plan_of(37, 41, dtype="float16", axis=axis)
         stored = rounded(plan, random_table(plan))
-        assert plan.stored_bytes == stored.packed.nbytes + stored.scales.nbytes
+        assert plan.format_bytes == stored.packed.nbytes + stored.scales.nbytes
 
 
 def test_a_model_without_embedding_is_refused() -> None:
