@@ -278,7 +278,7 @@ def _plan(name: str, content: str | bytes, *words: str) -> BadInput:
 
 
 PLANS = (
-    _plan("no TOML", "[sites", "no TOML"),
+    _plan("no TOML", "[sites", "not valid TOML"),
     _plan("empty", "", "[sites]"),
     _plan("not UTF-8", b"\xff\xfe", "UTF-8"),
     _plan("another table", "[other]\nx = 1", "[sites]"),
@@ -286,7 +286,7 @@ PLANS = (
     _plan("an unknown site", '[sites]\nnowhere = { format = "4b32" }', "nowhere"),
     _plan("an unknown format", '[sites]\n"/lm_head/MatMul" = { format = "3b32" }', "3b32"),
     _plan("a format that is a number", '[sites]\n"/lm_head/MatMul" = { format = 4 }', "format"),
-    _plan("brackets without end", "[sites]\nx = " + "[" * 100_000, "TOML"),
+    _plan("brackets without end", "[sites]\nx = " + "[" * 100_000, "nested too deeply"),
     _plan("a site of quotes and lines", '[sites]\n"a\\nb\\"c" = { format = "4b32" }', "no site"),
     _plan("only some sites", '[sites]\n"/lm_head/MatMul" = { format = "keep" }', "says nothing about"),
 )

@@ -30,6 +30,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*_NAMES, "jsonl", "parquet"])
 def test_nothing_but_sentences(name: str, targets: dict[str, Target], quiet: None) -> None:
     target = targets[name]

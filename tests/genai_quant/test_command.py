@@ -184,6 +184,7 @@ def _run_file(folder: Path, model: Path, text: Path, *more: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_whole_run(program: Program, tiny_model: Path, tiny_text: Path, unseen_text: Path, tmp_path: Path) -> None:
     file = _run_file(
         tmp_path, tiny_model, tiny_text, "  algo: awq_lite",

@@ -260,6 +260,7 @@ def test_reexport_gives_the_same_model_without_searching(
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_one_run_parses_the_base_once(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_second_calibration_run_is_recognised(
     assert "already holds exactly this calibration" in printed
 
 
+@pytest.mark.slow
 def test_rtn_needs_no_cache_and_writes_both_forms(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
     tokens = np.arange(40).reshape(1, 40)
     outputs = {}

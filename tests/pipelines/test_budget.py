@@ -64,6 +64,7 @@ def test_bits_a_weight_are_those_of_the_table_and_within_the_budget(
     assert len(set(_formats(tmp_path / "out").values())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [0.26, 0.3])
 @pytest.mark.parametrize("form", ["dq", "matmul_nbits"])
 def test_the_model_is_no_larger_than_asked_for_and_than_predicted(

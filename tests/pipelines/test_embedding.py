@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-import stages.quantize
+import stages.quantization.run
 from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
 from tests.support.tiny_models import build_genai_model, save_tiny_llama
@@ -110,12 +110,12 @@ def test_a_stopped_run_rounds_only_what_is_missing_and_other_options_are_refused
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     quantize(commands, tiny_model, whole, "--gather_quantize_axis", 1)
     arguments = ["--onnx_path", tiny_model, "--output_path", resumed, "--algo", "rtn_dq", "--block_size", 16]
-    original = stages.quantize.quantize_table
+    original = stages.quantization.run.quantize_table
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.quantize, "quantize_table", stopped)
+    monkeypatch.setattr(stages.quantization.run, "quantize_table", stopped)
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1)[0] == 130
     weights = tmp_path / "resumed.weights"
     assert not list(weights.glob("embedding.*"))
@@ -127,10 +127,10 @@ def test_a_stopped_run_rounds_only_what_is_missing_and_other_options_are_refused
     assert code == 2
     assert "embedding INT4 block 32" in printed
 
-    monkeypatch.setattr(stages.quantize, "quantize_table", original)
-    monkeypatch.setattr(stages.quantize.GroupSolver, "solve_posed", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(stages.quantization.run, "quantize_table", original)
+    monkeypatch.setattr(stages.quantization.run.GroupSolver, "solve_posed", lambda *_: pytest.fail("searched again"))
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1)[0] == 0
-    monkeypatch.setattr(stages.quantize, "quantize_table", lambda *_: pytest.fail("rounded again"))
+    monkeypatch.setattr(stages.quantization.run, "quantize_table", lambda *_: pytest.fail("rounded again"))
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1, "--overwrite")[0] == 0
     for name in ("model.onnx", "model.onnx.data"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()

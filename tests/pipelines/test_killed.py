@@ -135,6 +135,7 @@ def undisturbed(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.Temp
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "name"), list(pairwise(("", *_STAGES))))
 def test_a_killed_command_is_finished_by_the_next_run(
     before: str, name: str, undisturbed: dict[str, Workshop], tiny_model: Path, tiny_text: Path, tmp_path: Path

@@ -164,6 +164,7 @@ def test_json_of_an_error_and_of_progress_beside_it(
     assert set(found) == {"format", "command", "error"}
 
 
+@pytest.mark.slow
 def test_json_of_export_inspect_and_dry_run(
     tiny_model: Path, weights: Path, tmp_path: Path, run: Callable[..., dict[str, object]], commands: Commands
 ) -> None:

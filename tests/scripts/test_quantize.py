@@ -331,6 +331,7 @@ def test_the_file_runs_by_its_path_and_as_a_module(tiny_model: Path, tmp_path: P
 # --------------------------------------------------------------------------- the kept calibration
 
 
+@pytest.mark.slow
 def test_another_algorithm_skips_stage_one_and_says_so(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("--seed", 5, into="first")
     caches = {path: path.stat().st_mtime_ns for path in base.parent.glob("base.*.calibration/*")}

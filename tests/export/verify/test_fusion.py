@@ -111,6 +111,7 @@ def test_no_profile_is_left_in_the_output(tmp_path: Path) -> None:
     assert not [path for path in tiny.output.iterdir() if "profile" in path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_model_dml", "tiny_model_bf16"])
 def test_the_same_nodes_fuse_in_partitions(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: Commands

@@ -43,6 +43,7 @@ def _broken_page(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja2.Template, "render", fail)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "reason"), [(_blocked_page, "can't be written to"), (_broken_page, "no such scale")])
 def test_a_report_that_fails_leaves_the_finished_model(
     spoil: Callable[[Path, pytest.MonkeyPatch], None],
@@ -139,6 +140,7 @@ def test_a_page_is_made_again(
     assert read_report(other).quantization == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", '{"sites": 3, "merged": 3}'])
 def test_unreadable_checks_are_said(
     arguments: list[object], report: Path, tmp_path: Path, commands: Commands, content: str

@@ -63,6 +63,7 @@ def test_nan_and_infinite_logits_are_refused(value: float) -> None:
         sample(np.array([[0, value, 1]], np.float32), np.array([0.5]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_model_dml"], ids=["fp32", "fp16 with position ids"])
 def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
     kind: str, request: pytest.FixtureRequest

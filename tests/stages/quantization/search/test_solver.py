@@ -43,6 +43,7 @@ def test_scales_are_positive_unless_signed_ones_are_asked_for(algorithm: Algorit
     assert both_signs(algorithm(layer.problem, signed)) == [{-1.0, 1.0}] * len(layer.problem.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_no_algorithm_is_worse_than_rounding_and_full_is_the_best(seed: int, symmetric: bool) -> None:
