@@ -125,7 +125,7 @@ class TablesConfig(CommandOptions):
     title: str = ""
     """The model of --compare and --benchmark, as the pages call it: SmolLM2-135M-Instruct."""
     families: Path | None = None
-    """What tests/pipelines/test_families.py wrote to the file that SUPPORT_MATRIX_OUT named."""
+    """What tests/pipelines/models/test_families.py wrote to the file that SUPPORT_MATRIX_OUT named."""
     times: dict[str, float] = field(default_factory=dict)
     """Commands and their seconds: 'bash scripts/check.sh --fast' 80."""
 

@@ -1,4 +1,4 @@
-"""Make the table of supported model families from the results of tests/pipelines/test_families.py.
+"""Make the table of supported model families from the results of tests/pipelines/models/test_families.py.
 
 The test writes one JSON line a family into the file that SUPPORT_MATRIX_OUT names.
 """
@@ -59,7 +59,7 @@ def read_results(path: Path) -> list[FamilyResult]:
         found = [lines.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValidationError) as error:
         raise UserError(
-            f"--families {path} can't be read ({error}); run tests/pipelines/test_families.py with "
+            f"--families {path} can't be read ({error}); run tests/pipelines/models/test_families.py with "
             f"SUPPORT_MATRIX_OUT={path}."
         ) from error
     return list({result.name: result for result in found}.values())
