@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
     return [
         *(_ort(request, base, exclude, config) for request in ort_requests(config)),
         *(_builder(request, base, exclude, config) for request in builder_requests(config)),
+        *([] if config.builder_source is None else [_builder_run("builder-int4", {}, base, config)]),
         *(_modelopt(request, base, exclude, config) for request in modelopt_requests(config)),
     ]
 
@@ -115,14 +116,19 @@ def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config:
 
 
 def _builder(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
-    name = request.name("builder")
-    folder = config.output.absolute() / name
     options = {
         "block_size": request.block_size,
         "is_symmetric": not request.use_zero_point,
         "accuracy_level": _FLOAT32_ACTIVATIONS,
         "nodes_to_exclude": ",".join(exclude),
     }
+    return _builder_run(request.name("builder"), options, base, config)
+
+
+def _builder_run(name: str, options: Mapping[str, object], base: ModelDirectory, config: PeerConfig) -> Peer:
+    """Return a run of the builder; without ``options`` it is what people get who ask for ``-p int4``."""
+    folder = config.output.absolute() / name
+    given = [f"{option}={value}" for option, value in options.items() if value != ""]
     run = Run(
         name=name,
         command=(
@@ -134,13 +140,13 @@ def _builder(request: PeerRequest, base: ModelDirectory, exclude: list[str], con
             "--precision=int4",
             *(["--keep_grid"] if config.builder_keep_grid else []),
             "--overwrite",
-            "--extra_options",
-            *(f"{option}={value}" for option, value in options.items() if value != ""),
+            *(["--extra_options", *given] if given else []),
         ),
         model=folder,
         after=partial(_require_same_checkpoint, base, folder),
     )
-    return Peer(run=run, note=f"{runtime_version('--builder_source')}, -p int4 from {config.builder_source}")
+    sites = "lm_head as ours" if options else "its defaults, lm_head in INT4 too"
+    return Peer(run=run, note=f"{runtime_version('--builder_source')}, -p int4, {sites}")
 
 
 def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:

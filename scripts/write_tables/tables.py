@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import get_args
 
 from rich import box
@@ -28,10 +29,12 @@ NOTHING = "No figures yet: `python -m scripts.write_tables` writes them here."
 _README_MODEL = "SmolLM2-135M-Instruct"
 _README_ROWS = {
     "genai-quant": rf"({'|'.join(get_args(Algorithm))})-b32",
-    "onnxruntime-genai's own int4": "builder-int4()-b32",
+    "onnxruntime-genai, `-p int4`": "builder-int4()",
     "NVIDIA ModelOpt": r"modelopt-(\w+)-b32",
 }
-"""Names of runs, by row: each tool's most accurate one in blocks of 32 without zero points is shown."""
+"""Names of runs, by row: each tool's most accurate one in blocks of 32 without zero points; the builder's default."""
+_TEXTS = {"offline": "documentation"}
+"""Kinds of text that have a name of their own here; others are called as their file."""
 _UNKNOWN = "-"
 
 
@@ -72,17 +75,24 @@ def families(results: Sequence[Result]) -> str:
 
 
 def _readme_result(result: ComparisonResult) -> str:
-    text, speeds = result.comparison.texts[0], _speeds(result)
-    rows = [("base model", *_base_cells(text), _number(speeds[0] if speeds else None, ".1f"))]
+    (text, *others), speeds = result.comparison.texts, _speeds(result)
+    size, divergence, perplexity = _base_cells(text)
+    zeros = [divergence] * len(result.comparison.texts)
+    rows = [("base model", size, *zeros, perplexity, _number(speeds[0] if speeds else None, ".1f"))]
     by_name = _speeds_by_name(result)
     for label, names in _README_ROWS.items():
         measured = [(model, match[1]) for model in text.models if (match := re.fullmatch(names, model.name))]
         scored = [(model, method) for model, method in measured if model.accuracy and model.failure is None]
         if scored:
             model, method = min(scored, key=lambda one: _divergence(one[0]))
-            cells = _accuracy_cells(model)
-            rows.append((f"{label}, `{method}`" if method else label, *cells, _number(by_name.get(model.name), ".1f")))
-    return f"{_table((result.title, 'MB', 'KL', 'perplexity', 'tokens/s'), rows)}\n\n{_head(result.provenance)}"
+            size, divergence, perplexity = _accuracy_cells(model)
+            elsewhere = [_accuracy_cells(same)[1] for one in others for same in one.models if same.name == model.name]
+            name = f"{label}, `{method}`" if method else label
+            speed = _number(by_name.get(model.name), ".1f")
+            rows.append((name, size, divergence, *elsewhere, perplexity, speed))
+    divergences = [f"KL, {_TEXTS.get(one.text, Path(one.text).stem)}" for one in result.comparison.texts]
+    headings = (result.title, "MB", *divergences, "perplexity", "tokens/s")
+    return f"{_table(headings, rows)}\n\n{_head(result.provenance)}"
 
 
 def _comparison(result: ComparisonResult) -> Iterator[str]:
@@ -94,8 +104,6 @@ def _comparison(result: ComparisonResult) -> Iterator[str]:
         "same top-1",
         "tokens/s",
         "bits a weight",
-        "seconds",
-        "peak MB",
         "note",
     )
     yield f"### {result.title}"
@@ -108,22 +116,20 @@ def _comparison(result: ComparisonResult) -> Iterator[str]:
     speeds, by_name = _speeds(result), _speeds_by_name(result)
     for text in result.comparison.texts:
         base = ("base model", *_base_cells(text), _UNKNOWN, _number(speeds[0] if speeds else None, ".1f"))
-        rows = [(*base, *[_UNKNOWN] * 3, "")]
+        rows = [(*base, _UNKNOWN, "")]
         rows += [_comparison_row(model, by_name.get(model.name)) for model in text.models]
         yield f"Text: {text.text}."
         yield _table(headings, rows)
 
 
 def _comparison_row(model: MeasuredModel, speed: float | None) -> tuple[str, ...]:
-    cost, search, accuracy = model.cost, model.search, model.accuracy
+    search, accuracy = model.search, model.accuracy
     return (
         f"`{model.name}`",
         *_accuracy_cells(model),
         _number(None if accuracy is None else accuracy.top1_agreement, ".2%"),
         _number(speed, ".1f"),
         _number(None if search is None else search.bits_per_weight, ".2f"),
-        _number(None if cost is None else cost.seconds, ".0f"),
-        _number(None if cost is None or cost.peak_bytes is None else cost.peak_bytes / 1e6, ".0f"),
         model.failure or model.note,
     )
 

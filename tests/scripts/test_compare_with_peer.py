@@ -162,7 +162,7 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
 
 
 def builder_of(tiny_model: Path, output: Path) -> Peer:
-    (peer,) = peers_of(
+    peer, _ = peers_of(
         PeerConfig(
             base=tiny_model,
             output=output,
@@ -220,10 +220,11 @@ def test_the_builders_int4_and_everyones_speed(
     for _ in compare_with_peer(config):
         pass
     found = read_comparison(config.output)
-    ours, builder = found.texts[0].models
-    assert [(model.name, model.failure) for model in (ours, builder)] == [
+    ours, builder, default = found.texts[0].models
+    assert [(model.name, model.failure) for model in (ours, builder, default)] == [
         ("rtn_dq-b16", None),
         ("builder-int4-b16", None),
+        ("builder-int4", None),
     ]
     assert builder.accuracy is not None
     assert 0 < builder.accuracy.mean_divergence < 1
@@ -237,6 +238,7 @@ def test_the_builders_int4_and_everyones_speed(
         ("tiny", "none: nothing is quantized"),
         ("rtn_dq-b16", "4, ONNX Runtime's default on the CPU"),
         ("builder-int4-b16", "4, by its MatMulNBits nodes"),
+        ("builder-int4", "4, by its MatMulNBits nodes"),
     ]
     assert all(model.decode.median > 0 for model in found.speed.models)
     assert not list(config.output.glob(".speed-*"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from scripts.benchmarks.figures import Benchmark, CommandFigure, Machine
@@ -48,6 +50,7 @@ def comparison(title: str = "SmolLM2-135M-Instruct") -> ComparisonResult:
         measured("awq_gptq-b32-refine", 0.01),
         measured("awq_gptq-b32-zp", 0.02),
         measured("builder-int4-b32", 0.4, note="from smollm2"),
+        measured("builder-int4", 0.6),
         measured("modelopt-awq_lite-b32", 0.3),
         measured("modelopt-awq_full-b32", 0.2),
         measured("modelopt-rtn_dq-b32", None, failure="no | wheel"),
@@ -55,7 +58,14 @@ def comparison(title: str = "SmolLM2-135M-Instruct") -> ComparisonResult:
     base = ModelRow(name="base", bytes=500_000_000, accuracy=scores(0.0, 20.0))
     rates = (speed("base", 30.0), *(speed(model.name, 60.0) for model in models if model.failure is None))
     test = SpeedTest(machine="m", runtime="r", threads=2, rounds=5, prompt_tokens=128, new_tokens=64, models=rates)
-    texts = (TextResults(text="offline", base=base, models=models),)
+    elsewhere = tuple(
+        replace(model, accuracy=scores(2 * model.accuracy.mean_divergence, 9.0)) if model.accuracy else model
+        for model in models
+    )
+    texts = (
+        TextResults(text="offline", base=base, models=models),
+        TextResults(text="some/news.txt", base=base, models=elsewhere),
+    )
     return ComparisonResult(title=title, provenance=HERE, comparison=Comparison(texts=texts, speed=test))
 
 
@@ -66,12 +76,12 @@ def test_a_table_without_results_says_so(block) -> None:
 
 def test_the_readme_shows_the_most_accurate_of_each_tool_in_blocks_of_32_without_zero_points() -> None:
     assert readme_results([comparison("Another"), comparison()]).splitlines() == [
-        "| SmolLM2-135M-Instruct | MB | KL | perplexity | tokens/s |",
-        "| --- | --- | --- | --- | --- |",
-        "| base model | 500.0 | 0 | 20.000 | 30.0 |",
-        "| genai-quant, `awq_gptq` | 90.0 | 0.1000 | 20.100 | 60.0 |",
-        "| onnxruntime-genai's own int4 | 90.0 | 0.4000 | 20.400 | 60.0 |",
-        "| NVIDIA ModelOpt, `awq_full` | 90.0 | 0.2000 | 20.200 | 60.0 |",
+        "| SmolLM2-135M-Instruct | MB | KL, documentation | KL, news | perplexity | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| base model | 500.0 | 0 | 0 | 20.000 | 30.0 |",
+        "| genai-quant, `awq_gptq` | 90.0 | 0.1000 | 0.2000 | 20.100 | 60.0 |",
+        "| onnxruntime-genai, `-p int4` | 90.0 | 0.6000 | 1.2000 | 20.600 | 60.0 |",
+        "| NVIDIA ModelOpt, `awq_full` | 90.0 | 0.2000 | 0.4000 | 20.200 | 60.0 |",
         "",
         "Measured on 2026-01-02 at commit abc with onnxruntime 1, torch 2; a machine.",
     ]
@@ -80,10 +90,10 @@ def test_the_readme_shows_the_most_accurate_of_each_tool_in_blocks_of_32_without
 def test_every_model_of_a_comparison_has_a_row_and_no_command() -> None:
     page = accuracy([comparison()])
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 1 + 8
-    assert "| base model | 500.0 | 0 | 20.000 | - | 30.0 | - | - | - |  |" in rows
-    assert "| `builder-int4-b32` | 90.0 | 0.4000 | 20.400 | 87.50% | 60.0 | - | 12 | 1500 | from smollm2 |" in rows
-    assert r"| `modelopt-rtn_dq-b32` | - | - | - | - | - | - | - | - | no \| wheel |" in rows
+    assert len(rows) == 2 * (2 + 1 + 9)
+    assert "| base model | 500.0 | 0 | 20.000 | - | 30.0 | - |  |" in rows
+    assert "| `builder-int4-b32` | 90.0 | 0.4000 | 20.400 | 87.50% | 60.0 | - | from smollm2 |" in rows
+    assert r"| `modelopt-rtn_dq-b32` | - | - | - | - | - | - | no \| wheel |" in rows
     assert "### SmolLM2-135M-Instruct" in page
     assert "secret" not in page
 
