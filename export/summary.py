@@ -95,9 +95,9 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "", f"{default.default:.1e} at the runtime's default level ({default.site})"
     for table in report.tables:
         yield "lookup error", f"{table.error:.1e} ({table.table})"
-    data = report.data
-    used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
-    yield "data file", f"{data.file_bytes:,} bytes: {used}"
+    if (data := report.data) is not None:
+        used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
+        yield "data file", f"{data.file_bytes:,} bytes: {used}"
     for skipped in report.skipped:
         yield "not checked", skipped
 

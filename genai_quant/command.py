@@ -19,7 +19,7 @@ from stages.commands.parsing import parse_options
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
 from stages.inspect import __main__ as inspect
-from stages.report import __main__ as report_page
+from stages.report import __main__ as report
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (
@@ -42,7 +42,7 @@ _COMMANDS: Mapping[str, tuple[type[CommandOptions], Callable[[Any], Iterable[Sec
     "evaluate": (EvaluateConfig, evaluate.command),
     "sweep": (SweepConfig, sweep.command),
     "inspect": (InspectConfig, inspect.command),
-    "report": (ReportConfig, report_page.command),
+    "report": (ReportConfig, report.command),
 }
 _OPTIONS: object = Union[  # noqa: UP007 - of a tuple
     tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, (kind, _) in _COMMANDS.items())

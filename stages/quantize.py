@@ -145,11 +145,14 @@ def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destinati
 
 
 def _obstacles(config: QuantizeConfig) -> Iterator[str]:
-    """Yield the reason why the output can't be written as things are, if there is one."""
+    """Yield the reasons why the output can't be written as things are."""
     from stages.model.directory import locate_model
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.report.document import read_report
 
     try:
         _destination(config, locate_model(config.onnx_path))
+        read_report(config.weights_folder / REPORT_FOLDER)
     except UserError as error:
         yield str(error)
 

@@ -90,7 +90,8 @@ def _readme_result(result: ComparisonResult) -> str:
             name = f"{label}, `{method}`" if method else label
             speed = _number(by_name.get(model.name), ".1f")
             rows.append((name, size, divergence, *elsewhere, perplexity, speed))
-    divergences = [f"KL, {_TEXTS.get(one.text, Path(one.text).stem)}" for one in result.comparison.texts]
+    kinds = [one.text or "" for one in result.comparison.texts]
+    divergences = [f"KL, {_TEXTS.get(name, Path(name).stem)}" for name in kinds]
     headings = (result.title, "MB", *divergences, "perplexity", "tokens/s")
     return f"{_table(headings, rows)}\n\n{_head(result.provenance)}"
 

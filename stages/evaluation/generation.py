@@ -44,12 +44,12 @@ def generate(
     progress.remove_task(task)
     names = [folder.name for folder in folders]
     return tuple(
-        Generation(prompt=prompt, templated=templated, answers=_side_by_side(names, of_prompt))
+        Generation(prompt=prompt, templated=templated, answers=_compared(names, of_prompt))
         for prompt, *of_prompt in zip(prompts, *answers, strict=True)
     )
 
 
-def _side_by_side(names: Sequence[str], answers: Sequence[tuple[list[int], str]]) -> tuple[Answer, ...]:
+def _compared(names: Sequence[str], answers: Sequence[tuple[list[int], str]]) -> tuple[Answer, ...]:
     base, _ = answers[0]
     return tuple(
         Answer(model=name, text=text, tokens=len(tokens), same_tokens=common_prefix(base, tokens))

@@ -130,19 +130,19 @@ def _read_task(file: Path) -> dict[str, Any]:
         raise UserError(f"{_OPTION} {file} can't be read ({with_class_name(error)}); fix the file.") from error
     files = task.get("dataset_kwargs", {}).get("data_files")
     if files is not None:
-        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": _resolve_beside(files, file.parent)}
+        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": _resolve_files(files, file.parent)}
     return task
 
 
-def _resolve_beside(files: object, folder: Path) -> object:
+def _resolve_files(files: object, folder: Path) -> object:
     """Return ``files`` (a path, or lists and mappings of some) with those that lie in ``folder`` as absolute paths."""
     match files:
         case str():
             return str((folder / files).absolute()) if (folder / files).is_file() else files
         case list():
-            return [_resolve_beside(file, folder) for file in files]
+            return [_resolve_files(file, folder) for file in files]
         case dict():
-            return {split: _resolve_beside(file, folder) for split, file in files.items()}
+            return {split: _resolve_files(file, folder) for split, file in files.items()}
         case _:
             return files
 

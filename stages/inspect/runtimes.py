@@ -147,7 +147,8 @@ class RuntimeAnswer:
 
     runtime: str
     """With its release: cpu@1.32."""
-    warnings: tuple[str, ...]
+    objections: tuple[str, ...]
+    """A key of --json, which keeps its name."""
 
 
 def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None) -> tuple[RuntimeAnswer, ...]:
@@ -163,7 +164,7 @@ def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None)
     return tuple(
         RuntimeAnswer(
             runtime=parse_target(runtime).label,
-            warnings=tuple(
+            objections=tuple(
                 dict.fromkeys(
                     sentence
                     for form, members in forms.items()

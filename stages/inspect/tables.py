@@ -125,7 +125,7 @@ def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
         first = report.input_scales[0]
         yield "input scales", f"{_counted(len(report.input_scales), 'Mul node')} before MatMuls, such as {first.node}"
     for answer in report.runtimes:
-        for sentence in answer.warnings or ("no known problem",):
+        for sentence in answer.objections or ("no known problem",):
             yield answer.runtime, sentence
     yield from _files(report)
     yield from _configuration(report)

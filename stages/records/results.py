@@ -180,7 +180,8 @@ class VerifyReport:
     """The figures of a verified export; None where a check was not run, which ``skipped`` then explains."""
 
     sites: int
-    data: DataFileUse
+    data: DataFileUse | None = None
+    """None in reports that an earlier version wrote."""
     fused: int | None
     unfused: tuple[UnfusedSite, ...] = ()
     worst_exact: SiteError | None = None

@@ -23,7 +23,6 @@ from stages.report.view import Figure, Section, TableGroup, Tile, megabytes, per
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
-STYLE_SHEET = _FOLDER / "page.css"
 
 
 def render(report: Report) -> str:

@@ -15,7 +15,7 @@ from stages.commands.evaluate_options import EvaluateConfig, ReportConfig, Sweep
 from stages.commands.output import Section
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_command
-from stages.report import __main__ as report_page
+from stages.report import __main__ as report
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Commands:
         return self.run(EvaluateConfig, evaluate.command, arguments)
 
     def report(self, *arguments: object) -> tuple[int, str]:
-        return self.run(ReportConfig, report_page.command, arguments)
+        return self.run(ReportConfig, report.command, arguments)
 
     def run(
         self, config: type, command: Callable[[object], Iterable[Section]], arguments: tuple[object, ...]

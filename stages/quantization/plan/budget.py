@@ -30,12 +30,12 @@ class SiteCandidates:
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        """The formats without keep."""
+        """Return the formats without keep."""
         return {label: spec for label, spec in self.formats.items() if spec is not None}
 
     @property
     def may_stay(self) -> bool:
-        """Whether the budget decides if the site is quantized at all."""
+        """Tell whether the budget decides if the site is quantized at all."""
         return len(self.formats) > 1 and KEEP in self.formats
 
 

@@ -35,7 +35,7 @@ def decoder(dtype: np.dtype) -> TinyGraph:
 
 
 def runtimes_with_warnings(found: ModelReport) -> set[str]:
-    return {answer.runtime.partition("@")[0] for answer in found.runtimes if answer.warnings}
+    return {answer.runtime.partition("@")[0] for answer in found.runtimes if answer.objections}
 
 
 def fused_by_newest(found: ModelReport) -> list[bool]:

@@ -102,7 +102,7 @@ def test_sites_with_the_same_answer_are_together() -> None:
 def test_runtimes_answer_for_formats_that_their_rules_know() -> None:
     (known,) = one_matmul(ml_dtypes.int4, (K // BLOCK, N), BLOCKS).stored
     (foreign,) = one_matmul(ml_dtypes.float8_e4m3fn, (N,), CHANNELS, scale_type=np.float16).stored
-    answers = {answer.runtime.partition("@")[0]: answer.warnings for answer in runtime_answers([known], "4")}
+    answers = {answer.runtime.partition("@")[0]: answer.objections for answer in runtime_answers([known], "4")}
     assert answers["cpu"] == answers["dml"] == ()
     assert answers["webgpu"]
     assert runtime_answers([], None) == ()
@@ -113,6 +113,6 @@ def test_runtimes_answer_for_formats_that_their_rules_know() -> None:
 def test_weights_behind_a_transpose_are_column_major_for_the_rules() -> None:
     (stored,) = one_matmul(ml_dtypes.int4, (N, K // BLOCK), {"axis": 1, "block_size": BLOCK}, transposed=True).stored
     (cpu, *_) = runtime_answers([stored], None)
-    assert cpu.warnings
+    assert cpu.objections
     (straight, *_) = runtime_answers([replace(stored, operators=("DequantizeLinear", "MatMul"))], None)
-    assert not straight.warnings
+    assert not straight.objections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,32 @@ def test_unreadable_checks_are_said(
     assert f"{checks} can't be read (it is damaged or of another version)" in printed
     checks.unlink()
     assert "can't be read" not in commands.report(tmp_path / "other", "--weights_path", report.parent)[1]
+
+
+@pytest.mark.slow
+def test_a_report_of_an_earlier_version_stays_readable_and_a_damaged_one_stops_the_dry_run_too(
+    arguments: list[object], report: Path, tmp_path: Path, commands: Commands
+) -> None:
+    assert commands.quantize(*arguments)[0] == 0
+    earlier = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    for added_later in ("data", "tables", "widened"):
+        del earlier["quantization"]["verified"][added_later]
+    (report / "report.json").write_text(json.dumps(earlier), encoding="utf-8")
+    code, printed = commands.quantize(
+        *arguments[:4], "--output_path", tmp_path / "again", *arguments[6:], "--weights_path", report.parent
+    )
+    assert code == 0, printed
+    (report / "report.json").write_text("{", encoding="utf-8")
+    code, printed = commands.quantize(
+        *arguments[:4],
+        "--output_path",
+        tmp_path / "third",
+        *arguments[6:],
+        "--weights_path",
+        report.parent,
+        "--dry_run",
+    )
+    assert "can't be read as a report of this version" in printed
 
 
 @pytest.mark.parametrize(
