@@ -48,7 +48,7 @@ def readme_times(results: Sequence[Result]) -> str:
     """Return how long the README's commands take."""
     found = [one for one in results if isinstance(one, TimesResult)]
     tables = [
-        _table(("command", "time"), [(f"`{command}`", _duration(seconds)) for command, seconds in one.seconds.items()])
+        _table(("command", "time"), [(_command(name), _duration(seconds)) for name, seconds in one.seconds.items()])
         for one in found
     ]
     return (
@@ -192,6 +192,12 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _head(measured: Provenance) -> str:
     versions = ", ".join(measured.versions)
     return f"Measured on {measured.date} at commit {measured.commit} with {versions}; {measured.machine}."
+
+
+def _command(name: str) -> str:
+    """Return ``bash x.sh (in a fresh clone)`` with the command as code and the remark as text."""
+    command, bracket, remark = name.partition(" (")
+    return f"`{command}`{bracket}{remark}"
 
 
 def _duration(seconds: float) -> str:
