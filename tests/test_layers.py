@@ -114,3 +114,15 @@ def test_folders_can_be_taken_in_at_a_glance() -> None:
         for folder in folders
     }
     assert {name: count for name, count in counts.items() if count > most.get(name, 13)} == {}
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    """Ruff's D401 passes over properties and over nouns."""
+    nouns = {"A", "An", "The", "What", "Whether", "How", "Which", "Where", "One", "All", "Its", "This"}
+    found = [
+        f"{name}.{node.name}"
+        for name, text in sources().items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or "x").split()[0] in nouns
+    ]
+    assert found == []
