@@ -62,5 +62,10 @@ def explained(failure: str, fix: str) -> Iterator[None]:
 def _reason(error: OSError | ValidationError) -> str:
     if isinstance(error, OSError):
         return error.strerror or in_one_line(error)
+    return first_fault(error)
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return where a record first differs from what was expected, and how."""
     fault = error.errors()[0]
     return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))

@@ -26,6 +26,7 @@ from stages.records.formats import QuantSpec
 from stages.records.results import ExportRecipe, QuantizedTable, QuantizedWeight, SiteReport, SolvedGroup
 from stages.records.sites import MatMulSite
 from stages.system.atomic import atomic_file, is_occupied
+from stages.system.json_file import first_fault
 from stages.system.paths import reachable
 
 RECIPE = "recipe.json"
@@ -206,8 +207,9 @@ def open_store(folder: Path) -> QuantizedStore:
         recipe = _RECIPES.validate_json(path.read_bytes())
         require_recipe(recipe)
     except (OSError, ValidationError, InvalidFile) as error:
+        reason = first_fault(error) if isinstance(error, ValidationError) else in_one_line(error)
         raise OptionError(
-            f"{path} can't be read ({_in_short(error)}); pass the folder that stages.quantize wrote its weights to."
+            f"{path} can't be read ({reason}); pass the folder that stages.quantize wrote its weights to."
         ) from error
     return QuantizedStore(folder, recipe)
 
@@ -263,13 +265,6 @@ def _summary(recipe_file: Path) -> str:
         return str(json.loads(recipe_file.read_text(encoding="utf-8"))["summary"])
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return "unreadable recipe.json"
-
-
-def _in_short(error: OSError | ValidationError | InvalidFile) -> str:
-    if not isinstance(error, ValidationError):
-        return in_one_line(error)
-    fault = error.errors()[0]
-    return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
 
 
 def _entry(metadata: dict[str, str] | None, key: str) -> str:
