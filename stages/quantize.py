@@ -76,8 +76,8 @@ def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | No
         destination = _destination(config, directory)
         prepared = prepare(config, directory)
     store, choice = prepared.store, prepared.plan.choice
-    if config.parsed_target is not None:
-        yield Section(name="formats", table=choice_table(config.parsed_target, choice), record=choice)
+    if prepared.plan.target is not None:
+        yield Section(name="formats", table=choice_table(prepared.plan.target, choice), record=choice)
     read_report(store.folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)

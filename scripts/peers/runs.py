@@ -67,7 +67,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
     """
     base = locate_model(config.base)
     model = load_graph(base)
-    plan = plan_model(QuantizeConfig(onnx_path=config.base, output_path=config.output), model, base)
+    plan = plan_model(QuantizeConfig(onnx_path=config.base, output_path=config.output, target="any"), model, base)
     exclude = [name for name, _ in plan.sites.skipped]
     return [
         *(_ort(request, base, exclude, config) for request in ort_requests(config)),
@@ -81,14 +81,14 @@ def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ONNX Runtime's requests; only its default method has the choice of zero points, the others write them."""
     for size in filter(None, config.block_size):
         for method in config.ort:
-            for zero_point in config.use_zero_point if method == "default" else (True,):
+            for zero_point in _zero_points(config) if method == "default" else (True,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
 
 
 def builder_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield the requests to onnxruntime-genai's builder, where the base model's source is known."""
     for size in filter(None, config.block_size) if config.builder_source is not None else ():
-        for zero_point in config.use_zero_point:
+        for zero_point in _zero_points(config):
             yield PeerRequest(method="int4", block_size=size, use_zero_point=zero_point)
 
 
@@ -96,8 +96,13 @@ def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ModelOpt's requests; rounding and awq_clip know no zero points."""
     for size in filter(None, config.block_size):
         for method in config.modelopt:
-            for zero_point in config.use_zero_point if method in ("awq_lite", "awq_full") else (False,):
+            for zero_point in _zero_points(config) if method in ("awq_lite", "awq_full") else (False,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
+
+
+def _zero_points(config: PeerConfig) -> tuple[bool, ...]:
+    """Return the choices of zero points; where our own target decides, the others have none."""
+    return tuple(dict.fromkeys(map(bool, config.use_zero_point)))
 
 
 def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:

@@ -324,13 +324,6 @@ class QuantizeConfig(
         return ExportOptions(accuracy_level=self.accuracy_level, verify=self.verify)
 
     @property
-    def excluded(self) -> str:
-        """Return the patterns of sites that stay unquantized."""
-        if self.exclude is not None:
-            return self.exclude
-        return "" if self.has_budget else "lm_head"
-
-    @property
     def needs_cache(self) -> bool:
         """Return whether the search reads calibration statistics."""
         return self.has_budget or self.tunes_blocks or self.algo not in ("rtn", "rtn_dq")
