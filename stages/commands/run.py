@@ -49,12 +49,13 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
         program: what people typed, in whose form messages spell our commands.
     """
     console, is_first = Console(stderr=True), _is_first_process()
-    silent = options.printing.quiet or not is_first
-    output = open_output(program, as_json=options.printing.json and is_first, quiet=silent)
+    printing = options.printing
+    silent = printing.quiet or not is_first
+    output = open_output(program, as_json=printing.json and is_first, quiet=silent, verbose=printing.verbose)
     try:
         # Bars and messages share a console, so that neither overwrites the other.
         with (
-            logging_to(console, options.printing, program, errors_only=not is_first),
+            logging_to(console, printing, program, errors_only=not is_first),
             progress_on(Console(quiet=True) if silent else console),
         ):
             code = _run(options, command, output)
