@@ -30,8 +30,9 @@ def require(condition: bool, message: str) -> None:
 
 def default_folder(path: Path, suffix: str) -> Path:
     """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
-    folder = path.absolute()
-    folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
+    folder = path.parent if path.suffix.lower() == ".onnx" else path
+    if folder.name in ("", ".."):
+        folder = folder.absolute()
     try:
         return sibling_folder(folder, suffix)
     except ValueError as error:
