@@ -34,14 +34,15 @@ class EvaluateConfig(CommandOptions):
     model: tuple[Path, ...]
     """Models to compare: .onnx files or folders."""
     text: str = "offline"
-    """A UTF-8 text file, or offline: topics of CPython's documentation that calibration never sees."""
+    """A UTF-8 text file, or a text that needs no download: offline (topics of CPython's documentation that calibration
+    never sees), code (of Python's standard library), notices (terms of licences)."""
     windows: int = 16
     """Number of windows of seq_len tokens, from the beginning of the text."""
     seq_len: int = 512
     """Tokens in each window."""
-    accuracy_level: AccuracyLevel = 1
-    """Accuracy level of all models alike: 1 keeps activations in float32 on CPU, the runtime's own default 4 rounds
-    them to int8."""
+    accuracy_level: AccuracyLevel | None = None
+    """Accuracy level of all models alike, but for MatMulNBits nodes that name their own: 1 keeps activations in float32
+    on CPU, 4 rounds them to int8. Default: that of each model's own files, at which it is used."""
     eps: str = "cpu"
     """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
     worst: int = 10
@@ -143,7 +144,7 @@ class BenchConfig(CommandOptions):
     cache_dir: Path | None = None
     """Calibration cache. Default: the model's folder name with .calibration added."""
     text: tuple[str, ...] = ("offline",)
-    """UTF-8 text files, or offline, to evaluate on. Text that was calibrated on is refused."""
+    """UTF-8 text files, or offline, code or notices, to evaluate on. Text that was calibrated on is refused."""
     windows: int = 16
     """Number of windows of seq_len tokens from each text."""
     seq_len: int = 512

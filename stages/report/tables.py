@@ -27,7 +27,7 @@ def accuracy_tables(evaluation: Evaluation, name: str) -> TableGroup:
         name=name,
         heading=f"Accuracy on {comparison.text}",
         text=f"{base.accuracy.tokens} predicted tokens in {comparison.windows} windows of {comparison.seq_len}; KL is "
-        f"KL({base.name} || model) in nats; accuracy level {comparison.accuracy_level}; ONNX Runtime, "
+        f"KL({base.name} || model) in nats; {evaluation.levels}; ONNX Runtime, "
         f"{', '.join(comparison.providers)}.{note}",
         tables=(table(headings, [_accuracy_row(row, base) for row in evaluation.rows]),),
     )

@@ -15,7 +15,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.chat import Message
-from stages.calibration.text.offline import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
+from stages.calibration.text.offline import (
+    CALIBRATION_TITLE,
+    DOCUMENT_CHARACTERS,
+    gather,
+    offline_calibration_documents,
+    paragraphs,
+)
 from stages.calibration.text.tokenizer import why_unreachable
 from stages.errors import UserError, with_class_name
 
@@ -157,7 +163,7 @@ def open_documents(
         return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
     if dataset == OFFLINE:
         texts = offline_calibration_documents()
-        return Documents(title="offline: CPython documentation topics", texts=_shuffled(texts, seed))
+        return Documents(title=f"{OFFLINE}: {CALIBRATION_TITLE}", texts=_shuffled(texts, seed))
     path = Path(dataset)
     if path.suffix not in (".txt", *_TABLES):
         raise UserError(
