@@ -45,7 +45,6 @@ def calibrate_and_quantize(config: DropInConfig) -> Iterator[Section]:
         _LOGGER.info("%s rounds without calibration data: stage one is left out.", config.algo)
     # The output was checked above: what this replaces unasked are at most weights whose output is gone.
     yield from quantize.command(replace(config, overwrite=config.overwrite or config.weights_path is None))
-    _say_next(config)
 
 
 def _without_missing_layers(config: DropInConfig, model: ir.Model) -> DropInConfig:
@@ -114,10 +113,3 @@ def _description(cache: CalibrationCache) -> str:
     size = sum(file.stat().st_size for file in cache.folder.iterdir())
     windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
     return f"{cache.folder} ({size / 1e6:.1f} MB: {key.source}, {windows})"
-
-
-def _say_next(config: DropInConfig) -> None:
-    base, output = locate_model(config.onnx_path), locate_model(config.output_path)
-    _LOGGER.info("next: python -m stages.evaluate --base %s --model %s", base.onnx_file, output.onnx_file)
-    if output.has_genai_config:
-        _LOGGER.info("      python -m scripts.generate --model %s", output.folder)

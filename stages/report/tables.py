@@ -208,14 +208,21 @@ def _checks(verified: VerifyReport) -> list[tuple[str, str]]:
 
 
 def tables_of(evaluation: Evaluation) -> Iterator[Table]:
-    """Yield an evaluation's tables for the terminal."""
-    groups: Sequence[TableGroup | None] = (
+    """Yield an evaluation's tables for the terminal, but for the worst tokens."""
+    yield from _terminal_tables(
         accuracy_tables(evaluation, ""),
-        worst_tables(evaluation, ""),
         answer_tables(evaluation.generations),
         speed_tables(evaluation.speed),
         task_tables(evaluation.tasks),
     )
+
+
+def tables_of_worst(evaluation: Evaluation) -> Iterator[Table]:
+    """Yield the tables of an evaluation's worst tokens for the terminal."""
+    yield from _terminal_tables(worst_tables(evaluation, ""))
+
+
+def _terminal_tables(*groups: TableGroup | None) -> Iterator[Table]:
     for group in groups:
         if group is not None:
             for index, view in enumerate(group.tables):
