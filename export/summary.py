@@ -14,6 +14,7 @@ from export.run import ExportSummary
 from export.verify.fusion import runtime_version
 from stages.records.results import VerifyReport
 from stages.runtime.upcast import UPCAST_REASON
+from stages.system.paths import from_here
 
 _PLACES: dict[How, str] = {
     "norm": "in norms",
@@ -26,7 +27,7 @@ _SHOWN = 3
 
 def export_table(summary: ExportSummary) -> Table:
     """Return a two-column table of the summary; reasons are counted, so it stays short for any model."""
-    table = Table(title=Text(f"written to {summary.onnx_file}"), title_justify="left", show_header=False)
+    table = Table(title=Text(f"written to {from_here(summary.onnx_file)}"), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     rows = [

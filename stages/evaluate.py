@@ -25,8 +25,12 @@ _WINDOWS, _SPEED_ROUNDS = 8, 3
 
 def command(config: EvaluateConfig) -> Iterator[Section]:
     """Evaluate the models."""
+    from stages.report.document import log_report
+
     found = evaluate(config)
     yield from evaluation_sections((found,), record=found)
+    if config.report is not None:
+        log_report(config.report)
 
 
 def evaluation_sections(

@@ -28,7 +28,7 @@ def command(config: SweepConfig) -> Iterator[Section]:
     from stages.evaluation.bench.results import publish, raise_failures, text_results
     from stages.evaluation.bench.runs import measure
     from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
-    from stages.report.document import write_report
+    from stages.report.document import log_report, write_report
     from stages.report.from_runs import sweep_report
     from stages.report.render import render
 
@@ -41,6 +41,7 @@ def command(config: SweepConfig) -> Iterator[Section]:
     results = text_results(run_folder, runs, records, texts, {})
     yield publish(run_folder, results)
     write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
+    log_report(run_folder.folder)
     raise_failures(records)
 
 

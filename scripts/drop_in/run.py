@@ -21,6 +21,7 @@ from stages.errors import CacheMismatch
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, parse_graph
 from stages.model.sites import find_groups
+from stages.model.unquantized import require_float_base
 from stages.quantization.preview.table import preview_table
 from stages.records.sites import layer_of, within_layer
 
@@ -30,7 +31,9 @@ _LOGGER = logging.getLogger(__name__)
 def calibrate_and_quantize(config: DropInConfig) -> Iterator[Section]:
     """Quantize and export the model that ``config`` describes, with statistics of an earlier call where they fit."""
     config.validate()
-    model = parse_graph(locate_model(config.onnx_path))
+    directory = locate_model(config.onnx_path)
+    model = parse_graph(directory)
+    require_float_base(model, directory)
     config = _without_missing_layers(config, model)
     if config.dry_run:
         found = quantize.preview(_with_found_cache(config), config)
