@@ -15,7 +15,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.options import CommandOptions, RunConfig
 from stages.commands.output import Section
-from stages.commands.parsing import parse_options
+from stages.commands.parsing import name_bare_words, parse_options
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
 from stages.inspect import __main__ as inspect
@@ -54,7 +54,10 @@ def main() -> None:
     if sys.argv[1:2] == ["--version"]:
         print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
         return
-    options = parse_options(_OPTIONS, PROGRAM, _DESCRIPTION)
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["quantize"]:
+        arguments[1:] = name_bare_words(arguments[1:], QuantizeConfig, quantize.POSITIONAL)
+    options = parse_options(_OPTIONS, PROGRAM, _DESCRIPTION, arguments)
     assert isinstance(options, CommandOptions)
     name, command = next((name, command) for name, (kind, command) in _COMMANDS.items() if type(options) is kind)
     run_parsed(options, command, f"{PROGRAM} {name}")

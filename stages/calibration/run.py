@@ -14,7 +14,7 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit
 from stages.calibration.summary import CalibrationSummary, PassSummary
-from stages.calibration.text.windows import load_windows
+from stages.calibration.text.windows import choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
@@ -41,11 +41,12 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     config.validate()
     started = time.perf_counter()
     processes = join_processes()
+    dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
     with ExitStack() as until_the_end:
         with processes.main_process_first():
             require_place(config.cache_path)
             folder = scratch_folder(config.cache_path, owner=processes.is_first)
-            capture = _prepare(config, processes, until_the_end.enter_context(folder))
+            capture = _prepare(config, dataset, processes, until_the_end.enter_context(folder))
             key = _cache_key(capture)
             if _existing_difference(config, key) == "":
                 return _current(config)
@@ -75,7 +76,17 @@ def _run(config: CalibrateConfig, capture: Capture, key: CacheKey, started: floa
     return _summary(config, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
 
-def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path) -> Capture:
+def _dataset(config: CalibrateConfig) -> str:
+    """Return the data sets to calibrate on; log why they aren't the default ones."""
+    if config.use_random_calib:
+        return ""
+    chosen = choose_dataset(config, locate_model(config.onnx_path))
+    if chosen.note:
+        _LOGGER.info("%s", chosen.note)
+    return chosen.dataset
+
+
+def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
     device = choose_device(config.device)
     directory = locate_model(config.onnx_path)
     _require_context(config.seq_len, directory)
@@ -85,7 +96,7 @@ def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path) -> Ca
         model=model,
         directory=directory,
         groups=find_groups(model),
-        windows=load_windows(config, directory, choice.names),
+        windows=load_windows(config, directory, dataset, choice.names),
         batch_size=config.batch_size,
         device=device,
         choice=choice,

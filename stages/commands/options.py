@@ -30,8 +30,9 @@ def require(condition: bool, message: str) -> None:
 
 def default_folder(path: Path, suffix: str) -> Path:
     """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
-    folder = path.absolute()
-    folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
+    folder = path.parent if path.suffix.lower() == ".onnx" else path
+    if folder.name in ("", ".."):
+        folder = folder.absolute()
     try:
         return sibling_folder(folder, suffix)
     except ValueError as error:
@@ -44,6 +45,8 @@ class OutputOptions:
 
     quiet: Flag = False
     """Print only warnings and errors; exit codes stay the same."""
+    verbose: Flag = False
+    """Print details too: the worst tokens, tables of single layers, commands that make a model of a sweep again."""
     json: Flag = False
     """Print the results as one JSON document on standard output, in place of tables."""
     log_level: LogLevel = "info"

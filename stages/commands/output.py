@@ -31,6 +31,8 @@ class Section:
     """For people."""
     record: object
     """For programs: the same in dataclasses and plain values."""
+    detail: bool = False
+    """Whether people see it only with --verbose; programs always get it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,13 @@ class TablePrinter:
     """Prints each table as soon as its section is there."""
 
     console: Console
+    verbose: bool = False
+    """Whether details are printed too."""
 
     def show(self, section: Section) -> None:
-        """Print the table of ``section``."""
+        """Print the table of ``section``, unless it is a detail and those aren't wanted."""
+        if section.detail and not self.verbose:
+            return
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = _FILE_WIDTH
         self.console.print(
@@ -74,15 +80,16 @@ class JsonOutput:
 Output = TablePrinter | JsonOutput
 
 
-def open_output(command: str, *, as_json: bool, quiet: bool) -> Output:
+def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = False) -> Output:
     """Return the printer for the results of ``command``.
 
     Args:
         command: what people typed.
         as_json: print a JSON document, also where ``quiet``.
         quiet: print no tables.
+        verbose: print details too.
     """
-    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet))
+    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet), verbose)
 
 
 def as_called(text: str, program: str) -> str:

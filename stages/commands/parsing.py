@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
@@ -38,18 +38,60 @@ _REWRITTEN = object()
 """Marks options whose help is already being rewritten."""
 
 
-def parse_options(options_type: object, program: str, description: str | None = None) -> object:
-    """Return ``sys.argv`` as ``options_type``; leave with the help text or an error, as tyro does.
+def parse_options(
+    options_type: object, program: str, description: str | None = None, arguments: Sequence[str] | None = None
+) -> object:
+    """Return a command line as ``options_type``; leave with the help text or an error, as tyro does.
 
     Args:
         options_type: a dataclass of options, or a union of them, of which each is a subcommand.
         program: what people typed, for the help text.
         description: what the help text begins with; None: the docstring of ``options_type``.
+        arguments: the words behind ``program``; None: those of ``sys.argv``.
     """
     parsed: object = tyro.cli(
-        cast(type, options_type), prog=program, description=description, use_underscores=True, registry=_HELP
+        cast(type, options_type),
+        prog=program,
+        description=description,
+        use_underscores=True,
+        registry=_HELP,
+        args=arguments,
     )
     return parsed
+
+
+def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequence[str]) -> list[str]:
+    """Return ``arguments`` with an option before each bare word: the first of ``names`` that isn't given yet.
+
+    A word is bare where no option takes it as its value; an unknown option counts as taking one.
+
+    Args:
+        arguments: the words of a command line.
+        options_type: a dataclass whose options take one value each, or none.
+        names: options that a bare word may be the value of, in this order.
+    """
+    flags = _flags(options_type)
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    left, named, is_value = [name for name in names if name not in given], list[str](), False
+    for word in arguments:
+        if not is_value and not word.startswith("-") and left:
+            named.append(f"--{left.pop(0)}")
+        named.append(word)
+        option, equals, _ = word[2:].partition("=")
+        takes_value = not equals and not flags.get(option.replace("-", "_"), False)
+        is_value = word.startswith("--") and not is_value and takes_value
+    return named
+
+
+def _flags(options_type: type) -> dict[str, bool]:
+    """Return the options of a dataclass and of those in it, with whether each takes no value."""
+    found = {"help": True}
+    for name, hint in get_type_hints(options_type).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _flags(cast(type, hint))
+        else:
+            found |= {name: hint is bool, f"no_{name}": True} if hint is bool else {name: False}
+    return found
 
 
 @_HELP.struct_rule

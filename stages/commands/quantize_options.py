@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
 from stages.commands.parsing import Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
@@ -43,7 +44,7 @@ class ExportOptions:
 
 # The groups have no slots, so that one class can inherit from several.
 @dataclass(frozen=True, kw_only=True)
-class _ModelOptions:
+class _ModelOptions(CommandOptions):
     """The base model and the output."""
 
     onnx_path: Path
@@ -96,7 +97,8 @@ class _FolderOptions:
     """The folders between the stages."""
 
     cache_dir: Path | None = None
-    """Calibration cache. Default: the model's folder name with .calibration added. rtn and rtn_dq need none."""
+    """Calibration cache, made where there is none. Default: the model's folder name with .calibration added. rtn and
+    rtn_dq need none."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export. Default: the output folder's name with .weights added."""
 
@@ -246,9 +248,9 @@ class _SearchOptions:
 # The groups stand in reverse: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(
-    _SearchOptions, _StorageOptions, _FormatOptions, _FolderOptions, _AlgorithmOptions, _ModelOptions, CommandOptions
+    _SearchOptions, _StorageOptions, _FormatOptions, _FolderOptions, _AlgorithmOptions, TextOptions, _ModelOptions
 ):
-    """Search quantized weights from the cache, save them, and export the model."""
+    """Quantize a base model: calibrate where that wasn't done yet, search quantized weights, and export the model."""
 
     exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
     """Comma-separated parts of the names of nodes to leave unquantized; '' quantizes all. Default: lm_head, or with a
@@ -260,18 +262,32 @@ class QuantizeConfig(
     verify: Verification = "full"
     """Checks of the result. full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs.
     off: none."""
+    evaluate: Flag = False
+    """Compare the result with the base model on text of other kinds than it was calibrated on: KL divergence,
+    perplexity, most likely tokens and, with onnxruntime-genai, decoding speed."""
     dry_run: Flag = False
     """Say what would be done, without doing it: every site's format, where input scales go, bytes, memory, seconds.
     Only the graph is read, and for a budget the calibration cache, if there is one."""
     device: str = "auto"
     """Device of the search: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False
-    """Replace an existing output (and quantized weights of other options)."""
+    """Replace an existing output, quantized weights of other options, and a calibration of other text."""
 
     @property
     def cache_path(self) -> Path:
         """Return the folder of the calibration cache."""
         return self.cache_dir or default_folder(self.onnx_path, ".calibration")
+
+    @property
+    def calibration(self) -> CalibrateConfig:
+        """Return how stage one makes the cache."""
+        return CalibrateConfig(
+            onnx_path=self.onnx_path,
+            cache_dir=self.cache_path,
+            device=self.device,
+            overwrite=self.overwrite,
+            **self.text_options,
+        )
 
     @property
     def weights_folder(self) -> Path:
@@ -297,6 +313,7 @@ class QuantizeConfig(
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
+        self._check_text()
         self._check_formats()
         self._check_storage()
         self._check_algorithm()

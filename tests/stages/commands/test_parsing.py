@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.commands.options import CommandOptions
-from stages.commands.parsing import Target, parse_options, parse_size, parse_target
+from stages.commands.parsing import Target, name_bare_words, parse_options, parse_size, parse_target
 from stages.errors import OptionError
 
 
@@ -36,6 +36,22 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
     options = parse_options(_Config, "program")
     assert isinstance(options, _Config)
     assert (options.first, options.cache_dir, options.printing.quiet) == (4, Path("a"), True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("in 5", "--cache_dir in --first 5"),
+        ("--quiet in --patterns x 5", "--quiet --cache_dir in --patterns x --first 5"),
+        ("--log-level=debug in --first 5", "--log-level=debug --cache_dir in --first 5"),
+        ("--cache_dir in 5", "--cache_dir in --first 5"),
+        ("--unknown x in", "--unknown x --cache_dir in"),
+        ("in -5", "--cache_dir in -5"),
+        ("in 5 more", "--cache_dir in --first 5 more"),
+    ],
+)
+def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:
+    assert name_bare_words(typed.split(), _Config, ("cache_dir", "first")) == meant.split()
 
 
 def test_help_is_in_paragraphs_and_names_no_empty_default(
