@@ -271,8 +271,15 @@ def _times(task: Task) -> str:
     """Return how long a task took, or has taken and will take: 12 s, 1 min 3 s left."""
     if task.finished:
         return f"in {duration(_elapsed(task))}"
+    return ", ".join(filter(None, (duration(_elapsed(task)), _left(task))))
+
+
+def _left(task: Task) -> str:
+    """Return the time left, which is an estimate in whole seconds; nothing where there is none."""
     left = task.time_remaining
-    return duration(_elapsed(task)) + (f", {duration(float(left))} left" if left and _state(task).done else "")
+    if not left or not _state(task).done:
+        return ""
+    return f"{left:.0f} s left" if left < 60 else f"{duration(float(left))} left"
 
 
 def _details(task: Task) -> str:
@@ -285,11 +292,10 @@ def _line(task: Task) -> str:
         return ", ".join(
             filter(None, (f"{task.description}: {_count(task)} in {duration(_elapsed(task))}", _state(task).note))
         )
-    left = task.time_remaining
     parts = (
         f"{_count(task)} ({_part(task):.0%})",
         _rate(task),
-        f"{duration(float(left))} left" if left and _state(task).done else "",
+        _left(task),
         _details(task),
     )
     return f"{task.description}: {', '.join(filter(None, parts))}"

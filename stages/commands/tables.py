@@ -131,15 +131,8 @@ class DataTable:
             below.append(leaving.pop(0))
             kept.remove(below[-1])
         widths = {index: min(least[index], width) for index in kept}
-        spare = max(width - _total(list(widths.values())), 0)
-        wanted = {
-            index: max(_widest(cells[index]), cell_len(self.columns[index].heading)) - widths[index] for index in kept
-        }
-        # What needs least gets it first, so that the room for long sentences is what numbers and names leave.
-        for position, index in enumerate(sorted(kept, key=lambda index: wanted[index])):
-            granted = max(0, min(wanted[index], spare // (len(kept) - position)))
-            widths[index] += granted
-            spare -= granted
+        for wanted in ([_widest(column) for column in cells], [cell_len(column.heading) for column in self.columns]):
+            _widen(widths, wanted, width)
         shown = [_Shown(index=index, column=self.columns[index], width=widths[index]) for index in kept]
         return shown, sorted(below)
 
@@ -223,6 +216,16 @@ def _side_by_side(shown: Sequence[_Shown], cells: Sequence[str]) -> Iterator[str
             lines[number] if number < len(lines) else " " * each.width for each, lines in zip(shown, parts, strict=True)
         ]
         yield (" " * _GAP).join(pieces).rstrip()
+
+
+def _widen(widths: dict[int, int], wanted: Sequence[int], room: int) -> None:
+    """Share what is left of ``room`` among columns that want more: what needs least gets it first."""
+    spare = max(room - _total(list(widths.values())), 0)
+    lacks = {index: max(wanted[index] - width, 0) for index, width in widths.items()}
+    for position, index in enumerate(sorted(widths, key=lambda index: lacks[index])):
+        granted = min(lacks[index], spare // (len(widths) - position))
+        widths[index] += granted
+        spare -= granted
 
 
 def _titled(title: str, width: int) -> Iterator[Text]:

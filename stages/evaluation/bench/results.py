@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Group
+from rich.text import Text
 
 from stages.commands.output import Section, unwrapped
 from stages.commands.tables import Column, DataTable
@@ -148,13 +149,15 @@ def _beats(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return size <= other_size * (1 + _SAME_SIZE) if loss < other_loss else loss == other_loss and size < other_size
 
 
-def publish(run_folder: RunFolder, results: Sequence[TextResults]) -> Section:
-    """Return a table for each text and every model's command, and write the same into the folder as table.md."""
+def publish(run_folder: RunFolder, results: Sequence[TextResults]) -> Iterator[Section]:
+    """Yield a table for each text, then every model's command, and write the same into the folder as table.md."""
     lines = [f"{model.name}: {model.command}" for model in results[0].models]
-    tables = [results_table(each) for each in results]
     with explain_write_errors(run_folder.folder):
         write_whole(run_folder.folder / TABLE, ("\n".join([*map(_as_markdown, results), *lines]) + "\n").encode())
-    return Section(name="results", table=Group(*tables, unwrapped("\n".join(lines))), record=results)
+    where = f"The commands that make these models stand in {run_folder.folder / TABLE}."
+    yield Section(name="results", table=Group(*map(results_table, results), Text(where)), record=results)
+    commands = {model.name: model.command for model in results[0].models}
+    yield Section(name="commands", table=unwrapped("\n".join(lines)), record=commands, detail=True)
 
 
 def raise_failures(records: Mapping[str, Record]) -> None:

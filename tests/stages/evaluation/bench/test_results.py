@@ -123,7 +123,10 @@ def test_runs_without_a_record_have_no_result() -> None:
 def test_what_is_published_is_in_the_folder_too(tmp_path: Path) -> None:
     folder = RunFolder(folder=tmp_path, inputs="i", retry_failed=False)
     results = [results_of(small=record(10, 0.5)), results_of(small=record(10, 0.25))]
-    assert publish(folder, results).record == results
+    table, commands = publish(folder, results)
+    assert table.record == results
+    assert commands.record == {"small": "make small"}
+    assert commands.detail
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("title")] == ["title", "title"]
     assert lines[-1] == "small: make small"
