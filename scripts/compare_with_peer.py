@@ -43,7 +43,7 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
         records = measure(run_folder, runs, evaluation_texts, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
     results = text_results(run_folder, runs, records, evaluation_texts, notes)
-    yield publish(run_folder, results)
+    yield from publish(run_folder, results)
     write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
     log_report(run_folder.folder)
     speed = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import BenchConfig, SweepGrid
@@ -24,6 +24,12 @@ ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildConfig(CommandOptions):
     """Make an ORT-GenAI base model with onnxruntime-genai's model builder."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--output models/base",
+        "--output models/base --source Qwen/Qwen2.5-0.5B-Instruct --precision fp16",
+        "--output models/int4 --precision int4",
+    )
 
     output: Path
     """Folder for the base model. Must not exist yet."""
@@ -47,6 +53,12 @@ class BuildConfig(CommandOptions):
 class LargeModelConfig(CommandOptions):
     """Write a base model of a real model's shapes with random weights, for benchmarks."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--output models/large",
+        "--output models/large --shape qwen2.5-1.5b",
+        "--output models/large --layers 4 --precision fp32",
+    )
+
     output: Path
     """Folder for the base model. Must not exist yet."""
     shape: LargeShape = "llama-3-8b"
@@ -65,6 +77,12 @@ class LargeModelConfig(CommandOptions):
 class GenerateConfig(CommandOptions):
     """Let models answer a prompt greedily through onnxruntime-genai."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--model models/int4",
+        "--model models/base models/int4",
+        "--model models/int4 --prompt 'What is ONNX?' --max_new_tokens 200",
+    )
+
     model: tuple[Path, ...]
     """ORT-GenAI folders."""
     prompt: str = "What is the capital of France?"
@@ -79,6 +97,12 @@ class PeerConfig(BenchConfig, SweepGrid):
 
     Where both have the choice, block sizes and zero points hold for the competitors too.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output comparison",
+        "--base models/base --output comparison --ort default hqq --speed",
+        "--base models/base --output comparison --builder_source smollm2",
+    )
 
     ort: tuple[OrtMethod, ...] = ("default", "hqq", "k_quant")
     """Methods of ONNX Runtime's MatMulNBitsQuantizer."""
@@ -118,6 +142,12 @@ class TablesConfig(CommandOptions):
     Add results on the machine and at the commit that they were measured on: both are noted with them.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "",
+        "--compare comparison --title SmolLM2-135M-Instruct",
+        "--times 'bash scripts/check.sh --fast' 80",
+    )
+
     compare: Path | None = None
     """An output folder of scripts.compare_with_peer."""
     benchmark: Path | None = None
@@ -138,6 +168,12 @@ class TablesConfig(CommandOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkConfig(CommandOptions):
     """Measure both stages, their parts and a competitor in one run; nothing else should run on the machine."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output benchmark",
+        "--base models/base --output benchmark --algo awq_gptq --rounds 3",
+        "--base models/base --output benchmark --no_competitor",
+    )
 
     base: Path
     """Base model: the .onnx file or its folder."""
@@ -171,6 +207,12 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
 
     Statistics are kept: the next call with another --algo, block size or layer choice goes straight to the search.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base --output_path models/int4 --algo awq_lite",
+        "--onnx_path models/base --output_path models/int4 --calib_size 32",
+        "--onnx_path models/base --output_path models/int4 --dry_run",
+    )
 
     algo: Algorithm = "awq_lite"
     dataset: str | None = "cnn"

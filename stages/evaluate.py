@@ -102,13 +102,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         UserError: an option, a model, a text or a task can't be used.
     """
+    from stages.commands.progress import status
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
     from stages.report.document import Report, read_report
 
     config.validate()
     document = Report() if config.report is None else read_report(config.report)
-    prepared = prepare(config)
+    with status("reading the models and the text"):
+        prepared = prepare(config)
     found = run_evaluation(config, prepared, _earlier(config, document, prepared))
     _keep(config, found, document)
     return found

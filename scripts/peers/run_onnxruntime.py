@@ -6,8 +6,8 @@ The only argument is JSON: ``base`` and ``output`` (.onnx files), ``method`` (de
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from typing import Any
 
 import onnx
@@ -53,4 +53,6 @@ def _algorithm(request: dict[str, Any]) -> WeightOnlyQuantConfig:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("request", type=json.loads, help="a JSON object")
+    main(parser.parse_args().request)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from rich import box
-from rich.table import Table
 
 from scripts.options import PeerConfig
 from stages.commands.progress import Progress
+from stages.commands.tables import Column, DataTable
 from stages.evaluation.bench.runs import EvaluationText
 from stages.evaluation.records import SpeedTest
 from stages.evaluation.speed import measure_speed
 from stages.evaluation.speed_round import SpeedRequest
 from stages.model.directory import ModelDirectory, locate_model
+from stages.records.quantities import counted
 from stages.system.hardware import granted_threads, physical_cores
 
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 64
@@ -73,17 +73,25 @@ def ship(model: ModelDirectory, folder: Path) -> ModelDirectory:
     return locate_model(folder)
 
 
-def speed_table(speed: SpeedTest) -> Table:
+def speed_table(speed: SpeedTest) -> DataTable:
     """Return one row a model: tokens a second while decoding, median and range, and its accuracy level."""
     title = (
-        f"decoding in {speed.runtime}, {speed.threads} threads, on {speed.machine}: {speed.new_tokens} tokens behind "
-        f"{speed.prompt_tokens}, median of {speed.rounds} rounds"
+        f"decoding in {speed.runtime}, {counted(speed.threads, 'thread')}, on {speed.machine}: {speed.new_tokens} "
+        f"tokens behind {speed.prompt_tokens}, median of {counted(speed.rounds, 'round')}"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("model", "tokens/s", "slowest to fastest", "accuracy level"):
-        table.add_column(heading)
-    for model in speed.models:
-        rate = model.decode
-        spread = f"{rate.slowest:.1f} to {rate.fastest:.1f}"
-        table.add_row(model.model, f"{rate.median:.1f}", spread, model.accuracy_level)
-    return table
+    columns = (
+        Column(heading="model"),
+        Column(heading="tokens/s", is_number=True),
+        Column(heading="slowest to fastest", is_number=True),
+        Column(heading="accuracy level"),
+    )
+    rows = tuple(
+        (
+            model.model,
+            f"{model.decode.median:.1f}",
+            f"{model.decode.slowest:.1f} to {model.decode.fastest:.1f}",
+            model.accuracy_level,
+        )
+        for model in speed.models
+    )
+    return DataTable(title=title, columns=columns, rows=rows)

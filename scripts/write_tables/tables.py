@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.write_tables.results import (
@@ -24,6 +19,7 @@ from scripts.write_tables.results import (
 from scripts.write_tables.support_matrix import markdown
 from stages.commands.quantize_options import Algorithm
 from stages.evaluation.bench.results import MeasuredModel, TextResults
+from stages.records.quantities import duration
 
 NOTHING = "No figures yet: `python -m scripts.write_tables` writes them here."
 _README_MODEL = "SmolLM2-135M-Instruct"
@@ -48,7 +44,7 @@ def readme_times(results: Sequence[Result]) -> str:
     """Return how long the README's commands take."""
     found = [one for one in results if isinstance(one, TimesResult)]
     tables = [
-        _table(("command", "time"), [(_command(name), _duration(seconds)) for name, seconds in one.seconds.items()])
+        _table(("command", "time"), [(_command(name), duration(seconds)) for name, seconds in one.seconds.items()])
         for one in found
     ]
     return (
@@ -171,16 +167,9 @@ def _benchmark(result: BenchmarkResult) -> Iterator[str]:
     yield f"### {result.title}"
     yield _head(result.provenance)
     for table in benchmark_tables(result.benchmark):
-        title = str(table.title)
+        title = table.title
         yield f"{title[:1].upper()}{title[1:]}:"
-        yield _as_markdown(table)
-
-
-def _as_markdown(table: Table) -> str:
-    page = io.StringIO()
-    table.title, table.box, table.padding = None, box.MARKDOWN, (0, 1)
-    Console(file=page, width=1000).print(table)
-    return "\n".join(line.strip() for line in page.getvalue().splitlines() if line.strip())
+        yield table.as_markdown().rstrip()
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -198,11 +187,6 @@ def _command(name: str) -> str:
     """Return ``bash x.sh (in a fresh clone)`` with the command as code and the remark as text."""
     command, bracket, remark = name.partition(" (")
     return f"`{command}`{bracket}{remark}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -18,6 +18,12 @@ Keep = Literal["all", "best", "none"]
 class InspectConfig(CommandOptions):
     """Explain a model from any quantizer, a calibration cache, quantized weights, or a sweep, without running it."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/int4",
+        "models/base.calibration",
+        "models/int4 --json --quiet",
+    )
+
     path: Annotated[Path, tyro.conf.Positional]
     """The folder, or an .onnx file."""
 
@@ -28,6 +34,12 @@ class EvaluateConfig(CommandOptions):
 
     On request also answers to prompts, lm-eval's tasks, speed and memory.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --model models/int4",
+        "--base models/base --model models/int4 models/int8 --speed",
+        "--base models/base --model models/int4 --generate 'What is ONNX?'",
+    )
 
     base: Path
     """Base model: the .onnx file or its folder. Its tokenizer is used for all models."""
@@ -93,6 +105,12 @@ class EvaluateConfig(CommandOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig(CommandOptions):
     """Make a report's page from its report.json, or a new report of quantized weights."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/int4.weights/report",
+        "report --weights_path models/int4.weights",
+        "report --weights_path models/int4.weights --base models/base --model models/int4",
+    )
 
     report: tyro.conf.Positional[Path]
     """The report's folder."""
@@ -164,6 +182,12 @@ class SweepConfig(BenchConfig, SweepGrid):
 
     To continue a stopped sweep, run the same command again.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output sweep",
+        "--base models/base --output sweep --algo gptq awq_gptq --block_size 32",
+        "--base models/base --output sweep --options '' 'layers_8bit=down_proj' --keep best",
+    )
 
     no_evaluation: Flag = False
     """Run no model; compare only held-out layer losses."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -70,6 +70,12 @@ class CommandOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(CommandOptions):
     """Do a whole run that one file describes: calibrate if the search needs it, quantize, export, evaluate."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "run.yaml",
+        "run.yaml --dry_run",
+        "run.yaml --json --quiet",
+    )
 
     config: Annotated[Path, tyro.conf.Positional]
     """YAML (or JSON) with the sections calibrate, quantize, export and evaluate, each with that command's options; or

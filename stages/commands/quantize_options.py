@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -58,13 +58,13 @@ class _AlgorithmOptions:
     """The algorithm, and the tuning of decoder blocks after it."""
 
     algo: Algorithm = "awq_gptq"
-    """rtn: plain rounding, Q->DQ nodes. rtn_dq: plain rounding, DQ nodes. awq_lite: input scale search. awq_clip: range
-    search. awq_full: both. gptq: range search, then GPTQ, whose codes compensate for each other's errors. awq_gptq:
-    awq_full, then GPTQ. signround: another algorithm's result, tuned decoder block by decoder block with gradients
-    (AutoRound)."""
+    """How weights are searched, from plain rounding to the most accurate. rtn: plain rounding, Q->DQ nodes. rtn_dq:
+    plain rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search. awq_full: both. gptq: range search,
+    then GPTQ, whose codes compensate for each other's errors. awq_gptq: awq_full, then GPTQ. signround: another
+    algorithm's result, tuned decoder block by decoder block with gradients (AutoRound)."""
     refine: bool = False
-    """Go through the decoder blocks once more after the search and solve each layer again for the inputs that the
-    quantized layers before it really produce, so that it compensates for their errors."""
+    """Solve each layer once more after the search. It is solved for the inputs that the quantized layers before it
+    really produce, so that it compensates for their errors."""
     signround_start: OneShot = "awq_gptq"
     """Algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -120,20 +120,22 @@ class _FormatOptions:
     """Which of the other layers enable_mixed_quant takes: modelopt (the first of every three) or llamacpp (the
     last)."""
     target_bpw: float | None = None
-    """Bits per weight to spend, scales and zero points included, over the sites that are quantized: INT4 in blocks of
-    128, 64 or 32, or INT8, whichever serves each site best, and lm_head quantized or not, unless lm_head is given."""
+    """Bits per weight to spend, scales and zero points included, over the sites that are quantized. Each site gets INT4
+    in blocks of 128, 64 or 32, or INT8, whichever serves it best, and lm_head is quantized or not, unless lm_head is
+    given."""
     target_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-    """The same, for a model (.onnx file and external data, embeddings included) of at most 1.1GB, 900MB or 850MiB."""
+    """Bytes to spend: the model (.onnx file and external data, embeddings included) takes at most 1.1GB, 900MB or
+    850MiB. Formats are chosen as for target_bpw."""
     sensitivity: Sensitivity | None = None
     """How target_bpw and target_size judge what a site's error does to the answers. cache (default): from the
     statistics only. measured: the model runs once for each group of sites with that group quantized, on a few
     calibration windows; the result is kept beside the statistics."""
     plan: Path | None = None
-    """A plan.toml with the format of every site, as runs with target_bpw or target_size write it beside the quantized
+    """A plan.toml with the format of every site. Runs with target_bpw or target_size write it beside the quantized
     weights; it may be edited."""
     layers_8bit: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = ""
-    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8, in place
-    of enable_mixed_quant's choice."""
+    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8. They stand
+    in place of enable_mixed_quant's choice."""
     int8_block_size: int | PerChannelWord | None = None
     """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel.
     Default: channel, or what suits --target best."""
@@ -252,6 +254,12 @@ class QuantizeConfig(
 ):
     """Quantize a base model: calibrate where that wasn't done yet, search quantized weights, and export the model."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/base models/int4 --evaluate",
+        "models/base models/int4 --target_size 900MB",
+        "models/base models/int4 --dry_run",
+    )
+
     exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
     """Comma-separated parts of the names of nodes to leave unquantized; '' quantizes all. Default: lm_head, or with a
     budget (target_bpw, target_size) nothing, since the budget decides about lm_head too."""
@@ -266,8 +274,8 @@ class QuantizeConfig(
     """Compare the result with the base model on text of other kinds than it was calibrated on: KL divergence,
     perplexity, most likely tokens and, with onnxruntime-genai, decoding speed."""
     dry_run: Flag = False
-    """Say what would be done, without doing it: every site's format, where input scales go, bytes, memory, seconds.
-    Only the graph is read, and for a budget the calibration cache, if there is one."""
+    """Say what would be done, without doing it. That is every site's format, where input scales go, bytes, memory,
+    seconds. Only the graph is read, and for a budget the calibration cache, if there is one."""
     device: str = "auto"
     """Device of the search: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False
@@ -359,6 +367,12 @@ class QuantizeConfig(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig(CommandOptions):
     """Write saved quantized weights into the base graph again, without searching."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base --weights_path models/int4.weights --output_path models/again",
+        "--onnx_path models/base --weights_path int4.weights --output_path nbits --weight_operator matmul_nbits",
+        "--onnx_path models/base --weights_path int4.weights --output_path fast --accuracy_level 4",
+    )
 
     onnx_path: Path
     """The base model that the weights were made from."""

@@ -219,6 +219,9 @@ def open_store(folder: Path) -> QuantizedStore:
     try:
         recipe = _RECIPES.validate_json(path.read_bytes())
         require_recipe(recipe)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        lacks = f"has no {RECIPE}, so it holds no quantized weights" if folder.is_dir() else "is not a folder"
+        raise OptionError(f"{folder} {lacks}; pass the folder that stages.quantize wrote its weights to.") from error
     except (OSError, ValidationError, InvalidFile) as error:
         reason = first_fault(error) if isinstance(error, ValidationError) else in_one_line(error)
         raise OptionError(
