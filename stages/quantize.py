@@ -56,6 +56,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.card.record import save_origin
     from export.run import QuantizedModel, export_model
     from export.summary import export_table
     from stages.model.directory import locate_model
@@ -86,6 +87,7 @@ def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | No
         round_embeddings(prepared.model, store, choose_device(config.device))
     search = search_summary(store, time.perf_counter() - started)
     yield Section(name="search", table=quantization_table(store, search.seconds), record=search)
+    save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
     _write_report(prepared, exported.onnx_file)
     yield Section(name="export", table=export_table(exported), record=exported)

@@ -121,7 +121,7 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
         runtime=runtime,
         model=model,
         tokenizer=tokenizer,
-        has_template=_has_template(folder),
+        has_template=has_chat_template(folder),
         context_length=context_length or _UNKNOWN_CONTEXT,
     )
 
@@ -210,7 +210,8 @@ def runtime_version(option: str) -> str:
     return f"onnxruntime-genai {import_genai(option).__version__}"
 
 
-def _has_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
+    """Return whether the tokenizer in ``folder`` has a chat template."""
     if (folder / f"{_TEMPLATE}.jinja").is_file():
         return True
     config = folder / "tokenizer_config.json"
