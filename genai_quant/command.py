@@ -10,9 +10,9 @@ import tyro
 
 from export import __main__ as export
 from genai_quant import __version__
-from stages import calibrate, evaluate, quantize, sweep
+from stages import calibrate, chat, evaluate, quantize, sweep
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
+from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.help import HELP, HELP_ALL, first_sentence, listing
 from stages.commands.options import CommandOptions, RunConfig
 from stages.commands.output import Section
@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, tuple[type[CommandOptions], Callable[[Any], Iterable[Sect
     "quantize": (QuantizeConfig, quantize.command),
     "export": (ExportConfig, export.command),
     "run": (RunConfig, _run_file),
+    "chat": (ChatConfig, chat.command),
     "evaluate": (EvaluateConfig, evaluate.command),
     "sweep": (SweepConfig, sweep.command),
     "inspect": (InspectConfig, inspect.command),

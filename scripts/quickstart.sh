@@ -27,5 +27,7 @@ fi
 say "3/4 accuracy on text that calibration did not see"
 python -m stages.evaluate --base "$base" --model "$int4" --results "$int4.accuracy.json"
 
-say "4/4 one sentence from both"
-python -m scripts.generate --model "$base" "$int4"
+say "4/4 an answer of both"
+for model in "$base" "$int4"; do
+    python -m stages.chat "$model" --prompt "What is the capital of France?" --max_new_tokens 48
+done

@@ -92,6 +92,7 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
 
 def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
     """Do what ``run`` does for an output that isn't there."""
+    from export.card.record import save_origin
     from export.run import QuantizedModel, export_model
     from export.summary import export_table
     from stages.model.directory import locate_model
@@ -120,6 +121,7 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
         round_embeddings(prepared.model, store, choose_device(config.device))
     search = search_summary(store, store.seconds())
     yield Section(name="search", table=quantization_table(store, search.seconds), record=search, detail=True)
+    save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
     _write_report(prepared, exported.onnx_file)
     yield Section(name="export", table=export_table(exported), record=exported)

@@ -1,7 +1,8 @@
-"""Options of the commands that look at models: inspect, evaluate, report, sweep."""
+"""Options of the commands that look at models: inspect, chat, evaluate, report, sweep."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -26,6 +27,31 @@ class InspectConfig(CommandOptions):
 
     path: Annotated[Path, tyro.conf.Positional]
     """The folder, or an .onnx file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig(CommandOptions):
+    """Chat with a model through onnxruntime-genai, or let it answer one prompt.
+
+    Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends the chat.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """The model's folder."""
+    prompt: str | None = None
+    """Answer this and leave. Standard output holds only the answer."""
+    system: str | None = None
+    """What the model is told before the first message."""
+    max_new_tokens: int = 1024
+    """Most tokens in an answer."""
+    temperature: float = 0.0
+    """0 takes the most likely token, so that answers repeat; above, tokens are drawn: 0.7 is usual."""
+
+    def validate(self) -> None:
+        """Raise OptionError naming the first option that can't be used."""
+        require(self.max_new_tokens >= 1, "--max_new_tokens must be at least 1.")
+        require(0 <= self.temperature < math.inf, "--temperature must be 0 or more.")
+        require(self.prompt is not None or not self.printing.json, "--json goes with --prompt.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ OURS = {
     "stages.calibrate": calibrate_options.CalibrateConfig,
     "stages.quantize": quantize_options.QuantizeConfig,
     "export": quantize_options.ExportConfig,
+    "stages.chat": evaluate_options.ChatConfig,
     "stages.evaluate": evaluate_options.EvaluateConfig,
     "stages.sweep": evaluate_options.SweepConfig,
     "stages.inspect": evaluate_options.InspectConfig,
@@ -36,7 +37,6 @@ OURS = {
     "scripts.compare_with_peer": of_scripts.PeerConfig,
     "scripts.benchmark": of_scripts.BenchmarkConfig,
     "scripts.make_large_model": of_scripts.LargeModelConfig,
-    "scripts.generate": of_scripts.GenerateConfig,
     "scripts.write_tables": of_scripts.TablesConfig,
 }
 """Our commands and their options."""
