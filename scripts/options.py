@@ -36,18 +36,6 @@ class LargeModelConfig(CommandOptions):
     """Replace an output that is there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(CommandOptions):
-    """Let models answer a prompt greedily through onnxruntime-genai."""
-
-    model: tuple[Path, ...]
-    """ORT-GenAI folders."""
-    prompt: str = "What is the capital of France?"
-    """A user's message; wrapped in the model's chat template where it has one."""
-    max_new_tokens: int = 48
-    """Generation stops here, at the end of the first sentence, or where the model ends it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig(BenchConfig, SweepGrid):
     """Quantize one base model with our algorithms and with the competitors', and evaluate all in the same way.

@@ -120,4 +120,4 @@ def _say_next(config: DropInConfig) -> None:
     base, output = locate_model(config.onnx_path), locate_model(config.output_path)
     _LOGGER.info("next: python -m stages.evaluate --base %s --model %s", base.onnx_file, output.onnx_file)
     if output.has_genai_config:
-        _LOGGER.info("      python -m scripts.generate --model %s", output.folder)
+        _LOGGER.info("      genai-quant chat %s", output.folder)

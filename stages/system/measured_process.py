@@ -60,7 +60,7 @@ def _run(command: Sequence[str], log: Path) -> int:
     """Return the exit code of ``command``; if this process is interrupted, end it and what it started."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=_safe_environment()
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=_safe_environment(command[0])
         )
         try:
             return process.wait()
@@ -69,13 +69,13 @@ def _run(command: Sequence[str], log: Path) -> int:
             raise
 
 
-def _safe_environment() -> dict[str, str]:
-    """Return this process's environment with Python told to import nothing from the current folder.
+def _safe_environment(program: str) -> dict[str, str]:
+    """Return the environment for ``program`` in which Python imports nothing from the current folder.
 
-    Where our own packages come from there, as in a clone that isn't installed, they are named.
+    Where our own packages come from there, as in a clone that isn't installed, this Python is told where they are.
     """
     safe = {**os.environ, "PYTHONSAFEPATH": "1"}
-    if sys.path[0] == str(_ROOT):
+    if program == sys.executable and sys.path[0] == str(_ROOT):
         safe["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     return safe
 
