@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 import genai_quant
+from genai_quant.base_models.options import BaseModelConfig
 from genai_quant.command import main
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
@@ -22,6 +23,7 @@ from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = {
+    "base-model": BaseModelConfig,
     "calibrate": CalibrateConfig,
     "quantize": QuantizeConfig,
     "export": ExportConfig,
