@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from stages.report.grades import Grade
 from stages.report.svg import OUTLINES, Shape
 
 UNKNOWN = "-"
@@ -21,12 +23,26 @@ class Column:
     """Whether it holds sentences, which wrap."""
 
 
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """A cell that says whether its number is good: on the page with a word and a colour."""
+
+    text: str
+    grade: Grade
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Cell = str | Graded
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableView:
     """A table of text."""
 
     columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
 
     @property
     def is_wide(self) -> bool:
@@ -50,17 +66,20 @@ class LegendEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """Drawings, with their numbers as a table."""
+    """Drawings and tables under one heading."""
 
     name: str
     """Unique on the page."""
     heading: str
     text: str
-    """What the drawings show, and how to read them."""
-    drawings: tuple[str, ...]
+    """What is shown, and how to read it."""
+    drawings: tuple[str, ...] = ()
     """SVG elements."""
-    legend: tuple[LegendEntry, ...]
-    table: TableView
+    legend: tuple[LegendEntry, ...] = ()
+    tables: tuple[TableView, ...] = ()
+    folded: TableView | None = None
+    """Shown on request: every number of the drawings."""
+    folded_name: str = "Numbers"
     small: bool = False
     """Whether the drawings are small ones, side by side."""
 
@@ -72,16 +91,7 @@ class Tile:
     value: str
     label: str
     note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableGroup:
-    """Tables under one heading."""
-
-    name: str
-    heading: str
-    text: str
-    tables: tuple[TableView, ...]
+    grade: Grade | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +100,12 @@ class Section:
 
     name: str
     heading: str
-    parts: tuple[Figure | TableGroup, ...] = ()
+    parts: tuple[Figure, ...] = ()
+    text: str = ""
 
 
 def table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1, wraps: int | None = None
+    headings: Sequence[str], rows: Sequence[Sequence[Cell]], *, texts: int = 1, wraps: int | None = None
 ) -> TableView:
     """Return a table whose first columns hold text and whose others hold numbers.
 
@@ -124,6 +135,28 @@ def percent(value: float | None) -> str:
 def megabytes(value: int | None) -> str:
     """Return bytes in millions."""
     return number(None if value is None else value / 1e6, ",.1f")
+
+
+def text_name(text: str) -> str:
+    """Return the name of a text without its folders."""
+    return re.split(r"[/\\]", text)[-1]
+
+
+def format_in_words(label: str) -> str:
+    """Describe a format of which only the label is known: 4b32, 8ch."""
+    found = re.fullmatch(r"(\d)(?:b(\d+)|ch)", label)
+    if found is None:
+        return label
+    return f"INT{found[1]}, a scale for every " + (f"{found[2]} weights" if found[2] else "output channel")
+
+
+def span(values: Sequence[float | None], form: Callable[[float], str]) -> str:
+    """Return the smallest and the largest of the known values, once where they read alike."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return UNKNOWN
+    low, high = form(min(known)), form(max(known))
+    return low if low == high else f"{low.removesuffix(' %')} to {high}"
 
 
 def visible(text: str) -> str:
