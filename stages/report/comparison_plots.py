@@ -5,21 +5,18 @@ from __future__ import annotations
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.records import Evaluation, ModelRow
 from stages.report.document import SweepPoint, SweepTable
-from stages.report.grades import grade_divergence, grade_perplexity, grade_top1
 from stages.report.svg import OUTLINES, Axis, Mark, axis_over, chart
-from stages.report.view import (
+from stages.report.values import (
     UNKNOWN,
-    Cell,
-    Figure,
-    Graded,
-    LegendEntry,
-    TableView,
+    grade_divergence,
+    grade_perplexity,
+    grade_top1,
     megabytes,
     number,
     percent,
-    table,
     text_name,
 )
+from stages.report.view import Cell, Figure, Graded, LegendEntry, TableView, table
 
 _NAMED = 12
 """Points at most that all carry their names."""

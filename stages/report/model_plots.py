@@ -9,7 +9,8 @@ from stages.model.sizes import CATEGORIES, SizePart
 from stages.records.sites import short_name
 from stages.report.document import KeptSite, QuantizedSite
 from stages.report.svg import Axis, Part, bars
-from stages.report.view import Figure, LegendEntry, format_in_words, megabytes, percent, table
+from stages.report.values import format_in_words, megabytes, percent
+from stages.report.view import Figure, LegendEntry, table
 
 _KEPT = "not quantized"
 

@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.evaluation.records import Evaluation
 from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Quantization, Report
-from stages.report.grades import SCALE, Grade, grade_divergence, grade_speed
 from stages.report.model_plots import bits_figure, size_figure
 from stages.report.site_plots import site_figure
 from stages.report.tables import (
@@ -22,7 +21,17 @@ from stages.report.tables import (
     verified_tables,
     worst_tables,
 )
-from stages.report.view import Figure, Section, Tile, format_in_words, megabytes, percent, text_name
+from stages.report.values import (
+    SCALE,
+    Grade,
+    format_in_words,
+    grade_divergence,
+    grade_speed,
+    megabytes,
+    percent,
+    text_name,
+)
+from stages.report.view import Figure, Section, Tile
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
@@ -98,7 +107,12 @@ def _matmuls(count: int) -> str:
 def _sections(report: Report) -> list[Section]:
     quantization = report.quantization
     return [
-        Section(name="accuracy", heading="Accuracy and speed", parts=_accuracy(report), text=SCALE),
+        Section(
+            name="accuracy",
+            heading="Accuracy and speed",
+            parts=_accuracy(report),
+            text=SCALE if report.evaluations else "",
+        ),
         Section(name="sweep", heading="Models compared", parts=_sweep(report), text=SCALE),
         Section(name="weights", heading="Weights", parts=() if quantization is None else _weights(quantization)),
         Section(name="use", heading="Token by token", parts=_details(report.evaluations)),

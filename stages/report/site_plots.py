@@ -12,7 +12,8 @@ from stages.records.results import SiteReport
 from stages.records.sites import short_name
 from stages.report.document import QuantizedSite
 from stages.report.svg import Axis, Mark, axis_over, chart
-from stages.report.view import UNKNOWN, Figure, LegendEntry, TableView, format_in_words, megabytes, percent, span, table
+from stages.report.values import UNKNOWN, format_in_words, megabytes, percent, span
+from stages.report.view import Figure, LegendEntry, TableView, table
 
 _ROUNDED = LegendEntry(text="rounded to nearest", shape="ring", css="c0")
 _CHOSEN = LegendEntry(text="as chosen", shape="disc", css="c1")
@@ -30,7 +31,7 @@ def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
         if site.layer is not None and (pair := _losses(site.report)) is not None:
             panels.setdefault(_kind(site), []).append((site, pair))
     pairs = [pair for panel in panels.values() for _, pair in panel]
-    y = axis_over("error of the output", [loss for pair in pairs for loss in pair], log=True, percent=True)
+    y = axis_over("error of the output", [loss for pair in pairs for loss in pair], log=True, shares=True)
     return Figure(
         name="sites",
         heading="Layer by layer",
@@ -51,11 +52,11 @@ def _explain(sites: Sequence[QuantizedSite], pairs: Sequence[_Pair]) -> str:
     where = "text that the search never saw" if unseen else "the calibration text"
     left = mean(chosen / rounded for rounded, chosen in pairs if rounded)
     return (
-        f"Mean squared error of each MatMul's output relative to the output, on {where}; lower is better. The scale is "
-        "logarithmic and the same in all panels. On average the search leaves "
-        f"{percent(left)} of the error of rounding to nearest. Input scale: what the weights are multiplied with before "
-        "rounding, a power (the exponent) of the mean input (activation), the same divided by one of the weights (duo), "
-        "or none. Clip ratio: the part of the largest weight that the codes reach."
+        f"Mean squared error of each MatMul's output relative to the output, on {where}; lower is better, and the "
+        f"scale is logarithmic. On average the search leaves {percent(left)} of the error of rounding to nearest. Input "
+        "scale: what the weights are multiplied with before rounding, a power (the exponent) of the mean input "
+        "(activation), the same divided by one of the weights (duo), or none. Clip ratio: the part of the largest weight "
+        "that the codes reach."
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree
 
+from stages.report.values import percent
+
 Shape = Literal["disc", "ring", "diamond", "square"]
 Number = int | float
 """A pixel, or a value that is drawn."""
@@ -25,7 +27,8 @@ OUTLINES: dict[Shape, str] = {
 
 SMALL, _LARGE = (360, 230), (520, 310)
 """Width and height of a small chart and of a large one: letters stay legible where either is scaled to 430 pixels."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 14, 26, 40
+_TITLE, _RIGHT, _TOP, _BOTTOM = 26, 14, 26, 40
+"""Margins; the labels of the vertical axis come on top of the left one."""
 _BARS, _ROW = 400, 30
 """Length of the longest bar, and height of a bar with its gap."""
 _LETTER, _LINE = 6.6, 15.0
@@ -40,7 +43,7 @@ class Axis:
     Args:
         title: the quantity, with its unit.
         whole: whether only whole numbers are ticks.
-        percent: whether ticks of shares are written as per cent.
+        shares: whether its values are shares, ticked as per cent.
     """
 
     title: str
@@ -48,7 +51,7 @@ class Axis:
     high: Number
     log: bool = False
     whole: bool = False
-    percent: bool = False
+    shares: bool = False
 
     def share(self, value: Number) -> float:
         """Return the place of ``value``: 0 at the low end, 1 at the high one. A logarithmic axis puts zero at 0."""
@@ -61,24 +64,24 @@ class Axis:
         values = (_log_ticks if self.log else _linear_ticks)(self.low, self.high)
         if self.whole:
             values = [value for value in values if value == int(value)]
-        return [(value, f"{100 * value:.4g} %" if self.percent else f"{value:,.6g}") for value in values]
+        return [(value, percent(value) if self.shares else f"{value:,.6g}") for value in values]
 
 
-def axis_over(title: str, values: Sequence[Number], *, log: bool = False, percent: bool = False) -> Axis:
+def axis_over(title: str, values: Sequence[Number], *, log: bool = False, shares: bool = False) -> Axis:
     """Return an axis with room for ``values`` and a margin at both ends; a logarithmic one leaves out zeros.
 
     Args:
         title: the quantity, with its unit.
         values: what it must hold.
         log: whether it is logarithmic.
-        percent: whether ticks of shares are written as per cent.
+        shares: whether its values are shares, ticked as per cent.
     """
     if log:
         values = [value for value in values if value > 0] or [1.0]
-        return Axis(title=title, low=min(values) / 1.3, high=max(values) * 1.3, log=True, percent=percent)
+        return Axis(title=title, low=min(values) / 1.3, high=max(values) * 1.3, log=True, shares=shares)
     low, high = min(values), max(values)
     margin = 0.05 * ((high - low) or abs(high) or 20.0)
-    return Axis(title=title, low=low - margin, high=high + margin, percent=percent)
+    return Axis(title=title, low=low - margin, high=high + margin, shares=shares)
 
 
 def _linear_ticks(low: Number, high: Number) -> list[Number]:
@@ -136,11 +139,12 @@ def chart(heading: str, x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence
     """
     width, height = SMALL if small else _LARGE
     title = f"{heading}: {y.title} by {x.title}, {len(marks)} values"
-    plot = _Plot(_svg(title, width, height), x, y, _LEFT, width, _TOP, height)
+    left = _TITLE + _LETTER * max(len(written) for _, written in y.ticks())
+    plot = _Plot(_svg(title, width, height), x, y, left, width, _TOP, height)
     plot.text(0, 14, heading, "heading")
     for value, written in y.ticks():
         plot.line(plot.down(value), "grid")
-        plot.text(_LEFT - 6, plot.down(value) + 4, written, "tick end")
+        plot.text(left - 6, plot.down(value) + 4, written, "tick end")
     middle = (_TOP + height - _BOTTOM) / 2
     plot.text(12, middle, y.title, "tick middle", transform=f"rotate(-90 12 {middle:.2f})")
     plot.draw_axis()

@@ -14,20 +14,20 @@ from stages.quantization.weights.summary import ranges
 from stages.records.results import VerifyReport
 from stages.records.sites import short_name
 from stages.report.document import KeptSite, Quantization
-from stages.report.grades import Grade, grade_divergence, grade_perplexity, grade_speed, grade_top1
-from stages.report.view import (
+from stages.report.values import (
     UNKNOWN,
-    Cell,
-    Figure,
-    Graded,
-    TableView,
+    Grade,
+    grade_divergence,
+    grade_perplexity,
+    grade_speed,
+    grade_top1,
     megabytes,
     number,
     percent,
-    table,
     text_name,
     visible,
 )
+from stages.report.view import Cell, Figure, Graded, TableView, table
 from stages.runtime.upcast import UPCAST_REASON
 
 
@@ -54,8 +54,8 @@ def _how_scored(evaluation: Evaluation, *, named: bool) -> str:
     note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
     return (
         f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in {comparison.windows} "
-        f"windows of {comparison.seq_len}; KL is KL({base.name} || model) in nats; accuracy level {comparison.accuracy_level}; "
-        f"ONNX Runtime, {', '.join(comparison.providers)}.{note}"
+        f"windows of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
+        f"accuracy level {comparison.accuracy_level}; ONNX Runtime, {', '.join(comparison.providers)}.{note}"
     )
 
 

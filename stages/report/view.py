@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.report.grades import Grade
 from stages.report.svg import OUTLINES, Shape
-
-UNKNOWN = "-"
-"""What a table shows for an unknown number."""
+from stages.report.values import Grade
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,45 +116,3 @@ def table(
         for index, heading in enumerate(headings)
     )
     return TableView(columns=columns, rows=tuple(tuple(row) for row in rows))
-
-
-def number(value: float | None, form: str) -> str:
-    """Return ``value`` in ``form``, or a dash where it isn't known."""
-    return UNKNOWN if value is None else format(value, form)
-
-
-def percent(value: float | None) -> str:
-    """Return a share as per cent with three significant digits."""
-    return UNKNOWN if value is None else f"{100 * value:.3g} %"
-
-
-def megabytes(value: int | None) -> str:
-    """Return bytes in millions."""
-    return number(None if value is None else value / 1e6, ",.1f")
-
-
-def text_name(text: str) -> str:
-    """Return the name of a text without its folders."""
-    return re.split(r"[/\\]", text)[-1]
-
-
-def format_in_words(label: str) -> str:
-    """Describe a format of which only the label is known: 4b32, 8ch."""
-    found = re.fullmatch(r"(\d)(?:b(\d+)|ch)", label)
-    if found is None:
-        return label
-    return f"INT{found[1]}, a scale for every " + (f"{found[2]} weights" if found[2] else "output channel")
-
-
-def span(values: Sequence[float | None], form: Callable[[float], str]) -> str:
-    """Return the smallest and the largest of the known values, once where they read alike."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return UNKNOWN
-    low, high = form(min(known)), form(max(known))
-    return low if low == high else f"{low.removesuffix(' %')} to {high}"
-
-
-def visible(text: str) -> str:
-    """Return ``text`` with signs for line breaks and tabs."""
-    return text.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥")

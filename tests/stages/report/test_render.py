@@ -17,9 +17,8 @@ import pytest
 
 from stages.records.sites import short_name
 from stages.report.document import KeptSite, Report
-from stages.report.grades import grade_divergence, grade_perplexity, grade_speed, grade_top1
 from stages.report.render import render
-from stages.report.view import megabytes, percent
+from stages.report.values import grade_divergence, grade_perplexity, grade_speed, grade_top1, megabytes, percent
 from tests.stages.report import sample
 from tests.stages.report.parsed import Element, cells_of, hints, parse, place
 
@@ -218,7 +217,7 @@ def test_the_pareto_front_is_drawn_through_the_models_that_nothing_beats(page: E
     assert [text.text for text in figure.all("text") if text.classes & {"halo"}] == ["large", "small", "beaten"]
     table, commands = (cells_of(table) for table in figure.all("table"))
     assert [row[:2] for row in table] == [["", "base"], ["*", "small"], ["*", "large"], ["", "beaten"], ["", "failed"]]
-    assert table[1][2:8] == ["0.20000 fair", "1.2000", "80 % fair", "13.700 fair", "285.7", "28.6 %"]
+    assert table[1][2:8] == ["0.20000 fair", "1.2000", "80 % fair", "13.700 good", "285.7", "28.6 %"]
     assert table[4][-1] == "it failed"
     assert commands[0][1] == "python -m stages.quantize --output_path=small"
 
