@@ -22,7 +22,7 @@ from stages.evaluation.bench.runs import measure
 from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
 from stages.model.directory import locate_model
 from stages.report.document import log_report, write_report
-from stages.report.from_runs import sweep_report
+from stages.report.from_runs import origin_of, sweep_report
 from stages.report.render import render
 from stages.runtime.genai import require_genai
 
@@ -44,7 +44,8 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     notes = {peer.run.name: peer.note for peer in peers}
     results = text_results(run_folder, runs, records, evaluation_texts, notes)
     yield from publish(run_folder, results)
-    write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
+    origin = origin_of("python -m scripts.compare_with_peer", config, locate_model(config.base).folder)
+    write_report(sweep_report(run_folder.folder.name, results, origin), render, run_folder.folder)
     log_report(run_folder.folder)
     speed = None
     if config.speed:
