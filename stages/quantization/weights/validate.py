@@ -69,7 +69,7 @@ def require_part(name: PartName, part: Tensor | None, site: MatMulSite, spec: Qu
 
 def require_packed(packed: Tensor, plan: EmbeddingPlan) -> None:
     """Raise InvalidFile when ``packed`` can't be the codes of the table."""
-    _require_form(packed, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
+    _require_form(packed, "packed", (plan.packed_bytes,), torch.uint8)
 
 
 def require_table_scales(scales: Tensor, plan: EmbeddingPlan) -> None:
