@@ -53,7 +53,7 @@ from stages.records.formats import (
     WeightForm,
 )
 from stages.records.results import ActivationStats, ExportRecipe
-from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
+from stages.records.sites import ActivationGroup, BlockAxis, MatMulSite, UnquantizedWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,9 +300,9 @@ def _requested(config: QuantizeConfig) -> RequestedFormats:
         eight_bit=_requested_eight_bit(config),
         mixed=config.enable_mixed_quant and not config.layers_8bit,
         named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
-        zero_point=config.use_zero_point,
+        zero_point=bool(config.use_zero_point),
         scale_range=config.scale_range,
-        gather_axis=config.gather_quantize_axis,
+        gather_axis=_embedding_axis(config),
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
@@ -330,10 +330,15 @@ def _requested_form(config: QuantizeConfig) -> WeightForm | None:
 def _embedding_plans(
     config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
 ) -> tuple[EmbeddingPlan, ...]:
-    axis = config.gather_quantize_axis
+    axis = _embedding_axis(config)
     if axis is None:
         return ()
     return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
+
+
+def _embedding_axis(config: QuantizeConfig) -> BlockAxis | None:
+    """Return the axis of the embedding's blocks; None where it stays as it is."""
+    return config.embedding_axis if config.requested_embedding in ("4", "8") else None
 
 
 def _tuning(config: QuantizeConfig) -> bytes:
