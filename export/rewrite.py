@@ -91,8 +91,8 @@ def require_finished(store: QuantizedStore) -> None:
             f"{store.folder} lacks {len(missing)} of {len(store.recipe.groups)} groups (first: "
             f"{store.group_file(missing[0]).name}); run stages.quantize again to complete it."
         )
-    files = [store.table_file(index) for index, plan in enumerate(store.recipe.embeddings) if plan.shared_with is None]
-    unfinished = [file.path.name for file in files if not file.is_finished()]
+    tables = range(len(store.recipe.embeddings))
+    unfinished = [store.table_file(index).path.name for index in tables if not store.has_table(index)]
     if unfinished:
         raise OptionError(
             f"{store.folder} lacks the quantized embedding {unfinished[0]}; run stages.quantize again to complete it."

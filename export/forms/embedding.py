@@ -106,9 +106,7 @@ def _share_table(editor: GraphEditor, plan: EmbeddingPlan, head: RewrittenSite) 
     assert isinstance(graph, ir.Graph)
     names = [head.weight, head.scales, *([] if head.zero_points is None else [head.zero_points])]
     _make_block_quantized(nodes, plan, [graph.initializers[name] for name in names])
-    return RewrittenTable(
-        plan=plan, file=None, codes=head.weight, scales=head.scales, zero_points=head.zero_points
-    )
+    return RewrittenTable(plan=plan, file=None, codes=head.weight, scales=head.scales, zero_points=head.zero_points)
 
 
 def _lookups(editor: GraphEditor, plan: EmbeddingPlan) -> list[ir.Node]:

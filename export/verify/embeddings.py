@@ -29,7 +29,7 @@ _TOLERANCE = {
 
 
 def check_stored_table(node: ir.Node, table: RewrittenTable) -> None:
-    """Raise GraphError where saved codes or scales aren't exactly the store's; shared ones were checked as lm_head's."""
+    """Raise GraphError where saved numbers aren't exactly the store's; shared ones were checked as lm_head's."""
     if table.file is None:
         return
     for name, expected in (
