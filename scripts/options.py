@@ -168,6 +168,8 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
     algo: Algorithm = "awq_lite"
     dataset: str | None = "cnn"
     calib_size: int | None = 128
+    target: str | None = "any"
+    """As for stages.quantize, but any by default, which leaves lm_head and the embedding as that tool does."""
     cache_dir: Path | None = None
     """Calibration cache; default: a folder beside the base model's, named after what the statistics depend on, so that
     other calibrations get folders of their own. Not needed for rtn and rtn_dq."""

@@ -61,6 +61,14 @@ class QuantizedStore:
         name = _slug(self.recipe.embeddings[index].table.weight)
         return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors", self.recipe.embeddings[index])
 
+    def has_table(self, index: int) -> bool:
+        """Return whether embedding ``index`` was written, by itself or as the weight of the lm_head that it shares."""
+        shared = self.recipe.embeddings[index].shared_with
+        if shared is None:
+            return self.table_file(index).is_finished()
+        groups = enumerate(self.recipe.groups)
+        return any(self.is_finished(place) for place, group in groups for site in group.sites if site.name == shared)
+
     def is_finished(self, index: int) -> bool:
         """Return whether group ``index`` was written."""
         return self.group_file(index).is_file()
