@@ -1,8 +1,8 @@
 """Compare our algorithms with other quantizers: ``python -m scripts.compare_with_peer --base DIR --output DIR``.
 
 Each quantizes the same base model in a process of its own, whose seconds and peak memory the operating system reports;
-then all run through the same evaluation at accuracy level 1. A competitor that can't be installed, or fails, gets a
-row that says so.
+then all run through the same evaluation, each at the accuracy level that it ships. A competitor that can't be
+installed, or fails, gets a row that says so.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     speed = None
     if config.speed:
         made = {run.name for run in runs if records[run.name].failure is None and run.model.is_dir()}
-        our_models = [run.model for run in ours if run.name in made]
-        peer_models = [peer.run.model for peer in peers if peer.run.name in made]
+        models = [run.model for run in runs if run.name in made]
         with progress_bar() as progress:
-            speed = measure_speeds(config, our_models, peer_models, evaluation_texts[0], progress)
+            speed = measure_speeds(config, models, evaluation_texts[0], progress)
         yield Section(name="speed", table=speed_table(speed), record=speed)
     save_comparison(Comparison(texts=tuple(results), speed=speed), run_folder.folder)
     raise_failures({run.name: records[run.name] for run in ours})

@@ -14,7 +14,7 @@ from stages.commands.quantize_options import Algorithm, QuantizeConfig
 LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
-BuilderMethod = Literal["int4"]
+BuilderMethod = Literal["int4", "k_quant_mixed", "k_quant_last", "rtn_last"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 
 
@@ -69,6 +69,8 @@ class PeerConfig(BenchConfig, SweepGrid):
     builder_source: str | None = None
     """What the base model was built from (SOURCE of genai-quant base-model): onnxruntime-genai's builder makes its own
     int4 model from it. Default: no such model."""
+    builder: tuple[BuilderMethod, ...] = ("int4", "k_quant_mixed")
+    """What the builder makes: int4, its default, or another algo_config of it."""
     builder_keep_grid: Flag = False
     """The base model was built with --keep_grid."""
     speed: Flag = False
