@@ -121,15 +121,13 @@ def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
 def _embedding_bits(requested: RequestedFormats, preferred: EmbeddingBits | None) -> EmbeddingBits | None:
     match requested.embedding:
         case None:
-            bits = preferred
+            return preferred
         case "none":
-            bits = None
+            return None
         case "4":
-            bits = 4
+            return 4
         case "8":
-            bits = 8
-    # INT8 falls to INT4, the only format that tables of embeddings are stored in so far.
-    return None if bits is None else 4
+            return 8
 
 
 def _merge(request: Request, preferred: Preferences) -> FormatChoice:

@@ -94,10 +94,9 @@ def test_a_release_that_was_never_seen_is_said() -> None:
 
 
 def test_the_table_shows_brackets_as_they_are() -> None:
-    target = parse_target("cpu")
-    choice = choose_formats(target, RequestedFormats(), facts())
+    choice = choose_formats(parse_target("cpu"), RequestedFormats(), facts())
     console = Console(file=StringIO(), width=300)
-    console.print(choice_table(target, choice))
+    console.print(choice_table("cpu@1.32", choice.explanations))
     file = console.file
     assert isinstance(file, StringIO)
     text = file.getvalue()
