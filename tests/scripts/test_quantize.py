@@ -615,6 +615,17 @@ def test_device(run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_the_output_is_that_of_the_replaced_tools_formats_to_the_byte(run: Run, base: Path, tmp_path: Path) -> None:
+    mine = run("--algo", "rtn_dq")
+    formats = ("--block_size", 128, "--no_use_zero_point", "--scale_range", "full", "--target", "cpu")
+    theirs = run("--algo", "rtn_dq", *formats, "--lm_head", "none", "--embedding", "none", into="theirs")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (mine.folder / name).read_bytes() == (theirs.folder / name).read_bytes()
+    assert {report.format for report in mine.reports.values()} == {"4b128"}
+    config = "genai_config.json"
+    assert json.loads((mine.folder / config).read_text()) == json.loads((base / config).read_text())
+
+
 def test_use_zero_point(run: Run) -> None:
     for arguments, inputs in (((), 2), (("--use_zero_point",), 3)):
         made = run("--algo", "rtn_dq", *arguments, into=f"out{inputs}")

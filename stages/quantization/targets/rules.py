@@ -93,11 +93,17 @@ class Preferences:
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
+    int8_gather_block_size: Preference[int] | None = None
+    """Of INT8 embeddings; None: as of INT4."""
     scale_range: Preference[ScaleRange] = POSITIVE
     """Of INT4 without zero points."""
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()
+
+    def table_block_size(self, bits: EmbeddingBits | None) -> Preference[int]:
+        """Return the block size of embeddings that have ``bits``."""
+        return self.int8_gather_block_size if bits == 8 and self.int8_gather_block_size else self.gather_block_size
 
 
 @dataclass(frozen=True, slots=True)
