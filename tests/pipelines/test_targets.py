@@ -21,7 +21,9 @@ AS_THEY_ARE = ("--lm_head", "none", "--embedding", "none")
 
 
 def _quantize(commands: Commands, model: Path, output: Path, *arguments: object) -> str:
-    code, printed = commands.quantize("--onnx_path", model, "--output_path", output, "--algo", "rtn_dq", *arguments)
+    code, printed = commands.quantize(
+        "--onnx_path", model, "--output_path", output, "--algo", "rtn_dq", "--verbose", *arguments
+    )
     assert code == 0, printed
     return printed
 
@@ -73,7 +75,8 @@ def test_by_default_a_base_for_the_cpu_becomes_as_small_as_the_cpu_runs_it_fast(
     assert "target cpu@1.32: the base's genai_config.json names no other provider" in printed
     assert _warnings(printed) == []
     assert fused_sites(output) == (11, 11)
-    assert "INT4 block 32 with zero point, INT8 at 3 sites, embedding INT8 block 128 for cpu@1.32" in printed
+    formats = "INT4 block 32 with zero point, INT8 at 3 sites, embedding INT8 block 128 for cpu@1.32"
+    assert _recipe(output)["summary"] == f"rtn_dq {formats}"
     graph = _graph(output)
     kinds = {
         (_codes(node).dtype, len(node.inputs), node.attributes.get_int("block_size", 0))
@@ -203,7 +206,7 @@ def test_no_target_gets_a_form_that_is_never_fused(
     target: str, tiny_model: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output = tmp_path / "int4"
-    _quantize(commands, tiny_model, output, "--target", target, "--verify", "off")
+    _quantize(commands, tiny_model, output, "--target", target, "--verify", "off", *AS_THEY_ARE)
     model = ir.load(output / "model.onnx")
     assert model.opset_imports[""] >= 21
     for node in _dequantizers(model.graph):
@@ -230,4 +233,4 @@ def test_for_any_runtime_only_what_is_slow_is_said_of_formats(
     printed = _quantize(commands, tiny_model, tmp_path / "int4", *arguments)
     assert "formats for" not in printed
     assert ["--use_column_major" in line for line in _warnings(printed)] == [True]
-    assert "rtn_dq INT4 block 128 without zero point:" in printed
+    assert _recipe(tmp_path / "int4")["summary"] == "rtn_dq INT4 block 128 without zero point"

@@ -172,7 +172,7 @@ def smallest_head(eight_bit: Preference[Granularity | None]) -> Preference[LmHea
     """Return INT8 for lm_head where the runtime has it, else INT4."""
     if eight_bit.value is None:
         return Preference("4", f"{eight_bit.why}, and in floating point it is the largest weight of a small model")
-    return Preference("8", "a quarter of float32's bytes for each token, at next to no loss; INT4 loses more there")
+    return Preference("8", "at next to no loss, and read whole for each token in a half to a quarter of its bytes")
 
 
 def looks_up_quantized(choice: FormatChoice) -> bool:
