@@ -88,7 +88,7 @@ def packed_codes(
 
 
 def unpacked_codes(
-    packed: UInt8[np.ndarray, "N *bytes"], site: MatMulSite, spec: QuantSpec
+    packed: UInt8[np.ndarray, "N *blocks bytes"], site: MatMulSite, spec: QuantSpec
 ) -> Int16[np.ndarray, "N K"]:
     """Return codes as the store has them, signed where symmetric: the inverse of ``packed_codes``.
 

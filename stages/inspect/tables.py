@@ -53,7 +53,10 @@ def _quantized(report: ModelReport) -> Table:
     rows: dict[_Format, list[StoredWeight]] = {}
     for weight in report.quantized:
         rows.setdefault(_format_of(weight), []).append(weight)
+    shown: set[tuple[str, ...]] = set()
     for row, members in rows.items():
+        shared = shown.issuperset(each.initializers for each in members)
+        shown.update(each.initializers for each in members)
         layers = sorted({layer for each in members if (layer := layer_of(each.node)) is not None})
         bits = 8 * sum(each.bytes for each in members) / max(sum(each.weights for each in members), 1)
         level = "" if row.level is None else f", accuracy level {row.level}"
@@ -66,7 +69,7 @@ def _quantized(report: ModelReport) -> Table:
             "yes" if row.zero_point else "no",
             row.scales.lower(),
             f"{bits:.3f}",
-            _megabytes(sum({each.initializers: each.bytes for each in members}.values())),
+            "shared" if shared else _megabytes(sum({each.initializers: each.bytes for each in members}.values())),
             f"{row.activations}{level}",
         )
         table.add_row(*map(Text, cells))
