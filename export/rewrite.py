@@ -27,8 +27,11 @@ from stages.model.sites import find_sites
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import WeightForm, torch_float
 from stages.records.sites import FloatName
+from stages.system.version import PROJECT, this_version
 
 _IR_VERSION = 10
+_BASE_PRODUCER = "base_model.producer"
+"""Key of the graph's metadata."""
 _FUSED_LEVEL: AccuracyLevel = 4
 """ONNX Runtime's own, for what it fuses."""
 
@@ -62,6 +65,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     edited = model.clone()
     opset = raise_opset(edited, lowest_opset(store.recipe))
     edited.ir_version = max(edited.ir_version, _IR_VERSION)
+    _sign(edited)
     editor = GraphEditor.of(edited)
     stored = _stored_sites(store)
     for source in stored.values():
@@ -81,6 +85,14 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     tables = rewrite_tables(editor, store, sites)
     RemoveUnusedNodesPass()(edited)
     return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, opset=opset)
+
+
+def _sign(model: ir.Model) -> None:
+    """Name this project as what made the graph, and keep what made the base's."""
+    made_base = " ".join(filter(None, (model.producer_name, model.producer_version)))
+    if made_base:
+        model.metadata_props.setdefault(_BASE_PRODUCER, made_base)
+    model.producer_name, model.producer_version = PROJECT, this_version().number
 
 
 def require_finished(store: QuantizedStore) -> None:

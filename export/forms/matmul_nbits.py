@@ -87,9 +87,7 @@ def packed_codes(
     return packed.reshape(rows, blocks, width * spec.bits // 8)
 
 
-def unpacked_codes(
-    packed: UInt8[np.ndarray, "N *blocks bytes"], site: MatMulSite, spec: QuantSpec
-) -> Int16[np.ndarray, "N K"]:
+def unpacked_codes(packed: UInt8[np.ndarray, "N ..."], site: MatMulSite, spec: QuantSpec) -> Int16[np.ndarray, "N K"]:
     """Return codes as the store has them, signed where symmetric: the inverse of ``packed_codes``.
 
     Args:

@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
 from stages.commands.parsing import Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
@@ -47,7 +48,7 @@ class ExportOptions:
 
 # The groups have no slots, so that one class can inherit from several.
 @dataclass(frozen=True, kw_only=True)
-class _ModelOptions:
+class _ModelOptions(CommandOptions):
     """The base model and the output."""
 
     onnx_path: Path
@@ -61,13 +62,13 @@ class _AlgorithmOptions:
     """The algorithm, and the tuning of decoder blocks after it."""
 
     algo: Algorithm = "awq_gptq"
-    """rtn: plain rounding, Q->DQ nodes. rtn_dq: plain rounding, DQ nodes. awq_lite: input scale search. awq_clip: range
-    search. awq_full: both. gptq: range search, then GPTQ, whose codes compensate for each other's errors. awq_gptq:
-    awq_full, then GPTQ. signround: another algorithm's result, tuned decoder block by decoder block with gradients
-    (AutoRound)."""
+    """How weights are searched, from plain rounding to the most accurate. rtn: plain rounding, Q->DQ nodes. rtn_dq:
+    plain rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search. awq_full: both. gptq: range search,
+    then GPTQ, whose codes compensate for each other's errors. awq_gptq: awq_full, then GPTQ. signround: another
+    algorithm's result, tuned decoder block by decoder block with gradients (AutoRound)."""
     refine: bool = False
-    """Go through the decoder blocks once more after the search and solve each layer again for the inputs that the
-    quantized layers before it really produce, so that it compensates for their errors."""
+    """Solve each layer once more after the search. It is solved for the inputs that the quantized layers before it
+    really produce, so that it compensates for their errors."""
     signround_start: OneShot = "awq_gptq"
     """Algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -100,7 +101,8 @@ class _FolderOptions:
     """The folders between the stages."""
 
     cache_dir: Path | None = None
-    """Calibration cache. Default: the model's folder name with .calibration added. rtn and rtn_dq need none."""
+    """Calibration cache, made where there is none. Default: the model's folder name with .calibration added. rtn and
+    rtn_dq need none."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export. Default: the output folder's name with .weights added."""
 
@@ -123,20 +125,22 @@ class _FormatOptions:
     """Which of the other layers enable_mixed_quant takes: modelopt (the first of every three) or llamacpp (the
     last)."""
     target_bpw: float | None = None
-    """Bits per weight to spend, scales and zero points included, over the sites that are quantized: INT4 in blocks of
-    128, 64 or 32, or INT8, whichever serves each site best, and lm_head quantized or not, unless lm_head is given."""
+    """Bits per weight to spend, scales and zero points included, over the sites that are quantized. Each site gets INT4
+    in blocks of 128, 64 or 32, or INT8, whichever serves it best, and lm_head is quantized or not, unless lm_head is
+    given."""
     target_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-    """The same, for a model (.onnx file and external data, embeddings included) of at most 1.1GB, 900MB or 850MiB."""
+    """Bytes to spend: the model (.onnx file and external data, embeddings included) takes at most 1.1GB, 900MB or
+    850MiB. Formats are chosen as for target_bpw."""
     sensitivity: Sensitivity | None = None
     """How target_bpw and target_size judge what a site's error does to the answers. cache (default): from the
     statistics only. measured: the model runs once for each group of sites with that group quantized, on a few
     calibration windows; the result is kept beside the statistics."""
     plan: Path | None = None
-    """A plan.toml with the format of every site, as runs with target_bpw or target_size write it beside the quantized
+    """A plan.toml with the format of every site. Runs with target_bpw or target_size write it beside the quantized
     weights; it may be edited."""
     layers_8bit: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = ""
-    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8, in place
-    of enable_mixed_quant's choice."""
+    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8. They stand
+    in place of enable_mixed_quant's choice."""
     int8_block_size: int | PerChannelWord | None = None
     """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel.
     Default: channel, or what suits --target best."""
@@ -286,9 +290,15 @@ class _SearchOptions:
 # The groups stand in reverse: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(
-    _SearchOptions, _StorageOptions, _FormatOptions, _FolderOptions, _AlgorithmOptions, _ModelOptions, CommandOptions
+    _SearchOptions, _StorageOptions, _FormatOptions, _FolderOptions, _AlgorithmOptions, TextOptions, _ModelOptions
 ):
-    """Search quantized weights from the cache, save them, and export the model."""
+    """Quantize a base model: calibrate where that wasn't done yet, search quantized weights, and export the model."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/base models/int4 --evaluate",
+        "models/base models/int4 --target_size 900MB",
+        "models/base models/int4 --dry_run",
+    )
 
     exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
     """Comma-separated parts of the names of nodes to leave unquantized. Default: nothing, or lm_head where target is
@@ -300,18 +310,32 @@ class QuantizeConfig(
     verify: Verification = "full"
     """Checks of the result. full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs.
     off: none."""
+    evaluate: Flag = False
+    """Compare the result with the base model on text of other kinds than it was calibrated on: KL divergence,
+    perplexity, most likely tokens and, with onnxruntime-genai, decoding speed."""
     dry_run: Flag = False
-    """Say what would be done, without doing it: every site's format, where input scales go, bytes, memory, seconds.
-    Only the graph is read, and for a budget the calibration cache, if there is one."""
+    """Say what would be done, without doing it. That is every site's format, where input scales go, bytes, memory,
+    seconds. Only the graph is read, and for a budget the calibration cache, if there is one."""
     device: str = "auto"
     """Device of the search: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False
-    """Replace an existing output (and quantized weights of other options)."""
+    """Replace an existing output, quantized weights of other options, and a calibration of other text."""
 
     @property
     def cache_path(self) -> Path:
         """Return the folder of the calibration cache."""
         return self.cache_dir or default_folder(self.onnx_path, ".calibration")
+
+    @property
+    def calibration(self) -> CalibrateConfig:
+        """Return how stage one makes the cache."""
+        return CalibrateConfig(
+            onnx_path=self.onnx_path,
+            cache_dir=self.cache_path,
+            device=self.device,
+            overwrite=self.overwrite,
+            **self.text_options,
+        )
 
     @property
     def weights_folder(self) -> Path:
@@ -337,6 +361,7 @@ class QuantizeConfig(
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
+        self._check_text()
         self._check_formats()
         self._check_storage()
         self._check_algorithm()
@@ -382,6 +407,12 @@ class QuantizeConfig(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig(CommandOptions):
     """Write saved quantized weights into the base graph again, without searching."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base --weights_path models/int4.weights --output_path models/again",
+        "--onnx_path models/base --weights_path int4.weights --output_path nbits --weight_operator matmul_nbits",
+        "--onnx_path models/base --weights_path int4.weights --output_path fast --accuracy_level 4",
+    )
 
     onnx_path: Path
     """The base model that the weights were made from."""

@@ -112,6 +112,16 @@ class QuantSpec:
             case PerChannel():
                 return f"{self.bits}ch"
 
+    @property
+    def description(self) -> str:
+        """Describe the format in words: INT4, a float32 scale and a zero point for every 32 weights."""
+        parts = f"{self.scale_dtype} scale" + ("" if self.symmetric else " and a zero point")
+        match self.granularity:
+            case PerBlock(block_size=size):
+                return f"INT{self.bits}, a {parts} for every {size} weights"
+            case PerChannel():
+                return f"INT{self.bits}, a {parts} for every output channel"
+
     def block_size(self, in_features: int) -> int:
         """Return the block size B for a row of ``in_features`` inputs: the whole row where scales are per channel."""
         match self.granularity:

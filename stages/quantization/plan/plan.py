@@ -19,7 +19,7 @@ from stages.commands.quantize_options import QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_groups
-from stages.model.unquantized import find_skipped_matmuls, find_unquantized
+from stages.model.unquantized import find_skipped_matmuls, find_unquantized, require_float_base
 from stages.quantization.blocks.signround import SignRoundOptions
 from stages.quantization.plan.budget import (
     BitsBudget,
@@ -106,10 +106,11 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         directory: where it lies.
 
     Raises:
-        GraphError: the model holds nothing to quantize.
+        GraphError: the model holds nothing to quantize, or is quantized already.
         OptionError: options that fit neither each other nor the model, a budget that can't be reached, or a plan file
             that can't be used.
     """
+    require_float_base(model, directory)
     groups, tables = find_groups(model), find_embeddings(model)
     facts = facts_of(groups, tables)
     candidates: tuple[SiteCandidates, ...] = ()

@@ -18,8 +18,8 @@ def config(**options: Any) -> QuantizeConfig:
 
 def test_folders_lie_beside_the_models() -> None:
     found = config()
-    assert found.cache_path == Path("models/base.calibration").absolute()
-    assert found.weights_folder == Path("models/int4.weights").absolute()
+    assert found.cache_path == Path("models/base.calibration")
+    assert found.weights_folder == Path("models/int4.weights")
     given = config(cache_dir=Path("a"), weights_path=Path("b"))
     assert (given.cache_path, given.weights_folder) == (Path("a"), Path("b"))
 
