@@ -257,6 +257,7 @@ def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise UserError(f"{place}: {min(left - {'nodes_to_exclude'})} has no counterpart here; leave it out.")
     if options.get("bits", 4) != 4:
         raise UserError(f"{place}: bits can't be {options['bits']}; use the pass {_OURS} with layers_8bit for INT8.")
+    excluded = options.get("nodes_to_exclude", [])
     return {
         "algo": "rtn_dq",
         "weight_operator": "matmul_nbits",
@@ -265,7 +266,8 @@ def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
         "gather_block_size": options.get("block_size", 128),
         "use_zero_point": not options.get("is_symmetric", True),
         "accuracy_level": options.get("accuracy_level") or None,
-        "exclude": ",".join(options.get("nodes_to_exclude", [])),
+        "exclude": ",".join(excluded),
+        "lm_head": None if any("lm_head" in name for name in excluded) else "4",
     }
 
 

@@ -112,8 +112,9 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
     with processes.main_process_first():
         prepared = prepare(config, directory)
     store, choice = prepared.store, prepared.plan.choice
-    if config.parsed_target is not None:
-        yield Section(name="formats", table=choice_table(config.parsed_target, choice), record=choice)
+    if prepared.plan.target is not None:
+        table = choice_table(prepared.plan.target.label, choice.explanations)
+        yield Section(name="formats", table=table, record=choice, detail=True)
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:

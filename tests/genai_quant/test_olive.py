@@ -93,6 +93,7 @@ def test_olives_rounding(file: Path) -> None:
         use_zero_point=True,
         accuracy_level=4,
         exclude="a,b",
+        lm_head="4",
     )
 
 
