@@ -104,13 +104,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         UserError: an option, a model, a text or a task can't be used.
     """
+    from stages.commands.progress import status
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
     from stages.report.document import Report, read_report
 
     config.validate()
     document = Report() if config.report is None else read_report(config.report)
-    prepared = prepare(config)
+    with status("reading the models and the text"):
+        prepared = prepare(config)
     found = run_evaluation(config, prepared, _earlier(config, document, prepared))
     _keep(config, found, document)
     return found
@@ -128,7 +130,9 @@ def _earlier(config: EvaluateConfig, document: Report, prepared: PreparedEvaluat
 def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
     """Write ``found`` to --results and into the report of --report."""
     from stages.evaluation.records import save_evaluation
-    from stages.report.document import write_report
+    from stages.model.directory import locate_model
+    from stages.report.document import Report, write_report
+    from stages.report.from_runs import origin_of
     from stages.report.render import render
     from stages.system.hardware import describe_machine
 
@@ -136,7 +140,10 @@ def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
         save_evaluation(found, config.results)
     if config.report is not None:
         title = document.title or ", ".join(path.absolute().name for path in config.model)
-        document = replace(document, title=title, machine=document.machine or describe_machine())
+        origin = document.origin
+        if document == Report():
+            origin = origin_of("genai-quant evaluate", config, locate_model(config.base).folder)
+        document = replace(document, title=title, machine=document.machine or describe_machine(), origin=origin)
         write_report(document.with_evaluation(found), render, config.report)
 
 

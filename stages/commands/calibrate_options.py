@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.commands.options import CommandOptions, default_folder, require
 from stages.commands.parsing import parse_size
@@ -22,10 +22,10 @@ class TextOptions(CommandOptions):
     """The calibration text, and how the base model runs over it."""
 
     dataset: str | None = None
-    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose from CPython's own documentation, no download),
-    self (text that the model writes, through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of
-    these separated by commas, which share the windows evenly. Default: cnn where the Hugging Face hub answers, else
-    offline and self."""
+    """Calibration text: cnn, pilevel, offline, self, or a file. These are cnn (cnn_dailymail), pilevel
+    (pile-val-backup), offline (prose from CPython's own documentation, no download), self (text that the model writes,
+    through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of these separated by commas, which
+    share the windows evenly. Default: cnn where the Hugging Face hub answers, else offline and self."""
     calib_size: int | None = None
     """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 32 where
     offline and self stand in for cnn."""
@@ -74,6 +74,12 @@ class TextOptions(CommandOptions):
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(TextOptions):
     """Run the base model once per batch and cache the statistics that stage two searches with."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base",
+        "--onnx_path models/base --dataset offline --calib_size 32",
+        "--onnx_path models/base --dataset notes.txt,offline",
+    )
 
     onnx_path: Path
     """Base model: the .onnx file or the ORT-GenAI folder that holds it."""

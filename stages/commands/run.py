@@ -13,7 +13,7 @@ from rich.console import Console
 from stages.commands.logs import logging_to
 from stages.commands.options import CommandOptions
 from stages.commands.output import Output, Section, open_output
-from stages.commands.parsing import name_bare_words, parse_options
+from stages.commands.parsing import parse_options
 from stages.commands.progress import progress_on
 from stages.errors import UserError, in_one_line, sentence_of
 
@@ -36,10 +36,7 @@ def run_command(
         program: what people typed, for the help text.
         positional: options whose names may be left out.
     """
-    arguments = name_bare_words(sys.argv[1:], options_type, positional) if positional else None
-    options = parse_options(options_type, program, arguments=arguments)
-    assert isinstance(options, options_type)
-    run_parsed(options, command, program)
+    run_parsed(parse_options(options_type, program, positional=positional), command, program)
 
 
 def run_parsed(options: Options, command: Command[Options], program: str) -> None:

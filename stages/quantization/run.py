@@ -121,7 +121,7 @@ def _timed(store: QuantizedStore, *, owner: bool) -> Iterator[None]:
 
 
 def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:
-    """Round the embeddings that have no file yet.
+    """Round the embeddings that have no file yet; those that share lm_head's weight need none.
 
     Args:
         model: the base model.
@@ -130,7 +130,7 @@ def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.devic
     """
     for index, plan in enumerate(store.recipe.embeddings):
         file = store.table_file(index)
-        if not file.is_finished():
+        if plan.shared_with is None and not file.is_finished():
             store.write_table(index, quantize_table(plan, partial(read_rows, model, plan.table, device=device)))
 
 

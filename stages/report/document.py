@@ -23,6 +23,23 @@ REPORT_HTML = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How a report's first part was made; empty in reports of earlier versions."""
+
+    command: str = ""
+    """What a person types to do the same."""
+    version: str = ""
+    """Of genai-quant."""
+    made: str = ""
+    """Date and time in UTC."""
+    base: str = ""
+    """Name of the base model's folder."""
+    base_fingerprint: str = ""
+    calibration: str = ""
+    """The calibration text; empty where none was needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedSite:
     """A quantized site: the choices for it, and its errors."""
 
@@ -33,6 +50,18 @@ class QuantizedSite:
     in_features: int
     out_features: int
     report: SiteReport
+    stored: str = ""
+    """Its format in words; empty in reports of earlier versions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedEmbedding:
+    """A quantized embedding table."""
+
+    name: str
+    stored: str
+    """Its format in words."""
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +86,7 @@ class Quantization:
     sites: tuple[QuantizedSite, ...]
     """In graph order."""
     kept: tuple[KeptSite, ...]
+    embeddings: tuple[QuantizedEmbedding, ...] = ()
     other_weights: tuple[str, ...] = ()
     """Descriptions of large weights that no MatMul or Gemm reads."""
     sizes: tuple[SizePart, ...] = ()
@@ -103,6 +133,7 @@ class Report:
     title: str = ""
     machine: str = ""
     """The machine that its first part was made on."""
+    origin: Origin = Origin()
     quantization: Quantization | None = None
     evaluations: tuple[Evaluation, ...] = ()
     """One for each text and choice of models, oldest first."""

@@ -61,6 +61,14 @@ class QuantizedStore:
         name = _slug(self.recipe.embeddings[index].table.weight)
         return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors", self.recipe.embeddings[index])
 
+    def has_table(self, index: int) -> bool:
+        """Return whether embedding ``index`` was written, by itself or as the weight of the lm_head that it shares."""
+        shared = self.recipe.embeddings[index].shared_with
+        if shared is None:
+            return self.table_file(index).is_finished()
+        groups = enumerate(self.recipe.groups)
+        return any(self.is_finished(place) for place, group in groups for site in group.sites if site.name == shared)
+
     def is_finished(self, index: int) -> bool:
         """Return whether group ``index`` was written."""
         return self.group_file(index).is_file()
@@ -219,6 +227,9 @@ def open_store(folder: Path) -> QuantizedStore:
     try:
         recipe = _RECIPES.validate_json(path.read_bytes())
         require_recipe(recipe)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        lacks = f"has no {RECIPE}, so it holds no quantized weights" if folder.is_dir() else "is not a folder"
+        raise OptionError(f"{folder} {lacks}; pass the folder that stages.quantize wrote its weights to.") from error
     except (OSError, ValidationError, InvalidFile) as error:
         reason = first_fault(error) if isinstance(error, ValidationError) else in_one_line(error)
         raise OptionError(
