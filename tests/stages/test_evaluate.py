@@ -54,7 +54,7 @@ def test_all_of_it_is_shown_and_kept(folder: Path, tmp_path: Path, commands: Com
     _check_accuracy(found, printed)
     _check_use(found, printed)
     page = parse((report / "report.html").read_text(encoding="utf-8"))
-    for part in ("accuracy-0", "positions-0", "worst-0", "answers", "speed"):
+    for part in ("kl", "positions-0", "worst-0", "answers", "speed"):
         assert page.by_id(part)
 
 
