@@ -65,6 +65,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.card.write import update_card
     from export.finished import find_finished, remember_output
     from stages.system.distributed import join_processes
 
@@ -87,6 +88,10 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
         found = evaluate_result(config)
         yield from evaluation_sections(found, detail=True)
         made = replace(made, evaluations=found)
+        try:
+            update_card(made.folder, found)
+        except UserError as error:
+            _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
     return made
 
 
@@ -152,9 +157,7 @@ def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Se
         check_before_calibration(config)
         yield calibration_section(calibrate(config.calibration))
     else:
-        key = found.manifest.key
-        windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
-        _LOGGER.info("calibration: %s is used (%s; %s).", from_here(found.folder), key.source, windows)
+        _LOGGER.info("calibration: %s is there and used: %s.", from_here(found.folder), found.manifest.key.text)
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:

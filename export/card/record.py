@@ -330,7 +330,7 @@ def _scores(evaluation: Evaluation) -> TextScores:
     return TextScores(
         text=Path(evaluation.comparison.text).name,
         tokens=model.accuracy.tokens,
-        accuracy_level=str(evaluation.comparison.accuracy_level),
+        accuracy_level=model.accuracy_level or str(evaluation.comparison.accuracy_level),
         base_perplexity=base.accuracy.perplexity,
         perplexity=model.accuracy.perplexity,
         divergence=model.accuracy.mean_divergence,
