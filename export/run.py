@@ -26,6 +26,7 @@ from export.verify.verify import save_report, verify
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ExportOptions
 from stages.errors import OptionError, UserError
+from stages.evaluation.records import Evaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_files, load_graph
 from stages.quantization.targets.formats import FormatChoice
@@ -73,6 +74,8 @@ class QuantizedModel:
     """What was decided for the target, and why."""
     search: SearchSummary
     export: ExportSummary
+    evaluations: tuple[Evaluation, ...] = ()
+    """Comparisons with the base, one for each text, where they were asked for."""
 
 
 def export_model(

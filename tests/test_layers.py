@@ -93,7 +93,9 @@ def test_a_module_in_no_room_is_seen() -> None:
 
 
 def test_package_markers_hold_one_docstring() -> None:
-    markers = [file for package in ("stages", "export", "scripts") for file in (ROOT / package).rglob("__init__.py")]
+    packages = ("stages", "export", "scripts", "genai_quant")
+    # The packages themselves also guard the path; genai_quant is what people import.
+    markers = [file for package in packages for file in (ROOT / package).rglob("*/__init__.py")]
     assert [file for file in markers if len(ast.parse(file.read_text(encoding="utf-8")).body) != 1] == []
     assert not (ROOT / "stages" / "inspect" / "__init__.py").exists(), "a package of this name hides Python's own"
 

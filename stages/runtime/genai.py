@@ -191,6 +191,16 @@ def require_genai(folders: Sequence[Path], option: str) -> None:
             raise UserError(f"{option} {folder} {fault}; pass a folder that onnxruntime-genai can run.")
 
 
+def why_not_genai(folders: Sequence[Path]) -> str | None:
+    """Return why onnxruntime-genai can't run some models, as far as that is known without loading them, or None."""
+    places = [path.parent if path.suffix == ".onnx" else path for path in folders]
+    try:
+        require_genai(places, "")
+    except UserError as error:
+        return str(error).lstrip(": ").partition(";")[0]
+    return None
+
+
 def cannot_run(folder: Path, option: str, error: RuntimeError) -> UserError:
     """Return the runtime's ``error`` as a sentence.
 
