@@ -18,10 +18,10 @@ _PAST_INPUTS = slice(3, 5)
 class ModelDirectory:
     """A model on disk.
 
-    ``kv_heads``, ``head_size``, ``vocab_size`` and ``context_length`` come from genai_config.json and are None without
-    it; the graph's own input shapes win where they are fixed. ``windowed_caches`` gives the length of those key/value
-    cache inputs that slide: their attention drops old tokens itself, in a buffer that holds a whole window from the
-    start.
+    ``kv_heads``, ``head_size``, ``vocab_size``, ``context_length`` and ``provider``, the execution provider that it
+    runs on, come from genai_config.json and are None without it; the graph's own input shapes win where they are fixed.
+    ``windowed_caches`` gives the length of those key/value cache inputs that slide: their attention drops old tokens
+    itself, in a buffer that holds a whole window from the start.
     """
 
     folder: Path
@@ -31,6 +31,7 @@ class ModelDirectory:
     head_size: int | None = None
     vocab_size: int | None = None
     context_length: int | None = None
+    provider: str | None = None
     windowed_caches: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -75,6 +76,7 @@ def locate_model(path: Path) -> ModelDirectory:
         head_size=decoder.head_size,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
+        provider=decoder.provider,
         windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
     )
 

@@ -140,7 +140,7 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
 
 def _accuracy(texts: Sequence[TextResult]) -> Iterator[tuple[str, str]]:
     if not texts:
-        yield "accuracy", "not compared with the base: evaluate it, or quantize with --evaluate"
+        yield "accuracy", "not compared with the base yet (--evaluate)"
     for one in texts:
         yield (
             f"on {one.text}",

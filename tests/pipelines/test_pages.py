@@ -98,8 +98,13 @@ def seed_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
 
 
 def run_shell(body: str) -> None:
-    """Run each line ``python -m MODULE OPTIONS [> FILE]`` in this process; a block that is run holds nothing else."""
+    """Run each line ``python -m MODULE OPTIONS [> FILE]`` in this process; a block that is run holds nothing else.
+
+    ``genai-quant NAME`` is ``python -m genai_quant NAME``.
+    """
     for words in lines_of(body):
+        if words[0] == "genai-quant":
+            words[:1] = ["python", "-m", "genai_quant"]
         assert words[:2] == ["python", "-m"], f"a block that is run holds only python -m lines, not: {words}"
         into = Path(words.pop()) if words[-2] == ">" else None
         arguments = words[2:-1] if into else words[2:]

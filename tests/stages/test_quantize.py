@@ -46,7 +46,7 @@ def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch:
     assert {path.name for path in folder.iterdir()} == {"base", "base.calibration", "int4", "int4.weights"}
     assert "calibration cache" in printed
     assert "x mlp/down_proj" not in printed, "the search's table is a detail"
-    assert "│ inspect    python -m stages.inspect int4 " in printed
+    assert "│ inspect    python -m stages.inspect int4 " in printed, printed
     assert "not compared with the base" in printed
 
     monkeypatch.setattr("stages.calibration.capture.Capture.fill", None)
