@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from stages.system.paths import from_here
 
 if TYPE_CHECKING:
     from export.run import Destination, QuantizedModel
+    from stages.evaluation.records import Evaluation
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
     from stages.quantization.run import Prepared
@@ -87,12 +88,23 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
 
         found = evaluate_result(config)
         yield from evaluation_sections(found, detail=True)
+        _add_to_card(made.folder, found)
         made = replace(made, evaluations=found)
         try:
             update_card(made.folder, found)
         except UserError as error:
             _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
     return made
+
+
+def _add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
+    """Let the model's card show what was found; log a warning where it can't: the model is finished."""
+    from export.card.write import update_card
+
+    try:
+        update_card(folder, found)
+    except UserError as error:
+        _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
 
 
 def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
