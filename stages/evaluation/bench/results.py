@@ -190,7 +190,7 @@ def _title(results: TextResults) -> str:
 def _row(model: MeasuredModel) -> tuple[str, ...]:
     cost, search, accuracy = model.cost, model.search, model.accuracy
     return (
-        f"{'*' if model.unbeaten else ' '} {model.name}",
+        f"{model.name}{' *' if model.unbeaten else ''}",
         _number(None if model.bytes is None else model.bytes / 1e6, ".1f"),
         _number(None if search is None else search.bits_per_weight, ".3f"),
         _number(None if accuracy is None else accuracy.mean_divergence, ".5f"),
