@@ -13,6 +13,7 @@ from stages.commands.tables import FactTable
 from stages.records.quantities import counted
 from stages.records.results import VerifyReport
 from stages.runtime.upcast import UPCAST_REASON
+from stages.system.paths import from_here
 
 _PLACES: dict[How, str] = {
     "norm": "in norms",
@@ -33,7 +34,7 @@ def export_table(summary: ExportSummary) -> FactTable:
         *_checks(summary.report),
     ]
     facts += [("note", note) for note in summary.notes]
-    return FactTable(title=f"written to {summary.onnx_file}", facts=tuple(facts))
+    return FactTable(title=f"written to {from_here(summary.onnx_file)}", facts=tuple(facts))
 
 
 def _sizes(summary: ExportSummary) -> str:
@@ -45,12 +46,16 @@ def _sizes(summary: ExportSummary) -> str:
 def _embeddings(tables: tuple[TableOutcome, ...]) -> Iterator[tuple[str, str]]:
     for table in tables:
         before, after = table.bytes_before / 1e6, table.bytes_after / 1e6
-        size = f"INT4, {before:,.1f} MB -> {after:,.1f} MB"
-        if table.still_read_by:
+        form, shared = table.plan.label, table.plan.shared_with
+        if shared is not None:
+            size = f"{form}, one table of {after:,.1f} MB for it and {shared} in place of {before:,.1f} MB"
+        elif table.still_read_by:
             size = (
-                f"INT4, {after:,.1f} MB beside the original's {before:,.1f} MB, which stays because "
+                f"{form}, {after:,.1f} MB beside the original's {before:,.1f} MB, which stays because "
                 f"{', '.join(table.still_read_by)} reads it too"
             )
+        else:
+            size = f"{form}, {before:,.1f} MB -> {after:,.1f} MB"
         yield "embedding", size
         if table.plan.form == "dq":
             yield "", "ONNX Runtime dequantizes this whole table for every token (--gather_form dq)"

@@ -10,9 +10,10 @@ import tyro
 
 from export import __main__ as export
 from genai_quant import __version__
-from stages import calibrate, evaluate, quantize, sweep
+from genai_quant.base_models.options import BaseModelConfig
+from stages import calibrate, chat, evaluate, quantize, sweep
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
+from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.help import HELP, HELP_ALL, first_sentence, listing
 from stages.commands.options import CommandOptions, RunConfig
 from stages.commands.output import Section
@@ -35,6 +36,12 @@ _EXAMPLES = (
 )
 
 
+def _build(config: BaseModelConfig) -> Iterable[Section]:
+    from genai_quant.base_models.build import build
+
+    return build(config)
+
+
 def _run_file(config: RunConfig) -> Iterable[Section]:
     from genai_quant.run_file import run_whole
 
@@ -42,10 +49,12 @@ def _run_file(config: RunConfig) -> Iterable[Section]:
 
 
 COMMANDS: Mapping[str, tuple[type[CommandOptions], Callable[[Any], Iterable[Section]]]] = {
+    "base-model": (BaseModelConfig, _build),
     "calibrate": (CalibrateConfig, calibrate.command),
     "quantize": (QuantizeConfig, quantize.command),
     "export": (ExportConfig, export.command),
     "run": (RunConfig, _run_file),
+    "chat": (ChatConfig, chat.command),
     "evaluate": (EvaluateConfig, evaluate.command),
     "sweep": (SweepConfig, sweep.command),
     "inspect": (InspectConfig, inspect.command),

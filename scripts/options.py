@@ -11,42 +11,11 @@ from stages.commands.evaluate_options import BenchConfig, SweepGrid
 from stages.commands.options import CommandOptions, Flag, require
 from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
-Precision = Literal["fp32", "fp16", "bf16", "int4"]
-BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
-
 LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
-BuilderMethod = Literal["int4"]
+BuilderMethod = Literal["int4", "k_quant_mixed", "k_quant_last", "rtn_last"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildConfig(CommandOptions):
-    """Make an ORT-GenAI base model with onnxruntime-genai's model builder."""
-
-    examples: ClassVar[tuple[str, ...]] = (
-        "--output models/base",
-        "--output models/base --source Qwen/Qwen2.5-0.5B-Instruct --precision fp16",
-        "--output models/int4 --precision int4",
-    )
-
-    output: Path
-    """Folder for the base model. Must not exist yet."""
-    source: str = "smollm2"
-    """smollm2 (SmolLM2-135M-Instruct), gemma3 (Gemma 3 270M), qwen2.5-coder (Qwen2.5-Coder-0.5B-Instruct), each out of
-    Python packages that the message of a missing one names; a Hugging Face folder, a .gguf file, or a hub name."""
-    precision: Precision = "fp32"
-    """Type of weights and activations. int4 is the builder's own rounding, for comparisons: no base model."""
-    execution_provider: BuilderProvider = "cpu"
-    """The provider that the graph is written for: it decides which fused operators are used."""
-    keep_grid: bool = False
-    """Leave a GGUF's weights on the 4-bit grid that they were stored on; by default they are rotated off it, the
-    function unchanged, since a quantizer would otherwise only find the old grid again."""
-    extra_options: tuple[str, ...] = ()
-    """Further options of onnxruntime-genai's builder, as NAME=VALUE."""
-    overwrite: bool = False
-    """Replace an output that is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,24 +40,6 @@ class LargeModelConfig(CommandOptions):
     """Seed of the weights."""
     overwrite: bool = False
     """Replace an output that is there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(CommandOptions):
-    """Let models answer a prompt greedily through onnxruntime-genai."""
-
-    examples: ClassVar[tuple[str, ...]] = (
-        "--model models/int4",
-        "--model models/base models/int4",
-        "--model models/int4 --prompt 'What is ONNX?' --max_new_tokens 200",
-    )
-
-    model: tuple[Path, ...]
-    """ORT-GenAI folders."""
-    prompt: str = "What is the capital of France?"
-    """A user's message; wrapped in the model's chat template where it has one."""
-    max_new_tokens: int = 48
-    """Generation stops here, at the end of the first sentence, or where the model ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +67,10 @@ class PeerConfig(BenchConfig, SweepGrid):
     modelopt_environment: Path | None = None
     """Where ModelOpt is installed, in a virtual environment of its own; default: modelopt-venv in the output folder."""
     builder_source: str | None = None
-    """What the base model was built from (--source of scripts.build_base_model): onnxruntime-genai's builder makes its
-    own int4 model from it. Default: no such model."""
+    """What the base model was built from (SOURCE of genai-quant base-model): onnxruntime-genai's builder makes its own
+    int4 model from it. Default: no such model."""
+    builder: tuple[BuilderMethod, ...] = ("int4", "k_quant_mixed")
+    """What the builder makes: int4, its default, or another algo_config of it."""
     builder_keep_grid: Flag = False
     """The base model was built with --keep_grid."""
     speed: Flag = False
@@ -217,6 +170,8 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
     algo: Algorithm = "awq_lite"
     dataset: str | None = "cnn"
     calib_size: int | None = 128
+    target: str | None = "any"
+    """As for stages.quantize, but any by default, which leaves lm_head and the embedding as that tool does."""
     cache_dir: Path | None = None
     """Calibration cache; default: a folder beside the base model's, named after what the statistics depend on, so that
     other calibrations get folders of their own. Not needed for rtn and rtn_dq."""

@@ -38,8 +38,9 @@ def command(config: SweepConfig) -> Iterator[Section]:
     from stages.evaluation.bench.results import publish, raise_failures, text_results
     from stages.evaluation.bench.runs import measure
     from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
-    from stages.report.document import write_report
-    from stages.report.from_runs import sweep_report
+    from stages.model.directory import locate_model
+    from stages.report.document import log_report, write_report
+    from stages.report.from_runs import origin_of, sweep_report
     from stages.report.render import render
 
     points = points_of(config)
@@ -52,7 +53,9 @@ def command(config: SweepConfig) -> Iterator[Section]:
         records = measure(run_folder, runs, texts, progress, tidy)
     results = text_results(run_folder, runs, records, texts, {})
     yield from publish(run_folder, results)
-    write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
+    origin = origin_of("genai-quant sweep", config, locate_model(config.base).folder)
+    write_report(sweep_report(run_folder.folder.name, results, origin), render, run_folder.folder)
+    log_report(run_folder.folder)
     raise_failures(records)
 
 

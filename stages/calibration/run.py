@@ -21,6 +21,7 @@ from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
+from stages.model.unquantized import require_float_base
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
@@ -91,6 +92,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     directory = locate_model(config.onnx_path)
     _require_context(config.seq_len, directory)
     model = load_graph(directory)
+    require_float_base(model, directory)
     choice = choose_providers(config.calibration_eps)
     return Capture(
         model=model,

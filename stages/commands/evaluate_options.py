@@ -1,7 +1,8 @@
-"""Options of the commands that look at models: inspect, evaluate, report, sweep."""
+"""Options of the commands that look at models: inspect, chat, evaluate, report, sweep."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -29,6 +30,31 @@ class InspectConfig(CommandOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig(CommandOptions):
+    """Chat with a model through onnxruntime-genai, or let it answer one prompt.
+
+    Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends the chat.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """The model's folder."""
+    prompt: str | None = None
+    """Answer this and leave. Standard output holds only the answer."""
+    system: str | None = None
+    """What the model is told before the first message."""
+    max_new_tokens: int = 1024
+    """Most tokens in an answer."""
+    temperature: float = 0.0
+    """0 takes the most likely token, so that answers repeat; above, tokens are drawn: 0.7 is usual."""
+
+    def validate(self) -> None:
+        """Raise OptionError naming the first option that can't be used."""
+        require(self.max_new_tokens >= 1, "--max_new_tokens must be at least 1.")
+        require(0 <= self.temperature < math.inf, "--temperature must be 0 or more.")
+        require(self.prompt is not None or not self.printing.json, "--json goes with --prompt.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig(CommandOptions):
     """Compare models with their base: perplexity, KL divergence, top-1 agreement and the worst tokens on the same text.
 
@@ -46,14 +72,15 @@ class EvaluateConfig(CommandOptions):
     model: tuple[Path, ...]
     """Models to compare: .onnx files or folders."""
     text: str = "offline"
-    """A UTF-8 text file, or offline: topics of CPython's documentation that calibration never sees."""
+    """A UTF-8 text file, or a text that needs no download: offline (topics of CPython's documentation that calibration
+    never sees), code (of Python's standard library), notices (terms of licences)."""
     windows: int = 16
     """Number of windows of seq_len tokens, from the beginning of the text."""
     seq_len: int = 512
     """Tokens in each window."""
-    accuracy_level: AccuracyLevel = 1
-    """Accuracy level of all models alike: 1 keeps activations in float32 on CPU, the runtime's own default 4 rounds
-    them to int8."""
+    accuracy_level: AccuracyLevel | None = None
+    """Accuracy level of all models alike, but for MatMulNBits nodes that name their own: 1 keeps activations in float32
+    on CPU, 4 rounds them to int8. Default: that of each model's own files, at which it is used."""
     eps: str = "cpu"
     """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
     worst: int = 10
@@ -161,7 +188,7 @@ class BenchConfig(CommandOptions):
     cache_dir: Path | None = None
     """Calibration cache. Default: the model's folder name with .calibration added."""
     text: tuple[str, ...] = ("offline",)
-    """UTF-8 text files, or offline, to evaluate on. Text that was calibrated on is refused."""
+    """UTF-8 text files, or offline, code or notices, to evaluate on. Text that was calibrated on is refused."""
     windows: int = 16
     """Number of windows of seq_len tokens from each text."""
     seq_len: int = 512

@@ -7,7 +7,7 @@ touches no files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -37,6 +37,20 @@ def default_folder(path: Path, suffix: str) -> Path:
         return sibling_folder(folder, suffix)
     except ValueError as error:
         raise OptionError(f"{path} lies at the root of a disk; put it into a folder.") from error
+
+
+def given_options(options: CommandOptions) -> list[str]:
+    """Return the words that set every option that isn't at its default, but for those about printing."""
+    words: list[str] = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name == "printing" or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no_'}{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 FORMAT = 1
 """Version of the JSON document: as long as it stays, so do the keys and their meaning."""
-_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|evaluate|sweep|inspect|report)\b")
+_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)\b")
 _FILE_WIDTH = 160
 """Columns where there is no terminal: wide enough that numbers aren't cut."""
 
@@ -27,8 +27,8 @@ class Section:
 
     name: str
     """The record's key in the JSON document."""
-    table: RenderableType
-    """For people."""
+    table: RenderableType | Callable[[str], RenderableType]
+    """For people; what names commands is a function of the program that they typed."""
     record: object
     """For programs: the same in dataclasses and plain values."""
     detail: bool = False
@@ -42,6 +42,8 @@ class TablePrinter:
     console: Console
     verbose: bool = False
     """Whether details are printed too."""
+    program: str = ""
+    """What people typed."""
 
     def show(self, section: Section) -> None:
         """Print the table of ``section``, unless it is a detail and those aren't wanted."""
@@ -49,9 +51,8 @@ class TablePrinter:
             return
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = _FILE_WIDTH
-        self.console.print(
-            Group(section.table), crop=False
-        )  # rich wraps a Text outside a group even if it says no_wrap
+        table = section.table(self.program) if callable(section.table) else section.table
+        self.console.print(Group(table), crop=False)  # rich wraps a Text outside a group even if it says no_wrap
 
     def end(self, error: str | None) -> None:
         """Do nothing: the error stands in the log."""
@@ -89,7 +90,7 @@ def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = Fal
         quiet: print no tables.
         verbose: print details too.
     """
-    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet), verbose)
+    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet), verbose, command)
 
 
 def as_called(text: str, program: str) -> str:

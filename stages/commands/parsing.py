@@ -192,7 +192,7 @@ def parse_target(text: str) -> Target:
     name, separator, version = text.strip().lower().partition("@")
     runtime = next((known for known in _RUNTIMES if known == name), None)
     if runtime is None:
-        raise OptionError(f"--target {text}: '{name}' is not one of {', '.join(_RUNTIMES)}.")
+        raise OptionError(f"--target {text}: '{name}' is not one of auto, any, {', '.join(_RUNTIMES)}.")
     if not separator:
         return Target(runtime=runtime, release=_NEWEST, assumed=True)
     match = _VERSION.fullmatch(version)

@@ -24,6 +24,8 @@ OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gpt
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
 LmHead = Literal["4", "8", "none"]
+Embedding = Literal["4", "8", "none"]
+ShareEmbedding = Literal["auto", "on", "off"]
 WeightOperator = Literal["dq", "matmul_nbits"]
 PerChannelWord = Literal["channel"]
 MixedRule = Literal["modelopt", "llamacpp"]
@@ -32,6 +34,8 @@ Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _SMALLEST_STEP = 0.001
+_AUTO, _ANY = "auto", "any"
+"""Values of --target that name no runtime."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +111,11 @@ class _FolderOptions:
 class _FormatOptions:
     """The number format of every site."""
 
-    target: Annotated[str | None, tyro.conf.arg(metavar="RUNTIME[@VERSION]")] = None
-    """cpu, cuda, dml, trt-rtx, webgpu or qnn, with the version of ONNX Runtime if it isn't the newest (cpu@1.24): store
-    weights in the form that this runtime runs fastest, and say why. Options given explicitly win. Default: no
-    particular runtime."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="auto|any|RUNTIME[@VERSION]")] = None
+    """Runtime whose strengths decide what no option says: cpu, cuda, dml, trt-rtx, webgpu or qnn, with the version of
+    ONNX Runtime if it isn't the newest (cpu@1.24). auto (default): the runtime that the base model was built for. any:
+    none in particular, with blocks of 128, lm_head and embedding as they are. What was decided is printed, with why;
+    options given explicitly win."""
     block_size: int | None = None
     """Inputs that share a scale: a power of two from 16 to 256. Default: 128, or what suits --target best."""
     enable_mixed_quant: bool = False
@@ -140,13 +145,25 @@ class _FormatOptions:
     """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel.
     Default: channel, or what suits --target best."""
     lm_head: LmHead | None = None
-    """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none), whatever exclude says. Default: exclude
-    decides."""
+    """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none), whatever exclude says. Default: what suits
+    the target best; with a budget, whatever serves it best."""
+
+    @property
+    def follows_base(self) -> bool:
+        """Return whether the base model decides about the target."""
+        return self.target is None or self.target.strip().lower() == _AUTO
 
     @property
     def parsed_target(self) -> Target | None:
-        """Return the runtime that ``target`` names; raise OptionError where it names none."""
-        return None if self.target is None else parse_target(self.target)
+        """Return the runtime that ``target`` names; None for auto and any; raise OptionError for any other word."""
+        if self.target is None or self.target.strip().lower() in (_AUTO, _ANY):
+            return None
+        return parse_target(self.target)
+
+    @property
+    def takes_any_target(self) -> bool:
+        """Return whether the formats shall suit no runtime in particular."""
+        return not self.follows_base and self.parsed_target is None
 
     @property
     def has_budget(self) -> bool:
@@ -163,8 +180,7 @@ class _FormatOptions:
         _require_block_size("--block_size", self.block_size, fusible)
         if self.int8_block_size != "channel":
             _require_block_size("--int8_block_size", self.int8_block_size, fusible)
-        if self.target is not None:
-            parse_target(self.target)
+        _ = self.parsed_target  # raises where it is none
         require(
             self.mixed_rule == "modelopt" or self.enable_mixed_quant, "--mixed_rule goes with --enable_mixed_quant."
         )
@@ -190,25 +206,49 @@ class _StorageOptions:
     """dq: DequantizeLinear and MatMul, standard operators that ONNX Runtime fuses when it loads the model.
     matmul_nbits: the fused operator itself. Default: dq, or matmul_nbits where nothing fuses dq (bfloat16, and some
     targets)."""
+    embedding: Embedding | None = None
+    """Store the token embedding as INT4 (4) or INT8 (8), or leave it unquantized (none). Default: quantized where the
+    target has an operator that reads only the rows it needs."""
+    share_embedding: ShareEmbedding = "auto"
+    """Store an embedding and an lm_head that are one weight in the base as one table that both read. auto (default):
+    where the target runs it."""
     gather_quantize_axis: BlockAxis | None = None
-    """Store the token embedding as INT4 too: 1 groups numbers of one token (recommended), 0 groups tokens. Default: it
-    stays as it is."""
+    """Older name for embedding 4: 1 groups numbers of one token, as embedding does; 0 groups tokens."""
     gather_block_size: int | None = None
-    """Numbers of the embedding that share a scale: a power of two from 16 to 256. Default: 32, or what suits --target
+    """Numbers of the embedding that share a scale: a power of two from 16 to 256. Default: 32, or what suits the target
     best."""
     gather_form: GatherForm | None = None
     """gather_block_quantized (default): one node that reads only the rows it needs. dq: DequantizeLinear and Gather,
     standard operators, but ONNX Runtime dequantizes the whole table for every token."""
-    use_zero_point: bool = False
-    """Use unsigned codes with a zero point per block (4 / block_size more bits per weight)."""
+    use_zero_point: tyro.conf.DisallowNone[bool | None] = None
+    """Use unsigned codes with a zero point per block (4 / block_size more bits per weight), or signed ones without.
+    Default: what suits the target best."""
     scale_range: ScaleRange | None = None
     """Range of INT4 codes without zero points. full: scale = max(-min/8, max/7), all sixteen levels. signed: the same,
     but with a negative scale where a block's largest magnitude is positive, so that the larger side always has the
     extra level: smaller errors at the same size. compat7: |w|max/7, as the tool that this one replaces. Default: signed
-    where --target is cpu, cuda or webgpu, else full, since TensorRT accepts only positive scales."""
+    where the target is cpu, cuda or webgpu, else full, since TensorRT accepts only positive scales."""
+
+    @property
+    def requested_embedding(self) -> Embedding | None:
+        """Return what shall become of the embedding, under either name; None: the target decides."""
+        return "4" if self.embedding is None and self.gather_quantize_axis is not None else self.embedding
+
+    @property
+    def embedding_axis(self) -> BlockAxis:
+        """Return 1 where numbers of one token share a scale, 0 where numbers of several tokens do."""
+        return 1 if self.gather_quantize_axis is None else self.gather_quantize_axis
 
     def _check_storage(self) -> None:
         _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
+        require(
+            self.embedding != "none" or self.gather_quantize_axis is None,
+            "--embedding none and --gather_quantize_axis contradict each other; leave one out.",
+        )
+        require(
+            self.share_embedding != "on" or self.requested_embedding != "none",
+            "--share_embedding on stores the embedding quantized, and --embedding none doesn't; leave one out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,12 +301,12 @@ class QuantizeConfig(
     )
 
     exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
-    """Comma-separated parts of the names of nodes to leave unquantized; '' quantizes all. Default: lm_head, or with a
-    budget (target_bpw, target_size) nothing, since the budget decides about lm_head too."""
+    """Comma-separated parts of the names of nodes to leave unquantized. Default: nothing, or lm_head where target is
+    any and there is no budget (target_bpw, target_size), which decides about lm_head too."""
     accuracy_level: AccuracyLevel | None = None
-    """Accuracy level for genai_config.json's session options: 1 keeps activations in float32 on CPU, the runtime's
-    default 4 rounds them to int8 (faster, less exact). With matmul_nbits, for the nodes themselves, whose default is
-    exact."""
+    """Accuracy level for genai_config.json's session options and, with matmul_nbits, for the nodes themselves. On the
+    CPU the default 4 rounds activations to int8: up to 1.7 times as fast as 1, which keeps them in float32, at next to
+    no loss. INT8 weights below 4 are slower than floating point."""
     verify: Verification = "full"
     """Checks of the result. full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs.
     off: none."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 
+from export.card.record import ModelRecord
 from stages.commands.tables import Column, DataTable, FactTable
 from stages.evaluation.bench.results import results_table
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
@@ -127,6 +128,8 @@ def _size_and_part(size: int, total: int) -> tuple[str, str]:
 
 def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     yield "made by", report.producer or "unknown"
+    if report.record is not None:
+        yield from _record(report.record)
     opsets = ", ".join(f"{name} {version}" for name, version in report.opsets.items())
     yield "graph", f"{counted(report.nodes, 'node')}, opset {opsets}, IR {report.ir_version}"
     yield from _sizes(report)
@@ -146,6 +149,18 @@ def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
             yield answer.runtime, sentence
     yield from _files(report)
     yield from _configuration(report)
+
+
+def _record(record: ModelRecord) -> Iterator[tuple[str, str]]:
+    """Yield what genai_quant.json knows and the graph doesn't."""
+    command = record.export_command if record.origin is None else record.origin.command
+    yield "made from", f"{record.base.name}: {command or record.algorithm}"
+    if record.evaluation is not None:
+        scores = [
+            f"{text.text}: KL {text.divergence:.4f}, same top-1 {text.same_top1:.1%}"
+            for text in record.evaluation.texts
+        ]
+        yield "accuracy", "; ".join(scores)
 
 
 def _sizes(report: ModelReport) -> Iterator[tuple[str, str]]:

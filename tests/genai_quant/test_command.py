@@ -14,18 +14,21 @@ import pytest
 import tyro
 
 import genai_quant
+from genai_quant.base_models.options import BaseModelConfig
 from genai_quant.command import main
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
+from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.options import RunConfig
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = {
+    "base-model": BaseModelConfig,
     "calibrate": CalibrateConfig,
     "quantize": QuantizeConfig,
     "export": ExportConfig,
     "run": RunConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
     "inspect": InspectConfig,
@@ -111,7 +114,7 @@ def test_an_unknown_option_names_the_nearest(program: Program) -> None:
 ENTRIES = (
     "genai_quant",
     "export",
-    *(f"stages.{name}" for name in ("calibrate", "quantize", "evaluate", "sweep", "inspect", "report")),
+    *(f"stages.{name}" for name in ("calibrate", "quantize", "chat", "evaluate", "sweep", "inspect", "report")),
 )
 
 

@@ -15,7 +15,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.chat import Message
-from stages.calibration.text.offline import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
+from stages.calibration.text.offline import (
+    CALIBRATION_TITLE,
+    DOCUMENT_CHARACTERS,
+    gather,
+    offline_calibration_documents,
+    paragraphs,
+)
 from stages.calibration.text.tokenizer import why_unreachable
 from stages.errors import UserError, with_class_name
 
@@ -29,7 +35,7 @@ SELF_GENERATED = "self"
 OFFLINE = "offline"
 STAND_IN = f"{OFFLINE},{SELF_GENERATED}"
 """Text in place of the default data set where the hub doesn't answer."""
-_DEFAULT = "cnn"
+DEFAULT_DATASET = "cnn"
 _SHUFFLE_BUFFER = 2000
 _SECONDS = 4.0
 """How long the hub may take to answer before other text stands in for the default."""
@@ -91,16 +97,16 @@ def choose_text(
     """
     if dataset is not None:
         return ChosenText(dataset=dataset)
-    source = hub_sources[_DEFAULT]
+    source = hub_sources[DEFAULT_DATASET]
     missing = _why_unreadable(source)
     if missing is None:
-        return ChosenText(dataset=_DEFAULT)
+        return ChosenText(dataset=DEFAULT_DATASET)
     reason = cannot_write()
     texts = "offline and self take" if reason is None else f"offline (without self: {reason}) takes"
     return ChosenText(
         dataset=STAND_IN if reason is None else OFFLINE,
-        note=f"--dataset {_DEFAULT} can't be read ({missing}): {texts} its place. Text of the kind that the model will "
-        "read is better: --dataset FILE.txt.",
+        note=f"--dataset {DEFAULT_DATASET} can't be read ({missing}): {texts} its place. Text of the kind "
+        "that the model will read is better: --dataset FILE.txt.",
     )
 
 
@@ -157,7 +163,7 @@ def open_documents(
         return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
     if dataset == OFFLINE:
         texts = offline_calibration_documents()
-        return Documents(title="offline: CPython documentation topics", texts=_shuffled(texts, seed))
+        return Documents(title=f"{OFFLINE}: {CALIBRATION_TITLE}", texts=_shuffled(texts, seed))
     path = Path(dataset)
     if path.suffix not in (".txt", *_TABLES):
         raise UserError(

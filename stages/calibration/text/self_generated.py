@@ -22,10 +22,9 @@ from stages.calibration.text.chat import find_chat_template, require_chat_templa
 from stages.calibration.text.generation_script import GenerationScript, ScriptKind, chat_script, text_script
 from stages.calibration.text.sampler import LARGEST_BATCH, end_tokens, open_sampler
 from stages.commands.progress import progress_bar
-from stages.errors import UserError
 from stages.model.directory import ModelDirectory
 from stages.model.load import fingerprint_model
-from stages.runtime.genai import require_genai
+from stages.runtime.genai import why_not_genai
 from stages.system.json_file import explained, write_whole
 
 if TYPE_CHECKING:
@@ -40,11 +39,8 @@ _DIGITS = 10
 
 def why_it_cannot_write(directory: ModelDirectory) -> str | None:
     """Return why the model can't write text, as far as that is known without loading it; None where it may."""
-    try:
-        require_genai([directory.folder], "self")
-    except UserError as error:
-        return str(error).removeprefix("self").lstrip(": ").partition(";")[0]
-    return "genai_config.json has no vocab_size" if directory.vocab_size is None else None
+    missing = "genai_config.json has no vocab_size" if directory.vocab_size is None else None
+    return why_not_genai([directory.folder]) or missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

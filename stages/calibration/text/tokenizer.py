@@ -114,11 +114,12 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             path, trust_remote_code=trust_remote_code, local_files_only=unreachable is not None
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own
-        raise _CannotLoad(unreachable or _reason(error)) from error
+        raise _CannotLoad(unreachable or hub_reason(error)) from error
     return tokenizer
 
 
-def _reason(error: BaseException) -> str:
+def hub_reason(error: BaseException) -> str:
+    """Return in words why a model of the hub can't be loaded."""
     for cause in _causes(error):
         if isinstance(cause, HFValidationError):
             return "there is no such folder, and it is not a hub name"

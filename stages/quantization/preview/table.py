@@ -172,10 +172,8 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
     yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {preview.bits_per_weight:.3f} bits a quantized weight"
     for plan in preview.embeddings:
-        yield (
-            "embedding",
-            f"{plan.table.weight}: INT4 in blocks of {plan.block_size}, {plan.format_bytes / 1e6:,.1f} MB",
-        )
+        shared = "" if plan.shared_with is None else f", shared with {plan.shared_with}"
+        yield "embedding", f"{plan.table.weight}: {plan.label}, {plan.format_bytes / 1e6:,.1f} MB{shared}"
     for part in preview.unreached:
         yield "stays", part.description
     yield from _by_reason("stays", preview.unquantizable)
