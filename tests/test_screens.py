@@ -25,6 +25,7 @@ from stages.commands.parsing import parse_target
 from stages.commands.tables import Column, DataTable, FactTable, wrapped
 from stages.evaluation.bench.results import MeasuredModel, TextResults, results_table
 from stages.evaluation.bench.runs import Search
+from stages.evaluation.records import Evaluation
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
 from stages.inspect.float_weights import InputScaleMul, UnquantizedTensors
 from stages.inspect.model import ModelReport, report_model
@@ -38,7 +39,7 @@ from stages.quantization.weights.summary import quantization_table
 from stages.records.formats import WeightForm
 from stages.records.results import DataFileUse, ExportRecipe, SiteError, SiteReport, UnfusedSite, VerifyReport
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights, WeightLayout
-from stages.report.tables import tables_of
+from stages.report.tables import tables_of, tables_of_worst
 from stages.system.measured_process import Cost
 from tests.stages.quantization.targets.requests import choose
 from tests.stages.report.sample import evaluation, model_row
@@ -271,10 +272,10 @@ def benchmarked() -> list[RenderableType]:
     return list(benchmark_tables(found))
 
 
-def evaluated() -> list[RenderableType]:
+def compared() -> Evaluation:
     found = evaluation()
     rows = [replace(row, name=f"Phi-3.5-MoE-instruct-{row.name}") for row in found.rows]
-    return list(tables_of(replace(found, rows=tuple(rows))))
+    return replace(found, rows=tuple(rows))
 
 
 def peers_speed() -> RenderableType:
@@ -295,7 +296,8 @@ SCREENS: dict[str, Callable[[], RenderableType | list[RenderableType]]] = {
     "weights_table": weights,
     "cache_table": cache,
     "choice_table": lambda: choice_table(parse_target("cpu"), choose("cpu")),
-    "tables_of": evaluated,
+    "tables_of": lambda: list(tables_of(compared())),
+    "tables_of_worst": lambda: list(tables_of_worst(compared())),
     "speed_table": peers_speed,
     "benchmark_tables": benchmarked,
 }
@@ -349,7 +351,6 @@ def tables_made_elsewhere() -> Iterator[str]:
 NOT_SCREENS = {
     "model_table",  # test_an_inspected_model_loses_nothing_at_any_width
     "accuracy_tables", "worst_tables", "answer_tables", "speed_tables", "task_tables", "verified_tables",  # tables_of
-    "output_tables",
 }  # fmt: skip
 
 

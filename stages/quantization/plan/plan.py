@@ -62,6 +62,7 @@ from stages.records.formats import (
     QuantSpec,
     WeightForm,
 )
+from stages.records.quantities import counted
 from stages.records.results import ActivationStats, ExportRecipe
 from stages.records.sites import ActivationGroup, BlockAxis, MatMulSite, UnquantizedWeights
 
@@ -204,7 +205,9 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     zero_point = "without" if choice.symmetric else "with"
     by_site = config.plan is not None or config.has_budget
     formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
-    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
+    mixed = (
+        f", INT8 at {counted(plan.sites.eight_bit_sites, 'site')}" if plan.sites.eight_bit_sites and not by_site else ""
+    )
     table = _describe_embedding(plan.embeddings)
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
