@@ -45,6 +45,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _BARE_WORDS: Mapping[str, str] = MappingProxyType({"onnx_path": "BASE", "output_path": "OUTPUT"})
 """What stands for options whose names may be left out."""
 _NAMES_WIDTH, _WIDEST = 24, 100
+_FEW = 12
+"""Options up to which --help shows all of a command's."""
 _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9-]|\w+: )")
 _WORDS: Mapping[object, str] = MappingProxyType({int: "INT", float: "NUMBER", str: "TEXT", bool: "True|False"})
 
@@ -162,14 +164,14 @@ def help_text(
     if examples:
         lines += ["", "examples:"]
         lines += [line for example in examples for line in _command_line(f"{program} {example}".rstrip(), width)]
+    hidden = () if whole or len(options) <= _FEW else dict(_grouped(options)).get(_ADVANCED, ())
     for group, members in _grouped(options):
-        if whole or group != _ADVANCED:
+        if members != hidden:
             lines += ["", f"{group}:"]
             for option in members:
                 lines += _beside(option.spelled(positional), as_called(option.explained(whole=whole), program), width)
     if not whole:
-        hidden = len(dict(_grouped(options)).get(_ADVANCED, ()))
-        more = f", and {hidden} more" if hidden else ""
+        more = f", and {len(hidden)} more" if hidden else ""
         lines += ["", *wrapped(f"{program} --help_all explains these options in full{more}.", width)]
     return "\n".join(lines)
 
