@@ -36,6 +36,7 @@ from stages.evaluation.texts import BUILT_IN
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model
 from stages.model.sizes import model_bytes
+from stages.records.quantities import counted
 from stages.runtime.decoder import open_decoder
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
@@ -184,7 +185,7 @@ def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) ->
     windows = pack_windows(tokenizer(text, verbose=False)["input_ids"], config.windows, config.seq_len)
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
-            f"--text {config.text} gives {len(windows)} windows of {config.seq_len} tokens and --windows is "
+            f"--text {config.text} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and --windows is "
             f"{config.windows}; pass at least 1 and at most that many windows, or a longer text."
         )
     return windows

@@ -49,6 +49,7 @@ FOREIGN = {
     "--extra_options",
     "--fast",
     "--help",
+    "--help_all",
     "--index-url",
     "--multi_gpu",
     "--no-deps",
