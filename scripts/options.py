@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import BenchConfig, SweepGrid
@@ -14,13 +14,19 @@ from stages.commands.quantize_options import Algorithm, QuantizeConfig
 LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
-BuilderMethod = Literal["int4"]
+BuilderMethod = Literal["int4", "k_quant_mixed", "k_quant_last", "rtn_last"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargeModelConfig(CommandOptions):
     """Write a base model of a real model's shapes with random weights, for benchmarks."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--output models/large",
+        "--output models/large --shape qwen2.5-1.5b",
+        "--output models/large --layers 4 --precision fp32",
+    )
 
     output: Path
     """Folder for the base model. Must not exist yet."""
@@ -43,6 +49,12 @@ class PeerConfig(BenchConfig, SweepGrid):
     Where both have the choice, block sizes and zero points hold for the competitors too.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output comparison",
+        "--base models/base --output comparison --ort default hqq --speed",
+        "--base models/base --output comparison --builder_source smollm2",
+    )
+
     ort: tuple[OrtMethod, ...] = ("default", "hqq", "k_quant")
     """Methods of ONNX Runtime's MatMulNBitsQuantizer."""
     modelopt: tuple[ModelOptMethod, ...] = ("rtn_dq", "awq_lite", "awq_clip", "awq_full")
@@ -57,6 +69,8 @@ class PeerConfig(BenchConfig, SweepGrid):
     builder_source: str | None = None
     """What the base model was built from (SOURCE of genai-quant base-model): onnxruntime-genai's builder makes its own
     int4 model from it. Default: no such model."""
+    builder: tuple[BuilderMethod, ...] = ("int4", "k_quant_mixed")
+    """What the builder makes: int4, its default, or another algo_config of it."""
     builder_keep_grid: Flag = False
     """The base model was built with --keep_grid."""
     speed: Flag = False
@@ -81,6 +95,12 @@ class TablesConfig(CommandOptions):
     Add results on the machine and at the commit that they were measured on: both are noted with them.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "",
+        "--compare comparison --title SmolLM2-135M-Instruct",
+        "--times 'bash scripts/check.sh --fast' 80",
+    )
+
     compare: Path | None = None
     """An output folder of scripts.compare_with_peer."""
     benchmark: Path | None = None
@@ -101,6 +121,12 @@ class TablesConfig(CommandOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkConfig(CommandOptions):
     """Measure both stages, their parts and a competitor in one run; nothing else should run on the machine."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output benchmark",
+        "--base models/base --output benchmark --algo awq_gptq --rounds 3",
+        "--base models/base --output benchmark --no_competitor",
+    )
 
     base: Path
     """Base model: the .onnx file or its folder."""
@@ -135,7 +161,17 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
     Statistics are kept: the next call with another --algo, block size or layer choice goes straight to the search.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base --output_path models/int4 --algo awq_lite",
+        "--onnx_path models/base --output_path models/int4 --calib_size 32",
+        "--onnx_path models/base --output_path models/int4 --dry_run",
+    )
+
     algo: Algorithm = "awq_lite"
+    dataset: str | None = "cnn"
+    calib_size: int | None = 128
+    target: str | None = "any"
+    """As for stages.quantize, but any by default, which leaves lm_head and the embedding as that tool does."""
     cache_dir: Path | None = None
     """Calibration cache; default: a folder beside the base model's, named after what the statistics depend on, so that
     other calibrations get folders of their own. Not needed for rtn and rtn_dq."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,11 @@ def _run_builder(folder: Path, output: Path, cache: Path, config: BaseModelConfi
     command = [sys.executable, "-P", "-m", _BUILDER, "-i", str(folder), "-o", str(output), "-c", str(cache)]
     command += ["-p", config.built_precision, "-e", config.execution_provider]
     command += ["--extra_options", *config.extra_options] if config.extra_options else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    # The builder names a commit as its own: that of any repository around its package, such as the user's project.
+    environment = os.environ | {"GIT_DIR": os.devnull}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode != 0:
         _LOGGER.warning("output of onnxruntime-genai's builder:\n%s", done.stdout)
         raise UserError(

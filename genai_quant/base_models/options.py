@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -17,6 +17,12 @@ BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModelConfig(CommandOptions):
     """Make a base model with onnxruntime-genai's builder, from a hub, a folder, a GGUF file or Python packages."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "Qwen/Qwen2.5-0.5B-Instruct models/base",
+        "Qwen/Qwen2.5-0.5B-Instruct models/base --execution_provider cuda",
+        "smollm2 models/smollm2",
+    )
 
     source: Annotated[str, tyro.conf.Positional]
     """A hub name (Qwen/Qwen2.5-0.5B-Instruct), a Hugging Face folder or a .gguf file; or, without a model hub, smollm2

@@ -27,6 +27,7 @@ OURS = {
     "stages.calibrate": calibrate_options.CalibrateConfig,
     "stages.quantize": quantize_options.QuantizeConfig,
     "export": quantize_options.ExportConfig,
+    "stages.chat": evaluate_options.ChatConfig,
     "stages.evaluate": evaluate_options.EvaluateConfig,
     "stages.sweep": evaluate_options.SweepConfig,
     "stages.inspect": evaluate_options.InspectConfig,

@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 _SECONDS = 10.0
 
 
-def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
+def why_unreachable(name: str, kind: Literal["model", "dataset"], seconds: float = _SECONDS) -> str | None:
     """Return why the hub doesn't answer, or None where it does, whatever it answers about ``name``.
 
     None too where HF_HUB_OFFLINE is set: the libraries then look only at what they keep in HF_HOME, at once.
+
+    Args:
+        name: of a repository on the hub.
+        kind: of that repository.
+        seconds: how long the hub may take to answer.
     """
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS)
+        HfApi().repo_info(name, repo_type=kind, timeout=seconds)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
         return None
     except Exception as error:  # the HTTP library's own classes, which change with its version

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
+import onnxruntime_genai
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -99,6 +101,9 @@ def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
     assert built.record.precision == "fp32"
     assert built.record.bytes == sum(path.stat().st_size for path in output.glob("model.onnx*"))
     assert locate_model(output).kv_heads == 2
+    # Not the commit of the repository around the builder's package, such as this one.
+    made_by = onnx.load(output / "model.onnx", load_external_data=False).producer_version
+    assert made_by == f"{onnxruntime_genai.__version__}+{onnxruntime_genai.__commit__[:7]}"
     assert [path.name for path in output.parent.iterdir()] == ["tiny"]
     with pytest.raises(UserError, match=r"OUTPUT .* already exists"):
         list(build(BaseModelConfig(source=str(tiny_hf), output=output)))
