@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.report.document import Report
 
 _LOGGER = logging.getLogger(__name__)
-_WINDOWS, _SPEED_ROUNDS = 8, 3
+_WINDOWS, _SEQ_LEN, _SPEED_ROUNDS = 8, 512, 3
 """Of the evaluation of a quantized model that was just made: a few minutes for a model of 135 million weights."""
 
 
@@ -61,6 +61,7 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
     """
     from stages.calibration.cache import find_cache
     from stages.evaluation.texts import texts_of_other_kinds
+    from stages.model.directory import locate_model
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.runtime.genai import why_not_genai
 
@@ -69,6 +70,7 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
         base=config.onnx_path,
         model=(config.output_path,),
         windows=_WINDOWS,
+        seq_len=min(_SEQ_LEN, locate_model(config.onnx_path).context_length or _SEQ_LEN),
         report=config.weights_folder / REPORT_FOLDER,
         speed_rounds=_SPEED_ROUNDS,
     )

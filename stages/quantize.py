@@ -151,9 +151,7 @@ def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Se
         check_before_calibration(config)
         yield calibration_section(calibrate(config.calibration))
     else:
-        key = found.manifest.key
-        windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
-        _LOGGER.info("calibration: %s is used (%s; %s).", from_here(found.folder), key.source, windows)
+        _LOGGER.info("calibration: %s is there and used: %s.", from_here(found.folder), found.manifest.key.text)
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:

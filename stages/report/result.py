@@ -68,7 +68,7 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
         made: the model.
     """
     result = _result(config, made)
-    return Section(name="result", table=lambda program: _Box(result, program), record=result)
+    return Section(name="result", table=lambda program: ResultBox(result, program), record=result)
 
 
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
@@ -106,7 +106,7 @@ def _text_result(evaluation: Evaluation) -> TextResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Box:
+class ResultBox:
     """A panel at most 80 columns wide; where a command doesn't fit, lines between rules, so that it can be copied."""
 
     result: Result

@@ -45,7 +45,7 @@ def in_use() -> list[object]:
 @pytest.mark.slow
 def test_all_of_it_is_shown_and_kept(folder: Path, tmp_path: Path, commands: Commands) -> None:
     report = tmp_path / "report"
-    code, printed = commands.evaluate(*arguments(folder), *in_use(), "--report", report)
+    code, printed = commands.evaluate(*arguments(folder), *in_use(), "--report", report, "--verbose")
     assert code == 0, printed
     assert f"report: {report / 'report.html'}" in printed
     document = read_report(report)
