@@ -24,7 +24,7 @@ _ADVANCED = "advanced"
 _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": (
-            "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
+            "source", "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
             "source", "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
             "cache_dir", "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
         ),
