@@ -53,10 +53,10 @@ def _explain(sites: Sequence[QuantizedSite], pairs: Sequence[_Pair]) -> str:
     left = mean(chosen / rounded for rounded, chosen in pairs if rounded)
     return (
         f"Mean squared error of each MatMul's output relative to the output, on {where}; lower is better, and the "
-        f"scale is logarithmic. On average the search leaves {percent(left)} of the error of rounding to nearest. Input "
-        "scale: what the weights are multiplied with before rounding, a power (the exponent) of the mean input "
-        "(activation), the same divided by one of the weights (duo), or none. Clip ratio: the part of the largest weight "
-        "that the codes reach."
+        f"scale is logarithmic. On average the search leaves {percent(left)} of the error of rounding to nearest. "
+        "Input scale: what the weights are multiplied with before rounding, a power (the exponent) of the mean input "
+        "(activation), the same divided by one of the weights (duo), or none. Clip ratio: the part of the largest "
+        "weight that the codes reach."
     )
 
 

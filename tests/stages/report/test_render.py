@@ -338,6 +338,12 @@ def test_numbers_are_graded_on_the_scale_that_the_page_states(change: float, gra
     assert [grade.value for grade in found] == grades
 
 
+def test_the_page_states_its_scale(page: Element) -> None:
+    (scale,) = page.by_id("scale").all("table")
+    assert cells_of(scale)[1] == [" good", "0.05 or less", "90 % or more", "5 % or less", "1.1x or more"]
+    assert [row[0].strip() for row in cells_of(scale)] == ["excellent", "good", "fair", "poor"]
+
+
 @pytest.mark.parametrize(("ratio", "word"), [(1.5, "excellent"), (1.2, "good"), (1.0, "fair"), (0.9, "poor")])
 def test_a_model_slower_than_its_base_is_poor(ratio: float, word: str) -> None:
     assert grade_speed(ratio).value == word
