@@ -1,22 +1,30 @@
-"""Translate Olive workflows into sections of a run file.
+"""Translate Olive workflows into sections of a run file, and tell Olive itself of our pass.
 
-The schema is Microsoft Olive's (``olive run --config``): input_model, systems, passes, and the engine's keys beside
+The schema is that of Olive 0.13 (``olive run --config``): input_model, systems, passes, and the engine's keys beside
 them or in ``engine``. A workflow must have one pass: ``GenaiQuant``, with the options of both stages, or Olive's own
 ``OnnxBlockWiseRtnQuantization``. What has no counterpart here is an error, never guessed.
+
+``python -m genai_quant.olive passes.json`` writes the file with which Olive finds the pass ``GenaiQuant``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from genai_quant.run_options import option_names, unknown
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.options import default_folder
+from stages.commands.options import CommandOptions, default_folder
+from stages.commands.output import Section
 from stages.commands.quantize_options import QuantizeConfig
-from stages.errors import UserError
+from stages.commands.run import run_command
+from stages.errors import UserError, with_class_name
 
 _LOGGER = logging.getLogger(__name__)
 Sections = dict[str, dict[str, Any]]
@@ -24,6 +32,7 @@ Sections = dict[str, dict[str, Any]]
 _READ = {"input_model", "systems", "passes", "target", "output_dir", "cache_dir", "engine"}
 _WITHOUT_EFFECT = {
     "clean_cache",
+    "clean_evaluation_cache",
     "evaluate_input_model",
     "host",
     "log_severity_level",
@@ -31,9 +40,14 @@ _WITHOUT_EFFECT = {
     "no_artifacts",
     "ort_log_severity_level",
     "ort_py_log_severity_level",
+    "plot_pareto_frontier",
     "workflow_id",
 }
 """Keys about how Olive itself works; they don't change the model."""
+_NOTHING: tuple[object, ...] = (None, False, [], {})
+"""Values with which a key asks for nothing."""
+_PLACES = frozenset({"onnx_path", "output_path"})
+"""Options of both stages that a workflow gives by its model and its output_dir."""
 _PROVIDERS = {
     "CPUExecutionProvider": ("cpu", "cpu"),
     "CUDAExecutionProvider": ("cuda", "cuda,cpu"),
@@ -43,7 +57,11 @@ _PROVIDERS = {
     "WebGpuExecutionProvider": ("webgpu", "cpu"),
 }
 """Execution provider -> (--target, --calibration_eps)."""
+_PROVIDER_OF_DEVICE = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
+"""What Olive takes for a device that is named alone."""
 _OURS, _ROUNDING = "GenaiQuant", "OnnxBlockWiseRtnQuantization"
+_OUR_CLASS = "genai_quant.olive_pass.GenaiQuant"
+_IN_OLIVE = "run it with Olive, which can take our pass too (docs/reference/run-files.md)"
 _ONE_FILE = {"save_as_external_data": True, "all_tensors_to_one_file": True}
 """The only way in which weights are stored here."""
 
@@ -65,30 +83,83 @@ def sections_of_olive(content: Mapping[str, Any], file: Path) -> Sections:
         raise UserError(f"{file} has no output_dir; name the folder for the quantized model.")
     target, providers = _target(keys, file)
     if "cache_dir" in keys:
-        places["cache_dir"] = (
-            Path(str(keys["cache_dir"])) / default_folder(Path(places["onnx_path"]), ".calibration").name
-        )
+        own = keys["cache_dir"][0] if isinstance(keys["cache_dir"], list) else keys["cache_dir"]
+        places["cache_dir"] = Path(str(own)) / default_folder(Path(places["onnx_path"]), ".calibration").name
     calibrate = places | {"calibration_eps": providers}
     quantize = places | {"output_path": keys["output_dir"], "target": target}
     name, kind, options = _only_pass(keys, file)
     place = f"{file}: pass {name}"
     if kind == _ROUNDING:
         return {"quantize": quantize | _rounding(options, place)}
-    names = option_names(CalibrateConfig), option_names(QuantizeConfig)
+    mine = sections_of_pass(options, place)
+    return {"calibrate": calibrate | mine["calibrate"], "quantize": quantize | mine["quantize"]}
+
+
+def sections_of_pass(options: Mapping[str, Any], place: str) -> Sections:
+    """Return the options of a pass ``GenaiQuant``, sorted into the sections calibrate and quantize.
+
+    Args:
+        options: those given; null is not given.
+        place: the pass, for messages.
+
+    Raises:
+        UserError: an option is neither stage's, or names a place that the workflow itself names.
+    """
+    kinds = {"calibrate": option_names(CalibrateConfig), "quantize": option_names(QuantizeConfig)}
+    known = pass_options()
     for key in options:
-        if key not in names[0] | names[1] or key in ("onnx_path", "output_path"):
-            raise unknown(place, "option", key, names[0] | names[1], "its options are those of both stages.")
-    mine = [{key: value for key, value in options.items() if key in those} for those in names]
-    return {"calibrate": calibrate | mine[0], "quantize": quantize | mine[1]}
+        if key not in known:
+            raise unknown(place, "option", key, known, "its options are those of both stages.")
+    given = {key: value for key, value in options.items() if value is not None}
+    return {name: {key: given[key] for key in given if key in names} for name, names in kinds.items()}
+
+
+def pass_options() -> frozenset[str]:
+    """Return the options of the pass ``GenaiQuant``."""
+    return (option_names(CalibrateConfig) | option_names(QuantizeConfig)) - _PLACES
+
+
+def target_of(provider: str, place: str) -> tuple[str, str]:
+    """Return the --target and --calibration_eps for an execution provider.
+
+    Raises:
+        UserError: it is no target; ``place`` is what names it.
+    """
+    if provider not in _PROVIDERS:
+        raise UserError(f"{place} has the execution provider {provider}; choose from {', '.join(_PROVIDERS)}.")
+    return _PROVIDERS[provider]
+
+
+def package_config() -> dict[str, Any]:
+    """Return the passes of the installed Olive and ours, as ``olive run --package-config`` reads them.
+
+    Raises:
+        UserError: Olive can't be imported.
+    """
+    try:
+        from olive.package_config import OlivePackageConfig
+    except ImportError as error:
+        raise UserError(
+            f"Olive can't be imported ({with_class_name(error)}); install it with 'pip install olive-ai requests'."
+        ) from error
+    config: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
+    anything = ["*"]
+    config["passes"][_OURS] = {
+        "module_path": _OUR_CLASS,
+        "supported_providers": anything,
+        "supported_accelerators": anything,
+        "supported_precisions": ["int4", "int8"],
+    }
+    return config
 
 
 def _keys(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the workflow's keys, with those of ``engine`` among them, without null and empty ones."""
     keys = dict(content) | dict(_dictionary(content.get("engine") or {}, f"{file}: engine"))
-    keys = {key: value for key, value in keys.items() if value not in (None, [], {}) and key != "engine"}
+    keys = {key: value for key, value in keys.items() if value not in _NOTHING and key != "engine"}
     for key in keys:
         if key not in _READ | _WITHOUT_EFFECT:
-            raise UserError(f"{file}: {key} has no counterpart here; leave it out, or run this workflow with Olive.")
+            raise UserError(f"{file}: {key} has no counterpart here; leave it out, or {_IN_OLIVE}.")
     if ignored := sorted(set(keys) & _WITHOUT_EFFECT):
         _LOGGER.info("%s: ignored here: %s.", file, ", ".join(ignored))
     return keys
@@ -117,6 +188,7 @@ def _model(keys: Mapping[str, Any], file: Path) -> str:
         )
     name = model.pop("onnx_file_name", None)
     model.pop("model_attributes", None)
+    model = {key: value for key, value in model.items() if value not in _NOTHING}
     if model:
         raise UserError(f"{place} has {next(iter(model))}, which has no counterpart here; leave it out.")
     if not isinstance(path, str):
@@ -126,15 +198,15 @@ def _model(keys: Mapping[str, Any], file: Path) -> str:
 
 def _target(keys: Mapping[str, Any], file: Path) -> tuple[str | None, str]:
     """Return the --target and --calibration_eps of the target system; no target where there is no system."""
-    name = keys.get("target")
-    if name is None:
+    named = keys.get("target")
+    if named is None:
         return None, CalibrateConfig.calibration_eps
-    place = f"{file}: system {name}"
+    place = f"{file}: target" if isinstance(named, dict) else f"{file}: system {named}"
     systems = _dictionary(keys.get("systems", {}), f"{file}: systems")
-    if name not in systems:
-        raise unknown(str(file), "system", str(name), systems, "add it to systems.")
-    system = _flat(systems[name], place)
-    if system.get("type") != "LocalSystem":
+    if not isinstance(named, dict) and named not in systems:
+        raise unknown(str(file), "system", str(named), systems, "add it to systems.")
+    system = _flat(named if isinstance(named, dict) else systems[named], place)
+    if str(system.get("type")).lower() != "localsystem":
         raise UserError(f"{place} is of type {system.get('type')}; only LocalSystem runs here.")
     accelerators = system.get("accelerators") or []
     if not accelerators:
@@ -146,13 +218,11 @@ def _target(keys: Mapping[str, Any], file: Path) -> tuple[str | None, str]:
 
 def _provider(accelerator: Mapping[str, Any], place: str) -> tuple[str, str]:
     device = str(accelerator.get("device", "")).lower()
-    providers = accelerator.get("execution_providers") or (["CPUExecutionProvider"] if device == "cpu" else [])
+    providers = accelerator.get("execution_providers") or _PROVIDER_OF_DEVICE.get(device)
     if not providers:
         raise UserError(f"{place} names no execution_providers; name one of {', '.join(_PROVIDERS)}.")
-    first = providers[0]
-    if first not in _PROVIDERS:
-        raise unknown(place, "execution provider", str(first), _PROVIDERS, f"choose from {', '.join(_PROVIDERS)}.")
-    return _PROVIDERS[first]
+    first = [providers] if isinstance(providers, str) else providers[0]
+    return target_of(first[0] if isinstance(first, list) else str(first), place)
 
 
 def _only_pass(keys: Mapping[str, Any], file: Path) -> tuple[str, str, dict[str, Any]]:
@@ -160,18 +230,22 @@ def _only_pass(keys: Mapping[str, Any], file: Path) -> tuple[str, str, dict[str,
     passes = _dictionary(keys.get("passes") or {}, f"{file}: passes")
     runs = [(name, one) for name, run in passes.items() for one in (run if isinstance(run, list) else [run])]
     if len(runs) != 1:
-        raise UserError(f"{file} has {len(runs)} passes; leave one, of type {_OURS} or {_ROUNDING}.")
+        raise UserError(f"{file} has {len(runs)} passes; leave one, of type {_OURS} or {_ROUNDING}, or {_IN_OLIVE}.")
     name, run = runs[0]
     options = _flat(run, f"{file}: pass {name}")
+    options.pop("host", None)
     kind = options.pop("type", None)
     for known in (_OURS, _ROUNDING):
         if str(kind).lower() == known.lower():
             return name, known, options
-    raise UserError(f"{file}: pass {name} is of type {kind}; use {_OURS} or {_ROUNDING}, or run it with Olive.")
+    raise UserError(f"{file}: pass {name} is of type {kind}; use {_OURS} or {_ROUNDING}, or {_IN_OLIVE}.")
 
 
 def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return options that round as Olive does: every MatMul, lm_head too, and the embedding along ``axis``."""
+    """Return options that round as Olive does: every MatMul, lm_head too, and the embedding along each token's row.
+
+    Olive 0.13 takes ``axis`` and doesn't use it.
+    """
     options = {key: value for key, value in options.items() if value is not None}
     for key, always in _ONE_FILE.items():
         if options.get(key, always) is not always:
@@ -187,9 +261,30 @@ def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
         "algo": "rtn_dq",
         "weight_operator": "matmul_nbits",
         "block_size": options.get("block_size", 128),
-        "gather_quantize_axis": options.get("axis", 0),
+        "gather_quantize_axis": 1,
         "gather_block_size": options.get("block_size", 128),
         "use_zero_point": not options.get("is_symmetric", True),
         "accuracy_level": options.get("accuracy_level") or None,
         "exclude": ",".join(options.get("nodes_to_exclude", [])),
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PassesConfig(CommandOptions):
+    """Write the passes of the installed Olive and GenaiQuant into a file for olive run --package-config."""
+
+    output: Annotated[Path, tyro.conf.Positional]
+    """The file; it is replaced."""
+
+
+def _write_passes(config: _PassesConfig) -> Iterator[Section]:
+    try:
+        config.output.write_text(json.dumps(package_config(), indent=4) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{config.output} can't be written ({error.strerror}); name another file.") from error
+    _LOGGER.info("Olive finds %s with: olive run --config WORKFLOW --package-config %s", _OURS, config.output)
+    yield from ()
+
+
+if __name__ == "__main__":
+    run_command(_PassesConfig, _write_passes, "python -m genai_quant.olive")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -30,8 +30,9 @@ def require(condition: bool, message: str) -> None:
 
 def default_folder(path: Path, suffix: str) -> Path:
     """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
-    folder = path.absolute()
-    folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
+    folder = path.parent if path.suffix.lower() == ".onnx" else path
+    if folder.name in ("", ".."):
+        folder = folder.absolute()
     try:
         return sibling_folder(folder, suffix)
     except ValueError as error:
@@ -58,6 +59,8 @@ class OutputOptions:
 
     quiet: Flag = False
     """Print only warnings and errors; exit codes stay the same."""
+    verbose: Flag = False
+    """Print details too: the worst tokens, tables of single layers, commands that make a model of a sweep again."""
     json: Flag = False
     """Print the results as one JSON document on standard output, in place of tables."""
     log_level: LogLevel = "info"
@@ -81,6 +84,12 @@ class CommandOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(CommandOptions):
     """Do a whole run that one file describes: calibrate if the search needs it, quantize, export, evaluate."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "run.yaml",
+        "run.yaml --dry_run",
+        "run.yaml --json --quiet",
+    )
 
     config: Annotated[Path, tyro.conf.Positional]
     """YAML (or JSON) with the sections calibrate, quantize, export and evaluate, each with that command's options; or

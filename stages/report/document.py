@@ -15,6 +15,7 @@ from stages.evaluation.records import Evaluation, ModelRow
 from stages.model.sizes import SizePart
 from stages.records.results import SiteReport, VerifyReport
 from stages.system.json_file import explained, write_whole
+from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 REPORT_JSON = "report.json"
@@ -168,7 +169,7 @@ def read_report(folder: Path) -> Report:
 
 
 def write_report(report: Report, render: Callable[[Report], str], folder: Path) -> None:
-    """Write report.json and the page, and log where the page lies.
+    """Write report.json and the page.
 
     Args:
         report: what to write.
@@ -182,4 +183,8 @@ def write_report(report: Report, render: Callable[[Report], str], folder: Path) 
     with explained(f"The report can't be written to {folder}", "choose another folder"):
         for name, content in files.items():
             write_whole(folder / name, content)
-    _LOGGER.info("report: %s", folder / REPORT_HTML)
+
+
+def log_report(folder: Path) -> None:
+    """Log where the page of a report lies."""
+    _LOGGER.info("report: %s", from_here(folder / REPORT_HTML))

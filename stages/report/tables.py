@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
+from stages.commands.tables import Column, DataTable
 from stages.evaluation.accuracy import Guess, WorstToken
 from stages.evaluation.records import Evaluation, Generation, ModelRow, SpeedTest, TaskScore
 from stages.quantization.weights.summary import ranges
@@ -252,26 +249,30 @@ def _checks(verified: VerifyReport) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def tables_of(evaluation: Evaluation) -> Iterator[Table]:
-    """Yield an evaluation's tables for the terminal."""
-    groups: Sequence[Figure | None] = (
+def tables_of(evaluation: Evaluation) -> Iterator[DataTable]:
+    """Yield an evaluation's tables for the terminal, but for the worst tokens."""
+    yield from _terminal_tables(
         accuracy_tables([evaluation]),
-        worst_tables(evaluation, ""),
         answer_tables(evaluation.generations),
         speed_tables(evaluation.speed),
         task_tables(evaluation.tasks),
     )
+
+
+def tables_of_worst(evaluation: Evaluation) -> Iterator[DataTable]:
+    """Yield the tables of an evaluation's worst tokens for the terminal."""
+    yield from _terminal_tables(worst_tables(evaluation, ""))
+
+
+def _terminal_tables(*groups: Figure | None) -> Iterator[DataTable]:
     for group in groups:
         if group is not None:
             for index, view in enumerate(group.tables):
                 yield _terminal_table(view, f"{group.heading}. {group.text}" if index == 0 else "")
 
 
-def _terminal_table(view: TableView, title: str) -> Table:
-    # Text, because what a model wrote is not markup.
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in view.columns:
-        table.add_column(Text(column.heading), justify="right" if column.is_number else "left", overflow="fold")
-    for row in view.rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
+def _terminal_table(view: TableView, title: str) -> DataTable:
+    columns = tuple(
+        Column(heading=column.heading, is_number=column.is_number, wraps=column.wraps) for column in view.columns
+    )
+    return DataTable(title=title, columns=columns, rows=tuple(tuple(str(cell) for cell in row) for row in view.rows))
