@@ -11,8 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.evaluation.records import Evaluation
 from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Quantization, Report
-from stages.report.model_plots import bits_figure, size_figure
-from stages.report.site_plots import site_figure
 from stages.report.tables import (
     accuracy_tables,
     answer_tables,
@@ -32,6 +30,7 @@ from stages.report.values import (
     text_name,
 )
 from stages.report.view import Figure, Graded, Section, Tile, table
+from stages.report.weight_plots import bits_figure, site_figure, size_figure
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
@@ -64,13 +63,13 @@ def render(report: Report) -> str:
 def _facts(report: Report) -> list[tuple[str, str]]:
     """Return how the report's first part was made: what is known, with its name."""
     origin, quantization = report.origin, report.quantization
-    made = f"{origin.made} by genai-quant {origin.version}, on {report.machine}" if origin.made else report.machine
+    made = [origin.made, f"genai-quant {origin.version}" if origin.version else "", report.machine]
     facts = [
         ("base", _base(report)),
         ("formats", "" if quantization is None else _formats(quantization)),
         ("algorithm", "" if quantization is None else quantization.summary),
         ("calibration text", origin.calibration),
-        ("made", made),
+        ("made", ", ".join(filter(None, made))),
         ("command", origin.command),
     ]
     return [(name, text) for name, text in facts if text]

@@ -39,8 +39,12 @@ def _blocked_page(report: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def _broken_page(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise ZeroDivisionError("no such scale")
+    real = jinja2.Template.render
+
+    def fail(template: jinja2.Template, **values: object) -> str:
+        if template.name == "page.html.j2":
+            raise ZeroDivisionError("no such scale")
+        return real(template, **values)
 
     monkeypatch.setattr(jinja2.Template, "render", fail)
 

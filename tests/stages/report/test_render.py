@@ -306,7 +306,7 @@ def test_the_head_says_how_it_was_made_and_the_first_numbers_are_the_accuracys(p
         "1 MatMul as in the base",
         "algorithm": f"awq_full {sample.NASTY}",
         "calibration text": "a text: 29 windows",
-        "made": "2026-11-29 13:08 UTC by genai-quant 1.2, on a machine",
+        "made": "2026-11-29 13:08 UTC, genai-quant 1.2, a machine",
         "command": "genai-quant quantize --onnx_path smollm",
     }
     one = replace(sample.evaluation(), rows=sample.evaluation().rows[:2])
