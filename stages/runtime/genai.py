@@ -17,6 +17,8 @@ from stages.model.genai_config import GENAI_CONFIG
 
 _TEMPLATE = "chat_template"
 _CPU = "cpu"
+_LACKS_OUTPUT = "output was not found"
+"""Words of onnxruntime-genai about an output that genai_config.json names and the graph lacks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,10 @@ def require_genai(folders: Sequence[Path], option: str) -> None:
     import_genai(option)
     for folder in folders:
         if not (folder / GENAI_CONFIG).is_file():
-            raise UserError(f"{option} {folder} has no {GENAI_CONFIG}; pass a folder that onnxruntime-genai can run.")
+            raise UserError(
+                f"{option} {folder} has no {GENAI_CONFIG}; copy it and the tokenizer's files from the base's folder "
+                "(Olive's quantizers leave them out), or pass another folder."
+            )
 
 
 def cannot_run(folder: Path, option: str, error: RuntimeError) -> UserError:
@@ -154,10 +159,13 @@ def cannot_run(folder: Path, option: str, error: RuntimeError) -> UserError:
         option: the command-line option that named it.
         error: what onnxruntime-genai raised.
     """
-    return UserError(
-        f"{option} {folder} can't be run by onnxruntime-genai here ({in_one_line(error)}); "
-        "pass a model built for this machine's execution provider."
-    )
+    fix = "pass a model built for this machine's execution provider."
+    if _LACKS_OUTPUT in str(error):
+        fix = (
+            f"write the graph's own name into model.decoder.outputs of its {GENAI_CONFIG} (Olive's quantizers rename "
+            "logits to logits_Q4 or logits_Q8)."
+        )
+    return UserError(f"{option} {folder} can't be run by onnxruntime-genai here ({in_one_line(error)}); {fix}")
 
 
 def runtime_version(option: str) -> str:
