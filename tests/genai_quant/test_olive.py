@@ -197,7 +197,7 @@ def _in_olive(tmp_path: Path, base: Path, **options: object) -> dict[str, Any]:
 
 def test_olive_runs_our_pass(olive_run: Callable[..., object], tiny_model: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_model, tmp_path / "base")
-    olive_run(_in_olive(tmp_path, base, algo="awq_lite", block_size=32, dataset="self", calib_size=4, calib_seq=16))
+    olive_run(_in_olive(tmp_path, base, algo="awq_lite", block_size=32, dataset="self", calib_size=4, seq_len=16))
     made = {path.name for path in (tmp_path / "made").iterdir()}
     assert {path.name for path in base.iterdir()} <= made
     assert "model.onnx.data" in made

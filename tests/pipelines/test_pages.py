@@ -50,6 +50,7 @@ FOREIGN = {
     "--no-deps",
     "--num_processes",
     "--only-binary",
+    "--package-config",
     "--tyro-write-completion",
     "--version",
 }
