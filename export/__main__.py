@@ -29,6 +29,7 @@ def export(config: ExportConfig) -> ExportSummary:
     Raises:
         UserError: the weights are incomplete or another model's, or the output exists or fails a check.
     """
+    from export.card.record import command_line
     from export.run import Destination, export_model
     from stages.model.directory import locate_model
     from stages.model.load import fingerprint_model, load_graph
@@ -47,7 +48,8 @@ def export(config: ExportConfig) -> ExportSummary:
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
             "that stages.quantize read."
         )
-    return export_model(base, store, destination, config.export_options, model)
+    command = command_line("genai-quant export", config)
+    return export_model(base, store, destination, config.export_options, model, command=command)
 
 
 if __name__ == "__main__":

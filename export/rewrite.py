@@ -27,8 +27,13 @@ from stages.model.sites import find_sites
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import WeightForm, torch_float
 from stages.records.sites import FloatName
+from stages.system.version import PROJECT, this_version
 
 _IR_VERSION = 10
+_BASE_PRODUCER = "base_model.producer"
+"""Key of the graph's metadata."""
+_FUSED_LEVEL: AccuracyLevel = 4
+"""ONNX Runtime's own, for what it fuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
         model: the base, which stays as it is.
         store: the finished weights.
         accuracy_level: goes into MatMulNBits nodes that are written here; session options reach those that are fused.
+            A weight that an embedding shares has the level that ONNX Runtime fuses the others with where none is given.
 
     Raises:
         GraphError: the opset can't be raised, or a site isn't in the model.
@@ -59,6 +65,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     edited = model.clone()
     opset = raise_opset(edited, lowest_opset(store.recipe))
     edited.ir_version = max(edited.ir_version, _IR_VERSION)
+    _sign(edited)
     editor = GraphEditor.of(edited)
     stored = _stored_sites(store)
     for source in stored.values():
@@ -68,10 +75,24 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     folds = tuple(outcome for group in store.recipe.groups for outcome in place_scale(group))
     # All row divisors must be known first: a site can take the scale of a later group.
     divided = [replace(source, row_divisor=folder.row_divisors.get(name)) for name, source in stored.items()]
-    sites = tuple(_rewrite_site(editor, source, store.recipe.weight_form, accuracy_level) for source in divided)
-    tables = rewrite_tables(editor, store)
+    shared = {plan.shared_with for plan in store.recipe.embeddings}
+    sites = tuple(
+        _rewrite_shared(editor, source, accuracy_level)
+        if source.site.name in shared
+        else _rewrite_site(editor, source, store.recipe.weight_form, accuracy_level)
+        for source in divided
+    )
+    tables = rewrite_tables(editor, store, sites)
     RemoveUnusedNodesPass()(edited)
     return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, opset=opset)
+
+
+def _sign(model: ir.Model) -> None:
+    """Name this project as what made the graph, and keep what made the base's."""
+    made_base = " ".join(filter(None, (model.producer_name, model.producer_version)))
+    if made_base:
+        model.metadata_props.setdefault(_BASE_PRODUCER, made_base)
+    model.producer_name, model.producer_version = PROJECT, this_version().number
 
 
 def require_finished(store: QuantizedStore) -> None:
@@ -82,8 +103,8 @@ def require_finished(store: QuantizedStore) -> None:
             f"{store.folder} lacks {len(missing)} of {len(store.recipe.groups)} groups (first: "
             f"{store.group_file(missing[0]).name}); run stages.quantize again to complete it."
         )
-    files = [store.table_file(index) for index in range(len(store.recipe.embeddings))]
-    unfinished = [file.path.name for file in files if not file.is_finished()]
+    tables = range(len(store.recipe.embeddings))
+    unfinished = [store.table_file(index).path.name for index in tables if not store.has_table(index)]
     if unfinished:
         raise OptionError(
             f"{store.folder} lacks the quantized embedding {unfinished[0]}; run stages.quantize again to complete it."
@@ -123,6 +144,22 @@ def _rewrite_site(
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
     _replace_relu(editor, node, source.site.dtype)
     return insert_dequantize(editor, node, source, form)
+
+
+def _rewrite_shared(editor: GraphEditor, source: StoredSite, accuracy_level: AccuracyLevel | None) -> RewrittenSite:
+    """Write a weight that lookups read too, whatever the form of the others: only MatMulNBits takes such rows.
+
+    Raises:
+        OptionError: the weight is scaled for its own activation, so that its rows are no embedding.
+    """
+    if source.input_scale() is not None or source.row_divisor is not None:
+        raise OptionError(
+            f"'{source.site.name}' is shared with an embedding and has an input scale; run stages.quantize again."
+        )
+    node = editor.producer(source.site.output)
+    node.name = source.site.name
+    level = _FUSED_LEVEL if accuracy_level is None else accuracy_level
+    return insert_matmul_nbits(editor, node, source, level, as_rows=True)
 
 
 def blocks_fusion(node: ir.Node) -> ir.Node | None:

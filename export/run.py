@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
+from export.card.record import ModelRecord, describe_base, kinds_of, read_origin, summarize_checks
+from export.card.write import move_base_card, write_card
 from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome, table_outcomes
 from export.rewrite import RewriteResult, rewrite
@@ -24,6 +26,7 @@ from export.verify.verify import save_report, verify
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ExportOptions
 from stages.errors import OptionError, UserError
+from stages.evaluation.records import Evaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_files, load_graph
 from stages.quantization.targets.formats import FormatChoice
@@ -34,6 +37,7 @@ from stages.records.results import ExportRecipe, VerifyReport
 from stages.records.sites import UnquantizedWeights
 from stages.runtime.session import ACCURACY_LEVEL
 from stages.system.atomic import atomic_directory
+from stages.system.version import this_version
 
 __all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
 
@@ -70,6 +74,8 @@ class QuantizedModel:
     """What was decided for the target, and why."""
     search: SearchSummary
     export: ExportSummary
+    evaluations: tuple[Evaluation, ...] = ()
+    """Comparisons with the base, one for each text, where they were asked for."""
 
 
 def export_model(
@@ -78,6 +84,8 @@ def export_model(
     destination: Destination,
     options: ExportOptions,
     base_graph: ir.Model | None = None,
+    *,
+    command: str = "",
 ) -> ExportSummary:
     """Write ``store``'s weights into a copy of the ``base`` model directory.
 
@@ -87,6 +95,8 @@ def export_model(
         destination: where the output goes.
         options: how its nodes are written and checked.
         base_graph: the base's graph as ``load_graph`` returns it, which stays as it is; None parses the file here.
+        command: for the model card: what a person types to write ``store``'s weights; empty where the command that
+            searched them is writing them.
 
     Raises:
         GraphError: the base can't be read or converted, isn't the one of the weights, or the output failed a check.
@@ -101,9 +111,27 @@ def export_model(
         with atomic_directory(destination.folder, overwrite=destination.overwrite, option=OUTPUT_OPTION) as scratch:
             save_model(result.model, scratch, destination.onnx_name)
             copy_side_files(base, model, scratch, destination.onnx_name)
+            move_base_card(scratch)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options)
             notes = (*notes, *_kept_report(report, store.folder))
+            bytes_before = _size(base.onnx_file, *external_files(model))
+            bytes_after = _size(scratch / destination.onnx_name, scratch / data_name(destination.onnx_name))
+            record = ModelRecord(
+                name=destination.folder.name,
+                onnx_file=destination.onnx_name,
+                version=this_version(),
+                export_command=command,
+                origin=read_origin(store),
+                algorithm=store.recipe.summary,
+                weight_form=store.recipe.weight_form,
+                accuracy_level=options.accuracy_level,
+                base=describe_base(base, model, store.recipe.model_fingerprint, bytes_before),
+                formats=tuple(kinds_of(store)),
+                bytes=bytes_after,
+                checks=None if report is None else summarize_checks(report, options.verify),
+            )
+            write_card(scratch, record)
     except OSError as error:
         raise UserError(
             f"{OUTPUT_OPTION} {destination.folder} can't be written ({error.strerror or error}); free space or "
@@ -111,8 +139,8 @@ def export_model(
         ) from error
     return ExportSummary(
         onnx_file=destination.onnx_file,
-        bytes_before=_size(base.onnx_file, *external_files(model)),
-        bytes_after=_size(destination.onnx_file, destination.folder / data_name(destination.onnx_name)),
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
         folds=result.folds,
         kept=store.recipe.kept,
         report=report,

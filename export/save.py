@@ -66,6 +66,7 @@ class Destination:
         require_creatable(destination.folder, option=OUTPUT_OPTION)
         refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
+        destination._require_outside_weights()
         return destination
 
     def require_apart_from(self, other: Path, what: str) -> None:
@@ -73,6 +74,13 @@ class Destination:
         mine, theirs = self.folder.resolve(), other.resolve()
         if mine == theirs or mine in theirs.parents:
             raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
+
+    def _require_outside_weights(self) -> None:
+        for folder in (self.folder, *self.folder.parents):
+            if (folder / "recipe.json").is_file() and any(folder.glob("[0-9]*.safetensors")):
+                raise UserError(
+                    f"{OUTPUT_OPTION} {self.folder} lies among the quantized weights in {folder}; choose another path."
+                )
 
     def _require_replaceable(self) -> None:
         if is_occupied(self.folder) and not self.onnx_file.is_file():

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from rich.table import Table
-from rich.text import Text
-
 from export.fold import FoldOutcome, How
 from export.forms.embedding import TableOutcome
 from export.run import ExportSummary
 from export.verify.fusion import runtime_version
+from stages.commands.tables import FactTable
+from stages.records.quantities import counted
 from stages.records.results import VerifyReport
 from stages.runtime.upcast import UPCAST_REASON
+from stages.system.paths import from_here
 
 _PLACES: dict[How, str] = {
     "norm": "in norms",
@@ -24,22 +24,17 @@ _PLACES: dict[How, str] = {
 _SHOWN = 3
 
 
-def export_table(summary: ExportSummary) -> Table:
+def export_table(summary: ExportSummary) -> FactTable:
     """Return a two-column table of the summary; reasons are counted, so it stays short for any model."""
-    table = Table(title=Text(f"written to {summary.onnx_file}"), title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    rows = [
+    facts = [
         ("size", _sizes(summary)),
         *_embeddings(summary.tables),
         *_folds(summary.folds),
         *_kept(summary),
         *_checks(summary.report),
     ]
-    for name, text in [*rows, *(("note", note) for note in summary.notes)]:
-        # Text, because a node name with brackets is not markup.
-        table.add_row(name, Text(text))
-    return table
+    facts += [("note", note) for note in summary.notes]
+    return FactTable(title=f"written to {from_here(summary.onnx_file)}", facts=tuple(facts))
 
 
 def _sizes(summary: ExportSummary) -> str:
@@ -51,12 +46,16 @@ def _sizes(summary: ExportSummary) -> str:
 def _embeddings(tables: tuple[TableOutcome, ...]) -> Iterator[tuple[str, str]]:
     for table in tables:
         before, after = table.bytes_before / 1e6, table.bytes_after / 1e6
-        size = f"INT4, {before:,.1f} MB -> {after:,.1f} MB"
-        if table.still_read_by:
+        form, shared = table.plan.label, table.plan.shared_with
+        if shared is not None:
+            size = f"{form}, one table of {after:,.1f} MB for it and {shared} in place of {before:,.1f} MB"
+        elif table.still_read_by:
             size = (
-                f"INT4, {after:,.1f} MB beside the original's {before:,.1f} MB, which stays because "
+                f"{form}, {after:,.1f} MB beside the original's {before:,.1f} MB, which stays because "
                 f"{', '.join(table.still_read_by)} reads it too"
             )
+        else:
+            size = f"{form}, {before:,.1f} MB -> {after:,.1f} MB"
         yield "embedding", size
         if table.plan.form == "dq":
             yield "", "ONNX Runtime dequantizes this whole table for every token (--gather_form dq)"
@@ -68,7 +67,7 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
     if placed:
         yield "input scales", ", ".join(placed)
     reasons = Counter(outcome.reason for outcome in folds if outcome.how == "mul")
-    yield from _counted("Mul, because", reasons)
+    yield from _by_number("Mul, because", reasons)
 
 
 def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
@@ -84,7 +83,7 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
     if report.fused is not None:
         major, minor = runtime_version()
         here = f"on this machine's CPU with ONNX Runtime {major}.{minor}"
-        yield "fused", f"{report.fused} of {report.sites} sites run as MatMulNBits {here}"
+        yield "fused", f"{report.fused} of {counted(report.sites, 'site')} run as MatMulNBits {here}"
     if report.widened:
         yield "ran", UPCAST_REASON
     # verification.json names every site.
@@ -112,7 +111,7 @@ def _named(row: str, sites: Iterable[tuple[str, str]]) -> Iterator[tuple[str, st
         yield row, f"{len(names)} x {reason}: {', '.join(names[:_SHOWN])}{more}"
 
 
-def _counted(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:
+def _by_number(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:
     for reason, count in reasons.most_common(_SHOWN):
         yield name, f"{count} x {reason}"
     if len(reasons) > _SHOWN:

@@ -6,8 +6,17 @@ on first use: torch and ONNX Runtime take seconds, and ``genai-quant --help`` ne
 
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and __path__[0] != f"{sys.path[0]}{os.sep}{__name__}":
+    # python -m looks in the current folder first, where a file export.py or json.py of the user's would stand in for
+    # a package of ours or another's.
+    del sys.path[0]
+
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,5 +73,13 @@ def __getattr__(name: str) -> object:
     """Import ``name`` from the module that defines it."""
     for module, names in _NAMES_BY_MODULE.items():
         if name in names:
+            _require_ours(module.partition(".")[0])
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _require_ours(package: str) -> None:
+    """Raise ImportError where a script's own folder has a file that hides ``package``, before it is run."""
+    spec = find_spec(package)
+    if spec is not None and spec.origin is not None and not spec.submodule_search_locations:
+        raise ImportError(f"{spec.origin} hides the package {package} of genai-quant; rename that file.")

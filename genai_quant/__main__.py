@@ -5,4 +5,4 @@ from __future__ import annotations
 from genai_quant.command import main
 
 if __name__ == "__main__":
-    main()
+    main("python -m genai_quant")

@@ -10,22 +10,36 @@ import tyro
 
 from export import __main__ as export
 from genai_quant import __version__
-from stages import calibrate, evaluate, quantize, sweep
+from genai_quant.base_models.options import BaseModelConfig
+from stages import calibrate, chat, evaluate, quantize, sweep
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
+from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
+from stages.commands.help import HELP, HELP_ALL, first_sentence, listing
 from stages.commands.options import CommandOptions, RunConfig
 from stages.commands.output import Section
-from stages.commands.parsing import parse_options
+from stages.commands.parsing import leave_with, parse_options, suggestion
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
+from stages.errors import UserError
 from stages.inspect import __main__ as inspect
 from stages.report import __main__ as report
 
 PROGRAM = "genai-quant"
 _DESCRIPTION = (
-    "Quantize ONNX Runtime GenAI language models to INT4 / INT8. The commands are also python -m stages.COMMAND, and "
-    "export is python -m export. --version prints the version."
+    "Quantize ONNX Runtime GenAI language models to INT4 / INT8. Most commands are",
+    "also python -m stages.COMMAND, and export is python -m export.",
 )
+_EXAMPLES = (
+    "quantize models/base models/int4",
+    "evaluate --base models/base --model models/int4",
+    "inspect models/int4",
+)
+
+
+def _build(config: BaseModelConfig) -> Iterable[Section]:
+    from genai_quant.base_models.build import build
+
+    return build(config)
 
 
 def _run_file(config: RunConfig) -> Iterable[Section]:
@@ -34,27 +48,52 @@ def _run_file(config: RunConfig) -> Iterable[Section]:
     return run_whole(config)
 
 
-_COMMANDS: Mapping[str, tuple[type[CommandOptions], Callable[[Any], Iterable[Section]]]] = {
+COMMANDS: Mapping[str, tuple[type[CommandOptions], Callable[[Any], Iterable[Section]]]] = {
+    "base-model": (BaseModelConfig, _build),
     "calibrate": (CalibrateConfig, calibrate.command),
     "quantize": (QuantizeConfig, quantize.command),
     "export": (ExportConfig, export.command),
     "run": (RunConfig, _run_file),
+    "chat": (ChatConfig, chat.command),
     "evaluate": (EvaluateConfig, evaluate.command),
     "sweep": (SweepConfig, sweep.command),
     "inspect": (InspectConfig, inspect.command),
     "report": (ReportConfig, report.command),
 }
 _OPTIONS: object = Union[  # noqa: UP007 - of a tuple
-    tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, (kind, _) in _COMMANDS.items())
+    tuple(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, (kind, _) in COMMANDS.items())
 ]
 
 
-def main() -> None:
-    """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does."""
-    if sys.argv[1:2] == ["--version"]:
+def main(program: str = PROGRAM) -> None:
+    """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does.
+
+    Args:
+        program: what people typed.
+    """
+    arguments = sys.argv[1:]
+    first = arguments[0] if arguments else "--help"
+    if first == "--version":
         print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
-        return
-    options = parse_options(_OPTIONS, PROGRAM, _DESCRIPTION)
-    assert isinstance(options, CommandOptions)
-    name, command = next((name, command) for name, (kind, command) in _COMMANDS.items() if type(options) is kind)
-    run_parsed(options, command, f"{PROGRAM} {name}")
+        sys.exit(0)
+    if first in (*HELP, *HELP_ALL):
+        print(_help(program))  # noqa: T201 - the answer itself
+        sys.exit(0)
+    if first.startswith("--tyro"):
+        tyro.cli(_OPTIONS, prog=program, use_underscores=True)  # type: ignore[call-overload]  # a union made at run time
+    if first not in COMMANDS:
+        fix = suggestion(first, COMMANDS, f"choose from {', '.join(COMMANDS)}.")
+        leave_with(UserError(f"{program} has no command {first}; {fix}"))
+    kind, command = COMMANDS[first]
+    positional = quantize.POSITIONAL if kind is QuantizeConfig else ()
+    options = parse_options(kind, f"{program} {first}", arguments[1:], positional)
+    run_parsed(options, command, f"{program} {first}")
+
+
+def _help(program: str) -> str:
+    commands = {name: first_sentence(kind) for name, (kind, _) in COMMANDS.items()}
+    options = {"-h, --help": "Show this help.", "--version": "Print the version."}
+    examples = (f"  {program} {example}" for example in _EXAMPLES)
+    lines = [f"usage: {program} COMMAND [options]", "", *_DESCRIPTION, "", "examples:", *examples]
+    lines += ["", "commands:", *listing(commands), "", "options:", *listing(options)]
+    return "\n".join([*lines, "", f"{program} COMMAND --help explains the options of a command."])

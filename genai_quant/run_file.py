@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from export import __main__ as export
+from export.finished import find_finished, is_exported, remember_export
+from export.summary import export_table
 from genai_quant.olive import is_olive, sections_of_olive
 from genai_quant.run_options import read_mapping, read_options, unknown
 from stages import evaluate, quantize
@@ -24,6 +26,9 @@ from stages.commands.output import Section
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.errors import OptionError, UserError
 from stages.quantization.preview.table import preview_table
+from stages.quantization.weights.store import REPORT_FOLDER
+from stages.report.result import result_section
+from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 _SECTIONS = ("calibrate", "quantize", "export", "evaluate")
@@ -83,13 +88,27 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
         found = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
         yield Section(name="plan", table=preview_table(found), record=found)
         return
-    quantize.check_before_calibration(run.quantize)
-    yield from _calibrate(run)
-    yield from quantize.command(run.quantize)
+    if find_finished(run.quantize) is None:
+        quantize.check_before_calibration(run.quantize)
+        yield from _calibrate(run)
+    made = yield from quantize.run(run.quantize)
     if run.export is not None:
-        yield from export.command(run.export)
+        yield from _export_again(run.export)
     if run.evaluate is not None:
-        yield from evaluate.command(run.evaluate)
+        found = evaluate.evaluate(run.evaluate)
+        yield from evaluate.evaluation_sections((found,), record=found)
+    if made is not None:
+        yield result_section(run.quantize, made)
+
+
+def _export_again(config: ExportConfig) -> Iterator[Section]:
+    """Export, unless a run that was stopped later did so."""
+    if is_exported(config):
+        _LOGGER.info("%s is there already, written with exactly these options.", from_here(config.output_path))
+        return
+    exported = export.export(config)
+    remember_export(config, exported.onnx_file)
+    yield Section(name="export", table=export_table(exported), record=exported)
 
 
 def _sections(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -117,7 +136,8 @@ def _evaluate(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfi
     """Return options that compare the quantized model with its base, unless the section names others."""
     if "evaluate" not in sections:
         return None
-    models = {"base": quantize.onnx_path, "model": [quantize.output_path]}
+    report = quantize.weights_folder / REPORT_FOLDER
+    models = {"base": quantize.onnx_path, "model": [quantize.output_path], "report": report}
     config = read_options(EvaluateConfig, models | dict(sections["evaluate"]), file, "evaluate")
     try:
         config.validate()

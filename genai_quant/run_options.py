@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
@@ -14,6 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from stages.commands.options import CommandOptions
+from stages.commands.parsing import suggestion
 from stages.errors import UserError
 
 Options = TypeVar("Options", bound=CommandOptions)
@@ -37,10 +37,7 @@ def unknown(place: str, what: str, key: str, known: Iterable[str], otherwise: st
         known: the valid keys.
         otherwise: what to do where none is close.
     """
-    spelled = {name.lower(): name for name in sorted(known)}
-    close = difflib.get_close_matches(key.lower(), spelled, 1)
-    fix = f"did you mean {spelled[close[0]]}?" if close else otherwise
-    return UserError(f"{place} has no {what} {key}; {fix}")
+    return UserError(f"{place} has no {what} {key}; {suggestion(key, known, otherwise)}")
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], file: Path, section: str) -> Options:

@@ -2,6 +2,7 @@
 # Format, lint, types, tests: what CI runs. --fast leaves out types and slow tests; what else is given goes to pytest.
 # Makes its own .venv; later runs reuse it.
 set -euo pipefail
+extras=genai,dev
 # shellcheck source=scripts/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 

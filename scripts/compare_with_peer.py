@@ -1,8 +1,8 @@
 """Compare our algorithms with other quantizers: ``python -m scripts.compare_with_peer --base DIR --output DIR``.
 
 Each quantizes the same base model in a process of its own, whose seconds and peak memory the operating system reports;
-then all run through the same evaluation at accuracy level 1. A competitor that can't be installed, or fails, gets a
-row that says so.
+then all run through the same evaluation, each at the accuracy level that it ships. A competitor that can't be
+installed, or fails, gets a row that says so.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from stages.evaluation.bench.results import publish, raise_failures, text_result
 from stages.evaluation.bench.runs import measure
 from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
 from stages.model.directory import locate_model
-from stages.report.document import write_report
-from stages.report.from_runs import sweep_report
+from stages.report.document import log_report, write_report
+from stages.report.from_runs import origin_of, sweep_report
 from stages.report.render import render
 from stages.runtime.genai import require_genai
 
@@ -43,15 +43,16 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
         records = measure(run_folder, runs, evaluation_texts, progress, lambda _: None)
     notes = {peer.run.name: peer.note for peer in peers}
     results = text_results(run_folder, runs, records, evaluation_texts, notes)
-    yield publish(run_folder, results)
-    write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
+    yield from publish(run_folder, results)
+    origin = origin_of("python -m scripts.compare_with_peer", config, locate_model(config.base).folder)
+    write_report(sweep_report(run_folder.folder.name, results, origin), render, run_folder.folder)
+    log_report(run_folder.folder)
     speed = None
     if config.speed:
         made = {run.name for run in runs if records[run.name].failure is None and run.model.is_dir()}
-        our_models = [run.model for run in ours if run.name in made]
-        peer_models = [peer.run.model for peer in peers if peer.run.name in made]
+        models = [run.model for run in runs if run.name in made]
         with progress_bar() as progress:
-            speed = measure_speeds(config, our_models, peer_models, evaluation_texts[0], progress)
+            speed = measure_speeds(config, models, evaluation_texts[0], progress)
         yield Section(name="speed", table=speed_table(speed), record=speed)
     save_comparison(Comparison(texts=tuple(results), speed=speed), run_folder.folder)
     raise_failures({run.name: records[run.name] for run in ours})

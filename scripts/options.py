@@ -4,48 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import BenchConfig, SweepGrid
 from stages.commands.options import CommandOptions, Flag, require
 from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
-Precision = Literal["fp32", "fp16", "bf16", "int4"]
-BuilderProvider = Literal["cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx"]
-
 LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
-BuilderMethod = Literal["int4"]
+BuilderMethod = Literal["int4", "k_quant_mixed", "k_quant_last", "rtn_last"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildConfig(CommandOptions):
-    """Make an ORT-GenAI base model with onnxruntime-genai's model builder."""
-
-    output: Path
-    """Folder for the base model. Must not exist yet."""
-    source: str = "smollm2"
-    """smollm2 (SmolLM2-135M-Instruct), gemma3 (Gemma 3 270M), qwen2.5-coder (Qwen2.5-Coder-0.5B-Instruct), each out of
-    Python packages that the message of a missing one names; a Hugging Face folder, a .gguf file, or a hub name."""
-    precision: Precision = "fp32"
-    """Type of weights and activations. int4 is the builder's own rounding, for comparisons: no base model."""
-    execution_provider: BuilderProvider = "cpu"
-    """The provider that the graph is written for: it decides which fused operators are used."""
-    keep_grid: bool = False
-    """Leave a GGUF's weights on the 4-bit grid that they were stored on; by default they are rotated off it, the
-    function unchanged, since a quantizer would otherwise only find the old grid again."""
-    extra_options: tuple[str, ...] = ()
-    """Further options of onnxruntime-genai's builder, as NAME=VALUE."""
-    overwrite: bool = False
-    """Replace an output that is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargeModelConfig(CommandOptions):
     """Write a base model of a real model's shapes with random weights, for benchmarks."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--output models/large",
+        "--output models/large --shape qwen2.5-1.5b",
+        "--output models/large --layers 4 --precision fp32",
+    )
 
     output: Path
     """Folder for the base model. Must not exist yet."""
@@ -61,24 +42,18 @@ class LargeModelConfig(CommandOptions):
     """Replace an output that is there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(CommandOptions):
-    """Let models answer a prompt greedily through onnxruntime-genai."""
-
-    model: tuple[Path, ...]
-    """ORT-GenAI folders."""
-    prompt: str = "What is the capital of France?"
-    """A user's message; wrapped in the model's chat template where it has one."""
-    max_new_tokens: int = 48
-    """Generation stops here, at the end of the first sentence, or where the model ends it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig(BenchConfig, SweepGrid):
     """Quantize one base model with our algorithms and with the competitors', and evaluate all in the same way.
 
     Where both have the choice, block sizes and zero points hold for the competitors too.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output comparison",
+        "--base models/base --output comparison --ort default hqq --speed",
+        "--base models/base --output comparison --builder_source smollm2",
+    )
 
     ort: tuple[OrtMethod, ...] = ("default", "hqq", "k_quant")
     """Methods of ONNX Runtime's MatMulNBitsQuantizer."""
@@ -92,8 +67,10 @@ class PeerConfig(BenchConfig, SweepGrid):
     modelopt_environment: Path | None = None
     """Where ModelOpt is installed, in a virtual environment of its own; default: modelopt-venv in the output folder."""
     builder_source: str | None = None
-    """What the base model was built from (--source of scripts.build_base_model): onnxruntime-genai's builder makes its
-    own int4 model from it. Default: no such model."""
+    """What the base model was built from (SOURCE of genai-quant base-model): onnxruntime-genai's builder makes its own
+    int4 model from it. Default: no such model."""
+    builder: tuple[BuilderMethod, ...] = ("int4", "k_quant_mixed")
+    """What the builder makes: int4, its default, or another algo_config of it."""
     builder_keep_grid: Flag = False
     """The base model was built with --keep_grid."""
     speed: Flag = False
@@ -118,6 +95,12 @@ class TablesConfig(CommandOptions):
     Add results on the machine and at the commit that they were measured on: both are noted with them.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "",
+        "--compare comparison --title SmolLM2-135M-Instruct",
+        "--times 'bash scripts/check.sh --fast' 80",
+    )
+
     compare: Path | None = None
     """An output folder of scripts.compare_with_peer."""
     benchmark: Path | None = None
@@ -138,6 +121,12 @@ class TablesConfig(CommandOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkConfig(CommandOptions):
     """Measure both stages, their parts and a competitor in one run; nothing else should run on the machine."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output benchmark",
+        "--base models/base --output benchmark --algo awq_gptq --rounds 3",
+        "--base models/base --output benchmark --no_competitor",
+    )
 
     base: Path
     """Base model: the .onnx file or its folder."""
@@ -172,7 +161,17 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
     Statistics are kept: the next call with another --algo, block size or layer choice goes straight to the search.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base --output_path models/int4 --algo awq_lite",
+        "--onnx_path models/base --output_path models/int4 --calib_size 32",
+        "--onnx_path models/base --output_path models/int4 --dry_run",
+    )
+
     algo: Algorithm = "awq_lite"
+    dataset: str | None = "cnn"
+    calib_size: int | None = 128
+    target: str | None = "any"
+    """As for stages.quantize, but any by default, which leaves lm_head and the embedding as that tool does."""
     cache_dir: Path | None = None
     """Calibration cache; default: a folder beside the base model's, named after what the statistics depend on, so that
     other calibrations get folders of their own. Not needed for rtn and rtn_dq."""

@@ -1,4 +1,5 @@
-# Sourced by check.sh and quickstart.sh: makes .venv, installs the project into it, and puts its programs first on PATH.
+# Sourced by check.sh and quickstart.sh: makes .venv, installs the project with its $extras into it, and puts its
+# programs first on PATH.
 # shellcheck shell=bash
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -25,7 +26,14 @@ find_python() {
 # Programs lie in bin/, on Windows in Scripts/.
 programs() { if [ -d "$venv/Scripts" ]; then printf '%s\n' "$venv/Scripts"; else printf '%s\n' "$venv/bin"; fi; }
 
-wanted() { cat pyproject.toml constraints.txt | cksum; }
+# What quickstart.sh asks for is a beginning of what check.sh does: an environment of check.sh's serves both.
+wanted() { printf '%s %s' "$(cat pyproject.toml constraints.txt | cksum)" "${extras:?}"; }
+
+installed() {
+    case "$(cat "$stamp" 2>/dev/null)" in "$(wanted)"*) return 0 ;; *) return 1 ;; esac
+}
+
+pip_install() { "$(programs)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 
 make_venv() {
     local python
@@ -34,18 +42,31 @@ make_venv() {
     "$python" -m venv --clear "$venv" || fail "python -m venv failed; on Debian and Ubuntu: apt install python3-venv"
 }
 
+has_torch() { "$(programs)/python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None)'; }
+
+# First, and only where its index is not pip's own; else it comes with the project.
+install_torch() {
+    local index
+    index="$("$(programs)/python" scripts/torch_build.py)"
+    if [ -n "$index" ]; then
+        pip_install --no-deps --index-url "$index" torch || fail "pip could not install torch; its message is above"
+    fi
+}
+
 install_project() {
-    say "installing the project and its tools into .venv (minutes the first time)"
+    say "installing the project and what it needs into .venv"
     rm -f "$stamp"
-    "$(programs)/python" -m pip install --quiet --disable-pip-version-check -e ".[genai,dev]" -c constraints.txt ||
-        fail "pip could not install the project; its message is above"
-    # Without what it asks for: the registry's torchvision breaks transformers wherever torch is a CPU build.
-    "$(programs)/python" -m pip install --quiet --disable-pip-version-check --no-deps onnx2torch -c constraints.txt ||
-        fail "pip could not install onnx2torch; its message is above"
+    if ! has_torch; then install_torch; fi
+    pip_install -e ".[$extras]" || fail "pip could not install the project; its message is above"
+    case "$extras" in *dev*)
+        # Without what it asks for: the registry's torchvision breaks transformers wherever torch is a CPU build.
+        pip_install --no-deps onnx2torch || fail "pip could not install onnx2torch; its message is above"
+        ;;
+    esac
     wanted >"$stamp"
 }
 
 if ! new_enough "$(programs)/python"; then make_venv; fi
-if [ "$(cat "$stamp" 2>/dev/null)" != "$(wanted)" ]; then install_project; fi
+if ! installed; then install_project; fi
 PATH="$(programs):$PATH"
 export PATH

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.output import Section
 from stages.commands.run import run_command
+from stages.system.paths import shell_line
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ def command(config: CalibrateConfig) -> Iterator[Section]:
     from stages.calibration.summary import calibration_section
 
     yield calibration_section(calibrate(config))
-    cache = "" if config.cache_dir is None else f" --cache_dir {config.cache_dir}"
-    _LOGGER.info("next: stages.quantize --onnx_path %s%s --output_path ...", config.onnx_path, cache)
+    cache = () if config.cache_dir is None else ("--cache_dir", str(config.cache_dir))
+    _LOGGER.info("next: %s OUTPUT", shell_line(["stages.quantize", *cache, str(config.onnx_path)]))
 
 
 if __name__ == "__main__":

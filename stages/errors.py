@@ -38,7 +38,9 @@ def with_class_name(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
-    return textwrap.shorten(str(error), _LENGTH, placeholder="...")
+    # The system's own words without its number; our sentences name the file.
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return textwrap.shorten(said, _LENGTH, placeholder="...")
 
 
 def sentence_of(error: BaseException) -> str:

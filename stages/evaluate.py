@@ -2,28 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.output import Section
+from stages.commands.quantize_options import QuantizeConfig
 from stages.commands.run import run_command
+from stages.errors import UserError
 
 if TYPE_CHECKING:
     from stages.evaluation.compare import PreparedEvaluation
     from stages.evaluation.records import Evaluation
     from stages.report.document import Report
 
+_LOGGER = logging.getLogger(__name__)
+_WINDOWS, _SPEED_ROUNDS = 8, 3
+"""Of the evaluation of a quantized model that was just made: a few minutes for a model of 135 million weights."""
+
 
 def command(config: EvaluateConfig) -> Iterator[Section]:
     """Evaluate the models."""
-    from rich.console import Group
-
-    from stages.report.tables import tables_of
+    from stages.report.document import log_report
 
     found = evaluate(config)
-    yield Section(name="evaluation", table=Group(*tables_of(found)), record=found)
+    yield from evaluation_sections((found,), record=found)
+    if config.report is not None:
+        log_report(config.report)
+
+
+def evaluation_sections(
+    evaluations: Sequence[Evaluation], *, record: object = None, detail: bool = False
+) -> Iterator[Section]:
+    """Yield what a command prints of some evaluations; the predictions farthest from the base's are details.
+
+    Args:
+        evaluations: of the same models, one for each text.
+        record: what stands in the JSON document; None: a list of the evaluations.
+        detail: whether all of it is.
+    """
+    from rich.console import Group
+
+    from stages.report.tables import tables_of, tables_of_worst
+
+    shown = tuple(evaluations) if record is None else record
+    for one in evaluations:
+        yield Section(name="evaluation", table=Group(*tables_of(one)), record=shown, detail=detail)
+        if any(row.worst for row in one.rows):
+            yield Section(name="evaluation", table=Group(*tables_of_worst(one)), record=shown, detail=True)
+
+
+def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
+    """Compare what ``config`` made with its base on text of other kinds than it was calibrated on.
+
+    All is kept in the report. The model is finished: what can't be measured is a warning.
+    """
+    from stages.calibration.cache import find_cache
+    from stages.evaluation.texts import texts_of_other_kinds
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.runtime.genai import why_not_genai
+
+    cache = find_cache(config.cache_path) if config.needs_cache else None
+    request = EvaluateConfig(
+        base=config.onnx_path,
+        model=(config.output_path,),
+        windows=_WINDOWS,
+        report=config.weights_folder / REPORT_FOLDER,
+        speed_rounds=_SPEED_ROUNDS,
+    )
+    found: list[Evaluation] = []
+    for text in texts_of_other_kinds("" if cache is None else cache.manifest.key.source):
+        try:
+            found.append(evaluate(replace(request, text=text)))
+        except UserError as error:
+            _LOGGER.warning("the model is finished, but its evaluation on %s is not: %s", text, error)
+    missing = why_not_genai([config.onnx_path, config.output_path])
+    if missing is None and found:
+        found[0] = _with_speed(request, found[0])
+    elif missing is not None:
+        _LOGGER.info("decoding speed isn't measured: %s", missing)
+    return tuple(found)
+
+
+def _with_speed(request: EvaluateConfig, found: Evaluation) -> Evaluation:
+    if found.speed is not None:
+        return found
+    try:
+        return evaluate(replace(request, text=found.comparison.text, speed=True))
+    except UserError as error:
+        _LOGGER.warning("the model is finished, but its decoding speed can't be measured: %s", error)
+        return found
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -32,13 +102,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         UserError: an option, a model, a text or a task can't be used.
     """
+    from stages.commands.progress import status
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
     from stages.report.document import Report, read_report
 
     config.validate()
     document = Report() if config.report is None else read_report(config.report)
-    prepared = prepare(config)
+    with status("reading the models and the text"):
+        prepared = prepare(config)
     found = run_evaluation(config, prepared, _earlier(config, document, prepared))
     _keep(config, found, document)
     return found
@@ -56,7 +128,9 @@ def _earlier(config: EvaluateConfig, document: Report, prepared: PreparedEvaluat
 def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
     """Write ``found`` to --results and into the report of --report."""
     from stages.evaluation.records import save_evaluation
-    from stages.report.document import write_report
+    from stages.model.directory import locate_model
+    from stages.report.document import Report, write_report
+    from stages.report.from_runs import origin_of
     from stages.report.render import render
     from stages.system.hardware import describe_machine
 
@@ -64,7 +138,10 @@ def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
         save_evaluation(found, config.results)
     if config.report is not None:
         title = document.title or ", ".join(path.absolute().name for path in config.model)
-        document = replace(document, title=title, machine=document.machine or describe_machine())
+        origin = document.origin
+        if document == Report():
+            origin = origin_of("genai-quant evaluate", config, locate_model(config.base).folder)
+        document = replace(document, title=title, machine=document.machine or describe_machine(), origin=origin)
         write_report(document.with_evaluation(found), render, config.report)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,18 @@ from stages.commands.output import Section
 from stages.commands.quantize_options import QuantizeConfig
 from stages.commands.run import run_command
 from stages.errors import UserError
+from stages.system.paths import from_here
 
 if TYPE_CHECKING:
     from export.run import Destination, QuantizedModel
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
     from stages.quantization.run import Prepared
+    from stages.system.distributed import Processes
 
 _LOGGER = logging.getLogger(__name__)
+POSITIONAL = ("onnx_path", "output_path")
+"""Options whose names may be left out: stages.quantize BASE OUTPUT."""
 
 
 def command(config: QuantizeConfig) -> Iterator[Section]:
@@ -31,20 +35,25 @@ def command(config: QuantizeConfig) -> Iterator[Section]:
         found = preview(config)
         yield Section(name="plan", table=preview_table(found), record=found)
         return
-    yield from _run(config)
+    made = yield from run(config)
+    if made is not None:
+        from stages.report.result import result_section
+
+        yield result_section(config, made)
 
 
 def quantize(config: QuantizeConfig) -> QuantizedModel | None:
-    """Search quantized weights and export the model to ``config.output_path``.
+    """Calibrate where that wasn't done yet, search quantized weights, and export the model to ``config.output_path``.
 
-    Processes launched together share the groups; all but the first return None.
+    An output that exactly these options made is left as it is. Processes launched together share the work; all but the
+    first return None.
 
     Raises:
-        UserError: an option or the model can't be used, the cache is missing or another model's, or the output exists.
+        UserError: an option or the model can't be used, the cache is of another model or text, or the output exists.
     """
     if config.dry_run:
         raise UserError("quantize writes a model, and dry_run asks for none; call preview.")
-    steps = _run(config)
+    steps = run(config)
     while True:
         try:
             next(steps)
@@ -53,9 +62,37 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
             return made
 
 
-def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
+def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.finished import find_finished, remember_output
+    from stages.system.distributed import join_processes
+
+    config.validate()
+    processes = join_processes()
+    with processes.main_process_first():
+        made = find_finished(config)
+    if made is not None:
+        _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
+        if not processes.is_first:
+            return None
+    else:
+        made = yield from _make(config, processes)
+        if made is None:
+            return None
+        remember_output(config, made)
+    if config.evaluate:
+        from stages.evaluate import evaluate_result, evaluation_sections
+
+        found = evaluate_result(config)
+        yield from evaluation_sections(found, detail=True)
+        made = replace(made, evaluations=found)
+    return made
+
+
+def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
+    """Do what ``run`` does for an output that isn't there."""
+    from export.card.record import save_origin
     from export.run import QuantizedModel, export_model
     from export.summary import export_table
     from stages.model.directory import locate_model
@@ -64,30 +101,29 @@ def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | No
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.quantization.weights.summary import quantization_table, search_summary
     from stages.report.document import read_report
-    from stages.system.distributed import join_processes
     from stages.system.hardware import choose_device, granted_threads
 
-    config.validate()
     granted_threads()  # the export opens sessions: what they can't use is an error before the search
-    started = time.perf_counter()
-    processes = join_processes()
     with processes.main_process_first():
         directory = locate_model(config.onnx_path)
         destination = _destination(config, directory)
+        read_report(config.weights_folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
+    yield from _calibrate(config, directory)
+    with processes.main_process_first():
         prepared = prepare(config, directory)
     store, choice = prepared.store, prepared.plan.choice
     if config.parsed_target is not None:
         yield Section(name="formats", table=choice_table(config.parsed_target, choice), record=choice)
-    read_report(store.folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:
             return None
         round_embeddings(prepared.model, store, choose_device(config.device))
-    search = search_summary(store, time.perf_counter() - started)
-    yield Section(name="search", table=quantization_table(store, search.seconds), record=search)
+    search = search_summary(store, store.seconds())
+    yield Section(name="search", table=quantization_table(store, search.seconds), record=search, detail=True)
+    save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
-    _write_report(prepared, exported.onnx_file)
+    _write_report(config, prepared, exported.onnx_file)
     yield Section(name="export", table=export_table(exported), record=exported)
     return QuantizedModel(
         folder=exported.onnx_file.parent,
@@ -99,12 +135,33 @@ def _run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | No
     )
 
 
+def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Section]:
+    """Make the cache where there is none, or where options name a text; one that is there must be of this model."""
+    from stages.calibration.cache import find_cache, open_cache
+    from stages.calibration.run import calibrate
+    from stages.calibration.summary import calibration_section
+    from stages.model.load import fingerprint_model
+
+    if not config.needs_cache:
+        return
+    found = find_cache(config.cache_path)
+    if found is not None:
+        open_cache(config.cache_path, fingerprint_model(directory))
+    if found is None or config.names_text:
+        check_before_calibration(config)
+        yield calibration_section(calibrate(config.calibration))
+    else:
+        key = found.manifest.key
+        windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
+        _LOGGER.info("calibration: %s is used (%s; %s).", from_here(found.folder), key.source, windows)
+
+
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:
     """Forecast what ``quantize`` would do: formats, bytes, memory, seconds, obstacles. Only the graph is read.
 
     Args:
         config: as for ``quantize``.
-        calibration: how stage one would run before it; None: it has run, or isn't needed.
+        calibration: how stage one would run before it; None: as ``config`` says.
 
     Raises:
         UserError: an option or the model can't be used.
@@ -112,7 +169,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) 
     from stages.quantization.preview.preview import preview as forecast
 
     config.validate()
-    return forecast(config, calibration, tuple(_obstacles(config)))
+    return forecast(config, calibration or config.calibration, tuple(_obstacles(config)))
 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
@@ -147,6 +204,7 @@ def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destinati
 def _obstacles(config: QuantizeConfig) -> Iterator[str]:
     """Yield the reasons why the output can't be written as things are."""
     from stages.model.directory import locate_model
+    from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.report.document import read_report
 
@@ -155,21 +213,28 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
         read_report(config.weights_folder / REPORT_FOLDER)
     except UserError as error:
         yield str(error)
+    if config.tunes_blocks:
+        try:
+            import_onnx2torch()
+        except UserError as error:
+            yield str(error)
 
 
-def _write_report(prepared: Prepared, output: Path) -> None:
+def _write_report(config: QuantizeConfig, prepared: Prepared, output: Path) -> None:
     """Write the report into the weights' folder; log a warning where that fails, since the model is finished."""
     from stages.errors import in_one_line
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
     from stages.quantization.weights.store import REPORT_FOLDER
-    from stages.report.from_runs import write_quantization
+    from stages.report.from_runs import describe_calibration, origin_of, write_quantization
     from stages.system.paths import shell_line
 
     store, base = prepared.store, prepared.directory
     try:
         sizes = size_parts(base, locate_model(output), prepared.model)
-        write_quantization(store, sizes, title=output.parent.name)
+        calibration = "" if prepared.cache is None else describe_calibration(prepared.cache.manifest.key)
+        origin = replace(origin_of("genai-quant quantize", config, base.folder), calibration=calibration)
+        write_quantization(store, sizes, title=output.parent.name, origin=origin)
     except Exception as error:  # whatever a report may raise
         again = ["stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
         models = ["--base", base.onnx_file, "--model", output]
@@ -181,4 +246,4 @@ def _write_report(prepared: Prepared, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(QuantizeConfig, command, "python -m stages.quantize")
+    run_command(QuantizeConfig, command, "python -m stages.quantize", POSITIONAL)

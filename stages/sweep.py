@@ -6,15 +6,25 @@ compared with the base on the same text at accuracy level 1.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.commands.evaluate_options import Keep, SweepConfig
 from stages.commands.output import Section
 from stages.commands.run import run_command
+from stages.errors import UserError
+from stages.records.quantities import counted, duration
 
 if TYPE_CHECKING:
+    from stages.evaluation.bench.grid import Point
     from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder
+    from stages.quantization.preview.table import Preview
+
+_LOGGER = logging.getLogger(__name__)
+_START_SECONDS = 10.0
+"""What a process of stages.quantize takes besides its search."""
 
 
 def command(config: SweepConfig) -> Iterator[Section]:
@@ -28,20 +38,58 @@ def command(config: SweepConfig) -> Iterator[Section]:
     from stages.evaluation.bench.results import publish, raise_failures, text_results
     from stages.evaluation.bench.runs import measure
     from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
-    from stages.report.document import write_report
-    from stages.report.from_runs import sweep_report
+    from stages.model.directory import locate_model
+    from stages.report.document import log_report, write_report
+    from stages.report.from_runs import origin_of, sweep_report
     from stages.report.render import render
 
-    runs = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
+    points = points_of(config)
+    runs = [point.run(config.base, config.output, config.cache_path) for point in points]
     run_folder = open_run_folder(config)
     texts = () if config.no_evaluation else read_evaluation_texts(config)
+    _announce(config, [point for point, run in zip(points, runs, strict=True) if not run_folder.find(run, texts)])
     tidy = _tidying(config.keep, run_folder, runs, texts)
     with progress_bar() as progress:
         records = measure(run_folder, runs, texts, progress, tidy)
     results = text_results(run_folder, runs, records, texts, {})
-    yield publish(run_folder, results)
-    write_report(sweep_report(run_folder.folder.name, results), render, run_folder.folder)
+    yield from publish(run_folder, results)
+    origin = origin_of("genai-quant sweep", config, locate_model(config.base).folder)
+    write_report(sweep_report(run_folder.folder.name, results, origin), render, run_folder.folder)
+    log_report(run_folder.folder)
     raise_failures(records)
+
+
+def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:
+    """Say how many models are made, and about how long and how large: of one point of each algorithm, for all of it."""
+    from stages.commands.progress import status
+
+    if not missing:
+        return
+    counts, seconds, sizes = Counter(point.algo for point in missing), 0.0, list[int]()
+    with status("estimating time and space"):
+        for algorithm, count in counts.items():
+            found = _forecast(config, next(point for point in missing if point.algo == algorithm))
+            if found is not None:
+                seconds += count * (found.search.seconds + _START_SECONDS)
+                codes = sum(site.in_features * site.out_features for site in found.sites if site.bits is not None)
+                sizes += [found.bytes_after + codes] * count
+    room = sum(sizes) if config.keep == "all" else max(sizes, default=0)
+    kept = {"all": "", "best": " for each model that is kept", "none": " at a time (--keep none)"}[config.keep]
+    _LOGGER.info(
+        "%s to make, one after the other: about %s of search, and %.1f GB in %s%s%s.",
+        counted(len(missing), "model"), duration(seconds), room / 1e9, config.output, kept,
+        "" if config.no_evaluation else "; each is also run on the text",
+    )  # fmt: skip
+
+
+def _forecast(config: SweepConfig, point: Point) -> Preview | None:
+    """Return what making ``point`` takes; None where it can't be made, which its row will say."""
+    from stages.quantize import preview
+
+    try:
+        return preview(point.config(config.base, config.output, config.cache_path))
+    except UserError:
+        return None
 
 
 def _tidying(

@@ -1,7 +1,8 @@
 """Write stored codes of an embedding as GatherBlockQuantized, or as DequantizeLinear before the Gather.
 
-Requires the Gather nodes where the quantized table says. Ensures that only these nodes read the codes: another reader
-of the table (a tied lm_head) keeps the original, which stays in the graph as long as somebody reads it.
+Requires the Gather nodes where the quantized table says, and a shared lm_head that was rewritten before. Ensures that
+these nodes read codes of their own, or those of the lm_head that the table is shared with; another reader of the table
+keeps the original, which stays in the graph as long as somebody reads it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
+from export.forms.dequantize_linear import RewrittenSite
 from export.graph_edit import MICROSOFT, GraphEditor, describe, import_microsoft, name_of, replace_op
 from stages.errors import GraphError
 from stages.model.patterns import readers
@@ -19,15 +22,20 @@ from stages.quantization.weights.embedding_file import TableFile
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import EmbeddingPlan, onnx_float, torch_float
 
+_UNSAID_BITS = 4
+_SIGN = 0x80
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewrittenTable:
     """A table in the rewritten graph: where its numbers come from, and the initializers that now hold them."""
 
     plan: EmbeddingPlan
-    file: TableFile
+    file: TableFile | None
+    """None where the numbers are those of the lm_head that the table is shared with."""
     codes: str
     scales: str
+    zero_points: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +48,25 @@ class TableOutcome:
     still_read_by: tuple[str, ...]
 
 
-def rewrite_tables(editor: GraphEditor, store: QuantizedStore) -> tuple[RewrittenTable, ...]:
+def rewrite_tables(
+    editor: GraphEditor, store: QuantizedStore, sites: Sequence[RewrittenSite] = ()
+) -> tuple[RewrittenTable, ...]:
     """Let the Gather nodes of every table in ``store`` read its codes.
+
+    Args:
+        editor: of the graph.
+        store: the finished weights.
+        sites: those that were rewritten before: lm_heads that share their weight are among them.
 
     Raises:
         GraphError: a Gather isn't in the model, or reads another table.
     """
+    heads = {site.source.site.name: site for site in sites}
     return tuple(
-        _rewrite_table(editor, plan, store.table_file(index)) for index, plan in enumerate(store.recipe.embeddings)
+        _rewrite_table(editor, plan, store.table_file(index))
+        if plan.shared_with is None
+        else _share_table(editor, plan, heads[plan.shared_with])
+        for index, plan in enumerate(store.recipe.embeddings)
     )
 
 
@@ -69,18 +88,33 @@ def _outcome(model: ir.Model, plan: EmbeddingPlan) -> TableOutcome:
 
 
 def _rewrite_table(editor: GraphEditor, plan: EmbeddingPlan, file: TableFile) -> RewrittenTable:
-    nodes = [editor.producer(output) for output in plan.table.gathers]
-    for node in nodes:
-        _require_fit(plan, node)
+    nodes = _lookups(editor, plan)
     name = nodes[0].name or plan.table.weight
     codes = editor.add_initializer(nodes[0], f"{name}/codes", _lazy_codes(plan, file))
     scales = editor.add_initializer(nodes[0], f"{name}/scales", _lazy_scales(plan, file))
     if plan.form == "dq":
         _insert_dequantize(editor, nodes, plan, [codes, scales], name)
     else:
-        for node in nodes:
-            _make_block_quantized(node, plan, codes, scales)
+        _make_block_quantized(nodes, plan, [codes, scales])
     return RewrittenTable(plan=plan, file=file, codes=name_of(codes), scales=name_of(scales))
+
+
+def _share_table(editor: GraphEditor, plan: EmbeddingPlan, head: RewrittenSite) -> RewrittenTable:
+    """Let the lookups read the initializers that the head's MatMulNBits reads."""
+    nodes = _lookups(editor, plan)
+    graph = nodes[0].graph
+    assert isinstance(graph, ir.Graph)
+    names = [head.weight, head.scales, *([] if head.zero_points is None else [head.zero_points])]
+    _make_block_quantized(nodes, plan, [graph.initializers[name] for name in names])
+    return RewrittenTable(plan=plan, file=None, codes=head.weight, scales=head.scales, zero_points=head.zero_points)
+
+
+def _lookups(editor: GraphEditor, plan: EmbeddingPlan) -> list[ir.Node]:
+    """Return the Gather nodes of the table, once it is sure that they read it."""
+    nodes = [editor.producer(output) for output in plan.table.gathers]
+    for node in nodes:
+        _require_fit(plan, node)
+    return nodes
 
 
 def _require_fit(plan: EmbeddingPlan, node: ir.Node) -> None:
@@ -110,24 +144,49 @@ def _insert_dequantize(
         node.replace_input_with(0, floats)
 
 
-def _make_block_quantized(node: ir.Node, plan: EmbeddingPlan, codes: ir.Value, scales: ir.Value) -> None:
-    """Turn the Gather itself into GatherBlockQuantized: its name and its output's stay.
+def _make_block_quantized(nodes: list[ir.Node], plan: EmbeddingPlan, inputs: list[ir.Value]) -> None:
+    """Turn the Gather nodes themselves into GatherBlockQuantized: their names and their outputs' stay.
 
-    Signed codes need no zero point, and any width of the table will do; packed in uint8 an odd one would not. The
-    number of bits, which is 4 unless said, stays unsaid: ONNX Runtime up to 1.22 refuses that attribute.
+    An INT4 table of its own has signed codes, which need no zero point, and any width will do; packed in uint8 an odd
+    one would not. Its number of bits, which is 4 unless said, stays unsaid: ONNX Runtime up to 1.22 refuses that
+    attribute. INT8 and what MatMulNBits shares must be uint8, which 1.23 is the first to read without zero points.
+
+    Args:
+        nodes: the lookups.
+        plan: how the table is stored.
+        inputs: codes, scales and, where the format has them, zero points.
     """
-    import_microsoft(node)
     attributes = {"gather_axis": 0, "quantize_axis": plan.axis, "block_size": plan.block_size}
-    replace_op(node, MICROSOFT, "GatherBlockQuantized", [codes, node.inputs[1], scales], attributes)
+    if plan.bits != _UNSAID_BITS or plan.shared_with is not None:
+        attributes["bits"] = plan.bits
+    codes, *others = inputs
+    for node in nodes:
+        import_microsoft(node)
+        replace_op(node, MICROSOFT, "GatherBlockQuantized", [codes, node.inputs[1], *others], attributes)
 
 
 def _lazy_codes(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
     shape = ir.Shape(plan.table.shape)
-    return ir.LazyTensor(
-        lambda: ir.PackedTensor(file.read_packed().numpy(), ir.DataType.INT4, shape=shape),
-        dtype=ir.DataType.INT4,
-        shape=shape,
-    )
+    if plan.bits == 4:
+        return ir.LazyTensor(
+            lambda: ir.PackedTensor(file.read_packed().numpy(), ir.DataType.INT4, shape=shape),
+            dtype=ir.DataType.INT4,
+            shape=shape,
+        )
+    dtype = ir.DataType.INT8 if plan.form == "dq" else ir.DataType.UINT8
+    return ir.LazyTensor(lambda: ir.tensor(written_codes(plan, file)), dtype=dtype, shape=shape)
+
+
+def written_codes(plan: EmbeddingPlan, file: TableFile) -> np.ndarray:
+    """Return the bytes of the codes as their operator reads them: INT8 ones unsigned for GatherBlockQuantized.
+
+    It implies the zero point 128 there, by which signed codes move up: their sign bit is turned round.
+    """
+    packed = file.read_packed().numpy()
+    if plan.bits == 4:
+        return packed
+    codes = packed.view(np.int8) if plan.form == "dq" else packed ^ np.uint8(_SIGN)
+    return codes.reshape(plan.table.shape)
 
 
 def _lazy_scales(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from rich import box
-from rich.table import Table
+from collections.abc import Iterator, Sequence
 
 from scripts.benchmarks.figures import Benchmark, CommandFigure
+from stages.commands.tables import Column, DataTable
+from stages.records.quantities import counted
 
 
-def benchmark_tables(found: Benchmark) -> Iterator[Table]:
+def benchmark_tables(found: Benchmark) -> Iterator[DataTable]:
     """Yield one table for each kind of figure that was measured."""
     yield _commands(found)
     yield _rates(found)
@@ -18,27 +17,28 @@ def benchmark_tables(found: Benchmark) -> Iterator[Table]:
         yield _search(found)
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(headings[0], overflow="fold")
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
-    return table
+def _table(title: str, headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> DataTable:
+    columns = tuple(Column(heading=heading, is_number=index > 0) for index, heading in enumerate(headings))
+    return DataTable(title=title, columns=columns, rows=tuple(rows))
 
 
-def _commands(found: Benchmark) -> Table:
+def _commands(found: Benchmark) -> DataTable:
     machine = found.machine
-    where = machine.gpu or f"{machine.processor}, {machine.cores} cores"
-    title = f"whole commands on {where}, {machine.threads} threads"
-    table = _table(title, "command", "seconds", "peak MB", "against the competitor")
+    where = machine.gpu or f"{machine.processor}, {counted(machine.cores, 'core')}"
     peers = [command for command in found.commands if command.name.startswith("competitor")]
-    for command in found.commands:
-        if command.failure is not None:
-            table.add_row(f"{command.name}: {command.failure}", "-", "-", "-")
-            continue
-        seconds = "-" if command.seconds is None else f"{command.seconds:.1f}"
-        table.add_row(command.name, seconds, _megabytes(command.peak_bytes), _against(found, command, peers))
-    return table
+    rows = [
+        (f"{command.name}: {command.failure}", "-", "-", "-")
+        if command.failure is not None
+        else (
+            command.name,
+            "-" if command.seconds is None else f"{command.seconds:.1f}",
+            _megabytes(command.peak_bytes),
+            _against(found, command, peers),
+        )
+        for command in found.commands
+    ]
+    headings = ("command", "seconds", "peak MB", "against the competitor")
+    return _table(f"whole commands on {where}, {counted(machine.threads, 'thread')}", headings, rows)
 
 
 def _against(found: Benchmark, command: CommandFigure, peers: list[CommandFigure]) -> str:
@@ -52,23 +52,22 @@ def _megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.0f}"
 
 
-def _rates(found: Benchmark) -> Table:
-    table = _table("rates", "what", "figure")
+def _rates(found: Benchmark) -> DataTable:
+    rows: list[tuple[str, str]] = []
     if (capture := found.capture) is not None:
-        table.add_row(f"plain inference, {capture.provider}", f"{capture.plain:.0f} tokens/s")
-        table.add_row("tapped graph", f"{capture.tapped:.0f} tokens/s")
-        table.add_row("tapped graph and statistics", f"{capture.observed:.0f} tokens/s")
-        table.add_row("calibration's passes against plain inference", f"{capture.ratio:.2f} x its time")
+        rows.append((f"plain inference, {capture.provider}", f"{capture.plain:.0f} tokens/s"))
+        rows.append(("tapped graph", f"{capture.tapped:.0f} tokens/s"))
+        rows.append(("tapped graph and statistics", f"{capture.observed:.0f} tokens/s"))
+        rows.append(("calibration's passes against plain inference", f"{capture.ratio:.2f} x its time"))
     if (writing := found.writing) is not None:
-        table.add_row("export without verification", f"{writing.bytes / writing.export_seconds / 1e6:.0f} MB/s")
-        table.add_row("copy of the same file", f"{writing.bytes / writing.copy_seconds / 1e6:.0f} MB/s")
-    return table
+        rows.append(("export without verification", f"{writing.bytes / writing.export_seconds / 1e6:.0f} MB/s"))
+        rows.append(("copy of the same file", f"{writing.bytes / writing.copy_seconds / 1e6:.0f} MB/s"))
+    return _table("rates", ("what", "figure"), rows)
 
 
-def _search(found: Benchmark) -> Table:
-    table = _table("search, one group of each shape", "group", "algorithm", "K", "N", "seconds", "device MB")
-    for figure in found.search:
-        table.add_row(
+def _search(found: Benchmark) -> DataTable:
+    rows = [
+        (
             figure.group,
             figure.algorithm,
             str(figure.in_features),
@@ -76,4 +75,7 @@ def _search(found: Benchmark) -> Table:
             f"{figure.seconds:.2f}",
             _megabytes(figure.device_peak_bytes),
         )
-    return table
+        for figure in found.search
+    ]
+    headings = ("group", "algorithm", "K", "N", "seconds", "device MB")
+    return _table("search, one group of each shape", headings, rows)

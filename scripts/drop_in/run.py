@@ -21,6 +21,7 @@ from stages.errors import CacheMismatch
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, parse_graph
 from stages.model.sites import find_groups
+from stages.model.unquantized import require_float_base
 from stages.quantization.preview.table import preview_table
 from stages.records.sites import layer_of, within_layer
 
@@ -30,7 +31,9 @@ _LOGGER = logging.getLogger(__name__)
 def calibrate_and_quantize(config: DropInConfig) -> Iterator[Section]:
     """Quantize and export the model that ``config`` describes, with statistics of an earlier call where they fit."""
     config.validate()
-    model = parse_graph(locate_model(config.onnx_path))
+    directory = locate_model(config.onnx_path)
+    model = parse_graph(directory)
+    require_float_base(model, directory)
     config = _without_missing_layers(config, model)
     if config.dry_run:
         found = quantize.preview(_with_found_cache(config), config)
@@ -45,7 +48,6 @@ def calibrate_and_quantize(config: DropInConfig) -> Iterator[Section]:
         _LOGGER.info("%s rounds without calibration data: stage one is left out.", config.algo)
     # The output was checked above: what this replaces unasked are at most weights whose output is gone.
     yield from quantize.command(replace(config, overwrite=config.overwrite or config.weights_path is None))
-    _say_next(config)
 
 
 def _without_missing_layers(config: DropInConfig, model: ir.Model) -> DropInConfig:
@@ -114,10 +116,3 @@ def _description(cache: CalibrationCache) -> str:
     size = sum(file.stat().st_size for file in cache.folder.iterdir())
     windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
     return f"{cache.folder} ({size / 1e6:.1f} MB: {key.source}, {windows})"
-
-
-def _say_next(config: DropInConfig) -> None:
-    base, output = locate_model(config.onnx_path), locate_model(config.output_path)
-    _LOGGER.info("next: python -m stages.evaluate --base %s --model %s", base.onnx_file, output.onnx_file)
-    if output.has_genai_config:
-        _LOGGER.info("      python -m scripts.generate --model %s", output.folder)

@@ -6,9 +6,9 @@ The only argument is JSON: ``base`` and ``output`` (.onnx files), ``feeds`` (saf
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -51,4 +51,6 @@ def main(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("request", type=json.loads, help="a JSON object")
+    main(parser.parse_args().request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,12 @@ from export.save import copy_side_files, patch_genai_config
 from scripts.options import BuilderMethod, ModelOptMethod, OrtMethod, PeerConfig
 from scripts.peers.environment import ensure_environment, python_of
 from stages.calibration.cache import open_cache
-from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Run
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
-from stages.quantization.plan.plan import plan_model
+from stages.model.sites import find_groups
+from stages.quantization.plan.rules import all_sites, is_lm_head
 from stages.runtime.genai import runtime_version
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.system.atomic import atomic_file
@@ -32,8 +32,6 @@ _HERE = Path(__file__).parent
 ORT_RUNNER = _HERE / "run_onnxruntime.py"
 MODELOPT_RUNNER = _HERE / "run_modelopt.py"
 MODELOPT_REQUIREMENTS = _HERE / "modelopt.txt"
-_FLOAT32_ACTIVATIONS = 1
-"""The accuracy level that all models are evaluated at; session options don't reach MatMulNBits nodes."""
 _SAME = 1e-2
 """Relative difference up to which weights are the same; those of a 16-bit base are rounded."""
 
@@ -50,7 +48,7 @@ class Peer:
 class PeerRequest:
     """One method of a competitor."""
 
-    method: OrtMethod | ModelOptMethod | BuilderMethod
+    method: OrtMethod | ModelOptMethod
     block_size: int
     use_zero_point: bool
 
@@ -60,20 +58,21 @@ class PeerRequest:
 
 
 def peers_of(config: PeerConfig) -> list[Peer]:
-    """Return all competitors that ``config`` names, for the sites that stages.quantize quantizes by default.
+    """Return all competitors that ``config`` names, each for the sites that it quantizes by default.
+
+    Routers stay unquantized everywhere, as in our models.
 
     Raises:
         UserError: the base model can't be read, or holds nothing to quantize.
     """
     base = locate_model(config.base)
-    model = load_graph(base)
-    plan = plan_model(QuantizeConfig(onnx_path=config.base, output_path=config.output), model, base)
-    exclude = [name for name, _ in plan.sites.skipped]
+    sites = all_sites(find_groups(load_graph(base)))
+    routers = [site.name for site in sites if site.routes_experts]
+    heads = [site.name for site in sites if is_lm_head(site)]
     return [
-        *(_ort(request, base, exclude, config) for request in ort_requests(config)),
-        *(_builder(request, base, exclude, config) for request in builder_requests(config)),
-        *([] if config.builder_source is None else [_builder_run("builder-int4", {}, base, config)]),
-        *(_modelopt(request, base, exclude, config) for request in modelopt_requests(config)),
+        *(_ort(request, base, routers, config) for request in ort_requests(config)),
+        *(_builder(method, base, config) for method in config.builder if config.builder_source is not None),
+        *(_modelopt(request, base, [*routers, *heads], config) for request in modelopt_requests(config)),
     ]
 
 
@@ -83,13 +82,6 @@ def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
         for method in config.ort:
             for zero_point in config.use_zero_point if method == "default" else (True,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
-
-
-def builder_requests(config: PeerConfig) -> Iterator[PeerRequest]:
-    """Yield the requests to onnxruntime-genai's builder, where the base model's source is known."""
-    for size in filter(None, config.block_size) if config.builder_source is not None else ():
-        for zero_point in config.use_zero_point:
-            yield PeerRequest(method="int4", block_size=size, use_zero_point=zero_point)
 
 
 def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
@@ -115,38 +107,28 @@ def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config:
     return Peer(run=run, note=f"onnxruntime {onnxruntime.__version__}{zero_points}")
 
 
-def _builder(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
-    options = {
-        "block_size": request.block_size,
-        "is_symmetric": not request.use_zero_point,
-        "accuracy_level": _FLOAT32_ACTIVATIONS,
-        "nodes_to_exclude": ",".join(exclude),
-    }
-    return _builder_run(request.name("builder"), options, base, config)
-
-
-def _builder_run(name: str, options: Mapping[str, object], base: ModelDirectory, config: PeerConfig) -> Peer:
-    """Return a run of the builder; without ``options`` it is what people get who ask for ``-p int4``."""
+def _builder(method: BuilderMethod, base: ModelDirectory, config: PeerConfig) -> Peer:
+    """Return a run of the builder: what people get who ask for ``-p int4``, or for one of its other methods too."""
+    name = f"builder-{method}"
     folder = config.output.absolute() / name
-    given = [f"{option}={value}" for option, value in options.items() if value != ""]
     run = Run(
         name=name,
         command=(
             sys.executable,
             "-m",
-            "scripts.build_base_model",
-            f"--source={config.builder_source}",
-            f"--output={folder}",
+            "genai_quant",
+            "base-model",
+            str(config.builder_source),
+            str(folder),
             "--precision=int4",
             *(["--keep_grid"] if config.builder_keep_grid else []),
             "--overwrite",
-            *(["--extra_options", *given] if given else []),
+            *([] if method == "int4" else ["--extra_options", f"algo_config={method}"]),
         ),
         model=folder,
         after=partial(_require_same_checkpoint, base, folder),
     )
-    sites = "lm_head as ours" if options else "its defaults, lm_head in INT4 too"
-    return Peer(run=run, note=f"{runtime_version('--builder_source')}, -p int4, {sites}")
+    return Peer(run=run, note=f"{runtime_version('--builder_source')}, its defaults")
 
 
 def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
@@ -176,7 +158,7 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
     calibrated = "" if request.method == "rtn_dq" else f", {config.modelopt_windows} windows"
     unfused = ", its Mul nodes unfolded" if searches else ""
     fast = ", activations kept in memory" if searches and config.modelopt_fast_path else ""
-    return Peer(run=run, note=f"nvidia-modelopt 0.47.0{calibrated}{unfused}{fast}")
+    return Peer(run=run, note=f"nvidia-modelopt 0.47.0{calibrated}{unfused}{fast}, lm_head in floating point")
 
 
 def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: list[str]) -> dict[str, object]:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.write_tables.results import (
@@ -22,25 +16,29 @@ from scripts.write_tables.results import (
     TimesResult,
 )
 from scripts.write_tables.support_matrix import markdown
-from stages.commands.quantize_options import Algorithm
 from stages.evaluation.bench.results import MeasuredModel, TextResults
+from stages.evaluation.records import ModelSpeed
+from stages.records.quantities import duration
 
 NOTHING = "No figures yet: `python -m scripts.write_tables` writes them here."
-_README_MODEL = "SmolLM2-135M-Instruct"
+_SPEED_HEADINGS = ("prompt tokens/s", "decoding tokens/s")
 _README_ROWS = {
-    "genai-quant": rf"({'|'.join(get_args(Algorithm))})-b32",
+    "genai-quant": "awq_gptq()",
+    "genai-quant, `--target_size {}`": "awq_gptq-target_size-(.+)",
     "onnxruntime-genai, `-p int4`": "builder-int4()",
-    "NVIDIA ModelOpt": r"modelopt-(\w+)-b32",
+    "onnxruntime-genai, `{}`": "builder-(k_quant_mixed)",
+    "NVIDIA ModelOpt, `{}`": r"modelopt-(\w+)-b\d+",
 }
-"""Names of runs, by row: each tool's most accurate one in blocks of 32 without zero points; the builder's default."""
-_TEXTS = {"offline": "documentation"}
+"""Names of runs, by row: what each tool makes by default, and with the option that the name holds; of several the most
+accurate."""
+_TEXTS = {"offline": "documentation", "code": "source code"}
 """Kinds of text that have a name of their own here; others are called as their file."""
 _UNKNOWN = "-"
 
 
 def readme_results(results: Sequence[Result]) -> str:
-    """Return the README's comparison of one model."""
-    found = [one for one in results if isinstance(one, ComparisonResult) and one.title == _README_MODEL]
+    """Return the README's comparison of each model."""
+    found = [one for one in results if isinstance(one, ComparisonResult)]
     return "\n\n".join(_readme_result(result) for result in found) or NOTHING
 
 
@@ -48,7 +46,7 @@ def readme_times(results: Sequence[Result]) -> str:
     """Return how long the README's commands take."""
     found = [one for one in results if isinstance(one, TimesResult)]
     tables = [
-        _table(("command", "time"), [(_command(name), _duration(seconds)) for name, seconds in one.seconds.items()])
+        _table(("command", "time"), [(_command(name), duration(seconds)) for name, seconds in one.seconds.items()])
         for one in found
     ]
     return (
@@ -75,11 +73,10 @@ def families(results: Sequence[Result]) -> str:
 
 
 def _readme_result(result: ComparisonResult) -> str:
-    (text, *others), speeds = result.comparison.texts, _speeds(result)
+    (text, *others), (base_speed, by_name) = result.comparison.texts, _speeds(result)
     size, divergence, perplexity = _base_cells(text)
     zeros = [divergence] * len(result.comparison.texts)
-    rows = [("base model", size, *zeros, perplexity, _number(speeds[0] if speeds else None, ".1f"))]
-    by_name = _speeds_by_name(result)
+    rows = [("base model", size, *zeros, perplexity, *_speed_cells(base_speed))]
     for label, names in _README_ROWS.items():
         measured = [(model, match[1]) for model in text.models if (match := re.fullmatch(names, model.name))]
         scored = [(model, method) for model, method in measured if model.accuracy and model.failure is None]
@@ -87,12 +84,11 @@ def _readme_result(result: ComparisonResult) -> str:
             model, method = min(scored, key=lambda one: _divergence(one[0]))
             size, divergence, perplexity = _accuracy_cells(model)
             elsewhere = [_accuracy_cells(same)[1] for one in others for same in one.models if same.name == model.name]
-            name = f"{label}, `{method}`" if method else label
-            speed = _number(by_name.get(model.name), ".1f")
-            rows.append((name, size, divergence, *elsewhere, perplexity, speed))
+            name = label.format(method)
+            rows.append((name, size, divergence, *elsewhere, perplexity, *_speed_cells(by_name.get(model.name))))
     kinds = [one.text or "" for one in result.comparison.texts]
     divergences = [f"KL, {_TEXTS.get(name, Path(name).stem)}" for name in kinds]
-    headings = (result.title, "MB", *divergences, "perplexity", "tokens/s")
+    headings = (result.title, "MB", *divergences, "perplexity", *_SPEED_HEADINGS)
     return f"{_table(headings, rows)}\n\n{_head(result.provenance)}"
 
 
@@ -103,7 +99,7 @@ def _comparison(result: ComparisonResult) -> Iterator[str]:
         "KL",
         "perplexity",
         "same top-1",
-        "tokens/s",
+        *_SPEED_HEADINGS,
         "bits a weight",
         "note",
     )
@@ -114,22 +110,22 @@ def _comparison(result: ComparisonResult) -> Iterator[str]:
             f"Tokens a second: {speed.threads} threads, {speed.new_tokens} new tokens behind {speed.prompt_tokens}, "
             f"median of {speed.rounds} rounds."
         )
-    speeds, by_name = _speeds(result), _speeds_by_name(result)
+    base_speed, by_name = _speeds(result)
     for text in result.comparison.texts:
-        base = ("base model", *_base_cells(text), _UNKNOWN, _number(speeds[0] if speeds else None, ".1f"))
+        base = ("base model", *_base_cells(text), _UNKNOWN, *_speed_cells(base_speed))
         rows = [(*base, _UNKNOWN, "")]
         rows += [_comparison_row(model, by_name.get(model.name)) for model in text.models]
         yield f"Text: {text.text}."
         yield _table(headings, rows)
 
 
-def _comparison_row(model: MeasuredModel, speed: float | None) -> tuple[str, ...]:
+def _comparison_row(model: MeasuredModel, speed: ModelSpeed | None) -> tuple[str, ...]:
     search, accuracy = model.search, model.accuracy
     return (
         f"`{model.name}`",
         *_accuracy_cells(model),
         _number(None if accuracy is None else accuracy.top1_agreement, ".2%"),
-        _number(speed, ".1f"),
+        *_speed_cells(speed),
         _number(None if search is None else search.bits_per_weight, ".2f"),
         model.failure or model.note,
     )
@@ -156,31 +152,28 @@ def _divergence(model: MeasuredModel) -> float:
     return model.accuracy.mean_divergence
 
 
-def _speeds(result: ComparisonResult) -> list[float]:
-    """Return tokens a second while decoding, the base's first; nothing where no speed was measured."""
-    speed = result.comparison.speed
-    return [] if speed is None else [model.decode.median for model in speed.models]
+def _speeds(result: ComparisonResult) -> tuple[ModelSpeed | None, dict[str, ModelSpeed]]:
+    """Return the base's speed and those of the other models by name; nothing where no speed was measured."""
+    if result.comparison.speed is None:
+        return None, {}
+    base, *others = result.comparison.speed.models
+    return base, {model.model: model for model in others}
 
 
-def _speeds_by_name(result: ComparisonResult) -> dict[str, float]:
-    speed = result.comparison.speed
-    return {} if speed is None else {model.model: model.decode.median for model in speed.models[1:]}
+def _speed_cells(speed: ModelSpeed | None) -> tuple[str, str]:
+    return (
+        _number(None if speed is None else speed.prompt.median, ".0f"),
+        _number(None if speed is None else speed.decode.median, ".1f"),
+    )
 
 
 def _benchmark(result: BenchmarkResult) -> Iterator[str]:
     yield f"### {result.title}"
     yield _head(result.provenance)
     for table in benchmark_tables(result.benchmark):
-        title = str(table.title)
+        title = table.title
         yield f"{title[:1].upper()}{title[1:]}:"
-        yield _as_markdown(table)
-
-
-def _as_markdown(table: Table) -> str:
-    page = io.StringIO()
-    table.title, table.box, table.padding = None, box.MARKDOWN, (0, 1)
-    Console(file=page, width=1000).print(table)
-    return "\n".join(line.strip() for line in page.getvalue().splitlines() if line.strip())
+        yield table.as_markdown().rstrip()
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -198,11 +191,6 @@ def _command(name: str) -> str:
     """Return ``bash x.sh (in a fresh clone)`` with the command as code and the remark as text."""
     command, bracket, remark = name.partition(" (")
     return f"`{command}`{bracket}{remark}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 
 
 def _number(value: float | None, form: str) -> str:

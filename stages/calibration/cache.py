@@ -239,8 +239,8 @@ def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
         raise CacheMismatch(f"--cache_dir {folder} holds no calibration cache; run stages.calibrate first.")
     if cache.manifest.key.model_fingerprint != model_fingerprint:
         raise CacheMismatch(
-            f"--cache_dir {folder} was made from another model (or another build of it); run stages.calibrate on "
-            "this one, or pass its cache."
+            f"--cache_dir {folder} was made from another model (or another build of it); delete it, or choose another "
+            "folder."
         )
     return cache
 

@@ -14,13 +14,14 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit
 from stages.calibration.summary import CalibrationSummary, PassSummary
-from stages.calibration.text.windows import load_windows
+from stages.calibration.text.windows import choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
+from stages.model.unquantized import require_float_base
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
@@ -41,11 +42,12 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     config.validate()
     started = time.perf_counter()
     processes = join_processes()
+    dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
     with ExitStack() as until_the_end:
         with processes.main_process_first():
             require_place(config.cache_path)
             folder = scratch_folder(config.cache_path, owner=processes.is_first)
-            capture = _prepare(config, processes, until_the_end.enter_context(folder))
+            capture = _prepare(config, dataset, processes, until_the_end.enter_context(folder))
             key = _cache_key(capture)
             if _existing_difference(config, key) == "":
                 return _current(config)
@@ -75,17 +77,28 @@ def _run(config: CalibrateConfig, capture: Capture, key: CacheKey, started: floa
     return _summary(config, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
 
-def _prepare(config: CalibrateConfig, processes: Processes, scratch: Path) -> Capture:
+def _dataset(config: CalibrateConfig) -> str:
+    """Return the data sets to calibrate on; log why they aren't the default ones."""
+    if config.use_random_calib:
+        return ""
+    chosen = choose_dataset(config, locate_model(config.onnx_path))
+    if chosen.note:
+        _LOGGER.info("%s", chosen.note)
+    return chosen.dataset
+
+
+def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
     device = choose_device(config.device)
     directory = locate_model(config.onnx_path)
     _require_context(config.seq_len, directory)
     model = load_graph(directory)
+    require_float_base(model, directory)
     choice = choose_providers(config.calibration_eps)
     return Capture(
         model=model,
         directory=directory,
         groups=find_groups(model),
-        windows=load_windows(config, directory, choice.names),
+        windows=load_windows(config, directory, dataset, choice.names),
         batch_size=config.batch_size,
         device=device,
         choice=choice,

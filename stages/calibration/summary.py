@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
-
 from stages.calibration.cache import CacheKey
 from stages.commands.output import Section
+from stages.commands.tables import FactTable
+from stages.records.quantities import counted, duration
 from stages.runtime.upcast import UPCAST_REASON
 
 
@@ -50,31 +49,27 @@ def calibration_section(summary: CalibrationSummary) -> Section:
     return Section(name="calibration", table=_table(summary), record={**record, "made": summary.made})
 
 
-def _table(summary: CalibrationSummary) -> Table:
-    table = Table(title="calibration cache", show_header=False)
+def _table(summary: CalibrationSummary) -> FactTable:
     made, key = summary.made, summary.key
     windows = f"{key.calibration_windows} to search with + {key.held_out_windows} held out, {key.seq_len} tokens each"
-    rows = [
+    facts = [
         ("cache", f"{summary.cache} ({summary.bytes / 1e6:.0f} MB)"),
         ("text", key.source),
         *([] if made is None else [("tokenizer", made.tokenizer)]),
         ("windows", windows),
         *_how_it_ran(summary),
     ]
-    for name, text in rows:
-        # Text, because a path with brackets is not markup.
-        table.add_row(name, Text(text))
-    return table
+    return FactTable(title="calibration cache", facts=tuple(facts))
 
 
 def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
     made, providers = summary.made, ("ran on", ", ".join(summary.key.providers))
     if made is None:
-        return [("tapped", f"{summary.activations} activations"), providers]
-    grams = summary.activations - made.as_rows
+        return [("tapped", counted(summary.activations, "activation")), providers]
+    matrices = counted(summary.activations - made.as_rows, "Gram matrix", "Gram matrices")
     rows = [
-        ("tapped", f"{summary.activations} activations of {made.matmuls} MatMuls"),
-        ("kept as", f"{grams} Gram matrices (packed triangles), {made.as_rows} as the tokens' own rows"),
+        ("tapped", f"{counted(summary.activations, 'activation')} of {counted(made.matmuls, 'MatMul')}"),
+        ("kept as", f"{matrices} (packed triangles), {made.as_rows} as the tokens' own rows"),
     ]
     if made.partitions > 1:
         text = f"the model ran in {made.partitions} parts, one after the other; --max_memory sets their size"
@@ -82,4 +77,4 @@ def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
     rows.append(providers)
     rows += [("", UPCAST_REASON)] if made.widened else []
     rows += [("not used", f"{name}: {why}") for name, why in made.unused]
-    return [*rows, ("seconds", f"{made.seconds:.1f}")]
+    return [*rows, ("took", duration(made.seconds))]

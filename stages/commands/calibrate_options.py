@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 from stages.commands.options import CommandOptions, default_folder, require
 from stages.commands.parsing import parse_size
 
 PART_OF_FREE_MEMORY = 0.6
 """The default of --max_memory."""
+_DECIDE_TEXT = (
+    "dataset", "calib_size", "seq_len", "apply_chat_template", "model_name", "seed", "use_random_calib",
+)  # fmt: skip
 
 
-# Without slots, so that a command that takes the options of both stages can inherit from both configurations.
+# Without slots, so that the commands below and those of other modules can inherit.
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(CommandOptions):
-    """Run the base model once per batch and cache the statistics that stage two searches with."""
+class TextOptions(CommandOptions):
+    """The calibration text, and how the base model runs over it."""
 
-    onnx_path: Path
-    """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
-    model_name: str | None = None
-    """Hub name or folder to take the tokenizer from. Default: the model's own folder."""
-    dataset: str = "cnn"
-    """cnn (cnn_dailymail), pilevel (pile-val-backup), offline (prose from CPython's own documentation, no download),
-    self (text that the model writes, through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of
-    these separated by commas, which share the windows evenly."""
+    dataset: str | None = None
+    """Calibration text: cnn, pilevel, offline, self, or a file. These are cnn (cnn_dailymail), pilevel
+    (pile-val-backup), offline (prose from CPython's own documentation, no download), self (text that the model writes,
+    through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of these separated by commas, which
+    share the windows evenly. Default: cnn where the Hugging Face hub answers, else offline and self."""
+    calib_size: int | None = None
+    """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 32 where
+    offline and self stand in for cnn."""
+    seq_len: int = 512
+    """Tokens in each window; windows are packed full, without padding."""
     apply_chat_template: bool = False
     """Make a conversation of each document with the tokenizer's chat template: from the messages of a .jsonl or
     .parquet row, or else from its text, the beginning as the user's message and the rest as the assistant's. With self:
     only chats."""
-    calib_size: int = 128
-    """Number of windows of seq_len tokens; a tenth of them is held out from the search."""
-    seq_len: int = 512
-    """Tokens in each window; windows are packed full, without padding."""
+    model_name: str | None = None
+    """Hub name or folder to take the tokenizer from. Default: the model's own folder."""
+    trust_remote_code: bool = False
+    """Allow the tokenizer's own Python code to run."""
+    seed: int = 0
+    """Seed of the order of documents, of text that the model writes, and of random tokens."""
+    use_random_calib: bool = False
+    """Use random token ids in place of text: for smoke tests, never for accuracy."""
     batch_size: int = 1
     """Windows in each forward pass."""
     calibration_eps: str = "cuda,cpu"
@@ -40,18 +50,45 @@ class CalibrateConfig(CommandOptions):
     max_memory: str | None = None
     """Memory for weights, statistics and activations, such as 8GB. A model that doesn't fit is run in parts, one range
     of layers after the other; each token still passes each layer once. Default: six tenths of what is free."""
+
+    @property
+    def names_text(self) -> bool:
+        """Return whether an option asks for certain text, so that statistics of other text won't do."""
+        return any(getattr(self, name) != getattr(TextOptions, name) for name in _DECIDE_TEXT)
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """Return these options and their values."""
+        return {field.name: getattr(self, field.name) for field in fields(TextOptions)}
+
+    def _check_text(self) -> None:
+        size = self.calib_size
+        require(size is None or size >= 2, "--calib_size must be at least 2: one window to calibrate on, one held out.")
+        require(self.seq_len >= 2, "--seq_len must be at least 2.")
+        require(self.batch_size >= 1, "--batch_size must be at least 1.")
+        require(self.seed >= 0, f"--seed {self.seed} must be 0 or more.")
+        if self.max_memory is not None:
+            parse_size(self.max_memory, "--max_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(TextOptions):
+    """Run the base model once per batch and cache the statistics that stage two searches with."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base",
+        "--onnx_path models/base --dataset offline --calib_size 32",
+        "--onnx_path models/base --dataset notes.txt,offline",
+    )
+
+    onnx_path: Path
+    """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
     cache_dir: Path | None = None
     """Folder for the cache. Default: the model's folder name with .calibration added."""
-    use_random_calib: bool = False
-    """Use random token ids in place of text: for smoke tests, never for accuracy."""
     add_position_ids: bool = False
     """Accepted for compatibility, without effect: the graph itself says whether it has position_ids."""
-    trust_remote_code: bool = False
-    """Allow the tokenizer's own Python code to run."""
     device: str = "auto"
     """Device that accumulates statistics: auto, cpu, cuda, cuda:1, mps."""
-    seed: int = 0
-    """Seed of the order of documents, of text that the model writes, and of random tokens."""
     overwrite: bool = False
     """Replace a cache of other tokens, other options or another model."""
 
@@ -62,9 +99,4 @@ class CalibrateConfig(CommandOptions):
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
-        require(self.calib_size >= 2, "--calib_size must be at least 2: one window to calibrate on, one held out.")
-        require(self.seq_len >= 2, "--seq_len must be at least 2.")
-        require(self.batch_size >= 1, "--batch_size must be at least 1.")
-        require(self.seed >= 0, f"--seed {self.seed} must be 0 or more.")
-        if self.max_memory is not None:
-            parse_size(self.max_memory, "--max_memory")
+        self._check_text()

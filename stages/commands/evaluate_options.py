@@ -1,10 +1,11 @@
-"""Options of the commands that look at models: inspect, evaluate, report, sweep."""
+"""Options of the commands that look at models: inspect, chat, evaluate, report, sweep."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -18,8 +19,39 @@ Keep = Literal["all", "best", "none"]
 class InspectConfig(CommandOptions):
     """Explain a model from any quantizer, a calibration cache, quantized weights, or a sweep, without running it."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/int4",
+        "models/base.calibration",
+        "models/int4 --json --quiet",
+    )
+
     path: Annotated[Path, tyro.conf.Positional]
     """The folder, or an .onnx file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig(CommandOptions):
+    """Chat with a model through onnxruntime-genai, or let it answer one prompt.
+
+    Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends the chat.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """The model's folder."""
+    prompt: str | None = None
+    """Answer this and leave. Standard output holds only the answer."""
+    system: str | None = None
+    """What the model is told before the first message."""
+    max_new_tokens: int = 1024
+    """Most tokens in an answer."""
+    temperature: float = 0.0
+    """0 takes the most likely token, so that answers repeat; above, tokens are drawn: 0.7 is usual."""
+
+    def validate(self) -> None:
+        """Raise OptionError naming the first option that can't be used."""
+        require(self.max_new_tokens >= 1, "--max_new_tokens must be at least 1.")
+        require(0 <= self.temperature < math.inf, "--temperature must be 0 or more.")
+        require(self.prompt is not None or not self.printing.json, "--json goes with --prompt.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,19 +61,26 @@ class EvaluateConfig(CommandOptions):
     On request also answers to prompts, lm-eval's tasks, speed and memory.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --model models/int4",
+        "--base models/base --model models/int4 models/int8 --speed",
+        "--base models/base --model models/int4 --generate 'What is ONNX?'",
+    )
+
     base: Path
     """Base model: the .onnx file or its folder. Its tokenizer is used for all models."""
     model: tuple[Path, ...]
     """Models to compare: .onnx files or folders."""
     text: str = "offline"
-    """A UTF-8 text file, or offline: topics of CPython's documentation that calibration never sees."""
+    """A UTF-8 text file, or a text that needs no download: offline (topics of CPython's documentation that calibration
+    never sees), code (of Python's standard library), notices (terms of licences)."""
     windows: int = 16
     """Number of windows of seq_len tokens, from the beginning of the text."""
     seq_len: int = 512
     """Tokens in each window."""
-    accuracy_level: AccuracyLevel = 1
-    """Accuracy level of all models alike: 1 keeps activations in float32 on CPU, the runtime's own default 4 rounds
-    them to int8."""
+    accuracy_level: AccuracyLevel | None = None
+    """Accuracy level of all models alike, but for MatMulNBits nodes that name their own: 1 keeps activations in float32
+    on CPU, 4 rounds them to int8. Default: that of each model's own files, at which it is used."""
     eps: str = "cpu"
     """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
     worst: int = 10
@@ -93,6 +132,12 @@ class EvaluateConfig(CommandOptions):
 class ReportConfig(CommandOptions):
     """Make a report's page from its report.json, or a new report of quantized weights."""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/int4.weights/report",
+        "report --weights_path models/int4.weights",
+        "report --weights_path models/int4.weights --base models/base --model models/int4",
+    )
+
     report: tyro.conf.Positional[Path]
     """The report's folder."""
     weights_path: Path | None = None
@@ -143,7 +188,7 @@ class BenchConfig(CommandOptions):
     cache_dir: Path | None = None
     """Calibration cache. Default: the model's folder name with .calibration added."""
     text: tuple[str, ...] = ("offline",)
-    """UTF-8 text files, or offline, to evaluate on. Text that was calibrated on is refused."""
+    """UTF-8 text files, or offline, code or notices, to evaluate on. Text that was calibrated on is refused."""
     windows: int = 16
     """Number of windows of seq_len tokens from each text."""
     seq_len: int = 512
@@ -163,6 +208,12 @@ class SweepConfig(BenchConfig, SweepGrid):
 
     To continue a stopped sweep, run the same command again.
     """
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--base models/base --output sweep",
+        "--base models/base --output sweep --algo gptq awq_gptq --block_size 32",
+        "--base models/base --output sweep --options '' 'layers_8bit=down_proj' --keep best",
+    )
 
     no_evaluation: Flag = False
     """Run no model; compare only held-out layer losses."""

@@ -7,9 +7,9 @@ touches no files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -30,12 +30,27 @@ def require(condition: bool, message: str) -> None:
 
 def default_folder(path: Path, suffix: str) -> Path:
     """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
-    folder = path.absolute()
-    folder = folder.parent if folder.suffix.lower() == ".onnx" else folder
+    folder = path.parent if path.suffix.lower() == ".onnx" else path
+    if folder.name in ("", ".."):
+        folder = folder.absolute()
     try:
         return sibling_folder(folder, suffix)
     except ValueError as error:
         raise OptionError(f"{path} lies at the root of a disk; put it into a folder.") from error
+
+
+def given_options(options: CommandOptions) -> list[str]:
+    """Return the words that set every option that isn't at its default, but for those about printing."""
+    words: list[str] = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name == "printing" or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no_'}{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +59,8 @@ class OutputOptions:
 
     quiet: Flag = False
     """Print only warnings and errors; exit codes stay the same."""
+    verbose: Flag = False
+    """Print details too: the worst tokens, tables of single layers, commands that make a model of a sweep again."""
     json: Flag = False
     """Print the results as one JSON document on standard output, in place of tables."""
     log_level: LogLevel = "info"
@@ -67,6 +84,12 @@ class CommandOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig(CommandOptions):
     """Do a whole run that one file describes: calibrate if the search needs it, quantize, export, evaluate."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "run.yaml",
+        "run.yaml --dry_run",
+        "run.yaml --json --quiet",
+    )
 
     config: Annotated[Path, tyro.conf.Positional]
     """YAML (or JSON) with the sections calibrate, quantize, export and evaluate, each with that command's options; or

@@ -16,7 +16,7 @@ from rich.text import Text
 
 FORMAT = 1
 """Version of the JSON document: as long as it stays, so do the keys and their meaning."""
-_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|evaluate|sweep|inspect|report)\b")
+_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)\b")
 _FILE_WIDTH = 160
 """Columns where there is no terminal: wide enough that numbers aren't cut."""
 
@@ -27,10 +27,12 @@ class Section:
 
     name: str
     """The record's key in the JSON document."""
-    table: RenderableType
-    """For people."""
+    table: RenderableType | Callable[[str], RenderableType]
+    """For people; what names commands is a function of the program that they typed."""
     record: object
     """For programs: the same in dataclasses and plain values."""
+    detail: bool = False
+    """Whether people see it only with --verbose; programs always get it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +40,19 @@ class TablePrinter:
     """Prints each table as soon as its section is there."""
 
     console: Console
+    verbose: bool = False
+    """Whether details are printed too."""
+    program: str = ""
+    """What people typed."""
 
     def show(self, section: Section) -> None:
-        """Print the table of ``section``."""
+        """Print the table of ``section``, unless it is a detail and those aren't wanted."""
+        if section.detail and not self.verbose:
+            return
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = _FILE_WIDTH
-        self.console.print(
-            Group(section.table), crop=False
-        )  # rich wraps a Text outside a group even if it says no_wrap
+        table = section.table(self.program) if callable(section.table) else section.table
+        self.console.print(Group(table), crop=False)  # rich wraps a Text outside a group even if it says no_wrap
 
     def end(self, error: str | None) -> None:
         """Do nothing: the error stands in the log."""
@@ -74,15 +81,16 @@ class JsonOutput:
 Output = TablePrinter | JsonOutput
 
 
-def open_output(command: str, *, as_json: bool, quiet: bool) -> Output:
+def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = False) -> Output:
     """Return the printer for the results of ``command``.
 
     Args:
         command: what people typed.
         as_json: print a JSON document, also where ``quiet``.
         quiet: print no tables.
+        verbose: print details too.
     """
-    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet))
+    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet), verbose, command)
 
 
 def as_called(text: str, program: str) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast, get_args
+from itertools import takewhile
+from typing import Literal, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from rich.console import Console
 
-from stages.errors import OptionError
+from stages.commands.help import BARE_WORDS, HELP, HELP_ALL, Option, help_text, options_of
+from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
 Release = tuple[int, int]
@@ -33,49 +37,113 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([a-z]*)")
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.\d+)?")
 
-_HELP = ConstructorRegistry()
-_REWRITTEN = object()
-"""Marks options whose help is already being rewritten."""
+Options = TypeVar("Options")
 
 
-def parse_options(options_type: object, program: str, description: str | None = None) -> object:
-    """Return ``sys.argv`` as ``options_type``; leave with the help text or an error, as tyro does.
+def parse_options(
+    options_type: type[Options], program: str, arguments: Sequence[str] | None = None, positional: Sequence[str] = ()
+) -> Options:
+    """Return a command line as ``options_type``; leave with the help text, or with code 2 and an error.
 
     Args:
-        options_type: a dataclass of options, or a union of them, of which each is a subcommand.
+        options_type: a dataclass of options.
         program: what people typed, for the help text.
-        description: what the help text begins with; None: the docstring of ``options_type``.
+        arguments: the words behind ``program``; None: those of ``sys.argv``.
+        positional: options whose names may be left out, in this order.
     """
-    parsed: object = tyro.cli(
-        cast(type, options_type), prog=program, description=description, use_underscores=True, registry=_HELP
-    )
-    return parsed
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if any(word in (*HELP, *HELP_ALL) for word in given):
+        whole = any(word in HELP_ALL for word in given)
+        print(help_text(options_type, program, whole=whole, positional=positional))  # noqa: T201 - the answer itself
+        sys.exit(0)
+    given = name_bare_words(given, options_type, positional)
+    try:
+        _refuse_typos(options_of(options_type), program, given, positional)
+    except OptionError as error:
+        leave_with(error)
+    parsed = tyro.cli(cast(type, options_type), prog=program, use_underscores=True, args=given)
+    return cast(Options, parsed)
 
 
-@_HELP.struct_rule
-def _readable_help(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Show docstrings as paragraphs, where tyro keeps their line breaks, and no default where it is None or empty."""
-    if _REWRITTEN in info.markers or not dataclasses.is_dataclass(info.type):
-        return None
-    spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _REWRITTEN)))
-    assert isinstance(spec, StructConstructorSpec)
-    fields = tuple(
-        dataclasses.replace(
-            field,
-            type=cast(type, Annotated[field.type, tyro.conf.arg(help_behavior_hint=_default_hint)]),
-            helptext=_paragraph(field.helptext),
-        )
-        for field in spec.fields
-    )
-    return dataclasses.replace(spec, fields=fields)
+def leave_with(error: UserError) -> NoReturn:
+    """Print an error in the command line itself, and leave with code 2."""
+    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(2)
 
 
-def _default_hint(default: str) -> str:
-    return "" if default in ("None", "''", "") else f"(default: {default})"
+def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return a question about the closest of ``known`` to ``word``, or ``otherwise`` where none is close."""
+    spelled = {name.lower(): name for name in sorted(known)}
+    close = difflib.get_close_matches(word.lower(), spelled, 1)
+    return f"did you mean {spelled[close[0]]}?" if close else otherwise
 
 
-def _paragraph(text: str | Callable[[], str | None] | None) -> Callable[[], str]:
-    return lambda: " ".join(((text() if callable(text) else text) or "").split())
+def _refuse_typos(options: Sequence[Option], program: str, arguments: Sequence[str], positional: Sequence[str]) -> None:
+    """Raise OptionError where an option doesn't exist, or where a word isn't among the choices of its option."""
+    named = {name: option for option in options for name in (option.name, *option.aliases)}
+    given: set[str] = set()
+    known = {*named, *(f"no_{name}" for name in named)}
+    for index, word in enumerate(arguments):
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--"):
+            continue
+        if name not in known:
+            fix = suggestion(f"--{name}", [f"--{one}" for one in named], f"see {program} --help_all.")
+            raise OptionError(f"{program} has no option --{name}; {fix}")
+        given.add(name)
+        if name in named and (choices := named[name].choices):
+            words = [value] if equals else list(takewhile(lambda one: one[:1] != "-", arguments[index + 1 :]))
+            _refuse_words(name, choices, words if named[name].takes_many else words[:1])
+    missing = [
+        BARE_WORDS[one.name] if one.name in positional else f"--{one.name} {one.value}"
+        for one in options
+        if one.is_required and not one.is_bare and one.name not in given
+    ]
+    if missing:
+        raise OptionError(f"{program} needs {' and '.join(missing)}; {program} --help shows examples.")
+
+
+def _refuse_words(option: str, choices: Sequence[str], words: Sequence[str]) -> None:
+    """Raise OptionError where one of the words that follow an option is none of its choices."""
+    for word in words:
+        if word not in choices:
+            fix = suggestion(word, choices, f"choose from {', '.join(choices)}.")
+            raise OptionError(f"--{option} can't be {word}; {fix}")
+
+
+def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequence[str]) -> list[str]:
+    """Return ``arguments`` with an option before each bare word: the first of ``names`` that isn't given yet.
+
+    A word is bare where no option takes it as its value; an unknown option counts as taking one.
+
+    Args:
+        arguments: the words of a command line.
+        options_type: a dataclass whose options take one value each, or none.
+        names: options that a bare word may be the value of, in this order.
+    """
+    flags = _flags(options_type)
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
+    left, named, is_value = [name for name in names if name not in given], list[str](), False
+    for word in arguments:
+        if not is_value and not word.startswith("-") and left:
+            named.append(f"--{left.pop(0)}")
+        named.append(word)
+        option, equals, _ = word[2:].partition("=")
+        takes_value = not equals and not flags.get(option.replace("-", "_"), False)
+        is_value = word.startswith("--") and not is_value and takes_value
+    return named
+
+
+def _flags(options_type: type) -> dict[str, bool]:
+    """Return the options of a dataclass and of those in it, with whether each takes no value."""
+    found = {"help": True}
+    for name, hint in get_type_hints(options_type).items():
+        if dataclasses.is_dataclass(hint):
+            found |= _flags(cast(type, hint))
+        else:
+            found |= {name: hint is bool, f"no_{name}": True} if hint is bool else {name: False}
+    return found
 
 
 def parse_size(text: str, option: str) -> int:
@@ -124,7 +192,7 @@ def parse_target(text: str) -> Target:
     name, separator, version = text.strip().lower().partition("@")
     runtime = next((known for known in _RUNTIMES if known == name), None)
     if runtime is None:
-        raise OptionError(f"--target {text}: '{name}' is not one of {', '.join(_RUNTIMES)}.")
+        raise OptionError(f"--target {text}: '{name}' is not one of auto, any, {', '.join(_RUNTIMES)}.")
     if not separator:
         return Target(runtime=runtime, release=_NEWEST, assumed=True)
     match = _VERSION.fullmatch(version)

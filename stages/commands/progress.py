@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress as Bars
+from rich.progress import Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
+
+from stages.records.quantities import duration
 
 T = TypeVar("T")
 
@@ -31,7 +35,8 @@ _SHORTEST_SILENCE = 1.0
 """Seconds in which no further line is written."""
 _PART = 0.1
 """Part of the work, 0 to 1, after which an update writes a line too."""
-_BAR_WIDTH = 24
+_BAR_WIDTH, _LEAST_BAR = 24, 8
+_GAP = 1
 _SHOWN_ON: ContextVar[Console | None] = ContextVar("console of the progress bars", default=None)
 """As a parameter, the console would pass from each command through thirty functions to its loops."""
 
@@ -58,13 +63,6 @@ class Progress:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._bars = _BarsAndDetails(
-            TextColumn("{task.description}"),
-            BarColumn(_BAR_WIDTH),
-            _CountColumn(),
-            _RateColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=console.quiet or not console.is_terminal,
             get_time=clock,
@@ -171,7 +169,10 @@ class Progress:
 
 @contextmanager
 def progress_on(console: Console) -> Iterator[None]:
-    """Draw the progress of everything inside the block on ``console``; without it nothing is drawn."""
+    """Draw the progress of everything inside the block on ``console``; without it, on standard error.
+
+    Only terminals get bars; ``Console(quiet=True)`` gets none either.
+    """
     before = _SHOWN_ON.set(console)
     try:
         yield
@@ -186,11 +187,12 @@ def progress_bar() -> Progress:
 
 def status(doing: str) -> AbstractContextManager[object]:
     """Show what is being done while a block without steps runs, where ``progress_on`` says."""
+    _LOGGER.info("%s ...", doing)
     return _console().status(doing)
 
 
 def _console() -> Console:
-    return _SHOWN_ON.get() or Console(quiet=True)
+    return _SHOWN_ON.get() or Console(stderr=True)
 
 
 class _BarsAndDetails(Bars):
@@ -198,20 +200,40 @@ class _BarsAndDetails(Bars):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the bars, and one line for each task that has details."""
-        yield self.make_tasks_table(self.tasks)
+        yield _BarLines(tuple(self.tasks))
         for task in self.tasks:
             if (details := _details(task)) and not task.finished:
                 yield Text(f"  {details}", no_wrap=True, overflow="ellipsis")
 
 
-class _CountColumn(ProgressColumn):
-    def render(self, task: Task) -> RenderableType:
-        return Text(_count(task), style="progress.download")
+@dataclass(frozen=True, slots=True)
+class _BarLines:
+    """One line a task, never wider than the terminal: where room is short the rate goes, then the bar."""
 
+    tasks: tuple[Task, ...]
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> RenderableType:
-        return Text(_rate(task), style="progress.data.speed")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Yield the lines for the console's width."""
+        rows = [(task.description, _count(task), _rate(task), _times(task)) for task in self.tasks]
+        widths = [max((cell_len(row[index]) for row in rows), default=0) for index in range(4)]
+        room = options.max_width - sum(widths) - 4 * _GAP
+        if room < _LEAST_BAR:
+            room += widths[2] + _GAP
+            rows, widths[2] = [(name, count, "", times) for name, count, _, times in rows], 0
+        bar = min(room, _BAR_WIDTH) if room >= _LEAST_BAR else 0
+        table = Table.grid(padding=(0, _GAP, 0, 0))
+        table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(widths[0] + min(room + _GAP, 0), 1))
+        for width in (bar, *widths[1:]):
+            if width:
+                table.add_column(no_wrap=True, min_width=width)
+        for task, (name, count, rate, times) in zip(self.tasks, rows, strict=True):
+            drawn = [ProgressBar(total=task.total, completed=task.completed, width=bar, pulse=not task.started)] * bool(
+                bar
+            )
+            texts = [Text(count, style="progress.download")]
+            texts += [Text(rate, style="progress.data.speed")] * bool(widths[2])
+            table.add_row(Text(name), *drawn, *texts, Text(times, style="progress.elapsed"))
+        yield table
 
 
 def _state(task: Task) -> _State:
@@ -233,11 +255,31 @@ def _count(task: Task) -> str:
 
 def _rate(task: Task) -> str:
     """Return the speed, 2.4/s, or 3.1 s each where that is easier to read."""
-    state, seconds = _state(task), task.elapsed
+    state, seconds = _state(task), _elapsed(task)
     steps = state.done - state.done_before
     if not steps or not seconds:
         return ""
-    return f"{steps / seconds:.1f}/s" if steps > seconds else f"{seconds / steps:.1f} s each"
+    return f"{steps / seconds:.1f}/s" if steps > seconds else f"{duration(seconds / steps)} each"
+
+
+def _elapsed(task: Task) -> float:
+    """Return the seconds that a task has taken; those of a finished one stand still."""
+    return float(task.finished_time or task.elapsed or 0.0)
+
+
+def _times(task: Task) -> str:
+    """Return how long a task took, or has taken and will take: 12 s, 1 min 3 s left."""
+    if task.finished:
+        return f"in {duration(_elapsed(task))}"
+    return ", ".join(filter(None, (duration(_elapsed(task)), _left(task))))
+
+
+def _left(task: Task) -> str:
+    """Return the time left, which is an estimate in whole seconds; nothing where there is none."""
+    left = task.time_remaining
+    if not left or not _state(task).done:
+        return ""
+    return f"{left:.0f} s left" if left < 60 else f"{duration(float(left))} left"
 
 
 def _details(task: Task) -> str:
@@ -248,20 +290,12 @@ def _details(task: Task) -> str:
 def _line(task: Task) -> str:
     if task.finished:
         return ", ".join(
-            filter(None, (f"{task.description}: {_count(task)} in {_seconds(task.elapsed or 0.0)}", _state(task).note))
+            filter(None, (f"{task.description}: {_count(task)} in {duration(_elapsed(task))}", _state(task).note))
         )
-    left = task.time_remaining
     parts = (
         f"{_count(task)} ({_part(task):.0%})",
         _rate(task),
-        f"{_seconds(float(left))} left" if left and _state(task).done else "",
+        _left(task),
         _details(task),
     )
     return f"{task.description}: {', '.join(filter(None, parts))}"
-
-
-def _seconds(seconds: float) -> str:
-    """Return a duration as 0.4 s, 12 s or 0:03:10."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return str(timedelta(seconds=round(seconds)))

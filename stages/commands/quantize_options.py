@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
 from stages.commands.parsing import Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
@@ -23,6 +24,8 @@ OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gpt
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
 LmHead = Literal["4", "8", "none"]
+Embedding = Literal["4", "8", "none"]
+ShareEmbedding = Literal["auto", "on", "off"]
 WeightOperator = Literal["dq", "matmul_nbits"]
 PerChannelWord = Literal["channel"]
 MixedRule = Literal["modelopt", "llamacpp"]
@@ -31,6 +34,8 @@ Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _SMALLEST_STEP = 0.001
+_AUTO, _ANY = "auto", "any"
+"""Values of --target that name no runtime."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +48,7 @@ class ExportOptions:
 
 # The groups have no slots, so that one class can inherit from several.
 @dataclass(frozen=True, kw_only=True)
-class _ModelOptions:
+class _ModelOptions(CommandOptions):
     """The base model and the output."""
 
     onnx_path: Path
@@ -57,13 +62,13 @@ class _AlgorithmOptions:
     """The algorithm, and the tuning of decoder blocks after it."""
 
     algo: Algorithm = "awq_gptq"
-    """rtn: plain rounding, Q->DQ nodes. rtn_dq: plain rounding, DQ nodes. awq_lite: input scale search. awq_clip: range
-    search. awq_full: both. gptq: range search, then GPTQ, whose codes compensate for each other's errors. awq_gptq:
-    awq_full, then GPTQ. signround: another algorithm's result, tuned decoder block by decoder block with gradients
-    (AutoRound)."""
+    """How weights are searched, from plain rounding to the most accurate. rtn: plain rounding, Q->DQ nodes. rtn_dq:
+    plain rounding, DQ nodes. awq_lite: input scale search. awq_clip: range search. awq_full: both. gptq: range search,
+    then GPTQ, whose codes compensate for each other's errors. awq_gptq: awq_full, then GPTQ. signround: another
+    algorithm's result, tuned decoder block by decoder block with gradients (AutoRound)."""
     refine: bool = False
-    """Go through the decoder blocks once more after the search and solve each layer again for the inputs that the
-    quantized layers before it really produce, so that it compensates for their errors."""
+    """Solve each layer once more after the search. It is solved for the inputs that the quantized layers before it
+    really produce, so that it compensates for their errors."""
     signround_start: OneShot = "awq_gptq"
     """Algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -96,7 +101,8 @@ class _FolderOptions:
     """The folders between the stages."""
 
     cache_dir: Path | None = None
-    """Calibration cache. Default: the model's folder name with .calibration added. rtn and rtn_dq need none."""
+    """Calibration cache, made where there is none. Default: the model's folder name with .calibration added. rtn and
+    rtn_dq need none."""
     weights_path: Path | None = None
     """Folder for the quantized weights before export. Default: the output folder's name with .weights added."""
 
@@ -105,10 +111,11 @@ class _FolderOptions:
 class _FormatOptions:
     """The number format of every site."""
 
-    target: Annotated[str | None, tyro.conf.arg(metavar="RUNTIME[@VERSION]")] = None
-    """cpu, cuda, dml, trt-rtx, webgpu or qnn, with the version of ONNX Runtime if it isn't the newest (cpu@1.24): store
-    weights in the form that this runtime runs fastest, and say why. Options given explicitly win. Default: no
-    particular runtime."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="auto|any|RUNTIME[@VERSION]")] = None
+    """Runtime whose strengths decide what no option says: cpu, cuda, dml, trt-rtx, webgpu or qnn, with the version of
+    ONNX Runtime if it isn't the newest (cpu@1.24). auto (default): the runtime that the base model was built for. any:
+    none in particular, with blocks of 128, lm_head and embedding as they are. What was decided is printed, with why;
+    options given explicitly win."""
     block_size: int | None = None
     """Inputs that share a scale: a power of two from 16 to 256. Default: 128, or what suits --target best."""
     enable_mixed_quant: bool = False
@@ -118,31 +125,45 @@ class _FormatOptions:
     """Which of the other layers enable_mixed_quant takes: modelopt (the first of every three) or llamacpp (the
     last)."""
     target_bpw: float | None = None
-    """Bits per weight to spend, scales and zero points included, over the sites that are quantized: INT4 in blocks of
-    128, 64 or 32, or INT8, whichever serves each site best, and lm_head quantized or not, unless lm_head is given."""
+    """Bits per weight to spend, scales and zero points included, over the sites that are quantized. Each site gets INT4
+    in blocks of 128, 64 or 32, or INT8, whichever serves it best, and lm_head is quantized or not, unless lm_head is
+    given."""
     target_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-    """The same, for a model (.onnx file and external data, embeddings included) of at most 1.1GB, 900MB or 850MiB."""
+    """Bytes to spend: the model (.onnx file and external data, embeddings included) takes at most 1.1GB, 900MB or
+    850MiB. Formats are chosen as for target_bpw."""
     sensitivity: Sensitivity | None = None
     """How target_bpw and target_size judge what a site's error does to the answers. cache (default): from the
     statistics only. measured: the model runs once for each group of sites with that group quantized, on a few
     calibration windows; the result is kept beside the statistics."""
     plan: Path | None = None
-    """A plan.toml with the format of every site, as runs with target_bpw or target_size write it beside the quantized
+    """A plan.toml with the format of every site. Runs with target_bpw or target_size write it beside the quantized
     weights; it may be edited."""
     layers_8bit: Annotated[str, tyro.conf.arg(metavar="PATTERNS")] = ""
-    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8, in place
-    of enable_mixed_quant's choice."""
+    """Comma-separated layers (layers.0), node paths or parts of names (down_proj, lm_head) to store as INT8. They stand
+    in place of enable_mixed_quant's choice."""
     int8_block_size: int | PerChannelWord | None = None
     """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel.
     Default: channel, or what suits --target best."""
     lm_head: LmHead | None = None
-    """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none), whatever exclude says. Default: exclude
-    decides."""
+    """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none), whatever exclude says. Default: what suits
+    the target best; with a budget, whatever serves it best."""
+
+    @property
+    def follows_base(self) -> bool:
+        """Return whether the base model decides about the target."""
+        return self.target is None or self.target.strip().lower() == _AUTO
 
     @property
     def parsed_target(self) -> Target | None:
-        """Return the runtime that ``target`` names; raise OptionError where it names none."""
-        return None if self.target is None else parse_target(self.target)
+        """Return the runtime that ``target`` names; None for auto and any; raise OptionError for any other word."""
+        if self.target is None or self.target.strip().lower() in (_AUTO, _ANY):
+            return None
+        return parse_target(self.target)
+
+    @property
+    def takes_any_target(self) -> bool:
+        """Return whether the formats shall suit no runtime in particular."""
+        return not self.follows_base and self.parsed_target is None
 
     @property
     def has_budget(self) -> bool:
@@ -159,8 +180,7 @@ class _FormatOptions:
         _require_block_size("--block_size", self.block_size, fusible)
         if self.int8_block_size != "channel":
             _require_block_size("--int8_block_size", self.int8_block_size, fusible)
-        if self.target is not None:
-            parse_target(self.target)
+        _ = self.parsed_target  # raises where it is none
         require(
             self.mixed_rule == "modelopt" or self.enable_mixed_quant, "--mixed_rule goes with --enable_mixed_quant."
         )
@@ -186,25 +206,49 @@ class _StorageOptions:
     """dq: DequantizeLinear and MatMul, standard operators that ONNX Runtime fuses when it loads the model.
     matmul_nbits: the fused operator itself. Default: dq, or matmul_nbits where nothing fuses dq (bfloat16, and some
     targets)."""
+    embedding: Embedding | None = None
+    """Store the token embedding as INT4 (4) or INT8 (8), or leave it unquantized (none). Default: quantized where the
+    target has an operator that reads only the rows it needs."""
+    share_embedding: ShareEmbedding = "auto"
+    """Store an embedding and an lm_head that are one weight in the base as one table that both read. auto (default):
+    where the target runs it."""
     gather_quantize_axis: BlockAxis | None = None
-    """Store the token embedding as INT4 too: 1 groups numbers of one token (recommended), 0 groups tokens. Default: it
-    stays as it is."""
+    """Older name for embedding 4: 1 groups numbers of one token, as embedding does; 0 groups tokens."""
     gather_block_size: int | None = None
-    """Numbers of the embedding that share a scale: a power of two from 16 to 256. Default: 32, or what suits --target
+    """Numbers of the embedding that share a scale: a power of two from 16 to 256. Default: 32, or what suits the target
     best."""
     gather_form: GatherForm | None = None
     """gather_block_quantized (default): one node that reads only the rows it needs. dq: DequantizeLinear and Gather,
     standard operators, but ONNX Runtime dequantizes the whole table for every token."""
-    use_zero_point: bool = False
-    """Use unsigned codes with a zero point per block (4 / block_size more bits per weight)."""
+    use_zero_point: tyro.conf.DisallowNone[bool | None] = None
+    """Use unsigned codes with a zero point per block (4 / block_size more bits per weight), or signed ones without.
+    Default: what suits the target best."""
     scale_range: ScaleRange | None = None
     """Range of INT4 codes without zero points. full: scale = max(-min/8, max/7), all sixteen levels. signed: the same,
     but with a negative scale where a block's largest magnitude is positive, so that the larger side always has the
     extra level: smaller errors at the same size. compat7: |w|max/7, as the tool that this one replaces. Default: signed
-    where --target is cpu, cuda or webgpu, else full, since TensorRT accepts only positive scales."""
+    where the target is cpu, cuda or webgpu, else full, since TensorRT accepts only positive scales."""
+
+    @property
+    def requested_embedding(self) -> Embedding | None:
+        """Return what shall become of the embedding, under either name; None: the target decides."""
+        return "4" if self.embedding is None and self.gather_quantize_axis is not None else self.embedding
+
+    @property
+    def embedding_axis(self) -> BlockAxis:
+        """Return 1 where numbers of one token share a scale, 0 where numbers of several tokens do."""
+        return 1 if self.gather_quantize_axis is None else self.gather_quantize_axis
 
     def _check_storage(self) -> None:
         _require_block_size("--gather_block_size", self.gather_block_size, "GatherBlockQuantized takes no other")
+        require(
+            self.embedding != "none" or self.gather_quantize_axis is None,
+            "--embedding none and --gather_quantize_axis contradict each other; leave one out.",
+        )
+        require(
+            self.share_embedding != "on" or self.requested_embedding != "none",
+            "--share_embedding on stores the embedding quantized, and --embedding none doesn't; leave one out.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,32 +290,52 @@ class _SearchOptions:
 # The groups stand in reverse: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(
-    _SearchOptions, _StorageOptions, _FormatOptions, _FolderOptions, _AlgorithmOptions, _ModelOptions, CommandOptions
+    _SearchOptions, _StorageOptions, _FormatOptions, _FolderOptions, _AlgorithmOptions, TextOptions, _ModelOptions
 ):
-    """Search quantized weights from the cache, save them, and export the model."""
+    """Quantize a base model: calibrate where that wasn't done yet, search quantized weights, and export the model."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/base models/int4 --evaluate",
+        "models/base models/int4 --target_size 900MB",
+        "models/base models/int4 --dry_run",
+    )
 
     exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
-    """Comma-separated parts of the names of nodes to leave unquantized; '' quantizes all. Default: lm_head, or with a
-    budget (target_bpw, target_size) nothing, since the budget decides about lm_head too."""
+    """Comma-separated parts of the names of nodes to leave unquantized. Default: nothing, or lm_head where target is
+    any and there is no budget (target_bpw, target_size), which decides about lm_head too."""
     accuracy_level: AccuracyLevel | None = None
-    """Accuracy level for genai_config.json's session options: 1 keeps activations in float32 on CPU, the runtime's
-    default 4 rounds them to int8 (faster, less exact). With matmul_nbits, for the nodes themselves, whose default is
-    exact."""
+    """Accuracy level for genai_config.json's session options and, with matmul_nbits, for the nodes themselves. On the
+    CPU the default 4 rounds activations to int8: up to 1.7 times as fast as 1, which keeps them in float32, at next to
+    no loss. INT8 weights below 4 are slower than floating point."""
     verify: Verification = "full"
     """Checks of the result. full: fusion of every site, every site's output, bytes. quick: all but the sites' outputs.
     off: none."""
+    evaluate: Flag = False
+    """Compare the result with the base model on text of other kinds than it was calibrated on: KL divergence,
+    perplexity, most likely tokens and, with onnxruntime-genai, decoding speed."""
     dry_run: Flag = False
-    """Say what would be done, without doing it: every site's format, where input scales go, bytes, memory, seconds.
-    Only the graph is read, and for a budget the calibration cache, if there is one."""
+    """Say what would be done, without doing it. That is every site's format, where input scales go, bytes, memory,
+    seconds. Only the graph is read, and for a budget the calibration cache, if there is one."""
     device: str = "auto"
     """Device of the search: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False
-    """Replace an existing output (and quantized weights of other options)."""
+    """Replace an existing output, quantized weights of other options, and a calibration of other text."""
 
     @property
     def cache_path(self) -> Path:
         """Return the folder of the calibration cache."""
         return self.cache_dir or default_folder(self.onnx_path, ".calibration")
+
+    @property
+    def calibration(self) -> CalibrateConfig:
+        """Return how stage one makes the cache."""
+        return CalibrateConfig(
+            onnx_path=self.onnx_path,
+            cache_dir=self.cache_path,
+            device=self.device,
+            overwrite=self.overwrite,
+            **self.text_options,
+        )
 
     @property
     def weights_folder(self) -> Path:
@@ -297,6 +361,7 @@ class QuantizeConfig(
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
+        self._check_text()
         self._check_formats()
         self._check_storage()
         self._check_algorithm()
@@ -342,6 +407,12 @@ class QuantizeConfig(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportConfig(CommandOptions):
     """Write saved quantized weights into the base graph again, without searching."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--onnx_path models/base --weights_path models/int4.weights --output_path models/again",
+        "--onnx_path models/base --weights_path int4.weights --output_path nbits --weight_operator matmul_nbits",
+        "--onnx_path models/base --weights_path int4.weights --output_path fast --accuracy_level 4",
+    )
 
     onnx_path: Path
     """The base model that the weights were made from."""

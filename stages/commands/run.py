@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -25,17 +25,18 @@ _LOGGER = logging.getLogger(__name__)
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
-def run_command(options_type: type[Options], command: Command[Options], program: str) -> None:
+def run_command(
+    options_type: type[Options], command: Command[Options], program: str, positional: Sequence[str] = ()
+) -> None:
     """Parse ``sys.argv`` into ``options_type``, run ``command``, and leave with 0, 2 (bad input) or 130 (Ctrl-C).
 
     Args:
         options_type: the dataclass of the command's options.
         command: what to run; its sections are printed.
         program: what people typed, for the help text.
+        positional: options whose names may be left out.
     """
-    options = parse_options(options_type, program)
-    assert isinstance(options, options_type)
-    run_parsed(options, command, program)
+    run_parsed(parse_options(options_type, program, positional=positional), command, program)
 
 
 def run_parsed(options: Options, command: Command[Options], program: str) -> None:
@@ -49,12 +50,13 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
         program: what people typed, in whose form messages spell our commands.
     """
     console, is_first = Console(stderr=True), _is_first_process()
-    silent = options.printing.quiet or not is_first
-    output = open_output(program, as_json=options.printing.json and is_first, quiet=silent)
+    printing = options.printing
+    silent = printing.quiet or not is_first
+    output = open_output(program, as_json=printing.json and is_first, quiet=silent, verbose=printing.verbose)
     try:
         # Bars and messages share a console, so that neither overwrites the other.
         with (
-            logging_to(console, options.printing, program, errors_only=not is_first),
+            logging_to(console, printing, program, errors_only=not is_first),
             progress_on(Console(quiet=True) if silent else console),
         ):
             code = _run(options, command, output)

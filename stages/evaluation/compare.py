@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float32, Int64
 from transformers import PreTrainedTokenizerBase
 
-from stages.calibration.text.offline import offline_evaluation_text
 from stages.calibration.text.tokenizer import load_tokenizer
 from stages.calibration.text.windows import pack_windows
 from stages.commands.evaluate_options import EvaluateConfig
@@ -32,6 +31,8 @@ from stages.evaluation.accuracy import (
     worst_of_window,
 )
 from stages.evaluation.records import Comparison, Evaluation, ModelRow
+from stages.evaluation.speed import describe_accuracy_level, shipped_accuracy_level
+from stages.evaluation.texts import BUILT_IN
 from stages.model.directory import ModelDirectory, locate_model, logits_among
 from stages.model.load import fingerprint_model
 from stages.model.sizes import model_bytes
@@ -50,6 +51,7 @@ class PreparedBase:
     directory: ModelDirectory
     windows: Windows
     settings: SessionSettings
+    """Its accuracy level is None where each model runs at its own."""
     worst: int
     """How many of the predictions farthest from the base's are kept for each model."""
     decode: Callable[[Sequence[int]], str]
@@ -59,6 +61,11 @@ class PreparedBase:
     def tokens(self) -> str:
         """Return the sha256 of the windows."""
         return hashlib.sha256(repr(self.windows.shape).encode() + self.windows.tobytes()).hexdigest()
+
+    def settings_of(self, model: ModelDirectory) -> SessionSettings:
+        """Return the settings to run ``model`` with: where no level is forced, at the one that its files set."""
+        forced = self.settings.accuracy_level
+        return replace(self.settings, accuracy_level=shipped_accuracy_level(model) if forced is None else forced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +172,7 @@ def _run_model(
 ) -> Iterator[Float32[np.ndarray, "L V"]]:
     """Yield the model's logits on each window, with a progress bar of its own."""
     task = progress.add_task(directory.folder.name, total=len(base.windows), unit="windows")
-    with open_decoder(directory, base.settings, scratch) as decoder:
+    with open_decoder(directory, base.settings_of(directory), scratch) as decoder:
         for window in base.windows:
             yield decoder.logits(window[None])[0]
             progress.advance(task)
@@ -173,7 +180,7 @@ def _run_model(
 
 
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    text = offline_evaluation_text() if config.text == "offline" else _read_text(Path(config.text))
+    text = BUILT_IN[config.text]() if config.text in BUILT_IN else _read_text(Path(config.text))
     windows = pack_windows(tokenizer(text, verbose=False)["input_ids"], config.windows, config.seq_len)
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
@@ -187,7 +194,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} can't be read ({error}); pass a UTF-8 text file, or 'offline'.") from error
+        raise UserError(
+            f"--text {path} can't be read ({error}); pass a UTF-8 text file, or {', '.join(BUILT_IN)}."
+        ) from error
 
 
 def _record(logits: Iterator[Float32[np.ndarray, "L V"]], windows: int, file: Path) -> Float32[np.ndarray, "W L V"]:
@@ -228,6 +237,7 @@ def _score_model(
         positions=by_position(scores),
         worst=worst_of_all(worst, base.worst),
         widened=must_upcast(ir.load(directory.onnx_file), base.settings.providers),
+        accuracy_level=describe_accuracy_level(directory, base.settings.accuracy_level),
     )
 
 

@@ -36,7 +36,7 @@ def generate(
         answers.append([])
         for prompt in prompts:
             try:
-                tokens = list(session.greedy(session.prompt_tokens(prompt), max_new_tokens))
+                tokens = list(session.generate(session.prompt_tokens(prompt), max_new_tokens))
             except RuntimeError as error:
                 raise cannot_run(folder, _OPTION, error) from error
             answers[-1].append((tokens, session.text(tokens)))

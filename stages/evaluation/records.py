@@ -22,7 +22,8 @@ class Comparison:
     """sha256 of the windows."""
     windows: int
     seq_len: int
-    accuracy_level: int
+    accuracy_level: int | None
+    """Of all models alike; None: of each model the one that its files set."""
     providers: tuple[str, ...]
     worst: int
     """How many of the predictions farthest from the base's are kept for each model."""
@@ -40,6 +41,8 @@ class ModelRow:
     worst: tuple[WorstToken, ...] = ()
     widened: bool = False
     """Whether it holds bfloat16 and ran as float32."""
+    accuracy_level: str = ""
+    """The level at which it ran, and what sets it; empty in records of earlier versions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,16 @@ class Evaluation:
     generations: tuple[Generation, ...] = ()
     speed: SpeedTest | None = None
     tasks: tuple[TaskScore, ...] = ()
+
+    @property
+    def levels(self) -> str:
+        """Say at which accuracy level each model ran, models with the same one together."""
+        models: dict[str, list[str]] = {}
+        for row in self.rows:
+            models.setdefault(row.accuracy_level or str(self.comparison.accuracy_level), []).append(row.name)
+        if len(models) == 1:
+            return f"accuracy level {next(iter(models))}"
+        return "accuracy level of " + ", of ".join(f"{' and '.join(names)} {level}" for level, names in models.items())
 
     def kept_from(self, earlier: Evaluation | None) -> Evaluation:
         """Return this evaluation with what an ``earlier`` one of the same comparison adds to it.

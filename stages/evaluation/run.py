@@ -52,6 +52,7 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
 
 
 def _tasks(request: TaskRequest, prepared: PreparedEvaluation, progress: Progress) -> tuple[TaskScore, ...]:
+    settings_of = prepared.base.settings_of
     return tuple(
-        score for model in prepared.all_models for score in run_tasks(model, request, prepared.base.settings, progress)
+        score for model in prepared.all_models for score in run_tasks(model, request, settings_of(model), progress)
     )

@@ -87,13 +87,29 @@ def _rate(tokens: int, seconds: Sequence[float]) -> Rate:
     return Rate(median=median(rates), slowest=min(rates), fastest=max(rates))
 
 
-def describe_accuracy_level(model: ModelDirectory) -> str:
-    """Return the accuracy level that the runtime uses for a model's quantized MatMuls, and which file sets it."""
+def describe_accuracy_level(model: ModelDirectory, forced: int | None = None) -> str:
+    """Return the accuracy level that the runtime uses for a model's quantized MatMuls, and what sets it.
+
+    Args:
+        model: the model.
+        forced: a level that a session is opened with; None: what the model's files say holds.
+    """
     nodes = list(ir.load(model.onnx_file).graph.all_nodes())
     levels = sorted({node.attributes.get_int("accuracy_level", 0) for node in nodes if node.op_type == "MatMulNBits"})
-    options = read_genai_config(model.folder).get("model", {}).get("decoder", {}).get("session_options", {})
     if levels:
         return f"{', '.join(map(str, levels))}, by its MatMulNBits nodes"
     if not any(node.op_type == "DequantizeLinear" for node in nodes):
         return "none: nothing is quantized"
-    return f"{options[ACCURACY_LEVEL]}, by its genai_config.json" if ACCURACY_LEVEL in options else _DEFAULT_LEVEL
+    if forced is not None:
+        return f"{forced}, by --accuracy_level"
+    level = shipped_accuracy_level(model)
+    return _DEFAULT_LEVEL if level is None else f"{level}, by its genai_config.json"
+
+
+def shipped_accuracy_level(model: ModelDirectory) -> int | None:
+    """Return the accuracy level that a model's genai_config.json sets for sessions, or None where it sets none."""
+    if not model.has_genai_config:
+        return None
+    options = read_genai_config(model.folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    level = options.get(ACCURACY_LEVEL)
+    return int(level) if str(level).isdigit() else None

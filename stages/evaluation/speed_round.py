@@ -53,10 +53,10 @@ def time_round(folder: Path, request: SpeedRequest) -> Round:
     started = time.perf_counter()
     session = open_genai(folder, OPTION, request.threads)
     loaded = time.perf_counter()
-    for _ in session.greedy(request.prompt[:_WARM_UP_TOKENS], _WARM_UP_TOKENS, past_the_end=True):
+    for _ in session.generate(request.prompt[:_WARM_UP_TOKENS], _WARM_UP_TOKENS, past_the_end=True):
         pass
     prompted = time.perf_counter()
-    tokens = session.greedy(request.prompt, request.new_tokens, past_the_end=True)
+    tokens = session.generate(request.prompt, request.new_tokens, past_the_end=True)
     next(tokens)
     first = time.perf_counter()
     for _ in tokens:

@@ -59,8 +59,7 @@ def _inspect_weights(path: Path) -> tuple[object, RenderableType]:
 
     store = open_store(path)
     found = report_weights(store)
-    seconds = sum(site.seconds for site in found.sites)
-    return found, weights_table(found, quantization_table(store, seconds) if found.finished else None)
+    return found, weights_table(found, quantization_table(store, store.seconds()) if found.finished else None)
 
 
 def _inspect_model(path: Path) -> tuple[object, RenderableType]:

@@ -135,7 +135,7 @@ def report_weights(store: QuantizedStore) -> WeightsReport:
         folds_input_scales=store.recipe.fold_input_scales,
         groups=len(store.recipe.groups),
         finished=finished,
-        embeddings=sum(store.table_file(index).is_finished() for index in range(len(store.recipe.embeddings))),
+        embeddings=sum(store.has_table(index) for index in range(len(store.recipe.embeddings))),
         bits_per_weight=bits_per_weight(store) if finished else None,
         sites=tuple(store.reports()),
         kept=store.recipe.kept,

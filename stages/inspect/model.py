@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from export.card.record import ModelRecord, read_record
 from stages.errors import GraphError
 from stages.inspect.files import FileReport, report_files
 from stages.inspect.float_weights import InputScaleMul, UnquantizedTensors, find_input_scales, find_unquantized
@@ -149,6 +150,8 @@ class ModelReport:
     runtimes: tuple[RuntimeAnswer, ...]
     files: FileReport
     configuration: ConfigurationReport
+    record: ModelRecord | None = None
+    """genai_quant.json; None where there is none."""
 
     @property
     def quantized_bytes(self) -> int:
@@ -180,6 +183,7 @@ def report_model(directory: ModelDirectory) -> ModelReport:
         runtimes=runtime_answers(found.stored, configuration.accuracy_level),
         files=report_files(model, directory.onnx_file),
         configuration=configuration,
+        record=read_record(directory.folder),
     )
 
 

@@ -6,22 +6,43 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
+from export.card.record import ModelRecord
+from stages.commands.tables import Column, DataTable, FactTable
 from stages.evaluation.bench.results import results_table
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
 from stages.inspect.float_weights import general_kind, is_float
 from stages.inspect.model import ModelReport
 from stages.inspect.quantized_weights import StoredWeight
 from stages.quantization.weights.summary import ranges
+from stages.records.quantities import counted
 from stages.records.sites import layer_of
 
 _FEW = 3
 _SMALL = 0.005
 """Share of all bytes below which unquantized tensors are one row together."""
+
+_QUANTIZED = (
+    Column(heading="weights"),
+    Column(heading="layers", leaves=3),
+    Column(heading="codes"),
+    Column(heading="scale per", leaves=6),
+    Column(heading="zero point", leaves=5),
+    Column(heading="scales", leaves=2),
+    Column(heading="bits a weight", is_number=True),
+    Column(heading="MB", is_number=True),
+    Column(heading="operators", leaves=4),
+    Column(heading="activations", leaves=1),
+)
+_NOT_QUANTIZED = (
+    Column(heading="read by"),
+    Column(heading="kind"),
+    Column(heading="type"),
+    Column(heading="tensors", is_number=True),
+    Column(heading="MB", is_number=True),
+    Column(heading="of all", is_number=True),
+)
 
 
 class _Format(NamedTuple):
@@ -43,34 +64,33 @@ def model_table(report: ModelReport) -> RenderableType:
     return Group(*parts, _unquantized(report), _facts(str(report.onnx_file), _model_facts(report)))
 
 
-def _quantized(report: ModelReport) -> Table:
-    table = _open_table(
-        "quantized weights", ("weights", "layers", "operators", "codes", "scale per", "zero point", "scales")
-    )
-    for name in ("bits a weight", "MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("activations", overflow="fold")
+def _quantized(report: ModelReport) -> DataTable:
     rows: dict[_Format, list[StoredWeight]] = {}
     for weight in report.quantized:
         rows.setdefault(_format_of(weight), []).append(weight)
-    for row, members in rows.items():
-        layers = sorted({layer for each in members if (layer := layer_of(each.node)) is not None})
-        bits = 8 * sum(each.bytes for each in members) / max(sum(each.weights for each in members), 1)
-        level = "" if row.level is None else f", accuracy level {row.level}"
-        cells = (
-            f"{len(members)} x {row.kind}",
-            ranges(layers),
-            row.form,
-            row.codes,
-            row.grouping,
-            "yes" if row.zero_point else "no",
-            row.scales.lower(),
-            f"{bits:.3f}",
-            _megabytes(sum({each.initializers: each.bytes for each in members}.values())),
-            f"{row.activations}{level}",
-        )
-        table.add_row(*map(Text, cells))
-    return table
+    return DataTable(
+        title="quantized weights",
+        columns=_QUANTIZED,
+        rows=tuple(_quantized_row(row, members) for row, members in rows.items()),
+    )
+
+
+def _quantized_row(row: _Format, members: list[StoredWeight]) -> tuple[str, ...]:
+    layers = sorted({layer for each in members if (layer := layer_of(each.node)) is not None})
+    bits = 8 * sum(each.bytes for each in members) / max(sum(each.weights for each in members), 1)
+    level = "" if row.level is None else f", accuracy level {row.level}"
+    return (
+        f"{len(members)} x {row.kind}",
+        ranges(layers),
+        row.codes,
+        row.grouping,
+        "yes" if row.zero_point else "no",
+        row.scales.lower(),
+        f"{bits:.3f}",
+        _megabytes(sum({each.initializers: each.bytes for each in members}.values())),
+        row.form,
+        f"{row.activations}{level}",
+    )
 
 
 def _format_of(weight: StoredWeight) -> _Format:
@@ -87,21 +107,19 @@ def _format_of(weight: StoredWeight) -> _Format:
     )
 
 
-def _unquantized(report: ModelReport) -> Table:
+def _unquantized(report: ModelReport) -> DataTable:
     total = sum(each.bytes for each in report.left) + report.quantized_bytes
-    table = _open_table("tensors that are not quantized", ("read by", "kind", "type"))
-    for name in ("tensors", "MB", "of all"):
-        table.add_column(name, justify="right", no_wrap=True)
     large = [each for each in report.left if each.bytes >= _SMALL * total]
     small = [each for each in report.left if each.bytes < _SMALL * total]
-    for each in large:
-        cells = (each.reader or "-", each.kind, each.type.lower(), str(each.count), *_size_and_part(each.bytes, total))
-        table.add_row(*map(Text, cells))
+    rows = [
+        (each.reader or "-", each.kind, each.type.lower(), str(each.count), *_size_and_part(each.bytes, total))
+        for each in large
+    ]
     if small:
         size = sum(each.bytes for each in small)
         count = str(sum(each.count for each in small))
-        table.add_row("...", "norms, biases and other small tensors", "", count, *_size_and_part(size, total))
-    return table
+        rows.append(("...", "norms, biases and other small tensors", "", count, *_size_and_part(size, total)))
+    return DataTable(title="tensors that are not quantized", columns=_NOT_QUANTIZED, rows=tuple(rows))
 
 
 def _size_and_part(size: int, total: int) -> tuple[str, str]:
@@ -110,25 +128,39 @@ def _size_and_part(size: int, total: int) -> tuple[str, str]:
 
 def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     yield "made by", report.producer or "unknown"
+    if report.record is not None:
+        yield from _record(report.record)
     opsets = ", ".join(f"{name} {version}" for name, version in report.opsets.items())
-    yield "graph", f"{report.nodes} nodes, opset {opsets}, IR {report.ir_version}"
+    yield "graph", f"{counted(report.nodes, 'node')}, opset {opsets}, IR {report.ir_version}"
     yield from _sizes(report)
     if report.open is not None:
         open_sites = report.open
         yield (
             "not quantized",
-            f"{_counted(open_sites.matmuls, 'MatMul')} on {_counted(open_sites.activations, 'activation')}, "
+            f"{counted(open_sites.matmuls, 'MatMul')} on {counted(open_sites.activations, 'activation')}, "
             f"{_megabytes(open_sites.weights)} million weights, could be: stages.quantize --dry_run says how",
         )
     yield from _fusion(report)
     if report.input_scales:
         first = report.input_scales[0]
-        yield "input scales", f"{_counted(len(report.input_scales), 'Mul node')} before MatMuls, such as {first.node}"
+        yield "input scales", f"{counted(len(report.input_scales), 'Mul node')} before MatMuls, such as {first.node}"
     for answer in report.runtimes:
         for sentence in answer.objections or ("no known problem",):
             yield answer.runtime, sentence
     yield from _files(report)
     yield from _configuration(report)
+
+
+def _record(record: ModelRecord) -> Iterator[tuple[str, str]]:
+    """Yield what genai_quant.json knows and the graph doesn't."""
+    command = record.export_command if record.origin is None else record.origin.command
+    yield "made from", f"{record.base.name}: {command or record.algorithm}"
+    if record.evaluation is not None:
+        scores = [
+            f"{text.text}: KL {text.divergence:.4f}, same top-1 {text.same_top1:.1%}"
+            for text in record.evaluation.texts
+        ]
+        yield "accuracy", "; ".join(scores)
 
 
 def _sizes(report: ModelReport) -> Iterator[tuple[str, str]]:
@@ -155,7 +187,7 @@ def _fusion(report: ModelReport) -> Iterator[tuple[str, str]]:
         reason = f": {group.spans[0].why_not}" if never else ""
         yield (
             "DequantizeLinear",
-            f"{_counted(len(group.sites), 'site')} {answer}{reason}{reasons} ({_named(group.sites)})",
+            f"{counted(len(group.sites), 'site')} {answer}{reason}{reasons} ({_named(group.sites)})",
         )
 
 
@@ -182,7 +214,7 @@ def _configuration(report: ModelReport) -> Iterator[tuple[str, str]]:
     if not found.present:
         yield "genai_config", "missing: onnxruntime-genai can't load this folder"
     else:
-        layers = "" if found.layers is None else f", {found.layers} layers"
+        layers = "" if found.layers is None else f", {counted(found.layers, 'layer')}"
         context = "" if found.context_length is None else f", context {found.context_length}"
         yield "genai_config", f"{found.model_type or 'no type'}{layers}{context}"
         for key, value in found.session_options:
@@ -211,7 +243,8 @@ def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
     rows = f"; {report.as_rows} kept as rows of tokens" if report.as_rows else ""
     yield "activations", f"{report.activations}, by channels: {widths}{rows}"
     if report.forecasts:
-        yield "budgets", f"the errors of {report.forecasts} sites are forecast, so another budget starts at once"
+        forecast = counted(report.forecasts, "site")
+        yield "budgets", f"the errors of {forecast} are forecast, so another budget starts at once"
     if report.files:
         yield "other files", ", ".join(report.files)
     for sentence in report.damaged:
@@ -260,25 +293,8 @@ def _sweep_facts(report: SweepReport) -> Iterator[tuple[str, str]]:
         yield "deleted", f"{len(report.deleted)}, but their records are here: {_named(report.deleted)}"
 
 
-def _open_table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
-
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(title=Text(title), title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        # Text, because a node name with brackets is not markup.
-        table.add_row(name, Text(text))
-    return table
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> FactTable:
+    return FactTable(title=title, facts=tuple(rows))
 
 
 def _megabytes(size: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
@@ -60,7 +61,12 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
     except PermissionError as error:
         raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
     except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
-        raise GraphError(f"{file} is not a readable ONNX model ({in_one_line(error)}); build it again.") from error
+        if file.suffix.lower() != ".onnx":
+            raise GraphError(
+                f"{file} is not a readable ONNX model; pass an .onnx file, or the folder that holds one."
+            ) from error
+        reason = "it is damaged, or a file of another kind" if isinstance(error, DecodeError) else in_one_line(error)
+        raise GraphError(f"{file} is not a readable ONNX model ({reason}); build it again.") from error
     if not model.graph.outputs:
         raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
     if fault is not None:

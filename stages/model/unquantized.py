@@ -11,8 +11,10 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
+from stages.errors import GraphError
+from stages.model.directory import ModelDirectory
 from stages.model.patterns import EXPERT_NODES, readers
-from stages.model.sites import find_embeddings, gemm_faults, weight_of
+from stages.model.sites import find_embeddings, find_sites, gemm_faults, weight_of
 from stages.records.formats import float_of_onnx
 from stages.records.sites import UnquantizedWeights
 
@@ -106,6 +108,27 @@ def unquantized_warning(unquantized: tuple[UnquantizedWeights, ...], *, quantize
 
 def _is_worth_a_warning(weights: UnquantizedWeights) -> bool:
     return weights.op_type in EXPERT_NODES or (weights.reason != _EMBEDDING and weights.share >= _WORTH_A_WARNING)
+
+
+def require_float_base(model: ir.Model, directory: ModelDirectory) -> None:
+    """Raise GraphError where most of a model's MatMuls hold quantized weights: a quantizer made it."""
+    quantized = sum(node.op_type == "MatMulNBits" or _reads_codes(node) for node in model.graph.all_nodes())
+    left = len(find_sites(model))
+    if quantized > left:
+        raise GraphError(
+            f"{directory.onnx_file} is quantized already ({quantized} of its {quantized + left} MatMuls hold "
+            "MatMulNBits or DequantizeLinear weights), and a base model must be in floating point; pass the model that "
+            "it was made from."
+        )
+
+
+def _reads_codes(node: ir.Node) -> bool:
+    """Return whether a MatMul or Gemm takes its weight from DequantizeLinear."""
+    value = node.inputs[1] if node.op_type in _LINEAR and len(node.inputs) > 1 else None
+    maker = None if value is None else value.producer()
+    while maker is not None and maker.op_type in _PASSED_THROUGH and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
+    return maker is not None and maker.op_type == "DequantizeLinear"
 
 
 def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +14,8 @@ from torch import Tensor
 from stages.errors import GraphError, SolveError
 from stages.records.formats import EmbeddingTable
 from stages.records.sites import MatMulSite, WeightLayout
+
+_COMPARED_ROWS = 1024
 
 
 def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
@@ -65,6 +69,44 @@ def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch
     del whole
     _release(stored)
     return _require_finite(to_torch(part).to(device=device, dtype=torch.float32), f"embedding '{table.weight}'")
+
+
+def find_tied_site(model: ir.Model, table: EmbeddingTable, sites: Sequence[MatMulSite]) -> MatMulSite | None:
+    """Return the first site that multiplies with the very numbers of ``table``; None where there is none.
+
+    Data decides, never a flag: the two are one initializer, directly or through a Transpose, or two with equal bytes.
+    Where the files of the weights are missing, two initializers count as different.
+
+    Args:
+        model: the graph that holds both.
+        table: the embedding.
+        sites: of the same graph.
+    """
+    return next((site for site in sites if _has_shape_of(site, table) and _holds_rows_of(model, site, table)), None)
+
+
+def _has_shape_of(site: MatMulSite, table: EmbeddingTable) -> bool:
+    return (site.out_features, site.in_features) == table.shape and site.dtype == table.dtype
+
+
+def _holds_rows_of(model: ir.Model, site: MatMulSite, table: EmbeddingTable) -> bool:
+    turned = site.layout is WeightLayout.K_BY_N
+    if site.weight == table.weight:
+        return turned == table.transposed
+    try:
+        stored = [model.graph.initializers[name].const_value for name in (site.weight, table.weight)]
+        weight, rows = (None if tensor is None else tensor.numpy() for tensor in stored)
+    except (OSError, ValueError):  # the data file is missing or cut short
+        return False
+    if weight is None or rows is None:
+        return False
+    weight, rows = weight.T if turned else weight, rows.T if table.transposed else rows
+    starts = range(0, len(rows), _COMPARED_ROWS)
+    equal = all(np.array_equal(weight[start:][:_COMPARED_ROWS], rows[start:][:_COMPARED_ROWS]) for start in starts)
+    del weight, rows
+    for tensor in filter(None, stored):
+        _release(tensor)
+    return equal
 
 
 def _stored(model: ir.Model, name: str, description: str) -> ir.TensorProtocol:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,18 +97,31 @@ def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Proces
         prepared: what ``prepare`` returned.
         processes: those that share the groups.
     """
-    if config.tunes_blocks:
-        _tune_unfinished(config, prepared, processes)
-        if processes.is_first:
-            # Not sooner: a stopped run never searches again.
-            shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
-    else:
-        solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
-        _solve_unfinished(solver, prepared.store, processes)
+    with _timed(prepared.store, owner=processes.is_first):
+        if config.tunes_blocks:
+            _tune_unfinished(config, prepared, processes)
+            if processes.is_first:
+                # Not sooner: a stopped run never searches again.
+                shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
+        else:
+            solver = _solver(config, prepared.model, prepared.plan, prepared.cache)
+            _solve_unfinished(solver, prepared.store, processes)
+
+
+@contextmanager
+def _timed(store: QuantizedStore, *, owner: bool) -> Iterator[None]:
+    """Add the block's time to that of the search, also where it is stopped; no time where nothing is left to search."""
+    begins = owner and not store.is_complete()
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        if begins and not store.is_empty:
+            store.add_seconds(time.perf_counter() - started)
 
 
 def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.device) -> None:
-    """Round the embeddings that have no file yet.
+    """Round the embeddings that have no file yet; those that share lm_head's weight need none.
 
     Args:
         model: the base model.
@@ -116,7 +130,7 @@ def round_embeddings(model: ir.Model, store: QuantizedStore, device: torch.devic
     """
     for index, plan in enumerate(store.recipe.embeddings):
         file = store.table_file(index)
-        if not file.is_finished():
+        if plan.shared_with is None and not file.is_finished():
             store.write_table(index, quantize_table(plan, partial(read_rows, model, plan.table, device=device)))
 
 

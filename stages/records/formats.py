@@ -112,6 +112,16 @@ class QuantSpec:
             case PerChannel():
                 return f"{self.bits}ch"
 
+    @property
+    def description(self) -> str:
+        """Describe the format in words: INT4, a float32 scale and a zero point for every 32 weights."""
+        parts = f"{self.scale_dtype} scale" + ("" if self.symmetric else " and a zero point")
+        match self.granularity:
+            case PerBlock(block_size=size):
+                return f"INT{self.bits}, a {parts} for every {size} weights"
+            case PerChannel():
+                return f"INT{self.bits}, a {parts} for every output channel"
+
     def block_size(self, in_features: int) -> int:
         """Return the block size B for a row of ``in_features`` inputs: the whole row where scales are per channel."""
         match self.granularity:
@@ -169,18 +179,27 @@ class EmbeddingTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingPlan:
-    """How one table is stored: symmetric INT4 codes [V, D], and a scale for each block along ``axis``."""
+    """How one table is stored: codes [V, D], a scale for each block along ``axis``, and zero points where it shares.
+
+    Records of earlier versions lack the fields that have defaults: their tables are INT4 of their own.
+    """
 
     table: EmbeddingTable
     axis: BlockAxis
     block_size: int
     form: GatherForm
+    bits: Literal[4, 8] = 4
+    symmetric: bool = True
+    scale_range: Literal["full", "signed"] = "full"
+    """Of INT4 without zero points, as of a weight; a shared table has the weight's own scales."""
+    shared_with: str | None = None
+    """Name of the lm_head site whose stored weight the lookups read too; such a table has no numbers of its own."""
 
     @property
     def spec(self) -> QuantSpec:
         return QuantSpec(
-            bits=4,
-            symmetric=True,
+            bits=self.bits,
+            symmetric=self.symmetric,
             granularity=PerBlock(block_size=self.block_size),
             scale_dtype=self.table.dtype,
         )
@@ -192,11 +211,26 @@ class EmbeddingPlan:
         return (blocks, columns) if self.axis == 0 else (rows, blocks)
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes of the codes, in C order."""
+        return -(-self.table.vocabulary * self.table.hidden * self.bits // 8)
+
+    @property
     def format_bytes(self) -> int:
-        """Bytes of codes and scales."""
+        """Bytes of codes, scales and zero points, wherever they are stored."""
         rows, columns = self.scales_shape
-        codes = -(-self.table.vocabulary * self.table.hidden // 2)
-        return codes + rows * columns * torch_float(self.table.dtype).itemsize
+        zero_points = 0 if self.symmetric else rows * -(-columns * self.bits // 8)
+        return self.packed_bytes + rows * columns * torch_float(self.table.dtype).itemsize + zero_points
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that the table adds to a model: none where it shares those of lm_head."""
+        return self.format_bytes if self.shared_with is None else 0
+
+    @property
+    def label(self) -> str:
+        """Short description for people: INT8 block 128."""
+        return f"INT{self.bits} block {self.block_size}"
 
 
 def channel_block_size(in_features: int) -> int:

@@ -63,8 +63,8 @@ class QuantizedTable:
     """One embedding's stored numbers: table[v, d] is approximated by code * scale."""
 
     packed: Tensor
-    """[ceil(V * D / 2)] uint8: codes in C order, two to a byte, as ONNX stores INT4; unpacked they would need twice
-    the memory."""
+    """[ceil(V * D * bits / 8)] uint8: signed codes in C order, INT4 two to a byte, as ONNX stores it; unpacked they
+    would need twice the memory."""
     scales: Tensor
     """[V, nB] (axis 1) or [nB, D] (axis 0), in the table's type."""
 
@@ -133,7 +133,7 @@ class ExportRecipe:
     summary: str
     """The algorithm and options, for people to read."""
     embeddings: tuple[EmbeddingPlan, ...] = ()
-    """The tables whose Gather nodes read INT4 codes."""
+    """The tables whose Gather nodes read codes."""
     unreached: tuple[UnquantizedWeights, ...] = ()
     """Large weights that no MatMul or Gemm reads, and so stay as they are."""
     session_options: tuple[tuple[str, str], ...] = ()

@@ -20,7 +20,7 @@ def command(config: ReportConfig) -> Iterable[Section]:
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
     from stages.quantization.weights.store import open_store
-    from stages.report.document import REPORT_JSON, read_report, write_report
+    from stages.report.document import REPORT_JSON, log_report, read_report, write_report
     from stages.report.from_runs import quantization_of
     from stages.report.render import render
 
@@ -35,6 +35,7 @@ def command(config: ReportConfig) -> Iterable[Section]:
     elif not (config.report / REPORT_JSON).exists():
         raise UserError(f"{config.report} holds no {REPORT_JSON}; pass a report's folder, or --weights_path too.")
     write_report(report, render, config.report)
+    log_report(config.report)
     return ()
 
 

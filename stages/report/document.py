@@ -15,10 +15,28 @@ from stages.evaluation.records import Evaluation, ModelRow
 from stages.model.sizes import SizePart
 from stages.records.results import SiteReport, VerifyReport
 from stages.system.json_file import explained, write_whole
+from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """How a report's first part was made; empty in reports of earlier versions."""
+
+    command: str = ""
+    """What a person types to do the same."""
+    version: str = ""
+    """Of genai-quant."""
+    made: str = ""
+    """Date and time in UTC."""
+    base: str = ""
+    """Name of the base model's folder."""
+    base_fingerprint: str = ""
+    calibration: str = ""
+    """The calibration text; empty where none was needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +50,18 @@ class QuantizedSite:
     in_features: int
     out_features: int
     report: SiteReport
+    stored: str = ""
+    """Its format in words; empty in reports of earlier versions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedEmbedding:
+    """A quantized embedding table."""
+
+    name: str
+    stored: str
+    """Its format in words."""
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +86,7 @@ class Quantization:
     sites: tuple[QuantizedSite, ...]
     """In graph order."""
     kept: tuple[KeptSite, ...]
+    embeddings: tuple[QuantizedEmbedding, ...] = ()
     other_weights: tuple[str, ...] = ()
     """Descriptions of large weights that no MatMul or Gemm reads."""
     sizes: tuple[SizePart, ...] = ()
@@ -102,6 +133,7 @@ class Report:
     title: str = ""
     machine: str = ""
     """The machine that its first part was made on."""
+    origin: Origin = Origin()
     quantization: Quantization | None = None
     evaluations: tuple[Evaluation, ...] = ()
     """One for each text and choice of models, oldest first."""
@@ -137,7 +169,7 @@ def read_report(folder: Path) -> Report:
 
 
 def write_report(report: Report, render: Callable[[Report], str], folder: Path) -> None:
-    """Write report.json and the page, and log where the page lies.
+    """Write report.json and the page.
 
     Args:
         report: what to write.
@@ -151,4 +183,8 @@ def write_report(report: Report, render: Callable[[Report], str], folder: Path) 
     with explained(f"The report can't be written to {folder}", "choose another folder"):
         for name, content in files.items():
             write_whole(folder / name, content)
-    _LOGGER.info("report: %s", folder / REPORT_HTML)
+
+
+def log_report(folder: Path) -> None:
+    """Log where the page of a report lies."""
+    _LOGGER.info("report: %s", from_here(folder / REPORT_HTML))

@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from stages.calibration.cache import CacheKey
+from stages.commands.options import CommandOptions, given_options
 from stages.errors import OptionError
 from stages.evaluation.bench.results import MeasuredModel, TextResults
 from stages.model.sizes import SizePart
 from stages.quantization.weights.store import REPORT_FOLDER, VERIFICATION, QuantizedStore
 from stages.quantization.weights.summary import bits_per_weight
-from stages.records.results import ExportRecipe, SiteReport, VerifyReport
+from stages.records.results import VerifyReport
 from stages.records.sites import kind_of, layer_of
 from stages.report.document import (
     KeptSite,
+    Origin,
     Quantization,
+    QuantizedEmbedding,
     QuantizedSite,
     Report,
     SweepPoint,
@@ -28,25 +34,54 @@ from stages.report.document import (
 )
 from stages.report.render import render
 from stages.system.hardware import describe_machine
+from stages.system.paths import shell_line
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFICATION = TypeAdapter(VerifyReport)
 
 
-def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, title: str) -> None:
+def origin_of(command: str, options: CommandOptions, base: Path) -> Origin:
+    """Return how a run is made that ends now.
+
+    Args:
+        command: what people type before its options.
+        options: all its options.
+        base: folder of the base model.
+    """
+    return Origin(
+        command=shell_line((*command.split(), *given_options(options))),
+        version=version("genai-quant"),
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        base=base.absolute().name,
+    )
+
+
+def describe_calibration(key: CacheKey) -> str:
+    """Return the text of a calibration cache in words."""
+    return (
+        f"{key.source}: {key.calibration_windows} windows of {key.seq_len} tokens, and {key.held_out_windows} held out"
+    )
+
+
+def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, title: str, origin: Origin) -> None:
     """Write the report inside the weights' folder; evaluations that were added to it stay.
 
     Args:
         store: a finished run's weights.
         sizes: what the base and the output hold.
         title: heading of the page.
+        origin: how the run was made; the base's fingerprint is filled in.
 
     Raises:
         UserError: the report can't be read or written.
     """
     folder = store.folder / REPORT_FOLDER
     report = replace(
-        read_report(folder), title=title, machine=describe_machine(), quantization=quantization_of(store, sizes)
+        read_report(folder),
+        title=title,
+        machine=describe_machine(),
+        origin=replace(origin, base_fingerprint=store.recipe.model_fingerprint),
+        quantization=quantization_of(store, sizes),
     )
     write_report(report, render, folder)
 
@@ -68,9 +103,13 @@ def quantization_of(store: QuantizedStore, sizes: tuple[SizePart, ...]) -> Quant
         summary=recipe.summary,
         weight_form=recipe.weight_form.value,
         bits_per_weight=bits_per_weight(store),
-        sites=_sites(recipe, store.reports()),
+        sites=_sites(store),
         kept=tuple(
             KeptSite(site=site, layer=layer_of(site), kind=kind_of(site), reason=reason) for site, reason in recipe.kept
+        ),
+        embeddings=tuple(
+            QuantizedEmbedding(name=plan.table.weight, stored=plan.spec.description, bytes=plan.format_bytes)
+            for plan in recipe.embeddings
         ),
         other_weights=tuple(part.description for part in recipe.unreached),
         sizes=sizes,
@@ -78,8 +117,8 @@ def quantization_of(store: QuantizedStore, sizes: tuple[SizePart, ...]) -> Quant
     )
 
 
-def _sites(recipe: ExportRecipe, reports: Sequence[SiteReport]) -> tuple[QuantizedSite, ...]:
-    found = {report.site: report for report in reports}
+def _sites(store: QuantizedStore) -> tuple[QuantizedSite, ...]:
+    found = {report.site: report for report in store.reports()}
     return tuple(
         QuantizedSite(
             layer=layer_of(site.name),
@@ -87,8 +126,9 @@ def _sites(recipe: ExportRecipe, reports: Sequence[SiteReport]) -> tuple[Quantiz
             in_features=site.in_features,
             out_features=site.out_features,
             report=found[site.name],
+            stored=store.spec(index, site).description,
         )
-        for group in recipe.groups
+        for index, group in enumerate(store.recipe.groups)
         for site in group.sites
     )
 
@@ -105,12 +145,18 @@ def _read_verified(path: Path) -> VerifyReport | None:
         return None
 
 
-def sweep_report(title: str, results: Sequence[TextResults]) -> Report:
-    """Return the report on measured models, with one table a text."""
+def sweep_report(title: str, results: Sequence[TextResults], origin: Origin) -> Report:
+    """Return the report on measured models, with one table a text.
+
+    Args:
+        title: heading of the page.
+        results: the models, text by text.
+        origin: how they were made.
+    """
     tables = tuple(
         SweepTable(text=each.text, base=each.base, points=tuple(map(_point, each.models))) for each in results
     )
-    return Report(title=title, machine=describe_machine(), sweep=tables)
+    return Report(title=title, machine=describe_machine(), origin=origin, sweep=tables)
 
 
 def _point(model: MeasuredModel) -> SweepPoint:

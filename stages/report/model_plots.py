@@ -1,4 +1,4 @@
-"""Plot the whole model: its bytes by kind, and the format of every weight."""
+"""Plot the whole model: its bytes by kind, and the format of every weight of its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from stages.model.sizes import CATEGORIES, SizePart
 from stages.records.sites import short_name
 from stages.report.document import KeptSite, QuantizedSite
 from stages.report.svg import Axis, Part, bars
-from stages.report.view import Figure, LegendEntry, megabytes, percent, table
+from stages.report.values import format_in_words, megabytes, percent
+from stages.report.view import Figure, LegendEntry, table
 
 _KEPT = "not quantized"
 
@@ -41,40 +42,40 @@ def size_figure(parts: Sequence[SizePart]) -> Figure | None:
     return Figure(
         name="sizes",
         heading="Size",
-        text="Bytes of the .onnx file and its external data, in MB (millions of bytes).",
+        text="Bytes of the .onnx file and its external data, in MB (millions of bytes). INT4 codes take half a byte a "
+        "weight; scales and zero points come on top.",
         drawings=(bars("Size of both models", Axis(title="MB", low=0, high=max(before, after) / 1e6), rows),),
         legend=tuple(LegendEntry(text=name, shape="square", css=css) for name, css in colours.items()),
-        table=table(
-            ("part", "base, MB", "quantized, MB", "share"),
+        folded=table(
+            ("part", "base, MB", "quantized, MB", "share of the quantized"),
             [*lines, ("all", megabytes(before), megabytes(after), "")],
         ),
     )
 
 
 def bits_figure(sites: Sequence[QuantizedSite], kept: Sequence[KeptSite]) -> Figure | None:
-    """Return the map of formats, a row a kind of site and a column a layer; None where all formats are the same."""
-    formats = sorted({site.report.format for site in sites})
+    """Return the map of formats in the layers, a row a kind of site; None where all of them are the same."""
+    cells = [(site.report.site, site.layer, site.kind, site.report.format) for site in sites if site.layer is not None]
+    cells += [(site.site, site.layer, site.kind, _KEPT) for site in kept if site.layer is not None]
+    formats = sorted({form for *_, form in cells}, key=lambda form: (form == _KEPT, form))
     if len(formats) < 2:
         return None
-    cells = [(site.report.site, site.layer, site.kind, site.report.format) for site in sites]
-    cells += [(site.site, site.layer, site.kind, _KEPT) for site in kept]
-    colours = {form: f"part c{1 + index % 9}" for index, form in enumerate(formats)}
-    if kept:
-        colours[_KEPT] = "part c0"
-    x = Axis(title="layer", low=-0.5, high=max(layer or 0 for _, layer, _, _ in cells) + 0.5, whole=True)
+    colours = {form: "part c0" if form == _KEPT else f"part c{1 + index % 9}" for index, form in enumerate(formats)}
+    x = Axis(title="layer", low=-0.5, high=max(layer for _, layer, *_ in cells) + 0.5, whole=True)
     rows: dict[str, list[Part]] = {}
-    # What lies outside the layers comes last and fills its row.
-    for site, layer, kind, form in sorted(cells, key=lambda cell: cell[1] is None):
-        start, end = (x.low, x.high) if layer is None else (layer - 0.5, layer + 0.5)
+    for site, layer, kind, form in cells:
         text = "" if form == _KEPT else form[0]
-        part = Part(start=start, end=end, hint=f"{short_name(site)}: {form}", css=colours[form], text=text)
+        hint = f"{short_name(site)}: {form}"
+        part = Part(start=layer - 0.5, end=layer + 0.5, hint=hint, css=colours[form], text=text)
         rows.setdefault(kind, []).append(part)
+    words = {site.report.format: site.stored or format_in_words(site.report.format) for site in sites}
     return Figure(
         name="bits",
         heading="Bits map",
-        text="4b32 is INT4 with a scale for every 32 inputs, 8ch INT8 with one for each output channel; the digit is "
-        "the number of bits.",
+        text="The format of every MatMul's weight, layer by layer; the digit is the number of bits.",
         drawings=(bars("Format of every weight by layer", x, list(rows.items())),),
-        legend=tuple(LegendEntry(text=form, shape="square", css=css) for form, css in colours.items()),
-        table=table(("site", "format"), [(short_name(site), form) for site, _, _, form in cells], texts=2),
+        legend=tuple(
+            LegendEntry(text=f"{form}: {words[form]}" if form in words else form, shape="square", css=css)
+            for form, css in colours.items()
+        ),
     )

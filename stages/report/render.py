@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from stages.evaluation.records import Evaluation
 from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Quantization, Report
 from stages.report.model_plots import bits_figure, size_figure
@@ -19,10 +21,27 @@ from stages.report.tables import (
     verified_tables,
     worst_tables,
 )
-from stages.report.view import Figure, Section, TableGroup, Tile, megabytes, percent
+from stages.report.values import (
+    SCALE,
+    Grade,
+    format_in_words,
+    grade_divergence,
+    grade_speed,
+    megabytes,
+    percent,
+    text_name,
+)
+from stages.report.view import Figure, Section, Tile
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
+_SHORT = 12
+"""Letters of a fingerprint that are shown."""
+_UNMEASURED = Figure(
+    name="unmeasured",
+    heading="Not measured",
+    text="genai-quant quantize --evaluate measures accuracy and speed; genai-quant evaluate --report adds them here.",
+)
 
 
 def render(report: Report) -> str:
@@ -35,44 +54,93 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     return templates.get_template(_PAGE).render(
-        report=report, tiles=_tiles(report), sections=[one for one in _sections(report) if one.parts]
+        report=report,
+        facts=_facts(report),
+        tiles=_tiles(report),
+        sections=[one for one in _sections(report) if one.parts],
     )
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """Return how the report's first part was made: what is known, with its name."""
+    origin, quantization = report.origin, report.quantization
+    made = f"{origin.made} by genai-quant {origin.version}, on {report.machine}" if origin.made else report.machine
+    facts = [
+        ("base", _base(report)),
+        ("formats", "" if quantization is None else _formats(quantization)),
+        ("algorithm", "" if quantization is None else quantization.summary),
+        ("calibration text", origin.calibration),
+        ("made", made),
+        ("command", origin.command),
+    ]
+    return [(name, text) for name, text in facts if text]
+
+
+def _base(report: Report) -> str:
+    """Describe the base: its name, size and fingerprint, as far as any part knows them."""
+    rows = [evaluation.rows[0] for evaluation in report.evaluations]
+    rows += [sweep.base for sweep in report.sweep if sweep.base is not None]
+    parts = () if report.quantization is None else report.quantization.sizes
+    size = sum(part.before for part in parts) or (rows[0].bytes if rows else 0)
+    compared = [evaluation.comparison.models[0][1] for evaluation in report.evaluations]
+    fingerprint = report.origin.base_fingerprint or (compared[0] if compared else "")
+    described = (
+        report.origin.base or (rows[0].name if rows else ""),
+        f"{megabytes(size)} MB" if size else "",
+        f"fingerprint {fingerprint[:_SHORT]}" if fingerprint else "",
+    )
+    return ", ".join(filter(None, described))
+
+
+def _formats(quantization: Quantization) -> str:
+    """Describe the formats in words, the most frequent first."""
+    counts = Counter(site.stored or format_in_words(site.report.format) for site in quantization.sites)
+    words = [f"{_matmuls(count)} as {form}" for form, count in counts.most_common()]
+    words += [f"embedding {table.name} as {table.stored}" for table in quantization.embeddings]
+    return "; ".join([*words, *([f"{_matmuls(len(quantization.kept))} as in the base"] if quantization.kept else [])])
+
+
+def _matmuls(count: int) -> str:
+    return f"{count} {'MatMul' if count == 1 else 'MatMuls'}"
 
 
 def _sections(report: Report) -> list[Section]:
     quantization = report.quantization
     return [
-        Section(name="accuracy", heading="Accuracy", parts=_accuracy(report)),
-        Section(name="use", heading="In use", parts=_in_use(report)),
-        Section(name="layers", heading="Layer by layer", parts=() if quantization is None else _layers(quantization)),
-        Section(name="sweep", heading="Sweep", parts=_sweep(report)),
+        Section(
+            name="accuracy",
+            heading="Accuracy and speed",
+            parts=_accuracy(report),
+            text=SCALE if report.evaluations else "",
+        ),
+        Section(name="sweep", heading="Models compared", parts=_sweep(report), text=SCALE),
+        Section(name="weights", heading="Weights", parts=() if quantization is None else _weights(quantization)),
+        Section(name="use", heading="Token by token", parts=_details(report.evaluations)),
     ]
 
 
-def _accuracy(report: Report) -> tuple[Figure | TableGroup, ...]:
-    parts: list[Figure | TableGroup | None] = []
-    for index, evaluation in enumerate(report.evaluations):
-        parts += [
-            accuracy_tables(evaluation, f"accuracy-{index}"),
-            position_figure(evaluation, f"positions-{index}"),
-            worst_tables(evaluation, f"worst-{index}"),
-        ]
-    return _present(parts)
-
-
-def _in_use(report: Report) -> tuple[Figure | TableGroup, ...]:
+def _accuracy(report: Report) -> tuple[Figure, ...]:
     evaluations = report.evaluations
+    if not evaluations:
+        return () if report.quantization is None else (_UNMEASURED,)
     speeds = [evaluation.speed for evaluation in evaluations if evaluation.speed is not None]
     return _present(
         [
-            answer_tables([one for evaluation in evaluations for one in evaluation.generations]),
+            accuracy_tables(evaluations),
             speed_tables(speeds[-1] if speeds else None),
             task_tables([one for evaluation in evaluations for one in evaluation.tasks]),
         ]
     )
 
 
-def _layers(quantization: Quantization) -> tuple[Figure | TableGroup, ...]:
+def _details(evaluations: Sequence[Evaluation]) -> tuple[Figure, ...]:
+    parts = [answer_tables([one for evaluation in evaluations for one in evaluation.generations])]
+    for index, evaluation in enumerate(evaluations):
+        parts += [position_figure(evaluation, f"positions-{index}"), worst_tables(evaluation, f"worst-{index}")]
+    return _present(parts)
+
+
+def _weights(quantization: Quantization) -> tuple[Figure, ...]:
     sites = quantization.sites
     return _present(
         [
@@ -84,40 +152,53 @@ def _layers(quantization: Quantization) -> tuple[Figure | TableGroup, ...]:
     )
 
 
-def _sweep(report: Report) -> tuple[Figure | TableGroup, ...]:
-    return _present([sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep)])
+def _sweep(report: Report) -> tuple[Figure, ...]:
+    return tuple(sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep) if sweep.points)
 
 
-def _present(parts: Sequence[Figure | TableGroup | None]) -> tuple[Figure | TableGroup, ...]:
+def _present(parts: Sequence[Figure | None]) -> tuple[Figure, ...]:
     return tuple(part for part in parts if part is not None)
 
 
 def _tiles(report: Report) -> list[Tile]:
-    """Return the numbers at the top of the page."""
-    tiles = []
-    quantization = report.quantization
-    if quantization is not None:
-        before = sum(part.before for part in quantization.sizes)
-        after = sum(part.after for part in quantization.sizes)
-        if after:
-            note = f"from {megabytes(before)} MB, {before / after:.2f}x smaller"
-            tiles.append(Tile(value=f"{megabytes(after)} MB", label="size", note=note))
-        bits = f"{quantization.bits_per_weight:.3f}"
-        tiles.append(Tile(value=bits, label="bits a weight", note=f"{len(quantization.sites)} quantized sites"))
-        if quantization.verified is not None and quantization.verified.fused is not None:
-            verified = quantization.verified
-            tiles.append(Tile(value=f"{verified.fused} of {verified.sites}", label="sites run fused"))
-    for evaluation in report.evaluations:
+    """Return the numbers at the top of the page: accuracy, then speed, then size."""
+    tiles = [
+        _accuracy_tile(evaluation)
+        for evaluation in report.evaluations
         # More models are compared in the table.
-        if len(evaluation.rows) == 2:
-            base, model = evaluation.rows
-            accuracy = model.accuracy
-            tiles.append(
-                Tile(
-                    value=f"{accuracy.mean_divergence:.4f}",
-                    label=f"KL on {evaluation.comparison.text}",
-                    note=f"perplexity {base.accuracy.perplexity:.2f} → {accuracy.perplexity:.2f}, same top-1 "
-                    f"{percent(accuracy.top1_agreement)}",
-                )
-            )
+        if len(evaluation.rows) == 2
+    ]
+    speeds = [one.speed for one in report.evaluations if one.speed is not None and len(one.speed.models) == 2]
+    if speeds:
+        base, model = (each.decode.median for each in speeds[-1].models)
+        note = f"base {base:.1f}, {model / base:.2f}x"
+        value = f"{model:.1f} tokens/s"
+        tiles.append(Tile(value=value, label="decoding speed", note=note, grade=grade_speed(model / base)))
+    if report.quantization is not None:
+        tiles += _weight_tiles(report.quantization)
     return tiles
+
+
+def _accuracy_tile(evaluation: Evaluation) -> Tile:
+    base, model = (row.accuracy for row in evaluation.rows)
+    return Tile(
+        value=f"{model.mean_divergence:.4f} nats",
+        label=f"KL divergence on {text_name(evaluation.comparison.text)}",
+        note=f"perplexity {base.perplexity:.2f} → {model.perplexity:.2f}, same top-1 {percent(model.top1_agreement)}",
+        grade=grade_divergence(model),
+    )
+
+
+def _weight_tiles(quantization: Quantization) -> Iterator[Tile]:
+    before = sum(part.before for part in quantization.sizes)
+    after = sum(part.after for part in quantization.sizes)
+    if after:
+        note = f"base {megabytes(before)} MB, {before / after:.2f}x smaller"
+        yield Tile(value=f"{megabytes(after)} MB", label="size", note=note)
+    bits = f"{quantization.bits_per_weight:.3f}"
+    yield Tile(value=bits, label="bits a weight", note=f"of {_matmuls(len(quantization.sites))}, scales included")
+    verified = quantization.verified
+    if verified is not None and verified.fused is not None:
+        grade = Grade.GOOD if verified.fused == verified.sites else Grade.POOR
+        value, note = f"{verified.fused} of {verified.sites}", "by one fast operator each"
+        yield Tile(value=value, label="MatMuls run fused", note=note, grade=grade)

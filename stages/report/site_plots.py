@@ -1,16 +1,19 @@
-"""Plot each site's output error: with rounding to nearest, and with what the search chose."""
+"""Show each site's format and output error: with rounding to nearest, and with what the search chose."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from statistics import mean
 
+from stages.quantization.weights.summary import ranges
 from stages.records.results import SiteReport
 from stages.records.sites import short_name
 from stages.report.document import QuantizedSite
 from stages.report.svg import Axis, Mark, axis_over, chart
-from stages.report.view import UNKNOWN, Figure, LegendEntry, TableView, number, percent, table
+from stages.report.values import UNKNOWN, format_in_words, megabytes, percent, span
+from stages.report.view import Figure, LegendEntry, TableView, table
 
 _ROUNDED = LegendEntry(text="rounded to nearest", shape="ring", css="c0")
 _CHOSEN = LegendEntry(text="as chosen", shape="disc", css="c1")
@@ -19,31 +22,47 @@ _Pair = tuple[float, float]
 
 
 def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
-    """Return every site's choices and output error, with a panel for each kind of site whose errors are known."""
+    """Return every site's format and output error, with a panel for each kind of site whose errors are known."""
     if not sites:
         return None
     panels: dict[str, list[tuple[QuantizedSite, _Pair]]] = {}
     for site in sites:
-        if (pair := _losses(site.report)) is not None:
-            # Experts are many and share a panel.
-            kind = site.kind if site.layer is None else re.sub(r"\d+", "*", site.kind)
-            panels.setdefault(kind, []).append((site, pair))
-    y = axis_over("", [loss for panel in panels.values() for _, pair in panel for loss in pair], log=True, percent=True)
-    unseen = all(site.report.held_out_loss is not None for panel in panels.values() for site, _ in panel)
-    where = "text that the search never saw" if unseen else "the calibration text"
-    text = (
-        f"Mean squared error of each site's output relative to the output, on {where}; logarithmic, the same scale in "
-        "all panels."
-    )
+        # One point makes no panel: what lies outside the layers stands in the table.
+        if site.layer is not None and (pair := _losses(site.report)) is not None:
+            panels.setdefault(_kind(site), []).append((site, pair))
+    pairs = [pair for panel in panels.values() for _, pair in panel]
+    y = axis_over("error of the output", [loss for pair in pairs for loss in pair], log=True, shares=True)
     return Figure(
         name="sites",
-        heading="Site by site",
-        text=text if panels else "Output errors were not measured.",
-        drawings=tuple(_panel(panel, replace(y, title=kind)) for kind, panel in panels.items()),
+        heading="Layer by layer",
+        text=_explain(sites, pairs),
+        drawings=tuple(_panel(kind, panel, y) for kind, panel in panels.items()),
         legend=(_ROUNDED, _CHOSEN) if panels else (),
-        table=_table([site.report for site in sites]),
+        tables=(_grouped(sites),),
+        folded=_table([_columns([site], short_name(site.report.site)) for site in sites]),
+        folded_name=f"All {len(sites)} MatMuls",
         small=True,
     )
+
+
+def _explain(sites: Sequence[QuantizedSite], pairs: Sequence[_Pair]) -> str:
+    if not pairs:
+        return "Errors of the outputs were not measured: plain rounding needs no text."
+    unseen = all(site.report.held_out_loss is not None for site in sites)
+    where = "text that the search never saw" if unseen else "the calibration text"
+    left = mean(chosen / rounded for rounded, chosen in pairs if rounded)
+    return (
+        f"Mean squared error of each MatMul's output relative to the output, on {where}; lower is better, and the "
+        f"scale is logarithmic. On average the search leaves {percent(left)} of the error of rounding to nearest. "
+        "Input scale: what the weights are multiplied with before rounding, a power (the exponent) of the mean input "
+        "(activation), the same divided by one of the weights (duo), or none. Clip ratio: the part of the largest "
+        "weight that the codes reach."
+    )
+
+
+def _kind(site: QuantizedSite) -> str:
+    """Return the site's kind; experts are many and share one."""
+    return site.kind if site.layer is None else re.sub(r"\d+", "*", site.kind)
 
 
 def _losses(report: SiteReport) -> _Pair | None:
@@ -54,9 +73,8 @@ def _losses(report: SiteReport) -> _Pair | None:
     return None
 
 
-def _panel(sites: Sequence[tuple[QuantizedSite, _Pair]], y: Axis) -> str:
-    layers = [site.layer for site, _ in sites if site.layer is not None] or [0]
-    title = "" if sites[0][0].layer is None else "layer"
+def _panel(kind: str, sites: Sequence[tuple[QuantizedSite, _Pair]], y: Axis) -> str:
+    layers = [site.layer or 0 for site, _ in sites]
     marks = [
         Mark(
             x=site.layer or 0,
@@ -69,24 +87,44 @@ def _panel(sites: Sequence[tuple[QuantizedSite, _Pair]], y: Axis) -> str:
         for style, loss in zip((_ROUNDED, _CHOSEN), pair, strict=True)
     ]
     falls = [("stem", [(site.layer or 0, loss) for loss in pair]) for site, pair in sites]
-    x = Axis(title=title, low=min(layers) - 0.5, high=max(layers) + 0.5, whole=True)
-    return chart(x, y, marks, falls, small=True)
+    x = Axis(title="layer", low=min(layers) - 0.5, high=max(layers) + 0.5, whole=True)
+    return chart(kind, x, y, marks, falls, small=True)
 
 
-def _table(reports: Sequence[SiteReport]) -> TableView:
-    """Return a row for each site, without the columns that are empty for all."""
-    columns = {
-        "site": [short_name(report.site) for report in reports],
-        "format": [report.format for report in reports],
-        "rounded": [percent(report.loss_rtn) for report in reports],
-        "chosen": [percent(report.loss) for report in reports],
-        "rounded, unseen text": [percent(report.held_out_loss_rtn) for report in reports],
-        "chosen, unseen text": [percent(report.held_out_loss) for report in reports],
-        "its block, before tuning": [percent(report.block_loss_start) for report in reports],
-        "its block, tuned": [percent(report.block_loss) for report in reports],
-        "input scale": [UNKNOWN if report.alpha is None else report.scale_family for report in reports],
-        "exponent": [number(report.alpha, ".2f") for report in reports],
-        "mean clip ratio": [number(report.mean_clip_ratio, ".4f") for report in reports],
+def _grouped(sites: Sequence[QuantizedSite]) -> TableView:
+    """Return a row for the sites of one kind and format."""
+    groups: dict[tuple[str, str], list[QuantizedSite]] = {}
+    for site in sites:
+        groups.setdefault((_kind(site), site.report.format), []).append(site)
+    rows = [_columns(members, f"{len(members)} x {kind}") for (kind, _), members in groups.items()]
+    if all(row["chosen, unseen text"] != UNKNOWN for row in rows):
+        rows = [row | dict.fromkeys(("rounded", "chosen"), UNKNOWN) for row in rows]
+    return _table(rows)
+
+
+def _columns(sites: Sequence[QuantizedSite], name: str) -> dict[str, str]:
+    """Return the cells of a row by heading, with the range of each number over ``sites``."""
+    reports = [site.report for site in sites]
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    families = Counter(report.scale_family for report in reports if report.alpha is not None)
+    return {
+        "MatMuls": name,
+        "layers": ranges(layers) or UNKNOWN,
+        "format": sites[0].stored or format_in_words(sites[0].report.format),
+        "MB": megabytes(sum(report.bytes for report in reports)),
+        "rounded": span([report.loss_rtn for report in reports], percent),
+        "chosen": span([report.loss for report in reports], percent),
+        "rounded, unseen text": span([report.held_out_loss_rtn for report in reports], percent),
+        "chosen, unseen text": span([report.held_out_loss for report in reports], percent),
+        "its block, before tuning": span([report.block_loss_start for report in reports], percent),
+        "its block, tuned": span([report.block_loss for report in reports], percent),
+        "input scale": ", ".join(families) or UNKNOWN,
+        "exponent": span([report.alpha for report in reports], "{:.2f}".format),
+        "clip ratio": span([report.mean_clip_ratio for report in reports], "{:.3f}".format),
     }
-    shown = {heading: cells for heading, cells in columns.items() if any(cell != UNKNOWN for cell in cells)}
-    return table(tuple(shown), list(zip(*shown.values(), strict=True)), texts=2)
+
+
+def _table(rows: Sequence[dict[str, str]]) -> TableView:
+    """Return the rows without the columns that are empty in all of them."""
+    shown = [heading for heading in rows[0] if any(row[heading] != UNKNOWN for row in rows)]
+    return table(shown, [[row[heading] for heading in shown] for row in rows], texts=2 + ("layers" in shown))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree
 
+from stages.report.values import percent
+
 Shape = Literal["disc", "ring", "diamond", "square"]
 Number = int | float
 """A pixel, or a value that is drawn."""
@@ -23,12 +25,12 @@ OUTLINES: dict[Shape, str] = {
 }
 """Path data of each shape around (0, 0)."""
 
-SMALL = (360, 230)
-"""Width and height of a small chart."""
-_LARGE = (760, 340)
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 28, 40
-_LABELS, _ROW = 170, 30
-"""Width of the labels beside bars, and height of a bar with its gap."""
+SMALL, _LARGE = (360, 230), (520, 310)
+"""Width and height of a small chart and of a large one: letters stay legible where either is scaled to 430 pixels."""
+_TITLE, _RIGHT, _TOP, _BOTTOM = 26, 14, 26, 40
+"""Margins; the labels of the vertical axis come on top of the left one."""
+_BARS, _ROW = 400, 30
+"""Length of the longest bar, and height of a bar with its gap."""
 _LETTER, _LINE = 6.6, 15.0
 """Width of a letter and height of a line of text."""
 _FEW_TICKS = 6
@@ -39,9 +41,9 @@ class Axis:
     """A scale from ``low`` to ``high``, both above 0 where it is logarithmic.
 
     Args:
-        title: the quantity, with its unit; an axis without a title has no ticks.
+        title: the quantity, with its unit.
         whole: whether only whole numbers are ticks.
-        percent: whether ticks of shares are written as per cent.
+        shares: whether its values are shares, ticked as per cent.
     """
 
     title: str
@@ -49,7 +51,7 @@ class Axis:
     high: Number
     log: bool = False
     whole: bool = False
-    percent: bool = False
+    shares: bool = False
 
     def share(self, value: Number) -> float:
         """Return the place of ``value``: 0 at the low end, 1 at the high one. A logarithmic axis puts zero at 0."""
@@ -62,24 +64,24 @@ class Axis:
         values = (_log_ticks if self.log else _linear_ticks)(self.low, self.high)
         if self.whole:
             values = [value for value in values if value == int(value)]
-        return [(value, f"{100 * value:.4g} %" if self.percent else f"{value:,.6g}") for value in values]
+        return [(value, percent(value) if self.shares else f"{value:,.6g}") for value in values]
 
 
-def axis_over(title: str, values: Sequence[Number], *, log: bool = False, percent: bool = False) -> Axis:
+def axis_over(title: str, values: Sequence[Number], *, log: bool = False, shares: bool = False) -> Axis:
     """Return an axis with room for ``values`` and a margin at both ends; a logarithmic one leaves out zeros.
 
     Args:
         title: the quantity, with its unit.
         values: what it must hold.
         log: whether it is logarithmic.
-        percent: whether ticks of shares are written as per cent.
+        shares: whether its values are shares, ticked as per cent.
     """
     if log:
         values = [value for value in values if value > 0] or [1.0]
-        return Axis(title=title, low=min(values) / 1.3, high=max(values) * 1.3, log=True, percent=percent)
+        return Axis(title=title, low=min(values) / 1.3, high=max(values) * 1.3, log=True, shares=shares)
     low, high = min(values), max(values)
     margin = 0.05 * ((high - low) or abs(high) or 20.0)
-    return Axis(title=title, low=low - margin, high=high + margin, percent=percent)
+    return Axis(title=title, low=low - margin, high=high + margin, shares=shares)
 
 
 def _linear_ticks(low: Number, high: Number) -> list[Number]:
@@ -124,10 +126,11 @@ class Part:
     text: str = ""
 
 
-def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, small: bool = False) -> str:
+def chart(heading: str, x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, small: bool = False) -> str:
     """Return a drawing of marks and lines.
 
     Args:
+        heading: what stands above it.
         x: the horizontal axis.
         y: the vertical axis.
         marks: points, drawn above the lines.
@@ -135,11 +138,15 @@ def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, sma
         small: whether it is one of several, side by side.
     """
     width, height = SMALL if small else _LARGE
-    plot = _Plot(_svg(f"{y.title} by {x.title}: {len(marks)} values", width, height), x, y, _LEFT, width, _TOP, height)
-    plot.text(0, 14, y.title, "heading")
+    title = f"{heading}: {y.title} by {x.title}, {len(marks)} values"
+    left = _TITLE + _LETTER * max(len(written) for _, written in y.ticks())
+    plot = _Plot(_svg(title, width, height), x, y, left, width, _TOP, height)
+    plot.text(0, 14, heading, "heading")
     for value, written in y.ticks():
         plot.line(plot.down(value), "grid")
-        plot.text(_LEFT - 6, plot.down(value) + 4, written, "tick end")
+        plot.text(left - 6, plot.down(value) + 4, written, "tick end")
+    middle = (_TOP + height - _BOTTOM) / 2
+    plot.text(12, middle, y.title, "tick middle", transform=f"rotate(-90 12 {middle:.2f})")
     plot.draw_axis()
     for css, points in lines:
         at = " ".join(f"{plot.across(a):.2f},{plot.down(b):.2f}" for a, b in points)
@@ -147,7 +154,7 @@ def chart(x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line], *, sma
     for mark in marks:
         place = f"translate({plot.across(mark.x):.2f} {plot.down(mark.y):.2f})"
         plot.add("path", f"mark {mark.shape} {mark.css}", mark.hint, d=OUTLINES[mark.shape], transform=place)
-    plot.write_labels([mark for mark in marks if mark.label])
+    plot.write_labels([mark for mark in sorted(marks, key=lambda mark: mark.y) if mark.label])
     return plot.markup()
 
 
@@ -159,23 +166,24 @@ def bars(title: str, x: Axis, rows: Sequence[tuple[str, Sequence[Part]]]) -> str
         x: the axis of all bars.
         rows: (label, parts) of each bar.
     """
-    width, height = _LARGE[0], len(rows) * _ROW + _BOTTOM
-    plot = _Plot(_svg(title, width, height), x, x, _LABELS, width, 0, height)
+    left = 12 + _LETTER * max(len(label) for label, _ in rows)
+    width, height = left + _BARS + _RIGHT, len(rows) * _ROW + _BOTTOM
+    plot = _Plot(_svg(title, width, height), x, x, left, width, 0, height)
     for index, (label, parts) in enumerate(rows):
         top = index * _ROW + 3
-        plot.text(_LABELS - 10, top + 16, label, "end")
+        plot.text(left - 10, top + 16, label, "end")
         for part in parts:
-            left, size = plot.across(part.start), plot.across(part.end) - plot.across(part.start)
-            box = {"x": f"{left:.2f}", "y": f"{top}", "width": f"{size:.2f}", "height": f"{_ROW - 6}"}
+            start, size = plot.across(part.start), plot.across(part.end) - plot.across(part.start)
+            box = {"x": f"{start:.2f}", "y": f"{top}", "width": f"{size:.2f}", "height": f"{_ROW - 6}"}
             plot.add("rect", f"part {part.css}", part.hint, **box)
             if part.text and size >= _LETTER * len(part.text) + 4:
-                plot.text(left + size / 2, top + 16, part.text, "middle")
+                plot.text(start + size / 2, top + 16, part.text, "middle")
     plot.draw_axis()
     return plot.markup()
 
 
 def _svg(title: str, width: Number, height: Number) -> ElementTree.Element:
-    attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}"}
+    attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width:g} {height:g}"}
     return ElementTree.Element("svg", {**attributes, "role": "img", "aria-label": title})
 
 
@@ -207,23 +215,22 @@ class _Plot:
     def line(self, y: Number, css: str) -> None:
         self.add("line", css, x1=f"{self.left}", y1=f"{y:.2f}", x2=f"{self.width - _RIGHT}", y2=f"{y:.2f}")
 
-    def text(self, x: Number, y: Number, text: str, css: str) -> None:
-        self.add("text", css, x=f"{x:.2f}", y=f"{y:.2f}").text = text
+    def text(self, x: Number, y: Number, text: str, css: str, **attributes: str) -> None:
+        self.add("text", css, x=f"{x:.2f}", y=f"{y:.2f}", **attributes).text = text
 
     def draw_axis(self) -> None:
         """Draw the lower edge with the ticks and the title of the horizontal axis."""
         bottom = self.height - _BOTTOM
         self.line(bottom, "axis")
-        if self.x.title:
-            for value, written in self.x.ticks():
-                self.text(self.across(value), bottom + 16, written, "tick middle")
-            self.text(self.width - _RIGHT, bottom + 33, self.x.title, "tick end")
+        for value, written in self.x.ticks():
+            self.text(self.across(value), bottom + 16, written, "tick middle")
+        self.text((self.left + self.width - _RIGHT) / 2, bottom + 34, self.x.title, "tick middle")
 
     def write_labels(self, marks: Sequence[Mark]) -> None:
-        """Write labels above their marks, moved up where they would overlap."""
+        """Write labels beside their marks, moved up where they would overlap."""
         taken: list[tuple[float, float, float]] = []
         for mark in marks:
-            x, y, width = self.across(mark.x), self.down(mark.y) - 8, _LETTER * len(mark.label)
+            x, y, width = self.across(mark.x), self.down(mark.y) + 4, _LETTER * len(mark.label)
             to_the_left = x + 8 + width > self.width - _RIGHT
             start = x - 8 - width if to_the_left else x + 8
             while any(abs(y - line) < _LINE and start < end and begin < start + width for begin, end, line in taken):

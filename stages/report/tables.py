@@ -4,54 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
+from stages.commands.tables import Column, DataTable
 from stages.evaluation.accuracy import Guess, WorstToken
 from stages.evaluation.records import Evaluation, Generation, ModelRow, SpeedTest, TaskScore
+from stages.quantization.weights.summary import ranges
 from stages.records.results import VerifyReport
 from stages.records.sites import short_name
-from stages.report.document import Quantization
-from stages.report.view import UNKNOWN, TableGroup, TableView, megabytes, number, percent, table, visible
+from stages.report.document import KeptSite, Quantization
+from stages.report.values import (
+    UNKNOWN,
+    Grade,
+    grade_divergence,
+    grade_perplexity,
+    grade_speed,
+    grade_top1,
+    megabytes,
+    number,
+    percent,
+    text_name,
+    visible,
+)
+from stages.report.view import Cell, Figure, Graded, TableView, table
 from stages.runtime.upcast import UPCAST_REASON
 
 
-def accuracy_tables(evaluation: Evaluation, name: str) -> TableGroup:
-    """Return perplexity, KL, top-1 agreement and size of every model on one text."""
-    comparison, base = evaluation.comparison, evaluation.rows[0]
-    widened = [row.name for row in evaluation.rows if row.widened]
-    note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
-    headings = ("model", "perplexity", "KL, mean", "KL, 99th percentile", "same top-1", "MB", "of the base")
-    return TableGroup(
-        name=name,
-        heading=f"Accuracy on {comparison.text}",
-        text=f"{base.accuracy.tokens} predicted tokens in {comparison.windows} windows of {comparison.seq_len}; KL is "
-        f"KL({base.name} || model) in nats; accuracy level {comparison.accuracy_level}; ONNX Runtime, "
-        f"{', '.join(comparison.providers)}.{note}",
-        tables=(table(headings, [_accuracy_row(row, base) for row in evaluation.rows]),),
+def accuracy_tables(evaluations: Sequence[Evaluation]) -> Figure:
+    """Return perplexity, KL, top-1 agreement and size of every model on every text."""
+    several = len(evaluations) > 1
+    headings = ("model", "KL (nats)", "same top-1", "perplexity", "KL, 99th percentile", "MB", "of the base")
+    rows = [
+        (*([text_name(evaluation.comparison.text)] if several else []), *_accuracy_row(row, evaluation.rows[0]))
+        for evaluation in evaluations
+        for row in evaluation.rows
+    ]
+    return Figure(
+        name="kl",
+        heading="Accuracy" if several else f"Accuracy on {evaluations[0].comparison.text}",
+        text="\n".join(_how_scored(evaluation, named=several) for evaluation in evaluations),
+        tables=(table(["text", *headings] if several else headings, rows, texts=1 + several),),
     )
 
 
-def _accuracy_row(row: ModelRow, base: ModelRow) -> tuple[str, ...]:
-    accuracy = row.accuracy
+def _how_scored(evaluation: Evaluation, *, named: bool) -> str:
+    comparison, base = evaluation.comparison, evaluation.rows[0]
+    widened = [row.name for row in evaluation.rows if row.widened]
+    note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
+    return (
+        f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in {comparison.windows} "
+        f"windows of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
+        f"accuracy level {comparison.accuracy_level}; ONNX Runtime, {', '.join(comparison.providers)}.{note}"
+    )
+
+
+def _accuracy_row(row: ModelRow, base: ModelRow) -> tuple[Cell, ...]:
+    accuracy, is_base = row.accuracy, row is base
+    scores = (f"{accuracy.mean_divergence:.5f}", percent(accuracy.top1_agreement), f"{accuracy.perplexity:.3f}")
+    grades = (grade_divergence(accuracy), grade_top1(accuracy), grade_perplexity(accuracy, base.accuracy))
     return (
         row.name,
-        f"{accuracy.perplexity:.3f}",
-        f"{accuracy.mean_divergence:.5f}",
+        *(scores if is_base else map(Graded, scores, grades)),
         number(accuracy.divergence_99, ".4f"),
-        percent(accuracy.top1_agreement),
         megabytes(row.bytes),
         percent(row.bytes / base.bytes),
     )
 
 
-def worst_tables(evaluation: Evaluation, name: str) -> TableGroup | None:
+def worst_tables(evaluation: Evaluation, name: str) -> Figure | None:
     """Return the predictions farthest from the base's, a table for each model; None where there are none."""
     tables = [_worst_table(row) for row in evaluation.rows if row.worst]
     if not tables:
         return None
-    return TableGroup(
+    return Figure(
         name=name,
         heading="Worst tokens",
         text="The predictions farthest from the base's. Each token is followed by its probability in the base and in "
@@ -80,11 +103,11 @@ def _describe(guess: Guess) -> str:
     return f"“{visible(guess.token)}” {100 * guess.base:.1f} → {100 * guess.model:.1f} %"
 
 
-def answer_tables(generations: Sequence[Generation]) -> TableGroup | None:
+def answer_tables(generations: Sequence[Generation]) -> Figure | None:
     """Return each prompt with every model's answer; None where there are none."""
     if not generations:
         return None
-    return TableGroup(
+    return Figure(
         name="answers",
         heading="Answers side by side",
         text="Greedy, by onnxruntime-genai, at the accuracy level that each model's files set. Same start: how many of "
@@ -101,11 +124,11 @@ def _answer_table(generation: Generation) -> TableView:
     return table(("model", f"{generation.prompt} ({how})", "same start"), rows, texts=2, wraps=1)
 
 
-def speed_tables(speed: SpeedTest | None) -> TableGroup | None:
+def speed_tables(speed: SpeedTest | None) -> Figure | None:
     """Return tokens per second and memory; None where they weren't measured."""
     if speed is None:
         return None
-    return TableGroup(
+    return Figure(
         name="speed",
         heading="Speed and memory",
         text=f"{speed.runtime}, {speed.threads} {'thread' if speed.threads == 1 else 'threads'}, on {speed.machine}; "
@@ -118,13 +141,13 @@ def speed_tables(speed: SpeedTest | None) -> TableGroup | None:
 
 def _speed_table(speed: SpeedTest) -> TableView:
     base = speed.models[0]
-    rows = [
+    rows: list[tuple[Cell, ...]] = [
         (
             model.model,
             model.accuracy_level,
             f"{model.prompt.median:.1f} ({model.prompt.slowest:.1f} to {model.prompt.fastest:.1f})",
             f"{model.decode.median:.1f} ({model.decode.slowest:.1f} to {model.decode.fastest:.1f})",
-            f"{model.decode.median / base.decode.median:.2f}x",
+            _times(model.decode.median / base.decode.median, is_base=model is base),
             megabytes(model.peak_bytes),
             f"{model.load_seconds:.2f}",
         )
@@ -139,14 +162,18 @@ def _speed_table(speed: SpeedTest) -> TableView:
         "peak MB",
         "load, s",
     )
-    return table(headings, rows, texts=2, wraps=1)
+    return table(headings, rows, texts=2)
 
 
-def task_tables(scores: Sequence[TaskScore]) -> TableGroup | None:
+def _times(ratio: float, *, is_base: bool) -> Cell:
+    return f"{ratio:.2f}x" if is_base else Graded(f"{ratio:.2f}x", grade_speed(ratio))
+
+
+def task_tables(scores: Sequence[TaskScore]) -> Figure | None:
     """Return the scores of lm-eval's tasks; None where none was run."""
     if not scores:
         return None
-    return TableGroup(
+    return Figure(
         name="tasks",
         heading="lm-eval",
         text="lm-eval's tasks on ONNX Runtime, at the accuracy level of the comparison; ± is lm-eval's standard error.",
@@ -173,60 +200,79 @@ def _task_table(scores: Sequence[TaskScore]) -> TableView:
     return table(("task", "metric", "samples", *models), rows, texts=2)
 
 
-def verified_tables(quantization: Quantization) -> TableGroup | None:
+def verified_tables(quantization: Quantization) -> Figure | None:
     """Return the checks of the export, and what isn't quantized; None where nothing is known."""
     tables = []
     if quantization.verified is not None:
         tables.append(table(("check", "result"), _checks(quantization.verified), texts=2))
-    unquantized = [*((short_name(one.site), one.reason) for one in quantization.kept)]
+    reasons: dict[tuple[str, str], list[KeptSite]] = {}
+    for one in quantization.kept:
+        reasons.setdefault((one.kind, one.reason), []).append(one)
+    unquantized = [(_sites_in_words(kind, members), reason) for (kind, reason), members in reasons.items()]
     unquantized += [("other weights", text) for text in quantization.other_weights]
     if unquantized:
         tables.append(table(("not quantized", "why"), unquantized, texts=2, wraps=1))
     if not tables:
         return None
-    return TableGroup(
+    return Figure(
         name="checks",
         heading="Checks",
-        text="The exported model against the numbers that it was made from, on ONNX Runtime's CPU provider.",
+        text="The exported model against the numbers that it was made from, on ONNX Runtime's CPU provider. An error "
+        "is the largest difference of an output, relative to the largest output; an export fails beyond rounding.",
         tables=tuple(tables),
     )
 
 
-def _checks(verified: VerifyReport) -> list[tuple[str, str]]:
-    rows = []
+def _sites_in_words(kind: str, members: Sequence[KeptSite]) -> str:
+    layers = sorted(one.layer for one in members if one.layer is not None)
+    return f"{kind} of layers {ranges(layers)}" if layers else kind
+
+
+def _checks(verified: VerifyReport) -> list[tuple[Cell, ...]]:
+    rows: list[tuple[Cell, ...]] = []
     if verified.fused is not None:
-        rows.append(("sites that run as one MatMulNBits", f"{verified.fused} of {verified.sites}"))
+        grade = Grade.GOOD if verified.fused == verified.sites else Grade.POOR
+        rows.append(("MatMuls that run as one MatMulNBits", Graded(f"{verified.fused} of {verified.sites}", grade)))
     if verified.worst_exact is not None:
         site = short_name(verified.worst_exact.site)
-        rows.append(("largest error at accuracy level 1", f"{verified.worst_exact.exact:.1e} ({site})"))
+        error = Graded(f"{verified.worst_exact.exact:.1e} ({site})", Grade.GOOD)
+        rows.append(("largest error at accuracy level 1: rounding of sums", error))
     if verified.worst_default is not None:
         site = short_name(verified.worst_default.site)
-        rows.append(("largest error at the runtime's default level", f"{verified.worst_default.default:.1e} ({site})"))
+        text = f"{verified.worst_default.default:.1e} ({site})"
+        rows.append(("largest error at the runtime's default level, which rounds activations to int8", text))
+    if verified.tables:
+        worst = max(verified.tables, key=lambda one: one.error)
+        rows.append(("largest error of an embedding", Graded(f"{worst.error:.1e} ({worst.table})", Grade.GOOD)))
     rows += [(f"not fused: {short_name(one.site)}", one.reason) for one in verified.unfused]
     rows += [("not checked", reason) for reason in verified.skipped]
     return rows
 
 
-def tables_of(evaluation: Evaluation) -> Iterator[Table]:
-    """Yield an evaluation's tables for the terminal."""
-    groups: Sequence[TableGroup | None] = (
-        accuracy_tables(evaluation, ""),
-        worst_tables(evaluation, ""),
+def tables_of(evaluation: Evaluation) -> Iterator[DataTable]:
+    """Yield an evaluation's tables for the terminal, but for the worst tokens."""
+    yield from _terminal_tables(
+        accuracy_tables([evaluation]),
         answer_tables(evaluation.generations),
         speed_tables(evaluation.speed),
         task_tables(evaluation.tasks),
     )
+
+
+def tables_of_worst(evaluation: Evaluation) -> Iterator[DataTable]:
+    """Yield the tables of an evaluation's worst tokens for the terminal."""
+    yield from _terminal_tables(worst_tables(evaluation, ""))
+
+
+def _terminal_tables(*groups: Figure | None) -> Iterator[DataTable]:
     for group in groups:
         if group is not None:
             for index, view in enumerate(group.tables):
                 yield _terminal_table(view, f"{group.heading}. {group.text}" if index == 0 else "")
 
 
-def _terminal_table(view: TableView, title: str) -> Table:
-    # Text, because what a model wrote is not markup.
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in view.columns:
-        table.add_column(Text(column.heading), justify="right" if column.is_number else "left", overflow="fold")
-    for row in view.rows:
-        table.add_row(*map(Text, row))
-    return table
+def _terminal_table(view: TableView, title: str) -> DataTable:
+    columns = tuple(
+        Column(heading=column.heading, is_number=column.is_number, wraps=column.wraps) for column in view.columns
+    )
+    return DataTable(title=title, columns=columns, rows=tuple(tuple(str(cell) for cell in row) for row in view.rows))

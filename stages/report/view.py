@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.report.svg import OUTLINES, Shape
-
-UNKNOWN = "-"
-"""What a table shows for an unknown number."""
+from stages.report.values import Grade
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +19,26 @@ class Column:
     """Whether it holds sentences, which wrap."""
 
 
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """A cell that says whether its number is good: on the page with a word and a colour."""
+
+    text: str
+    grade: Grade
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Cell = str | Graded
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableView:
     """A table of text."""
 
     columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
 
     @property
     def is_wide(self) -> bool:
@@ -50,17 +62,20 @@ class LegendEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """Drawings, with their numbers as a table."""
+    """Drawings and tables under one heading."""
 
     name: str
     """Unique on the page."""
     heading: str
     text: str
-    """What the drawings show, and how to read them."""
-    drawings: tuple[str, ...]
+    """What is shown, and how to read it."""
+    drawings: tuple[str, ...] = ()
     """SVG elements."""
-    legend: tuple[LegendEntry, ...]
-    table: TableView
+    legend: tuple[LegendEntry, ...] = ()
+    tables: tuple[TableView, ...] = ()
+    folded: TableView | None = None
+    """Shown on request: every number of the drawings."""
+    folded_name: str = "Numbers"
     small: bool = False
     """Whether the drawings are small ones, side by side."""
 
@@ -72,16 +87,7 @@ class Tile:
     value: str
     label: str
     note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableGroup:
-    """Tables under one heading."""
-
-    name: str
-    heading: str
-    text: str
-    tables: tuple[TableView, ...]
+    grade: Grade | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +96,12 @@ class Section:
 
     name: str
     heading: str
-    parts: tuple[Figure | TableGroup, ...] = ()
+    parts: tuple[Figure, ...] = ()
+    text: str = ""
 
 
 def table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1, wraps: int | None = None
+    headings: Sequence[str], rows: Sequence[Sequence[Cell]], *, texts: int = 1, wraps: int | None = None
 ) -> TableView:
     """Return a table whose first columns hold text and whose others hold numbers.
 
@@ -109,23 +116,3 @@ def table(
         for index, heading in enumerate(headings)
     )
     return TableView(columns=columns, rows=tuple(tuple(row) for row in rows))
-
-
-def number(value: float | None, form: str) -> str:
-    """Return ``value`` in ``form``, or a dash where it isn't known."""
-    return UNKNOWN if value is None else format(value, form)
-
-
-def percent(value: float | None) -> str:
-    """Return a share as per cent with three significant digits."""
-    return UNKNOWN if value is None else f"{100 * value:.3g} %"
-
-
-def megabytes(value: int | None) -> str:
-    """Return bytes in millions."""
-    return number(None if value is None else value / 1e6, ",.1f")
-
-
-def visible(text: str) -> str:
-    """Return ``text`` with signs for line breaks and tabs."""
-    return text.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥")

@@ -6,16 +6,21 @@ The package is optional. Nothing heavy is imported here: the speed test measures
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from stages.errors import UserError, in_one_line, with_class_name
-from stages.model.genai_config import GENAI_CONFIG
+from stages.model.genai_config import GENAI_CONFIG, read_genai_model
+
+Message = Mapping[str, str]
+"""One message of a conversation: its ``role`` (system, user, assistant) and its ``content``."""
 
 _TEMPLATE = "chat_template"
+_UNKNOWN_CONTEXT = 2048
+"""Tokens of context where genai_config.json doesn't say."""
 _CPU = "cpu"
 _LACKS_OUTPUT = "output was not found"
 """Words of onnxruntime-genai about an output that genai_config.json names and the graph lacks."""
@@ -31,11 +36,29 @@ class GenaiSession:
     tokenizer: Any
     has_template: bool
     """Whether the folder has a chat template."""
+    context_length: int
+    """The most tokens of a prompt and its answer together."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """Return the token ids of a user's message, in the chat template where there is one."""
-        if self.has_template:
-            prompt = self.tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": prompt}]))
+        return self.conversation_tokens([{"role": "user", "content": prompt}])
+
+    def conversation_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of ``messages`` in the chat template; without one, of their texts, each on its line.
+
+        Raises:
+            UserError: the template refuses them.
+        """
+        if not self.has_template:
+            prompt = "\n".join(message["content"] for message in messages)
+        else:
+            try:
+                prompt = self.tokenizer.apply_chat_template(json.dumps(messages))
+            except RuntimeError as error:
+                hint = "leave out --system" if messages[0]["role"] == "system" else "use a model with another template"
+                raise UserError(
+                    f"The model's chat template can't be applied ({in_one_line(error)}); {hint}."
+                ) from error
         return [int(token) for token in self.tokenizer.encode(prompt)]
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -43,18 +66,26 @@ class GenaiSession:
         text: str = self.tokenizer.decode(list(tokens))
         return text
 
-    def greedy(self, tokens: Sequence[int], limit: int, *, past_the_end: bool = False) -> Iterator[int]:
-        """Yield the most likely next tokens, each computed when it is asked for, the prompt with the first.
+    def generate(
+        self, tokens: Sequence[int], limit: int, *, past_the_end: bool = False, temperature: float = 0.0
+    ) -> Iterator[int]:
+        """Yield the next tokens, each computed when it is asked for, the prompt with the first.
 
         Args:
             tokens: token ids of the prompt.
             limit: the most tokens that are generated.
             past_the_end: whether generation goes on behind the model's end token.
+            temperature: of sampling; 0 takes the most likely token.
         """
         settings = self.runtime.GeneratorParams(self.model)
         length = len(tokens) + limit
+        sampling = {"temperature": temperature} if temperature else {}
         settings.set_search_options(
-            max_length=length, min_length=length if past_the_end else 0, do_sample=False, num_beams=1
+            max_length=length,
+            min_length=length if past_the_end else 0,
+            do_sample=temperature > 0,
+            num_beams=1,
+            **sampling,
         )
         generator = self.runtime.Generator(self.model, settings)
         generator.append_tokens(list(tokens))
@@ -76,12 +107,25 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
     """
     require_genai([folder], option)
     runtime = import_genai(option)
+    context_length = read_genai_model(folder).context_length
     try:
         model = load_genai(runtime, folder, threads=threads)
-        tokenizer = runtime.Tokenizer(model)
     except RuntimeError as error:
         raise cannot_run(folder, option, error) from error
-    return GenaiSession(runtime=runtime, model=model, tokenizer=tokenizer, has_template=_has_template(folder))
+    try:
+        tokenizer = runtime.Tokenizer(model)
+    except RuntimeError as error:
+        raise UserError(
+            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); copy "
+            "tokenizer.json and tokenizer_config.json into it."
+        ) from error
+    return GenaiSession(
+        runtime=runtime,
+        model=model,
+        tokenizer=tokenizer,
+        has_template=has_chat_template(folder),
+        context_length=context_length or _UNKNOWN_CONTEXT,
+    )
 
 
 def load_genai(
@@ -145,10 +189,19 @@ def require_genai(folders: Sequence[Path], option: str) -> None:
     import_genai(option)
     for folder in folders:
         if not (folder / GENAI_CONFIG).is_file():
-            raise UserError(
-                f"{option} {folder} has no {GENAI_CONFIG}; copy it and the tokenizer's files from the base's folder "
-                "(Olive's quantizers leave them out), or pass another folder."
-            )
+            fault = f"has no {GENAI_CONFIG}" if folder.exists() else "does not exist"
+            fix = "copy it and the tokenizer's files from the base's folder (Olive's quantizers leave them out), or pass"
+            raise UserError(f"{option} {folder} {fault}; {fix if folder.exists() else 'pass'} another folder.")
+
+
+def why_not_genai(folders: Sequence[Path]) -> str | None:
+    """Return why onnxruntime-genai can't run some models, as far as that is known without loading them, or None."""
+    places = [path.parent if path.suffix == ".onnx" else path for path in folders]
+    try:
+        require_genai(places, "")
+    except UserError as error:
+        return str(error).lstrip(": ").partition(";")[0]
+    return None
 
 
 def cannot_run(folder: Path, option: str, error: RuntimeError) -> UserError:
@@ -173,7 +226,8 @@ def runtime_version(option: str) -> str:
     return f"onnxruntime-genai {import_genai(option).__version__}"
 
 
-def _has_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
+    """Return whether the tokenizer in ``folder`` has a chat template."""
     if (folder / f"{_TEMPLATE}.jinja").is_file():
         return True
     config = folder / "tokenizer_config.json"

@@ -17,6 +17,8 @@ from pathlib import Path
 from stages.errors import UserError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
+_ROOT = _LAUNCHER.parents[2]
+"""Where our packages lie."""
 _ERROR_PREFIX = re.compile(r"^(error: |ERROR: |\w*(Error|Exception): )")
 _SIGNALS = 128
 """Exit codes above it are the number of a signal more."""
@@ -57,12 +59,25 @@ def run_measured(command: Sequence[str], log: Path) -> Cost:
 def _run(command: Sequence[str], log: Path) -> int:
     """Return the exit code of ``command``; if this process is interrupted, end it and what it started."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=_safe_environment(command[0])
+        )
         try:
             return process.wait()
         except BaseException:
             _kill(process)
             raise
+
+
+def _safe_environment(program: str) -> dict[str, str]:
+    """Return the environment for ``program`` in which Python imports nothing from the current folder.
+
+    Where our own packages come from there, as in a clone that isn't installed, this Python is told where they are.
+    """
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if program == sys.executable and sys.path[0] == str(_ROOT):
+        safe["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    return safe
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -52,6 +52,12 @@ def sibling_folder(folder: AnyPath, suffix: str) -> AnyPath:
     return folder.with_name(folder.name + suffix)
 
 
+def from_here(path: Path) -> Path:
+    """Return ``path`` relative to the current folder if it lies below it, as people type it; else as it is."""
+    here = Path.cwd()
+    return path.relative_to(here) if path != here and path.is_relative_to(here) else path
+
+
 def reachable(path: Path) -> Path:
     """Return ``path`` in a form in which long names inside it work: as it is, except on Windows."""
     return Path(extended(PureWindowsPath(path.resolve()))) if ON_WINDOWS else path

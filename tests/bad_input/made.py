@@ -174,8 +174,8 @@ def _table(name: str, value: torch.Tensor | None) -> Spoil:
 
 
 STORES = (
-    _store("no such folder", gone(), "nothing", "recipe.json", arguments="--weights_path nothing"),
-    _store("a file", gone(), "text.txt", "recipe.json", arguments="--weights_path text.txt"),
+    _store("no such folder", gone(), "nothing", "is not a folder", arguments="--weights_path nothing"),
+    _store("a file", gone(), "text.txt", "is not a folder", arguments="--weights_path text.txt"),
     _store("of another base", _other_weights, "weights", "another model"),
     _store("recipe: no JSON", written(_RECIPE, "{"), "recipe.json"),
     _store("recipe: deep", written(_RECIPE, "[" * 100_000), "recipe.json"),

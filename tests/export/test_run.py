@@ -90,7 +90,7 @@ def test_every_side_file_is_there_and_nothing_else(tmp_path: Path) -> None:
     tiny.run(options())
     names = {str(path.relative_to(tiny.output)) for path in tiny.output.rglob("*") if path.is_file()}
     side_files = {"genai_config.json", "tokenizer.json", str(Path("adapters", "a.bin"))}
-    assert names == {"model.onnx", "model.onnx.data"} | side_files
+    assert names == {"model.onnx", "model.onnx.data", "README.md", "genai_quant.json"} | side_files
     assert (tiny.output / "adapters" / "a.bin").read_bytes() == b"\x00\x01"
 
 
@@ -194,7 +194,8 @@ def test_outputs_inside_the_base_folder_are_not_copied_into_each_other(tmp_path:
         export.run.export_model(tiny.base, tiny.store, destination, options("quick"))
     for name in ("first", "second"):
         entries = {path.name for path in (tmp_path / "base" / name).iterdir()}
-        assert entries == {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "adapters"}
+        side_files = {"genai_config.json", "tokenizer.json", "adapters"}
+        assert entries == {"model.onnx", "model.onnx.data", "README.md", "genai_quant.json"} | side_files
 
 
 def test_an_output_that_holds_the_weights_is_refused(tmp_path: Path) -> None:

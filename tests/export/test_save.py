@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.save import account_for_bytes, read_initializer
-from stages.errors import GraphError
+from export.save import Destination, account_for_bytes, read_initializer
+from stages.errors import GraphError, UserError
+from stages.model.directory import ModelDirectory
 
 
 def model_of(folder: Path, places: list[tuple[int, int]], size: int) -> tuple[ir.Model, Path]:
@@ -75,3 +76,16 @@ def test_reading_leaves_no_mapping_open(tmp_path: Path) -> None:
     tensor = model.graph.initializers["t0"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     assert tensor.raw is None
+
+
+def test_no_output_goes_among_quantized_weights(tmp_path: Path) -> None:
+    (tmp_path / "w" / "sub").mkdir(parents=True)
+    (tmp_path / "w" / "recipe.json").touch()
+    base = ModelDirectory(folder=tmp_path / "base", onnx_file=tmp_path / "base" / "model.onnx", has_genai_config=False)
+    output = tmp_path / "w" / "sub" / "int4"
+    assert Destination.from_path(output, base, overwrite=False).folder == output, "any tool may write a recipe.json"
+    (tmp_path / "w" / "0000.layers.0.safetensors").touch()
+    with pytest.raises(
+        UserError, match=f"--output_path {output} lies among the quantized weights in {tmp_path / 'w'};"
+    ):
+        Destination.from_path(output, base, overwrite=False)

@@ -14,18 +14,21 @@ import pytest
 import tyro
 
 import genai_quant
+from genai_quant.base_models.options import BaseModelConfig
 from genai_quant.command import main
 from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
+from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.options import RunConfig
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = {
+    "base-model": BaseModelConfig,
     "calibrate": CalibrateConfig,
     "quantize": QuantizeConfig,
     "export": ExportConfig,
     "run": RunConfig,
+    "chat": ChatConfig,
     "evaluate": EvaluateConfig,
     "sweep": SweepConfig,
     "inspect": InspectConfig,
@@ -66,17 +69,30 @@ def _options(help_text: str) -> set[str]:
 def test_a_command_has_the_options_of_its_module(
     command: str, program: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, printed = program(command, "--help")
+    code, printed = program(command, "--help_all")
     assert code == 0
     with pytest.raises(SystemExit):
         tyro.cli(COMMANDS[command], prog="x", use_underscores=True, args=["--help"])
-    assert _options(printed) == _options(capsys.readouterr().out) != set()
+    parsed = {option for option in _options(capsys.readouterr().out) if not option.startswith("--no_")}
+    assert parsed - {"--help"} == {option for option in _options(printed) if not option.startswith("--no_")}
 
 
-def test_the_program_alone_names_its_commands(program: Program) -> None:
+def test_the_program_alone_names_its_commands_and_options(program: Program) -> None:
     code, printed = program("--help")
     assert code == 0
-    assert all(f"• {command} " in printed for command in COMMANDS)
+    assert all(f"\n  {command} " in printed for command in COMMANDS)
+    assert "--version" in printed
+    assert program() == program("-h") == (code, printed)
+
+
+def test_an_unknown_command_names_the_nearest(program: Program) -> None:
+    assert program("quantise") == (2, "error: genai-quant has no command quantise; did you mean quantize?\n")
+
+
+def test_help_is_about_what_was_typed() -> None:
+    start = [sys.executable, "-m", "genai_quant", "run", "-h"]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m genai_quant run CONFIG [options]\n")
 
 
 @pytest.mark.parametrize("start", [["genai-quant"], ["python", "-m", "genai_quant"]])
@@ -90,16 +106,15 @@ def test_the_version_is_printed(start: list[str]) -> None:
 
 
 def test_an_unknown_option_names_the_nearest(program: Program) -> None:
-    code, printed = program("quantize", "--onnx_path", "a", "--output_path", "b", "--blok_size", 32)
+    code, printed = program("quantize", "--blok_size", 32)
     assert code == 2
-    assert "--blok_size" in printed
-    assert "--block_size" in printed
+    assert printed == "error: genai-quant quantize has no option --blok_size; did you mean --block_size?\n"
 
 
 ENTRIES = (
     "genai_quant",
     "export",
-    *(f"stages.{name}" for name in ("calibrate", "quantize", "evaluate", "sweep", "inspect", "report")),
+    *(f"stages.{name}" for name in ("calibrate", "quantize", "chat", "evaluate", "sweep", "inspect", "report")),
 )
 
 
@@ -145,7 +160,7 @@ def test_bash_completes_commands_options_and_values(program: Program, tmp_path: 
     assert _completed(script, "genai-quant", "") >= set(COMMANDS)
     assert _completed(script, "genai-quant", "qu") == {"quantize"}
     for command in ("calibrate", "quantize", "export", "run", "evaluate", "sweep", "report"):
-        wanted = _options(program(command, "--help")[1])
+        wanted = _options(program(command, "--help_all")[1]) - {"--help_all"}
         offered = _completed(script, "genai-quant", command, "--")
         assert {name.replace("-", "_") for name in wanted} <= {name.replace("-", "_") for name in offered}, command
     assert _completed(script, "genai-quant", "quantize", "--algo", "awq_") == {

@@ -64,7 +64,8 @@ evaluate:
         output_path=Path("models/nbits"),
         weight_operator="matmul_nbits",
     )
-    assert run.evaluate == EvaluateConfig(base=base, model=(output,), text="some.txt")
+    report = Path("models/int4.weights/report")
+    assert run.evaluate == EvaluateConfig(base=base, model=(output,), text="some.txt", report=report)
 
 
 def test_one_section_is_enough(file: Path) -> None:

@@ -56,19 +56,22 @@ def distance(found: np.ndarray, base: np.ndarray) -> float:
     return float(np.linalg.norm(found - base) / np.linalg.norm(base))
 
 
-@pytest.mark.parametrize("form", ["gather_block_quantized", "dq"])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("form", "axis", "bits"),
+    [("gather_block_quantized", 1, 8), ("gather_block_quantized", 0, 4), ("dq", 1, 4), ("dq", 0, 8)],
+)
 def test_an_untied_embedding_shrinks_and_the_model_generates(
-    form: str, axis: int, tiny_model: Path, tmp_path: Path, commands: Commands
+    form: str, axis: int, bits: int, tiny_model: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    plain, output = tmp_path / "plain", tmp_path / "int4"
-    quantize(commands, tiny_model, plain)
-    printed = quantize(commands, tiny_model, output, "--gather_quantize_axis", axis, "--gather_form", form)
-    assert "INT4, 0.1 MB -> 0.0 MB" in printed
+    plain, output = tmp_path / "plain", tmp_path / "small"
+    quantize(commands, tiny_model, plain, "--embedding", "none")
+    options = ["--embedding", bits, "--gather_quantize_axis", axis, "--gather_form", form, "--gather_block_size", 32]
+    printed = quantize(commands, tiny_model, output, *options)
+    assert f"INT{bits} block 32, 0.1 MB -> 0.0 MB" in printed
     assert "lookup error" in printed
     assert ("dequantizes this whole table" in printed) == (form == "dq")
     # 300 x 64 float32 numbers become codes and a scale for each 32 (axis 0 fills up its last block of tokens).
-    saved = 300 * 64 * 4 - 300 * 32 - (300 * 2 if axis == 1 else 10 * 64) * 4
+    saved = 300 * 64 * 4 - 300 * 64 * bits // 8 - (300 * 2 if axis == 1 else 10 * 64) * 4
     assert data_bytes(plain) - data_bytes(output) == saved
     base = _logits(tiny_model, TOKENS)
     # Five percent of weight error a layer, as without the embedding's; a wrong row gives more than 1.
@@ -76,32 +79,76 @@ def test_an_untied_embedding_shrinks_and_the_model_generates(
     assert len(_generate(output)) == 24
 
 
-@pytest.mark.parametrize("model", ["tied_model", "tied_model_fp16"])
-def test_a_tied_head_keeps_the_original_until_it_is_quantized_too(
-    model: str, tmp_path: Path, commands: Commands, request: pytest.FixtureRequest
+def readers(folder: Path) -> tuple[ir.Node, ir.Node]:
+    """Return the lookup and the node that makes the logits."""
+    nodes = {node.name: node for node in ir.load(folder / "model.onnx").graph}
+    return nodes["/model/embed_tokens/Gather"], nodes["/lm_head/MatMul"]
+
+
+def stored_name(node: ir.Node, place: int) -> str | None:
+    """Return the initializer that the node reads at ``place``, through a Reshape or not."""
+    value = node.inputs[place]
+    assert value is not None
+    maker = value.producer()
+    source = value if maker is None else maker.inputs[0]
+    return None if source is None else source.name
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "extra"),
+    [
+        ("tied_model", ["--lm_head", 4, "--embedding", 4, "--use_zero_point"], 1),
+        ("tied_model_fp16", ["--lm_head", 8, "--embedding", 8, "--gather_block_size", 32], 0),
+    ],
+)
+def test_a_tied_table_is_stored_once_and_both_read_it(
+    model: str, options: list[object], extra: int, tmp_path: Path, commands: Commands, request: pytest.FixtureRequest
 ) -> None:
     source: Path = request.getfixturevalue(model)
-    original = ir.load(source / "model.onnx").graph.initializers["lm_head.MatMul.weight"].const_value
-    assert original is not None
+    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
+    printed = quantize(commands, source, one, *options)
+    assert "one table of 0.0 MB for it and /lm_head/MatMul" in printed
+    lookup, head = readers(one)
+    assert (lookup.op_type, head.op_type) == ("GatherBlockQuantized", "MatMulNBits")
+    assert head.attributes["accuracy_level"].as_int() == 4
+    places = [(0, 1), (2, 2), (3, 3)][: 2 + extra]
+    assert all(stored_name(lookup, there) == stored_name(head, here) for there, here in places)
+    assert "DequantizeLinear" in {node.op_type for node in ir.load(one / "model.onnx").graph}
+    printed = quantize(commands, source, two, *options, "--share_embedding", "off")
+    assert "one table" not in printed
+    bits = options[1]
+    assert isinstance(bits, int)
+    assert data_bytes(two) - data_bytes(one) > 300 * 64 * bits // 8
     base = _logits(source, TOKENS)
-    kept, both = tmp_path / "kept", tmp_path / "both"
-    printed = quantize(commands, source, kept, "--gather_quantize_axis", 1)
+    for output in (one, two):
+        assert "lm_head.MatMul.weight" not in ir.load(output / "model.onnx").graph.initializers
+        assert distance(_logits(output, TOKENS), base) < 0.4
+    arguments = ["--onnx_path", source, "--weights_path", tmp_path / "one.weights", "--output_path", again]
+    assert commands.export(*arguments)[0] == 0
+    assert (again / "model.onnx.data").read_bytes() == (one / "model.onnx.data").read_bytes()
+
+
+def test_a_tied_head_that_stays_keeps_the_original(tied_model: Path, tmp_path: Path, commands: Commands) -> None:
+    original = ir.load(tied_model / "model.onnx").graph.initializers["lm_head.MatMul.weight"].const_value
+    assert original is not None
+    printed = quantize(commands, tied_model, tmp_path / "kept", "--embedding", 4, "--lm_head", "none")
     assert "stays because /lm_head/MatMul reads it too" in printed
-    found = ir.load(kept / "model.onnx").graph.initializers["lm_head.MatMul.weight"].const_value
+    found = ir.load(tmp_path / "kept" / "model.onnx").graph.initializers["lm_head.MatMul.weight"].const_value
     assert found is not None
     assert found.tobytes() == original.tobytes()
-    printed = quantize(commands, source, both, "--gather_quantize_axis", 1, "--lm_head", 4)
-    assert "stays because" not in printed
-    assert "lm_head.MatMul.weight" not in ir.load(both / "model.onnx").graph.initializers
-    for output in (kept, both):
-        assert distance(_logits(output, TOKENS), base) < 0.4
-        assert {node.op_type for node in ir.load(output / "model.onnx").graph} >= {"GatherBlockQuantized"}
-    assert data_bytes(both) < data_bytes(kept) - original.nbytes / 2
 
 
 def test_a_tied_model_generates(tied_model: Path, tmp_path: Path, commands: Commands) -> None:
-    quantize(commands, tied_model, tmp_path / "int4", "--gather_quantize_axis", 1, "--lm_head", 8)
-    assert len(_generate(tmp_path / "int4")) == 24
+    quantize(commands, tied_model, tmp_path / "small", "--embedding", 8, "--lm_head", 8)
+    assert len(_generate(tmp_path / "small")) == 24
+
+
+def test_an_untied_model_says_why_it_cannot_share(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
+    options = ["--embedding", 8, "--lm_head", 8, "--share_embedding", "on"]
+    arguments = ["--onnx_path", tiny_model, "--output_path", tmp_path / "one", "--algo", "rtn_dq", *options]
+    code, printed = commands.quantize(*arguments)
+    assert code == 2
+    assert "holds other numbers than every lm_head of the model" in printed
 
 
 def test_a_stopped_run_rounds_only_what_is_missing_and_other_options_are_refused(

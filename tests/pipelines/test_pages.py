@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from genai_quant.base_models.options import BaseModelConfig
 from scripts import options as of_scripts
 from stages.commands import calibrate_options, evaluate_options, options, quantize_options
 
@@ -26,19 +27,21 @@ OURS = {
     "stages.calibrate": calibrate_options.CalibrateConfig,
     "stages.quantize": quantize_options.QuantizeConfig,
     "export": quantize_options.ExportConfig,
+    "stages.chat": evaluate_options.ChatConfig,
     "stages.evaluate": evaluate_options.EvaluateConfig,
     "stages.sweep": evaluate_options.SweepConfig,
     "stages.inspect": evaluate_options.InspectConfig,
     "stages.report": evaluate_options.ReportConfig,
     "genai_quant": options.RunConfig,
     "scripts.quantize": of_scripts.DropInConfig,
-    "scripts.build_base_model": of_scripts.BuildConfig,
     "scripts.compare_with_peer": of_scripts.PeerConfig,
     "scripts.benchmark": of_scripts.BenchmarkConfig,
     "scripts.make_large_model": of_scripts.LargeModelConfig,
-    "scripts.generate": of_scripts.GenerateConfig,
     "scripts.write_tables": of_scripts.TablesConfig,
 }
+OURS |= {f"genai-quant {name.rpartition('.')[2]}": kind for name, kind in OURS.items() if "scripts" not in name}
+OURS["genai-quant base-model"] = BaseModelConfig
+OURS["genai-quant run"] = options.RunConfig
 """Our commands and their options."""
 FOREIGN = {
     "--calib",  # a completion that ModelOpt-Windows would have accepted
@@ -46,6 +49,7 @@ FOREIGN = {
     "--extra_options",
     "--fast",
     "--help",
+    "--index-url",
     "--multi_gpu",
     "--no-deps",
     "--num_processes",
@@ -168,9 +172,10 @@ def test_every_option_of_a_page_exists(page: Path) -> None:
 def test_every_command_line_of_a_page_takes_its_options(page: Path) -> None:
     for block in blocks_of(page):
         for words in lines_of(block.body) if block.language in ("bash", "console") else ():
-            module = words[words.index("-m") + 1] if "-m" in words else None
+            start = words.index("-m") + 1 if "-m" in words else 1
+            module = words[start] if "-m" in words else " ".join(words[:2])
             if module in OURS:
-                given = {word.partition("=")[0] for word in words[words.index("-m") + 2 :] if word.startswith("--")}
+                given = {word.partition("=")[0] for word in words[start:] if word.startswith("--")}
                 wrong = {option for option in given if not known_option(option, options_of(OURS[module]))}
                 assert wrong == set(), f"{module} has no {wrong}"
 

@@ -78,7 +78,7 @@ REFERENCE = (
     Argument(name="block_size", theirs=128, ours=None, given=32, because="128, unless --target runs another best"),
     Argument(name="gather_block_size", theirs=32, ours=None, given=64, because="32, unless --target needs another"),
     Argument(name="gather_quantize_axis", theirs=None, ours=None, given=1),
-    Argument(name="use_zero_point", theirs=False, ours=False, given=True),
+    Argument(name="use_zero_point", theirs=False, ours=None, given=True, because="as --target likes"),
     Argument(name="no_past_kv_inputs", theirs=False, ours=False, given=True),
     Argument(name="use_buffer_share", theirs=False, ours=False, given=True),
     Argument(name="add_position_ids", theirs=False, ours=False, given=True),

@@ -12,9 +12,10 @@ from stages.errors import UserError, in_one_line, sentence_of, with_class_name
     [
         (ValueError("no such\n  block"), "no such block", "ValueError: no such block"),
         (KeyError(), "KeyError", "KeyError"),
+        (OSError(2, "No such file", "x"), "No such file", "FileNotFoundError: No such file"),
         (RuntimeError("word " * 100), "word " * 38 + "word...", "RuntimeError: " + "word " * 38 + "word..."),
     ],
-    ids=["two lines", "nothing", "a long one"],
+    ids=["two lines", "nothing", "of the system", "a long one"],
 )
 def test_a_librarys_error_becomes_one_short_line(error: Exception, words: str, with_class: str) -> None:
     assert in_one_line(error) == words

@@ -37,6 +37,8 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
     points += ["--options", "exclude=", "exclude= scale_range=compat7"]
     code, printed = commands.sweep(*arguments, *points)
     assert code == 0, printed
+    assert "2 models to make, one after the other: about 2" in printed
+    assert " s of search, and 0.0 GB in " in printed
     found = records(output)
     assert sorted(found) == ["rtn_dq-b32-exclude", "rtn_dq-b32-exclude-scale_range-compat7"]
     for name, record in found.items():
@@ -46,7 +48,7 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
         assert record.search.held_out_loss is None
         assert record.bytes == sum(file.stat().st_size for file in (output / name).glob("model.onnx*"))
         # The command itself, typed again, makes the same model.
-        assert " ".join(("python", *record.command[1:])) in printed.replace("'", "")
+        assert " ".join(("python", *record.command[1:])) in (output / "table.md").read_text().replace("'", "")
     written = (output / "table.md").read_text()
     assert all(f" {name} " in written for name in found)
     (table,) = read_report(output).sweep
@@ -56,6 +58,7 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
     files = {file: file.stat().st_mtime_ns for file in output.rglob("*.onnx")}
     code, again = commands.sweep(*arguments, *points)
     assert code == 0, again
+    assert "models to make" not in again
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*.onnx")} == files
     assert (output / "table.md").read_text() == written
     # Both take as many bytes; the one with the larger divergence is beaten.
@@ -70,7 +73,7 @@ def test_a_points_command_makes_the_same_model(
 ) -> None:
     output = tmp_path / "sweep"
     arguments = ["--base", tiny_model, "--cache_dir", tiny_cache, "--output", output]
-    arguments += ["--no_evaluation", "--keep", "none"]
+    arguments += ["--no_evaluation", "--keep", "none", "--verbose"]
     arguments += ["--use_zero_point", True, "--block_size", 16, "--algo", "awq_clip"]
     code, printed = commands.sweep(*arguments)
     assert code == 0, printed

@@ -319,7 +319,7 @@ FAMILIES = (
         config=_gemma3,
         peculiar=(
             "as Gemma 2 without soft caps, with norms of q and k and two rotation tables (onnxruntime-genai 0.18 reads "
-            "its configuration as scripts.build_base_model writes it)"
+            "its configuration as genai-quant base-model writes it)"
         ),
         width=0.2,
         folds=_PACKED,

@@ -8,14 +8,20 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.chat import Message
-from stages.calibration.text.offline import DOCUMENT_CHARACTERS, gather, offline_calibration_documents, paragraphs
+from stages.calibration.text.offline import (
+    CALIBRATION_TITLE,
+    DOCUMENT_CHARACTERS,
+    gather,
+    offline_calibration_documents,
+    paragraphs,
+)
 from stages.calibration.text.tokenizer import why_unreachable
 from stages.errors import UserError, with_class_name
 
@@ -26,7 +32,13 @@ Row = dict[str, Any]
 TextDocument = str | list[Message]
 SELF_GENERATED = "self"
 """The data set that the model writes itself; there are no documents of it."""
+OFFLINE = "offline"
+STAND_IN = f"{OFFLINE},{SELF_GENERATED}"
+"""Text in place of the default data set where the hub doesn't answer."""
+DEFAULT_DATASET = "cnn"
 _SHUFFLE_BUFFER = 2000
+_SECONDS = 4.0
+"""How long the hub may take to answer before other text stands in for the default."""
 _LONGEST_HUB_DOCUMENT = 16384
 _TABLES = (".jsonl", ".parquet")
 _FILE_COLUMNS = ("text", "article", "content")
@@ -62,6 +74,54 @@ class Documents:
 
     title: str
     texts: Iterator[TextDocument]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenText:
+    """What ``--dataset`` names, or what stands in for it."""
+
+    dataset: str
+    note: str = ""
+    """Why the default data set isn't used, and what would be better; empty where it is."""
+
+
+def choose_text(
+    dataset: str | None, cannot_write: Callable[[], str | None], hub_sources: Mapping[str, HubSource] = HUB_SOURCES
+) -> ChosenText:
+    """Return ``dataset`` or, where it is None, the default data set or what can be had in its place.
+
+    Args:
+        dataset: what was asked for.
+        cannot_write: returns why the model can't write text itself, or None where it can.
+        hub_sources: data sets of the hub by their short names.
+    """
+    if dataset is not None:
+        return ChosenText(dataset=dataset)
+    source = hub_sources[DEFAULT_DATASET]
+    missing = _why_unreadable(source)
+    if missing is None:
+        return ChosenText(dataset=DEFAULT_DATASET)
+    reason = cannot_write()
+    texts = "offline and self take" if reason is None else f"offline (without self: {reason}) takes"
+    return ChosenText(
+        dataset=STAND_IN if reason is None else OFFLINE,
+        note=f"--dataset {DEFAULT_DATASET} can't be read ({missing}): {texts} its place. Text of the kind "
+        "that the model will read is better: --dataset FILE.txt.",
+    )
+
+
+def _why_unreadable(source: HubSource) -> str | None:
+    """Return why not even the first row of ``source`` can be read, or None where it can."""
+    import datasets  # here, because it takes seconds
+
+    unreachable = None if Path(source.path).is_dir() else why_unreachable(source.path, "dataset", _SECONDS)
+    if unreachable is not None:
+        return unreachable
+    try:
+        next(iter(datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)))
+    except Exception as error:  # the hub's clients raise classes without a common base
+        return with_class_name(error)
+    return None
 
 
 def dataset_names(dataset: str) -> tuple[str, ...]:
@@ -101,13 +161,13 @@ def open_documents(
     source = hub_sources.get(dataset) or _by_hub_name(dataset, hub_sources)
     if source is not None:
         return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
-    if dataset == "offline":
+    if dataset == OFFLINE:
         texts = offline_calibration_documents()
-        return Documents(title="offline: CPython documentation topics", texts=_shuffled(texts, seed))
+        return Documents(title=f"{OFFLINE}: {CALIBRATION_TITLE}", texts=_shuffled(texts, seed))
     path = Path(dataset)
     if path.suffix not in (".txt", *_TABLES):
         raise UserError(
-            f"--dataset {dataset} is none of {', '.join(hub_sources)}, offline, {SELF_GENERATED}, and not a .txt, "
+            f"--dataset {dataset} is none of {', '.join(hub_sources)}, {OFFLINE}, {SELF_GENERATED}, and not a .txt, "
             ".jsonl or .parquet file; pass one of these."
         )
     if not path.is_file():

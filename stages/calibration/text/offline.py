@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 
 _EVALUATION_SHARE = 5
 _LEAST_LETTERS = 0.2
+CALIBRATION_TITLE = "CPython documentation topics"
 DOCUMENT_CHARACTERS = 4000
 """About a thousand tokens: a few windows, so that a sample of documents touches many topics."""
 

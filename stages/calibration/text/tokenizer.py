@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 _SECONDS = 10.0
 
 
-def why_unreachable(name: str, kind: Literal["model", "dataset"]) -> str | None:
+def why_unreachable(name: str, kind: Literal["model", "dataset"], seconds: float = _SECONDS) -> str | None:
     """Return why the hub doesn't answer, or None where it does, whatever it answers about ``name``.
 
     None too where HF_HUB_OFFLINE is set: the libraries then look only at what they keep in HF_HOME, at once.
+
+    Args:
+        name: of a repository on the hub.
+        kind: of that repository.
+        seconds: how long the hub may take to answer.
     """
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=_SECONDS)
+        HfApi().repo_info(name, repo_type=kind, timeout=seconds)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
         return None
     except Exception as error:  # the HTTP library's own classes, which change with its version
@@ -109,11 +114,12 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             path, trust_remote_code=trust_remote_code, local_files_only=unreachable is not None
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own
-        raise _CannotLoad(unreachable or _reason(error)) from error
+        raise _CannotLoad(unreachable or hub_reason(error)) from error
     return tokenizer
 
 
-def _reason(error: BaseException) -> str:
+def hub_reason(error: BaseException) -> str:
+    """Return in words why a model of the hub can't be loaded."""
     for cause in _causes(error):
         if isinstance(cause, HFValidationError):
             return "there is no such folder, and it is not a hub name"

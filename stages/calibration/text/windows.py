@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
@@ -19,21 +19,28 @@ from stages.calibration.text.chat import as_conversation, require_chat_template
 from stages.calibration.text.documents import (
     HUB_SOURCES,
     SELF_GENERATED,
+    STAND_IN,
+    ChosenText,
     HubSource,
     TextDocument,
+    choose_text,
     dataset_names,
     open_documents,
 )
-from stages.calibration.text.self_generated import GenerationRequest, TextGenerator
+from stages.calibration.text.self_generated import GenerationRequest, TextGenerator, why_it_cannot_write
 from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
-from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOGGER = logging.getLogger(__name__)
 _HELD_OUT_SHARE = 10
+_WINDOWS = 128
+_STAND_IN_WINDOWS = (24, 8)
+"""Of offline and self, measured on SmolLM2-135M: more of the model's own text takes minutes and gains nothing."""
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 
 
@@ -51,9 +58,16 @@ class TokenWindows:
     """sha256 hex over token ids, shapes and split."""
 
 
+def choose_dataset(config: TextOptions, directory: ModelDirectory) -> ChosenText:
+    """Return what ``config`` calibrates on: what it names, or the default, or what stands in for that."""
+    with nullcontext() if config.dataset is not None else _quiet_libraries():
+        return choose_text(config.dataset, lambda: why_it_cannot_write(directory))
+
+
 def load_windows(
     config: CalibrateConfig,
     directory: ModelDirectory,
+    dataset: str,
     providers: tuple[str, ...],
     hub_sources: Mapping[str, HubSource] = HUB_SOURCES,
 ) -> TokenWindows:
@@ -65,8 +79,9 @@ def load_windows(
     out. The same options on the same data give the same windows.
 
     Args:
-        config: names the data sets and the tokenizer, and gives the number and length of windows.
+        config: names the tokenizer, and gives the number and length of windows.
         directory: the model; its folder's tokenizer is used where none is named or the hub can't give it.
+        dataset: the data sets, separated by commas.
         providers: with which the model may write the data set "self", by ONNX Runtime's names.
         hub_sources: data sets of the hub by their short names.
 
@@ -74,31 +89,49 @@ def load_windows(
         UserError: the data or tokenizer can't be read, the text is too short, or its ids don't fit the vocabulary.
     """
     if config.use_random_calib:
-        windows = _random_windows(config, directory.vocab_size)
-        return _split([_Part(title="random tokens", windows=windows)], tokenizer="none")
-    names = dataset_names(config.dataset)
-    if config.calib_size < 2 * len(names):
-        raise UserError(
-            f"--calib_size {config.calib_size} is too small for {len(names)} data sets; each needs a window to "
-            f"calibrate on and one held out, so pass {2 * len(names)} or more."
-        )
+        random_tokens = _random_windows(config, directory.vocab_size)
+        return _split([_Part(title="random tokens", windows=random_tokens)], tokenizer="none")
+    shares = windows_by_dataset(config, dataset)
     own_folder = str(directory.folder)
+    parts: list[_Part] = []
     with _quiet_libraries():
         found = find_tokenizer(config.model_name or own_folder, own_folder, trust_remote_code=config.trust_remote_code)
-        parts = [
-            _self_generated_part(config, directory, providers, count, found.tokenizer)
-            if name == SELF_GENERATED
-            else _part(name, config, count, found.tokenizer, hub_sources)
-            for name, count in zip(names, window_shares(config.calib_size, len(names)), strict=True)
-        ]
+        for name, count in shares.items():
+            if name != SELF_GENERATED:
+                parts.append(_part(name, config, count, found.tokenizer, hub_sources))
+                continue
+            try:
+                parts.append(_self_generated_part(config, directory, providers, count, found.tokenizer))
+            except UserError as error:
+                if config.dataset is not None:
+                    raise
+                # Nobody asked for it, and the other text will do.
+                _LOGGER.info("calibrating without text that the model writes: %s", error)
     for part in parts:
         _check_vocabulary(part.windows, found, directory.vocab_size)
     return _split(parts, tokenizer=found.title)
 
 
-def window_shares(windows: int, sources: int) -> list[int]:
-    """Return how many of so many windows each data set gives."""
-    return [len(range(index, windows, sources)) for index in range(sources)]
+def windows_by_dataset(config: TextOptions, dataset: str) -> dict[str, int]:
+    """Return how many windows each data set gives.
+
+    Args:
+        config: gives the number of windows, or leaves it to the data sets.
+        dataset: the data sets, separated by commas.
+
+    Raises:
+        UserError: there are fewer than two windows for each data set, or ``dataset`` isn't a list of names.
+    """
+    names = dataset_names(dataset)
+    if config.calib_size is None and dataset == STAND_IN:
+        return dict(zip(names, _STAND_IN_WINDOWS, strict=True))
+    windows = config.calib_size or _WINDOWS
+    if windows < 2 * len(names):
+        raise UserError(
+            f"--calib_size {windows} is too small for {len(names)} data sets; each needs a window to "
+            f"calibrate on and one held out, so pass {2 * len(names)} or more."
+        )
+    return {name: len(range(index, windows, len(names))) for index, name in enumerate(names)}
 
 
 def held_out_windows(windows: int) -> int:
@@ -138,7 +171,7 @@ def _part(
     tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
     windows = pack_windows(tokens, count, config.seq_len)
     if len(windows) < count:
-        asked = "--calib_size is" if count == config.calib_size else "its share of --calib_size is"
+        asked = "--calib_size is" if count == (config.calib_size or _WINDOWS) else "its share of --calib_size is"
         raise UserError(
             f"--dataset {dataset} gives {len(windows)} windows of {config.seq_len} tokens and {asked} {count}; lower "
             "--calib_size or --seq_len, or pass more text."
@@ -179,12 +212,12 @@ def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[TextDocume
 def _random_windows(config: CalibrateConfig, vocab_size: int | None) -> Int64[np.ndarray, "windows seq_len"]:
     if vocab_size is None:
         raise UserError("--use_random_calib needs the model's vocab_size; put genai_config.json into its folder.")
-    generator = np.random.default_rng(config.seed)
+    generator, windows = np.random.default_rng(config.seed), config.calib_size or _WINDOWS
     try:
-        return generator.integers(vocab_size, size=(config.calib_size, config.seq_len), dtype=np.int64)
+        return generator.integers(vocab_size, size=(windows, config.seq_len), dtype=np.int64)
     except (ValueError, MemoryError) as error:
         raise UserError(
-            f"--calib_size {config.calib_size} windows of --seq_len {config.seq_len} don't fit the memory; lower one."
+            f"--calib_size {windows} windows of --seq_len {config.seq_len} don't fit the memory; lower one."
         ) from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stages.commands.evaluate_options import SweepGrid
 from stages.commands.options import default_folder
-from stages.commands.quantize_options import Algorithm, LmHead, PerChannelWord
+from stages.commands.quantize_options import Algorithm, LmHead, PerChannelWord, QuantizeConfig
 from stages.evaluation.bench.runs import Run
 from stages.system.paths import file_name, split_line
 
@@ -55,6 +55,28 @@ class Point:
         arguments += [f"--lm_head={self.lm_head}"] if self.lm_head is not None else []
         arguments += ["--use_column_major"] if self.column_major else []
         return (*arguments, *(f"--{option}" for option in split_line(self.options)))
+
+    def config(self, base: Path, output: Path, cache: Path) -> QuantizeConfig:
+        """Return these options without those of ``options``.
+
+        Args:
+            base: the base model.
+            output: the sweep's folder.
+            cache: the calibration cache.
+        """
+        return QuantizeConfig(
+            onnx_path=base,
+            output_path=output / self.name,
+            cache_dir=cache,
+            algo=self.algo,
+            block_size=self.block_size,
+            use_zero_point=self.zero_point,
+            enable_mixed_quant=self.mixed,
+            int8_block_size=self.int8_block_size,
+            lm_head=self.lm_head,
+            use_column_major=self.column_major,
+            overwrite=True,
+        )
 
     def run(self, base: Path, output: Path, cache: Path) -> Run:
         """Return the run that makes this point in a folder of its own.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
 from stages.commands.output import Section, unwrapped
+from stages.commands.tables import Column, DataTable
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder, Search, explain_write_errors
@@ -19,9 +18,19 @@ from stages.system.json_file import write_whole
 from stages.system.measured_process import Cost
 
 TABLE = "table.md"
-_FILE_WIDTH = 1000
-"""Columns of the table in a file, where nothing may be wrapped."""
-_ACCURACY = ("perplexity", "KL (nats)", "same top-1")
+_COLUMNS = (
+    Column(heading="model"),
+    Column(heading="MB", is_number=True),
+    Column(heading="bits a weight", is_number=True, leaves=6),
+    Column(heading="KL (nats)", is_number=True),
+    Column(heading="perplexity", is_number=True, leaves=8),
+    Column(heading="same top-1", is_number=True, leaves=7),
+    Column(heading="held-out loss", is_number=True, leaves=5),
+    Column(heading="search, s", is_number=True, leaves=4),
+    Column(heading="whole run, s", is_number=True, leaves=3),
+    Column(heading="peak MB", is_number=True, leaves=2),
+    Column(heading="note", wraps=True, leaves=1),
+)
 _UNKNOWN = "-"
 _SAME_SIZE = 1e-3
 
@@ -140,13 +149,15 @@ def _beats(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return size <= other_size * (1 + _SAME_SIZE) if loss < other_loss else loss == other_loss and size < other_size
 
 
-def publish(run_folder: RunFolder, results: Sequence[TextResults]) -> Section:
-    """Return a table for each text and every model's command, and write the same into the folder as table.md."""
+def publish(run_folder: RunFolder, results: Sequence[TextResults]) -> Iterator[Section]:
+    """Yield a table for each text, then every model's command, and write the same into the folder as table.md."""
     lines = [f"{model.name}: {model.command}" for model in results[0].models]
-    tables = [results_table(each) for each in results]
     with explain_write_errors(run_folder.folder):
         write_whole(run_folder.folder / TABLE, ("\n".join([*map(_as_markdown, results), *lines]) + "\n").encode())
-    return Section(name="results", table=Group(*tables, unwrapped("\n".join(lines))), record=results)
+    where = f"The commands that make these models stand in {run_folder.folder / TABLE}."
+    yield Section(name="results", table=Group(*map(results_table, results), Text(where)), record=results)
+    commands = {model.name: model.command for model in results[0].models}
+    yield Section(name="commands", table=unwrapped("\n".join(lines)), record=commands, detail=True)
 
 
 def raise_failures(records: Mapping[str, Record]) -> None:
@@ -159,22 +170,9 @@ def raise_failures(records: Mapping[str, Record]) -> None:
         )
 
 
-def results_table(results: TextResults) -> Table:
+def results_table(results: TextResults) -> DataTable:
     """Return one row a model; ``*`` marks the Pareto front, and a model that failed has the reason as its note."""
-    scored = any(model.accuracy is not None for model in results.models)
-    noted = any(model.remark for model in results.models)
-    table = Table(title=_title(results), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
-    table.add_column("model", overflow="fold")
-    headings = ("search s", "total s", "peak MB", "bits a weight", "MB", "held-out loss")
-    for heading in (*headings, *(_ACCURACY if scored else ())):
-        table.add_column(heading, justify="right")
-    if noted:
-        table.add_column("note", overflow="fold")
-    for model in results.models:
-        cells = [*_measured_cells(model), *(_accuracy_cells(model) if scored else ())]
-        table.add_row("*" if model.unbeaten else "", model.name, *cells, *([model.remark] if noted else []))
-    return table
+    return DataTable(title=_title(results), columns=_COLUMNS, rows=tuple(map(_row, results.models)))
 
 
 def _title(results: TextResults) -> str:
@@ -185,27 +183,25 @@ def _title(results: TextResults) -> str:
         return results.text
     return (
         f"{results.text}: {row.accuracy.tokens} tokens; the base has {row.bytes / 1e6:.1f} MB and perplexity "
-        f"{row.accuracy.perplexity:.3f}; * is nowhere beaten"
+        f"{row.accuracy.perplexity:.3f}; nothing beats a model with * in both bytes and loss"
     )
 
 
-def _measured_cells(model: MeasuredModel) -> tuple[str, ...]:
-    cost, search = model.cost, model.search
+def _row(model: MeasuredModel) -> tuple[str, ...]:
+    cost, search, accuracy = model.cost, model.search, model.accuracy
     return (
+        f"{'*' if model.unbeaten else ' '} {model.name}",
+        _number(None if model.bytes is None else model.bytes / 1e6, ".1f"),
+        _number(None if search is None else search.bits_per_weight, ".3f"),
+        _number(None if accuracy is None else accuracy.mean_divergence, ".5f"),
+        _number(None if accuracy is None else accuracy.perplexity, ".3f"),
+        _number(None if accuracy is None else accuracy.top1_agreement, ".2%"),
+        _number(None if search is None else search.held_out_loss, ".5f"),
         _number(None if search is None else search.seconds, ".1f"),
         _number(None if cost is None else cost.seconds, ".1f"),
         _number(None if cost is None or cost.peak_bytes is None else cost.peak_bytes / 1e6, ".0f"),
-        _number(None if search is None else search.bits_per_weight, ".3f"),
-        _number(None if model.bytes is None else model.bytes / 1e6, ".1f"),
-        _number(None if search is None else search.held_out_loss, ".5f"),
+        model.remark,
     )
-
-
-def _accuracy_cells(model: MeasuredModel) -> tuple[str, ...]:
-    accuracy = model.accuracy
-    if accuracy is None:
-        return (_UNKNOWN,) * len(_ACCURACY)
-    return f"{accuracy.perplexity:.3f}", f"{accuracy.mean_divergence:.5f}", f"{accuracy.top1_agreement:.2%}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -214,7 +210,4 @@ def _number(value: float | None, form: str) -> str:
 
 def _as_markdown(results: TextResults) -> str:
     table = results_table(results)
-    page = io.StringIO()
-    title, table.title, table.box, table.padding = table.title, None, box.MARKDOWN, (0, 1)
-    Console(file=page, width=_FILE_WIDTH).print(table)
-    return f"{title}\n\n{page.getvalue()}"
+    return f"{table.title}\n\n{table.as_markdown()}"

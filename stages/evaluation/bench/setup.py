@@ -51,7 +51,13 @@ def read_evaluation_texts(config: BenchConfig) -> tuple[EvaluationText, ...]:
     texts = []
     for text in config.text:
         request = EvaluateConfig(
-            base=config.base, model=(), text=text, windows=config.windows, seq_len=config.seq_len, worst=0
+            base=config.base,
+            model=(),
+            text=text,
+            windows=config.windows,
+            seq_len=config.seq_len,
+            accuracy_level=1,  # so that rounded weights are compared, and not what else a runtime rounds
+            worst=0,
         )
         base = prepare_base(request)
         refuse_calibrated(text, base.windows, config.cache_path)

@@ -34,7 +34,7 @@ class OutputSize:
     def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
         """Return the bytes of everything but what ``site_bytes`` counts for ``sites``."""
         freed = sum(weight_bytes(site) for site in sites if self._frees_its_weight(site))
-        tables = sum(plan.format_bytes + _GRAPH_BYTES for plan in self.embeddings)
+        tables = sum(plan.own_bytes + _GRAPH_BYTES for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
         return self.base_bytes - freed + tables - gone
@@ -45,7 +45,9 @@ class OutputSize:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
-        return file_bytes(site, spec, self.form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+        looked_up = any(plan.shared_with == site.name for plan in self.embeddings)
+        form = WeightForm.MATMUL_NBITS if looked_up else self.form
+        return file_bytes(site, spec, form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
 
     def _frees_its_weight(self, site: MatMulSite) -> bool:
         """Return whether no other site and no lookup that stays needs the weight once the site has its codes."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -17,7 +19,7 @@ from stages.commands.quantize_options import QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_groups
-from stages.model.unquantized import find_skipped_matmuls, find_unquantized
+from stages.model.unquantized import find_skipped_matmuls, find_unquantized, require_float_base
 from stages.quantization.blocks.signround import SignRoundOptions
 from stages.quantization.plan.budget import (
     BitsBudget,
@@ -29,9 +31,17 @@ from stages.quantization.plan.budget import (
     chosen_plan,
     site_candidates,
 )
+from stages.quantization.plan.embeddings import (
+    SharedTables,
+    Sharing,
+    TableFormat,
+    plan_embeddings,
+    require_tables,
+    share_tables,
+)
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
-from stages.quantization.plan.rules import QuantPlan, all_sites, make_plan, plan_embeddings, plan_of
+from stages.quantization.plan.rules import QuantPlan, all_sites, make_plan, plan_of
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.quantization.targets.choose import choose_formats, open_formats
@@ -53,7 +63,10 @@ from stages.records.formats import (
     WeightForm,
 )
 from stages.records.results import ActivationStats, ExportRecipe
-from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
+from stages.records.sites import ActivationGroup, BlockAxis, MatMulSite, UnquantizedWeights
+
+_BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
+"""Values of --lm_head and --embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,34 +101,67 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
 
     Args:
         config: valid options.
-        model: the base model; its weights are not read.
+        model: the base model; of its weights only an embedding and what could be its lm_head are read, to tell whether
+            they are one.
         directory: where it lies.
 
     Raises:
-        GraphError: the model holds nothing to quantize.
+        GraphError: the model holds nothing to quantize, or is quantized already.
         OptionError: options that fit neither each other nor the model, a budget that can't be reached, or a plan file
             that can't be used.
     """
+    require_float_base(model, directory)
     groups, tables = find_groups(model), find_embeddings(model)
     facts = facts_of(groups, tables)
-    left_open: OpenPlan | None = None
+    candidates: tuple[SiteCandidates, ...] = ()
     if config.plan is not None:
         choice, sites = _given_plan(config, groups, facts)
     elif config.has_budget:
         choice, candidates = _open_choice(config, groups, facts)
-        size = output_size(directory, model, choice.form, _embedding_plans(config, choice, tables))
-        left_open = _open_plan(config, candidates, size)
-        sites = chosen_plan(groups, candidates, {each.site.name: next(iter(each.formats)) for each in candidates}, "")
+        sites = _smallest(groups, candidates)
     else:
         choice = choose_formats(config.parsed_target, _requested(config), facts)
         sites = make_plan(groups, config, choice)
-    embeddings = _embedding_plans(config, choice, tables)
+    alone = _embedding_plans(config, choice, tables)
+    shared = share_tables(model, alone, all_sites(groups), _sharing(config, choice, sites))
+    embeddings = shared.joined(alone)
+    left_open: OpenPlan | None = None
+    if candidates:
+        candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
+        left_open = _open_plan(config, candidates, output_size(directory, model, choice.form, embeddings))
+        sites = _smallest(groups, candidates)
+    else:
+        sites = replace(sites, specs={**sites.specs, **shared.specs})
     return ModelPlan(
-        choice=choice,
+        choice=replace(choice, explanations=(*choice.explanations, *shared.explanations)),
         sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
         embeddings=embeddings,
         unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings}),
         left_open=left_open,
+    )
+
+
+def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandidates, ...]) -> QuantPlan:
+    """Return the plan that gives every site the first of its formats."""
+    return chosen_plan(groups, candidates, {each.site.name: next(iter(each.formats)) for each in candidates}, "")
+
+
+def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
+    """Return the only format of an lm_head that an embedding shares: a budget weighs what the head does, not both."""
+    spec = shared.specs.get(candidates.site.name)
+    if spec is None:
+        return candidates
+    return replace(candidates, formats={spec.label: spec}, fixed_because="the embedding reads it too (--embedding)")
+
+
+def _sharing(config: QuantizeConfig, choice: FormatChoice, sites: QuantPlan) -> Sharing:
+    return Sharing(
+        option=config.share_embedding,
+        form=choice.form,
+        symmetric=choice.symmetric,
+        head_bits=_BITS.get(config.lm_head or ""),
+        skipped=dict(sites.skipped),
+        given=sites.specs if config.plan is not None else {},
     )
 
 
@@ -159,11 +205,18 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     by_site = config.plan is not None or config.has_budget
     formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
     mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
-    table = f", embedding INT4 block {choice.gather_block_size}" if plan.embeddings else ""
+    table = _describe_embedding(plan.embeddings)
     target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
     return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
+
+
+def _describe_embedding(plans: tuple[EmbeddingPlan, ...]) -> str:
+    if not plans:
+        return ""
+    shared = " shared with lm_head" if plans[0].shared_with is not None else ""
+    return f", embedding {plans[0].label}{shared}"
 
 
 def group_solver(
@@ -192,6 +245,7 @@ def group_solver(
         read_stats=read_stats,
         fold=not config.awqlite_disable_fuse_nodes,
         one_scale=config.awqlite_run_per_subgraph,
+        looked_up=frozenset(each.shared_with for each in plan.embeddings if each.shared_with is not None),
     )
 
 
@@ -300,9 +354,9 @@ def _requested(config: QuantizeConfig) -> RequestedFormats:
         eight_bit=_requested_eight_bit(config),
         mixed=config.enable_mixed_quant and not config.layers_8bit,
         named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
-        zero_point=config.use_zero_point,
+        zero_point=bool(config.use_zero_point),
         scale_range=config.scale_range,
-        gather_axis=config.gather_quantize_axis,
+        gather_axis=_embedding_axis(config),
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
@@ -330,10 +384,23 @@ def _requested_form(config: QuantizeConfig) -> WeightForm | None:
 def _embedding_plans(
     config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
 ) -> tuple[EmbeddingPlan, ...]:
-    axis = config.gather_quantize_axis
+    axis = _embedding_axis(config)
     if axis is None:
         return ()
-    return plan_embeddings(tables, axis=axis, block_size=choice.gather_block_size, form=choice.gather_form)
+    require_tables(tables)
+    wanted = TableFormat(
+        bits=_BITS[config.requested_embedding or ""],
+        axis=axis,
+        block_size=choice.gather_block_size,
+        form=choice.gather_form,
+        scale_range="signed" if choice.scale_range == "signed" else "full",
+    )
+    return plan_embeddings(tables, wanted)
+
+
+def _embedding_axis(config: QuantizeConfig) -> BlockAxis | None:
+    """Return the axis of the embedding's blocks; None where it stays as it is."""
+    return config.embedding_axis if config.requested_embedding in ("4", "8") else None
 
 
 def _tuning(config: QuantizeConfig) -> bytes:

@@ -13,8 +13,8 @@ from typing import Literal
 from stages.commands.quantize_options import MixedRule, QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.targets.formats import FormatChoice
-from stages.records.formats import EmbeddingPlan, EmbeddingTable, QuantSpec
-from stages.records.sites import ActivationGroup, BlockAxis, GatherForm, MatMulSite, layer_of, within_layer
+from stages.records.formats import QuantSpec
+from stages.records.sites import ActivationGroup, MatMulSite, layer_of, within_layer
 
 _LM_HEAD = "lm_head"
 _ROUTER = "router of a mixture of experts (--layers_8bit can name it)"
@@ -130,28 +130,6 @@ def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, 
         for rank, (_, name) in enumerate(sorted(members))
         if takes(rank, len(members))
     )
-
-
-def plan_embeddings(
-    tables: Sequence[EmbeddingTable], *, axis: BlockAxis, block_size: int, form: GatherForm
-) -> tuple[EmbeddingPlan, ...]:
-    """Return the same format for every table.
-
-    Args:
-        tables: those of the model.
-        axis: 1 groups numbers of one token, 0 groups tokens.
-        block_size: numbers that share a scale.
-        form: the nodes that read the codes.
-
-    Raises:
-        OptionError: there is no table.
-    """
-    if not tables:
-        raise OptionError(
-            "--gather_quantize_axis: no Gather of the model looks input_ids up in a constant rank-2 floating-point "
-            "table; leave the option out."
-        )
-    return tuple(EmbeddingPlan(table=table, axis=axis, block_size=block_size, form=form) for table in tables)
 
 
 def _modelopt_takes(rank: int, count: int) -> bool:

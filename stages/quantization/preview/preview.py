@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
 from stages.calibration.capture import TextShape, memory_limit, partition_bytes
-from stages.calibration.text.documents import dataset_names
-from stages.calibration.text.windows import held_out_windows, window_shares
+from stages.calibration.text.documents import DEFAULT_DATASET
+from stages.calibration.text.windows import held_out_windows, windows_by_dataset
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig, ScaleSearch
 from stages.errors import CacheMismatch, UserError
@@ -46,21 +46,20 @@ class _Known:
     notes: tuple[str, ...]
 
 
-def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacles: tuple[str, ...]) -> Preview:
+def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple[str, ...]) -> Preview:
     """Return what a run of ``config`` would do.
 
     Args:
         config: a valid configuration.
-        calibration: how stage one would run where it still has to; None: as by default.
+        calibration: how stage one would run where it still has to.
         obstacles: what would stop the run, as far as the caller knows.
 
     Raises:
         GraphError: the graph can't be read, or holds nothing to quantize.
         OptionError: options that fit neither each other nor the model.
     """
-    known = _look(config, obstacles)
+    known = _look(config, calibration, obstacles)
     plan, open_because = _decide(config, known)
-    calibration = calibration or CalibrateConfig(onnx_path=config.onnx_path)
     text = _text_shape(known.cache, calibration) if config.needs_cache else None
     groups, held = find_groups(known.model), held_already()
     device = choose_device(config.device)
@@ -86,7 +85,12 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None, obstacl
     )
 
 
-def _look(config: QuantizeConfig, obstacles: tuple[str, ...]) -> _Known:
+def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig) -> str:
+    text = calibration.dataset or "cnn, or offline and self where the Hugging Face hub doesn't answer"
+    return f"there is no calibration in {config.cache_path} yet: it is part of the same run (text: {text})"
+
+
+def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple[str, ...]) -> _Known:
     """Open what is there; what is missing is an obstacle."""
     directory = locate_model(config.onnx_path)
     model = parse_graph(directory)
@@ -102,7 +106,9 @@ def _look(config: QuantizeConfig, obstacles: tuple[str, ...]) -> _Known:
             cache = _cache(config, directory, has_weights=has_weights)
         except CacheMismatch as error:
             found.append(str(error))
-        if cache is not None and not has_weights:
+        if cache is None:
+            notes.append(_about_calibration(config, calibration))
+        elif not has_weights:
             notes.append(f"{cache.folder} is taken to be this model's: without the weights that can't be checked")
     return _Known(
         directory=directory,
@@ -114,17 +120,15 @@ def _look(config: QuantizeConfig, obstacles: tuple[str, ...]) -> _Known:
     )
 
 
-def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bool) -> CalibrationCache:
-    """Return the cache of the model; without its weights the cache that lies there.
+def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bool) -> CalibrationCache | None:
+    """Return the cache of the model, or None where there is none; without its weights the cache that lies there.
 
     Raises:
-        CacheMismatch: there is none, or another model's.
+        CacheMismatch: it is another model's, or can't be read.
     """
-    if has_weights:
-        return open_cache(config.cache_path, fingerprint_model(directory))
     cache = find_cache(config.cache_path)
-    if cache is None:
-        raise CacheMismatch(f"--cache_dir {config.cache_path} holds no calibration cache; run stages.calibrate first.")
+    if cache is not None and has_weights:
+        return open_cache(config.cache_path, fingerprint_model(directory))
     return cache
 
 
@@ -163,10 +167,11 @@ def _recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
 
 def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig) -> TextShape:
     if cache is None:
-        sources = 1 if calibration.use_random_calib else len(dataset_names(calibration.dataset))
-        held_out = sum(map(held_out_windows, window_shares(calibration.calib_size, sources)))
+        dataset = calibration.dataset or DEFAULT_DATASET
+        shares = windows_by_dataset(calibration, DEFAULT_DATASET if calibration.use_random_calib else dataset).values()
+        held_out = sum(map(held_out_windows, shares))
         return TextShape(
-            calibration_windows=calibration.calib_size - held_out,
+            calibration_windows=sum(shares) - held_out,
             held_out_windows=held_out,
             seq_len=calibration.seq_len,
             batch_size=calibration.batch_size,

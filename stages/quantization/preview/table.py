@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
-from stages.quantization.weights.summary import ranges
+from stages.commands.tables import Column, DataTable, FactTable
+from stages.quantization.weights.summary import format_legend, ranges
 from stages.records.formats import EmbeddingPlan
+from stages.records.quantities import counted, duration
 from stages.records.sites import UnquantizedWeights, kind_of, layer_of, short_name
 
 InputScalePlace = Literal["none", "norm", "linear", "value", "mul"]
@@ -23,9 +22,19 @@ _PLACES: dict[InputScalePlace, str] = {
     "norm": "into the norm",
     "linear": "into up_proj",
     "value": "into v_proj",
-    "mul": "Mul",
+    "mul": "Mul node",
 }
 _MANY = 4
+_COLUMNS = (
+    Column(heading="weights"),
+    Column(heading="layers", leaves=2),
+    Column(heading="inputs x outputs", is_number=True, leaves=4),
+    Column(heading="format"),
+    Column(heading="MB before", is_number=True),
+    Column(heading="MB after", is_number=True),
+    Column(heading="search, s", is_number=True, leaves=3),
+    Column(heading="input scale", leaves=1),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,21 +116,16 @@ def preview_table(preview: Preview) -> Group:
     return Group(_sites(preview), _whole(preview))
 
 
-def _sites(preview: Preview) -> Table:
-    table = Table(
+def _sites(preview: Preview) -> DataTable:
+    labels = (label for site in preview.sites for label in (site.formats or (site.format,)))
+    scales = any(site.input_scale != "none" for site in preview.sites)
+    legend = "Input scale: where the search's scale of a weight's input goes; a Mul node costs time." if scales else ""
+    return DataTable(
         title=f"{preview.recipe}: what would be done (--dry_run; nothing was)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        columns=_COLUMNS,
+        rows=tuple(map(_row, _grouped(preview.sites))),
+        notes=tuple(filter(None, (format_legend(labels), legend))),
     )
-    for name in ("sites", "layers", "K x N", "format"):
-        table.add_column(name, no_wrap=name != "layers", overflow="fold")
-    for name in ("MB before", "MB after", "seconds"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("input scale", overflow="fold")
-    for members in _grouped(preview.sites):
-        table.add_row(*(Text(cell) for cell in _row(members)))
-    return table
 
 
 def _grouped(sites: Sequence[PreviewedSite]) -> list[list[PreviewedSite]]:
@@ -137,11 +141,11 @@ def _grouped(sites: Sequence[PreviewedSite]) -> list[list[PreviewedSite]]:
     return sorted(found.values(), key=lambda members: order[kind_of(members[0].name)])
 
 
-def _row(members: list[PreviewedSite]) -> list[str]:
+def _row(members: list[PreviewedSite]) -> tuple[str, ...]:
     first = members[0]
     layers = sorted(layer for site in members if (layer := layer_of(site.name)) is not None)
     seconds = sum(site.seconds for site in members)
-    return [
+    return (
         f"{len(members)} x {kind_of(first.name)}",
         ranges(layers),
         f"{first.in_features} x {first.out_features}",
@@ -149,8 +153,8 @@ def _row(members: list[PreviewedSite]) -> list[str]:
         f"{sum(site.bytes_before for site in members) / 1e6:,.1f}",
         f"{sum(site.bytes_after for site in members) / 1e6:,.1f}",
         f"{seconds:,.1f}" if first.bits is not None else "-",
-        f"Mul: {first.input_scale_why}" if first.input_scale == "mul" else _PLACES[first.input_scale],
-    ]
+        f"Mul node: {first.input_scale_why}" if first.input_scale == "mul" else _PLACES[first.input_scale],
+    )
 
 
 def _format(site: PreviewedSite) -> str:
@@ -160,31 +164,24 @@ def _format(site: PreviewedSite) -> str:
     return f"{site.format}{zero_point}{f' ({site.why})' if site.why else ''}"
 
 
-def _whole(preview: Preview) -> Table:
-    table = Table(show_header=False, title=Text(f"{preview.base} -> {preview.output}"), title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _lines(preview):
-        table.add_row(name, Text(text))
-    return table
+def _whole(preview: Preview) -> FactTable:
+    return FactTable(title=f"{preview.base} -> {preview.output}", facts=tuple(_lines(preview)))
 
 
 def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
     yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {preview.bits_per_weight:.3f} bits a quantized weight"
     for plan in preview.embeddings:
-        yield (
-            "embedding",
-            f"{plan.table.weight}: INT4 in blocks of {plan.block_size}, {plan.format_bytes / 1e6:,.1f} MB",
-        )
+        shared = "" if plan.shared_with is None else f", shared with {plan.shared_with}"
+        yield "embedding", f"{plan.table.weight}: {plan.label}, {plan.format_bytes / 1e6:,.1f} MB{shared}"
     for part in preview.unreached:
         yield "stays", part.description
     yield from _by_reason("stays", preview.unquantizable)
     estimate = preview.search
     yield (
         "search",
-        f"about {_duration(estimate.seconds)} for {estimate.groups} groups on {estimate.device}: an estimate, from "
-        "a group of each shape that this device has just searched",
+        f"about {duration(estimate.seconds)} for {counted(estimate.groups, 'group')} on {estimate.device}: "
+        "an estimate, from a group of each shape that this device has just searched",
     )
     for memory in preview.memory:
         yield f"memory, {memory.stage}", f"about {memory.bytes / 1e6:,.0f} MB at most: {memory.holds}"
@@ -199,9 +196,3 @@ def _by_reason(row: str, nodes: Sequence[tuple[str, str]]) -> Iterator[tuple[str
         names = [short_name(name) for name, why in nodes if why == reason]
         more = f" and {count - _MANY} more" if count > _MANY else ""
         yield row, f"{count} x {reason}: {', '.join(names[:_MANY])}{more}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

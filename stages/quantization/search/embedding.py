@@ -1,4 +1,4 @@
-"""Quantize embedding tables to INT4: symmetric, rounded to nearest at full range, a few rows at a time."""
+"""Quantize embedding tables to INT4 or INT8: symmetric, rounded to nearest, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import choose_parameters, join, quantize, split
-from stages.quantization.weights.bitpack import pack_4bit
+from stages.quantization.weights.bitpack import pack
 from stages.records.formats import EmbeddingPlan, torch_float
 from stages.records.results import QuantizedTable
 
@@ -26,14 +26,15 @@ def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tenso
     Only the packed codes and the scales of the whole table are held in memory.
     """
     vocabulary, hidden = plan.table.shape
-    packed = np.empty(-(-vocabulary * hidden // 2), np.uint8)
+    packed = np.empty(plan.packed_bytes, np.uint8)
     scales = torch.empty(plan.scales_shape, dtype=torch_float(plan.table.dtype))
     per_scale = plan.block_size if plan.axis == 0 else 1
     step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
     for start in range(0, vocabulary, step):
         rows = slice(start, min(start + step, vocabulary))
         codes, chosen = _round(read_rows(rows), plan)
-        packed[rows.start * hidden // 2 : -(-rows.stop * hidden // 2)] = pack_4bit(codes.to(torch.int8).cpu())
+        first, last = (-(-row * hidden * plan.bits // 8) for row in (rows.start, rows.stop))
+        packed[first:last] = pack(codes.to(torch.int8).cpu(), plan.bits)
         scales[rows.start // per_scale : -(-rows.stop // per_scale)] = chosen.to(scales.dtype).cpu()
     return QuantizedTable(packed=torch.from_numpy(packed), scales=scales)
 
@@ -44,7 +45,7 @@ def _round(
     """Round some rows to codes and scales, both in the table's orientation."""
     along = rows if plan.axis == 1 else rows.T
     blocks = split(along, plan.block_size)
-    parameters = choose_parameters(blocks, plan.spec)
+    parameters = choose_parameters(blocks, plan.spec, plan.scale_range)
     codes = join(quantize(blocks, parameters, plan.spec), along.shape[1])
     if plan.axis == 1:
         return codes, parameters.scales

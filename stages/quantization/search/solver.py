@@ -30,6 +30,10 @@ from stages.records.sites import ActivationGroup, MatMulSite, ValueAbsorber
 
 _UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
 
+_LOOKED_UP = "the embedding reads it too: its rows are found without an input scale, at INT8 by rounding to nearest"
+_UNSCALED: Mapping[str, str] = MappingProxyType({"awq_lite": "rtn", "awq_full": "awq_clip", "awq_gptq": "gptq"})
+"""What is left of each algorithm without its input scale."""
+
 
 def search_cost(group: ActivationGroup) -> float:
     """Return how long a search of ``group`` takes relative to others: Gram matrix products, and its factorization."""
@@ -54,6 +58,8 @@ class GroupSolver:
     read_stats: Callable[[str], ActivationStats] | None
     fold: bool
     one_scale: bool
+    looked_up: frozenset[str] = frozenset()
+    """Sites whose stored weight is an embedding's too: no input scale may be in its rows."""
 
     def solve(self, group: ActivationGroup) -> SolvedGroup:
         """Quantize all sites of ``group``; by rounding to nearest where calibration never saw its activation."""
@@ -63,8 +69,7 @@ class GroupSolver:
         """Quantize all sites of a group that was read already."""
         started = time.perf_counter()
         problems = self._parts(problem)
-        unseen = any(part.is_unseen for part in problems)
-        algorithm = rtn if unseen else self.algorithm
+        name, algorithm, note = self._algorithm_for(problems)
         pairs = [
             (part, index, choice) for part in problems for index, choice in enumerate(self._choices(algorithm, part))
         ]
@@ -73,12 +78,24 @@ class GroupSolver:
             for part, index, choice in pairs
         )
         seconds = (time.perf_counter() - started) / len(pairs)
-        name, note = ("rtn", _UNSEEN) if unseen else (self.algorithm_name, "")
         reports = tuple(
             replace(_report(part, index, choice, self.options), algorithm=name, note=note, seconds=seconds)
             for part, index, choice in pairs
         )
         return SolvedGroup(group=problem.group, weights=weights, reports=reports)
+
+    def _algorithm_for(self, problems: list[GroupProblem]) -> tuple[str, Algorithm, str]:
+        """Return the algorithm with its name, and a note where it isn't the one that was asked for."""
+        if any(part.is_unseen for part in problems):
+            return "rtn", rtn, _UNSEEN
+        sites = [(site, spec) for part in problems for site, spec in zip(part.group.sites, part.specs, strict=True)]
+        looked_up = [spec for site, spec in sites if site.name in self.looked_up]
+        if not looked_up or self.algorithm_name in ("rtn", "rtn_dq"):
+            return self.algorithm_name, self.algorithm, ""
+        name = "rtn" if all(spec.bits == 8 for spec in looked_up) else _UNSCALED.get(self.algorithm_name)
+        if name is None:
+            return self.algorithm_name, self.algorithm, ""
+        return name, ALGORITHMS[name], _LOOKED_UP
 
     def _choices(self, algorithm: Algorithm, problem: GroupProblem) -> tuple[SiteChoice, ...]:
         """Run ``algorithm`` and measure the errors of its choices where there are statistics."""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from stages.commands.parsing import Target
+from stages.commands.tables import Column, DataTable
 from stages.quantization.targets.formats import Explanation, FormatChoice
 from stages.quantization.targets.rules import Preferences, Request
 from stages.records.formats import Granularity, PerBlock, WeightForm
@@ -128,13 +125,8 @@ def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> 
         yield Explanation(option=key, chosen=value, why="written into genai_config.json's session options")
 
 
-def choice_table(target: Target, choice: FormatChoice) -> Table:
+def choice_table(target: Target, choice: FormatChoice) -> DataTable:
     """Return what was chosen for ``target``, one line an option."""
-    table = Table(title=f"formats for {target.label}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("option", no_wrap=True)
-    table.add_column("chosen", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for line in choice.explanations:
-        # Text, because brackets are markup otherwise.
-        table.add_row(Text(line.option), Text(line.chosen), Text(line.why))
-    return table
+    columns = (Column(heading="option"), Column(heading="chosen"), Column(heading="why", wraps=True))
+    rows = tuple((line.option, line.chosen, line.why) for line in choice.explanations)
+    return DataTable(title=f"formats for {target.label}", columns=columns, rows=rows)

@@ -1,6 +1,8 @@
-"""Pack four-bit codes two to a byte, low nibble first, and unpack them: ONNX's layout for INT4 and UINT4."""
+"""Pack codes into bytes and unpack them, four-bit ones two to a byte, low nibble first: ONNX's layout."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int8, UInt8
@@ -57,3 +59,24 @@ def unpack_4bit(
         # Shifting the sign bit to the byte's own and back extends it.
         return (codes << 4).view(np.int8) >> 4
     return codes
+
+
+def pack(codes: Int8[Tensor, "*shape"], bits: Literal[4, 8]) -> UInt8[np.ndarray, " bytes"]:
+    """Pack signed codes of either width in C order; eight-bit ones are bytes already."""
+    return pack_4bit(codes) if bits == 4 else codes.numpy().reshape(-1).view(np.uint8)
+
+
+def unpack(
+    packed: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...], bits: Literal[4, 8]
+) -> Int8[np.ndarray, "*shape"]:
+    """Undo ``pack``.
+
+    Args:
+        packed: the bytes.
+        shape: that of the codes.
+        bits: of a code.
+
+    Raises:
+        ValueError: ``packed`` doesn't hold exactly ``shape``'s codes.
+    """
+    return packed.view(np.int8).reshape(shape) if bits == 8 else unpack_4bit(packed, shape, np.dtype(np.int8))

@@ -34,7 +34,7 @@ class TableFile:
             save_file({"packed": table.packed, "scales": table.scales}, partial)
 
     def read_packed(self) -> Tensor:
-        """Load the codes, [ceil(V * D / 2)] uint8.
+        """Load the codes, [ceil(V * D * bits / 8)] uint8.
 
         Raises:
             OptionError: the file is missing or damaged.

@@ -26,7 +26,7 @@ from stages.records.formats import QuantSpec
 from stages.records.results import ExportRecipe, QuantizedTable, QuantizedWeight, SiteReport, SolvedGroup
 from stages.records.sites import MatMulSite
 from stages.system.atomic import atomic_file, is_occupied
-from stages.system.json_file import first_fault
+from stages.system.json_file import first_fault, read_json, write_json
 from stages.system.paths import reachable
 
 RECIPE = "recipe.json"
@@ -36,11 +36,13 @@ REPORT_FOLDER = "report"
 """Folder of the HTML report of a run, inside that of its weights."""
 EARLIER = "earlier"
 """Folder of the weights that block-level tuning starts from, inside that of its result."""
+_SECONDS = "seconds.json"
 _LONGEST_SLUG = 150
 _SUFFIXES = frozenset({".json", ".jsonl", ".toml", ".safetensors"})
 _RECIPES = TypeAdapter(ExportRecipe)
 _REPORTS = TypeAdapter(tuple[SiteReport, ...])
 _SPECS = TypeAdapter(dict[str, QuantSpec])
+_SECONDS_RECORD = TypeAdapter(float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,14 @@ class QuantizedStore:
         """Return the file of embedding ``index``, named after its initializer."""
         name = _slug(self.recipe.embeddings[index].table.weight)
         return TableFile(self.folder / f"embedding.{index:04d}.{name}.safetensors", self.recipe.embeddings[index])
+
+    def has_table(self, index: int) -> bool:
+        """Return whether embedding ``index`` was written, by itself or as the weight of the lm_head that it shares."""
+        shared = self.recipe.embeddings[index].shared_with
+        if shared is None:
+            return self.table_file(index).is_finished()
+        groups = enumerate(self.recipe.groups)
+        return any(self.is_finished(place) for place, group in groups for site in group.sites if site.name == shared)
 
     def is_finished(self, index: int) -> bool:
         """Return whether group ``index`` was written."""
@@ -111,6 +121,17 @@ class QuantizedStore:
         with self._explained_writes(), atomic_file(path) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path
+
+    def seconds(self) -> float:
+        """Return how long the search took, all runs together; of weights of earlier versions the sites' own seconds."""
+        kept = read_json(self.folder / _SECONDS, _SECONDS_RECORD)
+        return sum(report.seconds for report in self.reports()) if kept is None else kept
+
+    def add_seconds(self, seconds: float) -> None:
+        """Add to what ``seconds`` returns; where that can't be kept, leave it."""
+        path = self.folder / _SECONDS
+        with suppress(OSError):
+            write_json(path, _SECONDS_RECORD, seconds + (read_json(path, _SECONDS_RECORD) or 0.0))
 
     def write_table(self, index: int, table: QuantizedTable) -> None:
         """Write embedding ``index``; the file gets its name when it is whole."""
@@ -206,6 +227,9 @@ def open_store(folder: Path) -> QuantizedStore:
     try:
         recipe = _RECIPES.validate_json(path.read_bytes())
         require_recipe(recipe)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        lacks = f"has no {RECIPE}, so it holds no quantized weights" if folder.is_dir() else "is not a folder"
+        raise OptionError(f"{folder} {lacks}; pass the folder that stages.quantize wrote its weights to.") from error
     except (OSError, ValidationError, InvalidFile) as error:
         reason = first_fault(error) if isinstance(error, ValidationError) else in_one_line(error)
         raise OptionError(

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from rich import box
-from rich.table import Table
-
+from stages.commands.tables import Column, DataTable
 from stages.quantization.weights.store import QuantizedStore
+from stages.records.quantities import counted, duration
 from stages.records.results import SiteReport
 from stages.records.sites import kind_of, layer_of, short_name
 
 _WORST = 3
 _Rows = dict[tuple[str, str], list[SiteReport]]
 """The sites of each (kind, format)."""
-_COLUMNS = ("sites", "format", "MB", "rounded", "chosen", "unseen", "a^r/duo/none", "clip")
+_COLUMNS = (
+    Column(heading="weights"),
+    Column(heading="format", is_number=True, leaves=3),
+    Column(heading="MB", is_number=True),
+    Column(heading="error by rounding", is_number=True, leaves=4),
+    Column(heading="error as stored", is_number=True),
+    Column(heading="on unseen text", is_number=True),
+    Column(heading="with input scale", is_number=True, leaves=2),
+    Column(heading="range kept", is_number=True, leaves=1),
+)
+_LABEL = re.compile(r"(\d)(?:b(\d+)|ch)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +68,7 @@ def loss_so_far(reports: Sequence[SiteReport]) -> str:
     return f"error {ours:.3%}, by rounding {rounded:.3%}"
 
 
-def quantization_table(store: QuantizedStore, seconds: float) -> Table:
+def quantization_table(store: QuantizedStore, seconds: float) -> DataTable:
     """Build the table: a row for each kind of site (one name in all layers) and format, then the sites that lost most.
 
     Errors are mean squared output errors relative to the output: of rounding to nearest, of what was chosen, and of
@@ -71,26 +81,50 @@ def quantization_table(store: QuantizedStore, seconds: float) -> Table:
     reports = store.reports()
     notes = Counter(report.note for report in reports if report.note)
     bits = bits_per_weight(store)
-    table = Table(
-        title=f"{store.recipe.summary}: {len(reports)} sites, {bits:.3f} bits a weight, {seconds:.1f} s",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        caption_justify="left",
-        padding=(0, 1, 0, 0),
-    )
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == _COLUMNS[0] else "right", no_wrap=True)
-    rows = _by_kind_and_format(reports)
-    for (kind, _), members in rows.items():
-        table.add_row(*_row(f"{len(members)} x {kind}", members))
-    counted = (f"{count} x {note}" for note, count in notes.items())
-    table.caption = "\n".join([*_layers_by_format(rows), *_tuned_blocks(reports), *counted])
+    kinds = _by_kind_and_format(reports)
+    rows = [_row(f"{len(members)} x {kind}", members) for (kind, _), members in kinds.items()]
     measured = [report for report in reports if report.held_out_loss is not None]
+    worst: list[tuple[str, ...]] = []
     if measured and len(reports) > len(rows):
-        table.add_section()
-        for report in sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]:
-            table.add_row(*_row(short_name(report.site), [report]))
-    return table
+        furthest = sorted(measured, key=lambda report: -(report.held_out_loss or 0))[:_WORST]
+        worst = [(), *(_row(short_name(report.site), [report]) for report in furthest)]
+    return DataTable(
+        title=f"{store.recipe.summary}: {counted(len(reports), 'site')}, {bits:.3f} bits a weight, {duration(seconds)}",
+        columns=_COLUMNS,
+        rows=(*rows, *worst),
+        notes=(
+            *_legend(reports, has_worst=bool(worst)),
+            *_layers_by_format(kinds),
+            *_tuned_blocks(reports),
+            *(f"{count} x {note}" for note, count in notes.items()),
+        ),
+    )
+
+
+def _legend(reports: Sequence[SiteReport], *, has_worst: bool) -> Iterator[str]:
+    """Say in words what the columns hold that have values."""
+    yield format_legend(report.format for report in reports)
+    if any(report.loss is not None for report in reports):
+        yield "Error: mean squared error of the output, relative to the output; the search never saw the unseen text."
+    if any(report.scale_family != "identity" for report in reports):
+        yield (
+            "With input scale: weights that AWQ scales by their input's magnitude (in^0.5: to the power 0.5; "
+            "in/weight^0.5: relative to the weight's)."
+        )
+    if any(report.mean_clip_ratio is not None for report in reports):
+        yield "Range kept: part of each block's largest magnitude that its codes reach, on average."
+    if has_worst:
+        yield "Below the line: the largest errors on unseen text."
+
+
+def format_legend(labels: Iterable[str]) -> str:
+    """Say in words what the labels of formats mean: 4b32 is INT4 with a scale for 32 inputs."""
+    found = {label: match for label in labels if (match := _LABEL.fullmatch(label))}
+    words = [
+        f"{label} is INT{match[1]}, a scale for {f'{match[2]} inputs' if match[2] else 'each output channel'}"
+        for label, match in found.items()
+    ]
+    return f"Format: {'; '.join(words)}." if words else ""
 
 
 def _by_kind_and_format(reports: Sequence[SiteReport]) -> _Rows:
@@ -139,18 +173,18 @@ def bits_per_weight(store: QuantizedStore) -> float:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with runs drawn together: 0-2,5,7-8."""
+    """Write ascending numbers with runs drawn together: 0-2, 5, 7-8."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _row(name: str, members: list[SiteReport]) -> list[str]:
-    return [
+def _row(name: str, members: list[SiteReport]) -> tuple[str, ...]:
+    return (
         name,
         members[0].format,
         f"{sum(member.bytes for member in members) / 1e6:.1f}",
@@ -159,7 +193,7 @@ def _row(name: str, members: list[SiteReport]) -> list[str]:
         _mean([member.held_out_loss for member in members], ".3%"),
         _families(members),
         _mean([member.mean_clip_ratio for member in members], ".2f"),
-    ]
+    )
 
 
 def _mean(values: list[float | None], number_format: str) -> str:
@@ -168,9 +202,11 @@ def _mean(values: list[float | None], number_format: str) -> str:
 
 
 def _families(members: list[SiteReport]) -> str:
-    """Describe the scale of one site by family and alpha; of many, count how many took a^r, duo and none."""
-    if len(members) == 1:
-        alpha, family = members[0].alpha, members[0].scale_family.replace("activation", "a^r")
-        return family if alpha is None else f"{family} {alpha:.2g}"
-    counts = Counter(member.scale_family for member in members)
-    return "/".join(str(counts[family]) for family in ("activation", "duo", "identity"))
+    """Describe the input scale of one site; of many, count how many have one."""
+    scaled = [member for member in members if member.scale_family != "identity"]
+    if not scaled:
+        return "-"
+    if len(members) > 1:
+        return f"{len(scaled)} of {len(members)}"
+    name = "in/weight" if scaled[0].scale_family == "duo" else "in"
+    return name if scaled[0].alpha is None else f"{name}^{scaled[0].alpha:.2g}"

@@ -32,7 +32,10 @@ def require_recipe(recipe: ExportRecipe) -> None:
         _check(bool(group.sites), f"the group of '{group.activation}' has no sites")
         for site in group.sites:
             _check(site.in_features >= 1 and site.out_features >= 1, f"the sizes of '{site.name}' are below 1")
+    names = {site.name for group in recipe.groups for site in group.sites}
     for plan in recipe.embeddings:
+        shared = plan.shared_with
+        _check(shared is None or shared in names, f"'{plan.table.weight}' is shared with '{shared}', which isn't there")
         _check(min(plan.table.shape) >= 1 and plan.block_size >= 1, f"the sizes of '{plan.table.weight}' are below 1")
 
 
@@ -69,7 +72,7 @@ def require_part(name: PartName, part: Tensor | None, site: MatMulSite, spec: Qu
 
 def require_packed(packed: Tensor, plan: EmbeddingPlan) -> None:
     """Raise InvalidFile when ``packed`` can't be the codes of the table."""
-    _require_form(packed, "packed", (-(-plan.table.vocabulary * plan.table.hidden // 2),), torch.uint8)
+    _require_form(packed, "packed", (plan.packed_bytes,), torch.uint8)
 
 
 def require_table_scales(scales: Tensor, plan: EmbeddingPlan) -> None:

@@ -193,7 +193,7 @@ def test_evaluation_runs_bfloat16_models_and_says_how(tiny_model_bf16: Path, tin
     # bfloat16 rounds weights by 2^-9; a divergence is of the order of the squared change of logits.
     assert 0 < rounded.accuracy.mean_divergence < 1e-2
     assert rounded.bytes < 0.7 * plain.bytes
-    text = accuracy_tables(report, "").text
+    text = accuracy_tables([report]).text
     assert "tiny-bf16, tiny-bf16 ran as float32" in text
 
 

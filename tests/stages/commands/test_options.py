@@ -14,3 +14,6 @@ def test_a_model_at_the_root_of_a_disk_is_named() -> None:
     with pytest.raises(OptionError, match=r"^/model.onnx lies at the root of a disk; put it into a folder\.$"):
         default_folder(Path("/model.onnx"), ".weights")
     assert default_folder(Path("/models/base/MODEL.ONNX"), ".weights") == Path("/models/base.weights")
+    assert default_folder(Path("models/base"), ".weights") == Path("models/base.weights"), "as it was typed"
+    here = Path.cwd()
+    assert default_folder(Path("model.onnx"), ".weights") == here.with_name(f"{here.name}.weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -108,3 +108,16 @@ def test_tables_are_printed_unless_quiet(quiet: bool, capsys: pytest.CaptureFixt
     output.show(section())
     output.end("an error")
     assert ("found" in capsys.readouterr().out) != quiet
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_details_are_printed_where_asked_for_and_are_always_in_the_json(
+    verbose: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detail = replace(section(), detail=True)
+    open_output("c", as_json=False, quiet=False, verbose=verbose).show(detail)
+    assert ("found" in capsys.readouterr().out) == verbose
+    document = open_output("c", as_json=True, quiet=False, verbose=verbose)
+    document.show(detail)
+    document.end(None)
+    assert "search" in json.loads(capsys.readouterr().out)

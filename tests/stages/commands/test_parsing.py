@@ -6,11 +6,12 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from stages.commands.options import CommandOptions
-from stages.commands.parsing import Target, parse_options, parse_size, parse_target
+from stages.commands.parsing import Target, name_bare_words, parse_options, parse_size, parse_target
 from stages.errors import OptionError
 
 
@@ -31,6 +32,18 @@ class _Config(_Paths, CommandOptions):
     """Any text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Choices(_Config):
+    """Choose."""
+
+    model: Path
+    """A model."""
+    algo: Literal["awq_lite", "gptq"] = "gptq"
+    """An algorithm."""
+    several: tuple[Literal["awq_lite", "gptq"], ...] = ("gptq",)
+    """Algorithms."""
+
+
 def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program", "--first", "4", "--cache-dir", "a", "--quiet"])
     options = parse_options(_Config, "program")
@@ -38,17 +51,57 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
     assert (options.first, options.cache_dir, options.printing.quiet) == (4, Path("a"), True)
 
 
-def test_help_is_in_paragraphs_and_names_no_empty_default(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("in 5", "--cache_dir in --first 5"),
+        ("--quiet in --patterns x 5", "--quiet --cache_dir in --patterns x --first 5"),
+        ("--log-level=debug in --first 5", "--log-level=debug --cache_dir in --first 5"),
+        ("--cache_dir in 5", "--cache_dir in --first 5"),
+        ("--unknown x in", "--unknown x --cache_dir in"),
+        ("in -5", "--cache_dir in -5"),
+        ("in 5 more", "--cache_dir in --first 5 more"),
+    ],
+)
+def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:
+    assert name_bare_words(typed.split(), _Config, ("cache_dir", "first")) == meant.split()
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help", "--help_all", "--help-all"])
+def test_help_names_no_empty_default(
+    asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["program", "--help"])
     monkeypatch.setenv("COLUMNS", "140")
-    with pytest.raises(SystemExit):
-        parse_options(_Config, "program")
-    printed = capsys.readouterr().out
-    assert "A folder. Default: the model's folder, whose name (which may be long) is used. " in printed
-    assert re.findall(r"\(default: .*?\)", printed) == ["(default: 3)", *["(default: False)"] * 2, "(default: info)"]
-    assert re.findall(r"--\w+", printed)[1:4] == ["--cache_dir", "--first", "--patterns"]
+    with pytest.raises(SystemExit) as left:
+        parse_options(_Config, "program", ["--first", "4", asked])
+    assert left.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "A folder. Default: the model's folder, whose name (which may be long) is used." in printed
+    assert (
+        re.findall(r"Default: \w+", printed)
+        == ["Default: the", "Default: info", *["Default: 3"] * ("all" in asked)][-4:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--frst", "4"], "program has no option --frst; did you mean --first?"),
+        (["--first", "4", "--cach-dir=x"], "program has no option --cach_dir; did you mean --cache_dir?"),
+        (["--xyzzy"], "program has no option --xyzzy; see program --help_all."),
+        (["--algo", "awqlite"], "--algo can't be awqlite; did you mean awq_lite?"),
+        (["--algo=zzz"], "--algo can't be zzz; choose from awq_lite, gptq."),
+        (["--several", "gptq", "gtpq"], "--several can't be gtpq; did you mean gptq?"),
+        (["--first", "4"], "program needs --model PATH; program --help shows examples."),
+    ],
+)
+def test_typos_are_answered_in_one_sentence_even_where_options_are_missing(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_options(_Choices, "program", given)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 
 import pytest
 from rich.console import Console
 
-from stages.commands.progress import Progress
+from stages.commands.progress import Progress, progress_bar, progress_on, status
 
 
 class Clock:
@@ -71,7 +72,7 @@ def test_very_slow_work_breaks_its_silence_at_the_next_sign_of_life(
         "search: 4 of 1000 groups (0%)",
         "search: 5 of 1000 groups (0%)",
     ]
-    assert "20.4 s each" in lines.messages[-1]
+    assert "20 s each" in lines.messages[-1]
 
 
 def test_time_left_follows_the_cost_of_what_is_left_not_its_number(
@@ -84,8 +85,8 @@ def test_time_left_follows_the_cost_of_what_is_left_not_its_number(
             clock.now += cost
             progress.advance(task, cost)
     halfway, end = lines.messages[-2:]
-    assert halfway == "search: 2 of 3 groups (20%), 10.0 s each, 0:01:20 left"
-    assert end == "search: 3 of 3 groups in 0:01:40"
+    assert halfway == "search: 2 of 3 groups (20%), 10 s each, 1 min 20 s left"
+    assert end == "search: 3 of 3 groups in 1 min 40 s"
 
 
 def test_what_an_earlier_run_did_counts_as_done_but_not_for_the_rate(
@@ -97,7 +98,7 @@ def test_what_an_earlier_run_did_counts_as_done_but_not_for_the_rate(
             clock.now += 4
             progress.advance(task)
     assert lines.messages[0] == "tuning: 80 of 100 steps (80%)"
-    assert lines.messages[-1].startswith("tuning: 83 of 100 steps (83%), 4.0 s each, 0:01:0")
+    assert lines.messages[-1].startswith("tuning: 83 of 100 steps (83%), 4.0 s each, 1 min ")
 
 
 def test_a_total_that_comes_later_and_items_that_are_handed_out(clock: Clock, lines: pytest.LogCaptureFixture) -> None:
@@ -126,6 +127,51 @@ def test_a_terminal_gets_bars_with_what_is_worked_on_below(clock: Clock) -> None
     shown = screen.getvalue()
     for part in ("━", "1 of 4 groups", "2.0 s each", "layers.0/mlp/up_proj, error 1%", "\x1b["):
         assert part in shown
+
+
+def drawn(progress: Progress, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(*progress._bars.get_renderables())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_bars_stay_in_one_line_and_keep_their_counts(width: int, clock: Clock) -> None:
+    with quiet(clock) as progress:
+        for name in ("Phi-3.5-MoE-instruct", "checking products"):
+            task = progress.add_task(name, total=12345, unit="groups")
+            for _ in range(6):
+                clock.now += 10
+                progress.advance(task, 113)
+        lines = drawn(progress, width)
+    assert len(lines) == 2
+    assert all(len(line) <= width and "678 of 12345 groups" in line for line in lines)
+    assert any(mark in lines[0] for mark in "━╸") == (width > 60)
+    assert re.search(r"\d min 0 s, \d+ min \d+ s left$", lines[1].rstrip())
+
+
+def test_the_bar_of_finished_work_stops_counting(clock: Clock) -> None:
+    with quiet(clock) as progress:
+        task = progress.add_task("search", total=4, unit="groups")
+        clock.now += 8
+        progress.advance(task, 4)
+        before = drawn(progress, 80)
+        clock.now += 100
+        assert drawn(progress, 80) == before
+        assert before[0].endswith("4 of 4 groups 2.0 s each in 8.0 s")
+
+
+def test_status_is_a_line_where_there_is_no_terminal(lines: pytest.LogCaptureFixture) -> None:
+    with progress_on(Console(file=io.StringIO())), status("reading the models"):
+        assert lines.messages == ["reading the models ..."]
+
+
+def test_bars_are_drawn_on_standard_error_unless_a_console_is_named() -> None:
+    assert progress_bar()._bars.console.stderr
+    quiet_console = Console(quiet=True)
+    with progress_on(quiet_console):
+        assert progress_bar()._bars.console is quiet_console
 
 
 @pytest.mark.parametrize("console", [Console(file=io.StringIO()), Console(quiet=True, force_terminal=True)])

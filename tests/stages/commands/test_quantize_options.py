@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
@@ -17,8 +18,8 @@ def config(**options: Any) -> QuantizeConfig:
 
 def test_folders_lie_beside_the_models() -> None:
     found = config()
-    assert found.cache_path == Path("models/base.calibration").absolute()
-    assert found.weights_folder == Path("models/int4.weights").absolute()
+    assert found.cache_path == Path("models/base.calibration")
+    assert found.weights_folder == Path("models/int4.weights")
     given = config(cache_dir=Path("a"), weights_path=Path("b"))
     assert (given.cache_path, given.weights_folder) == (Path("a"), Path("b"))
 
@@ -55,6 +56,8 @@ def test_the_search_before_signround_is_its_start() -> None:
         ({"algo": "rtn", "target_size": "1GB"}, "it can't keep to a budget; use rtn_dq"),
         ({"target_bpw": 4.5, "enable_mixed_quant": True}, "--target_bpw decides .* and so does --enable_mixed_quant"),
         ({"target_size": "1GB", "enable_mixed_quant": True}, "--target_size decides .* so does --enable_mixed_quant"),
+        ({"embedding": "none", "gather_quantize_axis": 1}, "--embedding none and --gather_quantize_axis contradict"),
+        ({"embedding": "none", "share_embedding": "on"}, "--share_embedding on stores the embedding quantized"),
         ({"plan": Path("p"), "exclude": ""}, "--plan decides about every site's format, and so does --exclude"),
         ({"plan": Path("p"), "layers_8bit": "x"}, "--plan decides about every site's format, and so does --layers_8"),
     ],
@@ -62,3 +65,49 @@ def test_the_search_before_signround_is_its_start() -> None:
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         config(**options).validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "follows_base", "runtime"),
+    [
+        ({}, True, None),
+        ({"target": "Auto"}, True, None),
+        ({"target": "any"}, False, None),
+        ({"target": "dml"}, False, "dml"),
+    ],
+)
+def test_the_target_is_the_bases_unless_it_is_named(
+    options: dict[str, Any], follows_base: bool, runtime: str | None
+) -> None:
+    found = config(**options)
+    assert found.follows_base is follows_base
+    assert found.takes_any_target is (options.get("target") == "any")
+    assert (found.parsed_target and found.parsed_target.runtime) == runtime
+
+
+@pytest.mark.parametrize(
+    ("options", "embedding", "axis"),
+    [
+        ({}, None, 1),
+        ({"gather_quantize_axis": 1}, "4", 1),
+        ({"gather_quantize_axis": 0}, "4", 0),
+        ({"embedding": "8", "gather_quantize_axis": 1}, "8", 1),
+        ({"embedding": "none"}, "none", 1),
+    ],
+)
+def test_the_older_name_of_the_embeddings_option_means_int4(
+    options: dict[str, Any], embedding: str | None, axis: int
+) -> None:
+    found = config(**options)
+    found.validate()
+    assert (found.requested_embedding, found.embedding_axis) == (embedding, axis)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"), [((), None), (("--use_zero_point",), True), (("--no_use_zero_point",), False)]
+)
+def test_zero_points_can_be_asked_for_refused_or_left_to_the_target(
+    arguments: tuple[str, ...], asked: bool | None
+) -> None:
+    given = ["--onnx_path", "a", "--output_path", "b", *arguments]
+    assert tyro.cli(QuantizeConfig, args=given, use_underscores=True).use_zero_point is asked

@@ -67,6 +67,14 @@ def test_data_that_may_not_be_read(folder: Path) -> None:
         load_graph(locate_model(folder))
 
 
+def test_a_file_of_another_kind_is_not_to_be_built_again(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"not a model at all")
+    with pytest.raises(GraphError) as refused:
+        load_graph(locate_model(tmp_path / "notes.txt"))
+    fix = "is not a readable ONNX model; pass an .onnx file, or the folder that holds one."
+    assert str(refused.value) == f"{tmp_path / 'notes.txt'} {fix}"
+
+
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a model at all")
     with pytest.raises(GraphError, match="not a readable ONNX model"):

@@ -86,7 +86,7 @@ def place(mark: Element) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def rows_of(figure: Element) -> list[list[str]]:
-    """The cells of a figure's only table."""
-    (body,) = figure.all("tbody")
+def cells_of(table: Element) -> list[list[str]]:
+    """The cells of a table's body."""
+    (body,) = table.all("tbody")
     return [[cell.whole_text() for cell in row.all("td")] for row in body.all("tr")]

@@ -16,7 +16,16 @@ from stages.evaluation.records import (
 )
 from stages.model.sizes import SizePart
 from stages.records.results import DataFileUse, SiteError, SiteReport, UnfusedSite, VerifyReport
-from stages.report.document import KeptSite, Quantization, QuantizedSite, Report, SweepPoint, SweepTable
+from stages.report.document import (
+    KeptSite,
+    Origin,
+    Quantization,
+    QuantizedEmbedding,
+    QuantizedSite,
+    Report,
+    SweepPoint,
+    SweepTable,
+)
 
 NASTY = "<script>alert('x')</script> & \"http://example.com/x.js\""
 """What a page must show and never run."""
@@ -59,6 +68,7 @@ def quantization() -> Quantization:
         bits_per_weight=5.125,
         sites=tuple(sites),
         kept=(KeptSite(site="/model/layers.2/router/MatMul", layer=2, kind="router", reason="it is a router"),),
+        embeddings=(QuantizedEmbedding(name="embed", stored="INT4, by rows", bytes=1000),),
         other_weights=("Gather: embedding (1.0 MB, 17% of the base's weights): a table",),
         sizes=(
             SizePart(name="INT4 codes", before=0, after=400_000_000),
@@ -200,6 +210,14 @@ def whole_report() -> Report:
     return Report(
         title=f"int4 {NASTY}",
         machine="a machine",
+        origin=Origin(
+            command="genai-quant quantize --onnx_path smollm",
+            version="1.2",
+            made="2026-11-29 13:08 UTC",
+            base="smollm",
+            base_fingerprint="a" * 64,
+            calibration="a text: 29 windows",
+        ),
         quantization=quantization(),
         evaluations=(evaluation(), evaluation("offline")),
         sweep=(sweep_table(),),

@@ -71,7 +71,7 @@ def test_a_report_that_fails_leaves_the_finished_model(
 def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path: Path, commands: Commands) -> None:
     code, printed = commands.quantize(*arguments)
     assert code == 0, printed
-    assert f"report: {report / 'report.html'}" in printed
+    assert str(report / "report.html") in printed
     document = read_report(report)
     found = document.quantization
     assert document.title == "int4"

@@ -16,11 +16,11 @@ from xml.etree import ElementTree
 import pytest
 
 from stages.records.sites import short_name
-from stages.report.document import Report
+from stages.report.document import KeptSite, Report
 from stages.report.render import render
-from stages.report.view import megabytes, percent
+from stages.report.values import grade_divergence, grade_perplexity, grade_speed, grade_top1, megabytes, percent
 from tests.stages.report import sample
-from tests.stages.report.parsed import Element, hints, parse, place, rows_of
+from tests.stages.report.parsed import Element, cells_of, hints, parse, place
 
 REPORT = sample.whole_report()
 ROOT = Path(__file__).parents[3]
@@ -75,7 +75,7 @@ def test_every_drawing_is_xml_and_says_what_it_is(page: Element) -> None:
     assert len(pictures) + len([svg for svg in page.all("svg") if "aria-hidden" in svg.attributes]) == len(drawings)
     assert all(picture.attributes["aria-label"] for picture in pictures)
     for figure in page.all("figure"):
-        assert figure.all("details")[0].all("table"), figure.attributes
+        assert figure.all("table") or figure.attributes["id"] == "bits", figure.attributes
 
 
 def test_every_class_of_a_drawing_has_a_style(page: Element) -> None:
@@ -91,6 +91,9 @@ def test_nothing_is_cut_off_at_the_edges_of_a_drawing(page: Element) -> None:
         for element in [*picture.all("text"), *picture.all("rect")]:
             x, y = float(element.attributes["x"]), float(element.attributes["y"])
             size = float(element.attributes.get("width", 6.6 * len(element.text)))
+            if "transform" in element.attributes:  # upright, with its middle at (x, y)
+                assert top <= y - size / 2 <= y + size / 2 <= top + height, element
+                continue
             start = x - size * (0.5 if "middle" in element.classes else 1 if "end" in element.classes else 0)
             assert left <= start <= start + size <= left + width, element
             assert top <= y <= top + height, element
@@ -102,7 +105,8 @@ def test_nothing_is_cut_off_at_the_edges_of_a_drawing(page: Element) -> None:
 
 def test_losses_are_drawn_for_every_site(page: Element) -> None:
     figure = page.by_id("sites")
-    reports = [site.report for site in sample.quantization().sites]
+    inside = [site for site in sample.quantization().sites if site.layer is not None]
+    reports = [site.report for site in inside]
     series = ("rounded to nearest", "as chosen")
     errors = {
         (short_name(report.site), words): error
@@ -115,23 +119,40 @@ def test_losses_are_drawn_for_every_site(page: Element) -> None:
     # One scale for all panels: more error stands higher.
     ordered = sorted(found, key=lambda hint: expected[hint] or 0.0)
     assert all(place(found[lower])[1] >= place(found[upper])[1] for lower, upper in pairwise(ordered))
-    assert [row[0] for row in rows_of(figure)] == [short_name(report.site) for report in reports]
-    first, third = rows_of(figure)[0], rows_of(figure)[2]
-    assert first[1:] == [
-        "4b32", "0.1 %", "0.0333 %", "0.11 %", "0.04 %", "1 %", "0.5 %", "activation", "0.00", "0.8000",
+    assert len(figure.all("svg")) == 2 + 3  # the legend's two, and a panel for each kind in the layers
+
+
+def test_tables_of_sites_group_what_is_alike_and_hold_every_number(page: Element) -> None:
+    known = sample.quantization().sites
+    figure = page.by_id("sites")
+    grouped, whole = (cells_of(table) for table in figure.all("table"))
+    assert [row[0] for row in whole] == [short_name(site.report.site) for site in known]
+    assert whole[0][1:] == [
+        "0", "INT4, a scale for every 32 weights", "0.0", "0.1 %", "0.0333 %", "0.11 %", "0.04 %", "1 %", "0.5 %",
+        "activation", "0.00", "0.800",
     ]  # fmt: skip
-    assert third[8:] == ["-", "-", "0.8200"]
+    assert whole[2][10:] == ["-", "-", "0.820"]
+    # One row for the four layers of a kind, with ranges; errors on the calibration text are in the other table only.
+    assert [row[:3] for row in grouped] == [
+        ["4 x attn/qkv_proj", "0-3", "INT4, a scale for every 32 weights"],
+        ["4 x attn/o_proj", "0-3", "INT8, a scale for every 128 weights"],
+        ["4 x mlp/down_proj", "0-3", "INT8, a scale for every output channel"],
+        ["1 x lm_head", "-", "INT4, a scale for every 32 weights"],
+    ]
+    assert grouped[0][4:6] == ["0.11 to 1.87 %", "0.04 to 0.68 %"]
+    assert grouped[0][8:] == ["activation", "0.00 to 0.60", "0.800 to 0.890"]
 
 
 def test_a_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> None:
     quantization = sample.quantization()
     found = hints(page.by_id("bits"))
-    cells = {site.report.site: f"{short_name(site.report.site)}: {site.report.format}" for site in quantization.sites}
+    sites = [site for site in quantization.sites if site.layer is not None]
+    cells = {site.report.site: f"{short_name(site.report.site)}: {site.report.format}" for site in sites}
     assert found.keys() == {*cells.values(), *(f"{short_name(one.site)}: not quantized" for one in quantization.kept)}
     columns: dict[int | None, set[str]] = {}
     rows: dict[str, set[str]] = {}
     colours: dict[str, set[str]] = {}
-    for site in quantization.sites:
+    for site in sites:
         cell = found[cells[site.report.site]].attributes
         columns.setdefault(site.layer, set()).add(cell["x"])
         rows.setdefault(site.kind, set()).add(cell["y"])
@@ -142,11 +163,15 @@ def test_a_bits_map_has_a_cell_for_every_site_in_its_place(page: Element) -> Non
     assert len(set.union(*colours.values())) == len(colours)
 
 
-def test_there_is_no_bits_map_where_all_formats_are_alike() -> None:
+def test_there_is_no_bits_map_where_the_layers_formats_are_alike() -> None:
     known = sample.quantization()
-    sites = tuple(replace(site, report=replace(site.report, format="4b32")) for site in known.sites)
-    page = parse(render(Report(quantization=replace(known, sites=sites))))
-    assert [figure.attributes["id"] for figure in page.all("figure")] == ["sizes", "sites"]
+    sites = tuple(
+        replace(site, report=replace(site.report, format="4b32" if site.layer is not None else "8ch"))
+        for site in known.sites
+    )
+    kept = (KeptSite(site="/lm_head/MatMul", layer=None, kind="lm_head", reason="as asked"),)
+    page = parse(render(Report(quantization=replace(known, sites=sites, kept=kept))))
+    assert [figure.attributes["id"] for figure in page.all("figure")] == ["unmeasured", "sizes", "sites", "checks"]
 
 
 def test_bars_are_as_long_as_their_bytes(page: Element) -> None:
@@ -189,25 +214,33 @@ def test_the_pareto_front_is_drawn_through_the_models_that_nothing_beats(page: E
     through = [tuple(map(float, point.split(","))) for point in line.attributes["points"].split()]
     assert through == [place(found[small]), place(found[large])]
     assert through[0][0] < through[1][0] == place(found[beaten])[0]
-    assert [row[:2] for row in rows_of(figure)] == [["*", "small"], ["*", "large"], ["", "beaten"], ["", "failed"]]
-    assert rows_of(figure)[3][2] == "it failed"
+    assert [text.text for text in figure.all("text") if text.classes & {"halo"}] == ["large", "small", "beaten"]
+    table, commands = (cells_of(table) for table in figure.all("table"))
+    assert [row[:2] for row in table] == [["", "base"], ["*", "small"], ["*", "large"], ["", "beaten"], ["", "failed"]]
+    assert table[1][2:8] == ["0.20000 fair", "1.2000", "80 % fair", "13.700 good", "285.7", "28.6 %"]
+    assert table[4][-1] == "it failed"
+    assert commands[0][1] == "python -m stages.quantize --output_path=small"
 
 
 def test_tables_hold_the_figures(page: Element) -> None:
-    (accuracy,) = page.by_id("accuracy-0").all("tbody")
-    cells = [[cell.whole_text() for cell in row.all("td")] for row in accuracy.all("tr")]
-    assert cells[1] == ["int4", "13.600", "0.10000", "0.6000", "90 %", "900.0", "90 %"]
+    (accuracy,) = page.by_id("kl").all("table")
+    assert cells_of(accuracy)[1] == [
+        "news.txt", "int4", "0.10000 fair", "90 % good", "13.600 excellent", "0.6000", "900.0", "90 %",
+    ]  # fmt: skip
+    assert [row[:2] for row in cells_of(accuracy)] == [
+        [text, name] for text in ("news.txt", "offline") for name in ("base", "int4", "int8")
+    ]
     worst = page.by_id("worst-0").whole_text()
     assert "some text⏎before" in worst
     assert "“ a” 50.0 → 25.0 %" in worst
     speed = page.by_id("speed").whole_text()
     assert "1 thread, on a machine" in speed
     assert "20.0 (18.5 to 21.2)" in speed
-    assert "3.00x" in speed
+    assert "3.00x excellent" in speed
     assert "0.7500 ± 0.1250" in page.by_id("tasks").whole_text()
     assert "12 of 13" in page.by_id("checks").whole_text()
     for element in page.all("td"):
-        if re.fullmatch(r"[\d,.]+( %)?", element.whole_text()) and "number" not in element.classes:
+        if re.fullmatch(r"[\d,]+( %|\.\d+)", element.whole_text()) and "number" not in element.classes:
             raise AssertionError(f"{element.whole_text()} isn't aligned as a number")
 
 
@@ -234,9 +267,9 @@ def test_what_is_not_there_is_not_shown() -> None:
         for site in rounded.sites
     )
     page = parse(render(Report(quantization=replace(rounded, sites=sites, sizes=(), verified=None))))
-    assert [figure.attributes["id"] for figure in page.all("figure")] == ["bits", "sites"]
+    assert [figure.attributes["id"] for figure in page.all("figure")] == ["unmeasured", "bits", "sites", "checks"]
     # A column that would be empty is left out.
-    assert {len(row) for row in rows_of(page.by_id("sites"))} == {2}
+    assert {len(row) for table in page.by_id("sites").all("table") for row in cells_of(table)} == {4}
     assert page.by_id("sites").all("svg") == []
 
 
@@ -261,6 +294,53 @@ def test_many_layers_and_experts_and_losses_of_zero_are_drawn() -> None:
     assert len(figure.all("svg")) == 2 + 1  # the legend's two, and one panel for all experts
     heights = {hint.endswith(": 0 %"): place(mark)[1] for hint, mark in hints(figure).items() if "chosen" in hint}
     assert heights[True] == max(place(mark)[1] for mark in hints(figure).values()) > heights[False]
+
+
+def test_the_head_says_how_it_was_made_and_the_first_numbers_are_the_accuracys(page: Element) -> None:
+    (head,) = page.all("header")
+    facts = {div.all("dt")[0].text: div.all("dd")[0].text for div in head.all("div")}
+    assert facts == {
+        "base": "smollm, 1,800.1 MB, fingerprint aaaaaaaaaaaa",
+        "formats": "5 MatMuls as INT4, a scale for every 32 weights; 4 MatMuls as INT8, a scale for every 128 weights; "
+        "4 MatMuls as INT8, a scale for every output channel; embedding embed as INT4, by rows; "
+        "1 MatMul as in the base",
+        "algorithm": f"awq_full {sample.NASTY}",
+        "calibration text": "a text: 29 windows",
+        "made": "2026-11-29 13:08 UTC by genai-quant 1.2, on a machine",
+        "command": "genai-quant quantize --onnx_path smollm",
+    }
+    one = replace(sample.evaluation(), rows=sample.evaluation().rows[:2])
+    tiles = parse(render(replace(REPORT, evaluations=(one,)))).all("li")
+    assert [[part.whole_text() for part in tile.all("span")] for tile in tiles[:2]] == [
+        ["KL divergence on news.txt", "0.1000 nats", "perplexity 13.50 → 13.60, same top-1 90 %", "fair"],
+        ["size", "560.1 MB", "base 1,800.1 MB, 3.21x smaller"],
+    ]
+    assert page.all("section")[0].attributes["id"] == "accuracy"
+    # What earlier versions didn't record is left out, and the base is taken from the evaluations.
+    facts = parse(render(Report(evaluations=(one,)))).all("dd")
+    assert [fact.text for fact in facts] == ["base, 1,000.0 MB, fingerprint ffffffffffff"]
+
+
+@pytest.mark.parametrize(
+    ("change", "grades"),
+    [
+        (0.009, ["excellent"] * 3),
+        (0.049, ["good", "good", "excellent"]),
+        (0.099, ["fair", "fair", "good"]),
+        (0.199, ["fair", "fair", "fair"]),
+        (0.26, ["poor"] * 3),
+    ],
+)
+def test_numbers_are_graded_on_the_scale_that_the_page_states(change: float, grades: list[str]) -> None:
+    base = sample.model_row("base", 0.0).accuracy
+    model = replace(base, mean_divergence=change, perplexity=base.perplexity * (1 + change), top1_agreement=1 - change)
+    found = [grade_divergence(model), grade_perplexity(model, base), grade_top1(model)]
+    assert [grade.value for grade in found] == grades
+
+
+@pytest.mark.parametrize(("ratio", "word"), [(1.5, "excellent"), (1.2, "good"), (1.0, "fair"), (0.9, "poor")])
+def test_a_model_slower_than_its_base_is_poor(ratio: float, word: str) -> None:
+    assert grade_speed(ratio).value == word
 
 
 def test_a_page_depends_only_on_its_report() -> None:

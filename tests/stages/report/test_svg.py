@@ -39,7 +39,7 @@ def test_logarithmic_axes_hold_their_values_and_ticks(values: tuple[float, ...])
 
 
 def test_ticks_are_written_in_the_unit_of_the_axis() -> None:
-    assert Axis(title="", low=0.001, high=0.1, log=True, percent=True).ticks() == [
+    assert Axis(title="", low=0.001, high=0.1, log=True, shares=True).ticks() == [
         (0.001, "0.1 %"), (0.01, "1 %"), (0.1, "10 %"),
     ]  # fmt: skip
     assert Axis(title="layer", low=-0.5, high=1.5, whole=True).ticks() == [(0, "0"), (1, "1")]

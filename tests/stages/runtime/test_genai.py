@@ -18,7 +18,7 @@ PROMPT = [0, 5, 9]
 
 def test_generation_past_the_end_token_has_its_full_length(tiny_model: Path) -> None:
     session = open_genai(tiny_model, "--speed", threads=1)
-    assert len(list(session.greedy(PROMPT, 17, past_the_end=True))) == 17
+    assert len(list(session.generate(PROMPT, 17, past_the_end=True))) == 17
 
 
 def greedy(model: object, limit: int) -> list[int]:

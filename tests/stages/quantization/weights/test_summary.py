@@ -17,7 +17,7 @@ _IN, _OUT = 64, 32
 
 
 def test_runs_of_layers_are_drawn_together():
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert ranges([3]) == "3"
     assert ranges([]) == ""
 
@@ -29,7 +29,7 @@ def test_layers_of_a_mixed_kind_are_named_and_uniform_kinds_are_not(layers, tmp_
     assert "2 x mlp/down_proj 8ch" in text
     assert "2 x mlp/down_proj 4b32" in text
     assert "4 x mlp/up_proj 4b32" in text
-    assert "8ch: mlp/down_proj of layers 0,3" in text
+    assert "8ch: mlp/down_proj of layers 0, 3" in text
     assert "4b32: mlp/down_proj of layers 1-2" in text
     assert "mlp/up_proj of layers" not in text
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from scripts.base_models.equivalent_weights import random_rotation
-from scripts.base_models.off_grid import move_off_grid
+from genai_quant.base_models.equivalent_weights import random_rotation
+from genai_quant.base_models.off_grid import move_off_grid
 from tests.reference.grid import grid_error
 
 TOKENS = torch.arange(40)[None] * 7 % 300

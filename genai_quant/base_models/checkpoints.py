@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from scripts.base_models.off_grid import move_off_grid
-from scripts.base_models.packaged_gguf import PACKAGED, find_parts
+from genai_quant.base_models.off_grid import move_off_grid
+from genai_quant.base_models.packaged_gguf import PACKAGED
+from stages.calibration.text.tokenizer import hub_reason, why_unreachable
 from stages.errors import UserError
 
 _CONFIG = "config.json"
 _LAYERED_ROPE = "gemma3_text"
 """Its sliding layers have a rotation of their own."""
+_OTHER_FORMATS = ["*.gguf", "*.onnx*", "onnx/*", "*.h5", "*.msgpack", "*.ot", "*.pth", "original/*", "consolidated*"]
+_PICKLED = ["*.bin", "*.pt"]
 _FLAT_NAMES = ("rope_theta", "rope_local_base_freq", "rope_scaling")
 
 
@@ -48,7 +53,7 @@ class GgufCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedCheckpoint:
-    """A GGUF file that installed Python packages hold in parts."""
+    """A GGUF file that Python packages carry."""
 
     source: str
     """Its name in ``packaged_gguf.PACKAGED``."""
@@ -58,27 +63,49 @@ Checkpoint = HubCheckpoint | FolderCheckpoint | GgufCheckpoint | PackagedCheckpo
 
 
 def find_checkpoint(source: str) -> Checkpoint:
-    """Return the checkpoint that ``--source`` names.
+    """Return the checkpoint that SOURCE names.
 
     Raises:
-        UserError: the package that carries the model, or the path, isn't there.
+        UserError: a folder or file isn't there, or is something else.
     """
     path = Path(source)
     if source in PACKAGED:
-        find_parts(source)
         return PackagedCheckpoint(source=source)
     if path.suffix == ".gguf" and path.is_file():
         return GgufCheckpoint(file=path.absolute())
     if path.is_dir():
         if not (path / _CONFIG).is_file():
-            raise UserError(f"--source {source} holds no {_CONFIG}; pass a Hugging Face folder or a .gguf file.")
+            raise UserError(f"SOURCE {source} holds no {_CONFIG}; pass a Hugging Face folder or a .gguf file.")
         return FolderCheckpoint(folder=path.absolute())
     if path.suffix == ".gguf" or path.is_absolute() or source.count("/") != 1:
         raise UserError(
-            f"--source {source} does not exist; pass {', '.join(PACKAGED)}, a Hugging Face folder, a .gguf file, or "
+            f"SOURCE {source} does not exist; pass {', '.join(PACKAGED)}, a Hugging Face folder, a .gguf file, or "
             "a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
     return HubCheckpoint(name=source)
+
+
+def download(name: str) -> Path:
+    """Return the folder in the hub's own cache that holds the model ``name``, downloaded where it isn't there yet.
+
+    Raises:
+        UserError: the hub can't be reached, or doesn't give the model.
+    """
+    try:
+        folder = Path(snapshot_download(name, ignore_patterns=[*_OTHER_FORMATS, *_PICKLED]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, ignore_patterns=_OTHER_FORMATS))
+    except Exception as error:  # the hub's library and the HTTP library each raise their own
+        raise UserError(f"SOURCE {name} can't be downloaded ({_why(name, error)}).") from error
+    return folder
+
+
+def _why(name: str, error: Exception) -> str:
+    unreachable = why_unreachable(name, "model") if isinstance(error, LocalEntryNotFoundError) else None
+    if unreachable is None and not isinstance(error, OfflineModeIsEnabled):
+        return hub_reason(error)
+    reason = unreachable or "HF_HUB_OFFLINE is set and the hub's cache doesn't hold it"
+    return f"{reason}; check the network, or pass a Hugging Face folder, a .gguf file, {' or '.join(PACKAGED)}"
 
 
 def dequantize_gguf(file: Path, folder: Path, *, keep_grid: bool) -> None:
@@ -102,7 +129,7 @@ def _load_gguf(file: Path) -> PreTrainedModel:
             loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except Exception as error:  # gguf, transformers and torch each raise their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--source {file} can't be read as GGUF ({reason}); pass another file.") from error
+        raise UserError(f"SOURCE {file} can't be read as GGUF ({reason}); pass another file.") from error
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -135,7 +162,7 @@ def _both_spellings(layered: dict[str, dict[str, Any]]) -> dict[str, Any]:
     everywhere, sliding = layered["full_attention"], layered["sliding_attention"]
     if everywhere["rope_type"] != "default":
         raise UserError(
-            f"--source has rotations of type '{everywhere['rope_type']}' only in its full attention, and "
+            f"SOURCE has rotations of type '{everywhere['rope_type']}' only in its full attention, and "
             "onnxruntime-genai's builder would apply them to all layers; use a Gemma 3 of at most 1B parameters."
         )
     return {**layered, **everywhere, "rope_local_base_freq": sliding["rope_theta"]}

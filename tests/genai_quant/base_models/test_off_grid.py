@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from scripts.base_models.off_grid import move_off_grid
+from genai_quant.base_models.off_grid import move_off_grid
 from stages.errors import UserError
 
 TOKENS = torch.arange(24)[None] * 5 % 300

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scripts.base_models.equivalent_weights import change_channels, rotate_residual_stream
+from genai_quant.base_models.equivalent_weights import change_channels, rotate_residual_stream
 from stages.errors import UserError
 
 _CHANGES: dict[str, Callable[[nn.Module, torch.Generator], None]] = {
@@ -43,7 +43,7 @@ def move_off_grid(model: PreTrainedModel, seed: int = 0) -> float:
     kind = model.config.model_type
     if kind not in _CHANGES:
         raise UserError(
-            f"--source has architecture '{kind}', which can't be moved off its grid (known: "
+            f"SOURCE has architecture '{kind}', which can't be moved off its grid (known: "
             f"{', '.join(_CHANGES)}); pass --keep_grid."
         )
     network: Any = model

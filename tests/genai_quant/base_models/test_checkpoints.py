@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
-from scripts.base_models.checkpoints import as_builder_input
-from scripts.build_base_model import build
-from scripts.options import BuildConfig
+from genai_quant.base_models.build import build
+from genai_quant.base_models.checkpoints import as_builder_input
+from genai_quant.base_models.options import BaseModelConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
@@ -69,7 +69,7 @@ def respell(folder: Path, rope: dict[str, object]) -> None:
 def test_the_built_model_computes_what_transformers_does(rope: dict[str, object], gemma3: Path, tmp_path: Path) -> None:
     respell(gemma3, rope)
     written = (gemma3 / "config.json").read_bytes()
-    build(BuildConfig(source=str(gemma3), output=tmp_path / "onnx"))
+    list(build(BaseModelConfig(source=str(gemma3), output=tmp_path / "onnx")))
     assert (gemma3 / "config.json").read_bytes() == written
     model = transformers.AutoModelForCausalLM.from_pretrained(gemma3, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():

@@ -1,0 +1,143 @@
+"""Remember what made an output, so that the same command run again finds it finished and goes on behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from export.run import QuantizedModel
+from stages.calibration.cache import find_cache
+from stages.commands.quantize_options import ExportConfig, QuantizeConfig
+from stages.errors import UserError
+from stages.model.directory import locate_model
+from stages.model.load import fingerprint_model
+from stages.quantization.weights.store import RECIPE
+from stages.system.json_file import read_json, write_json
+from stages.system.paths import file_name
+
+_LOGGER = logging.getLogger(__name__)
+_WITHOUT_EFFECT = frozenset(
+    {
+        "batch_size", "cache_dir", "calibration_eps", "device", "dry_run", "evaluate", "max_memory", "onnx_path",
+        "output_path", "overwrite", "printing", "trust_remote_code", "weights_path",
+    }
+)  # fmt: skip
+"""Options that don't change the output; a new option counts unless it is named here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedOutput:
+    """A file among the weights of an output."""
+
+    options: str
+    """sha256 of the options and of what they are applied to."""
+    calibration: str = ""
+    """Digest of the cache's key; empty where none was needed."""
+    output: str
+    """Fingerprint of the output."""
+    made: QuantizedModel | None = None
+    """None where the weights of another output were written once more."""
+
+
+_OUTPUTS = TypeAdapter(FinishedOutput)
+
+
+def remember_output(config: QuantizeConfig, made: QuantizedModel) -> None:
+    """Keep among the weights of ``made`` that exactly ``config`` made it; log a warning where that can't be."""
+    _remember(made.weights, made.onnx_file, _digest(config), calibration=_calibration(config) or "", made=made)
+
+
+def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
+    """Return the output that an earlier run of exactly ``config`` made, if it is there unchanged.
+
+    A calibration that is gone doesn't matter; another one does.
+    """
+    try:
+        finished = None if config.overwrite else _find(config.weights_folder, config.output_path, _digest(config))
+        if finished is None or finished.made is None:
+            return None
+        if finished.calibration != (_calibration(config) or finished.calibration):
+            return None
+        directory = locate_model(config.output_path)
+    except UserError:  # said when it is made
+        return None
+    onnx_file, made = directory.onnx_file, finished.made
+    export = replace(made.export, onnx_file=onnx_file)
+    return replace(made, folder=directory.folder, onnx_file=onnx_file, weights=config.weights_folder, export=export)
+
+
+def remember_export(config: ExportConfig, onnx_file: Path) -> None:
+    """Keep among the weights that exactly ``config`` wrote ``onnx_file``; log a warning where that can't be."""
+    _remember(config.weights_path, onnx_file, _export_digest(config))
+
+
+def is_exported(config: ExportConfig) -> bool:
+    """Return whether an earlier run of exactly ``config`` wrote its output, which is there unchanged."""
+    try:
+        return (
+            not config.overwrite and _find(config.weights_path, config.output_path, _export_digest(config)) is not None
+        )
+    except UserError:
+        return False
+
+
+def _file(weights: Path, output: Path) -> Path:
+    folder = output.absolute()
+    return weights / f"output.{file_name((folder.parent if folder.suffix == '.onnx' else folder).name)}.json"
+
+
+def _remember(
+    weights: Path, onnx_file: Path, options: str, *, calibration: str = "", made: QuantizedModel | None = None
+) -> None:
+    path = _file(weights, onnx_file)
+    try:
+        output = fingerprint_model(locate_model(onnx_file))
+        write_json(path, _OUTPUTS, FinishedOutput(options=options, calibration=calibration, output=output, made=made))
+    except (OSError, UserError) as error:
+        _LOGGER.warning("%s can't be written (%s); the model is finished.", path, error)
+
+
+def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
+    """Return what is kept of ``output`` if ``options`` made it and it is unchanged.
+
+    Raises:
+        UserError: the output can't be read.
+    """
+    finished = read_json(_file(weights, output), _OUTPUTS)
+    if finished is None or finished.options != options:
+        return None
+    return finished if finished.output == fingerprint_model(locate_model(output)) else None
+
+
+def _digest(config: QuantizeConfig) -> str:
+    options = {
+        field.name: str(getattr(config, field.name)) for field in fields(config) if field.name not in _WITHOUT_EFFECT
+    }
+    options["base"] = fingerprint_model(locate_model(config.onnx_path))
+    options["plan"] = "" if config.plan is None else _content(config.plan)
+    return _sha256(options)
+
+
+def _export_digest(config: ExportConfig) -> str:
+    options = {name: str(getattr(config, name)) for name in ("weight_operator", "accuracy_level", "verify")}
+    return _sha256(options | {"recipe": _content(config.weights_path / RECIPE)})
+
+
+def _sha256(options: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+
+def _content(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
+def _calibration(config: QuantizeConfig) -> str | None:
+    """Return the digest of the cache that ``config`` needs; None where it needs none, or there is none."""
+    cache = find_cache(config.cache_path) if config.needs_cache else None
+    return None if cache is None else cache.manifest.key.digest()

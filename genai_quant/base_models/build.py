@@ -1,0 +1,119 @@
+"""Make an ORT-GenAI base model: ``genai-quant base-model SOURCE OUTPUT``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+
+from genai_quant.base_models.checkpoints import (
+    FolderCheckpoint,
+    GgufCheckpoint,
+    HubCheckpoint,
+    PackagedCheckpoint,
+    as_builder_input,
+    dequantize_gguf,
+    download,
+    find_checkpoint,
+)
+from genai_quant.base_models.options import BaseModelConfig, BuilderProvider, Precision
+from genai_quant.base_models.packaged_gguf import gguf_file
+from stages.commands.output import Section
+from stages.commands.progress import status
+from stages.errors import UserError
+from stages.model.directory import locate_model
+from stages.model.sizes import model_bytes
+from stages.system.atomic import atomic_directory
+
+_LOGGER = logging.getLogger(__name__)
+_BUILDER = "onnxruntime_genai.models.builder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    """What was built."""
+
+    folder: Path
+    source: str
+    precision: Precision
+    execution_provider: BuilderProvider
+    bytes: int
+    """Of the graph and its weights."""
+
+
+def build(config: BaseModelConfig) -> Iterator[Section]:
+    """Find the checkpoint, dequantize it where it is GGUF, and run the model builder on it."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise UserError(
+            "A base model is built by the package onnxruntime-genai, which isn't installed: "
+            'pip install "genai-quant[genai]"'
+        )
+    with (
+        atomic_directory(config.output, overwrite=config.overwrite, option="OUTPUT") as output,
+        tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
+    ):
+        folder = as_builder_input(_checkpoint_folder(Path(scratch), config), Path(scratch) / "readable")
+        with status("onnxruntime-genai builds the graph"):
+            _run_builder(folder, output, Path(scratch) / "cache", config)
+    built = BaseModel(
+        folder=config.output,
+        source=config.source,
+        precision=config.built_precision,
+        execution_provider=config.execution_provider,
+        bytes=model_bytes(locate_model(config.output)),
+    )
+    yield Section(name="base_model", table=_line(built), record=built)
+    if built.precision != "int4":
+        _LOGGER.info("next: stages.quantize --onnx_path %s --output_path ...", config.output)
+
+
+def _line(built: BaseModel) -> Text:
+    size = f"{built.bytes / 1e6:.1f} MB"
+    return Text(f"base model: {built.folder} ({built.precision} for {built.execution_provider}, {size})", no_wrap=True)
+
+
+def _checkpoint_folder(scratch: Path, config: BaseModelConfig) -> Path:
+    """Return a Hugging Face folder of the checkpoint, made in ``scratch`` where it is in another form."""
+    match find_checkpoint(config.source):
+        case HubCheckpoint(name=name):
+            return download(name)
+        case FolderCheckpoint(folder=folder):
+            return folder
+        case GgufCheckpoint(file=file):
+            return _dequantized(file, scratch, config)
+        case PackagedCheckpoint(source=source):
+            return _dequantized(gguf_file(source, scratch), scratch, config)
+
+
+def _dequantized(file: Path, scratch: Path, config: BaseModelConfig) -> Path:
+    _LOGGER.info("dequantizing %s", file.name)
+    folder = scratch / "checkpoint"
+    with status(f"dequantizing {file.name}"):
+        dequantize_gguf(file, folder, keep_grid=config.keep_grid)
+    return folder
+
+
+def _run_builder(folder: Path, output: Path, cache: Path, config: BaseModelConfig) -> None:
+    # -P: a file torch.py in the current folder is not PyTorch.
+    command = [sys.executable, "-P", "-m", _BUILDER, "-i", str(folder), "-o", str(output), "-c", str(cache)]
+    command += ["-p", config.built_precision, "-e", config.execution_provider]
+    command += ["--extra_options", *config.extra_options] if config.extra_options else []
+    # The builder names a commit as its own: that of any repository around its package, such as the user's project.
+    environment = os.environ | {"GIT_DIR": os.devnull}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        _LOGGER.warning("output of onnxruntime-genai's builder:\n%s", done.stdout)
+        raise UserError(
+            f"onnxruntime-genai's builder failed on SOURCE {config.source} with --precision {config.built_precision} "
+            f"and --execution_provider {config.execution_provider}; its output is above."
+        )

@@ -1,0 +1,173 @@
+"""Plan embeddings: the format of every table, and which of them share the stored weight of lm_head.
+
+A table and an lm_head are one weight where both hold the same numbers, however the graph stores them; then one table of
+codes can serve both. It has blocks along a token's numbers, which are lm_head's inputs, and is stored as MatMulNBits
+and GatherBlockQuantized read it; so blocks must divide a row, and no input scale may be folded into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import onnx_ir as ir
+
+from stages.commands.quantize_options import ShareEmbedding
+from stages.errors import OptionError
+from stages.model.weights import find_tied_site
+from stages.quantization.targets.formats import Explanation
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, QuantSpec, WeightForm
+from stages.records.sites import BlockAxis, GatherForm, MatMulSite
+
+_BLOCKS = (256, 128, 64, 32, 16)
+_FORMS = (WeightForm.DQ, WeightForm.MATMUL_NBITS)
+"""Of the other weights, beside which a shared one may stand as MatMulNBits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableFormat:
+    """How a table of its own is stored; see EmbeddingPlan."""
+
+    bits: Literal[4, 8]
+    axis: BlockAxis
+    block_size: int
+    form: GatherForm
+    scale_range: Literal["full", "signed"] = "full"
+
+
+def plan_embeddings(tables: Sequence[EmbeddingTable], wanted: TableFormat) -> tuple[EmbeddingPlan, ...]:
+    """Return the same format for every table."""
+    return tuple(
+        EmbeddingPlan(
+            table=table,
+            axis=wanted.axis,
+            block_size=wanted.block_size,
+            form=wanted.form,
+            bits=wanted.bits,
+            scale_range=wanted.scale_range,
+        )
+        for table in tables
+    )
+
+
+def require_tables(tables: Sequence[EmbeddingTable]) -> None:
+    """Raise OptionError where a model without embeddings is asked to quantize one."""
+    if not tables:
+        raise OptionError(
+            "--embedding: no Gather of the model looks input_ids up in a constant rank-2 floating-point table; leave "
+            "the option out."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTables:
+    """Tables that share lm_head's weight, with the format that both get."""
+
+    specs: Mapping[str, QuantSpec]
+    """By the name of the lm_head site."""
+    heads: Mapping[str, str]
+    """Name of the site by the table's initializer."""
+    explanations: tuple[Explanation, ...] = ()
+    """One for each table that is one weight with lm_head in the base."""
+
+    def joined(self, plans: Sequence[EmbeddingPlan]) -> tuple[EmbeddingPlan, ...]:
+        """Return ``plans`` in which the shared tables have lm_head's format and name."""
+        return tuple(self._joined(plan) for plan in plans)
+
+    def _joined(self, plan: EmbeddingPlan) -> EmbeddingPlan:
+        head = self.heads.get(plan.table.weight)
+        if head is None:
+            return plan
+        spec = self.specs[head]
+        return replace(
+            plan,
+            bits=spec.bits,
+            symmetric=spec.symmetric,
+            block_size=spec.block_size(plan.table.hidden),
+            scale_range="full",
+            shared_with=head,
+        )
+
+
+NOTHING_SHARED = SharedTables(specs={}, heads={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """What is wanted of tables that could be shared."""
+
+    option: ShareEmbedding
+    form: WeightForm
+    symmetric: bool
+    head_bits: Literal[4, 8] | None
+    """What lm_head was asked to have; None: nobody said."""
+    skipped: Mapping[str, str]
+    """(site, why) for sites that stay as they are."""
+    given: Mapping[str, QuantSpec]
+    """Formats that a plan file gives to sites, which stay; empty where lm_head takes the table's."""
+
+
+def share_tables(
+    model: ir.Model, plans: Sequence[EmbeddingPlan], sites: Sequence[MatMulSite], wanted: Sharing
+) -> SharedTables:
+    """Return which tables share the stored weight of lm_head.
+
+    Args:
+        model: the base; the weights of a table and of what could be its lm_head are compared.
+        plans: the tables that are quantized, each with the format that it would have alone.
+        sites: all sites of the model.
+        wanted: what options say.
+
+    Raises:
+        OptionError: ``--share_embedding on`` can't be had.
+    """
+    if wanted.option == "off":
+        return NOTHING_SHARED
+    specs, heads, explained = dict[str, QuantSpec](), dict[str, str](), list[Explanation]()
+    for plan in plans:
+        head = find_tied_site(model, plan.table, sites)
+        found = _shared_spec(plan, head, wanted)
+        if isinstance(found, str) and wanted.option == "on":
+            raise OptionError(f"--share_embedding on: {found}; leave the option out.")
+        if head is None:
+            continue
+        if not isinstance(found, str):
+            specs[head.name], heads[plan.table.weight] = found, head.name
+        explained.append(_explanation(found))
+    if wanted.option == "on" and not plans:
+        raise OptionError("--share_embedding on: no embedding is quantized; add --embedding 8.")
+    return SharedTables(specs=specs, heads=heads, explanations=tuple(explained))
+
+
+def _explanation(found: QuantSpec | str) -> Explanation:
+    if isinstance(found, str):
+        return Explanation(option="--share_embedding", chosen="no", why=found)
+    tied = "embedding and lm_head are one weight in the base, and one table of codes serves both"
+    return Explanation(option="--share_embedding", chosen=f"yes, {found.label}", why=tied)
+
+
+def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) -> QuantSpec | str:
+    """Return the format of the table that both read, or why there is none."""
+    if head is None:
+        return f"'{plan.table.weight}' holds other numbers than every lm_head of the model, so one table can't be both"
+    if head.name in wanted.skipped:
+        return f"'{head.name}' stays as it is ({wanted.skipped[head.name]})"
+    if wanted.form not in _FORMS:
+        return f"weights in the form {wanted.form.value} are not for MatMulNBits, which a shared table needs"
+    if plan.form != "gather_block_quantized" or plan.axis != 1:
+        return "only GatherBlockQuantized over blocks of one token's numbers reads what lm_head reads"
+    given = wanted.given.get(head.name)
+    if given is not None:
+        return given if _divides(given, plan) else f"blocks of {given.label} don't divide rows of {plan.table.hidden}"
+    if wanted.head_bits not in (None, plan.bits):
+        return f"--lm_head {wanted.head_bits} and --embedding {plan.bits} ask for two formats"
+    size = next((size for size in _BLOCKS if size <= plan.block_size and plan.table.hidden % size == 0), None)
+    if size is None:
+        return f"no block size divides rows of {plan.table.hidden} numbers"
+    granularity = PerBlock(block_size=size)
+    return QuantSpec(bits=plan.bits, symmetric=wanted.symmetric, granularity=granularity, scale_dtype=head.dtype)
+
+
+def _divides(spec: QuantSpec, plan: EmbeddingPlan) -> bool:
+    return isinstance(spec.granularity, PerBlock) and plan.table.hidden % spec.granularity.block_size == 0
