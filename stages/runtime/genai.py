@@ -190,7 +190,7 @@ def require_genai(folders: Sequence[Path], option: str) -> None:
     for folder in folders:
         if not (folder / GENAI_CONFIG).is_file():
             fault = f"has no {GENAI_CONFIG}" if folder.exists() else "does not exist"
-            fix = "copy it and the tokenizer's files from the base's folder (Olive's quantizers leave them out), or pass"
+            fix = "copy it and the tokenizer's files from the base's folder (Olive leaves them out), or pass"
             raise UserError(f"{option} {folder} {fault}; {fix if folder.exists() else 'pass'} another folder.")
 
 

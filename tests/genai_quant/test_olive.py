@@ -202,7 +202,7 @@ def test_olive_runs_our_pass(olive_run: Callable[..., object], tiny_model: Path,
     assert {path.name for path in base.iterdir()} <= made
     assert "model.onnx.data" in made
     session = open_genai(tmp_path / "made", "--generate")
-    assert list(session.greedy([1, 2, 3], 4, past_the_end=True))
+    assert list(session.generate([1, 2, 3], 4, past_the_end=True))
     assert (tmp_path / "base.calibration").is_dir()
 
 

@@ -73,9 +73,9 @@ def test_renamed_logits_are_answered_with_the_setting_that_names_them(tiny_model
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     config = (copy / "genai_config.json").read_text(encoding="utf-8")
     (copy / "genai_config.json").write_text(config.replace('"logits": "logits"', '"logits": "lost"'), encoding="utf-8")
-    session = open_genai(copy, "--generate")
+    runtime = import_genai("--generate")
     with pytest.raises(RuntimeError) as caught:
-        next(session.greedy([1, 2], 1))
+        greedy(load_genai(runtime, copy), 1)
     message = str(cannot_run(copy, "--generate", caught.value))
     assert "lost" in message
     assert "write the graph's own name into model.decoder.outputs of its genai_config.json" in message
