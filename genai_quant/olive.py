@@ -49,6 +49,8 @@ _NOTHING: tuple[object, ...] = (None, False, [], {})
 """Values with which a key asks for nothing."""
 _PLACES = frozenset({"onnx_path", "output_path"})
 """Options of both stages that a workflow gives by its model and its output_dir."""
+_OF_BOTH = frozenset({"cache_dir", "device", "overwrite"})
+"""Options that both stages need; the others that both know are about the text, which stage one reads."""
 _PROVIDERS = {
     "CPUExecutionProvider": ("cpu", "cpu"),
     "CUDAExecutionProvider": ("cuda", "cuda,cpu"),
@@ -106,8 +108,8 @@ def sections_of_pass(options: Mapping[str, Any], place: str) -> Sections:
     Raises:
         UserError: an option is neither stage's, or names a place that the workflow itself names.
     """
-    kinds = {"calibrate": option_names(CalibrateConfig), "quantize": option_names(QuantizeConfig)}
-    known = pass_options()
+    of_calibrate, known = option_names(CalibrateConfig), pass_options()
+    kinds = {"calibrate": of_calibrate, "quantize": (known - of_calibrate) | _OF_BOTH}
     for key in options:
         if key not in known:
             raise unknown(place, "option", key, known, "its options are those of both stages.")

@@ -55,6 +55,7 @@ FOREIGN = {
     "--no-deps",
     "--num_processes",
     "--only-binary",
+    "--package-config",
     "--tyro-write-completion",
     "--version",
 }
