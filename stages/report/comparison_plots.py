@@ -111,9 +111,14 @@ def _sweep_table(sweep: SweepTable) -> TableView:
     """Return a row for the base and each model, without the columns that are empty in all of them."""
     rows = [_columns(point, sweep.base) for point in sweep.points]
     if sweep.base is not None:
-        base = dict.fromkeys(rows[0], UNKNOWN) if rows else {}
-        known = {"": "", "model": sweep.base.name, "MB": megabytes(sweep.base.bytes), "note": "the base"}
-        rows = [base | known | {"perplexity": f"{sweep.base.accuracy.perplexity:.3f}"}, *rows]
+        known: dict[str, Cell] = {
+            "": "",
+            "model": sweep.base.name,
+            "perplexity": f"{sweep.base.accuracy.perplexity:.3f}",
+            "MB": megabytes(sweep.base.bytes),
+            "note": "the base",
+        }
+        rows = [{heading: known.get(heading, UNKNOWN) for heading in rows[0]}, *rows]
     shown = [heading for heading in rows[0] if any(row[heading] not in (UNKNOWN, "") for row in rows)]
     return table(shown, [[row[heading] for heading in shown] for row in rows], texts=1 + ("" in shown))
 

@@ -29,7 +29,7 @@ from stages.report.values import (
     percent,
     text_name,
 )
-from stages.report.view import Figure, Graded, Section, Tile, table
+from stages.report.view import Cell, Figure, Graded, Section, Tile, table
 from stages.report.weight_plots import bits_figure, site_figure, size_figure
 
 _FOLDER = Path(__file__).parent / "page"
@@ -131,7 +131,7 @@ def _accuracy(report: Report) -> tuple[Figure, ...]:
 def _scale(name: str) -> Figure:
     """Return the table of what each grade stands for."""
     headings = ("", "KL (nats)", "same top-1", "perplexity above the base's", "decoding, of the base")
-    rows = [(Graded("", grade), *limits) for grade, *limits in SCALE]
+    rows: list[tuple[Cell, ...]] = [(Graded("", grade), *limits) for grade, limits in SCALE]
     return Figure(
         name=name,
         heading="When a number is good",
