@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from stages.system.paths import from_here
 
 if TYPE_CHECKING:
     from export.run import Destination, QuantizedModel
+    from stages.evaluation.records import Evaluation
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
     from stages.quantization.run import Prepared
@@ -65,6 +66,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.card.write import update_card
     from export.finished import find_finished, remember_output
     from stages.system.distributed import join_processes
 
@@ -86,8 +88,23 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
 
         found = evaluate_result(config)
         yield from evaluation_sections(found, detail=True)
+        _add_to_card(made.folder, found)
         made = replace(made, evaluations=found)
+        try:
+            update_card(made.folder, found)
+        except UserError as error:
+            _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
     return made
+
+
+def _add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
+    """Let the model's card show what was found; log a warning where it can't: the model is finished."""
+    from export.card.write import update_card
+
+    try:
+        update_card(folder, found)
+    except UserError as error:
+        _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
 
 
 def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
@@ -112,8 +129,9 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
     with processes.main_process_first():
         prepared = prepare(config, directory)
     store, choice = prepared.store, prepared.plan.choice
-    if config.parsed_target is not None:
-        yield Section(name="formats", table=choice_table(config.parsed_target, choice), record=choice)
+    if prepared.plan.target is not None:
+        table = choice_table(prepared.plan.target.label, choice.explanations)
+        yield Section(name="formats", table=table, record=choice, detail=True)
     with discard_if_bad_input(store, owner=processes.is_first):
         search_weights(config, prepared, processes)
         if not processes.is_first:
@@ -151,9 +169,7 @@ def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Se
         check_before_calibration(config)
         yield calibration_section(calibrate(config.calibration))
     else:
-        key = found.manifest.key
-        windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
-        _LOGGER.info("calibration: %s is used (%s; %s).", from_here(found.folder), key.source, windows)
+        _LOGGER.info("calibration: %s is there and used: %s.", from_here(found.folder), found.manifest.key.text)
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:
