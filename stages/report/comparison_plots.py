@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.records import Evaluation, ModelRow
+from stages.records.quantities import counted
 from stages.report.document import SweepPoint, SweepTable
 from stages.report.svg import OUTLINES, Axis, Mark, axis_over, chart
 from stages.report.values import (
@@ -85,7 +86,8 @@ def position_figure(evaluation: Evaluation, name: str) -> Figure | None:
         name=name,
         heading=f"KL divergence by token position on {text}",
         text="KL(base || model) in nats for tokens at the same position in their windows, over "
-        f"{comparison.windows} windows of {comparison.seq_len} tokens; lower is better, and the scale is logarithmic. "
+        f"{counted(comparison.windows, 'window')} of {comparison.seq_len} tokens; lower is better, and the scale is "
+        "logarithmic. "
         "A line that rises means that errors add up over long texts.",
         drawings=(chart(text, x, y, marks, lines),),
         legend=tuple(legend),

@@ -8,6 +8,7 @@ from stages.commands.tables import Column, DataTable
 from stages.evaluation.accuracy import Guess, WorstToken
 from stages.evaluation.records import Evaluation, Generation, ModelRow, Rate, SpeedTest, TaskScore
 from stages.quantization.weights.summary import ranges
+from stages.records.quantities import counted
 from stages.records.results import VerifyReport
 from stages.records.sites import short_name
 from stages.report.document import KeptSite, Quantization
@@ -50,8 +51,9 @@ def _how_scored(evaluation: Evaluation, *, named: bool) -> str:
     widened = [row.name for row in evaluation.rows if row.widened]
     note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
     return (
-        f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in {comparison.windows} "
-        f"windows of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
+        f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in "
+        f"{counted(comparison.windows, 'window')} "
+        f"of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
         f"{evaluation.levels}; ONNX Runtime, {', '.join(comparison.providers)}.{note}"
     )
 
