@@ -118,7 +118,6 @@ def _unseen(kind: str, in_features: int) -> TokenStats:
     return TokenStats(num_tokens=0, abs_mean=torch.zeros(in_features), gram=gram, rows=rows if gram is None else None)
 
 
-@pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
 @pytest.mark.parametrize(
     ("name", "bits", "used"),
     [
@@ -142,6 +141,7 @@ def test_a_weight_that_lookups_read_too_has_no_input_scale(name: str, bits: int,
     assert bool(report.note) == (used != name)
 
 
+@pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
 @pytest.mark.parametrize("kind", ["no gram", "no rows", "zeros"])
 def test_an_expert_that_no_token_chose_is_rounded_and_says_so(name: str, kind: str) -> None:
     layer = random_layer(23, widths=(12,))
