@@ -12,7 +12,7 @@ from stages.model.directory import ModelDirectory
 from stages.quantization.targets import cpu, cuda, dml, qnn, trt_rtx, webgpu
 from stages.quantization.targets.explain import explain
 from stages.quantization.targets.formats import EmbeddingBits, FormatChoice, ModelFacts, OpenFormats, RequestedFormats
-from stages.quantization.targets.rules import BLOCKS, POSITIVE, Preferences, Request, Rules, table_block
+from stages.quantization.targets.rules import BLOCKS, POSITIVE, Preferences, Request, Rules
 from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 from stages.runtime.session import ACCURACY_LEVEL
 
@@ -134,11 +134,9 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
     requested = request.requested
     eight_bit: Granularity = requested.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
     wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
+    bits = _embedding_bits(requested, preferred.embedding.value) if request.facts.embedding_widths else None
     # QuantizeLinear by a negative scale was never run.
     scale_range = POSITIVE if requested.form is WeightForm.QDQ else preferred.scale_range
-    has_embedding = bool(request.facts.embedding_widths)
-    embedding_bits = _embedding_bits(requested, preferred.embedding.value) if has_embedding else None
-    table = table_block(request, preferred.gather_block_size, embedding_bits)
     return FormatChoice(
         form=requested.form or preferred.form.value,
         four_bit=PerBlock(block_size=requested.block_size or preferred.block_size.value),
@@ -146,10 +144,10 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
         symmetric=not (preferred.zero_point.value if requested.zero_point is None else requested.zero_point),
         scale_range=requested.scale_range or scale_range.value,
         gather_form=requested.gather_form or "gather_block_quantized",
-        gather_block_size=requested.gather_block_size or table.value,
+        gather_block_size=requested.gather_block_size or preferred.table_block_size(bits).value,
         accuracy_level=wanted if requested.accuracy_level is None else requested.accuracy_level,
         lm_head=request.lm_head(preferred.lm_head.value),
-        embedding_bits=embedding_bits,
+        embedding_bits=bits,
         embedding_axis=requested.embedding_axis,
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
         session_options=(*preferred.session_options, *_level_option(requested, wanted)),

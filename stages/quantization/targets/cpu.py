@@ -51,6 +51,7 @@ def prefer(request: Request) -> Preferences:
         ),
         lm_head=lm_head,
         embedding=_embedding(request),
+        int8_gather_block_size=Preference(128, "8 bits are as good as exact in any block, and larger ones are smaller"),
         accuracy_level=_accuracy_level(written),
         session_options=(_EXPAND_CHANNELS,) if stored and _expands_channels(request, written) else (),
     )

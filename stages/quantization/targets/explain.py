@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from stages.commands.parsing import Target
 from stages.commands.tables import Column, DataTable
 from stages.quantization.targets.formats import Explanation, FormatChoice
-from stages.quantization.targets.rules import Preferences, Request, table_block
+from stages.quantization.targets.rules import Preferences, Request
 from stages.records.formats import Granularity, PerBlock, WeightForm
 from stages.runtime.session import ACCURACY_LEVEL
 
@@ -117,7 +117,7 @@ def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -
         yield Explanation(
             option="--gather_block_size",
             chosen=str(choice.gather_block_size),
-            why=_ASKED if asked else table_block(request, preferred.gather_block_size, bits).why,
+            why=_ASKED if asked else preferred.table_block_size(bits).why,
         )
 
 

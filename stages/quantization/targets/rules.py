@@ -101,11 +101,17 @@ class Preferences:
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
+    int8_gather_block_size: Preference[int] | None = None
+    """Of INT8 embeddings; None: as of INT4."""
     scale_range: Preference[ScaleRange] = POSITIVE
     """Of INT4 without zero points."""
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()
+
+    def table_block_size(self, bits: EmbeddingBits | None) -> Preference[int]:
+        """Return the block size of embeddings that have ``bits``."""
+        return self.int8_gather_block_size if bits == 8 and self.int8_gather_block_size else self.gather_block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,27 +180,12 @@ def smallest_head(eight_bit: Preference[Granularity | None]) -> Preference[LmHea
     """Return INT8 for lm_head where the runtime has it, else INT4."""
     if eight_bit.value is None:
         return Preference("4", f"{eight_bit.why}, and in floating point it is the largest weight of a small model")
-    return Preference("8", "a quarter of float32's bytes for each token, at next to no loss; INT4 loses more there")
+    return Preference("8", "at next to no loss, and read whole for each token in a half to a quarter of its bytes")
 
 
 def looks_up_quantized(choice: FormatChoice) -> bool:
     """Return whether GatherBlockQuantized will stand in the graph."""
     return choice.embedding_bits is not None and choice.gather_form == "gather_block_quantized"
-
-
-def table_block(request: Request, four_bit: Preference[int], bits: EmbeddingBits | None) -> Preference[int]:
-    """Return the block of an embedding: at INT8 the largest that divides its width, as a shared lm_head needs it.
-
-    Args:
-        request: the model.
-        four_bit: the runtime's preference for INT4, and where no block divides the width.
-        bits: of the embedding.
-    """
-    widths = request.facts.embedding_widths
-    fitting = [size for size in BLOCKS if all(width % size == 0 for width in widths)]
-    if bits != 8 or not fitting:
-        return four_bit
-    return Preference(fitting[0], "at INT8 the largest of 128, 64 and 32 that divides its width costs next to nothing")
 
 
 def why_not_shared(target: Target | None) -> str:

@@ -293,21 +293,9 @@ def test_what_was_asked_for_wins(target: str | None) -> None:
     assert found.eight_bit == PerChannel()
 
 
-@pytest.mark.parametrize(
-    ("runtime", "width", "bits", "block_size"),
-    [
-        ("cpu@1.22", 640, 4, 32),
-        ("cpu@1.23", 640, 8, 128),
-        ("cpu@1.31", 576, 8, 64),
-        ("cpu@1.31", 40, 8, 32),
-        ("cuda@1.31", 96, 8, 32),
-        ("cuda@1.31", 48, 8, 16),
-    ],
-)
-def test_an_embedding_is_int8_in_the_largest_blocks_that_divide_its_width_where_the_release_reads_it(
-    runtime: str, width: int, bits: int, block_size: int
-) -> None:
-    choice = choose_formats(parse_target(runtime), RequestedFormats(), facts(widths=(width,)))
+@pytest.mark.parametrize(("minor", "bits", "block_size"), [(22, 4, 32), (23, 8, 128)])
+def test_the_cpus_embedding_is_int8_from_the_release_that_reads_it(minor: int, bits: int, block_size: int) -> None:
+    choice = choose("cpu", (1, minor), model=facts(widths=(640,)))
     assert (choice.embedding_bits, choice.gather_block_size) == (bits, block_size)
 
 
