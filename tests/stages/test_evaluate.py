@@ -27,7 +27,9 @@ def folder(tiny_model: Path, unseen_text: Path, tmp_path_factory: pytest.TempPat
     for name in ("base", "twin"):
         shutil.copytree(tiny_model, folder / name)
     shutil.copyfile(unseen_text, folder / "text.txt")
-    config = QuantizeConfig(onnx_path=folder / "base", output_path=folder / "coarse", algo="rtn_dq", block_size=32)
+    config = QuantizeConfig(
+        onnx_path=folder / "base", output_path=folder / "coarse", algo="rtn_dq", block_size=32, target="any"
+    )
     quantize(config)
     return folder
 
