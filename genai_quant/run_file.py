@@ -86,8 +86,8 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
     """
     run = read_run(config.config)
     if config.dry_run or run.quantize.dry_run:
-        found = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
-        yield Section(name="plan", table=preview_table(found), record=found)
+        planned = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
+        yield Section(name="plan", table=preview_table(planned), record=planned)
         return
     if find_finished(run.quantize) is None:
         quantize.check_before_calibration(run.quantize)
