@@ -207,14 +207,6 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readmes_tree_exists() -> None:
-    (tree,) = (block.body for block in blocks_of(ROOT / "README.md") if block.body.startswith("stages/"))
-    parents: list[str] = []
-    for line in tree.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        parents = [*parents[:depth], name]
-        assert (ROOT / "".join(parents)).is_dir(), "".join(parents)
-
 
 def test_the_readme_is_short() -> None:
     assert (ROOT / "README.md").stat().st_size < 10_240
