@@ -96,7 +96,7 @@ def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
 def _text_result(evaluation: Evaluation) -> TextResult:
     base, model = evaluation.rows
     return TextResult(
-        text=evaluation.comparison.text,
+        text=Path(evaluation.comparison.text).name,
         divergence=model.accuracy.mean_divergence,
         base_perplexity=base.accuracy.perplexity,
         perplexity=model.accuracy.perplexity,

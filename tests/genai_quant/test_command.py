@@ -179,6 +179,11 @@ def test_other_shells_get_a_script(shell: str, mark: str, program: Program, tmp_
     text = script.read_text(encoding="utf-8")
     assert mark in text
     assert all(command in text for command in COMMANDS)
+    # One candidate a line: a line break in a description would make a candidate of its rest.
+    assert "--execution_provider" in text
+    assert not re.search(r"description': (['\"]).*?\\n.*?\1, 'type'", text)
+    if shutil.which(shell):
+        subprocess.run([shell, "-n", str(script)], check=True)
 
 
 def _run_file(folder: Path, model: Path, text: Path, *more: str) -> Path:

@@ -82,6 +82,9 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
         notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(config)),
+        target="any" if plan.target is None else plan.target.label,
+        target_because=plan.target_because,
+        formats=plan.choice.explanations,
     )
 
 
