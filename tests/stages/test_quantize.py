@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import UserError
+from stages.quantize import preview
 from stages.report.document import read_report
 from tests.support.commands import Commands
 
@@ -92,3 +95,14 @@ def test_a_quantized_base_is_refused(tiny_model: Path, tmp_path: Path, commands:
         commands.calibrate("--onnx_path", made, "--use_random_calib", "--seq_len", 8, "--calib_size", 2),
     ):
         assert (code, words in printed) == (2, True), printed
+
+
+def test_a_dry_run_says_what_the_tuning_of_blocks_lacks(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise UserError("onnx2torch isn't installed.")
+
+    monkeypatch.setattr("stages.quantization.blocks.converters.onnx2torch.import_onnx2torch", missing)
+    config = QuantizeConfig(onnx_path=tiny_model, output_path=tmp_path / "x", algo="rtn_dq", refine=True)
+    assert preview(config).obstacles == ("onnx2torch isn't installed.",)
