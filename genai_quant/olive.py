@@ -49,6 +49,8 @@ _NOTHING: tuple[object, ...] = (None, False, [], {})
 """Values with which a key asks for nothing."""
 _PLACES = frozenset({"onnx_path", "output_path"})
 """Options of both stages that a workflow gives by its model and its output_dir."""
+_OF_BOTH = frozenset({"cache_dir", "device", "overwrite"})
+"""Options that both stages need; the others that both know are about the text, which stage one reads."""
 _PROVIDERS = {
     "CPUExecutionProvider": ("cpu", "cpu"),
     "CUDAExecutionProvider": ("cuda", "cuda,cpu"),
@@ -106,8 +108,8 @@ def sections_of_pass(options: Mapping[str, Any], place: str) -> Sections:
     Raises:
         UserError: an option is neither stage's, or names a place that the workflow itself names.
     """
-    kinds = {"calibrate": option_names(CalibrateConfig), "quantize": option_names(QuantizeConfig)}
-    known = pass_options()
+    of_calibrate, known = option_names(CalibrateConfig), pass_options()
+    kinds = {"calibrate": of_calibrate, "quantize": (known - of_calibrate) | _OF_BOTH}
     for key in options:
         if key not in known:
             raise unknown(place, "option", key, known, "its options are those of both stages.")
@@ -263,6 +265,7 @@ def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise UserError(f"{place}: {min(left - {'nodes_to_exclude'})} has no counterpart here; leave it out.")
     if options.get("bits", 4) != 4:
         raise UserError(f"{place}: bits can't be {options['bits']}; use the pass {_OURS} with layers_8bit for INT8.")
+    excluded = options.get("nodes_to_exclude", [])
     return {
         "algo": "rtn_dq",
         "weight_operator": "matmul_nbits",
@@ -271,7 +274,8 @@ def _rounding(options: Mapping[str, Any], place: str) -> dict[str, Any]:
         "gather_block_size": options.get("block_size", 128),
         "use_zero_point": not options.get("is_symmetric", True),
         "accuracy_level": options.get("accuracy_level") or None,
-        "exclude": ",".join(options.get("nodes_to_exclude", [])),
+        "exclude": ",".join(excluded),
+        "lm_head": None if any("lm_head" in name for name in excluded) else "4",
     }
 
 

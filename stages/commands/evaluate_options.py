@@ -168,8 +168,8 @@ class SweepGrid:
     """Algorithms; by default all that search one site at a time."""
     block_size: tuple[int | None, ...] = (32, 128)
     """Inputs that share a scale, or None: as stages.quantize chooses."""
-    use_zero_point: tuple[bool, ...] = (False, True)
-    """Without a zero point (False), with one (True), or both."""
+    use_zero_point: tuple[bool | None, ...] = (None,)
+    """With a zero point (True), without one (False), or None (default): as stages.quantize chooses."""
     enable_mixed_quant: tuple[bool, ...] = (False,)
     """All sites in INT4 (False), mixed INT4 and INT8 (True), or both."""
     int8_block_size: tuple[int | PerChannelWord | None, ...] = (None,)

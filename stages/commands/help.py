@@ -24,8 +24,8 @@ _ADVANCED = "advanced"
 _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": (
-            "onnx_path", "output_path", "base", "model", "path", "config", "output",
-            "source", "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
+            "source", "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
+            "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
             "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
         ),
         "text": ("dataset", "calib_size", "seq_len", "text", "windows", "generate", "lm_eval_tasks"),
