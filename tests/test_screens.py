@@ -21,7 +21,6 @@ from scripts.benchmarks.tables import benchmark_tables
 from scripts.peers.speed import speed_table
 from stages.calibration.cache import CacheKey
 from stages.calibration.summary import CalibrationSummary, PassSummary, calibration_section
-from stages.commands.parsing import parse_target
 from stages.commands.tables import Column, DataTable, FactTable, wrapped
 from stages.evaluation.bench.results import MeasuredModel, TextResults, results_table
 from stages.evaluation.bench.runs import Search
@@ -57,8 +56,8 @@ KINDS = (
 SITES = [f"/model/layers.{layer}/{kind}" for layer in (0, 1, 2, 9, 17, 31) for kind in KINDS]
 
 
-def site_reports() -> tuple[SiteReport, ...]:
-    return tuple(
+def site_reports() -> list[SiteReport]:
+    return [
         SiteReport(
             site=name,
             algorithm="awq_gptq",
@@ -75,13 +74,13 @@ def site_reports() -> tuple[SiteReport, ...]:
             note="" if index else "no token came to this expert, so it was rounded to nearest",
         )
         for index, name in enumerate(SITES)
-    )
+    ]
 
 
 class FinishedStore(QuantizedStore):
     """Quantized weights without files."""
 
-    def reports(self) -> tuple[SiteReport, ...]:
+    def reports(self) -> list[SiteReport]:
         return site_reports()
 
 
@@ -119,7 +118,7 @@ def plan() -> RenderableType:
             why=("", "--layers_8bit down_proj", "its router decides which experts a token goes to")[index % 3],
             bytes_before=1_234_500_000,
             bytes_after=345_600_000,
-            input_scale=("norm", "mul", "none")[index % 3],  # type: ignore[arg-type]  # mypy sees a str
+            input_scale=("norm", "mul", "none")[index % 3],
             input_scale_into="x",
             input_scale_why="the activation is also read by 3 experts that aren't quantized" if index % 3 == 1 else "",
             seconds=1234.5,
@@ -142,6 +141,9 @@ def plan() -> RenderableType:
             search=SearchEstimate(seconds=12_345.0, device="cuda:1", groups=4321),
             obstacles=(f"--output_path {FOLDER / 'int4'} already exists; pass --overwrite or choose another path.",),
             notes=("--accuracy_level 1 runs INT8 weights about 10 times slower than level 4",),
+            target="cpu@1.32",
+            target_because="the base's operators and genai_config.json name no other provider",
+            formats=choose("cpu").explanations,
         )
     )
 
@@ -189,7 +191,9 @@ def calibrated() -> RenderableType:
         held_out_windows=13, seq_len=2048, providers=providers,
     )  # fmt: skip
     summary = CalibrationSummary(cache=FOLDER, bytes=5_123_000_000, key=key, activations=1021, made=made)
-    return calibration_section(summary).table
+    table = calibration_section(summary).table
+    assert isinstance(table, FactTable)
+    return table
 
 
 def inspected(tiny: ModelReport) -> RenderableType:
@@ -295,7 +299,7 @@ SCREENS: dict[str, Callable[[], RenderableType | list[RenderableType]]] = {
     ),
     "weights_table": weights,
     "cache_table": cache,
-    "choice_table": lambda: choice_table(parse_target("cpu"), choose("cpu")),
+    "choice_table": lambda: choice_table("cpu@1.32", choose("cpu").explanations),
     "tables_of": lambda: list(tables_of(compared())),
     "tables_of_worst": lambda: list(tables_of_worst(compared())),
     "speed_table": peers_speed,

@@ -207,6 +207,5 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-
 def test_the_readme_is_short() -> None:
     assert (ROOT / "README.md").stat().st_size < 10_240
