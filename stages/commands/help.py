@@ -25,7 +25,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": (
             "source", "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
-            "source", "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
+            "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
             "cache_dir", "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
         ),
         "text": (
