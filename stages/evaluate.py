@@ -64,13 +64,16 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
     from stages.model.directory import locate_model
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.runtime.genai import why_not_genai
+    from stages.runtime.providers import SHORT_NAMES
 
     cache = find_cache(config.cache_path) if config.needs_cache else None
+    base = locate_model(config.onnx_path)
     request = EvaluateConfig(
         base=config.onnx_path,
         model=(config.output_path,),
         windows=_WINDOWS,
-        seq_len=min(_SEQ_LEN, locate_model(config.onnx_path).context_length or _SEQ_LEN),
+        seq_len=min(_SEQ_LEN, base.context_length or _SEQ_LEN),
+        eps=f"{base.provider},cpu" if base.provider in SHORT_NAMES.values() else "cpu",
         report=config.weights_folder / REPORT_FOLDER,
         speed_rounds=_SPEED_ROUNDS,
     )

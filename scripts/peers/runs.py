@@ -23,7 +23,8 @@ from stages.evaluation.bench.runs import Run
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.rules import all_sites, is_lm_head
+from stages.quantization.plan.rules import all_sites
+from stages.records.quantities import counted
 from stages.runtime.genai import runtime_version
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.system.atomic import atomic_file
@@ -68,7 +69,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
     base = locate_model(config.base)
     sites = all_sites(find_groups(load_graph(base)))
     routers = [site.name for site in sites if site.routes_experts]
-    heads = [site.name for site in sites if is_lm_head(site)]
+    heads = [site.name for site in sites if site.is_lm_head]
     return [
         *(_ort(request, base, routers, config) for request in ort_requests(config)),
         *(_builder(method, base, config) for method in config.builder if config.builder_source is not None),
@@ -80,7 +81,7 @@ def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ONNX Runtime's requests; only its default method has the choice of zero points, the others write them."""
     for size in filter(None, config.block_size):
         for method in config.ort:
-            for zero_point in config.use_zero_point if method == "default" else (True,):
+            for zero_point in _zero_points(config) if method == "default" else (True,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
 
 
@@ -88,8 +89,13 @@ def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ModelOpt's requests; rounding and awq_clip know no zero points."""
     for size in filter(None, config.block_size):
         for method in config.modelopt:
-            for zero_point in config.use_zero_point if method in ("awq_lite", "awq_full") else (False,):
+            for zero_point in _zero_points(config) if method in ("awq_lite", "awq_full") else (False,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
+
+
+def _zero_points(config: PeerConfig) -> tuple[bool, ...]:
+    """Return the choices of zero points; where our own target decides, the others have none."""
+    return tuple(dict.fromkeys(map(bool, config.use_zero_point)))
 
 
 def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
@@ -155,7 +161,7 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
         before=prepare,
         after=partial(_complete, base, folder),
     )
-    calibrated = "" if request.method == "rtn_dq" else f", {config.modelopt_windows} windows"
+    calibrated = "" if request.method == "rtn_dq" else f", {counted(config.modelopt_windows, 'window')}"
     unfused = ", its Mul nodes unfolded" if searches else ""
     fast = ", activations kept in memory" if searches and config.modelopt_fast_path else ""
     return Peer(run=run, note=f"nvidia-modelopt 0.47.0{calibrated}{unfused}{fast}, lm_head in floating point")

@@ -36,6 +36,12 @@ class ChatConfig(CommandOptions):
     Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends the chat.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/int4",
+        "models/int4 --prompt 'What is ONNX?'",
+        "models/int4 --system 'Answer in one sentence.' --temperature 0.7",
+    )
+
     model: Annotated[Path, tyro.conf.Positional]
     """The model's folder."""
     prompt: str | None = None
@@ -162,8 +168,8 @@ class SweepGrid:
     """Algorithms; by default all that search one site at a time."""
     block_size: tuple[int | None, ...] = (32, 128)
     """Inputs that share a scale, or None: as stages.quantize chooses."""
-    use_zero_point: tuple[bool, ...] = (False, True)
-    """Without a zero point (False), with one (True), or both."""
+    use_zero_point: tuple[bool | None, ...] = (None,)
+    """With a zero point (True), without one (False), or None (default): as stages.quantize chooses."""
     enable_mixed_quant: tuple[bool, ...] = (False,)
     """All sites in INT4 (False), mixed INT4 and INT8 (True), or both."""
     int8_block_size: tuple[int | PerChannelWord | None, ...] = (None,)

@@ -117,7 +117,7 @@ class _FormatOptions:
     none in particular, with blocks of 128, lm_head and embedding as they are. What was decided is printed, with why;
     options given explicitly win."""
     block_size: int | None = None
-    """Inputs that share a scale: a power of two from 16 to 256. Default: 128, or what suits --target best."""
+    """Inputs that share a scale: a power of two from 16 to 256. Default: what suits the target best, 32 on the CPU."""
     enable_mixed_quant: bool = False
     """Store the qkv (or v) and down projections of the first eighth, the last eighth and every third of the other
     layers as INT8, and the rest as INT4."""
@@ -143,7 +143,7 @@ class _FormatOptions:
     in place of enable_mixed_quant's choice."""
     int8_block_size: int | PerChannelWord | None = None
     """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel.
-    Default: channel, or what suits --target best."""
+    Default: what suits the target best, 128 on the CPU."""
     lm_head: LmHead | None = None
     """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none), whatever exclude says. Default: what suits
     the target best; with a budget, whatever serves it best."""
@@ -159,11 +159,6 @@ class _FormatOptions:
         if self.target is None or self.target.strip().lower() in (_AUTO, _ANY):
             return None
         return parse_target(self.target)
-
-    @property
-    def takes_any_target(self) -> bool:
-        """Return whether the formats shall suit no runtime in particular."""
-        return not self.follows_base and self.parsed_target is None
 
     @property
     def has_budget(self) -> bool:
@@ -346,13 +341,6 @@ class QuantizeConfig(
     def export_options(self) -> ExportOptions:
         """Return the options of the exporter."""
         return ExportOptions(accuracy_level=self.accuracy_level, verify=self.verify)
-
-    @property
-    def excluded(self) -> str:
-        """Return the patterns of sites that stay unquantized."""
-        if self.exclude is not None:
-            return self.exclude
-        return "" if self.has_budget else "lm_head"
 
     @property
     def needs_cache(self) -> bool:

@@ -209,7 +209,6 @@ def _warnings(
         form=form,
         named_eight_bit=bool(eight_bit),
         zero_point=any(each.zero_point for each in products),
-        gather_axis=1 if tables else None,
         gather_form="dq" if any(each.operators[-1] == "Gather" for each in tables) else "gather_block_quantized",
     )
     facts = ModelFacts(
@@ -231,6 +230,7 @@ def _warnings(
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=next((each.block_size for each in tables if each.block_size), 32),
         accuracy_level=_LEVELS.get(level or ""),
+        embedding_bits=4 if tables else None,
     )
     return tuple(rules.warnings(request, choice))
 

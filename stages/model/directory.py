@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,16 +13,17 @@ from stages.model.genai_config import GENAI_CONFIG, GenaiModel, read_genai_model
 from stages.system.paths import reachable
 
 _PAST_INPUTS = slice(3, 5)
+_LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDirectory:
     """A model on disk.
 
-    ``kv_heads``, ``head_size``, ``vocab_size`` and ``context_length`` come from genai_config.json and are None without
-    it; the graph's own input shapes win where they are fixed. ``windowed_caches`` gives the length of those key/value
-    cache inputs that slide: their attention drops old tokens itself, in a buffer that holds a whole window from the
-    start.
+    ``kv_heads``, ``head_size``, ``vocab_size``, ``context_length`` and ``provider``, the execution provider that it
+    runs on, come from genai_config.json and are None without it; the graph's own input shapes win where they are fixed.
+    ``windowed_caches`` gives the length of those key/value cache inputs that slide: their attention drops old tokens
+    itself, in a buffer that holds a whole window from the start.
     """
 
     folder: Path
@@ -31,6 +33,7 @@ class ModelDirectory:
     head_size: int | None = None
     vocab_size: int | None = None
     context_length: int | None = None
+    provider: str | None = None
     windowed_caches: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -47,6 +50,20 @@ def _onnx_in(folder: Path, filename: str | None) -> Path:
         return candidates[0]
     found = ", ".join(path.name for path in candidates) or "no .onnx file"
     raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+
+
+def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
+    """Return the output that holds the logits: ``logits``, else the only one whose name begins so.
+
+    Olive's quantizers rename it to logits_Q4 or logits_Q8.
+
+    Raises:
+        GraphError: there is none.
+    """
+    found = [name for name in outputs if name.startswith(_LOGITS)]
+    if _LOGITS not in found and len(found) != 1:
+        raise GraphError(f"{onnx_file} has no output '{_LOGITS}'; pass a text decoder.")
+    return _LOGITS if _LOGITS in found else found[0]
 
 
 def locate_model(path: Path) -> ModelDirectory:
@@ -75,6 +92,7 @@ def locate_model(path: Path) -> ModelDirectory:
         head_size=decoder.head_size,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
+        provider=decoder.provider,
         windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
     )
 

@@ -23,6 +23,13 @@ class GenaiDecoder(BaseModel):
     session_options: dict[str, Any] = Field(default_factory=dict)
     sliding_window: Any = None
 
+    @property
+    def provider(self) -> str | None:
+        """Return the execution provider that the session options name first; None where they name none."""
+        options = self.session_options.get("provider_options")
+        first = options[0] if isinstance(options, list) and options else None
+        return next(map(str, first), None) if isinstance(first, dict) else None
+
 
 class GenaiModel(BaseModel):
     """The model's entry."""

@@ -26,7 +26,7 @@ _LINEAR = frozenset({"MatMul", "Gemm"})
 _QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
 _ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that take tables of cosines and sines: computed from positions, never learned."""
-_EMBEDDING = "token embedding; --gather_quantize_axis 1 stores it as INT4"
+_EMBEDDING = "token embedding; --embedding 4 stores it as INT4"
 _EXPERTS = (
     "a MoE node multiplies with floating-point experts; onnxruntime-genai's builder stores them as INT4 with "
     "--extra_options moe_quant_type=int4, and the rest is quantized here"

@@ -75,7 +75,7 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     plan = plan_model(config, model, directory)
-    _log_plan(config, plan)
+    _log_plan(plan)
     result: BudgetResult | None = None
     if plan.left_open is not None:
         assert cache is not None, "a budget needs the cache"
@@ -160,11 +160,14 @@ def open_search(config: QuantizeConfig) -> Search:
     return Search(solver=_solver(config, model, plan, cache), groups=plan.sites.groups)
 
 
-def _log_plan(config: QuantizeConfig, plan: ModelPlan) -> None:
-    """Log what the target decided, and what a person should know before the search starts."""
-    if config.parsed_target is not None:
+def _log_plan(plan: ModelPlan) -> None:
+    """Log the target, what it decided, and what a person should know before the search starts."""
+    if plan.target_because:
+        label = "any" if plan.target is None else plan.target.label
+        _LOGGER.info("target %s: %s; --target names another", label, plan.target_because)
+    if plan.target is not None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
-        _LOGGER.info("formats for %s: %s", config.parsed_target.label, chosen)
+        _LOGGER.info("formats for %s: %s", plan.target.label, chosen)
     sites = plan.sites
     left = unquantized_warning(plan.unquantized, quantized=len(sites.specs), routers=sites.skipped_routers)
     for warning in filter(None, (*plan.choice.warnings, left)):

@@ -22,6 +22,8 @@ GatherForm = Literal["gather_block_quantized", "dq"]
 BlockAxis = Literal[0, 1]
 """Axis of a [V, D] embedding that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
 
+_LM_HEAD = re.compile(r"(?<![A-Za-z0-9_])lm_head(?![A-Za-z0-9_])")
+_LM_HEAD = re.compile(r"(?<![A-Za-z0-9_])lm_head(?![A-Za-z0-9_])")
 _LAYER = re.compile(r"layers[./](\d+)[./]?")
 """The builder writes layers.3/, other exporters layers/3/ or layers.3. with dots throughout."""
 
@@ -58,6 +60,11 @@ class MatMulSite:
     feeds_logits: bool = False
     routes_experts: bool = False
     """Whether its output decides which experts of a mixture a token goes to."""
+
+    @property
+    def is_lm_head(self) -> bool:
+        """Return whether the site is called lm_head or makes the logits."""
+        return self.feeds_logits or _LM_HEAD.search(self.name) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from stages.evaluation.records import Evaluation
 from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Quantization, Report
-from stages.report.model_plots import bits_figure, size_figure
-from stages.report.site_plots import site_figure
 from stages.report.tables import (
     accuracy_tables,
     answer_tables,
@@ -31,7 +29,8 @@ from stages.report.values import (
     percent,
     text_name,
 )
-from stages.report.view import Figure, Section, Tile
+from stages.report.view import Figure, Graded, Section, Tile, table
+from stages.report.weight_plots import bits_figure, site_figure, size_figure
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
@@ -64,13 +63,13 @@ def render(report: Report) -> str:
 def _facts(report: Report) -> list[tuple[str, str]]:
     """Return how the report's first part was made: what is known, with its name."""
     origin, quantization = report.origin, report.quantization
-    made = f"{origin.made} by genai-quant {origin.version}, on {report.machine}" if origin.made else report.machine
+    made = [origin.made, f"genai-quant {origin.version}" if origin.version else "", report.machine]
     facts = [
         ("base", _base(report)),
         ("formats", "" if quantization is None else _formats(quantization)),
         ("algorithm", "" if quantization is None else quantization.summary),
         ("calibration text", origin.calibration),
-        ("made", made),
+        ("made", ", ".join(filter(None, made))),
         ("command", origin.command),
     ]
     return [(name, text) for name, text in facts if text]
@@ -96,7 +95,7 @@ def _formats(quantization: Quantization) -> str:
     """Describe the formats in words, the most frequent first."""
     counts = Counter(site.stored or format_in_words(site.report.format) for site in quantization.sites)
     words = [f"{_matmuls(count)} as {form}" for form, count in counts.most_common()]
-    words += [f"embedding {table.name} as {table.stored}" for table in quantization.embeddings]
+    words += [f"embedding {each.name} as {each.stored}" for each in quantization.embeddings]
     return "; ".join([*words, *([f"{_matmuls(len(quantization.kept))} as in the base"] if quantization.kept else [])])
 
 
@@ -107,13 +106,8 @@ def _matmuls(count: int) -> str:
 def _sections(report: Report) -> list[Section]:
     quantization = report.quantization
     return [
-        Section(
-            name="accuracy",
-            heading="Accuracy and speed",
-            parts=_accuracy(report),
-            text=SCALE if report.evaluations else "",
-        ),
-        Section(name="sweep", heading="Models compared", parts=_sweep(report), text=SCALE),
+        Section(name="accuracy", heading="Accuracy and speed", parts=_accuracy(report)),
+        Section(name="sweep", heading="Models compared", parts=_sweep(report)),
         Section(name="weights", heading="Weights", parts=() if quantization is None else _weights(quantization)),
         Section(name="use", heading="Token by token", parts=_details(report.evaluations)),
     ]
@@ -129,7 +123,21 @@ def _accuracy(report: Report) -> tuple[Figure, ...]:
             accuracy_tables(evaluations),
             speed_tables(speeds[-1] if speeds else None),
             task_tables([one for evaluation in evaluations for one in evaluation.tasks]),
+            _scale("scale"),
         ]
+    )
+
+
+def _scale(name: str) -> Figure:
+    """Return the table of what each grade stands for."""
+    headings = ("", "KL (nats)", "same top-1", "perplexity above the base's", "decoding, of the base")
+    rows = [(Graded("", grade), *limits) for grade, *limits in SCALE]
+    return Figure(
+        name=name,
+        heading="When a number is good",
+        text="KL divergence: how far the model's probabilities for the next token are from the base's. Same top-1: how "
+        "often both find the same token most likely.",
+        tables=(table(headings, [*rows, (Graded("", Grade.POOR), *["beyond"] * 4)]),),
     )
 
 
@@ -153,7 +161,8 @@ def _weights(quantization: Quantization) -> tuple[Figure, ...]:
 
 
 def _sweep(report: Report) -> tuple[Figure, ...]:
-    return tuple(sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep) if sweep.points)
+    figures = [sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep) if sweep.points]
+    return (*figures, _scale("sweep-scale")) if any(sweep.text for sweep in report.sweep) else tuple(figures)
 
 
 def _present(parts: Sequence[Figure | None]) -> tuple[Figure, ...]:

@@ -96,7 +96,7 @@ def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
 def _text_result(evaluation: Evaluation) -> TextResult:
     base, model = evaluation.rows
     return TextResult(
-        text=evaluation.comparison.text,
+        text=Path(evaluation.comparison.text).name,
         divergence=model.accuracy.mean_divergence,
         base_perplexity=base.accuracy.perplexity,
         perplexity=model.accuracy.perplexity,
@@ -140,7 +140,7 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
 
 def _accuracy(texts: Sequence[TextResult]) -> Iterator[tuple[str, str]]:
     if not texts:
-        yield "accuracy", "not compared with the base: evaluate it, or quantize with --evaluate"
+        yield "accuracy", "not compared with the base yet (--evaluate)"
     for one in texts:
         yield (
             f"on {one.text}",

@@ -52,7 +52,7 @@ def _how_scored(evaluation: Evaluation, *, named: bool) -> str:
     return (
         f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in {comparison.windows} "
         f"windows of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
-        f"accuracy level {comparison.accuracy_level}; ONNX Runtime, {', '.join(comparison.providers)}.{note}"
+        f"{evaluation.levels}; ONNX Runtime, {', '.join(comparison.providers)}.{note}"
     )
 
 

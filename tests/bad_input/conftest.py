@@ -23,6 +23,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
         output_path=folder / "out",
         weights_path=folder / "weights",
         algo="rtn_dq",
+        target="any",
         block_size=32,
         use_zero_point=True,
         layers_8bit="layers.0/mlp/down_proj",

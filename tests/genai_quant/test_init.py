@@ -31,7 +31,7 @@ def test_from_calibration_to_evaluation(
     model = genai_quant.quantize(config)
     assert model.folder == tmp_path / "int4"
     assert model.onnx_file == tmp_path / "int4" / "model.onnx"
-    assert len(open_store(model.weights).recipe.groups) == 8
+    assert len(open_store(model.weights).recipe.groups) == 9
     assert {site.name for site in planned.sites if site.bits == 4} == {site.site for site in model.search.sites}
     assert model.export.report is not None
 

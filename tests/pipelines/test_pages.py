@@ -51,6 +51,7 @@ FOREIGN = {
     "--multi_gpu",
     "--no-deps",
     "--num_processes",
+    "--package-config",
     "--tyro-write-completion",
     "--version",
 }

@@ -27,7 +27,9 @@ def folder(tiny_model: Path, unseen_text: Path, tmp_path_factory: pytest.TempPat
     for name in ("base", "twin"):
         shutil.copytree(tiny_model, folder / name)
     shutil.copyfile(unseen_text, folder / "text.txt")
-    config = QuantizeConfig(onnx_path=folder / "base", output_path=folder / "coarse", algo="rtn_dq", block_size=32)
+    config = QuantizeConfig(
+        onnx_path=folder / "base", output_path=folder / "coarse", algo="rtn_dq", block_size=32, target="any"
+    )
     quantize(config)
     return folder
 
@@ -54,7 +56,7 @@ def test_all_of_it_is_shown_and_kept(folder: Path, tmp_path: Path, commands: Com
     _check_accuracy(found, printed)
     _check_use(found, printed)
     page = parse((report / "report.html").read_text(encoding="utf-8"))
-    for part in ("accuracy-0", "positions-0", "worst-0", "answers", "speed"):
+    for part in ("kl", "positions-0", "worst-0", "answers", "speed"):
         assert page.by_id(part)
 
 
@@ -68,6 +70,8 @@ def _check_accuracy(found: Evaluation, printed: str) -> None:
     assert 0 < accuracy.mean_divergence < accuracy.divergence_99
     for figure in (f"{accuracy.perplexity:.3f}", f"{accuracy.mean_divergence:.5f}", f"{accuracy.divergence_99:.4f}"):
         assert figure in printed
+    levels = "base and twin none: nothing is quantized, of coarse 4, ONNX Runtime's default on the CPU"
+    assert f"accuracy level of {levels}" in " ".join(printed.split())
     assert len(coarse.worst) == 2
     # Of 62 predictions the percentile lies between the two worst.
     assert coarse.worst[0].divergence >= accuracy.divergence_99 >= coarse.worst[1].divergence

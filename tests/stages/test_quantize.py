@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch:
     assert {path.name for path in folder.iterdir()} == {"base", "base.calibration", "int4", "int4.weights"}
     assert "calibration cache" in printed
     assert "x mlp/down_proj" not in printed, "the search's table is a detail"
-    assert "│ inspect    python -m stages.inspect int4 " in printed
+    assert "│ inspect    python -m stages.inspect int4 " in printed, printed
     assert "not compared with the base" in printed
 
     monkeypatch.setattr("stages.calibration.capture.Capture.fill", None)
@@ -56,8 +57,11 @@ def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch:
     assert "decoding speed isn't measured: it would take a while" in printed
     report = read_report(folder / "int4.weights" / "report")
     assert [one.comparison.text for one in report.evaluations] == ["code", "offline"]
+    card = Path(folder, "int4", "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (code|offline) \| \d+ \| 4, by its", card, re.M) == ["code", "offline"]
     (base, int4) = report.evaluations[0].rows
     assert (base.accuracy_level, int4.accuracy_level[:1]) == ("none: nothing is quantized", "4")
+    assert "\n| code | 4088 | 4, ONNX Runtime" in (folder / "int4" / "README.md").read_text(encoding="utf-8")
 
     monkeypatch.setattr("stages.evaluation.compare.open_reference", None)
     again = call("--evaluate")

@@ -29,7 +29,9 @@ class Commands:
         return self.run(CalibrateConfig, calibrate.command, arguments)
 
     def quantize(self, *arguments: object) -> tuple[int, str]:
-        return self.run(QuantizeConfig, quantize.command, arguments)
+        """Run stage two, for no runtime in particular unless ``arguments`` name a target."""
+        named = any(str(each).startswith("--target") and not str(each).startswith("--target_") for each in arguments)
+        return self.run(QuantizeConfig, quantize.command, arguments if named else (*arguments, "--target", "any"))
 
     def export(self, *arguments: object) -> tuple[int, str]:
         return self.run(ExportConfig, export.command, arguments)

@@ -32,6 +32,7 @@ from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
+from stages.records.quantities import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,8 +172,8 @@ def _part(
     if len(windows) < count:
         asked = "--calib_size is" if count == (config.calib_size or _WINDOWS) else "its share of --calib_size is"
         raise UserError(
-            f"--dataset {dataset} gives {len(windows)} windows of {config.seq_len} tokens and {asked} {count}; lower "
-            "--calib_size or --seq_len, or pass more text."
+            f"--dataset {dataset} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and {asked} "
+            f"{count}; lower --calib_size or --seq_len, or pass more text."
         )
     return _Part(title=f"{documents.title}, as chats" if chat else documents.title, windows=windows)
 

@@ -21,7 +21,7 @@ class Point:
 
     algo: Algorithm
     block_size: int | None
-    zero_point: bool
+    zero_point: bool | None
     mixed: bool
     int8_block_size: int | PerChannelWord | None
     lm_head: LmHead | None
@@ -35,7 +35,7 @@ class Point:
         parts = [
             self.algo,
             f"b{self.block_size}" if self.block_size is not None else "",
-            "zp" if self.zero_point else "",
+            {True: "zp", False: "nozp", None: ""}[self.zero_point],
             "mixed" if self.mixed else "",
             f"int8b{self.int8_block_size}" if self.int8_block_size is not None else "",
             f"head{self.lm_head}" if self.lm_head is not None else "",
@@ -49,7 +49,7 @@ class Point:
         """Return the options of stages.quantize that make this point."""
         arguments = [f"--algo={self.algo}"]
         arguments += [f"--block_size={self.block_size}"] if self.block_size is not None else []
-        arguments += ["--use_zero_point"] if self.zero_point else []
+        arguments += {True: ["--use_zero_point"], False: ["--no_use_zero_point"], None: []}[self.zero_point]
         arguments += ["--enable_mixed_quant"] if self.mixed else []
         arguments += [f"--int8_block_size={self.int8_block_size}"] if self.int8_block_size is not None else []
         arguments += [f"--lm_head={self.lm_head}"] if self.lm_head is not None else []

@@ -10,7 +10,7 @@ from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
 from stages.quantization.plan.plan_file import KEEP
-from stages.quantization.plan.rules import NamedSites, QuantPlan, all_sites, is_lm_head, named_sites, plan_of
+from stages.quantization.plan.rules import NamedSites, QuantPlan, all_sites, named_sites, plan_of
 from stages.quantization.targets.formats import FormatChoice, OpenFormats
 from stages.records.formats import Granularity, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
@@ -138,8 +138,8 @@ def check_budget(candidates: Sequence[SiteCandidates], budget: Budget) -> Budget
         case SizeBudget(num_bytes=size) if size < reachable.smallest:
             raise OptionError(
                 f"--target_size {size / 1e6:,.1f}MB can't be reached: this model can have from "
-                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB (--gather_quantize_axis 1 "
-                "makes embeddings smaller, --lm_head 4 the head)."
+                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB (--embedding 4 makes "
+                "embeddings smaller, --lm_head 4 the head)."
             )
     return reachable
 
@@ -178,9 +178,9 @@ def _candidates_of(
     if site.name in named.skipped:
         return SiteCandidates(site=site, formats={KEEP: None}, fixed_because=named.skipped[site.name])
     if site.name in named.eight_bit:
-        because = "--lm_head 8" if is_lm_head(site) and config.lm_head == "8" else "--layers_8bit"
+        because = "--lm_head 8" if site.is_lm_head and config.lm_head == "8" else "--layers_8bit"
         return SiteCandidates(site=site, formats=eight_bit, fixed_because=because)
-    if not is_lm_head(site):
+    if not site.is_lm_head:
         return SiteCandidates(site=site, formats=everything)
     if config.lm_head == "4":
         return SiteCandidates(site=site, formats=four_bit, fixed_because="--lm_head 4")

@@ -37,7 +37,16 @@ class TableFormat:
 
 
 def plan_embeddings(tables: Sequence[EmbeddingTable], wanted: TableFormat) -> tuple[EmbeddingPlan, ...]:
-    """Return the same format for every table."""
+    """Return the same format for every table.
+
+    Raises:
+        OptionError: no operator looks such a table up.
+    """
+    if wanted.bits == 8 and wanted.axis == 0 and wanted.form == "gather_block_quantized":
+        raise OptionError(
+            "--gather_quantize_axis 0 can't be combined with --embedding 8: GatherBlockQuantized takes INT8 only with "
+            "scales along a token's numbers; leave one of them out."
+        )
     return tuple(
         EmbeddingPlan(
             table=table,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from stages.commands.parsing import parse_size
+from stages.commands.parsing import Target, parse_size
 from stages.commands.quantize_options import QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
@@ -41,10 +41,10 @@ from stages.quantization.plan.embeddings import (
 )
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
-from stages.quantization.plan.rules import QuantPlan, all_sites, make_plan, plan_of
+from stages.quantization.plan.rules import QuantPlan, all_sites, excludes_lm_head, make_plan, plan_of
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
-from stages.quantization.targets.choose import choose_formats, open_formats
+from stages.quantization.targets.choose import BaseTarget, choose_formats, open_formats, target_of_base
 from stages.quantization.targets.formats import (
     Explanation,
     FormatChoice,
@@ -62,11 +62,12 @@ from stages.records.formats import (
     QuantSpec,
     WeightForm,
 )
+from stages.records.quantities import counted
 from stages.records.results import ActivationStats, ExportRecipe
-from stages.records.sites import ActivationGroup, BlockAxis, MatMulSite, UnquantizedWeights
+from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
-"""Values of --lm_head and --embedding."""
+"""Values of --lm_head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,10 @@ class ModelPlan:
     With a budget ``sites`` holds each site's smallest format until ``left_open`` is decided.
     """
 
+    target: Target | None
+    """None: no runtime in particular."""
+    target_because: str
+    """Why, where the base model decided about the target; empty where it was named."""
     choice: FormatChoice
     sites: QuantPlan
     embeddings: tuple[EmbeddingPlan, ...]
@@ -113,14 +118,16 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     require_float_base(model, directory)
     groups, tables = find_groups(model), find_embeddings(model)
     facts = facts_of(groups, tables)
+    decided = _target(config, directory, facts)
+    chooser = _Chooser(target=decided.target, requested=_requested(config, all_sites(groups)), facts=facts)
     candidates: tuple[SiteCandidates, ...] = ()
     if config.plan is not None:
-        choice, sites = _given_plan(config, groups, facts)
+        choice, sites = _given_plan(config, groups, chooser)
     elif config.has_budget:
-        choice, candidates = _open_choice(config, groups, facts)
+        choice, candidates = _open_choice(config, groups, chooser)
         sites = _smallest(groups, candidates)
     else:
-        choice = choose_formats(config.parsed_target, _requested(config), facts)
+        choice = chooser.choose()
         sites = make_plan(groups, config, choice)
     alone = _embedding_plans(config, choice, tables)
     shared = share_tables(model, alone, all_sites(groups), _sharing(config, choice, sites))
@@ -133,6 +140,8 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
     return ModelPlan(
+        target=decided.target,
+        target_because=decided.why,
         choice=replace(choice, explanations=(*choice.explanations, *shared.explanations)),
         sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
         embeddings=embeddings,
@@ -159,7 +168,7 @@ def _sharing(config: QuantizeConfig, choice: FormatChoice, sites: QuantPlan) -> 
         option=config.share_embedding,
         form=choice.form,
         symmetric=choice.symmetric,
-        head_bits=_BITS.get(config.lm_head or ""),
+        head_bits=_BITS.get(choice.lm_head or ""),
         skipped=dict(sites.skipped),
         given=sites.specs if config.plan is not None else {},
     )
@@ -204,9 +213,10 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     zero_point = "without" if choice.symmetric else "with"
     by_site = config.plan is not None or config.has_budget
     formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
-    mixed = f", INT8 at {plan.sites.eight_bit_sites} sites" if plan.sites.eight_bit_sites and not by_site else ""
+    count = plan.sites.eight_bit_sites
+    mixed = f", INT8 at {counted(count, 'site')}" if count and not by_site else ""
     table = _describe_embedding(plan.embeddings)
-    target = "" if config.parsed_target is None else f" for {config.parsed_target.label}"
+    target = "" if plan.target is None else f" for {plan.target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
     return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
@@ -273,31 +283,54 @@ def signround_options(config: QuantizeConfig) -> SignRoundOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chooser:
+    """What formats are chosen from: the target, the request, and the model."""
+
+    target: Target | None
+    requested: RequestedFormats
+    facts: ModelFacts
+
+    def choose(self) -> FormatChoice:
+        return choose_formats(self.target, self.requested, self.facts)
+
+    def open(self) -> OpenFormats:
+        return open_formats(self.target, self.requested, self.facts)
+
+
+def _target(config: QuantizeConfig, directory: ModelDirectory, facts: ModelFacts) -> BaseTarget:
+    """Return the target that was named, or the base's."""
+    if config.follows_base:
+        return target_of_base(directory, facts)
+    return BaseTarget(target=config.parsed_target, why="")
+
+
 def _given_plan(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser
 ) -> tuple[FormatChoice, QuantPlan]:
     """Return what ``--plan`` asks for: the file decides about formats, the target about everything else."""
     assert config.plan is not None
     sites = all_sites(groups)
     planned = read_plan(config.plan, sites)
-    formats = {site.name: spec_of(planned[site.name], site, symmetric=not config.use_zero_point) for site in sites}
+    symmetric = chooser.choose().symmetric
+    formats = {site.name: spec_of(planned[site.name], site, symmetric=symmetric) for site in sites}
     specs = {name: spec for name, spec in formats.items() if spec is not None}
     if not specs:
         raise OptionError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
     skipped = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
-    return _choice_of_specs(config, tuple(specs.values()), facts), plan_of(groups, specs, skipped)
+    return _choice_of_specs(chooser, tuple(specs.values())), plan_of(groups, specs, skipped)
 
 
-def _choice_of_specs(config: QuantizeConfig, specs: tuple[QuantSpec, ...], facts: ModelFacts) -> FormatChoice:
+def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:
     """Return the choice for the commonest INT4 block, with what the target says against each of the formats."""
     sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
     eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
     requested = [
-        replace(_requested(config), block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
+        replace(chooser.requested, block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
         for size in sizes or [None]
         for granularity in eight_bit or [None]
     ]
-    choices = [choose_formats(config.parsed_target, each, facts) for each in requested]
+    choices = [replace(chooser, requested=each).choose() for each in requested]
     warnings = dict.fromkeys(warning for choice in choices for warning in choice.warnings)
     return replace(choices[0], warnings=tuple(warnings))
 
@@ -307,13 +340,12 @@ def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularit
 
 
 def _open_choice(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], facts: ModelFacts
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser
 ) -> tuple[FormatChoice, tuple[SiteCandidates, ...]]:
     """Return the target's choice for what a budget doesn't decide, and the candidates for what it does."""
-    requested = _requested(config)
-    formats = open_formats(config.parsed_target, requested, facts)
-    named = requested.named_eight_bit or formats.eight_bit is not None
-    choice = choose_formats(config.parsed_target, replace(requested, named_eight_bit=named), facts)
+    formats = chooser.open()
+    named = chooser.requested.named_eight_bit or formats.eight_bit is not None
+    choice = replace(chooser, requested=replace(chooser.requested, named_eight_bit=named)).choose()
     explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
     choice = replace(choice, explanations=explained)
     return choice, site_candidates(groups, config, choice, formats)
@@ -346,17 +378,21 @@ def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], s
     )
 
 
-def _requested(config: QuantizeConfig) -> RequestedFormats:
+def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> RequestedFormats:
     """Return the options that were given, and not left to the target."""
+    decided_elsewhere = config.plan is not None or (config.has_budget and config.lm_head is None)
     return RequestedFormats(
         form=_requested_form(config),
         block_size=config.block_size,
         eight_bit=_requested_eight_bit(config),
         mixed=config.enable_mixed_quant and not config.layers_8bit,
         named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
-        zero_point=bool(config.use_zero_point),
+        zero_point=config.use_zero_point,
         scale_range=config.scale_range,
-        gather_axis=_embedding_axis(config),
+        lm_head="none" if config.lm_head is None and excludes_lm_head(sites, config) else config.lm_head,
+        lm_head_open=decided_elsewhere,
+        embedding=config.requested_embedding,
+        embedding_axis=config.embedding_axis,
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
@@ -384,23 +420,18 @@ def _requested_form(config: QuantizeConfig) -> WeightForm | None:
 def _embedding_plans(
     config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
 ) -> tuple[EmbeddingPlan, ...]:
-    axis = _embedding_axis(config)
-    if axis is None:
+    if config.requested_embedding in ("4", "8"):
+        require_tables(tables)
+    if choice.embedding_bits is None:
         return ()
-    require_tables(tables)
     wanted = TableFormat(
-        bits=_BITS[config.requested_embedding or ""],
-        axis=axis,
+        bits=choice.embedding_bits,
+        axis=choice.embedding_axis,
         block_size=choice.gather_block_size,
         form=choice.gather_form,
         scale_range="signed" if choice.scale_range == "signed" else "full",
     )
     return plan_embeddings(tables, wanted)
-
-
-def _embedding_axis(config: QuantizeConfig) -> BlockAxis | None:
-    """Return the axis of the embedding's blocks; None where it stays as it is."""
-    return config.embedding_axis if config.requested_embedding in ("4", "8") else None
 
 
 def _tuning(config: QuantizeConfig) -> bytes:

@@ -67,7 +67,9 @@ def make_plan(groups: tuple[ActivationGroup, ...], config: QuantizeConfig, choic
     sites = all_sites(groups)
     named = named_sites(sites, config, choice)
     if len(named.skipped) == len(sites):
-        raise OptionError(f"--exclude {config.excluded} matches every MatMul of the model: nothing would be quantized.")
+        raise OptionError(
+            f"--exclude {_excluded(config, choice)} matches every MatMul of the model: nothing would be quantized."
+        )
     return plan_of(groups, {site.name: _spec(site, choice, named) for site in sites}, named.skipped)
 
 
@@ -102,9 +104,14 @@ def named_sites(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: For
     return NamedSites(eight_bit=eight_bit, skipped=_skipped(sites, config, choice, eight_bit))
 
 
-def is_lm_head(site: MatMulSite) -> bool:
-    """Return whether the site is called lm_head or makes the logits."""
-    return _matches_site(_LM_HEAD, site)
+def excludes_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> bool:
+    """Return whether ``exclude`` was given and matches lm_head.
+
+    Raises:
+        OptionError: a pattern matches no site.
+    """
+    excluded = _matches(sites, config.exclude or "", "--exclude")
+    return any(site.is_lm_head and site.name in excluded for site in sites)
 
 
 def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, ...]:
@@ -172,24 +179,33 @@ def _eight_bit(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: Form
         chosen = set(_matches(sites, config.layers_8bit, "--layers_8bit"))
     elif config.enable_mixed_quant and not choice.keep_mixed_because:
         chosen = set(sensitive_sites(sites, config.mixed_rule))
-    if config.lm_head is not None:
-        heads = {site.name for site in sites if is_lm_head(site)}
-        chosen = chosen | heads if config.lm_head == "8" else chosen - heads
+    heads = {site.name for site in sites if site.is_lm_head}
+    if choice.lm_head == "8":
+        chosen |= heads
+    elif config.lm_head is not None:
+        chosen -= heads
     return frozenset(chosen)
+
+
+def _excluded(config: QuantizeConfig, choice: FormatChoice) -> str:
+    """Return the patterns of sites that stay; lm_head is one where nobody else says what becomes of it."""
+    if config.exclude is not None:
+        return config.exclude
+    return _LM_HEAD if choice.lm_head is None and not config.has_budget else ""
 
 
 def _skipped(
     sites: Sequence[MatMulSite], config: QuantizeConfig, choice: FormatChoice, eight_bit: frozenset[str]
 ) -> dict[str, str]:
     """Return why a site is skipped, by name; an lm_head or a router that was asked for by name is not."""
-    skipped = _matches(sites, config.excluded, "--exclude")
+    skipped = _matches(sites, _excluded(config, choice), "--exclude")
     # Small, and a token that goes to another expert is lost: rounding routers saves nothing and costs most.
     skipped |= {site.name: _ROUTER for site in sites if site.routes_experts and site.name not in {*skipped, *eight_bit}}
     if config.enable_mixed_quant and not config.layers_8bit and choice.keep_mixed_because:
         reason = f"--enable_mixed_quant: {choice.keep_mixed_because}"
         skipped |= dict.fromkeys(sensitive_sites(sites, config.mixed_rule), reason)
     for site in sites:
-        if not is_lm_head(site):
+        if not site.is_lm_head:
             continue
         if config.lm_head == "none":
             skipped[site.name] = "--lm_head none"
@@ -227,6 +243,6 @@ def _matches_site(pattern: str, site: MatMulSite) -> bool:
 
     ``lm_head`` also means the site that makes the logits, whatever its name.
     """
-    if pattern == _LM_HEAD and site.feeds_logits:
+    if pattern == _LM_HEAD and site.is_lm_head:
         return True
     return re.search(rf"(?<![A-Za-z0-9_]){re.escape(pattern)}(?![A-Za-z0-9_])", site.name) is not None

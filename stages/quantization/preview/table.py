@@ -11,6 +11,8 @@ from typing import Literal
 from rich.console import Group
 
 from stages.commands.tables import Column, DataTable, FactTable
+from stages.quantization.targets.explain import choice_table
+from stages.quantization.targets.formats import Explanation
 from stages.quantization.weights.summary import format_legend, ranges
 from stages.records.formats import EmbeddingPlan
 from stages.records.quantities import counted, duration
@@ -109,11 +111,18 @@ class Preview:
     obstacles: tuple[str, ...]
     """What would stop the run as things are."""
     notes: tuple[str, ...]
+    target: str
+    """As it is typed, or any."""
+    target_because: str
+    """Why, where the base model decided about it."""
+    formats: tuple[Explanation, ...]
+    """What the target decided, and why."""
 
 
 def preview_table(preview: Preview) -> Group:
-    """Return the sites by kind, format and place of the input scale, then what concerns the whole model."""
-    return Group(_sites(preview), _whole(preview))
+    """Return what the target decided, the sites by kind, format and input scale, and what concerns the whole model."""
+    decided = [choice_table(preview.target, preview.formats)] if preview.formats else []
+    return Group(*decided, _sites(preview), _whole(preview))
 
 
 def _sites(preview: Preview) -> DataTable:
@@ -169,6 +178,8 @@ def _whole(preview: Preview) -> FactTable:
 
 
 def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
+    if preview.target_because:
+        yield "target", f"{preview.target}: {preview.target_because}; --target names another"
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
     yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {preview.bits_per_weight:.3f} bits a quantized weight"
     for plan in preview.embeddings:

@@ -1,15 +1,17 @@
-"""Choose the number formats for a runtime: what was asked for, and for the rest what the runtime runs fast."""
+"""Choose the runtime, and the number formats for it: what was asked for, and for the rest what it runs fast."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.parsing import Runtime, Target
+from stages.commands.parsing import RELEASES, Runtime, Target, parse_target
+from stages.model.directory import ModelDirectory
 from stages.quantization.targets import cpu, cuda, dml, qnn, trt_rtx, webgpu
 from stages.quantization.targets.explain import explain
-from stages.quantization.targets.formats import FormatChoice, ModelFacts, OpenFormats, RequestedFormats
+from stages.quantization.targets.formats import EmbeddingBits, FormatChoice, ModelFacts, OpenFormats, RequestedFormats
 from stages.quantization.targets.rules import BLOCKS, POSITIVE, Preferences, Request, Rules
 from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 from stages.runtime.session import ACCURACY_LEVEL
@@ -25,10 +27,40 @@ RULES: Mapping[Runtime, Rules] = {
 _DEFAULT_EIGHT_BIT = PerChannel()
 _OPEN_EIGHT_BIT = PerBlock(block_size=128)
 """Of a budget: nearly the same bytes as a scale per channel, and exact over long rows too."""
+_PROVIDERS: Mapping[str, Runtime] = MappingProxyType(
+    {"cpu": "cpu", "cuda": "cuda", "dml": "dml", "nvtensorrtrtx": "trt-rtx", "webgpu": "webgpu", "qnn": "qnn"}
+)
+"""Execution providers as genai_config.json names them, in small letters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTarget:
+    """The runtime that a base model was built for; None: none whose rules are known."""
+
+    target: Target | None
+    why: str
+
+
+def target_of_base(directory: ModelDirectory, facts: ModelFacts) -> BaseTarget:
+    """Return the runtime that ``directory`` and ``facts`` tell of.
+
+    genai_config.json's provider counts first. Where it names none, bfloat16 tells of CUDA, which only has kernels for
+    it, and everything else of the CPU.
+    """
+    if directory.provider is not None:
+        runtime = _PROVIDERS.get(directory.provider.lower())
+        why = f"the base's genai_config.json names the provider {directory.provider}"
+        if runtime is None:
+            return BaseTarget(target=None, why=f"{why}, which has no rules here")
+        return BaseTarget(target=parse_target(runtime), why=why)
+    if "bfloat16" in facts.dtypes:
+        return BaseTarget(target=parse_target("cuda"), why="the base is bfloat16, which only CUDA computes with")
+    source = "genai_config.json" if directory.has_genai_config else "graph"
+    return BaseTarget(target=parse_target("cpu"), why=f"the base's {source} names no other provider")
 
 
 def choose_formats(target: Target | None, requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
-    """Return the formats for ``target`` with the reasons; without a target the tool's defaults, without reasons.
+    """Return the formats for ``target`` with the reasons; without a target those for any runtime, without reasons.
 
     Args:
         target: the runtime to please.
@@ -36,11 +68,11 @@ def choose_formats(target: Target | None, requested: RequestedFormats, facts: Mo
         facts: what of the base model matters.
     """
     if target is None:
-        return _defaults(requested, facts)
+        return _for_any(requested, facts)
     request = Request(release=target.release, requested=requested, facts=facts)
     rules = RULES[target.runtime]
     preferred = rules.prefer(request)
-    choice = _merge(requested, preferred)
+    choice = _merge(request, preferred)
     warnings = (*rules.warnings(request, choice), *_warnings_everywhere(requested, choice))
     return replace(choice, explanations=explain(target, request, preferred, choice), warnings=warnings)
 
@@ -66,9 +98,9 @@ def _opened(requested: RequestedFormats, blocks: tuple[int, ...], eight_bit: Gra
     return OpenFormats(four_bit=tuple(PerBlock(block_size=size) for size in sizes), eight_bit=eight_bit)
 
 
-def _defaults(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
+def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
     form = WeightForm.MATMUL_NBITS if "bfloat16" in facts.dtypes else WeightForm.DQ
-    return FormatChoice(
+    choice = FormatChoice(
         form=requested.form or form,
         four_bit=PerBlock(block_size=requested.block_size or 128),
         eight_bit=requested.eight_bit or _DEFAULT_EIGHT_BIT,
@@ -77,10 +109,29 @@ def _defaults(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=requested.gather_block_size or 32,
         accuracy_level=requested.accuracy_level,
+        lm_head=requested.lm_head,
+        embedding_bits=_embedding_bits(requested, None),
+        embedding_axis=requested.embedding_axis,
     )
+    request = Request(release=RELEASES[-1], requested=requested, facts=facts)
+    warnings = (*cpu.slower_than_base(request, choice), *_warnings_everywhere(requested, choice))
+    return replace(choice, warnings=warnings)
 
 
-def _merge(requested: RequestedFormats, preferred: Preferences) -> FormatChoice:
+def _embedding_bits(requested: RequestedFormats, preferred: EmbeddingBits | None) -> EmbeddingBits | None:
+    match requested.embedding:
+        case None:
+            return preferred
+        case "none":
+            return None
+        case "4":
+            return 4
+        case "8":
+            return 8
+
+
+def _merge(request: Request, preferred: Preferences) -> FormatChoice:
+    requested = request.requested
     eight_bit: Granularity = requested.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
     wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
     # QuantizeLinear by a negative scale was never run.
@@ -89,11 +140,16 @@ def _merge(requested: RequestedFormats, preferred: Preferences) -> FormatChoice:
         form=requested.form or preferred.form.value,
         four_bit=PerBlock(block_size=requested.block_size or preferred.block_size.value),
         eight_bit=eight_bit,
-        symmetric=not requested.zero_point,
+        symmetric=not (preferred.zero_point.value if requested.zero_point is None else requested.zero_point),
         scale_range=requested.scale_range or scale_range.value,
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=requested.gather_block_size or preferred.gather_block_size.value,
         accuracy_level=wanted if requested.accuracy_level is None else requested.accuracy_level,
+        lm_head=request.lm_head(preferred.lm_head.value),
+        embedding_bits=_embedding_bits(requested, preferred.embedding.value)
+        if request.facts.embedding_widths
+        else None,
+        embedding_axis=requested.embedding_axis,
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
         session_options=(*preferred.session_options, *_level_option(requested, wanted)),
     )
@@ -110,7 +166,7 @@ def _level_option(requested: RequestedFormats, wanted: AccuracyLevel | None) -> 
 def _warnings_everywhere(requested: RequestedFormats, choice: FormatChoice) -> Iterator[str]:
     if requested.mixed and choice.keep_mixed_because:
         yield f"{choice.keep_mixed_because}: the sites of --enable_mixed_quant stay in floating point."
-    if requested.gather_axis is not None and choice.gather_form == "dq":
+    if choice.embedding_bits is not None and choice.gather_form == "dq":
         yield (
             "ONNX Runtime never fuses DequantizeLinear and Gather: it expands the whole table for every token; leave "
             "--gather_form dq out."

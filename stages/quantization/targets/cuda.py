@@ -18,7 +18,8 @@ from stages.quantization.targets.rules import (
     dq_warnings,
     looks_up_on_cpu,
     looks_up_quantized,
-    since,
+    lookup_since,
+    smallest_head,
     unfused_in_dq,
 )
 from stages.records.formats import Granularity, PerBlock, WeightForm
@@ -35,13 +36,16 @@ _LARGEST_BLOCK = 128
 
 def prefer(request: Request) -> Preferences:
     eight_bit = _eight_bit(request)
+    lm_head = smallest_head(eight_bit)
+    stored = request.stores_eight_bit(eight_bit.value, request.lm_head(lm_head.value))
     return Preferences(
         scale_range=SIGNED,
-        form=_form(request, eight_bit=request.stores_eight_bit(eight_bit.value)),
+        form=_form(request, eight_bit=stored),
         block_size=Preference(32, "every kernel takes it, and CUTLASS's compact build (opt-in) no other; not run here"),
         eight_bit=eight_bit,
-        zero_point="CUTLASS's compact build takes none (ORT#32699), other kernels do; not run here",
-        embedding=since(request, _GATHER, "CUDA has the kernel (ORT#25575)"),
+        zero_point=Preference(False, "CUTLASS's compact build takes none (ORT#32699), other kernels do; not run here"),
+        lm_head=lm_head,
+        embedding=lookup_since(request, _GATHER, "CUDA has GatherBlockQuantized (ORT#25575)"),
         gather_block_size=_gather_block(request),
     )
 
@@ -71,7 +75,7 @@ def _gather_block(request: Request) -> Preference[int]:
 
 
 def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
-    eight_bit = request.stores_eight_bit(_eight_bit(request).value)
+    eight_bit = request.stores_eight_bit(_eight_bit(request).value, choice.lm_head)
     if request.is_bfloat16 and request.release < _BFLOAT16:
         yield f"{request.version} has no bfloat16 MatMulNBits on CUDA; use 1.23 or later (ORT#25161)."
     if choice.form in FROM_DQ:
@@ -102,14 +106,14 @@ def _dq_warnings(request: Request, *, eight_bit: bool) -> Iterator[str]:
 
 def _gather_warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
     yield from looks_up_on_cpu(request, choice, _GATHER)
-    if not looks_up_quantized(request, choice) or request.release < _GATHER:
+    if not looks_up_quantized(choice) or request.release < _GATHER:
         return
     size = choice.gather_block_size
     uneven = sorted(width for width in request.facts.embedding_widths if width % size)
-    if request.requested.gather_axis == 0:
+    if choice.embedding_axis == 0:
         yield "CUDA's GatherBlockQuantized reads wrong scales on axis 0 (ORT#32663); choose --gather_quantize_axis 1."
     elif uneven:
         yield (
             f"CUDA's GatherBlockQuantized reads wrong scales where blocks of {size} don't divide the embedding's width "
-            f"{uneven[0]} (ORT#32663); choose another --gather_block_size or leave --gather_quantize_axis out."
+            f"{uneven[0]} (ORT#32663); choose another --gather_block_size or --embedding none."
         )

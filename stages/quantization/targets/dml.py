@@ -14,18 +14,22 @@ from stages.quantization.targets.rules import (
     column_major_warnings,
     dq_warnings,
     looks_up_quantized,
+    smallest_head,
     unfused_in_dq,
 )
-from stages.records.formats import WeightForm
+from stages.records.formats import Granularity, WeightForm
+
+_EIGHT_BIT: Preference[Granularity | None] = Preference(None, "DirectML has no 8-bit weights (ModelOpt's FAQ 7)")
 
 
 def prefer(request: Request) -> Preferences:
     return Preferences(
         form=_form(request),
         block_size=Preference(128, "what the tool for DirectML that this one replaces writes; not run here"),
-        eight_bit=Preference(None, "DirectML has no 8-bit weights (ModelOpt's FAQ 7)"),
-        zero_point="signed codes need none; not run here",
-        embedding="DirectML has no kernel for it: the CPU provider looks up",
+        eight_bit=_EIGHT_BIT,
+        zero_point=Preference(False, "the tool for DirectML that this one replaces writes none; not run here"),
+        lm_head=smallest_head(_EIGHT_BIT),
+        embedding=Preference(None, "DirectML has no GatherBlockQuantized"),
     )
 
 
@@ -50,8 +54,8 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
             "DirectML has no 8-bit weights (ModelOpt's FAQ 7): the sites named for INT8 may run on the CPU or not at "
             "all; leave them out of --layers_8bit and --lm_head 8."
         )
-    if looks_up_quantized(request, choice):
+    if looks_up_quantized(choice):
         yield (
             "DirectML has no GatherBlockQuantized: the CPU provider looks up and copies to the GPU for every token; "
-            "leave --gather_quantize_axis out."
+            "leave --embedding out."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from stages.commands.parsing import Target
 from stages.commands.tables import Column, DataTable
@@ -33,6 +33,7 @@ def explain(target: Target, request: Request, preferred: Preferences, choice: Fo
         *_release(target),
         *_weights(request, preferred, choice),
         *_scale_range(request, preferred, choice),
+        *_lm_head(request, preferred, choice),
         *_eight_bit(request, preferred, choice),
         *_embedding(request, preferred, choice),
         *_session(request, preferred, choice),
@@ -59,7 +60,7 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
     yield Explanation(
         option="--use_zero_point",
         chosen="no" if choice.symmetric else "yes",
-        why=preferred.zero_point if choice.symmetric else _ASKED,
+        why=preferred.zero_point.why if requested.zero_point is None else _ASKED,
     )
     yield Explanation(
         option="scales",
@@ -75,6 +76,12 @@ def _scale_range(request: Request, preferred: Preferences, choice: FormatChoice)
     yield Explanation(option="--scale_range", chosen=choice.scale_range, why=why)
 
 
+def _lm_head(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    if choice.lm_head is not None:
+        why = _ASKED if request.requested.lm_head else preferred.lm_head.why
+        yield Explanation(option="--lm_head", chosen=choice.lm_head, why=why)
+
+
 def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
     requested = request.requested
     if requested.mixed and choice.keep_mixed_because:
@@ -83,7 +90,7 @@ def _eight_bit(request: Request, preferred: Preferences, choice: FormatChoice) -
             chosen="floating point",
             why=f"{choice.keep_mixed_because}; INT4 would cost accuracy where it matters most",
         )
-    if request.stores_eight_bit(preferred.eight_bit.value):
+    if request.stores_eight_bit(preferred.eight_bit.value, choice.lm_head):
         yield Explanation(
             option="--int8_block_size",
             chosen=_describe(choice.eight_bit),
@@ -98,10 +105,13 @@ def _describe(granularity: Granularity) -> str:
 def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
     if not request.facts.embedding_widths:
         return
-    if request.requested.gather_axis is None:
-        yield Explanation(option="embedding", chosen="as it is", why="a Gather of floating point is fast everywhere")
-    else:
-        why = _ASKED if request.requested.gather_form else preferred.embedding
+    asked, bits = request.requested.embedding is not None, choice.embedding_bits
+    why = _ASKED if asked else preferred.embedding.why
+    if bits is None and not asked:
+        why += f": {request.facts.embedding_bytes / 1e6:,.1f} MB stay in floating point"
+    yield Explanation(option="--embedding", chosen="none" if bits is None else str(bits), why=why)
+    if bits is not None:
+        why = _ASKED if request.requested.gather_form else "DequantizeLinear and Gather expand the table for each token"
         yield Explanation(option="--gather_form", chosen=choice.gather_form, why=why)
         asked = request.requested.gather_block_size is not None
         yield Explanation(
@@ -125,8 +135,8 @@ def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> 
         yield Explanation(option=key, chosen=value, why="written into genai_config.json's session options")
 
 
-def choice_table(target: Target, choice: FormatChoice) -> DataTable:
+def choice_table(target: str, explanations: Sequence[Explanation]) -> DataTable:
     """Return what was chosen for ``target``, one line an option."""
     columns = (Column(heading="option"), Column(heading="chosen"), Column(heading="why", wraps=True))
-    rows = tuple((line.option, line.chosen, line.why) for line in choice.explanations)
-    return DataTable(title=f"formats for {target.label}", columns=columns, rows=rows)
+    rows = tuple((line.option, line.chosen, line.why) for line in explanations)
+    return DataTable(title=f"formats for {target}", columns=columns, rows=rows)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.quantize_options import ScaleRange
-from stages.records.formats import EmbeddingTable, Granularity, PerBlock, WeightForm
+from stages.commands.quantize_options import Embedding, LmHead, ScaleRange
+from stages.records.formats import EmbeddingTable, Granularity, PerBlock, WeightForm, torch_float
 from stages.records.sites import ActivationGroup, BlockAxis, FloatName, GatherForm
+
+EmbeddingBits = Literal[4, 8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +25,13 @@ class RequestedFormats:
     """INT8 at the sites that a rule finds: a runtime without INT8 may leave these as they are."""
     named_eight_bit: bool = False
     """INT8 at sites that were named: done whatever the runtime makes of it."""
-    zero_point: bool = False
+    zero_point: bool | None = None
     scale_range: ScaleRange | None = None
-    gather_axis: BlockAxis | None = None
+    lm_head: LmHead | None = None
+    lm_head_open: bool = False
+    """Whether a budget or a plan file decides about lm_head."""
+    embedding: Embedding | None = None
+    embedding_axis: BlockAxis = 1
     gather_form: GatherForm | None = None
     gather_block_size: int | None = None
     accuracy_level: AccuracyLevel | None = None
@@ -38,7 +45,10 @@ class ModelFacts:
     """Types of the sites' weights, which scales will have too."""
     in_features: frozenset[int]
     has_gemm: bool = False
+    has_lm_head: bool = False
     embedding_widths: frozenset[int] = frozenset()
+    embedding_bytes: int = 0
+    """Of all embeddings, in floating point."""
 
 
 def facts_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]) -> ModelFacts:
@@ -48,7 +58,9 @@ def facts_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]
         dtypes=frozenset(site.dtype for site in sites),
         in_features=frozenset(site.in_features for site in sites),
         has_gemm=any(site.op_type == "Gemm" for site in sites),
+        has_lm_head=any(site.is_lm_head for site in sites),
         embedding_widths=frozenset(table.hidden for table in tables),
+        embedding_bytes=sum(table.vocabulary * table.hidden * torch_float(table.dtype).itemsize for table in tables),
     )
 
 
@@ -74,6 +86,11 @@ class FormatChoice:
     gather_form: GatherForm
     gather_block_size: int
     accuracy_level: AccuracyLevel | None
+    lm_head: LmHead | None = None
+    """None: neither an option nor the target says what becomes of it."""
+    embedding_bits: EmbeddingBits | None = None
+    """None: embeddings stay as they are."""
+    embedding_axis: BlockAxis = 1
     keep_mixed_because: str = ""
     """Why sites that only a rule would store as INT8 stay as they are; empty where they become INT8."""
     session_options: tuple[tuple[str, str], ...] = ()

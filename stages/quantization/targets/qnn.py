@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 from stages.commands.parsing import Release
 from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.rules import Preference, Preferences, Request
-from stages.records.formats import WeightForm
+from stages.quantization.targets.rules import Preference, Preferences, Request, smallest_head
+from stages.records.formats import Granularity, WeightForm
 
 _MATMUL_NBITS: Release = (1, 24)
 """ORT#26340"""
 _BLOCK = 32
+_EIGHT_BIT: Preference[Granularity | None] = Preference(None, "QNN's GPU backend translates only 4-bit MatMulNBits")
 
 
 def prefer(_: Request) -> Preferences:
@@ -24,9 +25,12 @@ def prefer(_: Request) -> Preferences:
         ),
         block_size=Preference(_BLOCK, "the only size that QNN's GPU backend translates; not run here"),
         open_blocks=(_BLOCK,),
-        eight_bit=Preference(None, "QNN's GPU backend translates 4-bit MatMulNBits alone"),
-        zero_point="QNN's GPU backend translates only symmetric codes",
-        embedding="on the GPU from onnxruntime-qnn#356 on, before that on the CPU; not run here",
+        eight_bit=_EIGHT_BIT,
+        zero_point=Preference(False, "QNN's GPU backend translates only symmetric codes"),
+        lm_head=smallest_head(_EIGHT_BIT),
+        embedding=Preference(
+            None, "QNN has GatherBlockQuantized on the GPU only from onnxruntime-qnn#356 on; not run here"
+        ),
     )
 
 

@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release
-from stages.commands.quantize_options import ScaleRange
-from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
+from stages.commands.quantize_options import LmHead, ScaleRange
+from stages.quantization.targets.formats import EmbeddingBits, FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import Granularity, PerChannel, WeightForm
 
 T = TypeVar("T")
@@ -46,9 +46,21 @@ class Request:
     def version(self) -> str:
         return f"ONNX Runtime {self.release[0]}.{self.release[1]}"
 
-    def stores_eight_bit(self, eight_bit: Granularity | None) -> bool:
-        """Return whether any site becomes INT8; those that only a rule finds don't where ``eight_bit`` is None."""
-        return self.requested.named_eight_bit or (self.requested.mixed and eight_bit is not None)
+    def lm_head(self, preferred: LmHead) -> LmHead | None:
+        """Return what becomes of lm_head; None where there is none, or a budget or plan file decides about it."""
+        if not self.facts.has_lm_head or self.requested.lm_head_open:
+            return None
+        return self.requested.lm_head or preferred
+
+    def stores_eight_bit(self, eight_bit: Granularity | None, lm_head: LmHead | None) -> bool:
+        """Return whether any site becomes INT8.
+
+        Args:
+            eight_bit: the runtime's INT8; None: it has none, and sites that only a rule finds don't become INT8.
+            lm_head: what becomes of it.
+        """
+        requested = self.requested
+        return requested.named_eight_bit or lm_head == "8" or (requested.mixed and eight_bit is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +86,10 @@ class Preferences:
     block_size: Preference[int]
     eight_bit: Preference[Granularity | None]
     """None: the runtime has no INT8."""
-    zero_point: str
-    """Why none."""
-    embedding: str
-    """Where GatherBlockQuantized runs, should an embedding be quantized."""
+    zero_point: Preference[bool]
+    lm_head: Preference[LmHead]
+    embedding: Preference[EmbeddingBits | None]
+    """None: the runtime has no GatherBlockQuantized, which reads only the rows it needs."""
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
@@ -150,22 +162,29 @@ def column_major_warnings(request: Request, choice: FormatChoice, *, eight_bit: 
         )
 
 
-def looks_up_quantized(request: Request, choice: FormatChoice) -> bool:
+def smallest_head(eight_bit: Preference[Granularity | None]) -> Preference[LmHead]:
+    """Return INT8 for lm_head where the runtime has it, else INT4."""
+    if eight_bit.value is None:
+        return Preference("4", f"{eight_bit.why}, and in floating point it is the largest weight of a small model")
+    return Preference("8", "a quarter of float32's bytes for each token, at next to no loss; INT4 loses more there")
+
+
+def looks_up_quantized(choice: FormatChoice) -> bool:
     """Return whether GatherBlockQuantized will stand in the graph."""
-    return request.requested.gather_axis is not None and choice.gather_form == "gather_block_quantized"
+    return choice.embedding_bits is not None and choice.gather_form == "gather_block_quantized"
 
 
-def since(request: Request, first: Release, what: str) -> str:
-    """Return where lookups run: ``what`` from ``first`` on, before that on the CPU."""
+def lookup_since(request: Request, first: Release, what: str) -> Preference[EmbeddingBits | None]:
+    """Return INT8 for embeddings from ``first`` on, the release that brought ``what``; before it, they stay."""
     if request.release >= first:
-        return f"{what}; not run here"
-    return f"{request.version} looks up on the CPU; from {first[0]}.{first[1]} on {what}"
+        return Preference(8, f"{what}, which reads only the rows it needs; not run here")
+    return Preference(None, f"{request.version} looks up on the CPU; from {first[0]}.{first[1]} on {what}")
 
 
 def looks_up_on_cpu(request: Request, choice: FormatChoice, first: Release) -> Iterator[str]:
     """Warn of GatherBlockQuantized before the provider's ``first`` release with a kernel."""
-    if looks_up_quantized(request, choice) and request.release < first:
+    if looks_up_quantized(choice) and request.release < first:
         yield (
-            f"{request.version} runs GatherBlockQuantized on the CPU, not on this provider; leave "
-            f"--gather_quantize_axis out or use {first[0]}.{first[1]} or later."
+            f"{request.version} runs GatherBlockQuantized on the CPU, not on this provider; leave --embedding out or "
+            f"use {first[0]}.{first[1]} or later."
         )

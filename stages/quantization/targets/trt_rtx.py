@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.quantization.targets.formats import FormatChoice, ModelFacts
-from stages.quantization.targets.rules import Preference, Preferences, Request, looks_up_quantized
-from stages.records.formats import PerChannel, WeightForm
+from stages.quantization.targets.rules import Preference, Preferences, Request, looks_up_quantized, smallest_head
+from stages.records.formats import Granularity, PerChannel, WeightForm
 
 _BLOCKS = (128, 64)
+_EIGHT_BIT: Preference[Granularity | None] = Preference(
+    PerChannel(), "what the tool that this one replaces writes; blocks are only for INT4; not run here"
+)
 
 
 def prefer(request: Request) -> Preferences:
@@ -20,11 +23,10 @@ def prefer(request: Request) -> Preferences:
         form=Preference(WeightForm.DQ, "what onnxruntime-genai's builder writes for it (use_qdq); not run here"),
         block_size=_block(request.facts),
         open_blocks=_dividing(request.facts) or _BLOCKS,
-        eight_bit=Preference(
-            PerChannel(), "what the tool that this one replaces writes; blocks are only for INT4; not run here"
-        ),
-        zero_point="TensorRT multiplies a code with a positive scale, nothing else",
-        embedding="TensorRT for RTX has no kernel for it",
+        eight_bit=_EIGHT_BIT,
+        zero_point=Preference(False, "TensorRT multiplies a code with a positive scale, nothing else"),
+        lm_head=smallest_head(_EIGHT_BIT),
+        embedding=Preference(None, "TensorRT for RTX has no GatherBlockQuantized"),
     )
 
 
@@ -46,10 +48,10 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
         yield "TensorRT takes only positive scales; leave --scale_range out."
     if choice.form is WeightForm.MATMUL_NBITS:
         yield "TensorRT for RTX runs no MatMulNBits; choose --weight_operator dq."
-    if choice.eight_bit != PerChannel() and request.stores_eight_bit(choice.eight_bit):
+    if choice.eight_bit != PerChannel() and request.stores_eight_bit(choice.eight_bit, choice.lm_head):
         yield "TensorRT takes blocks only for INT4; choose --int8_block_size channel."
-    if looks_up_quantized(request, choice):
-        yield "TensorRT for RTX has no GatherBlockQuantized; leave --gather_quantize_axis out."
+    if looks_up_quantized(choice):
+        yield "TensorRT for RTX has no GatherBlockQuantized; leave --embedding out."
 
 
 def _block_warnings(request: Request, choice: FormatChoice) -> Iterator[str]:

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from stages.commands.parsing import Release
 from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.targets.rules import SIGNED, Preference, Preferences, Request, looks_up_on_cpu, since
+from stages.quantization.targets.rules import (
+    SIGNED,
+    Preference,
+    Preferences,
+    Request,
+    looks_up_on_cpu,
+    lookup_since,
+    smallest_head,
+)
 from stages.records.formats import Granularity, PerBlock, WeightForm
 
 _EIGHT_BIT: Release = (1, 23)
@@ -16,6 +24,7 @@ _GATHER: Release = (1, 23)
 
 
 def prefer(request: Request) -> Preferences:
+    eight_bit = _eight_bit(request)
     return Preferences(
         scale_range=SIGNED,
         form=Preference(
@@ -23,9 +32,10 @@ def prefer(request: Request) -> Preferences:
         ),
         block_size=Preference(32, "its fastest kernels take no other (ORT#23908); not run here"),
         open_blocks=(32,),
-        eight_bit=_eight_bit(request),
-        zero_point="signed codes need none, and some of its kernels take none (ORT#23908); not run here",
-        embedding=since(request, _GATHER, "WebGPU has the kernel (ORT#25413)"),
+        eight_bit=eight_bit,
+        zero_point=Preference(False, "some of its kernels take none (ORT#23908); not run here"),
+        lm_head=smallest_head(eight_bit),
+        embedding=lookup_since(request, _GATHER, "WebGPU has GatherBlockQuantized (ORT#25413)"),
         accuracy_level=Preference(
             4, "activations as int8 for its fastest kernels (ORT#23365), as onnxruntime-genai's builder; not run here"
         ),

@@ -132,7 +132,7 @@ def quantized(base: ModelDirectory, name: str, **options: object) -> Quantized:
     """Quantize, export and verify with ``options`` of stages.quantize."""
     output = base.folder.with_name(name)
     config = QuantizeConfig(
-        onnx_path=base.folder, output_path=output, block_size=BLOCK_SIZE, accuracy_level=1, **options
+        onnx_path=base.folder, output_path=output, target="any", block_size=BLOCK_SIZE, accuracy_level=1, **options
     )
     quantize(config)
     return Quantized(base, locate_model(output), open_store(config.weights_folder))

@@ -25,21 +25,19 @@ def test_folders_lie_beside_the_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "excluded", "needs_cache"),
+    ("options", "needs_cache"),
     [
-        ({}, "lm_head", True),
-        ({"algo": "rtn"}, "lm_head", False),
-        ({"algo": "rtn_dq"}, "lm_head", False),
-        ({"algo": "rtn_dq", "refine": True}, "lm_head", True),
-        ({"algo": "rtn_dq", "target_bpw": 4.5}, "", True),
-        ({"algo": "rtn_dq", "target_size": "1GB", "exclude": "down_proj"}, "down_proj", True),
-        ({"exclude": ""}, "", True),
+        ({}, True),
+        ({"algo": "rtn"}, False),
+        ({"algo": "rtn_dq"}, False),
+        ({"algo": "rtn_dq", "refine": True}, True),
+        ({"algo": "rtn_dq", "target_bpw": 4.5}, True),
     ],
 )
-def test_what_follows_from_the_options(options: dict[str, Any], excluded: str, needs_cache: bool) -> None:
+def test_what_follows_from_the_options(options: dict[str, Any], needs_cache: bool) -> None:
     found = config(**options)
     found.validate()
-    assert (found.excluded, found.needs_cache) == (excluded, needs_cache)
+    assert found.needs_cache == needs_cache
 
 
 def test_the_search_before_signround_is_its_start() -> None:
@@ -81,7 +79,6 @@ def test_the_target_is_the_bases_unless_it_is_named(
 ) -> None:
     found = config(**options)
     assert found.follows_base is follows_base
-    assert found.takes_any_target is (options.get("target") == "any")
     assert (found.parsed_target and found.parsed_target.runtime) == runtime
 
 

@@ -130,7 +130,7 @@ def test_the_embedding_is_named_until_it_is_quantized() -> None:
     assert found["Gather"].weights == ("table",)
     assert found["Gather"].num_bytes == 6400
     assert found["Gather"].share == pytest.approx(6400 / 7424)
-    assert "--gather_quantize_axis" in found["Gather"].reason
+    assert "--embedding 4" in found["Gather"].reason
     assert unquantized(start(), "table") == {}
 
 

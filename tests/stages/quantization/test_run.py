@@ -33,7 +33,7 @@ ALONE = Processes(state=None)
 def config(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> QuantizeConfig:
     cache = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
     return QuantizeConfig(
-        onnx_path=tiny_model, output_path=tmp_path / "out", cache_dir=cache, algo="rtn_dq", device="cpu"
+        onnx_path=tiny_model, output_path=tmp_path / "out", cache_dir=cache, algo="rtn_dq", target="any", device="cpu"
     )
 
 

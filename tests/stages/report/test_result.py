@@ -51,6 +51,7 @@ def test_what_was_not_measured_is_not_there() -> None:
     bare = replace(RESULT, texts=(), base_tokens_per_second=None, tokens_per_second=None)
     printed = "\n".join(shown(bare, "genai-quant quantize"))
     assert "not compared with the base" in printed
+    assert printed.startswith("╭")
     assert "tokens/s" not in printed
 
 

@@ -22,9 +22,9 @@ def test_combinations_have_names_of_their_own() -> None:
     )
     found = points_of(grid)
     assert len({point.name for point in found}) == len(found)
-    # All algorithms, two block sizes, two zero points, two layouts; a head without INT8 and further options: only INT4,
+    # All algorithms, two block sizes, two layouts; a head without INT8 and further options: only INT4,
     # once; everything else with three INT8 block sizes.
-    assert len(found) == len(grid.algo) * 2 * 2 * 2 * ((1 + 3) + (1 + 3) + (3 + 3) + 2 * 3 * 2 * 3)
+    assert len(found) == len(grid.algo) * 2 * 2 * ((1 + 3) + (1 + 3) + (3 + 3) + 2 * 3 * 2 * 3)
 
 
 def test_points_are_named_after_what_they_vary() -> None:
@@ -32,13 +32,14 @@ def test_points_are_named_after_what_they_vary() -> None:
     assert [point.name for point in points_of(grid)] == [
         "rtn_dq-b32",
         "rtn_dq-b32-target-cuda",
-        "rtn_dq-b32-zp",
-        "rtn_dq-b32-zp-target-cuda",
         "rtn_dq",
         "rtn_dq-target-cuda",
-        "rtn_dq-zp",
-        "rtn_dq-zp-target-cuda",
     ]
+    zero_points = SweepGrid(algo=("rtn_dq",), block_size=(32,), use_zero_point=(None, False, True))
+    assert [point.name for point in points_of(zero_points)] == ["rtn_dq-b32", "rtn_dq-b32-nozp", "rtn_dq-b32-zp"]
+    assert [point.arguments[2:] for point in points_of(zero_points)] == [
+        (), ("--no_use_zero_point",), ("--use_zero_point",),
+    ]  # fmt: skip
 
 
 def test_a_points_command_is_what_the_command_line_takes() -> None:

@@ -34,7 +34,8 @@ ALL = {"4b128", "4b32", "8b128"}
 
 
 def _candidates(formats: OpenFormats = FORMATS, **options: object) -> dict[str, SiteCandidates]:
-    found = site_candidates(GROUPS, replace(CONFIG, **options), CHOICE, formats)
+    config = replace(CONFIG, **options)
+    found = site_candidates(GROUPS, config, replace(CHOICE, lm_head=config.lm_head), formats)
     return {each.site.name: each for each in found}
 
 

@@ -28,7 +28,7 @@ def model(tiny_model: Path) -> ir.Model:
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> QuantizeConfig:
-    return QuantizeConfig(onnx_path=tiny_model, output_path=tmp_path / "out")
+    return QuantizeConfig(onnx_path=tiny_model, output_path=tmp_path / "out", target="any")
 
 
 def _planned(config: QuantizeConfig, model: ir.Model) -> ModelPlan:
@@ -161,8 +161,12 @@ def _digest(config: QuantizeConfig, model: ir.Model, cache: str = "") -> str:
         ({"use_zero_point": True, "refine": True}, "awq_gptq refined INT4 block 128 with zero point"),
         ({"algo": "signround"}, "signround from awq_gptq INT4 block 128 without zero point"),
         (
-            {"layers_8bit": "down_proj", "gather_quantize_axis": 1, "target": "cpu@1.31", "algo": "gptq"},
-            "gptq INT4 block 128 without zero point, INT8 at 2 sites, embedding INT4 block 32 for cpu@1.31",
+            {"layers_8bit": "down_proj", "target": "cpu@1.31", "algo": "gptq"},
+            "gptq INT4 block 32 with zero point, INT8 at 3 sites, embedding INT4 block 32 for cpu@1.31",
+        ),
+        (
+            {"target": None, "embedding": "none", "use_zero_point": False},
+            "awq_gptq INT4 block 32 without zero point, INT8 at 1 site for cpu@1.32",
         ),
         (
             {"target_bpw": 5.5, "layers_8bit": "down_proj"},

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages.commands.quantize_options import MixedRule, QuantizeConfig
 from stages.errors import OptionError
-from stages.quantization.plan.rules import QuantPlan, make_plan, sensitive_sites
+from stages.quantization.plan.rules import QuantPlan, excludes_lm_head, make_plan, sensitive_sites
 from stages.quantization.targets.choose import choose_formats
 from stages.quantization.targets.formats import ModelFacts, RequestedFormats
 from stages.records.formats import PerBlock
@@ -105,7 +106,8 @@ def _plan(exclude: str) -> QuantPlan:
 
 
 def _made(groups: tuple[ActivationGroup, ...] = GROUPS, **options: object) -> QuantPlan:
-    return make_plan(groups, replace(CONFIG, **options), CHOICE)
+    config = replace(CONFIG, **options)
+    return make_plan(groups, config, replace(CHOICE, lm_head=config.lm_head))
 
 
 def _eight_bit(**changes: object) -> set[str]:
@@ -165,7 +167,7 @@ def test_sites_of_the_mixed_rule_stay_where_the_target_has_no_int8_and_named_one
     for name in ("/model/layers.1/attn/v_proj/MatMul", "/model/layers.10/mlp/down_proj/MatMul"):
         assert skipped[name] == "--enable_mixed_quant: it has none"
     assert {spec.label for spec in plan.specs.values()} == {"4b32"}
-    named = make_plan(GROUPS, replace(config, layers_8bit="down_proj", lm_head="8"), choice)
+    named = make_plan(GROUPS, replace(config, layers_8bit="down_proj", lm_head="8"), replace(choice, lm_head="8"))
     eight_bit = {name for name, spec in named.specs.items() if spec.bits == 8}
     assert eight_bit == {"/model/layers.10/mlp/down_proj/MatMul", "/lm_head/MatMul"}
     assert named.skipped == ()
@@ -184,6 +186,17 @@ def test_lm_head_option_wins_over_patterns() -> None:
     assert head not in specs["none"]
     assert head not in _made(exclude="", lm_head="none").specs
     assert _made(layers_8bit="lm_head", lm_head="4").specs[head].bits == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [({}, 8), ({"lm_head": "4"}, 4), ({"exclude": "lm_head"}, None), ({"exclude": "q_proj"}, 8)],
+)
+def test_the_targets_head_gives_way_to_what_was_asked_for(options: dict[str, Any], bits: int | None) -> None:
+    config, head = replace(CONFIG, **options), "/lm_head/MatMul"
+    asked = "none" if excludes_lm_head([s for g in GROUPS for s in g.sites], config) else config.lm_head
+    plan = make_plan(GROUPS, config, replace(CHOICE, lm_head=asked or "8"))
+    assert (plan.specs[head].bits if head in plan.specs else None) == bits
 
 
 def test_eight_bit_sites_have_their_own_granularity() -> None:

@@ -27,6 +27,7 @@ def quantization(model: Path, folder: Path, algo: str) -> QuantizeConfig:
         output_path=folder / "int4",
         cache_dir=folder / "cache",
         algo=algo,
+        target="any",
         block_size=16,
         device="cpu",
     )

@@ -18,12 +18,15 @@ def facts(
     gemm: bool = False,
     widths: tuple[int, ...] = (),
     in_features: tuple[int, ...] = (1024, 4096),
+    head: bool = False,
 ) -> ModelFacts:
     return ModelFacts(
         dtypes=frozenset({dtype}),
         in_features=frozenset(in_features),
         has_gemm=gemm,
+        has_lm_head=head,
         embedding_widths=frozenset(widths),
+        embedding_bytes=sum(4 * 1000 * width for width in widths),
     )
 
 
@@ -40,6 +43,7 @@ def choose(
 def stored(choice: FormatChoice, requested: RequestedFormats) -> list[tuple[int, int | None]]:
     """Return (bits, block size) of the kinds of sites that the choice leads to; None is a scale per channel."""
     kinds: list[tuple[int, int | None]] = [(4, choice.four_bit.block_size)]
-    if requested.named_eight_bit or (requested.mixed and not choice.keep_mixed_because):
+    mixed = requested.mixed and not choice.keep_mixed_because
+    if requested.named_eight_bit or mixed or choice.lm_head == "8":
         kinds.append((8, choice.eight_bit.block_size if isinstance(choice.eight_bit, PerBlock) else None))
     return kinds

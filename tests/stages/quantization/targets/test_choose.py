@@ -1,13 +1,16 @@
-"""Every target, release and kind of base: what is chosen runs fast; what was asked for and does not is warned of."""
+"""Every base, target and release: what is chosen runs fast; what was asked for and does not is warned of."""
 
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from stages.commands.parsing import Release, Runtime, parse_target
-from stages.quantization.targets.choose import choose_formats, open_formats
+from stages.commands.quantize_options import Embedding, LmHead
+from stages.model.directory import ModelDirectory
+from stages.quantization.targets.choose import choose_formats, open_formats, target_of_base
 from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import PerBlock, PerChannel, WeightForm
 from stages.records.sites import FloatName
@@ -22,6 +25,7 @@ BASES: tuple[tuple[FloatName, bool], ...] = (
     ("float16", False),
     ("bfloat16", False),
 )
+HEADS: tuple[LmHead, ...] = ("4", "8", "none")
 FORMS = (None, WeightForm.DQ, WeightForm.MATMUL_NBITS, WeightForm.DQ_COLUMN_MAJOR, WeightForm.QDQ)
 REQUESTS = [
     *(
@@ -36,6 +40,7 @@ REQUESTS = [
         for form, block, zero_point in product(FORMS[:3], (None, 32, 64, 256), (False, True))
         if block or zero_point
     ),
+    *(RequestedFormats(lm_head=head, named_eight_bit=head == "8") for head in HEADS),
     *(RequestedFormats(accuracy_level=level, mixed=True) for level in (0, 1, 4)),
 ]
 
@@ -64,13 +69,17 @@ def _all_fast(
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_nobody_asked_for_is_never_slow_and_never_a_form_that_no_runtime_fuses(runtime: Runtime) -> None:
     for release, (dtype, gemm), mixed in product(RELEASES, BASES, (False, True)):
-        requested, model = RequestedFormats(mixed=mixed), facts(dtype, gemm=gemm, widths=(1024,))
+        requested, model = RequestedFormats(mixed=mixed), facts(dtype, gemm=gemm, widths=(1024,), head=True)
         choice = choose(runtime, release, requested, model)
         where = (runtime, release, dtype, gemm, mixed, choice)
         assert choice.four_bit.block_size in (32, 64, 128), where
         assert choice.form in (WeightForm.DQ, WeightForm.MATMUL_NBITS), where
         assert choice.gather_form == "gather_block_quantized", where
-        assert choice.symmetric, where
+        assert choice.symmetric is (runtime != "cpu"), where
+        assert choice.lm_head == ("4" if choice.keep_mixed_because else "8"), where
+        assert choice.embedding_bits is None or lookup_is_fast(
+            runtime, release, form=choice.gather_form, axis=1, block=choice.gather_block_size, width=1024
+        ), where
         # What is slow then is the base model or the release itself, and that is said.
         assert _all_fast(runtime, release, choice, requested, model) or choice.warnings, where
 
@@ -86,20 +95,20 @@ def _is_hopeless(runtime: Runtime, release: Release, dtype: FloatName) -> bool:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_only_a_base_or_release_that_the_runtime_cannot_run_is_warned_of_unasked(runtime: Runtime) -> None:
     for release, (dtype, gemm) in product(RELEASES, BASES):
-        choice = choose(runtime, release, model=facts(dtype, gemm=gemm))
+        choice = choose(runtime, release, model=facts(dtype, gemm=gemm, widths=(1024,), head=True))
         assert bool(choice.warnings) == _is_hopeless(runtime, release, dtype), (release, dtype, gemm, choice.warnings)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_warning_stands_exactly_where_a_request_makes_something_slow(runtime: Runtime) -> None:
     for requested, release, (dtype, gemm) in product(REQUESTS, BOUNDARIES, BASES):
-        model = facts(dtype, gemm=gemm)
+        model = facts(dtype, gemm=gemm, head=True)
         choice = choose(runtime, release, requested, model)
         where = (requested, release, dtype, gemm, choice)
         assert choice.form == (requested.form or choice.form), where
         assert choice.four_bit.block_size == (requested.block_size or choice.four_bit.block_size), where
         assert choice.eight_bit == (requested.eight_bit or choice.eight_bit), where
-        assert choice.symmetric is not requested.zero_point, where
+        assert requested.zero_point in (None, not choice.symmetric), where
         left_out = requested.mixed and bool(choice.keep_mixed_because)
         fast = _all_fast(runtime, release, choice, requested, model) and not left_out
         assert bool(choice.warnings) is not fast, where
@@ -110,7 +119,7 @@ def test_a_lookup_that_is_slow_or_wrong_is_warned_of(runtime: Runtime) -> None:
     for release, axis, form, block, width in product(
         ((1, 22), (1, 32)), (0, 1), (None, "dq"), (None, 64), (1024, 48, 40)
     ):
-        requested = RequestedFormats(gather_axis=axis, gather_form=form, gather_block_size=block)
+        requested = RequestedFormats(embedding="4", embedding_axis=axis, gather_form=form, gather_block_size=block)
         choice = choose(runtime, release, requested, facts(widths=(width,)))
         assert choice.gather_form == (form or "gather_block_quantized")
         assert block in (None, choice.gather_block_size)
@@ -121,13 +130,13 @@ def test_a_lookup_that_is_slow_or_wrong_is_warned_of(runtime: Runtime) -> None:
         assert (set(choice.warnings) == set(others)) is fast, (release, requested, width, choice)
 
 
-def test_without_a_target_the_defaults_are_what_they_were() -> None:
+def test_for_any_runtime_the_defaults_are_what_they_were() -> None:
     for dtype, form in (
         ("float32", WeightForm.DQ),
         ("float16", WeightForm.DQ),
         ("bfloat16", WeightForm.MATMUL_NBITS),
     ):
-        assert choose_formats(None, RequestedFormats(mixed=True, gather_axis=1), facts(dtype)) == FormatChoice(
+        assert choose_formats(None, RequestedFormats(mixed=True), facts(dtype, head=True)) == FormatChoice(
             form=form,
             four_bit=PerBlock(block_size=128),
             eight_bit=PerChannel(),
@@ -139,35 +148,88 @@ def test_without_a_target_the_defaults_are_what_they_were() -> None:
         )
 
 
-def test_without_a_target_requests_are_taken_without_comment() -> None:
+def test_for_any_runtime_requests_are_taken_as_they_are() -> None:
     requested = RequestedFormats(
-        form=WeightForm.DQ_COLUMN_MAJOR,
+        form=WeightForm.MATMUL_NBITS,
         block_size=16,
         eight_bit=PerBlock(block_size=64),
         zero_point=True,
-        gather_axis=0,
-        gather_form="dq",
+        lm_head="4",
+        embedding="4",
+        embedding_axis=0,
         gather_block_size=64,
         accuracy_level=1,
     )
-    assert choose_formats(None, requested, facts()) == FormatChoice(
-        form=WeightForm.DQ_COLUMN_MAJOR,
+    assert choose_formats(None, requested, facts(head=True)) == FormatChoice(
+        form=WeightForm.MATMUL_NBITS,
         four_bit=PerBlock(block_size=16),
         eight_bit=PerBlock(block_size=64),
         symmetric=False,
         scale_range="full",
-        gather_form="dq",
+        lm_head="4",
+        embedding_bits=4,
+        embedding_axis=0,
+        gather_form="gather_block_quantized",
         gather_block_size=64,
         accuracy_level=1,
     )
+
+
+@pytest.mark.parametrize(
+    ("requested", "words"),
+    [
+        (RequestedFormats(form=WeightForm.DQ_COLUMN_MAJOR), "leave --use_column_major out"),
+        (RequestedFormats(embedding="4", gather_form="dq"), "leave --gather_form dq out"),
+        (RequestedFormats(lm_head="8", named_eight_bit=True, accuracy_level=1), "leave --accuracy_level out or store"),
+        (RequestedFormats(mixed=True, form=WeightForm.MATMUL_NBITS), "choose --accuracy_level 4 or store no INT8"),
+    ],
+)
+def test_what_is_slower_than_the_base_is_warned_of_for_the_cpu_and_for_any_runtime(
+    requested: RequestedFormats, words: str
+) -> None:
+    model = facts(widths=(1024,), head=True)
+    (warning,) = choose_formats(None, requested, model).warnings
+    assert words in warning
+    # The CPU's own choice for MatMulNBits is level 4.
+    expected = () if requested.form is WeightForm.MATMUL_NBITS else (warning,)
+    assert choose("cpu", requested=requested, model=model).warnings == expected
+
+
+def test_below_level_4_the_cpu_gets_no_int8_that_nobody_asked_for() -> None:
+    for level, head in ((None, "8"), (4, "8"), (1, "4"), (0, "4")):
+        choice = choose("cpu", requested=RequestedFormats(accuracy_level=level), model=facts(head=True))
+        assert (choice.lm_head, choice.warnings) == (head, ())
+
+
+@pytest.mark.parametrize(
+    ("provider", "dtype", "runtime", "why"),
+    [
+        (None, "float32", "cpu", "genai_config.json names no other provider"),
+        (None, "float16", "cpu", "genai_config.json names no other provider"),
+        (None, "bfloat16", "cuda", "bfloat16, which only CUDA"),
+        ("cuda", "float16", "cuda", "the provider cuda"),
+        ("DML", "float16", "dml", "the provider DML"),
+        ("NvTensorRtRtx", "float16", "trt-rtx", "the provider NvTensorRtRtx"),
+        ("webgpu", "float16", "webgpu", "the provider webgpu"),
+        ("qnn", "float32", "qnn", "the provider qnn"),
+        ("OpenVINO", "float32", None, "OpenVINO, which has no rules here"),
+    ],
+)
+def test_the_target_follows_the_base(provider: str | None, dtype: FloatName, runtime: str | None, why: str) -> None:
+    place = Path("base")
+    directory = ModelDirectory(folder=place, onnx_file=place / "a.onnx", has_genai_config=True, provider=provider)
+    found = target_of_base(directory, facts(dtype))
+    assert (found.target and found.target.runtime) == runtime
+    assert why in found.why
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_line_has_a_reason_and_every_warning_is_one_sentence(runtime: Runtime) -> None:
     seen: set[str] = set()
     for release, (dtype, _), mixed, named in product(BOUNDARIES, BASES, (False, True), (False, True)):
-        requested = RequestedFormats(mixed=mixed, named_eight_bit=named, gather_axis=1, zero_point=named)
-        choice = choose(runtime, release, requested, facts(dtype, widths=(40,)))
+        embedding: Embedding | None = "4" if named else None
+        requested = RequestedFormats(mixed=mixed, named_eight_bit=named, embedding=embedding, zero_point=named)
+        choice = choose(runtime, release, requested, facts(dtype, widths=(40,), head=True))
         assert all(line.option and line.chosen and line.why for line in choice.explanations)
         assert len({line.option for line in choice.explanations}) == len(choice.explanations)
         seen |= set(choice.warnings)
@@ -180,16 +242,17 @@ def test_every_line_has_a_reason_and_every_warning_is_one_sentence(runtime: Runt
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_negative_scales_are_the_default_where_they_are_known_to_run(runtime: Runtime) -> None:
     known = runtime in ("cpu", "cuda", "webgpu")
-    line = next(line for line in choose(runtime).explanations if line.option == "--scale_range")
+    choice = choose(runtime, requested=RequestedFormats(zero_point=False))
+    line = next(line for line in choice.explanations if line.option == "--scale_range")
     assert line.chosen == ("signed" if known else "full")
-    assert choose(runtime).scale_range == line.chosen
+    assert choice.scale_range == line.chosen
     assert choose(runtime, requested=RequestedFormats(scale_range="compat7")).scale_range == "compat7"
     assert choose(runtime, requested=RequestedFormats(form=WeightForm.QDQ)).scale_range == "full"
     assert choose_formats(None, RequestedFormats(), facts()).scale_range == "full"
 
 
 def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:
-    requested = RequestedFormats(scale_range="signed")
+    requested = RequestedFormats(scale_range="signed", zero_point=False)
     assert any("positive scales" in warning for warning in choose("trt-rtx", requested=requested).warnings)
     assert not any("positive scales" in warning for warning in choose("cpu", requested=requested).warnings)
 

@@ -21,6 +21,10 @@ def test_facts_are_those_of_all_sites_and_embeddings() -> None:
         dtypes=frozenset({"float32", "float16"}),
         in_features=frozenset({32, 96}),
         has_gemm=False,
+        has_lm_head=False,
         embedding_widths=frozenset({40, 64}),
+        embedding_bytes=2 * 300 * (40 + 64),
     )
     assert facts_of((_group(one, replace(one, op_type="Gemm")),), ()).has_gemm
+    assert facts_of((_group(one, replace(one, name="/lm_head/MatMul")),), ()).has_lm_head
+    assert facts_of((_group(replace(one, feeds_logits=True)),), ()).has_lm_head
