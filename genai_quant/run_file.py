@@ -85,8 +85,8 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
     """
     run = read_run(config.config)
     if config.dry_run or run.quantize.dry_run:
-        found = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
-        yield Section(name="plan", table=preview_table(found), record=found)
+        planned = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
+        yield Section(name="plan", table=preview_table(planned), record=planned)
         return
     if find_finished(run.quantize) is None:
         quantize.check_before_calibration(run.quantize)
@@ -97,6 +97,9 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
     if run.evaluate is not None:
         found = evaluate.evaluate(run.evaluate)
         yield from evaluate.evaluation_sections((found,), record=found)
+        if made is not None and run.evaluate.model == (run.quantize.output_path,):
+            made = replace(made, evaluations=(*made.evaluations, found))
+            quantize.add_to_card(made.folder, made.evaluations)
     if made is not None:
         yield result_section(run.quantize, made)
 

@@ -72,7 +72,7 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
     )
     yield Section(name="base_model", table=_line(built), record=built)
     if built.precision != "int4":
-        _LOGGER.info("next: stages.quantize --onnx_path %s --output_path ...", config.output)
+        _LOGGER.info("next: stages.quantize %s OUTPUT --evaluate", config.output)
 
 
 def _line(built: BaseModel) -> Text:
@@ -94,7 +94,6 @@ def _checkpoint_folder(scratch: Path, config: BaseModelConfig) -> Path:
 
 
 def _dequantized(file: Path, scratch: Path, config: BaseModelConfig) -> Path:
-    _LOGGER.info("dequantizing %s", file.name)
     folder = scratch / "checkpoint"
     with status(f"dequantizing {file.name}"):
         dequantize_gguf(file, folder, keep_grid=config.keep_grid)

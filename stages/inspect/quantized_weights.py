@@ -236,14 +236,14 @@ def _bnb4(node: ir.Node) -> Iterator[StoredWeight]:
 
 
 def _gather(node: ir.Node) -> Iterator[StoredWeight]:
-    data = _input(node, 0)
+    data = _stored_input(node, 0)
     if data is None or not _is_constant(data):
         return
     bits = node.attributes.get_int("bits", 4)
     per_byte = 8 // bits if data.dtype is ir.DataType.UINT8 else 1
-    *rows, width = _shape(data)
+    rows, *width = _shape(data)  # the blocks of an lm_head's MatMulNBits where it shares them
     size = node.attributes.get_int("block_size", 128)
-    yield _packed(node, (0, 2, 3), bits=bits, block_size=size, shape=(*rows, width * per_byte))
+    yield _packed(node, (0, 2, 3), bits=bits, block_size=size, shape=(rows, prod(width) * per_byte))
 
 
 def _experts(node: ir.Node) -> Iterator[StoredWeight]:
@@ -278,7 +278,7 @@ def _packed(
         shape: of the unpacked weight.
         codes: name of the codes' type, where it isn't an integer of ``bits``.
     """
-    values = [None if place is None else _input(node, place) for place in places]
+    values = [None if place is None else _stored_input(node, place) for place in places]
     level = node.attributes.get_int("accuracy_level", 0)
     return StoredWeight(
         node=node_name(node),
@@ -358,6 +358,13 @@ _OPERATORS: Mapping[str, Callable[[ir.Node], Iterator[StoredWeight]]] = {
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _stored_input(node: ir.Node, index: int) -> ir.Value | None:
+    """Return the initializer behind an input: a Reshape of codes stands where embedding and lm_head share them."""
+    value = _input(node, index)
+    maker = None if value is None else value.producer()
+    return value if maker is None or maker.op_type != "Reshape" else _input(maker, 0)
 
 
 def _is_constant(value: ir.Value) -> bool:

@@ -68,14 +68,25 @@ def _quantized(report: ModelReport) -> DataTable:
     rows: dict[_Format, list[StoredWeight]] = {}
     for weight in report.quantized:
         rows.setdefault(_format_of(weight), []).append(weight)
+    repeated = _repeated(rows)
     return DataTable(
         title="quantized weights",
         columns=_QUANTIZED,
-        rows=tuple(_quantized_row(row, members) for row, members in rows.items()),
+        rows=tuple(_quantized_row(row, members, repeated=row in repeated) for row, members in rows.items()),
     )
 
 
-def _quantized_row(row: _Format, members: list[StoredWeight]) -> tuple[str, ...]:
+def _repeated(rows: dict[_Format, list[StoredWeight]]) -> set[_Format]:
+    """Return the rows all of whose weights stand in rows before them: an lm_head that the embedding shares."""
+    shown, found = set[tuple[str, ...]](), set[_Format]()
+    for row, members in rows.items():
+        stored = {each.initializers for each in members}
+        found |= {row} if stored <= shown else set()
+        shown |= stored
+    return found
+
+
+def _quantized_row(row: _Format, members: list[StoredWeight], *, repeated: bool) -> tuple[str, ...]:
     layers = sorted({layer for each in members if (layer := layer_of(each.node)) is not None})
     bits = 8 * sum(each.bytes for each in members) / max(sum(each.weights for each in members), 1)
     level = "" if row.level is None else f", accuracy level {row.level}"
@@ -87,7 +98,7 @@ def _quantized_row(row: _Format, members: list[StoredWeight]) -> tuple[str, ...]
         "yes" if row.zero_point else "no",
         row.scales.lower(),
         f"{bits:.3f}",
-        _megabytes(sum({each.initializers: each.bytes for each in members}.values())),
+        "shared" if repeated else _megabytes(sum({each.initializers: each.bytes for each in members}.values())),
         row.form,
         f"{row.activations}{level}",
     )
@@ -237,7 +248,7 @@ def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
     yield "made from", report.made_from
     yield "text", report.source
     windows = f"{report.calibration_windows} to search with, {report.held_out_windows} held out"
-    yield "windows", f"{windows}, {report.seq_len} tokens each"
+    yield "windows", f"{windows}, {counted(report.seq_len, 'token')} each"
     yield "ran on", ", ".join(report.providers)
     widths = ", ".join(f"{count} x {width}" for width, count in report.widths)
     rows = f"; {report.as_rows} kept as rows of tokens" if report.as_rows else ""

@@ -20,6 +20,7 @@ GRAPH = "graph and padding"
 CATEGORIES = (*CODES.values(), SCALES, ZERO_POINTS, EMBEDDING, TIED, MATRICES, REST, GRAPH)
 """In the order in which they are shown."""
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
 _PLACES = {
     "DequantizeLinear": {0: "codes", 1: SCALES, 2: ZERO_POINTS},
     "MatMulNBits": {1: "codes", 2: SCALES, 3: ZERO_POINTS},
@@ -83,7 +84,7 @@ def _category(value: ir.Value) -> str:
     reached = _reached(value)
     dequantizing = [(node, place) for node, place in value.uses() if node.op_type in _PLACES]
     if any(node.op_type in _LOOKUPS for node, _ in reached):
-        return TIED if any(node.op_type in ("MatMul", "Gemm") for node, _ in reached) else EMBEDDING
+        return TIED if any(node.op_type in _PRODUCTS for node, _ in reached) else EMBEDDING
     if dequantizing:
         node, place = dequantizing[0]
         part = _PLACES[node.op_type].get(place, REST)
@@ -93,11 +94,11 @@ def _category(value: ir.Value) -> str:
 
 
 def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Return the (node, input) that read a value, looking through Transpose, Cast and DequantizeLinear."""
+    """Return the (node, input) that read a value, looking through Transpose, Reshape, Cast and DequantizeLinear."""
     found: list[tuple[ir.Node, int]] = []
     for node, place in value.uses():
         found.append((node, place))
-        if node.op_type in ("Transpose", "Cast", "DequantizeLinear", "QuantizeLinear"):
+        if node.op_type in ("Transpose", "Reshape", "Cast", "DequantizeLinear", "QuantizeLinear"):
             found += _reached(node.outputs[0])
     return found
 

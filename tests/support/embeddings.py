@@ -9,11 +9,20 @@ import torch
 from onnx import TensorProto
 
 from stages.quantization.search.embedding import quantize_table
-from stages.quantization.weights.bitpack import unpack_4bit
+from stages.quantization.weights.bitpack import unpack
 from stages.quantization.weights.store import QuantizedStore, create_or_resume_store
 from stages.records.formats import EmbeddingPlan, EmbeddingTable, WeightForm
 from stages.records.results import ExportRecipe, QuantizedTable
 from tests.support.graphs import TinyGraph, onnx_type
+
+FORMS = (
+    ("gather_block_quantized", 0, 4),
+    ("gather_block_quantized", 1, 4),
+    ("gather_block_quantized", 1, 8),
+    ("dq", 0, 8),
+    ("dq", 1, 4),
+)
+"""Operator, axis and bits of tables that ONNX Runtime looks up; not INT8 of axis 0 by GatherBlockQuantized."""
 
 
 def plan_of(vocabulary: int, hidden: int, *, dtype: str = "float32", **changes: object) -> EmbeddingPlan:
@@ -36,7 +45,7 @@ def rounded(plan: EmbeddingPlan, table: np.ndarray) -> QuantizedTable:
 
 def dequantized(plan: EmbeddingPlan, stored: QuantizedTable) -> np.ndarray:
     """Return code * scale in float64."""
-    codes = unpack_4bit(stored.packed.numpy(), plan.table.shape, np.dtype(np.int8)).astype(np.float64)
+    codes = unpack(stored.packed.numpy(), plan.table.shape, plan.bits).astype(np.float64)
     rows, columns = plan.table.shape
     scales = stored.scales.double().numpy()
     return codes * np.repeat(scales, plan.block_size, axis=plan.axis)[:rows, :columns]

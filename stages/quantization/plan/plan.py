@@ -53,6 +53,7 @@ from stages.quantization.targets.formats import (
     RequestedFormats,
     facts_of,
 )
+from stages.quantization.targets.rules import why_not_shared
 from stages.records.formats import (
     EmbeddingPlan,
     EmbeddingTable,
@@ -62,6 +63,7 @@ from stages.records.formats import (
     QuantSpec,
     WeightForm,
 )
+from stages.records.quantities import counted
 from stages.records.results import ActivationStats, ExportRecipe
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
@@ -129,7 +131,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         choice = chooser.choose()
         sites = make_plan(groups, config, choice)
     alone = _embedding_plans(config, choice, tables)
-    shared = share_tables(model, alone, all_sites(groups), _sharing(config, choice, sites))
+    shared = share_tables(model, alone, all_sites(groups), _sharing(config, decided.target, choice, sites))
     embeddings = shared.joined(alone)
     left_open: OpenPlan | None = None
     if candidates:
@@ -162,7 +164,7 @@ def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCan
     return replace(candidates, formats={spec.label: spec}, fixed_because="the embedding reads it too (--embedding)")
 
 
-def _sharing(config: QuantizeConfig, choice: FormatChoice, sites: QuantPlan) -> Sharing:
+def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice, sites: QuantPlan) -> Sharing:
     return Sharing(
         option=config.share_embedding,
         form=choice.form,
@@ -170,6 +172,7 @@ def _sharing(config: QuantizeConfig, choice: FormatChoice, sites: QuantPlan) -> 
         head_bits=_BITS.get(choice.lm_head or ""),
         skipped=dict(sites.skipped),
         given=sites.specs if config.plan is not None else {},
+        runtime_cannot=why_not_shared(target),
     )
 
 
@@ -213,7 +216,7 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     by_site = config.plan is not None or config.has_budget
     formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
     count = plan.sites.eight_bit_sites
-    mixed = f", INT8 at {count} site{'' if count == 1 else 's'}" if count and not by_site else ""
+    mixed = f", INT8 at {counted(count, 'site')}" if count and not by_site else ""
     table = _describe_embedding(plan.embeddings)
     target = "" if plan.target is None else f" for {plan.target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm

@@ -12,7 +12,7 @@ from export.forms.embedding import table_outcomes
 from export.rewrite import rewrite
 from stages.errors import GraphError, OptionError
 from tests.export.builders import relative_difference, run
-from tests.support.embeddings import dequantized, lookup_graph, plan_of, random_table, rounded, table_store
+from tests.support.embeddings import FORMS, dequantized, lookup_graph, plan_of, random_table, rounded, table_store
 from tests.support.graphs import TinyGraph
 from tests.support.pairwise import pairwise
 
@@ -22,12 +22,14 @@ TOKENS = {"input_ids": np.array([[0, 36, 5, 17], [16, 15, 5, 0]])}
 
 
 @pytest.mark.parametrize(
-    ("form", "axis", "dtype", "width"),
-    pairwise(["gather_block_quantized", "dq"], [0, 1], list(TOLERANCE), [(64, 32), (40, 32), (41, 16), (48, 256)]),
+    ("stored_as", "dtype", "width"),
+    pairwise(FORMS, list(TOLERANCE), [(64, 32), (40, 32), (41, 16), (48, 256)]),
 )
-def test_rows_are_the_stored_numbers(tmp_path: Path, form: str, axis: int, dtype: str, width: tuple[int, int]) -> None:
-    hidden, block_size = width
-    plan = plan_of(37, hidden, dtype=dtype, axis=axis, block_size=block_size, form=form)
+def test_rows_are_the_stored_numbers(
+    tmp_path: Path, stored_as: tuple[str, int, int], dtype: str, width: tuple[int, int]
+) -> None:
+    (form, axis, bits), (hidden, block_size) = stored_as, width
+    plan = plan_of(37, hidden, dtype=dtype, axis=axis, block_size=block_size, form=form, bits=bits)
     table = random_table(plan)
     stored = rounded(plan, table)
     result = rewrite(lookup_graph(plan, table).model(), table_store(tmp_path / "weights", plan, stored))
@@ -38,8 +40,11 @@ def test_rows_are_the_stored_numbers(tmp_path: Path, form: str, axis: int, dtype
     assert "table" not in result.model.graph.initializers
 
 
-def test_block_quantized_has_exactly_the_attributes_of_its_operator(tmp_path: Path) -> None:
-    plan = plan_of(37, 64, block_size=32)
+@pytest.mark.parametrize(("bits", "dtype", "said"), [(4, ir.DataType.INT4, {}), (8, ir.DataType.UINT8, {"bits": 8})])
+def test_block_quantized_has_exactly_the_attributes_of_its_operator(
+    tmp_path: Path, bits: int, dtype: ir.DataType, said: dict[str, int]
+) -> None:
+    plan = plan_of(37, 64, block_size=32, bits=bits)
     table = random_table(plan)
     graph = lookup_graph(plan, table)
     model = graph.model()
@@ -48,12 +53,12 @@ def test_block_quantized_has_exactly_the_attributes_of_its_operator(tmp_path: Pa
     (node,) = result.model.graph
     assert (node.domain, node.op_type, node.name) == ("com.microsoft", "GatherBlockQuantized", "h/Gather")
     attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
-    assert attributes == {"gather_axis": 0, "quantize_axis": 1, "block_size": 32}
+    assert attributes == {"gather_axis": 0, "quantize_axis": 1, "block_size": 32, **said}
     codes, tokens, scales = node.inputs
     assert codes is not None
     assert tokens is not None
     assert scales is not None
-    assert (codes.dtype, codes.shape, codes.name) == (ir.DataType.INT4, ir.Shape((37, 64)), "h/Gather/codes")
+    assert (codes.dtype, codes.shape, codes.name) == (dtype, ir.Shape((37, 64)), "h/Gather/codes")
     assert tokens.name == "input_ids"
     assert (scales.dtype, scales.shape) == (ir.DataType.FLOAT, ir.Shape((37, 2)))
     assert result.model.graph.opset_imports["com.microsoft"] == 1

@@ -16,7 +16,8 @@ from export.save import save_model
 from export.verify.embeddings import check_stored_table, measure_table
 from stages.errors import GraphError
 from tests.export.verify.test_verify import flip
-from tests.support.embeddings import lookup_graph, plan_of, random_table, rounded, table_store
+from tests.support.embeddings import FORMS, lookup_graph, plan_of, random_table, rounded, table_store
+from tests.support.pairwise import pairwise
 
 
 def saved(folder: Path, **changes: object) -> tuple[Path, RewrittenTable]:
@@ -32,22 +33,21 @@ def lookup(path: Path) -> ir.Node:
     return next(node for node in ir.load(path).graph if node.op_type.startswith("Gather"))
 
 
-@pytest.mark.parametrize("form", ["gather_block_quantized", "dq"])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-7), ("float16", 5e-4)])
+@pytest.mark.parametrize(("stored_as", "dtype"), pairwise(FORMS, ["float32", "float16"]))
 def test_a_good_table_passes_and_its_error_is_rounding(
-    tmp_path: Path, form: str, axis: int, dtype: str, tolerance: float
+    tmp_path: Path, stored_as: tuple[str, int, int], dtype: str
 ) -> None:
-    path, table = saved(tmp_path, form=form, axis=axis, dtype=dtype)
+    form, axis, bits = stored_as
+    path, table = saved(tmp_path, form=form, axis=axis, dtype=dtype, bits=bits)
     check_stored_table(lookup(path), table)
     error = measure_table(tmp_path, lookup(path), table)
     assert error.table == "table"
-    assert 0 < error.error < tolerance
+    assert 0 < error.error < {"float32": 1e-7, "float16": 5e-4}[dtype]
 
 
-@pytest.mark.parametrize("part", ["codes", "scales"])
-def test_one_wrong_bit_is_noticed(tmp_path: Path, part: str) -> None:
-    path, table = saved(tmp_path)
+@pytest.mark.parametrize(("part", "bits"), [("codes", 4), ("codes", 8), ("scales", 4)])
+def test_one_wrong_bit_is_noticed(tmp_path: Path, part: str, bits: int) -> None:
+    path, table = saved(tmp_path, bits=bits)
     flip(path, f"h/Gather/{part}", byte=17)
     with pytest.raises(GraphError, match=f"'h/Gather/{part}' differs from the quantized embedding 'table'"):
         check_stored_table(lookup(path), table)

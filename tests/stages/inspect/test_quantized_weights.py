@@ -153,6 +153,25 @@ def test_gather_block_quantized(dtype: type, width: int) -> None:
     assert stored.bytes == 300 * K // 2 + 4 * 300 * K // BLOCK
 
 
+@pytest.mark.parametrize("reshaped", ["lookup", "product"])
+def test_a_table_that_lookup_and_product_share_is_one_weight_of_both(reshaped: str) -> None:
+    graph = graph_of_x()
+    graph.input("ids", TensorProto.INT64, ["batch"])
+    blocks, rows = (300, K // BLOCK, BLOCK), (300, K)
+    stored_as, wanted = (blocks, rows) if reshaped == "lookup" else (rows, blocks)
+    codes = graph.constant("codes", np.zeros(stored_as, np.uint8))
+    scales = graph.constant("scales", np.zeros((300, K // BLOCK), np.float32))
+    other = graph.node("Reshape", [codes, graph.constant("shape", np.array(wanted))], ["reshaped"])
+    table, weight = (other, codes) if reshaped == "lookup" else (codes, other)
+    graph.node("GatherBlockQuantized", [table, "ids", scales], ["y"], {"bits": 8, "block_size": BLOCK}, MICROSOFT)
+    sizes = {"K": K, "N": 300, "bits": 8, "block_size": BLOCK}
+    graph.node("MatMulNBits", ["x", weight, scales], ["z"], sizes, MICROSOFT)
+    lookup, product = find(graph).stored
+    assert lookup.initializers == product.initializers == ("codes", "scales")
+    assert lookup.bytes == product.bytes == 300 * K + 4 * 300 * K // BLOCK
+    assert (lookup.shape, product.shape) == ((300, K), (K, 300))
+
+
 def test_experts() -> None:
     graph = graph_of_x()
     inputs = ["x", graph.input("router", TensorProto.FLOAT, [2, 8])]

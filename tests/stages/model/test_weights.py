@@ -17,7 +17,7 @@ from stages.errors import GraphError, SolveError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_embeddings, find_sites
-from stages.model.weights import all_finite, read_rows, read_weight, to_torch
+from stages.model.weights import all_finite, find_tied_site, read_rows, read_weight, to_torch
 from tests.support.graphs import TinyGraph
 
 CPU = torch.device("cpu")
@@ -70,6 +70,48 @@ def test_a_weight_that_is_gone_is_named() -> None:
 
 
 TABLE = np.arange(24, dtype=np.float32).reshape(6, 4)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["table as it is", "table transposed"])
+@pytest.mark.parametrize("head", ["same", "equal", "equal rows", "one number off", "turned"])
+def test_a_head_is_tied_where_its_numbers_are_the_tables(head: str, transposed: bool) -> None:
+    table = np.random.default_rng(0).standard_normal((2500, 4), np.float32)
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["t"])
+    stored = np.ascontiguousarray(table.T) if transposed else table
+    data = graph.constant("table", stored)
+    other = graph.node("Transpose", [data], ["swapped"], {"perm": [1, 0]})
+    rows = graph.node("Gather", [other if transposed else data, "input_ids"], ["rows"])
+    weight = table.T.copy()
+    weight[3, 2499] += head == "one number off"
+    if head == "same":
+        weight_name = data if transposed else other
+    elif head == "equal rows":
+        weight_name = graph.node("Transpose", [graph.constant("head", table)], ["head turned"], {"perm": [1, 0]})
+    else:
+        weight_name = graph.constant("head", weight if head != "turned" else np.ascontiguousarray(weight[:, ::-1]))
+    graph.output(graph.node("MatMul", [rows, weight_name], ["logits"]), TensorProto.FLOAT, ["t", 2500])
+    model = graph.model()
+    (found,) = find_embeddings(model)
+    (site,) = find_sites(model)
+    tied = find_tied_site(model, found, [site])
+    assert tied == (site if head in ("same", "equal", "equal rows") else None)
+
+
+def test_two_initializers_whose_file_is_missing_are_not_tied(tmp_path: Path) -> None:
+    table = np.ones((6, 4), np.float32)
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["t"])
+    rows = graph.node("Gather", [graph.constant("table", table), "input_ids"], ["rows"])
+    graph.output(graph.linear(rows, np.ascontiguousarray(table.T), "logits"), TensorProto.FLOAT, ["t", 6])
+    path = tmp_path / "model.onnx"
+    ir.save(graph.model(), path, external_data="model.onnx.data", size_threshold_bytes=0)
+    model = ir.load(path)
+    found, sites = find_embeddings(model)[0], find_sites(model)
+    assert find_tied_site(model, found, sites) == sites[0]
+    (tmp_path / "model.onnx.data").unlink()
+    model = ir.load(path)
+    assert find_tied_site(model, found, sites) is None
 
 
 def lookup(table: np.ndarray, *, transposed: bool = False) -> ir.Model:

@@ -41,6 +41,15 @@ def test_a_weight_that_somebody_else_reads_stays_beside_the_codes() -> None:
     assert table <= gone - alone <= table + 1000
 
 
+def test_a_table_that_lm_head_shares_is_counted_once() -> None:
+    spec = QuantSpec(bits=8, symmetric=False, granularity=PerBlock(block_size=32), scale_dtype="float32")
+    shared = replace(PLAN, bits=8, symmetric=False, shared_with=HEAD.name)
+    apart, one = (_total(_size(embeddings=(plan,)), spec, None) for plan in (PLAN, shared))
+    # Each row: 64 codes, 2 scales and 2 zero points.
+    assert shared.format_bytes == 300 * (64 + 8 + 2)
+    assert apart - one == PLAN.format_bytes
+
+
 def test_an_embedding_of_its_own_is_replaced_by_its_codes() -> None:
     own = replace(PLAN, table=replace(TABLE, weight="embedding"))
     saved = _size().fixed_bytes([BODY]) - _size(embeddings=(own,)).fixed_bytes([BODY])

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from stages.errors import OptionError
-from stages.quantization.plan.rules import plan_embeddings
 from stages.quantization.search import embedding
 from stages.quantization.search.embedding import quantize_table
 from stages.quantization.weights.bitpack import unpack_4bit
@@ -15,11 +13,12 @@ from tests.reference.rounding import round_trip
 from tests.support.embeddings import dequantized, plan_of, random_table, rounded
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("vocabulary", "hidden"), [(64, 48), (37, 40), (51, 41)])
-def test_rounding_matches_the_reference(dtype: str, axis: int, vocabulary: int, hidden: int) -> None:
-    plan = plan_of(vocabulary, hidden, dtype=dtype, axis=axis)
+def test_rounding_matches_the_reference(dtype: str, axis: int, vocabulary: int, hidden: int, bits: int) -> None:
+    plan = plan_of(vocabulary, hidden, dtype=dtype, axis=axis, bits=bits)
     table = random_table(plan)
     table[5] = 0
     stored = rounded(plan, table)
@@ -27,7 +26,7 @@ def test_rounding_matches_the_reference(dtype: str, axis: int, vocabulary: int, 
     assert stored.scales.dtype == getattr(torch, dtype)
     ours = dequantized(plan, stored)
     along = table if axis == 1 else table.T
-    reference = round_trip(along, 16, 4, symmetric=True, scale_type=np.dtype(dtype).type)
+    reference = round_trip(along, 16, bits, symmetric=True, scale_type=np.dtype(dtype).type)
     reference = reference if axis == 1 else reference.T
     # float32 against float64: one code may fall on the other side of a tie; nothing else may differ.
     differs = np.abs(ours - reference) > 1e-5 * np.abs(table).max()
@@ -63,13 +62,17 @@ def test_codes_of_a_hand_made_row_are_packed_low_nibble_first() -> None:
     assert stored.packed[0].item() == 0x87
 
 
-def test_format_bytes_are_those_of_the_file() -> None:
+def test_a_signed_range_gives_the_larger_side_the_level_more() -> None:
+    plan = plan_of(1, 16, scale_range="signed")
+    row = np.linspace(-7, 8, 16, dtype=np.float32)
+    stored = rounded(plan, row[None])
+    assert stored.scales.tolist() == [[-1.0]]
+    np.testing.assert_array_equal(dequantized(plan, stored)[0], row)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_format_bytes_are_those_of_the_file(bits: int) -> None:
     for axis in (0, 1):
-        plan = plan_of(37, 41, dtype="float16", axis=axis)
+        plan = plan_of(37, 41, dtype="float16", axis=axis, bits=bits)
         stored = rounded(plan, random_table(plan))
         assert plan.format_bytes == stored.packed.nbytes + stored.scales.nbytes
-
-
-def test_a_model_without_embedding_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"--gather_quantize_axis: no Gather of the model"):
-        plan_embeddings((), axis=1, block_size=32, form="dq")
