@@ -26,6 +26,7 @@ from stages.model.patterns import sole_reader
 from stages.model.sites import find_sites
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import WeightForm, torch_float
+from stages.records.quantities import counted
 from stages.records.sites import FloatName
 from stages.system.version import PROJECT, this_version
 
@@ -100,7 +101,7 @@ def require_finished(store: QuantizedStore) -> None:
     missing = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
     if missing:
         raise OptionError(
-            f"{store.folder} lacks {len(missing)} of {len(store.recipe.groups)} groups (first: "
+            f"{store.folder} lacks {len(missing)} of {counted(len(store.recipe.groups), 'group')} (first: "
             f"{store.group_file(missing[0]).name}); run stages.quantize again to complete it."
         )
     tables = range(len(store.recipe.embeddings))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Union
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from export import __main__ as export
 from genai_quant import __version__
@@ -65,6 +67,26 @@ _OPTIONS: object = Union[  # noqa: UP007 - of a tuple
 ]
 
 
+_COMPLETION = ConstructorRegistry()
+_FOLDED = object()
+"""Marks options whose help is in one line already."""
+
+
+@_COMPLETION.struct_rule
+def _folded_help(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Put the help of each option in one line: shells show one candidate a line."""
+    if _FOLDED in info.markers or not dataclasses.is_dataclass(info.type):
+        return None
+    spec = ConstructorRegistry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _FOLDED)))
+    assert isinstance(spec, StructConstructorSpec)
+    fields = (dataclasses.replace(field, helptext=_folded(field.helptext)) for field in spec.fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
+
+
+def _folded(text: str | Callable[[], str | None] | None) -> str:
+    return " ".join(((text() if callable(text) else text) or "").split())
+
+
 def main(program: str = PROGRAM) -> None:
     """Parse ``sys.argv``, run the command that it names, and leave as ``run_command`` does.
 
@@ -80,7 +102,7 @@ def main(program: str = PROGRAM) -> None:
         print(_help(program))  # noqa: T201 - the answer itself
         sys.exit(0)
     if first.startswith("--tyro"):
-        tyro.cli(_OPTIONS, prog=program, use_underscores=True)  # type: ignore[call-overload]  # a union made at run time
+        tyro.cli(_OPTIONS, prog=program, use_underscores=True, registry=_COMPLETION)  # type: ignore[call-overload]  # a union made at run time
     if first not in COMMANDS:
         fix = suggestion(first, COMMANDS, f"choose from {', '.join(COMMANDS)}.")
         leave_with(UserError(f"{program} has no command {first}; {fix}"))

@@ -25,6 +25,7 @@ from stages.commands.output import Section
 from stages.commands.quantize_options import QuantizeConfig
 from stages.commands.run import run_command
 from stages.errors import UserError, with_class_name
+from stages.records.quantities import counted
 
 _LOGGER = logging.getLogger(__name__)
 Sections = dict[str, dict[str, Any]]
@@ -48,6 +49,8 @@ _NOTHING: tuple[object, ...] = (None, False, [], {})
 """Values with which a key asks for nothing."""
 _PLACES = frozenset({"onnx_path", "output_path"})
 """Options of both stages that a workflow gives by its model and its output_dir."""
+_OF_BOTH = frozenset({"cache_dir", "device", "overwrite"})
+"""Options that both stages need; the others that both know are about the text, which stage one reads."""
 _PROVIDERS = {
     "CPUExecutionProvider": ("cpu", "cpu"),
     "CUDAExecutionProvider": ("cuda", "cuda,cpu"),
@@ -105,8 +108,8 @@ def sections_of_pass(options: Mapping[str, Any], place: str) -> Sections:
     Raises:
         UserError: an option is neither stage's, or names a place that the workflow itself names.
     """
-    kinds = {"calibrate": option_names(CalibrateConfig), "quantize": option_names(QuantizeConfig)}
-    known = pass_options()
+    of_calibrate, known = option_names(CalibrateConfig), pass_options()
+    kinds = {"calibrate": of_calibrate, "quantize": (known - of_calibrate) | _OF_BOTH}
     for key in options:
         if key not in known:
             raise unknown(place, "option", key, known, "its options are those of both stages.")
@@ -212,7 +215,9 @@ def _target(keys: Mapping[str, Any], file: Path) -> tuple[str | None, str]:
     if not accelerators:
         return None, CalibrateConfig.calibration_eps
     if len(accelerators) > 1:
-        raise UserError(f"{place} has {len(accelerators)} accelerators; a model is made for one, so leave one.")
+        raise UserError(
+            f"{place} has {counted(len(accelerators), 'accelerator')}; a model is made for one, so leave one."
+        )
     return _provider(_dictionary(accelerators[0], place), place)
 
 
@@ -230,7 +235,10 @@ def _only_pass(keys: Mapping[str, Any], file: Path) -> tuple[str, str, dict[str,
     passes = _dictionary(keys.get("passes") or {}, f"{file}: passes")
     runs = [(name, one) for name, run in passes.items() for one in (run if isinstance(run, list) else [run])]
     if len(runs) != 1:
-        raise UserError(f"{file} has {len(runs)} passes; leave one, of type {_OURS} or {_ROUNDING}, or {_IN_OLIVE}.")
+        raise UserError(
+            f"{file} has {counted(len(runs), 'pass', 'passes')}; leave one, of type {_OURS} or "
+            f"{_ROUNDING}, or {_IN_OLIVE}."
+        )
     name, run = runs[0]
     options = _flat(run, f"{file}: pass {name}")
     options.pop("host", None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from export import __main__ as export
+from export.card.write import update_card
 from export.finished import find_finished, is_exported, remember_export
 from export.summary import export_table
 from genai_quant.olive import is_olive, sections_of_olive
@@ -97,6 +98,9 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
     if run.evaluate is not None:
         found = evaluate.evaluate(run.evaluate)
         yield from evaluate.evaluation_sections((found,), record=found)
+        if made is not None and run.evaluate.model == (run.quantize.output_path,):
+            made = replace(made, evaluations=(*made.evaluations, found))
+            update_card(made.folder, made.evaluations)
     if made is not None:
         yield result_section(run.quantize, made)
 

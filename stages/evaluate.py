@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.report.document import Report
 
 _LOGGER = logging.getLogger(__name__)
-_WINDOWS, _SPEED_ROUNDS = 8, 3
+_WINDOWS, _SEQ_LEN, _SPEED_ROUNDS = 8, 512, 3
 """Of the evaluation of a quantized model that was just made: a few minutes for a model of 135 million weights."""
 
 
@@ -61,14 +61,19 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
     """
     from stages.calibration.cache import find_cache
     from stages.evaluation.texts import texts_of_other_kinds
+    from stages.model.directory import locate_model
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.runtime.genai import why_not_genai
+    from stages.runtime.providers import SHORT_NAMES
 
     cache = find_cache(config.cache_path) if config.needs_cache else None
+    base = locate_model(config.onnx_path)
     request = EvaluateConfig(
         base=config.onnx_path,
         model=(config.output_path,),
         windows=_WINDOWS,
+        seq_len=min(_SEQ_LEN, base.context_length or _SEQ_LEN),
+        eps=f"{base.provider},cpu" if base.provider in SHORT_NAMES.values() else "cpu",
         report=config.weights_folder / REPORT_FOLDER,
         speed_rounds=_SPEED_ROUNDS,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from stages.system.paths import from_here
 
 if TYPE_CHECKING:
     from export.run import Destination, QuantizedModel
+    from stages.evaluation.records import Evaluation
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
     from stages.quantization.run import Prepared
@@ -65,6 +66,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
+    from export.card.write import update_card
     from export.finished import find_finished, remember_output
     from stages.system.distributed import join_processes
 
@@ -86,8 +88,23 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
 
         found = evaluate_result(config)
         yield from evaluation_sections(found, detail=True)
+        _add_to_card(made.folder, found)
         made = replace(made, evaluations=found)
+        try:
+            update_card(made.folder, found)
+        except UserError as error:
+            _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
     return made
+
+
+def _add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
+    """Let the model's card show what was found; log a warning where it can't: the model is finished."""
+    from export.card.write import update_card
+
+    try:
+        update_card(folder, found)
+    except UserError as error:
+        _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
 
 
 def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
@@ -124,7 +141,7 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
     yield Section(name="search", table=quantization_table(store, search.seconds), record=search, detail=True)
     save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
-    _write_report(config, prepared, exported.onnx_file)
+    _write_report(prepared, exported.onnx_file)
     yield Section(name="export", table=export_table(exported), record=exported)
     return QuantizedModel(
         folder=exported.onnx_file.parent,
@@ -152,9 +169,7 @@ def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Se
         check_before_calibration(config)
         yield calibration_section(calibrate(config.calibration))
     else:
-        key = found.manifest.key
-        windows = f"{key.calibration_windows} + {key.held_out_windows} windows of {key.seq_len} tokens"
-        _LOGGER.info("calibration: %s is used (%s; %s).", from_here(found.folder), key.source, windows)
+        _LOGGER.info("calibration: %s is there and used: %s.", from_here(found.folder), found.manifest.key.text)
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:
@@ -221,21 +236,19 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
             yield str(error)
 
 
-def _write_report(config: QuantizeConfig, prepared: Prepared, output: Path) -> None:
+def _write_report(prepared: Prepared, output: Path) -> None:
     """Write the report into the weights' folder; log a warning where that fails, since the model is finished."""
     from stages.errors import in_one_line
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
     from stages.quantization.weights.store import REPORT_FOLDER
-    from stages.report.from_runs import describe_calibration, origin_of, write_quantization
+    from stages.report.from_runs import write_quantization
     from stages.system.paths import shell_line
 
     store, base = prepared.store, prepared.directory
     try:
         sizes = size_parts(base, locate_model(output), prepared.model)
-        calibration = "" if prepared.cache is None else describe_calibration(prepared.cache.manifest.key)
-        origin = replace(origin_of("genai-quant quantize", config, base.folder), calibration=calibration)
-        write_quantization(store, sizes, title=output.parent.name, origin=origin)
+        write_quantization(store, sizes, title=output.parent.name, base=base.folder)
     except Exception as error:  # whatever a report may raise
         again = ["stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
         models = ["--base", base.onnx_file, "--model", output]

@@ -1,7 +1,7 @@
 """Quantize one model in many ways from one cache and compare the results: ``python -m stages.sweep``.
 
 Each point is made by stages.quantize in a process of its own, whose seconds and peak memory are measured; then all are
-compared with the base on the same text at accuracy level 1.
+compared with the base on the same text, each at the accuracy level that it ships with.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from stages.model.directory import ModelDirectory
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import VerifyReport
-from stages.records.sites import MatMulSite, kind_of
+from stages.records.sites import MatMulSite, kind_of, short_name
 from stages.system.json_file import read_json, write_json
 from stages.system.paths import shell_line
 from stages.system.version import Version, this_version
@@ -77,7 +77,7 @@ class KindOfLayer:
     count: int
     format: str
     bits_per_weight: float | None
-    """Scales and zero points included; None where nothing is quantized."""
+    """Scales and zero points included; None where nothing is quantized, or another kind's weight is read."""
     reason: str = ""
     """Why it isn't quantized."""
 
@@ -200,7 +200,7 @@ def save_origin(store: QuantizedStore, options: CommandOptions, calibration: Cac
         version=this_version(),
         command=command_line("genai-quant quantize", options),
         options=to_jsonable_python({name: value for name, value in values.items() if value is not None}),
-        calibration="" if calibration is None else _describe(calibration),
+        calibration="" if calibration is None else calibration.text,
     )
     try:
         write_json(store.folder / _ORIGIN, _ORIGINS, origin)
@@ -214,11 +214,6 @@ def save_origin(store: QuantizedStore, options: CommandOptions, calibration: Cac
 def read_origin(store: QuantizedStore) -> Origin | None:
     """Return what made the weights; None where that wasn't kept."""
     return read_json(store.folder / _ORIGIN, _ORIGINS)
-
-
-def _describe(key: CacheKey) -> str:
-    windows = f"{key.calibration_windows} windows of {key.seq_len} tokens, {key.held_out_windows} held out"
-    return f"{key.source} ({windows})"
 
 
 def describe_base(directory: ModelDirectory, model: ir.Model, fingerprint: str, num_bytes: int) -> BaseModel:
@@ -254,7 +249,7 @@ def _card_head(path: Path) -> Mapping[str, object]:
     try:
         found = _CARD_HEAD.match(path.read_text(encoding="utf-8-sig"))
         head = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return head if isinstance(head, dict) else {}
 
@@ -271,13 +266,11 @@ def kinds_of(store: QuantizedStore) -> Iterator[KindOfLayer]:
         bits = None if in_floats else _bits(sites, spec)
         yield KindOfLayer(kind=kind, count=len(sites), format=described, bits_per_weight=bits)
     for plan in store.recipe.embeddings:
-        numbers = plan.table.vocabulary * plan.table.hidden
-        yield KindOfLayer(
-            kind=f"embedding {plan.table.weight}",
-            count=1,
-            format=plan.spec.description,
-            bits_per_weight=8 * plan.format_bytes / numbers,
-        )
+        numbers, kind = plan.table.vocabulary * plan.table.hidden, f"embedding {plan.table.weight}"
+        bits, described = 8 * plan.format_bytes / numbers, plan.spec.description
+        if plan.shared_with is not None:
+            bits, described = None, f"the stored weight of {short_name(plan.shared_with)}"
+        yield KindOfLayer(kind=kind, count=1, format=described, bits_per_weight=bits)
     kept: dict[tuple[str, str], int] = {}
     for site, reason in store.recipe.kept:
         kept[kind_of(site), reason] = kept.get((kind_of(site), reason), 0) + 1
@@ -330,7 +323,7 @@ def _scores(evaluation: Evaluation) -> TextScores:
     return TextScores(
         text=Path(evaluation.comparison.text).name,
         tokens=model.accuracy.tokens,
-        accuracy_level=str(evaluation.comparison.accuracy_level),
+        accuracy_level=model.accuracy_level or str(evaluation.comparison.accuracy_level),
         base_perplexity=base.accuracy.perplexity,
         perplexity=model.accuracy.perplexity,
         divergence=model.accuracy.mean_divergence,

@@ -16,6 +16,7 @@ from stages.model.genai_config import GENAI_CONFIG
 from stages.records.formats import WeightForm
 from stages.runtime.genai import has_chat_template
 from stages.system.json_file import explained, write_whole
+from stages.system.paths import shell_line
 
 CARD = "README.md"
 _BASE_CARD = "README.base.md"
@@ -77,7 +78,7 @@ def render_card(folder: Path, record: ModelRecord) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"cell": _cell, "megabytes": _megabytes}
+    templates.filters |= {"cell": _cell, "megabytes": _megabytes, "shell": _word}
     return templates.get_template(_TEMPLATE).render(
         head=yaml.safe_dump(_head(record), sort_keys=False, allow_unicode=True),
         record=record,
@@ -109,6 +110,10 @@ def _base_entries(base: BaseModel) -> dict[str, object]:
 def _cell(text: str) -> str:
     """Return ``text`` as it can stand in a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _word(text: str) -> str:
+    return shell_line((text,))
 
 
 def _megabytes(count: int) -> str:

@@ -72,7 +72,7 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
     )
     yield Section(name="base_model", table=_line(built), record=built)
     if built.precision != "int4":
-        _LOGGER.info("next: stages.quantize --onnx_path %s --output_path ...", config.output)
+        _LOGGER.info("next: stages.quantize %s OUTPUT --evaluate", config.output)
 
 
 def _line(built: BaseModel) -> Text:

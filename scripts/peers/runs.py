@@ -24,6 +24,7 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
 from stages.quantization.plan.rules import all_sites
+from stages.records.quantities import counted
 from stages.runtime.genai import runtime_version
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.system.atomic import atomic_file
@@ -160,7 +161,7 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
         before=prepare,
         after=partial(_complete, base, folder),
     )
-    calibrated = "" if request.method == "rtn_dq" else f", {config.modelopt_windows} windows"
+    calibrated = "" if request.method == "rtn_dq" else f", {counted(config.modelopt_windows, 'window')}"
     unfused = ", its Mul nodes unfolded" if searches else ""
     fast = ", activations kept in memory" if searches and config.modelopt_fast_path else ""
     return Peer(run=run, note=f"nvidia-modelopt 0.47.0{calibrated}{unfused}{fast}, lm_head in floating point")

@@ -18,7 +18,7 @@ from scripts.write_tables.results import (
 from scripts.write_tables.support_matrix import markdown
 from stages.evaluation.bench.results import MeasuredModel, TextResults
 from stages.evaluation.records import ModelSpeed
-from stages.records.quantities import duration
+from stages.records.quantities import counted, duration
 
 NOTHING = "No figures yet: `python -m scripts.write_tables` writes them here."
 _SPEED_HEADINGS = ("prompt tokens/s", "decoding tokens/s")
@@ -107,8 +107,8 @@ def _comparison(result: ComparisonResult) -> Iterator[str]:
     yield _head(result.provenance)
     if (speed := result.comparison.speed) is not None:
         yield (
-            f"Tokens a second: {speed.threads} threads, {speed.new_tokens} new tokens behind {speed.prompt_tokens}, "
-            f"median of {speed.rounds} rounds."
+            f"Tokens a second: {counted(speed.threads, 'thread')}, {speed.new_tokens} new tokens behind "
+            f"{speed.prompt_tokens}, median of {counted(speed.rounds, 'round')}."
         )
     base_speed, by_name = _speeds(result)
     for text in result.comparison.texts:

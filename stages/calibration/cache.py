@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +50,21 @@ class CacheKey:
         """Return the sha256 of all fields."""
         return hashlib.sha256(TypeAdapter(CacheKey).dump_json(self)).hexdigest()
 
+    @property
+    def text(self) -> str:
+        """Return the text in words."""
+        return f"{self.source} ({self.calibration_windows} + {self.held_out_windows} windows of {self.seq_len} tokens)"
+
     def difference(self, other: CacheKey) -> str:
-        """Return the first field in which ``other`` differs, in words; "" where they are equal."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs:
-                return f"its {field.name.replace('_', ' ')} is {_short(mine)}, this run's is {_short(theirs)}"
+        """Return in what ``other`` differs first, in words; "" where they are equal."""
+        if self.model_fingerprint != other.model_fingerprint:
+            return "it was made from another model (or another build of it)"
+        if self.text != other.text:
+            return f"its text is {self.text}, and {other.text} is asked for"
+        if self.token_fingerprint != other.token_fingerprint:
+            return f"its text is other text of {self.source} than is asked for"
+        if self.providers != other.providers:
+            return f"it ran on {', '.join(self.providers)}, and this run has {', '.join(other.providers)}"
         return ""
 
 
@@ -318,8 +327,3 @@ def _as_tensors(part: str, stats: TokenStats) -> dict[str, Tensor]:
         "rows": stats.rows,
     }
     return {f"{part}.{name}": tensor for name, tensor in named.items() if tensor is not None}
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."

@@ -79,6 +79,7 @@ def _run(config: CalibrateConfig, capture: Capture, key: CacheKey, started: floa
 
 def _dataset(config: CalibrateConfig) -> str:
     """Return the data sets to calibrate on; log why they aren't the default ones."""
+    require_place(config.cache_path)
     if config.use_random_calib:
         return ""
     chosen = choose_dataset(config, locate_model(config.onnx_path))

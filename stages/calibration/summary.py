@@ -51,7 +51,8 @@ def calibration_section(summary: CalibrationSummary) -> Section:
 
 def _table(summary: CalibrationSummary) -> FactTable:
     made, key = summary.made, summary.key
-    windows = f"{key.calibration_windows} to search with + {key.held_out_windows} held out, {key.seq_len} tokens each"
+    length = counted(key.seq_len, "token")
+    windows = f"{key.calibration_windows} to search with + {key.held_out_windows} held out, {length} each"
     facts = [
         ("cache", f"{summary.cache} ({summary.bytes / 1e6:.0f} MB)"),
         ("text", key.source),

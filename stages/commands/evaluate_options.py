@@ -36,6 +36,12 @@ class ChatConfig(CommandOptions):
     Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends the chat.
     """
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "models/int4",
+        "models/int4 --prompt 'What is ONNX?'",
+        "models/int4 --system 'Answer in one sentence.' --temperature 0.7",
+    )
+
     model: Annotated[Path, tyro.conf.Positional]
     """The model's folder."""
     prompt: str | None = None

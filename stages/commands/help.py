@@ -24,29 +24,29 @@ _ADVANCED = "advanced"
 _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": (
-            "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
-            "source", "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
-            "cache_dir", "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
+            "source", "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
+            "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
+            "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
         ),
-        "text": (
-            "dataset", "calib_size", "seq_len", "text", "windows", "generate", "lm_eval_tasks",
-        ),
+        "text": ("dataset", "calib_size", "seq_len", "text", "windows", "generate", "lm_eval_tasks"),
         "formats": (
-            "target", "block_size", "lm_head", "embedding", "share_embedding", "use_zero_point", "layers_8bit",
+            "target", "block_size", "lm_head", "embedding", "use_zero_point", "layers_8bit",
             "accuracy_level", "options",
         ),
         "search": ("algo", "refine", "device", "ort", "modelopt"),
-        "budget": ("target_size", "target_bpw", "plan"),
+        "budget": ("target_size", "target_bpw"),
         "output": (
-            "evaluate", "verify", "speed", "results", "keep", "no_evaluation", "retry_failed", "worst", "quiet",
-            "verbose", "json", "log_level", "log_file",
+            "evaluate", "verify", "speed", "report", "results", "keep", "no_evaluation", "retry_failed", "worst",
+            "quiet", "verbose", "json",
         ),
     }
 )  # fmt: skip
 """The options that --help shows, in its order; all others are advanced."""
-BARE_WORDS: Mapping[str, str] = MappingProxyType({"onnx_path": "BASE", "output_path": "OUTPUT"})
+_BARE_WORDS: Mapping[str, str] = MappingProxyType({"onnx_path": "BASE", "output_path": "OUTPUT"})
 """What stands for options whose names may be left out."""
 _NAMES_WIDTH, _WIDEST = 24, 100
+_FEW = 12
+"""Options up to which --help shows all of a command's."""
 _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z0-9-]|\w+: )")
 _WORDS: Mapping[object, str] = MappingProxyType({int: "INT", float: "NUMBER", str: "TEXT", bool: "True|False"})
 
@@ -95,8 +95,14 @@ class Option:
         if self.is_bare:
             return self.name.upper()
         off = f", --no_{self.name}" if self.hint is bool and self.default is True else ""
-        word = f"{BARE_WORDS[self.name]}, " if self.name in positional else ""
+        word = f"{_BARE_WORDS[self.name]}, " if self.name in positional else ""
         return " ".join(filter(None, (f"{word}--{self.name}{off}", self.value)))
+
+    def as_usage(self, positional: Sequence[str]) -> str:
+        """Return the option with its value as people must type it."""
+        if self.is_bare:
+            return self.name.upper()
+        return _BARE_WORDS[self.name] if self.name in positional else f"--{self.name} {self.value}"
 
     def explained(self, *, whole: bool) -> str:
         """Return its docstring, or the first sentence of that, with its default."""
@@ -158,14 +164,14 @@ def help_text(
     if examples:
         lines += ["", "examples:"]
         lines += [line for example in examples for line in _command_line(f"{program} {example}".rstrip(), width)]
+    hidden = () if whole or len(options) <= _FEW else dict(_grouped(options)).get(_ADVANCED, ())
     for group, members in _grouped(options):
-        if whole or group != _ADVANCED:
+        if members != hidden:
             lines += ["", f"{group}:"]
             for option in members:
                 lines += _beside(option.spelled(positional), as_called(option.explained(whole=whole), program), width)
     if not whole:
-        hidden = len(dict(_grouped(options)).get(_ADVANCED, ()))
-        more = f", and {hidden} more" if hidden else ""
+        more = f", and {len(hidden)} more" if hidden else ""
         lines += ["", *wrapped(f"{program} --help_all explains these options in full{more}.", width)]
     return "\n".join(lines)
 
@@ -188,9 +194,9 @@ def first_sentence(options_type: type) -> str:
 
 
 def _usage(options: Sequence[Option], program: str, positional: Sequence[str]) -> str:
-    bare = [BARE_WORDS[name] for name in positional] + [one.name.upper() for one in options if one.is_bare]
-    needed = [one for one in options if one.is_required and not one.is_bare and one.name not in positional]
-    return " ".join(["usage:", program, *bare, *(f"--{one.name} {one.value}" for one in needed), "[options]"])
+    needed = [option for option in options if option.is_required]
+    needed.sort(key=lambda option: not (option.is_bare or option.name in positional))
+    return " ".join(["usage:", program, *(option.as_usage(positional) for option in needed), "[options]"])
 
 
 def _command_line(text: str, width: int) -> Iterator[str]:

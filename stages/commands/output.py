@@ -17,8 +17,8 @@ from rich.text import Text
 FORMAT = 1
 """Version of the JSON document: as long as it stays, so do the keys and their meaning."""
 _COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)\b")
-_FILE_WIDTH = 160
-"""Columns where there is no terminal: wide enough that numbers aren't cut."""
+_FILE_WIDTH = 120
+"""Columns where there is no terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Literal, NoReturn, TypeVar, cast, get_args, get_type_hints
 import tyro
 from rich.console import Console
 
-from stages.commands.help import BARE_WORDS, HELP, HELP_ALL, Option, help_text, options_of
+from stages.commands.help import HELP, HELP_ALL, Option, help_text, options_of
 from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
@@ -95,10 +95,11 @@ def _refuse_typos(options: Sequence[Option], program: str, arguments: Sequence[s
         if name in named and (choices := named[name].choices):
             words = [value] if equals else list(takewhile(lambda one: one[:1] != "-", arguments[index + 1 :]))
             _refuse_words(name, choices, words if named[name].takes_many else words[:1])
+    has_words = any(not word.startswith("-") for word in arguments)
     missing = [
-        BARE_WORDS[one.name] if one.name in positional else f"--{one.name} {one.value}"
+        one.as_usage(positional)
         for one in options
-        if one.is_required and not one.is_bare and one.name not in given
+        if one.is_required and (not has_words if one.is_bare else one.name not in given)
     ]
     if missing:
         raise OptionError(f"{program} needs {' and '.join(missing)}; {program} --help shows examples.")

@@ -179,7 +179,10 @@ def wrapped(text: str, width: int) -> list[str]:
             if cell_len(joined) <= width:
                 line = joined
                 continue
-            if line:
+            start = f"{line} " if line else ""
+            if cell_len(word) > width and _last_break(word, width - cell_len(start)):
+                word = joined  # a path fills the line that it begins in
+            elif line:
                 lines.append(line)
             *whole, line = _broken(word, width)
             lines += whole
@@ -190,12 +193,24 @@ def wrapped(text: str, width: int) -> list[str]:
 def _broken(word: str, width: int) -> Iterator[str]:
     """Yield ``word`` in parts that fit."""
     while cell_len(word) > width:
-        fitting = next(end for end in range(len(word), 0, -1) if end == 1 or cell_len(word[:end]) <= width)
-        ends = [found.end() for found in _BREAK.finditer(word) if found.end() <= fitting]
-        end = ends[-1] if ends else fitting
+        end = _last_break(word, width) or _fitting(word, width)
         yield word[:end]
         word = word[end:]
     yield word
+
+
+def _fitting(word: str, width: int) -> int:
+    """Return how many characters fit into ``width`` columns, one at least."""
+    return next(end for end in range(len(word), 0, -1) if end == 1 or cell_len(word[:end]) <= width)
+
+
+def _last_break(word: str, width: int) -> int:
+    """Return where to break ``word`` so that it fits: behind a slash, or another separator; 0: nowhere."""
+    if width < 1:
+        return 0
+    ends = [found.end() for found in _BREAK.finditer(word) if found.end() <= _fitting(word, width)]
+    slashes = [end for end in ends if word[end - 1] == "/" and 2 * end > ends[-1]]
+    return (slashes or ends or [0])[-1]
 
 
 def _filled(items: Sequence[str], width: int) -> list[str]:

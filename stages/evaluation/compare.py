@@ -33,9 +33,10 @@ from stages.evaluation.accuracy import (
 from stages.evaluation.records import Comparison, Evaluation, ModelRow
 from stages.evaluation.speed import describe_accuracy_level, shipped_accuracy_level
 from stages.evaluation.texts import BUILT_IN
-from stages.model.directory import ModelDirectory, locate_model
+from stages.model.directory import ModelDirectory, locate_model, logits_among
 from stages.model.load import fingerprint_model
 from stages.model.sizes import model_bytes
+from stages.records.quantities import counted
 from stages.runtime.decoder import open_decoder
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
@@ -184,7 +185,7 @@ def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) ->
     windows = pack_windows(tokenizer(text, verbose=False)["input_ids"], config.windows, config.seq_len)
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
-            f"--text {config.text} gives {len(windows)} windows of {config.seq_len} tokens and --windows is "
+            f"--text {config.text} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and --windows is "
             f"{config.windows}; pass at least 1 and at most that many windows, or a longer text."
         )
     return windows
@@ -243,9 +244,8 @@ def _score_model(
 
 def _vocabulary(directory: ModelDirectory) -> int | None:
     """Return the width of the logits, None where the graph leaves it open."""
-    logits = next((value for value in ir.load(directory.onnx_file).graph.outputs if value.name == "logits"), None)
-    if logits is None:
-        raise UserError(f"{directory.onnx_file} has no output 'logits'; pass a text decoder.")
+    outputs = {str(value.name): value for value in ir.load(directory.onnx_file).graph.outputs}
+    logits = outputs[logits_among(outputs, directory.onnx_file)]
     width = logits.shape[-1] if logits.shape is not None else None
     return width if isinstance(width, int) else None
 

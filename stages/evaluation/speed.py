@@ -65,7 +65,8 @@ def _run_round(model: ModelDirectory, request: SpeedRequest, scratch: Path) -> t
     try:
         cost = run_measured(command, scratch / "log")
     except UserError as error:
-        raise UserError(f"{OPTION} {model.folder}: {error}") from error
+        said = str(error)  # the process names the option and the folder itself where it knows what is wrong
+        raise UserError(said if said.startswith(OPTION) else f"{OPTION} {model.folder}: {said}") from error
     return ROUNDS.validate_json(answered.read_bytes()), cost
 
 

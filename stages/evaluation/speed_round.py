@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from stages.errors import UserError
-from stages.runtime.genai import open_genai
+from stages.runtime.genai import cannot_run, open_genai
 
 OPTION = "--speed"
 _WARM_UP_TOKENS = 4
@@ -68,6 +68,8 @@ def main(folder: str, request: str, answer: str) -> None:
     """Measure what the file ``request`` asks for, and write the file ``answer``."""
     try:
         found = time_round(Path(folder), REQUESTS.validate_json(Path(request).read_bytes()))
+    except RuntimeError as error:
+        sys.exit(f"error: {cannot_run(Path(folder), OPTION, error)}")
     except UserError as error:
         sys.exit(f"error: {error}")
     Path(answer).write_bytes(ROUNDS.dump_json(found))

@@ -248,7 +248,7 @@ def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
     yield "made from", report.made_from
     yield "text", report.source
     windows = f"{report.calibration_windows} to search with, {report.held_out_windows} held out"
-    yield "windows", f"{windows}, {report.seq_len} tokens each"
+    yield "windows", f"{windows}, {counted(report.seq_len, 'token')} each"
     yield "ran on", ", ".join(report.providers)
     widths = ", ".join(f"{count} x {width}" for width, count in report.widths)
     rows = f"; {report.as_rows} kept as rows of tokens" if report.as_rows else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from stages.model.genai_config import GENAI_CONFIG, GenaiModel, read_genai_model
 from stages.system.paths import reachable
 
 _PAST_INPUTS = slice(3, 5)
+_LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,20 @@ def _onnx_in(folder: Path, filename: str | None) -> Path:
         return candidates[0]
     found = ", ".join(path.name for path in candidates) or "no .onnx file"
     raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+
+
+def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
+    """Return the output that holds the logits: ``logits``, else the only one whose name begins so.
+
+    Olive's quantizers rename it to logits_Q4 or logits_Q8.
+
+    Raises:
+        GraphError: there is none.
+    """
+    found = [name for name in outputs if name.startswith(_LOGITS)]
+    if _LOGITS not in found and len(found) != 1:
+        raise GraphError(f"{onnx_file} has no output '{_LOGITS}'; pass a text decoder.")
+    return _LOGITS if _LOGITS in found else found[0]
 
 
 def locate_model(path: Path) -> ModelDirectory:

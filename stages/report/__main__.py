@@ -20,8 +20,8 @@ def command(config: ReportConfig) -> Iterable[Section]:
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
     from stages.quantization.weights.store import open_store
-    from stages.report.document import REPORT_JSON, log_report, read_report, write_report
-    from stages.report.from_runs import quantization_of
+    from stages.report.document import REPORT_JSON, Origin, log_report, read_report, write_report
+    from stages.report.from_runs import origin_of_weights, quantization_of
     from stages.report.render import render
 
     report = read_report(config.report)
@@ -29,9 +29,12 @@ def command(config: ReportConfig) -> Iterable[Section]:
         sizes = (
             size_parts(locate_model(config.base), locate_model(config.model)) if config.base and config.model else ()
         )
-        quantization = quantization_of(open_store(config.weights_path), sizes)
+        store = open_store(config.weights_path)
+        quantization, origin = quantization_of(store, sizes), report.origin
+        if origin == Origin():
+            origin = replace(origin_of_weights(store), base=config.base.absolute().name if config.base else "")
         title = report.title or (config.model or config.weights_path).absolute().name
-        report = replace(report, title=title, quantization=quantization)
+        report = replace(report, title=title, origin=origin, quantization=quantization)
     elif not (config.report / REPORT_JSON).exists():
         raise UserError(f"{config.report} holds no {REPORT_JSON}; pass a report's folder, or --weights_path too.")
     write_report(report, render, config.report)

@@ -6,13 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from stages.calibration.cache import CacheKey
-from stages.commands.options import CommandOptions, given_options
+from export.card.record import command_line, read_origin
+from stages.commands.options import CommandOptions
 from stages.errors import OptionError
 from stages.evaluation.bench.results import MeasuredModel, TextResults
 from stages.model.sizes import SizePart
@@ -34,7 +33,7 @@ from stages.report.document import (
 )
 from stages.report.render import render
 from stages.system.hardware import describe_machine
-from stages.system.paths import shell_line
+from stages.system.version import this_version
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFICATION = TypeAdapter(VerifyReport)
@@ -49,28 +48,36 @@ def origin_of(command: str, options: CommandOptions, base: Path) -> Origin:
         base: folder of the base model.
     """
     return Origin(
-        command=shell_line((*command.split(), *given_options(options))),
-        version=version("genai-quant"),
-        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        command=command_line(command, options),
+        version=this_version().number,
+        made=_now(),
         base=base.absolute().name,
     )
 
 
-def describe_calibration(key: CacheKey) -> str:
-    """Return the text of a calibration cache in words."""
-    return (
-        f"{key.source}: {key.calibration_windows} windows of {key.seq_len} tokens, and {key.held_out_windows} held out"
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def origin_of_weights(store: QuantizedStore) -> Origin:
+    """Return how weights were made, as far as it was kept among them."""
+    kept = read_origin(store)
+    return Origin(
+        command="" if kept is None else kept.command,
+        version="" if kept is None else kept.version.number,
+        base_fingerprint=store.recipe.model_fingerprint,
+        calibration="" if kept is None else kept.calibration,
     )
 
 
-def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, title: str, origin: Origin) -> None:
+def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, title: str, base: Path) -> None:
     """Write the report inside the weights' folder; evaluations that were added to it stay.
 
     Args:
         store: a finished run's weights.
         sizes: what the base and the output hold.
         title: heading of the page.
-        origin: how the run was made; the base's fingerprint is filled in.
+        base: folder of the base model.
 
     Raises:
         UserError: the report can't be read or written.
@@ -80,7 +87,7 @@ def write_quantization(store: QuantizedStore, sizes: tuple[SizePart, ...], *, ti
         read_report(folder),
         title=title,
         machine=describe_machine(),
-        origin=replace(origin, base_fingerprint=store.recipe.model_fingerprint),
+        origin=replace(origin_of_weights(store), made=_now(), base=base.absolute().name),
         quantization=quantization_of(store, sizes),
     )
     write_report(report, render, folder)

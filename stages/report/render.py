@@ -9,10 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.evaluation.records import Evaluation
+from stages.records.quantities import counted
 from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Quantization, Report
-from stages.report.model_plots import bits_figure, size_figure
-from stages.report.site_plots import site_figure
 from stages.report.tables import (
     accuracy_tables,
     answer_tables,
@@ -31,7 +30,8 @@ from stages.report.values import (
     percent,
     text_name,
 )
-from stages.report.view import Figure, Section, Tile
+from stages.report.view import Cell, Figure, Graded, Section, Tile, table
+from stages.report.weight_plots import bits_figure, site_figure, size_figure
 
 _FOLDER = Path(__file__).parent / "page"
 _PAGE = "page.html.j2"
@@ -64,13 +64,13 @@ def render(report: Report) -> str:
 def _facts(report: Report) -> list[tuple[str, str]]:
     """Return how the report's first part was made: what is known, with its name."""
     origin, quantization = report.origin, report.quantization
-    made = f"{origin.made} by genai-quant {origin.version}, on {report.machine}" if origin.made else report.machine
+    made = [origin.made, f"genai-quant {origin.version}" if origin.version else "", report.machine]
     facts = [
         ("base", _base(report)),
         ("formats", "" if quantization is None else _formats(quantization)),
         ("algorithm", "" if quantization is None else quantization.summary),
         ("calibration text", origin.calibration),
-        ("made", made),
+        ("made", ", ".join(filter(None, made))),
         ("command", origin.command),
     ]
     return [(name, text) for name, text in facts if text]
@@ -95,25 +95,18 @@ def _base(report: Report) -> str:
 def _formats(quantization: Quantization) -> str:
     """Describe the formats in words, the most frequent first."""
     counts = Counter(site.stored or format_in_words(site.report.format) for site in quantization.sites)
-    words = [f"{_matmuls(count)} as {form}" for form, count in counts.most_common()]
-    words += [f"embedding {table.name} as {table.stored}" for table in quantization.embeddings]
-    return "; ".join([*words, *([f"{_matmuls(len(quantization.kept))} as in the base"] if quantization.kept else [])])
-
-
-def _matmuls(count: int) -> str:
-    return f"{count} {'MatMul' if count == 1 else 'MatMuls'}"
+    words = [f"{counted(count, 'MatMul')} as {form}" for form, count in counts.most_common()]
+    words += [f"embedding {each.name} as {each.stored}" for each in quantization.embeddings]
+    return "; ".join(
+        [*words, *([f"{counted(len(quantization.kept), 'MatMul')} as in the base"] if quantization.kept else [])]
+    )
 
 
 def _sections(report: Report) -> list[Section]:
     quantization = report.quantization
     return [
-        Section(
-            name="accuracy",
-            heading="Accuracy and speed",
-            parts=_accuracy(report),
-            text=SCALE if report.evaluations else "",
-        ),
-        Section(name="sweep", heading="Models compared", parts=_sweep(report), text=SCALE),
+        Section(name="accuracy", heading="Accuracy and speed", parts=_accuracy(report)),
+        Section(name="sweep", heading="Models compared", parts=_sweep(report)),
         Section(name="weights", heading="Weights", parts=() if quantization is None else _weights(quantization)),
         Section(name="use", heading="Token by token", parts=_details(report.evaluations)),
     ]
@@ -129,7 +122,21 @@ def _accuracy(report: Report) -> tuple[Figure, ...]:
             accuracy_tables(evaluations),
             speed_tables(speeds[-1] if speeds else None),
             task_tables([one for evaluation in evaluations for one in evaluation.tasks]),
+            _scale("scale"),
         ]
+    )
+
+
+def _scale(name: str) -> Figure:
+    """Return the table of what each grade stands for."""
+    headings = ("", "KL (nats)", "same top-1", "perplexity above the base's", "decoding, of the base")
+    rows: list[tuple[Cell, ...]] = [(Graded("", grade), *limits) for grade, limits in SCALE]
+    return Figure(
+        name=name,
+        heading="When a number is good",
+        text="KL divergence: how far the model's probabilities for the next token are from the base's. Same top-1: how "
+        "often both find the same token most likely.",
+        tables=(table(headings, [*rows, (Graded("", Grade.POOR), *["beyond"] * 4)]),),
     )
 
 
@@ -153,7 +160,8 @@ def _weights(quantization: Quantization) -> tuple[Figure, ...]:
 
 
 def _sweep(report: Report) -> tuple[Figure, ...]:
-    return tuple(sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep) if sweep.points)
+    figures = [sweep_figure(sweep, f"front-{index}") for index, sweep in enumerate(report.sweep) if sweep.points]
+    return (*figures, _scale("sweep-scale")) if any(sweep.text for sweep in report.sweep) else tuple(figures)
 
 
 def _present(parts: Sequence[Figure | None]) -> tuple[Figure, ...]:
@@ -196,7 +204,9 @@ def _weight_tiles(quantization: Quantization) -> Iterator[Tile]:
         note = f"base {megabytes(before)} MB, {before / after:.2f}x smaller"
         yield Tile(value=f"{megabytes(after)} MB", label="size", note=note)
     bits = f"{quantization.bits_per_weight:.3f}"
-    yield Tile(value=bits, label="bits a weight", note=f"of {_matmuls(len(quantization.sites))}, scales included")
+    yield Tile(
+        value=bits, label="bits a weight", note=f"of {counted(len(quantization.sites), 'MatMul')}, scales included"
+    )
     verified = quantization.verified
     if verified is not None and verified.fused is not None:
         grade = Grade.GOOD if verified.fused == verified.sites else Grade.POOR

@@ -68,7 +68,7 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
         made: the model.
     """
     result = _result(config, made)
-    return Section(name="result", table=lambda program: _Box(result, program), record=result)
+    return Section(name="result", table=lambda program: ResultBox(result, program), record=result)
 
 
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
@@ -96,7 +96,7 @@ def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
 def _text_result(evaluation: Evaluation) -> TextResult:
     base, model = evaluation.rows
     return TextResult(
-        text=evaluation.comparison.text,
+        text=Path(evaluation.comparison.text).name,
         divergence=model.accuracy.mean_divergence,
         base_perplexity=base.accuracy.perplexity,
         perplexity=model.accuracy.perplexity,
@@ -106,7 +106,7 @@ def _text_result(evaluation: Evaluation) -> TextResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Box:
+class ResultBox:
     """A panel at most 80 columns wide; where a command doesn't fit, lines between rules, so that it can be copied."""
 
     result: Result
@@ -140,7 +140,7 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
 
 def _accuracy(texts: Sequence[TextResult]) -> Iterator[tuple[str, str]]:
     if not texts:
-        yield "accuracy", "not compared with the base: evaluate it, or quantize with --evaluate"
+        yield "accuracy", "not compared with the base yet (--evaluate)"
     for one in texts:
         yield (
             f"on {one.text}",

@@ -14,6 +14,13 @@ UNKNOWN = "-"
 """What a table shows for an unknown number."""
 
 
+def percent(value: float | None) -> str:
+    """Return a share as per cent with three significant digits."""
+    if value is None:
+        return UNKNOWN
+    return f"{np.format_float_positional(100 * value, precision=3, unique=False, fractional=False, trim='-')} %"
+
+
 class Grade(Enum):
     """How good a number is; the value is its class in page.css."""
 
@@ -29,19 +36,11 @@ _PERPLEXITY = (0.01, 0.05, 0.2)
 _TOP1 = (0.95, 0.9, 0.75)
 _SPEED = (1.5, 1.1, 0.98)
 """Multiples of the base's; the last leaves room for noise."""
-SCALE = "\n".join(
-    [
-        "KL divergence: how far the model's probabilities for the next token are from the base's. Same top-1: how "
-        "often both find the same token most likely.",
-        *(
-            f"{grade.value}: KL at most {kl:g} nats, same top-1 at least {100 * top1:g} %, perplexity at most "
-            f"{100 * perplexity:g} % above the base's, decoding at least {speed:g}x as fast"
-            for grade, kl, top1, perplexity, speed in zip(_GRADES, _KL, _TOP1, _PERPLEXITY, _SPEED, strict=False)
-        ),
-        f"{Grade.POOR.value}: anything beyond",
-    ]
+SCALE = tuple(
+    (grade, (f"{kl:g} or less", f"{percent(top1)} or more", f"{percent(perplexity)} or less", f"{speed:g}x or more"))
+    for grade, kl, top1, perplexity, speed in zip(_GRADES, _KL, _TOP1, _PERPLEXITY, _SPEED, strict=False)
 )
-"""The scale in words."""
+"""Each grade but the last, and what earns it: KL in nats, top-1 agreement, growth of the perplexity, speed."""
 
 
 def grade_divergence(accuracy: Accuracy) -> Grade:
@@ -72,13 +71,6 @@ def _grade(value: float, limits: tuple[float, ...]) -> Grade:
 def number(value: float | None, form: str) -> str:
     """Return ``value`` in ``form``, or a dash where it isn't known."""
     return UNKNOWN if value is None else format(value, form)
-
-
-def percent(value: float | None) -> str:
-    """Return a share as per cent with three significant digits."""
-    if value is None:
-        return UNKNOWN
-    return f"{np.format_float_positional(100 * value, precision=3, unique=False, fractional=False, trim='-')} %"
 
 
 def megabytes(value: int | None) -> str:

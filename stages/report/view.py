@@ -97,7 +97,6 @@ class Section:
     name: str
     heading: str
     parts: tuple[Figure, ...] = ()
-    text: str = ""
 
 
 def table(

@@ -13,11 +13,10 @@ import onnxruntime as ort
 from jaxtyping import Float32, Int64
 
 from stages.errors import UserError, in_one_line
-from stages.model.directory import ModelDirectory
+from stages.model.directory import ModelDirectory, logits_among
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.runtime.upcast import runnable_file
 
-_LOGITS = "logits"
 _PAST = re.compile(r"past(_key_values)?")
 Feeds = Mapping[str, ort.OrtValue]
 
@@ -35,7 +34,7 @@ class Decoder:
         Raises:
             UserError: ONNX Runtime stops.
         """
-        (logits,) = self._run([_LOGITS], _as_values(self.feeds(tokens)))
+        (logits,) = self._run([self._logits], _as_values(self.feeds(tokens)))
         return np.asarray(logits.numpy(), np.float32)
 
     def continuation(self, tokens: list[int]) -> Iterator[int]:
@@ -60,11 +59,15 @@ class Decoder:
         first = self.feeds(np.array([tokens]))
         feeds, length = _as_values(first), len(tokens)
         while True:
-            logits, *presents = self._run([_LOGITS, *present_of.values()], feeds)
+            logits, *presents = self._run([self._logits, *present_of.values()], feeds)
             token = int(logits.numpy()[0, -1].argmax())
             yield token
             length += 1
             feeds = _as_values(_of_one_token(first, token, length)) | dict(zip(present_of, presents, strict=True))
+
+    @property
+    def _logits(self) -> str:
+        return logits_among((node.name for node in self.feeds.session.get_outputs()), self.directory.onnx_file)
 
     def _present_of_past(self) -> dict[str, str] | None:
         """Return the output that becomes each cache input in the next step; None where a cache slides or has none."""

@@ -22,6 +22,8 @@ _TEMPLATE = "chat_template"
 _UNKNOWN_CONTEXT = 2048
 """Tokens of context where genai_config.json doesn't say."""
 _CPU = "cpu"
+_LACKS_OUTPUT = "output was not found"
+"""Words of onnxruntime-genai about an output that genai_config.json names and the graph lacks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +190,8 @@ def require_genai(folders: Sequence[Path], option: str) -> None:
     for folder in folders:
         if not (folder / GENAI_CONFIG).is_file():
             fault = f"has no {GENAI_CONFIG}" if folder.exists() else "does not exist"
-            raise UserError(f"{option} {folder} {fault}; pass a folder that onnxruntime-genai can run.")
+            fix = "copy it and the tokenizer's files from the base's folder (Olive leaves them out), or pass"
+            raise UserError(f"{option} {folder} {fault}; {fix if folder.exists() else 'pass'} another folder.")
 
 
 def why_not_genai(folders: Sequence[Path]) -> str | None:
@@ -209,10 +212,13 @@ def cannot_run(folder: Path, option: str, error: RuntimeError) -> UserError:
         option: the command-line option that named it.
         error: what onnxruntime-genai raised.
     """
-    return UserError(
-        f"{option} {folder} can't be run by onnxruntime-genai here ({in_one_line(error)}); "
-        "pass a model built for this machine's execution provider."
-    )
+    fix = "pass a model built for this machine's execution provider."
+    if _LACKS_OUTPUT in str(error):
+        fix = (
+            f"write the graph's own name into model.decoder.outputs of its {GENAI_CONFIG} (Olive's quantizers rename "
+            "logits to logits_Q4 or logits_Q8)."
+        )
+    return UserError(f"{option} {folder} can't be run by onnxruntime-genai here ({in_one_line(error)}); {fix}")
 
 
 def runtime_version(option: str) -> str:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from stages.errors import UserError
+from stages.records.quantities import counted
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CPUINFO_NAME = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
@@ -75,4 +76,4 @@ def processor() -> str:
 def describe_machine() -> str:
     """Return the processor, cores, memory and operating system in one line."""
     memory = psutil.virtual_memory().total / 1e9
-    return f"{processor()}, {physical_cores()} cores, {memory:.0f} GB, {platform.system()}"
+    return f"{processor()}, {counted(physical_cores(), 'core')}, {memory:.0f} GB, {platform.system()}"

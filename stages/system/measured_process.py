@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +49,18 @@ def run_measured(command: Sequence[str], log: Path) -> Cost:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         report = Path(scratch) / "peak_bytes"
         started = time.perf_counter()
-        code = _run((sys.executable, "-I", str(_LAUNCHER), str(report), *command), log)
+        code = _run((sys.executable, "-I", str(_LAUNCHER), str(report), *command), log, _safe_environment(command[0]))
         seconds = time.perf_counter() - started
         if code != 0:
             raise CommandFailed(_reason(code, log))
         return Cost(seconds=seconds, peak_bytes=int(report.read_text("ascii")) if report.is_file() else None)
 
 
-def _run(command: Sequence[str], log: Path) -> int:
+def _run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
     """Return the exit code of ``command``; if this process is interrupted, end it and what it started."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=_safe_environment(command[0])
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
         try:
             return process.wait()

@@ -55,11 +55,10 @@ def _other_weights(folder: Path) -> None:
 
 
 CACHES = (
-    _cache("missing", gone(f"{_CACHE}/*"), "base.calibration", "run python -m stages.calibrate first"),
     _cache("a file", in_turn(moved(_CACHE, "away"), written(_CACHE, "x")), "base.calibration"),
     _cache("of another model", _other_weights, "base.calibration", "another model"),
     _cache("of another model (sweep)", _other_weights, "base.calibration", "another model", command="sweep"),
-    _cache("of other text (calibrate)", gone(), "token fingerprint", "--overwrite", command="calibrate"),
+    _cache("of other text (calibrate)", gone(), "its text is", "--overwrite", command="calibrate"),
     _cache("manifest: no JSON", written(_MANIFEST, "{"), "manifest.json", "damaged"),
     _cache("manifest: no JSON (calibrate)", written(_MANIFEST, "{"), "manifest.json", "damaged", command="calibrate"),
     _cache("manifest: deep", written(_MANIFEST, "[" * 100_000), "manifest.json", "damaged"),

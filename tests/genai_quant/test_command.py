@@ -179,6 +179,11 @@ def test_other_shells_get_a_script(shell: str, mark: str, program: Program, tmp_
     text = script.read_text(encoding="utf-8")
     assert mark in text
     assert all(command in text for command in COMMANDS)
+    # One candidate a line: a line break in a description would make a candidate of its rest.
+    assert "--execution_provider" in text
+    assert not re.search(r"description': (['\"]).*?\\n.*?\1, 'type'", text)
+    if shutil.which(shell):
+        subprocess.run([shell, "-n", str(script)], check=True)
 
 
 def _run_file(folder: Path, model: Path, text: Path, *more: str) -> Path:
@@ -212,8 +217,20 @@ def test_a_whole_run(program: Program, tiny_model: Path, tiny_text: Path, unseen
     code, printed = program("run", file)
     assert code == 0, printed
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "cache", "int4", "int4.weights", "nbits"}
-    for heading in ("calibration cache", "awq_lite INT4 block 16", "MatMulNBits", "KL"):
+    for heading in ("calibration cache", "MatMulNBits", "KL", f"genai-quant chat {tmp_path / 'int4'}"):
         assert heading in printed
+    assert "awq_lite INT4 block 16" not in printed, "a detail"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.onnx*")}
+    shutil.rmtree(tmp_path / "nbits")
+    code, printed = program("run", file)
+    assert code == 0, printed
+    assert f"{tmp_path / 'int4'} is there already, made with exactly these options." in printed
+    assert "search: " not in printed
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.onnx*")}
+    assert {path for path in before if after[path] == before[path]} == {
+        path for path in before if path.parent.name == "int4"
+    }
+    file.write_text(file.read_text(encoding="utf-8").replace("block_size: 16", "block_size: 32"), encoding="utf-8")
     code, printed = program("run", file)
     assert code == 2
     assert f"--output_path {tmp_path / 'int4'} already exists" in printed

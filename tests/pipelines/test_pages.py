@@ -49,11 +49,13 @@ FOREIGN = {
     "--extra_options",
     "--fast",
     "--help",
+    "--help_all",
     "--index-url",
     "--multi_gpu",
     "--no-deps",
     "--num_processes",
     "--only-binary",
+    "--package-config",
     "--tyro-write-completion",
     "--version",
 }
@@ -98,9 +100,10 @@ def seed_models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
 
 
 def run_shell(body: str) -> None:
-    """Run each line ``python -m MODULE OPTIONS [> FILE]`` in this process; a block that is run holds nothing else."""
+    """Run each line ``genai-quant NAME OPTIONS [> FILE]``, or ``python -m MODULE``, in this process."""
     for words in lines_of(body):
-        assert words[:2] == ["python", "-m"], f"a block that is run holds only python -m lines, not: {words}"
+        words[:1] = ["python", "-m", "genai_quant"] if words[0] == "genai-quant" else words[:1]
+        assert words[:2] == ["python", "-m"], f"a block that is run holds only our commands, not: {words}"
         into = Path(words.pop()) if words[-2] == ">" else None
         arguments = words[2:-1] if into else words[2:]
         with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -142,7 +145,7 @@ def test_the_code_blocks_of_a_page_run(
 def test_a_block_that_fails_is_seen() -> None:
     with pytest.raises(AssertionError, match="nothing-is-here"):
         run_shell("python -m stages.inspect nothing-is-here")
-    with pytest.raises(AssertionError, match="holds only python -m lines"):
+    with pytest.raises(AssertionError, match="holds only our commands"):
         run_shell("rm -rf models")
 
 
@@ -202,15 +205,6 @@ def anchors_of(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_the_readmes_tree_exists() -> None:
-    (tree,) = (block.body for block in blocks_of(ROOT / "README.md") if block.body.startswith("stages/"))
-    parents: list[str] = []
-    for line in tree.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        parents = [*parents[:depth], name]
-        assert (ROOT / "".join(parents)).is_dir(), "".join(parents)
 
 
 def test_the_readme_is_short() -> None:

@@ -32,6 +32,7 @@ from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
+from stages.records.quantities import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 _HELD_OUT_SHARE = 10
 _WINDOWS = 128
-_STAND_IN_WINDOWS = (24, 8)
-"""Of offline and self, measured on SmolLM2-135M: more of the model's own text takes minutes and gains nothing."""
+_STAND_IN_WINDOWS = 32
+"""Half of them the model must write, token by token: as many as 128 would take a while."""
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 
 
@@ -123,9 +124,7 @@ def windows_by_dataset(config: TextOptions, dataset: str) -> dict[str, int]:
         UserError: there are fewer than two windows for each data set, or ``dataset`` isn't a list of names.
     """
     names = dataset_names(dataset)
-    if config.calib_size is None and dataset == STAND_IN:
-        return dict(zip(names, _STAND_IN_WINDOWS, strict=True))
-    windows = config.calib_size or _WINDOWS
+    windows = config.calib_size or (_STAND_IN_WINDOWS if dataset == STAND_IN else _WINDOWS)
     if windows < 2 * len(names):
         raise UserError(
             f"--calib_size {windows} is too small for {len(names)} data sets; each needs a window to "
@@ -173,8 +172,8 @@ def _part(
     if len(windows) < count:
         asked = "--calib_size is" if count == (config.calib_size or _WINDOWS) else "its share of --calib_size is"
         raise UserError(
-            f"--dataset {dataset} gives {len(windows)} windows of {config.seq_len} tokens and {asked} {count}; lower "
-            "--calib_size or --seq_len, or pass more text."
+            f"--dataset {dataset} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and {asked} "
+            f"{count}; lower --calib_size or --seq_len, or pass more text."
         )
     return _Part(title=f"{documents.title}, as chats" if chat else documents.title, windows=windows)
 

@@ -14,6 +14,7 @@ from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder, Search, explain_write_errors
 from stages.evaluation.records import ModelRow
+from stages.records.quantities import counted
 from stages.system.json_file import write_whole
 from stages.system.measured_process import Cost
 
@@ -182,15 +183,15 @@ def _title(results: TextResults) -> str:
     if row is None:
         return results.text
     return (
-        f"{results.text}: {row.accuracy.tokens} tokens; the base has {row.bytes / 1e6:.1f} MB and perplexity "
-        f"{row.accuracy.perplexity:.3f}; nothing beats a model with * in both bytes and loss"
+        f"{results.text}: {counted(row.accuracy.tokens, 'token')}; the base has {row.bytes / 1e6:.1f} MB and "
+        f"perplexity {row.accuracy.perplexity:.3f}; nothing beats a model with * in both bytes and loss"
     )
 
 
 def _row(model: MeasuredModel) -> tuple[str, ...]:
     cost, search, accuracy = model.cost, model.search, model.accuracy
     return (
-        f"{'*' if model.unbeaten else ' '} {model.name}",
+        f"{model.name}{' *' if model.unbeaten else ''}",
         _number(None if model.bytes is None else model.bytes / 1e6, ".1f"),
         _number(None if search is None else search.bits_per_weight, ".3f"),
         _number(None if accuracy is None else accuracy.mean_divergence, ".5f"),

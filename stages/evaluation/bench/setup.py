@@ -56,7 +56,6 @@ def read_evaluation_texts(config: BenchConfig) -> tuple[EvaluationText, ...]:
             text=text,
             windows=config.windows,
             seq_len=config.seq_len,
-            accuracy_level=1,  # so that rounded weights are compared, and not what else a runtime rounds
             worst=0,
         )
         base = prepare_base(request)

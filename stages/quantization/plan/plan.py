@@ -63,6 +63,7 @@ from stages.records.formats import (
     QuantSpec,
     WeightForm,
 )
+from stages.records.quantities import counted
 from stages.records.results import ActivationStats, ExportRecipe
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
@@ -215,7 +216,7 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     by_site = config.plan is not None or config.has_budget
     formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
     count = plan.sites.eight_bit_sites
-    mixed = f", INT8 at {count} site{'' if count == 1 else 's'}" if count and not by_site else ""
+    mixed = f", INT8 at {counted(count, 'site')}" if count and not by_site else ""
     table = _describe_embedding(plan.embeddings)
     target = "" if plan.target is None else f" for {plan.target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm

@@ -33,6 +33,7 @@ from stages.quantization.plan.forecast import WHOLE, Sections, quick_error, quic
 from stages.quantization.plan.rules import all_sites
 from stages.quantization.search.objective import to_device
 from stages.records.formats import QuantSpec
+from stages.records.quantities import duration
 from stages.records.sites import ActivationGroup, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.runtime.providers import choose_providers
 from stages.runtime.weight_trials import TrialRunner, open_trials
@@ -129,11 +130,11 @@ class SensitivityMeasure:
         with open_trials(self.model, self.directory, sites, choose_providers("cuda,cpu")) as trials:
             started = time.perf_counter()
             base = trials.logits(windows)
-            minutes = (time.perf_counter() - started) * len(groups) / 60
+            seconds = (time.perf_counter() - started) * len(groups)
             _LOGGER.info(
-                "--sensitivity measured: %d runs of the base model on %d calibration tokens, about %.1f minutes; kept "
+                "--sensitivity measured: %d runs of the base model on %d calibration tokens, about %s; kept "
                 "in %s.",
-                len(groups), windows.size, minutes, self.cache.folder / FILE,
+                len(groups), windows.size, duration(seconds), self.cache.folder / FILE,
             )  # fmt: skip
             with progress_bar() as progress:
                 for group in progress.track(groups, description="sensitivity", unit="groups"):

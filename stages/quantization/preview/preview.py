@@ -107,11 +107,11 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
     if config.needs_cache:
         try:
             cache = _cache(config, directory, has_weights=has_weights)
+            if cache is None:
+                notes.append(_about_calibration(config, calibration))
         except CacheMismatch as error:
             found.append(str(error))
-        if cache is None:
-            notes.append(_about_calibration(config, calibration))
-        elif not has_weights:
+        if cache is not None and not has_weights:
             notes.append(f"{cache.folder} is taken to be this model's: without the weights that can't be checked")
     return _Known(
         directory=directory,

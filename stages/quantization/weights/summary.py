@@ -160,7 +160,7 @@ def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:
     before, behind = (mean(losses) for losses in zip(*pairs.values(), strict=True))
     improved = sum(kept < start for start, kept in pairs.values())
     return [
-        f"tuning: {improved} of {len(pairs)} layers improved; error of a layer's output on held-out text "
+        f"tuning: {improved} of {counted(len(pairs), 'layer')} improved; error of a layer's output on held-out text "
         f"{before:.3%} -> {behind:.3%}"
     ]
 

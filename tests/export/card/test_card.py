@@ -14,11 +14,12 @@ import onnx_ir as ir
 import pytest
 import yaml
 
-from export.card.record import read_record
+from export.card.record import kinds_of, read_record
 from export.card.write import update_card
 from stages.commands.evaluate_options import InspectConfig
 from stages.evaluation.records import Evaluation
 from stages.inspect.__main__ import command as inspect
+from stages.records.formats import EmbeddingPlan, EmbeddingTable
 from stages.records.sites import UnquantizedWeights
 from stages.system.version import this_version
 from tests.export.builders import spec_of
@@ -83,6 +84,16 @@ def test_the_card_names_every_kind_of_layer_with_its_bits(tmp_path: Path) -> Non
     }
     tiny.run(options("off"), overwrite=True)
     assert "| checked | no |" in card.read_text(encoding="utf-8")
+
+
+def test_a_table_that_is_stored_once_says_so(tmp_path: Path) -> None:
+    tiny = tiny_export(tmp_path)
+    table = EmbeddingTable(weight="wte", gathers=("x",), vocabulary=300, hidden=64, transposed=True, dtype="float32")
+    own = EmbeddingPlan(table=table, axis=1, block_size=32, form="gather_block_quantized", bits=8)
+    shared = replace(own, shared_with="/lm_head/MatMul")
+    store = replace(tiny.store, recipe=replace(tiny.store.recipe, embeddings=(own, shared)))
+    found = [(kind.format, kind.bits_per_weight) for kind in kinds_of(store) if kind.kind == "embedding wte"]
+    assert found == [("INT8, a float32 scale for every 32 weights", 9.0), ("the stored weight of lm_head", None)]
 
 
 def test_equal_exports_write_equal_files(tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_a_real_output_tells_its_command_and_its_program_runs(
     card = Path("int4", "README.md").read_text(encoding="utf-8")
     command = f"genai-quant quantize --onnx_path base --output_path int4 --algo awq_clip --cache_dir {tiny_cache}"
     assert f"```console\n{command} --block_size 32 --verify off\n```" in card
-    assert "| calibration text | tiny.txt (18 windows of 32 tokens, 2 held out) |" in card
+    assert "| calibration text | tiny.txt (18 + 2 windows of 32 tokens) |" in card
     record = read_record(Path("int4"))
     assert record is not None
     assert record.origin is not None
@@ -195,5 +206,5 @@ def test_a_real_output_tells_its_command_and_its_program_runs(
     assert f"{command} --block_size 32 --verify off\ngenai-quant export --onnx_path base" in card
     assert "stored as com.microsoft MatMulNBits" in card
     _, printed = commands.run(InspectConfig, inspect, ("nbits",))
-    assert re.search(rf"made by +│ genai-quant {this_version().number}", printed)
-    assert re.search(r"made from +│ base: genai-quant quantize --onnx_path base", printed)
+    assert re.search(rf"made by +genai-quant {this_version().number}", printed)
+    assert re.search(r"made from +base: genai-quant quantize --onnx_path base", printed)

@@ -1,5 +1,7 @@
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,9 +82,19 @@ def test_another_models_cache_is_refused(tmp_path: Path) -> None:
         open_cache(tmp_path / "cache", "other")
 
 
-def test_difference_names_the_field() -> None:
-    assert KEY.difference(KEY) == ""
-    assert KEY.difference(replace(KEY, seq_len=9)) == "its seq len is 8, this run's is 9"
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"seq_len": 9}, "windows of 8 tokens), and .* windows of 9 tokens) is asked for"),
+        ({"token_fingerprint": "x"}, "other text of"),
+        ({"model_fingerprint": "x", "seq_len": 9}, "made from another model"),
+        ({"providers": ("Other",)}, "this run has Other"),
+    ],
+)
+def test_difference_is_in_words(change: dict[str, Any], words: str) -> None:
+    assert re.search(words.replace(")", r"\)"), KEY.difference(replace(KEY, **change)))
+    assert bool(KEY.difference(replace(KEY, **change))) == bool(words)
 
 
 def test_caches_of_the_first_format_are_still_read(tmp_path: Path) -> None:

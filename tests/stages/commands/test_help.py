@@ -13,9 +13,7 @@ from stages.commands.parsing import parse_options
 from stages.quantize import POSITIONAL
 
 SCRIPTS = (
-    of_scripts.BuildConfig,
     of_scripts.LargeModelConfig,
-    of_scripts.GenerateConfig,
     of_scripts.PeerConfig,
     of_scripts.TablesConfig,
     of_scripts.BenchmarkConfig,

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.commands.options import default_folder
+from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.options import default_folder, given_options
+from stages.commands.parsing import parse_options
 from stages.errors import OptionError
 
 
@@ -17,3 +19,11 @@ def test_a_model_at_the_root_of_a_disk_is_named() -> None:
     assert default_folder(Path("models/base"), ".weights") == Path("models/base.weights"), "as it was typed"
     here = Path.cwd()
     assert default_folder(Path("model.onnx"), ".weights") == here.with_name(f"{here.name}.weights")
+
+
+def test_options_that_were_given_are_written_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = EvaluateConfig(base=Path("a base"), model=(Path("x"), Path("y")), speed=True, windows=3)
+    words = given_options(given)
+    assert words == ["--base", "a base", "--model", "x", "y", "--windows", "3", "--speed"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *words])
+    assert parse_options(EvaluateConfig, "evaluate") == given

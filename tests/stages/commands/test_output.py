@@ -44,7 +44,7 @@ RECORD = Record(
 def section(name: str = "search", record: object = RECORD) -> Section:
     table = Table(title="found")
     table.add_column("number")
-    table.add_row("1234567890" * 12)
+    table.add_row("1234567890" * 11)
     return Section(name=name, table=table, record=record)
 
 
@@ -86,12 +86,12 @@ def test_tables_are_printed_at_once_and_whole_where_no_terminal_has_a_width(
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     TablePrinter(Console()).show(section())
-    assert "1234567890" * 12 in capsys.readouterr().out
+    assert "1234567890" * 11 in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "60")
     TablePrinter(Console()).show(section())
-    assert "1234567890" * 12 not in capsys.readouterr().out
-    TablePrinter(Console()).show(Section(name="s", table=unwrapped("1234567890" * 12), record=None))
-    assert "1234567890" * 12 in capsys.readouterr().out
+    assert "1234567890" * 11 not in capsys.readouterr().out
+    TablePrinter(Console()).show(Section(name="s", table=unwrapped("1234567890" * 11), record=None))
+    assert "1234567890" * 11 in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -69,6 +69,18 @@ def test_another_vocabulary_is_refused(config: EvaluateConfig, tmp_path: Path) -
         prepare(replace(config, model=(other,)))
 
 
+def test_logits_that_olive_renamed_are_found(config: EvaluateConfig, tmp_path: Path) -> None:
+    """Olive 0.13's OnnxBlockWiseRtnQuantization adds _Q4 to the names of what its operators make."""
+    renamed = shutil.copytree(config.base, tmp_path / "renamed")
+    model = onnx.load(renamed / "model.onnx", load_external_data=False)
+    for names in [node.output for node in model.graph.node]:
+        names[:] = ["logits_Q4" if name == "logits" else name for name in names]
+    next(value for value in model.graph.output if value.name == "logits").name = "logits_Q4"
+    onnx.save(model, renamed / "model.onnx")
+    evaluation = compare(prepare(replace(config, model=(renamed,), windows=1)), progress_bar())
+    assert evaluation.rows[1].accuracy == evaluation.rows[0].accuracy
+
+
 def test_too_short_a_text_states_both_numbers(config: EvaluateConfig, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Not much.", encoding="utf-8")

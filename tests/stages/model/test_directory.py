@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from stages.errors import GraphError
-from stages.model.directory import locate_model
+from stages.model.directory import locate_model, logits_among
 from tests.support.graphs import MICROSOFT, TinyGraph
 
 
@@ -65,3 +65,21 @@ def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match=r"a\.onnx, b\.onnx"):
         locate_model(tmp_path)
     assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "logits"),
+    [
+        (["present.0.key", "logits"], "logits"),
+        (["logits_Q8", "present.0.key"], "logits_Q8"),
+        (["logits_mask", "logits"], "logits"),
+        (["logits_a", "logits_b"], None),
+        (["last_hidden_state"], None),
+    ],
+)
+def test_the_output_that_holds_the_logits(outputs: list[str], logits: str | None) -> None:
+    if logits is None:
+        with pytest.raises(GraphError, match=r"model\.onnx has no output 'logits'; pass a text decoder"):
+            logits_among(outputs, Path("model.onnx"))
+    else:
+        assert logits_among(outputs, Path("model.onnx")) == logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -38,8 +39,12 @@ def _blocked_page(report: Path, _: pytest.MonkeyPatch) -> None:
 
 
 def _broken_page(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise ZeroDivisionError("no such scale")
+    real = jinja2.Template.render
+
+    def fail(template: jinja2.Template, **values: object) -> str:
+        if template.name == "page.html.j2":
+            raise ZeroDivisionError("no such scale")
+        return real(template, **values)
 
     monkeypatch.setattr(jinja2.Template, "render", fail)
 
@@ -75,6 +80,15 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     document = read_report(report)
     found = document.quantization
     assert document.title == "int4"
+    origin, model = document.origin, arguments[1]
+    assert origin.command.startswith(f"genai-quant quantize --onnx_path {model} --output_path {tmp_path / 'int4'} ")
+    assert origin.command.endswith("--block_size 32 --layers_8bit layers.1/mlp/down_proj")
+    assert (origin.base, origin.base_fingerprint) == (
+        Path(str(model)).name,
+        open_store(report.parent).recipe.model_fingerprint,
+    )
+    assert "windows of" in origin.calibration
+    assert origin.version == version("genai-quant")
     assert found is not None
     stored = {one.site: one for one in open_store(report.parent).reports()}
     assert {site.report.site: site.report for site in found.sites} == stored
@@ -90,6 +104,10 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     page = parse((report / "report.html").read_text(encoding="utf-8"))
     for part in ("sizes", "bits", "sites", "checks"):
         assert page.by_id(part)
+    assert {site.stored for site in found.sites} == {
+        "INT4, a float32 scale for every 32 weights",
+        "INT8, a float32 scale for every output channel",
+    }
 
 
 @pytest.mark.slow
@@ -164,6 +182,9 @@ def test_a_report_of_an_earlier_version_stays_readable_and_a_damaged_one_stops_t
     earlier = json.loads((report / "report.json").read_text(encoding="utf-8"))
     for added_later in ("data", "tables", "widened"):
         del earlier["quantization"]["verified"][added_later]
+    del earlier["origin"], earlier["quantization"]["embeddings"]
+    for site in earlier["quantization"]["sites"]:
+        del site["stored"]
     (report / "report.json").write_text(json.dumps(earlier), encoding="utf-8")
     code, printed = commands.quantize(
         *arguments[:4], "--output_path", tmp_path / "again", *arguments[6:], "--weights_path", report.parent

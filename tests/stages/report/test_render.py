@@ -306,7 +306,7 @@ def test_the_head_says_how_it_was_made_and_the_first_numbers_are_the_accuracys(p
         "1 MatMul as in the base",
         "algorithm": f"awq_full {sample.NASTY}",
         "calibration text": "a text: 29 windows",
-        "made": "2026-11-29 13:08 UTC by genai-quant 1.2, on a machine",
+        "made": "2026-11-29 13:08 UTC, genai-quant 1.2, a machine",
         "command": "genai-quant quantize --onnx_path smollm",
     }
     one = replace(sample.evaluation(), rows=sample.evaluation().rows[:2])
@@ -317,8 +317,8 @@ def test_the_head_says_how_it_was_made_and_the_first_numbers_are_the_accuracys(p
     ]
     assert page.all("section")[0].attributes["id"] == "accuracy"
     # What earlier versions didn't record is left out, and the base is taken from the evaluations.
-    facts = parse(render(Report(evaluations=(one,)))).all("dd")
-    assert [fact.text for fact in facts] == ["base, 1,000.0 MB, fingerprint ffffffffffff"]
+    known = parse(render(Report(evaluations=(one,)))).all("dd")
+    assert [fact.text for fact in known] == ["base, 1,000.0 MB, fingerprint ffffffffffff"]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +336,12 @@ def test_numbers_are_graded_on_the_scale_that_the_page_states(change: float, gra
     model = replace(base, mean_divergence=change, perplexity=base.perplexity * (1 + change), top1_agreement=1 - change)
     found = [grade_divergence(model), grade_perplexity(model, base), grade_top1(model)]
     assert [grade.value for grade in found] == grades
+
+
+def test_the_page_states_its_scale(page: Element) -> None:
+    (scale,) = page.by_id("scale").all("table")
+    assert cells_of(scale)[1] == [" good", "0.05 or less", "90 % or more", "5 % or less", "1.1x or more"]
+    assert [row[0].strip() for row in cells_of(scale)] == ["excellent", "good", "fair", "poor"]
 
 
 @pytest.mark.parametrize(("ratio", "word"), [(1.5, "excellent"), (1.2, "good"), (1.0, "fair"), (0.9, "poor")])

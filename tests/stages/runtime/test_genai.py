@@ -69,6 +69,18 @@ def test_a_folder_without_configuration_is_refused(tiny_model: Path, tmp_path: P
         require_genai([tiny_model, copy], "--generate")
 
 
+def test_renamed_logits_are_answered_with_the_setting_that_names_them(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    config = (copy / "genai_config.json").read_text(encoding="utf-8")
+    (copy / "genai_config.json").write_text(config.replace('"logits": "logits"', '"logits": "lost"'), encoding="utf-8")
+    runtime = import_genai("--generate")
+    with pytest.raises(RuntimeError) as caught:
+        greedy(load_genai(runtime, copy), 1)
+    message = str(cannot_run(copy, "--generate", caught.value))
+    assert "lost" in message
+    assert "write the graph's own name into model.decoder.outputs of its genai_config.json" in message
+
+
 @pytest.mark.parametrize(
     ("error", "reason"), [(RuntimeError(), "RuntimeError"), (RuntimeError("no\nkernel"), "no kernel")]
 )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
-from stages.calibration.text.documents import HUB_SOURCES, HubSource
+from stages.calibration.text.documents import HUB_SOURCES, STAND_IN, ChosenText, HubSource, choose_text
 from stages.calibration.text.windows import TokenWindows, load_windows, pack_windows
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
@@ -42,7 +42,7 @@ def load(
         has_genai_config=False,
         vocab_size=vocab_size,
     )
-    return load_windows(config, directory, CPU_ONLY, hub_sources)
+    return load_windows(config, directory, config.dataset or STAND_IN, CPU_ONLY, hub_sources)
 
 
 def all_windows(config: CalibrateConfig) -> np.ndarray:
@@ -249,3 +249,32 @@ def test_the_room_is_imported_without_the_libraries_that_take_seconds() -> None:
     code = "import stages.calibration.run, sys; print({'datasets', 'transformers'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
+
+
+def test_the_default_text_is_the_hub_s_where_it_answers(tmp_path: Path) -> None:
+    sources = {"cnn": HubSource(path=str(hub_folder(tmp_path)), config="3.0.0", split="train", column="article")}
+    assert choose_text(None, lambda: None, sources) == ChosenText(dataset="cnn")
+    assert choose_text("mine.txt", lambda: None, {}) == ChosenText(dataset="mine.txt")
+
+
+@pytest.mark.parametrize(
+    ("cannot_write", "dataset", "words"),
+    [(None, "offline,self", "offline and self take"), ("no runtime", "offline", "offline (without self: no runtime)")],
+)
+def test_other_text_stands_in_for_the_default_and_one_line_says_so(
+    tmp_path: Path, cannot_write: str | None, dataset: str, words: str
+) -> None:
+    sources = {"cnn": HubSource(path=str(tmp_path / "nothing"), config=None, split="train", column="text")}
+    chosen = choose_text(None, lambda: cannot_write, sources)
+    assert chosen.dataset == dataset
+    assert words in chosen.note
+    assert "--dataset FILE.txt" in chosen.note
+
+
+def test_only_text_that_was_asked_for_must_be_there(config: CalibrateConfig) -> None:
+    """The tokenizer's folder holds no model that could write."""
+    windows = load(replace(config, dataset=None, calib_size=8))
+    assert windows.source.startswith("offline: ")
+    assert len(windows.calibration) + len(windows.held_out) == 4
+    with pytest.raises(UserError, match="--dataset self: "):
+        load(replace(config, dataset="offline,self", calib_size=8))

@@ -91,7 +91,7 @@ def test_the_front_weighs_kl_against_bytes() -> None:
     assert front(results) == ["small", "large"]
     assert [model.command for model in results.models] == ["make small", "make beaten", "make large"]
     lines = shown(results)
-    assert line_of("small", lines) == ["*", "small", "0.0", "0.50000", "20.500", "75.00%", "12.5", "7"]
+    assert line_of("small", lines) == ["small", "*", "0.0", "0.50000", "20.500", "75.00%", "12.5", "7"]
     assert line_of("beaten", lines)[0] == "beaten"
 
 
@@ -101,7 +101,7 @@ def test_without_text_the_held_out_loss_is_weighed() -> None:
     assert [model.loss for model in results.models] == [0.01, 0.02, None]
     lines = shown(results)
     assert not any("KL" in line or "perplexity" in line for line in lines)
-    assert line_of("good", lines) == ["*", "good", "0.0", "4.250", "0.01000", "3.0", "12.5", "7"]
+    assert line_of("good", lines) == ["good", "*", "0.0", "4.250", "0.01000", "3.0", "12.5", "7"]
 
 
 @pytest.mark.parametrize("divergence", [0.001, None])
@@ -130,7 +130,7 @@ def test_what_is_published_is_in_the_folder_too(tmp_path: Path) -> None:
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("title")] == ["title", "title"]
     assert lines[-1] == "small: make small"
-    assert [line.split("|")[3].strip() for line in lines if line.startswith("| *")] == ["0.50000", "0.25000"]
+    assert [line.split("|")[3].strip() for line in lines if line.startswith("| small *")] == ["0.50000", "0.25000"]
 
 
 def test_failed_runs_are_named() -> None:

@@ -1,0 +1,62 @@
+"""The box that a finished quantization ends with."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from stages.report.result import Result, ResultBox, TextResult
+
+TEXT = TextResult(
+    text="code", divergence=0.1309, base_perplexity=29.067, perplexity=32.558, same_top1=0.801, accuracy_level="4"
+)
+RESULT = Result(
+    folder=Path("models/int4"),
+    bytes_before=653_600_000,
+    bytes_after=117_800_000,
+    texts=(TEXT, replace(TEXT, text="notices")),
+    base_tokens_per_second=27.04,
+    tokens_per_second=88.9,
+    report=Path("models/int4.weights/report/report.html"),
+    next=(
+        ("chat", "stages.chat models/int4"),
+        ("evaluate", "stages.evaluate --base models/base --model models/int4"),
+        ("inspect", "stages.inspect models/int4"),
+    ),
+)
+
+
+def shown(result: Result, program: str) -> list[str]:
+    page = io.StringIO()
+    Console(file=page, width=80).print(ResultBox(result, program), crop=False)
+    return page.getvalue().splitlines()
+
+
+def test_a_box_says_what_was_made_and_what_to_do_with_it() -> None:
+    lines = shown(RESULT, "genai-quant quantize")
+    assert len(lines) <= 12
+    assert max(map(len, lines)) == 80
+    printed = "\n".join(line.strip("│ ") for line in lines)
+    assert "653.6 MB -> 117.8 MB (5.55x smaller)" in printed
+    assert "on code    KL 0.131, perplexity 29.07 -> 32.56, same top-1 80.1%" in printed
+    assert "27.0 -> 88.9 tokens/s (3.3x)" in printed
+    assert "genai-quant evaluate --base models/base --model models/int4\n" in printed
+    assert "python -m stages.inspect models/int4" in "\n".join(shown(RESULT, "python -m stages.quantize"))
+
+
+def test_what_was_not_measured_is_not_there() -> None:
+    bare = replace(RESULT, texts=(), base_tokens_per_second=None, tokens_per_second=None)
+    printed = "\n".join(shown(bare, "genai-quant quantize"))
+    assert "not compared with the base" in printed
+    assert printed.startswith("╭")
+    assert "tokens/s" not in printed
+
+
+def test_a_command_that_is_too_long_stays_whole() -> None:
+    command = f"stages.inspect {'models/' * 12}int4"
+    lines = shown(replace(RESULT, next=(("inspect", command),)), "genai-quant quantize")
+    assert f"inspect    {command.replace('stages.', 'genai-quant ')}" in [line.rstrip() for line in lines]
+    assert not any("│" in line for line in lines)

@@ -1,0 +1,94 @@
+"""The one command: stage one where it wasn't done yet, what is finished found again, evaluation, the box."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stages.report.document import read_report
+from tests.support.commands import Commands
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    place = tmp_path_factory.mktemp("one")
+    shutil.copytree(tiny_model, place / "base")
+    return place
+
+
+@pytest.fixture
+def call(folder: Path, tiny_text: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Quantize base to int4, typed as people do."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("stages.runtime.genai.why_not_genai", lambda _: "it would take a while")
+    text = ("--dataset", tiny_text, "--calib_size", 4, "--seq_len", 32)
+    return lambda *more: commands.quantize(
+        "--onnx_path", "base", "--output_path", "int4", *text, "--algo", "awq_lite", "--block_size", 16, *more
+    )
+
+
+@pytest.mark.slow
+def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, printed = call("--dry_run")
+    assert code == 0, printed
+    assert "there is no calibration in base.calibration yet: it is part of the same run (text: " in printed
+    assert "not yet" not in printed
+    assert {path.name for path in folder.iterdir()} == {"base"}
+
+    code, printed = call()
+    assert code == 0, printed
+    assert {path.name for path in folder.iterdir()} == {"base", "base.calibration", "int4", "int4.weights"}
+    assert "calibration cache" in printed
+    assert "x mlp/down_proj" not in printed, "the search's table is a detail"
+    assert "│ inspect    python -m stages.inspect int4 " in printed, printed
+    assert "not compared with the base" in printed
+
+    monkeypatch.setattr("stages.calibration.capture.Capture.fill", None)
+    code, printed = call("--evaluate")
+    assert code == 0, printed
+    assert "int4 is there already, made with exactly these options." in printed
+    assert "on code " in printed
+    assert "decoding speed isn't measured: it would take a while" in printed
+    report = read_report(folder / "int4.weights" / "report")
+    assert [one.comparison.text for one in report.evaluations] == ["code", "offline"]
+    card = Path(folder, "int4", "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (code|offline) \| \d+ \| 4, by its", card, re.M) == ["code", "offline"]
+    (base, int4) = report.evaluations[0].rows
+    assert (base.accuracy_level, int4.accuracy_level[:1]) == ("none: nothing is quantized", "4")
+    assert "\n| code | 4088 | 4, ONNX Runtime" in (folder / "int4" / "README.md").read_text(encoding="utf-8")
+
+    monkeypatch.setattr("stages.evaluation.compare.open_reference", None)
+    again = call("--evaluate")
+    assert again[0] == 0, again[1]
+    assert "windows" not in again[1].replace("windows of 512", ""), "nothing is run again"
+
+
+@pytest.mark.slow
+def test_another_text_is_one_sentence(call: Call, folder: Path, commands: Commands) -> None:
+    call()
+    code, printed = call("--calib_size", 6, "--output_path", "other")
+    assert code == 2
+    assert "holds another calibration: its text is tiny.txt (3 + 1 windows of 32 tokens), and tiny.txt" in printed
+    code, printed = commands.quantize(
+        "--onnx_path", folder / "base", "--output_path", "other", "--algo", "awq_lite", "--block_size", 16, "--dry_run"
+    )
+    assert code == 0
+    assert "part of the same run" not in printed, "a cache that is there is used, whatever its text"
+
+
+def test_a_quantized_base_is_refused(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
+    made = tmp_path / "int4"
+    arguments = ("--algo", "rtn_dq", "--block_size", 16, "--quiet")
+    assert commands.quantize("--onnx_path", tiny_model, "--output_path", made, *arguments)[0] == 0
+    words = "is quantized already (10 of its 11 MatMuls hold MatMulNBits or DequantizeLinear weights)"
+    for code, printed in (
+        commands.quantize("--onnx_path", made, "--output_path", tmp_path / "twice", *arguments),
+        commands.calibrate("--onnx_path", made, "--use_random_calib", "--seq_len", 8, "--calib_size", 2),
+    ):
+        assert (code, words in printed) == (2, True), printed
