@@ -96,9 +96,12 @@ def _reference(node: ir.Node, table: RewrittenTable, tokens: Int64[np.ndarray, "
         codes = (codes ^ (1 << (plan.bits - 1))) - (1 << (plan.bits - 1))
     scales = read_initializer(node, table.scales).astype(np.float64)
     if plan.axis == 0:
-        return codes * scales[tokens // plan.block_size]
-    blocks = columns // plan.block_size
-    rows: np.ndarray = (codes - _zero_points(node, table, tokens, dtype)[..., blocks]) * scales[tokens][:, blocks]
+        steps = scales[tokens // plan.block_size]
+    else:
+        blocks = columns // plan.block_size
+        codes = codes - _zero_points(node, table, tokens, dtype)[..., blocks]
+        steps = scales[tokens][:, blocks]
+    rows: np.ndarray = codes * steps
     return rows
 
 
@@ -117,9 +120,8 @@ def _zero_points(
 def _numbers(content: bytes, places: Int64[np.ndarray, "T n"], bits: int) -> Int64[np.ndarray, "T n"]:
     """Return the unsigned numbers at ``places`` of bytes that hold one or, low nibble first, two each."""
     stored = np.frombuffer(content, np.uint8)
-    if bits == 8:
-        return stored[places].astype(np.int64)
-    return (stored[places // 2].astype(np.int64) >> (places % 2 * 4)) & 0x0F
+    held: np.ndarray = stored[places if bits == 8 else places // 2].astype(np.int64)
+    return held if bits == 8 else held >> places % 2 * 4 & 0x0F
 
 
 def _tensor(node: ir.Node, name: str) -> ir.TensorProtocol:
