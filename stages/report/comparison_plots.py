@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.records import Evaluation, ModelRow
+from stages.records.quantities import counted
 from stages.report.document import SweepPoint, SweepTable
 from stages.report.svg import OUTLINES, Axis, Mark, axis_over, chart
 from stages.report.values import (
@@ -85,7 +86,8 @@ def position_figure(evaluation: Evaluation, name: str) -> Figure | None:
         name=name,
         heading=f"KL divergence by token position on {text}",
         text="KL(base || model) in nats for tokens at the same position in their windows, over "
-        f"{comparison.windows} windows of {comparison.seq_len} tokens; lower is better, and the scale is logarithmic. "
+        f"{counted(comparison.windows, 'window')} of {comparison.seq_len} tokens; lower is better, and the scale is "
+        "logarithmic. "
         "A line that rises means that errors add up over long texts.",
         drawings=(chart(text, x, y, marks, lines),),
         legend=tuple(legend),
@@ -111,9 +113,14 @@ def _sweep_table(sweep: SweepTable) -> TableView:
     """Return a row for the base and each model, without the columns that are empty in all of them."""
     rows = [_columns(point, sweep.base) for point in sweep.points]
     if sweep.base is not None:
-        base = dict.fromkeys(rows[0], UNKNOWN) if rows else {}
-        known = {"": "", "model": sweep.base.name, "MB": megabytes(sweep.base.bytes), "note": "the base"}
-        rows = [base | known | {"perplexity": f"{sweep.base.accuracy.perplexity:.3f}"}, *rows]
+        known: dict[str, Cell] = {
+            "": "",
+            "model": sweep.base.name,
+            "perplexity": f"{sweep.base.accuracy.perplexity:.3f}",
+            "MB": megabytes(sweep.base.bytes),
+            "note": "the base",
+        }
+        rows = [{heading: known.get(heading, UNKNOWN) for heading in rows[0]}, *rows]
     shown = [heading for heading in rows[0] if any(row[heading] not in (UNKNOWN, "") for row in rows)]
     return table(shown, [[row[heading] for heading in shown] for row in rows], texts=1 + ("" in shown))
 

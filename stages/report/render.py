@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from stages.evaluation.records import Evaluation
+from stages.records.quantities import counted
 from stages.report.comparison_plots import position_figure, sweep_figure
 from stages.report.document import Quantization, Report
 from stages.report.tables import (
@@ -29,7 +30,7 @@ from stages.report.values import (
     percent,
     text_name,
 )
-from stages.report.view import Figure, Graded, Section, Tile, table
+from stages.report.view import Cell, Figure, Graded, Section, Tile, table
 from stages.report.weight_plots import bits_figure, site_figure, size_figure
 
 _FOLDER = Path(__file__).parent / "page"
@@ -94,13 +95,11 @@ def _base(report: Report) -> str:
 def _formats(quantization: Quantization) -> str:
     """Describe the formats in words, the most frequent first."""
     counts = Counter(site.stored or format_in_words(site.report.format) for site in quantization.sites)
-    words = [f"{_matmuls(count)} as {form}" for form, count in counts.most_common()]
+    words = [f"{counted(count, 'MatMul')} as {form}" for form, count in counts.most_common()]
     words += [f"embedding {each.name} as {each.stored}" for each in quantization.embeddings]
-    return "; ".join([*words, *([f"{_matmuls(len(quantization.kept))} as in the base"] if quantization.kept else [])])
-
-
-def _matmuls(count: int) -> str:
-    return f"{count} {'MatMul' if count == 1 else 'MatMuls'}"
+    return "; ".join(
+        [*words, *([f"{counted(len(quantization.kept), 'MatMul')} as in the base"] if quantization.kept else [])]
+    )
 
 
 def _sections(report: Report) -> list[Section]:
@@ -131,7 +130,7 @@ def _accuracy(report: Report) -> tuple[Figure, ...]:
 def _scale(name: str) -> Figure:
     """Return the table of what each grade stands for."""
     headings = ("", "KL (nats)", "same top-1", "perplexity above the base's", "decoding, of the base")
-    rows = [(Graded("", grade), *limits) for grade, *limits in SCALE]
+    rows: list[tuple[Cell, ...]] = [(Graded("", grade), *limits) for grade, limits in SCALE]
     return Figure(
         name=name,
         heading="When a number is good",
@@ -205,7 +204,9 @@ def _weight_tiles(quantization: Quantization) -> Iterator[Tile]:
         note = f"base {megabytes(before)} MB, {before / after:.2f}x smaller"
         yield Tile(value=f"{megabytes(after)} MB", label="size", note=note)
     bits = f"{quantization.bits_per_weight:.3f}"
-    yield Tile(value=bits, label="bits a weight", note=f"of {_matmuls(len(quantization.sites))}, scales included")
+    yield Tile(
+        value=bits, label="bits a weight", note=f"of {counted(len(quantization.sites), 'MatMul')}, scales included"
+    )
     verified = quantization.verified
     if verified is not None and verified.fused is not None:
         grade = Grade.GOOD if verified.fused == verified.sites else Grade.POOR

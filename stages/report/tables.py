@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from stages.commands.tables import Column, DataTable
 from stages.evaluation.accuracy import Guess, WorstToken
-from stages.evaluation.records import Evaluation, Generation, ModelRow, SpeedTest, TaskScore
+from stages.evaluation.records import Evaluation, Generation, ModelRow, Rate, SpeedTest, TaskScore
 from stages.quantization.weights.summary import ranges
+from stages.records.quantities import counted
 from stages.records.results import VerifyReport
 from stages.records.sites import short_name
 from stages.report.document import KeptSite, Quantization
@@ -50,8 +51,9 @@ def _how_scored(evaluation: Evaluation, *, named: bool) -> str:
     widened = [row.name for row in evaluation.rows if row.widened]
     note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
     return (
-        f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in {comparison.windows} "
-        f"windows of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
+        f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in "
+        f"{counted(comparison.windows, 'window')} "
+        f"of {comparison.seq_len}; KL is KL({base.name} || model) in nats; "
         f"{evaluation.levels}; ONNX Runtime, {', '.join(comparison.providers)}.{note}"
     )
 
@@ -145,8 +147,8 @@ def _speed_table(speed: SpeedTest) -> TableView:
         (
             model.model,
             model.accuracy_level,
-            f"{model.prompt.median:.1f} ({model.prompt.slowest:.1f} to {model.prompt.fastest:.1f})",
-            f"{model.decode.median:.1f} ({model.decode.slowest:.1f} to {model.decode.fastest:.1f})",
+            _rate(model.prompt),
+            _rate(model.decode),
             _times(model.decode.median / base.decode.median, is_base=model is base),
             megabytes(model.peak_bytes),
             f"{model.load_seconds:.2f}",
@@ -163,6 +165,11 @@ def _speed_table(speed: SpeedTest) -> TableView:
         "load, s",
     )
     return table(headings, rows, texts=2)
+
+
+def _rate(rate: Rate) -> str:
+    extent = "" if rate.slowest == rate.fastest else f" ({rate.slowest:.1f} to {rate.fastest:.1f})"
+    return f"{rate.median:.1f}{extent}"
 
 
 def _times(ratio: float, *, is_base: bool) -> Cell:

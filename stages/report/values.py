@@ -37,7 +37,7 @@ _TOP1 = (0.95, 0.9, 0.75)
 _SPEED = (1.5, 1.1, 0.98)
 """Multiples of the base's; the last leaves room for noise."""
 SCALE = tuple(
-    (grade, f"{kl:g} or less", f"{percent(top1)} or more", f"{percent(perplexity)} or less", f"{speed:g}x or more")
+    (grade, (f"{kl:g} or less", f"{percent(top1)} or more", f"{percent(perplexity)} or less", f"{speed:g}x or more"))
     for grade, kl, top1, perplexity, speed in zip(_GRADES, _KL, _TOP1, _PERPLEXITY, _SPEED, strict=False)
 )
 """Each grade but the last, and what earns it: KL in nats, top-1 agreement, growth of the perplexity, speed."""

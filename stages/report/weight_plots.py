@@ -18,6 +18,8 @@ from stages.report.values import UNKNOWN, format_in_words, megabytes, percent, s
 from stages.report.view import Figure, LegendEntry, TableView, table
 
 _KEPT = "not quantized"
+_MOST_ROWS = 2000
+"""Of the table of all sites: models with experts have many thousands."""
 _ROUNDED = LegendEntry(text="rounded to nearest", shape="ring", css="c0")
 _CHOSEN = LegendEntry(text="as chosen", shape="disc", css="c1")
 _Pair = tuple[float, float]
@@ -100,15 +102,16 @@ def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
         if site.layer is not None and (pair := _losses(site.report)) is not None:
             panels.setdefault(_kind(site), []).append((site, pair))
     pairs = [pair for panel in panels.values() for _, pair in panel]
+    whole = len(sites) <= _MOST_ROWS
     y = axis_over("error of the output", [loss for pair in pairs for loss in pair], log=True, shares=True)
     return Figure(
         name="sites",
         heading="Layer by layer",
-        text=_explain(sites, pairs),
+        text=_explain(sites, pairs) + ("" if whole else " Every MatMul's own numbers are in report.json."),
         drawings=tuple(_panel(kind, panel, y) for kind, panel in panels.items()),
         legend=(_ROUNDED, _CHOSEN) if panels else (),
         tables=(_grouped(sites),),
-        folded=_table([_columns([site], short_name(site.report.site)) for site in sites]),
+        folded=_table([_columns([site], short_name(site.report.site)) for site in sites]) if whole else None,
         folded_name=f"All {len(sites)} MatMuls",
         small=True,
     )

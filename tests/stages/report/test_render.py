@@ -317,8 +317,8 @@ def test_the_head_says_how_it_was_made_and_the_first_numbers_are_the_accuracys(p
     ]
     assert page.all("section")[0].attributes["id"] == "accuracy"
     # What earlier versions didn't record is left out, and the base is taken from the evaluations.
-    facts = parse(render(Report(evaluations=(one,)))).all("dd")
-    assert [fact.text for fact in facts] == ["base, 1,000.0 MB, fingerprint ffffffffffff"]
+    known = parse(render(Report(evaluations=(one,)))).all("dd")
+    assert [fact.text for fact in known] == ["base, 1,000.0 MB, fingerprint ffffffffffff"]
 
 
 @pytest.mark.parametrize(
