@@ -92,7 +92,7 @@ def test_a_search_that_was_stopped_counts_the_seconds_of_all_its_runs(tmp_path: 
     store.write(0, replace(solved, reports=tuple(replace(report, seconds=2.0) for report in solved.reports)))
     assert store.seconds() == 2.0 * len(solved.reports), "weights of earlier versions have only their sites' seconds"
     store.add_seconds(1.5)
-    store.add_seconds(2)
+    store.add_seconds(2.0)
     assert open_store(store.folder).seconds() == 3.5
 
 
