@@ -45,6 +45,7 @@ def command(config: SweepConfig) -> Iterator[Section]:
 
     points = points_of(config)
     runs = [point.run(config.base, config.output, config.cache_path) for point in points]
+    yield from _calibrate(config)
     run_folder = open_run_folder(config)
     texts = () if config.no_evaluation else read_evaluation_texts(config)
     _announce(config, [point for point, run in zip(points, runs, strict=True) if not run_folder.find(run, texts)])
@@ -57,6 +58,17 @@ def command(config: SweepConfig) -> Iterator[Section]:
     write_report(sweep_report(run_folder.folder.name, results, origin), render, run_folder.folder)
     log_report(run_folder.folder)
     raise_failures(records)
+
+
+def _calibrate(config: SweepConfig) -> Iterator[Section]:
+    """Make the cache that all points share, where an algorithm reads one and there is none yet."""
+    from stages.calibration.cache import find_cache
+    from stages.calibration.run import calibrate
+    from stages.calibration.summary import calibration_section
+    from stages.commands.calibrate_options import CalibrateConfig
+
+    if not set(config.algo) <= {"rtn", "rtn_dq"} and find_cache(config.cache_path) is None:
+        yield calibration_section(calibrate(CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path)))
 
 
 def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:

@@ -67,7 +67,10 @@ def test_figures_and_reasons_are_counted() -> None:
 
 def test_an_embedding_says_what_it_does_to_the_size() -> None:
     outcome = TableOutcome(plan=plan_of(1000, 64), bytes_before=113_000_000, bytes_after=16_000_000, still_read_by=())
-    assert "INT4, 113.0 MB -> 16.0 MB" in text(replace(SUMMARY, tables=(outcome,)))
+    assert "INT4 block 16, 113.0 MB -> 16.0 MB" in text(replace(SUMMARY, tables=(outcome,)))
+    shared = replace(outcome, plan=plan_of(1000, 64, bits=8, shared_with="/lm_head/MatMul"))
+    shown = " ".join(text(replace(SUMMARY, tables=(shared,))).split())
+    assert "INT8 block 16, one table of 16.0 MB for it and /lm_head/MatMul in place of 113.0 MB" in shown
     tied = replace(outcome, still_read_by=("/lm_head/MatMul",), plan=plan_of(1000, 64, form="dq"))
     shown = text(replace(SUMMARY, tables=(tied,)))
     assert "16.0 MB beside the original's 113.0 MB, which stays because /lm_head/MatMul reads it too" in shown

@@ -33,6 +33,7 @@ def test_on_a_pipe_lines_appear_while_the_command_runs(tiny_model: Path, tiny_ca
     command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, output, "--log_file", str(log))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    assert process.stderr.readline().startswith(f"calibration: {tiny_cache} is there and used: ")
     first = process.stderr.readline()
     assert first == "search: 0 of 8 groups (0%)\n"
     assert process.poll() is None

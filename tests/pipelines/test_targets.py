@@ -17,10 +17,13 @@ from tests.support.written import fused_sites
 
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 EXPAND = "session.qdq_matmulnbits_block_size"
+AS_THEY_ARE = ("--lm_head", "none", "--embedding", "none")
 
 
 def _quantize(commands: Commands, model: Path, output: Path, *arguments: object) -> str:
-    code, printed = commands.quantize("--onnx_path", model, "--output_path", output, "--algo", "rtn_dq", *arguments)
+    code, printed = commands.quantize(
+        "--onnx_path", model, "--output_path", output, "--algo", "rtn_dq", "--verbose", *arguments
+    )
     assert code == 0, printed
     return printed
 
@@ -64,19 +67,27 @@ def _scales(node: ir.Node) -> np.ndarray:
     return tensor.numpy()
 
 
-def test_cpu_gets_int8_by_block_and_every_site_runs_fused(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
+def test_by_default_a_base_for_the_cpu_becomes_as_small_as_the_cpu_runs_it_fast(
+    tiny_model: Path, tmp_path: Path, commands: Commands
+) -> None:
     output = tmp_path / "int4"
-    printed = _quantize(commands, tiny_model, output, "--target", "cpu@1.31", "--enable_mixed_quant")
-    assert "formats for cpu@1.31" in printed
-    assert "--scale_range      signed" in printed
-    assert any((_scales(node) < 0).any() for node in _dequantizers(_graph(output)))
-    assert "--int8_block_size  128" in printed
+    printed = _quantize(commands, tiny_model, output, "--target", "auto", "--enable_mixed_quant")
+    assert "target cpu@1.32: the base's genai_config.json names no other provider" in printed
     assert _warnings(printed) == []
-    assert fused_sites(output) == (10, 10)
-    assert "INT8 at 2 sites for cpu@1.31" in printed
-    kinds = {(_codes(node).dtype, node.attributes.get_int("block_size", 0)) for node in _dequantizers(_graph(output))}
-    assert kinds == {(ir.DataType.INT4, 128), (ir.DataType.INT8, 128)}
-    assert EXPAND not in _session_options(output)
+    assert fused_sites(output) == (11, 11)
+    formats = "INT4 block 32 with zero point, INT8 at 3 sites, embedding INT8 block 128 for cpu@1.32"
+    assert _recipe(output)["summary"] == f"rtn_dq {formats}"
+    graph = _graph(output)
+    kinds = {
+        (_codes(node).dtype, len(node.inputs), node.attributes.get_int("block_size", 0))
+        for node in _dequantizers(graph)
+    }
+    assert kinds == {(ir.DataType.UINT4, 3, 32), (ir.DataType.UINT8, 3, 128)}
+    assert [node.op_type for node in graph if "Gather" in node.op_type and "embed" in node.name] == [
+        "GatherBlockQuantized"
+    ]
+    assert len(_generate(output)) == 24
+    assert _session_options(output) == _session_options(tiny_model)
     base = _logits(tiny_model, TOKENS)
     # Weight error of a few percent a layer, as without a target.
     assert np.linalg.norm(_logits(output, TOKENS) - base) / np.linalg.norm(base) < 0.4
@@ -87,7 +98,7 @@ def test_int8_per_channel_for_cpu_ships_the_session_key_that_onnx_runtime_obeys(
 ) -> None:
     output, optimized = tmp_path / "int4", tmp_path / "optimized.onnx"
     arguments = ["--target", "cpu", "--layers_8bit", "down_proj", "--int8_block_size", "channel"]
-    printed = _quantize(commands, tiny_model, output, *arguments)
+    printed = _quantize(commands, tiny_model, output, *arguments, *AS_THEY_ARE)
     assert _warnings(printed) == []
     assert fused_sites(output) == (10, 10)
     assert _session_options(output)[EXPAND] == "128"
@@ -112,7 +123,7 @@ def test_a_cpu_that_fuses_no_float16_gets_matmul_nbits_at_level_4(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output = tmp_path / "int4"
-    arguments = ["--target", "cpu@1.24.1", "--enable_mixed_quant"]
+    arguments = ["--target", "cpu@1.24.1", "--enable_mixed_quant", *AS_THEY_ARE]
     printed = _quantize(commands, tiny_model_dml, output, *arguments)
     assert "formats for cpu@1.24 " in printed
     assert _warnings(printed) == []
@@ -129,7 +140,7 @@ def test_trt_rtx_gets_signed_int4_without_zero_point_and_int8_per_channel(
     form: str, tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output = tmp_path / "int4"
-    arguments = ["--target", "trt-rtx", "--enable_mixed_quant", "--block_size", 64]
+    arguments = ["--target", "trt-rtx", "--enable_mixed_quant", "--block_size", 64, "--lm_head", "none"]
     printed = _quantize(commands, tiny_model_dml, output, *arguments)
     assert ["rows of 96" in line for line in _warnings(printed)] == [True]
     graph = _graph(output)
@@ -161,12 +172,14 @@ def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_wi
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
     mixed, named = tmp_path / "mixed", tmp_path / "named"
-    printed = _quantize(commands, tiny_model_dml, mixed, "--target", "dml", "--enable_mixed_quant")
+    printed = _quantize(commands, tiny_model_dml, mixed, "--enable_mixed_quant", "--target", "auto")
+    assert "target dml@1.32: the base's genai_config.json names the provider dml" in printed
+    assert "DirectML has no GatherBlockQuantized: 0.0 MB stay in floating point" in printed
     assert ["stay in floating point" in line for line in _warnings(printed)] == [True]
     assert "2 x --enable_mixed_quant: DirectML has no 8-bit weights" in printed
-    assert fused_sites(mixed) == (12, 12)
+    assert fused_sites(mixed) == (13, 13)
     assert {_codes(node).dtype for node in _dequantizers(_graph(mixed))} == {ir.DataType.INT4}
-    printed = _quantize(commands, tiny_model_dml, named, "--target", "dml", "--layers_8bit", "down_proj")
+    printed = _quantize(commands, tiny_model_dml, named, "--target", "dml", "--layers_8bit", "down_proj", *AS_THEY_ARE)
     assert ["no 8-bit weights" in line for line in _warnings(printed)] == [True]
     kinds = [_codes(node).dtype for node in _dequantizers(_graph(named))]
     assert (kinds.count(ir.DataType.INT8), kinds.count(ir.DataType.INT4)) == (2, 12)
@@ -177,11 +190,12 @@ def test_cuda_gets_blocks_of_32_and_matmul_nbits_where_int8_comes_in(
     tiny_model_dml: Path, tmp_path: Path, commands: Commands
 ) -> None:
     plain, mixed = tmp_path / "plain", tmp_path / "mixed"
-    printed = _quantize(commands, tiny_model_dml, plain, "--target", "cuda", "--gather_quantize_axis", 1)
+    arguments = ["--target", "cuda", "--lm_head", "none"]
+    printed = _quantize(commands, tiny_model_dml, plain, *arguments, "--gather_quantize_axis", 1)
     assert _warnings(printed) == []
     assert {node.attributes.get_int("block_size") for node in _dequantizers(_graph(plain))} == {32}
     assert fused_sites(plain) == (14, 14)
-    printed = _quantize(commands, tiny_model_dml, mixed, "--target", "cuda", "--enable_mixed_quant")
+    printed = _quantize(commands, tiny_model_dml, mixed, *arguments, "--enable_mixed_quant")
     assert _warnings(printed) == []
     assert (_recipe(plain)["weight_form"], _recipe(mixed)["weight_form"]) == ("dq", "matmul_nbits")
 
@@ -192,7 +206,7 @@ def test_no_target_gets_a_form_that_is_never_fused(
     target: str, tiny_model: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output = tmp_path / "int4"
-    _quantize(commands, tiny_model, output, "--target", target, "--verify", "off")
+    _quantize(commands, tiny_model, output, "--target", target, "--verify", "off", *AS_THEY_ARE)
     model = ir.load(output / "model.onnx")
     assert model.opset_imports[""] >= 21
     for node in _dequantizers(model.graph):
@@ -212,8 +226,11 @@ def test_another_target_is_another_run(tiny_model: Path, tmp_path: Path, command
     assert commands.quantize(*arguments, "--target", "cuda", "--overwrite")[0] == 0
 
 
-def test_without_a_target_nothing_is_said_of_formats(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
-    printed = _quantize(commands, tiny_model, tmp_path / "int4", "--use_column_major", "--verify", "off")
+def test_for_any_runtime_only_what_is_slow_is_said_of_formats(
+    tiny_model: Path, tmp_path: Path, commands: Commands
+) -> None:
+    arguments = ["--target", "any", "--use_column_major", "--verify", "off"]
+    printed = _quantize(commands, tiny_model, tmp_path / "int4", *arguments)
     assert "formats for" not in printed
-    assert _warnings(printed) == []
-    assert "rtn_dq INT4 block 128 without zero point:" in printed
+    assert ["--use_column_major" in line for line in _warnings(printed)] == [True]
+    assert _recipe(tmp_path / "int4")["summary"] == "rtn_dq INT4 block 128 without zero point"

@@ -614,6 +614,22 @@ def test_device(run: Run) -> None:
     assert run("--device", "cpu").reports
 
 
+def test_the_output_has_the_formats_of_the_replaced_tool_to_the_byte(
+    base: Path, tmp_path: Path, commands: Commands
+) -> None:
+    def made(name: str, *arguments: object) -> Made:
+        places = ("--onnx_path", base, "--output_path", tmp_path / name, "--verify", "off", "--algo", "rtn_dq")
+        code, printed = commands.drop_in(*places, *arguments)
+        assert code == 0, printed
+        return Made(tmp_path / name, printed)
+
+    formats = ("--block_size", 128, "--no_use_zero_point", "--scale_range", "full", "--target", "cpu")
+    mine, spelled_out = made("a"), made("b", *formats, "--lm_head", "none", "--embedding", "none")
+    for name in ("model.onnx", "model.onnx.data", "genai_config.json"):
+        assert (mine.folder / name).read_bytes() == (spelled_out.folder / name).read_bytes()
+    assert {report.format for report in mine.reports.values()} == {"4b128"}
+
+
 @pytest.mark.slow
 def test_use_zero_point(run: Run) -> None:
     for arguments, inputs in (((), 2), (("--use_zero_point",), 3)):

@@ -110,11 +110,13 @@ class Sharing:
     form: WeightForm
     symmetric: bool
     head_bits: Literal[4, 8] | None
-    """What lm_head was asked to have; None: nobody said."""
+    """What lm_head would have alone; None: nobody said."""
     skipped: Mapping[str, str]
     """(site, why) for sites that stay as they are."""
     given: Mapping[str, QuantSpec]
     """Formats that a plan file gives to sites, which stay; empty where lm_head takes the table's."""
+    runtime_cannot: str = ""
+    """Why the target reads no such table; empty where it does."""
 
 
 def share_tables(
@@ -162,6 +164,8 @@ def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) 
         return f"'{plan.table.weight}' holds other numbers than every lm_head of the model, so one table can't be both"
     if head.name in wanted.skipped:
         return f"'{head.name}' stays as it is ({wanted.skipped[head.name]})"
+    if wanted.runtime_cannot:
+        return wanted.runtime_cannot
     if wanted.form not in _FORMS:
         return f"weights in the form {wanted.form.value} are not for MatMulNBits, which a shared table needs"
     if plan.form != "gather_block_quantized" or plan.axis != 1:
@@ -170,7 +174,7 @@ def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) 
     if given is not None:
         return given if _divides(given, plan) else f"blocks of {given.label} don't divide rows of {plan.table.hidden}"
     if wanted.head_bits not in (None, plan.bits):
-        return f"--lm_head {wanted.head_bits} and --embedding {plan.bits} ask for two formats"
+        return f"lm_head is INT{wanted.head_bits} and the embedding INT{plan.bits} (--lm_head, --embedding)"
     size = next((size for size in _BLOCKS if size <= plan.block_size and plan.table.hidden % size == 0), None)
     if size is None:
         return f"no block size divides rows of {plan.table.hidden} numbers"

@@ -53,6 +53,7 @@ from stages.quantization.targets.formats import (
     RequestedFormats,
     facts_of,
 )
+from stages.quantization.targets.rules import why_not_shared
 from stages.records.formats import (
     EmbeddingPlan,
     EmbeddingTable,
@@ -130,7 +131,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         choice = chooser.choose()
         sites = make_plan(groups, config, choice)
     alone = _embedding_plans(config, choice, tables)
-    shared = share_tables(model, alone, all_sites(groups), _sharing(config, choice, sites))
+    shared = share_tables(model, alone, all_sites(groups), _sharing(config, decided.target, choice, sites))
     embeddings = shared.joined(alone)
     left_open: OpenPlan | None = None
     if candidates:
@@ -163,7 +164,7 @@ def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCan
     return replace(candidates, formats={spec.label: spec}, fixed_because="the embedding reads it too (--embedding)")
 
 
-def _sharing(config: QuantizeConfig, choice: FormatChoice, sites: QuantPlan) -> Sharing:
+def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice, sites: QuantPlan) -> Sharing:
     return Sharing(
         option=config.share_embedding,
         form=choice.form,
@@ -171,6 +172,7 @@ def _sharing(config: QuantizeConfig, choice: FormatChoice, sites: QuantPlan) -> 
         head_bits=_BITS.get(choice.lm_head or ""),
         skipped=dict(sites.skipped),
         given=sites.specs if config.plan is not None else {},
+        runtime_cannot=why_not_shared(target),
     )
 
 

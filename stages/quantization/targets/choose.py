@@ -134,6 +134,7 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
     requested = request.requested
     eight_bit: Granularity = requested.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
     wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
+    bits = _embedding_bits(requested, preferred.embedding.value) if request.facts.embedding_widths else None
     # QuantizeLinear by a negative scale was never run.
     scale_range = POSITIVE if requested.form is WeightForm.QDQ else preferred.scale_range
     return FormatChoice(
@@ -143,12 +144,10 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
         symmetric=not (preferred.zero_point.value if requested.zero_point is None else requested.zero_point),
         scale_range=requested.scale_range or scale_range.value,
         gather_form=requested.gather_form or "gather_block_quantized",
-        gather_block_size=requested.gather_block_size or preferred.gather_block_size.value,
+        gather_block_size=requested.gather_block_size or preferred.table_block_size(bits).value,
         accuracy_level=wanted if requested.accuracy_level is None else requested.accuracy_level,
         lm_head=request.lm_head(preferred.lm_head.value),
-        embedding_bits=_embedding_bits(requested, preferred.embedding.value)
-        if request.facts.embedding_widths
-        else None,
+        embedding_bits=bits,
         embedding_axis=requested.embedding_axis,
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
         session_options=(*preferred.session_options, *_level_option(requested, wanted)),

@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release
 from stages.commands.quantize_options import LmHead
-from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import EmbeddingBits, FormatChoice
 from stages.quantization.targets.rules import (
     DQ_FUSES_ALL,
     FROM_DQ,
     NEVER_BFLOAT16,
+    READS_BYTES,
     SIGNED,
     Preference,
     Preferences,
     Request,
     column_major_warnings,
     dq_warnings,
+    looks_up_quantized,
     smallest_head,
     unfused_in_dq,
 )
@@ -48,7 +50,8 @@ def prefer(request: Request) -> Preferences:
             True, "as fast as without, and a fifth to a third less KL for 4 / block_size more bits a weight"
         ),
         lm_head=lm_head,
-        embedding=Preference(8, "it has GatherBlockQuantized, which reads only the rows it needs"),
+        embedding=_embedding(request),
+        int8_gather_block_size=Preference(128, "8 bits are as good as exact in any block, and larger ones are smaller"),
         accuracy_level=_accuracy_level(written),
         session_options=(_EXPAND_CHANNELS,) if stored and _expands_channels(request, written) else (),
     )
@@ -62,6 +65,12 @@ def _eight_bit(request: Request) -> Preference[Granularity | None]:
     return Preference(
         PerBlock(block_size=128), "scales per channel are expanded into blocks of 32: 2.00 ms a token, not 0.79 ms"
     )
+
+
+def _embedding(request: Request) -> Preference[EmbeddingBits | None]:
+    if request.release < READS_BYTES:
+        return Preference(4, f"{request.version} looks up INT4 only; 1.23 is the first with INT8, which loses less")
+    return Preference(8, "it has GatherBlockQuantized, which reads only the rows it needs")
 
 
 def _lm_head(request: Request, eight_bit: Preference[Granularity | None]) -> Preference[LmHead]:
@@ -101,6 +110,8 @@ def warnings(request: Request, choice: FormatChoice) -> Iterator[str]:
             "The CPU provider has no bfloat16 kernel of MatMulNBits or GatherBlockQuantized; build the base model as "
             "fp32 or fp16."
         )
+    if choice.embedding_bits == 8 and looks_up_quantized(choice) and request.release < READS_BYTES:
+        yield f"{request.version} refuses a model with an INT8 embedding; choose --embedding 4 or use 1.23 or later."
     if choice.form in FROM_DQ:
         unfused = unfused_in_dq(request, eight_bit=eight_bit, float16=True)
         yield from dq_warnings(request, unfused, _fix(request, eight_bit=eight_bit))

@@ -117,7 +117,7 @@ def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -
         yield Explanation(
             option="--gather_block_size",
             chosen=str(choice.gather_block_size),
-            why=_ASKED if asked else preferred.gather_block_size.why,
+            why=_ASKED if asked else preferred.table_block_size(bits).why,
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.parsing import Release
+from stages.commands.parsing import Release, Runtime, Target
 from stages.commands.quantize_options import LmHead, ScaleRange
 from stages.quantization.targets.formats import EmbeddingBits, FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import Granularity, PerChannel, WeightForm
@@ -22,6 +22,10 @@ T = TypeVar("T")
 
 DQ_FUSES_ALL: Release = (1, 25)
 """First to fuse 8-bit codes, scales per channel and Gemm (ORT#27614, #27769), and float16 scales on CPU (ORT#27640)."""
+READS_BYTES: Release = (1, 23)
+"""First whose GatherBlockQuantized takes INT8, and INT4 as MatMulNBits stores it: bytes, and how many bits (run)."""
+_SHARING: frozenset[Runtime] = frozenset({"cpu", "cuda", "webgpu"})
+"""Runtimes with MatMulNBits and GatherBlockQuantized."""
 _LOADS_COLUMN_MAJOR_INT8: Release = (1, 28)
 """First CPU release that loads column-major INT8 per channel without a zero point."""
 FROM_DQ = frozenset({WeightForm.DQ, WeightForm.QDQ})
@@ -44,7 +48,7 @@ class Request:
 
     @property
     def version(self) -> str:
-        return f"ONNX Runtime {self.release[0]}.{self.release[1]}"
+        return _version(self.release)
 
     def lm_head(self, preferred: LmHead) -> LmHead | None:
         """Return what becomes of lm_head; None where there is none, or a budget or plan file decides about it."""
@@ -61,6 +65,10 @@ class Request:
         """
         requested = self.requested
         return requested.named_eight_bit or lm_head == "8" or (requested.mixed and eight_bit is not None)
+
+
+def _version(release: Release) -> str:
+    return f"ONNX Runtime {release[0]}.{release[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +101,17 @@ class Preferences:
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
+    int8_gather_block_size: Preference[int] | None = None
+    """Of INT8 embeddings; None: as of INT4."""
     scale_range: Preference[ScaleRange] = POSITIVE
     """Of INT4 without zero points."""
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()
+
+    def table_block_size(self, bits: EmbeddingBits | None) -> Preference[int]:
+        """Return the block size of embeddings that have ``bits``."""
+        return self.int8_gather_block_size if bits == 8 and self.int8_gather_block_size else self.gather_block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +180,21 @@ def smallest_head(eight_bit: Preference[Granularity | None]) -> Preference[LmHea
     """Return INT8 for lm_head where the runtime has it, else INT4."""
     if eight_bit.value is None:
         return Preference("4", f"{eight_bit.why}, and in floating point it is the largest weight of a small model")
-    return Preference("8", "a quarter of float32's bytes for each token, at next to no loss; INT4 loses more there")
+    return Preference("8", "at next to no loss, and read whole for each token in a half to a quarter of its bytes")
 
 
 def looks_up_quantized(choice: FormatChoice) -> bool:
     """Return whether GatherBlockQuantized will stand in the graph."""
     return choice.embedding_bits is not None and choice.gather_form == "gather_block_quantized"
+
+
+def why_not_shared(target: Target | None) -> str:
+    """Return why a runtime shouldn't read one table as embedding and as lm_head; empty where it can."""
+    if target is None or (target.runtime in _SHARING and target.release >= READS_BYTES):
+        return ""
+    if target.runtime not in _SHARING:
+        return f"one table for both needs MatMulNBits and GatherBlockQuantized, which {target.runtime} doesn't run"
+    return f"{_version(target.release)} reads no such table; {_version(READS_BYTES)} is the first"
 
 
 def lookup_since(request: Request, first: Release, what: str) -> Preference[EmbeddingBits | None]:

@@ -62,11 +62,12 @@ def test_both_get_the_tables_format_in_the_largest_blocks_that_divide_a_row(
     ("wanted", "table_format", "words"),
     [
         ({"skipped": {"logits/MatMul": "--lm_head none"}}, {}, r"stays as it is \(--lm_head none\)"),
+        ({"runtime_cannot": "ONNX Runtime 1.22 reads no such table"}, {}, "ONNX Runtime 1.22 reads no such table"),
         ({"form": WeightForm.QDQ}, {}, "in the form qdq are not for MatMulNBits"),
         ({"form": WeightForm.DQ_COLUMN_MAJOR}, {}, "in the form dq_column_major are not"),
         ({}, {"form": "dq"}, "only GatherBlockQuantized over blocks of one token"),
         ({}, {"axis": 0, "bits": 4}, "only GatherBlockQuantized over blocks of one token"),
-        ({"head_bits": 4}, {}, "--lm_head 4 and --embedding 8 ask for two formats"),
+        ({"head_bits": 4}, {}, r"lm_head is INT4 and the embedding INT8 \(--lm_head, --embedding\)"),
         ({"given": {"logits/MatMul": PerChannel()}}, {}, "blocks of 8ch don't divide rows of 96"),
         ({"given": {"logits/MatMul": PerBlock(block_size=64)}}, {}, "blocks of 8b64 don't divide rows of 96"),
     ],

@@ -162,7 +162,7 @@ def _digest(config: QuantizeConfig, model: ir.Model, cache: str = "") -> str:
         ({"algo": "signround"}, "signround from awq_gptq INT4 block 128 without zero point"),
         (
             {"layers_8bit": "down_proj", "target": "cpu@1.31", "algo": "gptq"},
-            "gptq INT4 block 32 with zero point, INT8 at 3 sites, embedding INT4 block 32 for cpu@1.31",
+            "gptq INT4 block 32 with zero point, INT8 at 3 sites, embedding INT8 block 128 for cpu@1.31",
         ),
         (
             {"target": None, "embedding": "none", "use_zero_point": False},

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from stages.quantization.preview.table import Preview, PreviewedSite, SearchEstimate, StageMemory, preview_table
+from stages.quantization.targets.formats import Explanation
 
 SITE = PreviewedSite(
     name="/model/layers.0/mlp/down_proj/MatMul",
@@ -43,6 +44,9 @@ PREVIEW = Preview(
     search=SearchEstimate(seconds=12.0, device="cpu", groups=3),
     obstacles=(),
     notes=(),
+    target="cpu@1.32",
+    target_because="the base names no other",
+    formats=(Explanation(option="--lm_head", chosen="8", why="it is fast"),),
 )
 
 
@@ -95,3 +99,11 @@ def test_what_concerns_the_whole_model_follows() -> None:
     assert "and 2 more" in _row(shown, "two inputs vary")
     assert "a note" in _row(shown, "note")
     assert "no cache" in _row(shown, "not yet")
+
+
+def test_what_the_target_decided_stands_first() -> None:
+    shown = _shown(PREVIEW)
+    assert shown[0] == "formats for cpu@1.32"
+    assert "--lm_head 8 it is fast" in shown
+    assert "target cpu@1.32: the base names no other; --target names another" in shown
+    assert _shown(replace(PREVIEW, formats=(), target_because=""))[0].startswith("awq_lite INT4 block 32")

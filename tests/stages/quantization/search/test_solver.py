@@ -118,6 +118,29 @@ def _unseen(kind: str, in_features: int) -> TokenStats:
     return TokenStats(num_tokens=0, abs_mean=torch.zeros(in_features), gram=gram, rows=rows if gram is None else None)
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "used"),
+    [
+        ("awq_gptq", 4, "gptq"),
+        ("awq_full", 4, "awq_clip"),
+        ("awq_lite", 4, "rtn"),
+        ("gptq", 4, "gptq"),
+        ("awq_gptq", 8, "rtn"),
+        ("rtn_dq", 8, "rtn_dq"),
+    ],
+)
+def test_a_weight_that_lookups_read_too_has_no_input_scale(name: str, bits: int, used: str) -> None:
+    problem = replace(random_layer(0).problem, specs=(spec(bits=bits),))
+    alone = solver_of(problem, name)
+    (report,) = alone.solve_posed(problem).reports
+    assert (report.algorithm, report.note) == (name, "")
+    solved = replace(alone, looked_up=frozenset({problem.group.sites[0].name})).solve_posed(problem)
+    (weight,), (report,) = solved.weights, solved.reports
+    assert weight.input_scale is None
+    assert report.algorithm == used
+    assert bool(report.note) == (used != name)
+
+
 @pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
 @pytest.mark.parametrize("kind", ["no gram", "no rows", "zeros"])
 def test_an_expert_that_no_token_chose_is_rounded_and_says_so(name: str, kind: str) -> None:

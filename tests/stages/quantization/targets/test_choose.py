@@ -12,6 +12,7 @@ from stages.commands.quantize_options import Embedding, LmHead
 from stages.model.directory import ModelDirectory
 from stages.quantization.targets.choose import choose_formats, open_formats, target_of_base
 from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
+from stages.quantization.targets.rules import why_not_shared
 from stages.records.formats import PerBlock, PerChannel, WeightForm
 from stages.records.sites import FloatName
 from tests.reference.runtimes import lookup_is_fast, weight_is_fast
@@ -290,3 +291,27 @@ def test_what_was_asked_for_wins(target: str | None) -> None:
     found = open_formats(None if target is None else parse_target(target), requested, facts())
     assert found.four_bit == (PerBlock(block_size=16),)
     assert found.eight_bit == PerChannel()
+
+
+@pytest.mark.parametrize(("minor", "bits", "block_size"), [(22, 4, 32), (23, 8, 128)])
+def test_the_cpus_embedding_is_int8_from_the_release_that_reads_it(minor: int, bits: int, block_size: int) -> None:
+    choice = choose("cpu", (1, minor), model=facts(widths=(640,)))
+    assert (choice.embedding_bits, choice.gather_block_size) == (bits, block_size)
+
+
+def test_an_int8_embedding_that_the_release_refuses_is_warned_of() -> None:
+    asked, wide = RequestedFormats(embedding="8"), facts(widths=(640,))
+    old, new = (" ".join(choose("cpu", (1, minor), asked, wide).warnings) for minor in (22, 23))
+    assert "1.22 refuses a model with an INT8 embedding" in old
+    assert "embedding" not in new
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [("cpu@1.23", ""), ("cuda", ""), ("cpu@1.22", "1.23 is the first"), ("dml", "which dml doesn't run")],
+)
+def test_one_table_for_embedding_and_lm_head_is_for_runtimes_with_both_operators(runtime: str, words: str) -> None:
+    assert why_not_shared(None) == ""
+    found = why_not_shared(parse_target(runtime))
+    assert bool(found) == bool(words)
+    assert words in found

@@ -78,7 +78,9 @@ def test_int8_has_a_line_where_a_site_becomes_int8() -> None:
 
 
 def test_an_embedding_has_its_lines_only_where_there_is_one() -> None:
-    assert _lines("cpu", RequestedFormats())["--embedding"][0] == "4"
+    lines = _lines("cpu", RequestedFormats())
+    assert (lines["--embedding"][0], lines["--gather_block_size"][0]) == ("8", "128")
+    assert _lines("cpu", RequestedFormats(embedding="4"))["--gather_block_size"][0] == "32"
     chosen, why = _lines("dml", RequestedFormats())["--embedding"]
     assert (chosen, why) == ("none", "DirectML has no GatherBlockQuantized: 0.3 MB stay in floating point")
     assert not any("embedding" in line.option or "gather" in line.option for line in choose("cpu").explanations)
