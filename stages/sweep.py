@@ -80,7 +80,8 @@ def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:
     counts, seconds, sizes = Counter(point.algo for point in missing), 0.0, list[int]()
     with status("estimating time and space"):
         for algorithm, count in counts.items():
-            found = _forecast(config, next(point for point in missing if point.algo == algorithm))
+            known = (_forecast(config, point) for point in missing if point.algo == algorithm)
+            found = next(filter(None, known), None)
             if found is not None:
                 seconds += count * (found.search.seconds + _START_SECONDS)
                 codes = sum(site.in_features * site.out_features for site in found.sites if site.bits is not None)
