@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from export import __main__ as export
-from export.card.write import update_card
 from export.finished import find_finished, is_exported, remember_export
 from export.summary import export_table
 from genai_quant.olive import is_olive, sections_of_olive
@@ -86,8 +85,8 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
     """
     run = read_run(config.config)
     if config.dry_run or run.quantize.dry_run:
-        found = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
-        yield Section(name="plan", table=preview_table(found), record=found)
+        planned = quantize.preview(replace(run.quantize, dry_run=True), run.calibrate)
+        yield Section(name="plan", table=preview_table(planned), record=planned)
         return
     if find_finished(run.quantize) is None:
         quantize.check_before_calibration(run.quantize)
@@ -100,7 +99,7 @@ def run_whole(config: RunConfig) -> Iterator[Section]:
         yield from evaluate.evaluation_sections((found,), record=found)
         if made is not None and run.evaluate.model == (run.quantize.output_path,):
             made = replace(made, evaluations=(*made.evaluations, found))
-            update_card(made.folder, made.evaluations)
+            quantize.add_to_card(made.folder, made.evaluations)
     if made is not None:
         yield result_section(run.quantize, made)
 

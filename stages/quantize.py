@@ -66,7 +66,6 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from export.card.write import update_card
     from export.finished import find_finished, remember_output
     from stages.system.distributed import join_processes
 
@@ -88,16 +87,12 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
 
         found = evaluate_result(config)
         yield from evaluation_sections(found, detail=True)
-        _add_to_card(made.folder, found)
+        add_to_card(made.folder, found)
         made = replace(made, evaluations=found)
-        try:
-            update_card(made.folder, found)
-        except UserError as error:
-            _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
     return made
 
 
-def _add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
+def add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
     """Let the model's card show what was found; log a warning where it can't: the model is finished."""
     from export.card.write import update_card
 

@@ -45,6 +45,7 @@ def command(config: SweepConfig) -> Iterator[Section]:
 
     points = points_of(config)
     runs = [point.run(config.base, config.output, config.cache_path) for point in points]
+    yield from _calibrate(config)
     run_folder = open_run_folder(config)
     texts = () if config.no_evaluation else read_evaluation_texts(config)
     _announce(config, [point for point, run in zip(points, runs, strict=True) if not run_folder.find(run, texts)])
@@ -59,6 +60,17 @@ def command(config: SweepConfig) -> Iterator[Section]:
     raise_failures(records)
 
 
+def _calibrate(config: SweepConfig) -> Iterator[Section]:
+    """Make the cache that all points share, where an algorithm reads one and there is none yet."""
+    from stages.calibration.cache import find_cache
+    from stages.calibration.run import calibrate
+    from stages.calibration.summary import calibration_section
+    from stages.commands.calibrate_options import CalibrateConfig
+
+    if not set(config.algo) <= {"rtn", "rtn_dq"} and find_cache(config.cache_path) is None:
+        yield calibration_section(calibrate(CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path)))
+
+
 def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:
     """Say how many models are made, and about how long and how large: of one point of each algorithm, for all of it."""
     from stages.commands.progress import status
@@ -68,7 +80,8 @@ def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:
     counts, seconds, sizes = Counter(point.algo for point in missing), 0.0, list[int]()
     with status("estimating time and space"):
         for algorithm, count in counts.items():
-            found = _forecast(config, next(point for point in missing if point.algo == algorithm))
+            known = (_forecast(config, point) for point in missing if point.algo == algorithm)
+            found = next(filter(None, known), None)
             if found is not None:
                 seconds += count * (found.search.seconds + _START_SECONDS)
                 codes = sum(site.in_features * site.out_features for site in found.sites if site.bits is not None)

@@ -6,6 +6,7 @@ What only the command that searched the weights knows lies among them as origin.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,7 +33,6 @@ from stages.system.version import Version, this_version
 
 RECORD = "genai_quant.json"
 _ORIGIN = "origin.json"
-_FORMAT = 1
 _AS_BASE = "as in the base"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CARD_HEAD = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
@@ -140,7 +140,7 @@ class EvaluationSummary:
 class ModelRecord:
     """Everything in genai_quant.json."""
 
-    format: Literal[1] = _FORMAT
+    format: Literal[1] = 1
     name: str
     """The output folder's."""
     onnx_file: str
@@ -271,9 +271,7 @@ def kinds_of(store: QuantizedStore) -> Iterator[KindOfLayer]:
         if plan.shared_with is not None:
             bits, described = None, f"the stored weight of {short_name(plan.shared_with)}"
         yield KindOfLayer(kind=kind, count=1, format=described, bits_per_weight=bits)
-    kept: dict[tuple[str, str], int] = {}
-    for site, reason in store.recipe.kept:
-        kept[kind_of(site), reason] = kept.get((kind_of(site), reason), 0) + 1
+    kept = Counter((kind_of(name), reason) for name, reason in store.recipe.kept)
     for (kind, reason), count in kept.items():
         yield KindOfLayer(kind=kind, count=count, format=_AS_BASE, bits_per_weight=None, reason=reason)
     for part in store.recipe.unreached:

@@ -94,7 +94,6 @@ def _checkpoint_folder(scratch: Path, config: BaseModelConfig) -> Path:
 
 
 def _dequantized(file: Path, scratch: Path, config: BaseModelConfig) -> Path:
-    _LOGGER.info("dequantizing %s", file.name)
     folder = scratch / "checkpoint"
     with status(f"dequantizing {file.name}"):
         dequantize_gguf(file, folder, keep_grid=config.keep_grid)

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from scripts.options import DropInConfig
-from stages.calibration.text.documents import dataset_names
+from stages.calibration.text.documents import DEFAULT_DATASET, dataset_names
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.options import default_folder
 from stages.errors import UserError
@@ -54,7 +54,7 @@ def _digest(config: CalibrateConfig) -> str:
     named |= {
         "model": fingerprint_model(directory),
         "calibration_eps": ",".join(choose_providers(config.calibration_eps).names),
-        "text": _digest_of(_text_files(config.dataset)),
+        "text": _digest_of(_text_files(config.dataset or DEFAULT_DATASET)),
         "tokenizer": _digest_of(_tokenizer_files(Path(config.model_name or directory.folder))),
     }
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:_DIGITS]

@@ -14,7 +14,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tyro.constructors import ConstructorRegistry, StructTypeInfo
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from stages.commands.output import as_called
 from stages.commands.tables import wrapped
@@ -119,7 +119,7 @@ def options_of(options_type: type) -> tuple[Option, ...]:
     spec = ConstructorRegistry.get_struct_spec(
         StructTypeInfo.make(options_type, default=tyro.MISSING, in_union_context=False)
     )
-    assert spec is not None
+    assert isinstance(spec, StructConstructorSpec)
     texts = {field.name: field.helptext for field in spec.fields}
     hints, found = get_type_hints(options_type, include_extras=True), list[Option]()
     for field in dataclasses.fields(options_type):

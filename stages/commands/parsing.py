@@ -61,7 +61,7 @@ def parse_options(
         _refuse_typos(options_of(options_type), program, given, positional)
     except OptionError as error:
         leave_with(error)
-    parsed = tyro.cli(cast(type, options_type), prog=program, use_underscores=True, args=given)
+    parsed: object = tyro.cli(cast(type, options_type), prog=program, use_underscores=True, args=given)
     return cast(Options, parsed)
 
 

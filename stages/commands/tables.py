@@ -1,7 +1,8 @@
 """Lay out tables for any width so that nothing is cut: no digit is lost and no word is broken while there is room.
 
 Where a table is too wide, headings and sentences wrap first. Then columns leave the table, in the order that the
-table states, and their values stand in a line of their own below each row: ``heading: value; heading: value``.
+table states, and their values stand in a line of their own below each row, ``heading: value; heading: value``, or
+below the table where all rows have the same.
 Columns without a value are left out.
 """
 
@@ -21,6 +22,8 @@ _INDENT = "    "
 _LEAST_TEXT = 16
 """Columns below which no text is wrapped that is longer."""
 _LEAST_SENTENCE = 30
+_LEAST_NAME = 24
+"""Columns below which no name in the first column is wrapped that is longer."""
 _LONGEST_PART = 36
 """Columns up to which a column of text is as wide as its longest part that can't be broken."""
 _FACT_NAME = 22
@@ -28,6 +31,8 @@ _FACT_NAME = 22
 _UNKNOWN = ("", "-")
 _BREAK = re.compile(r"[/_](?=.)|[-.,:=](?=[^\d\s])")
 """Behind what a word may be broken that is longer than the line: never inside a number."""
+_GLUED = re.compile(r"(?<=\d) (?=(?:%|→|MB\b|GB\b|s\b))|(?<=→) (?=\d)")
+"""Spaces at which no line ends: those before a unit."""
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -86,6 +91,7 @@ class DataTable:
     def lines(self, width: int) -> Iterator[Text]:
         """Yield the table's lines, none of them longer than ``width`` columns of a terminal."""
         shown, below = self._layout(width)
+        alike = [index for index in below if len(self._cells[0]) > 1 and len(set(self._cells[index])) == 1]
         yield from _titled(self.title, width)
         rule = _line("─" * max(_total([each.width for each in shown]), 1))
         for line in _side_by_side(shown, [each.column.heading for each in shown]):
@@ -96,11 +102,16 @@ class DataTable:
                 yield rule
                 continue
             yield from map(_line, _side_by_side(shown, [row[each.index] for each in shown]))
-            items = [f"{self.columns[index].heading}: {row[index]}" for index in below if row[index] not in _UNKNOWN]
+            items = self._items(row, [index for index in below if index not in alike])
             yield from (_line(f"{_INDENT}{line}") for line in _filled(items, width - len(_INDENT)))
+        if alike:
+            yield from map(_line, _filled([f"In all rows {'; '.join(self._items(self.rows[0], alike))}"], width))
         for note in self.notes:
             yield from map(_line, wrapped(note, width))
         yield _line("")
+
+    def _items(self, row: Sequence[str], columns: Sequence[int]) -> list[str]:
+        return [f"{self.columns[index].heading}: {row[index]}" for index in columns if row[index] not in _UNKNOWN]
 
     def as_markdown(self) -> str:
         """Return the table without its title in Markdown."""
@@ -126,6 +137,7 @@ class DataTable:
         """Return the columns that fit into ``width`` with their widths, and those whose values go below the rows."""
         kept, cells, below = self._with_values(), self._cells, list[int]()
         least = {index: self.columns[index].least(cells[index]) for index in kept}
+        least[0] = max(least[0], min(_widest(cells[0]), _LEAST_NAME))
         leaving = sorted(kept[1:], key=self._leaves)
         while leaving and _total([least[index] for index in kept]) > width:
             below.append(leaving.pop(0))
@@ -172,7 +184,7 @@ class FactTable:
 def wrapped(text: str, width: int) -> list[str]:
     """Return ``text`` in lines of at most ``width`` columns, broken at spaces, or in a long path behind a separator."""
     lines: list[str] = []
-    for paragraph in text.splitlines() or [""]:
+    for paragraph in _GLUED.sub(_NO_BREAK, text).splitlines() or [""]:
         line = ""
         for word in paragraph.split(" "):
             joined = f"{line} {word}" if line else word
@@ -187,7 +199,7 @@ def wrapped(text: str, width: int) -> list[str]:
             *whole, line = _broken(word, width)
             lines += whole
         lines.append(line)
-    return lines
+    return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
 def _broken(word: str, width: int) -> Iterator[str]:
@@ -216,7 +228,7 @@ def _last_break(word: str, width: int) -> int:
 def _filled(items: Sequence[str], width: int) -> list[str]:
     """Return the items separated by semicolons, each in one line while it fits."""
     glued = [item if cell_len(item) >= width else item.replace(" ", _NO_BREAK) for item in _in_one_line(items)]
-    return [line.replace(_NO_BREAK, " ") for line in wrapped("; ".join(glued), width)] if items else []
+    return wrapped("; ".join(glued), width) if items else []
 
 
 def _in_one_line(items: Sequence[str]) -> Iterator[str]:

@@ -75,12 +75,12 @@ def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
     speed = next((one.speed for one in made.evaluations if one.speed is not None), None)
     rates = (None, None) if speed is None else tuple(model.decode.median for model in speed.models)
     base, folder = from_here(config.onnx_path), from_here(config.output_path)
-    has_config = (made.folder / GENAI_CONFIG).is_file()
-    commands = [("chat", ("chat", folder))] if has_config else []
-    commands += [
+    commands: list[tuple[str, tuple[object, ...]]] = [
         ("evaluate", ("evaluate", "--base", base, "--model", folder)),
         ("inspect", ("inspect", folder)),
     ]
+    if (made.folder / GENAI_CONFIG).is_file():
+        commands.insert(0, ("chat", ("chat", folder)))
     return Result(
         folder=folder,
         bytes_before=made.export.bytes_before,

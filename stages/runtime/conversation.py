@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Literal
 
 from stages.errors import UserError
@@ -32,7 +32,7 @@ class Conversation:
         self.cut_because = ""
         """Why the last answer ends before the model ended it; empty where it doesn't."""
 
-    def answer(self, message: str) -> Iterator[str]:
+    def answer(self, message: str) -> Generator[str, None, None]:
         """Yield the answer to ``message`` piece by piece; both are kept, the answer as far as it was taken.
 
         Raises:

@@ -27,7 +27,7 @@ TEXTS = (
     _text("a folder called .txt", lambda folder: (folder / "a.txt").mkdir(), "a.txt", arguments="--dataset a.txt"),
     _file("empty", "e.txt", "", "windows", "--calib_size"),
     _file("blank lines", "e.txt", "\n \n\n\t\n" * 9, "windows", "--calib_size"),
-    _file("a few words", "e.txt", "A few words only.", "windows", "--calib_size"),
+    _file("a few words", "e.txt", "A few words only.", "1 window of", "--calib_size"),
     _file("not UTF-8", "e.txt", b"caf\xe9 " * 99, "UTF-8"),
     _file("UTF-16", "e.txt", "words ".encode("utf-16") * 99, "UTF-8"),
     _file("jsonl: empty", "e.jsonl", "", "e.jsonl"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from genai_quant.base_models.options import BaseModelConfig
+from genai_quant.command import COMMANDS
 from scripts import options as of_scripts
 from stages.commands import calibrate_options, evaluate_options, options, quantize_options
 
@@ -39,14 +39,11 @@ OURS = {
     "scripts.make_large_model": of_scripts.LargeModelConfig,
     "scripts.write_tables": of_scripts.TablesConfig,
 }
-OURS |= {f"genai-quant {name.rpartition('.')[2]}": kind for name, kind in OURS.items() if "scripts" not in name}
-OURS["genai-quant base-model"] = BaseModelConfig
-OURS["genai-quant run"] = options.RunConfig
+OURS |= {f"genai-quant {name}": kind for name, (kind, _) in COMMANDS.items()}
 """Our commands and their options."""
 FOREIGN = {
     "--calib",  # a completion that ModelOpt-Windows would have accepted
     "--config_file",
-    "--extra_options",
     "--fast",
     "--help",
     "--help_all",
@@ -54,7 +51,6 @@ FOREIGN = {
     "--multi_gpu",
     "--no-deps",
     "--num_processes",
-    "--only-binary",
     "--package-config",
     "--tyro-write-completion",
     "--version",

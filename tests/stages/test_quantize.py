@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import UserError
+from stages.quantize import preview
 from stages.report.document import read_report
 from tests.support.commands import Commands
 
@@ -58,7 +61,7 @@ def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch:
     report = read_report(folder / "int4.weights" / "report")
     assert [one.comparison.text for one in report.evaluations] == ["code", "offline"]
     card = Path(folder, "int4", "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| (code|offline) \| \d+ \| 4, by its", card, re.M) == ["code", "offline"]
+    assert re.findall(r"^\| (code|offline) \| \d+ \| 4, ", card, re.M) == ["code", "offline"]
     (base, int4) = report.evaluations[0].rows
     assert (base.accuracy_level, int4.accuracy_level[:1]) == ("none: nothing is quantized", "4")
     assert "\n| code | 4088 | 4, ONNX Runtime" in (folder / "int4" / "README.md").read_text(encoding="utf-8")
@@ -92,3 +95,14 @@ def test_a_quantized_base_is_refused(tiny_model: Path, tmp_path: Path, commands:
         commands.calibrate("--onnx_path", made, "--use_random_calib", "--seq_len", 8, "--calib_size", 2),
     ):
         assert (code, words in printed) == (2, True), printed
+
+
+def test_a_dry_run_says_what_the_tuning_of_blocks_lacks(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise UserError("onnx2torch isn't installed.")
+
+    monkeypatch.setattr("stages.quantization.blocks.converters.onnx2torch.import_onnx2torch", missing)
+    config = QuantizeConfig(onnx_path=tiny_model, output_path=tmp_path / "x", algo="rtn_dq", refine=True)
+    assert preview(config).obstacles == ("onnx2torch isn't installed.",)

@@ -9,6 +9,7 @@ import pytest
 from genai_quant.command import COMMANDS
 from scripts import options as of_scripts
 from stages.commands.help import help_text, options_of
+from stages.commands.options import CommandOptions
 from stages.commands.parsing import parse_options
 from stages.quantize import POSITIONAL
 
@@ -37,8 +38,9 @@ def test_help_fits_two_screens_and_begins_with_three_examples_that_parse(config:
     assert len(examples) == 3
     assert lines.index("examples:") < 12
     for example in examples:
-        options = parse_options(config, "genai-quant x", shlex.split(example), positional_of(config))
-        options.validate()  # type: ignore[attr-defined]
+        options: object = parse_options(config, "genai-quant x", shlex.split(example), positional_of(config))
+        assert isinstance(options, CommandOptions)
+        options.validate()
 
 
 @pytest.mark.parametrize("config", EVERY, ids=lambda config: config.__name__)

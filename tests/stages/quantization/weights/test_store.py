@@ -87,6 +87,16 @@ def test_weights_reports_and_recipe_come_back_exactly(tmp_path: Path) -> None:
                 assert torch.equal(saved, loaded)
 
 
+def test_a_search_that_was_stopped_counts_the_seconds_of_all_its_runs(tmp_path: Path) -> None:
+    store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
+    solved = _solved()
+    store.write(0, replace(solved, reports=tuple(replace(report, seconds=2.0) for report in solved.reports)))
+    assert store.seconds() == 2.0 * len(solved.reports), "weights of earlier versions have only their sites' seconds"
+    store.add_seconds(1.5)
+    store.add_seconds(2.0)
+    assert open_store(store.folder).seconds() == 3.5
+
+
 def test_files_are_named_after_their_first_site_and_the_report_has_a_line_a_site(tmp_path: Path) -> None:
     store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
     store.write(0, _solved())
