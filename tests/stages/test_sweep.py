@@ -40,7 +40,7 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
     assert "2 models to make, one after the other: about 2" in printed
     assert " s of search, and 0.0 GB in " in printed
     found = records(output)
-    assert sorted(found) == ["rtn_dq-b32-exclude", "rtn_dq-b32-exclude-scale_range-compat7"]
+    assert sorted(found) == ["rtn_dq-b32-nozp-exclude", "rtn_dq-b32-nozp-exclude-scale_range-compat7"]
     for name, record in found.items():
         (accuracy,) = record.accuracy.values()
         assert accuracy.mean_divergence > 0
@@ -100,13 +100,13 @@ def test_a_failed_point_is_a_row_and_the_exit_code_says_so(
         *arguments, "--use_zero_point", False, "--algo", "awq_lite", "--block_size", 24, 32, "--options", "device=cpu"
     )
     assert code == 2
-    assert "1 of 2 failed (awq_lite-b24-device-cpu): the table says why" in printed
+    assert "1 of 2 failed (awq_lite-b24-nozp-device-cpu): the table says why" in printed
     assert "--block_size 24 is not a power of two" in printed
     failed, fine = records(output).values()
     assert failed.failure is not None
     assert fine.failure is None
     # The only point that worked is nowhere beaten.
-    assert (output / "awq_lite-b32-device-cpu" / "model.onnx").is_file()
+    assert (output / "awq_lite-b32-nozp-device-cpu" / "model.onnx").is_file()
 
 
 def test_calibrated_text_is_refused_before_anything_runs(
