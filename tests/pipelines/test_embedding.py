@@ -9,6 +9,8 @@ import onnx_ir as ir
 import pytest
 
 import stages.quantization.run
+from stages.model.directory import locate_model
+from stages.model.sizes import TIED, size_parts
 from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
 from tests.support.tiny_models import build_genai_model, save_tiny_llama
@@ -119,6 +121,8 @@ def test_a_tied_table_is_stored_once_and_both_read_it(
     bits = options[1]
     assert isinstance(bits, int)
     assert data_bytes(two) - data_bytes(one) > 300 * 64 * bits // 8
+    parts = {part.name: part.after for part in size_parts(locate_model(source), locate_model(one))}
+    assert parts[TIED] > 300 * 64 * bits // 8
     base = _logits(source, TOKENS)
     for output in (one, two):
         assert "lm_head.MatMul.weight" not in ir.load(output / "model.onnx").graph.initializers

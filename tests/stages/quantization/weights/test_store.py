@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,31 @@ def test_embeddings_have_files_of_their_own_and_belong_to_the_recipe(tmp_path: P
     for other in (RECIPE, replace(recipe, embeddings=(replace(plan, block_size=32),))):
         with pytest.raises(CacheMismatch):
             create_or_resume_store(tmp_path / "w", other, overwrite=False)
+
+
+def test_a_table_of_an_earlier_version_is_int4_of_its_own(tmp_path: Path) -> None:
+    plan = plan_of(10, 8, block_size=16)
+    create_or_resume_store(tmp_path, replace(RECIPE, embeddings=(plan,)), overwrite=False)
+    path = tmp_path / "recipe.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("bits", "symmetric", "scale_range", "shared_with"):
+        del content["embeddings"][0][name]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert open_store(tmp_path).recipe.embeddings == (plan,)
+
+
+def test_a_table_that_lm_head_shares_is_there_with_its_group(tmp_path: Path) -> None:
+    head = RECIPE.groups[0].sites[0].name
+    shared = plan_of(10, 8, bits=8, shared_with=head)
+    store = create_or_resume_store(tmp_path / "one", replace(RECIPE, embeddings=(shared,)), overwrite=False)
+    assert not store.has_table(0)
+    store.group_file(0).touch()
+    assert store.has_table(0)
+    create_or_resume_store(
+        tmp_path / "two", replace(RECIPE, embeddings=(replace(shared, shared_with="gone"),)), overwrite=False
+    )
+    with pytest.raises(OptionError, match="'table' is shared with 'gone', which isn't there"):
+        open_store(tmp_path / "two")
 
 
 def test_one_tensor_or_the_format_is_read_without_the_rest(tmp_path: Path) -> None:
