@@ -17,7 +17,7 @@ from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model
-from stages.quantization.weights.store import RECIPE
+from stages.quantization.weights.store import RECIPE, open_store
 from stages.system.json_file import read_json, write_json
 from stages.system.paths import file_name
 
@@ -50,7 +50,8 @@ _OUTPUTS = TypeAdapter(FinishedOutput)
 
 def remember_output(config: QuantizeConfig, made: QuantizedModel) -> None:
     """Keep among the weights of ``made`` that exactly ``config`` made it; log a warning where that can't be."""
-    _remember(made.weights, made.onnx_file, _digest(config), calibration=_calibration(config) or "", made=made)
+    options = _digest(config, open_store(made.weights).recipe.model_fingerprint)
+    _remember(made.weights, made.onnx_file, options, calibration=_calibration(config) or "", made=made)
 
 
 def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
@@ -59,7 +60,10 @@ def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
     A calibration that is gone doesn't matter; another one does.
     """
     try:
-        finished = None if config.overwrite else _find(config.weights_folder, config.output_path, _digest(config))
+        if config.overwrite or read_json(_file(config.weights_folder, config.output_path), _OUTPUTS) is None:
+            return None  # before the base is parsed
+        options = _digest(config, fingerprint_model(locate_model(config.onnx_path)))
+        finished = _find(config.weights_folder, config.output_path, options)
         if finished is None or finished.made is None:
             return None
         if finished.calibration != (_calibration(config) or finished.calibration):
@@ -115,11 +119,11 @@ def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
     return finished if finished.output == fingerprint_model(locate_model(output)) else None
 
 
-def _digest(config: QuantizeConfig) -> str:
+def _digest(config: QuantizeConfig, base_fingerprint: str) -> str:
     options = {
         field.name: str(getattr(config, field.name)) for field in fields(config) if field.name not in _WITHOUT_EFFECT
     }
-    options["base"] = fingerprint_model(locate_model(config.onnx_path))
+    options["base"] = base_fingerprint
     options["plan"] = "" if config.plan is None else _content(config.plan)
     return _sha256(options)
 

@@ -6,7 +6,7 @@ Olive imports this module by the file that ``python -m genai_quant.olive`` write
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class GenaiQuant(Pass):  # type: ignore[misc]  # Olive's types aren't there wher
         return {name: PassConfigParam(type_=Any, default_value=None, description=described) for name in pass_options()}
 
     @classmethod
-    def _validators(cls) -> dict[str, Callable[..., Any]]:
+    def _validators(cls) -> dict[str, Any]:
         return {"_known_options": model_validator(mode="before")(_known_options)}
 
     def _run_for_config(

@@ -158,7 +158,7 @@ def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Se
     if not config.needs_cache:
         return
     found = find_cache(config.cache_path)
-    if found is not None:
+    if found is not None and config.names_text:
         open_cache(config.cache_path, fingerprint_model(directory))
     if found is None or config.names_text:
         check_before_calibration(config)

@@ -33,6 +33,7 @@ _HERE = Path(__file__).parent
 ORT_RUNNER = _HERE / "run_onnxruntime.py"
 MODELOPT_RUNNER = _HERE / "run_modelopt.py"
 MODELOPT_REQUIREMENTS = _HERE / "modelopt.txt"
+_OUR_BLOCK = 32
 _SAME = 1e-2
 """Relative difference up to which weights are the same; those of a 16-bit base are rounded."""
 
@@ -79,7 +80,7 @@ def peers_of(config: PeerConfig) -> list[Peer]:
 
 def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ONNX Runtime's requests; only its default method has the choice of zero points, the others write them."""
-    for size in filter(None, config.block_size):
+    for size in _block_sizes(config):
         for method in config.ort:
             for zero_point in _zero_points(config) if method == "default" else (True,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
@@ -87,10 +88,15 @@ def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
 
 def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ModelOpt's requests; rounding and awq_clip know no zero points."""
-    for size in filter(None, config.block_size):
+    for size in _block_sizes(config):
         for method in config.modelopt:
             for zero_point in _zero_points(config) if method in ("awq_lite", "awq_full") else (False,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
+
+
+def _block_sizes(config: PeerConfig) -> tuple[int, ...]:
+    """Return the block sizes that were asked for; where that is left to us, what we choose for the CPU."""
+    return tuple(dict.fromkeys(size or _OUR_BLOCK for size in config.block_size))
 
 
 def _zero_points(config: PeerConfig) -> tuple[bool, ...]:

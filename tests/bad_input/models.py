@@ -331,7 +331,7 @@ GRAPHS = (
     _model(
         "graph: no embedding",
         small_model(helper.make_node("MatMul", ["x", "w"], ["y"]), weights={"w": _EYE}),
-        "--gather_quantize_axis",
+        "--embedding",
         "leave the option out",
         arguments="--gather_quantize_axis 1",
     ),

@@ -202,7 +202,7 @@ def test_an_unfinished_store_is_refused(tmp_path: Path, rng: np.random.Generator
     model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng).model()
     store = store_of_each(tmp_path / "weights", up)
     store.group_file(0).unlink()
-    with pytest.raises(OptionError, match=r"lacks 1 of 1 groups.*run stages.quantize again"):
+    with pytest.raises(OptionError, match=r"lacks 1 of 1 group .*run stages.quantize again"):
         rewrite(model, store)
 
 

@@ -101,7 +101,13 @@ class Workshop:
     def contents(self) -> dict[str, object]:
         """Every file by its path; of quantized weights the tensors, of reports all but seconds."""
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.name not in _NOT_OURS]
-        return {str(path.relative_to(self.folder)): _content(path) for path in files}
+        return {str(path.relative_to(self.folder)): self._content(path) for path in files}
+
+    def _content(self, path: Path) -> object:
+        if path.suffix not in (".md", ".json"):
+            return _content(path)
+        text = path.read_text().replace(str(self.folder), "FOLDER")  # of the command
+        return text if path.suffix == ".md" else _without_times(json.loads(text))
 
 
 def _content(path: Path) -> object:
@@ -110,17 +116,16 @@ def _content(path: Path) -> object:
     if path.name == "report.jsonl":
         lines = (json.loads(line) for line in path.read_text().splitlines())
         return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-    if path.name == "report.json":
-        return _without_seconds(json.loads(path.read_bytes()))
     if path.name == "report.html":
         return "made of report.json alone, seconds among it"
     return path.read_bytes()
 
 
-def _without_seconds(value: object) -> object:
+def _without_times(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _without_seconds(each) for key, each in value.items() if key != "seconds"}
-    return [_without_seconds(each) for each in value] if isinstance(value, list) else value
+        times = {"seconds", *(["made"] if isinstance(value.get("made"), str) else [])}
+        return {key: _without_times(each) for key, each in value.items() if key not in times}
+    return [_without_times(each) for each in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")

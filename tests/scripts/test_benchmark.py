@@ -67,11 +67,12 @@ def test_a_whole_run(
     assert all(command.failure is None and command.seconds and command.peak_bytes for command in found.commands)
     assert found.capture is not None
     assert 0 < found.capture.observed <= found.capture.tapped
-    # packed qkv, o_proj, gate and up, down_proj: four shapes.
+    # Packed qkv, o_proj, gate and up, down_proj, lm_head: five shapes.
     assert sorted((figure.in_features, figure.out_features) for figure in found.search) == [
         (64, 64),
         (64, 128),
         (64, 192),
+        (64, 300),
         (96, 64),
     ]
     assert all(figure.seconds > 0 for figure in found.search)

@@ -129,7 +129,7 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     # A competitor that fails is a finding, not an error.
     assert code == 0, printed
     divergences = {}
-    for name in ("rtn_dq-b16", "ort-default-b16", "ort-hqq-b16-zp", "ort-k_quant-b16-zp", "modelopt-awq_lite-b16"):
+    for name in ("rtn_dq-b16-nozp", "ort-default-b16", "ort-hqq-b16-zp", "ort-k_quant-b16-zp", "modelopt-awq_lite-b16"):
         record = record_of(output, name)
         assert record.failure is None, record.failure
         (accuracy,) = record.accuracy.values()
@@ -208,26 +208,25 @@ def test_the_builders_int4_and_everyones_speed(
         ort=(),
         modelopt=(),
         builder_source=str(tiny_hf),
+        builder=("int4",),
         speed=True,
         speed_rounds=1,
     )
     for _ in compare_with_peer(config):
         pass
     found = read_comparison(config.output)
-    ours, default, mixed = found.texts[0].models
-    assert [(model.name, model.failure) for model in (ours, default, mixed)] == [
-        ("rtn_dq-b16", None),
+    ours, default = found.texts[0].models
+    assert [(model.name, model.failure) for model in (ours, default)] == [
+        ("rtn_dq-b16-nozp", None),
         ("builder-int4", None),
-        ("builder-k_quant_mixed", None),
     ]
     assert default.accuracy is not None
     assert 0 < default.accuracy.mean_divergence < 1
     assert found.speed is not None
     assert [(model.model, model.accuracy_level) for model in found.speed.models] == [
         ("tiny", "none: nothing is quantized"),
-        ("rtn_dq-b16", "4, ONNX Runtime's default on the CPU"),
+        ("rtn_dq-b16-nozp", "4, ONNX Runtime's default on the CPU"),
         ("builder-int4", "4, by its MatMulNBits nodes"),
-        ("builder-k_quant_mixed", "4, by its MatMulNBits nodes"),
     ]
     assert all(model.decode.median > 0 for model in found.speed.models)
 

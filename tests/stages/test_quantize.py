@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stages import quantize
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
 from stages.quantize import preview
@@ -31,8 +32,9 @@ def call(folder: Path, tiny_text: Path, commands: Commands, monkeypatch: pytest.
     monkeypatch.chdir(folder)
     monkeypatch.setattr("stages.runtime.genai.why_not_genai", lambda _: "it would take a while")
     text = ("--dataset", tiny_text, "--calib_size", 4, "--seq_len", 32)
-    return lambda *more: commands.quantize(
-        "--onnx_path", "base", "--output_path", "int4", *text, "--algo", "awq_lite", "--block_size", 16, *more
+    models = ("--onnx_path", "base", "--output_path", "int4", "--target", "any")
+    return lambda *more: commands.run(
+        QuantizeConfig, quantize.command, (*models, *text, "--algo", "awq_lite", "--block_size", 16, *more)
     )
 
 

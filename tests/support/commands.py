@@ -29,9 +29,10 @@ class Commands:
         return self.run(CalibrateConfig, calibrate.command, arguments)
 
     def quantize(self, *arguments: object) -> tuple[int, str]:
-        """Run stage two, for no runtime in particular unless ``arguments`` name a target."""
+        """Run stage two and show all, for no runtime in particular unless ``arguments`` name a target."""
         named = any(str(each).startswith("--target") and not str(each).startswith("--target_") for each in arguments)
-        return self.run(QuantizeConfig, quantize.command, arguments if named else (*arguments, "--target", "any"))
+        target = () if named else ("--target", "any")
+        return self.run(QuantizeConfig, quantize.command, (*arguments, *target, "--verbose"))
 
     def export(self, *arguments: object) -> tuple[int, str]:
         return self.run(ExportConfig, export.command, arguments)
