@@ -32,6 +32,7 @@ from stages.system.paths import shell_line
 from stages.system.version import Version, this_version
 
 RECORD = "genai_quant.json"
+MODEL_CARD = "README.md"
 _ORIGIN = "origin.json"
 _AS_BASE = "as in the base"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,7 +60,7 @@ class BaseModel:
     name: str
     """Its folder's."""
     hub_name: str | None
-    """What its config.json calls it, if that is a name of the Hugging Face hub."""
+    """What its config.json or model card calls it, if that is a name of the Hugging Face hub."""
     license: dict[str, str]
     """The entries about it of its own README.md."""
     fingerprint: str
@@ -225,20 +226,26 @@ def describe_base(directory: ModelDirectory, model: ir.Model, fingerprint: str, 
         fingerprint: identifies its weights.
         num_bytes: of its .onnx file and external data.
     """
-    head = _card_head(directory.folder / "README.md")
     return BaseModel(
         name=directory.folder.absolute().name,
-        hub_name=_hub_name(directory.folder),
-        license={key: str(head[key]) for key in _LICENSE_KEYS if isinstance(head.get(key), str)},
+        hub_name=hub_name_of(directory.folder),
+        license=licence_of(directory.folder / MODEL_CARD),
         fingerprint=fingerprint,
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
         bytes=num_bytes,
     )
 
 
-def _hub_name(folder: Path) -> str | None:
+def licence_of(card: Path) -> dict[str, str]:
+    """Return the entries about the licence in a model card's YAML head; nothing where there are none."""
+    head = _card_head(card)
+    return {key: str(head[key]) for key in _LICENSE_KEYS if isinstance(head.get(key), str)}
+
+
+def hub_name_of(folder: Path) -> str | None:
+    """Return the name on the Hugging Face hub that a model's config.json or card gives it; None where none does."""
     config = read_json(folder / "config.json", TypeAdapter(dict[str, Any])) or {}
-    name = config.get("_name_or_path")
+    name = config.get("_name_or_path") or _card_head(folder / MODEL_CARD).get("base_model")
     # A relative path looks like a name of the hub, too.
     is_name = isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
     return name if is_name else None

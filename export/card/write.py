@@ -10,7 +10,15 @@ from types import MappingProxyType
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from export.card.record import RECORD, BaseModel, ModelRecord, read_record, summarize_evaluations, write_record
+from export.card.record import (
+    MODEL_CARD,
+    RECORD,
+    BaseModel,
+    ModelRecord,
+    read_record,
+    summarize_evaluations,
+    write_record,
+)
 from stages.evaluation.records import Evaluation
 from stages.model.genai_config import GENAI_CONFIG
 from stages.records.formats import WeightForm
@@ -18,7 +26,6 @@ from stages.runtime.genai import has_chat_template
 from stages.system.json_file import explained, write_whole
 from stages.system.paths import shell_line
 
-CARD = "README.md"
 _BASE_CARD = "README.base.md"
 _TEMPLATE = "card.md.j2"
 _STORED: Mapping[WeightForm, str] = MappingProxyType(
@@ -41,7 +48,7 @@ def write_card(folder: Path, record: ModelRecord) -> None:
         record: what is known of the model.
     """
     write_record(folder, record)
-    write_whole(folder / CARD, render_card(folder, record).encode())
+    write_whole(folder / MODEL_CARD, render_card(folder, record).encode())
 
 
 def update_card(folder: Path, evaluations: Sequence[Evaluation]) -> None:
@@ -55,13 +62,15 @@ def update_card(folder: Path, evaluations: Sequence[Evaluation]) -> None:
     record = read_record(folder)
     if record is None or not evaluations:
         return
-    with explained(f"{folder / CARD} and {RECORD} can't be written", "free space there, or get the right to write"):
+    with explained(
+        f"{folder / MODEL_CARD} and {RECORD} can't be written", "free space there, or get the right to write"
+    ):
         write_card(folder, replace(record, evaluation=summarize_evaluations(tuple(evaluations))))
 
 
 def move_base_card(folder: Path) -> None:
     """Rename the README.md that was copied from the base, which describes another model than the one in ``folder``."""
-    for card in [file for file in folder.iterdir() if file.name.lower() == CARD.lower()]:
+    for card in [file for file in folder.iterdir() if file.name.lower() == MODEL_CARD.lower()]:
         target = folder / _BASE_CARD
         while target.exists():
             target = target.with_suffix(f".base{target.suffix}")

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rich.text import Text
 
+from export.card.record import MODEL_CARD, licence_of
 from genai_quant.base_models.checkpoints import (
     FolderCheckpoint,
     GgufCheckpoint,
@@ -25,7 +27,7 @@ from genai_quant.base_models.checkpoints import (
     find_checkpoint,
 )
 from genai_quant.base_models.options import BaseModelConfig, BuilderProvider, Precision
-from genai_quant.base_models.packaged_gguf import gguf_file
+from genai_quant.base_models.packaged_gguf import PACKAGED, gguf_file
 from stages.commands.output import Section
 from stages.commands.progress import status
 from stages.errors import UserError
@@ -63,6 +65,7 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
         folder = as_builder_input(_checkpoint_folder(Path(scratch), config), Path(scratch) / "readable")
         with status("onnxruntime-genai builds the graph"):
             _run_builder(folder, output, Path(scratch) / "cache", config)
+        write_card(folder, output, config.source)
     built = BaseModel(
         folder=config.output,
         source=config.source,
@@ -73,6 +76,16 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
     yield Section(name="base_model", table=_line(built), record=built)
     if built.precision != "int4":
         _LOGGER.info("next: stages.quantize %s OUTPUT --evaluate", config.output)
+
+
+def write_card(checkpoint: Path, output: Path, source: str) -> None:
+    """Write a model card that names the hub's model and its licence, from where the quantized model's card has them."""
+    found = find_checkpoint(source)
+    name = found.name if isinstance(found, HubCheckpoint) else PACKAGED[source].hub_name if source in PACKAGED else ""
+    head = ({"base_model": name} if name else {}) | licence_of(checkpoint / MODEL_CARD)
+    if head:
+        text = f"---\n{yaml.safe_dump(head)}---\n\nBuilt by genai-quant base-model from {source}.\n"
+        (output / MODEL_CARD).write_text(text, encoding="utf-8")
 
 
 def _line(built: BaseModel) -> Text:

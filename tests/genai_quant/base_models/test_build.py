@@ -10,7 +10,8 @@ import onnxruntime_genai
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from genai_quant.base_models.build import BaseModel, build
+from export.card.record import hub_name_of, licence_of
+from genai_quant.base_models.build import BaseModel, build, write_card
 from genai_quant.base_models.checkpoints import (
     FolderCheckpoint,
     GgufCheckpoint,
@@ -104,6 +105,7 @@ def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
     # Not the commit of the repository around the builder's package, such as this one.
     made_by = onnx.load(output / "model.onnx", load_external_data=False).producer_version
     assert made_by == f"{onnxruntime_genai.__version__}+{onnxruntime_genai.__commit__[:7]}"
+    assert not (output / "README.md").exists(), "nothing is known of the checkpoint"
     assert [path.name for path in output.parent.iterdir()] == ["tiny"]
     with pytest.raises(UserError, match=r"OUTPUT .* already exists"):
         list(build(BaseModelConfig(source=str(tiny_hf), output=output)))
@@ -120,3 +122,13 @@ def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(
         list(build(BaseModelConfig(source=str(source), output=tmp_path / "out")))
     assert "no_such_model" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_card_of_a_base_names_the_hubs_model_and_its_licence(tmp_path: Path) -> None:
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "base"
+    checkpoint.mkdir()
+    output.mkdir()
+    (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# A model\n")
+    write_card(checkpoint, output, "some/model")
+    assert hub_name_of(output) == "some/model"
+    assert licence_of(output / "README.md") == {"license": "apache-2.0"}
