@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
+from export.card.record import EvaluationSummary, summarize_evaluations
 from stages.commands.output import Section, as_called
 from stages.commands.quantize_options import QuantizeConfig
-from stages.evaluation.records import Evaluation
 from stages.model.genai_config import GENAI_CONFIG
 from stages.quantization.weights.store import REPORT_FOLDER
 from stages.report.document import REPORT_HTML
@@ -29,32 +29,14 @@ _FRAME = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextResult:
-    """How far a model is from its base on one text."""
-
-    text: str
-    divergence: float
-    """Mean KL(base || model), nats a token."""
-    base_perplexity: float
-    perplexity: float
-    same_top1: float
-    """Share of tokens, 0 to 1."""
-    accuracy_level: str
-    """At which the model ran."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """The box's content for programs."""
 
     folder: Path
     bytes_before: int
     bytes_after: int
-    texts: tuple[TextResult, ...]
-    """Empty where nothing was compared."""
-    base_tokens_per_second: float | None
-    """While decoding; None where it wasn't measured."""
-    tokens_per_second: float | None
+    evaluation: EvaluationSummary | None
+    """None where nothing was compared."""
     report: Path
     next: tuple[tuple[str, str], ...]
     """(what it does, command)."""
@@ -72,8 +54,6 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
 
 
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
-    speed = next((one.speed for one in made.evaluations if one.speed is not None), None)
-    rates = (None, None) if speed is None else tuple(model.decode.median for model in speed.models)
     base, folder = from_here(config.onnx_path), from_here(config.output_path)
     commands: list[tuple[str, tuple[object, ...]]] = [
         ("evaluate", ("evaluate", "--base", base, "--model", folder)),
@@ -85,23 +65,9 @@ def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
         folder=folder,
         bytes_before=made.export.bytes_before,
         bytes_after=made.export.bytes_after,
-        texts=tuple(map(_text_result, made.evaluations)),
-        base_tokens_per_second=rates[0],
-        tokens_per_second=rates[1],
+        evaluation=summarize_evaluations(made.evaluations) if made.evaluations else None,
         report=from_here(config.weights_folder) / REPORT_FOLDER / REPORT_HTML,
         next=tuple((what, shell_line([f"stages.{name}", *map(str, rest)])) for what, (name, *rest) in commands),
-    )
-
-
-def _text_result(evaluation: Evaluation) -> TextResult:
-    base, model = evaluation.rows
-    return TextResult(
-        text=Path(evaluation.comparison.text).name,
-        divergence=model.accuracy.mean_divergence,
-        base_perplexity=base.accuracy.perplexity,
-        perplexity=model.accuracy.perplexity,
-        same_top1=model.accuracy.top1_agreement,
-        accuracy_level=model.accuracy_level,
     )
 
 
@@ -126,24 +92,22 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
     before, after = result.bytes_before / 1e6, result.bytes_after / 1e6
     yield "model", str(result.folder)
     yield "size", f"{before:,.1f} MB -> {after:,.1f} MB ({before / after:.2f}x smaller)"
-    yield from _accuracy(result.texts)
-    if result.tokens_per_second is not None and result.base_tokens_per_second is not None:
-        faster = result.tokens_per_second / result.base_tokens_per_second
-        yield (
-            "decoding",
-            f"{result.base_tokens_per_second:.1f} -> {result.tokens_per_second:.1f} tokens/s ({faster:.1f}x)",
-        )
+    yield from _measured(result.evaluation)
     yield "report", str(result.report)
     for what, command in result.next:
         yield what, as_called(command, program)
 
 
-def _accuracy(texts: Sequence[TextResult]) -> Iterator[tuple[str, str]]:
-    if not texts:
+def _measured(evaluation: EvaluationSummary | None) -> Iterator[tuple[str, str]]:
+    if evaluation is None:
         yield "accuracy", "not compared with the base yet (--evaluate)"
-    for one in texts:
+        return
+    for one in evaluation.texts:
         yield (
             f"on {one.text}",
             f"KL {one.divergence:.3f}, perplexity {one.base_perplexity:.2f} -> {one.perplexity:.2f}, "
             f"same top-1 {one.same_top1:.1%}",
         )
+    if (speed := evaluation.speed) is not None:
+        faster = speed.decode / speed.base_decode
+        yield "decoding", f"{speed.base_decode:.1f} -> {speed.decode:.1f} tokens/s ({faster:.1f}x)"

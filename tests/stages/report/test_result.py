@@ -8,18 +8,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stages.report.result import Result, ResultBox, TextResult
+from export.card.record import EvaluationSummary, Speed, TextScores
+from stages.report.result import Result, ResultBox
 
-TEXT = TextResult(
-    text="code", divergence=0.1309, base_perplexity=29.067, perplexity=32.558, same_top1=0.801, accuracy_level="4"
-)
+TEXT = TextScores(
+    text="code", tokens=4088, divergence=0.1309, base_perplexity=29.067, perplexity=32.558, same_top1=0.801,
+    accuracy_level="4",
+)  # fmt: skip
+SPEED = Speed(machine="m", runtime="r", threads=2, base_prompt=300.0, prompt=400.0, base_decode=27.04, decode=88.9)
 RESULT = Result(
     folder=Path("models/int4"),
     bytes_before=653_600_000,
     bytes_after=117_800_000,
-    texts=(TEXT, replace(TEXT, text="notices")),
-    base_tokens_per_second=27.04,
-    tokens_per_second=88.9,
+    evaluation=EvaluationSummary(runtime="r", texts=(TEXT, replace(TEXT, text="notices")), speed=SPEED),
     report=Path("models/int4.weights/report/report.html"),
     next=(
         ("chat", "stages.chat models/int4"),
@@ -48,7 +49,7 @@ def test_a_box_says_what_was_made_and_what_to_do_with_it() -> None:
 
 
 def test_what_was_not_measured_is_not_there() -> None:
-    bare = replace(RESULT, texts=(), base_tokens_per_second=None, tokens_per_second=None)
+    bare = replace(RESULT, evaluation=None)
     printed = "\n".join(shown(bare, "genai-quant quantize"))
     assert "not compared with the base" in printed
     assert printed.startswith("╭")
