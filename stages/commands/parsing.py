@@ -14,8 +14,10 @@ from typing import Literal, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from stages.commands.help import HELP, HELP_ALL, Option, help_text, options_of
+from stages.commands.output import print_message
 from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
@@ -67,7 +69,7 @@ def parse_options(
 
 def leave_with(error: UserError) -> NoReturn:
     """Print an error in the command line itself, and leave with code 2."""
-    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    print_message(Console(stderr=True), Text(f"error: {error}"))
     sys.exit(2)
 
 

@@ -50,6 +50,8 @@ class _State:
     """Number of steps where the total is their cost; None where the total is their number."""
     done_before: int
     """Steps that an earlier run finished."""
+    keeps_steps: bool
+    """Whether a run that is stopped keeps its finished steps."""
     done: int
     now: str = ""
     note: str = ""
@@ -86,6 +88,7 @@ class Progress:
         unit: str = "",
         steps: int | None = None,
         done: int = 0,
+        keeps_steps: bool = False,
     ) -> TaskID:
         """Begin a task of ``total``, which is None where it isn't known yet.
 
@@ -93,11 +96,19 @@ class Progress:
             description: the name of the work.
             total: the number of steps, or their cost.
             unit: what steps are called, in the plural.
-            steps: the number of steps where the total is their cost.
-            done: steps that an earlier run finished, where the total is their number.
+            steps: the number of steps where the total is the cost of those that aren't done yet.
+            done: steps that an earlier run finished.
+            keeps_steps: whether a run that is stopped keeps its finished steps.
         """
-        state = _State(unit=unit, total_steps=steps, done_before=done, done=done, logged_at=self._clock())
-        task = self._bars.add_task(description, total=total, completed=done, state=state)
+        state = _State(
+            unit=unit,
+            total_steps=steps,
+            done_before=done,
+            keeps_steps=keeps_steps,
+            done=done,
+            logged_at=self._clock(),
+        )
+        task = self._bars.add_task(description, total=total, completed=done if steps is None else 0, state=state)
         if total:
             self._log(self._task(task))
         return task
@@ -292,8 +303,13 @@ def _line(task: Task) -> str:
         return ", ".join(
             filter(None, (f"{task.description}: {_count(task)} in {duration(_elapsed(task))}", _state(task).note))
         )
+    state = _state(task)
+    # Percents of a cost beside a count of steps would contradict it.
+    percent = f" ({_part(task):.0%})" if state.total_steps is None else ""
+    before = f"{state.done_before} by an earlier run" if state.done_before else ""
     parts = (
-        f"{_count(task)} ({_part(task):.0%})",
+        f"{_count(task)}{percent}",
+        before,
         _rate(task),
         _left(task),
         _details(task),

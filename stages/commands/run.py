@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from rich.console import Console
+from rich.text import Text
 
 from stages.commands.logs import logging_to
 from stages.commands.options import CommandOptions
-from stages.commands.output import Output, Section, open_output
+from stages.commands.output import Output, Section, open_output, print_message
 from stages.commands.parsing import parse_options
 from stages.commands.progress import progress_on
 from stages.errors import UserError, in_one_line, sentence_of
@@ -61,7 +62,7 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
         ):
             code = _run(options, command, output)
     except UserError as error:  # the log couldn't be opened
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        print_message(console, Text(f"error: {error}"))
         output.end(str(error))
         code = _BAD_INPUT
     if code:
