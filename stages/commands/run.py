@@ -85,9 +85,10 @@ def _run(options: Options, command: Command[Options], output: Output) -> int:
     except MemoryError as error:
         reason = in_one_line(error)
         return _bad_input(f"Not enough memory ({reason}); use smaller sizes or close other programs.", output)
-    except KeyboardInterrupt:
-        stopped = "stopped; what was finished is kept, run the same command again to continue."
-        _LOGGER.warning(stopped)
+    except KeyboardInterrupt as error:
+        otherwise = "stopped; the same command goes on after the last step that was finished."
+        stopped = next(iter(getattr(error, "__notes__", ())), otherwise)
+        _LOGGER.warning("%s", stopped)
         output.end(stopped)
         return _INTERRUPTED
     output.end(None)
