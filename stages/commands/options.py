@@ -74,6 +74,9 @@ class OutputOptions:
 class CommandOptions:
     """The options that every command has."""
 
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Options whose names may be left out, in this order."""
+
     printing: Annotated[OutputOptions, tyro.conf.arg(name="")] = OutputOptions()
     """The empty name puts these options among the others."""
 

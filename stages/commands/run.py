@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from rich.console import Console
@@ -26,18 +26,15 @@ _LOGGER = logging.getLogger(__name__)
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
-def run_command(
-    options_type: type[Options], command: Command[Options], program: str, positional: Sequence[str] = ()
-) -> None:
+def run_command(options_type: type[Options], command: Command[Options], program: str) -> None:
     """Parse ``sys.argv`` into ``options_type``, run ``command``, and leave with 0, 2 (bad input) or 130 (Ctrl-C).
 
     Args:
         options_type: the dataclass of the command's options.
         command: what to run; its sections are printed.
         program: what people typed, for the help text.
-        positional: options whose names may be left out.
     """
-    run_parsed(parse_options(options_type, program, positional=positional), command, program)
+    run_parsed(parse_options(options_type, program), command, program)
 
 
 def run_parsed(options: Options, command: Command[Options], program: str) -> None:

@@ -31,6 +31,8 @@ class _Config(_Paths, CommandOptions):
     """A number."""
     patterns: str = ""
     """Any text."""
+    many: tuple[str, ...] = ()
+    """Any texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
         ("--cache_dir in 5", "--cache_dir in --first 5"),
         ("--unknown x in", "--unknown x --cache_dir in"),
         ("in -5", "--cache_dir in -5"),
+        ("--many x y --cache_dir in 5", "--many x y --cache_dir in --first 5"),
+        ("in --many x --quiet 5", "--cache_dir in --many x --quiet --first 5"),
         ("in 5 more", "--cache_dir in --first 5 more"),
     ],
 )
