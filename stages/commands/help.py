@@ -25,7 +25,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": (
             "source", "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
-            "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
+            "shape", "layers", "precision", "execution_provider", "prompt", "system",
+            "max_new_tokens", "temperature",
             "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
         ),
         "text": ("dataset", "calib_size", "seq_len", "text", "windows", "generate", "lm_eval_tasks"),

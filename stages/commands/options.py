@@ -60,7 +60,8 @@ class OutputOptions:
     quiet: Flag = False
     """Print only warnings and errors; exit codes stay the same."""
     verbose: Flag = False
-    """Print details too: the worst tokens, tables of single layers, commands that make a model of a sweep again."""
+    """Print details too, where a command has any: worst tokens, tables of single layers, commands of a sweep, all
+    runtimes."""
     json: Flag = False
     """Print the results as one JSON document on standard output, in place of tables."""
     log_level: LogLevel = "info"

@@ -17,7 +17,10 @@ from rich.text import Text
 
 FORMAT = 1
 """Version of the JSON document: as long as it stays, so do the keys and their meaning."""
-_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)\b")
+_COMMAND = re.compile(
+    r"(?<![\w./\\-])"
+    r"(?:(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)|python -m (export))\b"
+)
 _UNBROKEN = re.compile(r"(?<=: )(?:genai-quant|python -m) .*$|\S+")
 """What stays in one line of a message: a command at its end, any word."""
 _FILE_WIDTH = 120
@@ -99,10 +102,12 @@ def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = Fal
 def as_called(text: str, program: str) -> str:
     """Return ``text`` with our commands, which messages call ``stages.NAME``, spelled as ``program`` was called.
 
-    ``genai-quant NAME`` where ``program`` begins with genai-quant, else ``python -m stages.NAME``.
+    ``genai-quant NAME`` where ``program`` begins with genai-quant, else ``python -m stages.NAME``. Messages call export
+    ``python -m export``.
     """
-    spelled = r"genai-quant \1" if program.startswith("genai-quant") else r"python -m stages.\1"
-    return _COMMAND.sub(spelled, text)
+    if not program.startswith("genai-quant"):
+        return _COMMAND.sub(lambda found: found[0] if found[2] else f"python -m stages.{found[1]}", text)
+    return _COMMAND.sub(lambda found: f"genai-quant {found[1] or found[2]}", text)
 
 
 def print_message(console: Console, message: Text) -> None:

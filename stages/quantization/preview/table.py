@@ -181,7 +181,8 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     if preview.target_because:
         yield "target", f"{preview.target}: {preview.target_because}; --target names another"
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
-    yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {preview.bits_per_weight:.3f} bits a quantized weight"
+    bits = f"{preview.bits_per_weight:.3f} bits a quantized weight of the MatMuls"
+    yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {bits}"
     for plan in preview.embeddings:
         shared = "" if plan.shared_with is None else f", shared with {plan.shared_with}"
         yield "embedding", f"{plan.table.weight}: {plan.label}, {plan.format_bytes / 1e6:,.1f} MB{shared}"

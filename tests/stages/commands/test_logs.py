@@ -109,13 +109,13 @@ def test_lines_of_progress_are_for_what_is_no_terminal(terminal: bool, tmp_path:
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
-        ("genai-quant quantize", "run genai-quant calibrate again; /tmp/stages.quantize/x stays"),
-        ("python -m stages.quantize", "run python -m stages.calibrate again; /tmp/stages.quantize/x stays"),
+        ("genai-quant quantize", "run genai-quant calibrate, genai-quant export; /tmp/stages.quantize/x stays"),
+        ("python -m stages.quantize", "run python -m stages.calibrate, python -m export; /tmp/stages.quantize/x stays"),
     ],
 )
 def test_commands_are_spelled_as_the_program_was_called(program: str, expected: str, tmp_path: Path) -> None:
     with said(OutputOptions(log_file=tmp_path / "log"), program=program) as shown:
-        OURS.info("run stages.calibrate again; /tmp/stages.quantize/x stays")
+        OURS.info("run stages.calibrate, python -m export; /tmp/stages.quantize/x stays")
     assert shown.lines == [expected]
     assert expected in (tmp_path / "log").read_text()
 
