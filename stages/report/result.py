@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -23,6 +24,8 @@ from stages.system.paths import from_here, shell_line
 if TYPE_CHECKING:
     from export.run import QuantizedModel
 
+_TEXTS = MappingProxyType({"code": "Python source", "notices": "licence texts", "offline": "Python's documentation"})
+"""What the built-in texts are."""
 _WIDTH = 80
 _FRAME = 4
 """Columns of a panel's border and padding."""
@@ -56,7 +59,7 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
     base, folder = from_here(config.onnx_path), from_here(config.output_path)
     commands: list[tuple[str, tuple[object, ...]]] = [
-        ("evaluate", ("evaluate", "--base", base, "--model", folder)),
+        ("evaluate", ("evaluate", base, folder)),
         ("inspect", ("inspect", folder)),
     ]
     if (made.folder / GENAI_CONFIG).is_file():
@@ -108,6 +111,8 @@ def _measured(evaluation: EvaluationSummary | None) -> Iterator[tuple[str, str]]
             f"KL {one.divergence:.3f}, perplexity {one.base_perplexity:.2f} -> {one.perplexity:.2f}, "
             f"same top-1 {one.same_top1:.1%}",
         )
+    if known := [f"{one.text}: {_TEXTS[one.text]}" for one in evaluation.texts if one.text in _TEXTS]:
+        yield "texts", "; ".join(known)
     if (speed := evaluation.speed) is not None:
         faster = speed.decode / speed.base_decode
         yield "decoding", f"{speed.base_decode:.1f} -> {speed.decode:.1f} tokens/s ({faster:.1f}x)"
