@@ -73,12 +73,12 @@ def test_a_model_that_cannot_run_is_one_sentence(tiny_model: Path, tmp_path: Pat
 
 
 def test_the_accuracy_level_is_that_of_the_model(commands: Commands, tiny_model: Path, tmp_path: Path) -> None:
-    assert describe_accuracy_level(locate_model(tiny_model)) == "none: nothing is quantized"
+    assert describe_accuracy_level(locate_model(tiny_model)) == "none (nothing is quantized)"
     common = ["--onnx_path", tiny_model, "--algo", "rtn_dq", "--block_size", 32]
     variants = {
-        "silent": ([], "4, ONNX Runtime's default on the CPU"),
-        "exact": (["--accuracy_level", 1], "1, by its genai_config.json"),
-        "nodes": (["--accuracy_level", 1, "--weight_operator", "matmul_nbits"], "1, by its MatMulNBits nodes"),
+        "silent": ([], "4 (ONNX Runtime's default on the CPU)"),
+        "exact": (["--accuracy_level", 1], "1 (by its genai_config.json)"),
+        "nodes": (["--accuracy_level", 1, "--weight_operator", "matmul_nbits"], "1 (by its MatMulNBits nodes)"),
     }
     for name, (options, words) in variants.items():
         code, printed = commands.quantize(*common, "--output_path", tmp_path / name, *options)
