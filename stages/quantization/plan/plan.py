@@ -365,8 +365,10 @@ def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], s
     if config.target_bpw is not None:
         budget = BitsBudget(bits_per_weight=config.target_bpw)
     else:
+        typed = (config.target_size or "").strip()
         budget = SizeBudget(
-            num_bytes=parse_size(config.target_size or "", "--target_size"),
+            typed=typed,
+            num_bytes=parse_size(typed, "--target_size"),
             fixed_bytes=size.fixed_bytes([each.site for each in candidates]),
             cost=lambda each, label: size.site_bytes(each.site, each.formats[label]),
         )
