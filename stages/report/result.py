@@ -15,6 +15,7 @@ from rich.text import Text
 from export.card.record import EvaluationSummary, summarize_evaluations
 from stages.commands.output import Section, as_called
 from stages.commands.quantize_options import QuantizeConfig
+from stages.evaluation.texts import CONTENTS
 from stages.model.genai_config import GENAI_CONFIG
 from stages.quantization.weights.store import REPORT_FOLDER
 from stages.report.document import REPORT_HTML
@@ -108,6 +109,9 @@ def _measured(evaluation: EvaluationSummary | None) -> Iterator[tuple[str, str]]
             f"KL {one.divergence:.3f}, perplexity {one.base_perplexity:.2f} -> {one.perplexity:.2f}, "
             f"same top-1 {one.same_top1:.1%}",
         )
+    contents = [f"{one.text}: {CONTENTS[one.text]}" for one in evaluation.texts if one.text in CONTENTS]
+    if contents:
+        yield "", "; ".join(contents)
     if (speed := evaluation.speed) is not None:
         faster = speed.decode / speed.base_decode
         yield "decoding", f"{speed.base_decode:.1f} -> {speed.decode:.1f} tokens/s ({faster:.1f}x)"
