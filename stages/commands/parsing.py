@@ -166,8 +166,8 @@ class Target:
 
     runtime: Runtime
     release: Release
-    assumed: bool = False
-    """Whether nobody named the release."""
+    release_because: str = ""
+    """Why it is this release, where nobody named one."""
 
     @property
     def label(self) -> str:
@@ -177,15 +177,17 @@ class Target:
     @property
     def about_release(self) -> str:
         """Say what a person should know about the release whose rules are used; often nothing."""
-        if self.assumed:
-            return "the newest release known; --target runtime@version names another"
+        if self.release_because:
+            return f"{self.release_because}; --target runtime@version names another"
         if self.release > _NEWEST:
             return f"newer than any known: the rules of {_NEWEST[0]}.{_NEWEST[1]} are assumed"
         return ""
 
 
 def parse_target(text: str) -> Target:
-    """Return the target that ``cpu``, ``cuda@1.24`` or ``dml@1.24.1`` names; without a version the newest release.
+    """Return the target that ``cpu``, ``cuda@1.24`` or ``dml@1.24.1`` names.
+
+    Without a version it is the installed release of ONNX Runtime, or the newest known where the rules don't know that.
 
     Raises:
         OptionError: the runtime is unknown, the version is invalid, or older than any that fuses INT4.
@@ -195,7 +197,7 @@ def parse_target(text: str) -> Target:
     if runtime is None:
         raise OptionError(f"--target {text}: '{name}' is not one of auto, any, {', '.join(_RUNTIMES)}.")
     if not separator:
-        return Target(runtime=runtime, release=_NEWEST, assumed=True)
+        return _unnamed_release(runtime)
     match = _VERSION.fullmatch(version)
     if match is None:
         raise OptionError(f"--target {text}: '{version}' is not a version of ONNX Runtime such as 1.24 or 1.24.1.")
@@ -205,3 +207,13 @@ def parse_target(text: str) -> Target:
             f"--target {text}: no release before {_OLDEST[0]}.{_OLDEST[1]} fuses INT4; name that one or a later one."
         )
     return Target(runtime=runtime, release=release)
+
+
+def _unnamed_release(runtime: Runtime) -> Target:
+    import onnxruntime  # here, since most commands parse no target
+
+    match = _VERSION.match(onnxruntime.__version__)
+    installed = None if match is None else (int(match[1]), int(match[2]))
+    if installed in RELEASES:
+        return Target(runtime=runtime, release=installed, release_because="installed here")
+    return Target(runtime=runtime, release=_NEWEST, release_because="the newest known")

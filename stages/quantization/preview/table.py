@@ -179,7 +179,7 @@ def _whole(preview: Preview) -> FactTable:
 
 def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     if preview.target_because:
-        yield "target", f"{preview.target}: {preview.target_because}; --target chooses another"
+        yield "target", f"{preview.target}: {preview.target_because}; choose another with --target"
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
     yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB"
     yield "bits", f"{preview.bits_per_weight:.3f} a weight of the quantized MatMuls; embeddings aren't counted"

@@ -106,5 +106,5 @@ def test_what_the_target_decided_stands_first() -> None:
     shown = _shown(PREVIEW)
     assert shown[0] == "formats for cpu@1.32"
     assert "--lm_head 8 it is fast" in shown
-    assert "target cpu@1.32: the base names no other; --target chooses another" in shown
+    assert "target cpu@1.32: the base names no other; choose another with --target" in shown
     assert _shown(replace(PREVIEW, formats=(), target_because=""))[0].startswith("awq_lite INT4 block 32")
