@@ -76,6 +76,18 @@ def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
     return replace(made, folder=directory.folder, onnx_file=onnx_file, weights=config.weights_folder, export=export)
 
 
+def was_made_otherwise(config: QuantizeConfig) -> bool:
+    """Return whether an earlier run made the output, with other options than ``config`` or from another base.
+
+    Raises:
+        UserError: the base can't be read.
+    """
+    finished = read_json(_file(config.weights_folder, config.output_path), _OUTPUTS)
+    if finished is None or finished.made is None:
+        return False
+    return finished.options != _digest(config, fingerprint_model(locate_model(config.onnx_path)))
+
+
 def remember_export(config: ExportConfig, onnx_file: Path) -> None:
     """Keep among the weights that exactly ``config`` wrote ``onnx_file``; log a warning where that can't be."""
     _remember(config.weights_path, onnx_file, _export_digest(config))

@@ -201,11 +201,22 @@ def check_before_calibration(config: QuantizeConfig) -> None:
 
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
     """Return where the model goes, once both places and the device can be used."""
+    from export.finished import was_made_otherwise
     from export.run import Destination
-    from stages.system.atomic import require_creatable
+    from stages.model.load import parse_graph
+    from stages.model.unquantized import require_float_base
+    from stages.system.atomic import is_occupied, require_creatable
     from stages.system.hardware import choose_device
 
     choose_device(config.device)
+    if is_occupied(config.output_path) and not config.overwrite:
+        # The base and the output may have been swapped.
+        require_float_base(parse_graph(directory), directory)
+        if was_made_otherwise(config):
+            raise UserError(
+                f"--output_path {config.output_path} already exists, made with other options or from another base (its "
+                "README.md says how); choose another path or pass --overwrite to replace it."
+            )
     destination = Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
     require_creatable(config.weights_folder, option="--weights_path")
     destination.require_apart_from(config.weights_folder, "the quantized weights")
