@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from stages.commands.help import HELP, HELP_ALL, Option, help_text, options_of
+from stages.commands.output import write_out
 from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
@@ -54,7 +55,7 @@ def parse_options(
     given = list(sys.argv[1:] if arguments is None else arguments)
     if any(word in (*HELP, *HELP_ALL) for word in given):
         whole = any(word in HELP_ALL for word in given)
-        print(help_text(options_type, program, whole=whole, positional=positional))  # noqa: T201 - the answer itself
+        write_out(help_text(options_type, program, whole=whole, positional=positional) + "\n")
         sys.exit(0)
     given = name_bare_words(given, options_type, positional)
     try:
