@@ -100,6 +100,9 @@ def test_a_run_that_was_stopped_behind_its_output_finds_it_finished(
     code, printed = call(*arguments)
     assert (code, "stopped is there already" in printed) == (0, True), printed
     assert (folder / "stopped.weights" / "report" / "report.html").is_file()
+    (folder / "stopped" / "tokenizer.json").unlink()
+    code, printed = call(*arguments)
+    assert (code, "already exists" in printed) == (2, True), printed
 
 
 def test_a_quantized_base_is_refused(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
