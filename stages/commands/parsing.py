@@ -152,7 +152,8 @@ def _flags(options_type: type) -> dict[str, bool]:
         if dataclasses.is_dataclass(hint):
             found |= _flags(cast(type, hint))
         else:
-            found |= {name: hint is bool, f"no_{name}": True} if hint is bool else {name: False}
+            is_flag = hint in (bool, bool | None)
+            found |= {name: True, f"no_{name}": True} if is_flag else {name: False}
     return found
 
 

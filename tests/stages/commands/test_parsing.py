@@ -31,6 +31,8 @@ class _Config(_Paths, CommandOptions):
     """A number."""
     patterns: str = ""
     """Any text."""
+    maybe: bool | None = None
+    """Yes, no, or undecided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
         ("--cache_dir in 5", "--cache_dir in --first 5"),
         ("--unknown x in", "--unknown x --cache_dir in"),
         ("in -5", "--cache_dir in -5"),
+        ("--no_maybe in 5", "--no_maybe --cache_dir in --first 5"),
+        ("--maybe in 5", "--maybe --cache_dir in --first 5"),
     ],
 )
 def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:
