@@ -90,7 +90,16 @@ def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = Fal
         quiet: print no tables.
         verbose: print details too.
     """
-    return JsonOutput(command, sys.stdout.write) if as_json else TablePrinter(Console(quiet=quiet), verbose, command)
+    return JsonOutput(command, write_out) if as_json else TablePrinter(Console(quiet=quiet), verbose, command)
+
+
+def write_out(text: str) -> None:
+    """Write to standard output at once; leave as rich does where its reader has left (``| head``)."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        Console().on_broken_pipe()
 
 
 def as_called(text: str, program: str) -> str:

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from stages.commands.help import HELP, HELP_ALL, Option, help_text, options_of
+from stages.commands.output import write_out
 from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
@@ -54,10 +55,10 @@ def parse_options(
     given = list(sys.argv[1:] if arguments is None else arguments)
     if any(word in (*HELP, *HELP_ALL) for word in given):
         whole = any(word in HELP_ALL for word in given)
-        print(help_text(options_type, program, whole=whole, positional=positional))  # noqa: T201 - the answer itself
+        write_out(help_text(options_type, program, whole=whole, positional=positional) + "\n")
         sys.exit(0)
-    given = name_bare_words(given, options_type, positional)
     try:
+        given = name_bare_words(given, options_type, positional)
         _refuse_typos(options_of(options_type), program, given, positional)
     except OptionError as error:
         leave_with(error)
@@ -122,12 +123,20 @@ def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequenc
         arguments: the words of a command line.
         options_type: a dataclass whose options take one value each, or none.
         names: options that a bare word may be the value of, in this order.
+
+    Raises:
+        OptionError: there are more bare words than ``names`` that aren't given.
     """
     flags = _flags(options_type)
     given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
     left, named, is_value = [name for name in names if name not in given], list[str](), False
     for word in arguments:
-        if not is_value and not word.startswith("-") and left:
+        if names and not is_value and not word.startswith("-"):
+            if not left:
+                taken = " and ".join(f"--{name}" for name in names)
+                raise OptionError(
+                    f"{word}: {taken} are given already; leave the word out, or write its option before it."
+                )
             named.append(f"--{left.pop(0)}")
         named.append(word)
         option, equals, _ = word[2:].partition("=")
@@ -143,7 +152,8 @@ def _flags(options_type: type) -> dict[str, bool]:
         if dataclasses.is_dataclass(hint):
             found |= _flags(cast(type, hint))
         else:
-            found |= {name: hint is bool, f"no_{name}": True} if hint is bool else {name: False}
+            is_flag = hint in (bool, bool | None)
+            found |= {name: True, f"no_{name}": True} if is_flag else {name: False}
     return found
 
 

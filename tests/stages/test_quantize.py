@@ -90,6 +90,24 @@ def test_another_text_is_one_sentence(call: Call, folder: Path, commands: Comman
     assert "part of the same run" not in printed, "a cache that is there is used, whatever its text"
 
 
+def test_a_run_that_was_stopped_behind_its_output_finds_it_finished(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("--algo", "rtn_dq", "--output_path", "stopped", "--verify", "off")
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.quantize._write_report", stop)
+        assert call(*arguments)[0] == 130
+    code, printed = call(*arguments)
+    assert (code, "stopped is there already" in printed) == (0, True), printed
+    assert (folder / "stopped.weights" / "report" / "report.html").is_file()
+    (folder / "stopped" / "tokenizer.json").unlink()
+    code, printed = call(*arguments)
+    assert (code, "already exists" in printed) == (2, True), printed
+
+
 def test_models_that_are_swapped_or_there_already_are_named(
     tiny_model: Path, tmp_path: Path, commands: Commands, caplog: pytest.LogCaptureFixture
 ) -> None:

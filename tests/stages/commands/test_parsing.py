@@ -31,6 +31,8 @@ class _Config(_Paths, CommandOptions):
     """A number."""
     patterns: str = ""
     """Any text."""
+    maybe: bool | None = None
+    """Yes, no, or undecided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,17 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
         ("--cache_dir in 5", "--cache_dir in --first 5"),
         ("--unknown x in", "--unknown x --cache_dir in"),
         ("in -5", "--cache_dir in -5"),
-        ("in 5 more", "--cache_dir in --first 5 more"),
+        ("--no_maybe in 5", "--no_maybe --cache_dir in --first 5"),
+        ("--maybe in 5", "--maybe --cache_dir in --first 5"),
     ],
 )
 def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:
     assert name_bare_words(typed.split(), _Config, ("cache_dir", "first")) == meant.split()
+
+
+def test_a_bare_word_too_many_is_refused() -> None:
+    with pytest.raises(OptionError, match="more: --cache_dir and --first are given already"):
+        name_bare_words(["place", "more", "--first", "4"], _Config, ("cache_dir", "first"))
 
 
 @pytest.mark.parametrize("asked", ["-h", "--help", "--help_all", "--help-all"])
