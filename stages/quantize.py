@@ -214,6 +214,7 @@ def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destinati
     from stages.system.hardware import choose_device
 
     choose_device(config.device)
+    require_creatable(config.output_path, option="--output_path")
     if is_occupied(config.output_path) and not config.overwrite:
         # The base and the output may have been swapped.
         require_float_base(parse_graph(directory), directory)
