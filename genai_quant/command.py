@@ -18,7 +18,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.help import HELP, HELP_ALL, first_sentence, listing
 from stages.commands.options import CommandOptions, RunConfig
-from stages.commands.output import Section, write_out
+from stages.commands.output import Section, as_called, write_out
 from stages.commands.parsing import leave_with, parse_options, suggestion
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
@@ -33,7 +33,7 @@ _DESCRIPTION = (
 )
 _EXAMPLES = (
     "quantize models/base models/int4",
-    "evaluate --base models/base --model models/int4",
+    "evaluate models/base models/int4",
     "inspect models/int4",
 )
 
@@ -107,15 +107,16 @@ def main(program: str = PROGRAM) -> None:
         fix = suggestion(first, COMMANDS, f"choose from {', '.join(COMMANDS)}.")
         leave_with(UserError(f"{program} has no command {first}; {fix}"))
     kind, command = COMMANDS[first]
-    positional = quantize.POSITIONAL if kind is QuantizeConfig else ()
-    options = parse_options(kind, f"{program} {first}", arguments[1:], positional)
+    options = parse_options(kind, f"{program} {first}", arguments[1:])
     run_parsed(options, command, f"{program} {first}")
 
 
 def _help(program: str) -> str:
-    commands = {name: first_sentence(kind) for name, (kind, _) in COMMANDS.items()}
+    commands = {name: as_called(first_sentence(kind), program) for name, (kind, _) in COMMANDS.items()}
     options = {"-h, --help": "Show this help.", "--version": "Print the version."}
     examples = (f"  {program} {example}" for example in _EXAMPLES)
     lines = [f"usage: {program} COMMAND [options]", "", *_DESCRIPTION, "", "examples:", *examples]
     lines += ["", "commands:", *listing(commands), "", "options:", *listing(options)]
-    return "\n".join([*lines, "", f"{program} COMMAND --help explains the options of a command."])
+    return "\n".join(
+        [*lines, "", f"{program} COMMAND --help explains the options of a command, --help_all all of them."]
+    )

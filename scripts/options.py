@@ -166,6 +166,7 @@ class DropInConfig(QuantizeConfig, CalibrateConfig):
         "--onnx_path models/base --output_path models/int4 --calib_size 32",
         "--onnx_path models/base --output_path models/int4 --dry_run",
     )
+    positional: ClassVar[tuple[str, ...]] = ()
 
     algo: Algorithm = "awq_lite"
     dataset: str | None = "cnn"

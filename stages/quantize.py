@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from stages.system.distributed import Processes
 
 _LOGGER = logging.getLogger(__name__)
-POSITIONAL = ("onnx_path", "output_path")
-"""Options whose names may be left out: stages.quantize BASE OUTPUT."""
 
 
 def command(config: QuantizeConfig) -> Iterator[Section]:
@@ -291,4 +289,4 @@ def _write_report(store: QuantizedStore, base: ModelDirectory, graph: ir.Model, 
 
 
 if __name__ == "__main__":
-    run_command(QuantizeConfig, command, "python -m stages.quantize", POSITIONAL)
+    run_command(QuantizeConfig, command, "python -m stages.quantize")

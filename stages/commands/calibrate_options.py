@@ -73,13 +73,14 @@ class TextOptions(CommandOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(TextOptions):
-    """Run the base model once per batch and cache the statistics that stage two searches with."""
+    """Run the base model once per batch and cache the statistics that stages.quantize searches with."""
 
     examples: ClassVar[tuple[str, ...]] = (
-        "--onnx_path models/base",
-        "--onnx_path models/base --dataset offline --calib_size 32",
-        "--onnx_path models/base --dataset notes.txt,offline",
+        "models/base",
+        "models/base --dataset offline --calib_size 32",
+        "models/base --dataset notes.txt,offline",
     )
+    positional: ClassVar[tuple[str, ...]] = ("onnx_path",)
 
     onnx_path: Path
     """Base model: the .onnx file or the ORT-GenAI folder that holds it."""

@@ -68,10 +68,11 @@ class EvaluateConfig(CommandOptions):
     """
 
     examples: ClassVar[tuple[str, ...]] = (
-        "--base models/base --model models/int4",
-        "--base models/base --model models/int4 models/int8 --speed",
-        "--base models/base --model models/int4 --generate 'What is ONNX?'",
+        "models/base models/int4",
+        "models/base models/int4 models/int8 --speed",
+        "models/base models/int4 --generate 'What is ONNX?'",
     )
+    positional: ClassVar[tuple[str, ...]] = ("base", "model")
 
     base: Path
     """Base model: the .onnx file or its folder. Its tokenizer is used for all models."""

@@ -25,7 +25,8 @@ _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": (
             "source", "onnx_path", "output_path", "base", "model", "path", "config", "report", "output",
-            "shape", "layers", "precision", "execution_provider", "prompt", "max_new_tokens",
+            "shape", "layers", "precision", "execution_provider", "prompt", "system",
+            "max_new_tokens", "temperature",
             "compare", "benchmark", "families", "times", "title", "overwrite", "dry_run",
         ),
         "text": ("dataset", "calib_size", "seq_len", "text", "windows", "generate", "lm_eval_tasks"),
@@ -42,7 +43,9 @@ _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )  # fmt: skip
 """The options that --help shows, in its order; all others are advanced."""
-_BARE_WORDS: Mapping[str, str] = MappingProxyType({"onnx_path": "BASE", "output_path": "OUTPUT"})
+_BARE_WORDS: Mapping[str, str] = MappingProxyType(
+    {"onnx_path": "BASE", "output_path": "OUTPUT", "base": "BASE", "model": "MODEL [...]"}
+)
 """What stands for options whose names may be left out."""
 _NAMES_WIDTH, _WIDEST = 24, 100
 _FEW = 12
@@ -143,22 +146,19 @@ def options_of(options_type: type) -> tuple[Option, ...]:
     return tuple(found)
 
 
-def help_text(
-    options_type: type, program: str, *, whole: bool, positional: Sequence[str] = (), width: int | None = None
-) -> str:
+def help_text(options_type: type, program: str, *, whole: bool, width: int | None = None) -> str:
     """Return the help of a command.
 
     Args:
-        options_type: the dataclass of its options, whose docstring says what it does and whose ``examples`` hold the
-            words behind ``program``.
+        options_type: the dataclass of its options, whose docstring says what it does, whose ``examples`` hold the
+            words behind ``program``, and whose ``positional`` are the options whose names may be left out.
         program: what people type.
         whole: show every option, and all that is known of each.
-        positional: options whose names may be left out.
         width: columns of the terminal; None: as many as it has.
     """
     width = min(width or shutil.get_terminal_size().columns, _WIDEST)
-    options = options_of(options_type)
-    what = " ".join((options_type.__doc__ or "").split())
+    options, positional = options_of(options_type), getattr(options_type, "positional", ())
+    what = as_called(" ".join((options_type.__doc__ or "").split()), program)
     lines = [*wrapped(_usage(options, program, positional), width), "", *wrapped(what, width)]
     examples: tuple[str, ...] = getattr(options_type, "examples", ())
     if examples:
@@ -170,7 +170,8 @@ def help_text(
             lines += ["", f"{group}:"]
             for option in members:
                 lines += _beside(option.spelled(positional), as_called(option.explained(whole=whole), program), width)
-    if not whole:
+    shortened = any(option.explained(whole=True) != option.explained(whole=False) for option in options)
+    if not whole and (hidden or shortened):
         more = f", and {len(hidden)} more" if hidden else ""
         lines += ["", *wrapped(f"{program} --help_all explains these options in full{more}.", width)]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from stages.commands import progress
 from stages.commands.options import OutputOptions
-from stages.commands.output import as_called
+from stages.commands.output import as_called, print_message
 from stages.errors import UserError
 
 _OURS = ("genai_quant", "stages", "export", "scripts", "__main__")
@@ -25,7 +25,7 @@ _FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records on a console, above its progress bars, unwrapped so that lines can be copied.
+    """Prints records on a console, above its progress bars.
 
     Lines about progress are left out on a terminal, where bars show it.
     """
@@ -42,7 +42,7 @@ class ConsoleHandler(logging.Handler):
         label, style = _LABELS.get(record.levelno, ("", ""))
         ours = record.name.partition(".")[0] in _OURS
         text = Text.assemble((label, style), "" if ours else f"{record.name}: ", self.format(record))
-        self._console.print(text, highlight=False, soft_wrap=True)
+        print_message(self._console, text)
 
 
 class _AsCalled(logging.Formatter):

@@ -60,7 +60,8 @@ class OutputOptions:
     quiet: Flag = False
     """Print only warnings and errors; exit codes stay the same."""
     verbose: Flag = False
-    """Print details too: the worst tokens, tables of single layers, commands that make a model of a sweep again."""
+    """Print details too, where a command has any: worst tokens, tables of single layers, commands of a sweep, all
+    runtimes."""
     json: Flag = False
     """Print the results as one JSON document on standard output, in place of tables."""
     log_level: LogLevel = "info"
@@ -73,6 +74,9 @@ class OutputOptions:
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions:
     """The options that every command has."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Options whose names may be left out, in this order."""
 
     printing: Annotated[OutputOptions, tyro.conf.arg(name="")] = OutputOptions()
     """The empty name puts these options among the others."""

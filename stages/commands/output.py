@@ -11,12 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import to_json
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 FORMAT = 1
 """Version of the JSON document: as long as it stays, so do the keys and their meaning."""
-_COMMAND = re.compile(r"(?<![\w./\\-])(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)\b")
+_COMMAND = re.compile(
+    r"(?<![\w./\\-])"
+    r"(?:(?:python -m )?stages\.(calibrate|quantize|chat|evaluate|sweep|inspect|report)|python -m (export))\b"
+)
+_UNBROKEN = re.compile(r"(?<=: )(?:genai-quant|python -m) .*$|\S+")
+"""What stays in one line of a message: a command at its end, any word."""
 _FILE_WIDTH = 120
 """Columns where there is no terminal."""
 
@@ -105,10 +111,26 @@ def write_out(text: str) -> None:
 def as_called(text: str, program: str) -> str:
     """Return ``text`` with our commands, which messages call ``stages.NAME``, spelled as ``program`` was called.
 
-    ``genai-quant NAME`` where ``program`` begins with genai-quant, else ``python -m stages.NAME``.
+    ``genai-quant NAME`` where ``program`` begins with genai-quant, else ``python -m stages.NAME``. Messages call export
+    ``python -m export``.
     """
-    spelled = r"genai-quant \1" if program.startswith("genai-quant") else r"python -m stages.\1"
-    return _COMMAND.sub(spelled, text)
+    if not program.startswith("genai-quant"):
+        return _COMMAND.sub(lambda found: found[0] if found[2] else f"python -m stages.{found[1]}", text)
+    return _COMMAND.sub(lambda found: f"genai-quant {found[1] or found[2]}", text)
+
+
+def print_message(console: Console, message: Text) -> None:
+    """Print a message: on a terminal in lines that break between words, elsewhere in one.
+
+    A command at its end and words such as paths stay whole, so that they can be copied.
+    """
+    breaks, start = list[int](), 0
+    for word in _UNBROKEN.finditer(message.plain) if console.is_terminal else ():
+        if start < word.start() and cell_len(message.plain[start : word.end()]) > console.width:
+            breaks.append(start := word.start())
+    for line in message.divide(breaks):
+        line.rstrip()
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def unwrapped(text: str) -> Text:

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal, NoReturn, TypeVar, cast, get_args, get_type_hints
+from typing import Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from stages.commands.help import HELP, HELP_ALL, Option, help_text, options_of
-from stages.commands.output import write_out
+from stages.commands.output import print_message, write_out
 from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
@@ -41,21 +42,19 @@ _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.\d+)?")
 Options = TypeVar("Options")
 
 
-def parse_options(
-    options_type: type[Options], program: str, arguments: Sequence[str] | None = None, positional: Sequence[str] = ()
-) -> Options:
+def parse_options(options_type: type[Options], program: str, arguments: Sequence[str] | None = None) -> Options:
     """Return a command line as ``options_type``; leave with the help text, or with code 2 and an error.
 
     Args:
-        options_type: a dataclass of options.
+        options_type: a dataclass of options; ``positional`` in it are those whose names may be left out.
         program: what people typed, for the help text.
         arguments: the words behind ``program``; None: those of ``sys.argv``.
-        positional: options whose names may be left out, in this order.
     """
+    positional: tuple[str, ...] = getattr(options_type, "positional", ())
     given = list(sys.argv[1:] if arguments is None else arguments)
     if any(word in (*HELP, *HELP_ALL) for word in given):
         whole = any(word in HELP_ALL for word in given)
-        write_out(help_text(options_type, program, whole=whole, positional=positional) + "\n")
+        write_out(help_text(options_type, program, whole=whole) + "\n")
         sys.exit(0)
     try:
         given = name_bare_words(given, options_type, positional)
@@ -68,7 +67,7 @@ def parse_options(
 
 def leave_with(error: UserError) -> NoReturn:
     """Print an error in the command line itself, and leave with code 2."""
-    Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    print_message(Console(stderr=True), Text(f"error: {error}"))
     sys.exit(2)
 
 
@@ -121,39 +120,48 @@ def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequenc
 
     Args:
         arguments: the words of a command line.
-        options_type: a dataclass whose options take one value each, or none.
+        options_type: a dataclass of options.
         names: options that a bare word may be the value of, in this order.
 
     Raises:
         OptionError: there are more bare words than ``names`` that aren't given.
     """
-    flags = _flags(options_type)
+    most_values = _most_values(options_type)
     given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
-    left, named, is_value = [name for name in names if name not in given], list[str](), False
+    left, named, values = [name for name in names if name not in given], list[str](), 0.0
     for word in arguments:
-        if names and not is_value and not word.startswith("-"):
-            if not left:
+        if values:
+            values -= 1
+            if not word.startswith("--") or values < math.inf:
+                named.append(word)
+                continue
+        if names and not word.startswith("-"):
+            if left:
+                named.append(f"--{left.pop(0)}")
+            elif most_values[names[-1]] < math.inf:
                 taken = " and ".join(f"--{name}" for name in names)
                 raise OptionError(
                     f"{word}: {taken} are given already; leave the word out, or write its option before it."
                 )
-            named.append(f"--{left.pop(0)}")
+            named.append(word)
+            continue
         named.append(word)
         option, equals, _ = word[2:].partition("=")
-        takes_value = not equals and not flags.get(option.replace("-", "_"), False)
-        is_value = word.startswith("--") and not is_value and takes_value
+        takes_values = word.startswith("--") and not equals
+        values = most_values.get(option.replace("-", "_"), 1.0) if takes_values else 0.0
     return named
 
 
-def _flags(options_type: type) -> dict[str, bool]:
-    """Return the options of a dataclass and of those in it, with whether each takes no value."""
-    found = {"help": True}
+def _most_values(options_type: type) -> dict[str, float]:
+    """Return the options of a dataclass and of those in it, with how many values each takes at most."""
+    found: dict[str, float] = {"help": 0.0}
     for name, hint in get_type_hints(options_type).items():
         if dataclasses.is_dataclass(hint):
-            found |= _flags(cast(type, hint))
+            found |= _most_values(cast(type, hint))
+        elif hint in (bool, bool | None):
+            found |= {name: 0.0, f"no_{name}": 0.0}
         else:
-            is_flag = hint in (bool, bool | None)
-            found |= {name: True, f"no_{name}": True} if is_flag else {name: False}
+            found[name] = math.inf if get_origin(hint) is tuple else 1.0
     return found
 
 

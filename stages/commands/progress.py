@@ -50,6 +50,8 @@ class _State:
     """Number of steps where the total is their cost; None where the total is their number."""
     done_before: int
     """Steps that an earlier run finished."""
+    keeps: str
+    """What a run that is stopped keeps, in the plural; empty where it keeps nothing."""
     done: int
     now: str = ""
     note: str = ""
@@ -77,6 +79,9 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        if isinstance(error, KeyboardInterrupt) and (running := [task for task in self._bars.tasks if task.remaining]):
+            kept = [task for task in running if _state(task).keeps]
+            error.add_note(_stopped((kept or running)[0]))
 
     def add_task(
         self,
@@ -86,6 +91,7 @@ class Progress:
         unit: str = "",
         steps: int | None = None,
         done: int = 0,
+        keeps: str = "",
     ) -> TaskID:
         """Begin a task of ``total``, which is None where it isn't known yet.
 
@@ -93,11 +99,19 @@ class Progress:
             description: the name of the work.
             total: the number of steps, or their cost.
             unit: what steps are called, in the plural.
-            steps: the number of steps where the total is their cost.
-            done: steps that an earlier run finished, where the total is their number.
+            steps: the number of steps where the total is the cost of those that aren't done yet.
+            done: steps that an earlier run finished.
+            keeps: what a run that is stopped keeps, in the plural.
         """
-        state = _State(unit=unit, total_steps=steps, done_before=done, done=done, logged_at=self._clock())
-        task = self._bars.add_task(description, total=total, completed=done, state=state)
+        state = _State(
+            unit=unit,
+            total_steps=steps,
+            done_before=done,
+            keeps=keeps,
+            done=done,
+            logged_at=self._clock(),
+        )
+        task = self._bars.add_task(description, total=total, completed=done if steps is None else 0, state=state)
         if total:
             self._log(self._task(task))
         return task
@@ -136,9 +150,9 @@ class Progress:
         if self._is_due(bar):
             self._log(bar)
 
-    def track(self, items: Sequence[T], *, description: str, unit: str = "") -> Iterator[T]:
-        """Yield ``items`` one by one; each is a step."""
-        task = self.add_task(description, total=len(items), unit=unit)
+    def track(self, items: Sequence[T], *, description: str, unit: str = "", keeps: str = "") -> Iterator[T]:
+        """Yield ``items`` one by one; each is a step. ``add_task`` explains the rest."""
+        task = self.add_task(description, total=len(items), unit=unit, keeps=keeps)
         for item in items:
             yield item
             self.advance(task)
@@ -200,7 +214,7 @@ class _BarsAndDetails(Bars):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the bars, and one line for each task that has details."""
-        yield _BarLines(tuple(self.tasks))
+        yield _BarLines(tuple(task for task in self.tasks if task.total != 0))
         for task in self.tasks:
             if (details := _details(task)) and not task.finished:
                 yield Text(f"  {details}", no_wrap=True, overflow="ellipsis")
@@ -287,13 +301,26 @@ def _details(task: Task) -> str:
     return ", ".join(filter(None, (state.now, state.note)))
 
 
+def _stopped(task: Task) -> str:
+    """Say how far a task came that Ctrl-C stopped, and what is kept of it."""
+    kept = _state(task).keeps
+    outcome = (
+        f"; finished {kept} are kept, run the same command again to continue."
+        if kept
+        else ", which are not kept; the same command begins this step anew."
+    )
+    return f"stopped at {task.description}: {_count(task)}{outcome}"
+
+
 def _line(task: Task) -> str:
     if task.finished:
         return ", ".join(
             filter(None, (f"{task.description}: {_count(task)} in {duration(_elapsed(task))}", _state(task).note))
         )
+    # Percents of a cost beside a count of steps would contradict it.
+    percent = f" ({_part(task):.0%})" if _state(task).total_steps is None else ""
     parts = (
-        f"{_count(task)} ({_part(task):.0%})",
+        f"{_count(task)}{percent}",
         _rate(task),
         _left(task),
         _details(task),

@@ -294,6 +294,7 @@ class QuantizeConfig(
         "models/base models/int4 --target_size 900MB",
         "models/base models/int4 --dry_run",
     )
+    positional: ClassVar[tuple[str, ...]] = ("onnx_path", "output_path")
 
     exclude: Annotated[str | None, tyro.conf.arg(metavar="PATTERNS")] = None
     """Comma-separated parts of the names of nodes to leave unquantized. Default: nothing, or lm_head where target is

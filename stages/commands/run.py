@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from rich.console import Console
+from rich.text import Text
 
 from stages.commands.logs import logging_to
 from stages.commands.options import CommandOptions
-from stages.commands.output import Output, Section, open_output
+from stages.commands.output import Output, Section, open_output, print_message
 from stages.commands.parsing import parse_options
 from stages.commands.progress import progress_on
 from stages.errors import UserError, in_one_line, sentence_of
@@ -25,18 +26,15 @@ _LOGGER = logging.getLogger(__name__)
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
-def run_command(
-    options_type: type[Options], command: Command[Options], program: str, positional: Sequence[str] = ()
-) -> None:
+def run_command(options_type: type[Options], command: Command[Options], program: str) -> None:
     """Parse ``sys.argv`` into ``options_type``, run ``command``, and leave with 0, 2 (bad input) or 130 (Ctrl-C).
 
     Args:
         options_type: the dataclass of the command's options.
         command: what to run; its sections are printed.
         program: what people typed, for the help text.
-        positional: options whose names may be left out.
     """
-    run_parsed(parse_options(options_type, program, positional=positional), command, program)
+    run_parsed(parse_options(options_type, program), command, program)
 
 
 def run_parsed(options: Options, command: Command[Options], program: str) -> None:
@@ -61,7 +59,7 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
         ):
             code = _run(options, command, output)
     except UserError as error:  # the log couldn't be opened
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        print_message(console, Text(f"error: {error}"))
         output.end(str(error))
         code = _BAD_INPUT
     if code:
@@ -84,9 +82,10 @@ def _run(options: Options, command: Command[Options], output: Output) -> int:
     except MemoryError as error:
         reason = in_one_line(error)
         return _bad_input(f"Not enough memory ({reason}); use smaller sizes or close other programs.", output)
-    except KeyboardInterrupt:
-        stopped = "stopped; what was finished is kept, run the same command again to continue."
-        _LOGGER.warning(stopped)
+    except KeyboardInterrupt as error:
+        otherwise = "stopped; the same command goes on after the last step that was finished."
+        stopped = next(iter(getattr(error, "__notes__", ())), otherwise)
+        _LOGGER.warning("%s", stopped)
         output.end(stopped)
         return _INTERRUPTED
     output.end(None)

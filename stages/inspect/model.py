@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +10,18 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from export.card.record import ModelRecord, read_record
-from stages.errors import GraphError
+from stages.commands.parsing import Runtime, parse_target
+from stages.errors import GraphError, OptionError
 from stages.inspect.files import FileReport, report_files
 from stages.inspect.float_weights import InputScaleMul, UnquantizedTensors, find_input_scales, find_unquantized
 from stages.inspect.quantized_weights import StoredWeight, find_quantized
-from stages.inspect.runtimes import FusedOn, RuntimeAnswer, fused_on, runtime_answers
+from stages.inspect.runtimes import SCALES, FusedOn, RuntimeAnswer, fused_on, runtime_answers
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import read_genai_config
 from stages.model.load import parse_graph
 from stages.model.sites import find_groups
+from stages.quantization.targets.choose import target_of_base
+from stages.quantization.targets.formats import ModelFacts
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _ONNX_DOMAIN = ("", "ai.onnx")
@@ -152,6 +155,8 @@ class ModelReport:
     configuration: ConfigurationReport
     record: ModelRecord | None = None
     """genai_quant.json; None where there is none."""
+    made_for: Runtime | None = None
+    """That ``record`` tells of; None where it doesn't."""
 
     @property
     def quantized_bytes(self) -> int:
@@ -169,6 +174,7 @@ def report_model(directory: ModelDirectory) -> ModelReport:
     found = find_quantized(model)
     opsets = {name or "ai.onnx": version for name, version in model.opset_imports.items()}
     configuration = report_configuration(directory, model)
+    record = read_record(directory.folder)
     return ModelReport(
         onnx_file=directory.onnx_file,
         producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
@@ -183,8 +189,24 @@ def report_model(directory: ModelDirectory) -> ModelReport:
         runtimes=runtime_answers(found.stored, configuration.accuracy_level),
         files=report_files(model, directory.onnx_file),
         configuration=configuration,
-        record=read_record(directory.folder),
+        record=record,
+        made_for=None if record is None else _made_for(record, directory, found.stored),
     )
+
+
+def _made_for(record: ModelRecord, directory: ModelDirectory, weights: Sequence[StoredWeight]) -> Runtime | None:
+    """Return the runtime that the formats were chosen for; None for any, or where that isn't known."""
+    asked = None if record.origin is None else str(record.origin.options.get("target", "auto"))
+    if asked in (None, "any"):
+        return None
+    if asked == "auto":
+        dtypes = frozenset(SCALES[each.scales] for each in weights if each.scales in SCALES)
+        target = target_of_base(directory, ModelFacts(dtypes=dtypes, in_features=frozenset())).target
+        return None if target is None else target.runtime
+    try:
+        return parse_target(asked).runtime
+    except OptionError:  # of a later version
+        return None
 
 
 def _open_sites(model: ir.Model) -> OpenSites | None:

@@ -9,12 +9,15 @@ from typing import NamedTuple
 from rich.console import Group, RenderableType
 
 from export.card.record import ModelRecord
+from stages.commands.output import as_called
+from stages.commands.parsing import Runtime
 from stages.commands.tables import Column, DataTable, FactTable
 from stages.evaluation.bench.results import results_table
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
 from stages.inspect.float_weights import general_kind, is_float
 from stages.inspect.model import ModelReport
 from stages.inspect.quantized_weights import StoredWeight
+from stages.inspect.runtimes import RuntimeAnswer
 from stages.quantization.weights.summary import ranges
 from stages.records.quantities import counted
 from stages.records.sites import layer_of
@@ -58,10 +61,17 @@ class _Format(NamedTuple):
     level: int | None
 
 
-def model_table(report: ModelReport) -> RenderableType:
-    """Return quantized weights by kind and format, the other tensors, and facts about the whole model."""
+def model_table(report: ModelReport, program: str = "", *, every_runtime: bool = True) -> RenderableType:
+    """Return quantized weights by kind and format, the other tensors, and facts about the whole model.
+
+    Args:
+        report: the model's.
+        program: what people typed: our commands are spelled in the same way.
+        every_runtime: say what each runtime has against the formats, also where the model was made for one of them.
+    """
     parts: list[RenderableType] = [_quantized(report)] if report.quantized else []
-    return Group(*parts, _unquantized(report), _facts(str(report.onnx_file), _model_facts(report)))
+    facts = _model_facts(report, None if every_runtime else report.made_for)
+    return Group(*parts, _unquantized(report), _facts(str(report.onnx_file), facts, program))
 
 
 def _quantized(report: ModelReport) -> DataTable:
@@ -137,7 +147,7 @@ def _size_and_part(size: int, total: int) -> tuple[str, str]:
     return _megabytes(size), f"{size / max(total, 1):.1%}"
 
 
-def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
+def _model_facts(report: ModelReport, only: Runtime | None) -> Iterator[tuple[str, str]]:
     yield "made by", report.producer or "unknown"
     if report.record is not None:
         yield from _record(report.record)
@@ -155,11 +165,20 @@ def _model_facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     if report.input_scales:
         first = report.input_scales[0]
         yield "input scales", f"{counted(len(report.input_scales), 'Mul node')} before MatMuls, such as {first.node}"
-    for answer in report.runtimes:
-        for sentence in answer.objections or ("no known problem",):
-            yield answer.runtime, sentence
+    yield from _runtimes(report.runtimes, only)
     yield from _files(report)
     yield from _configuration(report)
+
+
+def _runtimes(answers: Sequence[RuntimeAnswer], only: Runtime | None) -> Iterator[tuple[str, str]]:
+    """Yield what runtimes have against the formats; of all but ``only``, unless that is None, just whether."""
+    others = [answer for answer in answers if only not in (None, answer.runtime.partition("@")[0])]
+    for answer in answers:
+        if answer not in others:
+            for sentence in answer.objections or ("no known problem",):
+                yield answer.runtime, sentence
+    if troubled := [answer.runtime for answer in others if answer.objections]:
+        yield "other runtimes", f"not made for them; --verbose says what slows {', '.join(troubled)}"
 
 
 def _record(record: ModelRecord) -> Iterator[tuple[str, str]]:
@@ -237,9 +256,9 @@ def _configuration(report: ModelReport) -> Iterator[tuple[str, str]]:
     yield "tokenizer", found.tokenizer or "missing"
 
 
-def cache_table(report: CacheReport) -> RenderableType:
-    """Return facts about a calibration cache."""
-    return _facts(str(report.folder), _cache_facts(report))
+def cache_table(report: CacheReport, program: str = "") -> RenderableType:
+    """Return facts about a calibration cache; our commands are spelled as people typed ``program``."""
+    return _facts(str(report.folder), _cache_facts(report), program)
 
 
 def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
@@ -262,9 +281,15 @@ def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
         yield "DAMAGED", sentence
 
 
-def weights_table(report: WeightsReport, details: RenderableType | None) -> RenderableType:
-    """Return facts about quantized weights, and ``details``, the table of the search, where a group is finished."""
-    facts = _facts(str(report.folder), _weights_facts(report))
+def weights_table(report: WeightsReport, details: RenderableType | None, program: str = "") -> RenderableType:
+    """Return facts about quantized weights, and the table of the search.
+
+    Args:
+        report: the weights'.
+        details: that table; None where no group is finished.
+        program: what people typed: our commands are spelled in the same way.
+    """
+    facts = _facts(str(report.folder), _weights_facts(report), program)
     return facts if details is None else Group(facts, details)
 
 
@@ -304,8 +329,8 @@ def _sweep_facts(report: SweepReport) -> Iterator[tuple[str, str]]:
         yield "deleted", f"{len(report.deleted)}, but their records are here: {_named(report.deleted)}"
 
 
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> FactTable:
-    return FactTable(title=title, facts=tuple(rows))
+def _facts(title: str, rows: Iterable[tuple[str, str]], program: str = "") -> FactTable:
+    return FactTable(title=title, facts=tuple((name, as_called(text, program)) for name, text in rows))
 
 
 def _megabytes(size: int) -> str:

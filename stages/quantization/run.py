@@ -188,10 +188,16 @@ def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Pro
     processes.barrier()  # so that all share out the same groups
     costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
     mine = processes.my_share(costs)
+    done = len(store.recipe.groups) - len(unfinished)
+    if done and unfinished:
+        _LOGGER.info("search: %d of %d groups are there already.", done, len(store.recipe.groups))
+    done = done if processes.count == 1 else 0
     with progress_bar() as progress:
         unit = "groups" if processes.count == 1 else f"groups of this process, the first of {processes.count}"
-        task = progress.add_task("search", total=sum(costs[place] for place in mine), steps=len(mine), unit=unit)
         places, found = sorted(mine), list[SiteReport]()
+        cost = sum(costs[place] for place in places)
+        steps = done + len(places)
+        task = progress.add_task("search", total=cost, steps=steps, unit=unit, done=done, keeps="groups")
         for index, solved in solve_groups(solver, [store.recipe.groups[unfinished[place]] for place in places]):
             store.write(unfinished[places[index]], solved)
             found += solved.reports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     monkeypatch.setattr(GroupSolver, "solve_posed", stops_at_the_fourth)
     code, printed = commands.quantize(*arguments, "--output_path", resumed)
     assert code == 130
-    assert "run the same command again" in printed
+    assert re.search(r"warning: stopped at search: \d of 8 groups; finished groups are kept", printed)
     weights = tmp_path / "resumed.weights"
     assert len(list(weights.glob("*.safetensors"))) == 3
     assert not resumed.exists()
@@ -239,7 +240,9 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
         "solve_posed",
         lambda self, problem: (again.append(problem.group.activation), original(self, problem))[1],
     )
-    assert commands.quantize(*arguments, "--output_path", resumed)[0] == 0
+    code, printed = commands.quantize(*arguments, "--output_path", resumed)
+    assert code == 0
+    assert "search: 3 of 8 groups are there already.\nsearch: 3 of 8 groups\n" in printed
     assert not set(again) & set(solved)
     for name in ("model.onnx", "model.onnx.data"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()

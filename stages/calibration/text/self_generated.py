@@ -105,7 +105,8 @@ class TextGenerator:
     ) -> None:
         sampler = open_sampler(self.directory, self.providers, scripts, len(tokenizer))
         with progress_bar() as bar:
-            task = bar.add_task("the model writes", total=len(missing) * request.seq_len, unit="tokens")
+            tokens = len(missing) * request.seq_len
+            task = bar.add_task("the model writes", total=tokens, unit="tokens", keeps="windows")
             for batch in self._batches(missing, request.seq_len):
                 cast = [scripts[window % len(scripts)] for window in batch]
                 uniforms = _uniforms(request.seed, batch, request.seq_len)

@@ -207,7 +207,7 @@ def measure(
         progress: shows how many models are done.
         tidy: called after each run with the records so far.
     """
-    task = progress.add_task("sweep", total=len(runs), unit="models")
+    task = progress.add_task("sweep", total=len(runs), unit="models", keeps="models")
     records: dict[str, Record] = {}
     with explain_write_errors(run_folder.folder), _references(run_folder, runs, texts, progress) as references:
         for run in runs:

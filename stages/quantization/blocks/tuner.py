@@ -144,7 +144,9 @@ class BlockTuner:
         done = sum(self._is_finished(groups) for _, groups in blocks)
         with progress_bar() as progress:
             ticks = [self.step.ticks or len(groups) for _, groups in blocks]
-            task = progress.add_task(self.step.name, total=sum(ticks), unit="steps", done=sum(ticks[:done]))
+            task = progress.add_task(
+                self.step.name, total=sum(ticks), unit="steps", done=sum(ticks[:done]), keeps="layers"
+            )
             for block, groups in blocks:
                 progress.update(task, now=f"layer {block.layer}")
                 result = self._take(block, groups, inputs.shared, streams, lambda: progress.advance(task))

@@ -137,7 +137,7 @@ class SensitivityMeasure:
                 len(groups), windows.size, duration(seconds), self.cache.folder / FILE,
             )  # fmt: skip
             with progress_bar() as progress:
-                for group in progress.track(groups, description="sensitivity", unit="groups"):
+                for group in progress.track(groups, description="sensitivity", unit="groups", keeps="groups"):
                     measured[group.activation] = self._measure_group(group, trials, windows, base)
                     _write(self.cache.folder / FILE, _Measured(format=label, tokens=windows.size, groups=measured))
         return measured

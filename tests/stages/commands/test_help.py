@@ -11,7 +11,6 @@ from scripts import options as of_scripts
 from stages.commands.help import help_text, options_of
 from stages.commands.options import CommandOptions
 from stages.commands.parsing import parse_options
-from stages.quantize import POSITIONAL
 
 SCRIPTS = (
     of_scripts.LargeModelConfig,
@@ -23,13 +22,9 @@ SCRIPTS = (
 EVERY = [*(kind for kind, _ in COMMANDS.values()), *SCRIPTS]
 
 
-def positional_of(config: type) -> tuple[str, ...]:
-    return POSITIONAL if config is COMMANDS["quantize"][0] else ()
-
-
 @pytest.mark.parametrize("config", EVERY, ids=lambda config: config.__name__)
 def test_help_fits_two_screens_and_begins_with_three_examples_that_parse(config: type) -> None:
-    text = help_text(config, "genai-quant x", whole=False, positional=positional_of(config), width=80)
+    text = help_text(config, "genai-quant x", whole=False, width=80)
     lines = text.splitlines()
     assert len(lines) <= 100
     assert max(map(len, lines)) <= 80
@@ -38,7 +33,7 @@ def test_help_fits_two_screens_and_begins_with_three_examples_that_parse(config:
     assert len(examples) == 3
     assert lines.index("examples:") < 12
     for example in examples:
-        options: object = parse_options(config, "genai-quant x", shlex.split(example), positional_of(config))
+        options: object = parse_options(config, "genai-quant x", shlex.split(example))
         assert isinstance(options, CommandOptions)
         options.validate()
 
@@ -57,7 +52,7 @@ def test_all_help_has_every_option_and_the_whole_of_its_text(config: type) -> No
 
 
 def test_options_stand_in_groups_with_their_values_and_defaults() -> None:
-    text = help_text(COMMANDS["quantize"][0], "genai-quant quantize", whole=True, positional=POSITIONAL, width=80)
+    text = help_text(COMMANDS["quantize"][0], "genai-quant quantize", whole=True, width=80)
     groups = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert groups == ["examples", "model", "text", "formats", "search", "budget", "output", "advanced"]
     assert text.startswith("usage: genai-quant quantize BASE OUTPUT [options]\n")

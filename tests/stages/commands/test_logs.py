@@ -16,6 +16,7 @@ from stages.commands.logs import logging_to
 from stages.commands.options import OutputOptions
 from stages.errors import UserError
 
+COMMAND = "python -m stages.quantize --onnx_path models/base --output_path models/int4"
 OURS = logging.getLogger("stages.somewhere")
 ENTRY = logging.getLogger("__main__")
 THEIRS = logging.getLogger("a_library.module")
@@ -78,8 +79,22 @@ def test_the_first_process_speaks_for_all_but_errors_are_everyones(tmp_path: Pat
 
 def test_entry_points_are_ours_and_long_lines_are_not_cut() -> None:
     with said(OutputOptions()) as shown:
-        ENTRY.info("next: %s", "python -m stages.quantize --onnx_path models/base --output_path models/int4")
-    assert shown.lines == ["next: python -m stages.quantize --onnx_path models/base --output_path models/int4"]
+        ENTRY.info("next: %s", COMMAND)
+    assert shown.lines == [f"next: {COMMAND}"]
+
+
+def test_on_a_terminal_lines_break_between_words_and_paths_and_commands_stay_whole() -> None:
+    with said(OutputOptions(), terminal=True) as shown:
+        OURS.warning(
+            "the model is finished, but its report in /a/rather/long/folder/of/somebody/else is not: %s", COMMAND
+        )
+    assert shown.lines == [
+        "warning: the model is finished, but its",
+        "report in",
+        "/a/rather/long/folder/of/somebody/else",
+        "is not:",
+        COMMAND,
+    ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -94,13 +109,13 @@ def test_lines_of_progress_are_for_what_is_no_terminal(terminal: bool, tmp_path:
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
-        ("genai-quant quantize", "run genai-quant calibrate again; /tmp/stages.quantize/x stays"),
-        ("python -m stages.quantize", "run python -m stages.calibrate again; /tmp/stages.quantize/x stays"),
+        ("genai-quant quantize", "run genai-quant calibrate, genai-quant export; /tmp/stages.quantize/x stays"),
+        ("python -m stages.quantize", "run python -m stages.calibrate, python -m export; /tmp/stages.quantize/x stays"),
     ],
 )
 def test_commands_are_spelled_as_the_program_was_called(program: str, expected: str, tmp_path: Path) -> None:
     with said(OutputOptions(log_file=tmp_path / "log"), program=program) as shown:
-        OURS.info("run stages.calibrate again; /tmp/stages.quantize/x stays")
+        OURS.info("run stages.calibrate, python -m export; /tmp/stages.quantize/x stays")
     assert shown.lines == [expected]
     assert expected in (tmp_path / "log").read_text()
 

@@ -33,6 +33,8 @@ class _Config(_Paths, CommandOptions):
     """Any text."""
     maybe: bool | None = None
     """Yes, no, or undecided."""
+    many: tuple[str, ...] = ()
+    """Any texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
         ("in -5", "--cache_dir in -5"),
         ("--no_maybe in 5", "--no_maybe --cache_dir in --first 5"),
         ("--maybe in 5", "--maybe --cache_dir in --first 5"),
+        ("--many x y --cache_dir in 5", "--many x y --cache_dir in --first 5"),
+        ("in --many x --quiet 5", "--cache_dir in --many x --quiet --first 5"),
     ],
 )
 def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:

@@ -75,6 +75,25 @@ def test_very_slow_work_breaks_its_silence_at_the_next_sign_of_life(
     assert "20 s each" in lines.messages[-1]
 
 
+@pytest.mark.parametrize(
+    ("keeps", "words"),
+    [
+        ("groups", "stopped at search: 4 of 5 groups; finished groups are kept, run the same command again to "),
+        ("", "stopped at search: 4 of 5 groups, which are not kept; the same command begins this step anew."),
+    ],
+)
+def test_work_that_is_stopped_says_what_is_kept(keeps: str, words: str, clock: Clock) -> None:
+    def search() -> None:
+        with quiet(clock) as progress:
+            task = progress.add_task("search", total=10.0, steps=5, unit="groups", done=3, keeps=keeps)
+            progress.advance(task, 2.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        search()
+    assert stop.value.__notes__[0].startswith(words)
+
+
 def test_time_left_follows_the_cost_of_what_is_left_not_its_number(
     clock: Clock, lines: pytest.LogCaptureFixture
 ) -> None:
@@ -85,7 +104,7 @@ def test_time_left_follows_the_cost_of_what_is_left_not_its_number(
             clock.now += cost
             progress.advance(task, cost)
     halfway, end = lines.messages[-2:]
-    assert halfway == "search: 2 of 3 groups (20%), 10 s each, 1 min 20 s left"
+    assert halfway == "search: 2 of 3 groups, 10 s each, 1 min 20 s left"
     assert end == "search: 3 of 3 groups in 1 min 40 s"
 
 
@@ -153,6 +172,7 @@ def test_bars_stay_in_one_line_and_keep_their_counts(width: int, clock: Clock) -
 
 def test_the_bar_of_finished_work_stops_counting(clock: Clock) -> None:
     with quiet(clock) as progress:
+        progress.add_task("forecast", total=0, unit="groups")
         task = progress.add_task("search", total=4, unit="groups")
         clock.now += 8
         progress.advance(task, 4)

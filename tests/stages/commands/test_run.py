@@ -46,7 +46,7 @@ def test_a_command_that_succeeds_prints_its_tables(
         (
             KeyboardInterrupt(),
             130,
-            "warning: stopped; what was finished is kept, run the same command again to continue.",
+            "warning: stopped; the same command goes on after the last step that was finished.",
         ),
     ],
     ids=["bad input", "memory", "Ctrl-C"],

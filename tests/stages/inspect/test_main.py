@@ -32,7 +32,7 @@ def test_every_kind_of_folder_is_recognized(
     inspect: Inspect, tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
     output, sweep = tmp_path / "int4", tmp_path / "sweep"
-    given = ["--algo", "rtn_dq", "--block_size", 16]
+    given = ["--algo", "rtn_dq", "--block_size", 16, "--target", "auto"]
     made = commands.quantize("--onnx_path", tiny_model, "--output_path", output, "--verify", "off", *given)
     assert made[0] == 0, made[1]
     sweep.mkdir()
@@ -50,8 +50,14 @@ def test_every_kind_of_folder_is_recognized(
         code, printed = inspect(folder)
         assert code == 0, printed
         assert printed.count("\n") > 3
+    for more, is_told in ((), False), (("--verbose",), True):
+        code, printed = inspect(output, *more)
+        assert ("other runtimes" in printed, "WebGPU" in printed) == (not is_told, is_told), printed
+    found = inspection(inspect(output, "--json"))
+    assert found["made_for"] == "cpu"
+    assert len(found["runtimes"]) == 6  # type: ignore[arg-type]
     (first, *others) = inspection(inspect(output, "--json"))["quantized"]  # type: ignore[misc]
-    assert len(others) == 9
+    assert len(others) == 11
     assert first["operators"] == ["DequantizeLinear", "MatMul"]
     assert first["form"] == "DequantizeLinear -> MatMul"
 
