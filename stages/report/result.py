@@ -57,7 +57,7 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
     base, folder = from_here(config.onnx_path), from_here(config.output_path)
     commands: list[tuple[str, tuple[object, ...]]] = [
-        ("evaluate", ("evaluate", "--base", base, "--model", folder)),
+        ("evaluate", ("evaluate", base, folder)),
         ("inspect", ("inspect", folder)),
     ]
     if (made.folder / GENAI_CONFIG).is_file():

@@ -24,7 +24,7 @@ RESULT = Result(
     report=Path("models/int4.weights/report/report.html"),
     next=(
         ("chat", "stages.chat models/int4"),
-        ("evaluate", "stages.evaluate --base models/base --model models/int4"),
+        ("evaluate", "stages.evaluate models/base models/int4"),
         ("inspect", "stages.inspect models/int4"),
     ),
 )
@@ -45,7 +45,7 @@ def test_a_box_says_what_was_made_and_what_to_do_with_it() -> None:
     assert "on code    KL 0.131, perplexity 29.07 -> 32.56, same top-1 80.1%" in printed
     assert "code: Python source; notices: licence texts" in printed
     assert "27.0 -> 88.9 tokens/s (3.3x)" in printed
-    assert "genai-quant evaluate --base models/base --model models/int4\n" in printed
+    assert "genai-quant evaluate models/base models/int4\n" in printed
     assert "python -m stages.inspect models/int4" in "\n".join(shown(RESULT, "python -m stages.quantize"))
 
 
