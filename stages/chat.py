@@ -29,9 +29,10 @@ def command(config: ChatConfig) -> Iterator[Section]:
     """
     from stages.commands.progress import status
     from stages.runtime.conversation import Conversation
-    from stages.runtime.genai import cannot_run, open_genai
+    from stages.runtime.genai import cannot_run, open_genai, require_genai
 
     folder = config.model.parent if config.model.suffix == ".onnx" else config.model
+    require_genai([folder], _OPTION)
     with status(f"loading {folder.absolute().name}"):
         session = open_genai(folder, _OPTION)
     conversation = Conversation(

@@ -110,10 +110,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     from stages.commands.progress import status
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
+    from stages.model.directory import locate_model
     from stages.report.document import Report, read_report
 
     config.validate()
     document = Report() if config.report is None else read_report(config.report)
+    for path in (config.base, *config.model):
+        locate_model(path)  # what isn't there is said before anything is read
     with status("reading the models and the text"):
         prepared = prepare(config)
     found = run_evaluation(config, prepared, _earlier(config, document, prepared))

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from genai_quant.base_models.off_grid import move_off_grid
 from genai_quant.base_models.packaged_gguf import PACKAGED
 from stages.calibration.text.tokenizer import hub_reason, why_unreachable
+from stages.commands.parsing import suggestion
 from stages.errors import UserError
 
 _CONFIG = "config.json"
@@ -78,10 +79,11 @@ def find_checkpoint(source: str) -> Checkpoint:
             raise UserError(f"SOURCE {source} holds no {_CONFIG}; pass a Hugging Face folder or a .gguf file.")
         return FolderCheckpoint(folder=path.absolute())
     if path.suffix == ".gguf" or path.is_absolute() or source.count("/") != 1:
-        raise UserError(
-            f"SOURCE {source} does not exist; pass {', '.join(PACKAGED)}, a Hugging Face folder, a .gguf file, or "
-            "a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
+        otherwise = (
+            f"pass {', '.join(PACKAGED)}, a Hugging Face folder, a .gguf file, or a hub name such as "
+            "HuggingFaceTB/SmolLM2-135M-Instruct."
         )
+        raise UserError(f"SOURCE {source} does not exist; {suggestion(source, PACKAGED, otherwise)}")
     return HubCheckpoint(name=source)
 
 

@@ -27,6 +27,15 @@ _FILE_WIDTH = 120
 """Columns where there is no terminal."""
 
 
+class LastingConsole(Console):
+    """A console that falls silent where its reader goes away, as ``head`` does: the command's work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Send what is still written nowhere, so that Python's own flush at the end doesn't fail either."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """One result in two forms."""
@@ -96,7 +105,9 @@ def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = Fal
         quiet: print no tables.
         verbose: print details too.
     """
-    return JsonOutput(command, write_out) if as_json else TablePrinter(Console(quiet=quiet), verbose, command)
+    if as_json:
+        return JsonOutput(command, write_out)
+    return TablePrinter(LastingConsole(quiet=quiet), verbose, command)
 
 
 def write_out(text: str) -> None:

@@ -145,7 +145,7 @@ class _FormatOptions:
     """Inputs that share an INT8 scale: a power of two from 16 to 256, or channel for one scale per output channel.
     Default: what suits the target best, 128 on the CPU."""
     lm_head: LmHead | None = None
-    """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none), whatever exclude says. Default: what suits
+    """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none). It overrides exclude. Default: what suits
     the target best; with a budget, whatever serves it best."""
 
     @property

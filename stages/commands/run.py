@@ -13,7 +13,7 @@ from rich.text import Text
 
 from stages.commands.logs import logging_to
 from stages.commands.options import CommandOptions
-from stages.commands.output import Output, Section, open_output, print_message
+from stages.commands.output import LastingConsole, Output, Section, open_output, print_message
 from stages.commands.parsing import parse_options
 from stages.commands.progress import progress_on
 from stages.errors import UserError, in_one_line, sentence_of
@@ -47,7 +47,7 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
         command: what to run; its sections are printed.
         program: what people typed, in whose form messages spell our commands.
     """
-    console, is_first = Console(stderr=True), _is_first_process()
+    console, is_first = LastingConsole(stderr=True), _is_first_process()
     printing = options.printing
     silent = printing.quiet or not is_first
     output = open_output(program, as_json=printing.json and is_first, quiet=silent, verbose=printing.verbose)

@@ -138,7 +138,7 @@ class Evaluation:
             models.setdefault(row.accuracy_level or str(self.comparison.accuracy_level), []).append(row.name)
         if len(models) == 1:
             return f"accuracy level {next(iter(models))}"
-        return "accuracy level of " + ", of ".join(f"{' and '.join(names)} {level}" for level, names in models.items())
+        return "accuracy levels: " + "; ".join(f"{' and '.join(names)}: {level}" for level, names in models.items())
 
     def kept_from(self, earlier: Evaluation | None) -> Evaluation:
         """Return this evaluation with what an ``earlier`` one of the same comparison adds to it.

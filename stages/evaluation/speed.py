@@ -21,7 +21,7 @@ from stages.runtime.session import ACCURACY_LEVEL
 from stages.system.hardware import describe_machine
 from stages.system.measured_process import Cost, run_measured
 
-_DEFAULT_LEVEL = "4, ONNX Runtime's default on the CPU"
+_DEFAULT_LEVEL = "4 (ONNX Runtime's default on the CPU)"
 
 
 def measure_speed(
@@ -97,13 +97,13 @@ def describe_accuracy_level(model: ModelDirectory, forced: int | None = None) ->
     nodes = list(ir.load(model.onnx_file).graph.all_nodes())
     levels = sorted({node.attributes.get_int("accuracy_level", 0) for node in nodes if node.op_type == "MatMulNBits"})
     if levels:
-        return f"{', '.join(map(str, levels))}, by its MatMulNBits nodes"
+        return f"{', '.join(map(str, levels))} (by its MatMulNBits nodes)"
     if not any(node.op_type == "DequantizeLinear" for node in nodes):
-        return "none: nothing is quantized"
+        return "none (nothing is quantized)"
     if forced is not None:
-        return f"{forced}, by --accuracy_level"
+        return f"{forced} (by --accuracy_level)"
     level = shipped_accuracy_level(model)
-    return _DEFAULT_LEVEL if level is None else f"{level}, by its genai_config.json"
+    return _DEFAULT_LEVEL if level is None else f"{level} (by its genai_config.json)"
 
 
 def shipped_accuracy_level(model: ModelDirectory) -> int | None:

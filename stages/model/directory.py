@@ -76,9 +76,9 @@ def locate_model(path: Path) -> ModelDirectory:
     try:
         path.stat()
     except FileNotFoundError as error:
-        raise GraphError(f"{path} does not exist; pass the base model's .onnx file or its folder.") from error
+        raise GraphError(f"{path} does not exist; pass a model's .onnx file or its folder.") from error
     except OSError as error:
-        raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the base model.") from error
+        raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the model.") from error
     folder = path if path.is_dir() else path.parent
     has_config = (folder / GENAI_CONFIG).is_file()
     model = read_genai_model(folder) if has_config else GenaiModel()

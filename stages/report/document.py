@@ -141,8 +141,8 @@ class Report:
 
     def with_evaluation(self, evaluation: Evaluation) -> Report:
         """Return this report with ``evaluation`` added, in place of one of the same models on the same text."""
-        others = [one for one in self.evaluations if _subject(one) != _subject(evaluation)]
-        return replace(self, evaluations=(*others, evaluation))
+        evaluations = {_subject(one): one for one in self.evaluations} | {_subject(evaluation): evaluation}
+        return replace(self, evaluations=tuple(evaluations.values()))
 
 
 def _subject(evaluation: Evaluation) -> tuple[str, tuple[str, ...]]:

@@ -109,9 +109,8 @@ def _measured(evaluation: EvaluationSummary | None) -> Iterator[tuple[str, str]]
             f"KL {one.divergence:.3f}, perplexity {one.base_perplexity:.2f} -> {one.perplexity:.2f}, "
             f"same top-1 {one.same_top1:.1%}",
         )
-    contents = [f"{one.text}: {CONTENTS[one.text]}" for one in evaluation.texts if one.text in CONTENTS]
-    if contents:
-        yield "", "; ".join(contents)
+    if known := [f"{one.text}: {CONTENTS[one.text]}" for one in evaluation.texts if one.text in CONTENTS]:
+        yield "texts", "; ".join(known)
     if (speed := evaluation.speed) is not None:
         faster = speed.decode / speed.base_decode
         yield "decoding", f"{speed.base_decode:.1f} -> {speed.decode:.1f} tokens/s ({faster:.1f}x)"

@@ -14,6 +14,7 @@ from typing import Any
 
 from stages.errors import UserError, in_one_line, with_class_name
 from stages.model.genai_config import GENAI_CONFIG, read_genai_model
+from stages.system.paths import from_here
 
 Message = Mapping[str, str]
 """One message of a conversation: its ``role`` (system, user, assistant) and its ``content``."""
@@ -22,6 +23,8 @@ _TEMPLATE = "chat_template"
 _UNKNOWN_CONTEXT = 2048
 """Tokens of context where genai_config.json doesn't say."""
 _CPU = "cpu"
+_RECIPE, _WEIGHTS = "recipe.json", ".weights"
+"""What a folder of quantized weights holds, and how its name ends unless it was given another."""
 _LACKS_OUTPUT = "output was not found"
 """Words of onnxruntime-genai about an output that genai_config.json names and the graph lacks."""
 
@@ -190,6 +193,10 @@ def require_genai(folders: Sequence[Path], option: str) -> None:
     """Raise UserError where onnxruntime-genai isn't installed, or a folder lacks its configuration."""
     import_genai(option)
     for folder in folders:
+        if (folder / _RECIPE).is_file():
+            model = from_here(folder.with_name(folder.name.removesuffix(_WEIGHTS)))
+            hint = f"the model is {model}" if model != folder and model.is_dir() else "pass the model made from them"
+            raise UserError(f"{option} {folder} holds quantized weights, no model; {hint}.")
         if not (folder / GENAI_CONFIG).is_file():
             fault = f"has no {GENAI_CONFIG}" if folder.exists() else "does not exist"
             fix = "copy it and the tokenizer's files from the base's folder (Olive leaves them out), or pass"

@@ -224,9 +224,9 @@ def test_the_builders_int4_and_everyones_speed(
     assert 0 < default.accuracy.mean_divergence < 1
     assert found.speed is not None
     assert [(model.model, model.accuracy_level) for model in found.speed.models] == [
-        ("tiny", "none: nothing is quantized"),
-        ("rtn_dq-b16-nozp", "4, ONNX Runtime's default on the CPU"),
-        ("builder-int4", "4, by its MatMulNBits nodes"),
+        ("tiny", "none (nothing is quantized)"),
+        ("rtn_dq-b16-nozp", "4 (ONNX Runtime's default on the CPU)"),
+        ("builder-int4", "4 (by its MatMulNBits nodes)"),
     ]
     assert all(model.decode.median > 0 for model in found.speed.models)
 

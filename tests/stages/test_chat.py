@@ -213,12 +213,13 @@ def _refuse_system(folder: Path) -> None:
     [
         (shutil.rmtree, "does not exist"),
         (lambda folder: (folder / "genai_config.json").unlink(), "has no genai_config.json"),
+        (lambda folder: (folder / "recipe.json").write_text("{}"), "holds quantized weights, no model"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "model.onnx").write_bytes(b"x"), "can't be run by onnxruntime-genai here"),
         (_shorten, "the model's context only 4; write a shorter one"),
         (_refuse_system, "leave out --system"),
     ],
-    ids=["folder", "configuration", "tokenizer", "graph", "context", "template"],
+    ids=["folder", "configuration", "weights", "tokenizer", "graph", "context", "template"],
 )
 def test_what_cannot_be_chatted_with_is_one_sentence(
     spoil: Callable[[Path], object], words: str, tiny_model: Path, tmp_path: Path, commands: Commands

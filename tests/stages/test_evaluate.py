@@ -70,8 +70,8 @@ def _check_accuracy(found: Evaluation, printed: str) -> None:
     assert 0 < accuracy.mean_divergence < accuracy.divergence_99
     for figure in (f"{accuracy.perplexity:.3f}", f"{accuracy.mean_divergence:.5f}", f"{accuracy.divergence_99:.4f}"):
         assert figure in printed
-    levels = "base and twin none: nothing is quantized, of coarse 4, ONNX Runtime's default on the CPU"
-    assert f"accuracy level of {levels}" in " ".join(printed.split())
+    levels = "base and twin: none (nothing is quantized); coarse: 4 (ONNX Runtime's default on the CPU)"
+    assert f"accuracy levels: {levels}" in " ".join(printed.split())
     assert len(coarse.worst) == 2
     # Of 62 predictions the percentile lies between the two worst.
     assert coarse.worst[0].divergence >= accuracy.divergence_99 >= coarse.worst[1].divergence

@@ -170,7 +170,9 @@ def _part(
     tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
     windows = pack_windows(tokens, count, config.seq_len)
     if len(windows) < count:
-        asked = "--calib_size is" if count == (config.calib_size or _WINDOWS) else "its share of --calib_size is"
+        asked = "--calib_size is" if config.calib_size else "the default of --calib_size is"
+        if count != (config.calib_size or _WINDOWS):
+            asked = "its share of --calib_size is"
         raise UserError(
             f"--dataset {dataset} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and {asked} "
             f"{count}; lower --calib_size or --seq_len, or pass more text."

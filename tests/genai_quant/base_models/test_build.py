@@ -37,6 +37,8 @@ def test_a_source_is_a_folder_a_gguf_file_or_a_hub_name(tiny_hf: Path, tmp_path:
 def test_what_is_not_there_is_named(source: str) -> None:
     with pytest.raises(UserError, match=f"SOURCE {source} does not exist"):
         find_checkpoint(source)
+    with pytest.raises(UserError, match=r"SOURCE smolm2 does not exist; did you mean smollm2\?"):
+        find_checkpoint("smolm2")
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from stages.commands.output import JsonOutput, Section, TablePrinter, open_output, unwrapped
+from stages.commands.output import JsonOutput, LastingConsole, Section, TablePrinter, open_output, unwrapped
 
 
 class Colour(StrEnum):
@@ -133,3 +133,13 @@ def test_details_are_printed_where_asked_for_and_are_always_in_the_json(
     document.show(detail)
     document.end(None)
     assert "search" in json.loads(capsys.readouterr().out)
+
+
+def test_work_goes_on_where_the_reader_of_a_pipe_goes_away() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        console = LastingConsole(file=pipe)
+        for _ in range(2):
+            console.print("a table")
+    assert console.quiet

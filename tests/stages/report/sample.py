@@ -135,7 +135,7 @@ def evaluation(text: str = "news.txt") -> Evaluation:
             decode=Rate(median=10.0 * (index + 1), slowest=9.0, fastest=11.0),
             load_seconds=1.5,
             peak_bytes=None if index else 700_000_000,
-            accuracy_level="1, by its genai_config.json",
+            accuracy_level="1 (by its genai_config.json)",
         )
         for index, row in enumerate(rows)
     ]

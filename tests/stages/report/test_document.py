@@ -52,5 +52,5 @@ def test_an_evaluation_replaces_that_of_its_text_and_models() -> None:
     changed = replace(first, comparison=replace(first.comparison, windows=9))
     others = replace(first, comparison=replace(first.comparison, models=(("base", "f"), ("other", "e"))))
     report = Report().with_evaluation(first).with_evaluation(second).with_evaluation(changed)
-    assert report.evaluations == (second, changed)
-    assert report.with_evaluation(others).evaluations == (second, changed, others)
+    assert report.evaluations == (changed, second), "texts keep their order"
+    assert report.with_evaluation(others).evaluations == (changed, second, others)
