@@ -41,6 +41,8 @@ class FinishedOutput:
     """Digest of the cache's key; empty where none was needed."""
     output: str
     """Fingerprint of the output."""
+    files: tuple[str, ...] = ()
+    """Names of what lay in the output's folder; empty among the weights of earlier versions."""
     made: QuantizedModel | None = None
     """None where the weights of another output were written once more."""
 
@@ -76,6 +78,18 @@ def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
     return replace(made, folder=directory.folder, onnx_file=onnx_file, weights=config.weights_folder, export=export)
 
 
+def was_made_otherwise(config: QuantizeConfig) -> bool:
+    """Return whether an earlier run made the output, with other options than ``config`` or from another base.
+
+    Raises:
+        UserError: the base can't be read.
+    """
+    finished = read_json(_file(config.weights_folder, config.output_path), _OUTPUTS)
+    if finished is None or finished.made is None:
+        return False
+    return finished.options != _digest(config, fingerprint_model(locate_model(config.onnx_path)))
+
+
 def remember_export(config: ExportConfig, onnx_file: Path) -> None:
     """Keep among the weights that exactly ``config`` wrote ``onnx_file``; log a warning where that can't be."""
     _remember(config.weights_path, onnx_file, _export_digest(config))
@@ -101,14 +115,20 @@ def _remember(
 ) -> None:
     path = _file(weights, onnx_file)
     try:
-        output = fingerprint_model(locate_model(onnx_file))
-        write_json(path, _OUTPUTS, FinishedOutput(options=options, calibration=calibration, output=output, made=made))
+        finished = FinishedOutput(
+            options=options,
+            calibration=calibration,
+            output=fingerprint_model(locate_model(onnx_file)),
+            files=tuple(sorted(path.name for path in onnx_file.parent.iterdir() if path.is_file())),
+            made=made,
+        )
+        write_json(path, _OUTPUTS, finished)
     except (OSError, UserError) as error:
         _LOGGER.warning("%s can't be written (%s); the model is finished.", path, error)
 
 
 def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
-    """Return what is kept of ``output`` if ``options`` made it and it is unchanged.
+    """Return what is kept of ``output`` if ``options`` made it, and it is unchanged and complete.
 
     Raises:
         UserError: the output can't be read.
@@ -116,7 +136,10 @@ def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
     finished = read_json(_file(weights, output), _OUTPUTS)
     if finished is None or finished.options != options:
         return None
-    return finished if finished.output == fingerprint_model(locate_model(output)) else None
+    directory = locate_model(output)
+    if not all((directory.folder / name).exists() for name in finished.files):
+        return None
+    return finished if finished.output == fingerprint_model(directory) else None
 
 
 def _digest(config: QuantizeConfig, base_fingerprint: str) -> str:

@@ -21,6 +21,7 @@ from stages.model.genai_config import GENAI_CONFIG, read_genai_config
 from stages.model.load import external_files, external_tensors
 from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
+from stages.system.paths import from_here
 
 OUTPUT_OPTION = "--output_path"
 _OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
@@ -52,8 +53,8 @@ class Destination:
             overwrite: replace an earlier output.
 
         Raises:
-            UserError: the folder holds the base model; it is there and ``overwrite`` is off; or it is no
-                earlier output, and only such a one may be replaced.
+            UserError: the folder holds the base model, or lies in its folder; it is there and ``overwrite`` is off; or
+                it is no earlier output, and only such a one may be replaced.
         """
         path = path.absolute()
         is_file = path.suffix == ".onnx"
@@ -63,6 +64,7 @@ class Destination:
             overwrite=overwrite,
         )
         destination.require_apart_from(base.folder, "the base model")
+        destination._require_beside(base.folder)
         require_creatable(destination.folder, option=OUTPUT_OPTION)
         refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
@@ -74,6 +76,15 @@ class Destination:
         mine, theirs = self.folder.resolve(), other.resolve()
         if mine == theirs or mine in theirs.parents:
             raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
+
+    def _require_beside(self, base: Path) -> None:
+        # Whoever works in the base's folder means it.
+        if base.resolve() in self.folder.resolve().parents and base.resolve() != Path.cwd():
+            beside = from_here(base.with_name(self.folder.name))
+            raise UserError(
+                f"{OUTPUT_OPTION} {self.folder} lies in the base model's own folder; choose one beside it, such as "
+                f"{beside}."
+            )
 
     def _require_outside_weights(self) -> None:
         for folder in (self.folder, *self.folder.parents):
@@ -133,8 +144,8 @@ def _user_error_behind(error: BaseException) -> UserError | None:
 def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, onnx_name: str) -> None:
     """Copy what lies beside the base model, but for the graph, its external data, and names that the output uses.
 
-    Subfolders are copied too, except those that hold a model, a cache or weights of their own: outputs are often put
-    inside the base folder.
+    Subfolders are copied too, except those that hold a model, a cache or weights of their own: outputs may lie inside
+    the base folder.
 
     Args:
         base: the base model.

@@ -90,10 +90,11 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
     yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
     if report.worst_exact is not None and report.worst_default is not None:
         exact, default = report.worst_exact, report.worst_default
-        yield "largest error", f"{exact.exact:.1e} at accuracy level 1 ({exact.site})"
-        yield "", f"{default.default:.1e} at the runtime's default level ({default.site})"
+        yield "outputs", f"as the stored numbers give them, within {exact.exact:.1e} at accuracy level 1 ({exact.site})"
+        yield "", f"and within {default.default:.1e} at the runtime's default level ({default.site})"
+        yield "", "a check of the file and the runtime; what quantization costs is measured by an evaluation"
     for table in report.tables:
-        yield "lookup error", f"{table.error:.1e} ({table.table})"
+        yield "lookups", f"as the stored numbers give them, within {table.error:.1e} ({table.table})"
     if (data := report.data) is not None:
         used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
         yield "data file", f"{data.file_bytes:,} bytes: {used}"

@@ -18,7 +18,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import ChatConfig, EvaluateConfig, InspectConfig, ReportConfig, SweepConfig
 from stages.commands.help import HELP, HELP_ALL, first_sentence, listing
 from stages.commands.options import CommandOptions, RunConfig
-from stages.commands.output import Section, as_called
+from stages.commands.output import Section, as_called, write_out
 from stages.commands.parsing import leave_with, parse_options, suggestion
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.commands.run import run_parsed
@@ -96,10 +96,10 @@ def main(program: str = PROGRAM) -> None:
     arguments = sys.argv[1:]
     first = arguments[0] if arguments else "--help"
     if first == "--version":
-        print(f"{PROGRAM} {__version__}")  # noqa: T201 - the answer itself
+        write_out(f"{PROGRAM} {__version__}\n")
         sys.exit(0)
     if first in (*HELP, *HELP_ALL):
-        print(_help(program))  # noqa: T201 - the answer itself
+        write_out(f"{_help(program)}\n")
         sys.exit(0)
     if first.startswith("--tyro"):
         tyro.cli(_OPTIONS, prog=program, use_underscores=True, registry=_COMPLETION)  # type: ignore[call-overload]  # a union made at run time

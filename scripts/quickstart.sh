@@ -6,20 +6,16 @@ extras=genai
 # shellcheck source=scripts/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-base=models/smollm2-135m-fp32
-int4=models/smollm2-135m-int4
+base=models/smollm2
+int4=models/smollm2-int4
 
 if [ ! -d "$base" ]; then
-    say "1/3 base model: genai-quant base-model smollm2 $base"
+    say "1/3 genai-quant base-model smollm2 $base"
     genai-quant base-model smollm2 "$base"
 fi
-
-if [ ! -d "$int4" ]; then
-    say "2/3 calibrate, quantize and evaluate: genai-quant quantize $base $int4 --evaluate"
-    genai-quant quantize "$base" "$int4" --evaluate
-fi
+say "2/3 genai-quant quantize $base $int4 --evaluate"
+genai-quant quantize "$base" "$int4" --evaluate
 
 question="What is the capital of France?"
-say "3/3 one answer: genai-quant chat $int4 --prompt '$question'"
+say "3/3 genai-quant chat $int4 --prompt '$question'"
 genai-quant chat "$int4" --prompt "$question"
-say "model: $int4; report: $int4.weights/report/report.html"

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from stages.commands.evaluate_options import ChatConfig
-from stages.commands.output import Section, unwrapped
+from stages.commands.output import Section, unwrapped, write_out
 from stages.commands.run import run_command
 from stages.errors import UserError, sentence_of
 
@@ -88,8 +88,7 @@ def _answer(conversation: Conversation, message: str) -> None:
 def _print_now(text: str) -> None:
     """Print ``text`` at once; what the terminal's encoding doesn't have becomes a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    write_out(text.encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

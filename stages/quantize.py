@@ -16,11 +16,13 @@ from stages.errors import UserError
 from stages.system.paths import from_here
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from export.run import Destination, QuantizedModel
     from stages.evaluation.records import Evaluation
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
-    from stages.quantization.run import Prepared
+    from stages.quantization.weights.store import QuantizedStore
     from stages.system.distributed import Processes
 
 _LOGGER = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from export.finished import find_finished, remember_output
+    from export.finished import find_finished
     from stages.system.distributed import join_processes
 
     config.validate()
@@ -75,11 +77,11 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
         _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
         if not processes.is_first:
             return None
+        _restore_report(config, made)
     else:
         made = yield from _make(config, processes)
         if made is None:
             return None
-        remember_output(config, made)
     if config.evaluate:
         from stages.evaluate import evaluate_result, evaluation_sections
 
@@ -103,6 +105,7 @@ def add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
 def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
     """Do what ``run`` does for an output that isn't there."""
     from export.card.record import save_origin
+    from export.finished import remember_output
     from export.run import QuantizedModel, export_model
     from export.summary import export_table
     from stages.model.directory import locate_model
@@ -134,9 +137,7 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
     yield Section(name="search", table=quantization_table(store, search.seconds), record=search, detail=True)
     save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
-    _write_report(prepared, exported.onnx_file)
-    yield Section(name="export", table=export_table(exported), record=exported)
-    return QuantizedModel(
+    made = QuantizedModel(
         folder=exported.onnx_file.parent,
         onnx_file=exported.onnx_file,
         weights=store.folder,
@@ -144,6 +145,10 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
         search=search,
         export=exported,
     )
+    remember_output(config, made)  # at once: a run that is stopped from here on finds its output finished
+    _write_report(store, directory, prepared.model, made.onnx_file)
+    yield Section(name="export", table=export_table(exported), record=exported)
+    return made
 
 
 def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Section]:
@@ -199,11 +204,23 @@ def check_before_calibration(config: QuantizeConfig) -> None:
 
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
     """Return where the model goes, once both places and the device can be used."""
+    from export.finished import was_made_otherwise
     from export.run import Destination
-    from stages.system.atomic import require_creatable
+    from stages.model.load import parse_graph
+    from stages.model.unquantized import require_float_base
+    from stages.system.atomic import is_occupied, require_creatable
     from stages.system.hardware import choose_device
 
     choose_device(config.device)
+    require_creatable(config.output_path, option="--output_path")
+    if is_occupied(config.output_path) and not config.overwrite:
+        # The base and the output may have been swapped.
+        require_float_base(parse_graph(directory), directory)
+        if was_made_otherwise(config):
+            raise UserError(
+                f"--output_path {config.output_path} already exists, made with other options or from another base (its "
+                "README.md says how); choose another path or pass --overwrite to replace it."
+            )
     destination = Destination.from_path(config.output_path, directory, overwrite=config.overwrite)
     require_creatable(config.weights_folder, option="--weights_path")
     destination.require_apart_from(config.weights_folder, "the quantized weights")
@@ -229,8 +246,28 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
             yield str(error)
 
 
-def _write_report(prepared: Prepared, output: Path) -> None:
-    """Write the report into the weights' folder; log a warning where that fails, since the model is finished."""
+def _restore_report(config: QuantizeConfig, made: QuantizedModel) -> None:
+    """Write the report of a finished output where there is none: its run was stopped, or someone deleted it."""
+    from stages.model.directory import locate_model
+    from stages.model.load import load_graph
+    from stages.quantization.weights.store import REPORT_FOLDER, open_store
+    from stages.report.document import REPORT_HTML
+
+    if (made.weights / REPORT_FOLDER / REPORT_HTML).exists():
+        return
+    base = locate_model(config.onnx_path)
+    _write_report(open_store(made.weights), base, load_graph(base), made.onnx_file)
+
+
+def _write_report(store: QuantizedStore, base: ModelDirectory, graph: ir.Model, output: Path) -> None:
+    """Write the report into the weights' folder; log a warning where that fails, since the model is finished.
+
+    Args:
+        store: the finished weights.
+        base: the base model.
+        graph: its graph.
+        output: the quantized model's .onnx file.
+    """
     from stages.errors import in_one_line
     from stages.model.directory import locate_model
     from stages.model.sizes import size_parts
@@ -238,9 +275,8 @@ def _write_report(prepared: Prepared, output: Path) -> None:
     from stages.report.from_runs import write_quantization
     from stages.system.paths import shell_line
 
-    store, base = prepared.store, prepared.directory
     try:
-        sizes = size_parts(base, locate_model(output), prepared.model)
+        sizes = size_parts(base, locate_model(output), graph)
         write_quantization(store, sizes, title=output.parent.name, base=base.folder)
     except Exception as error:  # whatever a report may raise
         again = ["stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]

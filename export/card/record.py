@@ -248,7 +248,7 @@ def hub_name_of(folder: Path) -> str | None:
     name = config.get("_name_or_path") or _card_head(folder / MODEL_CARD).get("base_model")
     # A relative path looks like a name of the hub, too.
     is_name = isinstance(name, str) and _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
-    return name if is_name else None
+    return str(name) if is_name else None
 
 
 def _card_head(path: Path) -> Mapping[str, object]:

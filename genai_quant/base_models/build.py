@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from rich.console import Group
 from rich.text import Text
 
 from export.card.record import MODEL_CARD, licence_of
@@ -49,6 +50,8 @@ class BaseModel:
     execution_provider: BuilderProvider
     bytes: int
     """Of the graph and its weights."""
+    weights: str
+    """How they differ from the model's own; often empty."""
 
 
 def build(config: BaseModelConfig) -> Iterator[Section]:
@@ -62,55 +65,70 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
         atomic_directory(config.output, overwrite=config.overwrite, option="OUTPUT") as output,
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):
-        folder = as_builder_input(_checkpoint_folder(Path(scratch), config), Path(scratch) / "readable")
+        checkpoint, weights = _checkpoint_folder(Path(scratch), config)
+        folder = as_builder_input(checkpoint, Path(scratch) / "readable")
         with status("onnxruntime-genai builds the graph"):
             _run_builder(folder, output, Path(scratch) / "cache", config)
-        write_card(folder, output, config.source)
+        write_card(folder, output, config.source, weights)
     built = BaseModel(
         folder=config.output,
         source=config.source,
         precision=config.built_precision,
         execution_provider=config.execution_provider,
         bytes=model_bytes(locate_model(config.output)),
+        weights=weights,
     )
-    yield Section(name="base_model", table=_line(built), record=built)
+    yield Section(name="base_model", table=_lines(built), record=built)
     if built.precision != "int4":
         _LOGGER.info("next: stages.quantize %s OUTPUT --evaluate", config.output)
 
 
-def write_card(checkpoint: Path, output: Path, source: str) -> None:
-    """Write a model card that names the hub's model and its licence, from where the quantized model's card has them."""
+def write_card(checkpoint: Path, output: Path, source: str, weights: str) -> None:
+    """Write a model card that names the hub's model and its licence, from where the quantized model's card has them.
+
+    Args:
+        checkpoint: what the builder read.
+        output: the base model.
+        source: as it was typed.
+        weights: how they differ from the model's own; may be empty.
+    """
     found = find_checkpoint(source)
     name = found.name if isinstance(found, HubCheckpoint) else PACKAGED[source].hub_name if source in PACKAGED else ""
     head = ({"base_model": name} if name else {}) | licence_of(checkpoint / MODEL_CARD)
-    if head:
-        text = f"---\n{yaml.safe_dump(head)}---\n\nBuilt by genai-quant base-model from {source}.\n"
+    if head or weights:
+        yaml_head = f"---\n{yaml.safe_dump(head)}---\n\n" if head else ""
+        changed = f"\nWeights: {weights}.\n" if weights else ""
+        text = f"{yaml_head}Built by genai-quant base-model from {source}.\n{changed}"
         (output / MODEL_CARD).write_text(text, encoding="utf-8")
 
 
-def _line(built: BaseModel) -> Text:
+def _lines(built: BaseModel) -> Group:
     size = f"{built.bytes / 1e6:.1f} MB"
-    return Text(f"base model: {built.folder} ({built.precision} for {built.execution_provider}, {size})", no_wrap=True)
+    line = f"base model: {built.folder} ({built.precision} for {built.execution_provider}, {size})"
+    weights = [Text(f"weights: {built.weights}")] if built.weights else []
+    return Group(Text(line, no_wrap=True), *weights)
 
 
-def _checkpoint_folder(scratch: Path, config: BaseModelConfig) -> Path:
-    """Return a Hugging Face folder of the checkpoint, made in ``scratch`` where it is in another form."""
+def _checkpoint_folder(scratch: Path, config: BaseModelConfig) -> tuple[Path, str]:
+    """Return a Hugging Face folder of the checkpoint, and how its weights differ from the model's own, in words.
+
+    The folder is made in ``scratch`` where the checkpoint is in another form.
+    """
     match find_checkpoint(config.source):
         case HubCheckpoint(name=name):
-            return download(name)
+            return download(name), ""
         case FolderCheckpoint(folder=folder):
-            return folder
+            return folder, ""
         case GgufCheckpoint(file=file):
             return _dequantized(file, scratch, config)
         case PackagedCheckpoint(source=source):
             return _dequantized(gguf_file(source, scratch), scratch, config)
 
 
-def _dequantized(file: Path, scratch: Path, config: BaseModelConfig) -> Path:
+def _dequantized(file: Path, scratch: Path, config: BaseModelConfig) -> tuple[Path, str]:
     folder = scratch / "checkpoint"
     with status(f"dequantizing {file.name}"):
-        dequantize_gguf(file, folder, keep_grid=config.keep_grid)
-    return folder
+        return folder, dequantize_gguf(file, folder, keep_grid=config.keep_grid)
 
 
 def _run_builder(folder: Path, output: Path, cache: Path, config: BaseModelConfig) -> None:

@@ -110,18 +110,23 @@ def _why(name: str, error: Exception) -> str:
     return f"{reason}; check the network, or pass a Hugging Face folder, a .gguf file, {' or '.join(PACKAGED)}"
 
 
-def dequantize_gguf(file: Path, folder: Path, *, keep_grid: bool) -> None:
-    """Write a GGUF model and its tokenizer to ``folder`` as a plain float32 checkpoint.
+def dequantize_gguf(file: Path, folder: Path, *, keep_grid: bool) -> str:
+    """Write a GGUF model and its tokenizer to ``folder`` as a plain float32 checkpoint; say how it differs.
 
     Raises:
         UserError: transformers can't read the file, or its architecture can't be moved off its grid.
     """
     model = _load_gguf(file)
+    was_tied = model.config.tie_word_embeddings
     if not keep_grid:
         move_off_grid(model)
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    if keep_grid:
+        return "dequantized from a GGUF file, so most weights lie on its 4-bit grid"
+    untied = "; lm_head is no longer tied to the embedding" if was_tied and not model.config.tie_word_embeddings else ""
+    return f"dequantized from a GGUF file; weights moved off its 4-bit grid, which leaves the answers alone{untied}"
 
 
 def _load_gguf(file: Path) -> PreTrainedModel:

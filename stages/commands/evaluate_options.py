@@ -146,7 +146,7 @@ class ReportConfig(CommandOptions):
     )
 
     report: tyro.conf.Positional[Path]
-    """The report's folder."""
+    """The report's folder, or that of the weights or the model that it is about."""
     weights_path: Path | None = None
     """Folder that stages.quantize saved its weights to, for the report's part on them."""
     base: Path | None = None

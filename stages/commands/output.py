@@ -106,8 +106,17 @@ def open_output(command: str, *, as_json: bool, quiet: bool, verbose: bool = Fal
         verbose: print details too.
     """
     if as_json:
-        return JsonOutput(command, sys.stdout.write)
+        return JsonOutput(command, write_out)
     return TablePrinter(LastingConsole(quiet=quiet), verbose, command)
+
+
+def write_out(text: str) -> None:
+    """Write to standard output at once; leave as rich does where its reader has left (``| head``)."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        Console().on_broken_pipe()
 
 
 def as_called(text: str, program: str) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stages.commands.help import HELP, HELP_ALL, Option, help_text, options_of
-from stages.commands.output import print_message
+from stages.commands.output import print_message, write_out
 from stages.errors import OptionError, UserError
 
 Runtime = Literal["cpu", "cuda", "dml", "trt-rtx", "webgpu", "qnn"]
@@ -54,10 +54,10 @@ def parse_options(options_type: type[Options], program: str, arguments: Sequence
     given = list(sys.argv[1:] if arguments is None else arguments)
     if any(word in (*HELP, *HELP_ALL) for word in given):
         whole = any(word in HELP_ALL for word in given)
-        print(help_text(options_type, program, whole=whole))  # noqa: T201 - the answer itself
+        write_out(help_text(options_type, program, whole=whole) + "\n")
         sys.exit(0)
-    given = name_bare_words(given, options_type, positional)
     try:
+        given = name_bare_words(given, options_type, positional)
         _refuse_typos(options_of(options_type), program, given, positional)
     except OptionError as error:
         leave_with(error)
@@ -122,6 +122,9 @@ def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequenc
         arguments: the words of a command line.
         options_type: a dataclass of options.
         names: options that a bare word may be the value of, in this order.
+
+    Raises:
+        OptionError: there are more bare words than ``names`` that aren't given.
     """
     most_values = _most_values(options_type)
     given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
@@ -132,8 +135,16 @@ def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequenc
             if not word.startswith("--") or values < math.inf:
                 named.append(word)
                 continue
-        if not word.startswith("-") and left:
-            named.append(f"--{left.pop(0)}")
+        if names and not word.startswith("-"):
+            if left:
+                named.append(f"--{left.pop(0)}")
+            elif most_values[names[-1]] < math.inf:
+                taken = " and ".join(f"--{name}" for name in names)
+                raise OptionError(
+                    f"{word}: {taken} are given already; leave the word out, or write its option before it."
+                )
+            named.append(word)
+            continue
         named.append(word)
         option, equals, _ = word[2:].partition("=")
         takes_values = word.startswith("--") and not equals
@@ -147,7 +158,7 @@ def _most_values(options_type: type) -> dict[str, float]:
     for name, hint in get_type_hints(options_type).items():
         if dataclasses.is_dataclass(hint):
             found |= _most_values(cast(type, hint))
-        elif hint is bool:
+        elif hint in (bool, bool | None):
             found |= {name: 0.0, f"no_{name}": 0.0}
         else:
             found[name] = math.inf if get_origin(hint) is tuple else 1.0
@@ -173,8 +184,8 @@ class Target:
 
     runtime: Runtime
     release: Release
-    assumed: bool = False
-    """Whether nobody named the release."""
+    release_because: str = ""
+    """Why it is this release, where nobody named one."""
 
     @property
     def label(self) -> str:
@@ -184,15 +195,17 @@ class Target:
     @property
     def about_release(self) -> str:
         """Say what a person should know about the release whose rules are used; often nothing."""
-        if self.assumed:
-            return "the newest release known; --target runtime@version names another"
+        if self.release_because:
+            return f"{self.release_because}; --target runtime@version names another"
         if self.release > _NEWEST:
             return f"newer than any known: the rules of {_NEWEST[0]}.{_NEWEST[1]} are assumed"
         return ""
 
 
 def parse_target(text: str) -> Target:
-    """Return the target that ``cpu``, ``cuda@1.24`` or ``dml@1.24.1`` names; without a version the newest release.
+    """Return the target that ``cpu``, ``cuda@1.24`` or ``dml@1.24.1`` names.
+
+    Without a version it is the installed release of ONNX Runtime, or the newest known where the rules don't know that.
 
     Raises:
         OptionError: the runtime is unknown, the version is invalid, or older than any that fuses INT4.
@@ -202,7 +215,7 @@ def parse_target(text: str) -> Target:
     if runtime is None:
         raise OptionError(f"--target {text}: '{name}' is not one of auto, any, {', '.join(_RUNTIMES)}.")
     if not separator:
-        return Target(runtime=runtime, release=_NEWEST, assumed=True)
+        return _unnamed_release(runtime)
     match = _VERSION.fullmatch(version)
     if match is None:
         raise OptionError(f"--target {text}: '{version}' is not a version of ONNX Runtime such as 1.24 or 1.24.1.")
@@ -212,3 +225,13 @@ def parse_target(text: str) -> Target:
             f"--target {text}: no release before {_OLDEST[0]}.{_OLDEST[1]} fuses INT4; name that one or a later one."
         )
     return Target(runtime=runtime, release=release)
+
+
+def _unnamed_release(runtime: Runtime) -> Target:
+    import onnxruntime  # here, since most commands parse no target
+
+    match = _VERSION.match(onnxruntime.__version__)
+    installed = None if match is None else (int(match[1]), int(match[2]))
+    if installed in RELEASES:
+        return Target(runtime=runtime, release=installed, release_because="installed here")
+    return Target(runtime=runtime, release=_NEWEST, release_because="the newest known")

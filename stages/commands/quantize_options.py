@@ -113,9 +113,9 @@ class _FormatOptions:
 
     target: Annotated[str | None, tyro.conf.arg(metavar="auto|any|RUNTIME[@VERSION]")] = None
     """Runtime whose strengths decide what no option says: cpu, cuda, dml, trt-rtx, webgpu or qnn, with the version of
-    ONNX Runtime if it isn't the newest (cpu@1.24). auto (default): the runtime that the base model was built for. any:
-    none in particular, with blocks of 128, lm_head and embedding as they are. What was decided is printed, with why;
-    options given explicitly win."""
+    ONNX Runtime if it isn't the installed one (cpu@1.24). auto (default): the runtime that the base model was built
+    for. any: none in particular, with blocks of 128, lm_head and embedding as they are. What was decided is printed,
+    with why; options given explicitly win."""
     block_size: int | None = None
     """Inputs that share a scale: a power of two from 16 to 256. Default: what suits the target best, 32 on the CPU."""
     enable_mixed_quant: bool = False

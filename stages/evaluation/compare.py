@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,12 +37,15 @@ from stages.evaluation.texts import BUILT_IN
 from stages.model.directory import ModelDirectory, locate_model, logits_among
 from stages.model.load import fingerprint_model
 from stages.model.sizes import model_bytes
+from stages.model.unquantized import is_quantized
 from stages.records.quantities import counted
 from stages.runtime.decoder import open_decoder
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
 from stages.runtime.upcast import must_upcast
+from stages.system.paths import from_here
 
+_LOGGER = logging.getLogger(__name__)
 Windows = Int64[np.ndarray, "windows seq_len"]
 
 
@@ -112,8 +116,16 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
     if not config.model:
         raise UserError("--model names no model; pass one or more folders to compare with --base.")
     directories = tuple(locate_model(path) for path in (config.base, *config.model))
+    graph = ir.load(directories[0].onnx_file)
+    vocabulary = _vocabulary(directories[0], graph)
     for directory in directories[1:]:
-        _check_vocabulary(directory.folder, _vocabulary(directories[0]), _vocabulary(directory))
+        _check_vocabulary(directory.folder, vocabulary, _vocabulary(directory, ir.load(directory.onnx_file)))
+    if is_quantized(graph):
+        _LOGGER.warning(
+            "--base %s is a quantized model, which the others are compared with; for what quantization costs pass the "
+            "model in floating point as --base.",
+            from_here(config.base),
+        )
     base = prepare_base(config)
     comparison = Comparison(
         models=tuple((directory.folder.name, fingerprint_model(directory)) for directory in directories),
@@ -242,9 +254,9 @@ def _score_model(
     )
 
 
-def _vocabulary(directory: ModelDirectory) -> int | None:
+def _vocabulary(directory: ModelDirectory, model: ir.Model) -> int | None:
     """Return the width of the logits, None where the graph leaves it open."""
-    outputs = {str(value.name): value for value in ir.load(directory.onnx_file).graph.outputs}
+    outputs = {str(value.name): value for value in model.graph.outputs}
     logits = outputs[logits_among(outputs, directory.onnx_file)]
     width = logits.shape[-1] if logits.shape is not None else None
     return width if isinstance(width, int) else None

@@ -40,6 +40,10 @@ BUILT_IN: Mapping[str, Callable[[], str]] = MappingProxyType(
     {"code": source_code, "offline": offline_evaluation_text, "notices": notices}
 )
 """Texts by name; better ones first."""
+CONTENTS: Mapping[str, str] = MappingProxyType(
+    {"code": "Python source", "offline": "Python's documentation", "notices": "licence texts"}
+)
+"""What they hold, in words."""
 _KINDS: Mapping[str, str] = MappingProxyType({"offline": CALIBRATION_TITLE, "code": HUB_SOURCES["pilevel"].title})
 """What a cache's source says where the text's kind was calibrated on."""
 

@@ -202,9 +202,8 @@ def _sizes(report: ModelReport) -> Iterator[tuple[str, str]]:
     bits = 8 * report.quantized_bytes / weights
     yield (
         "quantized",
-        f"{_megabytes(weights)} million weights in {_megabytes(report.quantized_bytes)} MB: {bits:.3f} bits a weight, "
-        "embeddings counted too; "
-        f"{_megabytes(floats)} MB are floating point",
+        f"{_megabytes(weights)} million weights in {_megabytes(report.quantized_bytes)} MB: {bits:.3f} bits a "
+        f"weight, quantized embeddings included; {_megabytes(floats)} MB are floating point",
     )
 
 
@@ -302,7 +301,7 @@ def _weights_facts(report: WeightsReport) -> Iterator[tuple[str, str]]:
     state = f"{missing} to go: run the same command of stages.quantize again" if missing else "complete"
     yield "groups", f"{report.finished} of {report.groups} finished; {state}"
     if report.bits_per_weight is not None:
-        yield "bits", f"{report.bits_per_weight:.3f} a weight of the MatMuls; embeddings aren't counted"
+        yield "bits", f"{report.bits_per_weight:.3f} a weight of the quantized MatMuls; embeddings aren't counted"
     scales = "folded where the graph allows it" if report.folds_input_scales else "kept as Mul nodes"
     yield "written as", f"{report.weight_form.value}; input scales {scales}"
     if report.embeddings:

@@ -112,14 +112,25 @@ def _is_worth_a_warning(weights: UnquantizedWeights) -> bool:
 
 def require_float_base(model: ir.Model, directory: ModelDirectory) -> None:
     """Raise GraphError where most of a model's MatMuls hold quantized weights: a quantizer made it."""
-    quantized = sum(node.op_type == "MatMulNBits" or _reads_codes(node) for node in model.graph.all_nodes())
-    left = len(find_sites(model))
+    quantized, left = _quantized_and_left(model)
     if quantized > left:
         raise GraphError(
             f"{directory.onnx_file} is quantized already ({quantized} of its {quantized + left} MatMuls hold "
             "MatMulNBits or DequantizeLinear weights), and a base model must be in floating point; pass the model that "
             "it was made from."
         )
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Return whether most of a model's MatMuls hold quantized weights."""
+    quantized, left = _quantized_and_left(model)
+    return quantized > left
+
+
+def _quantized_and_left(model: ir.Model) -> tuple[int, int]:
+    """Return how many MatMuls hold quantized weights, and how many could be quantized."""
+    quantized = sum(node.op_type == "MatMulNBits" or _reads_codes(node) for node in model.graph.all_nodes())
+    return quantized, len(find_sites(model))
 
 
 def _reads_codes(node: ir.Node) -> bool:

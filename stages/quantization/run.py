@@ -163,8 +163,10 @@ def open_search(config: QuantizeConfig) -> Search:
 def _log_plan(plan: ModelPlan) -> None:
     """Log the target, what it decided, and what a person should know before the search starts."""
     if plan.target_because:
-        label = "any" if plan.target is None else plan.target.label
-        _LOGGER.info("target %s: %s; --target names another", label, plan.target_because)
+        target = plan.target
+        release = f" ({target.release_because})" if target is not None and target.release_because else ""
+        label = "any" if target is None else f"{target.label}{release}"
+        _LOGGER.info("target %s: %s; choose another with --target", label, plan.target_because)
     if plan.target is not None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
         _LOGGER.info("formats for %s: %s", plan.target.label, chosen)

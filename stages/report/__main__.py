@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from stages.commands.evaluate_options import ReportConfig
+from stages.commands.options import default_folder
 from stages.commands.output import Section
 from stages.commands.run import run_command
 from stages.errors import UserError
@@ -24,6 +26,8 @@ def command(config: ReportConfig) -> Iterable[Section]:
     from stages.report.from_runs import origin_of_weights, quantization_of
     from stages.report.render import render
 
+    if config.weights_path is None:
+        config = replace(config, report=_with_report(config.report))
     report = read_report(config.report)
     if config.weights_path is not None:
         sizes = (
@@ -40,6 +44,15 @@ def command(config: ReportConfig) -> Iterable[Section]:
     write_report(report, render, config.report)
     log_report(config.report)
     return ()
+
+
+def _with_report(folder: Path) -> Path:
+    """Return the folder with the report of the weights or of the model in ``folder``; else ``folder`` itself."""
+    from stages.quantization.weights.store import REPORT_FOLDER
+    from stages.report.document import REPORT_JSON
+
+    places = (folder, folder / REPORT_FOLDER, default_folder(folder, ".weights") / REPORT_FOLDER)
+    return next((place for place in places if (place / REPORT_JSON).exists()), folder)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,9 @@ def _weight_tiles(quantization: Quantization) -> Iterator[Tile]:
         yield Tile(value=f"{megabytes(after)} MB", label="size", note=note)
     bits = f"{quantization.bits_per_weight:.3f}"
     yield Tile(
-        value=bits, label="bits a weight", note=f"of {counted(len(quantization.sites), 'MatMul')}, scales included"
+        value=bits,
+        label="bits a weight",
+        note=f"of {counted(len(quantization.sites), 'MatMul')}, with scales, without embeddings",
     )
     verified = quantization.verified
     if verified is not None and verified.fused is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -16,6 +15,7 @@ from rich.text import Text
 from export.card.record import EvaluationSummary, summarize_evaluations
 from stages.commands.output import Section, as_called
 from stages.commands.quantize_options import QuantizeConfig
+from stages.evaluation.texts import CONTENTS
 from stages.model.genai_config import GENAI_CONFIG
 from stages.quantization.weights.store import REPORT_FOLDER
 from stages.report.document import REPORT_HTML
@@ -24,8 +24,6 @@ from stages.system.paths import from_here, shell_line
 if TYPE_CHECKING:
     from export.run import QuantizedModel
 
-_TEXTS = MappingProxyType({"code": "Python source", "notices": "licence texts", "offline": "Python's documentation"})
-"""What the built-in texts are."""
 _WIDTH = 80
 _FRAME = 4
 """Columns of a panel's border and padding."""
@@ -111,7 +109,7 @@ def _measured(evaluation: EvaluationSummary | None) -> Iterator[tuple[str, str]]
             f"KL {one.divergence:.3f}, perplexity {one.base_perplexity:.2f} -> {one.perplexity:.2f}, "
             f"same top-1 {one.same_top1:.1%}",
         )
-    if known := [f"{one.text}: {_TEXTS[one.text]}" for one in evaluation.texts if one.text in _TEXTS]:
+    if known := [f"{one.text}: {CONTENTS[one.text]}" for one in evaluation.texts if one.text in CONTENTS]:
         yield "texts", "; ".join(known)
     if (speed := evaluation.speed) is not None:
         faster = speed.decode / speed.base_decode

@@ -224,8 +224,9 @@ def verified_tables(quantization: Quantization) -> Figure | None:
     return Figure(
         name="checks",
         heading="Checks",
-        text="The exported model against the numbers that it was made from, on ONNX Runtime's CPU provider. An error "
-        "is the largest difference of an output, relative to the largest output; an export fails beyond rounding.",
+        text="Whether ONNX Runtime's CPU provider computes what the stored numbers say; this is no measure of what "
+        "quantization costs. A deviation is the largest difference of an output, relative to the largest output; an "
+        "export fails beyond rounding.",
         tables=tuple(tables),
     )
 
@@ -243,14 +244,16 @@ def _checks(verified: VerifyReport) -> list[tuple[Cell, ...]]:
     if verified.worst_exact is not None:
         site = short_name(verified.worst_exact.site)
         error = Graded(f"{verified.worst_exact.exact:.1e} ({site})", Grade.GOOD)
-        rows.append(("largest error at accuracy level 1: rounding of sums", error))
+        rows.append(("largest deviation at accuracy level 1: rounding of sums", error))
     if verified.worst_default is not None:
         site = short_name(verified.worst_default.site)
         text = f"{verified.worst_default.default:.1e} ({site})"
-        rows.append(("largest error at the runtime's default level, which rounds activations to int8", text))
+        rows.append(("largest deviation at the runtime's default level, which rounds activations to int8", text))
     if verified.tables:
         worst = max(verified.tables, key=lambda one: one.error)
-        rows.append(("largest error of an embedding", Graded(f"{worst.error:.1e} ({worst.table})", Grade.GOOD)))
+        rows.append(
+            ("largest deviation of an embedding's rows", Graded(f"{worst.error:.1e} ({worst.table})", Grade.GOOD))
+        )
     rows += [(f"not fused: {short_name(one.site)}", one.reason) for one in verified.unfused]
     rows += [("not checked", reason) for reason in verified.skipped]
     return rows

@@ -36,7 +36,8 @@ class Conversation:
         """Yield the answer to ``message`` piece by piece; both are kept, the answer as far as it was taken.
 
         Raises:
-            UserError: the message doesn't fit into the model's context, or its template refuses the messages.
+            UserError: the message is empty or doesn't fit into the model's context, or its template refuses the
+                messages.
             RuntimeError: the runtime stops.
         """
         self._messages.append(_message("user", message))
@@ -66,6 +67,8 @@ class Conversation:
             _LOGGER.info(
                 "the model's context of %d tokens is full: the oldest %d messages are forgotten", context, forgotten
             )
+        if not tokens:
+            raise UserError("The message is empty; write one.")
         if len(tokens) >= context:
             raise UserError(
                 f"The message has {len(tokens)} tokens, and the model's context only {context}; write a shorter one."

@@ -49,6 +49,8 @@ class GenaiSession:
     def conversation_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of ``messages`` in the chat template; without one, of their texts, each on its line.
 
+        Bytes that are no UTF-8, which come from pipes and command lines as half characters, are read as question marks.
+
         Raises:
             UserError: the template refuses them.
         """
@@ -62,7 +64,7 @@ class GenaiSession:
                 raise UserError(
                     f"The model's chat template can't be applied ({in_one_line(error)}); {hint}."
                 ) from error
-        return [int(token) for token in self.tokenizer.encode(prompt)]
+        return [int(token) for token in self.tokenizer.encode(prompt.encode("utf-8", "replace").decode("utf-8"))]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what token ids stand for."""

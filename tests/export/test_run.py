@@ -187,10 +187,20 @@ def test_an_output_that_would_replace_the_base_is_refused(tmp_path: Path, name: 
         Destination.from_path(tmp_path / name, tiny.base, overwrite=True)
 
 
+def test_an_output_inside_the_base_is_refused_unless_one_works_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, inside = tiny_export(tmp_path), tmp_path / "base" / "new" / "int4"
+    with pytest.raises(UserError, match=f"lies in the base model's own folder; .* such as {tmp_path / 'int4'}"):
+        Destination.from_path(inside, tiny.base, overwrite=False)
+    monkeypatch.chdir(tiny.base.folder)
+    assert Destination.from_path(inside, tiny.base, overwrite=False).folder == inside
+
+
 def test_outputs_inside_the_base_folder_are_not_copied_into_each_other(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path)
     for name in ("first", "second"):
-        destination = Destination.from_path(tmp_path / "base" / name / "model.onnx", tiny.base, overwrite=False)
+        destination = Destination(folder=tmp_path / "base" / name, onnx_name="model.onnx", overwrite=False)
         export.run.export_model(tiny.base, tiny.store, destination, options("quick"))
     for name in ("first", "second"):
         entries = {path.name for path in (tmp_path / "base" / name).iterdir()}

@@ -39,6 +39,7 @@ def test_the_model_writes_its_calibration_text_once(commands: Commands, chat_mod
     assert "the model's own 6 texts + 6 chats" in printed
     assert "384 of 384 tokens in" in printed
     (text,) = (tmp_path / "caches").glob("base.own-text-*.jsonl")
+    assert f"kept in {text}" in printed
     written = [json.loads(line)["tokens"] for line in text.read_text(encoding="utf-8").splitlines()]
     np.testing.assert_array_equal(tokens_of(cache), written)
     times = cache_times(cache)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from stages.commands.parsing import parse_target
 from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
@@ -72,10 +73,11 @@ def test_by_default_a_base_for_the_cpu_becomes_as_small_as_the_cpu_runs_it_fast(
 ) -> None:
     output = tmp_path / "int4"
     printed = _quantize(commands, tiny_model, output, "--target", "auto", "--enable_mixed_quant")
-    assert "target cpu@1.32: the base's genai_config.json names no other provider" in printed
+    target = parse_target("cpu").label
+    assert f"target {target} (installed here): the base's genai_config.json names no provider" in printed
     assert _warnings(printed) == []
     assert fused_sites(output) == (11, 11)
-    formats = "INT4 block 32 with zero point, INT8 at 3 sites, embedding INT8 block 128 for cpu@1.32"
+    formats = f"INT4 block 32 with zero point, INT8 at 3 sites, embedding INT8 block 128 for {target}"
     assert _recipe(output)["summary"] == f"rtn_dq {formats}"
     graph = _graph(output)
     kinds = {
@@ -173,7 +175,10 @@ def test_dml_leaves_the_sites_of_the_mixed_rule_and_stores_named_ones_as_int8_wi
 ) -> None:
     mixed, named = tmp_path / "mixed", tmp_path / "named"
     printed = _quantize(commands, tiny_model_dml, mixed, "--enable_mixed_quant", "--target", "auto")
-    assert "target dml@1.32: the base's genai_config.json names the provider dml" in printed
+    assert (
+        f"target {parse_target('dml').label} (installed here): the base's genai_config.json names the provider dml"
+        in printed
+    )
     assert "DirectML has no GatherBlockQuantized: 0.0 MB stay in floating point" in printed
     assert ["stay in floating point" in line for line in _warnings(printed)] == [True]
     assert "2 x --enable_mixed_quant: DirectML has no 8-bit weights" in printed
@@ -222,7 +227,7 @@ def test_another_target_is_another_run(tiny_model: Path, tmp_path: Path, command
     arguments = ["--onnx_path", tiny_model, "--output_path", tmp_path / "second", "--algo", "rtn_dq", *weights]
     code, printed = commands.quantize(*arguments, "--target", "cuda")
     assert code == 2
-    assert "for cpu@1.32" in printed
+    assert f"for {parse_target('cpu').label}" in printed
     assert commands.quantize(*arguments, "--target", "cuda", "--overwrite")[0] == 0
 
 

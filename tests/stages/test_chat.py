@@ -15,6 +15,7 @@ import pytest
 
 from stages.chat import command
 from stages.commands.evaluate_options import ChatConfig
+from stages.errors import UserError
 from stages.runtime.conversation import Conversation
 from stages.runtime.genai import GenaiSession, open_genai
 from tests.support.commands import Commands
@@ -145,6 +146,13 @@ def test_piped_messages_are_answered_up_to_the_end_of_input(
     assert "you:" not in printed
 
 
+def test_half_characters_of_a_pipe_are_read_as_question_marks(
+    tiny_model: Path, session: GenaiSession, commands: Commands
+) -> None:
+    code, printed = run(commands, tiny_model, "--max_new_tokens", LIMIT, "--prompt", "The \udcff city")
+    assert (code, printed.splitlines()[0]) == (0, greedy(session, "The ? city").splitlines()[0]), printed
+
+
 def test_control_c_stops_an_answer_but_not_the_chat(
     tiny_model: Path, session: GenaiSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,3 +228,10 @@ def test_what_cannot_be_chatted_with_is_one_sentence(
     code, printed = run(commands, folder, "--prompt", "The city of Rome", "--system", "Be brief.")
     assert (code, printed.count("error: "), printed.count("Traceback")) == (2, 1, 0)
     assert words in printed
+
+
+def test_an_empty_message_is_refused(numbers: GenaiSession) -> None:
+    chat = conversation(numbers)
+    with pytest.raises(UserError, match="The message is empty; write one"):
+        list(chat.answer(""))
+    assert list(chat.answer("5 6")) == list(conversation(numbers).answer("5 6")), "it isn't kept"

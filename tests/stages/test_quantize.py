@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from stages import quantize
+from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
+from stages.evaluation.compare import prepare
 from stages.quantize import preview
 from stages.report.document import read_report
 from tests.support.commands import Commands
@@ -43,6 +45,7 @@ def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch:
     code, printed = call("--dry_run")
     assert code == 0, printed
     assert "there is no calibration in base.calibration yet: it is part of the same run (text: " in printed
+    assert "the search's time is without calibration, where" in " ".join(printed.split())
     assert "not yet" not in printed
     assert {path.name for path in folder.iterdir()} == {"base"}
 
@@ -87,16 +90,41 @@ def test_another_text_is_one_sentence(call: Call, folder: Path, commands: Comman
     assert "part of the same run" not in printed, "a cache that is there is used, whatever its text"
 
 
-def test_a_quantized_base_is_refused(tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
+def test_a_run_that_was_stopped_behind_its_output_finds_it_finished(
+    call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ("--algo", "rtn_dq", "--output_path", "stopped", "--verify", "off")
+    with monkeypatch.context() as patched:
+        patched.setattr("stages.quantize._write_report", stop)
+        assert call(*arguments)[0] == 130
+    code, printed = call(*arguments)
+    assert (code, "stopped is there already" in printed) == (0, True), printed
+    assert (folder / "stopped.weights" / "report" / "report.html").is_file()
+    (folder / "stopped" / "tokenizer.json").unlink()
+    code, printed = call(*arguments)
+    assert (code, "already exists" in printed) == (2, True), printed
+
+
+def test_models_that_are_swapped_or_there_already_are_named(
+    tiny_model: Path, tmp_path: Path, commands: Commands, caplog: pytest.LogCaptureFixture
+) -> None:
     made = tmp_path / "int4"
     arguments = ("--algo", "rtn_dq", "--block_size", 16, "--quiet")
     assert commands.quantize("--onnx_path", tiny_model, "--output_path", made, *arguments)[0] == 0
     words = "is quantized already (10 of its 11 MatMuls hold MatMulNBits or DequantizeLinear weights)"
     for code, printed in (
         commands.quantize("--onnx_path", made, "--output_path", tmp_path / "twice", *arguments),
+        commands.quantize("--onnx_path", made, "--output_path", tiny_model, *arguments),
         commands.calibrate("--onnx_path", made, "--use_random_calib", "--seq_len", 8, "--calib_size", 2),
     ):
         assert (code, words in printed) == (2, True), printed
+    code, printed = commands.quantize("--onnx_path", tiny_model, "--output_path", made, *arguments, "--use_zero_point")
+    assert (code, "already exists, made with other options or from another base" in printed) == (2, True), printed
+    prepare(EvaluateConfig(base=made, model=(tiny_model,), text="code", windows=1, seq_len=8))
+    assert f"--base {made} is a quantized model" in caplog.text
 
 
 def test_a_dry_run_says_what_the_tuning_of_blocks_lacks(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from stages.model.directory import ModelDirectory
 from stages.model.load import fingerprint_model
 from stages.runtime.genai import why_not_genai
 from stages.system.json_file import explained, write_whole
+from stages.system.paths import from_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOGGER = logging.getLogger(__name__)
 _WINDOW_OVER_QUESTION = 4
 """A question takes a quarter of a window at most."""
 _VERSION = 1
@@ -88,6 +91,7 @@ class TextGenerator:
         missing = sorted(set(range(request.count)) - {line.window for line in file.read()})
         if missing:
             self._fill(file, missing, scripts, tokenizer, request)
+            _LOGGER.info("the model's own text is kept in %s, for other calibrations to read", from_here(file.path))
         written = sorted(file.read(), key=lambda line: line.window)[: request.count]
         return GeneratedText(title=_title(written), windows=np.array([line.tokens for line in written], np.int64))
 

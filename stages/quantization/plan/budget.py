@@ -54,6 +54,8 @@ class BitsBudget:
 class SizeBudget:
     """``--target_size``: bytes of the whole model."""
 
+    typed: str
+    """As a person wrote it."""
     num_bytes: int
     fixed_bytes: int
     """Everything but what ``cost`` counts."""
@@ -135,11 +137,12 @@ def check_budget(candidates: Sequence[SiteCandidates], budget: Budget) -> Budget
                 f"--target_bpw {bits:g} can't be reached: these sites can have from {reachable.smallest:.4g} to "
                 f"{reachable.largest:.4g} bits a weight."
             )
-        case SizeBudget(num_bytes=size) if size < reachable.smallest:
+        case SizeBudget(typed=typed, num_bytes=size) if size < reachable.smallest:
+            unit = "." if typed[-1].isalpha() else f"; a number without a unit counts bytes, did you mean {typed}MB?"
             raise OptionError(
-                f"--target_size {size / 1e6:,.1f}MB can't be reached: this model can have from "
+                f"--target_size {typed} can't be reached: this model can have from "
                 f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB (--embedding 4 makes "
-                "embeddings smaller, --lm_head 4 the head)."
+                f"embeddings smaller, --lm_head 4 the head){unit}"
             )
     return reachable
 

@@ -111,6 +111,8 @@ class Sharing:
     symmetric: bool
     head_bits: Literal[4, 8] | None
     """What lm_head would have alone; None: nobody said."""
+    table_bits: Literal[4, 8] | None = None
+    """What was asked for the embedding; None: nothing."""
     skipped: Mapping[str, str]
     """(site, why) for sites that stay as they are."""
     given: Mapping[str, QuantSpec]
@@ -172,6 +174,8 @@ def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) 
         return "only GatherBlockQuantized over blocks of one token's numbers reads what lm_head reads"
     given = wanted.given.get(head.name)
     if given is not None:
+        if wanted.table_bits not in (None, given.bits):
+            return f"lm_head is INT{given.bits} and the embedding INT{wanted.table_bits} (--plan, --embedding)"
         return given if _divides(given, plan) else f"blocks of {given.label} don't divide rows of {plan.table.hidden}"
     if wanted.head_bits not in (None, plan.bits):
         return f"lm_head is INT{wanted.head_bits} and the embedding INT{plan.bits} (--lm_head, --embedding)"

@@ -68,7 +68,7 @@ from stages.records.results import ActivationStats, ExportRecipe
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
-"""Values of --lm_head."""
+"""Values of --lm_head and --embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +170,7 @@ def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice
         form=choice.form,
         symmetric=choice.symmetric,
         head_bits=_BITS.get(choice.lm_head or ""),
+        table_bits=_BITS.get(config.requested_embedding or ""),
         skipped=dict(sites.skipped),
         given=sites.specs if config.plan is not None else {},
         runtime_cannot=why_not_shared(target),
@@ -365,8 +366,10 @@ def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], s
     if config.target_bpw is not None:
         budget = BitsBudget(bits_per_weight=config.target_bpw)
     else:
+        typed = (config.target_size or "").strip()
         budget = SizeBudget(
-            num_bytes=parse_size(config.target_size or "", "--target_size"),
+            typed=typed,
+            num_bytes=parse_size(typed, "--target_size"),
             fixed_bytes=size.fixed_bytes([each.site for each in candidates]),
             cost=lambda each, label: size.site_bytes(each.site, each.formats[label]),
         )

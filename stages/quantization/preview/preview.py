@@ -81,7 +81,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
-        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(config)),
+        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(config, known)),
         target="any" if plan.target is None else plan.target.label,
         target_because=plan.target_because,
         formats=plan.choice.explanations,
@@ -206,7 +206,14 @@ def _memory(
     yield export_memory(plan.sites.groups, plan.sites.specs, held)
 
 
-def _notes(config: QuantizeConfig) -> Iterator[str]:
+def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
+    parts = ["calibration"] if config.needs_cache and known.cache is None else []
+    parts += ["--evaluate"] if config.evaluate else []
+    if parts:
+        yield (
+            f"the search's time is without {' and '.join(parts)}, where the model runs over text: that isn't estimated "
+            "and can take longer"
+        )
     if config.tunes_blocks:
         yield "what is done decoder block by decoder block (--refine, signround) comes on top"
 

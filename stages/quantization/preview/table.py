@@ -179,10 +179,10 @@ def _whole(preview: Preview) -> FactTable:
 
 def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     if preview.target_because:
-        yield "target", f"{preview.target}: {preview.target_because}; --target names another"
+        yield "target", f"{preview.target}: {preview.target_because}; choose another with --target"
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
-    bits = f"{preview.bits_per_weight:.3f} bits a quantized weight of the MatMuls"
-    yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB, {bits}"
+    yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB"
+    yield "bits", f"{preview.bits_per_weight:.3f} a weight of the quantized MatMuls; embeddings aren't counted"
     for plan in preview.embeddings:
         shared = "" if plan.shared_with is None else f", shared with {plan.shared_with}"
         yield "embedding", f"{plan.table.weight}: {plan.label}, {plan.format_bytes / 1e6:,.1f} MB{shared}"

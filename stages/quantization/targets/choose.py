@@ -56,7 +56,7 @@ def target_of_base(directory: ModelDirectory, facts: ModelFacts) -> BaseTarget:
     if "bfloat16" in facts.dtypes:
         return BaseTarget(target=parse_target("cuda"), why="the base is bfloat16, which only CUDA computes with")
     source = "genai_config.json" if directory.has_genai_config else "graph"
-    return BaseTarget(target=parse_target("cpu"), why=f"the base's {source} names no other provider")
+    return BaseTarget(target=parse_target("cpu"), why=f"the base's {source} names no provider, so the CPU's")
 
 
 def choose_formats(target: Target | None, requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:

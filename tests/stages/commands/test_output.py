@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -101,6 +103,15 @@ def test_json_is_printed_even_if_nothing_else_is(quiet: bool, capsys: pytest.Cap
     output.show(section())
     output.end(None)
     assert json.loads(capsys.readouterr().out)["command"] == "c"
+
+
+def test_a_reader_that_left_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from stages.commands.output import write_out; write_out('the answer')"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 from stages.commands.options import CommandOptions
-from stages.commands.parsing import Target, name_bare_words, parse_options, parse_size, parse_target
+from stages.commands.parsing import Release, Target, name_bare_words, parse_options, parse_size, parse_target
 from stages.errors import OptionError
 
 
@@ -31,6 +31,8 @@ class _Config(_Paths, CommandOptions):
     """A number."""
     patterns: str = ""
     """Any text."""
+    maybe: bool | None = None
+    """Yes, no, or undecided."""
     many: tuple[str, ...] = ()
     """Any texts."""
 
@@ -65,13 +67,19 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
         ("--cache_dir in 5", "--cache_dir in --first 5"),
         ("--unknown x in", "--unknown x --cache_dir in"),
         ("in -5", "--cache_dir in -5"),
+        ("--no_maybe in 5", "--no_maybe --cache_dir in --first 5"),
+        ("--maybe in 5", "--maybe --cache_dir in --first 5"),
         ("--many x y --cache_dir in 5", "--many x y --cache_dir in --first 5"),
         ("in --many x --quiet 5", "--cache_dir in --many x --quiet --first 5"),
-        ("in 5 more", "--cache_dir in --first 5 more"),
     ],
 )
 def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:
     assert name_bare_words(typed.split(), _Config, ("cache_dir", "first")) == meant.split()
+
+
+def test_a_bare_word_too_many_is_refused() -> None:
+    with pytest.raises(OptionError, match="more: --cache_dir and --first are given already"):
+        name_bare_words(["place", "more", "--first", "4"], _Config, ("cache_dir", "first"))
 
 
 @pytest.mark.parametrize("asked", ["-h", "--help", "--help_all", "--help-all"])
@@ -116,7 +124,6 @@ def test_typos_are_answered_in_one_sentence_even_where_options_are_missing(
         ("cpu@1.24", Target(runtime="cpu", release=(1, 24)), "cpu@1.24"),
         ("trt-rtx@1.24.1", Target(runtime="trt-rtx", release=(1, 24)), "trt-rtx@1.24"),
         (" CUDA@1.9999 ", Target(runtime="cuda", release=(1, 9999)), "cuda@1.9999"),
-        ("qnn", Target(runtime="qnn", release=(1, 32), assumed=True), "qnn@1.32"),
     ],
 )
 def test_a_target_is_a_runtime_and_a_release(text: str, target: Target, label: str) -> None:
@@ -147,8 +154,25 @@ def test_what_names_no_target_is_refused_in_one_sentence(text: str, words: list[
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("installed", "release", "why"),
+    [
+        ("1.24.1", (1, 24), "installed here;"),
+        ("1.30.0.dev2026", (1, 30), "installed here;"),
+        ("1.19.2", (1, 32), "the newest known;"),
+        ("1.99.0", (1, 32), "the newest known;"),
+    ],
+)
+def test_a_release_that_nobody_names_is_the_installed_one(
+    installed: str, release: Release, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", installed)
+    found = parse_target("cpu")
+    assert found.release == release
+    assert found.about_release.startswith(why)
+
+
 def test_what_is_assumed_about_a_release_is_said() -> None:
-    assert "newest release known" in parse_target("cpu").about_release
     assert "rules of 1.32 are assumed" in parse_target("cpu@1.33").about_release
     assert parse_target("cpu@1.32").about_release == ""
 

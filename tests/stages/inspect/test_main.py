@@ -56,7 +56,8 @@ def test_every_kind_of_folder_is_recognized(
     found = inspection(inspect(output, "--json"))
     assert found["made_for"] == "cpu"
     assert len(found["runtimes"]) == 6  # type: ignore[arg-type]
-    (_, first, *others) = inspection(inspect(output, "--json"))["quantized"]  # type: ignore[misc]
+    embedding, first, *others = inspection(inspect(output, "--json"))["quantized"]  # type: ignore[misc]
+    assert embedding["operators"] == ["GatherBlockQuantized"]
     assert len(others) == 10
     assert first["operators"] == ["DequantizeLinear", "MatMul"]
     assert first["form"] == "DequantizeLinear -> MatMul"

@@ -101,6 +101,8 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     checked = TypeAdapter(VerifyReport).validate_json((report.parent / "verification.json").read_bytes())
     assert found.verified == checked
     assert checked.worst_exact is not None
+    (report / "report.html").unlink()
+    assert commands.report(tmp_path / "int4")[0] == 0, "its weights lie beside it"
     page = parse((report / "report.html").read_text(encoding="utf-8"))
     for part in ("sizes", "bits", "sites", "checks"):
         assert page.by_id(part)

@@ -24,7 +24,7 @@ RESULT = Result(
     report=Path("models/int4.weights/report/report.html"),
     next=(
         ("chat", "stages.chat models/int4"),
-        ("evaluate", "stages.evaluate --base models/base --model models/int4"),
+        ("evaluate", "stages.evaluate models/base models/int4"),
         ("inspect", "stages.inspect models/int4"),
     ),
 )
@@ -43,9 +43,9 @@ def test_a_box_says_what_was_made_and_what_to_do_with_it() -> None:
     printed = "\n".join(line.strip("│ ") for line in lines)
     assert "653.6 MB -> 117.8 MB (5.55x smaller)" in printed
     assert "on code    KL 0.131, perplexity 29.07 -> 32.56, same top-1 80.1%" in printed
-    assert "texts      code: Python source" in printed
+    assert "texts      code: Python source; notices: licence texts" in printed
     assert "27.0 -> 88.9 tokens/s (3.3x)" in printed
-    assert "genai-quant evaluate --base models/base --model models/int4\n" in printed
+    assert "genai-quant evaluate models/base models/int4\n" in printed
     assert "python -m stages.inspect models/int4" in "\n".join(shown(RESULT, "python -m stages.quantize"))
 
 

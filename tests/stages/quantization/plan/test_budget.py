@@ -118,7 +118,7 @@ def _size(num_bytes: int, candidates: dict[str, SiteCandidates]) -> SizeBudget:
         full = 4 * each.site.in_features * each.site.out_features
         return full if label == "keep" else candidate_bytes(each, label)
 
-    return SizeBudget(num_bytes=num_bytes, fixed_bytes=1000, cost=cost)
+    return SizeBudget(typed=str(num_bytes), num_bytes=num_bytes, fixed_bytes=1000, cost=cost)
 
 
 def test_a_size_counts_what_stays_and_everything_else() -> None:
@@ -138,7 +138,7 @@ def test_a_budget_that_can_not_be_reached_says_what_can() -> None:
     reachable = check_budget(candidates, BitsBudget(bits_per_weight=100.0))
     assert (reachable.smallest, reachable.largest) == (4.25, 8.25)
     assert reachable.summary == "from 4.25 to 8.25 bits a weight can be reached"
-    with pytest.raises(OptionError, match=r"--target_size 0\.0MB can't be reached.*from 0\.1MB to 0\.6MB"):
+    with pytest.raises(OptionError, match=r"--target_size 2000 can't .*from 0\.1MB to 0\.6MB .*did you mean 2000MB\?"):
         check_budget(candidates, _size(2000, _candidates()))
 
 

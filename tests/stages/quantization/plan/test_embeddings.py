@@ -70,6 +70,11 @@ def test_both_get_the_tables_format_in_the_largest_blocks_that_divide_a_row(
         ({"head_bits": 4}, {}, r"lm_head is INT4 and the embedding INT8 \(--lm_head, --embedding\)"),
         ({"given": {"logits/MatMul": PerChannel()}}, {}, "blocks of 8ch don't divide rows of 96"),
         ({"given": {"logits/MatMul": PerBlock(block_size=64)}}, {}, "blocks of 8b64 don't divide rows of 96"),
+        (
+            {"given": {"logits/MatMul": PerBlock(block_size=32)}, "table_bits": 4},
+            {"bits": 4},
+            r"lm_head is INT8 and the embedding INT4 \(--plan, --embedding\)",
+        ),
     ],
 )
 def test_a_tied_table_that_stays_apart_says_why(

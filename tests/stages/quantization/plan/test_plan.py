@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from stages.commands.parsing import parse_target
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.model.directory import locate_model
@@ -166,7 +167,7 @@ def _digest(config: QuantizeConfig, model: ir.Model, cache: str = "") -> str:
         ),
         (
             {"target": None, "embedding": "none", "use_zero_point": False},
-            "awq_gptq INT4 block 32 without zero point, INT8 at 1 site for cpu@1.32",
+            f"awq_gptq INT4 block 32 without zero point, INT8 at 1 site for {parse_target('cpu').label}",
         ),
         (
             {"target_bpw": 5.5, "layers_8bit": "down_proj"},

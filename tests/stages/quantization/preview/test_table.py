@@ -93,7 +93,8 @@ def test_a_site_s_format_and_input_scale_are_named(changes: dict[str, object], c
 def test_what_concerns_the_whole_model_follows() -> None:
     nodes = tuple((f"/odd/{name}/MatMul", "two inputs vary") for name in "abcdef")
     shown = _shown(replace(PREVIEW, unquantizable=nodes, notes=("a note",), obstacles=("no cache",)))
-    assert "3.0 MB -> about 1.5 MB, 4.500 bits a quantized weight" in _row(shown, "size")
+    assert "3.0 MB -> about 1.5 MB" in _row(shown, "size")
+    assert "4.500 a weight of the quantized MatMuls; embeddings aren't counted" in _row(shown, "bits")
     assert "about 7 MB at most: the largest group" in _row(shown, "memory, search")
     assert "6 x two inputs vary:" in _row(shown, "two inputs vary")
     assert "and 2 more" in _row(shown, "two inputs vary")
@@ -105,5 +106,5 @@ def test_what_the_target_decided_stands_first() -> None:
     shown = _shown(PREVIEW)
     assert shown[0] == "formats for cpu@1.32"
     assert "--lm_head 8 it is fast" in shown
-    assert "target cpu@1.32: the base names no other; --target names another" in shown
+    assert "target cpu@1.32: the base names no other; choose another with --target" in shown
     assert _shown(replace(PREVIEW, formats=(), target_because=""))[0].startswith("awq_lite INT4 block 32")

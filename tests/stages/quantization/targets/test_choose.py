@@ -205,8 +205,8 @@ def test_below_level_4_the_cpu_gets_no_int8_that_nobody_asked_for() -> None:
 @pytest.mark.parametrize(
     ("provider", "dtype", "runtime", "why"),
     [
-        (None, "float32", "cpu", "genai_config.json names no other provider"),
-        (None, "float16", "cpu", "genai_config.json names no other provider"),
+        (None, "float32", "cpu", "genai_config.json names no provider"),
+        (None, "float16", "cpu", "genai_config.json names no provider"),
         (None, "bfloat16", "cuda", "bfloat16, which only CUDA"),
         ("cuda", "float16", "cuda", "the provider cuda"),
         ("DML", "float16", "dml", "the provider DML"),
