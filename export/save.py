@@ -6,6 +6,7 @@ Also reads saved tensors back, and accounts for every byte of the data file.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 from stages.system.paths import from_here
 
+_LOGGER = logging.getLogger(__name__)
 OUTPUT_OPTION = "--output_path"
 _OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
 """Files that mark a folder as quantized weights or a calibration cache."""
@@ -53,8 +55,8 @@ class Destination:
             overwrite: replace an earlier output.
 
         Raises:
-            UserError: the folder holds the base model, or lies in its folder; it is there and ``overwrite`` is off; or
-                it is no earlier output, and only such a one may be replaced.
+            UserError: the folder holds the base model, it is there and ``overwrite`` is off, or it is no earlier
+                output, and only such a one may be replaced.
         """
         path = path.absolute()
         is_file = path.suffix == ".onnx"
@@ -64,7 +66,6 @@ class Destination:
             overwrite=overwrite,
         )
         destination.require_apart_from(base.folder, "the base model")
-        destination._require_beside(base.folder)
         require_creatable(destination.folder, option=OUTPUT_OPTION)
         refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
@@ -77,14 +78,12 @@ class Destination:
         if mine == theirs or mine in theirs.parents:
             raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
 
-    def _require_beside(self, base: Path) -> None:
+    def warn_inside(self, base: Path) -> None:
+        """Log a warning where the output would lie in the folder of its ``base``."""
         # Whoever works in the base's folder means it.
         if base.resolve() in self.folder.resolve().parents and base.resolve() != Path.cwd():
             beside = from_here(base.with_name(self.folder.name))
-            raise UserError(
-                f"{OUTPUT_OPTION} {self.folder} lies in the base model's own folder; choose one beside it, such as "
-                f"{beside}."
-            )
+            _LOGGER.warning("the output will lie in the base model's own folder; beside it would be %s.", beside)
 
     def _require_outside_weights(self) -> None:
         for folder in (self.folder, *self.folder.parents):

@@ -120,6 +120,7 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
     with processes.main_process_first():
         directory = locate_model(config.onnx_path)
         destination = _destination(config, directory)
+        destination.warn_inside(directory.folder)
         read_report(config.weights_folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
     yield from _calibrate(config, directory)
     with processes.main_process_first():

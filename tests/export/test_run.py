@@ -187,14 +187,17 @@ def test_an_output_that_would_replace_the_base_is_refused(tmp_path: Path, name: 
         Destination.from_path(tmp_path / name, tiny.base, overwrite=True)
 
 
-def test_an_output_inside_the_base_is_refused_unless_one_works_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_output_inside_the_base_is_warned_of_unless_one_works_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny, inside = tiny_export(tmp_path), tmp_path / "base" / "new" / "int4"
-    with pytest.raises(UserError, match=f"lies in the base model's own folder; .* such as {tmp_path / 'int4'}"):
-        Destination.from_path(inside, tiny.base, overwrite=False)
+    destination = Destination.from_path(inside, tiny.base, overwrite=False)
+    destination.warn_inside(tiny.base.folder)
+    assert f"base model's own folder; beside it would be {tmp_path / 'int4'}." in caplog.text
+    caplog.clear()
     monkeypatch.chdir(tiny.base.folder)
-    assert Destination.from_path(inside, tiny.base, overwrite=False).folder == inside
+    destination.warn_inside(tiny.base.folder)
+    assert caplog.text == ""
 
 
 def test_outputs_inside_the_base_folder_are_not_copied_into_each_other(tmp_path: Path) -> None:

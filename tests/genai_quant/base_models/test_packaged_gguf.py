@@ -20,6 +20,7 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the source "carried" known, three packages together; nothing is in the cache."""
     model = PackagedGguf(
         title="Carried",
+        hub_name="some/model",
         version="1",
         modules=tuple(f"carried_part{part}" for part in (1, 2, 3)),
         file="data/*.bin",
