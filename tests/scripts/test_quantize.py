@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -272,7 +273,7 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
     assert fused_sites(output) == (14, 14)
     assert f"{base}, in place of meta-llama/Meta-Llama-3-8B: the hub can't be reached here" in printed
     assert "cnn_dailymail train" in printed
-    assert f"python -m stages.evaluate --base {base / 'model.onnx'} --model {output / 'model.onnx'}" in printed
+    assert re.search(rf"python -m stages.evaluate {re.escape(str(base))}\S* {re.escape(str(output))}", printed), printed
     assert is_near(output, base)
     assert {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()} == before
     assert {path.name for path in base.iterdir() if path.is_dir()} == {output.name, f"{output.name}.weights"}
