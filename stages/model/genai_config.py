@@ -24,6 +24,12 @@ class GenaiDecoder(BaseModel):
     sliding_window: Any = None
 
     @property
+    def window_size(self) -> int:
+        """Return how many tokens the layers see that don't see the whole context; 0 where all do."""
+        size = self.sliding_window.get("window_size") if isinstance(self.sliding_window, dict) else None
+        return max(size, 0) if isinstance(size, int) else 0
+
+    @property
     def provider(self) -> str | None:
         """Return the execution provider that the session options name first; None where they name none."""
         options = self.session_options.get("provider_options")

@@ -41,6 +41,8 @@ class GenaiSession:
     """Whether the folder has a chat template."""
     context_length: int
     """The most tokens of a prompt and its answer together."""
+    sliding_window: int = 0
+    """Tokens that the cache must have room for: GroupQueryAttention refuses one smaller than its window; 0: any."""
 
     def prompt_tokens(self, prompt: str) -> list[int]:
         """Return the token ids of a user's message, in the chat template where there is one."""
@@ -83,7 +85,7 @@ class GenaiSession:
             temperature: of sampling; 0 takes the most likely token.
         """
         settings = self.runtime.GeneratorParams(self.model)
-        length = len(tokens) + limit
+        length = max(len(tokens) + limit, self.sliding_window)
         sampling = {"temperature": temperature} if temperature else {}
         settings.set_search_options(
             max_length=length,
@@ -94,7 +96,9 @@ class GenaiSession:
         )
         generator = self.runtime.Generator(self.model, settings)
         generator.append_tokens(list(tokens))
-        while not generator.is_done():
+        for _ in range(limit):
+            if generator.is_done():
+                return
             generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
 
@@ -112,7 +116,7 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
     """
     require_genai([folder], option)
     runtime = import_genai(option)
-    context_length = read_genai_model(folder).context_length
+    described = read_genai_model(folder)
     try:
         model = load_genai(runtime, folder, threads=threads)
     except RuntimeError as error:
@@ -129,7 +133,8 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
         model=model,
         tokenizer=tokenizer,
         has_template=has_chat_template(folder),
-        context_length=context_length or _UNKNOWN_CONTEXT,
+        context_length=described.context_length or _UNKNOWN_CONTEXT,
+        sliding_window=described.decoder.window_size,
     )
 
 
