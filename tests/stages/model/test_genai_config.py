@@ -21,6 +21,7 @@ def test_what_is_not_known_here_is_kept_and_passed_over(tmp_path: Path) -> None:
     content = {"model": {"type": "llama", "vocab_size": 300, "decoder": decoder}, "search": {}}
     assert read_genai_config(written(tmp_path, content)) == content
     model = read_genai_model(tmp_path)
+    assert model.decoder.window_size == 8
     assert (model.vocab_size, model.context_length) == (300, None)
     assert (model.decoder.filename, model.decoder.head_size) == ("model.onnx", 16)
     assert "sliding_window" in model.decoder.model_fields_set
