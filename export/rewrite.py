@@ -22,6 +22,7 @@ from export.forms.opset import OpsetChange, lowest_opset, raise_opset
 from export.graph_edit import GraphEditor, describe
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
+from stages.model.load import producer_of
 from stages.model.patterns import sole_reader
 from stages.model.sites import find_sites
 from stages.quantization.weights.store import QuantizedStore
@@ -90,7 +91,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
 
 def _sign(model: ir.Model) -> None:
     """Name this project as what made the graph, and keep what made the base's."""
-    made_base = " ".join(filter(None, (model.producer_name, model.producer_version)))
+    made_base = producer_of(model)
     if made_base:
         model.metadata_props.setdefault(_BASE_PRODUCER, made_base)
     model.producer_name, model.producer_version = PROJECT, this_version().number

@@ -23,6 +23,7 @@ from stages.commands.options import CommandOptions, given_options
 from stages.errors import UserError
 from stages.evaluation.records import Evaluation
 from stages.model.directory import ModelDirectory
+from stages.model.load import producer_of
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import VerifyReport
@@ -231,7 +232,7 @@ def describe_base(directory: ModelDirectory, model: ir.Model, fingerprint: str, 
         hub_name=hub_name_of(directory.folder),
         license=licence_of(directory.folder / MODEL_CARD),
         fingerprint=fingerprint,
-        producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
+        producer=producer_of(model),
         bytes=num_bytes,
     )
 

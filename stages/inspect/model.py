@@ -18,7 +18,7 @@ from stages.inspect.quantized_weights import StoredWeight, find_quantized
 from stages.inspect.runtimes import SCALES, FusedOn, RuntimeAnswer, fused_on, runtime_answers
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import read_genai_config
-from stages.model.load import parse_graph
+from stages.model.load import parse_graph, producer_of
 from stages.model.sites import find_groups
 from stages.quantization.targets.choose import target_of_base
 from stages.quantization.targets.formats import ModelFacts
@@ -177,7 +177,7 @@ def report_model(directory: ModelDirectory) -> ModelReport:
     record = read_record(directory.folder)
     return ModelReport(
         onnx_file=directory.onnx_file,
-        producer=" ".join(filter(None, (model.producer_name, model.producer_version))),
+        producer=producer_of(model),
         ir_version=model.ir_version,
         opsets=opsets,
         nodes=sum(1 for _ in model.graph.all_nodes()),

@@ -157,6 +157,11 @@ def _require_outputs(model: ir.Model, directory: ModelDirectory) -> None:
             )
 
 
+def producer_of(model: ir.Model) -> str:
+    """Return what wrote the graph, name and version; empty where it doesn't say."""
+    return " ".join(filter(None, (model.producer_name, model.producer_version)))
+
+
 def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) -> str:
     """Return the hex digest over the graph and a sample of every external tensor.
 
