@@ -7,10 +7,12 @@ is refused with the reason.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -23,15 +25,17 @@ from torch import Tensor
 from stages.calibration.statistics import pack_symmetric, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
-from stages.records.results import ActivationStats, TokenStats
+from stages.records.results import ActivationStats, TokenStats, WeightedStats
 from stages.system.atomic import atomic_directory, is_occupied, require_creatable
 from stages.system.paths import reachable
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
-_FORMAT = 2
-_READABLE = frozenset({1, 2})
-"""Formats; the first has whole Gram matrices."""
+_FORMAT = 3
+
+
+TokenWeights = Literal["end loss", "none"]
+"""What decides how much a token counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class CacheKey:
     held_out_windows: int
     seq_len: int
     providers: tuple[str, ...]
+    token_weights: TokenWeights
 
     def digest(self) -> str:
         """Return the sha256 of all fields."""
@@ -65,6 +70,8 @@ class CacheKey:
             return f"its text is other text of {self.source} than is asked for"
         if self.providers != other.providers:
             return f"it ran on {', '.join(self.providers)}, and this run has {', '.join(other.providers)}"
+        if self.token_weights != other.token_weights:
+            return f"its tokens are weighted by {self.token_weights}, and {other.token_weights} is asked for"
         return ""
 
 
@@ -113,6 +120,24 @@ class CalibrationCache:
                 calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
             )
 
+    def read_weighted(self, activation: str) -> WeightedStats | None:
+        """Return the statistics of one activation whose tokens are weighted; None where there are none.
+
+        Raises:
+            CacheMismatch: their file is damaged.
+        """
+        path = self.folder / _weighted(self.manifest.files[activation])
+        if not path.is_file():
+            return None
+        with _reading(path):
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                means = json.loads(file.metadata()["mean_weights"])
+            both = ActivationStats(
+                calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
+            )
+            return WeightedStats(activation=both, mean_weights=means)
+
     def outline(self, activation: str) -> StatisticsOutline:
         """Return what is stored of one activation, without reading its numbers.
 
@@ -155,6 +180,14 @@ class CacheWriter:
         tensors = _as_tensors("calibration", stats.calibration) | _as_tensors("held_out", stats.held_out)
         with self.place_for(self.files[activation]) as path:
             save_file(tensors, path, {"activation": activation})
+
+    def write_weighted(self, activation: str, stats: WeightedStats) -> None:
+        """Save the statistics of one activation whose tokens are weighted."""
+        both = stats.activation
+        tensors = _as_tensors("calibration", both.calibration) | _as_tensors("held_out", both.held_out)
+        metadata = {"activation": activation, "mean_weights": json.dumps(stats.mean_weights)}
+        with self.place_for(_weighted(self.files[activation])) as path:
+            save_file(tensors, path, metadata)
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
@@ -229,7 +262,7 @@ def find_cache(folder: Path) -> CalibrationCache | None:
         raise CacheMismatch(f"{path} can't be read ({error.strerror}); get the right to read it.") from error
     except ValidationError as error:
         raise CacheMismatch(f"{path} was written by another version or is damaged; {_CALIBRATE_AGAIN}.") from error
-    if manifest.format not in _READABLE:
+    if manifest.format != _FORMAT:
         raise CacheMismatch(f"{path} has format {manifest.format}, not {_FORMAT}; {_CALIBRATE_AGAIN}.")
     for name in manifest.files.values():
         if Path(name).name != name or "\0" in name:
@@ -288,6 +321,11 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     _need((gram is None) != (rows is None), f"it needs {part}.gram_triangle or {part}.rows")
     _need(rows is None or rows.shape[1] == size, f"{part}.rows doesn't fit {part}.abs_mean of {size}")
     return TokenStats(num_tokens=_count(tensors, f"{part}.num_tokens"), abs_mean=abs_mean, gram=gram, rows=rows)
+
+
+def _weighted(name: str) -> str:
+    """Return the file with the weighted statistics of the activation whose others are in the file ``name``."""
+    return f"weighted-{name}"
 
 
 def _count(tensors: Mapping[str, Tensor], name: str) -> int:

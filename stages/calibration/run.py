@@ -11,8 +11,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from stages.calibration.cache import CacheKey, CacheWriter, find_cache, new_cache, require_place
+from stages.calibration.cache import CacheKey, CacheWriter, TokenWeights, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit
+from stages.calibration.end_loss import EndLossPass
 from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
@@ -22,6 +23,7 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
 from stages.model.unquantized import require_float_base
+from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
@@ -48,18 +50,22 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
             require_place(config.cache_path)
             folder = scratch_folder(config.cache_path, owner=processes.is_first)
             capture = _prepare(config, dataset, processes, until_the_end.enter_context(folder))
-            key = _cache_key(capture)
+            chain = _chain(config, capture)
+            key = _cache_key(capture, "none" if chain is None else "end loss")
             if _existing_difference(config, key) == "":
                 return _current(config)
-        return _run(config, capture, key, started)
+        return _run(config, capture, chain, key, started)
 
 
-def _run(config: CalibrateConfig, capture: Capture, key: CacheKey, started: float) -> CalibrationSummary:
+def _run(
+    config: CalibrateConfig, capture: Capture, chain: Chain | None, key: CacheKey, started: float
+) -> CalibrationSummary:
     """Run the model, write the cache, and return what it holds.
 
     Args:
         config: says where.
         capture: says what.
+        chain: weighs the tokens; None where all count alike.
         key: the cache's if all providers work.
         started: when, by ``time.perf_counter``.
     """
@@ -73,6 +79,8 @@ def _run(config: CalibrateConfig, capture: Capture, key: CacheKey, started: floa
             return _current(config)
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
+            if chain is not None and processes.is_first:
+                _end_loss(capture, chain).fill(writer)
     processes.barrier()  # the first process gives the cache its place
     return _summary(config, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
@@ -138,7 +146,30 @@ def _provider_options(
     return options | {NV_TENSORRT_RTX: profile.provider_options(model.graph.inputs)}
 
 
-def _cache_key(capture: Capture) -> CacheKey:
+def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
+    """Return the model as a chain to weigh tokens with; None, with one line that says why, where it can't be one."""
+    if config.token_weights == "none":
+        return None
+    try:
+        return open_chain(capture.model, capture.groups)
+    except GraphError as error:
+        reason = str(error).partition(";")[0]
+        _LOGGER.info("all tokens count alike in the statistics, as with --token_weights none: %s", reason)
+        return None
+
+
+def _end_loss(capture: Capture, chain: Chain) -> EndLossPass:
+    return EndLossPass(
+        chain=chain,
+        directory=capture.directory,
+        groups=capture.groups,
+        windows=capture.windows,
+        batch_size=capture.batch_size,
+        device=capture.device,
+    )
+
+
+def _cache_key(capture: Capture, token_weights: TokenWeights) -> CacheKey:
     windows = capture.windows
     return CacheKey(
         model_fingerprint=fingerprint_model(capture.directory),
@@ -148,6 +179,7 @@ def _cache_key(capture: Capture) -> CacheKey:
         held_out_windows=len(windows.held_out),
         seq_len=windows.calibration.shape[1],
         providers=capture.choice.names,
+        token_weights=token_weights,
     )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from stages.calibration.cache import CacheKey
+from stages.calibration.cache import CacheKey, TokenWeights
 from stages.commands.output import Section
 from stages.commands.tables import FactTable
 from stages.records.quantities import counted, duration
 from stages.runtime.upcast import UPCAST_REASON
+
+_WEIGHTS: Mapping[TokenWeights, str] = MappingProxyType(
+    {"end loss": "weighted by the model's own loss", "none": "all count alike"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,7 @@ def _table(summary: CalibrationSummary) -> FactTable:
         ("text", key.source),
         *([] if made is None else [("tokenizer", made.tokenizer)]),
         ("windows", windows),
+        ("tokens", _WEIGHTS[key.token_weights]),
         *_how_it_ran(summary),
     ]
     return FactTable(title="calibration cache", facts=tuple(facts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from stages.commands.options import CommandOptions, default_folder, require
 from stages.commands.parsing import parse_size
@@ -13,6 +13,7 @@ PART_OF_FREE_MEMORY = 0.6
 """The default of --max_memory."""
 _DECIDE_TEXT = (
     "dataset", "calib_size", "seq_len", "apply_chat_template", "model_name", "seed", "use_random_calib",
+    "token_weights",
 )  # fmt: skip
 
 
@@ -43,6 +44,10 @@ class TextOptions(CommandOptions):
     """Seed of the order of documents, of text that the model writes, and of random tokens."""
     use_random_calib: bool = False
     """Use random token ids in place of text: for smoke tests, never for accuracy."""
+    token_weights: Literal["auto", "none"] = "auto"
+    """How much each token counts in the statistics: by what an error there would do to the model's answers (auto; one
+    backward pass through the float model), or all alike (none). auto means none where the model's layers can't be run
+    one by one."""
     batch_size: int = 1
     """Windows in each forward pass."""
     calibration_eps: str = "cuda,cpu"

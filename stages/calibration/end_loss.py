@@ -1,0 +1,224 @@
+"""Weigh every token at every site by what an error there does to the model's answers: one backward pass.
+
+With g the gradient of the loss by a site's output y = x W^T, an error D of its weight changes the loss by g D x^T in
+first order. For labels drawn from the model itself, half the mean of its square is the second-order term of the
+Kullback-Leibler divergence (the Fisher information). With g's channels taken as independent that is tr(D H D^T) / 2
+nats a token with H = mean over tokens of s x^T x and s = mean over channels of g^2: a Gram matrix whose tokens are
+weighted, which every search takes in place of the plain one. (Kim et al., "GuidedQuant: Large Language Model
+Quantization via Exploiting End Loss Guidance", 2025, https://arxiv.org/abs/2505.07004, with the labels of Tseng et al.,
+"Model-Preserving Adaptive Rounding", 2025, https://arxiv.org/abs/2505.22988.)
+
+The model runs as a chain of torch blocks. What enters each block is kept in files; everything else is computed again
+on the way back, so memory holds one block and two streams.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stages.calibration.cache import CacheWriter
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize
+from stages.calibration.text.windows import TokenWindows
+from stages.commands.progress import Progress, progress_bar
+from stages.errors import UserError, in_one_line
+from stages.model.directory import ModelDirectory
+from stages.model.weights import read_weight
+from stages.records.results import ActivationStats
+from stages.records.sites import ActivationGroup
+from stages.runtime.blocks.chain import Chain
+from stages.runtime.blocks.cut import DecoderBlock
+from stages.runtime.blocks.module import BlockModule
+from stages.runtime.blocks.stream import in_batches, read_inputs
+
+_FLOAT32_BYTES = 4
+
+
+def token_weights(gradient: Float[Tensor, "*tokens N"]) -> Float[Tensor, "*tokens"]:
+    """Return s, the mean over a site's output channels of the squared gradient of the loss, for every token."""
+    return gradient.square().mean(dim=-1)
+
+
+def sampled_gradient(logits: Float[Tensor, "*tokens V"], generator: torch.Generator) -> Float[Tensor, "*tokens V"]:
+    """Return the gradient by the logits of the summed cross entropy with labels drawn from the model: p - onehot.
+
+    Args:
+        logits: the model's.
+        generator: draws the labels, on the device of the logits.
+    """
+    probabilities = torch.softmax(logits, dim=-1)
+    labels = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(*logits.shape[:-1], 1)
+    return probabilities.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=probabilities.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndLossPass:
+    """A model as a chain, the windows that it runs on, and the activations whose weighted statistics are wanted."""
+
+    chain: Chain
+    directory: ModelDirectory
+    groups: tuple[ActivationGroup, ...]
+    windows: TokenWindows
+    batch_size: int
+    device: torch.device
+
+    def fill(self, writer: CacheWriter) -> None:
+        """Run all windows forward and back, and save every site's weighted statistics.
+
+        Raises:
+            UserError: the streams can't be kept beside the cache.
+        """
+        steps = 2 * len(self.chain.links) - 1
+        with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar() as bar:
+            streams = _Streams(Path(folder))
+            task = bar.add_task("end loss", total=steps, unit="layers")
+            shared, gradient = self._forward(streams, bar, task), None
+            for place in reversed(range(len(self.chain.links))):
+                gradient = self._back(writer, place, streams.take(place), gradient, shared)
+                bar.advance(task)
+
+    def _forward(self, streams: _Streams, bar: Progress, task: int) -> Mapping[int, Mapping[str, Tensor]]:
+        """Keep what enters each link; return the values that links read beside it, by batch size."""
+        tokens = np.concatenate([self.windows.calibration, self.windows.held_out])
+        sizes = frozenset(len(batch) for batch, _ in self._batches())
+        first = self.chain.links[0].stream_in
+        inputs = read_inputs(self.chain.graph, self.directory, tokens, first, self.chain.shared, sizes)
+        stream = inputs.stream
+        for place, link in enumerate(self.chain.links):
+            streams.keep(place, stream)
+            if link is self.chain.links[-1]:
+                break
+            ahead = torch.empty_like(stream)
+            module, weights = self._loaded(link)
+            with torch.no_grad():
+                for batch, _ in self._batches():
+                    shared = _on(inputs.shared[len(batch)], self.device)
+                    ahead[batch] = module(stream[batch].to(self.device), weights, shared).cpu()
+            stream = ahead
+            bar.advance(task)
+        return inputs.shared
+
+    def _back(
+        self,
+        writer: CacheWriter,
+        place: int,
+        stream: Tensor,
+        gradient: Tensor | None,
+        shared: Mapping[int, Mapping[str, Tensor]],
+    ) -> Tensor:
+        """Save the statistics of one link's sites; return the loss's gradient by what enters it.
+
+        Args:
+            writer: the cache.
+            place: of the link in the chain.
+            stream: what enters it, all windows.
+            gradient: by what leaves it; None behind the head, where labels are drawn.
+            shared: the values that it reads beside the stream, by batch size.
+        """
+        link = self.chain.links[place]
+        module, weights = self._loaded(link)
+        sums = self._sums(link)
+        before = torch.empty_like(stream)
+        for batch, part in self._batches():
+            entering = stream[batch].to(self.device).requires_grad_()
+            leaving, runs = module.with_sites(entering, weights, _on(shared[len(batch)], self.device))
+            behind = self._of_labels(leaving, batch) if gradient is None else gradient[batch].to(self.device)
+            names = list(runs)
+            wanted = [entering, *(runs[name].gave for name in names)]
+            of_stream, *of_sites = torch.autograd.grad(leaving, wanted, behind)
+            before[batch] = of_stream.cpu()
+            for name, of_site in zip(names, of_sites, strict=True):
+                weighted = runs[name].read.detach() * token_weights(of_site).sqrt().unsqueeze(-1)
+                sums[name][part].add(weighted)
+        self._write(writer, sums)
+        return before
+
+    def _of_labels(self, logits: Tensor, batch: Tensor) -> Tensor:
+        """Return the gradient by the logits; a window's labels don't depend on the batch that it is in."""
+        parts = []
+        for window, values in zip(batch.tolist(), logits.detach(), strict=True):
+            generator = torch.Generator(self.device).manual_seed(window)
+            parts.append(sampled_gradient(values, generator))
+        return torch.stack(parts)
+
+    def _loaded(self, link: DecoderBlock) -> tuple[BlockModule, dict[str, Tensor]]:
+        weights = {site.name: read_weight(self.chain.graph, site, self.device) for site in link.sites}
+        return self.chain.module(link, self.device), weights
+
+    def _batches(self) -> Iterator[tuple[Tensor, str]]:
+        """Yield the indices of some windows of one part, and its name."""
+        count = len(self.windows.calibration)
+        for batch in in_batches(count, self.batch_size):
+            yield batch, "calibration"
+        for batch in in_batches(len(self.windows.held_out), self.batch_size):
+            yield batch + count, "held_out"
+
+    def _sums(self, link: DecoderBlock) -> dict[str, dict[str, StatisticsAccumulator]]:
+        """Return empty sums for every site, by its name and by part."""
+        counts = {"calibration": self.windows.calibration.size, "held_out": self.windows.held_out.size}
+        return {
+            site.name: {
+                part: StatisticsAccumulator(
+                    site.name,
+                    StatisticsSize(in_features=site.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES),
+                    self.device,
+                )
+                for part, tokens in counts.items()
+            }
+            for site in link.sites
+        }
+
+    def _write(self, writer: CacheWriter, sums: dict[str, dict[str, StatisticsAccumulator]]) -> None:
+        for group in self.groups:
+            if all(site.name in sums for site in group.sites):
+                parts = [sums.pop(site.name) for site in group.sites]
+                writer.write_weighted(
+                    group.activation,
+                    tuple(
+                        ActivationStats(calibration=part["calibration"].finish(), held_out=part["held_out"].finish())
+                        for part in parts
+                    ),
+                )
+
+
+def _on(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """What enters each link, a file each in a folder of its own."""
+
+    folder: Path
+
+    def keep(self, place: int, stream: Float[Tensor, "windows length hidden"]) -> None:
+        """Keep what enters the link at ``place``.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            save_file({"stream": stream.contiguous()}, self._file(place))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"What enters each layer can't be written to {self.folder.parent.parent} ({in_one_line(error)}); free "
+                "space there, choose another --cache_dir, or pass --token_weights none."
+            ) from error
+
+    def take(self, place: int) -> Tensor:
+        """Return what ``keep`` kept, and remove its file."""
+        stream = load_file(self._file(place))["stream"]
+        self._file(place).unlink()
+        return stream
+
+    def _file(self, place: int) -> Path:
+        return self.folder / f"{place}.safetensors"
