@@ -22,7 +22,7 @@ from scripts.peers.speed import speed_table
 from stages.calibration.cache import CacheKey
 from stages.calibration.summary import CalibrationSummary, PassSummary, calibration_section
 from stages.commands.tables import Column, DataTable, FactTable, wrapped
-from stages.evaluation.bench.results import MeasuredModel, TextResults, results_table
+from stages.evaluation.bench.results import MeasuredModel, TextResults, means_table, results_table
 from stages.evaluation.bench.runs import Search
 from stages.evaluation.records import Evaluation
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
@@ -294,6 +294,7 @@ SCREENS: dict[str, Callable[[], RenderableType | list[RenderableType]]] = {
     "export_table": exported,
     "calibration_section": calibrated,
     "results_table": lambda: results_table(swept()),
+    "means_table": lambda: means_table([swept(), replace(swept(), text="models/domains/encyclopedia.txt")]),
     "sweep_table": lambda: sweep_table(
         SweepReport(folder=FOLDER, texts=(swept(),), failed=1, deleted=("signround-b128-zp",))
     ),
