@@ -53,13 +53,8 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
             chain = _chain(config, capture)
             key = _cache_key(capture, "none" if chain is None else "end loss")
             if _existing_difference(config, key) == "":
-<<<<<<< HEAD
-                return _current(config)
-        return _run(config, capture, chain, key, started)
-=======
                 return _current(config, capture)
-        return _run(config, capture, key, started)
->>>>>>> main
+        return _run(config, capture, chain, key, started)
 
 
 def _run(
