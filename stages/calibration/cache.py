@@ -7,7 +7,6 @@ is refused with the reason.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +21,20 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.calibration.statistics import pack_symmetric, unpack_symmetric
+from stages.calibration.statistics import pack_symmetric, shrunk, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
-from stages.records.results import ActivationStats, TokenStats, WeightedStats
+from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.system.atomic import atomic_directory, is_occupied, require_creatable
 from stages.system.paths import reachable
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
 _FORMAT = 3
+_SHRINKAGE = 1 / 3
+"""The part of a token's weight that all tokens share: chosen on text that nothing is reported on."""
+_CHANNELS = "channels of "
+"""What comes before a site's name where the weights of its output channels are stored."""
 
 
 TokenWeights = Literal["end loss", "none"]
@@ -120,23 +123,26 @@ class CalibrationCache:
                 calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
             )
 
-    def read_weighted(self, activation: str) -> WeightedStats | None:
-        """Return the statistics of one activation whose tokens are weighted; None where there are none.
+    def read_for_search(self, activation: str) -> SearchStats:
+        """Return what a search minimizes at the sites that read ``activation``.
 
         Raises:
-            CacheMismatch: their file is damaged.
+            CacheMismatch: see ``read``.
         """
+        plain = self.read(activation)
         path = self.folder / _weighted(self.manifest.files[activation])
         if not path.is_file():
-            return None
+            return SearchStats(tokens=plain, channel_weights={})
         with _reading(path):
             tensors = load_file(path)
-            with safe_open(path, "pt") as file:
-                means = json.loads(file.metadata()["mean_weights"])
-            both = ActivationStats(
-                calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
+            tokens = ActivationStats(
+                calibration=shrunk(_token_stats(tensors, "calibration"), plain.calibration, _SHRINKAGE),
+                held_out=shrunk(_token_stats(tensors, "held_out"), plain.held_out, _SHRINKAGE),
             )
-            return WeightedStats(activation=both, mean_weights=means)
+            channels = {
+                name.removeprefix(_CHANNELS): tensor for name, tensor in tensors.items() if name.startswith(_CHANNELS)
+            }
+            return SearchStats(tokens=tokens, channel_weights=channels)
 
     def outline(self, activation: str) -> StatisticsOutline:
         """Return what is stored of one activation, without reading its numbers.
@@ -181,13 +187,12 @@ class CacheWriter:
         with self.place_for(self.files[activation]) as path:
             save_file(tensors, path, {"activation": activation})
 
-    def write_weighted(self, activation: str, stats: WeightedStats) -> None:
+    def write_weighted(self, activation: str, stats: SearchStats) -> None:
         """Save the statistics of one activation whose tokens are weighted."""
-        both = stats.activation
-        tensors = _as_tensors("calibration", both.calibration) | _as_tensors("held_out", both.held_out)
-        metadata = {"activation": activation, "mean_weights": json.dumps(stats.mean_weights)}
+        tensors = _as_tensors("calibration", stats.tokens.calibration) | _as_tensors("held_out", stats.tokens.held_out)
+        tensors |= {f"{_CHANNELS}{site}": weights for site, weights in stats.channel_weights.items()}
         with self.place_for(_weighted(self.files[activation])) as path:
-            save_file(tensors, path, metadata)
+            save_file(tensors, path, {"activation": activation})
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""

@@ -6,7 +6,8 @@ Kullback-Leibler divergence (the Fisher information). With g's channels taken as
 nats a token with H = mean over tokens of s x^T x and s = mean over channels of g^2: a Gram matrix whose tokens are
 weighted, which every search takes in place of the plain one. (Kim et al., "GuidedQuant: Large Language Model
 Quantization via Exploiting End Loss Guidance", 2025, https://arxiv.org/abs/2505.07004, with the labels of Tseng et al.,
-"Model-Preserving Adaptive Rounding", 2025, https://arxiv.org/abs/2505.22988.)
+"Model-Preserving Adaptive Rounding", 2025, https://arxiv.org/abs/2505.22988.) Sites that read one activation share s:
+Gram matrices of their own gain nothing. How much an error of each output channel counts is kept beside it.
 
 The model runs as a chain of torch blocks. What enters each block is kept in files; everything else is computed again
 on the way back, so memory holds one block and two streams.
@@ -33,11 +34,11 @@ from stages.commands.progress import Progress, progress_bar
 from stages.errors import UserError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.records.results import ActivationStats
+from stages.records.results import ActivationStats, SearchStats
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
-from stages.runtime.blocks.module import BlockModule
+from stages.runtime.blocks.module import BlockModule, SiteRun
 from stages.runtime.blocks.stream import in_batches, read_inputs
 
 _FLOAT32_BYTES = 4
@@ -136,10 +137,10 @@ class EndLossPass:
             wanted = [entering, *(runs[name].gave for name in names)]
             of_stream, *of_sites = torch.autograd.grad(leaving, wanted, behind)
             before[batch] = of_stream.cpu()
-            for name, of_site in zip(names, of_sites, strict=True):
-                weighted = runs[name].read.detach() * token_weights(of_site).sqrt().unsqueeze(-1)
-                sums[name][part].add(weighted)
-        self._write(writer, sums)
+            for each in sums:
+                each.add(runs, dict(zip(names, of_sites, strict=True)), part)
+        for each in sums:
+            writer.write_weighted(each.group.activation, each.finish())
         return before
 
     def _of_labels(self, logits: Tensor, batch: Tensor) -> Tensor:
@@ -162,32 +163,54 @@ class EndLossPass:
         for batch in in_batches(len(self.windows.held_out), self.batch_size):
             yield batch + count, "held_out"
 
-    def _sums(self, link: DecoderBlock) -> dict[str, dict[str, StatisticsAccumulator]]:
-        """Return empty sums for every site, by its name and by part."""
+    def _sums(self, link: DecoderBlock) -> list[_WeightedSums]:
+        """Return empty sums for every activation that this link's sites read."""
         counts = {"calibration": self.windows.calibration.size, "held_out": self.windows.held_out.size}
-        return {
-            site.name: {
-                part: StatisticsAccumulator(
-                    site.name,
-                    StatisticsSize(in_features=site.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES),
-                    self.device,
-                )
-                for part, tokens in counts.items()
-            }
-            for site in link.sites
-        }
+        inside = (group for group in self.groups if set(group.sites) <= set(link.sites))
+        return [_WeightedSums.of(group, counts, self.device) for group in inside]
 
-    def _write(self, writer: CacheWriter, sums: dict[str, dict[str, StatisticsAccumulator]]) -> None:
-        for group in self.groups:
-            if all(site.name in sums for site in group.sites):
-                parts = [sums.pop(site.name) for site in group.sites]
-                writer.write_weighted(
-                    group.activation,
-                    tuple(
-                        ActivationStats(calibration=part["calibration"].finish(), held_out=part["held_out"].finish())
-                        for part in parts
-                    ),
-                )
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WeightedSums:
+    """Sums over the tokens of one activation."""
+
+    group: ActivationGroup
+    statistics: Mapping[str, StatisticsAccumulator]
+    """By part of the text."""
+    channels: Mapping[str, Tensor]
+    """By site: the squared gradient of the loss by each output channel, summed over the calibration text, [N]."""
+
+    @classmethod
+    def of(cls, group: ActivationGroup, counts: Mapping[str, int], device: torch.device) -> _WeightedSums:
+        """Return empty sums of ``group``, with room for ``counts`` tokens of each part."""
+        statistics = {
+            part: StatisticsAccumulator(
+                group.activation,
+                StatisticsSize(in_features=group.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES),
+                device,
+            )
+            for part, tokens in counts.items()
+        }
+        channels = {site.name: torch.zeros(site.out_features, dtype=torch.float64) for site in group.sites}
+        return cls(group=group, statistics=statistics, channels=channels)
+
+    def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str) -> None:
+        """Add a batch of ``part``, given what each site read and the loss's gradient by what it gave."""
+        weights = token_weights(torch.cat([gradients[name] for name in self.channels], dim=-1))
+        read = runs[self.group.sites[0].name].read.detach()
+        self.statistics[part].add(read * weights.sqrt().unsqueeze(-1))
+        if part == "calibration":
+            for name, sums in self.channels.items():
+                sums += gradients[name].square().flatten(0, -2).sum(dim=0).double().cpu()
+
+    def finish(self) -> SearchStats:
+        """Return the statistics; nothing can be added afterwards."""
+        both = {part: accumulator.finish() for part, accumulator in self.statistics.items()}
+        mean = torch.cat(list(self.channels.values())).mean()
+        return SearchStats(
+            tokens=ActivationStats(calibration=both["calibration"], held_out=both["held_out"]),
+            channel_weights={name: (sums / mean).float() for name, sums in self.channels.items()},
+        )
 
 
 def _on(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Weights are always [N, K] here, whatever the graph stores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,6 +41,20 @@ class ActivationStats:
 
     calibration: TokenStats
     held_out: TokenStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchStats:
+    """What a search minimizes over the sites that read one activation: sum over channels n of c_n D_n G D_n^T.
+
+    Where an error counts by what it does to the end loss, every token's x is multiplied by the root of its weight s in
+    ``tokens``, so that G is the mean of s x^T x, and half the sum is a divergence in nats a token.
+    """
+
+    tokens: ActivationStats
+    channel_weights: Mapping[str, Tensor]
+    """By site: c, [N] float32, how much an error of each output channel counts, 1 on average; no site where all count
+    alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,6 +172,7 @@ class ErrorFeedback:
                 weights=tuple(self.block.originals[start.site.name] for start in starts),
                 specs=tuple(start.spec for start in starts),
                 stats=None,
+                channel_weights=tuple(torch.ones_like(self.block.originals[start.site.name][:, 0]) for start in starts),
                 head_sharing=None,
             )
             yield from refine(problem, self.options, starts, calibration, held_out)

@@ -25,7 +25,7 @@ from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import joint_errors, to_device
+from stages.quantization.search.objective import both_to_device, joint_errors
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
@@ -193,10 +193,18 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            stats = self.cache.read(solved.group.activation)
-            parts = tuple(to_device(part, self.device) for part in (stats.calibration, stats.held_out))
+            found = self.cache.read_for_search(solved.group.activation)
+            both = both_to_device(found.tokens, self.device)
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
-            losses = [_relative_losses(weight, context.originals[weight.site.name], parts) for weight in tuned]
+            losses = [
+                _relative_losses(
+                    weight,
+                    context.originals[weight.site.name],
+                    found.channel_weights.get(weight.site.name),
+                    (both.calibration, both.held_out),
+                )
+                for weight in tuned
+            ]
             reports = tuple(
                 replace(
                     report,
@@ -216,8 +224,12 @@ def _summary(block: DecoderBlock, result: TunedBlock) -> str:
     return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
 
 
-def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:
-    """Return tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
-    errors = joint_errors(effective_weight(weight, original.device) - original, stats)
-    energies = output_energies(original, stats)
+def _relative_losses(
+    weight: QuantizedWeight, original: Tensor, channels: Tensor | None, stats: tuple[TokenStats, ...]
+) -> list[float | None]:
+    """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
+    counts = torch.ones_like(original[:, 0]) if channels is None else channels.to(original.device)
+    error = effective_weight(weight, original.device) - original
+    errors = joint_errors(error * counts.sqrt().unsqueeze(-1), stats)
+    energies = output_energies(original, counts, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -57,8 +57,8 @@ class BlockModule:
         stream: Float[Tensor, "batch length hidden"],
         weights: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
-    ) -> Float[Tensor, "batch length hidden"]:
-        """Return the stream behind the block; gradients reach both the stream and the weights.
+    ) -> Float[Tensor, "batch length width"]:
+        """Return the stream behind the block, or the logits behind the head; gradients reach both the stream and the weights.
 
         Args:
             stream: what enters the block.

@@ -1,0 +1,104 @@
+"""Statistics weighted by the end loss, against gradients of the whole model at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.calibration.cache import CacheWriter
+from stages.calibration.end_loss import EndLossPass, sampled_gradient, token_weights
+from stages.calibration.statistics import unpack_symmetric
+from stages.calibration.text.windows import TokenWindows
+from stages.model.directory import locate_model
+from stages.model.load import load_graph
+from stages.model.sites import find_groups
+from stages.model.weights import read_weight
+from stages.records.sites import ActivationGroup
+from stages.runtime.blocks.chain import Chain, open_chain
+from stages.runtime.blocks.stream import read_inputs
+from tests.support.tiny_models import VOCABULARY
+
+CPU = torch.device("cpu")
+_TOKENS = np.random.default_rng(0).integers(2, VOCABULARY, (6, 80))
+_CALIBRATION = 5
+
+
+def _spelled_out(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Every site's input and the loss's gradient by its output, [windows * length, channels], from one big graph."""
+    directory = locate_model(folder)
+    model = load_graph(directory)
+    chain = open_chain(model, find_groups(model))
+    inputs = read_inputs(chain.graph, directory, _TOKENS, chain.links[0].stream_in, chain.shared, frozenset({6}))
+    stream, runs = inputs.stream.requires_grad_(), {}
+    for link in chain.links:
+        weights = {site.name: read_weight(chain.graph, site, CPU) for site in link.sites}
+        stream, of_link = chain.module(link, CPU).with_sites(stream, weights, inputs.shared[6])
+        runs |= of_link
+    by_logits = torch.stack(
+        [sampled_gradient(window, torch.Generator().manual_seed(index)) for index, window in enumerate(stream.detach())]
+    )
+    gradients = torch.autograd.grad(stream, [run.gave for run in runs.values()], by_logits)
+    read = {name: run.read.detach() for name, run in runs.items()}
+    return read, dict(zip(runs, gradients, strict=True))
+
+
+def _pass(folder: Path, batch_size: int) -> tuple[EndLossPass, tuple[ActivationGroup, ...]]:
+    directory = locate_model(folder)
+    model = load_graph(directory)
+    groups = find_groups(model)
+    windows = TokenWindows(
+        calibration=_TOKENS[:_CALIBRATION], held_out=_TOKENS[_CALIBRATION:], source="random", tokenizer="", fingerprint=""
+    )
+    chain: Chain = open_chain(model, groups)
+    made = EndLossPass(
+        chain=chain, directory=directory, groups=groups, windows=windows, batch_size=batch_size, device=CPU
+    )
+    return made, groups
+
+
+def test_they_are_those_of_the_whole_model_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    made, groups = _pass(tiny_model, batch_size=2)
+    writer = CacheWriter.of(tmp_path, [group.activation for group in groups])
+    made.fill(writer)
+    read, gradients = _spelled_out(tiny_model)
+    for group in groups:
+        found = load_file(tmp_path / f"weighted-{writer.files[group.activation]}")
+        names = [site.name for site in group.sites]
+        joined = torch.cat([gradients[name] for name in names], dim=-1).double()
+        weights = joined.square().mean(dim=-1)
+        x = read[names[0]].double()
+        for part, windows in (("calibration", slice(0, _CALIBRATION)), ("held_out", slice(_CALIBRATION, None))):
+            rows = (x[windows] * weights[windows].sqrt().unsqueeze(-1)).flatten(0, 1)
+            expected = rows.T @ rows / len(rows)
+            if f"{part}.rows" in found:
+                kept = found[f"{part}.rows"].double()
+                gram = kept.T @ kept / len(rows)
+            else:
+                gram = unpack_symmetric(found[f"{part}.gram_triangle"]).double()
+            # Float32 sums in another order.
+            torch.testing.assert_close(gram, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        counts = [gradients[name][:_CALIBRATION].double().square().flatten(0, 1).mean(dim=0) for name in names]
+        mean = torch.cat(counts).mean()
+        for name, count in zip(names, counts, strict=True):
+            torch.testing.assert_close(found[f"channels of {name}"].double(), count / mean, rtol=1e-4, atol=0)
+
+
+def test_labels_give_the_fisher_information_of_the_model() -> None:
+    """E g g^T = diag(p) - p p^T, the second derivative of the divergence; 40,000 draws, five standard errors."""
+    logits = torch.tensor([1.0, 0.0, -1.0, 0.5])
+    generator = torch.Generator().manual_seed(0)
+    draws = sampled_gradient(logits.expand(40_000, 4).clone(), generator)
+    p = torch.softmax(logits, dim=-1)
+    torch.testing.assert_close(draws.T @ draws / len(draws), torch.diag(p) - torch.outer(p, p), rtol=0, atol=0.0125)
+    assert draws.mean(dim=0).abs().max() < 0.0125
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_a_token_weighs_its_mean_squared_gradient(shape: tuple[int, ...]) -> None:
+    gradient = torch.randn(shape)
+    expected = torch.tensor([float(row.square().sum()) / 5 for row in gradient.reshape(-1, 5)])
+    torch.testing.assert_close(token_weights(gradient).flatten(), expected)
