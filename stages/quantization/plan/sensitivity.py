@@ -51,7 +51,7 @@ class GroupSensitivity:
 
     @property
     def factor(self) -> float:
-        """What forecasts are multiplied by to become nats that were measured."""
+        """Return what forecasts are multiplied by to become nats that were measured."""
         return self.divergence / self.forecast if self.forecast > 0 else 0.0
 
 
