@@ -21,10 +21,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.calibration.statistics import pack_symmetric, shrunk, unpack_symmetric
+from stages.calibration.statistics import pack_symmetric, shrunk, shrunk_weights, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
-from stages.records.results import ActivationStats, SearchStats, TokenStats
+from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
 from stages.system.atomic import atomic_directory, is_occupied, require_creatable
 from stages.system.paths import reachable
 
@@ -37,7 +37,7 @@ _CHANNELS = "channels of "
 """What comes before a site's name where the weights of its output channels are stored."""
 
 
-TokenWeights = Literal["end loss", "none"]
+Weighting = Literal["end loss", "none"]
 """What decides how much a token counts."""
 
 
@@ -52,7 +52,7 @@ class CacheKey:
     held_out_windows: int
     seq_len: int
     providers: tuple[str, ...]
-    token_weights: TokenWeights
+    token_weights: Weighting
 
     def digest(self) -> str:
         """Return the sha256 of all fields."""
@@ -142,7 +142,15 @@ class CalibrationCache:
             channels = {
                 name.removeprefix(_CHANNELS): tensor for name, tensor in tensors.items() if name.startswith(_CHANNELS)
             }
-            return SearchStats(tokens=tokens, channel_weights=channels)
+            weights = (
+                None
+                if "calibration.weights" not in tensors
+                else TokenWeights(
+                    calibration=shrunk_weights(_weights(tensors, "calibration"), _SHRINKAGE),
+                    held_out=shrunk_weights(_weights(tensors, "held_out"), _SHRINKAGE),
+                )
+            )
+            return SearchStats(tokens=tokens, channel_weights=channels, token_weights=weights)
 
     def outline(self, activation: str) -> StatisticsOutline:
         """Return what is stored of one activation, without reading its numbers.
@@ -191,6 +199,9 @@ class CacheWriter:
         """Save the statistics of one activation whose tokens are weighted."""
         tensors = _as_tensors("calibration", stats.tokens.calibration) | _as_tensors("held_out", stats.tokens.held_out)
         tensors |= {f"{_CHANNELS}{site}": weights for site, weights in stats.channel_weights.items()}
+        if stats.token_weights is not None:
+            tensors["calibration.weights"] = stats.token_weights.calibration
+            tensors["held_out.weights"] = stats.token_weights.held_out
         with self.place_for(_weighted(self.files[activation])) as path:
             save_file(tensors, path, {"activation": activation})
 
@@ -326,6 +337,12 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     _need((gram is None) != (rows is None), f"it needs {part}.gram_triangle or {part}.rows")
     _need(rows is None or rows.shape[1] == size, f"{part}.rows doesn't fit {part}.abs_mean of {size}")
     return TokenStats(num_tokens=_count(tensors, f"{part}.num_tokens"), abs_mean=abs_mean, gram=gram, rows=rows)
+
+
+def _weights(tensors: Mapping[str, Tensor], part: str) -> Tensor:
+    found = _floats(tensors, f"{part}.weights", rank=2)
+    assert found is not None
+    return found
 
 
 def _weighted(name: str) -> str:

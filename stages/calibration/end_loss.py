@@ -34,7 +34,7 @@ from stages.commands.progress import Progress, progress_bar
 from stages.errors import UserError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.records.results import ActivationStats, SearchStats
+from stages.records.results import ActivationStats, SearchStats, TokenWeights
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
@@ -177,6 +177,8 @@ class _WeightedSums:
     group: ActivationGroup
     statistics: Mapping[str, StatisticsAccumulator]
     """By part of the text."""
+    weights: Mapping[str, list[Tensor]]
+    """By part: those of each batch's tokens, [batch, length]."""
     channels: Mapping[str, Tensor]
     """By site: the squared gradient of the loss by each output channel, summed over the calibration text, [N]."""
 
@@ -192,12 +194,13 @@ class _WeightedSums:
             for part, tokens in counts.items()
         }
         channels = {site.name: torch.zeros(site.out_features, dtype=torch.float64) for site in group.sites}
-        return cls(group=group, statistics=statistics, channels=channels)
+        return cls(group=group, statistics=statistics, weights={part: [] for part in counts}, channels=channels)
 
     def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str) -> None:
         """Add a batch of ``part``, given what each site read and the loss's gradient by what it gave."""
         weights = token_weights(torch.cat([gradients[name] for name in self.channels], dim=-1))
         read = runs[self.group.sites[0].name].read.detach()
+        self.weights[part].append(weights.cpu())
         self.statistics[part].add(read * weights.sqrt().unsqueeze(-1))
         if part == "calibration":
             for name, sums in self.channels.items():
@@ -210,6 +213,9 @@ class _WeightedSums:
         return SearchStats(
             tokens=ActivationStats(calibration=both["calibration"], held_out=both["held_out"]),
             channel_weights={name: (sums / mean).float() for name, sums in self.channels.items()},
+            token_weights=TokenWeights(
+                calibration=torch.cat(self.weights["calibration"]), held_out=torch.cat(self.weights["held_out"])
+            ),
         )
 
 

@@ -140,6 +140,16 @@ def shrunk(weighted: TokenStats, plain: TokenStats, share: float) -> TokenStats:
     return TokenStats(num_tokens=weighted.num_tokens, abs_mean=abs_mean, rows=rows)
 
 
+def shrunk_weights(weights: Float[Tensor, "windows length"], share: float) -> Float[Tensor, "windows length"]:
+    """Return the weights that ``shrunk`` gives the tokens.
+
+    Args:
+        weights: s.
+        share: see ``shrunk``.
+    """
+    return (1 - share) * weights + share * weights.mean()
+
+
 def _energy(stats: TokenStats) -> float:
     """Return the mean over tokens of their squared length."""
     if stats.gram is not None:

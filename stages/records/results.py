@@ -44,6 +44,14 @@ class ActivationStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWeights:
+    """How much each token counts at one activation, [windows, length] float32: nats^2 a unit^2."""
+
+    calibration: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchStats:
     """What a search minimizes over the sites that read one activation: sum over channels n of c_n D_n G D_n^T.
 
@@ -55,6 +63,8 @@ class SearchStats:
     channel_weights: Mapping[str, Tensor]
     """By site: c, [N] float32, how much an error of each output channel counts, 1 on average; no site where all count
     alike."""
+    token_weights: TokenWeights | None = None
+    """s of every token; None where all count alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import both_to_device, joint_errors
+from stages.quantization.search.objective import both_to_device, counts_of_channels, joint_errors
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
@@ -179,7 +179,12 @@ class BlockTuner:
             starts = tuple(self.start.read_group(index) for index in groups)
             calibration, held_out = streams.pairs(wanted)
             context = BlockContext(
-                run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out
+                run=run,
+                originals=originals,
+                starts=starts,
+                calibration=calibration,
+                held_out=held_out,
+                searched={each.group.activation: self.cache.read_for_search(each.group.activation) for each in starts},
             )
             result = self.step(context, advance)
             for index, solved in zip(groups, self._reported(context, result), strict=True):
@@ -193,14 +198,14 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            found = self.cache.read_for_search(solved.group.activation)
+            found = context.searched[solved.group.activation]
             both = both_to_device(found.tokens, self.device)
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
             losses = [
                 _relative_losses(
                     weight,
                     context.originals[weight.site.name],
-                    found.channel_weights.get(weight.site.name),
+                    counts_of_channels(found, weight.site, self.device),
                     (both.calibration, both.held_out),
                 )
                 for weight in tuned
@@ -225,10 +230,9 @@ def _summary(block: DecoderBlock, result: TunedBlock) -> str:
 
 
 def _relative_losses(
-    weight: QuantizedWeight, original: Tensor, channels: Tensor | None, stats: tuple[TokenStats, ...]
+    weight: QuantizedWeight, original: Tensor, counts: Tensor, stats: tuple[TokenStats, ...]
 ) -> list[float | None]:
     """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
-    counts = torch.ones_like(original[:, 0]) if channels is None else channels.to(original.device)
     error = effective_weight(weight, original.device) - original
     errors = joint_errors(error * counts.sqrt().unsqueeze(-1), stats)
     energies = output_energies(original, counts, stats)

@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     stored_weight,
 )
 from stages.quantization.search.gptq import awq_gptq, gptq
-from stages.quantization.search.objective import both_to_device
+from stages.quantization.search.objective import both_to_device, counts_of_channels
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import QuantSpec
@@ -109,21 +109,16 @@ class GroupSolver:
 
     def pose(self, group: ActivationGroup) -> GroupProblem:
         """Read the weights and statistics of ``group``."""
-        stats, channels = None, dict[str, Tensor]()
-        if self.read_stats is not None:
-            found = self.read_stats(group.activation)
+        found = None if self.read_stats is None else self.read_stats(group.activation)
+        if found is not None:
             _require_width(found.tokens, group)
-            stats = both_to_device(found.tokens, self.device)
-            channels = {site: weights.to(self.device) for site, weights in found.channel_weights.items()}
         absorber = group.absorber if self.fold else None
         return GroupProblem(
             group=group,
             weights=tuple(self.read_weight(site) for site in group.sites),
             specs=tuple(self.specs[site.name] for site in group.sites),
-            stats=stats,
-            channel_weights=tuple(
-                channels.get(site.name, torch.ones(site.out_features, device=self.device)) for site in group.sites
-            ),
+            stats=None if found is None else both_to_device(found.tokens, self.device),
+            channel_weights=tuple(counts_of_channels(found, site, self.device) for site in group.sites),
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
         )
 
