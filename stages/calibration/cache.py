@@ -7,6 +7,7 @@ is refused with the reason.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from stages.system.paths import reachable
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
 _FORMAT = 3
+_EARLIER = frozenset({1, 2})
 _SHRINKAGE = 1 / 3
 """The part of a token's weight that all tokens share: chosen on text that nothing is reported on."""
 _CHANNELS = "channels of "
@@ -273,7 +275,13 @@ def find_cache(folder: Path) -> CalibrationCache | None:
     if not path.is_file():
         return None
     try:
-        manifest = _MANIFESTS.validate_json(path.read_bytes())
+        content = path.read_bytes()
+        if _is_earlier(content):
+            raise CacheMismatch(
+                f"{path} was written by an earlier version, whose statistics count all tokens alike; "
+                f"{_CALIBRATE_AGAIN}."
+            )
+        manifest = _MANIFESTS.validate_json(content)
     except OSError as error:
         raise CacheMismatch(f"{path} can't be read ({error.strerror}); get the right to read it.") from error
     except ValidationError as error:
@@ -284,6 +292,15 @@ def find_cache(folder: Path) -> CalibrationCache | None:
         if Path(name).name != name or "\0" in name:
             raise CacheMismatch(f"{path} names the file '{name}', which isn't in its folder; {_CALIBRATE_AGAIN}.")
     return CalibrationCache(folder, manifest)
+
+
+def _is_earlier(manifest: bytes) -> bool:
+    """Return whether it has the format of an earlier version."""
+    try:
+        found = json.loads(manifest)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("format") in _EARLIER
 
 
 def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
@@ -360,9 +377,7 @@ def _count(tensors: Mapping[str, Tensor], name: str) -> int:
 def _gram(tensors: Mapping[str, Tensor], part: str, size: int) -> Tensor | None:
     packed = _floats(tensors, f"{part}.gram_triangle", rank=2, optional=True)
     if packed is None:
-        whole = _floats(tensors, f"{part}.gram", rank=2, optional=True)
-        _need(whole is None or whole.shape == (size, size), f"{part}.gram doesn't fit {part}.abs_mean of {size}")
-        return whole
+        return None
     wanted = (-(-size // 2), size + 1)
     _need(packed.shape == wanted, f"{part}.gram_triangle doesn't fit {part}.abs_mean of {size}")
     return unpack_symmetric(packed)

@@ -53,7 +53,7 @@ class TokenWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchStats:
-    """What a search minimizes over the sites that read one activation: sum over channels n of c_n D_n G D_n^T.
+    """What a search minimizes over the sites that read one activation, and how much tokens and channels count.
 
     Where an error counts by what it does to the end loss, every token's x is multiplied by the root of its weight s in
     ``tokens``, so that G is the mean of s x^T x, and half the sum is a divergence in nats a token.

@@ -21,7 +21,6 @@ from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, TunedBlock
 from stages.quantization.search.choices import full_ranges, stored_weight
 from stages.quantization.search.gptq import compensate, damped
-from stages.quantization.search.objective import counts_of_channels
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions
 from stages.quantization.search.ranges import clip_sites
 from stages.records.results import ActivationStats, QuantizedWeight, SolvedGroup, TokenStats
@@ -172,8 +171,7 @@ class ErrorFeedback:
     def _refine_group(self, solved: SolvedGroup, stored: Mapping[str, QuantizedWeight]) -> Iterator[QuantizedWeight]:
         names = [weight.site.name for weight in solved.weights]
         weights = self.block.effective(stored)
-        searched = self.block.searched[solved.group.activation]
-        counts = searched.token_weights
+        counts = self.block.searched[solved.group.activation].token_weights
         calibration = self._drift(self.block.calibration, names[0], weights, counts and counts.calibration)
         held_out = self._drift(self.block.held_out, names[0], weights, counts and counts.held_out)
         for starts in _by_input_scale(tuple(stored[name] for name in names)):
@@ -182,10 +180,6 @@ class ErrorFeedback:
                 weights=tuple(self.block.originals[start.site.name] for start in starts),
                 specs=tuple(start.spec for start in starts),
                 stats=None,
-                channel_weights=tuple(
-                    counts_of_channels(searched, start.site, self.block.originals[start.site.name].device)
-                    for start in starts
-                ),
                 head_sharing=None,
             )
             yield from refine(problem, self.options, starts, calibration, held_out)

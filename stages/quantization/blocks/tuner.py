@@ -25,7 +25,7 @@ from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import both_to_device, counts_of_channels, joint_errors
+from stages.quantization.search.objective import joint_errors, to_device
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
@@ -198,18 +198,10 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            found = context.searched[solved.group.activation]
-            both = both_to_device(found.tokens, self.device)
+            stats = context.searched[solved.group.activation].tokens
+            parts = tuple(to_device(part, self.device) for part in (stats.calibration, stats.held_out))
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
-            losses = [
-                _relative_losses(
-                    weight,
-                    context.originals[weight.site.name],
-                    counts_of_channels(found, weight.site, self.device),
-                    (both.calibration, both.held_out),
-                )
-                for weight in tuned
-            ]
+            losses = [_relative_losses(weight, context.originals[weight.site.name], parts) for weight in tuned]
             reports = tuple(
                 replace(
                     report,
@@ -229,11 +221,8 @@ def _summary(block: DecoderBlock, result: TunedBlock) -> str:
     return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
 
 
-def _relative_losses(
-    weight: QuantizedWeight, original: Tensor, counts: Tensor, stats: tuple[TokenStats, ...]
-) -> list[float | None]:
-    """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
-    error = effective_weight(weight, original.device) - original
-    errors = joint_errors(error * counts.sqrt().unsqueeze(-1), stats)
-    energies = output_energies(original, counts, stats)
+def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """Return tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
+    errors = joint_errors(effective_weight(weight, original.device) - original, stats)
+    energies = output_energies(original, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import diagonal_blocks, split
-from stages.records.results import ActivationStats, SearchStats, TokenStats
-from stages.records.sites import MatMulSite
+from stages.records.results import TokenStats
 
 _STRIP = 256
 """Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""
@@ -80,17 +79,6 @@ def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
         gram=None if stats.gram is None else stats.gram.to(device),
         rows=None if stats.rows is None else stats.rows.to(device),
     )
-
-
-def both_to_device(stats: ActivationStats, device: torch.device) -> ActivationStats:
-    """Return both parts with their tensors on ``device``."""
-    return ActivationStats(calibration=to_device(stats.calibration, device), held_out=to_device(stats.held_out, device))
-
-
-def counts_of_channels(stats: SearchStats | None, site: MatMulSite, device: torch.device) -> Float[Tensor, " N"]:
-    """Return how much an error of each output channel of ``site`` counts: 1 where all count alike."""
-    found = None if stats is None else stats.channel_weights.get(site.name)
-    return torch.ones(site.out_features, device=device) if found is None else found.to(device)
 
 
 def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:

@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from stages.calibration.cache import CacheKey, CalibrationCache, find_cache, new_cache, open_cache
 from stages.errors import CacheMismatch, UserError
-from stages.records.results import ActivationStats
+from stages.quantization.search.objective import full_gram
+from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
 from tests.stages.quantization.search.problems import gram_stats, row_stats
 from tests.support.full_disk import full_after
 
@@ -22,6 +23,7 @@ KEY = CacheKey(
     held_out_windows=1,
     seq_len=8,
     providers=("CPUExecutionProvider",),
+    token_weights="none",
 )
 STATS = ActivationStats(calibration=gram_stats(torch.randn(30, 6)), held_out=row_stats(torch.randn(4, 6)))
 
@@ -97,24 +99,16 @@ def test_difference_is_in_words(change: dict[str, Any], words: str) -> None:
     assert bool(KEY.difference(replace(KEY, **change))) == bool(words)
 
 
-def test_caches_of_the_first_format_are_still_read(tmp_path: Path) -> None:
-    """They hold whole Gram matrices."""
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_caches_of_earlier_versions_are_refused_with_the_reason(tmp_path: Path, earlier: int) -> None:
     cache = _write(tmp_path / "cache")
-    file = cache.folder / cache.manifest.files["/x"]
-    tensors = load_file(file)
-    del tensors["calibration.gram_triangle"]
-    assert STATS.calibration.gram is not None
-    save_file(tensors | {"calibration.gram": STATS.calibration.gram}, file)
     manifest = (cache.folder / "manifest.json").read_text()
-    (cache.folder / "manifest.json").write_text(manifest.replace('"format": 2', '"format": 1'))
-    found = find_cache(cache.folder)
-    assert found is not None
-    gram = found.read("/x").calibration.gram
-    assert gram is not None
-    assert torch.equal(gram, STATS.calibration.gram)
+    (cache.folder / "manifest.json").write_text(manifest.replace('"format": 3', f'"format": {earlier}'))
+    with pytest.raises(CacheMismatch, match="count all tokens alike; run stages"):
+        find_cache(cache.folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b'{"format": 1}', b'{"format": 99, "key": 3, "files": {}}'])
+@pytest.mark.parametrize("content", [b"{", b'{"format": 3}', b'{"format": 99, "key": 3, "files": {}}'])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     cache = _write(tmp_path / "cache")
     (cache.folder / "manifest.json").write_bytes(content)
@@ -133,3 +127,32 @@ def test_a_truncated_statistics_file_is_refused(tmp_path: Path) -> None:
 def test_no_cache_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(CacheMismatch, match=r"run stages\.calibrate first"):
         open_cache(tmp_path, "m")
+
+
+@pytest.mark.parametrize("form", [gram_stats, row_stats])
+def test_a_search_reads_weights_that_are_shrunk_towards_equal_ones(
+    form: Callable[[torch.Tensor], TokenStats], tmp_path: Path
+) -> None:
+    """The same tokens, whose weights are two thirds their own and one third the mean of all."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(12, 6, generator=generator), torch.rand(12, generator=generator) ** 3
+    both = ActivationStats(calibration=form(x), held_out=form(x.clone()))
+    rows = x * weights.sqrt()[:, None]
+    weighted = ActivationStats(calibration=form(rows), held_out=form(rows.clone()))
+    counts = TokenWeights(calibration=weights.view(3, 4), held_out=weights.view(3, 4).clone())
+    channels = {"/a": torch.tensor([0.5, 1.5])}
+    with new_cache(tmp_path / "cache", KEY, ["/x"], overwrite=False) as writer:
+        writer.write("/x", both)
+        writer.write_weighted("/x", SearchStats(tokens=weighted, channel_weights=channels, token_weights=counts))
+        writer.write_tokens(np.zeros((3, 4), np.int64), np.ones((3, 4), np.int64))
+    cache = find_cache(tmp_path / "cache")
+    assert cache is not None
+    found = cache.read_for_search("/x")
+    # The mean weight is what makes the energies equal, tokens of all lengths together.
+    mean = (rows.square().sum() / x.square().sum()).item()
+    expected = weights * 2 / 3 + mean / 3
+    torch.testing.assert_close(full_gram(found.tokens.calibration), x.T @ (x * expected[:, None]) / 12)
+    assert found.token_weights is not None
+    torch.testing.assert_close(found.token_weights.held_out.flatten(), weights * 2 / 3 + weights.mean() / 3)
+    assert torch.equal(found.channel_weights["/a"], channels["/a"])
+    assert cache.read("/x").calibration.is_silent == both.calibration.is_silent

@@ -51,7 +51,11 @@ def _pass(folder: Path, batch_size: int) -> tuple[EndLossPass, tuple[ActivationG
     model = load_graph(directory)
     groups = find_groups(model)
     windows = TokenWindows(
-        calibration=_TOKENS[:_CALIBRATION], held_out=_TOKENS[_CALIBRATION:], source="random", tokenizer="", fingerprint=""
+        calibration=_TOKENS[:_CALIBRATION],
+        held_out=_TOKENS[_CALIBRATION:],
+        source="random",
+        tokenizer="",
+        fingerprint="",
     )
     chain: Chain = open_chain(model, groups)
     made = EndLossPass(

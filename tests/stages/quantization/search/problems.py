@@ -13,7 +13,7 @@ from stages.quantization.search.choices import site_errors
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.records.formats import PerBlock, QuantSpec
-from stages.records.results import ActivationStats, QuantizedWeight, SearchStats, TokenStats
+from stages.records.results import ActivationStats, QuantizedWeight, TokenStats
 from stages.records.sites import ActivationGroup, HeadSharing, MatMulSite, WeightLayout
 
 OPTIONS = SearchOptions(
@@ -81,7 +81,6 @@ def random_layer(
         weights=weights,
         specs=tuple(spec(symmetric=symmetric) for _ in widths),
         stats=ActivationStats(calibration=gram_stats(tokens), held_out=gram_stats(held_out)),
-        channel_weights=tuple(torch.ones(width) for width in widths),
         head_sharing=heads,
     )
     return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
@@ -96,11 +95,9 @@ def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale:
     """Return a solver that reads ``problem``'s weights and statistics."""
     weights = {site.name: weight for site, weight in zip(problem.group.sites, problem.weights, strict=True)}
 
-    def read_stats(_: str) -> SearchStats:
+    def read_stats(_: str) -> ActivationStats:
         assert problem.stats is not None
-        names = (site.name for site in problem.group.sites)
-        channels = dict(zip(names, problem.channel_weights, strict=True))
-        return SearchStats(tokens=problem.stats, channel_weights=channels)
+        return problem.stats
 
     return GroupSolver(
         algorithm_name=name,

@@ -233,20 +233,3 @@ def test_no_product_is_computed_in_half_precision() -> None:
         solver_of(problem, "awq_full").solve(problem.group)
     assert found.seen
     assert found.seen <= {torch.float32, torch.float64}
-
-
-@pytest.mark.parametrize("name", ["awq_lite", "awq_full", "awq_gptq"])
-def test_weights_of_channels_count_as_larger_rows_do(name: str) -> None:
-    """Powers of four, whose roots multiply rows exactly; codes and input scales then stay the same."""
-    problem = random_layer(5, widths=(20, 12)).problem
-    channels = tuple(4.0 ** torch.randint(-3, 4, (len(weight),)) for weight in problem.weights)
-    rows = tuple(weight * count.sqrt()[:, None] for weight, count in zip(problem.weights, channels, strict=True))
-    counted = replace(problem, channel_weights=channels)
-    ours = solver_of(counted, name).solve(problem.group)
-    theirs = solver_of(replace(problem, weights=rows), name).solve(problem.group)
-    plain = solver_of(problem, name).solve(problem.group)
-    for mine, other, count in zip(ours.weights, theirs.weights, channels, strict=True):
-        assert torch.equal(mine.codes, other.codes)
-        assert torch.equal(mine.scales * count.sqrt()[:, None], other.scales)
-    assert [report.loss for report in ours.reports] == pytest.approx([report.loss for report in theirs.reports])
-    assert [report.loss for report in ours.reports] != [report.loss for report in plain.reports]
