@@ -22,7 +22,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.calibration.statistics import pack_symmetric, shrunk, shrunk_weights, unpack_symmetric
+from stages.calibration.statistics import pack_symmetric, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
 from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
@@ -33,8 +33,6 @@ MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
 _FORMAT = 3
 _EARLIER = frozenset({1, 2})
-_SHRINKAGE = 1 / 3
-"""The part of a token's weight that all tokens share: chosen on text that nothing is reported on."""
 _CHANNELS = "channels of "
 """What comes before a site's name where the weights of its output channels are stored."""
 
@@ -131,28 +129,19 @@ class CalibrationCache:
         Raises:
             CacheMismatch: see ``read``.
         """
-        plain = self.read(activation)
-        path = self.folder / _weighted(self.manifest.files[activation])
+        path = self.folder / _weighted(self.manifest.files.get(activation, ""))
         if not path.is_file():
-            return SearchStats(tokens=plain, channel_weights={})
+            return SearchStats(tokens=self.read(activation), channel_weights={})
         with _reading(path):
             tensors = load_file(path)
-            tokens = ActivationStats(
-                calibration=shrunk(_token_stats(tensors, "calibration"), plain.calibration, _SHRINKAGE),
-                held_out=shrunk(_token_stats(tensors, "held_out"), plain.held_out, _SHRINKAGE),
-            )
+            parts = {part: _token_stats(tensors, part) for part in ("calibration", "held_out")}
+            weights = {part: _floats(tensors, f"{part}.weights", rank=2) for part in parts}
             channels = {
                 name.removeprefix(_CHANNELS): tensor for name, tensor in tensors.items() if name.startswith(_CHANNELS)
             }
-            weights = (
-                None
-                if "calibration.weights" not in tensors
-                else TokenWeights(
-                    calibration=shrunk_weights(_weights(tensors, "calibration"), _SHRINKAGE),
-                    held_out=shrunk_weights(_weights(tensors, "held_out"), _SHRINKAGE),
-                )
+            return SearchStats(
+                tokens=ActivationStats(**parts), channel_weights=channels, token_weights=TokenWeights(**weights)
             )
-            return SearchStats(tokens=tokens, channel_weights=channels, token_weights=weights)
 
     def outline(self, activation: str) -> StatisticsOutline:
         """Return what is stored of one activation, without reading its numbers.
@@ -354,12 +343,6 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     _need((gram is None) != (rows is None), f"it needs {part}.gram_triangle or {part}.rows")
     _need(rows is None or rows.shape[1] == size, f"{part}.rows doesn't fit {part}.abs_mean of {size}")
     return TokenStats(num_tokens=_count(tensors, f"{part}.num_tokens"), abs_mean=abs_mean, gram=gram, rows=rows)
-
-
-def _weights(tensors: Mapping[str, Tensor], part: str) -> Tensor:
-    found = _floats(tensors, f"{part}.weights", rank=2)
-    assert found is not None
-    return found
 
 
 def _weighted(name: str) -> str:

@@ -7,7 +7,8 @@ nats a token with H = mean over tokens of s x^T x and s = mean over channels of 
 weighted, which every search takes in place of the plain one. (Kim et al., "GuidedQuant: Large Language Model
 Quantization via Exploiting End Loss Guidance", 2025, https://arxiv.org/abs/2505.07004, with the labels of Tseng et al.,
 "Model-Preserving Adaptive Rounding", 2025, https://arxiv.org/abs/2505.22988.) Sites that read one activation share s:
-Gram matrices of their own gain nothing. How much an error of each output channel counts is kept beside it.
+Gram matrices of their own gain nothing. Few tokens have most of s, and which ones depends on the labels; its root, of
+the same mean, generalizes better and takes its place.
 
 The model runs as a chain of torch blocks. What enters each block is kept in files; everything else is computed again
 on the way back, so memory holds one block and two streams.
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
-from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.progress import Progress, progress_bar
 from stages.errors import UserError, in_one_line
@@ -42,11 +43,13 @@ from stages.runtime.blocks.module import BlockModule, SiteRun
 from stages.runtime.blocks.stream import in_batches, read_inputs
 
 _FLOAT32_BYTES = 4
+_SMALLEST = 1e-30
+"""Least mean that weights are divided by."""
 
 
 def token_weights(gradient: Float[Tensor, "*tokens N"]) -> Float[Tensor, "*tokens"]:
-    """Return s, the mean over a site's output channels of the squared gradient of the loss, for every token."""
-    return gradient.square().mean(dim=-1)
+    """Return the root of s, the mean over a site's output channels of the loss's squared gradient, for every token."""
+    return gradient.square().mean(dim=-1).sqrt()
 
 
 def sampled_gradient(logits: Float[Tensor, "*tokens V"], generator: torch.Generator) -> Float[Tensor, "*tokens V"]:
@@ -208,14 +211,15 @@ class _WeightedSums:
 
     def finish(self) -> SearchStats:
         """Return the statistics; nothing can be added afterwards."""
-        both = {part: accumulator.finish() for part, accumulator in self.statistics.items()}
-        mean = torch.cat(list(self.channels.values())).mean()
+        weights = {part: torch.cat(batches) for part, batches in self.weights.items()}
+        squared = float(weights["calibration"].double().square().mean())
+        factor = squared / max(float(weights["calibration"].double().mean()), _SMALLEST)
+        tokens = {part: scaled(accumulator.finish(), factor) for part, accumulator in self.statistics.items()}
+        mean = torch.cat(list(self.channels.values())).mean().clamp_min(_SMALLEST)
         return SearchStats(
-            tokens=ActivationStats(calibration=both["calibration"], held_out=both["held_out"]),
+            tokens=ActivationStats(**tokens),
             channel_weights={name: (sums / mean).float() for name, sums in self.channels.items()},
-            token_weights=TokenWeights(
-                calibration=torch.cat(self.weights["calibration"]), held_out=torch.cat(self.weights["held_out"])
-            ),
+            token_weights=TokenWeights(**{part: factor * each for part, each in weights.items()}),
         )
 
 

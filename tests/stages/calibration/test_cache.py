@@ -1,5 +1,4 @@
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ import pytest
 import torch
 
 from stages.calibration.cache import CacheKey, CalibrationCache, find_cache, new_cache, open_cache
+from stages.calibration.statistics import scaled
 from stages.errors import CacheMismatch, UserError
 from stages.quantization.search.objective import full_gram
-from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
+from stages.records.results import ActivationStats, SearchStats, TokenWeights
 from tests.stages.quantization.search.problems import gram_stats, row_stats
 from tests.support.full_disk import full_after
 
@@ -129,30 +129,21 @@ def test_no_cache_says_what_to_run(tmp_path: Path) -> None:
         open_cache(tmp_path, "m")
 
 
-@pytest.mark.parametrize("form", [gram_stats, row_stats])
-def test_a_search_reads_weights_that_are_shrunk_towards_equal_ones(
-    form: Callable[[torch.Tensor], TokenStats], tmp_path: Path
-) -> None:
-    """The same tokens, whose weights are two thirds their own and one third the mean of all."""
-    generator = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(12, 6, generator=generator), torch.rand(12, generator=generator) ** 3
-    both = ActivationStats(calibration=form(x), held_out=form(x.clone()))
-    rows = x * weights.sqrt()[:, None]
-    weighted = ActivationStats(calibration=form(rows), held_out=form(rows.clone()))
-    counts = TokenWeights(calibration=weights.view(3, 4), held_out=weights.view(3, 4).clone())
+def test_a_search_reads_weighted_statistics_where_there_are_some(tmp_path: Path) -> None:
     channels = {"/a": torch.tensor([0.5, 1.5])}
-    with new_cache(tmp_path / "cache", KEY, ["/x"], overwrite=False) as writer:
-        writer.write("/x", both)
-        writer.write_weighted("/x", SearchStats(tokens=weighted, channel_weights=channels, token_weights=counts))
-        writer.write_tokens(np.zeros((3, 4), np.int64), np.ones((3, 4), np.int64))
+    weights = TokenWeights(calibration=torch.rand(3, 8), held_out=torch.rand(1, 8))
+    with new_cache(tmp_path / "cache", KEY, ["/x", "/y"], overwrite=False) as writer:
+        writer.write("/x", STATS)
+        writer.write("/y", STATS)
+        twice = ActivationStats(calibration=scaled(STATS.calibration, 4.0), held_out=scaled(STATS.held_out, 4.0))
+        writer.write_weighted("/x", SearchStats(tokens=twice, channel_weights=channels, token_weights=weights))
     cache = find_cache(tmp_path / "cache")
     assert cache is not None
-    found = cache.read_for_search("/x")
-    # The mean weight is what makes the energies equal, tokens of all lengths together.
-    mean = (rows.square().sum() / x.square().sum()).item()
-    expected = weights * 2 / 3 + mean / 3
-    torch.testing.assert_close(full_gram(found.tokens.calibration), x.T @ (x * expected[:, None]) / 12)
+    found, plain = cache.read_for_search("/x"), cache.read_for_search("/y")
+    torch.testing.assert_close(full_gram(found.tokens.calibration), 4 * full_gram(STATS.calibration))
+    torch.testing.assert_close(full_gram(found.tokens.held_out), 4 * full_gram(STATS.held_out))
     assert found.token_weights is not None
-    torch.testing.assert_close(found.token_weights.held_out.flatten(), weights * 2 / 3 + weights.mean() / 3)
+    assert torch.equal(found.token_weights.held_out, weights.held_out)
     assert torch.equal(found.channel_weights["/a"], channels["/a"])
-    assert cache.read("/x").calibration.is_silent == both.calibration.is_silent
+    torch.testing.assert_close(full_gram(plain.tokens.calibration), full_gram(STATS.calibration))
+    assert plain.token_weights is None
