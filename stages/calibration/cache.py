@@ -33,8 +33,8 @@ MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
 _FORMAT = 3
 _EARLIER = frozenset({1, 2})
-_CHANNELS = "channels of "
-"""What comes before a site's name where the weights of its output channels are stored."""
+_CHANNELS, _OUTPUTS = "channels of ", "outputs of "
+"""What comes before a site's name where the weights and Gram matrices of its output channels are stored."""
 
 
 Weighting = Literal["end loss", "none"]
@@ -136,11 +136,11 @@ class CalibrationCache:
             tensors = load_file(path)
             parts = {part: _token_stats(tensors, part) for part in ("calibration", "held_out")}
             weights = {part: _floats(tensors, f"{part}.weights", rank=2) for part in parts}
-            channels = {
-                name.removeprefix(_CHANNELS): tensor for name, tensor in tensors.items() if name.startswith(_CHANNELS)
-            }
             return SearchStats(
-                tokens=ActivationStats(**parts), channel_weights=channels, token_weights=TokenWeights(**weights)
+                tokens=ActivationStats(**parts),
+                channel_weights=_by_site(tensors, _CHANNELS),
+                token_weights=TokenWeights(**weights),
+                output_grams=_by_site(tensors, _OUTPUTS),
             )
 
     def outline(self, activation: str) -> StatisticsOutline:
@@ -190,6 +190,7 @@ class CacheWriter:
         """Save the statistics of one activation whose tokens are weighted."""
         tensors = _as_tensors("calibration", stats.tokens.calibration) | _as_tensors("held_out", stats.tokens.held_out)
         tensors |= {f"{_CHANNELS}{site}": weights for site, weights in stats.channel_weights.items()}
+        tensors |= {f"{_OUTPUTS}{site}": gram for site, gram in stats.output_grams.items()}
         if stats.token_weights is not None:
             tensors["calibration.weights"] = stats.token_weights.calibration
             tensors["held_out.weights"] = stats.token_weights.held_out
@@ -343,6 +344,10 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     _need((gram is None) != (rows is None), f"it needs {part}.gram_triangle or {part}.rows")
     _need(rows is None or rows.shape[1] == size, f"{part}.rows doesn't fit {part}.abs_mean of {size}")
     return TokenStats(num_tokens=_count(tensors, f"{part}.num_tokens"), abs_mean=abs_mean, gram=gram, rows=rows)
+
+
+def _by_site(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _weighted(name: str) -> str:

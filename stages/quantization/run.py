@@ -178,7 +178,7 @@ def _log_plan(plan: ModelPlan) -> None:
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
-    read_stats = None if cache is None else lambda activation: cache.read_for_search(activation).tokens
+    read_stats = None if cache is None else cache.read_for_search
     return group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
 
 

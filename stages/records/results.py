@@ -7,7 +7,7 @@ Weights are always [N, K] here, whatever the graph stores.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -65,6 +65,9 @@ class SearchStats:
     alike."""
     token_weights: TokenWeights | None = None
     """s of every token; None where all count alike."""
+    output_grams: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site whose outputs enter attention: H, [heads, size, size] float32, how errors of a head's channels count
+    together: the mean of g^T g over tokens, g the loss's gradient there divided by the root of s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, TunedBlock
 from stages.quantization.search.choices import full_ranges, stored_weight
 from stages.quantization.search.gptq import compensate, damped
+from stages.quantization.search.objective import mixed_outputs
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions
 from stages.quantization.search.ranges import clip_sites
 from stages.records.results import ActivationStats, QuantizedWeight, SolvedGroup, TokenStats
@@ -122,8 +123,10 @@ def refine(
     solved = zip(aimed.group.sites, aimed.weights, aimed.specs, compensate(aimed, options, ranges), strict=True)
     refined = (stored_weight(site, weight, spec, choice) for site, weight, spec, choice in solved)
     return tuple(
-        _better(weight, start, other, held_out)
-        for weight, start, other in zip(problem.weights, starts, refined, strict=True)
+        _better(weight, output_gram, start, other, held_out)
+        for weight, output_gram, start, other in zip(
+            problem.weights, problem.output_grams, starts, refined, strict=True
+        )
     )
 
 
@@ -133,12 +136,15 @@ def _scale_of(start: QuantizedWeight, device: torch.device) -> InputScale:
 
 
 def _better(
-    weight: Tensor, start: QuantizedWeight, other: QuantizedWeight, held_out: QuantizedStreamStats
+    weight: Tensor,
+    output_gram: Tensor | None,
+    start: QuantizedWeight,
+    other: QuantizedWeight,
+    held_out: QuantizedStreamStats,
 ) -> QuantizedWeight:
-    errors = [
-        float(drift_error(effective_weight(candidate, weight.device) - weight, weight, held_out))
-        for candidate in (start, other)
-    ]
+    mixed = mixed_outputs(weight, output_gram)
+    found = (effective_weight(candidate, weight.device) for candidate in (start, other))
+    errors = [float(drift_error(mixed_outputs(each, output_gram) - mixed, mixed, held_out)) for each in found]
     return other if errors[1] < errors[0] else start
 
 
@@ -180,9 +186,14 @@ class ErrorFeedback:
                 weights=tuple(self.block.originals[start.site.name] for start in starts),
                 specs=tuple(start.spec for start in starts),
                 stats=None,
+                output_grams=tuple(self._output_gram(solved, start) for start in starts),
                 head_sharing=None,
             )
             yield from refine(problem, self.options, starts, calibration, held_out)
+
+    def _output_gram(self, solved: SolvedGroup, start: QuantizedWeight) -> Tensor | None:
+        found = self.block.searched[solved.group.activation].output_grams.get(start.site.name)
+        return None if found is None else found.to(self.block.originals[start.site.name].device)
 
     def _drift(
         self, pair: StreamPair, site: str, weights: Mapping[str, Tensor], counts: Tensor | None

@@ -25,7 +25,7 @@ from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import joint_errors, to_device
+from stages.quantization.search.objective import joint_errors, mixed_outputs, to_device
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
@@ -198,10 +198,15 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            stats = context.searched[solved.group.activation].tokens
-            parts = tuple(to_device(part, self.device) for part in (stats.calibration, stats.held_out))
+            searched = context.searched[solved.group.activation]
+            both = searched.tokens
+            stats = tuple(to_device(part, self.device) for part in (both.calibration, both.held_out))
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
-            losses = [_relative_losses(weight, context.originals[weight.site.name], parts) for weight in tuned]
+            losses = [
+                _relative_losses(weight, context.originals[name], searched.output_grams.get(name), stats)
+                for weight in tuned
+                for name in (weight.site.name,)
+            ]
             reports = tuple(
                 replace(
                     report,
@@ -221,8 +226,12 @@ def _summary(block: DecoderBlock, result: TunedBlock) -> str:
     return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
 
 
-def _relative_losses(weight: QuantizedWeight, original: Tensor, stats: tuple[TokenStats, ...]) -> list[float | None]:
-    """Return tr(D G D^T) / tr(W G W^T) over each of ``stats``, as the search reports it."""
-    errors = joint_errors(effective_weight(weight, original.device) - original, stats)
-    energies = output_energies(original, stats)
+def _relative_losses(
+    weight: QuantizedWeight, original: Tensor, output_gram: Tensor | None, stats: tuple[TokenStats, ...]
+) -> list[float | None]:
+    """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
+    gram = None if output_gram is None else output_gram.to(original.device)
+    mixed = mixed_outputs(original, gram)
+    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), gram) - mixed, stats)
+    energies = output_energies(mixed, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -64,7 +64,7 @@ from stages.records.formats import (
     WeightForm,
 )
 from stages.records.quantities import counted
-from stages.records.results import ActivationStats, ExportRecipe
+from stages.records.results import ExportRecipe, SearchStats
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
@@ -237,7 +237,7 @@ def group_solver(
     plan: ModelPlan,
     device: torch.device,
     read_weight: Callable[[MatMulSite], Tensor],
-    read_stats: Callable[[str], ActivationStats] | None,
+    read_stats: Callable[[str], SearchStats] | None,
 ) -> GroupSolver:
     """Return the solver that ``config`` and ``plan`` describe.
 

@@ -15,7 +15,7 @@ from stages.commands.quantize_options import QuantizeConfig
 from stages.quantization.plan.plan import ModelPlan, group_solver
 from stages.quantization.search.parallel import small_groups, solve_groups, workers_on
 from stages.quantization.search.solver import GroupSolver, search_cost
-from stages.records.results import ActivationStats, TokenStats
+from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.records.sites import ActivationGroup, MatMulSite
 
 _TIMED = 4e9
@@ -105,7 +105,8 @@ def _random_solver(
         calibration=_random_stats(text.size(group, "calibration"), generator),
         held_out=_random_stats(text.size(group, "held_out"), generator),
     )
-    return group_solver(config, plan, device, read_weight, lambda _: stats)
+    found = SearchStats(tokens=stats, channel_weights={})
+    return group_solver(config, plan, device, read_weight, lambda _: found)
 
 
 def _random_stats(size: StatisticsSize, generator: torch.Generator) -> TokenStats:

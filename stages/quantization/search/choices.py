@@ -5,7 +5,7 @@ Rounding to nearest (RTN) is here too: it is the baseline that no choice may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from stages.quantization.search.affine import (
     round_trip,
     split,
 )
-from stages.quantization.search.objective import joint_errors, output_error
+from stages.quantization.search.objective import joint_errors, mixed_outputs, output_error
 from stages.quantization.search.problem import IDENTITY, Errors, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.results import QuantizedWeight, TokenStats
@@ -128,17 +128,29 @@ def measured(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[Si
     assert problem.stats is not None
     both = (problem.stats.calibration, problem.stats.held_out)
     return tuple(
-        _measured(weight, spec, choice, both)
-        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+        _measured(weight, output_gram, spec, choice, both)
+        for weight, output_gram, spec, choice in _by_site(problem, choices)
     )
 
 
-def _measured(weight: Tensor, spec: QuantSpec, choice: SiteChoice, both: tuple[TokenStats, TokenStats]) -> SiteChoice:
+def _by_site(
+    problem: GroupProblem, choices: tuple[SiteChoice, ...]
+) -> Iterator[tuple[Tensor, Tensor | None, QuantSpec, SiteChoice]]:
+    return zip(problem.weights, problem.output_grams, problem.specs, choices, strict=True)
+
+
+def _measured(
+    weight: Tensor,
+    output_gram: Tensor | None,
+    spec: QuantSpec,
+    choice: SiteChoice,
+    both: tuple[TokenStats, TokenStats],
+) -> SiteChoice:
     if choice.fallback is not None:
-        choice = replace(choice, fallback=_measured(weight, spec, choice.fallback, both))
+        choice = replace(choice, fallback=_measured(weight, output_gram, spec, choice.fallback, both))
     if choice.errors is not None:
         return choice
-    calibration, held_out = _site_errors(weight, spec, choice, both)
+    calibration, held_out = _site_errors(weight, output_gram, spec, choice, both)
     return replace(choice, errors=Errors(calibration=calibration, held_out=held_out))
 
 
@@ -156,7 +168,7 @@ def _total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
 
 
 def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
-    """Return tr(D G D^T) of every site: the mean over tokens of its squared output error, summed over its channels.
+    """Return tr(H D G D^T) of every site: the mean over tokens of its squared output error, where H is the identity.
 
     Args:
         problem: the sites.
@@ -164,8 +176,8 @@ def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: T
         stats: of the activation that the sites share.
     """
     return tuple(
-        _site_errors(weight, spec, choice, (stats,))[0]
-        for weight, spec, choice in zip(problem.weights, problem.specs, choices, strict=True)
+        _site_errors(weight, output_gram, spec, choice, (stats,))[0]
+        for weight, output_gram, spec, choice in _by_site(problem, choices)
     )
 
 
@@ -210,8 +222,14 @@ def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
 
 
 def _site_errors(
-    weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice, stats: tuple[TokenStats, ...]
+    weight: Float[Tensor, "N K"],
+    output_gram: Float[Tensor, "heads size size"] | None,
+    spec: QuantSpec,
+    choice: SiteChoice,
+    stats: tuple[TokenStats, ...],
 ) -> list[float]:
+    if output_gram is not None:
+        return joint_errors(mixed_outputs(_weight_error(weight, spec, choice), output_gram), stats)
     totals = [0.0] * len(stats)
     size = rows_per_chunk(weight)
     for start in range(0, weight.shape[0], size):

@@ -48,6 +48,21 @@ def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> li
     return totals
 
 
+def mixed_outputs(
+    rows: Float[Tensor, "N K"], output_gram: Float[Tensor, "heads size size"] | None
+) -> Float[Tensor, "N K"]:
+    """Return U rows, with U^T U the output channels' Gram matrix H: tr(H D G D^T) is the plain error of U D.
+
+    Args:
+        rows: D, or any other matrix of N output channels.
+        output_gram: the diagonal blocks of H, positive definite; None: the identity.
+    """
+    if output_gram is None:
+        return rows
+    lower = torch.linalg.cholesky(output_gram)
+    return (lower.transpose(-1, -2) @ rows.view(*output_gram.shape[:2], -1)).view_as(rows)
+
+
 def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
     """Return the Gram matrix X^T X / T, from whichever form the statistics have."""
     if stats.gram is not None:

@@ -35,7 +35,8 @@ class SearchOptions:
 class GroupProblem:
     """The sites that share one input scale.
 
-    ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too.
+    ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too, and
+    ``output_grams``, [heads, size, size], where errors of a head's channels count together (None: each by itself).
     ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head. ``rtn_baseline`` is
     rounding to nearest, which every search is compared with, where it was measured already.
     """
@@ -44,6 +45,7 @@ class GroupProblem:
     weights: tuple[Tensor, ...]
     specs: tuple[QuantSpec, ...]
     stats: ActivationStats | None
+    output_grams: tuple[Tensor | None, ...]
     head_sharing: HeadSharing | None
     rtn_baseline: tuple[SiteChoice, ...] = ()
 
@@ -116,7 +118,7 @@ class Sample:
     def problem(self) -> GroupProblem:
         """Return the same problem for these channels only."""
         weights = tuple(weight[:: self._stride(weight)].contiguous() for weight in self.whole.weights)
-        return replace(self.whole, weights=weights, rtn_baseline=())
+        return replace(self.whole, weights=weights, output_grams=(None,) * len(weights), rtn_baseline=())
 
     def joint_error(self, errors: Sequence[float]) -> float:
         """Estimate the joint error of the whole from the ``errors`` of the sample's sites."""

@@ -21,11 +21,11 @@ from stages.quantization.search.choices import (
     stored_weight,
 )
 from stages.quantization.search.gptq import awq_gptq, gptq
-from stages.quantization.search.objective import to_device
+from stages.quantization.search.objective import mixed_outputs, to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import QuantSpec
-from stages.records.results import ActivationStats, SiteReport, SolvedGroup
+from stages.records.results import ActivationStats, SearchStats, SiteReport, SolvedGroup
 from stages.records.sites import ActivationGroup, MatMulSite, ValueAbsorber
 
 _UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
@@ -44,7 +44,7 @@ def search_cost(group: ActivationGroup) -> float:
 class GroupSolver:
     """Solves groups with one algorithm and its options.
 
-    ``read_weight`` reads a site's [N, K] float32 weight onto the device; ``read_stats`` a group's statistics by
+    ``read_weight`` reads a site's [N, K] float32 weight onto the device; ``read_stats`` gives what is minimized, by
     activation, or is None where the algorithm needs none. ``fold`` says that input scales will be folded into the
     producer where there is one; ``one_scale`` that sites of a group share a scale even where it is not folded.
     """
@@ -55,7 +55,7 @@ class GroupSolver:
     specs: Mapping[str, QuantSpec]
     device: torch.device
     read_weight: Callable[[MatMulSite], Tensor]
-    read_stats: Callable[[str], ActivationStats] | None
+    read_stats: Callable[[str], SearchStats] | None
     fold: bool
     one_scale: bool
     looked_up: frozenset[str] = frozenset()
@@ -109,19 +109,22 @@ class GroupSolver:
 
     def pose(self, group: ActivationGroup) -> GroupProblem:
         """Read the weights and statistics of ``group``."""
-        stats = None
+        stats, outputs = None, dict[str, Tensor]()
         if self.read_stats is not None:
-            both = self.read_stats(group.activation)
+            found = self.read_stats(group.activation)
+            both = found.tokens
             _require_width(both, group)
             stats = ActivationStats(
                 calibration=to_device(both.calibration, self.device), held_out=to_device(both.held_out, self.device)
             )
+            outputs = {name: gram.to(self.device) for name, gram in found.output_grams.items()}
         absorber = group.absorber if self.fold else None
         return GroupProblem(
             group=group,
             weights=tuple(self.read_weight(site) for site in group.sites),
             specs=tuple(self.specs[site.name] for site in group.sites),
             stats=stats,
+            output_grams=tuple(outputs.get(site.name) for site in group.sites),
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
         )
 
@@ -144,10 +147,11 @@ def _site_by_site(problem: GroupProblem) -> list[GroupProblem]:
             group=replace(problem.group, sites=(site,)),
             weights=(weight,),
             specs=(spec,),
+            output_grams=(output_gram,),
             rtn_baseline=(baseline,),
         )
-        for site, weight, spec, baseline in zip(
-            problem.group.sites, problem.weights, problem.specs, problem.rtn_baseline, strict=True
+        for site, weight, spec, output_gram, baseline in zip(
+            problem.group.sites, problem.weights, problem.specs, problem.output_grams, problem.rtn_baseline, strict=True
         )
     ]
 
@@ -166,7 +170,8 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     if problem.stats is None:
         return report
     baseline, errors = errors_of(problem.rtn_baseline[index]), errors_of(choice)
-    seen, unseen = output_energies(weight, (problem.stats.calibration, problem.stats.held_out))
+    mixed = mixed_outputs(weight, problem.output_grams[index])
+    seen, unseen = output_energies(mixed, (problem.stats.calibration, problem.stats.held_out))
     return replace(
         report,
         loss_rtn=_relative(baseline.calibration, seen),

@@ -13,7 +13,7 @@ from stages.quantization.search.choices import site_errors
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.records.formats import PerBlock, QuantSpec
-from stages.records.results import ActivationStats, QuantizedWeight, TokenStats
+from stages.records.results import ActivationStats, QuantizedWeight, SearchStats, TokenStats
 from stages.records.sites import ActivationGroup, HeadSharing, MatMulSite, WeightLayout
 
 OPTIONS = SearchOptions(
@@ -81,6 +81,7 @@ def random_layer(
         weights=weights,
         specs=tuple(spec(symmetric=symmetric) for _ in widths),
         stats=ActivationStats(calibration=gram_stats(tokens), held_out=gram_stats(held_out)),
+        output_grams=(None,) * len(widths),
         head_sharing=heads,
     )
     return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
@@ -95,9 +96,11 @@ def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale:
     """Return a solver that reads ``problem``'s weights and statistics."""
     weights = {site.name: weight for site, weight in zip(problem.group.sites, problem.weights, strict=True)}
 
-    def read_stats(_: str) -> ActivationStats:
+    def read_stats(_: str) -> SearchStats:
         assert problem.stats is not None
-        return problem.stats
+        named = zip(problem.group.sites, problem.output_grams, strict=True)
+        output_grams = {site.name: gram for site, gram in named if gram is not None}
+        return SearchStats(tokens=problem.stats, channel_weights={}, output_grams=output_grams)
 
     return GroupSolver(
         algorithm_name=name,
