@@ -17,6 +17,8 @@ from stages.records.formats import PerBlock, QuantSpec
 
 _AT_ONCE = 4
 """Channels of a head whose codes change together: fewer are slower, and with many the error can grow."""
+_LEAST_STEPS = 16
+"""Steps in which a head's channels change, where it has as many: in a small head each channel changes by itself."""
 _TILE = 128
 """Columns whose gradients are brought up to date by one product."""
 
@@ -146,7 +148,7 @@ def two_sided_descent(
     target = weight.T.reshape(in_features, heads, size)
     chosen = codes.T.reshape(in_features, heads, size).clone()
     error = (chosen - zeros) * scales - target
-    stride = max(1, size // _AT_ONCE)
+    stride = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
     curvature = torch.diagonal(output_gram, dim1=-2, dim2=-1)
     for start in range(0, in_features, _TILE):
         stop = min(start + _TILE, in_features)
