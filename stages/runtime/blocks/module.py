@@ -47,9 +47,7 @@ class BlockModule:
         try:
             module = import_onnx2torch().convert(ir.to_proto(graph.model))
         except NotImplementedError as error:
-            raise GraphError(
-                f"{graph.block.title} can't become a torch module ({error}); {WITHOUT_BLOCKS}"
-            ) from error
+            raise GraphError(f"{graph.block.title} can't become a torch module ({error}); {WITHOUT_BLOCKS}") from error
         self.block: DecoderBlock = graph.block
         self.shared = graph.shared
         self._module = module.to(device).requires_grad_(False)
