@@ -87,7 +87,8 @@ def window_count(config: TextOptions, dataset: str, channels: int) -> int:
         channels: input channels of the widest MatMul, for each of which the default has some tokens.
     """
     least = _MIX_WINDOWS if dataset == MIX else _WINDOWS
-    if config.calib_size or not _PLENTIFUL.issuperset(dataset_names(dataset)):
+    fixed = config.calib_size or config.use_random_calib
+    if fixed or not _PLENTIFUL.issuperset(dataset_names(dataset)):
         return config.calib_size or least
     tokens = _TOKENS_PER_CHANNEL * channels / _CALIBRATION_SHARE
     return max(least, ceil(tokens / config.seq_len))

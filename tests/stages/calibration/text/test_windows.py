@@ -120,6 +120,7 @@ def test_random_tokens_are_seeded_uniform_and_need_no_tokenizer(config: Calibrat
     assert windows.fingerprint == load(config, vocab_size=7).fingerprint
     assert windows.fingerprint != load(replace(config, seed=1), vocab_size=7).fingerprint
     assert windows.source == "random tokens"
+    assert window_count(replace(config, calib_size=None), "", 28672) == 128
 
 
 def numbered(path: Path, word: str) -> str:
