@@ -58,11 +58,11 @@ install_project() {
     rm -f "$stamp"
     if ! has_torch; then install_torch; fi
     pip_install -e ".[$extras]" || fail "pip could not install the project; its message is above"
-    case "$extras" in *dev*)
-        # Without what it asks for: the registry's torchvision breaks transformers wherever torch is a CPU build.
-        pip_install --no-deps onnx2torch || fail "pip could not install onnx2torch; its message is above"
-        ;;
-    esac
+    # onnx2torch asks for torchvision. The registry's fits the registry's torch only, and breaks transformers beside a
+    # CPU build; onnx2torch does without it.
+    if ! "$(programs)/python" -c 'import torchvision' >/dev/null 2>&1; then
+        "$(programs)/python" -m pip uninstall --quiet --yes torchvision
+    fi
     wanted >"$stamp"
 }
 

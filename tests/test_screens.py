@@ -188,7 +188,7 @@ def calibrated() -> RenderableType:
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
     key = CacheKey(
         model_fingerprint="m", token_fingerprint="t", source="cnn_dailymail 3.0.0, train", calibration_windows=115,
-        held_out_windows=13, seq_len=2048, providers=providers,
+        held_out_windows=13, seq_len=2048, providers=providers, token_weights="end loss",
     )  # fmt: skip
     summary = CalibrationSummary(
         cache=FOLDER, bytes=5_123_000_000, key=key, activations=1021, channels=28672, made=made

@@ -7,6 +7,7 @@ is refused with the reason.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,23 +22,22 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.calibration.statistics import pack_symmetric, shrunk, unpack_symmetric
+from stages.calibration.statistics import pack_symmetric, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
-from stages.records.results import ActivationStats, SearchStats, TokenStats
+from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
 from stages.system.atomic import atomic_directory, is_occupied, require_creatable
 from stages.system.paths import reachable
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
 _FORMAT = 3
-_SHRINKAGE = 1 / 3
-"""The part of a token's weight that all tokens share: chosen on text that nothing is reported on."""
-_CHANNELS = "channels of "
-"""What comes before a site's name where the weights of its output channels are stored."""
+_EARLIER = frozenset({1, 2})
+_CHANNELS, _OUTPUTS = "channels of ", "outputs of "
+"""What comes before a site's name where the weights and Gram matrices of its output channels are stored."""
 
 
-TokenWeights = Literal["end loss", "none"]
+Weighting = Literal["end loss", "none"]
 """What decides how much a token counts."""
 
 
@@ -52,7 +52,7 @@ class CacheKey:
     held_out_windows: int
     seq_len: int
     providers: tuple[str, ...]
-    token_weights: TokenWeights
+    token_weights: Weighting
 
     def digest(self) -> str:
         """Return the sha256 of all fields."""
@@ -129,20 +129,19 @@ class CalibrationCache:
         Raises:
             CacheMismatch: see ``read``.
         """
-        plain = self.read(activation)
-        path = self.folder / _weighted(self.manifest.files[activation])
+        path = self.folder / _weighted(self.manifest.files.get(activation, ""))
         if not path.is_file():
-            return SearchStats(tokens=plain, channel_weights={})
+            return SearchStats(tokens=self.read(activation), channel_weights={})
         with _reading(path):
             tensors = load_file(path)
-            tokens = ActivationStats(
-                calibration=shrunk(_token_stats(tensors, "calibration"), plain.calibration, _SHRINKAGE),
-                held_out=shrunk(_token_stats(tensors, "held_out"), plain.held_out, _SHRINKAGE),
+            parts = {part: _token_stats(tensors, part) for part in ("calibration", "held_out")}
+            weights = {part: _floats(tensors, f"{part}.weights", rank=2) for part in parts}
+            return SearchStats(
+                tokens=ActivationStats(**parts),
+                channel_weights=_by_site(tensors, _CHANNELS),
+                token_weights=TokenWeights(**weights),
+                output_grams=_by_site(tensors, _OUTPUTS),
             )
-            channels = {
-                name.removeprefix(_CHANNELS): tensor for name, tensor in tensors.items() if name.startswith(_CHANNELS)
-            }
-            return SearchStats(tokens=tokens, channel_weights=channels)
 
     def outline(self, activation: str) -> StatisticsOutline:
         """Return what is stored of one activation, without reading its numbers.
@@ -191,6 +190,10 @@ class CacheWriter:
         """Save the statistics of one activation whose tokens are weighted."""
         tensors = _as_tensors("calibration", stats.tokens.calibration) | _as_tensors("held_out", stats.tokens.held_out)
         tensors |= {f"{_CHANNELS}{site}": weights for site, weights in stats.channel_weights.items()}
+        tensors |= {f"{_OUTPUTS}{site}": gram for site, gram in stats.output_grams.items()}
+        if stats.token_weights is not None:
+            tensors["calibration.weights"] = stats.token_weights.calibration
+            tensors["held_out.weights"] = stats.token_weights.held_out
         with self.place_for(_weighted(self.files[activation])) as path:
             save_file(tensors, path, {"activation": activation})
 
@@ -262,7 +265,13 @@ def find_cache(folder: Path) -> CalibrationCache | None:
     if not path.is_file():
         return None
     try:
-        manifest = _MANIFESTS.validate_json(path.read_bytes())
+        content = path.read_bytes()
+        if _is_earlier(content):
+            raise CacheMismatch(
+                f"{path} was written by an earlier version, whose statistics count all tokens alike; "
+                f"{_CALIBRATE_AGAIN}."
+            )
+        manifest = _MANIFESTS.validate_json(content)
     except OSError as error:
         raise CacheMismatch(f"{path} can't be read ({error.strerror}); get the right to read it.") from error
     except ValidationError as error:
@@ -273,6 +282,15 @@ def find_cache(folder: Path) -> CalibrationCache | None:
         if Path(name).name != name or "\0" in name:
             raise CacheMismatch(f"{path} names the file '{name}', which isn't in its folder; {_CALIBRATE_AGAIN}.")
     return CalibrationCache(folder, manifest)
+
+
+def _is_earlier(manifest: bytes) -> bool:
+    """Return whether it has the format of an earlier version."""
+    try:
+        found = json.loads(manifest)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("format") in _EARLIER
 
 
 def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
@@ -328,6 +346,10 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     return TokenStats(num_tokens=_count(tensors, f"{part}.num_tokens"), abs_mean=abs_mean, gram=gram, rows=rows)
 
 
+def _by_site(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _weighted(name: str) -> str:
     """Return the file with the weighted statistics of the activation whose others are in the file ``name``."""
     return f"weighted-{name}"
@@ -343,9 +365,7 @@ def _count(tensors: Mapping[str, Tensor], name: str) -> int:
 def _gram(tensors: Mapping[str, Tensor], part: str, size: int) -> Tensor | None:
     packed = _floats(tensors, f"{part}.gram_triangle", rank=2, optional=True)
     if packed is None:
-        whole = _floats(tensors, f"{part}.gram", rank=2, optional=True)
-        _need(whole is None or whole.shape == (size, size), f"{part}.gram doesn't fit {part}.abs_mean of {size}")
-        return whole
+        return None
     wanted = (-(-size // 2), size + 1)
     _need(packed.shape == wanted, f"{part}.gram_triangle doesn't fit {part}.abs_mean of {size}")
     return unpack_symmetric(packed)

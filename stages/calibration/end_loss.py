@@ -7,7 +7,11 @@ nats a token with H = mean over tokens of s x^T x and s = mean over channels of 
 weighted, which every search takes in place of the plain one. (Kim et al., "GuidedQuant: Large Language Model
 Quantization via Exploiting End Loss Guidance", 2025, https://arxiv.org/abs/2505.07004, with the labels of Tseng et al.,
 "Model-Preserving Adaptive Rounding", 2025, https://arxiv.org/abs/2505.22988.) Sites that read one activation share s:
-Gram matrices of their own gain nothing. How much an error of each output channel counts is kept beside it.
+Gram matrices of their own gain nothing. Few tokens have most of s, and which ones depends on the labels; its root, of
+the same mean, generalizes better and takes its place.
+
+Channels that enter attention are far from independent: the gradient by a query lies where the keys are. So the outputs
+of those sites have a Gram matrix of their own for each head, the Kronecker factor of Tseng et al.
 
 The model runs as a chain of torch blocks. What enters each block is kept in files; everything else is computed again
 on the way back, so memory holds one block and two streams.
@@ -28,13 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
-from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.progress import Progress, progress_bar
 from stages.errors import UserError, in_one_line
+from stages.model.absorbers import attention_head_sizes
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.records.results import ActivationStats, SearchStats
+from stages.records.results import ActivationStats, SearchStats, TokenWeights
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
@@ -42,11 +47,27 @@ from stages.runtime.blocks.module import BlockModule, SiteRun
 from stages.runtime.blocks.stream import in_batches, read_inputs
 
 _FLOAT32_BYTES = 4
+_SMALLEST = 1e-30
+"""Least weight that is divided by."""
+_TO_DIAGONAL = 1 / 3
+"""The part of a head's Gram matrix that counts every channel by itself; results hardly change between 0.2 and 0.5."""
 
 
 def token_weights(gradient: Float[Tensor, "*tokens N"]) -> Float[Tensor, "*tokens"]:
-    """Return s, the mean over a site's output channels of the squared gradient of the loss, for every token."""
-    return gradient.square().mean(dim=-1)
+    """Return the root of s, the mean over a site's output channels of the loss's squared gradient, for every token."""
+    return gradient.square().mean(dim=-1).sqrt()
+
+
+def shrunk_to_diagonal(grams: Float[Tensor, "*heads size size"], share: float) -> Float[Tensor, "*heads size size"]:
+    """Return (1 - share) H + share diag(H), with a positive diagonal, so that it can be factored.
+
+    Args:
+        grams: H, a Gram matrix for each head.
+        share: the part that is diagonal.
+    """
+    diagonal = torch.diagonal(grams, dim1=-2, dim2=-1)
+    floor = (1e-6 * diagonal.mean()).clamp_min(_SMALLEST)
+    return (1 - share) * grams + torch.diag_embed(share * diagonal + floor)
 
 
 def sampled_gradient(logits: Float[Tensor, "*tokens V"], generator: torch.Generator) -> Float[Tensor, "*tokens V"]:
@@ -167,7 +188,8 @@ class EndLossPass:
         """Return empty sums for every activation that this link's sites read."""
         counts = {"calibration": self.windows.calibration.size, "held_out": self.windows.held_out.size}
         inside = (group for group in self.groups if set(group.sites) <= set(link.sites))
-        return [_WeightedSums.of(group, counts, self.device) for group in inside]
+        heads = attention_head_sizes(self.groups)
+        return [_WeightedSums.of(group, counts, heads.get(group.activation), self.device) for group in inside]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +199,25 @@ class _WeightedSums:
     group: ActivationGroup
     statistics: Mapping[str, StatisticsAccumulator]
     """By part of the text."""
+    weights: Mapping[str, list[Tensor]]
+    """By part: those of each batch's tokens, [batch, length]."""
     channels: Mapping[str, Tensor]
     """By site: the squared gradient of the loss by each output channel, summed over the calibration text, [N]."""
+    outputs: Mapping[str, Tensor]
+    """By site that feeds attention: g^T g of every head, summed over the calibration text, [heads, size, size]."""
 
     @classmethod
-    def of(cls, group: ActivationGroup, counts: Mapping[str, int], device: torch.device) -> _WeightedSums:
-        """Return empty sums of ``group``, with room for ``counts`` tokens of each part."""
+    def of(
+        cls, group: ActivationGroup, counts: Mapping[str, int], head_size: int | None, device: torch.device
+    ) -> _WeightedSums:
+        """Return empty sums.
+
+        Args:
+            group: the sites that read the activation.
+            counts: tokens by part.
+            head_size: channels of a head where the sites feed attention.
+            device: where sums live.
+        """
         statistics = {
             part: StatisticsAccumulator(
                 group.activation,
@@ -192,24 +227,46 @@ class _WeightedSums:
             for part, tokens in counts.items()
         }
         channels = {site.name: torch.zeros(site.out_features, dtype=torch.float64) for site in group.sites}
-        return cls(group=group, statistics=statistics, channels=channels)
+        heads = {} if head_size is None else {site.name: site.out_features // head_size for site in group.sites}
+        return cls(
+            group=group,
+            statistics=statistics,
+            weights={part: [] for part in counts},
+            channels=channels,
+            outputs={
+                name: torch.zeros(count, head_size or 0, head_size or 0, device=device) for name, count in heads.items()
+            },
+        )
 
     def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str) -> None:
         """Add a batch of ``part``, given what each site read and the loss's gradient by what it gave."""
         weights = token_weights(torch.cat([gradients[name] for name in self.channels], dim=-1))
         read = runs[self.group.sites[0].name].read.detach()
+        self.weights[part].append(weights.cpu())
         self.statistics[part].add(read * weights.sqrt().unsqueeze(-1))
         if part == "calibration":
             for name, sums in self.channels.items():
                 sums += gradients[name].square().flatten(0, -2).sum(dim=0).double().cpu()
+            for name, gram in self.outputs.items():
+                relative = gradients[name] / weights.clamp_min(_SMALLEST).unsqueeze(-1)
+                heads = relative.reshape(-1, *gram.shape[:2]).transpose(0, 1)
+                gram.baddbmm_(heads.transpose(1, 2), heads)
 
     def finish(self) -> SearchStats:
         """Return the statistics; nothing can be added afterwards."""
-        both = {part: accumulator.finish() for part, accumulator in self.statistics.items()}
-        mean = torch.cat(list(self.channels.values())).mean()
+        weights = {part: torch.cat(batches) for part, batches in self.weights.items()}
+        squared = float(weights["calibration"].double().square().mean())
+        factor = squared / max(float(weights["calibration"].double().mean()), _SMALLEST)
+        tokens = {part: scaled(accumulator.finish(), factor) for part, accumulator in self.statistics.items()}
+        mean = torch.cat(list(self.channels.values())).mean().clamp_min(_SMALLEST)
         return SearchStats(
-            tokens=ActivationStats(calibration=both["calibration"], held_out=both["held_out"]),
+            tokens=ActivationStats(**tokens),
             channel_weights={name: (sums / mean).float() for name, sums in self.channels.items()},
+            token_weights=TokenWeights(**{part: factor * each for part, each in weights.items()}),
+            output_grams={
+                name: shrunk_to_diagonal(gram.cpu() / tokens["calibration"].num_tokens, _TO_DIAGONAL)
+                for name, gram in self.outputs.items()
+            },
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from stages.calibration.cache import CacheKey, CacheWriter, TokenWeights, find_cache, new_cache, require_place
+from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit
 from stages.calibration.end_loss import EndLossPass
 from stages.calibration.summary import CalibrationSummary, PassSummary
@@ -169,7 +169,7 @@ def _end_loss(capture: Capture, chain: Chain) -> EndLossPass:
     )
 
 
-def _cache_key(capture: Capture, token_weights: TokenWeights) -> CacheKey:
+def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
     windows = capture.windows
     return CacheKey(
         model_fingerprint=fingerprint_model(capture.directory),

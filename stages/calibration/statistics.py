@@ -117,35 +117,15 @@ class StatisticsAccumulator:
         )
 
 
-def shrunk(weighted: TokenStats, plain: TokenStats, share: float) -> TokenStats:
-    """Return statistics whose token weights s are (1 - share) s + share * mean s.
-
-    Few tokens have most of the weight, so that a weighted Gram matrix rests on less text than a plain one.
-
-    Args:
-        weighted: rows of sqrt(s) x, or their Gram matrix.
-        plain: those of x, over the same tokens.
-        share: 0 keeps the weights, 1 makes them equal.
-    """
-    if plain.is_silent:
-        return weighted
-    mean = _energy(weighted) / _energy(plain)
-    abs_mean = (1 - share) * weighted.abs_mean + share * mean**0.5 * plain.abs_mean
-    if weighted.gram is not None and plain.gram is not None:
-        gram = (1 - share) * weighted.gram + share * mean * plain.gram
-        return TokenStats(num_tokens=weighted.num_tokens, abs_mean=abs_mean, gram=gram)
-    assert weighted.rows is not None
-    assert plain.rows is not None
-    rows = torch.cat([(1 - share) ** 0.5 * weighted.rows.float(), (share * mean) ** 0.5 * plain.rows.float()])
-    return TokenStats(num_tokens=weighted.num_tokens, abs_mean=abs_mean, rows=rows)
-
-
-def _energy(stats: TokenStats) -> float:
-    """Return the mean over tokens of their squared length."""
-    if stats.gram is not None:
-        return float(torch.diagonal(stats.gram).double().sum())
-    assert stats.rows is not None
-    return float(stats.rows.double().square().sum()) / max(stats.num_tokens, 1)
+def scaled(stats: TokenStats, factor: float) -> TokenStats:
+    """Return ``stats`` of tokens whose squared length is ``factor`` times as large."""
+    root = factor**0.5
+    return TokenStats(
+        num_tokens=stats.num_tokens,
+        abs_mean=stats.abs_mean * root,
+        gram=None if stats.gram is None else stats.gram * factor,
+        rows=None if stats.rows is None else stats.rows * root,
+    )
 
 
 def pack_symmetric(matrix: Float[Tensor, "K K"]) -> Float[Tensor, "half columns"]:

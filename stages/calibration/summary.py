@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from stages.calibration.cache import CacheKey, TokenWeights
+from stages.calibration.cache import CacheKey, Weighting
 from stages.commands.output import Section
 from stages.commands.tables import FactTable
 from stages.records.quantities import counted, duration
 from stages.runtime.upcast import UPCAST_REASON
 
-_WEIGHTS: Mapping[TokenWeights, str] = MappingProxyType(
+_WEIGHTS: Mapping[Weighting, str] = MappingProxyType(
     {"end loss": "weighted by the model's own loss", "none": "all count alike"}
 )
 

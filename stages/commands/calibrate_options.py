@@ -30,7 +30,8 @@ class TextOptions(CommandOptions):
     weights, as in mix=3,notes.txt=1. Default: cnn where the Hugging Face hub answers, else mix."""
     calib_size: int | None = None
     """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 64 of mix;
-    more where a MatMul has so many input channels that there would be fewer than three tokens for each."""
+    more of mix, self, cnn and pilevel where a MatMul has so many input channels that each would have fewer than three
+    tokens."""
     seq_len: int = 512
     """Tokens in each window; windows are packed full, without padding."""
     apply_chat_template: bool = False

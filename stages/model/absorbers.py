@@ -11,13 +11,21 @@ will really be used, and again by the exporter, which folds only where it finds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from stages.model.patterns import before_cast, is_square, repeated_kv_heads, sole_reader
-from stages.records.sites import Absorber, HeadSharing, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
+from stages.records.sites import (
+    Absorber,
+    ActivationGroup,
+    HeadSharing,
+    LinearAbsorber,
+    MatMulSite,
+    NormAbsorber,
+    ValueAbsorber,
+)
 
 _GAIN_INPUT = {
     "SimplifiedLayerNormalization": 1,
@@ -159,6 +167,18 @@ def _attention_value(node: ir.Node, in_features: int, sites: Mapping[str, MatMul
         heads=HeadSharing(kv_heads=path.kv_heads, group_size=heads // path.kv_heads, head_size=head_size),
         bias=bias,
     )
+
+
+def attention_head_sizes(groups: Iterable[ActivationGroup]) -> dict[str, int]:
+    """Return the channels of a head by activation that queries, keys and values are computed from."""
+    groups = tuple(groups)
+    values = {group.absorber.site: group.absorber for group in groups if isinstance(group.absorber, ValueAbsorber)}
+    return {
+        group.activation: values[site.name].heads.head_size
+        for group in groups
+        for site in group.sites
+        if site.name in values
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ Weights are always [N, K] here, whatever the graph stores.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -44,8 +44,16 @@ class ActivationStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWeights:
+    """How much each token counts at one activation, [windows, length] float32: nats^2 a unit^2."""
+
+    calibration: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchStats:
-    """What a search minimizes over the sites that read one activation: sum over channels n of c_n D_n G D_n^T.
+    """What a search minimizes over the sites that read one activation, and how much tokens and channels count.
 
     Where an error counts by what it does to the end loss, every token's x is multiplied by the root of its weight s in
     ``tokens``, so that G is the mean of s x^T x, and half the sum is a divergence in nats a token.
@@ -55,6 +63,11 @@ class SearchStats:
     channel_weights: Mapping[str, Tensor]
     """By site: c, [N] float32, how much an error of each output channel counts, 1 on average; no site where all count
     alike."""
+    token_weights: TokenWeights | None = None
+    """s of every token; None where all count alike."""
+    output_grams: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site whose outputs enter attention: H, [heads, size, size] float32, how errors of a head's channels count
+    together: the mean of g^T g over tokens, g the loss's gradient there divided by the root of s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,7 @@ def test_forward_passes_equal_batches(
     monkeypatch.setattr(ActivationTap, "run", counted)
     code, printed = commands.calibrate(
         "--onnx_path", tiny_model, "--dataset", tiny_text, "--calib-size", 20, "--seq-len", 16,
-        "--batch_size", batch_size, "--cache_dir", tmp_path / "cache",
+        "--batch_size", batch_size, "--cache_dir", tmp_path / "cache", "--token_weights", "none",
     )  # fmt: skip
     assert code == 0, printed
     assert len(seen) == -(-18 // batch_size) + -(-2 // batch_size)

@@ -50,6 +50,8 @@ _MIX_WINDOWS = 64
 _TOKENS_PER_CHANNEL = 3
 """Fewer leave directions of the widest MatMul's input unseen, or seen by chance."""
 _CALIBRATION_SHARE = 0.9
+_PLENTIFUL = frozenset({MIX, SELF_GENERATED, *HUB_SOURCES})
+"""Data sets of which the widest model gets as much as it needs."""
 _RANDOM_TITLE = "random tokens"
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 
@@ -77,14 +79,19 @@ def choose_dataset(config: TextOptions) -> ChosenText:
 def window_count(config: TextOptions, dataset: str, channels: int) -> int:
     """Return the number of windows, the held-out ones included: what ``config`` says, or the default.
 
+    Other text than plentiful one may be too short for the widest models, so its default stays as it is.
+
     Args:
         config: gives the number and length of windows.
         dataset: the data sets, separated by commas.
         channels: input channels of the widest MatMul, for each of which the default has some tokens.
     """
-    tokens = _TOKENS_PER_CHANNEL * channels / _CALIBRATION_SHARE
     least = _MIX_WINDOWS if dataset == MIX else _WINDOWS
-    return config.calib_size or max(least, ceil(tokens / config.seq_len))
+    fixed = config.calib_size or config.use_random_calib
+    if fixed or not _PLENTIFUL.issuperset(dataset_names(dataset)):
+        return config.calib_size or least
+    tokens = _TOKENS_PER_CHANNEL * channels / _CALIBRATION_SHARE
+    return max(least, ceil(tokens / config.seq_len))
 
 
 def load_windows(

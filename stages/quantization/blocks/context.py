@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, block_loss
-from stages.records.results import QuantizedWeight, SolvedGroup
+from stages.records.results import QuantizedWeight, SearchStats, SolvedGroup
 from stages.runtime.blocks.stream import BlockRunner
 
 
@@ -24,6 +24,8 @@ class BlockContext:
     starts: tuple[SolvedGroup, ...]
     calibration: StreamPair
     held_out: StreamPair
+    searched: Mapping[str, SearchStats]
+    """By activation: how much tokens and output channels count."""
 
     @property
     def stored(self) -> dict[str, QuantizedWeight]:

@@ -21,6 +21,7 @@ from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, TunedBlock
 from stages.quantization.search.choices import full_ranges, stored_weight
 from stages.quantization.search.gptq import compensate, damped
+from stages.quantization.search.objective import mixed_outputs
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions
 from stages.quantization.search.ranges import clip_sites
 from stages.records.results import ActivationStats, QuantizedWeight, SolvedGroup, TokenStats
@@ -46,8 +47,16 @@ class QuantizedStreamAccumulator:
         self._gram = torch.zeros(in_features, in_features, device=device)
         self._drift = torch.zeros(in_features, in_features, device=device)
 
-    def add(self, quantized: Float[Tensor, "*tokens K"], exact: Float[Tensor, "*tokens K"]) -> None:
-        """Add the same tokens of both models."""
+    def add(
+        self,
+        quantized: Float[Tensor, "*tokens K"],
+        exact: Float[Tensor, "*tokens K"],
+        weights: Float[Tensor, "*tokens"] | None = None,
+    ) -> None:
+        """Add the same tokens of both models; each counts by its weight where there are weights."""
+        if weights is not None:
+            roots = weights.sqrt().unsqueeze(-1)
+            quantized, exact = quantized * roots, exact * roots
         rows = quantized.reshape(-1, quantized.shape[-1]).float()
         moved = rows - exact.reshape(-1, exact.shape[-1]).float()
         self._num_tokens += len(rows)
@@ -114,8 +123,10 @@ def refine(
     solved = zip(aimed.group.sites, aimed.weights, aimed.specs, compensate(aimed, options, ranges), strict=True)
     refined = (stored_weight(site, weight, spec, choice) for site, weight, spec, choice in solved)
     return tuple(
-        _better(weight, start, other, held_out)
-        for weight, start, other in zip(problem.weights, starts, refined, strict=True)
+        _better(weight, output_gram, start, other, held_out)
+        for weight, output_gram, start, other in zip(
+            problem.weights, problem.output_grams, starts, refined, strict=True
+        )
     )
 
 
@@ -125,12 +136,15 @@ def _scale_of(start: QuantizedWeight, device: torch.device) -> InputScale:
 
 
 def _better(
-    weight: Tensor, start: QuantizedWeight, other: QuantizedWeight, held_out: QuantizedStreamStats
+    weight: Tensor,
+    output_gram: Tensor | None,
+    start: QuantizedWeight,
+    other: QuantizedWeight,
+    held_out: QuantizedStreamStats,
 ) -> QuantizedWeight:
-    errors = [
-        float(drift_error(effective_weight(candidate, weight.device) - weight, weight, held_out))
-        for candidate in (start, other)
-    ]
+    mixed = mixed_outputs(weight, output_gram)
+    found = (effective_weight(candidate, weight.device) for candidate in (start, other))
+    errors = [float(drift_error(mixed_outputs(each, output_gram) - mixed, mixed, held_out)) for each in found]
     return other if errors[1] < errors[0] else start
 
 
@@ -163,22 +177,35 @@ class ErrorFeedback:
     def _refine_group(self, solved: SolvedGroup, stored: Mapping[str, QuantizedWeight]) -> Iterator[QuantizedWeight]:
         names = [weight.site.name for weight in solved.weights]
         weights = self.block.effective(stored)
-        calibration, held_out = (
-            self._drift(pair, names[0], weights) for pair in (self.block.calibration, self.block.held_out)
-        )
+        counts = self.block.searched[solved.group.activation].token_weights
+        calibration = self._drift(self.block.calibration, names[0], weights, counts and counts.calibration)
+        held_out = self._drift(self.block.held_out, names[0], weights, counts and counts.held_out)
         for starts in _by_input_scale(tuple(stored[name] for name in names)):
             problem = GroupProblem(
                 group=replace(solved.group, sites=tuple(start.site for start in starts)),
                 weights=tuple(self.block.originals[start.site.name] for start in starts),
                 specs=tuple(start.spec for start in starts),
                 stats=None,
-                channel_weights=tuple(torch.ones_like(self.block.originals[start.site.name][:, 0]) for start in starts),
+                output_grams=tuple(self._output_gram(solved, start) for start in starts),
                 head_sharing=None,
             )
             yield from refine(problem, self.options, starts, calibration, held_out)
 
-    def _drift(self, pair: StreamPair, site: str, weights: Mapping[str, Tensor]) -> QuantizedStreamStats:
-        """Return the statistics of what ``site`` reads in both models."""
+    def _output_gram(self, solved: SolvedGroup, start: QuantizedWeight) -> Tensor | None:
+        found = self.block.searched[solved.group.activation].output_grams.get(start.site.name)
+        return None if found is None else found.to(self.block.originals[start.site.name].device)
+
+    def _drift(
+        self, pair: StreamPair, site: str, weights: Mapping[str, Tensor], counts: Tensor | None
+    ) -> QuantizedStreamStats:
+        """Return the statistics of what ``site`` reads in both models.
+
+        Args:
+            pair: the windows in front of the block.
+            site: the name of the site.
+            weights: of the block as it is quantized so far.
+            counts: how much each token counts, [windows, length]; None: all alike.
+        """
         original = self.block.originals[site]
         accumulator = QuantizedStreamAccumulator(original.shape[1], original.device)
         for batch in in_batches(len(pair.wanted), self.block.run.batch_size):
@@ -186,7 +213,7 @@ class ErrorFeedback:
                 self.block.run.read(stream[batch].to(original.device), used, site)
                 for stream, used in ((pair.exact, self.block.originals), (pair.quantized, weights))
             )
-            accumulator.add(quantized, exact)
+            accumulator.add(quantized, exact, None if counts is None else counts[batch].to(original.device))
         return accumulator.finish()
 
 

@@ -25,7 +25,7 @@ from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import both_to_device, joint_errors
+from stages.quantization.search.objective import joint_errors, mixed_outputs, to_device
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
@@ -179,7 +179,12 @@ class BlockTuner:
             starts = tuple(self.start.read_group(index) for index in groups)
             calibration, held_out = streams.pairs(wanted)
             context = BlockContext(
-                run=run, originals=originals, starts=starts, calibration=calibration, held_out=held_out
+                run=run,
+                originals=originals,
+                starts=starts,
+                calibration=calibration,
+                held_out=held_out,
+                searched={each.group.activation: self.cache.read_for_search(each.group.activation) for each in starts},
             )
             result = self.step(context, advance)
             for index, solved in zip(groups, self._reported(context, result), strict=True):
@@ -193,17 +198,14 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            found = self.cache.read_for_search(solved.group.activation)
-            both = both_to_device(found.tokens, self.device)
+            searched = context.searched[solved.group.activation]
+            both = searched.tokens
+            stats = tuple(to_device(part, self.device) for part in (both.calibration, both.held_out))
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
             losses = [
-                _relative_losses(
-                    weight,
-                    context.originals[weight.site.name],
-                    found.channel_weights.get(weight.site.name),
-                    (both.calibration, both.held_out),
-                )
+                _relative_losses(weight, context.originals[name], searched.output_grams.get(name), stats)
                 for weight in tuned
+                for name in (weight.site.name,)
             ]
             reports = tuple(
                 replace(
@@ -225,11 +227,11 @@ def _summary(block: DecoderBlock, result: TunedBlock) -> str:
 
 
 def _relative_losses(
-    weight: QuantizedWeight, original: Tensor, channels: Tensor | None, stats: tuple[TokenStats, ...]
+    weight: QuantizedWeight, original: Tensor, output_gram: Tensor | None, stats: tuple[TokenStats, ...]
 ) -> list[float | None]:
     """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
-    counts = torch.ones_like(original[:, 0]) if channels is None else channels.to(original.device)
-    error = effective_weight(weight, original.device) - original
-    errors = joint_errors(error * counts.sqrt().unsqueeze(-1), stats)
-    energies = output_energies(original, counts, stats)
+    gram = None if output_gram is None else output_gram.to(original.device)
+    mixed = mixed_outputs(original, gram)
+    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), gram) - mixed, stats)
+    energies = output_energies(mixed, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -105,7 +105,8 @@ def _random_solver(
         calibration=_random_stats(text.size(group, "calibration"), generator),
         held_out=_random_stats(text.size(group, "held_out"), generator),
     )
-    return group_solver(config, plan, device, read_weight, lambda _: SearchStats(tokens=stats, channel_weights={}))
+    found = SearchStats(tokens=stats, channel_weights={})
+    return group_solver(config, plan, device, read_weight, lambda _: found)
 
 
 def _random_stats(size: StatisticsSize, generator: torch.Generator) -> TokenStats:

@@ -84,8 +84,8 @@ def _ranked(sample: Sample, options: SearchOptions, candidates: list[InputScale]
     stats = few.stats.calibration
     scales = torch.stack([_as_tensor(candidate, stats) for candidate in candidates])
     errors = [
-        candidate_errors(weight, channels, spec, scales, options.range_rule, stats).tolist()
-        for weight, channels, spec in zip(few.weights, few.channel_weights, few.specs, strict=True)
+        candidate_errors(weight, spec, scales, options.range_rule, stats).tolist()
+        for weight, spec in zip(few.weights, few.specs, strict=True)
     ]
     joint = [sample.joint_error(of_sites) for of_sites in zip(*errors, strict=True)]
     order = sorted(range(len(candidates)), key=joint.__getitem__)

@@ -22,7 +22,7 @@ from stages.quantization.search.affine import (
     round_trip,
     split,
 )
-from stages.quantization.search.objective import joint_errors, output_error
+from stages.quantization.search.objective import joint_errors, mixed_outputs, output_error
 from stages.quantization.search.problem import IDENTITY, Errors, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.results import QuantizedWeight, TokenStats
@@ -128,24 +128,29 @@ def measured(problem: GroupProblem, choices: tuple[SiteChoice, ...]) -> tuple[Si
     assert problem.stats is not None
     both = (problem.stats.calibration, problem.stats.held_out)
     return tuple(
-        _measured(weight, channels, spec, choice, both) for weight, channels, spec, choice in _by_site(problem, choices)
+        _measured(weight, output_gram, spec, choice, both)
+        for weight, output_gram, spec, choice in _by_site(problem, choices)
     )
 
 
 def _by_site(
     problem: GroupProblem, choices: tuple[SiteChoice, ...]
-) -> Iterator[tuple[Tensor, Tensor, QuantSpec, SiteChoice]]:
-    return zip(problem.weights, problem.channel_weights, problem.specs, choices, strict=True)
+) -> Iterator[tuple[Tensor, Tensor | None, QuantSpec, SiteChoice]]:
+    return zip(problem.weights, problem.output_grams, problem.specs, choices, strict=True)
 
 
 def _measured(
-    weight: Tensor, channels: Tensor, spec: QuantSpec, choice: SiteChoice, both: tuple[TokenStats, TokenStats]
+    weight: Tensor,
+    output_gram: Tensor | None,
+    spec: QuantSpec,
+    choice: SiteChoice,
+    both: tuple[TokenStats, TokenStats],
 ) -> SiteChoice:
     if choice.fallback is not None:
-        choice = replace(choice, fallback=_measured(weight, channels, spec, choice.fallback, both))
+        choice = replace(choice, fallback=_measured(weight, output_gram, spec, choice.fallback, both))
     if choice.errors is not None:
         return choice
-    calibration, held_out = _site_errors(weight, channels, spec, choice, both)
+    calibration, held_out = _site_errors(weight, output_gram, spec, choice, both)
     return replace(choice, errors=Errors(calibration=calibration, held_out=held_out))
 
 
@@ -163,7 +168,7 @@ def _total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
 
 
 def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
-    """Return the error of every site: D_n G D_n^T, summed over its channels by their weights.
+    """Return tr(H D G D^T) of every site: the mean over tokens of its squared output error, where H is the identity.
 
     Args:
         problem: the sites.
@@ -171,40 +176,29 @@ def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: T
         stats: of the activation that the sites share.
     """
     return tuple(
-        _site_errors(weight, channels, spec, choice, (stats,))[0]
-        for weight, channels, spec, choice in _by_site(problem, choices)
+        _site_errors(weight, output_gram, spec, choice, (stats,))[0]
+        for weight, output_gram, spec, choice in _by_site(problem, choices)
     )
 
 
-def output_energies(
-    weight: Float[Tensor, "N K"], channel_weights: Float[Tensor, " N"], stats: tuple[TokenStats, ...]
-) -> list[float | None]:
-    """Return what errors are relative to over each of ``stats``; None where no token was seen.
-
-    Args:
-        weight: W; its outputs' energy is the sum over channels of W_n G W_n^T by their weights.
-        channel_weights: those.
-        stats: of the activation.
-    """
-    scaled = weight * channel_weights.sqrt().unsqueeze(-1)
-    chunks = [joint_errors(rows, stats) for rows in torch.split(scaled, rows_per_chunk(weight))]
+def output_energies(weight: Float[Tensor, "N K"], stats: tuple[TokenStats, ...]) -> list[float | None]:
+    """Return tr(W G W^T) over each of ``stats``, what errors are relative to; None where no token was seen."""
+    chunks = [joint_errors(rows, stats) for rows in torch.split(weight, rows_per_chunk(weight))]
     totals = [max(sum(part), _SMALLEST_ENERGY) for part in zip(*chunks, strict=True)]
     return [None if each.is_silent else total for each, total in zip(stats, totals, strict=True)]
 
 
 def candidate_errors(
     weight: Float[Tensor, "N K"],
-    channel_weights: Float[Tensor, " N"],
     spec: QuantSpec,
     input_scales: Float[Tensor, "A K"],
     rule: RangeRule,
     stats: TokenStats,
 ) -> Float[Tensor, " A"]:
-    """Return the error for each of A input scales at once, in float64.
+    """Return tr(D G D^T) for each of A input scales at once, in float64.
 
     Args:
         weight: the unscaled weight.
-        channel_weights: how much an error of each output channel counts.
         spec: the format that it is stored in.
         input_scales: the candidates.
         rule: how a block's full range becomes its scale.
@@ -213,11 +207,11 @@ def candidate_errors(
     totals = torch.zeros(input_scales.shape[0], dtype=torch.float64)
     size = rows_per_chunk(weight, input_scales.shape[0])
     block_size = spec.block_size(weight.shape[1])
-    for rows, counts in zip(torch.split(weight, size), torch.split(channel_weights, size), strict=True):
+    for rows in torch.split(weight, size):
         blocks = split(rows * input_scales[:, None, :], block_size)  # [A, n, nB, B]
         stored = join(round_trip(blocks, choose_parameters(blocks, spec, rule), spec), weight.shape[1])
         error = stored.div_(input_scales[:, None, :]).sub_(rows)
-        totals += (output_error(error, stats) * counts).double().sum(dim=-1).cpu()
+        totals += output_error(error, stats).double().sum(dim=-1).cpu()
     return totals
 
 
@@ -229,17 +223,18 @@ def rows_per_chunk(weight: Tensor, candidates: int = 1) -> int:
 
 def _site_errors(
     weight: Float[Tensor, "N K"],
-    channel_weights: Float[Tensor, " N"],
+    output_gram: Float[Tensor, "heads size size"] | None,
     spec: QuantSpec,
     choice: SiteChoice,
     stats: tuple[TokenStats, ...],
 ) -> list[float]:
+    if output_gram is not None:
+        return joint_errors(mixed_outputs(_weight_error(weight, spec, choice), output_gram), stats)
     totals = [0.0] * len(stats)
     size = rows_per_chunk(weight)
     for start in range(0, weight.shape[0], size):
         chunk = slice(start, start + size)
-        error = _weight_error(weight[chunk], spec, _rows_of(choice, chunk))
-        errors = joint_errors(error * channel_weights[chunk].sqrt().unsqueeze(-1), stats)
+        errors = joint_errors(_weight_error(weight[chunk], spec, _rows_of(choice, chunk)), stats)
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
     return totals
 

@@ -15,6 +15,10 @@ from torch import Tensor
 from stages.quantization.search.affine import BlockParameters, round_to_storage
 from stages.records.formats import PerBlock, QuantSpec
 
+_AT_ONCE = 4
+"""Channels of a head whose codes change together: fewer are slower, and with many the error can grow."""
+_LEAST_STEPS = 16
+"""Steps in which a head's channels change, where it has as many: in a small head each channel changes by itself."""
 _TILE = 128
 """Columns whose gradients are brought up to date by one product."""
 
@@ -111,3 +115,55 @@ class _Descent:
         moved = steps * change
         self._error[columns] += moved
         gradient += self._gram[start:stop, columns] @ moved
+
+
+def two_sided_descent(
+    weight: Float[Tensor, "N K"],
+    codes: Float[Tensor, "N K"],
+    parameters: BlockParameters,
+    spec: QuantSpec,
+    gram: Float[Tensor, "K K"],
+    output_gram: Float[Tensor, "heads size size"],
+) -> Float[Tensor, "N K"]:
+    """Improve codes in one pass over all columns where errors of a head's output channels count together.
+
+    The error is tr(H D G D^T) with H the block diagonal of ``output_gram`` (Tseng et al., "Model-Preserving Adaptive
+    Rounding", 2025, https://arxiv.org/abs/2505.22988, minimize it by another way of rounding). A step sets a few
+    channels of each head in one column to the best values that each has while all others stay. Scales stay.
+
+    Args:
+        weight: the weight, times its input scale.
+        codes: what to start from, integers in float32.
+        parameters: their scales and zero points.
+        spec: the format that the weight is stored in.
+        gram: G, with a positive diagonal.
+        output_gram: the blocks of H, with a positive diagonal.
+    """
+    in_features, (heads, size, _) = weight.shape[1], output_gram.shape
+    block = torch.arange(in_features, device=weight.device) // spec.block_size(in_features)
+    scales = parameters.scales.T[block].view(in_features, heads, size)
+    zeros = torch.zeros_like(scales)
+    if parameters.zero_points is not None:
+        zeros = parameters.zero_points.T[block].view(in_features, heads, size)
+    target = weight.T.reshape(in_features, heads, size)
+    chosen = codes.T.reshape(in_features, heads, size).clone()
+    error = (chosen - zeros) * scales - target
+    stride = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
+    curvature = torch.diagonal(output_gram, dim1=-2, dim2=-1)
+    for start in range(0, in_features, _TILE):
+        stop = min(start + _TILE, in_features)
+        gradient = (gram[start:stop] @ error.view(in_features, -1)).view(-1, heads, size)
+        for column in range(start, stop):
+            before, own = error[column].clone(), gram[column, column]
+            pull = (gradient[column - start].unsqueeze(1) @ output_gram).squeeze(1)
+            for first in range(stride):
+                part = (slice(None), slice(first, None, stride))
+                scale, zero = scales[column][part], zeros[column][part]
+                wanted = target[column][part] + error[column][part] - pull[part] / (curvature[part] * own)
+                code = torch.round(wanted / scale).add_(zero).clamp_(spec.code_min, spec.code_max)
+                change = (code - chosen[column][part]) * scale
+                chosen[column][part], error[column][part] = code, error[column][part] + change
+                pull += (change.unsqueeze(1) @ output_gram[:, part[1]]).squeeze(1) * own
+            moved = (error[column] - before).view(-1)
+            gradient.view(stop - start, -1).addr_(gram[start:stop, column], moved)
+    return chosen.view(in_features, -1).T.contiguous()

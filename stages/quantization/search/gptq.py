@@ -18,7 +18,7 @@ from stages.errors import SolveError
 from stages.quantization.search.affine import BlockParameters, split_parameters, stack_parameters
 from stages.quantization.search.awq import awq_full
 from stages.quantization.search.choices import keep_validated, scaled_weight
-from stages.quantization.search.coordinate_descent import coordinate_descent
+from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
 from stages.quantization.search.objective import full_gram, in_scaled_space
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
@@ -68,7 +68,21 @@ def compensate(
         if options.descent_passes:
             steps.append(coordinate_descent(stack, steps[0][0], ranges, spec, damped_gram, options.descent_passes))
         refined |= _unstacked(problem, alike, choices, steps)
+    if options.descent_passes:
+        for index, output_gram in enumerate(problem.output_grams):
+            if output_gram is not None:
+                refined[index] = _for_outputs(problem, index, refined[index], damped_gram, output_gram)
     return keep_validated(problem, tuple(refined[index] for index in range(len(choices))))
+
+
+def _for_outputs(
+    problem: GroupProblem, index: int, choice: SiteChoice, gram: Tensor, output_gram: Tensor
+) -> SiteChoice:
+    """Return the choice of one site after a pass of descent over codes whose errors count together."""
+    assert choice.codes is not None
+    weight = scaled_weight(problem.weights[index], choice.input_scale)
+    codes = two_sided_descent(weight, choice.codes, choice.parameters, problem.specs[index], gram, output_gram)
+    return choice.refined(choice.parameters, codes)
 
 
 def _scaled_gram(stats: TokenStats, choice: SiteChoice) -> Float[Tensor, "K K"]:

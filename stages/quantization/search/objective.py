@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import diagonal_blocks, split
-from stages.records.results import ActivationStats, TokenStats
+from stages.records.results import TokenStats
 
 _STRIP = 256
 """Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""
@@ -48,6 +48,21 @@ def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> li
     return totals
 
 
+def mixed_outputs(
+    rows: Float[Tensor, "N K"], output_gram: Float[Tensor, "heads size size"] | None
+) -> Float[Tensor, "N K"]:
+    """Return U rows, with U^T U the output channels' Gram matrix H: tr(H D G D^T) is the plain error of U D.
+
+    Args:
+        rows: D, or any other matrix of N output channels.
+        output_gram: the diagonal blocks of H, positive definite; None: the identity.
+    """
+    if output_gram is None:
+        return rows
+    lower = torch.linalg.cholesky(output_gram)
+    return (lower.transpose(-1, -2) @ rows.view(*output_gram.shape[:2], -1)).view_as(rows)
+
+
 def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
     """Return the Gram matrix X^T X / T, from whichever form the statistics have."""
     if stats.gram is not None:
@@ -79,11 +94,6 @@ def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
         gram=None if stats.gram is None else stats.gram.to(device),
         rows=None if stats.rows is None else stats.rows.to(device),
     )
-
-
-def both_to_device(stats: ActivationStats, device: torch.device) -> ActivationStats:
-    """Return both parts with their tensors on ``device``."""
-    return ActivationStats(calibration=to_device(stats.calibration, device), held_out=to_device(stats.held_out, device))
 
 
 def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:

@@ -36,7 +36,7 @@ class GroupProblem:
     """The sites that share one input scale.
 
     ``weights`` are [N_i, K] float32, one a site, on the device that the search runs on; ``stats`` lie there too, and
-    ``channel_weights``, [N_i]: how much an error of each output channel counts where channels or sites compete.
+    ``output_grams``, [heads, size, size], where errors of a head's channels count together (None: each by itself).
     ``head_sharing`` is set where the scale must repeat over the query heads of a key/value head. ``rtn_baseline`` is
     rounding to nearest, which every search is compared with, where it was measured already.
     """
@@ -45,7 +45,7 @@ class GroupProblem:
     weights: tuple[Tensor, ...]
     specs: tuple[QuantSpec, ...]
     stats: ActivationStats | None
-    channel_weights: tuple[Tensor, ...]
+    output_grams: tuple[Tensor | None, ...]
     head_sharing: HeadSharing | None
     rtn_baseline: tuple[SiteChoice, ...] = ()
 
@@ -72,7 +72,7 @@ IDENTITY = InputScale(family="identity", alpha=None, scale=None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
-    """Mean squared output errors over calibration and held-out tokens: D_n G D_n^T, summed by the channels' weights."""
+    """tr(D G D^T) over calibration and held-out tokens: mean squared output errors, summed over channels."""
 
     calibration: float
     held_out: float
@@ -117,13 +117,8 @@ class Sample:
     @property
     def problem(self) -> GroupProblem:
         """Return the same problem for these channels only."""
-
-        def few(rows: Tensor) -> Tensor:
-            return rows[:: self._stride(rows)].contiguous()
-
-        weights = tuple(map(few, self.whole.weights))
-        channels = tuple(map(few, self.whole.channel_weights))
-        return replace(self.whole, weights=weights, channel_weights=channels, rtn_baseline=())
+        weights = tuple(weight[:: self._stride(weight)].contiguous() for weight in self.whole.weights)
+        return replace(self.whole, weights=weights, output_grams=(None,) * len(weights), rtn_baseline=())
 
     def joint_error(self, errors: Sequence[float]) -> float:
         """Estimate the joint error of the whole from the ``errors`` of the sample's sites."""
@@ -132,5 +127,5 @@ class Sample:
             for weight, error in zip(self.whole.weights, errors, strict=True)
         )
 
-    def _stride(self, rows: Tensor) -> int:
-        return -(-len(rows) // self.channels)
+    def _stride(self, weight: Tensor) -> int:
+        return -(-len(weight) // self.channels)

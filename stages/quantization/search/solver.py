@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     stored_weight,
 )
 from stages.quantization.search.gptq import awq_gptq, gptq
-from stages.quantization.search.objective import both_to_device
+from stages.quantization.search.objective import mixed_outputs, to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import QuantSpec
@@ -44,8 +44,8 @@ def search_cost(group: ActivationGroup) -> float:
 class GroupSolver:
     """Solves groups with one algorithm and its options.
 
-    ``read_weight`` reads a site's [N, K] float32 weight onto the device; ``read_stats`` gives what is minimized
-    by activation, or is None where the algorithm needs none. ``fold`` says that input scales will be folded into the
+    ``read_weight`` reads a site's [N, K] float32 weight onto the device; ``read_stats`` gives what is minimized, by
+    activation, or is None where the algorithm needs none. ``fold`` says that input scales will be folded into the
     producer where there is one; ``one_scale`` that sites of a group share a scale even where it is not folded.
     """
 
@@ -109,21 +109,22 @@ class GroupSolver:
 
     def pose(self, group: ActivationGroup) -> GroupProblem:
         """Read the weights and statistics of ``group``."""
-        stats, channels = None, dict[str, Tensor]()
+        stats, outputs = None, dict[str, Tensor]()
         if self.read_stats is not None:
             found = self.read_stats(group.activation)
-            _require_width(found.tokens, group)
-            stats = both_to_device(found.tokens, self.device)
-            channels = {site: weights.to(self.device) for site, weights in found.channel_weights.items()}
+            both = found.tokens
+            _require_width(both, group)
+            stats = ActivationStats(
+                calibration=to_device(both.calibration, self.device), held_out=to_device(both.held_out, self.device)
+            )
+            outputs = {name: gram.to(self.device) for name, gram in found.output_grams.items()}
         absorber = group.absorber if self.fold else None
         return GroupProblem(
             group=group,
             weights=tuple(self.read_weight(site) for site in group.sites),
             specs=tuple(self.specs[site.name] for site in group.sites),
             stats=stats,
-            channel_weights=tuple(
-                channels.get(site.name, torch.ones(site.out_features, device=self.device)) for site in group.sites
-            ),
+            output_grams=tuple(outputs.get(site.name) for site in group.sites),
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
         )
 
@@ -146,16 +147,11 @@ def _site_by_site(problem: GroupProblem) -> list[GroupProblem]:
             group=replace(problem.group, sites=(site,)),
             weights=(weight,),
             specs=(spec,),
+            output_grams=(output_gram,),
             rtn_baseline=(baseline,),
-            channel_weights=(channels,),
         )
-        for site, weight, spec, baseline, channels in zip(
-            problem.group.sites,
-            problem.weights,
-            problem.specs,
-            problem.rtn_baseline,
-            problem.channel_weights,
-            strict=True,
+        for site, weight, spec, output_gram, baseline in zip(
+            problem.group.sites, problem.weights, problem.specs, problem.output_grams, problem.rtn_baseline, strict=True
         )
     ]
 
@@ -174,8 +170,8 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     if problem.stats is None:
         return report
     baseline, errors = errors_of(problem.rtn_baseline[index]), errors_of(choice)
-    both = (problem.stats.calibration, problem.stats.held_out)
-    seen, unseen = output_energies(weight, problem.channel_weights[index], both)
+    mixed = mixed_outputs(weight, problem.output_grams[index])
+    seen, unseen = output_energies(mixed, (problem.stats.calibration, problem.stats.held_out))
     return replace(
         report,
         loss_rtn=_relative(baseline.calibration, seen),

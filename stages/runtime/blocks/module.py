@@ -58,7 +58,7 @@ class BlockModule:
         weights: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
     ) -> Float[Tensor, "batch length width"]:
-        """Return the stream behind the block, or the logits behind the head; gradients reach both the stream and the weights.
+        """Return the stream behind the block, or the head's logits; gradients reach both the stream and the weights.
 
         Args:
             stream: what enters the block.

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from stages.calibration.cache import CacheKey, CalibrationCache, find_cache, new_cache, open_cache
+from stages.calibration.statistics import scaled
 from stages.errors import CacheMismatch, UserError
-from stages.records.results import ActivationStats
+from stages.quantization.search.objective import full_gram
+from stages.records.results import ActivationStats, SearchStats, TokenWeights
 from tests.stages.quantization.search.problems import gram_stats, row_stats
 from tests.support.full_disk import full_after
 
@@ -22,6 +23,7 @@ KEY = CacheKey(
     held_out_windows=1,
     seq_len=8,
     providers=("CPUExecutionProvider",),
+    token_weights="none",
 )
 STATS = ActivationStats(calibration=gram_stats(torch.randn(30, 6)), held_out=row_stats(torch.randn(4, 6)))
 
@@ -97,24 +99,16 @@ def test_difference_is_in_words(change: dict[str, Any], words: str) -> None:
     assert bool(KEY.difference(replace(KEY, **change))) == bool(words)
 
 
-def test_caches_of_the_first_format_are_still_read(tmp_path: Path) -> None:
-    """They hold whole Gram matrices."""
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_caches_of_earlier_versions_are_refused_with_the_reason(tmp_path: Path, earlier: int) -> None:
     cache = _write(tmp_path / "cache")
-    file = cache.folder / cache.manifest.files["/x"]
-    tensors = load_file(file)
-    del tensors["calibration.gram_triangle"]
-    assert STATS.calibration.gram is not None
-    save_file(tensors | {"calibration.gram": STATS.calibration.gram}, file)
     manifest = (cache.folder / "manifest.json").read_text()
-    (cache.folder / "manifest.json").write_text(manifest.replace('"format": 2', '"format": 1'))
-    found = find_cache(cache.folder)
-    assert found is not None
-    gram = found.read("/x").calibration.gram
-    assert gram is not None
-    assert torch.equal(gram, STATS.calibration.gram)
+    (cache.folder / "manifest.json").write_text(manifest.replace('"format": 3', f'"format": {earlier}'))
+    with pytest.raises(CacheMismatch, match="count all tokens alike; run stages"):
+        find_cache(cache.folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b'{"format": 1}', b'{"format": 99, "key": 3, "files": {}}'])
+@pytest.mark.parametrize("content", [b"{", b'{"format": 3}', b'{"format": 99, "key": 3, "files": {}}'])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     cache = _write(tmp_path / "cache")
     (cache.folder / "manifest.json").write_bytes(content)
@@ -133,3 +127,23 @@ def test_a_truncated_statistics_file_is_refused(tmp_path: Path) -> None:
 def test_no_cache_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(CacheMismatch, match=r"run stages\.calibrate first"):
         open_cache(tmp_path, "m")
+
+
+def test_a_search_reads_weighted_statistics_where_there_are_some(tmp_path: Path) -> None:
+    channels = {"/a": torch.tensor([0.5, 1.5])}
+    weights = TokenWeights(calibration=torch.rand(3, 8), held_out=torch.rand(1, 8))
+    with new_cache(tmp_path / "cache", KEY, ["/x", "/y"], overwrite=False) as writer:
+        writer.write("/x", STATS)
+        writer.write("/y", STATS)
+        twice = ActivationStats(calibration=scaled(STATS.calibration, 4.0), held_out=scaled(STATS.held_out, 4.0))
+        writer.write_weighted("/x", SearchStats(tokens=twice, channel_weights=channels, token_weights=weights))
+    cache = find_cache(tmp_path / "cache")
+    assert cache is not None
+    found, plain = cache.read_for_search("/x"), cache.read_for_search("/y")
+    torch.testing.assert_close(full_gram(found.tokens.calibration), 4 * full_gram(STATS.calibration))
+    torch.testing.assert_close(full_gram(found.tokens.held_out), 4 * full_gram(STATS.held_out))
+    assert found.token_weights is not None
+    assert torch.equal(found.token_weights.held_out, weights.held_out)
+    assert torch.equal(found.channel_weights["/a"], channels["/a"])
+    torch.testing.assert_close(full_gram(plain.tokens.calibration), full_gram(STATS.calibration))
+    assert plain.token_weights is None

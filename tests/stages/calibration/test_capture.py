@@ -41,7 +41,7 @@ def capture(base: Path, text: Path, cache: Path, max_memory: str = "1GB") -> Pas
     """Calibrate on one window that is held out and eleven others, and return how it went."""
     config = CalibrateConfig(
         onnx_path=base, dataset=str(text), calib_size=12, seq_len=32, batch_size=5, calibration_eps="cpu",
-        max_memory=max_memory, cache_dir=cache,
+        max_memory=max_memory, cache_dir=cache, token_weights="none",
     )  # fmt: skip
     made = calibrate(config).made
     assert made is not None

@@ -51,7 +51,11 @@ def _pass(folder: Path, batch_size: int) -> tuple[EndLossPass, tuple[ActivationG
     model = load_graph(directory)
     groups = find_groups(model)
     windows = TokenWindows(
-        calibration=_TOKENS[:_CALIBRATION], held_out=_TOKENS[_CALIBRATION:], source="random", tokenizer="", fingerprint=""
+        calibration=_TOKENS[:_CALIBRATION],
+        held_out=_TOKENS[_CALIBRATION:],
+        source="random",
+        tokenizer="",
+        fingerprint="",
     )
     chain: Chain = open_chain(model, groups)
     made = EndLossPass(
@@ -69,7 +73,8 @@ def test_they_are_those_of_the_whole_model_at_once(tiny_model: Path, tmp_path: P
         found = load_file(tmp_path / f"weighted-{writer.files[group.activation]}")
         names = [site.name for site in group.sites]
         joined = torch.cat([gradients[name] for name in names], dim=-1).double()
-        weights = joined.square().mean(dim=-1)
+        weights = joined.square().mean(dim=-1).sqrt()
+        weights *= weights[:_CALIBRATION].square().mean() / weights[:_CALIBRATION].mean()
         x = read[names[0]].double()
         for part, windows in (("calibration", slice(0, _CALIBRATION)), ("held_out", slice(_CALIBRATION, None))):
             rows = (x[windows] * weights[windows].sqrt().unsqueeze(-1)).flatten(0, 1)
@@ -81,6 +86,9 @@ def test_they_are_those_of_the_whole_model_at_once(tiny_model: Path, tmp_path: P
                 gram = unpack_symmetric(found[f"{part}.gram_triangle"]).double()
             # Float32 sums in another order.
             torch.testing.assert_close(gram, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        expected = weights.float()
+        torch.testing.assert_close(found["calibration.weights"], expected[:_CALIBRATION], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found["held_out.weights"], expected[_CALIBRATION:], rtol=1e-4, atol=0)
         counts = [gradients[name][:_CALIBRATION].double().square().flatten(0, 1).mean(dim=0) for name in names]
         mean = torch.cat(counts).mean()
         for name, count in zip(names, counts, strict=True):
@@ -98,7 +106,7 @@ def test_labels_give_the_fisher_information_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
-def test_a_token_weighs_its_mean_squared_gradient(shape: tuple[int, ...]) -> None:
+def test_a_token_weighs_its_root_mean_squared_gradient(shape: tuple[int, ...]) -> None:
     gradient = torch.randn(shape)
-    expected = torch.tensor([float(row.square().sum()) / 5 for row in gradient.reshape(-1, 5)])
+    expected = torch.tensor([(float(row.square().sum()) / 5) ** 0.5 for row in gradient.reshape(-1, 5)])
     torch.testing.assert_close(token_weights(gradient).flatten(), expected)

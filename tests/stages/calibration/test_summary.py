@@ -32,6 +32,7 @@ SUMMARY = CalibrationSummary(
         held_out_windows=1,
         seq_len=8,
         providers=("CPUExecutionProvider",),
+        token_weights="none",
     ),
     activations=7,
     channels=16,
@@ -62,6 +63,7 @@ def test_the_record_is_flat_and_without_fingerprints() -> None:
         "activations": 7,
         "channels": 16,
         "providers": ["CPUExecutionProvider"],
+        "token_weights": "none",
     }
 
 

@@ -43,8 +43,8 @@ def _import() -> ModuleType:
         if error.name != "onnx2torch":
             raise
         raise UserError(
-            "--algo signround and --refine turn decoder blocks into torch modules with onnx2torch, which isn't "
-            "installed: pip install --no-deps onnx2torch==1.5.15"
+            "Decoder blocks become torch modules through onnx2torch, which isn't installed: pip install --no-deps "
+            "onnx2torch==1.5.15"
         ) from error
 
 

@@ -120,6 +120,7 @@ def test_random_tokens_are_seeded_uniform_and_need_no_tokenizer(config: Calibrat
     assert windows.fingerprint == load(config, vocab_size=7).fingerprint
     assert windows.fingerprint != load(replace(config, seed=1), vocab_size=7).fingerprint
     assert windows.source == "random tokens"
+    assert window_count(replace(config, calib_size=None), "", 28672) == 128
 
 
 def numbered(path: Path, word: str) -> str:
@@ -169,6 +170,8 @@ def test_weights_share_the_windows_and_each_part_is_spread_evenly(config: Calibr
         ("mix", 1536, None, 64),
         ("mix", 14336, None, 94),  # of which 85 aren't held out: 85 * 512 > 3 * 14336
         ("mix", 14336, 8, 8),
+        ("mix,self", 28672, None, 187),
+        ("mix,offline", 28672, None, 128),
     ],
 )
 def test_a_wide_model_gets_more_windows_by_default(

@@ -47,6 +47,7 @@ def cache(tmp_path: Path) -> Path:
         held_out_windows=1,
         seq_len=64,
         providers=(),
+        token_weights="none",
     )
     folder = tmp_path / "cache"
     with new_cache(folder, key, (), overwrite=False) as writer:

@@ -81,7 +81,7 @@ def random_layer(
         weights=weights,
         specs=tuple(spec(symmetric=symmetric) for _ in widths),
         stats=ActivationStats(calibration=gram_stats(tokens), held_out=gram_stats(held_out)),
-        channel_weights=tuple(torch.ones(width) for width in widths),
+        output_grams=(None,) * len(widths),
         head_sharing=heads,
     )
     return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
@@ -98,9 +98,9 @@ def solver_of(problem: GroupProblem, name: str, *, fold: bool = True, one_scale:
 
     def read_stats(_: str) -> SearchStats:
         assert problem.stats is not None
-        names = (site.name for site in problem.group.sites)
-        channels = dict(zip(names, problem.channel_weights, strict=True))
-        return SearchStats(tokens=problem.stats, channel_weights=channels)
+        named = zip(problem.group.sites, problem.output_grams, strict=True)
+        output_grams = {site.name: gram for site, gram in named if gram is not None}
+        return SearchStats(tokens=problem.stats, channel_weights={}, output_grams=output_grams)
 
     return GroupSolver(
         algorithm_name=name,

@@ -32,7 +32,7 @@ def test_candidate_errors_match_the_scaled_activation_spelled_out(symmetric: boo
     candidates = input_scale_candidates(layer.problem, layer.problem.stats.calibration, 0.25)
     scales = torch.stack([candidate.scale for candidate in candidates if candidate.scale is not None])
     weight, number = layer.problem.weights[0], layer.problem.specs[0]
-    ours = candidate_errors(weight, torch.ones(len(weight)), number, scales, "full", layer.problem.stats.calibration)
+    ours = candidate_errors(weight, number, scales, "full", layer.problem.stats.calibration)
     for scale, loss in zip(scales, ours, strict=True):
         direct = awq_loss(layer.tokens.double().numpy(), weight.numpy(), scale.numpy(), 16, 4, symmetric=symmetric)
         # A tie may round the other way in float64: one code of 960 is at most about 1 % of the loss.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.search.affine import choose_parameters, join, quantize, split
-from stages.quantization.search.coordinate_descent import coordinate_descent
+from stages.quantization.search.affine import BlockParameters, choose_parameters, join, quantize, split
+from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
 from stages.quantization.search.gptq import damped
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import best_code, error
@@ -92,3 +92,50 @@ def test_no_pass_changes_nothing_and_rows_of_one_scale_keep_it() -> None:
     )
     assert torch.equal(kept.scales, ranges.scales)
     assert np.isfinite(kept.scales.numpy()).all()
+
+
+def _together(heads: int, size: int, seed: int) -> torch.Tensor:
+    """Gram matrices of strongly correlated channels, one for each head."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(heads, 40, size, generator=generator) + 2 * torch.randn(heads, 40, 1, generator=generator)
+    return rows.transpose(1, 2) @ rows / 40
+
+
+def _two_sided_error(found: torch.Tensor, weight: torch.Tensor, parameters, gram, output_gram) -> float:
+    scales, zeros = (torch.from_numpy(part).double() for part in spread(parameters, weight.shape[1]))
+    error = (found.double() - zeros) * scales - weight.double()
+    whole = torch.block_diag(*output_gram.double())
+    return float(torch.trace(whole @ error @ gram.double() @ error.T))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_that_count_together_are_each_the_best_beside_the_others(symmetric: bool) -> None:
+    """Each code against all others of its grid, after many passes; one channel of a head moves at a time here."""
+    layer = random_layer(4, symmetric=symmetric, widths=(6,))
+    weight, number = layer.problem.weights[0], spec(symmetric=symmetric)
+    parameters = choose_parameters(split(weight, 16), number, "full")
+    assert layer.problem.stats is not None
+    assert layer.problem.stats.calibration.gram is not None
+    gram, output_gram = damped(layer.problem.stats.calibration.gram, 0.01), _together(2, 3, 0)
+    found = join(quantize(split(weight, 16), parameters, number), 48)
+    errors = [_two_sided_error(found, weight, parameters, gram, output_gram)]
+    for _ in range(20):
+        found = two_sided_descent(weight, found, parameters, number, gram, output_gram)
+        errors.append(_two_sided_error(found, weight, parameters, gram, output_gram))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+    for n, column in itertools.product(range(6), range(0, 48, 5)):
+        for code in range(number.code_min, number.code_max + 1):
+            other = found.clone()
+            other[n, column] = code
+            assert _two_sided_error(other, weight, parameters, gram, output_gram) >= errors[-1] * (1 - 1e-5)
+
+
+def test_channels_that_count_alone_end_where_one_pass_of_plain_descent_ends() -> None:
+    weight, codes, _, _, gram = start(3)
+    alone = torch.diag(torch.tensor([0.5, 1.0, 2.0, 4.0, 0.25])).unsqueeze(0)
+    per_row = QuantSpec(bits=4, symmetric=True, granularity=PerChannel(), scale_dtype="float32")
+    scales = torch.ones(5, 1)
+    expected, _ = coordinate_descent(weight, codes, BlockParameters(scales=scales, zero_points=None), per_row, gram, 1)
+    found = two_sided_descent(weight, codes, BlockParameters(scales=scales, zero_points=None), per_row, gram, alone)
+    assert torch.equal(found, expected)
