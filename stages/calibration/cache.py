@@ -135,7 +135,7 @@ class CalibrationCache:
         with _reading(path):
             tensors = load_file(path)
             parts = {part: _token_stats(tensors, part) for part in ("calibration", "held_out")}
-            weights = {part: _floats(tensors, f"{part}.weights", rank=2) for part in parts}
+            weights = {part: _weights(tensors, part) for part in parts}
             return SearchStats(
                 tokens=ActivationStats(**parts),
                 channel_weights=_by_site(tensors, _CHANNELS),
@@ -344,6 +344,12 @@ def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     _need((gram is None) != (rows is None), f"it needs {part}.gram_triangle or {part}.rows")
     _need(rows is None or rows.shape[1] == size, f"{part}.rows doesn't fit {part}.abs_mean of {size}")
     return TokenStats(num_tokens=_count(tensors, f"{part}.num_tokens"), abs_mean=abs_mean, gram=gram, rows=rows)
+
+
+def _weights(tensors: Mapping[str, Tensor], part: str) -> Tensor:
+    found = _floats(tensors, f"{part}.weights", rank=2)
+    assert found is not None
+    return found
 
 
 def _by_site(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

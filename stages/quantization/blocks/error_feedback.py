@@ -178,8 +178,9 @@ class ErrorFeedback:
         names = [weight.site.name for weight in solved.weights]
         weights = self.block.effective(stored)
         counts = self.block.searched[solved.group.activation].token_weights
-        calibration = self._drift(self.block.calibration, names[0], weights, counts and counts.calibration)
-        held_out = self._drift(self.block.held_out, names[0], weights, counts and counts.held_out)
+        seen, unseen = (None, None) if counts is None else (counts.calibration, counts.held_out)
+        calibration = self._drift(self.block.calibration, names[0], weights, seen)
+        held_out = self._drift(self.block.held_out, names[0], weights, unseen)
         for starts in _by_input_scale(tuple(stored[name] for name in names)):
             problem = GroupProblem(
                 group=replace(solved.group, sites=tuple(start.site for start in starts)),

@@ -59,8 +59,8 @@ def mixed_outputs(
     """
     if output_gram is None:
         return rows
-    lower = torch.linalg.cholesky(output_gram)
-    return (lower.transpose(-1, -2) @ rows.view(*output_gram.shape[:2], -1)).view_as(rows)
+    upper: Tensor = torch.linalg.cholesky(output_gram).transpose(-1, -2)
+    return (upper @ rows.view(*output_gram.shape[:2], -1)).view_as(rows)
 
 
 def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
