@@ -105,7 +105,9 @@ def test_everything_is_decided_and_the_file_says_the_same(
     }
     down = "/model/layers.1/mlp/down_proj/MatMul"
     assert planned[down].why == "--layers_8bit"
-    assert re.match(r"others: (4b32z?|8b128) [\d.e-]+, (4b32z|8b128) [\d.e-]+$", planned[down.replace("layers.1", "layers.0")].why)
+    assert re.match(
+        r"others: (4b32z?|8b128) [\d.e-]+, (4b32z|8b128) [\d.e-]+$", planned[down.replace("layers.1", "layers.0")].why
+    )
     assert result.file_text.startswith(f"# {result.summary}\n")
 
 
