@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,10 @@ def main(request: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
     arguments = arguments_of(request, *windows.shape)
     rounding = AutoRound(model, tokenizer, dataset=[window[None] for window in windows], **arguments)
-    rounding.quantize_and_save(request["output"], format="auto_gptq")
+    output = Path(request["output"])
+    _, folder = rounding.quantize_and_save(str(output), format="auto_gptq")
+    for file in Path(folder).iterdir():  # a folder in it, named after the format
+        file.rename(output / file.name)
 
 
 if __name__ == "__main__":
