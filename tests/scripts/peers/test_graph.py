@@ -1,4 +1,4 @@
-"""A quantized checkpoint's weights stand in the graph as they are: packed qkv, lm_head beside them, wrong ones refused."""
+"""A checkpoint's weights stand in the graph as they are, packed qkv too; those of another model are refused."""
 
 from __future__ import annotations
 
