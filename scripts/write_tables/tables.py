@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.write_tables.results import (
@@ -16,7 +15,13 @@ from scripts.write_tables.results import (
     TimesResult,
 )
 from scripts.write_tables.support_matrix import markdown
-from stages.evaluation.bench.results import MeasuredModel, TextResults
+from stages.evaluation.bench.results import (
+    MeasuredModel,
+    TextResults,
+    mean_results,
+    text_divergences,
+    text_name,
+)
 from stages.evaluation.records import ModelSpeed
 from stages.records.quantities import counted, duration
 
@@ -33,6 +38,8 @@ _README_ROWS = {
 accurate."""
 _TEXTS = {"offline": "documentation", "code": "source code"}
 """Kinds of text that have a name of their own here; others are called as their file."""
+_README_TEXTS = 3
+"""Of so many texts the README shows each; of more only their mean, and docs/benchmarks.md all."""
 _UNKNOWN = "-"
 
 
@@ -73,36 +80,25 @@ def families(results: Sequence[Result]) -> str:
 
 
 def _readme_result(result: ComparisonResult) -> str:
-    (text, *others), (base_speed, by_name) = result.comparison.texts, _speeds(result)
-    size, divergence, perplexity = _base_cells(text)
-    zeros = [divergence] * len(result.comparison.texts)
-    rows = [("base model", size, *zeros, perplexity, *_speed_cells(base_speed))]
+    texts, (base_speed, by_name) = result.comparison.texts, _speeds(result)
+    means = mean_results(texts)
+    shown = texts if len(texts) <= _README_TEXTS else ()
+    divergences = dict(zip((model.name for model in means.models), text_divergences(shown), strict=False))
+    rows = [("base model", *_base_cells(means, len(shown))[:-1], *_speed_cells(base_speed))]
     for label, names in _README_ROWS.items():
-        measured = [(model, match[1]) for model in text.models if (match := re.fullmatch(names, model.name))]
+        measured = [(model, match[1]) for model in means.models if (match := re.fullmatch(names, model.name))]
         scored = [(model, method) for model, method in measured if model.accuracy and model.failure is None]
         if scored:
             model, method = min(scored, key=lambda one: _divergence(one[0]))
-            size, divergence, perplexity = _accuracy_cells(model)
-            elsewhere = [_accuracy_cells(same)[1] for one in others for same in one.models if same.name == model.name]
-            name = label.format(method)
-            rows.append((name, size, divergence, *elsewhere, perplexity, *_speed_cells(by_name.get(model.name))))
-    kinds = [one.text or "" for one in result.comparison.texts]
-    divergences = [f"KL, {_TEXTS.get(name, Path(name).stem)}" for name in kinds]
-    headings = (result.title, "MB", *divergences, "perplexity", *_SPEED_HEADINGS)
+            cells = _accuracy_cells(model, divergences.get(model.name, ()))[:-1]
+            rows.append((label.format(method), *cells, *_speed_cells(by_name.get(model.name))))
+    headings = (result.title, *_accuracy_headings(shown)[:-1], *_SPEED_HEADINGS)
     return f"{_table(headings, rows)}\n\n{_head(result.provenance)}"
 
 
 def _comparison(result: ComparisonResult) -> Iterator[str]:
-    headings = (
-        "model",
-        "MB",
-        "KL",
-        "perplexity",
-        "same top-1",
-        *_SPEED_HEADINGS,
-        "bits a weight",
-        "note",
-    )
+    texts, (base_speed, by_name) = result.comparison.texts, _speeds(result)
+    means = mean_results(texts)
     yield f"### {result.title}"
     yield _head(result.provenance)
     if (speed := result.comparison.speed) is not None:
@@ -110,40 +106,51 @@ def _comparison(result: ComparisonResult) -> Iterator[str]:
             f"Tokens a second: {counted(speed.threads, 'thread')}, {speed.new_tokens} new tokens behind "
             f"{speed.prompt_tokens}, median of {counted(speed.rounds, 'round')}."
         )
-    base_speed, by_name = _speeds(result)
-    for text in result.comparison.texts:
-        base = ("base model", *_base_cells(text), _UNKNOWN, *_speed_cells(base_speed))
-        rows = [(*base, _UNKNOWN, "")]
-        rows += [_comparison_row(model, by_name.get(model.name)) for model in text.models]
-        yield f"Text: {text.text}."
-        yield _table(headings, rows)
+    headings = ("model", *_accuracy_headings(texts), *_SPEED_HEADINGS, "bits a weight", "note")
+    rows = [("base model", *_base_cells(means, len(texts)), *_speed_cells(base_speed), _UNKNOWN, "")]
+    for model, divergences in zip(means.models, text_divergences(texts), strict=True):
+        bits = None if model.search is None else model.search.bits_per_weight
+        speeds = _speed_cells(by_name.get(model.name))
+        cells = _accuracy_cells(model, divergences)
+        rows.append((f"`{model.name}`", *cells, *speeds, _number(bits, ".2f"), model.failure or model.note))
+    yield _table(headings, rows)
 
 
-def _comparison_row(model: MeasuredModel, speed: ModelSpeed | None) -> tuple[str, ...]:
-    search, accuracy = model.search, model.accuracy
-    return (
-        f"`{model.name}`",
-        *_accuracy_cells(model),
-        _number(None if accuracy is None else accuracy.top1_agreement, ".2%"),
-        *_speed_cells(speed),
-        _number(None if search is None else search.bits_per_weight, ".2f"),
-        model.failure or model.note,
-    )
+def _accuracy_headings(texts: Sequence[TextResults]) -> tuple[str, ...]:
+    """Return the headings of size and accuracy: KL on each text where there are several, and its mean."""
+    if len(texts) == 1:
+        return "MB", f"KL, {_kind(texts[0])}", "perplexity", "same top-1"
+    return "MB", *(f"KL, {_kind(each)}" for each in texts), "mean KL", "perplexity", "same top-1"
 
 
-def _base_cells(text: TextResults) -> tuple[str, ...]:
-    base = text.base
+def _kind(results: TextResults) -> str:
+    name = text_name(results)
+    return _TEXTS.get(name, name)
+
+
+def _base_cells(means: TextResults, texts: int) -> tuple[str, ...]:
+    """Return the base's cells under the headings of so many texts."""
+    base, zeros = means.base, ("0",) * (texts + (texts != 1))
     if base is None:
-        return (_UNKNOWN,) * 3
-    return f"{base.bytes / 1e6:.1f}", "0", f"{base.accuracy.perplexity:.3f}"
+        return (_UNKNOWN,) * (len(zeros) + 3)
+    return f"{base.bytes / 1e6:.1f}", *zeros, f"{base.accuracy.perplexity:.3f}", _UNKNOWN
 
 
-def _accuracy_cells(model: MeasuredModel) -> tuple[str, ...]:
-    accuracy = model.accuracy
+def _accuracy_cells(mean: MeasuredModel, divergences: Sequence[float | None]) -> tuple[str, ...]:
+    """Return a model's cells under the headings of size and accuracy.
+
+    Args:
+        mean: its means over all texts.
+        divergences: its KL on the texts that have a column.
+    """
+    accuracy = mean.accuracy
+    several = divergences if len(divergences) != 1 else ()
     return (
-        _number(None if model.bytes is None else model.bytes / 1e6, ".1f"),
+        _number(None if mean.bytes is None else mean.bytes / 1e6, ".1f"),
+        *(_number(each, ".4f") for each in several),
         _number(None if accuracy is None else accuracy.mean_divergence, ".4f"),
         _number(None if accuracy is None else accuracy.perplexity, ".3f"),
+        _number(None if accuracy is None else accuracy.top1_agreement, ".2%"),
     )
 
 

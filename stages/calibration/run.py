@@ -20,7 +20,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
-from stages.model.sites import find_groups
+from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
@@ -50,7 +50,7 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
             capture = _prepare(config, dataset, processes, until_the_end.enter_context(folder))
             key = _cache_key(capture)
             if _existing_difference(config, key) == "":
-                return _current(config)
+                return _current(config, capture)
         return _run(config, capture, key, started)
 
 
@@ -70,11 +70,11 @@ def _run(config: CalibrateConfig, capture: Capture, key: CacheKey, started: floa
         # Only now it is known which providers work.
         key = replace(key, providers=tap.providers.names)
         if _is_current(config, key):
-            return _current(config)
+            return _current(config, capture)
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
     processes.barrier()  # the first process gives the cache its place
-    return _summary(config, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
+    return _summary(config, capture, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
 
 def _dataset(config: CalibrateConfig) -> str:
@@ -82,7 +82,7 @@ def _dataset(config: CalibrateConfig) -> str:
     require_place(config.cache_path)
     if config.use_random_calib:
         return ""
-    chosen = choose_dataset(config, locate_model(config.onnx_path))
+    chosen = choose_dataset(config)
     if chosen.note:
         _LOGGER.info("%s", chosen.note)
     return chosen.dataset
@@ -94,12 +94,12 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     _require_context(config.seq_len, directory)
     model = load_graph(directory)
     require_float_base(model, directory)
-    choice = choose_providers(config.calibration_eps)
+    choice, groups = choose_providers(config.calibration_eps), find_groups(model)
     return Capture(
         model=model,
         directory=directory,
-        groups=find_groups(model),
-        windows=load_windows(config, directory, dataset, choice.names),
+        groups=groups,
+        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)),
         batch_size=config.batch_size,
         device=device,
         choice=choice,
@@ -190,12 +190,12 @@ def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
     return reason == ""
 
 
-def _current(config: CalibrateConfig) -> CalibrationSummary:
+def _current(config: CalibrateConfig, capture: Capture) -> CalibrationSummary:
     _LOGGER.info("%s already holds exactly this calibration; nothing to do.", config.cache_path)
-    return _summary(config, made=None)
+    return _summary(config, capture, made=None)
 
 
-def _summary(config: CalibrateConfig, made: PassSummary | None) -> CalibrationSummary:
+def _summary(config: CalibrateConfig, capture: Capture, made: PassSummary | None) -> CalibrationSummary:
     cache = find_cache(config.cache_path)
     assert cache is not None, "it was written or found a moment ago"
     return CalibrationSummary(
@@ -203,6 +203,7 @@ def _summary(config: CalibrateConfig, made: PassSummary | None) -> CalibrationSu
         bytes=sum(file.stat().st_size for file in config.cache_path.iterdir()),
         key=cache.manifest.key,
         activations=len(cache.manifest.files),
+        channels=widest_input(capture.groups),
         made=made,
     )
 

@@ -38,6 +38,8 @@ class CalibrationSummary:
     bytes: int
     key: CacheKey
     activations: int
+    channels: int
+    """Input channels of the widest MatMul."""
     made: PassSummary | None
     """None where the cache was there already."""
 
@@ -46,6 +48,7 @@ def calibration_section(summary: CalibrationSummary) -> Section:
     """Return what a command prints of a calibration."""
     key = {name: value for name, value in asdict(summary.key).items() if not name.endswith("_fingerprint")}
     record = {"cache": summary.cache, "bytes": summary.bytes, **key, "activations": summary.activations}
+    record["channels"] = summary.channels
     return Section(name="calibration", table=_table(summary), record={**record, "made": summary.made})
 
 
@@ -58,9 +61,16 @@ def _table(summary: CalibrationSummary) -> FactTable:
         ("text", key.source),
         *([] if made is None else [("tokenizer", made.tokenizer)]),
         ("windows", windows),
+        *([("", _tokens_per_channel(summary))] if summary.channels else []),
         *_how_it_ran(summary),
     ]
     return FactTable(title="calibration cache", facts=tuple(facts))
+
+
+def _tokens_per_channel(summary: CalibrationSummary) -> str:
+    key = summary.key
+    tokens = key.calibration_windows * key.seq_len / summary.channels
+    return f"{tokens:.1f} tokens for each of the {summary.channels} input channels of the widest MatMul"
 
 
 def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:

@@ -22,13 +22,15 @@ class TextOptions(CommandOptions):
     """The calibration text, and how the base model runs over it."""
 
     dataset: str | None = None
-    """Calibration text: cnn, pilevel, offline, self, or a file. These are cnn (cnn_dailymail), pilevel
+    """Calibration text: cnn, mix, pilevel, offline, self, or a file. These are cnn (cnn_dailymail), pilevel
     (pile-val-backup), offline (prose from CPython's own documentation, no download), self (text that the model writes,
-    through onnxruntime-genai), a local .txt / .jsonl / .parquet file, or several of these separated by commas, which
-    share the windows evenly. Default: cnn where the Hugging Face hub answers, else offline and self."""
+    through onnxruntime-genai), mix (self, offline, code, languages, arithmetic, random, in fixed parts, no download), a
+    local .txt / .jsonl / .parquet file, or several of these separated by commas, which share the windows evenly or by
+    weights, as in mix=3,notes.txt=1. Default: cnn where the Hugging Face hub answers, else mix."""
     calib_size: int | None = None
-    """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 32 where
-    offline and self stand in for cnn."""
+    """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 64 of mix;
+    more of mix, self, cnn and pilevel where a MatMul has so many input channels that each would have fewer than three
+    tokens."""
     seq_len: int = 512
     """Tokens in each window; windows are packed full, without padding."""
     apply_chat_template: bool = False
@@ -78,7 +80,7 @@ class CalibrateConfig(TextOptions):
     examples: ClassVar[tuple[str, ...]] = (
         "models/base",
         "models/base --dataset offline --calib_size 32",
-        "models/base --dataset notes.txt,offline",
+        "models/base --dataset mix=3,notes.txt=1",
     )
     positional: ClassVar[tuple[str, ...]] = ("onnx_path",)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from stages.calibration.text.documents import HUB_SOURCES
-from stages.calibration.text.offline import CALIBRATION_TITLE, offline_evaluation_text, paragraphs
+from stages.calibration.text.offline import (
+    CALIBRATION_TITLE,
+    CODE_TITLE,
+    module_files,
+    offline_evaluation_text,
+    paragraphs,
+)
 
-_MODULES = (
+EVALUATION_MODULES = (
     "argparse", "calendar", "configparser", "csv", "difflib", "dis", "fractions", "heapq",
     "json.decoder", "shutil", "statistics", "tarfile", "textwrap", "tokenize", "zipfile", "ipaddress",
 )  # fmt: skip
@@ -22,14 +26,14 @@ _MOST_TEXTS = 2
 
 def source_code() -> str:
     """Return the middle of some modules of Python's standard library, in a fixed order."""
-    return "\n\n\n".join(_middle(file.read_text(encoding="utf-8")) for file in _files(_MODULES))
+    return "\n\n\n".join(_middle(file.read_text(encoding="utf-8")) for file in module_files(EVALUATION_MODULES))
 
 
 def notices() -> str:
     """Return the terms of licences that ONNX Runtime comes with, each paragraph once."""
     texts = [
         path.read_text(encoding="utf-8", errors="replace")
-        for file in _files(("onnxruntime",))
+        for file in module_files(("onnxruntime",))
         if (path := file.with_name("ThirdPartyNotices.txt")).is_file()
     ]
     blocks = {" ".join(block.split()): block for text in texts for block in paragraphs(text)}
@@ -44,22 +48,19 @@ CONTENTS: Mapping[str, str] = MappingProxyType(
     {"code": "Python source", "offline": "Python's documentation", "notices": "licence texts"}
 )
 """What they hold, in words."""
-_KINDS: Mapping[str, str] = MappingProxyType({"offline": CALIBRATION_TITLE, "code": HUB_SOURCES["pilevel"].title})
+_KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"offline": (CALIBRATION_TITLE,), "code": (HUB_SOURCES["pilevel"].title, CODE_TITLE)}
+)
 """What a cache's source says where the text's kind was calibrated on."""
 
 
 def texts_of_other_kinds(source: str) -> tuple[str, ...]:
-    """Return the names of two built-in texts of other kinds than the calibration's, whose ``source`` is in words."""
-    others = [name for name in BUILT_IN if name not in _KINDS or _KINDS[name] not in source]
-    return tuple(others[:_MOST_TEXTS])
+    """Return the names of two built-in texts of other kinds than the calibration's, whose ``source`` is in words.
 
-
-def _files(modules: tuple[str, ...]) -> Iterator[Path]:
-    """Yield the source files of ``modules``; a Python installation may lack some."""
-    for name in modules:
-        spec = find_spec(name)
-        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            yield Path(spec.origin)
+    Where there is one only, the other is of a kind that was calibrated on: other modules or topics of it.
+    """
+    kept = {name: any(title in source for title in _KINDS.get(name, ())) for name in BUILT_IN}
+    return tuple(sorted(BUILT_IN, key=kept.__getitem__)[:_MOST_TEXTS])
 
 
 def _middle(text: str) -> str:

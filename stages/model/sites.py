@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -49,6 +50,11 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
         _as_group(activation, members, values.get(activation), by_output)
         for activation, members in by_activation.items()
     )
+
+
+def widest_input(groups: Sequence[ActivationGroup]) -> int:
+    """Return the number of input channels of the widest MatMul; 0 where there is none."""
+    return max((group.in_features for group in groups), default=0)
 
 
 def _as_group(

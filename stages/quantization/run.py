@@ -25,7 +25,6 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.unquantized import unquantized_warning
 from stages.model.weights import read_rows, read_weight
-from stages.quantization.blocks.decoder import open_blocks
 from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 from stages.quantization.plan.allocate_budget import BudgetResult, allocate_budget
 from stages.quantization.plan.plan import ModelPlan, group_solver, make_recipe, plan_model, signround_options
@@ -38,6 +37,7 @@ from stages.quantization.weights.store import EARLIER, QuantizedStore, create_or
 from stages.quantization.weights.summary import loss_so_far
 from stages.records.results import SiteReport
 from stages.records.sites import ActivationGroup, short_name
+from stages.runtime.blocks.decoder import open_blocks
 from stages.system.distributed import Processes
 from stages.system.hardware import choose_device
 

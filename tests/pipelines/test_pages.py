@@ -36,6 +36,7 @@ OURS = {
     "scripts.quantize": of_scripts.DropInConfig,
     "scripts.compare_with_peer": of_scripts.PeerConfig,
     "scripts.benchmark": of_scripts.BenchmarkConfig,
+    "scripts.held_out_texts": of_scripts.HeldOutTextsConfig,
     "scripts.make_large_model": of_scripts.LargeModelConfig,
     "scripts.write_tables": of_scripts.TablesConfig,
 }

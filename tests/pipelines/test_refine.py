@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import stages.quantization.blocks.converters.layers
 import stages.quantization.blocks.tuner
 import stages.quantization.search.solver
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.module import BlockModule
+import stages.runtime.blocks.converters.layers
 from stages.quantization.weights.store import open_store
+from stages.runtime.blocks.cut import cut_block
+from stages.runtime.blocks.module import BlockModule
 from tests.pipelines.test_block_tuning import _calibrated, _quantize
 from tests.pipelines.test_both_stages import _logits
-from tests.stages.quantization.blocks.blocks import CPU, open_model
+from tests.stages.runtime.blocks.blocks import CPU, open_model
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
 
@@ -62,7 +62,7 @@ def test_a_block_runs_no_further_than_the_site_that_is_read(tiny_model: Path, mo
         products.append(weight)
         return torch.nn.functional.linear(hidden, weight)
 
-    monkeypatch.setattr(stages.quantization.blocks.converters.layers, "linear", counted)
+    monkeypatch.setattr(stages.runtime.blocks.converters.layers, "linear", counted)
     for count, site in enumerate(block.sites):
         products.clear()
         module.read(values[block.stream_in], weights, values, site.name)

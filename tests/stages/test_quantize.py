@@ -133,6 +133,6 @@ def test_a_dry_run_says_what_the_tuning_of_blocks_lacks(
     def missing() -> None:
         raise UserError("onnx2torch isn't installed.")
 
-    monkeypatch.setattr("stages.quantization.blocks.converters.onnx2torch.import_onnx2torch", missing)
+    monkeypatch.setattr("stages.runtime.blocks.converters.onnx2torch.import_onnx2torch", missing)
     config = QuantizeConfig(onnx_path=tiny_model, output_path=tmp_path / "x", algo="rtn_dq", refine=True)
     assert preview(config).obstacles == ("onnx2torch isn't installed.",)

@@ -1,4 +1,4 @@
-"""Read calibration text from hub data sets, local files, or CPython's documentation.
+"""Read calibration text from hub data sets, local files, or what any installation has.
 
 A document is a text, or the messages of a conversation.
 """
@@ -14,11 +14,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from stages.calibration.text.arithmetic import ARITHMETIC_TITLE, arithmetic_documents
 from stages.calibration.text.chat import Message
+from stages.calibration.text.mix import ARITHMETIC, CODE, LANGUAGES, MIX, MIX_PARTS, OFFLINE
 from stages.calibration.text.offline import (
     CALIBRATION_TITLE,
+    CODE_TITLE,
     DOCUMENT_CHARACTERS,
+    LANGUAGES_TITLE,
+    code_documents,
     gather,
+    language_documents,
     offline_calibration_documents,
     paragraphs,
 )
@@ -30,11 +36,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TextDocument = str | list[Message]
-SELF_GENERATED = "self"
-"""The data set that the model writes itself; there are no documents of it."""
-OFFLINE = "offline"
-STAND_IN = f"{OFFLINE},{SELF_GENERATED}"
-"""Text in place of the default data set where the hub doesn't answer."""
 DEFAULT_DATASET = "cnn"
 _SHUFFLE_BUFFER = 2000
 _SECONDS = 4.0
@@ -68,6 +69,16 @@ HUB_SOURCES: Mapping[str, HubSource] = MappingProxyType(
 )
 
 
+_INSTALLED: Mapping[str, tuple[str, Callable[[], list[str]]]] = MappingProxyType(
+    {
+        OFFLINE: (CALIBRATION_TITLE, offline_calibration_documents),
+        CODE: (CODE_TITLE, code_documents),
+        LANGUAGES: (LANGUAGES_TITLE, language_documents),
+    }
+)
+"""Titles and documents of what any installation has, by name."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documents:
     """Documents in the order that the seed gives; read once, as far as needed."""
@@ -85,27 +96,21 @@ class ChosenText:
     """Why the default data set isn't used, and what would be better; empty where it is."""
 
 
-def choose_text(
-    dataset: str | None, cannot_write: Callable[[], str | None], hub_sources: Mapping[str, HubSource] = HUB_SOURCES
-) -> ChosenText:
-    """Return ``dataset`` or, where it is None, the default data set or what can be had in its place.
+def choose_text(dataset: str | None, hub_sources: Mapping[str, HubSource] = HUB_SOURCES) -> ChosenText:
+    """Return ``dataset`` or, where it is None, the default data set, or mix where that can't be read.
 
     Args:
         dataset: what was asked for.
-        cannot_write: returns why the model can't write text itself, or None where it can.
         hub_sources: data sets of the hub by their short names.
     """
     if dataset is not None:
         return ChosenText(dataset=dataset)
-    source = hub_sources[DEFAULT_DATASET]
-    missing = _why_unreadable(source)
+    missing = _why_unreadable(hub_sources[DEFAULT_DATASET])
     if missing is None:
         return ChosenText(dataset=DEFAULT_DATASET)
-    reason = cannot_write()
-    texts = "offline and self take" if reason is None else f"offline (without self: {reason}) takes"
     return ChosenText(
-        dataset=STAND_IN if reason is None else OFFLINE,
-        note=f"--dataset {DEFAULT_DATASET} can't be read ({missing}): {texts} its place. Text of the kind "
+        dataset=MIX,
+        note=f"--dataset {DEFAULT_DATASET} can't be read ({missing}): {MIX} takes its place. Text of the kind "
         "that the model will read is better: --dataset FILE.txt.",
     )
 
@@ -124,29 +129,10 @@ def _why_unreadable(source: HubSource) -> str | None:
     return None
 
 
-def dataset_names(dataset: str) -> tuple[str, ...]:
-    """Return the data sets that ``--dataset`` names, separated by commas.
-
-    A file that is there may have commas in its name.
-
-    Raises:
-        UserError: a name is missing between two commas, or comes twice.
-    """
-    if Path(dataset).is_file():
-        return (dataset,)
-    names = tuple(name.strip() for name in dataset.split(","))
-    if not all(names):
-        raise UserError(f"--dataset {dataset} has a comma without a name beside it; remove it.")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"--dataset names {twice} twice; windows are shared evenly among different data sets.")
-    return names
-
-
 def open_documents(
     dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES, *, with_messages: bool = False
 ) -> Documents:
-    """Return the documents that one name of ``--dataset`` means: a hub data set, ``offline``, or a local file.
+    """Return the documents that one name of ``--dataset`` means: a hub data set, what any installation has, or a file.
 
     Args:
         dataset: the name.
@@ -161,14 +147,16 @@ def open_documents(
     source = hub_sources.get(dataset) or _by_hub_name(dataset, hub_sources)
     if source is not None:
         return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
-    if dataset == OFFLINE:
-        texts = offline_calibration_documents()
-        return Documents(title=f"{OFFLINE}: {CALIBRATION_TITLE}", texts=_shuffled(texts, seed))
+    if dataset == ARITHMETIC:
+        return Documents(title=f"{ARITHMETIC}: {ARITHMETIC_TITLE}", texts=arithmetic_documents(seed))
+    if dataset in _INSTALLED:
+        title, documents = _INSTALLED[dataset]
+        return Documents(title=f"{dataset}: {title}", texts=_shuffled(documents(), seed))
     path = Path(dataset)
     if path.suffix not in (".txt", *_TABLES):
         raise UserError(
-            f"--dataset {dataset} is none of {', '.join(hub_sources)}, {OFFLINE}, {SELF_GENERATED}, and not a .txt, "
-            ".jsonl or .parquet file; pass one of these."
+            f"--dataset {dataset} is none of {', '.join((*hub_sources, MIX, *MIX_PARTS))}, and not a .txt, .jsonl or "
+            ".parquet file; pass one of these."
         )
     if not path.is_file():
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")

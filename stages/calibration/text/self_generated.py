@@ -25,7 +25,6 @@ from stages.calibration.text.sampler import LARGEST_BATCH, end_tokens, open_samp
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.load import fingerprint_model
-from stages.runtime.genai import why_not_genai
 from stages.system.json_file import explained, write_whole
 from stages.system.paths import from_here
 
@@ -38,12 +37,6 @@ _WINDOW_OVER_QUESTION = 4
 _VERSION = 1
 """Of how text is written: another version writes other text with the same seed."""
 _DIGITS = 10
-
-
-def why_it_cannot_write(directory: ModelDirectory) -> str | None:
-    """Return why the model can't write text, as far as that is known without loading it; None where it may."""
-    missing = "genai_config.json has no vocab_size" if directory.vocab_size is None else None
-    return why_not_genai([directory.folder]) or missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

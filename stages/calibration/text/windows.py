@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,16 +19,21 @@ from jaxtyping import Int64
 from stages.calibration.text.chat import as_conversation, require_chat_template
 from stages.calibration.text.documents import (
     HUB_SOURCES,
-    SELF_GENERATED,
-    STAND_IN,
     ChosenText,
     HubSource,
     TextDocument,
     choose_text,
-    dataset_names,
     open_documents,
 )
-from stages.calibration.text.self_generated import GenerationRequest, TextGenerator, why_it_cannot_write
+from stages.calibration.text.mix import (
+    MIX,
+    RANDOM,
+    SELF_GENERATED,
+    dataset_names,
+    held_out_windows,
+    windows_by_dataset,
+)
+from stages.calibration.text.self_generated import GenerationRequest, TextGenerator
 from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
@@ -38,10 +44,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOGGER = logging.getLogger(__name__)
-_HELD_OUT_SHARE = 10
 _WINDOWS = 128
-_STAND_IN_WINDOWS = 32
-"""Half of them the model writes, token by token: a minute for 135 million weights, and 15 % less KL than without."""
+_MIX_WINDOWS = 64
+"""Nearly half of them the model writes, token by token: that takes longer than all else."""
+_TOKENS_PER_CHANNEL = 3
+"""Fewer leave directions of the widest MatMul's input unseen, or seen by chance."""
+_CALIBRATION_SHARE = 0.9
+_PLENTIFUL = frozenset({MIX, SELF_GENERATED, *HUB_SOURCES})
+"""Data sets of which the widest model gets as much as it needs."""
+_RANDOM_TITLE = "random tokens"
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 
 
@@ -59,10 +70,28 @@ class TokenWindows:
     """sha256 hex over token ids, shapes and split."""
 
 
-def choose_dataset(config: TextOptions, directory: ModelDirectory) -> ChosenText:
+def choose_dataset(config: TextOptions) -> ChosenText:
     """Return what ``config`` calibrates on: what it names, or the default, or what stands in for that."""
     with nullcontext() if config.dataset is not None else _quiet_libraries():
-        return choose_text(config.dataset, lambda: why_it_cannot_write(directory))
+        return choose_text(config.dataset)
+
+
+def window_count(config: TextOptions, dataset: str, channels: int) -> int:
+    """Return the number of windows, the held-out ones included: what ``config`` says, or the default.
+
+    Other text than plentiful one may be too short for the widest models, so its default stays as it is.
+
+    Args:
+        config: gives the number and length of windows.
+        dataset: the data sets, separated by commas.
+        channels: input channels of the widest MatMul, for each of which the default has some tokens.
+    """
+    least = _MIX_WINDOWS if dataset == MIX else _WINDOWS
+    fixed = config.calib_size or config.use_random_calib
+    if fixed or not _PLENTIFUL.issuperset(dataset_names(dataset)):
+        return config.calib_size or least
+    tokens = _TOKENS_PER_CHANNEL * channels / _CALIBRATION_SHARE
+    return max(least, ceil(tokens / config.seq_len))
 
 
 def load_windows(
@@ -70,72 +99,52 @@ def load_windows(
     directory: ModelDirectory,
     dataset: str,
     providers: tuple[str, ...],
+    channels: int,
     hub_sources: Mapping[str, HubSource] = HUB_SOURCES,
 ) -> TokenWindows:
     """Read, tokenize and pack as much text as ``config`` asks for; a tenth of the windows (at least one) is held out.
 
     Each document is tokenized with the special tokens its tokenizer adds, and ends with the tokenizer's EOS where there
-    is one; as a conversation it gets what the chat template writes, and nothing else. Several data sets give the same
-    number of windows each (the first ones one more where that doesn't come out even), alternately, a tenth of each held
-    out. The same options on the same data give the same windows.
+    is one; as a conversation it gets what the chat template writes, and nothing else. Several data sets give windows as
+    their weights say, in turn, a tenth of each held out. The same options on the same data give the same windows.
 
     Args:
         config: names the tokenizer, and gives the number and length of windows.
         directory: the model; its folder's tokenizer is used where none is named or the hub can't give it.
         dataset: the data sets, separated by commas.
         providers: with which the model may write the data set "self", by ONNX Runtime's names.
+        channels: input channels of the widest MatMul.
         hub_sources: data sets of the hub by their short names.
 
     Raises:
         UserError: the data or tokenizer can't be read, the text is too short, or its ids don't fit the vocabulary.
     """
+    count = window_count(config, dataset, channels)
     if config.use_random_calib:
-        random_tokens = _random_windows(config, directory.vocab_size)
-        return _split([_Part(title="random tokens", windows=random_tokens)], tokenizer="none")
-    shares = windows_by_dataset(config, dataset)
+        windows = _random_windows(config, count, directory.vocab_size)
+        return _split({RANDOM: _Part(title=_RANDOM_TITLE, windows=windows)}, tokenizer="none")
     own_folder = str(directory.folder)
-    parts: list[_Part] = []
+    shares, named, parts = windows_by_dataset(dataset, count), dataset_names(dataset), dict[str, _Part]()
     with _quiet_libraries():
         found = find_tokenizer(config.model_name or own_folder, own_folder, trust_remote_code=config.trust_remote_code)
-        for name, count in shares.items():
-            if name != SELF_GENERATED:
-                parts.append(_part(name, config, count, found.tokenizer, hub_sources))
-                continue
+        if SELF_GENERATED in shares:
             try:
-                parts.append(_self_generated_part(config, directory, providers, count, found.tokenizer))
+                request = shares[SELF_GENERATED]
+                parts[SELF_GENERATED] = _self_generated_part(config, directory, providers, request, found.tokenizer)
             except UserError as error:
-                if config.dataset is not None:
+                if SELF_GENERATED in named:
                     raise
-                # Nobody asked for it, and the other text will do.
-                _LOGGER.info("calibrating without text that the model writes: %s", error)
-    for part in parts:
+                _LOGGER.info("%s goes without text that the model writes: %s", MIX, error)
+                shares = windows_by_dataset(dataset, count, without=(SELF_GENERATED,))
+        for name, share in shares.items():
+            if name == RANDOM:
+                vocabulary = min(len(found.tokenizer), directory.vocab_size or len(found.tokenizer))
+                parts[name] = _Part(title=_RANDOM_TITLE, windows=_random_windows(config, share, vocabulary))
+            elif name != SELF_GENERATED:
+                parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources)
+    for part in parts.values():
         _check_vocabulary(part.windows, found, directory.vocab_size)
-    return _split(parts, tokenizer=found.title)
-
-
-def windows_by_dataset(config: TextOptions, dataset: str) -> dict[str, int]:
-    """Return how many windows each data set gives.
-
-    Args:
-        config: gives the number of windows, or leaves it to the data sets.
-        dataset: the data sets, separated by commas.
-
-    Raises:
-        UserError: there are fewer than two windows for each data set, or ``dataset`` isn't a list of names.
-    """
-    names = dataset_names(dataset)
-    windows = config.calib_size or (_STAND_IN_WINDOWS if dataset == STAND_IN else _WINDOWS)
-    if windows < 2 * len(names):
-        raise UserError(
-            f"--calib_size {windows} is too small for {len(names)} data sets; each needs a window to "
-            f"calibrate on and one held out, so pass {2 * len(names)} or more."
-        )
-    return {name: len(range(index, windows, len(names))) for index, name in enumerate(names)}
-
-
-def held_out_windows(windows: int) -> int:
-    """Return how many of so many windows of one data set are held out."""
-    return max(1, round(windows / _HELD_OUT_SHARE))
+    return _split({name: parts[name] for name in shares}, tokenizer=found.title)
 
 
 def pack_windows(tokens: Iterable[int], count: int, seq_len: int) -> Int64[np.ndarray, "windows seq_len"]:
@@ -152,30 +161,27 @@ class _Part:
     title: str
     windows: Int64[np.ndarray, "windows seq_len"]
 
-    @property
-    def split(self) -> int:
-        """Return where the held-out windows begin: they are the last ones, as neighbours in a document are no test."""
-        return len(self.windows) - held_out_windows(len(self.windows))
-
 
 def _part(
     dataset: str,
     config: CalibrateConfig,
+    share: int,
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     hub_sources: Mapping[str, HubSource],
 ) -> _Part:
+    """Return ``share`` windows, of ``count`` in all, of one data set."""
     chat = config.apply_chat_template
     documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
     tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
-    windows = pack_windows(tokens, count, config.seq_len)
-    if len(windows) < count:
+    windows = pack_windows(tokens, share, config.seq_len)
+    if len(windows) < share:
         asked = "--calib_size is" if config.calib_size else "the default of --calib_size is"
-        if count != (config.calib_size or _WINDOWS):
+        if share != count:
             asked = "its share of --calib_size is"
         raise UserError(
             f"--dataset {dataset} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and {asked} "
-            f"{count}; lower --calib_size or --seq_len, or pass more text."
+            f"{share}; lower --calib_size or --seq_len, or pass more text."
         )
     return _Part(title=f"{documents.title}, as chats" if chat else documents.title, windows=windows)
 
@@ -210,12 +216,13 @@ def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[TextDocume
             yield tokenizer.eos_token_id
 
 
-def _random_windows(config: CalibrateConfig, vocab_size: int | None) -> Int64[np.ndarray, "windows seq_len"]:
+def _random_windows(
+    config: CalibrateConfig, windows: int, vocab_size: int | None
+) -> Int64[np.ndarray, "windows seq_len"]:
     if vocab_size is None:
         raise UserError("--use_random_calib needs the model's vocab_size; put genai_config.json into its folder.")
-    generator, windows = np.random.default_rng(config.seed), config.calib_size or _WINDOWS
     try:
-        return generator.integers(vocab_size, size=(windows, config.seq_len), dtype=np.int64)
+        return np.random.default_rng(config.seed).integers(vocab_size, size=(windows, config.seq_len), dtype=np.int64)
     except (ValueError, MemoryError) as error:
         raise UserError(
             f"--calib_size {windows} windows of --seq_len {config.seq_len} don't fit the memory; lower one."
@@ -233,22 +240,25 @@ def _check_vocabulary(
         )
 
 
-def _split(parts: Sequence[_Part], *, tokenizer: str) -> TokenWindows:
-    calibration = _alternately([part.windows[: part.split] for part in parts])
-    held_out = _alternately([part.windows[part.split :] for part in parts])
+def _split(parts: Mapping[str, _Part], *, tokenizer: str) -> TokenWindows:
+    """Hold the last windows of each part out, as neighbours in a document are no test."""
+    held = held_out_windows({name: len(part.windows) for name, part in parts.items()})
+    ends = {name: len(part.windows) - held[name] for name, part in parts.items()}
+    calibration = _in_turn([part.windows[: ends[name]] for name, part in parts.items()])
+    held_out = _in_turn([part.windows[ends[name] :] for name, part in parts.items()])
     return TokenWindows(
         calibration=calibration,
         held_out=held_out,
-        source=" + ".join(part.title for part in parts),
+        source=" + ".join(part.title for part in parts.values()),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(np.concatenate([calibration, held_out]), len(held_out)),
     )
 
 
-def _alternately(parts: Sequence[Int64[np.ndarray, "_ seq_len"]]) -> Int64[np.ndarray, "windows seq_len"]:
-    """Return the first window of each part, then the second of each, and so on: the first few hold something of all."""
-    rounds = zip_longest(*parts)
-    return np.stack([window for windows in rounds for window in windows if window is not None])
+def _in_turn(parts: Sequence[Int64[np.ndarray, "_ seq_len"]]) -> Int64[np.ndarray, "windows seq_len"]:
+    """Return the windows of all parts, those of each spread evenly: the first few hold something of all large ones."""
+    placed = [((index + 0.5) / len(part), window) for part in parts for index, window in enumerate(part)]
+    return np.stack([window for _, window in sorted(placed, key=lambda each: each[0])])
 
 
 def _fingerprint(windows: Int64[np.ndarray, "windows seq_len"], held_out: int) -> str:

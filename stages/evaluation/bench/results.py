@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, geometric_mean
 
 from rich.console import Group
 from rich.text import Text
@@ -127,6 +129,11 @@ def measured_models(
         for name, command in commands.items()
         if (record := records.get(name)) is not None
     ]
+    return _with_front(models)
+
+
+def _with_front(models: Sequence[MeasuredModel]) -> tuple[MeasuredModel, ...]:
+    """Return the models, each with whether no other one beats it."""
     front = pareto_front([_point(model) for model in models])
     return tuple(replace(model, unbeaten=unbeaten) for model, unbeaten in zip(models, front, strict=True))
 
@@ -151,12 +158,13 @@ def _beats(one: tuple[int, float], other: tuple[int, float]) -> bool:
 
 
 def publish(run_folder: RunFolder, results: Sequence[TextResults]) -> Iterator[Section]:
-    """Yield a table for each text, then every model's command, and write the same into the folder as table.md."""
+    """Yield a table for each text and one of their means, then every model's command; write the same as table.md."""
     lines = [f"{model.name}: {model.command}" for model in results[0].models]
+    tables = [*map(results_table, results), *([means_table(results)] if len(results) > 1 else [])]
     with explain_write_errors(run_folder.folder):
-        write_whole(run_folder.folder / TABLE, ("\n".join([*map(_as_markdown, results), *lines]) + "\n").encode())
+        write_whole(run_folder.folder / TABLE, ("\n".join([*map(_as_markdown, tables), *lines]) + "\n").encode())
     where = f"The commands that make these models stand in {run_folder.folder / TABLE}."
-    yield Section(name="results", table=Group(*map(results_table, results), Text(where)), record=results)
+    yield Section(name="results", table=Group(*tables, Text(where)), record=results)
     commands = {model.name: model.command for model in results[0].models}
     yield Section(name="commands", table=unwrapped("\n".join(lines)), record=commands, detail=True)
 
@@ -174,6 +182,51 @@ def raise_failures(records: Mapping[str, Record]) -> None:
 def results_table(results: TextResults) -> DataTable:
     """Return one row a model; ``*`` marks the Pareto front, and a model that failed has the reason as its note."""
     return DataTable(title=_title(results), columns=_COLUMNS, rows=tuple(map(_row, results.models)))
+
+
+def means_table(results: Sequence[TextResults]) -> DataTable:
+    """Return one row a model with its KL on each text and its means; ``*`` marks the Pareto front of mean KL."""
+    models = mean_results(results).models
+    kinds = (Column(heading=f"KL, {text_name(each)}", is_number=True, leaves=1) for each in results)
+    scores = ("mean KL", "perplexity", "same top-1")
+    columns = (*_COLUMNS[:2], *kinds, *(Column(heading=heading, is_number=True) for heading in scores))
+    rows = zip(models, text_divergences(results), strict=True)
+    cells = ((*_row(model)[:2], *(_number(each, ".5f") for each in known), *_row(model)[3:6]) for model, known in rows)
+    return DataTable(title=f"mean of {counted(len(results), 'text')}", columns=columns, rows=tuple(cells))
+
+
+def mean_results(results: Sequence[TextResults]) -> TextResults:
+    """Return all models with their means over the texts."""
+    rows = zip(*(each.models for each in results), strict=True)
+    models = [replace(row[0], accuracy=_mean_accuracy([model.accuracy for model in row])) for row in rows]
+    bases = [each.base for each in results if each.base is not None]
+    mean = _mean_accuracy([base.accuracy for base in bases]) if len(bases) == len(results) else None
+    base = None if mean is None else replace(bases[0], accuracy=mean, positions=(), worst=())
+    return TextResults(text=None, base=base, models=_with_front(models))
+
+
+def text_divergences(results: Sequence[TextResults]) -> list[tuple[float | None, ...]]:
+    """Return each model's KL on each text; None where it wasn't scored."""
+    rows = zip(*(each.models for each in results), strict=True)
+    return [tuple(None if model.accuracy is None else model.accuracy.mean_divergence for model in row) for row in rows]
+
+
+def text_name(results: TextResults) -> str:
+    """Return a text's name as headings have it: without folder and ending."""
+    return Path(results.text or "").stem
+
+
+def _mean_accuracy(scores: Sequence[Accuracy | None]) -> Accuracy | None:
+    """Return the mean of scores on several texts, geometric for perplexity; None where one is missing."""
+    known = [score for score in scores if score is not None]
+    if not known or len(known) < len(scores):
+        return None
+    return Accuracy(
+        tokens=sum(score.tokens for score in known),
+        perplexity=geometric_mean(score.perplexity for score in known),
+        mean_divergence=fmean(score.mean_divergence for score in known),
+        top1_agreement=fmean(score.top1_agreement for score in known),
+    )
 
 
 def _title(results: TextResults) -> str:
@@ -209,6 +262,5 @@ def _number(value: float | None, form: str) -> str:
     return _UNKNOWN if value is None else format(value, form)
 
 
-def _as_markdown(results: TextResults) -> str:
-    table = results_table(results)
+def _as_markdown(table: DataTable) -> str:
     return f"{table.title}\n\n{table.as_markdown()}"

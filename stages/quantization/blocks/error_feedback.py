@@ -16,14 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stages.quantization.blocks.context import BlockContext
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, TunedBlock
-from stages.quantization.blocks.stream import BlockContext, in_batches
 from stages.quantization.search.choices import full_ranges, stored_weight
 from stages.quantization.search.gptq import compensate, damped
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions
 from stages.quantization.search.ranges import clip_sites
 from stages.records.results import ActivationStats, QuantizedWeight, SolvedGroup, TokenStats
+from stages.runtime.blocks.stream import in_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

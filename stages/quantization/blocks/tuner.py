@@ -20,18 +20,19 @@ from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.quantization.blocks.cut import DecoderBlock, cut_block
-from stages.quantization.blocks.decoder import DecoderBlocks
+from stages.quantization.blocks.context import BlockContext
 from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
-from stages.quantization.blocks.module import BlockModule
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
-from stages.quantization.blocks.stream import BlockContext, BlockInputs, BlockRunner, in_batches, read_inputs
 from stages.quantization.search.choices import output_energies
 from stages.quantization.search.objective import joint_errors, to_device
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
+from stages.runtime.blocks.cut import DecoderBlock, cut_block
+from stages.runtime.blocks.decoder import DecoderBlocks
+from stages.runtime.blocks.module import BlockModule
+from stages.runtime.blocks.stream import BlockInputs, BlockRunner, in_batches, read_inputs
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -11,13 +11,14 @@ import onnx_ir as ir
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
 from stages.calibration.capture import TextShape, memory_limit, partition_bytes
 from stages.calibration.text.documents import DEFAULT_DATASET
-from stages.calibration.text.windows import held_out_windows, windows_by_dataset
+from stages.calibration.text.mix import held_out_windows, windows_by_dataset
+from stages.calibration.text.windows import window_count
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig, ScaleSearch
 from stages.errors import CacheMismatch, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
-from stages.model.sites import find_groups
+from stages.model.sites import find_groups, widest_input
 from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
 from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_model
@@ -60,8 +61,8 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     """
     known = _look(config, calibration, obstacles)
     plan, open_because = _decide(config, known)
-    text = _text_shape(known.cache, calibration) if config.needs_cache else None
     groups, held = find_groups(known.model), held_already()
+    text = _text_shape(known.cache, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
     size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
@@ -89,7 +90,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
 
 
 def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig) -> str:
-    text = calibration.dataset or "cnn, or offline and self where the Hugging Face hub doesn't answer"
+    text = calibration.dataset or "cnn, or mix where the Hugging Face hub doesn't answer"
     return f"there is no calibration in {config.cache_path} yet: it is part of the same run (text: {text})"
 
 
@@ -168,13 +169,13 @@ def _recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     return f"{config.algo} {plan.left_open.option}, not spent yet"
 
 
-def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig) -> TextShape:
+def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig, channels: int) -> TextShape:
     if cache is None:
-        dataset = calibration.dataset or DEFAULT_DATASET
-        shares = windows_by_dataset(calibration, DEFAULT_DATASET if calibration.use_random_calib else dataset).values()
-        held_out = sum(map(held_out_windows, shares))
+        dataset = DEFAULT_DATASET if calibration.use_random_calib else calibration.dataset or DEFAULT_DATASET
+        windows = window_count(calibration, dataset, channels)
+        held_out = sum(held_out_windows(windows_by_dataset(dataset, windows)).values())
         return TextShape(
-            calibration_windows=sum(shares) - held_out,
+            calibration_windows=windows - held_out,
             held_out_windows=held_out,
             seq_len=calibration.seq_len,
             batch_size=calibration.batch_size,

@@ -74,27 +74,50 @@ def test_a_table_without_results_says_so(block) -> None:
 
 def test_the_readme_shows_what_each_tool_makes_by_default_and_the_most_accurate_of_its_methods() -> None:
     assert readme_results([comparison()]).splitlines() == [
-        "| SmolLM2-135M-Instruct | MB | KL, documentation | KL, news | perplexity | prompt tokens/s | "
+        "| SmolLM2-135M-Instruct | MB | KL, documentation | KL, news | mean KL | perplexity | prompt tokens/s | "
         "decoding tokens/s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| base model | 500.0 | 0 | 0 | 20.000 | 300 | 30.0 |",
-        "| genai-quant | 90.0 | 0.1000 | 0.2000 | 20.100 | 600 | 60.0 |",
-        "| genai-quant, `--target_size 90MB` | 90.0 | 0.0200 | 0.0400 | 20.020 | 600 | 60.0 |",
-        "| onnxruntime-genai, `-p int4` | 90.0 | 0.6000 | 1.2000 | 20.600 | 600 | 60.0 |",
-        "| onnxruntime-genai, `k_quant_mixed` | 90.0 | 0.4000 | 0.8000 | 20.400 | 600 | 60.0 |",
-        "| NVIDIA ModelOpt, `awq_full` | 90.0 | 0.2000 | 0.4000 | 20.200 | 600 | 60.0 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| base model | 500.0 | 0 | 0 | 0 | 20.000 | 300 | 30.0 |",
+        "| genai-quant | 90.0 | 0.1000 | 0.2000 | 0.1500 | 13.450 | 600 | 60.0 |",
+        "| genai-quant, `--target_size 90MB` | 90.0 | 0.0200 | 0.0400 | 0.0300 | 13.423 | 600 | 60.0 |",
+        "| onnxruntime-genai, `-p int4` | 90.0 | 0.6000 | 1.2000 | 0.9000 | 13.616 | 600 | 60.0 |",
+        "| onnxruntime-genai, `k_quant_mixed` | 90.0 | 0.4000 | 0.8000 | 0.6000 | 13.550 | 600 | 60.0 |",
+        "| NVIDIA ModelOpt, `awq_full` | 90.0 | 0.2000 | 0.4000 | 0.3000 | 13.483 | 600 | 60.0 |",
         "",
         "Measured on 2026-01-02 at commit abc with onnxruntime 1, torch 2; a machine.",
     ]
 
 
+def test_of_many_texts_the_readme_shows_the_mean() -> None:
+    result = comparison()
+    texts = tuple(replace(result.comparison.texts[0], text=f"{name}.txt") for name in "abcd")
+    rows = readme_results([replace(result, comparison=replace(result.comparison, texts=texts))]).splitlines()
+    assert rows[0] == "| SmolLM2-135M-Instruct | MB | mean KL | perplexity | prompt tokens/s | decoding tokens/s |"
+    assert rows[2:4] == [
+        "| base model | 500.0 | 0 | 20.000 | 300 | 30.0 |",
+        "| genai-quant | 90.0 | 0.1000 | 20.100 | 600 | 60.0 |",
+    ]
+
+
+def test_a_single_text_has_no_mean() -> None:
+    result = comparison()
+    texts = result.comparison.texts[1:]
+    page = accuracy([replace(result, comparison=replace(result.comparison, texts=texts))])
+    assert "| model | MB | KL, news | perplexity | same top-1 |" in page
+    assert "| base model | 500.0 | 0 | 20.000 | - | 300 | 30.0 | - |  |" in page
+    assert "| `awq_gptq` | 90.0 | 0.2000 | 9.000 | 87.50% | 600 | 60.0 | - |  |" in page
+
+
 def test_every_model_of_a_comparison_has_a_row_and_no_command() -> None:
     page = accuracy([comparison()])
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 * (2 + 1 + 9)
-    assert "| base model | 500.0 | 0 | 20.000 | - | 300 | 30.0 | - |  |" in rows
-    assert "| `builder-k_quant_mixed` | 90.0 | 0.4000 | 20.400 | 87.50% | 600 | 60.0 | - | from smollm2 |" in rows
-    assert r"| `modelopt-rtn_dq-b32` | - | - | - | - | - | - | - | no \| wheel |" in rows
+    assert len(rows) == 2 + 1 + 9
+    assert "| base model | 500.0 | 0 | 0 | 0 | 20.000 | - | 300 | 30.0 | - |  |" in rows
+    assert (
+        "| `builder-k_quant_mixed` | 90.0 | 0.4000 | 0.8000 | 0.6000 | 13.550 | 87.50% | 600 | 60.0 | - "
+        "| from smollm2 |"
+    ) in rows
+    assert r"| `modelopt-rtn_dq-b32` | - | - | - | - | - | - | - | - | - | no \| wheel |" in rows
     assert "### SmolLM2-135M-Instruct" in page
     assert "secret" not in page
 

@@ -34,6 +34,7 @@ SUMMARY = CalibrationSummary(
         providers=("CPUExecutionProvider",),
     ),
     activations=7,
+    channels=16,
     made=MADE,
 )
 
@@ -59,6 +60,7 @@ def test_the_record_is_flat_and_without_fingerprints() -> None:
         "held_out_windows": 1,
         "seq_len": 8,
         "activations": 7,
+        "channels": 16,
         "providers": ["CPUExecutionProvider"],
     }
 
@@ -68,6 +70,7 @@ def test_the_table_says_how_the_model_ran() -> None:
     for words in (
         "a [bold] folder (5 MB)",
         "9 to search with + 1 held out, 8 tokens each",
+        "4.5 tokens for each of the 16 input channels of the widest MatMul",
         "7 activations of 12 MatMuls",
         "5 Gram matrices (packed triangles), 2 as the tokens' own rows",
         "the model ran in 3 parts",

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pydoc_data.topics import topics
 
-from stages.calibration.text.offline import gather, offline_calibration_documents, offline_evaluation_text, paragraphs
+from stages.calibration.text.offline import (
+    code_documents,
+    gather,
+    language_documents,
+    offline_calibration_documents,
+    offline_evaluation_text,
+    paragraphs,
+)
 
 
 def normalized(text: str) -> list[str]:
@@ -39,3 +46,12 @@ def test_paragraphs_keep_their_own_line_breaks() -> None:
 def test_gathered_documents_reach_the_size_and_lose_nothing() -> None:
     assert list(gather(["aaa", "bbb", "cc", "d"], 5)) == ["aaa\n\nbbb", "cc\n\nd"]
     assert list(gather(["aaaaaa", "b"], 5)) == ["aaaaaa", "b"]
+
+
+def test_code_and_languages_are_there_and_of_many_kinds() -> None:
+    code = "\n".join(code_documents())
+    assert "\nclass _Pickler" in code
+    assert "template <" in code
+    languages = "".join(language_documents())
+    words = "الإنسان", "世界人权", "世界人権宣言", "인권", "मानव", "прав", "droits", "direitos", "derechos", "quyền"
+    assert [word for word in words if word not in languages] == []

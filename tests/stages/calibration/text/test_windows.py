@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
-from stages.calibration.text.documents import HUB_SOURCES, STAND_IN, ChosenText, HubSource, choose_text
-from stages.calibration.text.windows import TokenWindows, load_windows, pack_windows
+from stages.calibration.text.arithmetic import ARITHMETIC_TITLE
+from stages.calibration.text.documents import HUB_SOURCES, ChosenText, HubSource, choose_text
+from stages.calibration.text.mix import MIX
+from stages.calibration.text.offline import CALIBRATION_TITLE, CODE_TITLE, LANGUAGES_TITLE
+from stages.calibration.text.windows import TokenWindows, load_windows, pack_windows, window_count
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
@@ -42,7 +45,7 @@ def load(
         has_genai_config=False,
         vocab_size=vocab_size,
     )
-    return load_windows(config, directory, config.dataset or STAND_IN, CPU_ONLY, hub_sources)
+    return load_windows(config, directory, config.dataset or MIX, CPU_ONLY, 64, hub_sources)
 
 
 def all_windows(config: CalibrateConfig) -> np.ndarray:
@@ -117,6 +120,7 @@ def test_random_tokens_are_seeded_uniform_and_need_no_tokenizer(config: Calibrat
     assert windows.fingerprint == load(config, vocab_size=7).fingerprint
     assert windows.fingerprint != load(replace(config, seed=1), vocab_size=7).fingerprint
     assert windows.source == "random tokens"
+    assert window_count(replace(config, calib_size=None), "", 28672) == 128
 
 
 def numbered(path: Path, word: str) -> str:
@@ -143,8 +147,37 @@ def test_several_data_sets_share_the_windows_alternately(config: CalibrateConfig
 
 
 def test_fewer_windows_than_two_for_each_data_set_are_refused(config: CalibrateConfig) -> None:
-    with pytest.raises(UserError, match=r"--calib_size 5 is too small for 3 data sets.*pass 6 or more"):
-        load(replace(config, dataset="offline,cnn,pilevel", calib_size=5))
+    with pytest.raises(
+        UserError, match=r"--calib_size 5 is too small for --dataset offline,code,arith.*pass 6 or more"
+    ):
+        load(replace(config, dataset="offline,code,arithmetic", calib_size=5))
+
+
+def test_weights_share_the_windows_and_each_part_is_spread_evenly(config: CalibrateConfig, tmp_path: Path) -> None:
+    names = [numbered(tmp_path / f"{word}.txt", word) for word in ("apples", "pears")]
+    config = replace(config, dataset=f"{names[0]}=3,{names[1]}=1", calib_size=40)
+    windows = load(config)
+    few = load(replace(config, dataset=names[1], calib_size=10)).calibration
+    places = [(windows.calibration == window).all(axis=1).nonzero()[0].item() for window in few]
+    assert (len(windows.calibration), len(windows.held_out)) == (27 + 9, 3 + 1)
+    assert places == list(range(2, 36, 4))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "channels", "calib_size", "expected"),
+    [
+        ("cnn", 576, None, 128),
+        ("mix", 1536, None, 64),
+        ("mix", 14336, None, 94),  # of which 85 aren't held out: 85 * 512 > 3 * 14336
+        ("mix", 14336, 8, 8),
+        ("mix,self", 28672, None, 187),
+        ("mix,offline", 28672, None, 128),
+    ],
+)
+def test_a_wide_model_gets_more_windows_by_default(
+    config: CalibrateConfig, dataset: str, channels: int, calib_size: int | None, expected: int
+) -> None:
+    assert window_count(replace(config, seq_len=512, calib_size=calib_size), dataset, channels) == expected
 
 
 def test_a_share_that_is_too_large_is_named(config: CalibrateConfig, tmp_path: Path) -> None:
@@ -253,28 +286,31 @@ def test_the_room_is_imported_without_the_libraries_that_take_seconds() -> None:
 
 def test_the_default_text_is_the_hub_s_where_it_answers(tmp_path: Path) -> None:
     sources = {"cnn": HubSource(path=str(hub_folder(tmp_path)), config="3.0.0", split="train", column="article")}
-    assert choose_text(None, lambda: None, sources) == ChosenText(dataset="cnn")
-    assert choose_text("mine.txt", lambda: None, {}) == ChosenText(dataset="mine.txt")
+    assert choose_text(None, sources) == ChosenText(dataset="cnn")
+    assert choose_text("mine.txt", {}) == ChosenText(dataset="mine.txt")
 
 
-@pytest.mark.parametrize(
-    ("cannot_write", "dataset", "words"),
-    [(None, "offline,self", "offline and self take"), ("no runtime", "offline", "offline (without self: no runtime)")],
-)
-def test_other_text_stands_in_for_the_default_and_one_line_says_so(
-    tmp_path: Path, cannot_write: str | None, dataset: str, words: str
-) -> None:
+def test_mix_stands_in_for_the_default_and_one_line_says_so(tmp_path: Path) -> None:
     sources = {"cnn": HubSource(path=str(tmp_path / "nothing"), config=None, split="train", column="text")}
-    chosen = choose_text(None, lambda: cannot_write, sources)
-    assert chosen.dataset == dataset
-    assert words in chosen.note
+    chosen = choose_text(None, sources)
+    assert chosen.dataset == MIX
+    assert "mix takes its place" in chosen.note
     assert "--dataset FILE.txt" in chosen.note
 
 
-def test_only_text_that_was_asked_for_must_be_there(config: CalibrateConfig) -> None:
+@pytest.mark.parametrize("dataset", [None, "mix"])
+def test_mix_goes_without_text_that_the_model_can_t_write_and_says_so(
+    config: CalibrateConfig, dataset: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     """The tokenizer's folder holds no model that could write."""
-    windows = load(replace(config, dataset=None, calib_size=8))
-    assert windows.source.startswith("offline: ")
-    assert len(windows.calibration) + len(windows.held_out) == 4
+    with caplog.at_level("INFO"):
+        windows = load(replace(config, dataset=dataset, calib_size=40))
+    assert "mix goes without text that the model writes: --dataset self: " in caplog.text
+    assert windows.source == (
+        f"offline: {CALIBRATION_TITLE} + code: {CODE_TITLE} + languages: {LANGUAGES_TITLE} + "
+        f"arithmetic: {ARITHMETIC_TITLE} + random tokens"
+    )
+    # A tenth of 15, 11, 6 and 5; random tokens are no test.
+    assert (len(windows.calibration), len(windows.held_out)) == (40 - 4, 2 + 1 + 1 + 0 + 0)
     with pytest.raises(UserError, match="--dataset self: "):
         load(replace(config, dataset="offline,self", calib_size=8))

@@ -13,6 +13,8 @@ from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
 from stages.evaluation.bench.results import (
     TextResults,
+    mean_results,
+    means_table,
     measured_models,
     pareto_front,
     publish,
@@ -128,9 +130,23 @@ def test_what_is_published_is_in_the_folder_too(tmp_path: Path) -> None:
     assert commands.record == {"small": "make small"}
     assert commands.detail
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("title")] == ["title", "title"]
+    assert [line for line in lines if line.startswith(("title", "mean"))] == ["title", "title", "mean of 2 texts"]
     assert lines[-1] == "small: make small"
-    assert [line.split("|")[3].strip() for line in lines if line.startswith("| small *")] == ["0.50000", "0.25000"]
+    rows = [line.split("|")[3].strip() for line in lines if line.startswith("| small *")]
+    assert rows == ["0.50000", "0.25000", "0.50000"]
+
+
+def test_means_are_those_of_all_texts_and_decide_about_the_front() -> None:
+    one = results_of(small=record(10, 0.5), even=record(10, 0.3), broken=record(9, None, failure="why"))
+    other = results_of(small=record(10, 0.1), even=record(10, 0.2), broken=record(9, None, failure="why"))
+    assert (front(one), front(other)) == (["even"], ["small"])
+    small, even, broken = mean_results([one, other]).models
+    assert [model.accuracy and model.accuracy.mean_divergence for model in (small, even, broken)] == [0.3, 0.25, None]
+    assert (small.unbeaten, even.unbeaten, broken.unbeaten) == (False, True, False)
+    lines = means_table([one, other]).as_markdown().splitlines()
+    assert lines[0] == "| model | MB | KL, title | KL, title | mean KL | perplexity | same top-1 |"
+    assert lines[2] == "| small | 0.0 | 0.50000 | 0.10000 | 0.30000 | 20.500 | 75.00% |"
+    assert lines[4] == "| broken | 0.0 | - | - | - | - | - |"
 
 
 def test_failed_runs_are_named() -> None:

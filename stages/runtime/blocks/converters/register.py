@@ -10,7 +10,7 @@ from typing import Any
 from onnx import defs
 from torch import nn
 
-from stages.quantization.blocks.converters.attention import (
+from stages.runtime.blocks.converters.attention import (
     GROUP_QUERY_ABSENT,
     MULTI_HEAD_ABSENT,
     GroupQueryAttention,
@@ -18,7 +18,7 @@ from stages.quantization.blocks.converters.attention import (
     MultiHeadAttention,
     RotaryEmbedding,
 )
-from stages.quantization.blocks.converters.layers import (
+from stages.runtime.blocks.converters.layers import (
     Gelu,
     LayerNorm,
     Linear,
@@ -27,8 +27,8 @@ from stages.quantization.blocks.converters.layers import (
     RootMeanSquareNorm,
     Split,
 )
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
-from stages.quantization.blocks.cut import LINEAR, OWN_DOMAIN
+from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
+from stages.runtime.blocks.cut import LINEAR, OWN_DOMAIN
 
 Attributes = Mapping[str, Any]
 """A node's attributes as onnx2torch parses them: numbers, lists, strings."""

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
+from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
 
 _SCRIPT = """
 import importlib.util, sys
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
+from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
 print(import_onnx2torch().convert.__name__, sorted(name for name in sys.modules if name.startswith("torchvision")))
 print(importlib.util.find_spec("torchvision") is not None)
 """

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.stages.quantization.blocks.converters.test_attention import group_query, multi_head
-from tests.stages.quantization.blocks.one_node import OneNode, assert_same
+from tests.stages.runtime.blocks.converters.test_attention import group_query, multi_head
+from tests.stages.runtime.blocks.one_node import OneNode, assert_same
 
 HIDDEN = np.random.default_rng(0).standard_normal((2, 5, 12)).astype(np.float32)
 GAIN = np.ones(12, np.float32)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.module import BlockModule
-from stages.quantization.blocks.stream import BlockRunner, read_inputs
-from tests.stages.quantization.blocks.blocks import CPU, OpenModel, open_model
+from stages.runtime.blocks.cut import cut_block
+from stages.runtime.blocks.module import BlockModule
+from stages.runtime.blocks.stream import BlockRunner, read_inputs
+from tests.stages.runtime.blocks.blocks import CPU, OpenModel, open_model
 from tests.support.tiny_models import VOCABULARY
 
 _TOKENS = np.random.default_rng(0).integers(2, VOCABULARY, (5, 24))

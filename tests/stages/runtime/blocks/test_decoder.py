@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from stages.quantization.blocks.decoder import write_out_residuals
+from stages.runtime.blocks.decoder import write_out_residuals
 from tests.support.graphs import MICROSOFT, TinyGraph
 
 

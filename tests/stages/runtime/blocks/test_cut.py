@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from stages.errors import GraphError
-from stages.quantization.blocks.cut import cut_block, find_blocks
-from stages.quantization.blocks.decoder import write_out_residuals
-from tests.stages.quantization.blocks.blocks import open_model, relative_error
+from stages.runtime.blocks.cut import cut_block, find_blocks
+from stages.runtime.blocks.decoder import write_out_residuals
+from tests.stages.runtime.blocks.blocks import open_model, relative_error
 from tests.support.families import FAMILIES, build_in_process, save_random_model
 from tests.support.graphs import tiny_decoder
 from tests.support.tiny_models import VOCABULARY

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
-from stages.quantization.blocks.converters.register import register_converters
-from stages.quantization.blocks.cut import domain_in_cut
+from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
+from stages.runtime.blocks.converters.register import register_converters
+from stages.runtime.blocks.cut import domain_in_cut
 
 MICROSOFT = "com.microsoft"
 _TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}

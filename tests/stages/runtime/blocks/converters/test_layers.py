@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.blocks.converters.layers import Linear
-from tests.stages.quantization.blocks.one_node import OneNode, assert_same
+from stages.runtime.blocks.converters.layers import Linear
+from tests.stages.runtime.blocks.one_node import OneNode, assert_same
 
 _RNG = np.random.default_rng(0)
 _HIDDEN = (3 * _RNG.standard_normal((2, 5, 12))).astype(np.float32)

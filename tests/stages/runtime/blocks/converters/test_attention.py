@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.blocks.converters.attention import GroupQueryAttention, GroupQueryRule
-from tests.stages.quantization.blocks.one_node import OneNode, assert_same
+from stages.runtime.blocks.converters.attention import GroupQueryAttention, GroupQueryRule
+from tests.stages.runtime.blocks.one_node import OneNode, assert_same
 
 BATCH, LENGTH, HEADS, KV_HEADS, SIZE = 2, 11, 6, 2, 32
 

@@ -12,9 +12,9 @@ import torch
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import load_graph
 from stages.model.weights import read_weight
-from stages.quantization.blocks.cut import BlockGraph, DecoderBlock, cut_block, find_blocks
-from stages.quantization.blocks.decoder import write_out_residuals
-from stages.quantization.blocks.module import BlockModule
+from stages.runtime.blocks.cut import BlockGraph, DecoderBlock, cut_block, find_blocks
+from stages.runtime.blocks.decoder import write_out_residuals
+from stages.runtime.blocks.module import BlockModule
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import CausalFeeds, SessionSettings, open_session
 from stages.runtime.tap import tapped_model

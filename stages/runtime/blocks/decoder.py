@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from stages.quantization.blocks.cut import DecoderBlock, cut_block, find_blocks
-from stages.quantization.blocks.module import BlockModule
 from stages.records.sites import ActivationGroup
+from stages.runtime.blocks.cut import DecoderBlock, cut_block, find_blocks
+from stages.runtime.blocks.module import BlockModule
 
 _NORMS = {
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",

@@ -21,6 +21,8 @@ from stages.runtime.upcast import SIXTEEN_BIT, upcast_model
 
 OWN_DOMAIN = "genai_quant"
 """Domain of the operators that blocks/converters defines; only cut graphs have it."""
+LOGITS = "logits"
+"""The output that onnxruntime-genai reads."""
 LINEAR = "Linear"
 """y = x W^T + beta * bias, with W [N, K] an input of the cut graph."""
 WITHOUT_BLOCKS = "run without --algo signround and --refine, which run each block by itself."
@@ -38,12 +40,20 @@ the lengths, the positions."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderBlock:
-    """One layer: the values of the residual stream that enter and leave it, [batch, length, hidden], and its sites."""
+    """One layer: the values of the residual stream that enter and leave it, [batch, length, hidden], and its sites.
 
-    layer: int
+    The head is one too, without a layer: the logits leave it.
+    """
+
+    layer: int | None
     stream_in: str
     stream_out: str
     sites: tuple[MatMulSite, ...]
+
+    @property
+    def title(self) -> str:
+        """Return what messages call it: Layer 3."""
+        return "The head" if self.layer is None else f"Layer {self.layer}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +95,24 @@ def find_blocks(model: ir.Model) -> tuple[DecoderBlock, ...]:
         DecoderBlock(layer=layer, stream_in=before, stream_out=behind, sites=tuple(by_layer[layer]))
         for (layer, _), (before, behind) in zip(spans, pairwise(stream), strict=True)
     )
+
+
+def find_head(model: ir.Model, last: DecoderBlock) -> DecoderBlock:
+    """Return what computes the logits from the stream behind the last block.
+
+    Args:
+        model: the graph that ``last`` is of.
+        last: the last of its blocks.
+
+    Raises:
+        GraphError: the model has no logits.
+    """
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+    if logits is None:
+        raise GraphError(f"The graph has no output '{LOGITS}'.")
+    needed = {output.name for node in _ancestors(logits) for output in node.outputs}
+    sites = tuple(site for site in find_sites(model) if layer_of(site.name) is None and site.output in needed)
+    return DecoderBlock(layer=None, stream_in=last.stream_out, stream_out=LOGITS, sites=sites)
 
 
 def _span(sites: Iterable[MatMulSite], places: dict[str | None, int]) -> tuple[int, int]:
@@ -156,12 +184,12 @@ def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node
             for attribute in node.attributes.values()
         ):
             raise GraphError(
-                f"Layer {block.layer} holds the subgraph of '{node.name}' and can't be run as a block; {WITHOUT_BLOCKS}"
+                f"{block.title} holds the subgraph of '{node.name}' and can't be run as a block; {WITHOUT_BLOCKS}"
             )
         for value in node.inputs:
             if value in carrying and value not in made and value is not None and value.name != block.stream_in:
                 raise GraphError(
-                    f"Layer {block.layer} reads '{value.name}' beside the residual stream, which also depends on the "
+                    f"{block.title} reads '{value.name}' beside the residual stream, which also depends on the "
                     f"tokens, and can't be run as a block; {WITHOUT_BLOCKS}"
                 )
 
@@ -256,7 +284,7 @@ class _Cutter:
             nodes=self._nodes,
             initializers=constants,
             opset_imports={**self._model.opset_imports, OWN_DOMAIN: 1},
-            name=f"layers.{self._block.layer}",
+            name=self._block.title,
         )
         cut = ir.Model(graph, ir_version=self._model.ir_version)
         return upcast_model(cut, SIXTEEN_BIT)

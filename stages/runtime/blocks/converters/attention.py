@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from stages.quantization.blocks.converters.layers import rms_norm
+from stages.runtime.blocks.converters.layers import rms_norm
 
 GROUP_QUERY_ABSENT = (3, 4, 5, 6, 9, 12, 13)
 """Inputs of GroupQueryAttention that must be absent: the past and its scales, lengths, positions."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stages.errors import GraphError
-from stages.quantization.blocks.cut import cut_block
-from stages.quantization.blocks.module import BlockModule
-from tests.stages.quantization.blocks.blocks import CPU, open_model
+from stages.runtime.blocks.cut import cut_block
+from stages.runtime.blocks.module import BlockModule
+from tests.stages.runtime.blocks.blocks import CPU, open_model
 
 
 def test_gradients_reach_every_weight_as_differences_say(tiny_model: Path) -> None:

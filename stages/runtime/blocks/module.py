@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -10,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.errors import GraphError
-from stages.quantization.blocks.converters.layers import Linear
-from stages.quantization.blocks.converters.onnx2torch import import_onnx2torch
-from stages.quantization.blocks.converters.register import register_converters
-from stages.quantization.blocks.cut import WITHOUT_BLOCKS, BlockGraph, DecoderBlock
+from stages.runtime.blocks.converters.layers import Linear
+from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
+from stages.runtime.blocks.converters.register import register_converters
+from stages.runtime.blocks.cut import WITHOUT_BLOCKS, BlockGraph, DecoderBlock
 
 
 class _Reached(Exception):
@@ -21,6 +23,14 @@ class _Reached(Exception):
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteRun:
+    """What a site read and gave in one run of a block: [batch, length, K] and [batch, length, N]."""
+
+    read: Tensor
+    gave: Tensor
 
 
 class BlockModule:
@@ -37,9 +47,7 @@ class BlockModule:
         try:
             module = import_onnx2torch().convert(ir.to_proto(graph.model))
         except NotImplementedError as error:
-            raise GraphError(
-                f"Layer {graph.block.layer} can't become a torch module ({error}); {WITHOUT_BLOCKS}"
-            ) from error
+            raise GraphError(f"{graph.block.title} can't become a torch module ({error}); {WITHOUT_BLOCKS}") from error
         self.block: DecoderBlock = graph.block
         self.shared = graph.shared
         self._module = module.to(device).requires_grad_(False)
@@ -60,6 +68,30 @@ class BlockModule:
         others = [shared[name] for name in self.shared]
         behind: Tensor = self._module(stream, *others, *(weights[site.name] for site in self.block.sites))
         return behind
+
+    def with_sites(
+        self,
+        stream: Float[Tensor, "batch length hidden"],
+        weights: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+    ) -> tuple[Tensor, dict[str, SiteRun]]:
+        """Return the stream behind the block, and what each site read and gave, by its name.
+
+        Args:
+            stream: what enters the block.
+            weights: [N, K] float32, by site name.
+            shared: the values of ``self.shared`` for this batch size, by name.
+        """
+        names = {id(weights[site.name]): site.name for site in self.block.sites}
+        runs: dict[str, SiteRun] = {}
+
+        def note(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            runs[names[id(inputs[1])]] = SiteRun(read=inputs[0], gave=output)
+
+        with ExitStack() as hooks:
+            for linear in self._linears():
+                hooks.callback(linear.register_forward_hook(note).remove)
+            return self(stream, weights, shared), runs
 
     def read(
         self,
@@ -83,8 +115,7 @@ class BlockModule:
             if weight is wanted:
                 raise _Reached(hidden)
 
-        linears = (module for module in self._module.modules() if isinstance(module, Linear))
-        handles = [linear.register_forward_pre_hook(stop) for linear in linears]
+        handles = [linear.register_forward_pre_hook(stop) for linear in self._linears()]
         try:
             self(stream, weights, shared)
         except _Reached as reached:
@@ -92,4 +123,7 @@ class BlockModule:
         finally:
             for handle in handles:
                 handle.remove()
-        raise AssertionError(f"{site} isn't in layer {self.block.layer}")
+        raise AssertionError(f"{site} isn't in {self.block.title}")
+
+    def _linears(self) -> Iterator[Linear]:
+        return (module for module in self._module.modules() if isinstance(module, Linear))
