@@ -217,7 +217,7 @@ class _StorageOptions:
     standard operators, but ONNX Runtime dequantizes the whole table for every token."""
     use_zero_point: tyro.conf.DisallowNone[bool | None] = None
     """Use unsigned codes with a zero point per block (4 / block_size more bits per weight), or signed ones without.
-    Default: what suits the target best."""
+    Default: what suits the target best; a budget decides site by site."""
     scale_range: ScaleRange | None = None
     """Range of INT4 codes without zero points. full: scale = max(-min/8, max/7), all sixteen levels. signed: the same,
     but with a negative scale where a block's largest magnitude is positive, so that the larger side always has the

@@ -105,12 +105,13 @@ class QuantSpec:
 
     @property
     def label(self) -> str:
-        """Short name for tables: 4b32 is INT4 in blocks of 32, 8ch is INT8 with a scale per channel."""
+        """Short name: 4b32 is INT4 in blocks of 32, 4b32z has zero points too, 8ch is INT8 with a scale per channel."""
+        zero_point = "" if self.symmetric else "z"
         match self.granularity:
             case PerBlock(block_size=size):
-                return f"{self.bits}b{size}"
+                return f"{self.bits}b{size}{zero_point}"
             case PerChannel():
-                return f"{self.bits}ch"
+                return f"{self.bits}ch{zero_point}"
 
     @property
     def description(self) -> str:

@@ -127,16 +127,6 @@ class SiteReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteForecast:
-    """The error that each format would cause at a site, before any search."""
-
-    energy: float
-    """Mean squared output, summed over channels."""
-    errors: dict[str, float]
-    """Relative output error by format."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SolvedGroup:
     """The solver's results for one activation group."""
 

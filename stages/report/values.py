@@ -85,10 +85,11 @@ def text_name(text: str) -> str:
 
 def format_in_words(label: str) -> str:
     """Describe a format of which only the label is known: 4b32, 8ch."""
-    found = re.fullmatch(r"(\d)(?:b(\d+)|ch)", label)
+    found = re.fullmatch(r"(\d)(?:b(\d+)|ch)(z?)", label)
     if found is None:
         return label
-    return f"INT{found[1]}, a scale for every " + (f"{found[2]} weights" if found[2] else "output channel")
+    zero_point = " and a zero point" if found[3] else ""
+    return f"INT{found[1]}, a scale{zero_point} for every " + (f"{found[2]} weights" if found[2] else "output channel")
 
 
 def span(values: Sequence[float | None], form: Callable[[float], str]) -> str:

@@ -1,4 +1,4 @@
-"""Allocate a budget: forecast every format's loss from the cache, weigh it, and choose a format for every site."""
+"""Allocate a budget: forecast every format's loss from the cache, and choose a format for every site."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_plan
-from stages.quantization.plan.forecast import WHOLE, forecast_key, forecast_site, read_forecasts, write_forecasts
+from stages.quantization.plan.forecast import Forecasts, forecast_site, on_device, read_forecasts, write_forecasts
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.plan.rules import QuantPlan
-from stages.quantization.plan.sensitivity import SensitivityMeasure, output_sections, residual_sensitivities, unmeasured
-from stages.quantization.search.objective import to_device
+from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
 from stages.records.formats import QuantSpec
-from stages.records.results import SiteForecast
 from stages.records.sites import ActivationGroup, MatMulSite
 
 
@@ -58,7 +56,7 @@ def allocate_budget(
     undecided = plan.left_open
     assert undecided is not None, "the caller has a plan with a budget"
     groups = find_groups(model)
-    forecasts = _forecast(groups, undecided.candidates, model, cache, device)
+    losses = _forecast(groups, undecided, model, cache, device)
     if undecided.sensitivity == "measured":
         measure = SensitivityMeasure(
             model=model,
@@ -66,38 +64,33 @@ def allocate_budget(
             cache=cache,
             device=device,
             rough_format=_rough_format(undecided.candidates),
-            sections=output_sections(groups),
+            rule=undecided.scale_range,
         )
-        sensitivities = measure.measure(_open_groups(groups, undecided.candidates))
-    else:
-        sensitivities = residual_sensitivities(groups, {name: each.energy for name, each in forecasts.items()})
-    losses = {
-        each.site.name: {
-            label: sensitivities.get(each.site.name, 0.0) * forecasts[each.site.name].errors[forecast_key(spec)]
-            for label, spec in each.specs.items()
+        factors = measure.measure(_open_groups(groups, undecided.candidates))
+        losses = {
+            name: {label: factors.get(name, 0.0) * loss for label, loss in of_site.items()}
+            for name, of_site in losses.items()
         }
-        for each in undecided.candidates
-    }
     allocation = best_allocation(undecided.candidates, undecided.budget, losses)
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
     decided = _decided(plan, undecided, groups, labels)
-    summary = _summary(undecided, decided.sites, allocation.loss)
+    in_nats = undecided.sensitivity == "measured" or cache.manifest.key.token_weights == "end loss"
+    summary = _summary(undecided, decided.sites, allocation.loss, in_nats=in_nats)
     candidates = {each.site.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
     return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
 
 
-def needs_weights(
-    groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates], cache: CalibrationCache
-) -> bool:
-    """Return whether a site's errors have to be forecast: no earlier budget on the same statistics has done it.
+def needs_weights(groups: Sequence[ActivationGroup], undecided: OpenPlan, cache: CalibrationCache) -> bool:
+    """Return whether a site's losses have to be forecast: no earlier budget on the same statistics has done it.
 
     Args:
         groups: all sites of the model.
-        candidates: the formats that each site may have.
+        undecided: the formats that each site may have.
         cache: where forecasts are kept.
     """
-    return bool(_unforecast(groups, _forecast_specs(candidates), read_forecasts(cache.folder)))
+    known = read_forecasts(cache.folder, undecided.scale_range)
+    return bool(_unforecast(groups, _specs(undecided.candidates), known))
 
 
 def unmeasured_groups(
@@ -115,49 +108,39 @@ def unmeasured_groups(
 
 def _forecast(
     groups: Sequence[ActivationGroup],
-    candidates: Sequence[SiteCandidates],
+    undecided: OpenPlan,
     model: ir.Model,
     cache: CalibrationCache,
     device: torch.device,
-) -> dict[str, SiteForecast]:
+) -> Forecasts:
     """Return the forecasts of all sites, and keep those that are new in the cache's folder."""
-    specs = _forecast_specs(candidates)
-    known = read_forecasts(cache.folder)
+    specs, rule = _specs(undecided.candidates), undecided.scale_range
+    known = read_forecasts(cache.folder, rule)
     missing = _unforecast(groups, specs, known)
-    sections = output_sections(groups)
-    found: dict[str, SiteForecast] = {}
     with progress_bar() as progress:
         for group in progress.track(missing, description="forecast", unit="groups"):
-            stats = to_device(cache.read(group.activation).calibration, device)
+            stats = on_device(cache.read_for_search(group.activation), device)
             for site in group.sites:
-                weight = read_weight(model, site, device)
-                parts = sections.get(site.name, WHOLE)
-                found[site.name] = forecast_site(site, weight, specs[site.name], stats, parts)
-    if found:
-        known |= {name: _joined(known.get(name), forecast) for name, forecast in found.items()}
-        write_forecasts(cache.folder, known)
+                found = forecast_site(site, read_weight(model, site, device), specs[site.name], stats, rule)
+                known[site.name] = known.get(site.name, {}) | found
+    if missing:
+        write_forecasts(cache.folder, rule, known)
     return {name: known[name] for name in specs}
 
 
-def _forecast_specs(candidates: Sequence[SiteCandidates]) -> dict[str, dict[str, QuantSpec]]:
-    return {each.site.name: {forecast_key(spec): spec for spec in each.specs.values()} for each in candidates}
+def _specs(candidates: Sequence[SiteCandidates]) -> dict[str, dict[str, QuantSpec]]:
+    return {each.site.name: each.specs for each in candidates}
 
 
 def _unforecast(
-    groups: Sequence[ActivationGroup],
-    specs: Mapping[str, Mapping[str, QuantSpec]],
-    known: Mapping[str, SiteForecast],
+    groups: Sequence[ActivationGroup], specs: Mapping[str, Mapping[str, QuantSpec]], known: Forecasts
 ) -> list[ActivationGroup]:
     """Return the groups with a site of which ``known`` lacks one of ``specs``."""
 
     def is_known(site: MatMulSite) -> bool:
-        return site.name in known and set(specs[site.name]) <= set(known[site.name].errors)
+        return site.name in known and set(specs[site.name]) <= set(known[site.name])
 
     return [group for group in groups if not all(map(is_known, group.sites))]
-
-
-def _joined(old: SiteForecast | None, new: SiteForecast) -> SiteForecast:
-    return new if old is None else replace(new, errors={**old.errors, **new.errors})
 
 
 def _open_groups(groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates]) -> list[ActivationGroup]:
@@ -187,11 +170,20 @@ def _decided(
     return replace(plan, sites=replace(sites, skipped=(*sites.skipped, *no_sites)), left_open=None)
 
 
-def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float) -> str:
+def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: bool) -> str:
+    """Return one line about what a budget gave.
+
+    Args:
+        undecided: the budget.
+        decided: the formats.
+        loss: the sum of the forecasts.
+        in_nats: their unit; else they are relative errors.
+    """
     total = undecided.size.total_bytes([each.site for each in undecided.candidates], decided.specs)
+    expected = f"expected KL {loss:.2g} nats a token" if in_nats else f"relative errors of {loss:.4g} in sum"
     return (
         f"{undecided.option}: {decided.bits_per_weight:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
-        f"expected loss {loss:.4g} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
+        f"{expected} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
     )
 
 

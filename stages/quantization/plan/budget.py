@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -169,14 +169,19 @@ def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
 def _candidates_of(
     site: MatMulSite, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats, named: NamedSites
 ) -> SiteCandidates:
-    def specs(bits: Literal[4, 8], *granularities: Granularity) -> dict[str, QuantSpec | None]:
+    def specs(
+        bits: Literal[4, 8], granularities: Iterable[Granularity], zero_points: Iterable[bool]
+    ) -> dict[str, QuantSpec | None]:
         made = (
-            QuantSpec(bits=bits, symmetric=choice.symmetric, granularity=each, scale_dtype=site.dtype)
+            QuantSpec(bits=bits, symmetric=not zero_point, granularity=each, scale_dtype=site.dtype)
             for each in granularities
+            for zero_point in zero_points
         )
         return {spec.label: spec for spec in made}
 
-    four_bit, eight_bit = specs(4, *formats.four_bit), specs(8, formats.eight_bit or choice.eight_bit)
+    four_bit = specs(4, formats.four_bit, formats.zero_points)
+    # A zero point gains nothing among 256 levels, unless it was asked for.
+    eight_bit = specs(8, [formats.eight_bit or choice.eight_bit], [config.use_zero_point is True])
     everything = four_bit if formats.eight_bit is None else four_bit | eight_bit
     if site.name in named.skipped:
         return SiteCandidates(site=site, formats={KEEP: None}, fixed_because=named.skipped[site.name])

@@ -109,6 +109,8 @@ class Sharing:
     option: ShareEmbedding
     form: WeightForm
     symmetric: bool
+    """Whether INT4 has no zero points."""
+    eight_bit_symmetric: bool
     head_bits: Literal[4, 8] | None
     """What lm_head would have alone; None: nobody said."""
     table_bits: Literal[4, 8] | None = None
@@ -183,7 +185,8 @@ def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) 
     if size is None:
         return f"no block size divides rows of {plan.table.hidden} numbers"
     granularity = PerBlock(block_size=size)
-    return QuantSpec(bits=plan.bits, symmetric=wanted.symmetric, granularity=granularity, scale_dtype=head.dtype)
+    symmetric = wanted.eight_bit_symmetric if plan.bits == 8 else wanted.symmetric
+    return QuantSpec(bits=plan.bits, symmetric=symmetric, granularity=granularity, scale_dtype=head.dtype)
 
 
 def _divides(spec: QuantSpec, plan: EmbeddingPlan) -> bool:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from stages.commands.parsing import Target, parse_size
-from stages.commands.quantize_options import QuantizeConfig, Sensitivity
+from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_groups
@@ -81,6 +81,7 @@ class OpenPlan:
     budget: Budget
     reachable: BudgetRange
     sensitivity: Sensitivity
+    scale_range: ScaleRange
     size: OutputSize
 
 
@@ -136,7 +137,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     left_open: OpenPlan | None = None
     if candidates:
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
-        left_open = _open_plan(config, candidates, output_size(directory, model, choice.form, embeddings))
+        left_open = _open_plan(config, choice, candidates, output_size(directory, model, choice.form, embeddings))
         sites = _smallest(groups, candidates)
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
@@ -169,6 +170,7 @@ def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice
         option=config.share_embedding,
         form=choice.form,
         symmetric=choice.symmetric,
+        eight_bit_symmetric=not config.use_zero_point if config.has_budget else choice.symmetric,
         head_bits=_BITS.get(choice.lm_head or ""),
         table_bits=_BITS.get(config.requested_embedding or ""),
         skipped=dict(sites.skipped),
@@ -213,16 +215,18 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
 def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     """Return the algorithm and the formats, in one line."""
     choice = plan.choice
-    zero_point = "without" if choice.symmetric else "with"
     by_site = config.plan is not None or config.has_budget
-    formats = _describe_formats(config, plan) if by_site else f"INT4 block {choice.four_bit.block_size}"
+    if by_site:
+        formats = _describe_formats(config, plan)
+    else:
+        formats = f"INT4 block {choice.four_bit.block_size} {'without' if choice.symmetric else 'with'} zero point"
     count = plan.sites.eight_bit_sites
     mixed = f", INT8 at {counted(count, 'site')}" if count and not by_site else ""
     table = _describe_embedding(plan.embeddings)
     target = "" if plan.target is None else f" for {plan.target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
-    return f"{algorithm} {formats} {zero_point} zero point{mixed}{table}{target}"
+    return f"{algorithm} {formats}{mixed}{table}{target}"
 
 
 def _describe_embedding(plans: tuple[EmbeddingPlan, ...]) -> str:
@@ -315,8 +319,8 @@ def _given_plan(
     assert config.plan is not None
     sites = all_sites(groups)
     planned = read_plan(config.plan, sites)
-    symmetric = chooser.choose().symmetric
-    formats = {site.name: spec_of(planned[site.name], site, symmetric=symmetric) for site in sites}
+    asked = config.use_zero_point
+    formats = {site.name: spec_of(planned[site.name], site, zero_point=asked) for site in sites}
     specs = {name: spec for name, spec in formats.items() if spec is not None}
     if not specs:
         raise OptionError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
@@ -328,8 +332,9 @@ def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatC
     """Return the choice for the commonest INT4 block, with what the target says against each of the formats."""
     sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
     eight_bit: list[Granularity | None] = [each for each, _ in _commonest(specs, 8)]
+    common = replace(chooser.requested, zero_point=not all(spec.symmetric for spec in specs))
     requested = [
-        replace(chooser.requested, block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
+        replace(common, block_size=size, eight_bit=granularity, named_eight_bit=granularity is not None)
         for size in sizes or [None]
         for granularity in eight_bit or [None]
     ]
@@ -355,13 +360,19 @@ def _open_choice(
 
 
 def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
-    if line.option != "--block_size" or len(formats.four_bit) == 1:
+    open_to_it = {
+        "--block_size": [str(each.block_size) for each in formats.four_bit],
+        "--use_zero_point": ["yes" if each else "no" for each in formats.zero_points],
+    }
+    chosen = open_to_it.get(line.option, [])
+    if len(chosen) < 2:
         return line
-    sizes = ", ".join(str(each.block_size) for each in formats.four_bit)
-    return replace(line, chosen=sizes, why="the budget chooses among those that this runtime runs fast")
+    return replace(line, chosen=", ".join(chosen), why="the budget chooses among those that this runtime runs fast")
 
 
-def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], size: OutputSize) -> OpenPlan:
+def _open_plan(
+    config: QuantizeConfig, choice: FormatChoice, candidates: tuple[SiteCandidates, ...], size: OutputSize
+) -> OpenPlan:
     budget: Budget
     if config.target_bpw is not None:
         budget = BitsBudget(bits_per_weight=config.target_bpw)
@@ -379,6 +390,7 @@ def _open_plan(config: QuantizeConfig, candidates: tuple[SiteCandidates, ...], s
         budget=budget,
         reachable=check_budget(candidates, budget),
         sensitivity=config.sensitivity or "cache",
+        scale_range=choice.scale_range,
         size=size,
     )
 

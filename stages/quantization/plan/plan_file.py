@@ -20,10 +20,10 @@ from stages.system.json_file import explained, write_whole
 
 PLAN = "plan.toml"
 KEEP = "keep"
-_FORMAT = re.compile(r"4b(16|32|64|128|256)|8b(16|32|64|128|256)|8ch|keep")
+_FORMAT = re.compile(r"(?:([48])b(16|32|64|128|256)|8ch)(z?)|keep")
 _HEADER = """\
-# What every weight becomes. Edit a format and give the file back with --plan.
-# 4b32: INT4, a scale for every 32 inputs (16 to 256); 8b128: INT8; 8ch: INT8, a scale for every output channel; keep.
+# What every weight becomes (keep: it stays). Edit a format and give the file back with --plan.
+# 4b32: INT4, a scale for 32 inputs (16 to 256); 4b32z: a zero point too; 8b128: INT8; 8ch: a scale per output channel.
 """
 
 
@@ -76,12 +76,20 @@ def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]
     return {site.name: planned[site.name] for site in sites}
 
 
-def spec_of(planned: PlannedSite, site: MatMulSite, *, symmetric: bool) -> QuantSpec | None:
-    """Return the number format that a line means for ``site``; None where it stays as it is."""
-    if planned.format == KEEP:
+def spec_of(planned: PlannedSite, site: MatMulSite, *, zero_point: bool | None) -> QuantSpec | None:
+    """Return the number format that a line means for ``site``; None where it stays as it is.
+
+    Args:
+        planned: the line.
+        site: which it is about.
+        zero_point: whether codes have one, whatever the line says; None: as it says.
+    """
+    found = _FORMAT.fullmatch(planned.format)
+    if found is None or planned.format == KEEP:
         return None
-    bits, size = planned.format[0], planned.format[2:]
-    granularity: Granularity = PerChannel() if planned.format == "8ch" else PerBlock(block_size=int(size))
+    bits, size, letter = found.groups()
+    granularity: Granularity = PerChannel() if size is None else PerBlock(block_size=int(size))
+    symmetric = not (letter if zero_point is None else zero_point)
     return QuantSpec(bits=4 if bits == "4" else 8, symmetric=symmetric, granularity=granularity, scale_dtype=site.dtype)
 
 
@@ -123,8 +131,8 @@ def _parsed(path: Path, text: str, name: str, fields: Mapping[str, object]) -> P
         field = error.errors()[0]["loc"][0]
         raise OptionError(
             f"{_place(path, text, name)}: the {field} of '{name}' is {fields.get(str(field), 'missing')!r}; a line has "
-            "a format (4b32, 8b128, 8ch, keep; blocks are powers of two from 16 to 256) and may have a loss (a number) "
-            "and a why."
+            "a format (4b32, 4b32z, 8b128, 8ch, keep; blocks are powers of two from 16 to 256) and may have a loss (a "
+            "number) and a why."
         ) from error
     return PlannedSite(format=line.format, loss=line.loss, why=line.why)
 

@@ -1,12 +1,9 @@
-"""Weigh a site's relative error by what it does to the model's answers, from statistics or measured on the model.
+"""Measure on the model what quantized weights of a group really cost, and correct the forecasts by it.
 
-From the statistics (``--sensitivity cache``): a site that writes to the residual stream changes it by its share of the
-stream's energy so far; sites that only read it have the writers' median.
-
-Measured (``--sensitivity measured``): each group's weights are replaced by roughly quantized ones, that group's only,
-and the model runs on a few windows of the calibration text. The Kullback-Leibler divergence of its logits from the
-base's, divided by the group's relative error, is what a unit of relative error costs there. Results are kept in the
-cache's folder, group by group: nothing is measured twice.
+Each group's weights are replaced by roughly quantized ones, that group's only, and the model runs on a few windows of
+the calibration text. The Kullback-Leibler divergence of its logits from the base's, divided by what was forecast for
+the same weights, is what the group's forecasts are multiplied by. Results are kept in the cache's folder, group by
+group: nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import onnx_ir as ir
@@ -29,12 +25,11 @@ from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.quantization.plan.forecast import WHOLE, Sections, quick_error, quick_weight
-from stages.quantization.plan.rules import all_sites
-from stages.quantization.search.objective import to_device
+from stages.quantization.plan.forecast import on_device, quick_loss, quick_weight
+from stages.quantization.search.affine import RangeRule
 from stages.records.formats import QuantSpec
 from stages.records.quantities import duration
-from stages.records.sites import ActivationGroup, MatMulSite, NormAbsorber, ValueAbsorber
+from stages.records.sites import ActivationGroup, MatMulSite
 from stages.runtime.providers import choose_providers
 from stages.runtime.weight_trials import TrialRunner, open_trials
 from stages.system.json_file import explained, read_json, write_json
@@ -45,53 +40,19 @@ _WINDOWS, _LENGTH = 4, 128
 """512 tokens: each group's divergence is compared with the same base on the same tokens, so few are enough."""
 _CHUNK = 64
 """Tokens whose distributions are held in float64 at once."""
-_CAP = 4.0
-"""Usual energies that one block counts for in the stream at most; between 2 and 8 the ranks hardly change."""
-
-
-def residual_sensitivities(groups: Sequence[ActivationGroup], energies: Mapping[str, float]) -> dict[str, float]:
-    """Return the weight of a relative error at every site, by name, from the statistics.
-
-    All are 1 where no site writes to the residual stream as far as one can see.
-
-    Args:
-        groups: all sites of the model.
-        energies: tr(W G W^T), the energy of a site's outputs a token, by site.
-    """
-    writers = [site for group in groups if (site := _writer(group, _hidden_size(groups))) is not None]
-    shares = _stream_shares([(site.name, energies[site.name]) for site in writers])
-    usual = median(shares.values()) if shares else 1.0
-    return {site.name: 1.0 if site.feeds_logits else shares.get(site.name, usual) for site in all_sites(groups)}
-
-
-def output_sections(groups: Sequence[ActivationGroup]) -> dict[str, tuple[slice, ...]]:
-    """Return the output channels of q, k and v for every site that makes them all; other sites are not in it.
-
-    v has a small part of the energy of the three and does most of the work: relative errors count one by one.
-    """
-    sections: dict[str, tuple[slice, ...]] = {}
-    for group in groups:
-        value = group.absorber
-        if not isinstance(value, ValueAbsorber) or value.first_channel == 0:
-            continue
-        width = value.heads.kv_heads * value.heads.head_size
-        first = value.first_channel
-        parts = (slice(0, first - width), slice(first - width, first), slice(first, first + width))
-        sections[value.site] = tuple(part for part in parts if part.stop > part.start)
-    return sections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSensitivity:
-    """Divergence of the logits, in nats a token, with the sum of the relative errors that caused it."""
+    """Divergence of the logits, in nats a token, with what was forecast for the weights that caused it."""
 
     divergence: float
-    error: float
+    forecast: float
 
     @property
-    def per_error(self) -> float:
-        """Nats a unit of relative error."""
-        return self.divergence / self.error if self.error > 0 else 0.0
+    def factor(self) -> float:
+        """Return what forecasts are multiplied by to become nats that were measured."""
+        return self.divergence / self.forecast if self.forecast > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +65,11 @@ class SensitivityMeasure:
     device: torch.device
     rough_format: Callable[[MatMulSite], QuantSpec]
     """A site's format while it is measured."""
-    sections: Mapping[str, Sections]
-    """Output channels by site whose relative errors count one by one."""
+    rule: RangeRule
+    """How a block's range becomes its scale."""
 
     def measure(self, groups: Sequence[ActivationGroup]) -> dict[str, float]:
-        """Return the nats for a unit of relative error by site; tell what that will cost before it starts.
+        """Return what each site's forecasts are to be multiplied by; tell what that will cost before it starts.
 
         Raises:
             GraphError: ONNX Runtime can't run the base model.
@@ -119,7 +80,7 @@ class SensitivityMeasure:
         left = unmeasured(self.cache, groups, self.rough_format)
         if left:
             done |= self._measure_missing(left, done, label)
-        return {site.name: done[group.activation].per_error for group in groups for site in group.sites}
+        return {site.name: done[group.activation].factor for group in groups for site in group.sites}
 
     def _measure_missing(
         self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str
@@ -145,17 +106,17 @@ class SensitivityMeasure:
     def _measure_group(
         self, group: ActivationGroup, trials: TrialRunner, windows: np.ndarray, base: Tensor
     ) -> GroupSensitivity:
-        stats = to_device(self.cache.read(group.activation).calibration, self.device)
-        if stats.is_silent:
-            return GroupSensitivity(divergence=0.0, error=0.0)
+        stats = on_device(self.cache.read_for_search(group.activation), self.device)
+        if stats.tokens.calibration.is_silent:
+            return GroupSensitivity(divergence=0.0, forecast=0.0)
         replaced: list[tuple[MatMulSite, Tensor]] = []
-        error = 0.0
+        forecast = 0.0
         for site in group.sites:
             weight = read_weight(self.model, site, self.device)
-            rough = quick_weight(weight, self.rough_format(site), stats)
-            error += quick_error(site, weight, rough, stats, self.sections.get(site.name, WHOLE))
+            rough = quick_weight(weight, self.rough_format(site), stats.tokens.calibration, self.rule)
+            forecast += quick_loss(site, weight, rough, stats)
             replaced.append((site, rough))
-        return GroupSensitivity(divergence=divergence(base, trials.logits(windows, replaced)), error=error)
+        return GroupSensitivity(divergence=divergence(base, trials.logits(windows, replaced)), forecast=forecast)
 
 
 def unmeasured(
@@ -185,32 +146,12 @@ def _summed_divergence(base: Tensor, other: Tensor) -> float:
     return float(torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True))
 
 
-def _stream_shares(writers: Sequence[tuple[str, float]]) -> dict[str, float]:
-    usual = median(energy for _, energy in writers) if writers else 0.0
-    shares: dict[str, float] = {}
-    stream = 0.0
-    for name, energy in writers:
-        stream += min(energy, _CAP * usual)
-        shares[name] = energy / stream if stream > 0 else 0.0
-    return shares
-
-
-def _hidden_size(groups: Sequence[ActivationGroup]) -> int | None:
-    """Return the channels of the residual stream: what the site that makes the logits reads."""
-    return next((site.in_features for site in all_sites(groups) if site.feeds_logits), None)
-
-
-def _writer(group: ActivationGroup, hidden_size: int | None) -> MatMulSite | None:
-    """Return the group's only site if its output has the stream's size and its input is no norm's."""
-    site = group.sites[0]
-    if len(group.sites) > 1 or isinstance(group.absorber, NormAbsorber) or site.feeds_logits:
-        return None
-    return site if hidden_size in (None, site.out_features) else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """The file: by activation, for one format of the rough weights and one set of tokens."""
+    """The file: by activation, for one format of the rough weights and one set of tokens.
+
+    Earlier versions' groups had an ``error`` in another unit, and no ``forecast``.
+    """
 
     format: str
     tokens: int

@@ -156,7 +156,7 @@ def _left_open_because(config: QuantizeConfig, known: _Known, undecided: OpenPla
     if known.cache is None:
         return f"it needs the calibration cache {config.cache_path}"
     groups, candidates = find_groups(known.model), undecided.candidates
-    if not known.has_weights and needs_weights(groups, candidates, known.cache):
+    if not known.has_weights and needs_weights(groups, undecided, known.cache):
         return "it needs the weights, whose errors are forecast"
     if undecided.sensitivity == "measured" and (left := unmeasured_groups(groups, candidates, known.cache)):
         return f"--sensitivity measured needs {len(left)} runs of the model"

@@ -169,8 +169,7 @@ def _row(members: list[PreviewedSite]) -> tuple[str, ...]:
 def _format(site: PreviewedSite) -> str:
     if site.formats:
         return f"{' / '.join(site.formats)}{f' ({site.why})' if site.why else ''}"
-    zero_point = ", zero point" if site.zero_point else ""
-    return f"{site.format}{zero_point}{f' ({site.why})' if site.why else ''}"
+    return f"{site.format}{f' ({site.why})' if site.why else ''}"
 
 
 def _whole(preview: Preview) -> FactTable:

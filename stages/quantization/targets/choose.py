@@ -86,16 +86,32 @@ def open_formats(target: Target | None, requested: RequestedFormats, facts: Mode
         facts: what of the base model matters.
     """
     if target is None:
-        return _opened(requested, BLOCKS, requested.eight_bit or _OPEN_EIGHT_BIT)
+        return _opened(requested, BLOCKS, requested.eight_bit or _OPEN_EIGHT_BIT, zero_points=True)
     request = Request(release=target.release, requested=requested, facts=facts)
     preferred = RULES[target.runtime].prefer(request)
     fast = preferred.eight_bit.value
-    return _opened(requested, preferred.open_blocks, None if fast is None else requested.eight_bit or fast)
+    eight_bit = None if fast is None else requested.eight_bit or fast
+    return _opened(requested, preferred.open_blocks, eight_bit, zero_points=preferred.zero_point.value)
 
 
-def _opened(requested: RequestedFormats, blocks: tuple[int, ...], eight_bit: Granularity | None) -> OpenFormats:
+def _opened(
+    requested: RequestedFormats, blocks: tuple[int, ...], eight_bit: Granularity | None, *, zero_points: bool
+) -> OpenFormats:
+    """Return what was asked for, and for the rest what the runtime runs fast.
+
+    Args:
+        requested: what was asked for.
+        blocks: of INT4.
+        eight_bit: None where there is no INT8.
+        zero_points: whether INT4 with them is as fast as without.
+    """
     sizes = blocks if requested.block_size is None else (requested.block_size,)
-    return OpenFormats(four_bit=tuple(PerBlock(block_size=size) for size in sizes), eight_bit=eight_bit)
+    both = (False, True) if zero_points else (False,)
+    return OpenFormats(
+        four_bit=tuple(PerBlock(block_size=size) for size in sizes),
+        zero_points=both if requested.zero_point is None else (requested.zero_point,),
+        eight_bit=eight_bit,
+    )
 
 
 def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:

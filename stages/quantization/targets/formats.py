@@ -105,4 +105,6 @@ class OpenFormats:
 
     four_bit: tuple[PerBlock, ...]
     """From the coarsest to the finest."""
+    zero_points: tuple[bool, ...]
+    """Of INT4: without, with, or both."""
     eight_bit: Granularity | None

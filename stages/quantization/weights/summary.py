@@ -27,7 +27,7 @@ _COLUMNS = (
     Column(heading="with input scale", is_number=True, leaves=2),
     Column(heading="range kept", is_number=True, leaves=1),
 )
-_LABEL = re.compile(r"(\d)(?:b(\d+)|ch)")
+_LABEL = re.compile(r"(\d)(?:b(\d+)|ch)(z?)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,8 @@ def format_legend(labels: Iterable[str]) -> str:
     """Say in words what the labels of formats mean: 4b32 is INT4 with a scale for 32 inputs."""
     found = {label: match for label in labels if (match := _LABEL.fullmatch(label))}
     words = [
-        f"{label} is INT{match[1]}, a scale for {f'{match[2]} inputs' if match[2] else 'each output channel'}"
+        f"{label} is INT{match[1]}, a scale {'and a zero point ' if match[3] else ''}for "
+        f"{f'{match[2]} inputs' if match[2] else 'each output channel'}"
         for label, match in found.items()
     ]
     return f"Format: {'; '.join(words)}." if words else ""

@@ -48,9 +48,9 @@ def test_other_types_are_no_storage_type() -> None:
     [
         # 3 rows of 40 inputs; a scale takes 2 bytes.
         (4, True, PerBlock(block_size=16), "4b16", (-8, 7), 60 + 9 * 2),
-        (4, False, PerBlock(block_size=16), "4b16", (0, 15), 60 + 9 * 2 + 5),
+        (4, False, PerBlock(block_size=16), "4b16z", (0, 15), 60 + 9 * 2 + 5),
         (8, True, PerChannel(), "8ch", (-128, 127), 120 + 3 * 2),
-        (8, False, PerChannel(), "8ch", (0, 255), 120 + 3 * 2 + 3),
+        (8, False, PerChannel(), "8chz", (0, 255), 120 + 3 * 2 + 3),
     ],
 )
 def test_a_format_knows_its_codes_and_bytes(

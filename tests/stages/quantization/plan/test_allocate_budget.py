@@ -23,11 +23,10 @@ from stages.quantization.plan.allocate_budget import (
     unmeasured_groups,
 )
 from stages.quantization.plan.budget import SizeBudget
-from stages.quantization.plan.forecast import forecast_key, read_forecasts
+from stages.quantization.plan.forecast import read_forecasts
 from stages.quantization.plan.plan import ModelPlan, OpenPlan, plan_model
 from stages.quantization.plan.plan_file import KEEP, read_plan, write_plan
 from stages.quantization.plan.rules import all_sites
-from stages.quantization.plan.sensitivity import residual_sensitivities
 from tests.reference.knapsack import smallest_loss
 
 CPU = torch.device("cpu")
@@ -62,7 +61,7 @@ def _allocated(plan: ModelPlan, model: ir.Model, folder: Path, cache: Calibratio
 
 
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
-def test_a_size_gets_the_smallest_sum_of_weighted_forecasts(
+def test_a_size_gets_the_smallest_sum_of_forecasts(
     part: float, model: ir.Model, tiny_model: Path, cache: CalibrationCache
 ) -> None:
     plan = _plan(model, tiny_model, target_size="1GB")
@@ -71,13 +70,12 @@ def test_a_size_gets_the_smallest_sum_of_weighted_forecasts(
     low, high = undecided.reachable.smallest, undecided.reachable.largest
     budget = replace(undecided.budget, num_bytes=int(low + part * (high - low)))
     result = _allocated(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, cache)
-    forecasts = read_forecasts(cache.folder)
-    weights = residual_sensitivities(find_groups(model), {name: each.energy for name, each in forecasts.items()})
+    losses = read_forecasts(cache.folder, undecided.scale_range)
     pairs = {
         each.site.name: {
             label: (
                 budget.cost(each, label),
-                0.0 if spec is None else weights[each.site.name] * forecasts[each.site.name].errors[forecast_key(spec)],
+                0.0 if spec is None else losses[each.site.name][label],
             )
             for label, spec in each.formats.items()
         }
@@ -107,7 +105,7 @@ def test_everything_is_decided_and_the_file_says_the_same(
     }
     down = "/model/layers.1/mlp/down_proj/MatMul"
     assert planned[down].why == "--layers_8bit"
-    assert re.match(r"others: (4b32|8b128) [\d.e-]+$", planned[down.replace("layers.1", "layers.0")].why)
+    assert re.match(r"others: (4b32z?|8b128) [\d.e-]+, (4b32z|8b128) [\d.e-]+$", planned[down.replace("layers.1", "layers.0")].why)
     assert result.file_text.startswith(f"# {result.summary}\n")
 
 
@@ -117,8 +115,8 @@ def test_the_summary_names_the_budget_what_was_reached_and_what_can_be(
     plan = _plan(model, tiny_model, target_bpw=7.0)
     result = _allocated(plan, model, tiny_model, cache)
     said = re.fullmatch(
-        r"--target_bpw 7: ([\d.]+) bits a weight, about ([\d.]+) MB in all, expected loss [\d.e-]+ by --sensitivity "
-        r"cache; (from .* can be reached)\.",
+        r"--target_bpw 7: ([\d.]+) bits a weight, about ([\d.]+) MB in all, expected KL [\d.e-]+ nats a token by "
+        r"--sensitivity cache; (from .* can be reached)\.",
         result.summary,
     )
     assert said is not None
@@ -130,24 +128,28 @@ def test_the_summary_names_the_budget_what_was_reached_and_what_can_be(
     total = size.fixed_bytes(every) + sum(size.site_bytes(site, specs.get(site.name)) for site in every)
     assert float(said[2]) == pytest.approx(total / 1e6, abs=0.05)  # printed to one place
     assert said[3] == _open(plan).reachable.summary
+    unweighted = replace(cache.manifest, key=replace(cache.manifest.key, token_weights="none"))
+    plain = _allocated(plan, model, tiny_model, replace(cache, manifest=unweighted))
+    assert re.search(r"MB in all, relative errors of [\d.e-]+ in sum by --sensitivity cache", plain.summary)
 
 
 def test_forecasts_are_kept_and_only_new_formats_are_forecast(
     model: ir.Model, tiny_model: Path, cache: CalibrationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups, plan = find_groups(model), _plan(model, tiny_model, target_bpw=7.0)
-    assert needs_weights(groups, _open(plan).candidates, cache)
+    assert needs_weights(groups, _open(plan), cache)
     first = _allocated(plan, model, tiny_model, cache)
-    kept = read_forecasts(cache.folder)
-    assert not needs_weights(groups, _open(plan).candidates, cache)
+    rule = _open(plan).scale_range
+    kept = read_forecasts(cache.folder, rule)
+    assert not needs_weights(groups, _open(plan), cache)
     with monkeypatch.context() as patched:
-        patched.setattr(CalibrationCache, "read", lambda *_: pytest.fail("statistics are read again"))
+        patched.setattr(CalibrationCache, "read_for_search", lambda *_: pytest.fail("statistics are read again"))
         assert _allocated(plan, model, tiny_model, cache).file_text == first.file_text
     finer = _plan(model, tiny_model, target_bpw=7.0, block_size=16)
-    assert needs_weights(groups, _open(finer).candidates, cache)
+    assert needs_weights(groups, _open(finer), cache)
     _allocated(finer, model, tiny_model, cache)
-    for name, forecast in read_forecasts(cache.folder).items():
-        assert forecast.errors.items() >= kept[name].errors.items()
+    for name, forecast in read_forecasts(cache.folder, rule).items():
+        assert forecast.items() >= kept[name].items()
 
 
 def test_a_site_without_a_choice_is_not_measured(model: ir.Model, tiny_model: Path, cache: CalibrationCache) -> None:

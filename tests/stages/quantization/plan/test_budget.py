@@ -29,7 +29,11 @@ GROUPS = tuple(
 CONFIG = QuantizeConfig(onnx_path=Path("base"), output_path=Path("out"), target_bpw=5.0)
 FACTS = ModelFacts(dtypes=frozenset({"float32"}), in_features=frozenset({256}))
 CHOICE = choose_formats(None, RequestedFormats(), FACTS)
-FORMATS = OpenFormats(four_bit=(PerBlock(block_size=128), PerBlock(block_size=32)), eight_bit=PerBlock(block_size=128))
+FORMATS = OpenFormats(
+    four_bit=(PerBlock(block_size=128), PerBlock(block_size=32)),
+    zero_points=(False,),
+    eight_bit=PerBlock(block_size=128),
+)
 ALL = {"4b128", "4b32", "8b128"}
 
 
@@ -81,6 +85,13 @@ def test_a_runtime_without_int8_offers_none_except_where_it_was_named() -> None:
     candidates = _candidates(replace(FORMATS, eight_bit=None), layers_8bit="down_proj")
     assert set(candidates[Q].formats) == {"4b128", "4b32"}
     assert set(candidates[DOWN].formats) == {"8ch"}
+
+
+def test_int4_has_zero_points_too_where_they_are_open_and_int8_where_they_were_asked_for() -> None:
+    both = replace(FORMATS, zero_points=(False, True))
+    assert list(_candidates(both)[Q].formats) == ["4b128", "4b128z", "4b32", "4b32z", "8b128"]
+    asked = replace(FORMATS, zero_points=(True,))
+    assert list(_candidates(asked, use_zero_point=True)[Q].formats) == ["4b128z", "4b32z", "8b128z"]
 
 
 def test_bits_go_where_they_save_most() -> None:

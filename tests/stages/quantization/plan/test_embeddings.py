@@ -23,7 +23,15 @@ from stages.quantization.plan.embeddings import (
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
 from tests.support.graphs import TinyGraph
 
-WANTED = Sharing(option="auto", form=WeightForm.DQ, symmetric=True, head_bits=None, skipped={}, given={})
+WANTED = Sharing(
+    option="auto",
+    form=WeightForm.DQ,
+    symmetric=True,
+    eight_bit_symmetric=True,
+    head_bits=None,
+    skipped={},
+    given={},
+)
 FORMAT = TableFormat(bits=8, axis=1, block_size=128, form="gather_block_quantized")
 
 
@@ -49,13 +57,13 @@ def test_both_get_the_tables_format_in_the_largest_blocks_that_divide_a_row(
     hidden: int, block_size: int, found: int
 ) -> None:
     model = tied_model(hidden)
-    shared = share(model, replace(WANTED, symmetric=False), replace(FORMAT, block_size=block_size))
+    shared = share(model, replace(WANTED, eight_bit_symmetric=False), replace(FORMAT, block_size=block_size))
     granularity = PerBlock(block_size=found)
     spec = QuantSpec(bits=8, symmetric=False, granularity=granularity, scale_dtype="float32")
     assert shared.specs == {"logits/MatMul": spec}
     (plan,) = shared.joined(plan_embeddings(find_embeddings(model), FORMAT))
     assert (plan.spec, plan.shared_with, plan.own_bytes) == (spec, "logits/MatMul", 0)
-    assert [line.chosen for line in shared.explanations] == [f"yes, 8b{found}"]
+    assert [line.chosen for line in shared.explanations] == [f"yes, 8b{found}z"]
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,13 @@ def test_every_site_is_planned_once(config: QuantizeConfig, model: ir.Model) -> 
 def test_a_plan_file_decides_about_formats_and_the_target_about_the_rest(
     config: QuantizeConfig, model: ir.Model, tmp_path: Path
 ) -> None:
-    path = _plan_file(model, tmp_path / "p.toml", "4b64", "8ch", "4b64")
-    plan = _planned(replace(config, plan=path, target="cuda"), model)
+    path = _plan_file(model, tmp_path / "p.toml", "4b64z", "8ch", "4b64")
+    asked = replace(config, plan=path, target="cuda")
+    plan = _planned(asked, model)
     labels = [spec.label for spec in plan.sites.specs.values()]
-    assert labels == [("4b64", "8ch", "4b64")[index % 3] for index in range(len(labels))]
+    assert labels == [("4b64z", "8ch", "4b64")[index % 3] for index in range(len(labels))]
+    without = _planned(replace(asked, use_zero_point=False), model)
+    assert {spec.label for spec in without.sites.specs.values()} == {"4b64", "8ch"}
     assert dict(plan.sites.skipped)[HEAD] == "--plan p.toml: keep"
     assert (plan.choice.four_bit, plan.choice.eight_bit) == (PerBlock(block_size=64), PerChannel())
     assert plan.choice.form is WeightForm.MATMUL_NBITS  # of INT8 on CUDA
@@ -78,11 +81,12 @@ def test_a_plan_file_decides_about_formats_and_the_target_about_the_rest(
 def test_the_target_warns_of_every_format_of_a_plan_file(
     config: QuantizeConfig, model: ir.Model, tmp_path: Path
 ) -> None:
-    path = _plan_file(model, tmp_path / "p.toml", "4b64", "4b64", "4b16")
+    path = _plan_file(model, tmp_path / "p.toml", "4b64", "4b64z", "4b16")
     warnings = _planned(replace(config, plan=path, target="webgpu"), model).choice.warnings
     assert warnings == ()
     warnings = _planned(replace(config, plan=path, target="qnn"), model).choice.warnings
     assert [size for size in ("64", "16") if any(f"not of {size}" in warning for warning in warnings)] == ["64", "16"]
+    assert any("only symmetric codes" in warning for warning in warnings)
 
 
 def test_a_plan_file_that_keeps_everything_is_refused(config: QuantizeConfig, model: ir.Model, tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ def _digest(config: QuantizeConfig, model: ir.Model, cache: str = "") -> str:
         ),
         (
             {"target_bpw": 5.5, "layers_8bit": "down_proj"},
-            "awq_gptq --target_bpw 5.5 (9 x 4b128, 2 x 8b128) without zero point",
+            "awq_gptq --target_bpw 5.5 (9 x 4b128, 2 x 8b128)",
         ),
     ],
 )

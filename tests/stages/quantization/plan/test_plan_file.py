@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,9 @@ def test_an_edited_format_is_obeyed_and_loss_and_why_may_go(tmp_path: Path) -> N
     ("old", "new", "message"),
     [
         ('"4b32"', '"4b33"', r"plan\.toml, line 5: the format of '/model/layers\.0/attn/q_proj/MatMul' is '4b33'"),
-        ('"4b32"', '"int4"', r"line 5: the format .* is 'int4'.*4b32, 8b128, 8ch, keep"),
+        ('"4b32"', '"int4"', r"line 5: the format .* is 'int4'.*4b32, 4b32z, 8b128, 8ch, keep"),
         ('"4b32"', '"4b512"', r"line 5: the format .* is '4b512'.*16 to 256"),
+        ('"4b32"', '"keepz"', r"line 5: the format .* is 'keepz'"),
         ('"4b32"', '"4ch"', r"line 5: the format .* is '4ch'"),
         ("loss = 3.0", 'loss = "much"', r"line 6: the loss of .* is 'much'"),
         ("loss = 3.0", "los = 3.0", r"line 6: the los of .* is 3.0"),
@@ -79,15 +81,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_plan(tmp_path / "none.toml", SITES)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("label", "bits", "granularity"),
     [("4b32", 4, PerBlock(block_size=32)), ("8b128", 8, PerBlock(block_size=128)), ("8ch", 8, PerChannel())],
 )
-def test_a_format_means_the_spec_that_tables_call_so(
-    label: str, bits: int, granularity: PerBlock | PerChannel, symmetric: bool
-) -> None:
-    spec = spec_of(PlannedSite(format=label), SITES[0], symmetric=symmetric)
-    assert spec == QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, scale_dtype="float32")
-    assert spec.label == label
-    assert spec_of(PlannedSite(format="keep"), SITES[0], symmetric=symmetric) is None
+def test_a_format_means_the_spec_that_tables_call_so(label: str, bits: int, granularity: PerBlock | PerChannel) -> None:
+    symmetric = QuantSpec(bits=bits, symmetric=True, granularity=granularity, scale_dtype="float32")
+    with_zero_points = replace(symmetric, symmetric=False)
+    for spec in (symmetric, with_zero_points):
+        planned = PlannedSite(format=spec.label)
+        assert spec_of(planned, SITES[0], zero_point=None) == spec
+        assert spec_of(planned, SITES[0], zero_point=True) == with_zero_points
+        assert spec_of(planned, SITES[0], zero_point=False) == symmetric
+    assert (symmetric.label, with_zero_points.label) == (label, f"{label}z")
+
+
+def test_a_site_that_stays_has_no_spec() -> None:
+    assert spec_of(PlannedSite(format="keep"), SITES[0], zero_point=True) is None

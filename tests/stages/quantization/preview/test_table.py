@@ -78,7 +78,7 @@ def test_sites_that_differ_only_in_their_layer_share_a_row() -> None:
 @pytest.mark.parametrize(
     ("changes", "cells"),
     [
-        ({"zero_point": True}, "4b32, zero point 2.0"),
+        ({"format": "4b32z"}, "4b32z 2.0"),
         ({"why": "--layers_8bit"}, "4b32 (--layers_8bit) 2.0"),
         ({"formats": ("4b128", "4b32"), "why": "--lm_head 4"}, "4b128 / 4b32 (--lm_head 4) 2.0"),
         ({"format": "keep", "bits": None, "why": "--exclude x"}, "keep (--exclude x) 2.0 0.5 into up_proj"),

@@ -259,25 +259,28 @@ def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "blocks", "eight_bit"),
+    ("target", "blocks", "zero_points", "eight_bit"),
     [
-        (None, (128, 64, 32), PerBlock(block_size=128)),
-        ("cpu", (128, 64, 32), PerBlock(block_size=128)),
-        ("cpu@1.22", (128, 64, 32), None),
-        ("cuda", (128, 64, 32), PerBlock(block_size=32)),
-        ("dml", (128, 64, 32), None),
-        ("trt-rtx", (128, 64), PerChannel()),
-        ("webgpu", (32,), PerBlock(block_size=32)),
-        ("webgpu@1.22", (32,), None),
-        ("qnn", (32,), None),
+        (None, (128, 64, 32), (False, True), PerBlock(block_size=128)),
+        ("cpu", (128, 64, 32), (False, True), PerBlock(block_size=128)),
+        ("cpu@1.22", (128, 64, 32), (False, True), None),
+        ("cuda", (128, 64, 32), (False,), PerBlock(block_size=32)),
+        ("dml", (128, 64, 32), (False,), None),
+        ("trt-rtx", (128, 64), (False,), PerChannel()),
+        ("webgpu", (32,), (False,), PerBlock(block_size=32)),
+        ("webgpu@1.22", (32,), (False,), None),
+        ("qnn", (32,), (False,), None),
     ],
 )
 def test_a_budget_chooses_among_what_the_runtime_runs_fast(
-    target: str | None, blocks: tuple[int, ...], eight_bit: PerBlock | PerChannel | None
+    target: str | None,
+    blocks: tuple[int, ...],
+    zero_points: tuple[bool, ...],
+    eight_bit: PerBlock | PerChannel | None,
 ) -> None:
     found = open_formats(None if target is None else parse_target(target), RequestedFormats(), facts("float16"))
     assert tuple(each.block_size for each in found.four_bit) == blocks
-    assert found.eight_bit == eight_bit
+    assert (found.zero_points, found.eight_bit) == (zero_points, eight_bit)
 
 
 def test_trt_rtx_offers_only_blocks_that_divide_every_row() -> None:
@@ -287,10 +290,10 @@ def test_trt_rtx_offers_only_blocks_that_divide_every_row() -> None:
 
 @pytest.mark.parametrize("target", [None, "cuda"])
 def test_what_was_asked_for_wins(target: str | None) -> None:
-    requested = RequestedFormats(block_size=16, eight_bit=PerChannel())
+    requested = RequestedFormats(block_size=16, eight_bit=PerChannel(), zero_point=True)
     found = open_formats(None if target is None else parse_target(target), requested, facts())
     assert found.four_bit == (PerBlock(block_size=16),)
-    assert found.eight_bit == PerChannel()
+    assert (found.zero_points, found.eight_bit) == ((True,), PerChannel())
 
 
 @pytest.mark.parametrize(("minor", "bits", "block_size"), [(22, 4, 32), (23, 8, 128)])
