@@ -49,8 +49,9 @@ def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     log_report(run_folder.folder)
     speed = None
     if config.speed:
-        made = {run.name for run in runs if records[run.name].failure is None and run.model.is_dir()}
-        models = [run.model for run in runs if run.name in made]
+        # Other runtimes have no accuracy level, and aren't measured by onnxruntime-genai.
+        ran = [run for run in runs if run.runtime is None and records[run.name].failure is None]
+        models = [run.model for run in ran if run.model.is_dir()]
         with progress_bar() as progress:
             speed = measure_speeds(config, models, evaluation_texts[0], progress)
         yield Section(name="speed", table=speed_table(speed), record=speed)

@@ -14,8 +14,11 @@ from stages.commands.quantize_options import Algorithm, QuantizeConfig
 LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
-BuilderMethod = Literal["int4", "k_quant_mixed", "k_quant_last", "rtn_last"]
+BuilderMethod = Literal["int4", "int4_mixed", "k_quant", "k_quant_mixed", "k_quant_last", "rtn", "rtn_last"]
 ModelOptMethod = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full"]
+OliveMethod = Literal["gptq"]
+AutoRoundRecipe = Literal["default", "light", "best"]
+LlamaCppType = Literal["f16", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +70,24 @@ class PeerConfig(BenchConfig, SweepGrid):
     modelopt_environment: Path | None = None
     """Where ModelOpt is installed, in a virtual environment of its own; default: modelopt-venv in the output folder."""
     builder_source: str | None = None
-    """What the base model was built from (SOURCE of genai-quant base-model): onnxruntime-genai's builder makes its own
-    int4 model from it. Default: no such model."""
-    builder: tuple[BuilderMethod, ...] = ("int4", "k_quant_mixed")
-    """What the builder makes: int4, its default, or another algo_config of it."""
+    """What the base model was built from (SOURCE of genai-quant base-model): what onnxruntime-genai's builder, Olive,
+    AutoRound and llama.cpp start from. Default: no models of theirs."""
+    builder: tuple[BuilderMethod, ...] = ("int4", "int4_mixed", "k_quant", "k_quant_mixed")
+    """What the builder makes: int4, its default; int4_mixed, the same with lm_head and the sensitive layers in INT8; or
+    another algo_config of it."""
     builder_keep_grid: Flag = False
     """The base model was built with --keep_grid."""
+    olive: tuple[OliveMethod, ...] = ("gptq",)
+    """Olive's passes that quantize a checkpoint."""
+    autoround: tuple[AutoRoundRecipe, ...] = ("light",)
+    """Recipes of AutoRound: default tunes each block in 200 steps, light in 50, best in 1,000."""
+    checkpoint_environment: Path | None = None
+    """Where Olive and AutoRound are installed; default: checkpoints-venv in the output folder."""
+    llama_cpp: tuple[LlamaCppType, ...] = ("q4_k_m",)
+    """Types of llama.cpp's own quantizer; f16 is what it starts from."""
+    llama_cpp_environment: Path | None = None
+    """Where llama-cpp-python is installed, which pip compiles in about half an hour; default: llama-cpp-venv in the
+    output folder."""
     speed: Flag = False
     """Measure the tokens a second of the base and of every model through onnxruntime-genai, alternately, each round in
     a process of its own."""
@@ -86,6 +101,14 @@ class PeerConfig(BenchConfig, SweepGrid):
     @property
     def modelopt_environment_path(self) -> Path:
         return (self.modelopt_environment or self.output / "modelopt-venv").absolute()
+
+    @property
+    def checkpoint_environment_path(self) -> Path:
+        return (self.checkpoint_environment or self.output / "checkpoints-venv").absolute()
+
+    @property
+    def llama_cpp_environment_path(self) -> Path:
+        return (self.llama_cpp_environment or self.output / "llama-cpp-venv").absolute()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,7 +65,7 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
         atomic_directory(config.output, overwrite=config.overwrite, option="OUTPUT") as output,
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):
-        checkpoint, weights = _checkpoint_folder(Path(scratch), config)
+        checkpoint, weights = checkpoint_folder(config.source, Path(scratch), keep_grid=config.keep_grid)
         folder = as_builder_input(checkpoint, Path(scratch) / "readable")
         with status("onnxruntime-genai builds the graph"):
             _run_builder(folder, output, Path(scratch) / "cache", config)
@@ -109,26 +109,32 @@ def _lines(built: BaseModel) -> Group:
     return Group(Text(line, no_wrap=True), *weights)
 
 
-def _checkpoint_folder(scratch: Path, config: BaseModelConfig) -> tuple[Path, str]:
+def checkpoint_folder(source: str, scratch: Path, *, keep_grid: bool) -> tuple[Path, str]:
     """Return a Hugging Face folder of the checkpoint, and how its weights differ from the model's own, in words.
 
-    The folder is made in ``scratch`` where the checkpoint is in another form.
+    Args:
+        source: SOURCE.
+        scratch: where the folder is made if the checkpoint is in another form.
+        keep_grid: leave a GGUF's weights on their 4-bit grid.
+
+    Raises:
+        UserError: the checkpoint can't be found or read, or its weights can't be moved off their grid.
     """
-    match find_checkpoint(config.source):
+    match find_checkpoint(source):
         case HubCheckpoint(name=name):
             return download(name), ""
         case FolderCheckpoint(folder=folder):
             return folder, ""
         case GgufCheckpoint(file=file):
-            return _dequantized(file, scratch, config)
-        case PackagedCheckpoint(source=source):
-            return _dequantized(gguf_file(source, scratch), scratch, config)
+            return _dequantized(file, scratch, keep_grid=keep_grid)
+        case PackagedCheckpoint(source=packaged):
+            return _dequantized(gguf_file(packaged, scratch), scratch, keep_grid=keep_grid)
 
 
-def _dequantized(file: Path, scratch: Path, config: BaseModelConfig) -> tuple[Path, str]:
+def _dequantized(file: Path, scratch: Path, *, keep_grid: bool) -> tuple[Path, str]:
     folder = scratch / "checkpoint"
     with status(f"dequantizing {file.name}"):
-        return folder, dequantize_gguf(file, folder, keep_grid=config.keep_grid)
+        return folder, dequantize_gguf(file, folder, keep_grid=keep_grid)
 
 
 def _run_builder(folder: Path, output: Path, cache: Path, config: BaseModelConfig) -> None:

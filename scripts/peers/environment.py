@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,12 @@ _MARKER = "installed.txt"
 def python_of(folder: Path) -> Path:
     """Return the interpreter of the virtual environment in ``folder``."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def pinned_version(requirements: Path, package: str) -> str:
+    """Return the version of ``package`` that ``requirements`` pin."""
+    (version,) = re.findall(rf"^{package}==(\S+)", requirements.read_text(encoding="utf-8"), re.MULTILINE)
+    return str(version)
 
 
 def ensure_environment(folder: Path, requirements: Path) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnxruntime
 from safetensors.numpy import save_file
 
 from export.save import copy_side_files, patch_genai_config
-from scripts.options import BuilderMethod, ModelOptMethod, OrtMethod, PeerConfig
-from scripts.peers.environment import ensure_environment, python_of
-from stages.calibration.cache import open_cache
+from scripts.options import BuilderMethod, PeerConfig
+from scripts.peers.checkpoints.runs import checkpoint_peers
+from scripts.peers.environment import ensure_environment, pinned_version, python_of
+from scripts.peers.llama_cpp.runs import llama_cpp_peers
+from scripts.peers.peer import Peer, PeerRequest, block_sizes, calibration_windows, empty, zero_points
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Run
 from stages.model.directory import ModelDirectory, locate_model
-from stages.model.load import fingerprint_model, load_graph
+from stages.model.load import load_graph
 from stages.model.sites import find_groups
 from stages.quantization.plan.rules import all_sites
 from stages.records.quantities import counted
@@ -33,30 +34,13 @@ _HERE = Path(__file__).parent
 ORT_RUNNER = _HERE / "run_onnxruntime.py"
 MODELOPT_RUNNER = _HERE / "run_modelopt.py"
 MODELOPT_REQUIREMENTS = _HERE / "modelopt.txt"
-_OUR_BLOCK = 32
+_BUILDER_OPTIONS: Mapping[BuilderMethod, str] = MappingProxyType(
+    {"int4": "", "int4_mixed": "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"}
+)
+"""Those that aren't the name of an algo_config: the builder's own rounding, and the same with INT8 where
+k_quant_mixed has it."""
 _SAME = 1e-2
 """Relative difference up to which weights are the same; those of a 16-bit base are rounded."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """A competitor's run, and what a reader of the table must know of it."""
-
-    run: Run
-    note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerRequest:
-    """One method of a competitor."""
-
-    method: OrtMethod | ModelOptMethod
-    block_size: int
-    use_zero_point: bool
-
-    def name(self, library: str) -> str:
-        """Return the run's name: library, method and format."""
-        return f"{library}-{self.method}-b{self.block_size}{'-zp' if self.use_zero_point else ''}"
 
 
 def peers_of(config: PeerConfig) -> list[Peer]:
@@ -71,37 +55,30 @@ def peers_of(config: PeerConfig) -> list[Peer]:
     sites = all_sites(find_groups(load_graph(base)))
     routers = [site.name for site in sites if site.routes_experts]
     heads = [site.name for site in sites if site.is_lm_head]
+    has_source = config.builder_source is not None
     return [
         *(_ort(request, base, routers, config) for request in ort_requests(config)),
-        *(_builder(method, base, config) for method in config.builder if config.builder_source is not None),
+        *(_builder(method, base, config) for method in config.builder if has_source),
         *(_modelopt(request, base, [*routers, *heads], config) for request in modelopt_requests(config)),
+        *(checkpoint_peers(base, config) if has_source else ()),
+        *(llama_cpp_peers(config) if has_source else ()),
     ]
 
 
 def ort_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ONNX Runtime's requests; only its default method has the choice of zero points, the others write them."""
-    for size in _block_sizes(config):
+    for size in block_sizes(config):
         for method in config.ort:
-            for zero_point in _zero_points(config) if method == "default" else (True,):
+            for zero_point in zero_points(config) if method == "default" else (True,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
 
 
 def modelopt_requests(config: PeerConfig) -> Iterator[PeerRequest]:
     """Yield ModelOpt's requests; rounding and awq_clip know no zero points."""
-    for size in _block_sizes(config):
+    for size in block_sizes(config):
         for method in config.modelopt:
-            for zero_point in _zero_points(config) if method in ("awq_lite", "awq_full") else (False,):
+            for zero_point in zero_points(config) if method in ("awq_lite", "awq_full") else (False,):
                 yield PeerRequest(method=method, block_size=size, use_zero_point=zero_point)
-
-
-def _block_sizes(config: PeerConfig) -> tuple[int, ...]:
-    """Return the block sizes that were asked for; where that is left to us, what we choose for the CPU."""
-    return tuple(dict.fromkeys(size or _OUR_BLOCK for size in config.block_size))
-
-
-def _zero_points(config: PeerConfig) -> tuple[bool, ...]:
-    """Return the choices of zero points; where our own target decides, the others have none."""
-    return tuple(dict.fromkeys(map(bool, config.use_zero_point)))
 
 
 def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
@@ -112,17 +89,18 @@ def _ort(request: PeerRequest, base: ModelDirectory, exclude: list[str], config:
         name=name,
         command=(sys.executable, str(ORT_RUNNER), content),
         model=folder,
-        before=partial(_empty, folder),
+        before=partial(empty, folder),
         after=partial(_complete, base, folder),
     )
-    zero_points = {"hqq": ", zero points as float32", "k_quant": ", always with zero points"}.get(request.method, "")
-    return Peer(run=run, note=f"onnxruntime {onnxruntime.__version__}{zero_points}")
+    kind = {"hqq": ", zero points as float32", "k_quant": ", always with zero points"}.get(request.method, "")
+    return Peer(run=run, note=f"onnxruntime {onnxruntime.__version__}{kind}")
 
 
 def _builder(method: BuilderMethod, base: ModelDirectory, config: PeerConfig) -> Peer:
     """Return a run of the builder: what people get who ask for ``-p int4``, or for one of its other methods too."""
     name = f"builder-{method}"
     folder = config.output.absolute() / name
+    options = _BUILDER_OPTIONS.get(method, f"algo_config={method}")
     run = Run(
         name=name,
         command=(
@@ -135,12 +113,12 @@ def _builder(method: BuilderMethod, base: ModelDirectory, config: PeerConfig) ->
             "--precision=int4",
             *(["--keep_grid"] if config.builder_keep_grid else []),
             "--overwrite",
-            *([] if method == "int4" else ["--extra_options", f"algo_config={method}"]),
+            *(["--extra_options", options] if options else []),
         ),
         model=folder,
         after=partial(_require_same_checkpoint, base, folder),
     )
-    return Peer(run=run, note=f"{runtime_version('--builder_source')}, its defaults")
+    return Peer(run=run, note=f"{runtime_version('--builder_source')}, {options or 'its defaults'}")
 
 
 def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], config: PeerConfig) -> Peer:
@@ -158,7 +136,7 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
         ensure_environment(environment, MODELOPT_REQUIREMENTS)
         if not feeds.is_file():
             _write_feeds(base, config, feeds)
-        _empty(folder)
+        empty(folder)
 
     run = Run(
         name=name,
@@ -167,10 +145,11 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
         before=prepare,
         after=partial(_complete, base, folder),
     )
+    version = pinned_version(MODELOPT_REQUIREMENTS, "nvidia-modelopt")
     calibrated = "" if request.method == "rtn_dq" else f", {counted(config.modelopt_windows, 'window')}"
     unfused = ", its Mul nodes unfolded" if searches else ""
     fast = ", activations kept in memory" if searches and config.modelopt_fast_path else ""
-    return Peer(run=run, note=f"nvidia-modelopt 0.47.0{calibrated}{unfused}{fast}, lm_head in floating point")
+    return Peer(run=run, note=f"nvidia-modelopt {version}{calibrated}{unfused}{fast}, lm_head in floating point")
 
 
 def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: list[str]) -> dict[str, object]:
@@ -182,11 +161,6 @@ def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: 
         "use_zero_point": request.use_zero_point,
         "exclude": exclude,
     }
-
-
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def _complete(base: ModelDirectory, folder: Path) -> None:
@@ -218,7 +192,7 @@ def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
     Raises:
         UserError: there is no cache of this model, it holds fewer windows, or numpy can't hold an input's type.
     """
-    windows, _ = open_cache(config.cache_path, fingerprint_model(base)).read_tokens()
+    windows = calibration_windows(base, config)
     wanted = config.modelopt_windows
     if len(windows) < wanted:
         raise UserError(

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from jaxtyping import Float32, Int64
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stages.calibration.text.tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation.accuracy import (
+    Accuracy,
     TokenScores,
     WorstToken,
     by_position,
@@ -158,6 +160,18 @@ class Reference:
         """
         return _score_model(directory, self.logits, _run_model(directory, self.base, self.scratch, progress), self.base)
 
+    def score_logits(self, folder: Path, logits: Iterator[Float32[np.ndarray, "L V"]]) -> Accuracy:
+        """Score what another runtime computed on the same windows.
+
+        Args:
+            folder: the model's, for messages.
+            logits: of each window.
+
+        Raises:
+            UserError: the vocabulary isn't the base's, or the logits aren't finite.
+        """
+        return summarize([scores for _, scores in _score_windows(folder, self.logits, logits, self.base)])
+
 
 @contextmanager
 def open_reference(base: PreparedBase, progress: Progress) -> Iterator[Reference]:
@@ -238,11 +252,9 @@ def _score_model(
 ) -> ModelRow:
     scores: list[TokenScores] = []
     worst: list[WorstToken] = []
-    for number, (wanted, current, tokens) in enumerate(zip(expected, logits, base.windows, strict=True)):
-        _check_logits(directory.folder, wanted, current)
-        of_base, of_model, ids = (torch.from_numpy(np.array(array)) for array in (wanted, current, tokens))
-        scores.append(score_window(of_base, of_model, ids))
-        worst += worst_of_window(number, of_base, of_model, ids, scores[-1], base.worst, base.decode)
+    for number, (window, found) in enumerate(_score_windows(directory.folder, expected, logits, base)):
+        scores.append(found)
+        worst += worst_of_window(number, *window, found, base.worst, base.decode)
     return ModelRow(
         name=directory.folder.name,
         bytes=model_bytes(directory),
@@ -252,6 +264,19 @@ def _score_model(
         widened=must_upcast(ir.load(directory.onnx_file), base.settings.providers),
         accuracy_level=describe_accuracy_level(directory, base.settings.accuracy_level),
     )
+
+
+def _score_windows(
+    folder: Path,
+    expected: Float32[np.ndarray, "W L V"],
+    logits: Iterator[Float32[np.ndarray, "L V"]],
+    base: PreparedBase,
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], TokenScores]]:
+    """Yield the base's logits, the model's and the token ids of each window, with the scores."""
+    for wanted, current, tokens in zip(expected, logits, base.windows, strict=True):
+        _check_logits(folder, wanted, current)
+        of_base, of_model, ids = (torch.from_numpy(np.array(array)) for array in (wanted, current, tokens))
+        yield (of_base, of_model, ids), score_window(of_base, of_model, ids)
 
 
 def _vocabulary(directory: ModelDirectory, model: ir.Model) -> int | None:

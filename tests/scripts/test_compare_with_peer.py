@@ -17,14 +17,17 @@ from safetensors.numpy import load_file
 
 from scripts.compare_with_peer import compare_with_peer
 from scripts.options import PeerConfig
+from scripts.peers.checkpoints import run_autoround, run_olive
+from scripts.peers.checkpoints.runs import AUTOROUND_RUNNER, CHECKPOINT_REQUIREMENTS, OLIVE_RUNNER
 from scripts.peers.comparison import read_comparison
-from scripts.peers.environment import ensure_environment, python_of
+from scripts.peers.environment import ensure_environment, pinned_version, python_of
+from scripts.peers.llama_cpp.runs import LLAMA_CPP_REQUIREMENTS, LLAMA_CPP_RUNNER
+from scripts.peers.peer import Peer
 from scripts.peers.run_modelopt import arguments_of, read_feeds
 from scripts.peers.runs import (
     MODELOPT_REQUIREMENTS,
     MODELOPT_RUNNER,
     ORT_RUNNER,
-    Peer,
     modelopt_requests,
     ort_requests,
     peers_of,
@@ -154,6 +157,46 @@ def test_ort_and_a_broken_competitor_stand_in_one_table(
     assert not calls.exists()
 
 
+def test_competitors_that_start_from_the_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    config = PeerConfig(
+        base=tiny_model,
+        output=tmp_path,
+        ort=(),
+        modelopt=(),
+        block_size=(32,),
+        use_zero_point=(False, True),
+        builder_source="smollm2",
+    )
+    runs = {peer.run.name: peer.run.command for peer in peers_of(config)}
+    assert list(runs) == [
+        "builder-int4",
+        "builder-int4_mixed",
+        "builder-k_quant",
+        "builder-k_quant_mixed",
+        "olive-gptq-b32",
+        "autoround-light-b32",
+        "olive-gptq-b32-zp",
+        "autoround-light-b32-zp",
+        "llama_cpp-q4_k_m",
+    ]
+    assert "--extra_options" not in runs["builder-int4"]
+    mixed = "matmul_mixed_precision=last_matmul:int8,mixed_layers:int8"
+    assert runs["builder-int4_mixed"][-2:] == ("--extra_options", mixed)
+    assert runs["builder-k_quant"][-1] == "algo_config=k_quant"
+    olive = run_olive.options_of(json.loads(runs["olive-gptq-b32-zp"][2]))
+    assert (olive["group_size"], olive["sym"]) == (32, False)
+    assert run_autoround.arguments_of(json.loads(runs["autoround-light-b32"][2]), samples=29, tokens=512) == {
+        "scheme": "W4A16",
+        "group_size": 32,
+        "sym": True,
+        "nsamples": 29,
+        "seqlen": 512,
+        "device_map": "cpu",
+        "iters": 50,
+        "lr": 5e-3,
+    }
+
+
 def builder_of(tiny_model: Path, output: Path) -> Peer:
     (peer,) = peers_of(
         PeerConfig(
@@ -165,6 +208,9 @@ def builder_of(tiny_model: Path, output: Path) -> Peer:
             use_zero_point=(False,),
             builder_source="some/name",
             builder=("int4",),
+            olive=(),
+            autoround=(),
+            llama_cpp=(),
         )
     )
     return peer
@@ -209,17 +255,21 @@ def test_the_builders_int4_and_everyones_speed(
         modelopt=(),
         builder_source=str(tiny_hf),
         builder=("int4",),
+        olive=(),
+        autoround=(),
+        llama_cpp=("q4_k_m",),
         speed=True,
         speed_rounds=1,
     )
     for _ in compare_with_peer(config):
         pass
     found = read_comparison(config.output)
-    ours, default = found.texts[0].models
+    ours, default, other = found.texts[0].models
     assert [(model.name, model.failure) for model in (ours, default)] == [
         ("rtn_dq-b16-nozp", None),
         ("builder-int4", None),
     ]
+    assert "tokenizer" in str(other.failure)  # there is no GGUF
     assert default.accuracy is not None
     assert 0 < default.accuracy.mean_divergence < 1
     assert found.speed is not None
@@ -257,12 +307,23 @@ def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path) -> None:
     assert not (folder / "mark").exists()
 
 
-@pytest.mark.parametrize("runner", [ORT_RUNNER, MODELOPT_RUNNER])
+@pytest.mark.parametrize(
+    "runner",
+    [ORT_RUNNER, MODELOPT_RUNNER, OLIVE_RUNNER, AUTOROUND_RUNNER, LLAMA_CPP_RUNNER],
+    ids=lambda file: file.stem,
+)
 def test_a_runner_imports_nothing_of_ours(runner: Path) -> None:
     assert not re.findall(r"(?:import|from) (?:stages|export|scripts)\b", runner.read_text(encoding="utf-8"))
 
 
-def test_the_pins_are_exact() -> None:
-    lines = [line for line in MODELOPT_REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
-    assert "nvidia-modelopt==0.47.0" in lines
+@pytest.mark.parametrize(
+    "pins", [MODELOPT_REQUIREMENTS, CHECKPOINT_REQUIREMENTS, LLAMA_CPP_REQUIREMENTS], ids=lambda file: file.stem
+)
+def test_the_pins_are_exact(pins: Path) -> None:
+    lines = [line for line in pins.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines
     assert all(line.count("==") == 1 for line in lines)
+
+
+def test_the_version_in_a_note_is_the_pinned_one() -> None:
+    assert pinned_version(MODELOPT_REQUIREMENTS, "nvidia-modelopt") == "0.47.0"

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+from jaxtyping import Float32
 from pydantic import TypeAdapter
 
 from stages.commands.progress import Progress
 from stages.errors import UserError, in_one_line
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.compare import PreparedBase, Reference, open_reference
+from stages.evaluation.compare import PreparedBase, Reference, Windows, open_reference
 from stages.evaluation.records import ModelRow
 from stages.model.directory import locate_model
 from stages.model.sizes import model_bytes
@@ -38,6 +40,16 @@ def _do_nothing() -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OtherRuntime:
+    """Run a model that isn't ONNX Runtime's."""
+
+    files: tuple[str, ...]
+    """What the model consists of, in its folder."""
+    logits: Callable[[Windows, Path], Iterator[Float32[np.ndarray, "L V"]]]
+    """Yields the logits of each window of token ids; the path is a folder for files of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One way to make a model: a command that writes it, and what to do before and after, unmeasured."""
 
@@ -49,6 +61,19 @@ class Run:
     """The folder of quantized weights that it also writes, where it is stages.quantize."""
     before: Callable[[], None] = _do_nothing
     after: Callable[[], None] = _do_nothing
+    runtime: OtherRuntime | None = None
+    """What runs the model; None is ONNX Runtime."""
+
+    @property
+    def model_bytes(self) -> int:
+        """Return the size of what was written.
+
+        Raises:
+            UserError: the model isn't there.
+        """
+        if self.runtime is None:
+            return model_bytes(locate_model(self.model))
+        return sum((self.model / name).stat().st_size for name in self.runtime.files)
 
     @property
     def shown_command(self) -> str:
@@ -142,7 +167,7 @@ class RunFolder:
             run.before()
             cost = run_measured(run.command, self.folder / f"{run.name}.log")
             run.after()
-            size = model_bytes(locate_model(run.model))
+            size = run.model_bytes
             search = None if run.weights is None else _read_search(run.weights)
             record = replace(record, cost=cost, bytes=size, search=search)
         except UserError as error:
@@ -162,8 +187,8 @@ class RunFolder:
         for key, reference in references.items():
             if record.failure is None and key not in record.accuracy:
                 try:
-                    row = reference.score(locate_model(run.model), progress)
-                    record = replace(record, accuracy={**record.accuracy, key: row.accuracy})
+                    accuracy = _score(run, reference, progress)
+                    record = replace(record, accuracy={**record.accuracy, key: accuracy})
                 except UserError as error:
                     record = replace(record, failure=str(error))
                 self._save(run, record)
@@ -230,6 +255,12 @@ def _references(
             for text in texts
             if run_folder.base_row(text) is None or any(_lacks(run_folder.find(run, texts), text) for run in runs)
         }
+
+
+def _score(run: Run, reference: Reference, progress: Progress) -> Accuracy:
+    if run.runtime is None:
+        return reference.score(locate_model(run.model), progress).accuracy
+    return reference.score_logits(run.model, run.runtime.logits(reference.base.windows, reference.scratch))
 
 
 def _lacks(record: Record | None, text: EvaluationText) -> bool:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import progress_bar
 from stages.errors import UserError
-from stages.evaluation.bench.runs import EvaluationText, Record, Run, RunFolder, measure, remove_model
+from stages.evaluation.bench.runs import EvaluationText, OtherRuntime, Record, Run, RunFolder, measure, remove_model
 from stages.evaluation.compare import prepare_base
 
 COPY = "import shutil, sys; open(sys.argv[3], 'a').write('x'); shutil.copytree(sys.argv[1], sys.argv[2])"
@@ -135,3 +136,24 @@ def test_others_go_on_and_are_told_of(run_folder: RunFolder, tiny_model_dml: Pat
     records = measure(run_folder, runs, [text], progress_bar(), tidy)
     assert [record.failure for record in records.values()] == ["no such method", None]
     assert told == [["first"], ["first", "second"]]
+
+
+@pytest.mark.parametrize(("vocabulary", "failure"), [(300, None), (301, "has 301 tokens in its vocabulary")])
+def test_another_runtimes_model_is_weighed_and_scored_like_the_others(
+    run_folder: RunFolder, text: EvaluationText, vocabulary: int, failure: str | None
+) -> None:
+    folder = run_folder.folder / "other"
+    code = (
+        f"import pathlib; folder = pathlib.Path({str(folder)!r}); folder.mkdir(); (folder / 'm').write_bytes(b'12345')"
+    )
+    uniform = OtherRuntime(
+        files=("m",), logits=lambda windows, _: (np.zeros((len(each), vocabulary), np.float32) for each in windows)
+    )
+    run = Run(name="other", command=(sys.executable, "-c", code), model=folder, runtime=uniform)
+    record = measured(run_folder, run, text)
+    assert record.bytes == 5
+    if failure is None:
+        assert record.accuracy[text.key].perplexity == pytest.approx(vocabulary)
+        assert record.accuracy[text.key].tokens == 2 * 31
+    else:
+        assert failure in str(record.failure)

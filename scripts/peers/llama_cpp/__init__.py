@@ -1,0 +1,1 @@
+"""Run llama.cpp's own quantizer and the model that it makes."""
