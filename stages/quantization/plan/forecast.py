@@ -2,10 +2,9 @@
 
 Where tokens are weighted by the end loss, that is half the sum over output channels n of c_n D_n G D_n^T for the weight
 error D (half of tr(H D G D^T) at sites that feed attention): the second-order term of the model's Kullback-Leibler
-divergence, in nats a token. In a model's first layers a few tokens have most of the weight, and what they really lose
-is bounded; so the term is multiplied by the mean of the weights over their root mean square. On SmolLM2-135M's 121
-groups that brings the scatter of divergence over forecast from a factor of 1.8 to one of 1.5. Statistics without such
-weights only tell how large the error is beside the output, whatever the output does to the answers.
+divergence, in nats a token. Over the 121 groups of SmolLM2-135M its ranks and those of the measured divergence have a
+correlation of 0.95. Statistics without such weights only tell how large the error is beside the output, whatever the
+output does to the answers.
 
 A few clip ratios by the diagonal blocks of the Gram matrix predict what the real searches reach better than plain
 rounding does: over the 150 sites of SmolLM2-135M the logarithm of the final error (awq_full, INT4) scatters around
@@ -72,9 +71,9 @@ def quick_loss(
     outputs, channels = stats.output_grams.get(site.name), stats.channel_weights.get(site.name)
     wrong = mixed_outputs(stored - weight, None if outputs is None else outputs.to(weight))
     errors = output_error(wrong, stats.tokens.calibration).double()
-    if stats.token_weights is not None and channels is not None:
+    if channels is not None:
         counts = channels.to(errors) if outputs is None else torch.ones_like(errors)
-        return 0.5 * _evenness(stats.token_weights.calibration) * float(errors @ counts)
+        return 0.5 * float(errors @ counts)
     # Logits without the part that softmax ignores, which all tokens share: it is most of their energy.
     signal = weight - weight.mean(dim=0) if site.feeds_logits else weight
     energy = float(output_error(signal, stats.tokens.calibration).double().sum())
@@ -105,12 +104,6 @@ def quick_weight(
         ratios = 1.0 if gram is None else search_clip_ratios(rows, spec, rule, gram, _RATIOS)
         parts.append(join(round_trip(blocks, choose_parameters(blocks, spec, rule, ratios), spec), weight.shape[1]))
     return torch.cat(parts)
-
-
-def _evenness(weights: Float[Tensor, "windows length"]) -> float:
-    """Return the mean over the root mean square: 1 where all tokens count alike; 0 where none counts."""
-    root = float(weights.double().square().mean().sqrt())
-    return float(weights.double().mean()) / root if root > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

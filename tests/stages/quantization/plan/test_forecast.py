@@ -17,7 +17,7 @@ from stages.quantization.search.choices import full_ranges, site_errors
 from stages.quantization.search.problem import IDENTITY
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import PerBlock, QuantSpec
-from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
+from stages.records.results import ActivationStats, SearchStats, TokenStats
 from tests.stages.quantization.search.problems import OPTIONS, RandomLayer, random_layer, spec
 
 SPECS = {
@@ -29,14 +29,8 @@ SPECS = {
 
 def _stats(layer: RandomLayer, channels: Tensor | None = None) -> SearchStats:
     assert layer.problem.stats is not None
-    if channels is None:
-        return SearchStats(tokens=layer.problem.stats, channel_weights={})
-    alike = torch.ones(2, 5)
-    return SearchStats(
-        tokens=layer.problem.stats,
-        channel_weights={layer.problem.group.sites[0].name: channels},
-        token_weights=TokenWeights(calibration=alike, held_out=alike),
-    )
+    weights = {} if channels is None else {layer.problem.group.sites[0].name: channels}
+    return SearchStats(tokens=layer.problem.stats, channel_weights=weights)
 
 
 def _forecast(layer: RandomLayer, stats: SearchStats) -> dict[str, float]:
@@ -66,15 +60,6 @@ def test_outputs_that_enter_attention_count_together() -> None:
     found = _forecast(layer, replace(stats, output_grams=grams))["4b16"]
     # float32 Gram matrix of 300 tokens, and a Cholesky factor.
     assert found == pytest.approx(float(mixed) / len(layer.tokens) / 2, rel=1e-3)
-
-
-def test_a_few_tokens_with_most_of_the_weight_do_not_count_in_full() -> None:
-    layer = random_layer(0)
-    even, one = _stats(layer, torch.ones(20)), torch.zeros(2, 8)
-    one[1, 3] = 7.0
-    uneven = replace(even, token_weights=TokenWeights(calibration=one, held_out=one))
-    # The mean of 16 weights of which one isn't 0 is a quarter of their root mean square.
-    assert _forecast(layer, uneven)["4b16"] == pytest.approx(_forecast(layer, even)["4b16"] / 4)
 
 
 def test_without_weights_a_forecast_is_relative_to_the_output() -> None:
