@@ -7,10 +7,9 @@ is refused with the reason.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -85,9 +84,18 @@ class Manifest:
     format: int = _FORMAT
     key: CacheKey
     files: dict[str, str]
+    weighted: tuple[str, ...] = ()
+    """The activations that also have a file of statistics whose tokens are weighted."""
 
 
-_MANIFESTS = TypeAdapter(Manifest)
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What all versions of manifest.json say."""
+
+    format: int
+
+
+_MANIFESTS, _VERSIONS = TypeAdapter(Manifest), TypeAdapter(_Version)
 _CALIBRATE_AGAIN = "run stages.calibrate again with --overwrite"
 
 
@@ -114,10 +122,7 @@ class CalibrationCache:
         Raises:
             CacheMismatch: the cache has no such activation, or its file is missing or damaged.
         """
-        name = self.manifest.files.get(activation)
-        if name is None:
-            raise CacheMismatch(f"{self.folder} has no statistics of '{activation}'; {_CALIBRATE_AGAIN}.")
-        with _reading(self.folder / name) as path:
+        with _reading(self.folder / self._file_of(activation)) as path:
             tensors = load_file(path)
             return ActivationStats(
                 calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
@@ -129,10 +134,9 @@ class CalibrationCache:
         Raises:
             CacheMismatch: see ``read``.
         """
-        path = self.folder / _weighted(self.manifest.files.get(activation, ""))
-        if not path.is_file():
+        if activation not in self.manifest.weighted:
             return SearchStats(tokens=self.read(activation), channel_weights={})
-        with _reading(path):
+        with _reading(self.folder / _weighted(self._file_of(activation))) as path:
             tensors = load_file(path)
             parts = {part: _token_stats(tensors, part) for part in ("calibration", "held_out")}
             weights = {part: _weights(tensors, part) for part in parts}
@@ -142,6 +146,12 @@ class CalibrationCache:
                 token_weights=TokenWeights(**weights),
                 output_grams=_by_site(tensors, _OUTPUTS),
             )
+
+    def _file_of(self, activation: str) -> str:
+        name = self.manifest.files.get(activation)
+        if name is None:
+            raise CacheMismatch(f"{self.folder} has no statistics of '{activation}'; {_CALIBRATE_AGAIN}.")
+        return name
 
     def outline(self, activation: str) -> StatisticsOutline:
         """Return what is stored of one activation, without reading its numbers.
@@ -174,6 +184,8 @@ class CacheWriter:
     folder: Path
     files: Mapping[str, str]
     """File by activation."""
+    weighted: set[str] = field(default_factory=set)
+    """The activations whose weighted statistics this process has written."""
 
     @classmethod
     def of(cls, folder: Path, activations: Iterable[str]) -> CacheWriter:
@@ -196,6 +208,7 @@ class CacheWriter:
             tensors["held_out.weights"] = stats.token_weights.held_out
         with self.place_for(_weighted(self.files[activation])) as path:
             save_file(tensors, path, {"activation": activation})
+        self.weighted.add(activation)
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
@@ -231,7 +244,7 @@ def new_cache(folder: Path, key: CacheKey, activations: Iterable[str], *, overwr
     with atomic_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
         writer = CacheWriter.of(scratch, activations)
         yield writer
-        manifest = Manifest(key=key, files=dict(writer.files))
+        manifest = Manifest(key=key, files=dict(writer.files), weighted=tuple(sorted(writer.weighted)))
         with writer.place_for(MANIFEST) as path:
             path.write_bytes(_MANIFESTS.dump_json(manifest, indent=1))
 
@@ -287,10 +300,9 @@ def find_cache(folder: Path) -> CalibrationCache | None:
 def _is_earlier(manifest: bytes) -> bool:
     """Return whether it has the format of an earlier version."""
     try:
-        found = json.loads(manifest)
-    except ValueError:
+        return _VERSIONS.validate_json(manifest).format in _EARLIER
+    except ValidationError:
         return False
-    return isinstance(found, dict) and found.get("format") in _EARLIER
 
 
 def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
+from rich.progress import TaskID
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -108,7 +109,7 @@ class EndLossPass:
                 gradient = self._back(writer, place, streams.take(place), gradient, shared)
                 bar.advance(task)
 
-    def _forward(self, streams: _Streams, bar: Progress, task: int) -> Mapping[int, Mapping[str, Tensor]]:
+    def _forward(self, streams: _Streams, bar: Progress, task: TaskID) -> Mapping[int, Mapping[str, Tensor]]:
         """Keep what enters each link; return the values that links read beside it, by batch size."""
         tokens = np.concatenate([self.windows.calibration, self.windows.held_out])
         sizes = frozenset(len(batch) for batch, _ in self._batches())

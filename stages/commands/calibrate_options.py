@@ -29,7 +29,7 @@ class TextOptions(CommandOptions):
     local .txt / .jsonl / .parquet file, or several of these separated by commas, which share the windows evenly or by
     weights, as in mix=3,notes.txt=1. Default: cnn where the Hugging Face hub answers, else mix."""
     calib_size: int | None = None
-    """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 64 of mix;
+    """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 48 of mix;
     more of mix, self, cnn and pilevel where a MatMul has so many input channels that each would have fewer than three
     tokens."""
     seq_len: int = 512

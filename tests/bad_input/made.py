@@ -21,6 +21,8 @@ from tests.bad_input.row import BadInput, Command, Spoil
 
 _CACHE, _MANIFEST = "base.calibration", "base.calibration/manifest.json"
 _STATISTICS = "base.calibration/0000.safetensors"
+_WEIGHTED = "base.calibration/weighted-0000.safetensors"
+"""What a search reads."""
 _STORE, _RECIPE = "weights", "weights/recipe.json"
 _GROUP = "weights/0000.*.safetensors"
 _TABLE = "weights/embedding.*.safetensors"
@@ -38,14 +40,14 @@ def _statistics(name: str, value: torch.Tensor | None) -> Spoil:
             if value is not None:
                 tensors[f"{part}.{name}"] = value
 
-    return tensors_with(_STATISTICS, change)
+    return tensors_with(_WEIGHTED, change)
 
 
 def _nan_in(name: str) -> Spoil:
     def change(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
         tensors[name].view(-1)[0] = float("nan")
 
-    return tensors_with(_STATISTICS, change)
+    return tensors_with(_WEIGHTED, change)
 
 
 def _other_weights(folder: Path) -> None:
@@ -80,9 +82,9 @@ CACHES = (
         "manifest.json",
         "../elsewhere.safetensors",
     ),
-    _cache("statistics missing", gone(_STATISTICS), "0000.safetensors"),
-    _cache("statistics truncated", shortened(_STATISTICS), "0000.safetensors", "damaged"),
-    _cache("statistics of noise", written(_STATISTICS, bytes(range(256)) * 9), "0000.safetensors", "damaged"),
+    _cache("statistics missing", gone(_WEIGHTED), "weighted-0000.safetensors"),
+    _cache("statistics truncated", shortened(_WEIGHTED), "weighted-0000.safetensors", "damaged"),
+    _cache("statistics of noise", written(_WEIGHTED, bytes(range(256)) * 9), "0000.safetensors", "damaged"),
     _cache("statistics without means", _statistics("abs_mean", None), "0000.safetensors", "abs_mean"),
     _cache("statistics without a count", _statistics("num_tokens", None), "0000.safetensors", "num_tokens"),
     _cache("statistics without a matrix", _statistics("gram_triangle", None), "0000.safetensors", "gram"),

@@ -144,7 +144,7 @@ def test_json_of_quantize(tiny_model: Path, tiny_cache: Path, tmp_path: Path, co
     assert isinstance(formats, dict)
     assert len(search["sites"]) == 11
     first = search["sites"][0]
-    assert first["format"] == "4b16"
+    assert first["format"] == "4b16z"
     assert 0 < first["loss"] < first["loss_rtn"]
     assert search["kept"] == []
     assert export["report"]["fused"] == 11

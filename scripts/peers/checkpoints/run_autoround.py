@@ -42,7 +42,7 @@ def main(request: dict[str, Any]) -> None:
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    windows = torch.from_numpy(np.load(request["windows"]))
+    windows = torch.from_numpy(np.load(request["windows"], allow_pickle=False))
     model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
     arguments = arguments_of(request, *windows.shape)

@@ -18,7 +18,7 @@ _DATASET = "calibration_windows"
 
 def samples_of(file: str) -> list[tuple[dict[str, np.ndarray], int]]:
     """Read every window as a sample with a label, as Olive's data loaders take them."""
-    windows = np.load(file)
+    windows = np.load(file, allow_pickle=False)
     return [({"input_ids": window, "attention_mask": np.ones_like(window)}, 0) for window in windows]
 
 

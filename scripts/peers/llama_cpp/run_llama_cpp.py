@@ -36,7 +36,7 @@ def write_logits(model: str, windows: str, logits: str, threads: int) -> None:
     """
     from llama_cpp import Llama
 
-    tokens = np.load(windows)
+    tokens = np.load(windows, allow_pickle=False)
     length = tokens.shape[1]
     llama = Llama(
         model, n_ctx=length, n_batch=length, n_ubatch=length, n_threads=threads, logits_all=True, verbose=False

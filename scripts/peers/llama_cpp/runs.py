@@ -97,5 +97,5 @@ def _logits(
     threads = granted_threads() or physical_cores()
     request = {"model": str(model), "windows": str(tokens), "logits": str(logits), "threads": threads}
     run_measured((python, str(LLAMA_CPP_RUNNER), json.dumps(request)), model.with_suffix(".log"))
-    yield from np.load(logits, mmap_mode="r")
+    yield from np.load(logits, mmap_mode="r", allow_pickle=False)
     logits.unlink()

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _WINDOWS = 128
-_MIX_WINDOWS = 64
+_MIX_WINDOWS = 48
 """Nearly half of them the model writes, token by token: that takes longer than all else."""
 _TOKENS_PER_CHANNEL = 3
 """Fewer leave directions of the widest MatMul's input unseen, or seen by chance."""

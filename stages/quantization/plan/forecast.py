@@ -117,10 +117,10 @@ class _Kept:
 _FILES = TypeAdapter(_Kept)
 
 
-def read_forecasts(folder: Path, rule: RangeRule) -> Forecasts:
-    """Return the forecasts that rest on ``rule``; none where there is no readable file of this version."""
+def read_forecasts(folder: Path, rule: RangeRule | None = None) -> Forecasts:
+    """Return the forecasts that rest on ``rule`` (None: on any); none where there is no readable file."""
     found = read_json(folder / FILE, _FILES)
-    return {} if found is None or found.rule != rule else found.losses
+    return {} if found is None or rule not in (None, found.rule) else found.losses
 
 
 def write_forecasts(folder: Path, rule: RangeRule, forecasts: Forecasts) -> None:

@@ -167,7 +167,7 @@ def test_weights_share_the_windows_and_each_part_is_spread_evenly(config: Calibr
     ("dataset", "channels", "calib_size", "expected"),
     [
         ("cnn", 576, None, 128),
-        ("mix", 1536, None, 64),
+        ("mix", 1536, None, 48),
         ("mix", 14336, None, 94),  # of which 85 aren't held out: 85 * 512 > 3 * 14336
         ("mix", 14336, 8, 8),
         ("mix,self", 28672, None, 187),
