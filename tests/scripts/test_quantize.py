@@ -667,7 +667,7 @@ def test_awqlite_disable_fuse_nodes_and_run_per_subgraph(run: Run) -> None:
     assert not all(alike)  # one layer's own best scales may be the same
     # A Mul for each scale that is not folded; gate and up of the two layers share theirs where it was asked for.
     added = [len(made.nodes("Mul")) - len(folded.nodes("Mul")) for made in (own, shared)]
-    assert added[0] - added[1] == 2
+    assert added[0] - added[1] == alike.count(False)
     assert added[1] > 0
 
 
