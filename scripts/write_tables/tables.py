@@ -33,6 +33,7 @@ _README_ROWS = {
     "onnxruntime-genai, `-p int4`": "builder-int4()",
     "onnxruntime-genai, `{}`": "builder-(k_quant_mixed)",
     "NVIDIA ModelOpt, `{}`": r"modelopt-(\w+)-b\d+",
+    "llama.cpp, `{}` (GGUF)": r"llama_cpp-(q\w+)",
 }
 """Names of runs, by row: what each tool makes by default, and with the option that the name holds; of several the most
 accurate."""
