@@ -228,15 +228,17 @@ class _WeightedSums:
             for part, tokens in counts.items()
         }
         channels = {site.name: torch.zeros(site.out_features, dtype=torch.float64) for site in group.sites}
-        heads = {} if head_size is None else {site.name: site.out_features // head_size for site in group.sites}
+        outputs: dict[str, Tensor] = {}
+        for site in group.sites:
+            # In a parallel block the MLP reads the same activation, and its width may be no number of heads.
+            if head_size is not None and site.out_features % head_size == 0:
+                outputs[site.name] = torch.zeros(site.out_features // head_size, head_size, head_size, device=device)
         return cls(
             group=group,
             statistics=statistics,
             weights={part: [] for part in counts},
             channels=channels,
-            outputs={
-                name: torch.zeros(count, head_size or 0, head_size or 0, device=device) for name, count in heads.items()
-            },
+            outputs=outputs,
         )
 
     def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str) -> None:

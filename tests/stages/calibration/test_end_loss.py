@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages.calibration.cache import CacheWriter
-from stages.calibration.end_loss import EndLossPass, sampled_gradient, token_weights
+from stages.calibration.end_loss import EndLossPass, _WeightedSums, sampled_gradient, token_weights
 from stages.calibration.statistics import unpack_symmetric
 from stages.calibration.text.windows import TokenWindows
 from stages.model.directory import locate_model
@@ -110,3 +111,12 @@ def test_a_token_weighs_its_root_mean_squared_gradient(shape: tuple[int, ...]) -
     gradient = torch.randn(shape)
     expected = torch.tensor([(float(row.square().sum()) / 5) ** 0.5 for row in gradient.reshape(-1, 5)])
     torch.testing.assert_close(token_weights(gradient).flatten(), expected)
+
+
+def test_a_parallel_mlp_that_is_no_number_of_heads_has_no_matrix_of_heads(tiny_model: Path) -> None:
+    made, groups = _pass(tiny_model, batch_size=2)
+    qkv = next(group for group in groups if "qkv_proj" in group.sites[0].name)
+    mlp = replace(qkv.sites[0], name="/model/layers.0/mlp/up_proj/MatMul", out_features=90)
+    both = replace(qkv, sites=(*qkv.sites, mlp))
+    sums = _WeightedSums.of(both, {"calibration": 8, "held_out": 8}, 16, made.device)
+    assert {name: tuple(gram.shape) for name, gram in sums.outputs.items()} == {qkv.sites[0].name: (8, 16, 16)}
