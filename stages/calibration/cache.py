@@ -123,10 +123,7 @@ class CalibrationCache:
             CacheMismatch: the cache has no such activation, or its file is missing or damaged.
         """
         with _reading(self.folder / self._file_of(activation)) as path:
-            tensors = load_file(path)
-            return ActivationStats(
-                calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out")
-            )
+            return _activation_stats(load_file(path))
 
     def read_for_search(self, activation: str) -> SearchStats:
         """Return what a search minimizes at the sites that read ``activation``.
@@ -138,12 +135,12 @@ class CalibrationCache:
             return SearchStats(tokens=self.read(activation), channel_weights={})
         with _reading(self.folder / _weighted(self._file_of(activation))) as path:
             tensors = load_file(path)
-            parts = {part: _token_stats(tensors, part) for part in ("calibration", "held_out")}
-            weights = {part: _weights(tensors, part) for part in parts}
             return SearchStats(
-                tokens=ActivationStats(**parts),
+                tokens=_activation_stats(tensors),
                 channel_weights=_by_site(tensors, _CHANNELS),
-                token_weights=TokenWeights(**weights),
+                token_weights=TokenWeights(
+                    calibration=_weights(tensors, "calibration"), held_out=_weights(tensors, "held_out")
+                ),
                 output_grams=_by_site(tensors, _OUTPUTS),
             )
 
@@ -194,13 +191,13 @@ class CacheWriter:
 
     def write(self, activation: str, stats: ActivationStats) -> None:
         """Save one activation's statistics."""
-        tensors = _as_tensors("calibration", stats.calibration) | _as_tensors("held_out", stats.held_out)
+        tensors = _both_as_tensors(stats)
         with self.place_for(self.files[activation]) as path:
             save_file(tensors, path, {"activation": activation})
 
     def write_weighted(self, activation: str, stats: SearchStats) -> None:
         """Save the statistics of one activation whose tokens are weighted."""
-        tensors = _as_tensors("calibration", stats.tokens.calibration) | _as_tensors("held_out", stats.tokens.held_out)
+        tensors = _both_as_tensors(stats.tokens)
         tensors |= {f"{_CHANNELS}{site}": weights for site, weights in stats.channel_weights.items()}
         tensors |= {f"{_OUTPUTS}{site}": gram for site, gram in stats.output_grams.items()}
         if stats.token_weights is not None:
@@ -348,6 +345,10 @@ def _windows(found: Mapping[str, np.ndarray], part: str) -> np.ndarray:
     return windows
 
 
+def _activation_stats(tensors: Mapping[str, Tensor]) -> ActivationStats:
+    return ActivationStats(calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out"))
+
+
 def _token_stats(tensors: Mapping[str, Tensor], part: str) -> TokenStats:
     abs_mean = _floats(tensors, f"{part}.abs_mean", rank=1)
     assert abs_mean is not None
@@ -398,6 +399,10 @@ def _floats(tensors: Mapping[str, Tensor], name: str, *, rank: int, optional: bo
         )
         _need(all_finite(tensor), f"{name} holds NaN or infinite values")
     return tensor
+
+
+def _both_as_tensors(stats: ActivationStats) -> dict[str, Tensor]:
+    return _as_tensors("calibration", stats.calibration) | _as_tensors("held_out", stats.held_out)
 
 
 def _as_tensors(part: str, stats: TokenStats) -> dict[str, Tensor]:

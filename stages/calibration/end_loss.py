@@ -44,8 +44,8 @@ from stages.records.results import ActivationStats, SearchStats, TokenWeights
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
-from stages.runtime.blocks.module import BlockModule, SiteRun
-from stages.runtime.blocks.stream import in_batches, read_inputs
+from stages.runtime.blocks.module import SiteRun
+from stages.runtime.blocks.stream import BlockRunner, in_batches, read_inputs, sizes_of_batches
 
 _FLOAT32_BYTES = 4
 _SMALLEST = 1e-30
@@ -112,7 +112,7 @@ class EndLossPass:
     def _forward(self, streams: _Streams, bar: Progress, task: TaskID) -> Mapping[int, Mapping[str, Tensor]]:
         """Keep what enters each link; return the values that links read beside it, by batch size."""
         tokens = np.concatenate([self.windows.calibration, self.windows.held_out])
-        sizes = frozenset(len(batch) for batch, _ in self._batches())
+        sizes = sizes_of_batches(len(self.windows.calibration), len(self.windows.held_out), self.batch_size)
         first = self.chain.links[0].stream_in
         inputs = read_inputs(self.chain.graph, self.directory, tokens, first, self.chain.shared, sizes)
         stream = inputs.stream
@@ -120,13 +120,8 @@ class EndLossPass:
             streams.keep(place, stream)
             if link is self.chain.links[-1]:
                 break
-            ahead = torch.empty_like(stream)
-            module, weights = self._loaded(link)
-            with torch.no_grad():
-                for batch, _ in self._batches():
-                    shared = _on(inputs.shared[len(batch)], self.device)
-                    ahead[batch] = module(stream[batch].to(self.device), weights, shared).cpu()
-            stream = ahead
+            run, weights = self._loaded(link, inputs.shared)
+            stream = run.over(stream, weights)
             bar.advance(task)
         return inputs.shared
 
@@ -148,12 +143,12 @@ class EndLossPass:
             shared: the values that it reads beside the stream, by batch size.
         """
         link = self.chain.links[place]
-        module, weights = self._loaded(link)
+        run, weights = self._loaded(link, shared)
         sums = self._sums(link)
         before = torch.empty_like(stream)
         for batch, part in self._batches():
             entering = stream[batch].to(self.device).requires_grad_()
-            leaving, runs = module.with_sites(entering, weights, _on(shared[len(batch)], self.device))
+            leaving, runs = run.with_sites(entering, weights)
             behind = self._of_labels(leaving, batch) if gradient is None else gradient[batch].to(self.device)
             names = list(runs)
             wanted = [entering, *(runs[name].gave for name in names)]
@@ -173,9 +168,12 @@ class EndLossPass:
             parts.append(sampled_gradient(values, generator))
         return torch.stack(parts)
 
-    def _loaded(self, link: DecoderBlock) -> tuple[BlockModule, dict[str, Tensor]]:
+    def _loaded(
+        self, link: DecoderBlock, shared: Mapping[int, Mapping[str, Tensor]]
+    ) -> tuple[BlockRunner, dict[str, Tensor]]:
         weights = {site.name: read_weight(self.chain.graph, site, self.device) for site in link.sites}
-        return self.chain.module(link, self.device), weights
+        module = self.chain.module(link, self.device)
+        return BlockRunner(module=module, shared=shared, batch_size=self.batch_size), weights
 
     def _batches(self) -> Iterator[tuple[Tensor, str]]:
         """Yield the indices of some windows of one part, and its name."""
@@ -271,10 +269,6 @@ class _WeightedSums:
                 for name, gram in self.outputs.items()
             },
         )
-
-
-def _on(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)

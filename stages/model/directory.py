@@ -9,11 +9,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from stages.errors import GraphError
-from stages.model.genai_config import GENAI_CONFIG, GenaiModel, read_genai_model
+from stages.model.genai_config import GENAI_CONFIG, LOGITS, GenaiModel, read_genai_model
 from stages.system.paths import reachable
 
 _PAST_INPUTS = slice(3, 5)
-_LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +59,10 @@ def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
     Raises:
         GraphError: there is none.
     """
-    found = [name for name in outputs if name.startswith(_LOGITS)]
-    if _LOGITS not in found and len(found) != 1:
-        raise GraphError(f"{onnx_file} has no output '{_LOGITS}'; pass a text decoder.")
-    return _LOGITS if _LOGITS in found else found[0]
+    found = [name for name in outputs if name.startswith(LOGITS)]
+    if LOGITS not in found and len(found) != 1:
+        raise GraphError(f"{onnx_file} has no output '{LOGITS}'; pass a text decoder.")
+    return LOGITS if LOGITS in found else found[0]
 
 
 def locate_model(path: Path) -> ModelDirectory:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from stages.errors import GraphError, in_one_line
 
+LOGITS = "logits"
+"""The output that onnxruntime-genai reads."""
 GENAI_CONFIG = "genai_config.json"
 
 

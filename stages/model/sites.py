@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.absorbers import find_absorber
+from stages.model.genai_config import LOGITS
 from stages.model.patterns import readers, routes_experts
 from stages.records.formats import EmbeddingTable, float_of_onnx
 from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
@@ -173,7 +174,7 @@ def _becomes_logits(value: ir.Value) -> bool:
         if len(consumers) != 1 or consumers[0].op_type not in _SHAPE_KEEPING:
             return False
         value = consumers[0].outputs[0]
-    return value.name == "logits"
+    return value.name == LOGITS
 
 
 def find_embeddings(model: ir.Model) -> tuple[EmbeddingTable, ...]:

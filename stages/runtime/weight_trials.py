@@ -21,14 +21,13 @@ from torch import Tensor
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
+from stages.model.genai_config import LOGITS
 from stages.model.weights import read_weight
 from stages.records.formats import FLOAT_TYPES
 from stages.records.sites import MatMulSite, WeightLayout
 from stages.runtime.providers import ProviderChoice
 from stages.runtime.session import CausalFeeds
 from stages.runtime.tap import open_graph
-
-_LOGITS = "logits"
 
 
 def input_name(site: MatMulSite) -> str:
@@ -46,7 +45,7 @@ def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model
         GraphError: the model has no output called logits.
     """
     changed = model.clone()
-    logits = [value for value in changed.graph.outputs if value.name == _LOGITS]
+    logits = [value for value in changed.graph.outputs if value.name == LOGITS]
     if not logits:
         raise GraphError(
             "The graph has no output 'logits', which --sensitivity measured compares; leave the option out."
@@ -96,7 +95,7 @@ class TrialRunner:
         session = self.feeds.session
         others = {input_name(site): _as_fed(weight, site, session) for site, weight in replaced}
         try:
-            output = session.run([_LOGITS], {**self.feeds(tokens), **self.original, **others})[0]
+            output = session.run([LOGITS], {**self.feeds(tokens), **self.original, **others})[0]
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
                 f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); leave --sensitivity "

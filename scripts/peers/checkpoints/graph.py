@@ -23,9 +23,9 @@ from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.weights import read_weight
+from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.plan.plan import make_recipe, plan_model
 from stages.quantization.run import Prepared, round_embeddings, search_weights
-from stages.quantization.search.affine import BlockParameters, dequantize, join, split
 from stages.quantization.weights.store import create_or_resume_store
 from stages.records.formats import PerBlock, QuantSpec, torch_float
 from stages.records.results import QuantizedWeight, SiteReport, SolvedGroup
@@ -143,8 +143,4 @@ def _report(weight: QuantizedWeight, error: float, title: str) -> SiteReport:
 
 def relative_error(weight: QuantizedWeight, expected: Float[Tensor, "N K"]) -> float:
     """Return the norm of the difference between a stored weight and what it stands for, over the norm of the latter."""
-    size = weight.spec.block_size(weight.site.in_features)
-    zero_points = None if weight.zero_points is None else weight.zero_points.float()
-    parameters = BlockParameters(scales=weight.scales.float(), zero_points=zero_points)
-    read = join(dequantize(split(weight.codes.float(), size), parameters), weight.site.in_features)
-    return float((read - expected).norm() / expected.norm())
+    return float((effective_weight(weight, expected.device) - expected).norm() / expected.norm())

@@ -25,14 +25,14 @@ from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import joint_errors, mixed_outputs, to_device
+from stages.quantization.search.objective import joint_errors, mixed_outputs, search_to_device
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
 from stages.runtime.blocks.cut import DecoderBlock, cut_block
 from stages.runtime.blocks.decoder import DecoderBlocks
 from stages.runtime.blocks.module import BlockModule
-from stages.runtime.blocks.stream import BlockInputs, BlockRunner, in_batches, read_inputs
+from stages.runtime.blocks.stream import BlockInputs, BlockRunner, read_inputs, sizes_of_batches
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -155,11 +155,9 @@ class BlockTuner:
 
     def _inputs(self, calibration: np.ndarray, held_out: np.ndarray) -> BlockInputs:
         windows = np.concatenate([calibration, held_out])
-        size = self.batch_size
-        counts = (len(windows), len(calibration), len(held_out))
-        sizes = {len(batch) for count in counts for batch in in_batches(count, size)}
+        sizes = sizes_of_batches(len(calibration), len(held_out), self.batch_size)
         first = self.model.blocks[0].stream_in
-        return read_inputs(self.model.graph, self.directory, windows, first, self.model.shared, frozenset(sizes))
+        return read_inputs(self.model.graph, self.directory, windows, first, self.model.shared, sizes)
 
     def _take(
         self,
@@ -198,9 +196,8 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            searched = context.searched[solved.group.activation]
-            both = searched.tokens
-            stats = tuple(to_device(part, self.device) for part in (both.calibration, both.held_out))
+            searched = search_to_device(context.searched[solved.group.activation], self.device)
+            stats = (searched.tokens.calibration, searched.tokens.held_out)
             tuned = tuple(weights[weight.site.name] for weight in solved.weights)
             losses = [
                 _relative_losses(weight, context.originals[name], searched.output_grams.get(name), stats)
@@ -230,8 +227,7 @@ def _relative_losses(
     weight: QuantizedWeight, original: Tensor, output_gram: Tensor | None, stats: tuple[TokenStats, ...]
 ) -> list[float | None]:
     """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
-    gram = None if output_gram is None else output_gram.to(original.device)
-    mixed = mixed_outputs(original, gram)
-    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), gram) - mixed, stats)
+    mixed = mixed_outputs(original, output_gram)
+    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), output_gram) - mixed, stats)
     energies = output_energies(mixed, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -14,11 +14,12 @@ from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_plan
-from stages.quantization.plan.forecast import Forecasts, forecast_site, on_device, read_forecasts, write_forecasts
+from stages.quantization.plan.forecast import Forecasts, forecast_site, read_forecasts, write_forecasts
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
+from stages.quantization.search.objective import search_to_device
 from stages.records.formats import QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
 
@@ -119,7 +120,7 @@ def _forecast(
     missing = _unforecast(groups, specs, known)
     with progress_bar() as progress:
         for group in progress.track(missing, description="forecast", unit="groups"):
-            stats = on_device(cache.read_for_search(group.activation), device)
+            stats = search_to_device(cache.read_for_search(group.activation), device)
             for site in group.sites:
                 found = forecast_site(site, read_weight(model, site, device), specs[site.name], stats, rule)
                 known[site.name] = known.get(site.name, {}) | found

@@ -14,7 +14,7 @@ that of the forecast by 0.4, around that of rounding by 0.55. INT8 is rounded: c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stages.quantization.search.affine import RangeRule, choose_parameters, join, round_trip, split
 from stages.quantization.search.choices import rows_per_chunk
-from stages.quantization.search.objective import gram_blocks, mixed_outputs, output_error, to_device
+from stages.quantization.search.objective import gram_blocks, mixed_outputs, output_error
 from stages.quantization.search.ranges import search_clip_ratios
 from stages.records.formats import QuantSpec
 from stages.records.results import SearchStats, TokenStats
@@ -78,11 +78,6 @@ def quick_loss(
     signal = weight - weight.mean(dim=0) if site.feeds_logits else weight
     energy = float(output_error(signal, stats.tokens.calibration).double().sum())
     return float(errors.sum()) / energy if energy > 0 else 0.0
-
-
-def on_device(stats: SearchStats, device: torch.device) -> SearchStats:
-    """Return what forecasts need of ``stats``, on ``device``."""
-    return replace(stats, tokens=replace(stats.tokens, calibration=to_device(stats.tokens.calibration, device)))
 
 
 def quick_weight(

@@ -25,8 +25,9 @@ from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.quantization.plan.forecast import on_device, quick_loss, quick_weight
+from stages.quantization.plan.forecast import quick_loss, quick_weight
 from stages.quantization.search.affine import RangeRule
+from stages.quantization.search.objective import search_to_device
 from stages.records.formats import QuantSpec
 from stages.records.quantities import duration
 from stages.records.sites import ActivationGroup, MatMulSite
@@ -106,7 +107,7 @@ class SensitivityMeasure:
     def _measure_group(
         self, group: ActivationGroup, trials: TrialRunner, windows: np.ndarray, base: Tensor
     ) -> GroupSensitivity:
-        stats = on_device(self.cache.read_for_search(group.activation), self.device)
+        stats = search_to_device(self.cache.read_for_search(group.activation), self.device)
         if stats.tokens.calibration.is_silent:
             return GroupSensitivity(divergence=0.0, forecast=0.0)
         replaced: list[tuple[MatMulSite, Tensor]] = []

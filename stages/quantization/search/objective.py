@@ -7,13 +7,14 @@ computed from G or from the rows X themselves, whichever the cache holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import diagonal_blocks, split
-from stages.records.results import TokenStats
+from stages.records.results import ActivationStats, SearchStats, TokenStats
 
 _STRIP = 256
 """Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""
@@ -94,6 +95,15 @@ def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
         gram=None if stats.gram is None else stats.gram.to(device),
         rows=None if stats.rows is None else stats.rows.to(device),
     )
+
+
+def search_to_device(stats: SearchStats, device: torch.device) -> SearchStats:
+    """Return ``stats`` with what searches and forecasts compute with on ``device``."""
+    tokens = ActivationStats(
+        calibration=to_device(stats.tokens.calibration, device), held_out=to_device(stats.tokens.held_out, device)
+    )
+    output_grams = {name: gram.to(device) for name, gram in stats.output_grams.items()}
+    return replace(stats, tokens=tokens, output_grams=output_grams)
 
 
 def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:

@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     stored_weight,
 )
 from stages.quantization.search.gptq import awq_gptq, gptq
-from stages.quantization.search.objective import mixed_outputs, to_device
+from stages.quantization.search.objective import mixed_outputs, search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import QuantSpec
@@ -109,22 +109,16 @@ class GroupSolver:
 
     def pose(self, group: ActivationGroup) -> GroupProblem:
         """Read the weights and statistics of ``group``."""
-        stats, outputs = None, dict[str, Tensor]()
-        if self.read_stats is not None:
-            found = self.read_stats(group.activation)
-            both = found.tokens
-            _require_width(both, group)
-            stats = ActivationStats(
-                calibration=to_device(both.calibration, self.device), held_out=to_device(both.held_out, self.device)
-            )
-            outputs = {name: gram.to(self.device) for name, gram in found.output_grams.items()}
+        found = None if self.read_stats is None else search_to_device(self.read_stats(group.activation), self.device)
+        if found is not None:
+            _require_width(found.tokens, group)
         absorber = group.absorber if self.fold else None
         return GroupProblem(
             group=group,
             weights=tuple(self.read_weight(site) for site in group.sites),
             specs=tuple(self.specs[site.name] for site in group.sites),
-            stats=stats,
-            output_grams=tuple(outputs.get(site.name) for site in group.sites),
+            stats=None if found is None else found.tokens,
+            output_grams=tuple(None if found is None else found.output_grams.get(site.name) for site in group.sites),
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
         )
 

@@ -15,14 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.errors import GraphError
+from stages.model.genai_config import LOGITS
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
 from stages.runtime.upcast import SIXTEEN_BIT, upcast_model
 
 OWN_DOMAIN = "genai_quant"
 """Domain of the operators that blocks/converters defines; only cut graphs have it."""
-LOGITS = "logits"
-"""The output that onnxruntime-genai reads."""
 LINEAR = "Linear"
 """y = x W^T + beta * bias, with W [N, K] an input of the cut graph."""
 WITHOUT_BLOCKS = "run without --algo signround and --refine, which run each block by itself."

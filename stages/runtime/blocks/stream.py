@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.model.directory import ModelDirectory
-from stages.runtime.blocks.module import BlockModule
+from stages.runtime.blocks.module import BlockModule, SiteRun
 from stages.runtime.providers import CPU, ProviderChoice
 from stages.runtime.tap import ActivationTap, open_value_tap
 
@@ -20,6 +20,12 @@ from stages.runtime.tap import ActivationTap, open_value_tap
 def in_batches(windows: int, batch_size: int) -> tuple[Tensor, ...]:
     """Return the indices of ``windows`` windows, ``batch_size`` at a time."""
     return torch.split(torch.arange(windows), batch_size)
+
+
+def sizes_of_batches(calibration: int, held_out: int, batch_size: int) -> frozenset[int]:
+    """Return how many windows can be in a batch of either part of the text, or of both together."""
+    counts = (calibration, held_out, calibration + held_out)
+    return frozenset(len(batch) for count in counts for batch in in_batches(count, batch_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +105,12 @@ class BlockRunner:
             site: the name of the site.
         """
         return self.module.read(stream, weights, self._shared_by(stream), site)
+
+    def with_sites(
+        self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, SiteRun]]:
+        """Return the stream behind the block, and what each site read and gave; gradients reach all of them."""
+        return self.module.with_sites(stream, weights, self._shared_by(stream))
 
     def _shared_by(self, stream: Tensor) -> dict[str, Tensor]:
         return {name: value.to(stream.device) for name, value in self.shared[len(stream)].items()}
