@@ -110,6 +110,12 @@ class CausalFeeds:
         return WindowShape.of(self.inputs)
 
     @property
+    def guessed(self) -> tuple[str, ...]:
+        """Return the names of inputs that are fed zeros of some size, because text doesn't give them."""
+        known = () if self.embedding is None else self.embedding.outputs
+        return tuple(given.name for given in self.inputs if not given.comes_from_text and given.name not in known)
+
+    @property
     def states(self) -> tuple[str, ...]:
         """Return the names of the caches and of other states."""
         return tuple(given.name for given in self.inputs if given.role == STATE)
@@ -269,16 +275,34 @@ def _hidden_past(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes
     None do where GroupQueryAttention reads the cache, or where the mask covers no more than the cache: then tokens are
     written into it, at their positions.
     """
-    fixed = {
-        given.name: given.shape[2]
-        for given in inputs
-        if given.holds_keys_or_values and isinstance(given.shape[2], int) and given.name not in shapes.windowed_caches
-    }
-    past = max((size for size in fixed.values() if isinstance(size, int)), default=0)
-    if not past or shapes.open_size is not None or fixed.keys() & shared_caches(directory.onnx_file):
+    mask = next((given for given in inputs if given.role == MASK), None)
+    caches = [given for given in inputs if given.holds_keys_or_values]
+    if mask is None and not caches:
         return 0
-    mask = next((given.shape[-1] for given in inputs if given.role == MASK), None)
-    if mask is None and not any(given.role in TELL_LENGTH for given in inputs):
-        given = next(given for given in inputs if given.name in fixed)
-        raise shapes.refuse(given, f"always holds {past} tokens, and no attention_mask hides them")
-    return 0 if mask is None or (isinstance(mask, int) and mask <= past) else past
+    if mask is None or not caches:  # what runs may be a part of the graph, and the other lie in another part
+        inputs = _inputs_of_file(directory) or inputs
+        mask = next((given for given in inputs if given.role == MASK), None)
+        caches = [given for given in inputs if given.holds_keys_or_values]
+    fixed = {
+        given.name: size
+        for given in caches
+        if isinstance(size := given.shape[2], int) and size and given.name not in shapes.windowed_caches
+    }
+    if not fixed or fixed.keys() & shared_caches(directory.onnx_file):
+        return 0
+    past = max(fixed.values())
+    if mask is None:
+        if shapes.open_size is None and not any(given.role in TELL_LENGTH for given in inputs):
+            cache = next(given for given in caches if given.name in fixed)
+            raise shapes.refuse(cache, f"always holds {past} tokens, and no attention_mask hides them")
+        return 0
+    covered = mask.shape[-1] if mask.shape else None
+    return 0 if isinstance(covered, int) and covered <= past else past
+
+
+def _inputs_of_file(directory: ModelDirectory) -> tuple[GraphInput, ...]:
+    try:
+        model = ir.load(directory.onnx_file)
+    except Exception:  # load_graph says what is wrong with the file
+        return ()
+    return inputs_of_graph(model, directory)
