@@ -48,7 +48,9 @@ def runtime_version() -> Version:
 
 
 def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
-    """Run one token, or one window of fixed length, on the CPU, upcast if needed, and return the names of the nodes that ran as MatMulNBits.
+    """Run a token (or a window of fixed length) on the CPU and return the names of the nodes that ran as MatMulNBits.
+
+    A bfloat16 model is upcast.
 
     The model runs in partitions, so that the weights of only one are in memory at a time.
 

@@ -100,7 +100,7 @@ class CausalFeeds:
             session=session,
             inputs=inputs,
             shapes=shapes,
-            embedding=_open_embedding(directory, embedded) if embedded else None,
+            embedding=_open_embedding(directory, embedded, advice) if embedded else None,
             hidden_past=_hidden_past(inputs, directory, shapes),
         )
 
@@ -191,6 +191,7 @@ class Embedding:
     feeds: CausalFeeds
     outputs: Mapping[str, str]
     """Its output for each input of the decoder."""
+    advice: str
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Return what it makes of ``tokens`` [batch, length], by the decoder's names.
@@ -202,7 +203,7 @@ class Embedding:
             made = self.feeds.session.run(list(self.outputs.values()), self.feeds(tokens))
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); {ROUND}."
+                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); {self.advice}."
             ) from error
         return dict(zip(self.outputs, made, strict=True))
 
@@ -240,7 +241,7 @@ def _require_from_text(inputs: Sequence[GraphInput], directory: ModelDirectory, 
             where = "genai_config.json names none" if directory.embedding is None else directory.embedding.onnx_file
             raise GraphError(
                 f"Graph input '{given.name}' needs the embedding model, which is missing ({where}); put it there and "
-                f"name it as model.embedding.filename, or {ROUND}."
+                f"name it as model.embedding.filename, or {shapes.advice}."
             )
         shapes.require_from_text(given)
     return embedded
@@ -261,12 +262,13 @@ def _outputs_of_embedding(directory: ModelDirectory) -> dict[str, str]:
     return (dict.fromkeys(EMBEDDED, next(iter(names))) if len(names) == 1 else {}) | names | configured
 
 
-def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str]) -> Embedding:
+def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str], advice: str) -> Embedding:
     assert directory.embedding is not None, "it makes the outputs"
     file = directory.embedding.onnx_file
     with runnable_file(file, CPU_ONLY, None) as runnable:
         session = open_session(runnable, SessionSettings(map_weights=True, spin=False))
-    return Embedding(file=file, feeds=CausalFeeds.of(session, directory.embedding, open_size=0), outputs=outputs)
+    feeds = CausalFeeds.of(session, directory.embedding, open_size=0)
+    return Embedding(file=file, feeds=feeds, outputs=outputs, advice=advice)
 
 
 def _hidden_past(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes: InputShapes) -> int:
