@@ -26,6 +26,7 @@ from stages.calibration.text.documents import (
     open_documents,
 )
 from stages.calibration.text.mix import (
+    LEAST_WINDOWS,
     MIX,
     RANDOM,
     SELF_GENERATED,
@@ -153,7 +154,7 @@ def load_windows(
                     windows[:, 0] = begin
                 parts[name] = _Part(title=_RANDOM_TITLE, windows=windows)
             elif name != SELF_GENERATED:
-                parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources)
+                parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources, is_named=name in named)
     for part in parts.values():
         _check_vocabulary(part.windows, found, directory.vocab_size)
     return _split({name: parts[name] for name in shares}, tokenizer=found.title)
@@ -207,13 +208,15 @@ def _part(
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     hub_sources: Mapping[str, HubSource],
+    *,
+    is_named: bool,
 ) -> _Part:
-    """Return ``share`` windows, of ``count`` in all, of one data set."""
+    """Return ``share`` windows, of ``count`` in all, of one data set; fewer of a short part of mix."""
     chat = config.apply_chat_template
     documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
     tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
     windows = pack_windows(tokens, share, config.seq_len, beginning_token(tokenizer))
-    if len(windows) < share:
+    if len(windows) < (share if is_named else LEAST_WINDOWS):
         asked = "--calib_size is" if config.calib_size else "the default of --calib_size is"
         if share != count:
             asked = "its share of --calib_size is"

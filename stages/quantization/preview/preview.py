@@ -223,8 +223,8 @@ def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
             f"the search's time is without {' and '.join(parts)}, where the model runs over text: that isn't estimated "
             "and can take longer"
         )
-    if config.tunes_blocks:
-        yield "what is done decoder block by decoder block (--refine, signround) comes on top"
+    if config.improves_search:
+        yield "what follows the search (--refine, signround, --distill) comes on top"
 
 
 def _sites(

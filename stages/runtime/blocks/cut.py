@@ -25,7 +25,7 @@ OWN_DOMAIN = "genai_quant"
 """Domain of the operators that blocks/converters defines; only cut graphs have it."""
 LINEAR = "Linear"
 """y = x W^T + beta * bias, with W [N, K] an input of the cut graph."""
-WITHOUT_BLOCKS = "run without --algo signround and --refine, which run each block by itself."
+WITHOUT_BLOCKS = "run without --algo signround, --refine and --distill, which run each block by itself."
 """The fix in messages about blocks that can't be cut out."""
 
 _STANDARD = frozenset(

@@ -90,7 +90,7 @@ class BlockRunner:
 
     def __call__(
         self, stream: Float[Tensor, "batch length hidden"], weights: Mapping[str, Tensor]
-    ) -> Float[Tensor, "batch length hidden"]:
+    ) -> Float[Tensor, "batch length width"]:
         """Run some windows through the block, on their device, which must be the module's."""
         return self.module(stream, weights, self._shared_by(stream))
 
