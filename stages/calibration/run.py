@@ -15,6 +15,7 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit
 from stages.calibration.end_loss import EndLossPass
+from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
@@ -73,6 +74,8 @@ def _run(
         started: when, by ``time.perf_counter``.
     """
     processes = capture.processes
+    streams = None if chain is None else _streams(capture, chain)
+    capture = replace(capture, streams=streams)
     memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes))
     partitions = capture.cut(memory)
     with capture.open_first(partitions[0]) as tap:
@@ -82,8 +85,8 @@ def _run(
             return _current(config, capture)
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
-            if chain is not None and processes.is_first:
-                _end_loss(capture, chain).fill(writer)
+            if chain is not None and streams is not None and processes.is_first:
+                _end_loss(capture, chain, streams).fill(writer)
     processes.barrier()  # the first process gives the cache its place
     return _summary(config, capture, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
@@ -180,7 +183,16 @@ def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
         return None
 
 
-def _end_loss(capture: Capture, chain: Chain) -> EndLossPass:
+def _streams(capture: Capture, chain: Chain) -> StreamFiles:
+    return StreamFiles(
+        folder=capture.scratch,
+        names=tuple(link.stream_in for link in chain.links),
+        windows=len(capture.windows.calibration) + len(capture.windows.held_out),
+        length=capture.windows.calibration.shape[1],
+    )
+
+
+def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPass:
     return EndLossPass(
         chain=chain,
         directory=capture.directory,
@@ -188,6 +200,7 @@ def _end_loss(capture: Capture, chain: Chain) -> EndLossPass:
         windows=capture.windows,
         batch_size=capture.batch_size,
         device=capture.device,
+        streams=streams,
     )
 
 
