@@ -35,6 +35,7 @@ from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.search.affine import join, round_to_storage, split
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import torch_float
+from stages.records.quantities import duration
 from stages.records.results import QuantizedWeight
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
@@ -58,6 +59,8 @@ _JUDGES = 16
 """Held-out windows that decide what is kept, at most."""
 _READ_AT_ONCE = 16
 """Batches whose embeddings are read together."""
+_STEP_OVER_JUDGING = 2.5
+"""Time of training on a window over that of judging one: every layer of the quantized model runs again, and back."""
 _SECONDS = 60.0
 """Between two states that a stopped run can resume at."""
 _STATE = "distill.pt"
@@ -304,9 +307,7 @@ class Distiller:
             len(judges),
         )
         with progress_bar() as bar:
-            reached = self._resumed(model, adam) or _Reached(
-                step=0, start=(first := model.divergence(judges)), best=first, best_logs=_logs(model)
-            )
+            reached = self._resumed(model, adam) or self._begun(model, judges)
             task = bar.add_task("distill", total=steps, unit="steps", done=reached.step, keeps="steps")
             kept = time.monotonic()
             rest = self.windows.calibration[order][reached.step * self.batch_size :]
@@ -320,6 +321,15 @@ class Distiller:
                     kept = time.monotonic()
                 bar.advance(task, note=f"held-out KL {reached.start:.4f} -> {reached.best:.4f} nats")
         return reached
+
+    def _begun(self, model: QuantizedChain, judges: Int64[np.ndarray, "windows length"]) -> _Reached:
+        """Judge the start, and say from the time that this took how long training will take."""
+        started = time.monotonic()
+        found = model.divergence(judges)
+        window = (time.monotonic() - started) / len(judges)
+        seconds = window * (_STEP_OVER_JUDGING * len(self.windows.calibration) + _CHECKS * len(judges))
+        _LOGGER.info("held-out KL %.4f nats; training takes about %s", found, duration(seconds))
+        return _Reached(step=0, start=found, best=found, best_logs=_logs(model))
 
     def _step(self, model: QuantizedChain, adam: torch.optim.Adam, batch: _Batch, done: float) -> None:
         """Take one step.

@@ -16,7 +16,7 @@ import pytest
 import transformers
 
 from stages.calibration.text.arithmetic import ARITHMETIC_TITLE
-from stages.calibration.text.documents import HUB_SOURCES, ChosenText, HubSource, choose_text
+from stages.calibration.text.documents import HUB_SOURCES, ChosenText, Documents, HubSource, choose_text
 from stages.calibration.text.mix import MIX
 from stages.calibration.text.offline import CALIBRATION_TITLE, CODE_TITLE, LANGUAGES_TITLE
 from stages.calibration.text.windows import TokenWindows, load_windows, pack_windows, window_count
@@ -331,3 +331,19 @@ def test_mix_goes_without_text_that_the_model_can_t_write_and_says_so(
     assert (len(windows.calibration), len(windows.held_out)) == (40 - 4, 2 + 1 + 1 + 0 + 0)
     with pytest.raises(UserError, match="--dataset self: "):
         load(replace(config, dataset="offline,self", calib_size=8))
+
+
+def test_a_short_part_of_mix_gives_what_it_has_and_a_named_data_set_must_have_all(
+    config: CalibrateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(dataset: str, *_: object, **__: object) -> Documents:
+        return Documents(
+            title=dataset, texts=iter(["A sentence of some words."] * (20 if dataset == "offline" else 2000))
+        )
+
+    monkeypatch.setattr("stages.calibration.text.windows.open_documents", short)
+    windows = load(replace(config, dataset="mix", calib_size=80))
+    # Of 29 of 80 windows, the model's own text missing, offline has about 20 sentences of 8 tokens.
+    assert 60 < len(windows.calibration) + len(windows.held_out) < 70
+    with pytest.raises(UserError, match=r"--dataset offline gives \d+ windows of 32 tokens and its share"):
+        load(replace(config, dataset="offline,code", calib_size=80))
