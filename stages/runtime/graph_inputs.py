@@ -166,9 +166,14 @@ class WindowShape:
         """Yield ``tokens`` [batch, length], padded behind to this shape, as many windows at a time as it has.
 
         Attention looks back only, so that a causal decoder's results for the tokens themselves stay the same.
+
+        Raises:
+            GraphError: they are more than the graph's windows hold.
         """
         batch, length = tokens.shape
         size = self.batch or batch
+        if length > (self.length or length):
+            self.require(size, length)
         padded = np.pad(tokens, ((0, -batch % size), (0, (self.length or length) - length)), mode="edge")
         yield from (padded[start : start + size] for start in range(0, len(padded), size))
 
