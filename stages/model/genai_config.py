@@ -12,6 +12,8 @@ from stages.errors import GraphError, in_one_line
 
 LOGITS = "logits"
 """The output that onnxruntime-genai reads."""
+EMBEDDED = frozenset({"inputs_embeds", "per_layer_inputs"})
+"""Inputs of a decoder that an embedding model makes of the tokens."""
 GENAI_CONFIG = "genai_config.json"
 
 

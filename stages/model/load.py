@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -12,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
+from stages.model.genai_config import EMBEDDED
 from stages.model.validate import fault_of_graph, fault_of_proto
 
 _SAMPLE = 4096
@@ -166,7 +168,8 @@ def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) 
     """Return the hex digest over the graph and a sample of every external tensor.
 
     The .onnx file is hashed whole; of each external tensor its place and its first and last 4 KiB: training changes
-    every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them.
+    every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them. An embedding model
+    that the graph reads in place of tokens counts too.
 
     Args:
         directory: where the model lies.
@@ -175,11 +178,20 @@ def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) 
     Raises:
         GraphError: the model can't be read, or isn't whole.
     """
-    tensors = tuple(external_tensors(load_graph(directory) if model is None else model))
+    model = load_graph(directory) if model is None else model
     digest = hashlib.sha256(directory.onnx_file.read_bytes())
-    for tensor in tensors:
+    for tensor in external_tensors(model):
         digest.update(_sample(tensor))
+    if directory.embedding is not None and reads_embedded_tokens(model, directory):
+        with suppress(GraphError):  # what runs it says so
+            digest.update(fingerprint_model(directory.embedding).encode())
     return digest.hexdigest()
+
+
+def reads_embedded_tokens(model: ir.Model, directory: ModelDirectory) -> bool:
+    """Return whether ``model`` takes what an embedding model makes of the tokens."""
+    names = {directory.input_names.get(key, key) for key in EMBEDDED}
+    return any(value.name in names for value in model.graph.inputs)
 
 
 def _sample(tensor: ir.ExternalTensor) -> bytes:

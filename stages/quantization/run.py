@@ -38,6 +38,7 @@ from stages.quantization.weights.summary import loss_so_far
 from stages.records.results import SiteReport
 from stages.records.sites import ActivationGroup, short_name
 from stages.runtime.blocks.decoder import open_blocks
+from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.system.distributed import Processes
 from stages.system.hardware import choose_device
 
@@ -218,6 +219,8 @@ def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Proc
     if store.is_complete():
         return
     blocks = open_blocks(prepared.model, store.recipe.groups)
+    fixed = WindowShape.of(inputs_of_graph(prepared.model, prepared.directory)).batch
+    config = replace(config, signround_batch_size=fixed or config.signround_batch_size)
     search = replace(config, algo=config.search_algorithm, refine=False)
     solver = _solver(search, prepared.model, prepared.plan, cache)
     with processes.main_process_first():

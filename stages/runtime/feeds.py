@@ -18,11 +18,11 @@ import onnxruntime as ort
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory, shared_caches
+from stages.model.genai_config import EMBEDDED
 from stages.records.formats import FLOAT_TYPES
 from stages.runtime.graph_inputs import (
     BEAMS,
     CACHE_POSITIONS,
-    EMBEDDED,
     MASK,
     NUMBERS,
     POSITIONS,

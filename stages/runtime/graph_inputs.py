@@ -17,10 +17,10 @@ import onnxruntime as ort
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
+from stages.model.genai_config import EMBEDDED
 
 TOKENS, MASK, POSITIONS, STATE, _ENCODED = "input_ids", "attention_mask", "position_ids", "past", "encoder"
 CACHE_POSITIONS, BEAMS, _PAST_LENGTH = "cache_position", "beam_idx", "past_sequence_length"
-EMBEDDED = frozenset({"inputs_embeds", "per_layer_inputs"})
 CARRY_TOKENS = frozenset({TOKENS, *EMBEDDED})
 """Names of the inputs that depend on the tokens themselves; others only on their number."""
 ROUND = "quantize with --algo rtn_dq, which runs no model"

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.errors import GraphError
-from stages.model.genai_config import LOGITS
+from stages.model.genai_config import EMBEDDED, LOGITS
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
-from stages.runtime.graph_inputs import CARRY_TOKENS, EMBEDDED
+from stages.runtime.graph_inputs import CARRY_TOKENS
 from stages.runtime.upcast import SIXTEEN_BIT, upcast_model
 
 OWN_DOMAIN = "genai_quant"
