@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> ExportSummary:
     from stages.quantization.weights.store import open_store
     from stages.records.formats import WeightForm
 
-    base = locate_model(config.onnx_path)
+    base = locate_model(config.onnx_path, config.component)
     store = open_store(config.weights_path)
     if config.weight_operator is not None:
         recipe = replace(store.recipe, weight_form=WeightForm(config.weight_operator))

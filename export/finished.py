@@ -24,7 +24,7 @@ from stages.system.paths import file_name
 _LOGGER = logging.getLogger(__name__)
 _WITHOUT_EFFECT = frozenset(
     {
-        "batch_size", "cache_dir", "calibration_eps", "device", "dry_run", "evaluate", "max_memory", "onnx_path",
+        "batch_size", "cache_dir", "calibration_eps", "component", "device", "dry_run", "evaluate", "max_memory", "onnx_path",
         "output_path", "overwrite", "printing", "trust_remote_code", "weights_path",
     }
 )  # fmt: skip
@@ -42,7 +42,7 @@ class FinishedOutput:
     output: str
     """Fingerprint of the output."""
     files: tuple[str, ...] = ()
-    """Names of what lay in the output's folder; empty among the weights of earlier versions."""
+    """What lay in the output's folder, by its path there; empty among the weights of earlier versions."""
     made: QuantizedModel | None = None
     """None where the weights of another output were written once more."""
 
@@ -53,7 +53,8 @@ _OUTPUTS = TypeAdapter(FinishedOutput)
 def remember_output(config: QuantizeConfig, made: QuantizedModel) -> None:
     """Keep among the weights of ``made`` that exactly ``config`` made it; log a warning where that can't be."""
     options = _digest(config, open_store(made.weights).recipe.model_fingerprint)
-    _remember(made.weights, made.onnx_file, options, calibration=_calibration(config) or "", made=made)
+    place = _file(made.weights, config.output_path)
+    _remember(place, made.onnx_file, options, calibration=_calibration(config) or "", made=made)
 
 
 def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
@@ -64,13 +65,14 @@ def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
     try:
         if config.overwrite or read_json(_file(config.weights_folder, config.output_path), _OUTPUTS) is None:
             return None  # before the base is parsed
-        options = _digest(config, fingerprint_model(locate_model(config.onnx_path)))
-        finished = _find(config.weights_folder, config.output_path, options)
+        base = locate_model(config.onnx_path, config.component)
+        options = _digest(config, fingerprint_model(base))
+        finished = _find(config.weights_folder, config.output_path, base.component, options)
         if finished is None or finished.made is None:
             return None
         if finished.calibration != (_calibration(config) or finished.calibration):
             return None
-        directory = locate_model(config.output_path)
+        directory = locate_model(config.output_path, base.component)
     except UserError:  # said when it is made
         return None
     onnx_file, made = directory.onnx_file, finished.made
@@ -87,20 +89,21 @@ def was_made_otherwise(config: QuantizeConfig) -> bool:
     finished = read_json(_file(config.weights_folder, config.output_path), _OUTPUTS)
     if finished is None or finished.made is None:
         return False
-    return finished.options != _digest(config, fingerprint_model(locate_model(config.onnx_path)))
+    base = locate_model(config.onnx_path, config.component)
+    return finished.options != _digest(config, fingerprint_model(base))
 
 
 def remember_export(config: ExportConfig, onnx_file: Path) -> None:
     """Keep among the weights that exactly ``config`` wrote ``onnx_file``; log a warning where that can't be."""
-    _remember(config.weights_path, onnx_file, _export_digest(config))
+    _remember(_file(config.weights_path, config.output_path), onnx_file, _export_digest(config))
 
 
 def is_exported(config: ExportConfig) -> bool:
     """Return whether an earlier run of exactly ``config`` wrote its output, which is there unchanged."""
     try:
-        return (
-            not config.overwrite and _find(config.weights_path, config.output_path, _export_digest(config)) is not None
-        )
+        base = locate_model(config.onnx_path, config.component)
+        found = _find(config.weights_path, config.output_path, base.component, _export_digest(config))
+        return not config.overwrite and found is not None
     except UserError:
         return False
 
@@ -111,15 +114,16 @@ def _file(weights: Path, output: Path) -> Path:
 
 
 def _remember(
-    weights: Path, onnx_file: Path, options: str, *, calibration: str = "", made: QuantizedModel | None = None
+    path: Path, onnx_file: Path, options: str, *, calibration: str = "", made: QuantizedModel | None = None
 ) -> None:
-    path = _file(weights, onnx_file)
     try:
+        directory = locate_model(onnx_file)
+        files = (file for file in directory.folder.rglob("*") if file.is_file())
         finished = FinishedOutput(
             options=options,
             calibration=calibration,
-            output=fingerprint_model(locate_model(onnx_file)),
-            files=tuple(sorted(path.name for path in onnx_file.parent.iterdir() if path.is_file())),
+            output=fingerprint_model(directory),
+            files=tuple(sorted(file.relative_to(directory.folder).as_posix() for file in files)),
             made=made,
         )
         write_json(path, _OUTPUTS, finished)
@@ -127,8 +131,14 @@ def _remember(
         _LOGGER.warning("%s can't be written (%s); the model is finished.", path, error)
 
 
-def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
+def _find(weights: Path, output: Path, component: str, options: str) -> FinishedOutput | None:
     """Return what is kept of ``output`` if ``options`` made it, and it is unchanged and complete.
+
+    Args:
+        weights: the folder of its weights.
+        output: --output_path.
+        component: the part of its package that is quantized.
+        options: their digest.
 
     Raises:
         UserError: the output can't be read.
@@ -136,7 +146,7 @@ def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
     finished = read_json(_file(weights, output), _OUTPUTS)
     if finished is None or finished.options != options:
         return None
-    directory = locate_model(output)
+    directory = locate_model(output, component)
     if not all((directory.folder / name).exists() for name in finished.files):
         return None
     return finished if finished.output == fingerprint_model(directory) else None

@@ -1,33 +1,34 @@
-"""Write the output folder: the graph with one data file, and everything that lay beside the base model.
+"""Write the output folder: the graph with one data file, and what else of the base model it needs.
 
 Also reads saved tensors back, and accounts for every byte of the data file.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError, UserError
-from stages.model.directory import ModelDirectory
-from stages.model.genai_config import GENAI_CONFIG, read_genai_config
-from stages.model.load import external_files, external_tensors
+from stages.model.directory import DECODER, ModelDirectory
+from stages.model.genai_config import GENAI_CONFIG, component_entries, read_genai_config
+from stages.model.load import external_tensors
+from stages.model.package import missing_parts, needed_files, side_files
 from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 OUTPUT_OPTION = "--output_path"
-_OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
-"""Files that mark a folder as quantized weights or a calibration cache."""
 # Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
 _PAGE, _LARGEST_ALIGNMENT = 4096, 65536
 
@@ -38,6 +39,7 @@ class Destination:
 
     folder: Path
     onnx_name: str
+    """In a subfolder where the base's lies in one."""
     overwrite: bool
 
     @property
@@ -58,18 +60,16 @@ class Destination:
             UserError: the folder holds the base model, it is there and ``overwrite`` is off, or it is no earlier
                 output, and only such a one may be replaced.
         """
-        path = path.absolute()
-        is_file = path.suffix == ".onnx"
-        destination = cls(
-            folder=path.parent if is_file else path,
-            onnx_name=path.name if is_file else base.onnx_file.name,
-            overwrite=overwrite,
-        )
-        destination.require_apart_from(base.folder, "the base model")
+        folder, onnx_name = _place(path.absolute(), base.onnx_name)
+        destination = cls(folder=folder, onnx_name=onnx_name, overwrite=overwrite)
+        needed = needed_files(base)
+        for holds_the_base in {base.folder, *(file.parent for file in (base.onnx_file, *needed))}:
+            destination.require_apart_from(holds_the_base, "the base model")
         require_creatable(destination.folder, option=OUTPUT_OPTION)
         refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
         destination._require_outside_weights()
+        destination.require_free_names([file.relative_to(base.folder) for file in needed])
         return destination
 
     def require_apart_from(self, other: Path, what: str) -> None:
@@ -77,6 +77,19 @@ class Destination:
         mine, theirs = self.folder.resolve(), other.resolve()
         if mine == theirs or mine in theirs.parents:
             raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
+
+    def require_free_names(self, side_files: Collection[Path]) -> None:
+        """Raise UserError where another file of the base has the name of the output's graph, or of its data."""
+        names = {file.as_posix() for file in side_files}
+        if self.onnx_name in names:
+            raise UserError(
+                f"{OUTPUT_OPTION}: the base folder holds another model called {self.onnx_name}; choose another name."
+            )
+        if data_name(self.onnx_name) in names:
+            raise UserError(
+                f"{OUTPUT_OPTION} {self.folder}: another component of the base has its weights in "
+                f"{data_name(self.onnx_name)}, as the output would; pass another name, {self.folder / 'int4.onnx'}."
+            )
 
     def warn_inside(self, base: Path) -> None:
         """Log a warning where the output would lie in the folder of its ``base``."""
@@ -98,6 +111,21 @@ class Destination:
                 f"{OUTPUT_OPTION} {self.folder} holds no {self.onnx_name}, so it isn't an earlier output and "
                 "--overwrite won't delete it; choose another path."
             )
+
+
+def _place(path: Path, base_name: str) -> tuple[Path, str]:
+    """Return the output's folder and the name of the .onnx file in it.
+
+    Args:
+        path: --output_path.
+        base_name: the base's .onnx file in its own folder.
+    """
+    if path.suffix != ".onnx":
+        return path, base_name
+    inner = PurePosixPath(base_name).parent.parts
+    if inner and path.parent.parts[-len(inner) :] == inner:
+        return path.parents[len(inner)], "/".join((*inner, path.name))
+    return path.parent, path.name
 
 
 def data_name(onnx_name: str) -> str:
@@ -124,7 +152,9 @@ def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
             bar.advance(task)
 
         try:
-            ir.save(model, folder / onnx_name, external_data=data_name(onnx_name), callback=advance)
+            file = folder / onnx_name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            ir.save(model, file, external_data=data_name(file.name), callback=advance)
         except ir.serde.SerdeError as error:
             cause = _user_error_behind(error)
             if cause is None:
@@ -140,56 +170,44 @@ def _user_error_behind(error: BaseException) -> UserError | None:
     return cause
 
 
-def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, onnx_name: str) -> None:
-    """Copy what lies beside the base model, but for the graph, its external data, and names that the output uses.
-
-    Subfolders are copied too, except those that hold a model, a cache or weights of their own: outputs may lie inside
-    the base folder.
+def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, destination: Destination) -> None:
+    """Copy what the output needs besides its own graph: see ``side_files``.
 
     Args:
         base: the base model.
         base_model: its graph, which names its external data.
-        folder: the output.
-        onnx_name: name of the output's graph.
+        folder: the unfinished output.
+        destination: gives the name of the output's graph.
 
     Raises:
-        UserError: another model of the base folder has the output's file name.
+        UserError: another file that the output needs has the name of its graph or data.
     """
-    left_out = {base.onnx_file.resolve(), *external_files(base_model)}
-    for source in _files_of_model(base.folder):
-        relative = source.relative_to(base.folder)
-        if source.resolve() in left_out or str(relative) == data_name(onnx_name):
-            continue
-        if str(relative) == onnx_name:
-            raise UserError(
-                f"{OUTPUT_OPTION}: the base folder holds another model called {onnx_name}; choose another name."
-            )
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    files = side_files(base, base_model)
+    destination.require_free_names(files)
+    for missing in missing_parts(base):
+        _LOGGER.warning("%s names %s, which isn't there: the output lacks it too.", base.genai_config_path, missing)
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / file, folder / file)
 
 
-def _files_of_model(folder: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.is_file():
-            yield entry
-        elif not any(file.suffix == ".onnx" or file.name in _OTHER_PRODUCTS for file in entry.rglob("*")):
-            yield from (file for file in sorted(entry.rglob("*")) if file.is_file())
-
-
-def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str]) -> None:
+def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str], component: str) -> None:
     """Point genai_config.json at the output's graph, and add session options.
 
     Args:
         folder: holds genai_config.json.
         onnx_name: name of the output's graph.
         session_options: what onnxruntime-genai passes on to ONNX Runtime.
+        component: the part of the package that the graph is.
     """
     content = read_genai_config(folder)
-    decoder = content.setdefault("model", {}).setdefault("decoder", {})
-    decoder["filename"] = onnx_name
+    model: dict[str, Any] = content.setdefault("model", {})
+    entry, key = component_entries(content).get(component, (model.setdefault(component, {}), "filename"))
+    entry[key] = onnx_name
     if session_options:
-        decoder.setdefault("session_options", {}).update(session_options)
+        # A component without options of its own takes the decoder's.
+        inherited = copy.deepcopy(model.get(DECODER, {}).get("session_options", {}))
+        entry.setdefault("session_options", inherited).update(session_options)
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from stages.calibration.text.windows import choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
-from stages.model.directory import ModelDirectory, locate_model
+from stages.model.directory import DECODER, ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
@@ -31,6 +31,7 @@ from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device
 
 _LOGGER = logging.getLogger(__name__)
+_OF_TEXT = frozenset({"input_ids", "attention_mask", "position_ids"})
 
 
 def calibrate(config: CalibrateConfig) -> CalibrationSummary:
@@ -98,10 +99,11 @@ def _dataset(config: CalibrateConfig) -> str:
 
 def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
     device = choose_device(config.device)
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     _require_context(config.seq_len, directory)
     model = load_graph(directory)
     require_float_base(model, directory)
+    _require_text(directory, model)
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
     return Capture(
         model=model,
@@ -123,6 +125,20 @@ def _require_context(seq_len: int, directory: ModelDirectory) -> None:
         raise GraphError(
             f"--seq_len {seq_len} is longer than the context of {directory.folder}, {context} tokens by its "
             f"genai_config.json; pass --seq_len {context} or less."
+        )
+
+
+def _require_text(directory: ModelDirectory, model: ir.Model) -> None:
+    """Raise GraphError for a component that needs something else than text: images, sound, another component's states.
+
+    What a decoder needs besides is fed, or named by whatever feeds it.
+    """
+    names = [str(value.name) for value in model.graph.inputs if not value.is_initializer()]
+    others = [name for name in names if name not in _OF_TEXT and "past" not in name]
+    if directory.component != DECODER and others:
+        raise GraphError(
+            f"{directory.onnx_file} (--component {directory.component}) reads {', '.join(others)}, and calibration has "
+            "only text; pass --algo rtn_dq to stages.quantize, which rounds without calibration."
         )
 
 

@@ -1,17 +1,44 @@
-"""Find the files of an ORT-GenAI model: the graph, genai_config.json and the folder with everything else."""
+"""Find the files of a model: the graph, genai_config.json and the folder with everything else.
+
+A model may be a package of several graphs, its components, in one folder or in a subfolder each, with one
+genai_config.json at the root; or a repository of the Hugging Face hub, with its graphs in ``onnx/``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
 from stages.errors import GraphError
-from stages.model.genai_config import GENAI_CONFIG, LOGITS, GenaiModel, read_genai_model
+from stages.model.genai_config import (
+    GENAI_CONFIG,
+    LOGITS,
+    GenaiDecoder,
+    GenaiModel,
+    component_files,
+    read_genai_config,
+    read_genai_model,
+)
 from stages.system.paths import reachable
 
+DECODER = "decoder"
+"""The component that is meant where none is named."""
+_ONNX_FOLDER = "onnx"
+_DEEPEST = 3
+"""Folders between a package's root and a graph."""
+_SETUP = (GENAI_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""Files of which a folder that is a model's own has one."""
+_PRECISION = re.compile(
+    r"[_.-](fp16|bf16|q2|q4|q8|q4f16|q8f16|int4|int8|uint8|bnb4|quantized)(?=[_.-]|$)", re.IGNORECASE
+)
+_DECODERS = ("model", "decoder_model_merged", "decoder_model", "decoder", "decoder_with_past_model")
+"""What exporters call the graph that writes text, the best to quantize first."""
+_PARTS = re.compile("embed|vision|image|audio|speech|encoder|projector|joiner", re.IGNORECASE)
 _PAST_INPUTS = slice(3, 5)
 
 
@@ -26,8 +53,12 @@ class ModelDirectory:
     """
 
     folder: Path
+    """The root: genai_config.json and the tokenizer lie here."""
     onnx_file: Path
+    """In ``folder``, or deeper."""
     has_genai_config: bool
+    component: str = DECODER
+    """Which part of the package the .onnx file is."""
     kv_heads: int | None = None
     head_size: int | None = None
     vocab_size: int | None = None
@@ -40,15 +71,10 @@ class ModelDirectory:
         """Return where genai_config.json lies, or would."""
         return self.folder / GENAI_CONFIG
 
-
-def _onnx_in(folder: Path, filename: str | None) -> Path:
-    if filename is not None and (folder / filename).is_file():
-        return folder / filename
-    candidates = sorted(folder.glob("*.onnx"))
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(path.name for path in candidates) or "no .onnx file"
-    raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+    @property
+    def onnx_name(self) -> str:
+        """Return the .onnx file's path in ``folder``, as genai_config.json writes it."""
+        return self.onnx_file.relative_to(self.folder).as_posix()
 
 
 def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
@@ -65,35 +91,144 @@ def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
     return LOGITS if LOGITS in found else found[0]
 
 
-def locate_model(path: Path) -> ModelDirectory:
-    """Find the model that ``path`` means: an .onnx file, or the folder that holds one.
+def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
+    """Find the model that ``path`` means.
+
+    Args:
+        path: an .onnx file, the folder that holds it, or the root of a package.
+        component: the part of the package that is wanted; None: what ``path`` names, else the decoder.
 
     Raises:
-        GraphError: nothing is there, the folder holds no unambiguous .onnx file, or its genai_config.json is damaged.
+        GraphError: nothing is there, the folder holds no unambiguous .onnx file, it has no such component, or its
+            genai_config.json is damaged.
     """
-    path = reachable(path.absolute())
+    path = reachable(_without_dots(path))
     try:
         path.stat()
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist; pass a model's .onnx file or its folder.") from error
     except OSError as error:
         raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the model.") from error
-    folder = path if path.is_dir() else path.parent
+    onnx_file = path if path.is_file() else _graph_of(path, component)
+    folder = path if (path / GENAI_CONFIG).is_file() else _root_of(onnx_file)
     has_config = (folder / GENAI_CONFIG).is_file()
     model = read_genai_model(folder) if has_config else GenaiModel()
+    content = read_genai_config(folder) if has_config else {}
+    named = _component_of(onnx_file, folder, component_files(content))
+    if component is not None and named is not None and component != named:
+        raise GraphError(
+            f"{onnx_file} is the component {named} and not {component}; pass {folder}, or --component {named}."
+        )
+    part = named or component or DECODER
     decoder = model.decoder
-    onnx_file = path if path.is_file() else _onnx_in(folder, decoder.filename)
+    own = content.get("model", {}).get(part, {}).get("session_options", {})
     return ModelDirectory(
         folder=folder,
         onnx_file=onnx_file,
         has_genai_config=has_config,
+        component=part,
         kv_heads=decoder.num_key_value_heads,
         head_size=decoder.head_size,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
-        provider=decoder.provider,
+        provider=(GenaiDecoder(session_options=own).provider if isinstance(own, dict) else None) or decoder.provider,
         windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
     )
+
+
+def _without_dots(path: Path) -> Path:
+    """Return ``path`` absolute; its parents are only what they seem where no ``..`` stands in it."""
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
+def _graph_of(folder: Path, component: str | None) -> Path:
+    """Return the .onnx file of a component (None: of the decoder) in a folder or the root of a package."""
+    wanted = component or DECODER
+    if (folder / GENAI_CONFIG).is_file():
+        files = component_files(read_genai_config(folder))
+        if wanted in files and (folder / files[wanted]).is_file():
+            return folder / files[wanted]
+        if files and wanted != DECODER:
+            missing = f"names {files[wanted]}, which isn't there" if wanted in files else f"has no component {wanted}"
+            there = ", ".join(name for name, file in files.items() if (folder / file).is_file()) or "none"
+            raise GraphError(f"{folder / GENAI_CONFIG} {missing}; pass another --component ({there}).")
+    places = (folder, folder / wanted, folder / _ONNX_FOLDER)
+    graphs = next(filter(None, (sorted(place.glob("*.onnx")) for place in places)), [])
+    chosen = _chosen(graphs, wanted)
+    if chosen is not None:
+        return chosen
+    found = ", ".join(path.relative_to(folder).as_posix() for path in graphs) or "no .onnx file"
+    raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+
+
+def _chosen(graphs: Sequence[Path], component: str) -> Path | None:
+    """Return the graph that is ``component``, by its name; other precisions of one that is there don't count."""
+    if component != DECODER and graphs and graphs[0].parent.name != component:
+        plain = [path for path in graphs if precision_of(path.stem) == ""]
+        named = [path for path in plain if path.stem == component] or [path for path in plain if component in path.stem]
+        return named[0] if len(named) == 1 else None
+    if len(graphs) == 1:
+        return graphs[0]
+    plain = [path for path in graphs if precision_of(path.stem) == "" and not is_part(path.stem)]
+    if len(plain) > 1 and all(path.stem in _DECODERS for path in plain):
+        plain.sort(key=lambda path: _DECODERS.index(path.stem))
+        return plain[0]
+    return plain[0] if len(plain) == 1 else None
+
+
+def precision_of(stem: str) -> str:
+    """Return how the name of a graph ends that exists in several precisions: _fp16 of model_fp16; else nothing."""
+    found = _PRECISION.search(stem)
+    return stem[found.start() :] if found else ""
+
+
+def is_part(stem: str) -> bool:
+    """Return whether a graph's name tells of a part of a package beside the decoder."""
+    return stem not in _DECODERS and _PARTS.search(stem) is not None
+
+
+def _root_of(onnx_file: Path) -> Path:
+    """Return the root of the package that a graph belongs to: its own folder, or one above that says so."""
+    here = onnx_file.parent
+    if (here / GENAI_CONFIG).is_file():
+        return here
+    for above in here.parents[:_DEEPEST]:
+        with suppress(GraphError):  # a damaged file above is none of this model's
+            if (above / GENAI_CONFIG).is_file():
+                files = component_files(read_genai_config(above)).values()
+                if any(above / file == onnx_file for file in files):
+                    return above
+    in_repository = (here.parent / "config.json").is_file() and not any((here / name).is_file() for name in _SETUP)
+    return here.parent if in_repository else here
+
+
+def _component_of(onnx_file: Path, folder: Path, files: dict[str, str]) -> str | None:
+    return next((name for name, file in files.items() if folder / file == onnx_file), None)
+
+
+def other_parts(base: ModelDirectory) -> Iterator[Path]:
+    """Yield the graphs of the other components of ``base``'s package, missing ones too.
+
+    genai_config.json names them. Without one, names tell: a graph called embed_tokens or vision_encoder, in the same
+    precision, in the same folder or in one beside it.
+    """
+    if base.has_genai_config:
+        files = dict.fromkeys(component_files(read_genai_config(base.folder)).values())
+        # Whoever passes another graph than the one that is named means it in place of that.
+        replaced = (
+            () if base.onnx_name in files else (component_files(read_genai_config(base.folder)).get(base.component),)
+        )
+        yield from (base.folder / file for file in files if file not in (base.onnx_name, *replaced))
+        return
+    here, precision = base.onnx_file.parent, precision_of(base.onnx_file.stem)
+    for graph in sorted(here.glob("*.onnx")):
+        is_other = is_part(graph.stem) or (is_part(base.onnx_file.stem) and graph.stem.startswith(_DECODERS))
+        if graph != base.onnx_file and is_other and precision_of(graph.stem) == precision:
+            yield graph
+    if here != base.folder and here.name != _ONNX_FOLDER:
+        for folder in sorted(base.folder.iterdir()):
+            if folder.is_dir() and folder != here and (is_part(folder.name) or folder.name == DECODER):
+                yield from sorted(folder.glob("*.onnx"))
 
 
 def _windowed_caches(onnx_file: Path) -> dict[str, int]:

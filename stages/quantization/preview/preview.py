@@ -96,7 +96,7 @@ def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig) -> 
 
 def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple[str, ...]) -> _Known:
     """Open what is there; what is missing is an obstacle."""
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     model = parse_graph(directory)
     found, notes, cache = list(obstacles), [], None
     try:
