@@ -112,7 +112,7 @@ def export_model(
     try:
         with atomic_directory(destination.folder, overwrite=destination.overwrite, option=OUTPUT_OPTION) as scratch:
             save_model(result.model, scratch, destination.onnx_name)
-            copy_side_files(base, model, scratch, destination)
+            copy_side_files(base, model, scratch, destination.onnx_name)
             move_base_card(scratch)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options)

@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from stages.commands.progress import progress_bar
 from stages.errors import GraphError, UserError
 from stages.model.directory import DECODER, ModelDirectory
 from stages.model.genai_config import GENAI_CONFIG, component_entries, read_genai_config
-from stages.model.load import external_tensors
-from stages.model.package import missing_parts, needed_files, side_files
+from stages.model.load import external_tensors, place_weights
+from stages.model.package import component_graphs, package_files
 from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 from stages.system.paths import from_here
@@ -39,7 +39,7 @@ class Destination:
 
     folder: Path
     onnx_name: str
-    """In a subfolder where the base's lies in one."""
+    """With the subfolder that the base's graph lies in, unless the path names the file."""
     overwrite: bool
 
     @property
@@ -60,16 +60,21 @@ class Destination:
             UserError: the folder holds the base model, it is there and ``overwrite`` is off, or it is no earlier
                 output, and only such a one may be replaced.
         """
-        folder, onnx_name = _place(path.absolute(), base.onnx_name)
-        destination = cls(folder=folder, onnx_name=onnx_name, overwrite=overwrite)
-        needed = needed_files(base)
-        for holds_the_base in {base.folder, *(file.parent for file in (base.onnx_file, *needed))}:
+        path = path.absolute()
+        is_file = path.suffix == ".onnx"
+        destination = cls(
+            folder=path.parent if is_file else path,
+            onnx_name=path.name if is_file else base.onnx_name,
+            overwrite=overwrite,
+        )
+        others = component_graphs(base)
+        for holds_the_base in {base.folder, *(file.parent for file in (base.onnx_file, *others))}:
             destination.require_apart_from(holds_the_base, "the base model")
         require_creatable(destination.folder, option=OUTPUT_OPTION)
         refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
         destination._require_outside_weights()
-        destination.require_free_names([file.relative_to(base.folder) for file in needed])
+        destination.require_free_name([file.relative_to(base.folder) for file in others])
         return destination
 
     def require_apart_from(self, other: Path, what: str) -> None:
@@ -78,17 +83,11 @@ class Destination:
         if mine == theirs or mine in theirs.parents:
             raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
 
-    def require_free_names(self, side_files: Collection[Path]) -> None:
-        """Raise UserError where another file of the base has the name of the output's graph, or of its data."""
-        names = {file.as_posix() for file in side_files}
-        if self.onnx_name in names:
+    def require_free_name(self, others: Collection[Path]) -> None:
+        """Raise UserError where another component of the base has the name of the output's graph."""
+        if self.onnx_name in {file.as_posix() for file in others}:
             raise UserError(
                 f"{OUTPUT_OPTION}: the base folder holds another model called {self.onnx_name}; choose another name."
-            )
-        if data_name(self.onnx_name) in names:
-            raise UserError(
-                f"{OUTPUT_OPTION} {self.folder}: another component of the base has its weights in "
-                f"{data_name(self.onnx_name)}, as the output would; pass another name, {self.folder / 'int4.onnx'}."
             )
 
     def warn_inside(self, base: Path) -> None:
@@ -111,21 +110,6 @@ class Destination:
                 f"{OUTPUT_OPTION} {self.folder} holds no {self.onnx_name}, so it isn't an earlier output and "
                 "--overwrite won't delete it; choose another path."
             )
-
-
-def _place(path: Path, base_name: str) -> tuple[Path, str]:
-    """Return the output's folder and the name of the .onnx file in it.
-
-    Args:
-        path: --output_path.
-        base_name: the base's .onnx file in its own folder.
-    """
-    if path.suffix != ".onnx":
-        return path, base_name
-    inner = PurePosixPath(base_name).parent.parts
-    if inner and path.parent.parts[-len(inner) :] == inner:
-        return path.parents[len(inner)], "/".join((*inner, path.name))
-    return path.parent, path.name
 
 
 def data_name(onnx_name: str) -> str:
@@ -170,25 +154,37 @@ def _user_error_behind(error: BaseException) -> UserError | None:
     return cause
 
 
-def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, destination: Destination) -> None:
-    """Copy what the output needs besides its own graph: see ``side_files``.
+def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, onnx_name: str) -> None:
+    """Copy what the output needs besides its own graph: see ``package_files``.
+
+    Components that share files of weights with the base's graph get files of their own: the output's graph has other
+    weights. Then nothing is left for the runtime to share.
 
     Args:
         base: the base model.
         base_model: its graph, which names its external data.
         folder: the unfinished output.
-        destination: gives the name of the output's graph.
+        onnx_name: name of the output's graph.
 
     Raises:
-        UserError: another file that the output needs has the name of its graph or data.
+        GraphError: another component can't be read.
     """
-    files = side_files(base, base_model)
-    destination.require_free_names(files)
-    for missing in missing_parts(base):
-        _LOGGER.warning("%s names %s, which isn't there: the output lacks it too.", base.genai_config_path, missing)
-    for file in files:
+    files = package_files(base, base_model, data_name(onnx_name))
+    for missing in files.missing:
+        _LOGGER.warning("%s lacks %s, which a part of the model needs: the output lacks it too.", base.folder, missing)
+    for file in files.copied:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / file, folder / file)
+    for file in files.rewritten:
+        model = ir.load(base.folder / file)
+        place_weights(model, base.folder / file)
+        save_model(model, folder, file.as_posix())
+    if files.rewritten and base.has_genai_config:
+        content = read_genai_config(folder)
+        for entry in content["model"].values():
+            if isinstance(entry, dict):
+                entry.pop("shared_initializers", None)
+        _write_genai_config(folder, content)
 
 
 def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str], component: str) -> None:
@@ -208,6 +204,10 @@ def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[st
         # A component without options of its own takes the decoder's.
         inherited = copy.deepcopy(model.get(DECODER, {}).get("session_options", {}))
         entry.setdefault("session_options", inherited).update(session_options)
+    _write_genai_config(folder, content)
+
+
+def _write_genai_config(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

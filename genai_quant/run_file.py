@@ -110,7 +110,7 @@ def _export_again(config: ExportConfig) -> Iterator[Section]:
         _LOGGER.info("%s is there already, written with exactly these options.", from_here(config.output_path))
         return
     exported = export.export(config)
-    remember_export(config, exported.onnx_file)
+    remember_export(config)
     yield Section(name="export", table=export_table(exported), record=exported)
 
 

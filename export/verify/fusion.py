@@ -128,7 +128,7 @@ def _run_partition(
         feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary))
         one_token = feeds(np.zeros((1, 1), np.int64))
     except GraphError as error:
-        raise CannotRun(f"its inputs can't be made here: {error}") from error
+        raise CannotRun(f"its inputs can't be made here: {str(error).partition(';')[0]}") from error
     try:
         outputs = session.run(None, one_token | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base

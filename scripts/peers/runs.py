@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from safetensors.numpy import save_file
 
-from export.save import Destination, copy_side_files, patch_genai_config
+from export.save import copy_side_files, patch_genai_config
 from scripts.options import BuilderMethod, PeerConfig
 from scripts.peers.checkpoints.runs import checkpoint_peers
 from scripts.peers.environment import ensure_environment, pinned_version, python_of
@@ -165,9 +165,7 @@ def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: 
 
 def _complete(base: ModelDirectory, folder: Path) -> None:
     """Put what the competitors leave out beside their graph: genai_config.json, the tokenizer, all other side files."""
-    copy_side_files(
-        base, load_graph(base), folder, Destination(folder=folder, onnx_name=base.onnx_name, overwrite=False)
-    )
+    copy_side_files(base, load_graph(base), folder, base.onnx_name)
     if base.has_genai_config:
         patch_genai_config(folder, base.onnx_name, {}, base.component)
 

@@ -110,7 +110,8 @@ def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
     except OSError as error:
         raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the model.") from error
     onnx_file = path if path.is_file() else _graph_of(path, component)
-    folder = path if (path / GENAI_CONFIG).is_file() else _root_of(onnx_file)
+    is_root = (path / GENAI_CONFIG).is_file() or path not in (onnx_file, onnx_file.parent)
+    folder = path if is_root else _root_of(onnx_file)
     has_config = (folder / GENAI_CONFIG).is_file()
     model = read_genai_model(folder) if has_config else GenaiModel()
     content = read_genai_config(folder) if has_config else {}
@@ -119,7 +120,7 @@ def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
         raise GraphError(
             f"{onnx_file} is the component {named} and not {component}; pass {folder}, or --component {named}."
         )
-    part = named or component or DECODER
+    part = named or component or _part_by_name(onnx_file, folder)
     decoder = model.decoder
     own = content.get("model", {}).get(part, {}).get("session_options", {})
     return ModelDirectory(
@@ -152,12 +153,20 @@ def _graph_of(folder: Path, component: str | None) -> Path:
             missing = f"names {files[wanted]}, which isn't there" if wanted in files else f"has no component {wanted}"
             there = ", ".join(name for name, file in files.items() if (folder / file).is_file()) or "none"
             raise GraphError(f"{folder / GENAI_CONFIG} {missing}; pass another --component ({there}).")
+        if files and DECODER not in files and component is None:
+            raise GraphError(
+                f"{folder / GENAI_CONFIG} names no decoder; pass a --component of it ({', '.join(files)})."
+            )
     places = (folder, folder / wanted, folder / _ONNX_FOLDER)
     graphs = next(filter(None, (sorted(place.glob("*.onnx")) for place in places)), [])
     chosen = _chosen(graphs, wanted)
     if chosen is not None:
         return chosen
     found = ", ".join(path.relative_to(folder).as_posix() for path in graphs) or "no .onnx file"
+    if component is not None:
+        raise GraphError(
+            f"{folder} holds {found}, and no component {component} that a name tells; pass its .onnx file."
+        )
     raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
 
 
@@ -198,12 +207,29 @@ def _root_of(onnx_file: Path) -> Path:
                 files = component_files(read_genai_config(above)).values()
                 if any(above / file == onnx_file for file in files):
                     return above
-    in_repository = (here.parent / "config.json").is_file() and not any((here / name).is_file() for name in _SETUP)
-    return here.parent if in_repository else here
+    is_bare = not any((here / name).is_file() for name in _SETUP)
+    in_repository = (here.parent / "config.json").is_file() or (_is_component(here) and _has_other_component(here))
+    return here.parent if is_bare and in_repository else here
+
+
+def _is_component(folder: Path) -> bool:
+    return folder.name == DECODER or is_part(folder.name)
+
+
+def _has_other_component(folder: Path) -> bool:
+    others = (other for other in folder.parent.iterdir() if other != folder and other.is_dir())
+    return any(_is_component(other) and any(other.glob("*.onnx")) for other in others)
 
 
 def _component_of(onnx_file: Path, folder: Path, files: dict[str, str]) -> str | None:
     return next((name for name, file in files.items() if folder / file == onnx_file), None)
+
+
+def _part_by_name(onnx_file: Path, folder: Path) -> str:
+    """Return the component that a graph is by its name, or that of its folder."""
+    if is_part(onnx_file.stem):
+        return onnx_file.stem
+    return onnx_file.parent.name if onnx_file.parent != folder and is_part(onnx_file.parent.name) else DECODER
 
 
 def other_parts(base: ModelDirectory) -> Iterator[Path]:
@@ -227,7 +253,7 @@ def other_parts(base: ModelDirectory) -> Iterator[Path]:
             yield graph
     if here != base.folder and here.name != _ONNX_FOLDER:
         for folder in sorted(base.folder.iterdir()):
-            if folder.is_dir() and folder != here and (is_part(folder.name) or folder.name == DECODER):
+            if folder.is_dir() and folder != here and _is_component(folder):
                 yield from sorted(folder.glob("*.onnx"))
 
 

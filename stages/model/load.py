@@ -107,7 +107,7 @@ def place_weights(model: ir.Model, file: Path) -> None:
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and tensor.path in inside and not os.path.isabs(tensor.location):
+            if isinstance(tensor, ir.ExternalTensor) and tensor.path in inside and not _is_absolute(tensor):
                 value.const_value = _PlacedTensor(
                     os.path.relpath(inside[tensor.path], shared),
                     tensor.offset,
@@ -136,6 +136,10 @@ def weights_folder(model: ir.Model, directory: ModelDirectory) -> Path:
     return directory.onnx_file.parent if first is None else Path(first.base_dir)
 
 
+def _is_absolute(tensor: ir.ExternalTensor) -> bool:
+    return Path(tensor.location).is_absolute()
+
+
 def _homes(file: Path) -> tuple[Path, Path]:
     return file.parent.resolve(), file.resolve().parent
 
@@ -157,7 +161,7 @@ def _require_known_paths(model: ir.Model, file: Path) -> None:
             raise GraphError(
                 f"{file} names an external data file that can't exist ({in_one_line(error)}); build it again."
             ) from error
-        if os.path.isabs(tensor.location):
+        if _is_absolute(tensor):
             raise GraphError(
                 f"{file} names its external data by an absolute path, {tensor.location}, which ONNX Runtime refuses; "
                 "save it again with the file beside it."

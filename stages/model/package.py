@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -32,8 +33,19 @@ _LARGEST_PARSED = 1 << 26
 _LONGEST_NAME = 255
 
 
-def side_files(base: ModelDirectory, graph: ir.Model) -> tuple[Path, ...]:
-    """Return the files that an output made from ``base`` needs besides its own graph, by their paths in its folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageFiles:
+    """What an output needs besides its own graph, each by its path in the base's folder."""
+
+    copied: tuple[Path, ...]
+    rewritten: tuple[Path, ...]
+    """Graphs of other components that share files of weights with the graph that is replaced."""
+    missing: tuple[Path, ...]
+    """What genai_config.json or a component names, and the base doesn't have."""
+
+
+def package_files(base: ModelDirectory, graph: ir.Model, data_file: str) -> PackageFiles:
+    """Return which files an output made from ``base`` needs besides its own graph.
 
     Subfolders count, except those that hold a model, a cache or weights of their own: outputs may lie inside the base's
     folder. Hidden files and folders don't.
@@ -41,33 +53,41 @@ def side_files(base: ModelDirectory, graph: ir.Model) -> tuple[Path, ...]:
     Args:
         base: the base model.
         graph: its graph as ``load_graph`` returns it.
+        data_file: what the output calls its own file of weights.
 
     Raises:
         GraphError: another component can't be read.
     """
-    needed = needed_files(base)
-    own_folders = {parent for file in (base.onnx_file, *needed) for parent in file.parents}
-    files = [*_files_below(base.folder, own_folders)]
+    parts = component_graphs(base)
+    data = {part: frozenset(_data_of(part)) for part in parts}
+    replaced = {*external_files(graph), (base.folder / data_file).resolve()}
+    shared = {part for part in parts if any(file.resolve() in replaced for file in data[part])}
+    wanted = {file for part in parts if part not in shared for file in (part, *data[part])}
+    needed = {file for file in wanted if file.is_file()} | {*_named(base)}
+    own_folders = {parent for file in (base.onnx_file, *needed, *shared) for parent in file.parents}
+    files = list(_files_below(base.folder, own_folders))
     others = [file for file in files if file.suffix == _GRAPH and file not in needed]
-    left_out = {base.onnx_file.resolve(), *external_files(graph), *_data_of_others(others)}
+    left_out = {base.onnx_file.resolve(), *replaced, *_data_of_others(others)}
     plain = (file for file in files if file not in others and file.resolve() not in left_out)
-    found = needed | {file for file in plain if not _WEIGHTS.search(file.name)}
-    return tuple(sorted(file.relative_to(base.folder) for file in found))
+    copied = needed | {file for file in plain if not _WEIGHTS.search(file.name)}
+    missing = {*(part for part in other_parts(base) if part not in parts), *(wanted - needed)}
+    return PackageFiles(copied=_inside(base, copied), rewritten=_inside(base, shared), missing=_inside(base, missing))
 
 
-def needed_files(base: ModelDirectory) -> frozenset[Path]:
-    """Return the graphs and weights of the other components, and every other file that genai_config.json names.
+def _inside(base: ModelDirectory, files: Collection[Path]) -> tuple[Path, ...]:
+    return tuple(sorted(file.relative_to(base.folder) for file in files))
+
+
+def component_graphs(base: ModelDirectory) -> tuple[Path, ...]:
+    """Return the graphs of the other components of ``base``'s package that are there.
 
     Raises:
-        GraphError: a component can't be read.
+        GraphError: one can't be read.
     """
-    parts = [part for part in other_parts(base) if part.is_file()]
-    return frozenset({*parts, *(file for part in parts for file in _data_of(part)), *_named(base)})
-
-
-def missing_parts(base: ModelDirectory) -> tuple[str, ...]:
-    """Return the components that genai_config.json names and that aren't there, by their files."""
-    return tuple(part.relative_to(base.folder).as_posix() for part in other_parts(base) if not part.is_file())
+    parts = tuple(part for part in other_parts(base) if part.is_file())
+    for part in parts:
+        _data_of(part)
+    return parts
 
 
 def _named(base: ModelDirectory) -> Iterator[Path]:
@@ -80,11 +100,10 @@ def _named(base: ModelDirectory) -> Iterator[Path]:
                 yield file
 
 
-def _data_of(graph: Path) -> Iterator[Path]:
-    """Yield the files of a graph's external data that are there."""
+def _data_of(graph: Path) -> tuple[Path, ...]:
+    """Return the files of a graph's external data, by the names that the graph gives them."""
     try:
-        names = {tensor.path for tensor in external_tensors(ir.load(graph))}
-        yield from (file for name in sorted(names) if (file := Path(name)).is_file())
+        return tuple(Path(name) for name in sorted({tensor.path for tensor in external_tensors(ir.load(graph))}))
     except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
         raise GraphError(
             f"{graph}, another component of the model, is not a readable ONNX model ({in_one_line(error)}); put a "
