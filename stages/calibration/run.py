@@ -25,6 +25,7 @@ from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
+from stages.runtime.requirements import require_runtime
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
@@ -104,6 +105,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     model = load_graph(directory)
     require_float_base(model, directory)
     _require_text(directory, model)
+    require_runtime(model, str(directory.onnx_file))
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
     return Capture(
         model=model,

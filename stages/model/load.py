@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
-from stages.model.validate import fault_of_graph, fault_of_proto
+from stages.model.validate import fault_of_graph, fault_of_proto, opset_of
 
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
@@ -71,11 +71,21 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
         raise GraphError(f"{file} is not a readable ONNX model ({reason}); build it again.") from error
     if not model.graph.outputs:
         raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
+    _require_known_opset(model, file)
     if fault is not None:
         raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
     _require_outputs(model, directory)
     _size_weights(model)
     return model
+
+
+def _require_known_opset(model: ir.Model, file: Path) -> None:
+    version, newest = opset_of(model) or 0, onnx.defs.onnx_opset_version()
+    if version > newest:
+        raise GraphError(
+            f"{file} has opset {version}, and the installed onnx {onnx.__version__} knows {newest}; upgrade it (pip "
+            "install -U onnx onnxruntime), or build the base again with a lower opset."
+        )
 
 
 def _size_weights(model: ir.Model) -> None:
