@@ -124,9 +124,12 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
     try:
         tokenizer = runtime.Tokenizer(model)
     except RuntimeError as error:
+        fix = "copy tokenizer.json and tokenizer_config.json into it"
+        if (folder / "tokenizer.model").is_file():
+            made = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            fix = f'make them of its tokenizer.model, which takes sentencepiece: python -c "from transformers import AutoTokenizer; {made}"'
         raise UserError(
-            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); copy "
-            "tokenizer.json and tokenizer_config.json into it."
+            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); {fix}."
         ) from error
     return GenaiSession(
         runtime=runtime,

@@ -115,8 +115,8 @@ def too_old(lacks: tuple[Lack, ...], installed: str) -> str:
     missing = ", ".join(dict.fromkeys(lack.what for lack in lacks))
     instead = " and ".join(dict.fromkeys(lack.instead for lack in lacks))
     return (
-        f"needs {needed}: the installed {installed} lacks {missing}; upgrade it (pip install -U {_package()}), or build "
-        f"the base again {instead}."
+        f"needs {needed}: the installed {installed} lacks {missing}; upgrade it (pip install -U {_package()}), or "
+        f"build the base again {instead}."
     )
 
 
