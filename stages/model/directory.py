@@ -120,7 +120,7 @@ def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
         raise GraphError(
             f"{onnx_file} is the component {named} and not {component}; pass {folder}, or --component {named}."
         )
-    part = named or component or _part_by_name(onnx_file, folder)
+    part = named or _part_by_name(onnx_file, folder) or component or DECODER
     decoder = model.decoder
     own = content.get("model", {}).get(part, {}).get("session_options", {})
     return ModelDirectory(
@@ -225,11 +225,10 @@ def _component_of(onnx_file: Path, folder: Path, files: dict[str, str]) -> str |
     return next((name for name, file in files.items() if folder / file == onnx_file), None)
 
 
-def _part_by_name(onnx_file: Path, folder: Path) -> str:
-    """Return the component that a graph is by its name, or that of its folder."""
-    if is_part(onnx_file.stem):
-        return onnx_file.stem
-    return onnx_file.parent.name if onnx_file.parent != folder and is_part(onnx_file.parent.name) else DECODER
+def _part_by_name(onnx_file: Path, folder: Path) -> str | None:
+    """Return the component that a graph is by its name, or by that of its folder; None where neither tells."""
+    names = (onnx_file.stem, *(() if onnx_file.parent == folder else (onnx_file.parent.name,)))
+    return next(filter(is_part, names), None)
 
 
 def other_parts(base: ModelDirectory) -> Iterator[Path]:

@@ -124,12 +124,9 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
     try:
         tokenizer = runtime.Tokenizer(model)
     except RuntimeError as error:
-        fix = "copy tokenizer.json and tokenizer_config.json into it"
-        if (folder / "tokenizer.model").is_file():
-            made = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-            fix = f'make them of its tokenizer.model, which takes sentencepiece: python -c "from transformers import AutoTokenizer; {made}"'
         raise UserError(
-            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); {fix}."
+            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); "
+            f"{_tokenizer_fix(folder)}."
         ) from error
     return GenaiSession(
         runtime=runtime,
@@ -139,6 +136,14 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
         context_length=described.context_length or _UNKNOWN_CONTEXT,
         sliding_window=described.decoder.window_size,
     )
+
+
+def _tokenizer_fix(folder: Path) -> str:
+    if not (folder / "tokenizer.model").is_file():
+        return "copy tokenizer.json and tokenizer_config.json into it"
+    made = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    command = f'python -c "from transformers import AutoTokenizer; {made}"'
+    return f"make tokenizer.json of its tokenizer.model (pip install sentencepiece first): {command}"
 
 
 def load_genai(

@@ -199,5 +199,8 @@ def _operators() -> dict[str, Operator]:
 
 
 def _package() -> str:
-    installed = {name.lower() for name in importlib.metadata.packages_distributions().get("onnxruntime", [])}
-    return next((name for name in _PACKAGES if name in installed), _PACKAGES[-1])
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            return name
+    return _PACKAGES[-1]
