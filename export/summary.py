@@ -46,11 +46,9 @@ def _sizes(summary: ExportSummary) -> str:
 
 def _folder(summary: ExportSummary) -> Iterator[tuple[str, str]]:
     if summary.folder_bytes is not None:
-        beside = summary.folder_bytes - summary.bytes_after
-        yield (
-            "folder",
-            f"{summary.folder_bytes / 1e6:,.1f} MB: {beside / 1e6:,.1f} MB are tokenizer, configuration and so on",
-        )
+        beside = (summary.folder_bytes - summary.bytes_after) / 1e6
+        whole = f"{summary.folder_bytes / 1e6:,.1f} MB in all files"
+        yield "folder", f"{whole}, {beside:,.1f} MB of it beside the model (tokenizer, other components)"
 
 
 def _embeddings(tables: tuple[TableOutcome, ...]) -> Iterator[tuple[str, str]]:

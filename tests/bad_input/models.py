@@ -39,10 +39,6 @@ def _model(name: str, spoil: Spoil, *words: str, command: Command = "quantize", 
     return BadInput(name=name, command=command, words=words, spoil=spoil, arguments=tuple(arguments.split()))
 
 
-def _hard_link(folder: Path) -> None:
-    (folder / "elsewhere.data").hardlink_to(folder / DATA)
-
-
 def _deep_json(depth: int = 100_000) -> str:
     return "[" * depth + "]" * depth
 
@@ -139,7 +135,6 @@ EXTERNAL_DATA = (
         "real.data",
         "a link leads",
     ),
-    _model("data: a hard link", _hard_link, "model.onnx.data", "link"),
     _model("data: a folder", in_turn(gone(DATA), folder_in_place_of(DATA)), "model.onnx.data"),
     _model(
         "data: above the folder",

@@ -91,8 +91,8 @@ def test_a_graph_that_opens_lacks_nothing() -> None:
 def test_places_in_the_runtimes_source_are_left_out() -> None:
     said = (
         "[ONNXRuntimeError] : 1 : FAIL : /onnxruntime_src/onnxruntime/core/graph/model.cc:181 onnxruntime::Model::"
-        "Model(onnx::ModelProto&&, const onnxruntime::PathString&, const onnxruntime::ModelOptions&) Unsupported model IR "
-        "version: 12, max supported IR version: 11\n"
+        "Model(onnx::ModelProto&&, const onnxruntime::PathString&, const onnxruntime::ModelOptions&) Unsupported model "
+        "IR version: 12, max supported IR version: 11\n"
     )
     assert words_of(RuntimeError(said)) == "Unsupported model IR version: 12, max supported IR version: 11"
     assert words_of(RuntimeError("anything (else) Here")) == "anything (else) Here"
