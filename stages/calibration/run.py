@@ -27,6 +27,7 @@ from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
+from stages.runtime.requirements import require_runtime
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
@@ -100,12 +101,13 @@ def _dataset(config: CalibrateConfig) -> str:
 
 def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
     device = choose_device(config.device)
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     model = load_graph(directory)
     require_float_base(model, directory)
     window = require_text_inputs(model, directory)
     config = fit_to_graph(config, window)
     _require_context(config.seq_len, directory)
+    require_runtime(model, str(directory.onnx_file))
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
     return Capture(
         model=model,

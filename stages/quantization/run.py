@@ -154,7 +154,7 @@ def open_search(config: QuantizeConfig) -> Search:
         UserError: what ``quantize`` raises before it searches.
     """
     config.validate()
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     model = load_graph(directory)
     cache = open_cache(config.cache_path, fingerprint_model(directory, model)) if config.needs_cache else None
     plan = plan_model(config, model, directory)
