@@ -292,7 +292,9 @@ def other_parts(base: ModelDirectory) -> Iterator[Path]:
         replaced = (
             () if base.onnx_name in files else (component_files(read_genai_config(base.folder)).get(base.component),)
         )
-        yield from (base.folder / file for file in files if file not in (base.onnx_name, *replaced))
+        others = [base.folder / file for file in files if file not in (base.onnx_name, *replaced)]
+        unnamed = [base.embedding.onnx_file] if base.embedding is not None else []
+        yield from dict.fromkeys([*others, *unnamed])
         return
     yield from _parts_by_name(base)
 
