@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> ExportSummary:
     from stages.quantization.weights.store import open_store
     from stages.records.formats import WeightForm
 
-    base = locate_model(config.onnx_path)
+    base = locate_model(config.onnx_path, config.component)
     store = open_store(config.weights_path)
     if config.weight_operator is not None:
         recipe = replace(store.recipe, weight_form=WeightForm(config.weight_operator))
@@ -46,7 +46,7 @@ def export(config: ExportConfig) -> ExportSummary:
     if fingerprint_model(base, model) != store.recipe.model_fingerprint:
         raise CacheMismatch(
             f"The weights in {store.folder} were made from another model than {base.onnx_file}; pass the base model "
-            "that stages.quantize read."
+            "that stages.quantize read, and the same --component."
         )
     command = command_line("genai-quant export", config)
     return export_model(base, store, destination, config.export_options, model, command=command)

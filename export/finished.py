@@ -15,7 +15,7 @@ from export.run import QuantizedModel
 from stages.calibration.cache import find_cache
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.errors import UserError
-from stages.model.directory import locate_model
+from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model
 from stages.quantization.weights.store import RECIPE, open_store
 from stages.system.json_file import read_json, write_json
@@ -24,8 +24,8 @@ from stages.system.paths import file_name
 _LOGGER = logging.getLogger(__name__)
 _WITHOUT_EFFECT = frozenset(
     {
-        "batch_size", "cache_dir", "calibration_eps", "device", "dry_run", "evaluate", "max_memory", "onnx_path",
-        "output_path", "overwrite", "printing", "trust_remote_code", "weights_path",
+        "batch_size", "cache_dir", "calibration_eps", "component", "device", "dry_run", "evaluate", "max_memory",
+        "onnx_path", "output_path", "overwrite", "printing", "trust_remote_code", "weights_path",
     }
 )  # fmt: skip
 """Options that don't change the output; a new option counts unless it is named here."""
@@ -42,7 +42,7 @@ class FinishedOutput:
     output: str
     """Fingerprint of the output."""
     files: tuple[str, ...] = ()
-    """Names of what lay in the output's folder; empty among the weights of earlier versions."""
+    """What lay in the output's folder, by its path there; empty among the weights of earlier versions."""
     made: QuantizedModel | None = None
     """None where the weights of another output were written once more."""
 
@@ -53,7 +53,7 @@ _OUTPUTS = TypeAdapter(FinishedOutput)
 def remember_output(config: QuantizeConfig, made: QuantizedModel) -> None:
     """Keep among the weights of ``made`` that exactly ``config`` made it; log a warning where that can't be."""
     options = _digest(config, open_store(made.weights).recipe.model_fingerprint)
-    _remember(made.weights, made.onnx_file, options, calibration=_calibration(config) or "", made=made)
+    _remember(config, made.weights, options, calibration=_calibration(config) or "", made=made)
 
 
 def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
@@ -64,13 +64,13 @@ def find_finished(config: QuantizeConfig) -> QuantizedModel | None:
     try:
         if config.overwrite or read_json(_file(config.weights_folder, config.output_path), _OUTPUTS) is None:
             return None  # before the base is parsed
-        options = _digest(config, fingerprint_model(locate_model(config.onnx_path)))
-        finished = _find(config.weights_folder, config.output_path, options)
+        options = _digest(config, fingerprint_model(locate_model(config.onnx_path, config.component)))
+        finished = _find(config, config.weights_folder, options)
         if finished is None or finished.made is None:
             return None
         if finished.calibration != (_calibration(config) or finished.calibration):
             return None
-        directory = locate_model(config.output_path)
+        directory = _output(config)
     except UserError:  # said when it is made
         return None
     onnx_file, made = directory.onnx_file, finished.made
@@ -87,20 +87,19 @@ def was_made_otherwise(config: QuantizeConfig) -> bool:
     finished = read_json(_file(config.weights_folder, config.output_path), _OUTPUTS)
     if finished is None or finished.made is None:
         return False
-    return finished.options != _digest(config, fingerprint_model(locate_model(config.onnx_path)))
+    base = locate_model(config.onnx_path, config.component)
+    return finished.options != _digest(config, fingerprint_model(base))
 
 
-def remember_export(config: ExportConfig, onnx_file: Path) -> None:
-    """Keep among the weights that exactly ``config`` wrote ``onnx_file``; log a warning where that can't be."""
-    _remember(config.weights_path, onnx_file, _export_digest(config))
+def remember_export(config: ExportConfig) -> None:
+    """Keep among the weights that exactly ``config`` wrote its output; log a warning where that can't be."""
+    _remember(config, config.weights_path, _export_digest(config))
 
 
 def is_exported(config: ExportConfig) -> bool:
     """Return whether an earlier run of exactly ``config`` wrote its output, which is there unchanged."""
     try:
-        return (
-            not config.overwrite and _find(config.weights_path, config.output_path, _export_digest(config)) is not None
-        )
+        return not config.overwrite and _find(config, config.weights_path, _export_digest(config)) is not None
     except UserError:
         return False
 
@@ -111,15 +110,22 @@ def _file(weights: Path, output: Path) -> Path:
 
 
 def _remember(
-    weights: Path, onnx_file: Path, options: str, *, calibration: str = "", made: QuantizedModel | None = None
+    config: QuantizeConfig | ExportConfig,
+    weights: Path,
+    options: str,
+    *,
+    calibration: str = "",
+    made: QuantizedModel | None = None,
 ) -> None:
-    path = _file(weights, onnx_file)
+    path = _file(weights, config.output_path)
     try:
+        directory = _output(config)
+        files = (file for file in directory.folder.rglob("*") if file.is_file())
         finished = FinishedOutput(
             options=options,
             calibration=calibration,
-            output=fingerprint_model(locate_model(onnx_file)),
-            files=tuple(sorted(path.name for path in onnx_file.parent.iterdir() if path.is_file())),
+            output=fingerprint_model(directory),
+            files=tuple(sorted(file.relative_to(directory.folder).as_posix() for file in files)),
             made=made,
         )
         write_json(path, _OUTPUTS, finished)
@@ -127,16 +133,26 @@ def _remember(
         _LOGGER.warning("%s can't be written (%s); the model is finished.", path, error)
 
 
-def _find(weights: Path, output: Path, options: str) -> FinishedOutput | None:
-    """Return what is kept of ``output`` if ``options`` made it, and it is unchanged and complete.
+def _output(config: QuantizeConfig | ExportConfig) -> ModelDirectory:
+    """Return the output, and the component of its package that is quantized."""
+    return locate_model(config.output_path, locate_model(config.onnx_path, config.component).component)
+
+
+def _find(config: QuantizeConfig | ExportConfig, weights: Path, options: str) -> FinishedOutput | None:
+    """Return what is kept of an output if ``options`` made it, and it is unchanged and complete.
+
+    Args:
+        config: names the output.
+        weights: the folder of its weights.
+        options: their digest.
 
     Raises:
         UserError: the output can't be read.
     """
-    finished = read_json(_file(weights, output), _OUTPUTS)
+    finished = read_json(_file(weights, config.output_path), _OUTPUTS)
     if finished is None or finished.options != options:
         return None
-    directory = locate_model(output)
+    directory = _output(config)
     if not all((directory.folder / name).exists() for name in finished.files):
         return None
     return finished if finished.output == fingerprint_model(directory) else None

@@ -59,6 +59,8 @@ class ExportSummary:
     tables: tuple[TableOutcome, ...] = ()
     unreached: tuple[UnquantizedWeights, ...] = ()
     """Large weights that no MatMul or Gemm reads."""
+    folder_bytes: int | None = None
+    """All files of the output; None where an earlier version wrote it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,7 @@ def export_model(
                 checks=None if report is None else summarize_checks(report, options.verify),
             )
             write_card(scratch, record)
+            folder_bytes = _size(*scratch.rglob("*"))
     except OSError as error:
         raise UserError(
             f"{OUTPUT_OPTION} {destination.folder} can't be written ({error.strerror or error}); free space or "
@@ -147,6 +150,7 @@ def export_model(
         notes=notes if result.opset is None else (str(result.opset), *notes),
         tables=table_outcomes(result.model, result.tables),
         unreached=store.recipe.unreached,
+        folder_bytes=folder_bytes,
     )
 
 
@@ -186,7 +190,7 @@ def _configure(
     base: ModelDirectory, scratch: Path, destination: Destination, session_options: Mapping[str, str]
 ) -> tuple[str, ...]:
     if base.has_genai_config:
-        patch_genai_config(scratch, destination.onnx_name, session_options)
+        patch_genai_config(scratch, destination.onnx_name, session_options, base.component)
         return ()
     return tuple(
         f"the base has no genai_config.json: set {key} to {value} in your own session options"

@@ -1,33 +1,34 @@
-"""Write the output folder: the graph with one data file, and everything that lay beside the base model.
+"""Write the output folder: the graph with one data file, and what else of the base model it needs.
 
 Also reads saved tensors back, and accounts for every byte of the data file.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError, UserError
-from stages.model.directory import ModelDirectory
-from stages.model.genai_config import GENAI_CONFIG, read_genai_config
-from stages.model.load import external_files, external_tensors
+from stages.model.directory import DECODER, ModelDirectory
+from stages.model.genai_config import GENAI_CONFIG, component_entries, read_genai_config
+from stages.model.load import external_tensors, place_weights
+from stages.model.package import component_graphs, package_files
 from stages.records.results import DataFileUse
 from stages.system.atomic import is_occupied, refuse_existing, require_creatable
 from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 OUTPUT_OPTION = "--output_path"
-_OTHER_PRODUCTS = frozenset({"recipe.json", "manifest.json"})
-"""Files that mark a folder as quantized weights or a calibration cache."""
 # Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
 _PAGE, _LARGEST_ALIGNMENT = 4096, 65536
 
@@ -38,6 +39,7 @@ class Destination:
 
     folder: Path
     onnx_name: str
+    """With the subfolder that the base's graph lies in, unless the path names the file."""
     overwrite: bool
 
     @property
@@ -62,14 +64,17 @@ class Destination:
         is_file = path.suffix == ".onnx"
         destination = cls(
             folder=path.parent if is_file else path,
-            onnx_name=path.name if is_file else base.onnx_file.name,
+            onnx_name=path.name if is_file else base.onnx_name,
             overwrite=overwrite,
         )
-        destination.require_apart_from(base.folder, "the base model")
+        others = component_graphs(base)
+        for holds_the_base in {base.folder, *(file.parent for file in (base.onnx_file, *others))}:
+            destination.require_apart_from(holds_the_base, "the base model")
         require_creatable(destination.folder, option=OUTPUT_OPTION)
         refuse_existing(destination.folder, overwrite=overwrite, option=OUTPUT_OPTION)
         destination._require_replaceable()
         destination._require_outside_weights()
+        destination.require_free_name([file.relative_to(base.folder) for file in others])
         return destination
 
     def require_apart_from(self, other: Path, what: str) -> None:
@@ -77,6 +82,13 @@ class Destination:
         mine, theirs = self.folder.resolve(), other.resolve()
         if mine == theirs or mine in theirs.parents:
             raise UserError(f"{OUTPUT_OPTION} {self.folder} would replace {what} in {other}; choose another path.")
+
+    def require_free_name(self, others: Collection[Path]) -> None:
+        """Raise UserError where another component of the base has the name of the output's graph."""
+        if self.onnx_name in {file.as_posix() for file in others}:
+            raise UserError(
+                f"{OUTPUT_OPTION}: the base folder holds another model called {self.onnx_name}; choose another name."
+            )
 
     def warn_inside(self, base: Path) -> None:
         """Log a warning where the output would lie in the folder of its ``base``."""
@@ -124,7 +136,9 @@ def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
             bar.advance(task)
 
         try:
-            ir.save(model, folder / onnx_name, external_data=data_name(onnx_name), callback=advance)
+            file = folder / onnx_name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            ir.save(model, file, external_data=data_name(file.name), callback=advance)
         except ir.serde.SerdeError as error:
             cause = _user_error_behind(error)
             if cause is None:
@@ -141,55 +155,59 @@ def _user_error_behind(error: BaseException) -> UserError | None:
 
 
 def copy_side_files(base: ModelDirectory, base_model: ir.Model, folder: Path, onnx_name: str) -> None:
-    """Copy what lies beside the base model, but for the graph, its external data, and names that the output uses.
+    """Copy what the output needs besides its own graph: see ``package_files``.
 
-    Subfolders are copied too, except those that hold a model, a cache or weights of their own: outputs may lie inside
-    the base folder.
+    Components that share files of weights with the base's graph get files of their own: the output's graph has other
+    weights. Then nothing is left for the runtime to share.
 
     Args:
         base: the base model.
         base_model: its graph, which names its external data.
-        folder: the output.
+        folder: the unfinished output.
         onnx_name: name of the output's graph.
 
     Raises:
-        UserError: another model of the base folder has the output's file name.
+        GraphError: another component can't be read.
     """
-    left_out = {base.onnx_file.resolve(), *external_files(base_model)}
-    for source in _files_of_model(base.folder):
-        relative = source.relative_to(base.folder)
-        if source.resolve() in left_out or str(relative) == data_name(onnx_name):
-            continue
-        if str(relative) == onnx_name:
-            raise UserError(
-                f"{OUTPUT_OPTION}: the base folder holds another model called {onnx_name}; choose another name."
-            )
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    files = package_files(base, base_model, data_name(onnx_name))
+    for missing in files.missing:
+        _LOGGER.warning("%s lacks %s, which a part of the model needs: the output lacks it too.", base.folder, missing)
+    for file in files.copied:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / file, folder / file)
+    for file in files.rewritten:
+        model = ir.load(base.folder / file)
+        place_weights(model, base.folder / file)
+        save_model(model, folder, file.as_posix())
+    if files.rewritten and base.has_genai_config:
+        content = read_genai_config(folder)
+        for entry in content["model"].values():
+            if isinstance(entry, dict):
+                entry.pop("shared_initializers", None)
+        _write_genai_config(folder, content)
 
 
-def _files_of_model(folder: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.is_file():
-            yield entry
-        elif not any(file.suffix == ".onnx" or file.name in _OTHER_PRODUCTS for file in entry.rglob("*")):
-            yield from (file for file in sorted(entry.rglob("*")) if file.is_file())
-
-
-def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str]) -> None:
+def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[str, str], component: str) -> None:
     """Point genai_config.json at the output's graph, and add session options.
 
     Args:
         folder: holds genai_config.json.
         onnx_name: name of the output's graph.
         session_options: what onnxruntime-genai passes on to ONNX Runtime.
+        component: the part of the package that the graph is.
     """
     content = read_genai_config(folder)
-    decoder = content.setdefault("model", {}).setdefault("decoder", {})
-    decoder["filename"] = onnx_name
+    model: dict[str, Any] = content.setdefault("model", {})
+    entry, key = component_entries(content).get(component, (model.setdefault(component, {}), "filename"))
+    entry[key] = onnx_name
     if session_options:
-        decoder.setdefault("session_options", {}).update(session_options)
+        # A component without options of its own takes the decoder's.
+        inherited = copy.deepcopy(model.get(DECODER, {}).get("session_options", {}))
+        entry.setdefault("session_options", inherited).update(session_options)
+    _write_genai_config(folder, content)
+
+
+def _write_genai_config(folder: Path, content: Mapping[str, Any]) -> None:
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ def export_table(summary: ExportSummary) -> FactTable:
     """Return a two-column table of the summary; reasons are counted, so it stays short for any model."""
     facts = [
         ("size", _sizes(summary)),
+        *_folder(summary),
         *_embeddings(summary.tables),
         *_folds(summary.folds),
         *_kept(summary),
@@ -41,6 +42,13 @@ def _sizes(summary: ExportSummary) -> str:
     before, after = summary.bytes_before / 1e6, summary.bytes_after / 1e6
     change = f"{before / after:.2f}x smaller" if after < before else f"{after / before:.2f}x larger"
     return f"{before:,.1f} MB -> {after:,.1f} MB ({change})"
+
+
+def _folder(summary: ExportSummary) -> Iterator[tuple[str, str]]:
+    if summary.folder_bytes is not None:
+        beside = (summary.folder_bytes - summary.bytes_after) / 1e6
+        whole = f"{summary.folder_bytes / 1e6:,.1f} MB in all files"
+        yield "folder", f"{whole}, {beside:,.1f} MB of it beside the model (tokenizer, other components)"
 
 
 def _embeddings(tables: tuple[TableOutcome, ...]) -> Iterator[tuple[str, str]]:

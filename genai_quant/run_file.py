@@ -32,7 +32,7 @@ from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 _SECTIONS = ("calibrate", "quantize", "export", "evaluate")
-_SHARED = ("onnx_path", "cache_dir")
+_SHARED = ("onnx_path", "component", "cache_dir")
 """Options that mean the same place in both stages: given to one, they hold for the other too."""
 
 
@@ -110,7 +110,7 @@ def _export_again(config: ExportConfig) -> Iterator[Section]:
         _LOGGER.info("%s is there already, written with exactly these options.", from_here(config.output_path))
         return
     exported = export.export(config)
-    remember_export(config, exported.onnx_file)
+    remember_export(config)
     yield Section(name="export", table=export_table(exported), record=exported)
 
 
@@ -131,7 +131,11 @@ def _export(sections: Mapping[str, Mapping[str, Any]], quantize: QuantizeConfig,
     """Return options that write the weights of ``quantize`` in another form, unless the section names others."""
     if "export" not in sections:
         return None
-    weights = {"onnx_path": quantize.onnx_path, "weights_path": quantize.weights_folder}
+    weights = {
+        "onnx_path": quantize.onnx_path,
+        "component": quantize.component,
+        "weights_path": quantize.weights_folder,
+    }
     return read_options(ExportConfig, weights | dict(sections["export"]), file, "export")
 
 

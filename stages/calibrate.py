@@ -21,7 +21,8 @@ def command(config: CalibrateConfig) -> Iterator[Section]:
 
     yield calibration_section(calibrate(config))
     cache = () if config.cache_dir is None else ("--cache_dir", str(config.cache_dir))
-    _LOGGER.info("next: %s OUTPUT", shell_line(["stages.quantize", *cache, str(config.onnx_path)]))
+    component = () if config.component is None else ("--component", config.component)
+    _LOGGER.info("next: %s OUTPUT", shell_line(["stages.quantize", *component, *cache, str(config.onnx_path)]))
 
 
 if __name__ == "__main__":

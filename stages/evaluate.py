@@ -70,6 +70,7 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
     base = locate_model(config.onnx_path)
     request = EvaluateConfig(
         base=config.onnx_path,
+        model_name=config.model_name,
         model=(config.output_path,),
         windows=_WINDOWS,
         seq_len=min(_SEQ_LEN, base.context_length or _SEQ_LEN),

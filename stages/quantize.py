@@ -82,7 +82,7 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
         made = yield from _make(config, processes)
         if made is None:
             return None
-    if config.evaluate:
+    if config.evaluate and _is_decoder(config):
         from stages.evaluate import evaluate_result, evaluation_sections
 
         found = evaluate_result(config)
@@ -90,6 +90,16 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
         add_to_card(made.folder, found)
         made = replace(made, evaluations=found)
     return made
+
+
+def _is_decoder(config: QuantizeConfig) -> bool:
+    """Return whether the model that was made can be compared with its base on text; log a warning where it can't."""
+    from stages.model.directory import DECODER, locate_model
+
+    component = locate_model(config.onnx_path, config.component).component
+    if component != DECODER:
+        _LOGGER.warning("--evaluate compares decoders on text, and %s is another component: skipped.", component)
+    return component == DECODER
 
 
 def add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
@@ -118,7 +128,7 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
 
     granted_threads()  # the export opens sessions: what they can't use is an error before the search
     with processes.main_process_first():
-        directory = locate_model(config.onnx_path)
+        directory = locate_model(config.onnx_path, config.component)
         destination = _destination(config, directory)
         destination.warn_inside(directory.folder)
         read_report(config.weights_folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
@@ -139,7 +149,7 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
     save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
     made = QuantizedModel(
-        folder=exported.onnx_file.parent,
+        folder=destination.folder,
         onnx_file=exported.onnx_file,
         weights=store.folder,
         choice=choice,
@@ -196,7 +206,7 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     from stages.runtime.blocks.decoder import open_blocks
 
     config.validate()
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     _destination(config, directory)
     model = load_graph(directory)
     plan = plan_model(config, model, directory)
@@ -239,7 +249,7 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
     from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
 
     try:
-        _destination(config, locate_model(config.onnx_path))
+        _destination(config, locate_model(config.onnx_path, config.component))
         read_report(config.weights_folder / REPORT_FOLDER)
     except UserError as error:
         yield str(error)
@@ -259,7 +269,7 @@ def _restore_report(config: QuantizeConfig, made: QuantizedModel) -> None:
 
     if (made.weights / REPORT_FOLDER / REPORT_HTML).exists():
         return
-    base = locate_model(config.onnx_path)
+    base = locate_model(config.onnx_path, config.component)
     _write_report(open_store(made.weights), base, load_graph(base), made.onnx_file)
 
 
@@ -280,8 +290,9 @@ def _write_report(store: QuantizedStore, base: ModelDirectory, graph: ir.Model, 
     from stages.system.paths import shell_line
 
     try:
-        sizes = size_parts(base, locate_model(output), graph)
-        write_quantization(store, sizes, title=output.parent.name, base=base.folder)
+        made = locate_model(output)
+        sizes = size_parts(base, made, graph)
+        write_quantization(store, sizes, title=made.folder.name, base=base.folder)
     except Exception as error:  # whatever a report may raise
         again = ["stages.report", store.folder / REPORT_FOLDER, "--weights_path", store.folder]
         models = ["--base", base.onnx_file, "--model", output]

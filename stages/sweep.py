@@ -68,7 +68,8 @@ def _calibrate(config: SweepConfig) -> Iterator[Section]:
     from stages.commands.calibrate_options import CalibrateConfig
 
     if not set(config.algo) <= {"rtn", "rtn_dq"} and find_cache(config.cache_path) is None:
-        yield calibration_section(calibrate(CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path)))
+        text = CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path, model_name=config.model_name)
+        yield calibration_section(calibrate(text))
 
 
 def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:

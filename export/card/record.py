@@ -37,6 +37,8 @@ MODEL_CARD = "README.md"
 _ORIGIN = "origin.json"
 _AS_BASE = "as in the base"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+"""How the hub's cache calls a model's folder."""
 _CARD_HEAD = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -244,7 +246,12 @@ def licence_of(card: Path) -> dict[str, str]:
 
 
 def hub_name_of(folder: Path) -> str | None:
-    """Return the name on the Hugging Face hub that a model's config.json or card gives it; None where none does."""
+    """Return a model's name on the Hugging Face hub by its config.json, its card or the hub's cache; None for none."""
+    cached = (
+        _CACHED.fullmatch(folder.absolute().parents[1].name) if folder.absolute().parent.name == "snapshots" else None
+    )
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
     config = read_json(folder / "config.json", TypeAdapter(dict[str, Any])) or {}
     name = config.get("_name_or_path") or _card_head(folder / MODEL_CARD).get("base_model")
     # A relative path looks like a name of the hub, too.

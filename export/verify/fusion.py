@@ -135,7 +135,7 @@ def _run_partition(
         feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary), open_size=1)
         fed = feeds(tokens)
     except GraphError as error:
-        raise CannotRun(f"its inputs can't be made here: {error}") from error
+        raise CannotRun(f"its inputs can't be made here: {str(error).partition(';')[0]}") from error
     try:
         outputs = session.run(None, fed | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base

@@ -156,7 +156,7 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
 def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: list[str]) -> dict[str, object]:
     return {
         "base": str(base.onnx_file),
-        "output": str(folder / base.onnx_file.name),
+        "output": str(folder / base.onnx_name),
         "method": request.method,
         "block_size": request.block_size,
         "use_zero_point": request.use_zero_point,
@@ -166,9 +166,9 @@ def _content(request: PeerRequest, base: ModelDirectory, folder: Path, exclude: 
 
 def _complete(base: ModelDirectory, folder: Path) -> None:
     """Put what the competitors leave out beside their graph: genai_config.json, the tokenizer, all other side files."""
-    copy_side_files(base, load_graph(base), folder, base.onnx_file.name)
+    copy_side_files(base, load_graph(base), folder, base.onnx_name)
     if base.has_genai_config:
-        patch_genai_config(folder, base.onnx_file.name, {})
+        patch_genai_config(folder, base.onnx_name, {}, base.component)
 
 
 def _require_same_checkpoint(base: ModelDirectory, folder: Path) -> None:

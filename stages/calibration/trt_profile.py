@@ -75,7 +75,8 @@ class ShapeProfile:
         return min(self.seq_len, max(1, self.context_length - self.seq_len))
 
     def _written(self, inputs: Sequence[GraphInput], tokens: TokenShape) -> str:
-        return ",".join(f"{given.name}:{'x'.join(map(str, self.shapes.shape(given, tokens)))}" for given in inputs)
+        shapes = {given.name: self.shapes.shape(given, tokens) for given in inputs}
+        return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items() if shape)
 
 
 def decoder_sizes(directory: ModelDirectory, model_name: str | None, *, trust_remote_code: bool) -> DecoderSizes:

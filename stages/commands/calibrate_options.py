@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from stages.commands.options import CommandOptions, default_folder, require
 from stages.commands.parsing import parse_size
@@ -15,6 +17,11 @@ _DECIDE_TEXT = (
     "dataset", "calib_size", "seq_len", "apply_chat_template", "model_name", "seed", "use_random_calib",
     "token_weights",
 )  # fmt: skip
+
+
+def cache_suffix(component: str | None) -> str:
+    """Return what the name of a model's folder gets for the cache: each component has its own statistics."""
+    return ".calibration" if component in (None, "decoder") else f".{component}.calibration"
 
 
 # Without slots, so that the commands below and those of other modules can inherit.
@@ -91,6 +98,9 @@ class CalibrateConfig(TextOptions):
 
     onnx_path: Path
     """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
+    component: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Part of a package of several models to calibrate, as genai_config.json names it. Default: the one that the path
+    names, else decoder."""
     cache_dir: Path | None = None
     """Folder for the cache. Default: the model's folder name with .calibration added."""
     add_position_ids: bool = False
@@ -103,7 +113,7 @@ class CalibrateConfig(TextOptions):
     @property
     def cache_path(self) -> Path:
         """Return the folder of the cache."""
-        return self.cache_dir or default_folder(self.onnx_path, ".calibration")
+        return self.cache_dir or default_folder(self.onnx_path, cache_suffix(self.component))
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""

@@ -76,6 +76,8 @@ class EvaluateConfig(CommandOptions):
 
     base: Path
     """Base model: the .onnx file or its folder. Its tokenizer is used for all models."""
+    model_name: str | None = None
+    """Hub name or folder to take the tokenizer from. Default: the base's own folder."""
     model: tuple[Path, ...]
     """Models to compare: .onnx files or folders."""
     text: str = "offline"
@@ -190,6 +192,8 @@ class BenchConfig(CommandOptions):
 
     base: Path
     """Base model: the .onnx file or its folder."""
+    model_name: str | None = None
+    """Hub name or folder to take the tokenizer from. Default: the base's own folder."""
     output: Path
     """Folder for the models, their records and the table; points that are there are not made again."""
     cache_dir: Path | None = None

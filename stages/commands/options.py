@@ -29,10 +29,15 @@ def require(condition: bool, message: str) -> None:
 
 
 def default_folder(path: Path, suffix: str) -> Path:
-    """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``."""
+    """Return the default folder beside a model's: ``models/base/model.onnx`` -> ``models/base<suffix>``.
+
+    The graphs of repositories on the Hugging Face hub lie in ``models/base/onnx``: the folder is beside ``base`` too.
+    """
     folder = path.parent if path.suffix.lower() == ".onnx" else path
     if folder.name in ("", ".."):
         folder = folder.absolute()
+    if folder.name == "onnx" and folder.parent.name:
+        folder = folder.parent
     try:
         return sibling_folder(folder, suffix)
     except ValueError as error:

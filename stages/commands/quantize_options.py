@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from stages.commands.calibrate_options import CalibrateConfig, TextOptions
+from stages.commands.calibrate_options import CalibrateConfig, TextOptions, cache_suffix
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
 from stages.commands.parsing import Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
@@ -55,6 +55,9 @@ class _ModelOptions(CommandOptions):
     """Base model: the .onnx file or the ORT-GenAI folder that holds it."""
     output_path: Path
     """Where to write the quantized model: a folder, or the .onnx file in it. Must not exist yet."""
+    component: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Part of a package of several models, as genai_config.json names it: vision, embedding, speech. Default: the one
+    that the path names, else decoder. Only what reads token ids can be calibrated; others are rounded (rtn_dq)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,13 +334,14 @@ class QuantizeConfig(
     @property
     def cache_path(self) -> Path:
         """Return the folder of the calibration cache."""
-        return self.cache_dir or default_folder(self.onnx_path, ".calibration")
+        return self.cache_dir or default_folder(self.onnx_path, cache_suffix(self.component))
 
     @property
     def calibration(self) -> CalibrateConfig:
         """Return how stage one makes the cache."""
         return CalibrateConfig(
             onnx_path=self.onnx_path,
+            component=self.component,
             cache_dir=self.cache_path,
             device=self.device,
             overwrite=self.overwrite,
@@ -424,6 +428,9 @@ class ExportConfig(CommandOptions):
     """Folder that stages.quantize saved its weights to."""
     output_path: Path
     """Where to write the quantized model: a folder, or the .onnx file in it. Must not exist yet."""
+    component: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Part of a package of several models that the weights were made from. Default: the one that the path names, else
+    decoder."""
     weight_operator: WeightOperator | None = None
     """dq or matmul_nbits. Default: the form that stages.quantize chose."""
     accuracy_level: AccuracyLevel | None = None

@@ -71,7 +71,11 @@ def find_tasks(names: Sequence[str], limit: int | None) -> TaskRequest:
 
 
 def run_tasks(
-    directory: ModelDirectory, request: TaskRequest, settings: SessionSettings, progress: Progress
+    directory: ModelDirectory,
+    request: TaskRequest,
+    settings: SessionSettings,
+    progress: Progress,
+    tokenizer_source: str | None = None,
 ) -> tuple[TaskScore, ...]:
     """Run the tasks on one model and return every metric of every task, groups of tasks included.
 
@@ -80,6 +84,7 @@ def run_tasks(
         request: what ``find_tasks`` found.
         settings: how its session is opened.
         progress: shows how far each kind of request is.
+        tokenizer_source: folder or hub name of its tokenizer; None: its own folder.
 
     Raises:
         UserError: a task's data is missing, it asks for what the model can't do, or the model can't be run.
@@ -88,7 +93,7 @@ def run_tasks(
 
     from stages.evaluation.lm_model import OnnxRuntimeLM
 
-    tokenizer = load_tokenizer(str(directory.folder), trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer_source or str(directory.folder), trust_remote_code=False)
     with open_decoder(directory, settings, None) as decoder:
         model = OnnxRuntimeLM(decoder, tokenizer, progress)
         try:

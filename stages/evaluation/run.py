@@ -38,7 +38,7 @@ def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier
             found,
             generations=generate(folders, config.generate, config.max_new_tokens, progress) if config.generate else (),
             speed=_speed(config, prepared, progress) if config.speed else None,
-            tasks=() if tasks is None else _tasks(tasks, prepared, progress),
+            tasks=() if tasks is None else _tasks(config, tasks, prepared, progress),
         ).kept_from(earlier)
 
 
@@ -51,8 +51,12 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
     return measure_speed(prepared.all_models, request, config.speed_rounds, progress)
 
 
-def _tasks(request: TaskRequest, prepared: PreparedEvaluation, progress: Progress) -> tuple[TaskScore, ...]:
+def _tasks(
+    config: EvaluateConfig, request: TaskRequest, prepared: PreparedEvaluation, progress: Progress
+) -> tuple[TaskScore, ...]:
     settings_of = prepared.base.settings_of
     return tuple(
-        score for model in prepared.all_models for score in run_tasks(model, request, settings_of(model), progress)
+        score
+        for model in prepared.all_models
+        for score in run_tasks(model, request, settings_of(model), progress, config.model_name)
     )

@@ -74,7 +74,7 @@ def _inspect_model(path: Path, *, every_runtime: bool) -> tuple[object, Callable
     from stages.inspect.tables import model_table
     from stages.model.directory import locate_model
 
-    if path.is_dir() and not any(path.glob("*.onnx")):
+    if path.is_dir() and not any([*path.glob("*.onnx"), *path.glob("*/*.onnx")]):
         held = ", ".join(sorted(entry.name for entry in path.iterdir())[:_SHOWN]) or "nothing"
         raise UserError(
             f"{path} has no .onnx file, calibration cache (manifest.json), quantized weights (recipe.json) or sweep "

@@ -50,7 +50,7 @@ def report_files(model: ir.Model, onnx_file: Path) -> FileReport:
     return FileReport(
         onnx_bytes=onnx_file.stat().st_size,
         data=tuple(_data_file(path, members) for path, members in tensors.items()),
-        unread=tuple(_unread(onnx_file.resolve().parent, tensors.keys())),
+        unread=tuple(_unread(onnx_file.parent, tensors.keys())),
     )
 
 

@@ -16,7 +16,7 @@ from stages.inspect.files import FileReport, report_files
 from stages.inspect.float_weights import InputScaleMul, UnquantizedTensors, find_input_scales, find_unquantized
 from stages.inspect.quantized_weights import StoredWeight, find_quantized
 from stages.inspect.runtimes import SCALES, FusedOn, RuntimeAnswer, fused_on, runtime_answers
-from stages.model.directory import ModelDirectory
+from stages.model.directory import DECODER, ModelDirectory
 from stages.model.genai_config import read_genai_config
 from stages.model.load import parse_graph, producer_of
 from stages.model.sites import find_groups
@@ -68,7 +68,7 @@ def report_configuration(directory: ModelDirectory, model: ir.Model) -> Configur
         context_length=whole.get("context_length"),
         session_options=tuple((key, str(value)) for key, value in options.items() if key != "provider_options"),
         providers=tuple(name for each in options.get("provider_options", []) for name in each),
-        conflicts=tuple(_conflicts(directory, model, whole, decoder)),
+        conflicts=tuple(_conflicts(directory, model, whole, decoder)) if directory.component == DECODER else (),
     )
 
 
@@ -76,8 +76,8 @@ def _conflicts(
     directory: ModelDirectory, model: ir.Model, whole: dict[str, Any], decoder: dict[str, Any]
 ) -> Iterator[str]:
     filename = decoder.get("filename")
-    if filename != directory.onnx_file.name:
-        yield f"model.decoder.filename is {filename!r}, but this graph is {directory.onnx_file.name!r}"
+    if filename != directory.onnx_name:
+        yield f"model.decoder.filename is {filename!r}, but this graph is {directory.onnx_name!r}"
     inputs = {str(value.name): value for value in model.graph.inputs}
     outputs = {str(value.name): value for value in model.graph.outputs}
     layers = decoder.get("num_hidden_layers")

@@ -1,21 +1,50 @@
-"""Find the files of an ORT-GenAI model: the graph, genai_config.json and the folder with everything else."""
+"""Find the files of a model: the graph, genai_config.json and the folder with everything else.
+
+A model may be a package of several graphs, its components, in one folder or in a subfolder each, with one
+genai_config.json at the root; or a repository of the Hugging Face hub, with its graphs in ``onnx/``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from stages.errors import GraphError
-from stages.model.genai_config import GENAI_CONFIG, LOGITS, GenaiModel, GenaiPart, read_genai_model
+from stages.model.genai_config import (
+    GENAI_CONFIG,
+    LOGITS,
+    GenaiDecoder,
+    GenaiModel,
+    component_entries,
+    component_files,
+    read_genai_config,
+    read_genai_model,
+)
 from stages.system.paths import reachable
 
+DECODER = "decoder"
+"""The component that is meant where none is named."""
+_ONNX_FOLDER = "onnx"
+_DEEPEST = 3
+"""Folders between a package's root and a graph."""
+_SETUP = (GENAI_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""Files of which a folder that is a model's own has one."""
+_PRECISION = re.compile(
+    r"[_.-](fp16|bf16|q2|q4|q8|q4f16|q8f16|int4|int8|uint8|bnb4|quantized)(?=[_.-]|$)", re.IGNORECASE
+)
+_DECODERS = ("model", "decoder_model_merged", "decoder_model", "decoder", "decoder_with_past_model")
+"""What exporters call the graph that writes text, the best to quantize first."""
+_PARTS = re.compile("embed|vision|image|audio|speech|encoder|projector|joiner", re.IGNORECASE)
 _PAST_INPUTS = slice(3, 5)
-_EMBEDDING = re.compile(r"embed(?:_tokens|dings?)?(.*)")
+_EMBEDDING = "embed"
+"""What names of embedding models begin with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +59,12 @@ class ModelDirectory:
     """
 
     folder: Path
+    """The root: genai_config.json and the tokenizer lie here."""
     onnx_file: Path
+    """In ``folder``, or deeper."""
     has_genai_config: bool
+    component: str = DECODER
+    """Which part of the package the .onnx file is."""
     kv_heads: int | None = None
     head_size: int | None = None
     vocab_size: int | None = None
@@ -47,15 +80,10 @@ class ModelDirectory:
         """Return where genai_config.json lies, or would."""
         return self.folder / GENAI_CONFIG
 
-
-def _onnx_in(folder: Path, filename: str | None) -> Path:
-    if filename is not None and (folder / filename).is_file():
-        return folder / filename
-    candidates = sorted(folder.glob("*.onnx"))
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(path.name for path in candidates) or "no .onnx file"
-    raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+    @property
+    def onnx_name(self) -> str:
+        """Return the .onnx file's path in ``folder``, as genai_config.json writes it."""
+        return self.onnx_file.relative_to(self.folder).as_posix()
 
 
 def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
@@ -72,63 +100,215 @@ def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
     return LOGITS if LOGITS in found else found[0]
 
 
-def locate_model(path: Path) -> ModelDirectory:
-    """Find the model that ``path`` means: an .onnx file, or the folder that holds one.
+def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
+    """Find the model that ``path`` means.
+
+    Args:
+        path: an .onnx file, the folder that holds it, or the root of a package.
+        component: the part of the package that is wanted; None: what ``path`` names, else the decoder.
 
     Raises:
-        GraphError: nothing is there, the folder holds no unambiguous .onnx file, or its genai_config.json is damaged.
+        GraphError: nothing is there, the folder holds no unambiguous .onnx file, it has no such component, or its
+            genai_config.json is damaged.
     """
-    path = reachable(path.absolute())
+    path = reachable(_without_dots(path))
     try:
         path.stat()
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist; pass a model's .onnx file or its folder.") from error
     except OSError as error:
         raise GraphError(f"{path} can't be read ({error.strerror}); pass another path to the model.") from error
-    folder = path if path.is_dir() else path.parent
+    onnx_file = path if path.is_file() else _graph_of(path, component)
+    is_root = (path / GENAI_CONFIG).is_file() or path not in (onnx_file, onnx_file.parent)
+    folder = path if is_root else _root_of(onnx_file)
     has_config = (folder / GENAI_CONFIG).is_file()
     model = read_genai_model(folder) if has_config else GenaiModel()
+    content = read_genai_config(folder) if has_config else {}
+    named = _component_of(onnx_file, folder, component_files(content))
+    if component is not None and named is not None and component != named:
+        raise GraphError(
+            f"{onnx_file} is the component {named} and not {component}; pass {folder}, or --component {named}."
+        )
+    part = named or _part_by_name(onnx_file, folder) or component or DECODER
     decoder = model.decoder
-    onnx_file = path if path.is_file() else _onnx_in(folder, decoder.filename)
-    return ModelDirectory(
+    entry = _entry_of(content, part)
+    own = entry.get("session_options", {})
+    directory = ModelDirectory(
         folder=folder,
         onnx_file=onnx_file,
         has_genai_config=has_config,
+        component=part,
         kv_heads=decoder.num_key_value_heads,
         head_size=decoder.head_size,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
-        provider=decoder.provider,
+        provider=(GenaiDecoder(session_options=own).provider if isinstance(own, dict) else None) or decoder.provider,
         windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
-        input_names=_names(decoder.inputs),
-        output_names=_names(decoder.outputs),
-        embedding=_embedding(folder, onnx_file, model.embedding),
+        input_names=_names(entry, "inputs"),
+        output_names=_names(entry, "outputs"),
     )
+    return replace(directory, embedding=_embedding(directory, content))
 
 
-def _names(entry: Mapping[str, Any]) -> dict[str, str]:
-    return {key: name for key, name in entry.items() if isinstance(name, str) and name}
+def _entry_of(content: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    entry = component_entries(content).get(part, ({}, ""))[0] or content.get("model", {}).get(part)
+    return entry if isinstance(entry, dict) else {}
 
 
-def _embedding(folder: Path, onnx_file: Path, entry: GenaiPart) -> ModelDirectory | None:
-    """Return the embedding model that genai_config.json names, else the one beside the graph that is named like one."""
-    file = _embedding_beside(onnx_file) if entry.filename is None else folder / entry.filename
-    if file is None or file == onnx_file:
+def _names(entry: Mapping[str, Any], key: str) -> dict[str, str]:
+    names = entry.get(key)
+    return {role: name for role, name in names.items() if isinstance(name, str)} if isinstance(names, dict) else {}
+
+
+def _embedding(base: ModelDirectory, content: Mapping[str, Any]) -> ModelDirectory | None:
+    """Return the embedding model that genai_config.json names, else the one that a name tells."""
+    if base.component.startswith(_EMBEDDING):
+        return None
+    entries = component_entries(content).items()
+    named = {name: (entry, entry[key]) for name, (entry, key) in entries if name.startswith(_EMBEDDING)}
+    by_name = ((path, {}) for path in _parts_by_name(base) if is_embedding(path))
+    configured = ((base.folder / filename, entry) for entry, filename in named.values())
+    file, entry = next(chain(configured, by_name), (None, {}))
+    if file is None:
         return None
     return ModelDirectory(
-        folder=file.parent,
+        folder=base.folder,
         onnx_file=file,
-        has_genai_config=False,
-        input_names=_names(entry.inputs),
-        output_names=_names(entry.outputs),
+        has_genai_config=base.has_genai_config,
+        component="embedding",
+        input_names=_names(entry, "inputs"),
+        output_names=_names(entry, "outputs"),
     )
 
 
-def _embedding_beside(onnx_file: Path) -> Path | None:
-    """Return embed_tokens_fp16.onnx for decoder_model_merged_fp16.onnx: the one with most of the name's end."""
-    found = {file: _EMBEDDING.fullmatch(file.stem) for file in sorted(onnx_file.parent.glob("embed*.onnx"))}
-    fitting = {file: match[1] for file, match in found.items() if match and onnx_file.stem.endswith(match[1])}
-    return max(fitting, key=lambda file: len(fitting[file]), default=None)
+def is_embedding(onnx_file: Path) -> bool:
+    """Return whether a graph's name, or its folder's, tells that it embeds tokens."""
+    return onnx_file.stem.startswith(_EMBEDDING) or onnx_file.parent.name.startswith(_EMBEDDING)
+
+
+def _without_dots(path: Path) -> Path:
+    """Return ``path`` absolute; its parents are only what they seem where no ``..`` stands in it."""
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
+def _graph_of(folder: Path, component: str | None) -> Path:
+    """Return the .onnx file of a component (None: of the decoder) in a folder or the root of a package."""
+    wanted = component or DECODER
+    if (folder / GENAI_CONFIG).is_file():
+        files = component_files(read_genai_config(folder))
+        if wanted in files and (folder / files[wanted]).is_file():
+            return folder / files[wanted]
+        if files and wanted != DECODER:
+            missing = f"names {files[wanted]}, which isn't there" if wanted in files else f"has no component {wanted}"
+            there = ", ".join(name for name, file in files.items() if (folder / file).is_file()) or "none"
+            raise GraphError(f"{folder / GENAI_CONFIG} {missing}; pass another --component ({there}).")
+        if files and DECODER not in files and component is None:
+            raise GraphError(
+                f"{folder / GENAI_CONFIG} names no decoder; pass a --component of it ({', '.join(files)})."
+            )
+    places = (folder, folder / wanted, folder / _ONNX_FOLDER)
+    graphs = next(filter(None, (sorted(place.glob("*.onnx")) for place in places)), [])
+    chosen = _chosen(graphs, wanted)
+    if chosen is not None:
+        return chosen
+    found = ", ".join(path.relative_to(folder).as_posix() for path in graphs) or "no .onnx file"
+    if component is not None:
+        raise GraphError(
+            f"{folder} holds {found}, and no component {component} that a name tells; pass its .onnx file."
+        )
+    raise GraphError(f"{folder} holds {found}; pass the path of the model's .onnx file.")
+
+
+def _chosen(graphs: Sequence[Path], component: str) -> Path | None:
+    """Return the graph that is ``component``, by its name; other precisions of one that is there don't count."""
+    if component != DECODER and graphs and graphs[0].parent.name != component:
+        plain = [path for path in graphs if precision_of(path.stem) == ""]
+        named = [path for path in plain if path.stem == component] or [path for path in plain if component in path.stem]
+        return named[0] if len(named) == 1 else None
+    if len(graphs) == 1:
+        return graphs[0]
+    plain = [path for path in graphs if precision_of(path.stem) == "" and not is_part(path.stem)]
+    if len(plain) > 1 and all(path.stem in _DECODERS for path in plain):
+        plain.sort(key=lambda path: _DECODERS.index(path.stem))
+        return plain[0]
+    return plain[0] if len(plain) == 1 else None
+
+
+def precision_of(stem: str) -> str:
+    """Return how the name of a graph ends that exists in several precisions: _fp16 of model_fp16; else nothing."""
+    found = _PRECISION.search(stem)
+    return stem[found.start() :] if found else ""
+
+
+def is_part(stem: str) -> bool:
+    """Return whether a graph's name tells of a part of a package beside the decoder."""
+    return stem not in _DECODERS and _PARTS.search(stem) is not None
+
+
+def _root_of(onnx_file: Path) -> Path:
+    """Return the root of the package that a graph belongs to: its own folder, or one above that says so."""
+    here = onnx_file.parent
+    if (here / GENAI_CONFIG).is_file():
+        return here
+    for above in here.parents[:_DEEPEST]:
+        with suppress(GraphError):  # a damaged file above is none of this model's
+            if (above / GENAI_CONFIG).is_file():
+                files = component_files(read_genai_config(above)).values()
+                if any(above / file == onnx_file for file in files):
+                    return above
+    is_bare = not any((here / name).is_file() for name in _SETUP)
+    in_repository = (here.parent / "config.json").is_file() or (_is_component(here) and _has_other_component(here))
+    return here.parent if is_bare and in_repository else here
+
+
+def _is_component(folder: Path) -> bool:
+    return folder.name == DECODER or is_part(folder.name)
+
+
+def _has_other_component(folder: Path) -> bool:
+    others = (other for other in folder.parent.iterdir() if other != folder and other.is_dir())
+    return any(_is_component(other) and any(other.glob("*.onnx")) for other in others)
+
+
+def _component_of(onnx_file: Path, folder: Path, files: dict[str, str]) -> str | None:
+    return next((name for name, file in files.items() if folder / file == onnx_file), None)
+
+
+def _part_by_name(onnx_file: Path, folder: Path) -> str | None:
+    """Return the component that a graph is by its name, or by that of its folder; None where neither tells."""
+    names = (onnx_file.stem, *(() if onnx_file.parent == folder else (onnx_file.parent.name,)))
+    return next(filter(is_part, names), None)
+
+
+def other_parts(base: ModelDirectory) -> Iterator[Path]:
+    """Yield the graphs of the other components of ``base``'s package, missing ones too.
+
+    genai_config.json names them. Without one, names tell: a graph called embed_tokens or vision_encoder, in the same
+    precision, in the same folder or in one beside it.
+    """
+    if base.has_genai_config:
+        files = dict.fromkeys(component_files(read_genai_config(base.folder)).values())
+        # Whoever passes another graph than the one that is named means it in place of that.
+        replaced = (
+            () if base.onnx_name in files else (component_files(read_genai_config(base.folder)).get(base.component),)
+        )
+        others = [base.folder / file for file in files if file not in (base.onnx_name, *replaced)]
+        unnamed = [base.embedding.onnx_file] if base.embedding is not None else []
+        yield from dict.fromkeys([*others, *unnamed])
+        return
+    yield from _parts_by_name(base)
+
+
+def _parts_by_name(base: ModelDirectory) -> Iterator[Path]:
+    here, precision = base.onnx_file.parent, precision_of(base.onnx_file.stem)
+    for graph in sorted(here.glob("*.onnx")):
+        is_other = is_part(graph.stem) or (is_part(base.onnx_file.stem) and graph.stem.startswith(_DECODERS))
+        if graph != base.onnx_file and is_other and precision_of(graph.stem) == precision:
+            yield graph
+    if here != base.folder and here.name != _ONNX_FOLDER:
+        for folder in sorted(base.folder.iterdir()):
+            if folder.is_dir() and folder != here and _is_component(folder):
+                yield from sorted(folder.glob("*.onnx"))
 
 
 def _windowed_caches(onnx_file: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,16 @@ from stages.errors import GraphError, in_one_line
 
 LOGITS = "logits"
 """The output that onnxruntime-genai reads."""
+EMBEDDED = frozenset({"inputs_embeds", "per_layer_inputs"})
+"""Inputs of a decoder that an embedding model makes of the tokens."""
 GENAI_CONFIG = "genai_config.json"
 
 
-class GenaiPart(BaseModel):
-    """The entry of one graph."""
+class GenaiDecoder(BaseModel):
+    """The decoder's entry."""
 
     model_config = ConfigDict(strict=True)
     filename: str | None = None
-    inputs: dict[str, Any] = Field(default_factory=dict)
-    """The graph's own names by those that onnxruntime-genai has for them."""
-    outputs: dict[str, Any] = Field(default_factory=dict)
-
-
-class GenaiDecoder(GenaiPart):
-    """The decoder's entry."""
-
     num_key_value_heads: PositiveInt | None = None
     head_size: PositiveInt | None = None
     session_options: dict[str, Any] = Field(default_factory=dict)
@@ -52,7 +47,6 @@ class GenaiModel(BaseModel):
 
     model_config = ConfigDict(strict=True)
     decoder: GenaiDecoder = Field(default_factory=GenaiDecoder)
-    embedding: GenaiPart = Field(default_factory=GenaiPart)
     vocab_size: PositiveInt | None = None
     context_length: PositiveInt | None = None
 
@@ -87,6 +81,53 @@ def read_genai_model(folder: Path) -> GenaiModel:
     return _parsed(path, _json(path))
 
 
+def component_files(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the .onnx files of a package by the names of its components: decoder, embedding, vision, speech, ...
+
+    Args:
+        content: what ``read_genai_config`` returned.
+    """
+    return {name: entry[key] for name, (entry, key) in component_entries(content).items()}
+
+
+def component_entries(content: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return each component's entry, and its key that names the .onnx file; stages of a pipeline are components too.
+
+    Args:
+        content: what ``read_genai_config`` returned.
+    """
+    return dict(_component_entries(content.get("model", {})))
+
+
+def _component_entries(model: Mapping[str, Any]) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
+    for name, entry in model.items():
+        if not isinstance(entry, dict):
+            continue
+        for key, value in entry.items():
+            if key == "filename" and isinstance(value, str):
+                yield name, (entry, key)
+            elif key.endswith("_filename") and isinstance(value, str) and value.endswith(".onnx"):
+                yield f"{name}_{key.removesuffix('_filename')}", (entry, key)
+        stages = entry.get("pipeline", [])
+        for stage in stages if isinstance(stages, list) else [stages]:
+            yield from _component_entries(stage if isinstance(stage, dict) else {})
+
+
+def texts_in(content: object) -> Iterator[str]:
+    """Yield every text that stands as a value in a JSON document, at any depth: names of files among them."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from texts_in(each)
+
+
+def is_inside(filename: str) -> bool:
+    """Return whether a relative path stays in the folder that it starts from."""
+    path = Path(filename)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in filename
+
+
 def _json(path: Path) -> object:
     try:
         content: object = json.loads(path.read_text(encoding="utf-8"))
@@ -103,12 +144,8 @@ def _parsed(path: Path, content: object) -> GenaiModel:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"])) or "the whole"
         raise GraphError(f"{path} has {place} wrong ({fault['msg']}); rebuild or repair the model folder.") from error
-    for filename in (model.decoder.filename, model.embedding.filename):
-        if filename is not None and not _is_inside(filename):
+    assert isinstance(content, dict), "it was checked"
+    for filename in component_files(content).values():
+        if not is_inside(filename):
             raise GraphError(f"{path} has the filename '{filename}', which isn't in its folder; put the graph there.")
     return model
-
-
-def _is_inside(filename: str) -> bool:
-    path = Path(filename)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in filename

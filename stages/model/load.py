@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -12,7 +14,8 @@ from google.protobuf.message import DecodeError
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
-from stages.model.validate import fault_of_graph, fault_of_proto
+from stages.model.genai_config import EMBEDDED
+from stages.model.validate import fault_of_graph, fault_of_proto, opset_of
 
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
@@ -40,8 +43,9 @@ def load_graph(directory: ModelDirectory) -> ir.Model:
 
 def require_weights(model: ir.Model, directory: ModelDirectory) -> None:
     """Raise GraphError where external data of ``model`` is missing, a link, elsewhere or truncated."""
-    for path in _named_files(model, directory.onnx_file):
-        _require_real_file(path, directory.folder)
+    _require_known_paths(model, directory.onnx_file)
+    for path in external_files(model):
+        _require_real_file(path, directory.onnx_file)
     _require_whole(model)
 
 
@@ -56,7 +60,7 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
         proto = onnx.load(file, load_external_data=False)
         fault = fault_of_proto(proto)
         model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, str(file.parent))
+        place_weights(model, file)
         fault = fault or (fault_of_graph(model) if model.graph.outputs else None)
     except PermissionError as error:
         raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
@@ -69,11 +73,21 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
         raise GraphError(f"{file} is not a readable ONNX model ({reason}); build it again.") from error
     if not model.graph.outputs:
         raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
+    _require_known_opset(model, file)
     if fault is not None:
         raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
     _require_outputs(model, directory)
     _size_weights(model)
     return model
+
+
+def _require_known_opset(model: ir.Model, file: Path) -> None:
+    version, newest = opset_of(model) or 0, onnx.defs.onnx_opset_version()
+    if version > newest:
+        raise GraphError(
+            f"{file} has opset {version}, and the installed onnx {onnx.__version__} knows {newest}; upgrade it (pip "
+            "install -U onnx onnxruntime), or build the base again with a lower opset."
+        )
 
 
 def _size_weights(model: ir.Model) -> None:
@@ -84,13 +98,86 @@ def _size_weights(model: ir.Model) -> None:
                 value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
-def _named_files(model: ir.Model, file: Path) -> list[Path]:
+def place_weights(model: ir.Model, file: Path) -> None:
+    """Let external tensors name the real files that they lie in, through whatever links lead there.
+
+    As in ONNX Runtime they lie in the folder of the .onnx file or, where that is a link, also in the one of its target:
+    the Hugging Face hub's cache links every file into one folder. Tensors that are named otherwise stay as they are,
+    and can't be read.
+
+    Args:
+        model: parsed from ``file``.
+        file: the .onnx file, or a link to it.
+    """
+    ir.external_data.set_base_dir(model.graph, str(file.parent))
+    homes = _homes(file)
+    real = {path: place for path in {tensor.path for tensor in external_tensors(model)} if (place := _real(path))}
+    inside = {path: place for path, place in real.items() if any(home in place.parents for home in homes)}
+    if not inside:
+        return
+    shared = os.path.commonpath([place.parent for place in inside.values()])
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.path in inside and not _is_absolute(tensor):
+                value.const_value = _PlacedTensor(
+                    os.path.relpath(inside[tensor.path], shared),
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=tensor.name,
+                    doc_string=tensor.doc_string,
+                    metadata_props=dict(tensor.metadata_props),
+                    base_dir=shared,
+                )
+
+
+class _PlacedTensor(ir.ExternalTensor):
+    """A tensor in a file whose place was checked."""
+
+    __slots__ = ()
+
+    def _check_path_containment(self) -> None:
+        """Allow what onnx-ir refuses and ONNX Runtime opens: a file with a second name (a hard link)."""
+
+
+def weights_folder(model: ir.Model, directory: ModelDirectory) -> Path:
+    """Return the folder that the external tensors of ``model``, parsed from ``directory``, name their files from."""
+    first = next(external_tensors(model), None)
+    return directory.onnx_file.parent if first is None else Path(first.base_dir)
+
+
+def _is_absolute(tensor: ir.ExternalTensor) -> bool:
+    return Path(tensor.location).is_absolute()
+
+
+def _homes(file: Path) -> tuple[Path, Path]:
+    return file.parent.resolve(), file.resolve().parent
+
+
+def _real(path: str) -> Path | None:
+    """Return where ``path`` leads; None where it leads nowhere: a zero in it, or a loop of links."""
     try:
-        return list(external_files(model))
-    except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, invalid UTF-8, a loop of links
-        raise GraphError(
-            f"{file} names an external data file that can't exist ({in_one_line(error)}); build it again."
-        ) from error
+        return Path(path).resolve()
+    except (ValueError, TypeError, OSError, RuntimeError):
+        return None
+
+
+def _require_known_paths(model: ir.Model, file: Path) -> None:
+    """Raise GraphError for places that no file can have, or that may be anywhere."""
+    for tensor in external_tensors(model):
+        try:
+            Path(tensor.path).resolve()
+        except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, invalid UTF-8, a loop of links
+            raise GraphError(
+                f"{file} names an external data file that can't exist ({in_one_line(error)}); build it again."
+            ) from error
+        if _is_absolute(tensor):
+            raise GraphError(
+                f"{file} names its external data by an absolute path, {tensor.location}, which ONNX Runtime refuses; "
+                "save it again with the file beside it."
+            )
 
 
 def external_files(model: ir.Model) -> Iterator[Path]:
@@ -98,17 +185,23 @@ def external_files(model: ir.Model) -> Iterator[Path]:
     yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in external_tensors(model))
 
 
-def _require_real_file(path: Path, folder: Path) -> None:
-    """Raise GraphError for what onnx-ir refuses to read: links, which could lead anywhere."""
-    if not path.is_relative_to(folder.resolve()):
+def _require_real_file(path: Path, onnx_file: Path) -> None:
+    """Raise GraphError for external data that leaves the model, or is no file."""
+    homes = _homes(onnx_file)
+    if not any(home in path.parents for home in homes):
         raise GraphError(
-            f"External data file {path} lies outside of {folder}, or a link leads there; copy the base folder with its "
-            "files and pass that."
+            f"External data file {path} lies outside of {onnx_file.parent}, or a link leads there; copy the base "
+            "folder with its files and pass that."
         )
-    if not path.is_file():
-        raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
-    if path.stat().st_nlink > 1:
-        raise GraphError(f"External data file {path} is a link; copy the base folder with its files and pass that.")
+    if path.is_file():
+        return
+    target = onnx_file.resolve()
+    if path.is_relative_to(homes[0]) and (target.parent / path.relative_to(homes[0])).is_file():
+        raise GraphError(
+            f"External data file {path} is missing, and ONNX Runtime doesn't look for it beside the file that the link "
+            f"{onnx_file.name} leads to; pass {target}."
+        )
+    raise GraphError(f"External data file {path} is missing; put it beside the model or build it again.")
 
 
 def _require_whole(model: ir.Model) -> None:
@@ -166,7 +259,8 @@ def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) 
     """Return the hex digest over the graph and a sample of every external tensor.
 
     The .onnx file is hashed whole; of each external tensor its place and its first and last 4 KiB: training changes
-    every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them.
+    every matrix everywhere, and reading 16 GB to notice it would take longer than rounding them. An embedding model
+    that the graph reads in place of tokens counts too.
 
     Args:
         directory: where the model lies.
@@ -175,11 +269,20 @@ def fingerprint_model(directory: ModelDirectory, model: ir.Model | None = None) 
     Raises:
         GraphError: the model can't be read, or isn't whole.
     """
-    tensors = tuple(external_tensors(load_graph(directory) if model is None else model))
+    model = load_graph(directory) if model is None else model
     digest = hashlib.sha256(directory.onnx_file.read_bytes())
-    for tensor in tensors:
+    for tensor in external_tensors(model):
         digest.update(_sample(tensor))
+    if directory.embedding is not None and reads_embedded_tokens(model, directory):
+        with suppress(GraphError):  # what runs it says so
+            digest.update(fingerprint_model(directory.embedding).encode())
     return digest.hexdigest()
+
+
+def reads_embedded_tokens(model: ir.Model, directory: ModelDirectory) -> bool:
+    """Return whether ``model`` takes what an embedding model makes of the tokens."""
+    names = {directory.input_names.get(key, key) for key in EMBEDDED}
+    return any(value.name in names for value in model.graph.inputs)
 
 
 def _sample(tensor: ir.ExternalTensor) -> bytes:

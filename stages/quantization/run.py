@@ -48,6 +48,7 @@ from stages.records.results import SiteReport
 from stages.records.sites import ActivationGroup, short_name
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.blocks.decoder import DecoderBlocks, open_blocks
+from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.system.distributed import Processes
 from stages.system.hardware import choose_device
@@ -164,7 +165,7 @@ def open_search(config: QuantizeConfig) -> Search:
         UserError: what ``quantize`` raises before it searches.
     """
     config.validate()
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     model = load_graph(directory)
     cache = open_cache(config.cache_path, fingerprint_model(directory, model)) if config.needs_cache else None
     plan = plan_model(config, model, directory)
@@ -228,6 +229,8 @@ def _improve_unfinished(config: QuantizeConfig, prepared: Prepared, processes: P
     assert cache is not None
     if store.is_complete():
         return
+    fixed = WindowShape.of(inputs_of_graph(prepared.model, prepared.directory)).batch
+    config = replace(config, signround_batch_size=fixed or config.signround_batch_size)
     steps = _steps(config, prepared)  # what they can't run is an error before the search
     search = replace(config, algo=config.search_algorithm, refine=False, distill=0)
     solver = _solver(search, prepared.model, prepared.plan, cache)

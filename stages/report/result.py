@@ -16,6 +16,7 @@ from export.card.record import EvaluationSummary, summarize_evaluations
 from stages.commands.output import Section, as_called
 from stages.commands.quantize_options import QuantizeConfig
 from stages.evaluation.texts import CONTENTS
+from stages.model.directory import DECODER
 from stages.model.genai_config import GENAI_CONFIG
 from stages.quantization.weights.store import REPORT_FOLDER
 from stages.report.document import REPORT_HTML
@@ -56,10 +57,9 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
 
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
     base, folder = from_here(config.onnx_path), from_here(config.output_path)
-    commands: list[tuple[str, tuple[object, ...]]] = [
-        ("evaluate", ("evaluate", base, folder)),
-        ("inspect", ("inspect", folder)),
-    ]
+    commands: list[tuple[str, tuple[object, ...]]] = [("inspect", ("inspect", folder))]
+    if config.component in (None, DECODER):
+        commands.insert(0, ("evaluate", ("evaluate", base, folder)))
     if (made.folder / GENAI_CONFIG).is_file():
         commands.insert(0, ("chat", ("chat", folder)))
     return Result(

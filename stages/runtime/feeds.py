@@ -18,11 +18,11 @@ import onnxruntime as ort
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory, shared_caches
+from stages.model.genai_config import EMBEDDED
 from stages.records.formats import FLOAT_TYPES
 from stages.runtime.graph_inputs import (
     BEAMS,
     CACHE_POSITIONS,
-    EMBEDDED,
     MASK,
     NUMBERS,
     POSITIONS,
@@ -133,13 +133,9 @@ class CausalFeeds:
         size = TokenShape(*tokens.shape, past)
         self.window.require(size.batch, size.length)
         made = {} if self.embedding is None else self.embedding(tokens)
-        return {
-            given.name: self._declared(
-                given, made[given.name] if given.name in made else self._value(given, tokens, size)
-            )
-            for given in self.inputs
-            if not (past and given.role == STATE)
-        }
+        fed = [given for given in self.inputs if not (past and given.role == STATE)]
+        values = {given: made[given.name] if given.name in made else self._value(given, tokens, size) for given in fed}
+        return {given.name: self._declared(given, value) for given, value in values.items()}
 
     def _value(self, given: GraphInput, tokens: np.ndarray, size: TokenShape) -> np.ndarray:
         shape = self.shapes.shape(given, size, mask_length=self.hidden_past + size.total)
@@ -148,21 +144,24 @@ class CausalFeeds:
         if given.role == MASK:
             return self._mask(given, shape, size)
         if given.role in (POSITIONS, CACHE_POSITIONS):
-            return self._spread(given, np.arange(size.past, size.total), shape)
+            self._require_room(given, shape[-1] == size.length, size)
+            return np.broadcast_to(np.arange(size.past, size.total), shape)
         if given.role == BEAMS:
-            return self._spread(given, np.arange(size.batch), shape)
-        return np.full(shape, NUMBERS[given.role](size) if given.role in NUMBERS else 0)
+            self._require_room(given, shape[-1] == size.batch, size)
+            return np.arange(size.batch)
+        number = NUMBERS[given.role](size) if given.role in NUMBERS else 0
+        return np.full(shape, number, _NUMPY_TYPES.get(given.type))
 
-    def _spread(self, given: GraphInput, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        if shape[-1:] != values.shape:
-            raise self.shapes.refuse(given, f"has shape {list(given.shape)}, which is not for {len(values)} of them")
-        return np.broadcast_to(values, shape)
+    def _require_room(self, given: GraphInput, fits: bool, size: TokenShape) -> None:
+        if not fits:
+            raise self.shapes.refuse(
+                given, f"has shape {list(given.shape)}, not one for {size.batch} x {size.total} tokens"
+            )
 
     def _mask(self, given: GraphInput, shape: tuple[int, ...], size: TokenShape) -> np.ndarray:
         """Return a mask over all keys [batch, keys], or over those of each query [batch, (1,) queries, keys]."""
         keys = np.arange(shape[-1]) - self.hidden_past
-        if len(keys) < self.hidden_past + size.total:
-            raise self.shapes.refuse(given, f"has shape {list(given.shape)}, which is not for {size.total} tokens")
+        self._require_room(given, len(keys) >= self.hidden_past + size.total, size)
         last = np.array([size.total - 1])
         if len(shape) > 2 and shape[-2] == size.length:
             last = np.arange(size.past, size.total)[:, None]
@@ -177,7 +176,7 @@ class CausalFeeds:
         dtype = _NUMPY_TYPES.get(given.type)
         if dtype is None:
             raise self.shapes.refuse(given, f"has type {given.type}, which can't be fed")
-        array = np.ascontiguousarray(value.astype(dtype)).reshape(value.shape)
+        array = np.ascontiguousarray(value, dtype).reshape(value.shape)  # else numbers would become rows of one
         if given.type != _BFLOAT16:
             return array
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ir.DataType.BFLOAT16)
@@ -191,7 +190,6 @@ class Embedding:
     feeds: CausalFeeds
     outputs: Mapping[str, str]
     """Its output for each input of the decoder."""
-    advice: str
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Return what it makes of ``tokens`` [batch, length], by the decoder's names.
@@ -203,7 +201,8 @@ class Embedding:
             made = self.feeds.session.run(list(self.outputs.values()), self.feeds(tokens))
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); {self.advice}."
+                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); "
+                f"{self.feeds.shapes.advice}."
             ) from error
         return dict(zip(self.outputs, made, strict=True))
 
@@ -216,11 +215,11 @@ def require_text_inputs(model: ir.Model, directory: ModelDirectory) -> WindowSha
     """
     inputs = inputs_of_graph(model, directory)
     shapes = InputShapes.of(directory)
-    _require_from_text(inputs, directory, shapes)
+    embedded = _require_from_text(inputs, directory, shapes)
     window = WindowShape.of(inputs)
     size = TokenShape(window.batch or 1, window.length or 1)
     for given in inputs:
-        if given.role not in EMBEDDED:
+        if given.name not in embedded:
             shapes.shape(given, size)
     _hidden_past(inputs, directory, shapes)
     return window
@@ -232,7 +231,7 @@ def _require_from_text(inputs: Sequence[GraphInput], directory: ModelDirectory, 
     Raises:
         GraphError: an input comes from neither.
     """
-    made = _outputs_of_embedding(directory)
+    made = {} if all(given.comes_from_text for given in inputs) else _outputs_of_embedding(directory)
     embedded = {given.name: made[key] for given in inputs for key in (given.role, given.name) if key in made}
     for given in inputs:
         if given.name in embedded:
@@ -267,8 +266,8 @@ def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str], advic
     file = directory.embedding.onnx_file
     with runnable_file(file, CPU_ONLY, None) as runnable:
         session = open_session(runnable, SessionSettings(map_weights=True, spin=False))
-    feeds = CausalFeeds.of(session, directory.embedding, open_size=0)
-    return Embedding(file=file, feeds=feeds, outputs=outputs, advice=advice)
+    feeds = CausalFeeds.of(session, directory.embedding, open_size=0, advice=advice)
+    return Embedding(file=file, feeds=feeds, outputs=outputs)
 
 
 def _hidden_past(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes: InputShapes) -> int:

@@ -125,8 +125,8 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
         tokenizer = runtime.Tokenizer(model)
     except RuntimeError as error:
         raise UserError(
-            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); copy "
-            "tokenizer.json and tokenizer_config.json into it."
+            f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); "
+            f"{_tokenizer_fix(folder)}."
         ) from error
     return GenaiSession(
         runtime=runtime,
@@ -136,6 +136,14 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
         context_length=described.context_length or _UNKNOWN_CONTEXT,
         sliding_window=described.decoder.window_size,
     )
+
+
+def _tokenizer_fix(folder: Path) -> str:
+    if not (folder / "tokenizer.model").is_file():
+        return "copy tokenizer.json and tokenizer_config.json into it"
+    made = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    command = f'python -c "from transformers import AutoTokenizer; {made}"'
+    return f"make tokenizer.json of its tokenizer.model (pip install sentencepiece first): {command}"
 
 
 def load_genai(

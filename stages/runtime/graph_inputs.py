@@ -17,10 +17,10 @@ import onnxruntime as ort
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
+from stages.model.genai_config import EMBEDDED
 
 TOKENS, MASK, POSITIONS, STATE, _ENCODED = "input_ids", "attention_mask", "position_ids", "past", "encoder"
 CACHE_POSITIONS, BEAMS, _PAST_LENGTH = "cache_position", "beam_idx", "past_sequence_length"
-EMBEDDED = frozenset({"inputs_embeds", "per_layer_inputs"})
 CARRY_TOKENS = frozenset({TOKENS, *EMBEDDED})
 """Names of the inputs that depend on the tokens themselves; others only on their number."""
 ROUND = "quantize with --algo rtn_dq, which runs no model"
@@ -166,9 +166,14 @@ class WindowShape:
         """Yield ``tokens`` [batch, length], padded behind to this shape, as many windows at a time as it has.
 
         Attention looks back only, so that a causal decoder's results for the tokens themselves stay the same.
+
+        Raises:
+            GraphError: they are more than the graph's windows hold.
         """
         batch, length = tokens.shape
         size = self.batch or batch
+        if length > (self.length or length):
+            self.require(size, length)
         padded = np.pad(tokens, ((0, -batch % size), (0, (self.length or length) - length)), mode="edge")
         yield from (padded[start : start + size] for start in range(0, len(padded), size))
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
+from stages.runtime.requirements import installed_runtime, lacks_of, too_old, words_of
 from stages.system.hardware import granted_threads
 
 _REASON_LENGTH = 200
@@ -66,8 +70,18 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
         # Without enable_fallback=0 the library prints a failing provider's error and goes on without it.
         return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes without a common base
-        where = "a part of the model" if isinstance(model, bytes) else str(model)
-        raise GraphError(f"ONNX Runtime can't open {where} ({in_one_line(error)}); build it again.") from error
+        raise GraphError(_why_closed(model, error)) from error
+
+
+def _why_closed(model: Path | bytes, error: Exception) -> str:
+    """Return what ONNX Runtime has against a model: all that it says, and the release that would open it."""
+    where, reason = "a part of the model" if isinstance(model, bytes) else str(model), words_of(error)
+    with suppress(Exception):  # what isn't a model at all is only said to be none
+        graph = ir.from_proto(onnx.load_model_from_string(model)) if isinstance(model, bytes) else ir.load(model)
+        installed = installed_runtime(graph)
+        if lacks := tuple(lacks_of(graph, installed)):
+            return f"ONNX Runtime can't open {where} ({reason}), which {too_old(lacks, installed.version)}"
+    return f"ONNX Runtime can't open {where} ({reason}); build it again."
 
 
 @dataclass(frozen=True, slots=True)

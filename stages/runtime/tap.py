@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
+from stages.model.load import weights_folder
 from stages.model.partition import Partition
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
@@ -62,7 +63,7 @@ def open_graph(
         settings = SessionSettings(
             providers=providers,
             provider_options=provider_options,
-            external_data_folder=directory.folder if isinstance(graph, bytes) else None,
+            external_data_folder=weights_folder(model, directory) if isinstance(graph, bytes) else None,
             map_weights=providers == CPU_ONLY,
             spin=False,
         )

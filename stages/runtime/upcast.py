@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx_ir as ir
 
+from stages.model.load import place_weights
 from stages.runtime.providers import CPU_ONLY
 
 _FILE = "model.onnx"
@@ -64,6 +65,7 @@ def upcast_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
 def runnable_file(onnx_file: Path, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path]:
     """Yield ``onnx_file``, or an upcast copy in ``scratch`` where ``providers`` can't run it otherwise."""
     model = ir.load(onnx_file)
+    place_weights(model, onnx_file)
     source = upcast_file(model, scratch) if must_upcast(model, providers) else nullcontext(onnx_file)
     with source as path:
         yield path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -37,10 +35,6 @@ _EYE = np.eye(32, dtype=np.float32)
 
 def _model(name: str, spoil: Spoil, *words: str, command: Command = "quantize", arguments: str = "") -> BadInput:
     return BadInput(name=name, command=command, words=words, spoil=spoil, arguments=tuple(arguments.split()))
-
-
-def _hard_link(folder: Path) -> None:
-    (folder / "elsewhere.data").hardlink_to(folder / DATA)
 
 
 def _deep_json(depth: int = 100_000) -> str:
@@ -139,7 +133,6 @@ EXTERNAL_DATA = (
         "real.data",
         "a link leads",
     ),
-    _model("data: a hard link", _hard_link, "model.onnx.data", "link"),
     _model("data: a folder", in_turn(gone(DATA), folder_in_place_of(DATA)), "model.onnx.data"),
     _model(
         "data: above the folder",

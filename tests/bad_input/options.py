@@ -24,6 +24,8 @@ OPTIONS = (
     _option("calibrate", "--device toaster", "--device toaster"),
     _option("calibrate", "--seed -1 --use_random_calib", "--seed -1"),
     _option("calibrate", "--use_random_calib --calib_size 100000000000000000", "memory", "--calib_size"),
+    _option("calibrate", "--component speech", "no component speech", "--component (decoder)"),
+    _option("quantize", "--component speech", "no component speech", "--component (decoder)"),
     _option("quantize", "--block_size 48", "--block_size 48", "power of two"),
     _option("quantize", "--block_size 512", "--block_size 512", "16 to 256"),
     _option("quantize", "--block_size -32", "--block_size -32", "power of two"),

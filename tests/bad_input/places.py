@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.edits import folder_in_place_of, in_turn, linked, written
+from tests.bad_input.edits import copied, folder_in_place_of, in_turn, json_with, linked, written
 from tests.bad_input.row import BadInput, Command, Spoil, nothing
 
 _LONG = "n" * 300
@@ -73,8 +73,11 @@ TAKEN = (
     ),
     _place("output: in /proc", nothing, "/proc/out", arguments="--output_path /proc/out"),
     _place(
-        "output: another model of the base's folder",
-        written("base/other.onnx", "x"),
+        "output: another component of the base",
+        in_turn(
+            copied("base/model.onnx", "base/other.onnx"),
+            json_with("base/genai_config.json", "model", "vision", value={"filename": "other.onnx"}),
+        ),
         "other.onnx",
         command="export",
         arguments="--output_path out/other.onnx",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -248,9 +249,46 @@ def test_a_full_disk_is_a_message_and_leaves_the_old_output(tmp_path: Path, monk
     assert (tiny.output / "model.onnx.data").read_bytes() == old
 
 
+def name_component(folder: Path, name: str, filename: str) -> None:
+    content = json.loads((folder / "genai_config.json").read_text())
+    content["model"][name] = {"filename": filename, "shared_initializers": [{"name": "embedding"}]}
+    (folder / "genai_config.json").write_text(json.dumps(content))
+
+
+def test_a_component_that_shares_the_weights_of_the_base_gets_its_own(tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder writes the head that predicts several tokens: its lm_head is the decoder's."""
+    tiny = tiny_export(tmp_path)
+    shutil.copy(tiny.base.onnx_file, tiny.base.folder / "mtp.onnx")
+    name_component(tiny.base.folder, "mtp", "mtp.onnx")
+    summary = tiny.run(options("quick"))
+    for name in ("model.onnx", "mtp.onnx"):
+        model = ir.load(tiny.output / name)
+        tensors = [value.const_value for value in model.graph.initializers.values()]
+        external = {tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+        assert external == {f"{name}.data"}
+    ids = {"input_ids": np.array([[1, 2, 3]])}
+    (found,), (expected,) = (
+        ort.InferenceSession(folder / name).run(None, ids)
+        for folder, name in ((tiny.output, "mtp.onnx"), (tiny.base.folder, "model.onnx"))
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert "shared_initializers" not in (tiny.output / "genai_config.json").read_text()
+    assert summary.folder_bytes == sum(file.stat().st_size for file in tiny.output.rglob("*") if file.is_file())
+
+
+def test_what_a_package_lacks_is_lacking_in_the_output_too_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = tiny_export(tmp_path)
+    name_component(tiny.base.folder, "speech", "speech/model.onnx")
+    tiny.run(options("off"))
+    assert f"lacks {Path('speech/model.onnx')}, which a part of the model needs" in caplog.text
+
+
 def test_another_model_of_the_base_folder_keeps_its_name(tmp_path: Path) -> None:
     tiny = tiny_export(tmp_path, name=str(Path("quantized", "vision.onnx")))
-    (tiny.base.folder / "vision.onnx").write_bytes(b"another model")
+    shutil.copy(tiny.base.onnx_file, tiny.base.folder / "vision.onnx")
+    name_component(tiny.base.folder, "vision", "vision.onnx")
     with pytest.raises(UserError, match=r"another model called vision\.onnx"):
         tiny.run(options("off"))
     assert not (tmp_path / "quantized").exists()
@@ -268,14 +306,3 @@ def test_missing_external_data_is_a_message(tmp_path: Path) -> None:
     (tiny.base.folder / "model.onnx.data").unlink()
     with pytest.raises(GraphError, match="missing"):
         tiny.run(options("off"))
-
-
-@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
-def test_linked_external_data_is_a_message(tmp_path: Path, link: str) -> None:
-    tiny = tiny_export(tmp_path)
-    data = tiny.base.folder / "model.onnx.data"
-    target = data.rename(tmp_path / "blob")
-    getattr(data, link)(target)
-    with pytest.raises(GraphError, match=r"is a link|a link leads there"):
-        tiny.run(options("off"))
-    assert not tiny.output.exists()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.save import Destination, account_for_bytes, read_initializer
+from export.save import Destination, account_for_bytes, patch_genai_config, read_initializer
 from stages.errors import GraphError, UserError
-from stages.model.directory import ModelDirectory
+from stages.model.directory import ModelDirectory, locate_model
 
 
 def model_of(folder: Path, places: list[tuple[int, int]], size: int) -> tuple[ir.Model, Path]:
@@ -89,3 +90,25 @@ def test_no_output_goes_among_quantized_weights(tmp_path: Path) -> None:
         UserError, match=f"--output_path {output} lies among the quantized weights in {tmp_path / 'w'};"
     ):
         Destination.from_path(output, base, overwrite=False)
+
+
+def test_a_component_without_session_options_keeps_those_of_the_decoder(tmp_path: Path) -> None:
+    decoder = {"filename": "d/model.onnx", "session_options": {"provider_options": [{"cuda": {}}]}}
+    config = tmp_path / "genai_config.json"
+    config.write_text(json.dumps({"model": {"decoder": decoder, "vision": {"filename": "v/model.onnx"}}}))
+    patch_genai_config(tmp_path, "v/int4.onnx", {"level": "4"}, "vision")
+    model = json.loads(config.read_text())["model"]
+    assert model["decoder"] == decoder
+    assert model["vision"] == {
+        "filename": "v/int4.onnx",
+        "session_options": {"provider_options": [{"cuda": {}}], "level": "4"},
+    }
+
+
+def test_no_output_goes_over_a_component_of_the_base(tmp_path: Path) -> None:
+    for name in ("decoder", "vision"):
+        (tmp_path / name).mkdir()
+        ir.save(model_of(tmp_path / name, [], 0)[0], tmp_path / name / "model.onnx")
+    for output in (tmp_path, tmp_path / "decoder", tmp_path / "vision/model.onnx"):
+        with pytest.raises(UserError, match="would replace the base model"):
+            Destination.from_path(output, locate_model(tmp_path / "decoder"), overwrite=True)

@@ -136,7 +136,7 @@ def open_sampler(
                 runtime,
                 directory.folder,
                 threads=granted_threads(),
-                filename=directory.onnx_file.name,
+                filename=directory.onnx_name,
                 end_token=suppressed_token,
                 provider=SHORT_NAMES[provider],
             )

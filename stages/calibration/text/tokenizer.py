@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SECONDS = 10.0
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_FILES = (*_SENTENCEPIECE, "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
+"""The first line of a vocabulary of tiktoken: some also call it tokenizer.model."""
+_NAME_ANOTHER = "pass a folder that has one, or the model's hub name, as --model_name"
 
 
 def why_unreachable(name: str, kind: Literal["model", "dataset"], seconds: float = _SECONDS) -> str | None:
@@ -56,6 +63,10 @@ class FoundTokenizer:
 class _CannotLoad(Exception):
     """Carries the reason, in words."""
 
+    def __init__(self, reason: str, fix: str = _NAME_ANOTHER) -> None:
+        super().__init__(reason)
+        self.fix = fix
+
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub name.
@@ -85,10 +96,7 @@ def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) 
         if stand_in is not None and not _names_a_place(path, error):
             found = _stand_in(stand_in, path, error, trust_remote_code)
         if found is None:
-            raise UserError(
-                f"No tokenizer can be loaded from {path} ({error}); "
-                "pass a folder that has one, or the model's hub name, as --model_name."
-            ) from error
+            raise UserError(f"No tokenizer can be loaded from {path} ({error}); {error.fix}.") from error
         return found
 
 
@@ -114,8 +122,26 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
             path, trust_remote_code=trust_remote_code, local_files_only=unreachable is not None
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and its own
-        raise _CannotLoad(unreachable or hub_reason(error)) from error
+        raise (_explained(Path(path)) or _CannotLoad(unreachable or hub_reason(error))) from error
     return tokenizer
+
+
+def _explained(folder: Path) -> _CannotLoad | None:
+    """Return what a folder's own files say of why it has no tokenizer: transformers names the wrong library."""
+    if not folder.is_dir():
+        return None
+    if not any((folder / name).is_file() for name in _FILES) and not any(folder.glob("*.tiktoken")):
+        return _CannotLoad("it holds none")
+    for file in (folder / name for name in _SENTENCEPIECE):
+        if file.is_file() and find_spec(library := _library_of(file)) is None:
+            reason = f"{library}, which reads its {file.name}, isn't installed"
+            return _CannotLoad(reason, f"install it (pip install {library}), or {_NAME_ANOTHER}")
+    return None
+
+
+def _library_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return "tiktoken" if _TIKTOKEN.match(opened.readline(1000)) else "sentencepiece"
 
 
 def hub_reason(error: BaseException) -> str:

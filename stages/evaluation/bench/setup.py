@@ -52,6 +52,7 @@ def read_evaluation_texts(config: BenchConfig) -> tuple[EvaluationText, ...]:
     for text in config.text:
         request = EvaluateConfig(
             base=config.base,
+            model_name=config.model_name,
             model=(),
             text=text,
             windows=config.windows,

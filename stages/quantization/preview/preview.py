@@ -102,7 +102,7 @@ def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig) -> 
 
 def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple[str, ...]) -> _Known:
     """Open what is there; what is missing is an obstacle."""
-    directory = locate_model(config.onnx_path)
+    directory = locate_model(config.onnx_path, config.component)
     model = parse_graph(directory)
     found, notes, cache, window = list(obstacles), [], None, WindowShape(None, None)
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.errors import GraphError
-from stages.model.genai_config import LOGITS
+from stages.model.genai_config import EMBEDDED, LOGITS
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
 from stages.runtime.graph_inputs import CARRY_TOKENS
@@ -145,7 +145,7 @@ def _crossings(model: ir.Model) -> list[frozenset[str]]:
         if value is not None and not (value.is_graph_input() and node.op_type in _SHAPE_ONLY)
     }
     carrying = _descendants(model, _carries_tokens)
-    alive = {value for value in model.graph.inputs if value in carrying and value in last_read}
+    alive = {value for value in model.graph.inputs if value.name in EMBEDDED and value in last_read}
     found = []
     for index, node in enumerate(nodes):
         alive = {value for value in alive if last_read[value] >= index}

@@ -133,5 +133,6 @@ def test_the_card_of_a_base_names_the_hubs_model_and_its_licence(tmp_path: Path)
     (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# A model\n")
     write_card(checkpoint, output, "some/model", "dequantized from a GGUF file")
     assert hub_name_of(output) == "some/model"
+    assert hub_name_of(Path("hub/models--some--model/snapshots/0123abc")) == "some/model"
     assert licence_of(output / "README.md") == {"license": "apache-2.0"}
     assert "\nWeights: dequantized from a GGUF file.\n" in (output / "README.md").read_text(encoding="utf-8")

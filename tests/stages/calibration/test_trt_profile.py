@@ -32,7 +32,7 @@ def _options(inputs: dict[str, list[int | str]], context_length: int | None = 20
 
 def test_ranges_of_tokens_masks_and_caches() -> None:
     sliding = {"past_key_values.1.key": ["b", 2, "past", 16], "past.2.conv": ["b", 64, 2]}
-    assert _options(TOKENS | CACHE | sliding) == {
+    assert _options(TOKENS | CACHE | sliding | {"num_logits_to_keep": []}) == {
         "nv_profile_min_shapes": "input_ids:1x1,attention_mask:1x1,position_ids:3x1x1,"
         "past_key_values.0.key:1x2x0x64,past_key_values.0.value:1x8x0x16,past_key_values.1.key:1x2x32x16,"
         "past.2.conv:1x64x2",

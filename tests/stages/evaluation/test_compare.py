@@ -60,6 +60,15 @@ def test_a_report_is_reused_for_the_same_comparison_only(config: EvaluateConfig,
     assert load_evaluation(tmp_path / "missing.json", prepared.comparison) is None
 
 
+def test_the_tokenizer_may_lie_elsewhere(config: EvaluateConfig, tmp_path: Path) -> None:
+    bare = shutil.copytree(config.base, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "config.json"))
+    one = replace(config, base=bare, model=(config.base,), windows=1)
+    with pytest.raises(UserError, match=r"No tokenizer can be loaded from .*bare .* as --model_name"):
+        prepare(one)
+    elsewhere = prepare(replace(one, model_name=str(config.base)))
+    assert elsewhere.base.tokens == prepare(replace(config, windows=1)).base.tokens
+
+
 def test_another_vocabulary_is_refused(config: EvaluateConfig, tmp_path: Path) -> None:
     other = shutil.copytree(config.base, tmp_path / "other")
     model = onnx.load(other / "model.onnx", load_external_data=False)

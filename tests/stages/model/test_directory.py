@@ -67,6 +67,99 @@ def test_missing_paths_and_ambiguous_folders(tmp_path: Path) -> None:
     assert locate_model(tmp_path / "b.onnx").onnx_file.name == "b.onnx"
 
 
+def layout(folder: Path, *names: str) -> None:
+    """Make empty files, and a genai_config.json that names the components whose graphs are called model.onnx."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    parts = {name.split("/")[0]: {"filename": name} for name in names if name.endswith("/model.onnx")}
+    if "genai_config.json" in names:
+        (folder / "genai_config.json").write_text(json.dumps({"model": parts}))
+
+
+PACKAGE = ("genai_config.json", "tokenizer.json", "decoder/model.onnx", "vision/model.onnx", "embedding/model.onnx")
+BARE_PACKAGE = ("decoder/model.onnx", "vision_encoder/model.onnx")
+REPOSITORY = (
+    "config.json",
+    "onnx/model.onnx",
+    "onnx/model_fp16.onnx",
+    "onnx/model_q4f16.onnx",
+    "onnx/model_quantized.onnx",
+)
+PARTS = (
+    "config.json",
+    *(f"onnx/{stem}{suffix}.onnx" for suffix in ("", "_q4") for stem in ("embed_tokens", "vision_encoder")),
+)
+OPTIMUM = (
+    "config.json",
+    "decoder_model.onnx",
+    "decoder_model_merged.onnx",
+    "decoder_with_past_model.onnx",
+    "encoder_model.onnx",
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "component", "found"),
+    [
+        (PACKAGE, "", None, "decoder/model.onnx"),
+        (PACKAGE, "", "vision", "vision/model.onnx"),
+        (PACKAGE, "vision", None, "vision/model.onnx"),
+        (PACKAGE, "vision", "vision", "vision/model.onnx"),
+        (PACKAGE, "embedding/model.onnx", None, "embedding/model.onnx"),
+        (PACKAGE, "decoder/../vision", None, "vision/model.onnx"),
+        (BARE_PACKAGE, "", None, "decoder/model.onnx"),
+        (BARE_PACKAGE, "decoder", None, "decoder/model.onnx"),
+        (BARE_PACKAGE, "", "vision_encoder", "vision_encoder/model.onnx"),
+        (REPOSITORY, "", None, "onnx/model.onnx"),
+        (REPOSITORY, "onnx", None, "onnx/model.onnx"),
+        (REPOSITORY, "onnx/model_fp16.onnx", None, "onnx/model_fp16.onnx"),
+        ((*PARTS, "onnx/decoder_model_merged.onnx"), "", None, "onnx/decoder_model_merged.onnx"),
+        ((*PARTS, "onnx/decoder_model_merged.onnx"), "", "vision_encoder", "onnx/vision_encoder.onnx"),
+        ((*PARTS, "onnx/decoder_model_merged.onnx"), "", "embed", "onnx/embed_tokens.onnx"),
+        (OPTIMUM, "", None, "decoder_model_merged.onnx"),
+        (("model.onnx", "model_fp16.onnx", "model_q4.onnx"), "", None, "model.onnx"),
+        (("phi.onnx", "phi-int4-cpu.onnx"), "", None, "phi.onnx"),
+    ],
+)
+def test_the_root_of_a_package_and_the_graph_that_is_meant(
+    tmp_path: Path, names: tuple[str, ...], path: str, component: str | None, found: str
+) -> None:
+    layout(tmp_path, *names)
+    directory = locate_model(tmp_path / path, component)
+    assert (directory.folder, directory.onnx_name) == (tmp_path, found)
+    of_file = locate_model(directory.onnx_file)
+    assert (of_file.folder, of_file.component) == (tmp_path, directory.component)
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "component", "words"),
+    [
+        (PACKAGE, "", "speech", r"has no component speech; pass another --component \(decoder, vision, embedding\)"),
+        (PACKAGE, "vision", "decoder", r"is the component vision and not decoder; pass .*, or --component vision"),
+        (PARTS, "", "speech", "no component speech that a name tells; pass its .onnx file"),
+        (
+            ("genai_config.json", "context/model.onnx"),
+            "",
+            None,
+            r"names no decoder; pass a --component of it \(context\)",
+        ),
+        (("model.onnx", "other.onnx"), "", None, r"holds model\.onnx, other\.onnx; pass the path"),
+    ],
+)
+def test_a_component_that_is_not_there_is_told_with_those_that_are(
+    tmp_path: Path, names: tuple[str, ...], path: str, component: str | None, words: str
+) -> None:
+    layout(tmp_path, *names)
+    with pytest.raises(GraphError, match=words):
+        locate_model(tmp_path / path, component)
+
+
+def test_a_folder_of_models_is_no_package(tmp_path: Path) -> None:
+    layout(tmp_path, "base/model.onnx", "other/model.onnx", "tokenizer.json")
+    assert locate_model(tmp_path / "base").folder == tmp_path / "base"
+
+
 @pytest.mark.parametrize(
     ("outputs", "logits"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import GraphError
-from stages.model.genai_config import read_genai_config, read_genai_model
+from stages.model.genai_config import component_files, read_genai_config, read_genai_model
 
 
 def written(folder: Path, content: object) -> Path:
@@ -27,6 +27,18 @@ def test_what_is_not_known_here_is_kept_and_passed_over(tmp_path: Path) -> None:
     assert "sliding_window" in model.decoder.model_fields_set
 
 
+def test_components_are_whatever_names_a_graph() -> None:
+    stages = [{"embeddings": {"filename": "e.onnx"}}, {"context": {"filename": "c.onnx", "inputs": []}}]
+    model = {
+        "type": "x",
+        "decoder": {"pipeline": stages},
+        "vision": {"filename": "v.onnx", "config_filename": "processor.json", "adapter_filename": "a.onnx"},
+    }
+    assert component_files({"model": model}) == {
+        "embeddings": "e.onnx", "context": "c.onnx", "vision": "v.onnx", "vision_adapter": "a.onnx",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -34,6 +46,7 @@ def test_what_is_not_known_here_is_kept_and_passed_over(tmp_path: Path) -> None:
         ({"model": {"vocab_size": 0}}, r"has model\.vocab_size wrong"),
         ({"model": {"vocab_size": "300"}}, r"has model\.vocab_size wrong"),
         ({"model": {"decoder": {"filename": "../model.onnx"}}}, r"filename '\.\./model\.onnx', which isn't in its"),
+        ({"model": {"vision": {"filename": "../v.onnx"}}}, r"filename '\.\./v\.onnx', which isn't in its"),
         ({"model": {"decoder": {"filename": "/model.onnx"}}}, r"filename '/model\.onnx', which isn't in its folder"),
     ],
 )

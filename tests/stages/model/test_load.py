@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from onnx import TensorProto, helper
 
 from stages.errors import GraphError
 from stages.model.directory import locate_model
-from stages.model.load import external_files, fingerprint_model, load_graph, parse_graph
+from stages.model.load import external_files, fingerprint_model, load_graph, parse_graph, weights_folder
+from stages.runtime.session import SessionSettings, open_session
 from tests.support.graphs import TinyGraph
 
 
@@ -51,12 +53,127 @@ def test_truncated_and_missing_data(folder: Path) -> None:
     assert [node.op_type for node in parse_graph(locate_model(folder)).graph] == ["MatMul"]
 
 
-@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
-def test_linked_data(folder: Path, tmp_path: Path, link: str) -> None:
-    data = folder / "model.onnx.data"
-    target = data.rename(tmp_path / "blob")
-    getattr(data, link)(target)
-    with pytest.raises(GraphError, match=r"is a link|a link leads there"):
+def hub_cache(folder: Path, inner: str = ".") -> Path:
+    """Move the files of ``folder`` into blobs/, as the Hugging Face hub's cache has them, and link them from there."""
+    snapshot, blobs = folder.parent / "snapshots/1/" / inner, folder.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for index, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / f"sha{index}")
+        (snapshot / file.name).symlink_to(os.path.relpath(blobs / f"sha{index}", snapshot))
+    return snapshot / "model.onnx"
+
+
+def chained(folder: Path) -> Path:
+    snapshot, other = hub_cache(folder).parent, folder.parent / "other"
+    other.mkdir()
+    for file in snapshot.iterdir():
+        (other / file.name).symlink_to(file)
+    return other / "model.onnx"
+
+
+def hard_link(folder: Path) -> Path:
+    (folder.parent / "second").hardlink_to(folder / "model.onnx.data")
+    return folder / "model.onnx"
+
+
+def linked_folder(folder: Path) -> Path:
+    (folder.parent / "link").symlink_to(folder.name)
+    return folder.parent / "link" / "model.onnx"
+
+
+def model_linked_elsewhere(folder: Path) -> Path:
+    """Only the .onnx file is a link; its weights lie beside the link."""
+    (folder / "model.onnx").rename(folder.parent / "graph")
+    (folder / "model.onnx").symlink_to("../graph")
+    return folder / "model.onnx"
+
+
+def weights_in_a_subfolder(folder: Path) -> Path:
+    (folder / "in").mkdir()
+    (folder / "model.onnx.data").rename(folder / "in/weights")
+    return relocated(folder, "in/../in/weights")
+
+
+def relocated(folder: Path, location: str) -> Path:
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    for entry in proto.graph.initializer[0].external_data:
+        entry.value = location if entry.key == "location" else entry.value
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    return folder / "model.onnx"
+
+
+def weights_linked_elsewhere(folder: Path) -> Path:
+    (folder / "model.onnx.data").rename(folder.parent / "stray")
+    (folder / "model.onnx.data").symlink_to("../stray")
+    return folder / "model.onnx"
+
+
+def two_stores(folder: Path) -> Path:
+    weights_linked_elsewhere(folder)
+    (folder.parent / "graphs").mkdir()
+    (folder / "model.onnx").rename(folder.parent / "graphs/graph")
+    (folder / "model.onnx").symlink_to("../graphs/graph")
+    return folder / "model.onnx"
+
+
+def weights_beside_the_target(folder: Path) -> Path:
+    (folder.parent / "linked").mkdir()
+    (folder.parent / "linked/model.onnx").symlink_to(folder / "model.onnx")
+    return folder.parent / "linked/model.onnx"
+
+
+def weights_above(folder: Path) -> Path:
+    (folder / "model.onnx.data").rename(folder.parent / "stray")
+    return relocated(folder, "../stray")
+
+
+def absolute_path(folder: Path) -> Path:
+    return relocated(folder, str(folder / "model.onnx.data"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "refusal"),
+    [
+        (hub_cache, ""),
+        (lambda folder: hub_cache(folder, "onnx"), ""),
+        (chained, ""),
+        (hard_link, ""),
+        (linked_folder, ""),
+        (model_linked_elsewhere, ""),
+        (weights_in_a_subfolder, ""),
+        (weights_linked_elsewhere, "or a link leads there; copy"),
+        (two_stores, "or a link leads there; copy"),
+        (weights_above, "lies outside of"),
+        (absolute_path, "by an absolute path"),
+        (weights_beside_the_target, r"link model\.onnx leads to; pass .*/base/model\.onnx\.$"),
+    ],
+)
+def test_links_lead_where_onnx_runtime_follows_them(folder: Path, layout: Callable[[Path], Path], refusal: str) -> None:
+    """ONNX Runtime, which opens the file itself, is the oracle; parts of the graph are opened from memory."""
+    path = layout(folder)
+    directory = locate_model(path)
+    if refusal:
+        with pytest.raises(GraphError, match=refusal):
+            load_graph(directory)
+        with pytest.raises(GraphError, match="External data path"):
+            open_session(path, SessionSettings())
+        return
+    open_session(path, SessionSettings())
+    model = load_graph(directory)
+    np.testing.assert_array_equal(model.graph.initializers["y.weight"].const_value.numpy(), np.ones((6, 4)))
+    settings = SessionSettings(external_data_folder=weights_folder(model, directory))
+    session = open_session(ir.to_proto(model).SerializeToString(), settings)
+    np.testing.assert_array_equal(session.run(None, {"x": np.ones((1, 6), np.float32)})[0], np.full((1, 4), 6))
+
+
+def test_an_opset_that_is_not_known_yet_asks_for_newer_packages(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    proto.opset_import[0].version = 999
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(
+        GraphError, match=r"has opset 999, .*\(pip install -U onnx onnxruntime\), or build the base again"
+    ):
         load_graph(locate_model(folder))
 
 

@@ -79,7 +79,6 @@ def _declared_as(proto: onnx.ModelProto, elem_type: int, shape: list[int]) -> No
         ),
         (lambda proto: proto.opset_import.pop(0), "it doesn't say which opset it has"),
         (lambda proto: setattr(proto.opset_import[0], "version", 0), "its opset 0 never existed"),
-        (lambda proto: setattr(proto.opset_import[0], "version", 999), "its opset 999 is newer than the"),
         (lambda proto: proto.graph.node[0].input.__setitem__(0, "z"), "its nodes form a cycle"),
         (
             lambda proto: proto.graph.node[0].input.__setitem__(0, "other"),

@@ -219,8 +219,8 @@ def test_group_query_attention_is_told_how_much_of_its_buffer_is_valid(tmp_path:
         (Input("temperature", FLOAT, [1]), "'temperature' is none that a text decoder has"),
         (Input("inputs_embeds", FLOAT, ["b", "s", 64]), "needs the embedding model, .*model.embedding.filename"),
         (Input("input_ids", INT64, ["tokens"]), r"'input_ids' has shape \['tokens'\], not \[batch, length\]"),
-        (Input("position_ids", INT64, ["b", 9]), "'position_ids' has shape .* not for 3"),
-        (Input("attention_mask", INT64, ["b", 2]), "'attention_mask' has shape .* not for 3 tokens"),
+        (Input("position_ids", INT64, ["b", 9]), "'position_ids' has shape .*, not one for 2 x 3 tokens"),
+        (Input("attention_mask", INT64, ["b", 2]), "'attention_mask' has shape .*, not one for 2 x 3 tokens"),
         (Input("attention_mask", INT64, ["t"]), "'attention_mask' has 1 dimensions"),
         (Input("conv_state", FLOAT, ["b", 64, "kernel"]), "nothing gives the size of its axis 2"),
         (Input("past_key_values.0.key", FLOAT, ["b", 3, 8, 16]), "always holds 8 tokens, and no attention_mask hides"),
@@ -341,6 +341,7 @@ def test_several_outputs_are_told_apart_by_their_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["inputs_embeds"], rows)
     np.testing.assert_array_equal(found["per_layer_inputs"], -rows)
     np.testing.assert_array_equal(found["deepstack_0"], -rows)
+    require_text_inputs(graph_of(*inputs).model(), replace(KNOWN, embedding=embedding))
     model = graph_of(*inputs, Input("image_mask", BOOL, ["b", "s"])).model()
     with pytest.raises(GraphError, match="image_mask"):
         require_text_inputs(model, replace(KNOWN, embedding=embedding))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -124,3 +125,21 @@ def test_a_path_that_leads_nowhere_is_not_replaced_either(tiny_tokenizer: Path) 
 def test_two_places_without_a_tokenizer_are_one_message(no_hub: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No tokenizer can be loaded from someone/model \(the Hugging Face hub"):
         find_tokenizer("someone/model", str(tmp_path), trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>", "sentencepiece, which reads its tokenizer.model, isn't installed"),
+        ("spiece.model", b"\n\x0e\n\x05<unk>", "(pip install sentencepiece), or pass a folder"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken, which reads its tokenizer.model, isn't installed"),
+        ("notes.txt", b"", "(it holds none); pass a folder that has one"),
+    ],
+)
+def test_a_tokenizer_that_no_installed_library_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, words: str
+) -> None:
+    monkeypatch.setattr("stages.calibration.text.tokenizer.find_spec", lambda _: None)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(words)):
+        find_tokenizer(str(tmp_path), None, trust_remote_code=False)
