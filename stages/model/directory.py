@@ -7,10 +7,11 @@ genai_config.json at the root; or a repository of the Hugging Face hub, with its
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -20,6 +21,8 @@ from stages.model.genai_config import (
     LOGITS,
     GenaiDecoder,
     GenaiModel,
+    GenaiPart,
+    component_entries,
     component_files,
     read_genai_config,
     read_genai_model,
@@ -40,6 +43,7 @@ _DECODERS = ("model", "decoder_model_merged", "decoder_model", "decoder", "decod
 """What exporters call the graph that writes text, the best to quantize first."""
 _PARTS = re.compile("embed|vision|image|audio|speech|encoder|projector|joiner", re.IGNORECASE)
 _PAST_INPUTS = slice(3, 5)
+_EMBEDDING = re.compile(r"embed(?:_tokens|dings?)?(.*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,8 @@ class ModelDirectory:
     ``kv_heads``, ``head_size``, ``vocab_size``, ``context_length`` and ``provider``, the execution provider that it
     runs on, come from genai_config.json and are None without it; the graph's own input shapes win where they are fixed.
     ``windowed_caches`` gives the length of those key/value cache inputs that slide: their attention drops old tokens
-    itself, in a buffer that holds a whole window from the start.
+    itself, in a buffer that holds a whole window from the start. ``input_names`` and ``output_names`` are the graph's
+    own by those that onnxruntime-genai has for them. ``embedding`` makes what the graph takes in place of tokens.
     """
 
     folder: Path
@@ -65,6 +70,9 @@ class ModelDirectory:
     context_length: int | None = None
     provider: str | None = None
     windowed_caches: dict[str, int] = field(default_factory=dict)
+    input_names: dict[str, str] = field(default_factory=dict)
+    output_names: dict[str, str] = field(default_factory=dict)
+    embedding: ModelDirectory | None = None
 
     @property
     def genai_config_path(self) -> Path:
@@ -121,8 +129,10 @@ def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
             f"{onnx_file} is the component {named} and not {component}; pass {folder}, or --component {named}."
         )
     part = named or _part_by_name(onnx_file, folder) or component or DECODER
-    decoder = model.decoder
-    own = content.get("model", {}).get(part, {}).get("session_options", {})
+    decoder, own = model.decoder, model.decoder
+    if part != DECODER:
+        entry, _ = component_entries(content).get(part, ({}, ""))
+        own = GenaiDecoder.model_construct(**{key: value for key, value in entry.items() if isinstance(value, dict)})
     return ModelDirectory(
         folder=folder,
         onnx_file=onnx_file,
@@ -132,8 +142,11 @@ def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
         head_size=decoder.head_size,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
-        provider=(GenaiDecoder(session_options=own).provider if isinstance(own, dict) else None) or decoder.provider,
+        provider=own.provider or decoder.provider,
         windowed_caches=_windowed_caches(onnx_file) if "sliding_window" in decoder.model_fields_set else {},
+        input_names=_names(own.inputs),
+        output_names=_names(own.outputs),
+        embedding=_embedding(folder, onnx_file, model.embedding),
     )
 
 
@@ -256,16 +269,56 @@ def other_parts(base: ModelDirectory) -> Iterator[Path]:
                 yield from sorted(folder.glob("*.onnx"))
 
 
+def _names(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return the graph's own names that an entry of genai_config.json gives."""
+    return {key: name for key, name in entry.items() if isinstance(name, str) and name}
+
+
+def _embedding(folder: Path, onnx_file: Path, entry: GenaiPart) -> ModelDirectory | None:
+    """Return the embedding model that genai_config.json names, else the one beside the graph that is named like one."""
+    file = _embedding_beside(onnx_file) if entry.filename is None else folder / entry.filename
+    if file is None or file == onnx_file:
+        return None
+    return ModelDirectory(
+        folder=file.parent,
+        onnx_file=file,
+        has_genai_config=False,
+        input_names=_names(entry.inputs),
+        output_names=_names(entry.outputs),
+    )
+
+
+def _embedding_beside(onnx_file: Path) -> Path | None:
+    """Return embed_tokens_fp16.onnx for decoder_model_merged_fp16.onnx: the one with most of the name's end.
+
+    Where each component has a folder, that is the one in embedding/.
+    """
+    found = {file: _EMBEDDING.fullmatch(file.stem) for file in sorted(onnx_file.parent.glob("embed*.onnx"))}
+    fitting = {file: match[1] for file, match in found.items() if match and onnx_file.stem.endswith(match[1])}
+    if not fitting and _is_component(onnx_file.parent):
+        return next(iter(sorted(onnx_file.parent.parent.glob("embed*/*.onnx"))), None)
+    return max(fitting, key=lambda file: len(fitting[file]), default=None)
+
+
 def _windowed_caches(onnx_file: Path) -> dict[str, int]:
     """Return the window's length for each cache input of attention that drops old tokens itself."""
+    return {
+        name: node.attributes.get_int("local_window_size", 0)
+        for name, node in _read_caches(onnx_file)
+        if node.attributes.get_int("sliding_window_cache", 0) == 1
+    }
+
+
+def shared_caches(onnx_file: Path) -> frozenset[str]:
+    """Return the cache inputs that GroupQueryAttention reads: it is told how much of a buffer is valid."""
+    return frozenset(name for name, _ in _read_caches(onnx_file))
+
+
+def _read_caches(onnx_file: Path) -> Iterator[tuple[str, ir.Node]]:
     try:
         nodes = tuple(ir.load(onnx_file).graph)
     except Exception:  # load_graph says what is wrong with the file
-        return {}
-    return {
-        str(past.name): node.attributes.get_int("local_window_size", 0)
-        for node in nodes
-        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("sliding_window_cache", 0) == 1
-        for past in node.inputs[_PAST_INPUTS]
-        if past is not None
-    }
+        return
+    for node in nodes:
+        if node.op_type == "GroupQueryAttention":
+            yield from ((str(past.name), node) for past in node.inputs[_PAST_INPUTS] if past is not None)

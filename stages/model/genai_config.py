@@ -16,11 +16,19 @@ LOGITS = "logits"
 GENAI_CONFIG = "genai_config.json"
 
 
-class GenaiDecoder(BaseModel):
-    """The decoder's entry."""
+class GenaiPart(BaseModel):
+    """The entry of one graph."""
 
     model_config = ConfigDict(strict=True)
     filename: str | None = None
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    """The graph's own names by those that onnxruntime-genai has for them."""
+    outputs: dict[str, Any] = Field(default_factory=dict)
+
+
+class GenaiDecoder(GenaiPart):
+    """The decoder's entry."""
+
     num_key_value_heads: PositiveInt | None = None
     head_size: PositiveInt | None = None
     session_options: dict[str, Any] = Field(default_factory=dict)
@@ -45,6 +53,7 @@ class GenaiModel(BaseModel):
 
     model_config = ConfigDict(strict=True)
     decoder: GenaiDecoder = Field(default_factory=GenaiDecoder)
+    embedding: GenaiPart = Field(default_factory=GenaiPart)
     vocab_size: PositiveInt | None = None
     context_length: PositiveInt | None = None
 
