@@ -84,7 +84,7 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
             found.append(evaluate(replace(request, text=text)))
         except UserError as error:
             _LOGGER.warning("the model is finished, but its evaluation on %s is not: %s", text, error)
-    missing = why_not_genai([config.onnx_path, config.output_path])
+    missing = why_not_genai([base.folder, locate_model(config.output_path).folder])
     if missing is None and found:
         found[0] = _with_speed(request, found[0])
     elif missing is not None:
