@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from stages.runtime.session import ACCURACY_LEVEL
 from stages.system.atomic import atomic_directory
 from stages.system.version import this_version
 
+_LOGGER = logging.getLogger(__name__)
 __all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
 
 
@@ -199,7 +201,10 @@ def _verify(
 ) -> VerifyReport | None:
     if options.verify == "off":
         return None
-    return verify(onnx_file, result.sites, base, options.verify, result.tables)
+    report = verify(onnx_file, result.sites, base, options.verify, result.tables)
+    for skipped in report.skipped:
+        _LOGGER.warning("not checked: %s", skipped)
+    return report
 
 
 def _size(*files: Path) -> int:

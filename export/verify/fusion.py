@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
-from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
-from stages.runtime.upcast import must_upcast, upcast_file
+from stages.runtime.cpu_graph import runnable_graph
+from stages.runtime.providers import CPU_ONLY, SHORT_NAMES, own_providers
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session, runtime_reason
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
@@ -45,35 +44,92 @@ def runtime_version() -> Version:
     return int(major), int(minor)
 
 
-def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
-    """Run one token on the CPU, upcast if needed, and return the names of the nodes that ran as MatMulNBits.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRun:
+    """The names of the nodes that ran as MatMulNBits, and where."""
 
-    The model runs in partitions, so that the weights of only one are in memory at a time.
+    nodes: frozenset[str]
+    provider: str
+
+
+def run_one_token(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> TokenRun:
+    """Run one token on the CPU or, where it can't run the base either, on the provider that the model is for.
 
     Args:
         onnx_file: the saved model.
         sites: names of their outputs; nodes behind the last of them don't run.
+        base: the model that it was made from.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model, and not the base.
+        CannotRun: no provider of this machine runs the base.
+    """
+    try:
+        return TokenRun(nodes=nodes_run_as_matmulnbits(onnx_file, sites, base), provider="CPU")
+    except CannotRun as error:
+        reason = str(error)
+    except GraphError as error:
+        reason = _reason_of_base(sites, base, scratch=onnx_file.parent)
+        if not reason:
+            raise error from error.__cause__
+    own = own_providers(base.provider)
+    try:
+        if own:
+            nodes = nodes_run_as_matmulnbits(onnx_file, sites, base, own)
+            return TokenRun(nodes=nodes, provider=SHORT_NAMES[own[0]].upper())
+    except (CannotRun, GraphError) as error:
+        reason += f"; on {SHORT_NAMES[own[0]]}: {error}"
+    raise CannotRun(reason)
+
+
+def _reason_of_base(sites: frozenset[str], base: ModelDirectory, scratch: Path) -> str:
+    """Return why the base stops on the CPU, in words; empty where it runs."""
+    try:
+        nodes_run_as_matmulnbits(base.onnx_file, sites, base, scratch=scratch)
+    except CannotRun as error:
+        return str(error)
+    except GraphError as error:
+        return f"the base itself doesn't run on the CPU: {runtime_reason(error.__cause__ or error)}"
+    return ""
+
+
+def nodes_run_as_matmulnbits(
+    onnx_file: Path,
+    sites: frozenset[str],
+    base: ModelDirectory,
+    providers: tuple[str, ...] = CPU_ONLY,
+    scratch: Path | None = None,
+) -> frozenset[str]:
+    """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits.
+
+    The model runs in partitions, so that the weights of only one are in memory at a time.
+
+    Args:
+        onnx_file: the model.
+        sites: names of their outputs; nodes behind the last of them don't run.
         base: describes the model's inputs.
+        providers: where it runs.
+        scratch: folder for temporary files; None is the model's own.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
-        CannotRun: the model's inputs, types or operators are not for the CPU.
+        CannotRun: the model's inputs, types or operators are not for these providers.
     """
     model = ir.load(onnx_file)
-    upcast = must_upcast(model, CPU_ONLY)
+    scratch = onnx_file.parent if scratch is None else scratch
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
-    with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
+    with tempfile.TemporaryDirectory(dir=scratch) as profiles:  # which goes with the unfinished output
         settings = SessionSettings(
-            accuracy_level=1, profile_prefix=Path(profiles) / "profile", external_data_folder=onnx_file.parent
+            providers=providers,
+            accuracy_level=1,
+            profile_prefix=Path(profiles) / "profile",
+            external_data_folder=onnx_file.parent,
         )
         for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PARTITION_BYTES, together=sites):
             _declare_types(partition, computed)
-            source = (
-                upcast_file(partition.model, onnx_file.parent) if upcast else nullcontext(_serialized(partition.model))
-            )
-            with source as runnable:
-                run = _run_partition(runnable, partition, computed, base, settings)
+            with runnable_graph(partition.model, providers, scratch) as source:
+                run = _run_partition(source, partition, computed, base, settings)
             names |= _matmulnbits_in(run.profile)
             computed |= run.outputs
     return frozenset(names)
@@ -93,11 +149,6 @@ def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
 class _PartitionRun:
     outputs: dict[str, np.ndarray]
     profile: Path
-
-
-def _serialized(model: ir.Model) -> bytes:
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
 
 
 def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> None:
@@ -121,8 +172,8 @@ def _run_partition(
     try:
         session = open_session(source, settings)
     except GraphError as error:
-        if type(error.__cause__).__name__ == "NotImplemented":
-            raise CannotRun("its operators have no CPU kernel for this type") from error
+        if error.__cause__ is not None and type(error.__cause__).__name__ == "NotImplemented":
+            raise CannotRun(f"operators without a kernel here: {runtime_reason(error.__cause__)}") from error
         raise
     try:
         feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary))
@@ -132,7 +183,7 @@ def _run_partition(
     try:
         outputs = session.run(None, one_token | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base
-        raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
+        raise GraphError(f"ONNX Runtime can't run the exported model: {runtime_reason(error)}.") from error
     finally:
         profile = Path(session.end_profiling())
     names = [node.name for node in session.get_outputs()]

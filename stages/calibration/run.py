@@ -248,6 +248,7 @@ def _pass_summary(capture: Capture, partitions: int, tap: ActivationTap, seconds
         as_rows=sum(capture.text.size(group, "calibration").keeps_rows for group in groups),
         partitions=partitions,
         widened=tap.upcast,
+        norms_written_out=tap.norms_written_out,
         unused=tap.providers.missing,
         seconds=seconds,
     )

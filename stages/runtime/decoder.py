@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from jaxtyping import Float32, Int64
 
-from stages.errors import UserError, in_one_line
+from stages.errors import UserError
 from stages.model.directory import ModelDirectory, logits_among
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
-from stages.runtime.upcast import runnable_file
+from stages.runtime.cpu_graph import runnable_file
+from stages.runtime.session import CausalFeeds, SessionSettings, open_session, runtime_reason
 
 _PAST = re.compile(r"past(_key_values)?")
 Feeds = Mapping[str, ort.OrtValue]
@@ -83,7 +83,7 @@ class Decoder:
             return list(self.feeds.session.run_with_ort_values(outputs, dict(feeds)))
         except Exception as error:  # onnxruntime raises classes without a common base
             raise UserError(
-                f"ONNX Runtime can't run {self.directory.onnx_file} ({in_one_line(error)}); try another of --eps."
+                f"ONNX Runtime can't run {self.directory.onnx_file} ({runtime_reason(error)}); try another of --eps."
             ) from error
 
 
@@ -99,8 +99,9 @@ def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: 
     Raises:
         GraphError: ONNX Runtime refuses the model.
     """
-    with runnable_file(directory.onnx_file, settings.providers, scratch) as onnx_file:
-        session = open_session(onnx_file, settings)
+    with runnable_file(directory.onnx_file, settings.providers, scratch) as source:
+        folder = directory.onnx_file.parent if isinstance(source, bytes) else None
+        session = open_session(source, replace(settings, external_data_folder=folder))
         feeds = CausalFeeds.of(session, directory)
         yield Decoder(directory=directory, feeds=feeds)
 

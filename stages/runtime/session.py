@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.records.formats import FLOAT_TYPES
 from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
 from stages.system.hardware import granted_threads
 
 _REASON_LENGTH = 200
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_WHERE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
+_PLACE_IN_SOURCE = re.compile(r"^/\S+:\d+ .*?\)(?: const)? (?:\[with [^]]*\] )?(?=\S)")
 _AS_MANY_AS_CORES = 0
 _BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
 _NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
@@ -26,6 +30,12 @@ _NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
 }
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
+
+
+def runtime_reason(error: BaseException) -> str:
+    """Return ONNX Runtime's own words in one line, whole, without its numbers and places in its source."""
+    words = _WHERE.sub(r"\1 '\2': ", _CODE.sub("", " ".join(str(error).split())))
+    return _PLACE_IN_SOURCE.sub("", words).rstrip(".") or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +87,7 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
         return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises classes without a common base
         where = "a part of the model" if isinstance(model, bytes) else str(model)
-        raise GraphError(f"ONNX Runtime can't open {where} ({in_one_line(error)}); build it again.") from error
+        raise GraphError(f"ONNX Runtime can't open {where} ({runtime_reason(error)}); build it again.") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,20 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition
+from stages.runtime.cpu_graph import must_write_out_norms, runnable_graph
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
-from stages.runtime.session import CausalFeeds, OpenedSession, SessionSettings, open_first_session, open_session
-from stages.runtime.upcast import must_upcast, runnable_graph
+from stages.runtime.session import (
+    CausalFeeds,
+    OpenedSession,
+    SessionSettings,
+    open_first_session,
+    open_session,
+    runtime_reason,
+)
+from stages.runtime.upcast import must_upcast
 
 _NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 _NO_VALUES: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -126,6 +134,8 @@ class ActivationTap:
     """The providers asked for, without those that failed."""
     upcast: bool
     """Whether a float32 copy of a bfloat16 graph runs."""
+    norms_written_out: bool
+    """Whether the norms inside attention run as nodes before it."""
     _open_feeds: list[CausalFeeds]
     """The session's feeds, until ``_resources`` are closed; then nothing."""
     _resources: ExitStack
@@ -174,7 +184,7 @@ class ActivationTap:
             binding.synchronize_outputs()
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); choose another "
+                f"The base model stops on {session.get_providers()[0]} ({runtime_reason(error)}); choose another "
                 "--calibration_eps, or build the model for this one."
             ) from error
         for name, output in zip(self.values, binding.get_outputs(), strict=True):
@@ -271,6 +281,7 @@ def _open(
             boundary_inputs=boundary_inputs,
             providers=opened.providers,
             upcast=must_upcast(tapped, opened.providers.names),
+            norms_written_out=must_write_out_norms(tapped, opened.providers.names),
             _open_feeds=open_feeds,
             _resources=temporary.pop_all(),
         )

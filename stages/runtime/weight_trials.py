@@ -19,14 +19,14 @@ from jaxtyping import Float, Integer
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import LOGITS
 from stages.model.weights import read_weight
 from stages.records.formats import FLOAT_TYPES
 from stages.records.sites import MatMulSite, WeightLayout
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.session import CausalFeeds
+from stages.runtime.session import CausalFeeds, runtime_reason
 from stages.runtime.tap import open_graph
 
 
@@ -98,7 +98,7 @@ class TrialRunner:
             output = session.run([LOGITS], {**self.feeds(tokens), **self.original, **others})[0]
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); leave --sensitivity "
+                f"The base model stops on {session.get_providers()[0]} ({runtime_reason(error)}); leave --sensitivity "
                 "measured out."
             ) from error
         return torch.from_numpy(np.asarray(output, np.float32))

@@ -17,8 +17,9 @@ from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.partition import cut_into_partitions
 from stages.model.sites import find_groups
+from stages.runtime.cpu_graph import runnable_file, runnable_graph
 from stages.runtime.providers import CPU, CPU_ONLY, CUDA
-from stages.runtime.upcast import must_upcast, resident_bytes, runnable_file, runnable_graph, upcast_file, upcast_model
+from stages.runtime.upcast import must_upcast, resident_bytes, upcast_file, upcast_model
 
 GPU = (CUDA, CPU)
 
