@@ -25,7 +25,7 @@ from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
-from stages.runtime.tap import ActivationTap
+from stages.runtime.tap import ActivationTap, require_kernels
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device
@@ -103,6 +103,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     model = load_graph(directory)
     require_float_base(model, directory)
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
+    require_kernels(model, directory, choice)
     return Capture(
         model=model,
         directory=directory,

@@ -20,6 +20,12 @@ from stages.system.hardware import granted_threads
 _REASON_LENGTH = 200
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _WHERE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
+_CAST = re.compile(
+    r"This is an invalid model\. Type Error: .*? \(InsertedPrecisionFreeCast\S*\) of operator \((\w+)\) in node "
+    r"\(([^)]*)\) is invalid"
+)
+"""The runtime puts casts around a 16-bit operator that the CPU has no kernel for, whether it takes float32 or not."""
+NO_KERNEL = "no kernel"
 _PLACE_IN_SOURCE = re.compile(r"^/\S+:\d+ .*?\)(?: const)? (?:\[with [^]]*\] )?(?=\S)")
 _AS_MANY_AS_CORES = 0
 _BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
@@ -35,6 +41,7 @@ ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 def runtime_reason(error: BaseException) -> str:
     """Return ONNX Runtime's own words in one line, whole, without its numbers and places in its source."""
     words = _WHERE.sub(r"\1 '\2': ", _CODE.sub("", " ".join(str(error).split())))
+    words = _CAST.sub(rf"\1 '\2': {NO_KERNEL} for 16-bit numbers", words)
     return _PLACE_IN_SOURCE.sub("", words).rstrip(".") or type(error).__name__
 
 

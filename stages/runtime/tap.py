@@ -24,9 +24,10 @@ from torch import Tensor
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition
-from stages.runtime.cpu_graph import must_write_out_norms, runnable_graph
+from stages.runtime.cpu_graph import must_write_out_norms, runnable_graph, without_weights
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
 from stages.runtime.session import (
+    NO_KERNEL,
     CausalFeeds,
     OpenedSession,
     SessionSettings,
@@ -76,6 +77,25 @@ def open_graph(
         return open_session(graph, settings)
 
     return open_first_session(open_with, choice)
+
+
+def require_kernels(model: ir.Model, directory: ModelDirectory, choice: ProviderChoice) -> None:
+    """Raise GraphError where only the CPU is left to run ``model`` and it can't; weights are not read.
+
+    What the CPU has no kernel for would else be found when its part of the graph is opened, hours later.
+    """
+    if choice.names != CPU_ONLY:
+        return
+    try:
+        open_session(without_weights(model), SessionSettings(external_data_folder=directory.folder))
+    except GraphError as error:
+        reason = runtime_reason(error.__cause__ or error)
+        if type(error.__cause__).__name__ != "NotImplemented" and NO_KERNEL not in reason:
+            raise error from error.__cause__
+        raise GraphError(
+            f"{directory.onnx_file} has operators that the CPU can't run ({reason}); calibrate where --calibration_eps "
+            "names a provider that runs it, build the base for cpu, or take --algo rtn_dq, which needs no calibration."
+        ) from error
 
 
 def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, CUDA, NV_TENSORRT_RTX, ProviderChoice
-from stages.runtime.session import CausalFeeds, SessionSettings, open_first_session, open_session
+from stages.runtime.session import CausalFeeds, SessionSettings, open_first_session, open_session, runtime_reason
 from tests.support.graphs import TinyGraph
 
 TOKENS = np.array([[5, 6, 7], [8, 9, 10]])
@@ -23,6 +23,27 @@ INT32, INT64, FLOAT, FLOAT16, BFLOAT16, STRING = (
     TensorProto.BFLOAT16,
     TensorProto.STRING,
 )
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running GroupQueryAttention "
+            f"node. Name:'/layers.0/attn' Status Message: GroupQueryAttention (CPU): {'long ' * 60}reason.",
+            f"GroupQueryAttention '/layers.0/attn': GroupQueryAttention (CPU): {'long ' * 60}reason",
+        ),
+        (
+            "[ONNXRuntimeError] : 10 : INVALID_GRAPH : This is an invalid model. Type Error: Type 'tensor(float)' of "
+            "input parameter (InsertedPrecisionFreeCast_/q/output_0) of operator (PagedAttention) in node (/attn/Paged) "
+            "is invalid.",
+            "PagedAttention '/attn/Paged': no kernel for 16-bit numbers",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_runtimes_reason_is_whole_and_without_its_numbers(said: str, reason: str) -> None:
+    assert runtime_reason(RuntimeError(said)) == reason
 
 
 @dataclass(frozen=True)
