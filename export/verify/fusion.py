@@ -21,6 +21,7 @@ from export.rewrite import blocks_fusion
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
+from stages.model.patterns import is_constant
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from stages.runtime.cpu_graph import runnable_graph
 from stages.runtime.providers import CPU_ONLY, SHORT_NAMES, own_providers
@@ -281,4 +282,4 @@ def _adds_a_vector(node: ir.Node) -> bool:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         return True
-    return bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1
+    return is_constant(bias) and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1

@@ -9,11 +9,15 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
+from stages.model.patterns import STANDARD_DOMAINS, is_constant
 from stages.model.validate import fault_of_graph, fault_of_proto
 
+_FIRST_WITH_OPTIONAL_INPUTS = 4
+"""IR version since which an initializer that is an input of the graph is its default."""
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
 
@@ -72,16 +76,53 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
     if fault is not None:
         raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
     _require_outputs(model, directory)
-    _size_weights(model)
+    _normalize(model)
     return model
 
 
-def _size_weights(model: ir.Model) -> None:
-    """Declare the shape of weights whose declaration leaves it open."""
+def _normalize(model: ir.Model) -> None:
+    """Give ``model`` one form, whatever exporter wrote it; it computes what it did.
+
+    Ensures: functions are written out where they are called; weights are initializers, no Constant nodes and not behind
+    Identity; they are no inputs of the graph, but for those that only some models have (adapters); all have a shape.
+    """
+    if model.functions:
+        InlinePass()(model)
+        model.graph.sort()
+    LiftConstantsToInitializersPass()(model)
+    for node in tuple(model.graph):
+        _bypass_identity(node)
+    if _lists_weights_as_inputs(model):
+        model.graph.inputs[:] = [value for value in model.graph.inputs if not _has_fixed_default(value)]
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if value.const_value is not None and (value.shape is None or not value.shape.is_static()):
+            is_open = value.shape is None or not value.shape.is_static()
+            if value.const_value is not None and is_open and not value.is_graph_input():
                 value.shape = ir.Shape(value.const_value.shape.numpy())
+
+
+def _bypass_identity(node: ir.Node) -> None:
+    """Let the readers of an Identity of a weight read the weight itself: exporters write so what layers share."""
+    source = node.inputs[0] if node.op_type == "Identity" and node.domain in STANDARD_DOMAINS else None
+    if source is not None and is_constant(source) and not node.outputs[0].is_graph_output():
+        node.outputs[0].replace_all_uses_with(source)
+
+
+def _lists_weights_as_inputs(model: ir.Model) -> bool:
+    """Return whether the graph's inputs include its weights, as exporters once did and IR versions below 4 ask.
+
+    Adapters that callers may give instead of their defaults are inputs too: but then most weights are none.
+    """
+    sizes: dict[bool, int] = {False: 0, True: 0}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and len(value.const_value.shape) > 1:
+            sizes[value.is_graph_input()] += value.const_value.nbytes
+    return model.ir_version < _FIRST_WITH_OPTIONAL_INPUTS or sizes[True] > sizes[False]
+
+
+def _has_fixed_default(value: ir.Value) -> bool:
+    shape = value.shape
+    return value.is_initializer() and shape is not None and shape.is_static() and 0 not in shape.numpy()
 
 
 def _named_files(model: ir.Model, file: Path) -> list[Path]:

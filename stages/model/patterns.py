@@ -14,7 +14,11 @@ import onnx_ir as ir
 _REPETITION_BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
 _HEADS_FIRST = (0, 2, 1, 3)
 EXPERT_NODES = frozenset({"MoE", "QMoE"})
+STANDARD_DOMAINS = ("", "ai.onnx")
 _ROUTING_INPUT = 1
+_RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+PASSED_THROUGH = _RESHAPING | {"Transpose", "Cast", "Identity"}
+"""Operators that a constant weight may pass on its way to the node that reads it."""
 _ELEMENTWISE = frozenset(
     {
         *("Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"),
@@ -34,6 +38,67 @@ def constant_values(value: ir.Value) -> np.ndarray | None:
         return None if tensor is None else np.asarray(tensor.numpy())
     except FileNotFoundError:
         return None
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Return whether ``value`` is an initializer that callers can't replace: an optional input of the graph is none."""
+    return value.is_initializer() and not value.is_graph_input()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantMatrix:
+    """A matrix that is the same in every run: an initializer, and what nodes do to it before it is read."""
+
+    value: ir.Value
+    """The initializer."""
+    rows: int
+    """Of the initializer's numbers before they are transposed, as are the columns."""
+    columns: int
+    transposed: bool
+    dtype: ir.DataType | None
+    """As it is read, behind any Cast."""
+
+
+def constant_matrix(value: ir.Value) -> ConstantMatrix | None:
+    """Return what ``value`` [rows, columns] is made of; None where it isn't constant, or other nodes make it.
+
+    The nodes in between are Identity, Cast, Transpose, and before any Transpose Reshape, Flatten, Squeeze, Unsqueeze.
+    """
+    dtype, shape, transposed = None, None, False
+    while not is_constant(value):
+        node = value.producer()
+        source = None if node is None or not node.inputs else node.inputs[0]
+        if node is None or source is None or node.domain not in STANDARD_DOMAINS or node.op_type not in PASSED_THROUGH:
+            return None
+        if node.op_type == "Transpose" and (shape is not None or not _swaps(node)):
+            return None
+        transposed ^= node.op_type == "Transpose"
+        if node.op_type == "Cast" and dtype is None:
+            dtype = ir.DataType(node.attributes.get_int("to", 0))
+        if node.op_type in _RESHAPING and shape is None and (shape := _made_shape(node)) is None:
+            return None
+        value = source
+    if shape is None and value.shape is not None:
+        shape = [int(size) for size in value.shape.numpy()]
+    if shape is None or len(shape) != 2:
+        return None
+    return ConstantMatrix(
+        value=value, rows=shape[0], columns=shape[1], transposed=transposed, dtype=dtype or value.dtype
+    )
+
+
+def _swaps(node: ir.Node) -> bool:
+    """Return whether a Transpose of a matrix swaps its axes."""
+    return list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+
+
+def _made_shape(node: ir.Node) -> list[int] | None:
+    """Return the shape that a node gives its output, where the graph fixes it."""
+    declared = node.outputs[0].shape
+    if declared is not None and declared.is_static():
+        return [int(size) for size in declared.numpy()]
+    asked = _integers(node.inputs[1]) if node.op_type == "Reshape" else None
+    return asked if asked is not None and min(asked, default=0) > 0 else None
 
 
 def is_square(node: ir.Node) -> bool:

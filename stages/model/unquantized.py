@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.model.patterns import EXPERT_NODES, readers
+from stages.model.patterns import EXPERT_NODES, PASSED_THROUGH, is_constant, readers
 from stages.model.sites import find_embeddings, find_sites, gemm_faults, weight_of
 from stages.records.formats import float_of_onnx
 from stages.records.sites import UnquantizedWeights
@@ -21,7 +21,6 @@ from stages.records.sites import UnquantizedWeights
 _SMALLEST_SHARE = 0.01
 _WORTH_A_WARNING = 0.05
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
-_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
 _LINEAR = frozenset({"MatMul", "Gemm"})
 _QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
 _ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
@@ -63,7 +62,7 @@ def _reader(value: ir.Value) -> str | None:
     """Return the kind of node, other than MatMul, that reads this weight; None without one, or for vectors."""
     if value.shape is None or len(value.shape) < 2:
         return None
-    found = [node.op_type for node, index in readers(value, _PASSED_THROUGH) if not _takes_rotation(node, index)]
+    found = [node.op_type for node, index in readers(value, PASSED_THROUGH) if not _takes_rotation(node, index)]
     kinds = [kind for kind in found if kind not in _LINEAR]
     if value.dtype not in _FLOATS:
         kinds = [kind for kind in kinds if kind in _QUANTIZED]
@@ -137,7 +136,7 @@ def _reads_codes(node: ir.Node) -> bool:
     """Return whether a MatMul or Gemm takes its weight from DequantizeLinear."""
     value = node.inputs[1] if node.op_type in _LINEAR and len(node.inputs) > 1 else None
     maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in _PASSED_THROUGH and maker.inputs[0] is not None:
+    while maker is not None and maker.op_type in PASSED_THROUGH and maker.inputs[0] is not None:
         maker = maker.inputs[0].producer()
     return maker is not None and maker.op_type == "DequantizeLinear"
 
@@ -155,6 +154,8 @@ def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
 
 def _skip_reason(node: ir.Node, *, in_main_graph: bool) -> str:
     left, right = node.inputs[:2]
+    if right is not None and right.is_initializer() and right.is_graph_input():
+        return "its weight is an input of the graph with a default (as of LoRA), which callers replace"
     if right is None or not _is_constant(right):
         return "its weight is the first input" if left is not None and _is_constant(left) else _TWO_ACTIVATIONS
     if not in_main_graph:
@@ -180,7 +181,7 @@ def _is_constant(value: ir.Value) -> bool:
     pending, seen = [value], {id(value)}
     while pending:
         current = pending.pop()
-        if current.is_initializer():
+        if is_constant(current):
             continue
         maker = current.producer()
         if maker is None or any(attribute.type is ir.AttributeType.GRAPH for attribute in maker.attributes.values()):

@@ -23,7 +23,7 @@ from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import LOGITS
 from stages.model.weights import read_weight
-from stages.records.formats import FLOAT_TYPES
+from stages.records.formats import FLOAT_TYPES, onnx_float
 from stages.records.sites import MatMulSite, WeightLayout
 from stages.runtime.providers import ProviderChoice
 from stages.runtime.session import CausalFeeds, runtime_reason
@@ -53,7 +53,7 @@ def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model
     nodes = {node.outputs[0].name: node for node in changed.graph}
     for site in sites:
         node = nodes[site.output]
-        kind = model.graph.initializers[site.weight].type
+        kind = ir.TensorType(onnx_float(site.dtype))
         new = ir.Value(name=input_name(site), shape=ir.Shape(_fed_shape(site)), type=kind)
         node.replace_input_with(1, new)
         changed.graph.inputs.append(new)

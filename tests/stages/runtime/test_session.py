@@ -29,15 +29,15 @@ INT32, INT64, FLOAT, FLOAT16, BFLOAT16, STRING = (
     ("said", "reason"),
     [
         (
-            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running GroupQueryAttention "
-            f"node. Name:'/layers.0/attn' Status Message: GroupQueryAttention (CPU): {'long ' * 60}reason.",
-            f"GroupQueryAttention '/layers.0/attn': GroupQueryAttention (CPU): {'long ' * 60}reason",
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running "
+            f"GroupQueryAttention node. Name:'/attn' Status Message: GroupQueryAttention (CPU): {'long ' * 60}reason.",
+            f"GroupQueryAttention '/attn': GroupQueryAttention (CPU): {'long ' * 60}reason",
         ),
         (
             "[ONNXRuntimeError] : 10 : INVALID_GRAPH : This is an invalid model. Type Error: Type 'tensor(float)' of "
-            "input parameter (InsertedPrecisionFreeCast_/q/output_0) of operator (PagedAttention) in node (/attn/Paged) "
-            "is invalid.",
-            "PagedAttention '/attn/Paged': no kernel for 16-bit numbers",
+            "input parameter (InsertedPrecisionFreeCast_/q/output_0) of operator (PagedAttention) in node (/attn/P) is "
+            "invalid.",
+            "PagedAttention '/attn/P': no kernel for 16-bit numbers",
         ),
         ("", "RuntimeError"),
     ],
