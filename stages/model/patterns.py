@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -64,41 +65,63 @@ def constant_matrix(value: ir.Value) -> ConstantMatrix | None:
 
     The nodes in between are Identity, Cast, Transpose, and before any Transpose Reshape, Flatten, Squeeze, Unsqueeze.
     """
-    dtype, shape, transposed = None, None, False
+    passed: list[ir.Node] = []
     while not is_constant(value):
         node = value.producer()
-        source = None if node is None or not node.inputs else node.inputs[0]
-        if node is None or source is None or node.domain not in STANDARD_DOMAINS or node.op_type not in PASSED_THROUGH:
+        if node is None or node.domain not in STANDARD_DOMAINS or node.op_type not in PASSED_THROUGH:
             return None
-        if node.op_type == "Transpose" and (shape is not None or not _swaps(node)):
+        passed.append(node)
+        if not node.inputs or node.inputs[0] is None:
             return None
-        transposed ^= node.op_type == "Transpose"
-        if node.op_type == "Cast" and dtype is None:
-            dtype = ir.DataType(node.attributes.get_int("to", 0))
-        if node.op_type in _RESHAPING and shape is None and (shape := _made_shape(node)) is None:
-            return None
-        value = source
-    if shape is None and value.shape is not None:
-        shape = [int(size) for size in value.shape.numpy()]
-    if shape is None or len(shape) != 2:
+        value = node.inputs[0]
+    casts = [ir.DataType(node.attributes.get_int("to", 0)) for node in passed if node.op_type == "Cast"]
+    form = None if value.shape is None else _form([int(size) for size in value.shape.numpy()], passed[::-1])
+    if form is None:
         return None
+    (rows, columns), transposed = form
     return ConstantMatrix(
-        value=value, rows=shape[0], columns=shape[1], transposed=transposed, dtype=dtype or value.dtype
+        value=value, rows=rows, columns=columns, transposed=transposed, dtype=casts[0] if casts else value.dtype
     )
 
 
-def _swaps(node: ir.Node) -> bool:
-    """Return whether a Transpose of a matrix swaps its axes."""
-    return list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+def _form(shape: list[int], nodes: list[ir.Node]) -> tuple[list[int], bool] | None:
+    """Return the matrix that ``nodes`` make of numbers of ``shape``, and whether it is transposed then."""
+    transposed = False
+    for node in nodes:
+        if node.op_type == "Transpose":
+            permutation = list(node.attributes.get_ints("perm", [1, 0]))
+            if len(shape) != 2 or sorted(permutation) != [0, 1]:
+                return None
+            transposed ^= permutation == [1, 0]
+        elif node.op_type in _RESHAPING:
+            made = None if transposed else _made_shape(node, shape)
+            if made is None:
+                return None
+            shape = made
+    return (shape, transposed) if len(shape) == 2 else None
 
 
-def _made_shape(node: ir.Node) -> list[int] | None:
-    """Return the shape that a node gives its output, where the graph fixes it."""
-    declared = node.outputs[0].shape
-    if declared is not None and declared.is_static():
-        return [int(size) for size in declared.numpy()]
-    asked = _integers(node.inputs[1]) if node.op_type == "Reshape" else None
-    return asked if asked is not None and min(asked, default=0) > 0 else None
+def _made_shape(node: ir.Node, shape: list[int]) -> list[int] | None:
+    """Return the shape that a reshaping node gives numbers of ``shape``; None where only a run tells it."""
+    if node.op_type == "Flatten":
+        axis = node.attributes.get_int("axis", 1)
+        return [prod(shape[:axis]), prod(shape[axis:])]
+    if node.op_type == "Reshape":
+        asked = _integers(node.inputs[1])
+        if asked is None or asked.count(-1) > 1 or node.attributes.get_int("allowzero", 0):
+            return None
+        made = [shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(asked)]
+        others = prod(size for size in made if size != -1)
+        return [prod(shape) // others if size == -1 and others else size for size in made]
+    axes = _axes(node)
+    if axes is None:
+        return None
+    if node.op_type == "Squeeze":
+        gone = {axis % len(shape) for axis in axes} or {axis for axis, size in enumerate(shape) if size == 1}
+        return [size for axis, size in enumerate(shape) if axis not in gone]
+    places = {axis % (len(shape) + len(axes)) for axis in axes}
+    sizes = iter(shape)
+    return [1 if axis in places else next(sizes) for axis in range(len(shape) + len(axes))]
 
 
 def is_square(node: ir.Node) -> bool:
@@ -203,7 +226,7 @@ def _seen_only_by_each_other(nodes: list[ir.Node], cache: ir.Node) -> bool:
 
 
 def _axes(node: ir.Node) -> list[int] | None:
-    """Return Unsqueeze's axes: an input since opset 13, an attribute before."""
+    """Return the axes of Unsqueeze or Squeeze: an input since opset 13, an attribute before."""
     return _integers(node.inputs[1]) if len(node.inputs) > 1 else list(node.attributes.get_ints("axes", []))
 
 

@@ -13,6 +13,7 @@ from stages.model.absorbers import find_absorber
 from stages.model.genai_config import LOGITS
 from stages.model.patterns import (
     PASSED_THROUGH,
+    STANDARD_DOMAINS,
     ConstantMatrix,
     constant_matrix,
     is_constant,
@@ -24,6 +25,12 @@ from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
 _TOKENS = "input_ids"
+_FUSED = frozenset({"FusedMatMul", "FusedGemm", "FusedMatMulActivation"})
+_ADVICE = "pass"
+_IN_SUBGRAPH = (
+    "it lies in a subgraph, as in merged decoders; pass the one for later tokens (decoder_with_past_model.onnx), which "
+    "optimum writes beside it"
+)
 
 
 def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
@@ -45,10 +52,7 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
     """
     sites = find_sites(model)
     if not sites:
-        raise GraphError(
-            "The model holds no MatMul or Gemm with a constant floating-point weight, so there is nothing to quantize; "
-            "pass the decoder that is to be quantized."
-        )
+        raise GraphError(_why_nothing(model))
     by_activation: dict[str, list[MatMulSite]] = {}
     for site in sites:
         by_activation.setdefault(site.activation, []).append(site)
@@ -58,6 +62,15 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
         _as_group(activation, members, values.get(activation), by_output)
         for activation, members in by_activation.items()
     )
+
+
+def _why_nothing(model: ir.Model) -> str:
+    """Return why the graph holds no site, as a sentence with its fix: the commonest reasons of its products."""
+    skipped = find_skipped_matmuls(model)
+    counts = Counter(reason for _, reason in skipped).most_common(2)
+    reasons = ", ".join(f"{count} x {why}" for why, count in counts) or "it has none"
+    fix = "" if _ADVICE in reasons else f"; {_ADVICE} the decoder that is to be quantized"
+    return f"There is nothing to quantize among the model's {len(skipped)} MatMul and Gemm nodes: {reasons}{fix}."
 
 
 def widest_input(groups: Sequence[ActivationGroup]) -> int:
@@ -192,6 +205,68 @@ def _becomes_logits(value: ir.Value) -> bool:
             return False
         value = consumers[0].outputs[0]
     return value.name == LOGITS
+
+
+def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
+    """Return (node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
+    main = set(model.graph)
+    return tuple(
+        (str(node.name or node.outputs[0].name), _skip_reason(node, in_main_graph=node in main))
+        for node in model.graph.all_nodes()
+        if _is_product(node) and (node not in main or weight_of(node) is None)
+    )
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Return whether ``node`` multiplies matrices: a MatMul or Gemm, or what ONNX Runtime's optimizer makes of one."""
+    return node.op_type in _FUSED or (node.domain in STANDARD_DOMAINS and node.op_type in ("MatMul", "Gemm"))
+
+
+def _skip_reason(node: ir.Node, *, in_main_graph: bool) -> str:
+    left, right = node.inputs[:2]
+    if right is not None and right.is_initializer() and right.is_graph_input():
+        return "its weight is an input of the graph with a default (as of LoRA), which callers replace"
+    if right is None or not _is_constant(right):
+        return (
+            "its weight is the first input"
+            if left is not None and _is_constant(left)
+            else "it multiplies two activations"
+        )
+    if node.op_type in _FUSED:
+        return f"ONNX Runtime's optimizer made a {node.op_type} of it; pass the model from before"
+    if not in_main_graph:
+        return _IN_SUBGRAPH
+    return gemm_faults(node) or _fault_of_weight(right)
+
+
+def _fault_of_weight(weight: ir.Value) -> str:
+    maker = weight.producer()
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        return "its weight is quantized already"
+    if maker is not None:
+        return f"{maker.op_type} nodes compute its weight; fold constants first"
+    if float_of_onnx(weight.dtype) is None:
+        return f"its weight is {'of unknown type' if weight.dtype is None else weight.dtype.name}"
+    if weight.shape is not None and 0 in weight.shape:
+        return "its weight is empty"
+    return "its weight's rank is unknown" if weight.shape is None else f"its weight has rank {len(weight.shape)}"
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Return whether ``value`` is the same in every run: an initializer, or made from nothing but such values."""
+    pending, seen = [value], {id(value)}
+    while pending:
+        current = pending.pop()
+        if is_constant(current):
+            continue
+        maker = current.producer()
+        if maker is None or any(attribute.type is ir.AttributeType.GRAPH for attribute in maker.attributes.values()):
+            return False
+        for source in maker.inputs:
+            if source is not None and id(source) not in seen:
+                seen.add(id(source))
+                pending.append(source)
+    return True
 
 
 def find_embeddings(model: ir.Model) -> tuple[EmbeddingTable, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -37,6 +38,8 @@ class OddModel:
 
     rng: np.random.Generator
     graph: TinyGraph = field(default_factory=TinyGraph)
+    exporter: Callable[[onnx.ModelProto], None] | None = None
+    """Changes the base to how another exporter writes it."""
 
     def __post_init__(self) -> None:
         self.graph.input("input_ids", TensorProto.INT64, ["b", "t"])
@@ -63,35 +66,45 @@ class OddModel:
         Returns:
             What the export said, and the largest relative difference of outputs from the base's.
         """
-        self.graph.save(folder / "draft")
+        self._save(folder / "draft")
         groups = [(group, []) for group in find_groups(load_graph(locate_model(folder / "draft")))]
         for group, weights in groups:
             scale = input_scale(self.rng, group.in_features) if group.activation in scaled else None
             for site in group.sites:
                 weights.append(exact_weight(site, spec_of(8), self.rng, scale))
                 self._store(weights[-1])
-        base = locate_model(self.graph.save(folder / "base"))
+        base = locate_model(self._save(folder / "base"))
         store = store_of(folder / "weights", groups, form=form, fingerprint=fingerprint_model(base))
         destination = Destination.from_path(folder / "out", base, overwrite=False)
         summary = export_model(base, store, destination, options(verify))
         # ONNX Runtime opens no model in which two nodes have one name; the export gives each its own.
         for number, node in enumerate(self.graph.nodes):
             node.name = f"node {number}"
-        pairs = zip(_run(summary.onnx_file), _run(self.graph.save(folder / "named")), strict=True)
+        names = [value.name for value in self.graph.outputs]
+        pairs = zip(_run(summary.onnx_file, names), _run(self.graph.save(folder / "named"), names), strict=True)
         return summary, max(relative_difference(found, expected) for found, expected in pairs)
+
+    def _save(self, folder: Path) -> Path:
+        folder.mkdir()
+        proto = self.graph.proto()
+        if self.exporter is not None:
+            self.exporter(proto)
+        onnx.save(proto, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+        return folder / "model.onnx"
 
     def _store(self, weight: ExactWeight) -> None:
         site = weight.stored.site
-        matrix = weight.matrix if site.layout is WeightLayout.K_BY_N else np.ascontiguousarray(weight.matrix.T)
+        as_written = site.layout is WeightLayout.K_BY_N or self.exporter is not None
+        matrix = weight.matrix if as_written else np.ascontiguousarray(weight.matrix.T)
         initializer = next(tensor for tensor in self.graph.initializers if tensor.name == site.weight)
         initializer.CopyFrom(numpy_helper.from_array(matrix, site.weight))
 
 
-def _run(path: Path) -> list[np.ndarray]:
+def _run(path: Path, names: list[str]) -> list[np.ndarray]:
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    return session.run(None, {"input_ids": np.arange(T)[None] * 5 % VOCABULARY})
+    return session.run(names, {"input_ids": np.arange(T)[None] * 5 % VOCABULARY})
 
 
 @pytest.fixture
@@ -239,3 +252,118 @@ def test_a_gemm_that_is_no_site_can_still_not_be_taken_for_an_absorber(odd: OddM
 
 def _groups(folder: Path) -> list[object]:
     return list(find_groups(load_graph(locate_model(folder / "base"))))
+
+
+# --------------------------------------------------------------------------- other exporters
+
+Exporter = Callable[[onnx.ModelProto], None]
+
+
+def _weights(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return [tensor for tensor in proto.graph.initializer if tensor.name.endswith(".weight")]
+
+
+def _inputs(proto: onnx.ModelProto, ir_version: int) -> None:
+    proto.ir_version = ir_version
+    for tensor in proto.graph.initializer:
+        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+def _constant_nodes(proto: onnx.ModelProto) -> None:
+    for tensor in list(proto.graph.initializer):
+        value = onnx.TensorProto()
+        value.CopyFrom(tensor)
+        value.name = ""
+        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=value))
+    del proto.graph.initializer[:]
+
+
+def _behind(*nodes: tuple[str, dict[str, object]], stored: Callable[[np.ndarray], np.ndarray] = lambda _: _) -> Exporter:
+    """Return an exporter that puts ``nodes`` between the ``stored`` weights and their readers.
+
+    An attribute "shape" becomes the second input.
+    """
+
+    def change(proto: onnx.ModelProto) -> None:
+        for tensor in _weights(proto):
+            numbers, name, value = numpy_helper.to_array(tensor), tensor.name, tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(stored(numbers), name))
+            made = []
+            for number, (op_type, attributes) in enumerate(nodes):
+                others = {key: each for key, each in attributes.items() if key != "shape"}
+                inputs = [value]
+                if "shape" in attributes:
+                    shape = np.array(numbers.shape if attributes["shape"] is None else attributes["shape"])
+                    inputs.append(f"{name}/{number}/shape")
+                    proto.graph.initializer.append(numpy_helper.from_array(shape, inputs[1]))
+                value = f"{name}/{number}"
+                made.append(helper.make_node(op_type, inputs, [value], **others))
+            for node in proto.graph.node:
+                node.input[:] = [value if each == name else each for each in node.input]
+            for node in reversed(made):
+                proto.graph.node.insert(0, node)
+
+    return change
+
+
+def _functions(proto: onnx.ModelProto) -> None:
+    body = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    opsets = [helper.make_opsetid("", 21)]
+    proto.functions.append(helper.make_function("exporter", "Linear", ["x", "w"], ["y"], body, opsets))
+    proto.opset_import.append(helper.make_opsetid("exporter", 1))
+    for node in proto.graph.node:
+        if node.op_type == "MatMul":
+            node.op_type, node.domain = "Linear", "exporter"
+
+
+def _taken_names(proto: onnx.ModelProto) -> None:
+    for node in proto.graph.node:
+        if node.op_type == "MatMul":
+            for end in ("codes", "scales", "zero_points", "DequantizeLinear", "DequantizeLinear/output_0"):
+                tensor = numpy_helper.from_array(np.ones(1, np.float32), f"{node.name}/{end}")
+                proto.graph.initializer.append(tensor)
+                kept = helper.make_tensor_value_info(tensor.name, FLOAT, [1])
+                proto.graph.output.append(kept)
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "weights are inputs": lambda proto: _inputs(proto, 8),
+    "weights are inputs in IR 3": lambda proto: _inputs(proto, 3),
+    "Constant nodes": _constant_nodes,
+    "Identity": _behind(("Identity", {})),
+    "Cast": _behind(("Cast", {"to": FLOAT}), stored=lambda numbers: numbers.astype(np.float16)),
+    "two Casts": _behind(("Cast", {"to": TensorProto.FLOAT16}), ("Cast", {"to": FLOAT})),
+    "Transpose without perm": _behind(("Transpose", {}), stored=np.transpose),
+    "two Transposes": _behind(("Transpose", {"perm": [1, 0]}), ("Transpose", {"perm": [1, 0]})),
+    "Reshape of a vector": _behind(("Reshape", {"shape": None}), stored=np.ravel),
+    "Reshape of three axes": _behind(("Reshape", {"shape": None}), stored=lambda numbers: numbers[None]),
+    "Cast, Transpose, Identity": _behind(
+        ("Identity", {}), ("Cast", {"to": FLOAT}), ("Transpose", {"perm": [1, 0]}), stored=lambda w: w.T.astype(np.float16)
+    ),
+    "functions": _functions,
+    "names that are taken": _taken_names,
+}
+
+
+@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.MATMUL_NBITS])
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_other_exporters_weights_are_quantized_and_none_stays_beside_its_codes(
+    odd: OddModel, tmp_path: Path, name: str, form: WeightForm
+) -> None:
+    odd.graph.linear("x", np.ones((K, HIDDEN), np.float32), "up")
+    odd.graph.linear("x", np.ones((K, HIDDEN), np.float32), "gate")
+    odd.graph.node("Mul", [odd.graph.node("Sigmoid", ["gate"], ["act"]), "up"], ["product"])
+    odd.graph.linear("product", np.ones((HIDDEN, N), np.float32), "logits")
+    odd.show("logits")
+    odd.exporter = EXPORTERS[name]
+    summary, difference = odd.export(tmp_path, scaled=frozenset({"product"}), form=form)
+    # What is stored as float16 is rounded in the base, not in the codes.
+    assert difference < (2e-3 if "Cast" in name else TOLERANCE)
+    assert summary.report is not None
+    assert (summary.report.sites, summary.report.fused) == (3, 3)
+    assert [outcome.how for outcome in summary.folds] == ["none", "linear"]
+    graph = ir.load(summary.onnx_file).graph
+    kept = [value for value in graph.initializers.values() if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
+    # The table and the scales: a scale for 16 numbers.
+    assert sum(value.const_value.nbytes for value in kept) < 4 * (VOCABULARY * K + (2 * K + N) * HIDDEN / 16 + 200)
+    assert [value.name for value in graph.inputs] == ["input_ids"]
