@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stages.model.validate import fault_of_graph, fault_of_proto
 
 _FIRST_WITH_OPTIONAL_INPUTS = 4
 """IR version since which an initializer that is an input of the graph is its default."""
+_ADAPTER = re.compile("lora|adapter", re.IGNORECASE)
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
 
@@ -121,8 +123,10 @@ def _lists_weights_as_inputs(model: ir.Model) -> bool:
 
 
 def _has_fixed_default(value: ir.Value) -> bool:
+    """Return whether an input of the graph is one of its weights, and no adapter's by its name or open size."""
     shape = value.shape
-    return value.is_initializer() and shape is not None and shape.is_static() and 0 not in shape.numpy()
+    is_weight = value.is_initializer() and shape is not None and shape.is_static() and 0 not in shape.numpy()
+    return is_weight and _ADAPTER.search(str(value.name)) is None
 
 
 def _named_files(model: ir.Model, file: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from stages.records.formats import WeightForm
 from stages.records.sites import LinearAbsorber, WeightLayout
 from tests.export.builders import ExactWeight, exact_weight, input_scale, relative_difference, spec_of, store_of
 from tests.export.exports import options
+from tests.support.exporters import EXPORTERS, Exporter
 from tests.support.graphs import TinyGraph
 
 # Sums of at most 96 float32 products in another order, through three layers.
@@ -38,7 +39,7 @@ class OddModel:
 
     rng: np.random.Generator
     graph: TinyGraph = field(default_factory=TinyGraph)
-    exporter: Callable[[onnx.ModelProto], None] | None = None
+    exporter: Exporter | None = None
     """Changes the base to how another exporter writes it."""
 
     def __post_init__(self) -> None:
@@ -100,11 +101,11 @@ class OddModel:
         initializer.CopyFrom(numpy_helper.from_array(matrix, site.weight))
 
 
-def _run(path: Path, names: list[str]) -> list[np.ndarray]:
+def _run(path: Path, names: list[str], adapter: dict[str, np.ndarray] | None = None) -> list[np.ndarray]:
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    return session.run(names, {"input_ids": np.arange(T)[None] * 5 % VOCABULARY})
+    return session.run(names, {"input_ids": np.arange(T)[None] * 5 % VOCABULARY} | (adapter or {}))
 
 
 @pytest.fixture
@@ -256,97 +257,18 @@ def _groups(folder: Path) -> list[object]:
 
 # --------------------------------------------------------------------------- other exporters
 
-Exporter = Callable[[onnx.ModelProto], None]
 
-
-def _weights(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
-    return [tensor for tensor in proto.graph.initializer if tensor.name.endswith(".weight")]
-
-
-def _inputs(proto: onnx.ModelProto, ir_version: int) -> None:
-    proto.ir_version = ir_version
-    for tensor in proto.graph.initializer:
-        proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-
-
-def _constant_nodes(proto: onnx.ModelProto) -> None:
-    for tensor in list(proto.graph.initializer):
-        value = onnx.TensorProto()
-        value.CopyFrom(tensor)
-        value.name = ""
-        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=value))
-    del proto.graph.initializer[:]
-
-
-def _behind(*nodes: tuple[str, dict[str, object]], stored: Callable[[np.ndarray], np.ndarray] = lambda _: _) -> Exporter:
-    """Return an exporter that puts ``nodes`` between the ``stored`` weights and their readers.
-
-    An attribute "shape" becomes the second input.
-    """
-
-    def change(proto: onnx.ModelProto) -> None:
-        for tensor in _weights(proto):
-            numbers, name, value = numpy_helper.to_array(tensor), tensor.name, tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(stored(numbers), name))
-            made = []
-            for number, (op_type, attributes) in enumerate(nodes):
-                others = {key: each for key, each in attributes.items() if key != "shape"}
-                inputs = [value]
-                if "shape" in attributes:
-                    shape = np.array(numbers.shape if attributes["shape"] is None else attributes["shape"])
-                    inputs.append(f"{name}/{number}/shape")
-                    proto.graph.initializer.append(numpy_helper.from_array(shape, inputs[1]))
-                value = f"{name}/{number}"
-                made.append(helper.make_node(op_type, inputs, [value], **others))
-            for node in proto.graph.node:
-                node.input[:] = [value if each == name else each for each in node.input]
-            for node in reversed(made):
-                proto.graph.node.insert(0, node)
-
-    return change
-
-
-def _functions(proto: onnx.ModelProto) -> None:
-    body = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    opsets = [helper.make_opsetid("", 21)]
-    proto.functions.append(helper.make_function("exporter", "Linear", ["x", "w"], ["y"], body, opsets))
-    proto.opset_import.append(helper.make_opsetid("exporter", 1))
-    for node in proto.graph.node:
-        if node.op_type == "MatMul":
-            node.op_type, node.domain = "Linear", "exporter"
-
-
-def _taken_names(proto: onnx.ModelProto) -> None:
-    for node in proto.graph.node:
-        if node.op_type == "MatMul":
-            for end in ("codes", "scales", "zero_points", "DequantizeLinear", "DequantizeLinear/output_0"):
-                tensor = numpy_helper.from_array(np.ones(1, np.float32), f"{node.name}/{end}")
-                proto.graph.initializer.append(tensor)
-                kept = helper.make_tensor_value_info(tensor.name, FLOAT, [1])
-                proto.graph.output.append(kept)
-
-
-EXPORTERS: dict[str, Exporter] = {
-    "weights are inputs": lambda proto: _inputs(proto, 8),
-    "weights are inputs in IR 3": lambda proto: _inputs(proto, 3),
-    "Constant nodes": _constant_nodes,
-    "Identity": _behind(("Identity", {})),
-    "Cast": _behind(("Cast", {"to": FLOAT}), stored=lambda numbers: numbers.astype(np.float16)),
-    "two Casts": _behind(("Cast", {"to": TensorProto.FLOAT16}), ("Cast", {"to": FLOAT})),
-    "Transpose without perm": _behind(("Transpose", {}), stored=np.transpose),
-    "two Transposes": _behind(("Transpose", {"perm": [1, 0]}), ("Transpose", {"perm": [1, 0]})),
-    "Reshape of a vector": _behind(("Reshape", {"shape": None}), stored=np.ravel),
-    "Reshape of three axes": _behind(("Reshape", {"shape": None}), stored=lambda numbers: numbers[None]),
-    "Cast, Transpose, Identity": _behind(
-        ("Identity", {}), ("Cast", {"to": FLOAT}), ("Transpose", {"perm": [1, 0]}), stored=lambda w: w.T.astype(np.float16)
-    ),
-    "functions": _functions,
-    "names that are taken": _taken_names,
-}
-
-
-@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.MATMUL_NBITS])
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("weights are inputs", WeightForm.DQ),
+        ("weights are inputs in IR 3", WeightForm.MATMUL_NBITS),
+        ("Constant nodes", WeightForm.DQ),
+        ("Cast, Transpose, Identity", WeightForm.MATMUL_NBITS),
+        ("functions", WeightForm.DQ),
+        ("names that are taken", WeightForm.DQ),
+    ],
+)
 def test_other_exporters_weights_are_quantized_and_none_stays_beside_its_codes(
     odd: OddModel, tmp_path: Path, name: str, form: WeightForm
 ) -> None:
@@ -367,3 +289,44 @@ def test_other_exporters_weights_are_quantized_and_none_stays_beside_its_codes(
     # The table and the scales: a scale for 16 numbers.
     assert sum(value.const_value.nbytes for value in kept) < 4 * (VOCABULARY * K + (2 * K + N) * HIDDEN / 16 + 200)
     assert [value.name for value in graph.inputs] == ["input_ids"]
+
+
+@pytest.mark.parametrize("rank", ["rank", 3])
+def test_adapters_work_with_the_output_as_with_the_base(odd: OddModel, tmp_path: Path, rank: str | int) -> None:
+    size = rank if isinstance(rank, int) else 0
+    graph = odd.graph
+    for name, default, shape in (("A", (K, size), [K, rank]), ("B", (size, HIDDEN), [rank, HIDDEN])):
+        graph.constant(graph.input(name, FLOAT, shape), np.zeros(default, np.float32))
+    graph.linear("x", np.ones((K, HIDDEN), np.float32), "base.up")
+    low = graph.node("MatMul", [graph.node("MatMul", ["x", "A"], ["low"]), "B"], ["high"])
+    graph.linear(graph.node("Add", ["base.up", low], ["up"]), np.ones((HIDDEN, N), np.float32), "logits")
+    odd.show("logits")
+    summary, difference = odd.export(tmp_path, scaled=frozenset({"x", "up"}))
+    assert difference < TOLERANCE
+    assert [list(value.shape) for value in ir.load(summary.onnx_file).graph.inputs[1:]] == [[K, rank], [rank, HIDDEN]]
+    adapter = {"A": odd.rng.standard_normal((K, 3)), "B": odd.rng.standard_normal((3, HIDDEN))}
+    adapter = {name: numbers.astype(np.float32) for name, numbers in adapter.items()}
+    files = summary.onnx_file, tmp_path / "named" / "model.onnx"
+    found, expected = (_run(file, ["logits"], adapter)[0] for file in files)
+    assert relative_difference(found, expected) < TOLERANCE
+    assert relative_difference(found, _run(summary.onnx_file, ["logits"])[0]) > 0.1
+
+
+def test_a_weight_that_is_read_otherwise_too_is_said_to_stay(odd: OddModel, tmp_path: Path) -> None:
+    odd.graph.linear("x", np.ones((K, N), np.float32), "logits")
+    odd.graph.node("ReduceMax", ["logits.weight"], ["largest"])
+    for name in ("logits", "largest"):
+        odd.show(name)
+    summary, difference = odd.export(tmp_path)
+    assert difference < TOLERANCE
+    assert summary.notes[-1] == "'logits.weight' stays beside its codes, 0.0 MB: ReduceMax reads it too"
+
+
+def test_an_output_larger_than_its_base_is_told(
+    odd: OddModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd.graph.linear("x", np.ones((K, 2), np.float32), "logits")
+    odd.show("logits")
+    summary, _ = odd.export(tmp_path)
+    assert summary.bytes_after > summary.bytes_before
+    assert "larger than its base" in caplog.text
