@@ -24,8 +24,10 @@ from stages.model.partition import Partition, cut_into_partitions, nodes_reading
 from stages.model.patterns import is_constant
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from stages.runtime.cpu_graph import runnable_graph
+from stages.runtime.feeds import CausalFeeds
+from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import CPU_ONLY, SHORT_NAMES, own_providers
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session, runtime_reason
+from stages.runtime.session import SessionSettings, open_session, runtime_reason
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
@@ -118,6 +120,8 @@ def nodes_run_as_matmulnbits(
     """
     model = ir.load(onnx_file)
     scratch = onnx_file.parent if scratch is None else scratch
+    window = WindowShape.of(inputs_of_graph(model, base))
+    tokens = np.zeros((window.batch or 1, window.length or 1), np.int64)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
     with tempfile.TemporaryDirectory(dir=scratch) as profiles:  # which goes with the unfinished output
@@ -130,7 +134,7 @@ def nodes_run_as_matmulnbits(
         for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PARTITION_BYTES, together=sites):
             _declare_types(partition, computed)
             with runnable_graph(partition.model, providers, scratch) as source:
-                run = _run_partition(source, partition, computed, base, settings)
+                run = _run_partition(source, partition, tokens, computed, base, settings)
             names |= _matmulnbits_in(run.profile)
             computed |= run.outputs
     return frozenset(names)
@@ -162,11 +166,12 @@ def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> 
 def _run_partition(
     source: Path | bytes,
     partition: Partition,
+    tokens: np.ndarray,
     computed: Mapping[str, np.ndarray],
     base: ModelDirectory,
     settings: SessionSettings,
 ) -> _PartitionRun:
-    """Run one token through ``partition``."""
+    """Run ``tokens`` through ``partition``."""
     boundary = {name: computed[name] for name in partition.boundary_inputs}
     if isinstance(source, Path):
         settings = replace(settings, external_data_folder=None)
@@ -177,13 +182,16 @@ def _run_partition(
             raise CannotRun(f"operators without a kernel here: {runtime_reason(error.__cause__)}") from error
         raise
     try:
-        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary))
-        one_token = feeds(np.zeros((1, 1), np.int64))
+        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary), open_size=1)
+        fed = feeds(tokens)
     except GraphError as error:
         raise CannotRun(f"its inputs can't be made here: {error}") from error
     try:
-        outputs = session.run(None, one_token | boundary)
+        outputs = session.run(None, fed | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base
+        if feeds.guessed:
+            names = ", ".join(feeds.guessed)
+            raise CannotRun(f"it can't be run with zeros for {names} ({runtime_reason(error)})") from error
         raise GraphError(f"ONNX Runtime can't run the exported model: {runtime_reason(error)}.") from error
     finally:
         profile = Path(session.end_profiling())
