@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.graph_edit import describe, name_of
 from stages.model.absorbers import find_absorber
+from stages.model.patterns import is_constant
 from stages.model.weights import all_finite
 from stages.records.sites import ActivationGroup, HeadSharing, MatMulSite
 
@@ -144,7 +145,7 @@ def leaves_range(before: Float[Tensor, "*shape"], after: Float[Tensor, "*shape"]
 
 def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:
     value = node.inputs[index]
-    if value is None or not value.is_initializer() or value.const_value is None:
+    if value is None or not is_constant(value) or value.const_value is None:
         raise CannotFold(f"an input of {describe(node)} that should be divided is not an initializer")
     return value.const_value
 

@@ -19,7 +19,7 @@ from export.forms.dequantize_linear import RewrittenSite, StoredSite, insert_deq
 from export.forms.embedding import RewrittenTable, rewrite_tables
 from export.forms.matmul_nbits import insert_matmul_nbits
 from export.forms.opset import OpsetChange, lowest_opset, raise_opset
-from export.graph_edit import GraphEditor, describe
+from export.graph_edit import GraphEditor, describe, name_of
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
 from stages.model.load import producer_of
@@ -178,8 +178,9 @@ def _replace_relu(editor: GraphEditor, node: ir.Node, dtype: FloatName) -> None:
     relu = blocks_fusion(node)
     if relu is None or relu.op_type != "Relu":
         return
-    zero = editor.add_initializer(relu, f"{relu.name}/zero", TorchTensor(torch.zeros((), dtype=torch_float(dtype))))
     x, y = node.outputs[0], relu.outputs[0]
-    clamped = editor.insert_before(relu, "Max", [x, zero], f"{relu.name}/Max", {}, shape=y.shape, kind=y.type)
+    name = relu.name or name_of(y)
+    zero = editor.add_initializer(relu, f"{name}/zero", TorchTensor(torch.zeros((), dtype=torch_float(dtype))))
+    clamped = editor.insert_before(relu, "Max", [x, zero], f"{name}/Max", {}, shape=y.shape, kind=y.type)
     for use in tuple(y.uses()):
         use.node.replace_input_with(use.idx, clamped)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from stages.errors import OptionError, UserError
 from stages.evaluation.records import Evaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_files, load_graph
+from stages.model.patterns import PASSED_THROUGH, readers
 from stages.quantization.targets.formats import FormatChoice
 from stages.quantization.weights.store import QuantizedStore
 from stages.quantization.weights.summary import SearchSummary
@@ -39,6 +41,7 @@ from stages.runtime.session import ACCURACY_LEVEL
 from stages.system.atomic import atomic_directory
 from stages.system.version import this_version
 
+_LOGGER = logging.getLogger(__name__)
 __all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
 
 
@@ -140,6 +143,13 @@ def export_model(
             f"{OUTPUT_OPTION} {destination.folder} can't be written ({error.strerror or error}); free space or "
             "choose another folder."
         ) from error
+    if bytes_after > bytes_before:
+        _LOGGER.warning(
+            "the model is larger than its base (%s and %s bytes): small weights gain little from codes and scales.",
+            f"{bytes_after:,}",
+            f"{bytes_before:,}",
+        )
+    notes = (*notes, *_floats_beside_codes(result))
     return ExportSummary(
         onnx_file=destination.onnx_file,
         bytes_before=bytes_before,
@@ -152,6 +162,22 @@ def export_model(
         unreached=store.recipe.unreached,
         folder_bytes=folder_bytes,
     )
+
+
+def _floats_beside_codes(result: RewriteResult) -> Iterator[str]:
+    """Yield a note for each floating-point weight that stays although its sites have codes: something reads it too.
+
+    Lookups of an embedding are told by the tables of embeddings and of what is kept.
+    """
+    graph = result.model.graph
+    for name in dict.fromkeys(site.source.site.weight for site in result.sites):
+        value = graph.initializers.get(name)
+        if value is None or value.const_value is None:
+            continue
+        kinds = dict.fromkeys(node.op_type for node, _ in readers(value, PASSED_THROUGH) if node.op_type != "Gather")
+        why = ["it is an output of the graph"] * value.is_graph_output() + [f"{kind} reads it too" for kind in kinds]
+        if why:
+            yield f"'{name}' stays beside its codes, {value.const_value.nbytes / 1e6:,.1f} MB: {' and '.join(why)}"
 
 
 def _kept_report(report: VerifyReport | None, folder: Path) -> tuple[str, ...]:
@@ -203,7 +229,10 @@ def _verify(
 ) -> VerifyReport | None:
     if options.verify == "off":
         return None
-    return verify(onnx_file, result.sites, base, options.verify, result.tables)
+    report = verify(onnx_file, result.sites, base, options.verify, result.tables)
+    for skipped in report.skipped:
+        _LOGGER.warning("not checked: %s", skipped)
+    return report
 
 
 def _size(*files: Path) -> int:

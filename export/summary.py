@@ -12,6 +12,7 @@ from export.verify.fusion import runtime_version
 from stages.commands.tables import FactTable
 from stages.records.quantities import counted
 from stages.records.results import VerifyReport
+from stages.runtime.cpu_graph import NORMS_REASON
 from stages.runtime.upcast import UPCAST_REASON
 from stages.system.paths import from_here
 
@@ -90,10 +91,12 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         return
     if report.fused is not None:
         major, minor = runtime_version()
-        here = f"on this machine's CPU with ONNX Runtime {major}.{minor}"
+        here = f"on this machine's {report.provider} with ONNX Runtime {major}.{minor}"
         yield "fused", f"{report.fused} of {counted(report.sites, 'site')} run as MatMulNBits {here}"
     if report.widened:
         yield "ran", UPCAST_REASON
+    if report.norms_written_out:
+        yield "ran", NORMS_REASON
     # verification.json names every site.
     yield from _named("not fused", [(unfused.site, unfused.reason) for unfused in report.unfused])
     if report.worst_exact is not None and report.worst_default is not None:

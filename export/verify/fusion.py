@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,15 +18,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from export.rewrite import blocks_fusion
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
+from stages.model.patterns import is_constant
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
+from stages.runtime.cpu_graph import runnable_graph
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
-from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import SessionSettings, open_session
-from stages.runtime.upcast import must_upcast, upcast_file
+from stages.runtime.providers import CPU_ONLY, SHORT_NAMES, own_providers
+from stages.runtime.session import SessionSettings, open_session, runtime_reason
 
 Version = tuple[int, int]
 _EIGHT_BITS: Version = (1, 25)
@@ -47,39 +47,94 @@ def runtime_version() -> Version:
     return int(major), int(minor)
 
 
-def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
-    """Run a token (or a window of fixed length) on the CPU and return the names of the nodes that ran as MatMulNBits.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRun:
+    """The names of the nodes that ran as MatMulNBits, and where."""
 
-    A bfloat16 model is upcast.
+    nodes: frozenset[str]
+    provider: str
 
-    The model runs in partitions, so that the weights of only one are in memory at a time.
+
+def run_one_token(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> TokenRun:
+    """Run one token on the CPU or, where it can't run the base either, on the provider that the model is for.
 
     Args:
         onnx_file: the saved model.
         sites: names of their outputs; nodes behind the last of them don't run.
+        base: the model that it was made from.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model, and not the base.
+        CannotRun: no provider of this machine runs the base.
+    """
+    try:
+        return TokenRun(nodes=nodes_run_as_matmulnbits(onnx_file, sites, base), provider="CPU")
+    except CannotRun as error:
+        reason = str(error)
+    except GraphError as error:
+        reason = _reason_of_base(sites, base, scratch=onnx_file.parent)
+        if not reason:
+            raise error from error.__cause__
+    own = own_providers(base.provider)
+    try:
+        if own:
+            nodes = nodes_run_as_matmulnbits(onnx_file, sites, base, own)
+            return TokenRun(nodes=nodes, provider=SHORT_NAMES[own[0]].upper())
+    except (CannotRun, GraphError) as error:
+        reason += f"; on {SHORT_NAMES[own[0]]}: {error}"
+    raise CannotRun(reason)
+
+
+def _reason_of_base(sites: frozenset[str], base: ModelDirectory, scratch: Path) -> str:
+    """Return why the base stops on the CPU, in words; empty where it runs."""
+    try:
+        nodes_run_as_matmulnbits(base.onnx_file, sites, base, scratch=scratch)
+    except CannotRun as error:
+        return str(error)
+    except GraphError as error:
+        return f"the base itself doesn't run on the CPU: {runtime_reason(error.__cause__ or error)}"
+    return ""
+
+
+def nodes_run_as_matmulnbits(
+    onnx_file: Path,
+    sites: frozenset[str],
+    base: ModelDirectory,
+    providers: tuple[str, ...] = CPU_ONLY,
+    scratch: Path | None = None,
+) -> frozenset[str]:
+    """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits.
+
+    The model runs in partitions, so that the weights of only one are in memory at a time.
+
+    Args:
+        onnx_file: the model.
+        sites: names of their outputs; nodes behind the last of them don't run.
         base: describes the model's inputs.
+        providers: where it runs.
+        scratch: folder for temporary files; None is the model's own.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
-        CannotRun: the model's inputs, types or operators are not for the CPU.
+        CannotRun: the model's inputs, types or operators are not for these providers.
     """
     model = ir.load(onnx_file)
-    upcast = must_upcast(model, CPU_ONLY)
+    scratch = onnx_file.parent if scratch is None else scratch
     window = WindowShape.of(inputs_of_graph(model, base))
     tokens = np.zeros((window.batch or 1, window.length or 1), np.int64)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
-    with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
+    with tempfile.TemporaryDirectory(dir=scratch) as profiles:  # which goes with the unfinished output
         settings = SessionSettings(
-            accuracy_level=1, profile_prefix=Path(profiles) / "profile", external_data_folder=onnx_file.parent
+            providers=providers,
+            accuracy_level=1,
+            profile_prefix=Path(profiles) / "profile",
+            external_data_folder=onnx_file.parent,
         )
         for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PARTITION_BYTES, together=sites):
             _declare_types(partition, computed)
-            source = (
-                upcast_file(partition.model, onnx_file.parent) if upcast else nullcontext(_serialized(partition.model))
-            )
-            with source as runnable:
-                run = _run_partition(runnable, partition, tokens, computed, base, settings)
+            with runnable_graph(partition.model, providers, scratch) as source:
+                run = _run_partition(source, partition, tokens, computed, base, settings)
             names |= _matmulnbits_in(run.profile)
             computed |= run.outputs
     return frozenset(names)
@@ -99,11 +154,6 @@ def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
 class _PartitionRun:
     outputs: dict[str, np.ndarray]
     profile: Path
-
-
-def _serialized(model: ir.Model) -> bytes:
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
 
 
 def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> None:
@@ -128,8 +178,8 @@ def _run_partition(
     try:
         session = open_session(source, settings)
     except GraphError as error:
-        if type(error.__cause__).__name__ == "NotImplemented":
-            raise CannotRun("its operators have no CPU kernel for this type") from error
+        if error.__cause__ is not None and type(error.__cause__).__name__ == "NotImplemented":
+            raise CannotRun(f"operators without a kernel here: {runtime_reason(error.__cause__)}") from error
         raise
     try:
         feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary), open_size=1)
@@ -141,8 +191,8 @@ def _run_partition(
     except Exception as error:  # onnxruntime raises classes without a common base
         if feeds.guessed:
             names = ", ".join(feeds.guessed)
-            raise CannotRun(f"it can't be run with zeros for {names} ({in_one_line(error)})") from error
-        raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
+            raise CannotRun(f"it can't be run with zeros for {names} ({runtime_reason(error)})") from error
+        raise GraphError(f"ONNX Runtime can't run the exported model: {runtime_reason(error)}.") from error
     finally:
         profile = Path(session.end_profiling())
     names = [node.name for node in session.get_outputs()]
@@ -240,4 +290,4 @@ def _adds_a_vector(node: ir.Node) -> bool:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         return True
-    return bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1
+    return is_constant(bias) and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from export.forms.dequantize_linear import RewrittenSite
 from export.forms.embedding import RewrittenTable
 from export.save import account_for_bytes, data_name
 from export.verify.embeddings import check_stored_table, measure_table
-from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, runtime_version, why_not_fused
+from export.verify.fusion import CannotRun, run_one_token, runtime_version, why_not_fused
 from export.verify.sites import check_stored_site, measure_site
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
@@ -21,6 +22,7 @@ from stages.model.directory import ModelDirectory
 from stages.quantization.weights.store import VERIFICATION
 from stages.records.formats import WeightForm
 from stages.records.results import SiteError, UnfusedSite, VerifyReport
+from stages.runtime.cpu_graph import must_write_out_norms
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.upcast import must_upcast
 from stages.system.atomic import atomic_file
@@ -68,18 +70,20 @@ def verify(
     lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
     for node, table in lookups:
         check_stored_table(node, table)
-    fused, unfused, skipped_runs = _prove_fusion(onnx_file, pairs, base)
+    proof = _prove_fusion(onnx_file, pairs, base)
     errors = _measure(onnx_file.parent, pairs) if level == "full" else []
     return VerifyReport(
         sites=len(sites),
         data=data,
-        fused=fused,
-        unfused=unfused,
+        fused=proof.fused,
+        unfused=proof.unfused,
         worst_exact=max(errors, key=lambda error: error.exact, default=None),
         worst_default=max(errors, key=lambda error: error.default, default=None),
-        skipped=skipped_runs,
+        skipped=proof.skipped,
         tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
         widened=must_upcast(model, CPU_ONLY),
+        norms_written_out=proof.fused is not None and proof.provider == "CPU" and must_write_out_norms(model, CPU_ONLY),
+        provider=proof.provider,
     )
 
 
@@ -89,20 +93,28 @@ def save_report(report: VerifyReport, folder: Path) -> None:
         partial.write_bytes(TypeAdapter(VerifyReport).dump_json(report, indent=1))
 
 
-def _prove_fusion(
-    onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory
-) -> tuple[int | None, tuple[UnfusedSite, ...], tuple[str, ...]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    """What a run of one token told."""
+
+    fused: int | None = None
+    unfused: tuple[UnfusedSite, ...] = ()
+    skipped: tuple[str, ...] = ()
+    provider: str = "CPU"
+
+
+def _prove_fusion(onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory) -> _Proof:
     try:
-        fused = nodes_run_as_matmulnbits(onnx_file, frozenset(site.output for _, site in pairs), base)
+        run = run_one_token(onnx_file, frozenset(site.output for _, site in pairs), base)
     except CannotRun as reason:
-        return None, (), (f"fusion: {reason}",)
+        return _Proof(skipped=(f"whether the model runs and its sites are fused: {reason}",))
     version = runtime_version()
     unfused = tuple(
         UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, site.source.spec, version))
         for node, site in pairs
-        if site.node not in fused or _fuses_only_upcast(site)
+        if site.node not in run.nodes or (run.provider == "CPU" and _fuses_only_upcast(site))
     )
-    return len(pairs) - len(unfused), unfused, ()
+    return _Proof(fused=len(pairs) - len(unfused), unfused=unfused, provider=run.provider)
 
 
 def _fuses_only_upcast(site: RewrittenSite) -> bool:

@@ -29,7 +29,7 @@ from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.requirements import require_runtime
-from stages.runtime.tap import ActivationTap
+from stages.runtime.tap import ActivationTap, require_kernels
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device
@@ -112,6 +112,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     _require_context(config.seq_len, directory)
     require_runtime(model, str(directory.onnx_file))
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
+    require_kernels(model, directory, choice)
     return Capture(
         model=model,
         directory=directory,
@@ -284,6 +285,7 @@ def _pass_summary(capture: Capture, partitions: int, tap: ActivationTap, seconds
         as_rows=sum(capture.text.size(group, "calibration").keeps_rows for group in groups),
         partitions=partitions,
         widened=tap.upcast,
+        norms_written_out=tap.norms_written_out,
         unused=tap.providers.missing,
         seconds=seconds,
     )

@@ -11,6 +11,7 @@ from stages.calibration.cache import CacheKey, Weighting
 from stages.commands.output import Section
 from stages.commands.tables import FactTable
 from stages.records.quantities import counted, duration
+from stages.runtime.cpu_graph import NORMS_REASON
 from stages.runtime.upcast import UPCAST_REASON
 
 _WEIGHTS: Mapping[Weighting, str] = MappingProxyType(
@@ -31,6 +32,8 @@ class PassSummary:
     """Parts in which the graph ran, one after the other."""
     widened: bool
     """Whether a bfloat16 model ran as float32."""
+    norms_written_out: bool = False
+    """Whether the norms inside attention ran as nodes before it."""
     unused: tuple[tuple[str, str], ...]
     """(execution provider, why it was not used)."""
     seconds: float
@@ -94,5 +97,6 @@ def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:
         rows.append(("memory", text))
     rows.append(providers)
     rows += [("", UPCAST_REASON)] if made.widened else []
+    rows += [("", NORMS_REASON)] if made.norms_written_out else []
     rows += [("not used", f"{name}: {why}") for name, why in made.unused]
     return [*rows, ("took", duration(made.seconds))]

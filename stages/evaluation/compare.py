@@ -41,6 +41,7 @@ from stages.model.load import fingerprint_model
 from stages.model.sizes import model_bytes
 from stages.model.unquantized import is_quantized
 from stages.records.quantities import counted
+from stages.runtime.cpu_graph import must_write_out_norms
 from stages.runtime.decoder import open_decoder
 from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
@@ -270,13 +271,15 @@ def _score_model(
     for number, (window, found) in enumerate(_score_windows(directory.folder, expected, logits, base)):
         scores.append(found)
         worst += worst_of_window(number, *window, found, base.worst, base.decode)
+    graph, providers = ir.load(directory.onnx_file), base.settings.providers
     return ModelRow(
         name=directory.folder.name,
         bytes=model_bytes(directory),
         accuracy=summarize(scores),
         positions=by_position(scores),
         worst=worst_of_all(worst, base.worst),
-        widened=must_upcast(ir.load(directory.onnx_file), base.settings.providers),
+        widened=must_upcast(graph, providers),
+        norms_written_out=must_write_out_norms(graph, providers),
         accuracy_level=describe_accuracy_level(directory, base.settings.accuracy_level),
     )
 

@@ -41,6 +41,8 @@ class ModelRow:
     worst: tuple[WorstToken, ...] = ()
     widened: bool = False
     """Whether it holds bfloat16 and ran as float32."""
+    norms_written_out: bool = False
+    """Whether the norms inside its attention ran as nodes before it."""
     accuracy_level: str = ""
     """The level at which it ran, and what sets it; empty in records of earlier versions."""
 

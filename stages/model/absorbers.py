@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from stages.model.patterns import before_cast, is_square, repeated_kv_heads, sole_reader
+from stages.model.patterns import before_cast, is_constant, is_square, repeated_kv_heads, sole_reader
 from stages.records.sites import (
     Absorber,
     ActivationGroup,
@@ -75,17 +75,17 @@ def _norm(value: ir.Value, in_features: int) -> Absorber | str | None:
 
 
 def _is_vector(value: ir.Value, size: int) -> bool:
-    return value.is_initializer() and value.shape is not None and list(value.shape.numpy()) == [size]
+    return is_constant(value) and value.shape is not None and list(value.shape.numpy()) == [size]
 
 
 def _norm_node(node: ir.Node, value: ir.Value) -> Absorber | str:
     gain = node.inputs[_GAIN_INPUT[node.op_type]]
-    if gain is None or not gain.is_initializer():
+    if gain is None or not is_constant(gain):
         return f"the gain of its {node.op_type} is not a constant"
     parameters = [gain]
     bias_index = _BIAS_INPUT.get(node.op_type)
     if bias_index is not None and len(node.inputs) > bias_index and (bias := node.inputs[bias_index]) is not None:
-        if not bias.is_initializer():
+        if not is_constant(bias):
             return f"the bias of its {node.op_type} is not a constant"
         parameters.append(bias)
     return NormAbsorber(output=str(value.name), parameters=tuple(str(parameter.name) for parameter in parameters))
@@ -136,7 +136,7 @@ def _linear_source(
         return None
     for linear, bias in (node.inputs, tuple(reversed(node.inputs))):
         site = None if linear is None else sites.get(str(linear.name))
-        if linear is None or site is None or bias is None or not bias.is_initializer():
+        if linear is None or site is None or bias is None or not is_constant(bias):
             continue
         if sole_reader(linear) is not node or _gemm_bias(linear.producer()) is not None:
             return None

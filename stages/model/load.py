@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +12,17 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import EMBEDDED
+from stages.model.patterns import STANDARD_DOMAINS, is_constant
 from stages.model.validate import fault_of_graph, fault_of_proto, opset_of
 
+_FIRST_WITH_OPTIONAL_INPUTS = 4
+"""IR version since which an initializer that is an input of the graph is its default."""
+_ADAPTER = re.compile("lora|adapter", re.IGNORECASE)
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
 
@@ -77,7 +83,7 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
     if fault is not None:
         raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
     _require_outputs(model, directory)
-    _size_weights(model)
+    _normalize(model)
     return model
 
 
@@ -90,12 +96,51 @@ def _require_known_opset(model: ir.Model, file: Path) -> None:
         )
 
 
-def _size_weights(model: ir.Model) -> None:
-    """Declare the shape of weights whose declaration leaves it open."""
+def _normalize(model: ir.Model) -> None:
+    """Give ``model`` one form, whatever exporter wrote it; it computes what it did.
+
+    Ensures: functions are written out where they are called; weights are initializers, no Constant nodes and not behind
+    Identity; they are no inputs of the graph, but for those that only some models have (adapters); all have a shape.
+    """
+    if model.functions:
+        InlinePass()(model)
+        model.graph.sort()
+    LiftConstantsToInitializersPass()(model)
+    for node in tuple(model.graph):
+        _bypass_identity(node)
+    if _lists_weights_as_inputs(model):
+        model.graph.inputs[:] = [value for value in model.graph.inputs if not _has_fixed_default(value)]
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if value.const_value is not None and (value.shape is None or not value.shape.is_static()):
+            is_open = value.shape is None or not value.shape.is_static()
+            if value.const_value is not None and is_open and not value.is_graph_input():
                 value.shape = ir.Shape(value.const_value.shape.numpy())
+
+
+def _bypass_identity(node: ir.Node) -> None:
+    """Let the readers of an Identity of a weight read the weight itself: exporters write so what layers share."""
+    source = node.inputs[0] if node.op_type == "Identity" and node.domain in STANDARD_DOMAINS else None
+    if source is not None and is_constant(source) and not node.outputs[0].is_graph_output():
+        node.outputs[0].replace_all_uses_with(source)
+
+
+def _lists_weights_as_inputs(model: ir.Model) -> bool:
+    """Return whether the graph's inputs include its weights, as exporters once did and IR versions below 4 ask.
+
+    Adapters that callers may give instead of their defaults are inputs too: but then most weights are none.
+    """
+    sizes: dict[bool, int] = {False: 0, True: 0}
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and len(value.const_value.shape) > 1:
+            sizes[value.is_graph_input()] += value.const_value.nbytes
+    return model.ir_version < _FIRST_WITH_OPTIONAL_INPUTS or sizes[True] > sizes[False]
+
+
+def _has_fixed_default(value: ir.Value) -> bool:
+    """Return whether an input of the graph is one of its weights, and no adapter's by its name or open size."""
+    shape = value.shape
+    is_weight = value.is_initializer() and shape is not None and shape.is_static() and 0 not in shape.numpy()
+    return is_weight and _ADAPTER.search(str(value.name)) is None
 
 
 def place_weights(model: ir.Model, file: Path) -> None:
@@ -142,10 +187,10 @@ class _PlacedTensor(ir.ExternalTensor):
         """Allow what onnx-ir refuses and ONNX Runtime opens: a file with a second name (a hard link)."""
 
 
-def weights_folder(model: ir.Model, directory: ModelDirectory) -> Path:
-    """Return the folder that the external tensors of ``model``, parsed from ``directory``, name their files from."""
+def weights_folder(model: ir.Model, file: Path) -> Path:
+    """Return the folder that the external tensors of ``model``, parsed from ``file``, name their files from."""
     first = next(external_tensors(model), None)
-    return directory.onnx_file.parent if first is None else Path(first.base_dir)
+    return file.parent if first is None else Path(first.base_dir)
 
 
 def _is_absolute(tensor: ir.ExternalTensor) -> bool:

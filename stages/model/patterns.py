@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,11 @@ import onnx_ir as ir
 _REPETITION_BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
 _HEADS_FIRST = (0, 2, 1, 3)
 EXPERT_NODES = frozenset({"MoE", "QMoE"})
+STANDARD_DOMAINS = ("", "ai.onnx")
 _ROUTING_INPUT = 1
+_RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+PASSED_THROUGH = _RESHAPING | {"Transpose", "Cast", "Identity"}
+"""Operators that a constant weight may pass on its way to the node that reads it."""
 _ELEMENTWISE = frozenset(
     {
         *("Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"),
@@ -34,6 +39,89 @@ def constant_values(value: ir.Value) -> np.ndarray | None:
         return None if tensor is None else np.asarray(tensor.numpy())
     except FileNotFoundError:
         return None
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Return whether ``value`` is an initializer that callers can't replace: an optional input of the graph is none."""
+    return value.is_initializer() and not value.is_graph_input()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConstantMatrix:
+    """A matrix that is the same in every run: an initializer, and what nodes do to it before it is read."""
+
+    value: ir.Value
+    """The initializer."""
+    rows: int
+    """Of the initializer's numbers before they are transposed, as are the columns."""
+    columns: int
+    transposed: bool
+    dtype: ir.DataType | None
+    """As it is read, behind any Cast."""
+
+
+def constant_matrix(value: ir.Value) -> ConstantMatrix | None:
+    """Return what ``value`` [rows, columns] is made of; None where it isn't constant, or other nodes make it.
+
+    The nodes in between are Identity, Cast, Transpose, and before any Transpose Reshape, Flatten, Squeeze, Unsqueeze.
+    """
+    passed: list[ir.Node] = []
+    while not is_constant(value):
+        node = value.producer()
+        if node is None or node.domain not in STANDARD_DOMAINS or node.op_type not in PASSED_THROUGH:
+            return None
+        passed.append(node)
+        if not node.inputs or node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
+    casts = [ir.DataType(node.attributes.get_int("to", 0)) for node in passed if node.op_type == "Cast"]
+    form = None if value.shape is None else _form([int(size) for size in value.shape.numpy()], passed[::-1])
+    if form is None:
+        return None
+    (rows, columns), transposed = form
+    return ConstantMatrix(
+        value=value, rows=rows, columns=columns, transposed=transposed, dtype=casts[0] if casts else value.dtype
+    )
+
+
+def _form(shape: list[int], nodes: list[ir.Node]) -> tuple[list[int], bool] | None:
+    """Return the matrix that ``nodes`` make of numbers of ``shape``, and whether it is transposed then."""
+    transposed = False
+    for node in nodes:
+        if node.op_type == "Transpose":
+            permutation = list(node.attributes.get_ints("perm", [1, 0]))
+            if len(shape) != 2 or sorted(permutation) != [0, 1]:
+                return None
+            transposed ^= permutation == [1, 0]
+        elif node.op_type in _RESHAPING:
+            made = None if transposed else _made_shape(node, shape)
+            if made is None:
+                return None
+            shape = made
+    return (shape, transposed) if len(shape) == 2 else None
+
+
+def _made_shape(node: ir.Node, shape: list[int]) -> list[int] | None:
+    """Return the shape that a reshaping node gives numbers of ``shape``; None where only a run tells it."""
+    if node.op_type == "Flatten":
+        axis = node.attributes.get_int("axis", 1)
+        return [prod(shape[:axis]), prod(shape[axis:])]
+    if node.op_type == "Reshape":
+        asked = _integers(node.inputs[1])
+        if asked is None or asked.count(-1) > 1 or node.attributes.get_int("allowzero", 0):
+            return None
+        made = [shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(asked)]
+        others = prod(size for size in made if size != -1)
+        return [prod(shape) // others if size == -1 and others else size for size in made]
+    axes = _axes(node)
+    if axes is None:
+        return None
+    if node.op_type == "Squeeze":
+        gone = {axis % len(shape) for axis in axes} or {axis for axis, size in enumerate(shape) if size == 1}
+        return [size for axis, size in enumerate(shape) if axis not in gone]
+    places = {axis % (len(shape) + len(axes)) for axis in axes}
+    sizes = iter(shape)
+    return [1 if axis in places else next(sizes) for axis in range(len(shape) + len(axes))]
 
 
 def is_square(node: ir.Node) -> bool:
@@ -138,7 +226,7 @@ def _seen_only_by_each_other(nodes: list[ir.Node], cache: ir.Node) -> bool:
 
 
 def _axes(node: ir.Node) -> list[int] | None:
-    """Return Unsqueeze's axes: an input since opset 13, an attribute before."""
+    """Return the axes of Unsqueeze or Squeeze: an input since opset 13, an attribute before."""
     return _integers(node.inputs[1]) if len(node.inputs) > 1 else list(node.attributes.get_ints("axes", []))
 
 

@@ -11,19 +11,33 @@ import onnx_ir as ir
 from stages.errors import GraphError
 from stages.model.absorbers import find_absorber
 from stages.model.genai_config import LOGITS
-from stages.model.patterns import readers, routes_experts
+from stages.model.patterns import (
+    PASSED_THROUGH,
+    STANDARD_DOMAINS,
+    ConstantMatrix,
+    constant_matrix,
+    is_constant,
+    readers,
+    routes_experts,
+)
 from stages.records.formats import EmbeddingTable, float_of_onnx
 from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
 _TOKENS = "input_ids"
+_FUSED = frozenset({"FusedMatMul", "FusedGemm", "FusedMatMulActivation"})
+_ADVICE = "pass"
+_IN_SUBGRAPH = (
+    "it lies in a subgraph, as in merged decoders; pass the one for later tokens (decoder_with_past_model.onnx), which "
+    "optimum writes beside it"
+)
 
 
 def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
     """Return all sites of the main graph, in graph order.
 
-    A site is a MatMul, or a Gemm without transA and with alpha = 1, whose second input is a rank-2 floating-point
-    initializer, directly or through a Transpose. Nodes of the same name get their output added to it.
+    A site is a MatMul, or a Gemm without transA and with alpha = 1, whose second input is a constant rank-2
+    floating-point matrix (see ``constant_matrix``). Nodes of the same name get their output added to it.
     """
     sites = [site for node in model.graph if (site := _as_site(node)) is not None]
     nodes = Counter(site.name for site in sites)
@@ -38,10 +52,7 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
     """
     sites = find_sites(model)
     if not sites:
-        raise GraphError(
-            "The model holds no MatMul or Gemm with a constant floating-point weight, so there is nothing to quantize; "
-            "pass the decoder that is to be quantized."
-        )
+        raise GraphError(_why_nothing(model))
     by_activation: dict[str, list[MatMulSite]] = {}
     for site in sites:
         by_activation.setdefault(site.activation, []).append(site)
@@ -51,6 +62,15 @@ def find_groups(model: ir.Model) -> tuple[ActivationGroup, ...]:
         _as_group(activation, members, values.get(activation), by_output)
         for activation, members in by_activation.items()
     )
+
+
+def _why_nothing(model: ir.Model) -> str:
+    """Return why the graph holds no site, as a sentence with its fix: the commonest reasons of its products."""
+    skipped = find_skipped_matmuls(model)
+    counts = Counter(reason for _, reason in skipped).most_common(2)
+    reasons = ", ".join(f"{count} x {why}" for why, count in counts) or "it has none"
+    fix = "" if _ADVICE in reasons else f"; {_ADVICE} the decoder that is to be quantized"
+    return f"There is nothing to quantize among the model's {len(skipped)} MatMul and Gemm nodes: {reasons}{fix}."
 
 
 def widest_input(groups: Sequence[ActivationGroup]) -> int:
@@ -81,18 +101,17 @@ def _other_reader(value: ir.Value | None, members: list[MatMulSite]) -> str:
 
 
 def _as_site(node: ir.Node) -> MatMulSite | None:
-    layout_and_weight = weight_of(node)
-    if layout_and_weight is None:
+    matrix = weight_of(node)
+    activation = None if matrix is None else node.inputs[0]
+    if matrix is None or activation is None:
         return None
-    layout, weight = layout_and_weight
-    assert weight.shape is not None
-    kind = float_of_onnx(weight.dtype)
+    output = node.outputs[0]
+    layout, weight = _layout(node, matrix), matrix.value
+    kind, stored = float_of_onnx(matrix.dtype), float_of_onnx(weight.dtype)
     assert kind is not None
-    rows, columns = weight.shape.numpy()
-    activation, output = node.inputs[0], node.outputs[0]
-    if activation is None:
-        return None
-    in_features, out_features = (rows, columns) if layout is WeightLayout.K_BY_N else (columns, rows)
+    assert stored is not None
+    turned = layout is not WeightLayout.K_BY_N
+    in_features, out_features = (matrix.columns, matrix.rows) if turned else (matrix.rows, matrix.columns)
     _require_width(node, activation, in_features)
     return MatMulSite(
         name=node.name or f"{weight.name}->{output.name}",  # the output tells two readers of one weight apart
@@ -104,9 +123,8 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         out_features=out_features,
         layout=layout,
         dtype=kind.name,
-        weight_shared_with=tuple(
-            dict.fromkeys(_name(other.outputs[0]) for other, _ in readers(weight) if other is not node)
-        ),
+        stored_dtype=None if stored is kind else stored.name,
+        weight_shared_with=_other_readers(weight, node),
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
         routes_experts=out_features < in_features and routes_experts(output),
@@ -128,22 +146,34 @@ def _name(value: ir.Value) -> str:
     return value.name
 
 
-def weight_of(node: ir.Node) -> tuple[WeightLayout, ir.Value] | None:
-    """Return the constant weight of a MatMul or Gemm and how it is stored, or None where the node isn't a site."""
+def _other_readers(weight: ir.Value, node: ir.Node) -> tuple[str, ...]:
+    """Return the outputs of the nodes besides ``node`` that read ``weight``, and its own name if it is an output."""
+    others = [_name(other.outputs[0]) for other, _ in readers(weight, PASSED_THROUGH) if other is not node]
+    return tuple(dict.fromkeys([*others, *([_name(weight)] if weight.is_graph_output() else [])]))
+
+
+def _layout(node: ir.Node, matrix: ConstantMatrix) -> WeightLayout:
+    if matrix.transposed:
+        return WeightLayout.N_BY_K_TRANSPOSED
+    return WeightLayout.N_BY_K if _transposes(node) else WeightLayout.K_BY_N
+
+
+def _transposes(node: ir.Node) -> bool:
+    """Return whether a Gemm transposes its weight."""
+    return node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+
+
+def weight_of(node: ir.Node) -> ConstantMatrix | None:
+    """Return the constant weight of a MatMul or Gemm, or None where the node isn't a site."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm"):
         return None
-    if gemm_faults(node):
+    if gemm_faults(node) or node.inputs[1] is None:
         return None
-    value = node.inputs[1]
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
-    layout = WeightLayout.N_BY_K if transposed else WeightLayout.K_BY_N
-    if value is not None and not transposed and (source := _swapped_initializer(value)) is not None:
-        layout, value = WeightLayout.N_BY_K_TRANSPOSED, source
-    if value is None or not value.is_initializer() or float_of_onnx(value.dtype) is None:
+    matrix = constant_matrix(node.inputs[1])
+    if matrix is None or (matrix.transposed and _transposes(node)):
         return None
-    if value.shape is None or len(value.shape) != 2 or 0 in value.shape.numpy():
-        return None
-    return layout, value
+    types = matrix.dtype, matrix.value.dtype
+    return matrix if matrix.rows and matrix.columns and all(map(float_of_onnx, types)) else None
 
 
 def gemm_faults(node: ir.Node) -> str:
@@ -164,7 +194,7 @@ def _swapped_initializer(value: ir.Value) -> ir.Value | None:
     if permutation is not None and list(permutation.as_ints()) != [1, 0]:
         return None
     source = node.inputs[0]
-    return source if source is not None and source.is_initializer() else None
+    return source if source is not None and is_constant(source) else None
 
 
 def _becomes_logits(value: ir.Value) -> bool:
@@ -175,6 +205,68 @@ def _becomes_logits(value: ir.Value) -> bool:
             return False
         value = consumers[0].outputs[0]
     return value.name == LOGITS
+
+
+def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
+    """Return (node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
+    main = set(model.graph)
+    return tuple(
+        (str(node.name or node.outputs[0].name), _skip_reason(node, in_main_graph=node in main))
+        for node in model.graph.all_nodes()
+        if _is_product(node) and (node not in main or weight_of(node) is None)
+    )
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Return whether ``node`` multiplies matrices: a MatMul or Gemm, or what ONNX Runtime's optimizer makes of one."""
+    return node.op_type in _FUSED or (node.domain in STANDARD_DOMAINS and node.op_type in ("MatMul", "Gemm"))
+
+
+def _skip_reason(node: ir.Node, *, in_main_graph: bool) -> str:
+    left, right = node.inputs[:2]
+    if right is not None and right.is_initializer() and right.is_graph_input():
+        return "its weight is an input of the graph with a default (as of LoRA), which callers replace"
+    if right is None or not _is_constant(right):
+        return (
+            "its weight is the first input"
+            if left is not None and _is_constant(left)
+            else "it multiplies two activations"
+        )
+    if node.op_type in _FUSED:
+        return f"ONNX Runtime's optimizer made a {node.op_type} of it; pass the model from before"
+    if not in_main_graph:
+        return _IN_SUBGRAPH
+    return gemm_faults(node) or _fault_of_weight(right)
+
+
+def _fault_of_weight(weight: ir.Value) -> str:
+    maker = weight.producer()
+    if maker is not None and maker.op_type == "DequantizeLinear":
+        return "its weight is quantized already"
+    if maker is not None:
+        return f"{maker.op_type} nodes compute its weight; fold constants first"
+    if float_of_onnx(weight.dtype) is None:
+        return f"its weight is {'of unknown type' if weight.dtype is None else weight.dtype.name}"
+    if weight.shape is not None and 0 in weight.shape:
+        return "its weight is empty"
+    return "its weight's rank is unknown" if weight.shape is None else f"its weight has rank {len(weight.shape)}"
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Return whether ``value`` is the same in every run: an initializer, or made from nothing but such values."""
+    pending, seen = [value], {id(value)}
+    while pending:
+        current = pending.pop()
+        if is_constant(current):
+            continue
+        maker = current.producer()
+        if maker is None or any(attribute.type is ir.AttributeType.GRAPH for attribute in maker.attributes.values()):
+            return False
+        for source in maker.inputs:
+            if source is not None and id(source) not in seen:
+                seen.add(id(source))
+                pending.append(source)
+    return True
 
 
 def find_embeddings(model: ir.Model) -> tuple[EmbeddingTable, ...]:
@@ -200,7 +292,7 @@ def _table_of(node: ir.Node) -> tuple[str, bool] | None:
         return None
     source = _swapped_initializer(data)
     table = data if source is None else source
-    if not table.is_initializer() or table.shape is None or len(table.shape) != 2 or float_of_onnx(table.dtype) is None:
+    if not is_constant(table) or table.shape is None or len(table.shape) != 2 or float_of_onnx(table.dtype) is None:
         return None
     return str(table.name), source is not None
 

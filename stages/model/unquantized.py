@@ -1,4 +1,4 @@
-"""Find what quantization leaves as it is, with the reason: weights that no MatMul reads, and MatMuls without a weight.
+"""Find what quantization leaves as it is, with the reason: weights that no MatMul reads.
 
 Expert weights inside a MoE node, packed weights of an Attention node, kernels of a convolution, tables of a Gather: a
 model in which they are a large part gets only a little smaller, and a person must be told before the search starts.
@@ -13,17 +13,18 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.model.patterns import EXPERT_NODES, readers
-from stages.model.sites import find_embeddings, find_sites, gemm_faults, weight_of
-from stages.records.formats import float_of_onnx
+from stages.model.patterns import EXPERT_NODES, PASSED_THROUGH, readers
+from stages.model.sites import find_embeddings, find_sites
 from stages.records.sites import UnquantizedWeights
 
 _SMALLEST_SHARE = 0.01
 _WORTH_A_WARNING = 0.05
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
-_PASSED_THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape"})
 _LINEAR = frozenset({"MatMul", "Gemm"})
-_QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"})
+_QUANTIZED_PRODUCTS = frozenset(
+    {"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"}
+)
+_QUANTIZED = _QUANTIZED_PRODUCTS | {"QMoE", "GatherBlockQuantized", "DequantizeLinear"}
 _ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that take tables of cosines and sines: computed from positions, never learned."""
 _EMBEDDING = "token embedding; --embedding 4 stores it as INT4"
@@ -32,7 +33,6 @@ _EXPERTS = (
     "--extra_options moe_quant_type=int4, and the rest is quantized here"
 )
 _OTHERS = "only weights of MatMul and Gemm are quantized"
-_TWO_ACTIVATIONS = "it multiplies two activations"
 
 
 def find_unquantized(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnquantizedWeights, ...]:
@@ -63,7 +63,7 @@ def _reader(value: ir.Value) -> str | None:
     """Return the kind of node, other than MatMul, that reads this weight; None without one, or for vectors."""
     if value.shape is None or len(value.shape) < 2:
         return None
-    found = [node.op_type for node, index in readers(value, _PASSED_THROUGH) if not _takes_rotation(node, index)]
+    found = [node.op_type for node, index in readers(value, PASSED_THROUGH) if not _takes_rotation(node, index)]
     kinds = [kind for kind in found if kind not in _LINEAR]
     if value.dtype not in _FLOATS:
         kinds = [kind for kind in kinds if kind in _QUANTIZED]
@@ -116,7 +116,7 @@ def require_float_base(model: ir.Model, directory: ModelDirectory) -> None:
     if quantized > left:
         raise GraphError(
             f"{directory.onnx_file} is quantized already ({quantized} of its {quantized + left} MatMuls hold "
-            "MatMulNBits or DequantizeLinear weights), and a base model must be in floating point; pass the model that "
+            "integer weights), and a base model must be in floating point; pass the model that "
             "it was made from."
         )
 
@@ -129,7 +129,7 @@ def is_quantized(model: ir.Model) -> bool:
 
 def _quantized_and_left(model: ir.Model) -> tuple[int, int]:
     """Return how many MatMuls hold quantized weights, and how many could be quantized."""
-    quantized = sum(node.op_type == "MatMulNBits" or _reads_codes(node) for node in model.graph.all_nodes())
+    quantized = sum(node.op_type in _QUANTIZED_PRODUCTS or _reads_codes(node) for node in model.graph.all_nodes())
     return quantized, len(find_sites(model))
 
 
@@ -137,56 +137,6 @@ def _reads_codes(node: ir.Node) -> bool:
     """Return whether a MatMul or Gemm takes its weight from DequantizeLinear."""
     value = node.inputs[1] if node.op_type in _LINEAR and len(node.inputs) > 1 else None
     maker = None if value is None else value.producer()
-    while maker is not None and maker.op_type in _PASSED_THROUGH and maker.inputs[0] is not None:
+    while maker is not None and maker.op_type in PASSED_THROUGH and maker.inputs[0] is not None:
         maker = maker.inputs[0].producer()
     return maker is not None and maker.op_type == "DequantizeLinear"
-
-
-def find_skipped_matmuls(model: ir.Model) -> tuple[tuple[str, str], ...]:
-    """Return (node, why) for every MatMul and Gemm that can't be quantized, subgraphs included, in graph order."""
-    main = set(model.graph)
-    return tuple(
-        (str(node.name or node.outputs[0].name), _skip_reason(node, in_main_graph=node in main))
-        for node in model.graph.all_nodes()
-        if node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm")
-        if node not in main or weight_of(node) is None
-    )
-
-
-def _skip_reason(node: ir.Node, *, in_main_graph: bool) -> str:
-    left, right = node.inputs[:2]
-    if right is None or not _is_constant(right):
-        return "its weight is the first input" if left is not None and _is_constant(left) else _TWO_ACTIVATIONS
-    if not in_main_graph:
-        return "it lies in a subgraph"
-    return gemm_faults(node) or _fault_of_weight(right)
-
-
-def _fault_of_weight(weight: ir.Value) -> str:
-    maker = weight.producer()
-    if maker is not None and maker.op_type == "DequantizeLinear":
-        return "its weight is quantized already"
-    if maker is not None:
-        return f"its weight is no initializer but computed in the graph ({maker.op_type})"
-    if float_of_onnx(weight.dtype) is None:
-        return f"its weight is {'of unknown type' if weight.dtype is None else weight.dtype.name}"
-    if weight.shape is not None and 0 in weight.shape:
-        return "its weight is empty"
-    return "its weight's rank is unknown" if weight.shape is None else f"its weight has rank {len(weight.shape)}"
-
-
-def _is_constant(value: ir.Value) -> bool:
-    """Return whether ``value`` is the same in every run: an initializer, or made from nothing but such values."""
-    pending, seen = [value], {id(value)}
-    while pending:
-        current = pending.pop()
-        if current.is_initializer():
-            continue
-        maker = current.producer()
-        if maker is None or any(attribute.type is ir.AttributeType.GRAPH for attribute in maker.attributes.values()):
-            return False
-        for source in maker.inputs:
-            if source is not None and id(source) not in seen:
-                seen.add(id(source))
-                pending.append(source)
-    return True

@@ -45,6 +45,8 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
     stored = _stored(model, site.weight, f"weight '{site.weight}' of {site.name}")
     weight = to_torch(stored.numpy()).to(device=device, dtype=torch.float32, copy=True)
     _release(stored)
+    shape = site.out_features, site.in_features
+    weight = weight.reshape(shape[::-1] if site.layout is WeightLayout.K_BY_N else shape)
     if site.layout is WeightLayout.K_BY_N:
         weight = weight.T.contiguous()
     return _require_finite(weight, f"weight of {site.name}")

@@ -210,3 +210,7 @@ class VerifyReport:
     tables: tuple[TableError, ...] = ()
     widened: bool = False
     """Whether a bfloat16 model ran as float32."""
+    norms_written_out: bool = False
+    """Whether the norms inside attention ran as nodes before it."""
+    provider: str = "CPU"
+    """Where its tokens ran: the CPU, or the execution provider that the model is for where the CPU can't run it."""

@@ -55,6 +55,9 @@ class MatMulSite:
     out_features: int
     layout: WeightLayout
     dtype: FloatName
+    """Of the weight as the node reads it."""
+    stored_dtype: FloatName | None = None
+    """Of the initializer, where a Cast stands between; None where it has the same."""
     weight_shared_with: tuple[str, ...] = ()
     """Outputs of the other nodes that read the same initializer."""
     feeds_logits: bool = False

@@ -26,6 +26,7 @@ from stages.report.values import (
     visible,
 )
 from stages.report.view import Cell, Figure, Graded, TableView, table
+from stages.runtime.cpu_graph import NORMS_REASON
 from stages.runtime.upcast import UPCAST_REASON
 
 
@@ -49,7 +50,9 @@ def accuracy_tables(evaluations: Sequence[Evaluation]) -> Figure:
 def _how_scored(evaluation: Evaluation, *, named: bool) -> str:
     comparison, base = evaluation.comparison, evaluation.rows[0]
     widened = [row.name for row in evaluation.rows if row.widened]
-    note = f" {', '.join(widened)} ran {UPCAST_REASON}." if widened else ""
+    written_out = [row.name for row in evaluation.rows if row.norms_written_out]
+    ran = ((widened, UPCAST_REASON), (written_out, NORMS_REASON))
+    note = "".join(f" {', '.join(names)} ran {reason}." for names, reason in ran if names)
     return (
         f"{f'{comparison.text}: ' if named else ''}{base.accuracy.tokens} predicted tokens in "
         f"{counted(comparison.windows, 'window')} "

@@ -12,11 +12,11 @@ import numpy as np
 import onnxruntime as ort
 from jaxtyping import Float32, Int64
 
-from stages.errors import UserError, in_one_line
+from stages.errors import UserError
 from stages.model.directory import ModelDirectory, logits_among
+from stages.runtime.cpu_graph import open_file
 from stages.runtime.feeds import CausalFeeds, Feed
-from stages.runtime.session import SessionSettings, open_session
-from stages.runtime.upcast import runnable_file
+from stages.runtime.session import SessionSettings, runtime_reason
 
 _PAST = re.compile(r"past(_key_values)?")
 _Values = Mapping[str, ort.OrtValue]
@@ -90,7 +90,7 @@ class Decoder:
             return list(self.feeds.session.run_with_ort_values(outputs, dict(feeds)))
         except Exception as error:  # onnxruntime raises classes without a common base
             raise UserError(
-                f"ONNX Runtime can't run {self.directory.onnx_file} ({in_one_line(error)}); try another of --eps."
+                f"ONNX Runtime can't run {self.directory.onnx_file} ({runtime_reason(error)}); try another of --eps."
             ) from error
 
 
@@ -106,8 +106,7 @@ def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: 
     Raises:
         GraphError: ONNX Runtime refuses the model.
     """
-    with runnable_file(directory.onnx_file, settings.providers, scratch) as onnx_file:
-        session = open_session(onnx_file, settings)
+    with open_file(directory.onnx_file, settings, scratch) as session:
         feeds = CausalFeeds.of(session, directory, advice="evaluate it with the program that it was made for")
         yield Decoder(directory=directory, feeds=feeds)
 

@@ -20,6 +20,7 @@ from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory, shared_caches
 from stages.model.genai_config import EMBEDDED
 from stages.records.formats import FLOAT_TYPES
+from stages.runtime.cpu_graph import open_file
 from stages.runtime.graph_inputs import (
     BEAMS,
     CACHE_POSITIONS,
@@ -37,9 +38,7 @@ from stages.runtime.graph_inputs import (
     inputs_of_graph,
     inputs_of_session,
 )
-from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import SessionSettings, open_session
-from stages.runtime.upcast import runnable_file
+from stages.runtime.session import SessionSettings
 
 Feed = np.ndarray | ort.OrtValue
 _BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
@@ -264,9 +263,8 @@ def _outputs_of_embedding(directory: ModelDirectory) -> dict[str, str]:
 def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str], advice: str) -> Embedding:
     assert directory.embedding is not None, "it makes the outputs"
     file = directory.embedding.onnx_file
-    with runnable_file(file, CPU_ONLY, None) as runnable:
-        session = open_session(runnable, SessionSettings(map_weights=True, spin=False))
-    feeds = CausalFeeds.of(session, directory.embedding, open_size=0, advice=advice)
+    with open_file(file, SessionSettings(map_weights=True, spin=False), None) as session:
+        feeds = CausalFeeds.of(session, directory.embedding, open_size=0, advice=advice)
     return Embedding(file=file, feeds=feeds, outputs=outputs)
 
 

@@ -52,3 +52,11 @@ def choose_providers(wanted: str, option: str = "--calibration_eps") -> Provider
     if CUDA in names:
         ort.preload_dlls()
     return ProviderChoice(names=tuple(names), missing=tuple(missing))
+
+
+def own_providers(name: str | None) -> tuple[str, ...]:
+    """Return the providers for a model whose genai_config.json names ``name``; empty where only the CPU is there."""
+    if name is None or name.lower() not in _PROVIDERS:
+        return ()
+    names = choose_providers(name).names
+    return () if names == CPU_ONLY else names

@@ -60,8 +60,6 @@ _INPUTS: Mapping[str, tuple[tuple[int, Release], ...]] = MappingProxyType(
 )
 """The most inputs that an operator takes from a release on."""
 _PACKAGES = ("onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-qnn", "onnxruntime")
-_PLACE_IN_SOURCE = re.compile(r"(\[ONNXRuntimeError\] : \d+ : \w+ : )?(\S*\.(cc|h|cpp|cu):\d+ .*?\) (?=[A-Z]))?")
-"""What stands before the words of an error: its number, and the line and signature in ONNX Runtime's own source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +157,6 @@ def installed_runtime(model: ir.Model) -> InstalledRuntime:
         newest_ir_version=_newest(model.ir_version, lambda version: _trial(ir_version=version)),
         operators=_operators(),
     )
-
-
-def words_of(error: Exception) -> str:
-    """Return the whole of what ONNX Runtime says, in one line, without places in its own source."""
-    return _PLACE_IN_SOURCE.sub("", " ".join(str(error).split())) or type(error).__name__
 
 
 def _newest(wanted: int, trial: Callable[[int], onnx.ModelProto]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,13 +14,29 @@ import onnxruntime as ort
 
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
-from stages.runtime.requirements import installed_runtime, lacks_of, too_old, words_of
+from stages.runtime.requirements import installed_runtime, lacks_of, too_old
 from stages.system.hardware import granted_threads
 
 _REASON_LENGTH = 200
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_WHERE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
+_CAST = re.compile(
+    r"This is an invalid model\. Type Error: .*? \(InsertedPrecisionFreeCast\S*\) of operator \((\w+)\) in node "
+    r"\(([^)]*)\) is invalid"
+)
+"""The runtime puts casts around a 16-bit operator that the CPU has no kernel for, whether it takes float32 or not."""
+NO_KERNEL = "no kernel"
+_PLACE_IN_SOURCE = re.compile(r"^\S*\.(cc|h|cpp|cu):\d+ .*?\)(?: const)? (?:\[with [^]]*\] )?(?=\S)")
 _AS_MANY_AS_CORES = 0
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
+
+
+def runtime_reason(error: BaseException) -> str:
+    """Return ONNX Runtime's own words in one line, whole, without its numbers and places in its source."""
+    words = _WHERE.sub(r"\1 '\2': ", _CODE.sub("", " ".join(str(error).split())))
+    words = _CAST.sub(rf"\1 '\2': {NO_KERNEL} for 16-bit numbers", words)
+    return _PLACE_IN_SOURCE.sub("", words).rstrip(".") or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +92,7 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
 
 def _why_closed(model: Path | bytes, error: Exception) -> str:
     """Return what ONNX Runtime has against a model: all that it says, and the release that would open it."""
-    where, reason = "a part of the model" if isinstance(model, bytes) else str(model), words_of(error)
+    where, reason = "a part of the model" if isinstance(model, bytes) else str(model), runtime_reason(error)
     with suppress(Exception):  # what isn't a model at all is only said to be none
         graph = ir.from_proto(onnx.load_model_from_string(model)) if isinstance(model, bytes) else ir.load(model)
         installed = installed_runtime(graph)

@@ -21,14 +21,22 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.load import weights_folder
 from stages.model.partition import Partition
+from stages.runtime.cpu_graph import must_write_out_norms, runnable_graph, without_weights
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
-from stages.runtime.session import OpenedSession, SessionSettings, open_first_session, open_session
-from stages.runtime.upcast import must_upcast, runnable_graph
+from stages.runtime.session import (
+    NO_KERNEL,
+    OpenedSession,
+    SessionSettings,
+    open_first_session,
+    open_session,
+    runtime_reason,
+)
+from stages.runtime.upcast import must_upcast
 
 _NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 _NO_VALUES: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -63,13 +71,32 @@ def open_graph(
         settings = SessionSettings(
             providers=providers,
             provider_options=provider_options,
-            external_data_folder=weights_folder(model, directory) if isinstance(graph, bytes) else None,
+            external_data_folder=weights_folder(model, directory.onnx_file) if isinstance(graph, bytes) else None,
             map_weights=providers == CPU_ONLY,
             spin=False,
         )
         return open_session(graph, settings)
 
     return open_first_session(open_with, choice)
+
+
+def require_kernels(model: ir.Model, directory: ModelDirectory, choice: ProviderChoice) -> None:
+    """Raise GraphError where only the CPU is left to run ``model`` and it can't; weights are not read.
+
+    What the CPU has no kernel for would else be found when its part of the graph is opened, hours later.
+    """
+    if choice.names != CPU_ONLY:
+        return
+    try:
+        open_session(without_weights(model), SessionSettings(external_data_folder=weights_folder(model, directory.onnx_file)))
+    except GraphError as error:
+        reason = runtime_reason(error.__cause__ or error)
+        if type(error.__cause__).__name__ != "NotImplemented" and NO_KERNEL not in reason:
+            raise error from error.__cause__
+        raise GraphError(
+            f"{directory.onnx_file} has operators that the CPU can't run ({reason}); calibrate where --calibration_eps "
+            "names a provider that runs it, build the base for cpu, or take --algo rtn_dq, which needs no calibration."
+        ) from error
 
 
 def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:
@@ -134,6 +161,8 @@ class ActivationTap:
     """The providers asked for, without those that failed."""
     upcast: bool
     """Whether a float32 copy of a bfloat16 graph runs."""
+    norms_written_out: bool
+    """Whether the norms inside attention run as nodes before it."""
     _open_feeds: list[CausalFeeds]
     """The session's feeds, until ``_resources`` are closed; then nothing."""
     _resources: ExitStack
@@ -182,7 +211,7 @@ class ActivationTap:
             binding.synchronize_outputs()
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); choose another "
+                f"The base model stops on {session.get_providers()[0]} ({runtime_reason(error)}); choose another "
                 "--calibration_eps, or build the model for this one."
             ) from error
         for name, output in zip(self.values, binding.get_outputs(), strict=True):
@@ -279,6 +308,7 @@ def _open(
             boundary_inputs=boundary_inputs,
             providers=opened.providers,
             upcast=must_upcast(tapped, opened.providers.names),
+            norms_written_out=must_write_out_norms(tapped, opened.providers.names),
             _open_feeds=open_feeds,
             _resources=temporary.pop_all(),
         )

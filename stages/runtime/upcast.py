@@ -7,14 +7,13 @@ be. Nothing is held in memory: upcast weights go tensor by tensor into a tempora
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
 
-from stages.model.load import place_weights
 from stages.runtime.providers import CPU_ONLY
 
 _FILE = "model.onnx"
@@ -59,26 +58,6 @@ def upcast_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
         path = Path(folder, _FILE)
         ir.save(upcast_model(model), path, external_data=f"{_FILE}.data")
         yield path
-
-
-@contextmanager
-def runnable_file(onnx_file: Path, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path]:
-    """Yield ``onnx_file``, or an upcast copy in ``scratch`` where ``providers`` can't run it otherwise."""
-    model = ir.load(onnx_file)
-    place_weights(model, onnx_file)
-    source = upcast_file(model, scratch) if must_upcast(model, providers) else nullcontext(onnx_file)
-    with source as path:
-        yield path
-
-
-@contextmanager
-def runnable_graph(model: ir.Model, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path | bytes]:
-    """Yield ``model`` serialized, its weights left where they lie, or an upcast file in ``scratch`` where needed."""
-    if must_upcast(model, providers):
-        with upcast_file(model, scratch) as path:
-            yield path
-    else:
-        yield ir.to_proto(model).SerializeToString()
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -19,14 +19,15 @@ from jaxtyping import Float, Integer
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from stages.errors import GraphError, in_one_line
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import LOGITS
 from stages.model.weights import read_weight
-from stages.records.formats import FLOAT_TYPES
+from stages.records.formats import FLOAT_TYPES, onnx_float
 from stages.records.sites import MatMulSite, WeightLayout
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import ProviderChoice
+from stages.runtime.session import runtime_reason
 from stages.runtime.tap import open_graph
 
 
@@ -53,7 +54,7 @@ def with_weight_inputs(model: ir.Model, sites: Sequence[MatMulSite]) -> ir.Model
     nodes = {node.outputs[0].name: node for node in changed.graph}
     for site in sites:
         node = nodes[site.output]
-        kind = model.graph.initializers[site.weight].type
+        kind = ir.TensorType(onnx_float(site.dtype))
         new = ir.Value(name=input_name(site), shape=ir.Shape(_fed_shape(site)), type=kind)
         node.replace_input_with(1, new)
         changed.graph.inputs.append(new)
@@ -99,7 +100,7 @@ class TrialRunner:
             found = [session.run([LOGITS], each)[0] for each in feeds]
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); leave --sensitivity "
+                f"The base model stops on {session.get_providers()[0]} ({runtime_reason(error)}); leave --sensitivity "
                 "measured out."
             ) from error
         output = np.concatenate(found)[: len(tokens), : tokens.shape[1]]

@@ -17,8 +17,8 @@ from stages.calibration.trt_profile import decoder_sizes
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import load_graph
-from stages.model.sites import find_embeddings, find_groups, find_sites
-from stages.model.unquantized import find_skipped_matmuls, find_unquantized
+from stages.model.sites import find_embeddings, find_groups, find_sites, find_skipped_matmuls
+from stages.model.unquantized import find_unquantized
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.plan.plan_file import PlannedSite, plan_text, read_plan
 from stages.quantization.weights.store import open_store

@@ -71,8 +71,8 @@ def output_size(
 
 
 def weight_bytes(site: MatMulSite) -> int:
-    """Return the bytes of the site's floating-point weight."""
-    return site.in_features * site.out_features * torch_float(site.dtype).itemsize
+    """Return the bytes of the site's floating-point weight as the base stores it."""
+    return site.in_features * site.out_features * torch_float(site.stored_dtype or site.dtype).itemsize
 
 
 def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
@@ -85,7 +85,8 @@ def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
     """
     if form is WeightForm.QDQ:
         codes = -(-site.in_features * site.out_features * spec.bits // 8)
-        return weight_bytes(site) + spec.format_bytes(site.out_features, site.in_features) - codes
+        numbers = site.in_features * site.out_features * torch_float(site.dtype).itemsize
+        return numbers + spec.format_bytes(site.out_features, site.in_features) - codes
     if form is not WeightForm.MATMUL_NBITS:
         return spec.format_bytes(site.out_features, site.in_features)
     # MatMulNBits fills up a row's last block, begins each row's zero points with a new byte, and knows only blocks.

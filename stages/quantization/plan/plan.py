@@ -18,8 +18,8 @@ from stages.commands.parsing import Target, parse_size
 from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
-from stages.model.sites import find_embeddings, find_groups
-from stages.model.unquantized import find_skipped_matmuls, find_unquantized, require_float_base
+from stages.model.sites import find_embeddings, find_groups, find_skipped_matmuls
+from stages.model.unquantized import find_unquantized, require_float_base
 from stages.quantization.blocks.signround import SignRoundOptions
 from stages.quantization.plan.budget import (
     BitsBudget,

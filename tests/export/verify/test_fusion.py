@@ -11,14 +11,17 @@ import pytest
 from onnx import TensorProto
 
 from export.rewrite import rewrite
+from export.run import Destination, export_model
+from export.summary import export_table
 from export.verify import fusion
-from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, why_not_fused
+from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, run_one_token, why_not_fused
+from stages.errors import GraphError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from tests.export.builders import exact_weight, site_of, spec_of, store_of_each
 from tests.export.exports import options, tiny_export
 from tests.support.commands import Commands
-from tests.support.graphs import TinyGraph
+from tests.support.graphs import MICROSOFT, TinyGraph
 
 NOW, BEFORE = (1, 31), (1, 24)
 UNKNOWN = "doesn't know"
@@ -116,6 +119,47 @@ def test_inputs_that_no_decoder_has_are_no_fault_of_the_export(
     base = ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
     with nullcontext() if reason is None else pytest.raises(CannotRun, match=reason):
         assert nodes_run_as_matmulnbits(path, frozenset({"y"}), base) == frozenset()
+
+
+def _stops_at_one_token(folder: Path, *, at_all: bool) -> Path:
+    """Return a model that fits 7 tokens only, or any number of them."""
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["batch", "length"])
+    graph.node("Gather", [graph.constant("table", np.ones((8, 16), np.float32)), "input_ids"], ["h"])
+    shape = graph.constant("shape", np.array([-1, 7, 16] if at_all else [0, 0, 16]))
+    graph.linear(graph.node("Reshape", ["h", shape], ["x"]), np.ones((16, 16), np.float32), "y")
+    graph.output("y", TensorProto.FLOAT, None)
+    return graph.save(folder)
+
+
+@pytest.mark.parametrize("base_stops", [True, False])
+def test_a_model_that_stops_is_at_fault_only_where_the_base_runs(tmp_path: Path, base_stops: bool) -> None:
+    path = _stops_at_one_token(tmp_path / "output", at_all=True)
+    base = locate_model(_stops_at_one_token(tmp_path / "base", at_all=base_stops))
+    error, words = (CannotRun, "the base itself") if base_stops else (GraphError, "the exported model")
+    with pytest.raises(error, match=words):
+        run_one_token(path, frozenset({"y"}), base)
+
+
+def test_what_could_not_be_checked_is_said_and_the_model_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, ["batch", "length"])
+    graph.node("Gather", [graph.constant("table", np.ones((8, 16), np.float32)), "input_ids"], ["h"])
+    weight = exact_weight(site_of("y", "h", 16, 64), spec_of(4), np.random.default_rng(0))
+    graph.linear("h", weight.matrix, "y")
+    graph.node("BiasSplitGelu", ["y", graph.constant("b", np.ones(64, np.float32))], ["z"], None, MICROSOFT)
+    graph.output("z", TensorProto.FLOAT, None)
+    base = locate_model(graph.save(tmp_path / "base"))
+    store = store_of_each(tmp_path / "weights", weight)
+    summary = export_model(base, store, Destination.from_path(tmp_path / "out", base, overwrite=False), options())
+    assert summary.onnx_file.is_file()
+    assert summary.report is not None
+    assert summary.report.fused is None
+    assert ("not checked", summary.report.skipped[0]) in export_table(summary).facts
+    assert "BiasSplitGelu" in caplog.text
+    assert summary.report.worst_exact is not None
 
 
 def test_no_profile_is_left_in_the_output(tmp_path: Path) -> None:

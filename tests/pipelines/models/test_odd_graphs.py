@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -23,6 +24,7 @@ from stages.records.formats import WeightForm
 from stages.records.sites import LinearAbsorber, WeightLayout
 from tests.export.builders import ExactWeight, exact_weight, input_scale, relative_difference, spec_of, store_of
 from tests.export.exports import options
+from tests.support.exporters import EXPORTERS, Exporter
 from tests.support.graphs import TinyGraph
 
 # Sums of at most 96 float32 products in another order, through three layers.
@@ -37,6 +39,8 @@ class OddModel:
 
     rng: np.random.Generator
     graph: TinyGraph = field(default_factory=TinyGraph)
+    exporter: Exporter | None = None
+    """Changes the base to how another exporter writes it."""
 
     def __post_init__(self) -> None:
         self.graph.input("input_ids", TensorProto.INT64, ["b", "t"])
@@ -63,35 +67,45 @@ class OddModel:
         Returns:
             What the export said, and the largest relative difference of outputs from the base's.
         """
-        self.graph.save(folder / "draft")
+        self._save(folder / "draft")
         groups = [(group, []) for group in find_groups(load_graph(locate_model(folder / "draft")))]
         for group, weights in groups:
             scale = input_scale(self.rng, group.in_features) if group.activation in scaled else None
             for site in group.sites:
                 weights.append(exact_weight(site, spec_of(8), self.rng, scale))
                 self._store(weights[-1])
-        base = locate_model(self.graph.save(folder / "base"))
+        base = locate_model(self._save(folder / "base"))
         store = store_of(folder / "weights", groups, form=form, fingerprint=fingerprint_model(base))
         destination = Destination.from_path(folder / "out", base, overwrite=False)
         summary = export_model(base, store, destination, options(verify))
         # ONNX Runtime opens no model in which two nodes have one name; the export gives each its own.
         for number, node in enumerate(self.graph.nodes):
             node.name = f"node {number}"
-        pairs = zip(_run(summary.onnx_file), _run(self.graph.save(folder / "named")), strict=True)
+        names = [value.name for value in self.graph.outputs]
+        pairs = zip(_run(summary.onnx_file, names), _run(self.graph.save(folder / "named"), names), strict=True)
         return summary, max(relative_difference(found, expected) for found, expected in pairs)
+
+    def _save(self, folder: Path) -> Path:
+        folder.mkdir()
+        proto = self.graph.proto()
+        if self.exporter is not None:
+            self.exporter(proto)
+        onnx.save(proto, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+        return folder / "model.onnx"
 
     def _store(self, weight: ExactWeight) -> None:
         site = weight.stored.site
-        matrix = weight.matrix if site.layout is WeightLayout.K_BY_N else np.ascontiguousarray(weight.matrix.T)
+        as_written = site.layout is WeightLayout.K_BY_N or self.exporter is not None
+        matrix = weight.matrix if as_written else np.ascontiguousarray(weight.matrix.T)
         initializer = next(tensor for tensor in self.graph.initializers if tensor.name == site.weight)
         initializer.CopyFrom(numpy_helper.from_array(matrix, site.weight))
 
 
-def _run(path: Path) -> list[np.ndarray]:
+def _run(path: Path, names: list[str], adapter: dict[str, np.ndarray] | None = None) -> list[np.ndarray]:
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    return session.run(None, {"input_ids": np.arange(T)[None] * 5 % VOCABULARY})
+    return session.run(names, {"input_ids": np.arange(T)[None] * 5 % VOCABULARY} | (adapter or {}))
 
 
 @pytest.fixture
@@ -239,3 +253,80 @@ def test_a_gemm_that_is_no_site_can_still_not_be_taken_for_an_absorber(odd: OddM
 
 def _groups(folder: Path) -> list[object]:
     return list(find_groups(load_graph(locate_model(folder / "base"))))
+
+
+# --------------------------------------------------------------------------- other exporters
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("weights are inputs", WeightForm.DQ),
+        ("weights are inputs in IR 3", WeightForm.MATMUL_NBITS),
+        ("Constant nodes", WeightForm.DQ),
+        ("Cast, Transpose, Identity", WeightForm.MATMUL_NBITS),
+        ("functions", WeightForm.DQ),
+        ("names that are taken", WeightForm.DQ),
+    ],
+)
+def test_other_exporters_weights_are_quantized_and_none_stays_beside_its_codes(
+    odd: OddModel, tmp_path: Path, name: str, form: WeightForm
+) -> None:
+    odd.graph.linear("x", np.ones((K, HIDDEN), np.float32), "up")
+    odd.graph.linear("x", np.ones((K, HIDDEN), np.float32), "gate")
+    odd.graph.node("Mul", [odd.graph.node("Sigmoid", ["gate"], ["act"]), "up"], ["product"])
+    odd.graph.linear("product", np.ones((HIDDEN, N), np.float32), "logits")
+    odd.show("logits")
+    odd.exporter = EXPORTERS[name]
+    summary, difference = odd.export(tmp_path, scaled=frozenset({"product"}), form=form)
+    # What is stored as float16 is rounded in the base, not in the codes.
+    assert difference < (2e-3 if "Cast" in name else TOLERANCE)
+    assert summary.report is not None
+    assert (summary.report.sites, summary.report.fused) == (3, 3)
+    assert [outcome.how for outcome in summary.folds] == ["none", "linear"]
+    graph = ir.load(summary.onnx_file).graph
+    kept = [value for value in graph.initializers.values() if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
+    # The table and the scales: a scale for 16 numbers.
+    assert sum(value.const_value.nbytes for value in kept) < 4 * (VOCABULARY * K + (2 * K + N) * HIDDEN / 16 + 200)
+    assert [value.name for value in graph.inputs] == ["input_ids"]
+
+
+@pytest.mark.parametrize("rank", ["rank", 3])
+def test_adapters_work_with_the_output_as_with_the_base(odd: OddModel, tmp_path: Path, rank: str | int) -> None:
+    size = rank if isinstance(rank, int) else 0
+    graph = odd.graph
+    for name, default, shape in (("A", (K, size), [K, rank]), ("B", (size, HIDDEN), [rank, HIDDEN])):
+        graph.constant(graph.input(name, FLOAT, shape), np.zeros(default, np.float32))
+    graph.linear("x", np.ones((K, HIDDEN), np.float32), "base.up")
+    low = graph.node("MatMul", [graph.node("MatMul", ["x", "A"], ["low"]), "B"], ["high"])
+    graph.linear(graph.node("Add", ["base.up", low], ["up"]), np.ones((HIDDEN, N), np.float32), "logits")
+    odd.show("logits")
+    summary, difference = odd.export(tmp_path, scaled=frozenset({"x", "up"}))
+    assert difference < TOLERANCE
+    assert [list(value.shape) for value in ir.load(summary.onnx_file).graph.inputs[1:]] == [[K, rank], [rank, HIDDEN]]
+    adapter = {"A": odd.rng.standard_normal((K, 3)), "B": odd.rng.standard_normal((3, HIDDEN))}
+    adapter = {name: numbers.astype(np.float32) for name, numbers in adapter.items()}
+    files = summary.onnx_file, tmp_path / "named" / "model.onnx"
+    found, expected = (_run(file, ["logits"], adapter)[0] for file in files)
+    assert relative_difference(found, expected) < TOLERANCE
+    assert relative_difference(found, _run(summary.onnx_file, ["logits"])[0]) > 0.1
+
+
+def test_a_weight_that_is_read_otherwise_too_is_said_to_stay(odd: OddModel, tmp_path: Path) -> None:
+    odd.graph.linear("x", np.ones((K, N), np.float32), "logits")
+    odd.graph.node("ReduceMax", ["logits.weight"], ["largest"])
+    for name in ("logits", "largest"):
+        odd.show(name)
+    summary, difference = odd.export(tmp_path)
+    assert difference < TOLERANCE
+    assert summary.notes[-1] == "'logits.weight' stays beside its codes, 0.0 MB: ReduceMax reads it too"
+
+
+def test_an_output_larger_than_its_base_is_told(
+    odd: OddModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd.graph.linear("x", np.ones((K, 2), np.float32), "logits")
+    odd.show("logits")
+    summary, _ = odd.export(tmp_path)
+    assert summary.bytes_after > summary.bytes_before
+    assert "larger than its base" in caplog.text

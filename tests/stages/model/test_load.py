@@ -162,7 +162,7 @@ def test_links_lead_where_onnx_runtime_follows_them(folder: Path, layout: Callab
     open_session(path, SessionSettings())
     model = load_graph(directory)
     np.testing.assert_array_equal(model.graph.initializers["y.weight"].const_value.numpy(), np.ones((6, 4)))
-    settings = SessionSettings(external_data_folder=weights_folder(model, directory))
+    settings = SessionSettings(external_data_folder=weights_folder(model, directory.onnx_file))
     session = open_session(ir.to_proto(model).SerializeToString(), settings)
     np.testing.assert_array_equal(session.run(None, {"x": np.ones((1, 6), np.float32)})[0], np.full((1, 4), 6))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -18,6 +19,7 @@ from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_embeddings, find_sites
 from stages.model.weights import all_finite, find_tied_site, read_rows, read_weight, to_torch
+from tests.support.exporters import EXPORTERS
 from tests.support.graphs import TinyGraph
 
 CPU = torch.device("cpu")
@@ -159,3 +161,20 @@ def test_the_extremes_of_a_type_are_finite_and_so_is_nothing(dtype: torch.dtype)
     info = torch.finfo(dtype)
     assert all_finite(torch.tensor([info.max, info.min, info.tiny, 0.0], dtype=dtype))
     assert all_finite(torch.empty(0, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_weights_of_other_exporters_are_found_with_their_numbers(tmp_path: Path, name: str) -> None:
+    matrix = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float16).astype(np.float32)
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, ["t", 6])
+    graph.linear("x", matrix, "y")
+    graph.output("y", TensorProto.FLOAT, ["t", 4])
+    proto = graph.proto()
+    EXPORTERS[name](proto)
+    onnx.save(proto, tmp_path / "model.onnx")
+    model = load_graph(locate_model(tmp_path))
+    (site,) = find_sites(model)
+    assert (site.in_features, site.out_features, site.dtype) == (6, 4, "float32")
+    assert torch.equal(read_weight(model, site, CPU), torch.from_numpy(matrix.T))
+    assert [value.name for value in model.graph.inputs] == ["x"]

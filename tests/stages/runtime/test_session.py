@@ -10,8 +10,36 @@ from onnx import TensorProto
 
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, CUDA, NV_TENSORRT_RTX, ProviderChoice
-from stages.runtime.session import SessionSettings, open_first_session, open_session
+from stages.runtime.session import SessionSettings, open_first_session, open_session, runtime_reason
 from tests.support.graphs import TinyGraph
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Non-zero status code returned while running "
+            f"GroupQueryAttention node. Name:'/attn' Status Message: GroupQueryAttention (CPU): {'long ' * 60}reason.",
+            f"GroupQueryAttention '/attn': GroupQueryAttention (CPU): {'long ' * 60}reason",
+        ),
+        (
+            "[ONNXRuntimeError] : 10 : INVALID_GRAPH : This is an invalid model. Type Error: Type 'tensor(float)' of "
+            "input parameter (InsertedPrecisionFreeCast_/q/output_0) of operator (PagedAttention) in node (/attn/P) is "
+            "invalid.",
+            "PagedAttention '/attn/P': no kernel for 16-bit numbers",
+        ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : /onnxruntime_src/onnxruntime/core/graph/model.cc:181 onnxruntime::Model::"
+            "Model(onnx::ModelProto&&, const onnxruntime::PathString&, const onnxruntime::ModelOptions&) Unsupported "
+            "model IR version: 12, max supported IR version: 11\n",
+            "Unsupported model IR version: 12, max supported IR version: 11",
+        ),
+        ("anything (else) Here", "anything (else) Here"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_runtimes_reason_is_whole_and_without_its_numbers(said: str, reason: str) -> None:
+    assert runtime_reason(RuntimeError(said)) == reason
 
 
 @pytest.mark.parametrize(("value", "threads"), [("3,2", 3), ("", 0), (None, 0)])

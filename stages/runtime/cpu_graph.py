@@ -1,0 +1,170 @@
+"""Make a graph run where the CPU is the only provider, by exact rewrites: norms inside attention, and bfloat16.
+
+GroupQueryAttention can normalize the heads of q and k itself; only the CUDA and WebGPU providers have that kernel, and
+onnxruntime-genai's builder writes it for both. On the CPU the norms stand before attention as nodes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from stages.model.load import place_weights, weights_folder
+from stages.runtime.providers import CPU_ONLY, CUDA
+from stages.runtime.session import SessionSettings, open_session
+from stages.runtime.upcast import must_upcast, upcast_file, upcast_model
+
+NORMS_REASON = "with the norms of q and k as nodes of their own: the CPU's attention can't compute them"
+"""What tables say of a run with ``write_out_norms``."""
+_KEPT_BYTES = 1024
+_ATTENTION = "GroupQueryAttention"
+_QUERY, _KEY = 0, 1
+_GAINS = {_QUERY: 14, _KEY: 15}
+"""Inputs that hold the gains of the norms, by what they normalize."""
+_EPSILON = "qk_norm_epsilon"
+_DEFAULT_EPSILON = 1e-6
+
+
+def must_write_out_norms(model: ir.Model, providers: tuple[str, ...]) -> bool:
+    """Return whether attention of ``model`` normalizes q or k itself and none of ``providers`` can run that."""
+    return CUDA not in providers and any(_has_norms(node) for node in model.graph.all_nodes())
+
+
+def write_out_norms(model: ir.Model) -> ir.Model:
+    """Return a copy of ``model`` with the norms inside attention as nodes before it; ``model`` is left as it was.
+
+    Ensures: names of values and nodes stay; packed q, k and v are split where they were packed.
+    """
+    changed = model.clone()
+    for node in list(changed.graph.all_nodes()):
+        if _has_norms(node):
+            _take_norms_out(node)
+    return changed
+
+
+@contextmanager
+def runnable_graph(model: ir.Model, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path | bytes]:
+    """Yield ``model`` serialized, its weights left where they lie, or an upcast file in ``scratch`` where needed.
+
+    Args:
+        model: the graph, which stays as it was.
+        providers: those that shall run it; what they can't is rewritten.
+        scratch: folder for the upcast file; None is the system's folder for temporary files.
+    """
+    if must_write_out_norms(model, providers):
+        model = write_out_norms(model)
+    if must_upcast(model, providers):
+        with upcast_file(model, scratch) as path:
+            yield path
+    else:
+        yield ir.to_proto(model).SerializeToString()
+
+
+@contextmanager
+def open_file(onnx_file: Path, settings: SessionSettings, scratch: Path | None) -> Iterator[ort.InferenceSession]:
+    """Open ``onnx_file`` where its providers can run it as it is, else what ``runnable_graph`` makes of it.
+
+    Raises:
+        GraphError: ONNX Runtime refuses the model.
+    """
+    model = ir.load(onnx_file)
+    place_weights(model, onnx_file)
+    rewritten = must_write_out_norms(model, settings.providers) or must_upcast(model, settings.providers)
+    with runnable_graph(model, settings.providers, scratch) if rewritten else nullcontext(onnx_file) as source:
+        folder = weights_folder(model, onnx_file) if isinstance(source, bytes) else None
+        yield open_session(source, replace(settings, external_data_folder=folder))
+
+
+def without_weights(model: ir.Model) -> bytes:
+    """Return ``model`` for the CPU with its large weights as inputs: enough to look for its operators' kernels."""
+    changed = write_out_norms(model)
+    for name, value in tuple(changed.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.nbytes > _KEPT_BYTES:
+            del changed.graph.initializers[name]
+            value.const_value = None
+            if not value.is_graph_input():
+                changed.graph.inputs.append(value)
+    if must_upcast(changed, CPU_ONLY):
+        changed = upcast_model(changed)
+    content: bytes = ir.to_proto(changed).SerializeToString()
+    return content
+
+
+def _has_norms(node: ir.Node) -> bool:
+    return node.op_type == _ATTENTION and any(
+        len(node.inputs) > index and node.inputs[index] is not None for index in _GAINS.values()
+    )
+
+
+def _take_norms_out(node: ir.Node) -> None:
+    """Put the norms of an attention node before it."""
+    gains = {part: node.inputs[index] for part, index in _GAINS.items() if len(node.inputs) > index}
+    if node.inputs[_KEY] is None:
+        _unpack(node, next(gain for gain in gains.values() if gain is not None))
+    for part, gain in gains.items():
+        if gain is not None:
+            _normalize(node, part, gain)
+    node.resize_inputs(min(_GAINS.values()))
+    node.attributes.pop(_EPSILON, None)
+
+
+def _unpack(node: ir.Node, gain: ir.Value) -> None:
+    """Split the packed input of ``node``, whose heads are as long as ``gain``, into q, k and v."""
+    heads, kv_heads = (node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int())
+    widths = _integers(node, "widths", [count * _length(gain) for count in (heads, kv_heads, kv_heads)])
+    parts = _insert(node, "Split", [node.inputs[_QUERY], widths], {"axis": -1}, outputs=3)
+    for index, part in enumerate(parts):
+        node.replace_input_with(index, part)
+
+
+def _normalize(node: ir.Node, part: int, gain: ir.Value) -> None:
+    """Split an input of ``node`` [batch, length, heads * size] into heads, normalize each, and join them again."""
+    attributes = {"axis": -1, "epsilon": node.attributes.get_float(_EPSILON, _DEFAULT_EPSILON), "stash_type": 1}
+    apart = _integers(node, f"apart_{part}", [0, 0, -1, _length(gain)])
+    joined = _integers(node, f"joined_{part}", [0, 0, -1])
+    (heads,) = _insert(node, "Reshape", [node.inputs[part], apart], {}, name=f"heads_{part}")
+    (normed,) = _insert(node, "SimplifiedLayerNormalization", [heads, gain], attributes, name=f"normed_{part}")
+    (whole,) = _insert(node, "Reshape", [normed, joined], {}, name=f"whole_{part}")
+    node.replace_input_with(part, whole)
+
+
+def _length(gain: ir.Value) -> int:
+    assert gain.shape is not None, "an initializer has a shape"
+    return int(gain.shape.numpy()[0])
+
+
+def _integers(node: ir.Node, name: str, values: list[int]) -> ir.Value:
+    return _insert(node, "Constant", [], {"value_ints": values}, name=name)[0]
+
+
+def _insert(
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int | float | list[int]],
+    *,
+    name: str = "",
+    outputs: int = 1,
+) -> Sequence[ir.Value]:
+    """Insert a node before ``node`` and return its outputs.
+
+    Args:
+        node: gives the new names their beginning.
+        op_type: the new node's operator.
+        inputs: what it reads.
+        attributes: all that it has.
+        name: the end of its name and of its outputs'; the operator where there is none.
+        outputs: how many it has.
+    """
+    label = f"{node.outputs[0].name}/{name or op_type}"
+    made = ir.node(op_type, inputs, attributes=dict(attributes), num_outputs=outputs, name=label)
+    for index, value in enumerate(made.outputs):
+        value.name = f"{label}/output_{index}"
+    assert node.graph is not None
+    node.graph.insert_before(node, made)
+    return made.outputs
