@@ -88,7 +88,7 @@ def test_a_damaged_file_is_named_with_its_kind(tmp_path: Path, suffix: str) -> N
 
 def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
-    path.write_bytes("café".encode("latin-1"))
+    path.write_bytes("café au lait".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt can't be read as UTF-8"):
         read(path)
 
@@ -113,7 +113,7 @@ def test_a_file_without_a_text_column_names_its_columns(tmp_path: Path, suffix: 
         (
             {"messages": [{"from": "human", "value": "Hello"}]},
             True,
-            "column messages has a message without role and content",
+            "column messages has a message without a role",
         ),
     ],
 )
