@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from datetime import date
+from math import inf
 from typing import TYPE_CHECKING
 
 from stages.calibration.text.chat_document import ChatDocument, Message
@@ -66,7 +67,7 @@ class ChatTemplate:
 
     def _render(self, conversation: ChatDocument, *, for_answer: bool = False) -> str:
         """Return the conversation in the form of which the template loses least, of equals the least changed one."""
-        best, least = "", sys.maxsize
+        best, least = "", inf
         refusal: Exception | None = None
         for form in conversation.forms():
             try:
@@ -79,7 +80,7 @@ class ChatTemplate:
                 best, least = text, lost
             if not lost:
                 break
-        if least == sys.maxsize:
+        if least == inf:
             assert refusal is not None, "there is one form at least"
             raise UserError(
                 f"The tokenizer's chat template refuses a conversation ({with_class_name(refusal)}); leave such rows "

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf
 from typing import Any
 
 from stages.errors import UserError
@@ -17,6 +18,7 @@ from stages.errors import UserError
 Message = dict[str, Any]
 """``role``, most often ``content``, and whatever else a template reads."""
 MESSAGES, TOOLS = "messages", "tools"
+_TOOL_ROLES = ("function", "tool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +39,18 @@ class ChatDocument:
                 seen.append(form)
                 yield form
 
-    def lost(self, written: str) -> int:
-        """Return how many texts and names of called functions ``written`` lacks, or has in a form that none is in."""
+    def lost(self, written: str) -> float:
+        """Return how many texts and names of called functions ``written`` lacks, or has as JSON has text in text.
+
+        Infinite where a list of parts is written as one: no model has seen that.
+        """
+        if any(str(part) in written for message in self.messages for part in _parts(message)):
+            return inf
         told = [part for message in self.messages for part in _texts(message)]
         told += [name for call in self._calls() if isinstance(name := call.get("name"), str)]
         arguments = [given for call in self._calls() if isinstance(given := call.get("arguments"), str)]
-        odd = [json.dumps(text, ensure_ascii=False) for text in arguments]
-        odd += [str(part) for message in self.messages for part in _parts(message)]
-        return sum(text.strip() not in written for text in told) + sum(text in written for text in odd)
+        missing = sum(text.strip() not in written and _as_json(text)[1:-1] not in written for text in told)
+        return float(missing + sum(_as_json(text) in written for text in arguments))
 
     def _calls(self) -> Iterator[Mapping[str, Any]]:
         for message in self.messages:
@@ -76,6 +82,8 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     given = {name: value for name, value in message.items() if value is not None}
     if not isinstance(given.get("role"), str):
         raise UserError(f"{where}: column {MESSAGES} has a message without a role; give each a role and content.")
+    if "tool_calls" in given:
+        given["tool_calls"] = _decoded(given["tool_calls"])
     if "content" in given:
         given["content"] = _content(given["content"], where)
     return given
@@ -89,7 +97,7 @@ def _content(content: object, where: str) -> str:
         texts = (part if isinstance(part, str) else part.get("text") for part in parts)
         return "\n".join(text for text in texts if isinstance(text, str))
     if isinstance(content, list | dict):
-        return json.dumps(content, ensure_ascii=False)  # what a tool returned
+        return _as_json(content)  # what a tool returned
     raise UserError(
         f"{where}: column {MESSAGES} has a message whose content is {type(content).__name__}; make it text or a list "
         "of parts."
@@ -102,6 +110,10 @@ def _decoded(value: object) -> object:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)  # as templates write it
 
 
 def _texts(message: Message) -> Iterator[str]:
@@ -176,6 +188,11 @@ def _without_system(messages: _Messages) -> _Messages:
     return (*changed, {"role": "user", "content": "\n\n".join(held)}) if held else tuple(changed)
 
 
+def _without_tools(messages: _Messages) -> _Messages:
+    """Return what tools return as a user's messages."""
+    return tuple(message | {"role": "user"} if message["role"] in _TOOL_ROLES else message for message in messages)
+
+
 def _as_parts(messages: _Messages) -> _Messages:
     """Return content as a list of parts, which templates of models with images may expect."""
     return tuple(
@@ -186,6 +203,7 @@ def _as_parts(messages: _Messages) -> _Messages:
 
 _CHANGES: tuple[tuple[Callable[[_Messages], _Messages], ...], ...] = (
     (_as_parts,),
+    (_without_tools,),
     (_without_developer, _without_system),
     (_with_content,),
     (_with_objects,),

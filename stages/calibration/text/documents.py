@@ -157,14 +157,14 @@ def open_documents(
         title, documents = _INSTALLED[dataset]
         return Documents(title=f"{dataset}: {title}", texts=_shuffled(documents(), seed))
     path = Path(dataset)
-    if path.suffix not in (".txt", *_TABLES):
+    if path.suffix.lower() not in (".txt", *_TABLES):
         raise UserError(
             f"--dataset {dataset} is none of {', '.join((*hub_sources, MIX, *MIX_PARTS))}, and not a .txt, .jsonl or "
             ".parquet file; pass one of these."
         )
     if not path.is_file():
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return Documents(title=path.name, texts=_text_file(path, seed))
     return Documents(title=path.name, texts=_table_file(path, seed, with_messages))
 
@@ -280,7 +280,7 @@ def _document(row: Row, with_messages: bool, where: str) -> TextDocument | None:
 
 def _rows(path: Path) -> Iterator[Row]:
     """Yield a table's rows; the datasets library would make a cache in HOME for them."""
-    return _parquet_rows(path) if path.suffix == ".parquet" else _parsed_lines(path)
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _parsed_lines(path)
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -308,7 +308,7 @@ def _parsed_lines(path: Path) -> Iterator[Row]:
                 continue
             try:
                 line.encode()
-                row = json.loads(line)
+                row = json.loads(line.removeprefix("\ufeff"))  # files may have been joined
             except UnicodeEncodeError as error:
                 raise ValueError(f"line {number} is not UTF-8") from error
             except RecursionError as error:
