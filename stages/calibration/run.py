@@ -29,6 +29,7 @@ from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device
+from stages.system.lock import exclusive
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,13 +40,17 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     Processes launched together share the windows, and each returns what the cache holds.
 
     Raises:
-        UserError: an option, the model or the text can't be used, or the cache folder holds something else.
+        UserError: an option, the model or the text can't be used, or the cache folder holds something else or is being
+            written by another run.
     """
     config.validate()
     started = time.perf_counter()
     processes = join_processes()
-    dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
     with ExitStack() as until_the_end:
+        if processes.is_first:
+            require_place(config.cache_path)
+            until_the_end.enter_context(exclusive(config.cache_path, option="--cache_dir"))
+        dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
         with processes.main_process_first():
             require_place(config.cache_path)
             folder = scratch_folder(config.cache_path, owner=processes.is_first)
@@ -87,7 +92,6 @@ def _run(
 
 def _dataset(config: CalibrateConfig) -> str:
     """Return the data sets to calibrate on; log why they aren't the default ones."""
-    require_place(config.cache_path)
     if config.use_random_calib:
         return ""
     chosen = choose_dataset(config)
