@@ -28,7 +28,7 @@ from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choo
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
-from stages.system.hardware import choose_device
+from stages.system.hardware import choose_device, granted_threads
 from stages.system.lock import exclusive
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     """
     config.validate()
     started = time.perf_counter()
+    granted_threads()  # what sessions can't use is an error before the text is read
     processes = join_processes()
     with ExitStack() as until_the_end:
         if processes.is_first:
