@@ -213,6 +213,7 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     from stages.model.directory import locate_model
     from stages.model.load import load_graph
     from stages.quantization.plan.plan import plan_model
+    from stages.runtime.blocks.chain import open_chain
     from stages.runtime.blocks.decoder import open_blocks
 
     config.validate()
@@ -222,6 +223,8 @@ def check_before_calibration(config: QuantizeConfig) -> None:
     plan = plan_model(config, model, directory)
     if config.tunes_blocks:
         open_blocks(model, plan.sites.groups)
+    if config.distill:
+        open_chain(model, plan.sites.groups)
 
 
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
@@ -261,7 +264,7 @@ def _obstacles(config: QuantizeConfig) -> Iterator[str]:
         read_report(config.weights_folder / REPORT_FOLDER)
     except UserError as error:
         yield str(error)
-    if config.tunes_blocks:
+    if config.improves_search:
         try:
             import_onnx2torch()
         except UserError as error:

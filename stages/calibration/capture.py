@@ -29,6 +29,7 @@ from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
+from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY
 from stages.commands.parsing import parse_size
@@ -46,6 +47,7 @@ from stages.system.hardware import one_thread_each
 
 _PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out text", "calibration": "calibration text"})
 """What is run, in this order, and what the progress bar calls it."""
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,8 @@ class Capture:
     scratch: Path
     """Where a float32 copy of the model may lie for a while."""
     processes: Processes
+    streams: StreamFiles | None = None
+    """Where what enters each layer is kept too, as far as the graph names it; None: it isn't wanted."""
 
     @property
     def text(self) -> TextShape:
@@ -149,7 +153,16 @@ class Capture:
     def cut(self, memory: int) -> tuple[Partition, ...]:
         """Return the model in partitions of at most ``memory`` bytes each."""
         costs = partition_bytes(self.groups, self.text, self.processes)
-        return cut_to_memory(self.model, costs, memory, self.choice.names)
+        batch = self.text.batch_size * self.text.seq_len * self.groups[0].in_features * _FLOAT32_BYTES
+        return cut_to_memory(self.model, dict.fromkeys(self._kept_streams, batch) | costs, memory, self.choice.names)
+
+    @property
+    def _kept_streams(self) -> dict[str, int]:
+        """Return the places in the chain of the values that are kept as they are, by name: those that nodes compute."""
+        if self.streams is None:
+            return {}
+        computed = {output.name for node in self.model.graph for output in node.outputs}
+        return {name: place for place, name in enumerate(self.streams.names) if place and name in computed}
 
     def open_first(self, partition: Partition) -> ActivationTap:
         """Open the tap of the first partition, which finds out the providers that work."""
@@ -228,7 +241,16 @@ class Capture:
         values = dict(tap.run(self._batches(part)[number], {name: known[name] for name in tap.boundary_inputs}))
         known |= {name: value.cpu().numpy() for name, value in values.items() if name in needed}
         boundary.keep(part, number, {name: array for name, array in known.items() if name in needed})
+        self._keep_streams(part, number, values)
         return values
+
+    def _keep_streams(self, part: str, number: int, values: Mapping[str, Tensor]) -> None:
+        if self.streams is None:
+            return
+        before = 0 if part == "calibration" else len(self.windows.calibration)
+        for name, place in self._kept_streams.items():
+            if name in values:
+                self.streams.keep(place, before + number * self.batch_size, values[name])
 
     def _owners(self, groups: Sequence[ActivationGroup]) -> dict[str, int]:
         """Return by activation the process that accumulates it, in the same order everywhere."""

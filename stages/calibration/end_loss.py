@@ -13,30 +13,26 @@ the same mean, generalizes better and takes its place.
 Channels that enter attention are far from independent: the gradient by a query lies where the keys are. So the outputs
 of those sites have a Gram matrix of their own for each head, the Kronecker factor of Tseng et al.
 
-The model runs as a chain of torch blocks. What enters each block is kept in files; everything else is computed again
-on the way back, so memory holds one block and two streams.
+The model runs as a chain of torch blocks. What enters each block is kept in files, by the pass that takes the plain
+statistics as far as the graph names it; everything else is computed again on the way back, so memory holds one block
+and two streams.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from rich.progress import TaskID
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
+from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
-from stages.commands.progress import Progress, progress_bar
-from stages.errors import UserError, in_one_line
+from stages.commands.progress import progress_bar
 from stages.model.absorbers import attention_head_sizes
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
@@ -93,36 +89,44 @@ class EndLossPass:
     windows: TokenWindows
     batch_size: int
     device: torch.device
+    streams: StreamFiles
+    """What enters the links, as far as it is there already: all windows, the held-out ones last."""
 
     def fill(self, writer: CacheWriter) -> None:
-        """Run all windows forward and back, and save every site's weighted statistics.
+        """Run all windows back, and save every site's weighted statistics.
 
         Raises:
             UserError: the streams can't be kept beside the cache.
         """
-        steps = 2 * len(self.chain.links) - 1
-        with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar() as bar:
-            streams = _Streams(Path(folder))
-            task = bar.add_task("end loss", total=steps, unit="layers")
-            shared, gradient = self._forward(streams, bar, task), None
-            for place in reversed(range(len(self.chain.links))):
-                gradient = self._back(writer, place, streams.take(place), gradient, shared)
-                bar.advance(task)
+        links = self.chain.links
+        lacking = [place for place in range(len(links)) if not self.streams.has(place)]
+        costs = [float(sum(site.in_features * site.out_features for site in link.sites)) for link in links]
+        passes = [costs[place - 1] for place in lacking if place] + [2 * cost for cost in costs]
+        with progress_bar() as bar:
+            task = bar.add_task("end loss", total=sum(passes), steps=len(passes), unit="layers")
+            shared, gradient = self._complete(lacking, lambda place: bar.advance(task, costs[place])), None
+            for place in reversed(range(len(links))):
+                gradient = self._back(writer, place, self.streams.take(place), gradient, shared)
+                bar.advance(task, 2 * costs[place])
 
-    def _forward(self, streams: _Streams, bar: Progress, task: TaskID) -> Mapping[int, Mapping[str, Tensor]]:
-        """Keep what enters each link; return the values that links read beside it, by batch size."""
+    def _complete(self, lacking: Sequence[int], advance: Callable[[int], None]) -> Mapping[int, Mapping[str, Tensor]]:
+        """Compute what enters the links at ``lacking``; return the values that links read beside it, by batch size.
+
+        Args:
+            lacking: places in the chain, in order.
+            advance: called with the place of each link that was run.
+        """
         tokens = np.concatenate([self.windows.calibration, self.windows.held_out])
         sizes = sizes_of_batches(len(self.windows.calibration), len(self.windows.held_out), self.batch_size)
         first = self.chain.links[0].stream_in
         inputs = read_inputs(self.chain.graph, self.directory, tokens, first, self.chain.shared, sizes)
-        stream = inputs.stream
-        for place, link in enumerate(self.chain.links):
-            streams.keep(place, stream)
-            if link is self.chain.links[-1]:
-                break
-            run, weights = self._loaded(link, inputs.shared)
-            stream = run.over(stream, weights)
-            bar.advance(task)
+        for place in lacking:
+            if place == 0:
+                self.streams.keep(0, 0, inputs.stream)
+                continue
+            run, weights = self._loaded(self.chain.links[place - 1], inputs.shared)
+            self.streams.keep(place, 0, run.over(self.streams.read(place - 1), weights))
+            advance(place - 1)
         return inputs.shared
 
     def _back(
@@ -269,33 +273,3 @@ class _WeightedSums:
                 for name, gram in self.outputs.items()
             },
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Streams:
-    """What enters each link, a file each in a folder of its own."""
-
-    folder: Path
-
-    def keep(self, place: int, stream: Float[Tensor, "windows length hidden"]) -> None:
-        """Keep what enters the link at ``place``.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        try:
-            save_file({"stream": stream.contiguous()}, self._file(place))
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"What enters each layer can't be written to {self.folder.parent.parent} ({in_one_line(error)}); free "
-                "space there, choose another --cache_dir, or pass --token_weights none."
-            ) from error
-
-    def take(self, place: int) -> Tensor:
-        """Return what ``keep`` kept, and remove its file."""
-        stream = load_file(self._file(place))["stream"]
-        self._file(place).unlink()
-        return stream
-
-    def _file(self, place: int) -> Path:
-        return self.folder / f"{place}.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit
 from stages.calibration.end_loss import EndLossPass
+from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
@@ -24,6 +26,8 @@ from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.runtime.blocks.chain import Chain, open_chain
+from stages.runtime.feeds import require_text_inputs
+from stages.runtime.graph_inputs import EMBEDDED, InputShapes, WindowShape, inputs_of_graph
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
@@ -76,6 +80,8 @@ def _run(
         started: when, by ``time.perf_counter``.
     """
     processes = capture.processes
+    streams = None if chain is None else _streams(capture, chain)
+    capture = replace(capture, streams=streams)
     memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes))
     partitions = capture.cut(memory)
     with capture.open_first(partitions[0]) as tap:
@@ -85,8 +91,8 @@ def _run(
             return _current(config, capture)
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
-            if chain is not None and processes.is_first:
-                _end_loss(capture, chain).fill(writer)
+            if chain is not None and streams is not None and processes.is_first:
+                _end_loss(capture, chain, streams).fill(writer)
     processes.barrier()  # the first process gives the cache its place
     return _summary(config, capture, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
@@ -104,15 +110,19 @@ def _dataset(config: CalibrateConfig) -> str:
 def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
     device = choose_device(config.device)
     directory = locate_model(config.onnx_path)
-    _require_context(config.seq_len, directory)
     model = load_graph(directory)
     require_float_base(model, directory)
+    window = require_text_inputs(model, directory)
+    config = fit_to_graph(config, window)
+    _require_context(config.seq_len, directory)
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
     return Capture(
         model=model,
         directory=directory,
         groups=groups,
-        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)),
+        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)).in_whole_batches(
+            window.batch or 1
+        ),
         batch_size=config.batch_size,
         device=device,
         choice=choice,
@@ -120,6 +130,16 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         scratch=scratch,
         processes=processes,
     )
+
+
+def fit_to_graph(config: CalibrateConfig, window: WindowShape) -> CalibrateConfig:
+    """Return ``config`` with the length and number of windows that a graph takes at a time, where it fixes them."""
+    fitting = replace(config, seq_len=window.length or config.seq_len, batch_size=window.batch or config.batch_size)
+    for option in ("seq_len", "batch_size"):
+        before, after = getattr(config, option), getattr(fitting, option)
+        if before != after:
+            _LOGGER.info("the graph takes windows of fixed shape: --%s %d in place of %d", option, after, before)
+    return fitting
 
 
 def _require_context(seq_len: int, directory: ModelDirectory) -> None:
@@ -142,13 +162,18 @@ def _provider_options(
     options = {name: {"device_id": str(processes.index_here)} for name in (CUDA,) if processes.count > 1}
     if NV_TENSORRT_RTX not in choice.names:
         return options
+    sizes = decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code)
     profile = ShapeProfile(
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        sizes=decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code),
-        windowed_caches=directory.windowed_caches,
+        context_length=sizes.context_length,
+        shapes=replace(
+            InputShapes.of(directory, advice="leave NvTensorRtRtx out of --calibration_eps"),
+            kv_heads=sizes.kv_heads,
+            head_size=sizes.head_size,
+        ),
     )
-    return options | {NV_TENSORRT_RTX: profile.provider_options(model.graph.inputs)}
+    return options | {NV_TENSORRT_RTX: profile.provider_options(inputs_of_graph(model, directory))}
 
 
 def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
@@ -163,7 +188,16 @@ def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
         return None
 
 
-def _end_loss(capture: Capture, chain: Chain) -> EndLossPass:
+def _streams(capture: Capture, chain: Chain) -> StreamFiles:
+    return StreamFiles(
+        folder=capture.scratch,
+        names=tuple(link.stream_in for link in chain.links),
+        windows=len(capture.windows.calibration) + len(capture.windows.held_out),
+        length=capture.windows.calibration.shape[1],
+    )
+
+
+def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPass:
     return EndLossPass(
         chain=chain,
         directory=capture.directory,
@@ -171,6 +205,7 @@ def _end_loss(capture: Capture, chain: Chain) -> EndLossPass:
         windows=capture.windows,
         batch_size=capture.batch_size,
         device=capture.device,
+        streams=streams,
     )
 
 
@@ -178,7 +213,7 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
     windows = capture.windows
     return CacheKey(
         model_fingerprint=fingerprint_model(capture.directory),
-        token_fingerprint=windows.fingerprint,
+        token_fingerprint=_token_fingerprint(capture),
         source=windows.source,
         calibration_windows=len(windows.calibration),
         held_out_windows=len(windows.held_out),
@@ -186,6 +221,15 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
         providers=capture.choice.names,
         token_weights=token_weights,
     )
+
+
+def _token_fingerprint(capture: Capture) -> str:
+    """Return the fingerprint of what the model reads: the tokens, or what the embedding model makes of them."""
+    tokens, embedding = capture.windows.fingerprint, capture.directory.embedding
+    inputs = inputs_of_graph(capture.model, capture.directory)
+    if embedding is None or not any(given.role in EMBEDDED for given in inputs):
+        return tokens
+    return hashlib.sha256(f"{tokens} {fingerprint_model(embedding)}".encode()).hexdigest()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "target", "block_size", "lm_head", "embedding", "use_zero_point", "layers_8bit",
             "accuracy_level", "options",
         ),
-        "search": ("algo", "refine", "device", "ort", "modelopt"),
+        "search": ("algo", "refine", "distill", "device", "ort", "modelopt"),
         "budget": ("target_size", "target_bpw"),
         "output": (
             "evaluate", "verify", "speed", "report", "results", "keep", "no_evaluation", "retry_failed", "worst",

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.calibration.text.documents import read_text
 from stages.calibration.text.tokenizer import first_tokens, load_tokenizer
-from stages.calibration.text.windows import pack_windows
+from stages.calibration.text.windows import beginning_token, pack_windows
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import Progress
 from stages.errors import UserError
@@ -43,6 +43,7 @@ from stages.model.sizes import model_bytes
 from stages.model.unquantized import is_quantized
 from stages.records.quantities import counted
 from stages.runtime.decoder import open_decoder
+from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
 from stages.runtime.upcast import must_upcast
@@ -98,6 +99,7 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
     """
     config.validate()
     directory = locate_model(config.base)
+    config = _fit_to_graph(config, directory)
     tokenizer = load_tokenizer(str(directory.folder), trust_remote_code=False)
     return PreparedBase(
         directory=directory,
@@ -108,6 +110,18 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
         worst=config.worst,
         decode=lambda tokens: str(tokenizer.decode(list(tokens))),
     )
+
+
+def _fit_to_graph(config: EvaluateConfig, directory: ModelDirectory) -> EvaluateConfig:
+    """Return ``config`` with windows no longer than those that the base takes, where its graph fixes them."""
+    length = WindowShape.of(inputs_of_graph(ir.load(directory.onnx_file), directory)).length
+    if length is None or config.seq_len <= length:
+        return config
+    _LOGGER.info(
+        "%s takes windows of fixed length: --seq_len %d in place of %d",
+        directory.onnx_file.name, length, config.seq_len,
+    )  # fmt: skip
+    return replace(config, seq_len=length)
 
 
 def prepare(config: EvaluateConfig) -> PreparedEvaluation:
@@ -135,7 +149,7 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
         text=config.text,
         tokens=base.tokens,
         windows=config.windows,
-        seq_len=config.seq_len,
+        seq_len=base.windows.shape[1],
         accuracy_level=config.accuracy_level,
         providers=base.settings.providers,
         worst=config.worst,
@@ -210,7 +224,7 @@ def _run_model(
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
     text = BUILT_IN[config.text]() if config.text in BUILT_IN else _read_text(Path(config.text))
     tokens = first_tokens(tokenizer, text, config.windows * config.seq_len)
-    windows = pack_windows(tokens, config.windows, config.seq_len)
+    windows = pack_windows(tokens, config.windows, config.seq_len, beginning_token(tokenizer))
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
             f"--text {config.text} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and --windows is "

@@ -1,7 +1,7 @@
 """Plan, search and store quantized weights: what stage two does before the export.
 
-``prepare`` decides the plan, opens the statistics and makes the store; ``search_weights`` fills it group by group, then
-block by block where blocks are tuned; ``round_embeddings`` adds the embeddings.
+``prepare`` decides the plan, opens the statistics and makes the store; ``search_weights`` fills it group by group, and
+takes the steps after the search, which tune blocks or train scales; ``round_embeddings`` adds the embeddings.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,26 +18,37 @@ import onnx_ir as ir
 import torch
 
 from stages.calibration.cache import CalibrationCache, open_cache
+from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.commands.progress import progress_bar
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import CacheMismatch, SolveError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
+from stages.model.sites import widest_input
 from stages.model.unquantized import unquantized_warning
 from stages.model.weights import read_rows, read_weight
+from stages.quantization.blocks.distill import Distiller
 from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 from stages.quantization.plan.allocate_budget import BudgetResult, allocate_budget
-from stages.quantization.plan.plan import ModelPlan, group_solver, make_recipe, plan_model, signround_options
+from stages.quantization.plan.plan import (
+    ModelPlan,
+    group_solver,
+    make_recipe,
+    plan_model,
+    search_options,
+    signround_options,
+)
 from stages.quantization.plan.plan_file import PLAN, write_plan
 from stages.quantization.search.embedding import quantize_table
 from stages.quantization.search.parallel import solve_groups
-from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.quantization.weights.store import EARLIER, QuantizedStore, create_or_resume_store
 from stages.quantization.weights.summary import loss_so_far
 from stages.records.results import SiteReport
 from stages.records.sites import ActivationGroup, short_name
-from stages.runtime.blocks.decoder import open_blocks
+from stages.runtime.blocks.chain import Chain, open_chain
+from stages.runtime.blocks.decoder import DecoderBlocks, open_blocks
+from stages.runtime.providers import choose_providers
 from stages.system.distributed import Processes
 from stages.system.hardware import choose_device
 
@@ -98,8 +109,8 @@ def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Proces
         processes: those that share the groups.
     """
     with _timed(prepared.store, owner=processes.is_first):
-        if config.tunes_blocks:
-            _tune_unfinished(config, prepared, processes)
+        if config.improves_search:
+            _improve_unfinished(config, prepared, processes)
             if processes.is_first:
                 # Not sooner: a stopped run never searches again.
                 shutil.rmtree(prepared.store.folder / EARLIER, ignore_errors=True)
@@ -208,47 +219,115 @@ def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Pro
         store.write_report()
 
 
-def _tune_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
-    """Search what tuning starts from, and tune the blocks that have no files yet, step after step.
+def _improve_unfinished(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
+    """Search what the steps after the search start from, and take those steps where they aren't finished.
 
-    Processes share the search; each block needs the one before, so the first process tunes them.
+    Processes share the search; each block needs the one before, so the first process takes the steps.
     """
     store, cache = prepared.store, prepared.cache
     assert cache is not None
     if store.is_complete():
         return
-    blocks = open_blocks(prepared.model, store.recipe.groups)
-    search = replace(config, algo=config.search_algorithm, refine=False)
+    steps = _steps(config, prepared)  # what they can't run is an error before the search
+    search = replace(config, algo=config.search_algorithm, refine=False, distill=0)
     solver = _solver(search, prepared.model, prepared.plan, cache)
     with processes.main_process_first():
         begun = _earlier_store(store, "search", search, prepared.plan, cache)
     _solve_unfinished(solver, begun, processes)
     if not processes.is_first:
         return
-    *earlier, last = _block_steps(config, solver.options)
-    for step, result in (*earlier, last):
-        reached = store if step is last[0] else _earlier_store(store, step.name, result, prepared.plan, cache)
-        BlockTuner(
-            model=blocks,
-            directory=prepared.directory,
-            cache=cache,
-            start=begun,
-            store=reached,
-            step=step,
-            batch_size=config.signround_batch_size,
-            device=choose_device(config.device),
-        ).tune()
+    *earlier, last = steps
+    for step in (*earlier, last):
+        reached = store if step is last else _earlier_store(store, step.name, step.result, prepared.plan, cache)
+        if not reached.is_complete():
+            step.run(begun, reached)
         begun = reached
 
 
-def _block_steps(config: QuantizeConfig, options: SearchOptions) -> list[tuple[BlockStep, QuantizeConfig]]:
-    """Return the steps that go block by block after the search, in order, each with what it makes of the search."""
-    steps: list[tuple[BlockStep, QuantizeConfig]] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """A step after the search: from one store to the next."""
+
+    name: str
+    result: QuantizeConfig
+    """Describes what the search makes up to this step."""
+    run: Callable[[QuantizedStore, QuantizedStore], object]
+
+
+def _steps(config: QuantizeConfig, prepared: Prepared) -> list[_Step]:
+    """Return the steps after the search, in order.
+
+    Raises:
+        UserError: the layers can't be run one by one, or the text to distill on can't be read.
+    """
+    groups, steps = prepared.store.recipe.groups, list[_Step]()
+    if config.tunes_blocks:
+        blocks = open_blocks(prepared.model, groups)
     if config.refine:
-        steps.append((RefineStep(options), replace(config, algo=config.search_algorithm)))
+        step: BlockStep = RefineStep(search_options(config, prepared.plan.choice))
+        result = replace(config, algo=config.search_algorithm, distill=0)
+        steps.append(_Step(name=step.name, result=result, run=partial(_tune, config, prepared, blocks, step)))
     if config.algo == "signround":
-        steps.append((SignRoundStep(signround_options(config)), config))
+        step, result = SignRoundStep(signround_options(config)), replace(config, distill=0)
+        steps.append(_Step(name=step.name, result=result, run=partial(_tune, config, prepared, blocks, step)))
+    if config.distill:
+        chain = open_chain(prepared.model, groups)
+        run = partial(_distill, config, prepared, chain, _distill_windows(config, prepared))
+        steps.append(_Step(name="distill", result=config, run=run))
     return steps
+
+
+def _tune(
+    config: QuantizeConfig,
+    prepared: Prepared,
+    blocks: DecoderBlocks,
+    step: BlockStep,
+    begun: QuantizedStore,
+    reached: QuantizedStore,
+) -> None:
+    assert prepared.cache is not None
+    BlockTuner(
+        model=blocks,
+        directory=prepared.directory,
+        cache=prepared.cache,
+        start=begun,
+        store=reached,
+        step=step,
+        batch_size=config.signround_batch_size,
+        device=choose_device(config.device),
+    ).tune()
+
+
+def _distill(
+    config: QuantizeConfig,
+    prepared: Prepared,
+    chain: Chain,
+    windows: TokenWindows,
+    begun: QuantizedStore,
+    reached: QuantizedStore,
+) -> None:
+    assert prepared.cache is not None
+    found = Distiller(
+        chain=chain,
+        directory=prepared.directory,
+        cache=prepared.cache,
+        start=begun,
+        store=reached,
+        windows=windows,
+        batch_size=config.signround_batch_size,
+        seed=config.seed,
+        device=choose_device(config.device),
+    ).distill()
+    _LOGGER.info("distillation: KL from the base on held-out windows %.4f -> %.4f nats", found.start, found.found)
+
+
+def _distill_windows(config: QuantizeConfig, prepared: Prepared) -> TokenWindows:
+    """Return the text to distill on: of the kind that stage one would take, more of it."""
+    calibration = replace(config.calibration, calib_size=config.distill)
+    chosen = choose_dataset(calibration)
+    providers = choose_providers(calibration.calibration_eps).names
+    widest = widest_input(prepared.store.recipe.groups)
+    return load_windows(calibration, prepared.directory, chosen.dataset, providers, widest)
 
 
 def _earlier_store(

@@ -20,7 +20,7 @@ MIX_PARTS: Mapping[str, int] = MappingProxyType(
     {SELF_GENERATED: 45, OFFLINE: 20, CODE: 15, LANGUAGES: 8, ARITHMETIC: 7, RANDOM: 5}
 )
 """What mix consists of, in percent of the windows."""
-_LEAST = 2
+LEAST_WINDOWS = 2
 """Windows of a data set: one to calibrate on, one held out."""
 _HELD_OUT_SHARE = 10
 _WEIGHTED = re.compile(r"(.+)=([1-9]\d*)")
@@ -53,10 +53,12 @@ def windows_by_dataset(dataset: str, windows: int, *, without: Collection[str] =
     named = _named(dataset)
     weights = {name: weight for name, weight in _weights(named).items() if name not in without}
     shares = _shares(weights, windows)
-    while min(shares.values()) < _LEAST:
+    while min(shares.values()) < LEAST_WINDOWS:
         optional = [name for name in weights if name not in named]
         if not optional or len(weights) == 1:
-            enough = next(n for n in count(_LEAST * len(weights)) if min(_shares(weights, n).values()) >= _LEAST)
+            enough = next(
+                n for n in count(LEAST_WINDOWS * len(weights)) if min(_shares(weights, n).values()) >= LEAST_WINDOWS
+            )
             raise UserError(
                 f"--calib_size {windows} is too small for --dataset {dataset}; each data set needs a window to "
                 f"calibrate on and one held out, so pass {enough} or more."

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from stages.calibration.text.documents import (
     open_documents,
 )
 from stages.calibration.text.mix import (
+    LEAST_WINDOWS,
     MIX,
     RANDOM,
     SELF_GENERATED,
@@ -71,6 +72,14 @@ class TokenWindows:
     fingerprint: str
     """sha256 hex over token ids, shapes and split."""
 
+    def in_whole_batches(self, size: int) -> TokenWindows:
+        """Return these windows, the first of each part repeated at its end where the last batch isn't full."""
+
+        def filled(windows: Int64[np.ndarray, "windows seq_len"]) -> Int64[np.ndarray, "more_windows seq_len"]:
+            return np.resize(windows, (len(windows) + -len(windows) % size, windows.shape[1]))
+
+        return replace(self, calibration=filled(self.calibration), held_out=filled(self.held_out))
+
 
 def choose_dataset(config: TextOptions) -> ChosenText:
     """Return what ``config`` calibrates on: what it names, or the default, or what stands in for that."""
@@ -107,8 +116,9 @@ def load_windows(
     """Read, tokenize and pack as much text as ``config`` asks for; a tenth of the windows (at least one) is held out.
 
     Each document is tokenized with the special tokens its tokenizer adds, and ends with the tokenizer's EOS where there
-    is one; as a conversation it gets what the chat template writes, and nothing else. Several data sets give windows as
-    their weights say, in turn, a tenth of each held out. The same options on the same data give the same windows.
+    is one; as a conversation it gets what the chat template writes. Each window begins with the token that the
+    tokenizer puts before any text. Several data sets give windows as their weights say, in turn, a tenth of each held
+    out. The same options on the same data give the same windows.
 
     Args:
         config: names the tokenizer, and gives the number and length of windows.
@@ -141,19 +151,48 @@ def load_windows(
         for name, share in shares.items():
             if name == RANDOM:
                 vocabulary = min(len(found.tokenizer), directory.vocab_size or len(found.tokenizer))
-                parts[name] = _Part(title=_RANDOM_TITLE, windows=_random_windows(config, share, vocabulary))
+                windows = _random_windows(config, share, vocabulary)
+                if (begin := beginning_token(found.tokenizer)) is not None:
+                    windows[:, 0] = begin
+                parts[name] = _Part(title=_RANDOM_TITLE, windows=windows)
             elif name != SELF_GENERATED:
-                parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources)
+                parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources, is_named=name in named)
     for part in parts.values():
         _check_vocabulary(part.windows, found, directory.vocab_size)
     return _split({name: parts[name] for name in shares}, tokenizer=found.title)
 
 
-def pack_windows(tokens: Iterable[int], count: int, seq_len: int) -> Int64[np.ndarray, "windows seq_len"]:
-    """Return the first ``count`` full windows of a token stream, or as many as there are; the remainder is dropped."""
-    flat = np.fromiter(islice(tokens, count * seq_len), np.int64)
-    full = len(flat) // seq_len
-    return flat[: full * seq_len].reshape(full, seq_len)
+def beginning_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that the tokenizer puts before any text, None where it puts nothing.
+
+    A model that was trained with one gives it much of its attention, and answers worse without it.
+    """
+    begin: int | None = tokenizer.bos_token_id
+    added: list[int] = tokenizer("")["input_ids"]
+    return begin if added[:1] == [begin] else None
+
+
+def pack_windows(
+    tokens: Iterable[int], count: int, seq_len: int, begin: int | None = None
+) -> Int64[np.ndarray, "windows seq_len"]:
+    """Return the first ``count`` full windows of a token stream, or as many as there are; the remainder is dropped.
+
+    Args:
+        tokens: the stream.
+        count: of windows, at most.
+        seq_len: tokens of each.
+        begin: the first token of each window, put before the stream's where that is another one; None: nothing is.
+    """
+    stream, windows = iter(tokens), list[list[int]]()
+    while len(windows) < count:
+        window = list(islice(stream, 1))
+        if begin is not None and window != [begin]:
+            window.insert(0, begin)
+        window += islice(stream, seq_len - len(window))
+        if len(window) < seq_len:
+            break
+        windows.append(window[:seq_len])
+    return np.array(windows, np.int64).reshape(-1, seq_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,16 +210,18 @@ def _part(
     count: int,
     tokenizer: PreTrainedTokenizerBase,
     hub_sources: Mapping[str, HubSource],
+    *,
+    is_named: bool,
 ) -> _Part:
-    """Return ``share`` windows, of ``count`` in all, of one data set."""
+    """Return ``share`` windows, of ``count`` in all, of one data set; fewer of a short part of mix."""
     chat = config.apply_chat_template
     documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
     enough = share * config.seq_len
     chats = _Chats(template=require_chat_template(tokenizer), enough=enough) if chat else None
     tokens = _token_stream(tokenizer, documents.texts, enough) if chats is None else chats.tokens(documents.texts)
-    windows = pack_windows(tokens, share, config.seq_len)
+    windows = pack_windows(tokens, share, config.seq_len, beginning_token(tokenizer))
     left_out = "" if chats is None else chats.left_out
-    if len(windows) < share:
+    if len(windows) < (share if is_named else LEAST_WINDOWS):
         asked = "--calib_size is" if config.calib_size else "the default of --calib_size is"
         if share != count:
             asked = "its share of --calib_size is"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, block_loss
-from stages.records.results import QuantizedWeight, SearchStats, SolvedGroup
+from stages.quantization.search.choices import output_energies
+from stages.quantization.search.objective import joint_errors, mixed_outputs, search_to_device
+from stages.records.results import QuantizedWeight, SearchStats, SolvedGroup, TokenStats
 from stages.runtime.blocks.stream import BlockRunner
 
 
@@ -42,3 +44,40 @@ class BlockContext:
         """Return the loss of the block with ``stored``, against the float block, on held-out windows."""
         behind = self.run.over(self.held_out.quantized, self.effective(stored))
         return float(block_loss(behind, self.held_out.wanted))
+
+
+def reported(
+    solved: SolvedGroup,
+    weights: Mapping[str, QuantizedWeight],
+    originals: Mapping[str, Tensor],
+    searched: SearchStats,
+    algorithm: str,
+) -> SolvedGroup:
+    """Return the group with other weights, and with reports of their errors on the search's statistics.
+
+    Args:
+        solved: the group as it was searched.
+        weights: the new ones, by site.
+        originals: float32 weights [N, K] by site, on the device where errors are computed.
+        searched: the statistics of the group's activation.
+        algorithm: what made the new weights, for reports.
+    """
+    names = [site.name for site in solved.group.sites]
+    here = search_to_device(searched, originals[names[0]].device)
+    stats = (here.tokens.calibration, here.tokens.held_out)
+    losses = [_relative_losses(weights[name], originals[name], here.output_grams.get(name), stats) for name in names]
+    reports = tuple(
+        replace(report, algorithm=algorithm, loss=loss, held_out_loss=held_out_loss, mean_clip_ratio=None)
+        for (loss, held_out_loss), report in zip(losses, solved.reports, strict=True)
+    )
+    return SolvedGroup(group=solved.group, weights=tuple(weights[name] for name in names), reports=reports)
+
+
+def _relative_losses(
+    weight: QuantizedWeight, original: Tensor, output_gram: Tensor | None, stats: tuple[TokenStats, ...]
+) -> list[float | None]:
+    """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
+    mixed = mixed_outputs(original, output_gram)
+    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), output_gram) - mixed, stats)
+    energies = output_energies(mixed, stats)
+    return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -20,15 +20,13 @@ from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.quantization.blocks.context import BlockContext
+from stages.quantization.blocks.context import BlockContext, reported
 from stages.quantization.blocks.error_feedback import ErrorFeedback
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
-from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import joint_errors, mixed_outputs, search_to_device
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.results import QuantizedWeight, SolvedGroup, TokenStats
+from stages.records.results import SolvedGroup
 from stages.runtime.blocks.cut import DecoderBlock, cut_block
 from stages.runtime.blocks.decoder import DecoderBlocks
 from stages.runtime.blocks.module import BlockModule
@@ -196,38 +194,13 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            searched = search_to_device(context.searched[solved.group.activation], self.device)
-            stats = (searched.tokens.calibration, searched.tokens.held_out)
-            tuned = tuple(weights[weight.site.name] for weight in solved.weights)
-            losses = [
-                _relative_losses(weight, context.originals[name], searched.output_grams.get(name), stats)
-                for weight in tuned
-                for name in (weight.site.name,)
-            ]
-            reports = tuple(
-                replace(
-                    report,
-                    algorithm=self.step.name,
-                    loss=loss,
-                    held_out_loss=held_out_loss,
-                    mean_clip_ratio=None,
-                    block_loss_start=result.start_loss,
-                    block_loss=result.loss,
-                )
-                for (loss, held_out_loss), report in zip(losses, solved.reports, strict=True)
+            searched = context.searched[solved.group.activation]
+            tuned = reported(solved, weights, context.originals, searched, self.step.name)
+            reports = (
+                replace(report, block_loss_start=result.start_loss, block_loss=result.loss) for report in tuned.reports
             )
-            yield SolvedGroup(group=solved.group, weights=tuned, reports=reports)
+            yield replace(tuned, reports=tuple(reports))
 
 
 def _summary(block: DecoderBlock, result: TunedBlock) -> str:
     return f"error of layer {block.layer} {result.start_loss:.3%} -> {result.loss:.3%}"
-
-
-def _relative_losses(
-    weight: QuantizedWeight, original: Tensor, output_gram: Tensor | None, stats: tuple[TokenStats, ...]
-) -> list[float | None]:
-    """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
-    mixed = mixed_outputs(original, output_gram)
-    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), output_gram) - mixed, stats)
-    energies = output_energies(mixed, stats)
-    return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

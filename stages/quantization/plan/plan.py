@@ -226,6 +226,7 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     target = "" if plan.target is None else f" for {plan.target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
+    algorithm = f"{algorithm} distilled" if config.distill else algorithm
     return f"{algorithm} {formats}{mixed}{table}{target}"
 
 
@@ -452,8 +453,11 @@ def _embedding_plans(
 
 
 def _tuning(config: QuantizeConfig) -> bytes:
-    """Return what the codes depend on besides the search, where blocks are tuned; else nothing."""
+    """Return what the weights depend on besides the search, where something follows it; else nothing."""
     refine = b"refine" if config.refine else b""
+    if config.distill:
+        text = (config.distill, config.dataset, config.seq_len, config.seed, config.apply_chat_template)
+        refine += repr((*text, config.use_random_calib, config.signround_batch_size)).encode()
     if config.algo != "signround":
         return refine
     options = TypeAdapter(SignRoundOptions).dump_json(signround_options(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from stages.calibration.cache import CacheWriter
+from stages.calibration.capture import Capture
 from stages.calibration.end_loss import EndLossPass, _WeightedSums, sampled_gradient, token_weights
+from stages.calibration.run import calibrate
 from stages.calibration.statistics import unpack_symmetric
+from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
+from stages.commands.calibrate_options import CalibrateConfig
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_groups
@@ -47,7 +52,7 @@ def _spelled_out(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch
     return read, dict(zip(runs, gradients, strict=True))
 
 
-def _pass(folder: Path, batch_size: int) -> tuple[EndLossPass, tuple[ActivationGroup, ...]]:
+def _pass(folder: Path, scratch: Path, batch_size: int) -> tuple[EndLossPass, tuple[ActivationGroup, ...]]:
     directory = locate_model(folder)
     model = load_graph(directory)
     groups = find_groups(model)
@@ -60,13 +65,24 @@ def _pass(folder: Path, batch_size: int) -> tuple[EndLossPass, tuple[ActivationG
     )
     chain: Chain = open_chain(model, groups)
     made = EndLossPass(
-        chain=chain, directory=directory, groups=groups, windows=windows, batch_size=batch_size, device=CPU
+        chain=chain,
+        directory=directory,
+        groups=groups,
+        windows=windows,
+        batch_size=batch_size,
+        device=CPU,
+        streams=StreamFiles(
+            folder=scratch,
+            names=tuple(link.stream_in for link in chain.links),
+            windows=len(_TOKENS),
+            length=_TOKENS.shape[1],
+        ),
     )
     return made, groups
 
 
 def test_they_are_those_of_the_whole_model_at_once(tiny_model: Path, tmp_path: Path) -> None:
-    made, groups = _pass(tiny_model, batch_size=2)
+    made, groups = _pass(tiny_model, tmp_path, batch_size=2)
     writer = CacheWriter.of(tmp_path, [group.activation for group in groups])
     made.fill(writer)
     read, gradients = _spelled_out(tiny_model)
@@ -96,6 +112,33 @@ def test_they_are_those_of_the_whole_model_at_once(tiny_model: Path, tmp_path: P
             torch.testing.assert_close(found[f"channels of {name}"].double(), count / mean, rtol=1e-4, atol=0)
 
 
+def test_what_enters_layers_comes_from_the_plain_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CalibrateConfig(onnx_path=tiny_model, use_random_calib=True, calib_size=5, seq_len=80, batch_size=2)
+    computed: list[Sequence[int]] = []
+    complete = EndLossPass._complete
+
+    def noted(self: EndLossPass, lacking: Sequence[int], advance: Callable[[int], None]) -> object:
+        computed.append(lacking)
+        return complete(self, lacking, advance)
+
+    monkeypatch.setattr(EndLossPass, "_complete", noted)
+    calibrate(replace(config, cache_dir=tmp_path / "kept"))
+    monkeypatch.setattr(Capture, "_kept_streams", {})
+    calibrate(replace(config, cache_dir=tmp_path / "computed"))
+    # The tiny model has two layers; what enters the first and the head is no value of the graph, or an embedding.
+    assert computed == [[0, 2], [0, 1, 2]]
+    files = sorted((tmp_path / "kept").glob("weighted-*"))
+    assert files
+    for file in files:
+        kept, again = load_file(file), load_file(tmp_path / "computed" / file.name)
+        for name in kept:
+            # ONNX Runtime and torch sum in another order.
+            limit = 1e-3 * float(again[name].abs().max())
+            torch.testing.assert_close(kept[name], again[name], rtol=0, atol=limit)
+
+
 def test_labels_give_the_fisher_information_of_the_model() -> None:
     """E g g^T = diag(p) - p p^T, the second derivative of the divergence; 40,000 draws, five standard errors."""
     logits = torch.tensor([1.0, 0.0, -1.0, 0.5])
@@ -113,8 +156,8 @@ def test_a_token_weighs_its_root_mean_squared_gradient(shape: tuple[int, ...]) -
     torch.testing.assert_close(token_weights(gradient).flatten(), expected)
 
 
-def test_a_parallel_mlp_that_is_no_number_of_heads_has_no_matrix_of_heads(tiny_model: Path) -> None:
-    made, groups = _pass(tiny_model, batch_size=2)
+def test_a_parallel_mlp_that_is_no_number_of_heads_has_no_matrix_of_heads(tiny_model: Path, tmp_path: Path) -> None:
+    made, groups = _pass(tiny_model, tmp_path, batch_size=2)
     qkv = next(group for group in groups if "qkv_proj" in group.sites[0].name)
     mlp = replace(qkv.sites[0], name="/model/layers.0/mlp/up_proj/MatMul", out_features=90)
     both = replace(qkv, sites=(*qkv.sites, mlp))
