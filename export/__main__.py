@@ -35,6 +35,7 @@ def export(config: ExportConfig) -> ExportSummary:
     from stages.model.load import fingerprint_model, load_graph
     from stages.quantization.weights.store import open_store
     from stages.records.formats import WeightForm
+    from stages.system.lock import exclusive
 
     base = locate_model(config.onnx_path, config.component)
     store = open_store(config.weights_path)
@@ -49,7 +50,8 @@ def export(config: ExportConfig) -> ExportSummary:
             "that stages.quantize read, and the same --component."
         )
     command = command_line("genai-quant export", config)
-    return export_model(base, store, destination, config.export_options, model, command=command)
+    with exclusive(destination.folder, option="--output_path"):
+        return export_model(base, store, destination, config.export_options, model, command=command)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,23 @@ from stages.report.document import log_report, write_report
 from stages.report.from_runs import origin_of, sweep_report
 from stages.report.render import render
 from stages.runtime.genai import require_genai
+from stages.system.atomic import require_creatable
+from stages.system.lock import exclusive
 
 
 def compare_with_peer(config: PeerConfig) -> Iterator[Section]:
     """Quantize and evaluate everything that isn't there yet, and show the tables.
 
     Raises:
-        UserError: at once where options or texts can't be used; after everything else where our own runs failed.
+        UserError: at once where options or texts can't be used or another run writes there; after everything else where
+            our own runs failed.
     """
+    require_creatable(config.output, option="--output")
+    with exclusive(config.output, option="--output"):
+        yield from _compare(config)
+
+
+def _compare(config: PeerConfig) -> Iterator[Section]:
     ours = [point.run(config.base, config.output, config.cache_path) for point in points_of(config)]
     peers = peers_of(config)
     runs = [*ours, *(peer.run for peer in peers)]

@@ -114,17 +114,11 @@ def add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
 
 def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
     """Do what ``run`` does for an output that isn't there."""
-    from export.card.record import save_origin
-    from export.finished import remember_output
-    from export.run import QuantizedModel, export_model
-    from export.summary import export_table
     from stages.model.directory import locate_model
-    from stages.quantization.run import discard_if_bad_input, prepare, round_embeddings, search_weights
-    from stages.quantization.targets.explain import choice_table
     from stages.quantization.weights.store import REPORT_FOLDER
-    from stages.quantization.weights.summary import quantization_table, search_summary
     from stages.report.document import read_report
-    from stages.system.hardware import choose_device, granted_threads
+    from stages.system.hardware import granted_threads
+    from stages.system.lock import exclusive
 
     granted_threads()  # the export opens sessions: what they can't use is an error before the search
     with processes.main_process_first():
@@ -132,6 +126,33 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
         destination = _destination(config, directory)
         destination.warn_inside(directory.folder)
         read_report(config.weights_folder / REPORT_FOLDER)  # so that a damaged report is an error before the search
+    with (
+        exclusive(destination.folder, option="--output_path", owner=processes.is_first),
+        exclusive(config.weights_folder, option="--weights_path", owner=processes.is_first),
+    ):
+        return (yield from _write(config, processes, directory, destination))
+
+
+def _write(
+    config: QuantizeConfig, processes: Processes, directory: ModelDirectory, destination: Destination
+) -> Generator[Section, None, QuantizedModel | None]:
+    """Do what ``run`` does once the places for output and weights are this run's alone.
+
+    Args:
+        config: the options.
+        processes: those that share the work.
+        directory: the base model.
+        destination: where the output goes.
+    """
+    from export.card.record import save_origin
+    from export.finished import remember_output
+    from export.run import QuantizedModel, export_model
+    from export.summary import export_table
+    from stages.quantization.run import discard_if_bad_input, prepare, round_embeddings, search_weights
+    from stages.quantization.targets.explain import choice_table
+    from stages.quantization.weights.summary import quantization_table, search_summary
+    from stages.system.hardware import choose_device
+
     yield from _calibrate(config, directory)
     with processes.main_process_first():
         prepared = prepare(config, directory)

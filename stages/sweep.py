@@ -31,8 +31,18 @@ def command(config: SweepConfig) -> Iterator[Section]:
     """Make and evaluate every missing point, and compare all.
 
     Raises:
-        UserError: at once where options or texts can't be used; after everything else where points failed.
+        UserError: at once where options or texts can't be used or another run writes there; after everything else where
+            points failed.
     """
+    from stages.system.atomic import require_creatable
+    from stages.system.lock import exclusive
+
+    require_creatable(config.output, option="--output")
+    with exclusive(config.output, option="--output"):
+        yield from _sweep(config)
+
+
+def _sweep(config: SweepConfig) -> Iterator[Section]:
     from stages.commands.progress import progress_bar
     from stages.evaluation.bench.grid import points_of
     from stages.evaluation.bench.results import publish, raise_failures, text_results

@@ -35,6 +35,7 @@ from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.sizes import model_bytes
 from stages.system.atomic import atomic_directory
+from stages.system.lock import exclusive
 
 _LOGGER = logging.getLogger(__name__)
 _BUILDER = "onnxruntime_genai.models.builder"
@@ -62,6 +63,7 @@ def build(config: BaseModelConfig) -> Iterator[Section]:
             'pip install "genai-quant[genai]"'
         )
     with (
+        exclusive(config.output, option="OUTPUT"),
         atomic_directory(config.output, overwrite=config.overwrite, option="OUTPUT") as output,
         tempfile.TemporaryDirectory(dir=config.output.absolute().parent, prefix=".build-") as scratch,
     ):

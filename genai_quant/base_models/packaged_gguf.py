@@ -114,8 +114,17 @@ def gguf_file(source: str, scratch: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where downloaded models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "genai-quant"
+    """Return where downloaded models are kept.
+
+    Raises:
+        UserError: neither a variable nor the system's list of users names a folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "genai-quant"
+    except RuntimeError as error:
+        raise UserError(
+            "Downloaded models can't be kept, for this user has no home; set XDG_CACHE_HOME to a folder."
+        ) from error
 
 
 def _installed(module: str, pattern: str) -> Path | None:

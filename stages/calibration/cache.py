@@ -115,6 +115,8 @@ class CalibrationCache:
 
     folder: Path
     manifest: Manifest
+    written: int | None
+    """When the manifest was, in nanoseconds."""
 
     def read(self, activation: str) -> ActivationStats:
         """Return the statistics of one activation.
@@ -122,7 +124,7 @@ class CalibrationCache:
         Raises:
             CacheMismatch: the cache has no such activation, or its file is missing or damaged.
         """
-        with _reading(self.folder / self._file_of(activation)) as path:
+        with self._reading(self._file_of(activation)) as path:
             return _activation_stats(load_file(path))
 
     def read_for_search(self, activation: str) -> SearchStats:
@@ -133,7 +135,7 @@ class CalibrationCache:
         """
         if activation not in self.manifest.weighted:
             return SearchStats(tokens=self.read(activation), channel_weights={})
-        with _reading(self.folder / _weighted(self._file_of(activation))) as path:
+        with self._reading(_weighted(self._file_of(activation))) as path:
             tensors = load_file(path)
             return SearchStats(
                 tokens=_activation_stats(tensors),
@@ -143,6 +145,22 @@ class CalibrationCache:
                 ),
                 output_grams=_by_site(tensors, _OUTPUTS),
             )
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        """Give the block the path of a file; raise CacheMismatch where it is missing, damaged or was replaced."""
+        path = self.folder / name
+        try:
+            yield path
+        except (OSError, SafetensorError, _Damage) as error:
+            self._require_unchanged()
+            raise CacheMismatch(f"{path} is missing or damaged ({in_one_line(error)}); {_CALIBRATE_AGAIN}.") from error
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        """Raise CacheMismatch where another run replaced the cache: its files would be mixed with those read before."""
+        if _written(self.folder / MANIFEST) != self.written:
+            raise CacheMismatch(f"{self.folder} was replaced or removed while it was read; run the same command again.")
 
     def _file_of(self, activation: str) -> str:
         name = self.manifest.files.get(activation)
@@ -156,7 +174,7 @@ class CalibrationCache:
         Raises:
             CacheMismatch: its file is missing or damaged.
         """
-        with _reading(self.folder / self.manifest.files[activation]) as path, safe_open(path, "pt") as file:
+        with self._reading(self.manifest.files[activation]) as path, safe_open(path, "pt") as file:
             return StatisticsOutline(
                 in_features=file.get_slice("calibration.abs_mean").get_shape()[0],
                 as_rows="calibration.rows" in file.keys(),  # noqa: SIM118
@@ -169,7 +187,7 @@ class CalibrationCache:
         Raises:
             CacheMismatch: their file is missing or damaged.
         """
-        with _reading(self.folder / _TOKENS) as path:
+        with self._reading(_TOKENS) as path:
             windows = load_arrays(path)
             return _windows(windows, "calibration"), _windows(windows, "held_out")
 
@@ -275,6 +293,7 @@ def find_cache(folder: Path) -> CalibrationCache | None:
     if not path.is_file():
         return None
     try:
+        written = _written(path)
         content = path.read_bytes()
         if _is_earlier(content):
             raise CacheMismatch(
@@ -291,7 +310,14 @@ def find_cache(folder: Path) -> CalibrationCache | None:
     for name in manifest.files.values():
         if Path(name).name != name or "\0" in name:
             raise CacheMismatch(f"{path} names the file '{name}', which isn't in its folder; {_CALIBRATE_AGAIN}.")
-    return CalibrationCache(folder, manifest)
+    return CalibrationCache(folder, manifest, written)
+
+
+def _written(manifest: Path) -> int | None:
+    try:
+        return manifest.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _is_earlier(manifest: bytes) -> bool:
@@ -317,15 +343,6 @@ def open_cache(folder: Path, model_fingerprint: str) -> CalibrationCache:
             "folder."
         )
     return cache
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[Path]:
-    """Give the path of a file to the block; raise CacheMismatch where the block finds it missing or damaged."""
-    try:
-        yield path
-    except (OSError, SafetensorError, _Damage) as error:
-        raise CacheMismatch(f"{path} is missing or damaged ({in_one_line(error)}); {_CALIBRATE_AGAIN}.") from error
 
 
 class _Damage(Exception):

@@ -32,7 +32,8 @@ from stages.runtime.requirements import require_runtime
 from stages.runtime.tap import ActivationTap, require_kernels
 from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
-from stages.system.hardware import choose_device
+from stages.system.hardware import choose_device, granted_threads
+from stages.system.lock import exclusive
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,13 +44,18 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
     Processes launched together share the windows, and each returns what the cache holds.
 
     Raises:
-        UserError: an option, the model or the text can't be used, or the cache folder holds something else.
+        UserError: an option, the model or the text can't be used, or the cache folder holds something else or is being
+            written by another run.
     """
     config.validate()
     started = time.perf_counter()
+    granted_threads()  # what sessions can't use is an error before the text is read
     processes = join_processes()
-    dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
     with ExitStack() as until_the_end:
+        if processes.is_first:
+            require_place(config.cache_path)
+            until_the_end.enter_context(exclusive(config.cache_path, option="--cache_dir"))
+        dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
         with processes.main_process_first():
             require_place(config.cache_path)
             folder = scratch_folder(config.cache_path, owner=processes.is_first)
@@ -93,7 +99,6 @@ def _run(
 
 def _dataset(config: CalibrateConfig) -> str:
     """Return the data sets to calibrate on; log why they aren't the default ones."""
-    require_place(config.cache_path)
     if config.use_random_calib:
         return ""
     chosen = choose_dataset(config)

@@ -68,7 +68,7 @@ def run_parsed(options: Options, command: Command[Options], program: str) -> Non
 
 def _is_first_process() -> bool:
     """Return whether a launcher started this process first, or only this one; no other process is waited for."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK") in (None, "", "0")
 
 
 def _run(options: Options, command: Command[Options], output: Output) -> int:

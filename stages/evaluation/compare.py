@@ -18,7 +18,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from stages.calibration.text.tokenizer import load_tokenizer
+from stages.calibration.text.documents import read_text
+from stages.calibration.text.tokenizer import first_tokens, load_tokenizer
 from stages.calibration.text.windows import beginning_token, pack_windows
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import Progress
@@ -223,7 +224,7 @@ def _run_model(
 
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
     text = BUILT_IN[config.text]() if config.text in BUILT_IN else _read_text(Path(config.text))
-    tokens = tokenizer(text, verbose=False)["input_ids"]
+    tokens = first_tokens(tokenizer, text, config.windows * config.seq_len)
     windows = pack_windows(tokens, config.windows, config.seq_len, beginning_token(tokenizer))
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
@@ -235,8 +236,8 @@ def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--text {path} can't be read ({error}); pass a UTF-8 text file, or {', '.join(BUILT_IN)}."
         ) from error

@@ -48,6 +48,8 @@ def require_creatable(path: Path, *, option: str) -> None:
 def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` only if the block succeeds.
 
+    The caller keeps other runs out (``lock.exclusive``): all use the same scratch folder.
+
     Args:
         path: the folder to create; missing parents are created too.
         overwrite: replace an existing folder; else it is refused before any work.
@@ -81,7 +83,7 @@ def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Pa
         shutil.rmtree(_replaced(path), ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def _recover(path: Path) -> None:
         shutil.rmtree(_partial(path))
 
 
-def _remove_empty(folders: Sequence[Path]) -> None:
+def remove_empty(folders: Sequence[Path]) -> None:
     """Remove empty ``folders``, each the next one's child, until one isn't empty."""
     with suppress(OSError):
         for folder in folders:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from stages.errors import UserError, in_one_line
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -45,7 +47,7 @@ class Processes:
     @property
     def count_here(self) -> int:
         """Return how many of the processes share this machine."""
-        return 1 if self.state is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return 1 if self.state is None else _number("LOCAL_WORLD_SIZE")
 
     @property
     def index_here(self) -> int:
@@ -129,8 +131,12 @@ def join_processes() -> Processes:
 
     Where accelerate started a single process although it was asked for several, as it does on machines without GPUs,
     the log gets a warning.
+
+    Raises:
+        UserError: WORLD_SIZE asks for several, but no launcher says where they are.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    count = _number("WORLD_SIZE")
+    if count <= 1:
         if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
             _LOGGER.warning(
                 "accelerate started one process only; on a machine without GPUs it starts several with "
@@ -139,7 +145,22 @@ def join_processes() -> Processes:
         return Processes(None)
     from accelerate import PartialState
 
-    return Processes(PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT))
+    try:
+        return Processes(PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT))
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but the processes can't be joined ({in_one_line(error)}); start them with "
+            "accelerate launch, or unset it."
+        ) from error
+
+
+def _number(variable: str) -> int:
+    """Return the number of processes in ``variable``; 1 where it is unset or empty."""
+    value = os.environ.get(variable, "").strip() or "1"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"{variable} is '{value}', which is not a number of processes; unset it.") from error
 
 
 def split_by_cost(costs: Sequence[float], shares: int) -> list[frozenset[int]]:

@@ -47,7 +47,7 @@ def physical_cores() -> int:
 def granted_threads() -> int | None:
     """Return the number of threads that OMP_NUM_THREADS grants: of a list, as OpenMP allows, its first number.
 
-    None where the variable is unset or empty.
+    At most as many as the machine runs at once; None where the variable is unset or empty.
 
     Raises:
         UserError: it holds anything else.
@@ -56,7 +56,7 @@ def granted_threads() -> int | None:
     found = _THREADS.fullmatch(value)
     if value and found is None:
         raise UserError(f"OMP_NUM_THREADS is '{value}', which is not a number of threads; set it to one, or unset it.")
-    return None if found is None else int(found[1])
+    return None if found is None else min(int(found[1]), psutil.cpu_count() or 1)
 
 
 def one_thread_each(workers: int) -> ThreadPoolExecutor:

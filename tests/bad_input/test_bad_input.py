@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from stages.system.lock import exclusive
 from tests.bad_input.made import MADE
 from tests.bad_input.models import MODELS
 from tests.bad_input.options import OPTIONS
@@ -33,6 +36,29 @@ def test_bad_input(row: BadInput, work_folder: Path, spoken: Commands) -> None:
 def test_full_disk(row: BadInput, work_folder: Path, commands: Commands) -> None:
     """Fill the disk: what is heard through pytest's files would be cut as well, so native libraries aren't heard."""
     _check(row, work_folder, commands)
+
+
+@pytest.mark.parametrize(
+    ("command", "held", "option", "arguments"),
+    [
+        ("calibrate", "new", "--cache_dir", ()),
+        ("quantize", "out", "--output_path", ("--overwrite",)),
+        ("quantize", "out.weights", "--weights_path", ()),
+        ("quantize", "new", "--cache_dir", ("--algo", "awq_lite", "--cache_dir", "new")),
+        ("export", "out", "--output_path", ()),
+        ("sweep", "swept", "--output", ()),
+    ],
+)
+def test_a_place_that_another_run_writes_to(
+    command: str, held: str, option: str, arguments: tuple[str, ...], work_folder: Path, commands: Commands
+) -> None:
+    before = tree(work_folder)
+    with exclusive(work_folder / held, option="--x"):
+        code, printed = getattr(commands, command)(*USUAL[command], *arguments)
+    assert code == 2, printed
+    said = _the_sentence(printed)
+    assert f"{option} {work_folder / held} is being written by process {os.getpid()} on {socket.gethostname()};" in said
+    assert tree(work_folder) == before
 
 
 def _check(row: BadInput, work_folder: Path, programs: Commands) -> None:

@@ -87,8 +87,8 @@ def test_nothing_is_written_outside_whatever_nodes_are_called(name: str, work_fo
     assert all(path.startswith("work/out") for path in tree(work_folder.parent).keys() - around.keys())
 
 
-def test_a_byte_order_mark_and_nested_rows_are_read(work_folder: Path, commands: Commands) -> None:
-    row = json.dumps({"text": "words and more words " * 40, "more": {"nested": [1, [2]]}})
+def test_a_byte_order_mark_nested_rows_and_odd_characters_are_read(work_folder: Path, commands: Commands) -> None:
+    row = json.dumps({"text": "half a \ud83d, \0 and more words " * 40, "more": {"nested": [1, [2]]}})
     (work_folder / "rows.jsonl").write_text("\ufeff" + f"{row}\n\n" * 9, encoding="utf-8")
     code, printed = commands.calibrate(*USUAL["calibrate"], "--dataset", "rows.jsonl")
     assert code == 0, printed

@@ -100,7 +100,9 @@ class Workshop:
 
     def contents(self) -> dict[str, object]:
         """Every file by its path; of quantized weights the tensors, of reports all but seconds."""
+        # A lock file that a killed run left holds nothing, and goes with the next run.
         files = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.name not in _NOT_OURS]
+        files = [path for path in files if path.suffix != ".lock"]
         return {str(path.relative_to(self.folder)): self._content(path) for path in files}
 
     def _content(self, path: Path) -> object:

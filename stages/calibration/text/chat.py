@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import TYPE_CHECKING
 
+from stages.calibration.text.chat_document import ChatDocument, Message
 from stages.calibration.text.offline import paragraphs
+from stages.calibration.text.tokenizer import first_tokens
 from stages.errors import UserError, with_class_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
-"""``role``, ``content`` and whatever else a template reads."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _DAY = date(2025, 1, 1)
@@ -40,13 +41,13 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation; the template itself writes the special tokens.
+    def tokens(self, conversation: ChatDocument, count: int = sys.maxsize) -> list[int]:
+        """Return the first ``count`` token ids of a conversation; the template itself writes the special tokens.
 
         Raises:
             UserError: the template refuses it.
         """
-        return self._encode(self._render(messages))
+        return self._encode(self._render(conversation), count)
 
     def marks(self) -> ChatMarks:
         """Return what stands around questions and answers.
@@ -54,28 +55,48 @@ class ChatTemplate:
         Raises:
             UserError: the template doesn't write messages as they are.
         """
-        question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
-        opening, to_answer = self._around(_QUESTION, self._render([question], for_answer=True))
-        _, to_end = self._around(_ANSWER, self._render([question, answer]))
+        question, answer = _message("user", _QUESTION), _message("assistant", _ANSWER)
+        asked, answered = ChatDocument(messages=(question,)), ChatDocument(messages=(question, answer))
+        opening, to_answer = self._around(_QUESTION, self._render(asked, for_answer=True))
+        _, to_end = self._around(_ANSWER, self._render(answered))
         return ChatMarks(
             opening=tuple(self._encode(opening)),
             to_answer=tuple(self._encode(to_answer)),
             to_end=tuple(self._encode(to_end)),
         )
 
-    def _render(self, messages: Sequence[Message], *, for_answer: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=_always_the_same_day(self.tokenizer.get_chat_template()),
-                tokenize=False,
-                add_generation_prompt=for_answer,
-            )
-        except Exception as error:  # jinja2's errors, and those that templates cause in Python
+    def _render(self, conversation: ChatDocument, *, for_answer: bool = False) -> str:
+        """Return the conversation in the form of which the template loses least, of equals the least changed one."""
+        best, least = "", inf
+        refusal: Exception | None = None
+        for form in conversation.forms():
+            try:
+                text = self._written(form, for_answer=for_answer)
+            except Exception as error:  # jinja2's errors, and those that templates cause in Python
+                refusal = refusal or error
+                continue
+            lost = form.lost(text)
+            if lost < least:
+                best, least = text, lost
+            if not lost:
+                break
+        if least == inf:
+            assert refusal is not None, "there is one form at least"
             raise UserError(
-                f"The tokenizer's chat template refuses a conversation ({with_class_name(error)}); leave such rows out "
-                "or pass text in place of messages."
-            ) from error
+                f"The tokenizer's chat template refuses a conversation ({with_class_name(refusal)}); leave such rows "
+                "out or pass text in place of messages."
+            ) from refusal
+        return best
+
+    def _written(self, form: ChatDocument, *, for_answer: bool) -> str:
+        tools = list(form.tools) or None
+        text = self.tokenizer.apply_chat_template(
+            list(form.messages),
+            tools=tools,
+            chat_template=_always_the_same_day(self.tokenizer.get_chat_template(tools=tools)),
+            tokenize=False,
+            add_generation_prompt=for_answer,
+        )
         assert isinstance(text, str), "one conversation, not tokenized"
         return text
 
@@ -88,9 +109,8 @@ class ChatTemplate:
             )
         return parts[0], parts[1]
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _encode(self, text: str, count: int = sys.maxsize) -> list[int]:
+        return first_tokens(self.tokenizer, text, count, add_special_tokens=False)
 
 
 def _always_the_same_day(template: str) -> str:
@@ -118,7 +138,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     return template
 
 
-def as_conversation(text: str) -> list[Message]:
+def as_conversation(text: str) -> ChatDocument:
     """Return a document as a question and its answer: the user begins it, and the assistant writes the rest.
 
     The beginning is the first paragraph; of a single paragraph its first sentence; a single sentence is a question
@@ -126,8 +146,9 @@ def as_conversation(text: str) -> list[Message]:
     """
     for blocks, joint in ((paragraphs(text), "\n\n"), (_SENTENCE_END.split(text.strip()), " ")):
         if len(blocks) > 1:
-            return [
-                {"role": "user", "content": blocks[0]},
-                {"role": "assistant", "content": joint.join(blocks[1:])},
-            ]
-    return [{"role": "user", "content": text.strip()}]
+            return ChatDocument(messages=(_message("user", blocks[0]), _message("assistant", joint.join(blocks[1:]))))
+    return ChatDocument(messages=(_message("user", text.strip()),))
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

@@ -5,6 +5,7 @@ A document is a text, or the messages of a conversation.
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import re
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from stages.calibration.text.arithmetic import ARITHMETIC_TITLE, arithmetic_documents
-from stages.calibration.text.chat import Message
+from stages.calibration.text.chat_document import MESSAGES, ChatDocument, read_chat
 from stages.calibration.text.mix import ARITHMETIC, CODE, LANGUAGES, MIX, MIX_PARTS, OFFLINE
 from stages.calibration.text.offline import (
     CALIBRATION_TITLE,
@@ -27,23 +30,24 @@ from stages.calibration.text.offline import (
     language_documents,
     offline_calibration_documents,
     paragraphs,
+    pieces,
 )
-from stages.calibration.text.tokenizer import why_unreachable
+from stages.calibration.text.tokenizer import hub_reason, why_unreachable
 from stages.errors import UserError, with_class_name
 
-if TYPE_CHECKING:
-    from datasets import IterableDataset
-
 Row = dict[str, Any]
-TextDocument = str | list[Message]
+TextDocument = str | ChatDocument
 DEFAULT_DATASET = "cnn"
 _SHUFFLE_BUFFER = 2000
+_MOST_NULS = 0.01
+"""UTF-16 without its mark, read as UTF-8, has one for each letter."""
+_ROWS_AT_ONCE = 256
 _SECONDS = 4.0
 """How long the hub may take to answer before other text stands in for the default."""
-_LONGEST_HUB_DOCUMENT = 16384
+_LONGEST_DOCUMENT = 16384
+"""Characters: a book would otherwise fill every window."""
 _TABLES = (".jsonl", ".parquet")
 _FILE_COLUMNS = ("text", "article", "content")
-_MESSAGES = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +129,7 @@ def _why_unreadable(source: HubSource) -> str | None:
     try:
         next(iter(datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)))
     except Exception as error:  # the hub's clients raise classes without a common base
-        return with_class_name(error)
+        return hub_reason(error)
     return None
 
 
@@ -153,14 +157,14 @@ def open_documents(
         title, documents = _INSTALLED[dataset]
         return Documents(title=f"{dataset}: {title}", texts=_shuffled(documents(), seed))
     path = Path(dataset)
-    if path.suffix not in (".txt", *_TABLES):
+    if path.suffix.lower() not in (".txt", *_TABLES):
         raise UserError(
             f"--dataset {dataset} is none of {', '.join((*hub_sources, MIX, *MIX_PARTS))}, and not a .txt, .jsonl or "
             ".parquet file; pass one of these."
         )
     if not path.is_file():
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return Documents(title=path.name, texts=_text_file(path, seed))
     return Documents(title=path.name, texts=_table_file(path, seed, with_messages))
 
@@ -175,17 +179,39 @@ def _shuffled(texts: list[str], seed: int) -> Iterator[str]:
     return iter(texts)
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, or one of UTF-16 that says so in its first bytes; lines end as in Python.
+
+    Half a character at the end is left out: files are cut anywhere.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is of another encoding, or not text.
+    """
+    content = path.read_bytes()
+    encoding = _encoding(content[:2])
+    text = codecs.getincrementaldecoder(encoding)().decode(content).replace("\r\n", "\n").replace("\r", "\n")
+    if text.count("\0") > _MOST_NULS * len(text):
+        raise ValueError("it holds NUL characters, as UTF-16 does, or is no text")
+    return text
+
+
+def _encoding(first_bytes: bytes) -> str:
+    return "utf-16" if first_bytes in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
 def _text_file(path: Path, seed: int) -> Iterator[str]:
     """Return the documents of a file, which two or more blank lines separate; without any, paragraphs make them up."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"--dataset {path} can't be read as UTF-8 text ({error}); repair it or pass another."
+            f"--dataset {path} can't be read as UTF-8 text ({error}); save it as UTF-8 or pass another."
         ) from error
     texts = [part for part in re.split(r"\n(?:[^\S\n]*\n){2,}", text) if part.strip()]
     if len(texts) < 2:
-        texts = list(gather(paragraphs(text), DOCUMENT_CHARACTERS))
+        blocks = (piece for block in paragraphs(text) for piece in pieces(block, _LONGEST_DOCUMENT) if piece)
+        texts = list(gather(blocks, DOCUMENT_CHARACTERS))
     return _shuffled(texts, seed)
 
 
@@ -201,13 +227,12 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
         for text in _column(_shuffled_rows(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
-            # A book would otherwise fill every window.
-            yield text[:_LONGEST_HUB_DOCUMENT]
+            yield text[:_LONGEST_DOCUMENT]
     except UserError:
         raise
     except Exception as error:  # the hub's clients raise classes without a common base
         raise UserError(
-            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({with_class_name(error)}); "
+            f"--dataset {name}: {source.path} can't be read from the Hugging Face hub ({hub_reason(error)}); "
             "check the network, or use --dataset offline or a local .txt, .jsonl or .parquet file."
         ) from error
 
@@ -227,51 +252,65 @@ def _table_file(path: Path, seed: int, with_messages: bool) -> Iterator[TextDocu
         ) from error
 
 
-def _shuffled_rows(rows: IterableDataset, seed: int) -> Iterable[Row]:
-    shuffled: Iterable[Row] = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    return shuffled
+def _shuffled_rows(rows: Iterable[Row], seed: int) -> Iterator[Row]:
+    """Yield rows in the order of ``seed``, a part of a file of any length after the other."""
+    numbers, held = np.random.default_rng(seed), list[Row]()
+    for row in rows:
+        held.append(row)
+        if len(held) == _SHUFFLE_BUFFER:
+            order = numbers.permutation(len(held))
+            yield from (held[place] for place in order[: len(held) // 2])
+            held = [held[place] for place in order[len(held) // 2 :]]
+    yield from (held[place] for place in numbers.permutation(len(held)))
 
 
 def _document(row: Row, with_messages: bool, where: str) -> TextDocument | None:
     """Return what a row of a file holds: where ``with_messages``, its conversation, if it has one; else its text."""
-    if with_messages and row.get(_MESSAGES):
-        return _conversation(row[_MESSAGES], where)
-    if _MESSAGES in row and not any(column in row for column in _FILE_COLUMNS):
+    if with_messages and row.get(MESSAGES):
+        return read_chat(row, where)
+    if MESSAGES in row and not any(column in row for column in _FILE_COLUMNS):
         if with_messages:
             return None
         raise UserError(
-            f"{where} holds conversations (column {_MESSAGES}); pass --apply_chat_template to write them as the "
+            f"{where} holds conversations (column {MESSAGES}); pass --apply_chat_template to write them as the "
             "tokenizer's chat template does."
         )
     return next(_column([row], _FILE_COLUMNS, where), None)
 
 
-def _conversation(messages: object, where: str) -> list[Message]:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: column {_MESSAGES} is not a list of messages; give each a role and content.")
-    # A reader of tables gives each message every key that any message has.
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    if not all(isinstance(message.get("role"), str) and "content" in message for message in given):
-        raise UserError(f"{where}: column {_MESSAGES} has a message without role and content; give it both.")
-    return given
+def _rows(path: Path) -> Iterator[Row]:
+    """Yield a table's rows; the datasets library would make a cache in HOME for them."""
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _parsed_lines(path)
 
 
-def _rows(path: Path) -> IterableDataset:
-    import datasets  # here, because it takes seconds
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow.parquet import ParquetFile  # here, because it takes a while
 
-    if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    # Line by line with Python's own parser: that of the library crashes on brackets that are nested deeply.
-    return datasets.IterableDataset.from_generator(_parsed_lines, gen_kwargs={"path": str(path)})
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
+            yield from ({name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist())
 
 
-def _parsed_lines(path: str) -> Iterator[Row]:
-    with Path(path).open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+def _without_nulls(value: object) -> object:
+    """Return ``value`` without null fields: a table gives each record every field that any record has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _parsed_lines(path: Path) -> Iterator[Row]:
+    # Half characters stand for bytes that aren't UTF-8, so that their line can be named.
+    with path.open("rb") as file:
+        encoding = _encoding(file.read(2))
+    with path.open(encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "strict") as lines:
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                line.encode()
+                row = json.loads(line.removeprefix("\ufeff"))  # files may have been joined
+            except UnicodeEncodeError as error:
+                raise ValueError(f"line {number} is not UTF-8") from error
             except RecursionError as error:
                 raise ValueError(f"line {number} is nested too deeply") from error
             except ValueError as error:

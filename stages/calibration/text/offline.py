@@ -51,13 +51,27 @@ def paragraphs(text: str) -> list[str]:
 def gather(blocks: Iterable[str], characters: int) -> Iterator[str]:
     """Join consecutive paragraphs into documents of about ``characters`` characters, none shorter but the last."""
     document: list[str] = []
+    length = 0
     for block in blocks:
         document.append(block)
-        if sum(map(len, document)) >= characters:
+        length += len(block)
+        if length >= characters:
             yield "\n\n".join(document)
-            document = []
+            document, length = [], 0
     if document:
         yield "\n\n".join(document)
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """Cut ``text`` into pieces of at most ``characters``: where a line ends, else at a space, else anywhere."""
+    start = 0
+    while len(text) - start > characters:
+        limit = start + characters
+        ends = (text.rfind(mark, start + characters // 2, limit) + 1 for mark in "\n ")
+        end = next(filter(None, ends), limit)
+        yield text[start:end].strip()
+        start = end
+    yield text[start:].strip()
 
 
 def offline_calibration_documents() -> list[str]:

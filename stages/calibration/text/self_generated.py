@@ -26,6 +26,7 @@ from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.load import fingerprint_model
 from stages.system.json_file import explained, write_whole
+from stages.system.lock import exclusive
 from stages.system.paths import from_here
 
 if TYPE_CHECKING:
@@ -81,9 +82,10 @@ class TextGenerator:
         """
         scripts = self._scripts(tokenizer, request)
         file = GeneratedTextFile(self.folder / self._file_name(scripts, len(tokenizer), request))
-        missing = sorted(set(range(request.count)) - {line.window for line in file.read()})
-        if missing:
-            self._fill(file, missing, scripts, tokenizer, request)
+        if file.missing(request.count):
+            with exclusive(file.path, option="--cache_dir", waits=True):
+                if missing := file.missing(request.count):  # another run may have written them meanwhile
+                    self._fill(file, missing, scripts, tokenizer, request)
             _LOGGER.info("the model's own text is kept in %s, for other calibrations to read", from_here(file.path))
         written = sorted(file.read(), key=lambda line: line.window)[: request.count]
         return GeneratedText(title=_title(written), windows=np.array([line.tokens for line in written], np.int64))
@@ -163,6 +165,10 @@ class GeneratedTextFile:
         with explained(f"{self.path} can't be read as the model's own text", "delete it"):
             # Bytes end lines at line feeds only; text also at characters that the model may have written.
             return tuple(_WINDOWS.validate_json(line) for line in self.path.read_bytes().splitlines())
+
+    def missing(self, count: int) -> list[int]:
+        """Return the numbers of the first ``count`` windows that aren't kept yet."""
+        return sorted(set(range(count)) - {line.window for line in self.read()})
 
     def add(self, windows: Sequence[GeneratedWindow]) -> None:
         """Keep these windows too: all of them or, where that fails, none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,6 +30,10 @@ _FILES = (*_SENTENCEPIECE, "tokenizer.json", "tokenizer_config.json", "vocab.jso
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n")
 """The first line of a vocabulary of tiktoken: some also call it tokenizer.model."""
 _NAME_ANOTHER = "pass a folder that has one, or the model's hub name, as --model_name"
+_CHARACTERS_PER_TOKEN = 8
+"""Twice the usual, so that a text's beginning hardly ever has to be tokenized again."""
+_CHANGED_BY_A_CUT = 64
+"""Tokens before the place where a text is cut that may differ from those of the whole; few really do."""
 
 
 def why_unreachable(name: str, kind: Literal["model", "dataset"], seconds: float = _SECONDS) -> str | None:
@@ -58,6 +63,29 @@ class FoundTokenizer:
     source: str
     title: str
     """The source in words: with the reason, where it stands in for another."""
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Return the first ``count`` tokens of ``text``, or as many as there are; hardly more than those are computed.
+
+    Halves of characters, which escapes in JSON can leave, become the character for what can't be read.
+
+    Args:
+        tokenizer: the model's.
+        text: of any length.
+        count: how many tokens are needed.
+        add_special_tokens: whether those that the tokenizer puts around texts are among them.
+    """
+    characters = _CHARACTERS_PER_TOKEN * (count + _CHANGED_BY_A_CUT)
+    while True:
+        begin = text[:characters].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # verbose warns of texts longer than the model's context; windows are cut afterwards.
+        ids: list[int] = tokenizer(begin, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        if characters >= len(text) or len(ids) >= count + _CHANGED_BY_A_CUT:
+            return ids[:count]
+        characters *= 4
 
 
 class _CannotLoad(Exception):
@@ -147,6 +175,8 @@ def _library_of(file: Path) -> str:
 def hub_reason(error: BaseException) -> str:
     """Return in words why a model of the hub can't be loaded."""
     for cause in _causes(error):
+        if isinstance(cause, OSError) and (variable := _cache_of(cause.filename)) is not None:
+            return f"{cause.filename} can't be written, {cause.strerror}; set {variable} to a folder that can be"
         if isinstance(cause, HFValidationError):
             return "there is no such folder, and it is not a hub name"
         if isinstance(cause, GatedRepoError):
@@ -154,6 +184,20 @@ def hub_reason(error: BaseException) -> str:
         if isinstance(cause, RepositoryNotFoundError):
             return "the Hugging Face hub has no such model, or it is private; if so, log in with 'hf auth login'"
     return with_class_name(error)
+
+
+def _cache_of(file: object) -> str | None:
+    """Return the variable that moves the libraries' cache, where ``file`` lies in that or above it."""
+    if not isinstance(file, str | os.PathLike):
+        return None
+    path = Path(file).absolute()
+    places = {
+        "HF_HOME": constants.HF_HOME,
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_DATASETS_CACHE": os.environ.get("HF_DATASETS_CACHE", constants.HF_HOME),
+    }
+    caches = {variable: Path(place).absolute() for variable, place in places.items()}
+    return next((name for name, each in caches.items() if path.is_relative_to(each) or each.is_relative_to(path)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64
 
-from stages.calibration.text.chat import as_conversation, require_chat_template
+from stages.calibration.text.chat import ChatTemplate, as_conversation, require_chat_template
 from stages.calibration.text.documents import (
     HUB_SOURCES,
     ChosenText,
@@ -35,7 +35,7 @@ from stages.calibration.text.mix import (
     windows_by_dataset,
 )
 from stages.calibration.text.self_generated import GenerationRequest, TextGenerator
-from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer
+from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer, first_tokens
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
@@ -54,6 +54,8 @@ _CALIBRATION_SHARE = 0.9
 _PLENTIFUL = frozenset({MIX, SELF_GENERATED, *HUB_SOURCES})
 """Data sets of which the widest model gets as much as it needs."""
 _RANDOM_TITLE = "random tokens"
+_MOST_REFUSED = 100
+"""Conversations; a template that refuses so many before the first it writes is taken to refuse all."""
 _TALKATIVE = ("datasets", "huggingface_hub", "transformers", "httpx", "fsspec")
 
 
@@ -214,16 +216,22 @@ def _part(
     """Return ``share`` windows, of ``count`` in all, of one data set; fewer of a short part of mix."""
     chat = config.apply_chat_template
     documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
-    tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
+    enough = share * config.seq_len
+    chats = _Chats(template=require_chat_template(tokenizer), enough=enough) if chat else None
+    tokens = _token_stream(tokenizer, documents.texts, enough) if chats is None else chats.tokens(documents.texts)
     windows = pack_windows(tokens, share, config.seq_len, beginning_token(tokenizer))
+    left_out = "" if chats is None else chats.left_out
     if len(windows) < (share if is_named else LEAST_WINDOWS):
         asked = "--calib_size is" if config.calib_size else "the default of --calib_size is"
         if share != count:
             asked = "its share of --calib_size is"
+        without = f" without {left_out}" if left_out else ""
         raise UserError(
-            f"--dataset {dataset} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and {asked} "
-            f"{share}; lower --calib_size or --seq_len, or pass more text."
+            f"--dataset {dataset} gives {counted(len(windows), 'window')} of {config.seq_len} tokens{without} and "
+            f"{asked} {share}; lower --calib_size or --seq_len, or pass more text."
         )
+    if left_out:
+        _LOGGER.warning("--dataset %s is read without %s", dataset, left_out)
     return _Part(title=f"{documents.title}, as chats" if chat else documents.title, windows=windows)
 
 
@@ -242,16 +250,51 @@ def _self_generated_part(
     return _Part(title=text.title, windows=text.windows)
 
 
-def _chat_stream(tokenizer: PreTrainedTokenizerBase, documents: Iterable[TextDocument]) -> Iterator[int]:
-    template = require_chat_template(tokenizer)
-    for document in documents:
-        yield from template.tokens(as_conversation(document) if isinstance(document, str) else document)
+@dataclass(slots=True, kw_only=True)
+class _Chats:
+    """Write conversations by a template, and count those that it refuses."""
+
+    template: ChatTemplate
+    enough: int
+    """Tokens."""
+    written: int = 0
+    refused: int = 0
+    reason: str = ""
+
+    def tokens(self, documents: Iterable[TextDocument]) -> Iterator[int]:
+        """Yield the tokens of the conversations that the template doesn't refuse.
+
+        Raises:
+            UserError: it refuses all, or so many before the first that it seems to.
+        """
+        for document in documents:
+            conversation = as_conversation(document) if isinstance(document, str) else document
+            try:
+                tokens = self.template.tokens(conversation, self.enough)
+            except UserError as error:
+                if self.refused == _MOST_REFUSED and not self.written:
+                    raise
+                self.refused += 1
+                self.reason = self.reason or str(error)
+            else:
+                self.written += 1
+                yield from tokens
+        if self.refused and not self.written:
+            raise UserError(self.reason)
+
+    @property
+    def left_out(self) -> str:
+        """Return in words how many conversations were refused, and why; "" where none was."""
+        if not self.refused:
+            return ""
+        reason = self.reason.partition(";")[0].removeprefix("The tokenizer's chat template refuses a conversation ")
+        return f"{counted(self.refused, 'conversation')} that the tokenizer's chat template refuses {reason}"
 
 
-def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[TextDocument]) -> Iterator[int]:
+def _token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[TextDocument], enough: int) -> Iterator[int]:
     for text in texts:
-        # verbose warns of texts longer than the model's context; windows are cut afterwards.
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        assert isinstance(text, str), "conversations are asked for only with a chat template"
+        ids = first_tokens(tokenizer, text, enough)
         yield from ids
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             yield tokenizer.eos_token_id

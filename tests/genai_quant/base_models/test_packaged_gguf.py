@@ -93,6 +93,16 @@ def test_what_is_not_installed_is_downloaded_once(
         gguf_file("carried", tmp_path)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match=r"no home; set XDG_CACHE_HOME"):
+        cache_folder()
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(UserError, match=r"can't be kept in .*cache.*; .*XDG_CACHE_HOME"):

@@ -124,6 +124,15 @@ def test_a_truncated_statistics_file_is_refused(tmp_path: Path) -> None:
         cache.read("/x")
 
 
+def test_a_cache_that_another_run_replaces_is_not_mixed_with_what_was_read(tmp_path: Path) -> None:
+    cache = _write(tmp_path / "cache")
+    cache.read("/x")
+    _write(tmp_path / "cache", replace(KEY, seq_len=9), overwrite=True)
+    for read in (cache.read, cache.read_for_search):
+        with pytest.raises(CacheMismatch, match="cache was replaced or removed while it was read; run"):
+            read("/x")
+
+
 def test_no_cache_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(CacheMismatch, match=r"run stages\.calibrate first"):
         open_cache(tmp_path, "m")

@@ -8,10 +8,11 @@ import pytest
 import transformers
 
 from stages.calibration.text.chat import ChatTemplate, as_conversation, find_chat_template, require_chat_template
+from stages.calibration.text.chat_document import ChatDocument
 from stages.errors import UserError
 from tests.stages.calibration.chats import TEMPLATE
 
-HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+HELLO = ChatDocument(messages=({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}))
 
 
 @pytest.fixture
@@ -83,6 +84,6 @@ def test_without_a_template_the_option_is_named(tiny_tokenizer: Path) -> None:
 def test_a_text_is_asked_by_its_beginning_and_answered_by_its_rest(
     text: str, question: str, answer: str | None
 ) -> None:
-    user, *others = as_conversation(text)
+    user, *others = as_conversation(text).messages
     assert user == {"role": "user", "content": question}
     assert others == ([] if answer is None else [{"role": "assistant", "content": answer}])

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from stages.calibration.text.documents import HubSource, TextDocument, open_documents
+from stages.calibration.text.chat_document import ChatDocument
+from stages.calibration.text.documents import HubSource, TextDocument, _shuffled_rows, open_documents
 from stages.errors import UserError
 from tests.stages.calibration.text.stories import STORIES, hub_folder, write_stories
 
@@ -86,11 +89,67 @@ def test_a_damaged_file_is_named_with_its_kind(tmp_path: Path, suffix: str) -> N
         read(path)
 
 
-def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "latin.txt"
-    path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt can't be read as UTF-8"):
+@pytest.mark.parametrize(
+    "content",
+    ["café au lait".encode("latin-1"), "UTF-16 without its mark".encode("utf-16-le"), b"PK\0\0\0"],
+    ids=["latin", "utf-16", "binary"],
+)
+def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "other.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"other\.txt can't be read as UTF-8 text .*; save it as UTF-8"):
         read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_marks_of_encodings_are_no_part_of_the_text_nor_is_half_a_character_at_its_end(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = tmp_path / "UPPER.TXT"
+    path.write_bytes("Grüße\r\nund Äußeré".encode(encoding)[:-1])
+    assert read(path) == ["Grüße\nund Äußer"]
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl can't be read as jsonl .*line 2 is not UTF-8"):
+        read(path)
+
+
+def test_rows_of_utf16_and_of_joined_files_are_read(tmp_path: Path) -> None:
+    path, row = tmp_path / "rows.jsonl", '{"text": "Grüße"}\n'
+    path.write_text(row, encoding="utf-16")
+    assert read(path) == ["Grüße"]
+    path.write_text(f"\ufeff{row}\ufeff{row}", encoding="utf-8")
+    assert read(path) == ["Grüße", "Grüße"]
+
+
+def test_nulls_of_other_rows_are_no_part_of_a_table_s_conversation(tmp_path: Path) -> None:
+    tool = {"name": "look", "parameters": {"city": {"type": "string"}}}
+    other = {"name": "now", "parameters": {"zone": {"type": "string"}}}
+    rows = [{"messages": [{"role": "user", "content": "Rain?"}], "tools": [each]} for each in (tool, other)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "talk.parquet")
+    found = read(tmp_path / "talk.parquet", with_messages=True)
+    assert [document.tools for document in found if isinstance(document, ChatDocument)] in (
+        [(tool,), (other,)],
+        [(other,), (tool,)],
+    )
+
+
+def test_one_long_line_is_cut_into_documents(tmp_path: Path) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text(" ".join(f"word{number}" for number in range(9000)), encoding="utf-8")
+    texts = [str(text) for text in read(path)]
+    assert max(map(len, texts)) <= 16384
+    assert sorted(" ".join(texts).split()) == sorted(path.read_text().split())
+
+
+def test_rows_come_in_the_order_of_the_datasets_library() -> None:
+    """Calibrations of earlier versions stay current."""
+    rows = [{"text": str(number)} for number in range(5001)]
+    theirs = datasets.IterableDataset.from_generator(lambda: iter(rows)).shuffle(seed=3, buffer_size=2000)
+    assert list(_shuffled_rows(iter(rows), 3)) == list(theirs)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -108,12 +167,6 @@ def test_a_file_without_a_text_column_names_its_columns(tmp_path: Path, suffix: 
             {"messages": [{"role": "user", "content": "Hi"}]},
             False,
             r"rows\.jsonl holds conversations .*; pass --apply_chat_template",
-        ),
-        ({"messages": "Hello"}, True, "column messages is not a list of messages; give each a role and content"),
-        (
-            {"messages": [{"from": "human", "value": "Hello"}]},
-            True,
-            "column messages has a message without role and content",
         ),
     ],
 )

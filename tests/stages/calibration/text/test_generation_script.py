@@ -10,6 +10,7 @@ import transformers
 from tokenizers import processors
 
 from stages.calibration.text.chat import ChatMarks, require_chat_template
+from stages.calibration.text.chat_document import ChatDocument
 from stages.calibration.text.generation_script import (
     GenerationScript,
     Turn,
@@ -101,7 +102,9 @@ def test_chats_are_what_the_template_makes_of_question_and_answer(
     template = require_chat_template(tokenizer)
     script = chat_script(tokenizer, template.marks(), frozenset({EOS}), 100)
     question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Where?", "Here."))
-    expected = template.tokens([{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}])
+    expected = template.tokens(
+        ChatDocument(messages=({"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}))
+    )
     opening, to_answer = len(script.opening), len(script.turns[0].then)
     sampled = chain(repeat(5, opening), question, [EOS], repeat(5, to_answer - 1), answer, [EOS])
     assert written(script, list(sampled)) == expected

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import transformers
 
-from stages.calibration.text.tokenizer import find_tokenizer, why_unreachable
+from stages.calibration.text.tokenizer import find_tokenizer, first_tokens, hub_reason, why_unreachable
 from stages.errors import UserError
 
 ANSWERS = {
@@ -143,3 +143,36 @@ def test_a_tokenizer_that_no_installed_library_reads(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(words)):
         find_tokenizer(str(tmp_path), None, trust_remote_code=False)
+
+
+def test_of_a_long_text_only_its_beginning_is_tokenized(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
+    text = " ".join(f"word{number}" for number in range(9000))
+    whole, seen, ask = tokenizer(text)["input_ids"], list[int](), type(tokenizer).__call__
+
+    def counting(self: object, part: str, **options: object) -> object:
+        seen.append(len(part))
+        return ask(self, part, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    assert first_tokens(tokenizer, text, 100) == whole[:100]
+    assert sum(seen) < 2000 < len(text)
+    assert first_tokens(tokenizer, text, len(whole) + 1) == whole
+    # So many tokens need more characters than are tried first.
+    spaced = (" " * 40).join(text.split())
+    assert first_tokens(tokenizer, spaced, 3000) == ask(tokenizer, spaced)["input_ids"][:3000]
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"])
+def test_a_cache_that_can_t_be_written_is_named_with_the_variable_that_moves_it(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable == "HF_DATASETS_CACHE":
+        monkeypatch.setenv(variable, "/nowhere/cache")
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, variable, "/nowhere/cache")
+    error = OSError("can't load")
+    error.__cause__ = PermissionError(13, "Permission denied", "/nowhere")
+    said = hub_reason(error)
+    assert said == f"/nowhere can't be written, Permission denied; set {variable} to a folder that can be"
+    assert "set " not in hub_reason(PermissionError(13, "Permission denied", "/elsewhere"))

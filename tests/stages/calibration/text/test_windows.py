@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
 from stages.runtime.providers import CPU_ONLY
-from tests.stages.calibration.chats import with_template
+from tests.stages.calibration.chats import TEMPLATE, with_template
 from tests.stages.calibration.text.stories import STORIES, hub_folder, write_stories
 
 pytestmark = pytest.mark.usefixtures("short_wait")
@@ -253,6 +254,30 @@ def test_rows_without_messages_give_their_text(chat_config: CalibrateConfig, tmp
     assert asked
     assert set(chats) - set(asked)
     assert set(chats) - set(asked) < texts
+
+
+_REFUSES_EVEN = "{% if messages[0].content[-2] in '02468' %}{{ raise_exception('even') }}{% endif %}" + TEMPLATE
+
+
+def test_conversations_that_the_template_refuses_are_left_out_and_counted(
+    chat_config: CalibrateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (chat_config.onnx_path / "chat_template.jinja").write_text(_REFUSES_EVEN, encoding="utf-8")
+    config = replace(chat_config, dataset=conversations(tmp_path / "talk.jsonl"))
+    chats = chats_of(config)
+    assert chats
+    assert set(chats) <= {f"[user] What is {n}?</s>[assistant] {n}.</s>" for n in range(1, 120, 2)}
+    assert re.search(
+        r"read without \d+ conversations that the .* template refuses \(TemplateError: even\)", caplog.text
+    )
+    with pytest.raises(UserError, match=r"without 60 conversations that .* and --calib_size is 4000; lower"):
+        load(replace(config, calib_size=4000))
+
+
+def test_a_template_that_refuses_all_conversations_is_an_error(chat_config: CalibrateConfig, tmp_path: Path) -> None:
+    (chat_config.onnx_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"template refuses a conversation \(TemplateError: no\); leave such rows out"):
+        load(replace(chat_config, dataset=conversations(tmp_path / "talk.jsonl")))
 
 
 def test_text_becomes_a_question_and_its_answer(chat_config: CalibrateConfig, tmp_path: Path) -> None:
