@@ -23,8 +23,9 @@ from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.upcast import must_upcast, upcast_file
 
 Version = tuple[int, int]
@@ -125,12 +126,13 @@ def _run_partition(
             raise CannotRun("its operators have no CPU kernel for this type") from error
         raise
     try:
-        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary))
-        one_token = feeds(np.zeros((1, 1), np.int64))
+        feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary), open_size=1)
+        window = feeds.window
+        few_tokens = feeds(np.zeros((window.batch or 1, window.length or 1), np.int64))
     except GraphError as error:
         raise CannotRun(f"its inputs can't be made here: {error}") from error
     try:
-        outputs = session.run(None, one_token | boundary)
+        outputs = session.run(None, few_tokens | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base
         raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
     finally:

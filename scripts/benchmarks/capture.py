@@ -16,8 +16,9 @@ from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize
 from stages.model.directory import ModelDirectory
 from stages.model.load import load_graph
 from stages.model.sites import find_groups
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.tap import open_value_tap
 
 _MANY_TOKENS = 1 << 40

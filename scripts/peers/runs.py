@@ -26,8 +26,9 @@ from stages.model.load import load_graph
 from stages.model.sites import find_groups
 from stages.quantization.plan.rules import all_sites
 from stages.records.quantities import counted
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.genai import runtime_version
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.session import SessionSettings, open_session
 from stages.system.atomic import atomic_file
 
 _HERE = Path(__file__).parent

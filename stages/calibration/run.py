@@ -24,6 +24,8 @@ from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.runtime.blocks.chain import Chain, open_chain
+from stages.runtime.feeds import require_text_inputs
+from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
@@ -99,15 +101,19 @@ def _dataset(config: CalibrateConfig) -> str:
 def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
     device = choose_device(config.device)
     directory = locate_model(config.onnx_path)
-    _require_context(config.seq_len, directory)
     model = load_graph(directory)
     require_float_base(model, directory)
+    window = require_text_inputs(model, directory)
+    config = fit_to_graph(config, window)
+    _require_context(config.seq_len, directory)
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
     return Capture(
         model=model,
         directory=directory,
         groups=groups,
-        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)),
+        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)).in_whole_batches(
+            window.batch or 1
+        ),
         batch_size=config.batch_size,
         device=device,
         choice=choice,
@@ -115,6 +121,16 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         scratch=scratch,
         processes=processes,
     )
+
+
+def fit_to_graph(config: CalibrateConfig, window: WindowShape) -> CalibrateConfig:
+    """Return ``config`` with the length and number of windows that a graph takes at a time, where it fixes them."""
+    fitting = replace(config, seq_len=window.length or config.seq_len, batch_size=window.batch or config.batch_size)
+    for option in ("seq_len", "batch_size"):
+        before, after = getattr(config, option), getattr(fitting, option)
+        if before != after:
+            _LOGGER.info("the graph takes windows of fixed shape: --%s %d in place of %d", option, after, before)
+    return fitting
 
 
 def _require_context(seq_len: int, directory: ModelDirectory) -> None:
@@ -137,13 +153,18 @@ def _provider_options(
     options = {name: {"device_id": str(processes.index_here)} for name in (CUDA,) if processes.count > 1}
     if NV_TENSORRT_RTX not in choice.names:
         return options
+    sizes = decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code)
     profile = ShapeProfile(
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        sizes=decoder_sizes(directory, config.model_name, trust_remote_code=config.trust_remote_code),
-        windowed_caches=directory.windowed_caches,
+        context_length=sizes.context_length,
+        shapes=replace(
+            InputShapes.of(directory, advice="leave NvTensorRtRtx out of --calibration_eps"),
+            kv_heads=sizes.kv_heads,
+            head_size=sizes.head_size,
+        ),
     )
-    return options | {NV_TENSORRT_RTX: profile.provider_options(model.graph.inputs)}
+    return options | {NV_TENSORRT_RTX: profile.provider_options(inputs_of_graph(model, directory))}
 
 
 def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:

@@ -8,17 +8,15 @@ and else from the Hugging Face config.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from stages.calibration.text.tokenizer import why_unreachable
-from stages.errors import GraphError, UserError
+from stages.errors import UserError
 from stages.model.directory import ModelDirectory
-from stages.model.genai_config import GENAI_CONFIG
+from stages.runtime.graph_inputs import GraphInput, InputShapes, TokenShape
 
 HF_CONFIG = "config.json"
 
@@ -40,20 +38,6 @@ class DecoderSizes:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Smallest, usual and largest value of one dimension."""
-
-    least: int
-    usual: int
-    most: int
-
-    @classmethod
-    def fixed(cls, size: int) -> _Range:
-        """Return a range of one size."""
-        return cls(size, size, size)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeProfile:
     """Ranges of all graph inputs for one run.
@@ -61,72 +45,37 @@ class ShapeProfile:
     Args:
         batch_size: windows in the largest batch that will be fed.
         seq_len: tokens of the longest window.
-        sizes: what the model's configuration says.
-        windowed_caches: the length of those key/value caches whose length never changes.
+        context_length: tokens that the model can hold; None: unknown.
+        shapes: what else decides about them.
     """
 
     batch_size: int
     seq_len: int
-    sizes: DecoderSizes
-    windowed_caches: Mapping[str, int] = field(default_factory=dict)
+    context_length: int | None
+    shapes: InputShapes
 
-    def provider_options(self, inputs: Sequence[ir.Value]) -> dict[str, str]:
+    def provider_options(self, inputs: Sequence[GraphInput]) -> dict[str, str]:
         """Return the three provider options for the graph inputs ``inputs``.
 
         Raises:
             GraphError: an input isn't one of a text decoder, or has a size that neither graph nor configuration gives.
         """
-        ranges = {str(value.name): self._ranges(value) for value in inputs}
+        # Calibration starts with empty caches.
+        fed = TokenShape(self.batch_size, self.seq_len)
         return {
-            "nv_profile_min_shapes": _written(ranges, lambda size: size.least),
-            "nv_profile_opt_shapes": _written(ranges, lambda size: size.usual),
-            "nv_profile_max_shapes": _written(ranges, lambda size: size.most),
+            "nv_profile_min_shapes": self._written(inputs, TokenShape(1, 1)),
+            "nv_profile_opt_shapes": self._written(inputs, fed),
+            "nv_profile_max_shapes": self._written(inputs, replace(fed, past=self._longest_past())),
         }
 
-    def _ranges(self, value: ir.Value) -> list[_Range]:
-        name = str(value.name)
-        declared = [] if value.shape is None else list(value.shape)
-        open_sizes = self._cache(name) if "past" in name else self._tokens(name)
-        if len(declared) != len(open_sizes):
-            raise GraphError(
-                f"Graph input '{name}' has {len(declared)} dimensions and a text decoder's has {len(open_sizes)}, so "
-                "no shapes can be prepared for NvTensorRtRtx; leave it out of --calibration_eps."
-            )
-        return [
-            _Range.fixed(dim) if isinstance(dim, int) else _known(size, name, axis)
-            for axis, (dim, size) in enumerate(zip(declared, open_sizes, strict=True))
-        ]
+    def _longest_past(self) -> int:
+        """Return the length of a window within the context."""
+        if self.context_length is None:
+            return self.seq_len
+        return min(self.seq_len, max(1, self.context_length - self.seq_len))
 
-    def _tokens(self, name: str) -> list[_Range | None]:
-        batch, length, past = self._batch(), self._length(), self._past()
-        match name:
-            case "input_ids" | "position_ids":
-                return [batch, length]
-            case "attention_mask":
-                return [batch, _Range(length.least + past.least, length.usual + past.usual, length.most + past.most)]
-        raise GraphError(
-            f"Graph input '{name}' is not one that a text decoder has, so no shapes can be prepared for NvTensorRtRtx; "
-            "leave it out of --calibration_eps."
-        )
-
-    def _cache(self, name: str) -> list[_Range | None]:
-        heads = None if self.sizes.kv_heads is None else _Range.fixed(self.sizes.kv_heads)
-        head_size = None if self.sizes.head_size is None else _Range.fixed(self.sizes.head_size)
-        window = self.windowed_caches.get(name)
-        return [self._batch(), heads, self._past() if window is None else _Range.fixed(window), head_size]
-
-    def _batch(self) -> _Range:
-        return _Range(1, self.batch_size, self.batch_size)
-
-    def _length(self) -> _Range:
-        return _Range(1, self.seq_len, self.seq_len)
-
-    def _past(self) -> _Range:
-        """Return past lengths: none, as calibration starts with empty caches, and up to a window within the context."""
-        left = self.seq_len
-        if self.sizes.context_length is not None:
-            left = min(left, max(1, self.sizes.context_length - self.seq_len))
-        return _Range(0, 0, left)
+    def _written(self, inputs: Sequence[GraphInput], tokens: TokenShape) -> str:
+        return ",".join(f"{given.name}:{'x'.join(map(str, self.shapes.shape(given, tokens)))}" for given in inputs)
 
 
 def decoder_sizes(directory: ModelDirectory, model_name: str | None, *, trust_remote_code: bool) -> DecoderSizes:
@@ -162,24 +111,6 @@ def sizes_of_config(config: Mapping[str, Any]) -> DecoderSizes:
         head_size=text.get("head_dim") or (hidden // heads if hidden and heads else None),
         context_length=text.get("max_position_embeddings"),
     )
-
-
-def _known(size: _Range | None, name: str, axis: int) -> _Range:
-    if size is None:
-        what, keys = (
-            ("number of key/value heads", "num_key_value_heads")
-            if axis == 1
-            else ("head size", "head_size or head_dim")
-        )
-        raise GraphError(
-            f"Graph input '{name}' leaves its {what} open, and neither {GENAI_CONFIG} nor {HF_CONFIG} gives {keys}: "
-            f"NvTensorRtRtx must know it beforehand; put the model's {HF_CONFIG} into its folder or pass --model_name."
-        )
-    return size
-
-
-def _written(ranges: Mapping[str, Sequence[_Range]], pick: Callable[[_Range], int]) -> str:
-    return ",".join(f"{name}:{'x'.join(str(pick(size)) for size in sizes)}" for name, sizes in ranges.items())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

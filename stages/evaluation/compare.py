@@ -42,6 +42,7 @@ from stages.model.sizes import model_bytes
 from stages.model.unquantized import is_quantized
 from stages.records.quantities import counted
 from stages.runtime.decoder import open_decoder
+from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
 from stages.runtime.upcast import must_upcast
@@ -97,6 +98,7 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
     """
     config.validate()
     directory = locate_model(config.base)
+    config = _fit_to_graph(config, directory)
     tokenizer = load_tokenizer(str(directory.folder), trust_remote_code=False)
     return PreparedBase(
         directory=directory,
@@ -107,6 +109,18 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
         worst=config.worst,
         decode=lambda tokens: str(tokenizer.decode(list(tokens))),
     )
+
+
+def _fit_to_graph(config: EvaluateConfig, directory: ModelDirectory) -> EvaluateConfig:
+    """Return ``config`` with windows no longer than those that the base takes, where its graph fixes them."""
+    length = WindowShape.of(inputs_of_graph(ir.load(directory.onnx_file), directory)).length
+    if length is None or config.seq_len <= length:
+        return config
+    _LOGGER.info(
+        "%s takes windows of fixed length: --seq_len %d in place of %d",
+        directory.onnx_file.name, length, config.seq_len,
+    )  # fmt: skip
+    return replace(config, seq_len=length)
 
 
 def prepare(config: EvaluateConfig) -> PreparedEvaluation:
@@ -134,7 +148,7 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
         text=config.text,
         tokens=base.tokens,
         windows=config.windows,
-        seq_len=config.seq_len,
+        seq_len=base.windows.shape[1],
         accuracy_level=config.accuracy_level,
         providers=base.settings.providers,
         worst=config.worst,

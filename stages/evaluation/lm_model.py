@@ -48,7 +48,7 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     @property
     def max_length(self) -> int:
         """Return how many tokens the model reads at most."""
-        return self._decoder.directory.context_length or _UNKNOWN_LENGTH
+        return self._decoder.feeds.window.length or self._decoder.directory.context_length or _UNKNOWN_LENGTH
 
     @property
     def eot_token_id(self) -> int:

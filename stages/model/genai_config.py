@@ -15,11 +15,19 @@ LOGITS = "logits"
 GENAI_CONFIG = "genai_config.json"
 
 
-class GenaiDecoder(BaseModel):
-    """The decoder's entry."""
+class GenaiPart(BaseModel):
+    """The entry of one graph."""
 
     model_config = ConfigDict(strict=True)
     filename: str | None = None
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    """The graph's own names by those that onnxruntime-genai has for them."""
+    outputs: dict[str, Any] = Field(default_factory=dict)
+
+
+class GenaiDecoder(GenaiPart):
+    """The decoder's entry."""
+
     num_key_value_heads: PositiveInt | None = None
     head_size: PositiveInt | None = None
     session_options: dict[str, Any] = Field(default_factory=dict)
@@ -44,6 +52,7 @@ class GenaiModel(BaseModel):
 
     model_config = ConfigDict(strict=True)
     decoder: GenaiDecoder = Field(default_factory=GenaiDecoder)
+    embedding: GenaiPart = Field(default_factory=GenaiPart)
     vocab_size: PositiveInt | None = None
     context_length: PositiveInt | None = None
 
@@ -94,9 +103,9 @@ def _parsed(path: Path, content: object) -> GenaiModel:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"])) or "the whole"
         raise GraphError(f"{path} has {place} wrong ({fault['msg']}); rebuild or repair the model folder.") from error
-    filename = model.decoder.filename
-    if filename is not None and not _is_inside(filename):
-        raise GraphError(f"{path} has the filename '{filename}', which isn't in its folder; put the graph there.")
+    for filename in (model.decoder.filename, model.embedding.filename):
+        if filename is not None and not _is_inside(filename):
+            raise GraphError(f"{path} has the filename '{filename}', which isn't in its folder; put the graph there.")
     return model
 
 

@@ -14,11 +14,12 @@ from jaxtyping import Float32, Int64
 
 from stages.errors import UserError, in_one_line
 from stages.model.directory import ModelDirectory, logits_among
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.feeds import CausalFeeds, Feed
+from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.upcast import runnable_file
 
 _PAST = re.compile(r"past(_key_values)?")
-Feeds = Mapping[str, ort.OrtValue]
+_Values = Mapping[str, ort.OrtValue]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +30,21 @@ class Decoder:
     feeds: CausalFeeds
 
     def logits(self, tokens: Int64[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L V"]:
-        """Return the logits of full windows, past key/values empty.
+        """Return the logits of windows, past key/values empty; where the graph takes longer ones, they are filled up.
 
         Raises:
-            UserError: ONNX Runtime stops.
+            UserError: the graph takes shorter windows, gives logits of some tokens only, or ONNX Runtime stops.
         """
-        (logits,) = self._run([self._logits], _as_values(self.feeds(tokens)))
-        return np.asarray(logits.numpy(), np.float32)
+        windows = self.feeds.window.filled(tokens)
+        found = [self._run([self._logits], _as_values(self.feeds(each)))[0] for each in windows]
+        logits = np.concatenate([part.numpy() for part in found]).astype(np.float32, copy=False)
+        batch, length = tokens.shape
+        if logits.ndim != 3 or logits.shape[1] < length:
+            raise UserError(
+                f"{self.directory.onnx_file} gives logits {list(logits.shape)} of {batch} x {length} tokens, not "
+                "those of each token, which are compared; build it without a pruned lm_head."
+            )
+        return logits[:batch, :length]
 
     def continuation(self, tokens: list[int]) -> Iterator[int]:
         """Yield the most likely tokens behind ``tokens``, without end; each is computed when it is asked for.
@@ -56,14 +65,14 @@ class Decoder:
             yield known[-1]
 
     def _cached(self, tokens: list[int], present_of: Mapping[str, str]) -> Iterator[int]:
-        first = self.feeds(np.array([tokens]))
-        feeds, length = _as_values(first), len(tokens)
+        feeds, length = _as_values(self.feeds(np.array([tokens]))), len(tokens)
         while True:
             logits, *presents = self._run([self._logits, *present_of.values()], feeds)
             token = int(logits.numpy()[0, -1].argmax())
             yield token
+            next_feeds = _as_values(self.feeds(np.array([[token]]), past=length))
+            feeds = next_feeds | dict(zip(present_of, presents, strict=True))
             length += 1
-            feeds = _as_values(_of_one_token(first, token, length)) | dict(zip(present_of, presents, strict=True))
 
     @property
     def _logits(self) -> str:
@@ -71,14 +80,12 @@ class Decoder:
 
     def _present_of_past(self) -> dict[str, str] | None:
         """Return the output that becomes each cache input in the next step; None where a cache slides or has none."""
-        session = self.feeds.session
-        outputs = {node.name for node in session.get_outputs()}
-        inputs = [node.name for node in session.get_inputs()]
-        pairs = {name: _PAST.sub("present", name) for name in inputs if _PAST.search(name)}
-        complete = set(pairs.values()) <= outputs
-        return pairs if complete and not self.directory.windowed_caches else None
+        outputs = {node.name for node in self.feeds.session.get_outputs()}
+        pairs = {name: _PAST.sub("present", name) for name in self.feeds.states}
+        fixed = self.feeds.window.length or self.feeds.hidden_past or self.directory.windowed_caches
+        return pairs if set(pairs.values()) <= outputs and not fixed else None
 
-    def _run(self, outputs: list[str], feeds: Feeds) -> list[ort.OrtValue]:
+    def _run(self, outputs: list[str], feeds: _Values) -> list[ort.OrtValue]:
         try:
             return list(self.feeds.session.run_with_ort_values(outputs, dict(feeds)))
         except Exception as error:  # onnxruntime raises classes without a common base
@@ -101,24 +108,12 @@ def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: 
     """
     with runnable_file(directory.onnx_file, settings.providers, scratch) as onnx_file:
         session = open_session(onnx_file, settings)
-        feeds = CausalFeeds.of(session, directory)
+        feeds = CausalFeeds.of(session, directory, advice="evaluate it with the program that it was made for")
         yield Decoder(directory=directory, feeds=feeds)
 
 
-def _as_values(feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> dict[str, ort.OrtValue]:
+def _as_values(feeds: Mapping[str, Feed]) -> dict[str, ort.OrtValue]:
     return {
         name: feed if isinstance(feed, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(feed)
         for name, feed in feeds.items()
     }
-
-
-def _of_one_token(
-    first: Mapping[str, np.ndarray | ort.OrtValue], token: int, length: int
-) -> dict[str, np.ndarray | ort.OrtValue]:
-    """Return the feeds of the last of ``length`` tokens without caches, in the types of the ``first`` step."""
-    values = {
-        "input_ids": np.array([[token]]),
-        "attention_mask": np.ones((1, length)),
-        "position_ids": np.array([[length - 1]]),
-    }
-    return {name: values[name].astype(feed.dtype) for name, feed in first.items() if name in values}

@@ -1,4 +1,4 @@
-"""Open ONNX Runtime sessions on the first providers that work, and feed them what the graph declares."""
+"""Open ONNX Runtime sessions on the first providers that work."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
 from stages.errors import GraphError, in_one_line
-from stages.model.directory import ModelDirectory
-from stages.records.formats import FLOAT_TYPES
 from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
 from stages.system.hardware import granted_threads
 
 _REASON_LENGTH = 200
 _AS_MANY_AS_CORES = 0
-_BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
-_NUMPY_TYPES: dict[str, np.dtype[np.generic]] = {
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
-    **{kind.onnxruntime: kind.numpy for kind in FLOAT_TYPES.values() if kind.onnxruntime != _BFLOAT16},
-}
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
 
@@ -129,83 +119,3 @@ def _without(choice: ProviderChoice, name: str, reason: str) -> ProviderChoice:
         names=tuple(other for other in choice.names if other != name),
         missing=(*choice.missing, (SHORT_NAMES[name], short)),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CausalFeeds:
-    """The inputs of a decoder graph for full windows of tokens and an empty past, by the graph's own names.
-
-    Position ids are 0, 1, 2, ...; the attention mask is all ones: windows hold no padding. An empty past has length 0,
-    or the length that ``windowed_caches`` gives for its input: then a buffer of zeros, of which nothing is valid yet.
-    """
-
-    session: ort.InferenceSession
-    kv_heads: int | None
-    head_size: int | None
-    windowed_caches: Mapping[str, int] = field(default_factory=dict)
-    fed_otherwise: frozenset[str] = frozenset()
-    """Inputs that the caller feeds."""
-
-    @classmethod
-    def of(
-        cls, session: ort.InferenceSession, directory: ModelDirectory, fed_otherwise: frozenset[str] = frozenset()
-    ) -> CausalFeeds:
-        """Return the feeds of a session whose model, or a part of it, lies in ``directory``.
-
-        Args:
-            session: the open session.
-            directory: gives head counts and sliding caches.
-            fed_otherwise: inputs that the caller feeds.
-        """
-        return cls(session, directory.kv_heads, directory.head_size, directory.windowed_caches, fed_otherwise)
-
-    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray | ort.OrtValue]:
-        """Return the feeds for ``tokens`` [batch, length] (any integer type).
-
-        Raises:
-            GraphError: an input of the graph is none of input_ids, attention_mask, position_ids, past key/values.
-        """
-        own = [node for node in self.session.get_inputs() if node.name not in self.fed_otherwise]
-        return {node.name: self._feed(node, tokens) for node in own}
-
-    def _feed(self, node: ort.NodeArg, tokens: np.ndarray) -> np.ndarray | ort.OrtValue:
-        batch, length = tokens.shape
-        if "past" in node.name and node.type == _BFLOAT16:
-            return _bfloat16_zeros(self._past_shape(node, batch))
-        dtype = _NUMPY_TYPES.get(node.type)
-        if dtype is None:
-            raise GraphError(f"Graph input '{node.name}' has type {node.type}, which calibration can't feed.")
-        if node.name == "input_ids":
-            return tokens.astype(dtype)
-        if node.name == "attention_mask":
-            return np.ones((batch, length), dtype)
-        if node.name == "position_ids":
-            return np.broadcast_to(np.arange(length, dtype=dtype), (batch, length)).copy()
-        if "past" in node.name:
-            return np.zeros(self._past_shape(node, batch), dtype)
-        raise GraphError(
-            f"Graph input '{node.name}' is not one that a text decoder has "
-            "(input_ids, attention_mask, position_ids, past key/values); pass the decoder's .onnx file."
-        )
-
-    def _past_shape(self, node: ort.NodeArg, batch: int) -> tuple[int, ...]:
-        """Return the shape of an empty past [batch, kv_heads, length, head_size]; the graph's fixed dimensions win."""
-        declared = list(node.shape)
-        if len(declared) == 3 and all(isinstance(dim, int) for dim in declared[1:]):
-            # The state of a short convolution: always of this size, and zero before the first token.
-            return batch, *declared[1:]
-        if len(declared) != 4:
-            raise GraphError(f"Graph input '{node.name}' has shape {declared}, which is not a key/value cache.")
-        empty = (batch, self.kv_heads, self.windowed_caches.get(node.name, 0), self.head_size)
-        shape = [dim if isinstance(dim, int) else other for dim, other in zip(declared, empty, strict=True)]
-        if None in shape:
-            raise GraphError(
-                f"Graph input '{node.name}' leaves its head count or size open and genai_config.json doesn't give "
-                "num_key_value_heads and head_size; put that file beside the model."
-            )
-        return tuple(int(dim) for dim in shape if dim is not None)
-
-
-def _bfloat16_zeros(shape: tuple[int, ...]) -> ort.OrtValue:
-    """Return zeros; numpy has no bfloat16 that ONNX Runtime takes, and all bits zero are 0 in every type."""
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), ir.DataType.BFLOAT16)

@@ -24,8 +24,9 @@ from torch import Tensor
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
-from stages.runtime.session import CausalFeeds, OpenedSession, SessionSettings, open_first_session, open_session
+from stages.runtime.session import OpenedSession, SessionSettings, open_first_session, open_session
 from stages.runtime.upcast import must_upcast, runnable_graph
 
 _NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})

@@ -25,8 +25,8 @@ from stages.model.genai_config import LOGITS
 from stages.model.weights import read_weight
 from stages.records.formats import FLOAT_TYPES
 from stages.records.sites import MatMulSite, WeightLayout
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.session import CausalFeeds
 from stages.runtime.tap import open_graph
 
 
@@ -94,13 +94,15 @@ class TrialRunner:
         """
         session = self.feeds.session
         others = {input_name(site): _as_fed(weight, site, session) for site, weight in replaced}
+        feeds = [{**self.feeds(part), **self.original, **others} for part in self.feeds.window.filled(tokens)]
         try:
-            output = session.run([LOGITS], {**self.feeds(tokens), **self.original, **others})[0]
+            found = [session.run([LOGITS], each)[0] for each in feeds]
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
                 f"The base model stops on {session.get_providers()[0]} ({in_one_line(error)}); leave --sensitivity "
                 "measured out."
             ) from error
+        output = np.concatenate(found)[: len(tokens), : tokens.shape[1]]
         return torch.from_numpy(np.asarray(output, np.float32))
 
 

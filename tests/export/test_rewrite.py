@@ -20,7 +20,8 @@ from stages.model.load import load_graph
 from stages.model.sites import find_groups
 from stages.records.formats import WeightForm
 from stages.records.sites import NormAbsorber, WeightLayout
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.feeds import CausalFeeds
+from stages.runtime.session import SessionSettings, open_session
 from tests.export.builders import (
     check_rewrite,
     exact_weight,
@@ -239,7 +240,7 @@ def test_scales_that_go_into_quantized_layers_are_not_lost(tmp_path: Path, tiny_
     model = load_graph(directory)
     ir.external_data.load_to_model(model)
     session = open_session(directory.onnx_file, SessionSettings())
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)(np.arange(40)[None] * 7 % 300)
+    feeds = CausalFeeds.of(session, directory)(np.arange(40)[None] * 7 % 300)
     result = scaled_rewrite(tmp_path / "weights", model, exclude="lm_head")
     assert [fold.how for fold in result.folds] == ["norm", "value", "norm", "linear"] * 2
     assert relative_difference(run(result.model, feeds)[0], run(model, feeds)[0]) < 2 * INT8_ERROR

@@ -15,8 +15,8 @@ import pytest
 from stages.calibration.cache import open_cache
 from stages.model.directory import locate_model
 from stages.quantization.search.solver import GroupSolver
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import choose_providers
-from stages.runtime.session import CausalFeeds
 from stages.runtime.tap import ActivationTap
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
@@ -34,7 +34,7 @@ def _logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     directory = locate_model(folder)
     session = ort.InferenceSession(str(directory.onnx_file), options, providers=["CPUExecutionProvider"])
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    feeds = CausalFeeds.of(session, directory)
     return np.asarray(session.run(["logits"], feeds(tokens))[0], np.float32)
 
 

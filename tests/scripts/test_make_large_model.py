@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_sites
-from stages.runtime.session import CausalFeeds
+from stages.runtime.feeds import CausalFeeds
 from tests.support.tiny_models import VOCABULARY
 
 LIKE_THE_TINY_LLAMA = LlamaShape(
@@ -49,7 +49,7 @@ def test_a_written_model_is_a_base_model_that_runs(tmp_path: Path, monkeypatch: 
     directory = locate_model(config.output)
     assert len(find_sites(load_graph(directory))) == 6
     session = ort.InferenceSession(directory.onnx_file, providers=["CPUExecutionProvider"])
-    logits = session.run(["logits"], CausalFeeds(session, None, None)(np.array([[1, 2, 3]])))[0]
+    logits = session.run(["logits"], CausalFeeds.of(session, directory)(np.array([[1, 2, 3]])))[0]
     assert logits.shape == (1, 3, VOCABULARY)
     assert np.isfinite(logits.astype(np.float32)).all()
     with pytest.raises(UserError, match="--output"):

@@ -31,7 +31,7 @@ from stages.model.directory import locate_model
 from stages.quantization.weights.store import QuantizedStore, open_store
 from stages.records.formats import PerBlock, PerChannel
 from stages.records.results import SiteReport
-from stages.runtime.session import CausalFeeds
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.tap import ActivationTap
 from tests.support.commands import Commands
 from tests.support.written import cache_times, fused_sites
@@ -213,7 +213,7 @@ def logits(folder: Path) -> np.ndarray:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     directory = locate_model(folder)
     session = ort.InferenceSession(str(directory.onnx_file), options, providers=["CPUExecutionProvider"])
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    feeds = CausalFeeds.of(session, directory)
     return np.asarray(session.run(["logits"], feeds(TOKENS))[0], np.float32)
 
 
@@ -604,7 +604,7 @@ def test_a_shared_buffer_holds_nothing_before_the_first_token(base: Path) -> Non
     """Feed what --use_buffer_share does there, a past of full length and all zeros: the numbers stay the same."""
     directory = locate_model(base)
     session = ort.InferenceSession(str(directory.onnx_file), providers=["CPUExecutionProvider"])
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)(TOKENS)
+    feeds = CausalFeeds.of(session, directory)(TOKENS)
     shared = {
         name: np.zeros((1, 2, 128, 16), value.dtype) if "past" in name else value for name, value in feeds.items()
     }

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING
@@ -68,6 +68,14 @@ class TokenWindows:
     """The tokenizer's origin in words, for tables."""
     fingerprint: str
     """sha256 hex over token ids, shapes and split."""
+
+    def in_whole_batches(self, size: int) -> TokenWindows:
+        """Return these windows, the first of each part repeated at its end where the last batch isn't full."""
+
+        def filled(windows: Int64[np.ndarray, "windows seq_len"]) -> Int64[np.ndarray, "more_windows seq_len"]:
+            return np.resize(windows, (len(windows) + -len(windows) % size, windows.shape[1]))
+
+        return replace(self, calibration=filled(self.calibration), held_out=filled(self.held_out))
 
 
 def choose_dataset(config: TextOptions) -> ChosenText:

@@ -10,12 +10,13 @@ import onnx_ir as ir
 
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
 from stages.calibration.capture import TextShape, memory_limit, partition_bytes
+from stages.calibration.run import fit_to_graph
 from stages.calibration.text.documents import DEFAULT_DATASET
 from stages.calibration.text.mix import held_out_windows, windows_by_dataset
 from stages.calibration.text.windows import window_count
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig, ScaleSearch
-from stages.errors import CacheMismatch, UserError
+from stages.errors import CacheMismatch, GraphError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
 from stages.model.sites import find_groups, widest_input
@@ -29,6 +30,8 @@ from stages.quantization.preview.seconds import search_seconds
 from stages.quantization.preview.table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
 from stages.records.formats import PerBlock
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
+from stages.runtime.feeds import require_text_inputs
+from stages.runtime.graph_inputs import WindowShape
 from stages.runtime.providers import choose_providers
 from stages.system.distributed import join_processes
 from stages.system.hardware import choose_device
@@ -43,6 +46,8 @@ class _Known:
     has_weights: bool
     cache: CalibrationCache | None
     """None where the algorithm needs none, or there is none that fits."""
+    window: WindowShape
+    """What the graph takes at a time."""
     obstacles: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -62,6 +67,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     known = _look(config, calibration, obstacles)
     plan, open_because = _decide(config, known)
     groups, held = find_groups(known.model), held_already()
+    calibration = fit_to_graph(calibration, known.window)
     text = _text_shape(known.cache, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
@@ -98,7 +104,7 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
     """Open what is there; what is missing is an obstacle."""
     directory = locate_model(config.onnx_path)
     model = parse_graph(directory)
-    found, notes, cache = list(obstacles), [], None
+    found, notes, cache, window = list(obstacles), [], None, WindowShape(None, None)
     try:
         require_weights(model, directory)
         has_weights = True
@@ -109,8 +115,9 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         try:
             cache = _cache(config, directory, has_weights=has_weights)
             if cache is None:
+                window = require_text_inputs(model, directory)
                 notes.append(_about_calibration(config, calibration))
-        except CacheMismatch as error:
+        except (CacheMismatch, GraphError) as error:
             found.append(str(error))
         if cache is not None and not has_weights:
             notes.append(f"{cache.folder} is taken to be this model's: without the weights that can't be checked")
@@ -119,6 +126,7 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         model=model,
         has_weights=has_weights,
         cache=cache,
+        window=window,
         obstacles=tuple(found),
         notes=tuple(notes),
     )

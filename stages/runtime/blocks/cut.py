@@ -18,6 +18,7 @@ from stages.errors import GraphError
 from stages.model.genai_config import LOGITS
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
+from stages.runtime.graph_inputs import CARRY_TOKENS
 from stages.runtime.upcast import SIXTEEN_BIT, upcast_model
 
 OWN_DOMAIN = "genai_quant"
@@ -150,15 +151,24 @@ def _crossings(model: ir.Model) -> list[frozenset[str]]:
     Those are the values computed from the tokens that are made before and read behind it.
     """
     nodes = tuple(model.graph)
-    last_read = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
-    carrying = _descendants(model, lambda value: value.is_graph_input() and value.name == "input_ids")
-    alive: set[ir.Value] = set()
+    last_read = {
+        value: index
+        for index, node in enumerate(nodes)
+        for value in node.inputs
+        if value is not None and not (value.is_graph_input() and node.op_type in _SHAPE_ONLY)
+    }
+    carrying = _descendants(model, _carries_tokens)
+    alive = {value for value in model.graph.inputs if value in carrying and value in last_read}
     found = []
     for index, node in enumerate(nodes):
         alive = {value for value in alive if last_read[value] >= index}
         found.append(frozenset(str(value.name) for value in alive))
         alive |= {value for value in node.outputs if value in carrying and value in last_read}
     return [*found, frozenset(str(value.name) for value in alive if last_read[value] >= len(nodes))]
+
+
+def _carries_tokens(value: ir.Value) -> bool:
+    return value.is_graph_input() and value.name in CARRY_TOKENS
 
 
 def _descendants(model: ir.Model, is_root: Callable[[ir.Value], bool]) -> set[ir.Value]:
@@ -189,7 +199,7 @@ def cut_block(model: ir.Model, block: DecoderBlock) -> BlockGraph:
 
 def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node]) -> None:
     made = {output for node in inside for output in node.outputs}
-    carrying = _descendants(model, lambda value: value.name == "input_ids")
+    carrying = _descendants(model, _carries_tokens)
     for node in inside:
         if any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)

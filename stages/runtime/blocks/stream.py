@@ -61,7 +61,8 @@ def read_inputs(
     computed = tuple(name for name in shared if name not in fed)
     choice = ProviderChoice(names=(CPU,), missing=())
     with open_value_tap(model, directory, (stream, *computed), choice, {}) as tap:
-        windows = [_run(tap, tokens[index : index + 1])[stream] for index in range(len(tokens))]
+        size = tap.feeds.window.batch or 1
+        windows = [_run(tap, tokens[start : start + size])[stream] for start in range(0, len(tokens), size)]
         by_size = {size: _shared(tap, tokens[:1].repeat(size, axis=0), shared) for size in batch_sizes}
     return BlockInputs(stream=torch.cat(windows), shared=by_size)
 

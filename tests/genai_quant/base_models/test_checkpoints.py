@@ -15,7 +15,8 @@ from genai_quant.base_models.checkpoints import as_builder_input
 from genai_quant.base_models.options import BaseModelConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.feeds import CausalFeeds
+from stages.runtime.session import SessionSettings, open_session
 
 # Beyond the window of 16, so that the sliding layer's mask and both rotations count.
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
@@ -76,7 +77,7 @@ def test_the_built_model_computes_what_transformers_does(rope: dict[str, object]
         expected = model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
     directory = locate_model(tmp_path / "onnx")
     session = open_session(directory.onnx_file, SessionSettings())
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
+    feeds = CausalFeeds.of(session, directory)
     found = session.run(["logits"], feeds(TOKENS))[0]
     # Float32 sums in another order; the two bases exchanged give 1e-2 and more.
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)

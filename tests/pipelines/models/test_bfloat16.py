@@ -23,7 +23,8 @@ from stages.model.partition import cut_into_partitions
 from stages.model.sites import find_groups
 from stages.report.tables import accuracy_tables
 from stages.runtime.providers import choose_providers
-from stages.runtime.session import CausalFeeds, OpenedSession
+from stages.runtime.feeds import CausalFeeds
+from stages.runtime.session import OpenedSession
 from stages.runtime.tap import open_partition_tap, open_value_tap, tapped_model
 from stages.runtime.upcast import upcast_file
 from tests.support.commands import Commands
@@ -49,7 +50,7 @@ def logits(folder: Path, scratch: Path) -> np.ndarray:
     directory = locate_model(folder)
     with upcast_file(ir.load(directory.onnx_file), scratch) as path:
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+        feeds = CausalFeeds.of(session, directory)
         return np.asarray(session.run(["logits"], feeds(TOKENS))[0])
 
 

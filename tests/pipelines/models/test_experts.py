@@ -12,7 +12,8 @@ from onnx import TensorProto
 
 from stages.model.directory import locate_model
 from stages.quantization.search.solver import GroupSolver
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.feeds import CausalFeeds
+from stages.runtime.session import SessionSettings, open_session
 from tests.support.commands import Commands
 from tests.support.families import FAMILIES, build_in_process, lfm2_moe, save_random_model
 from tests.support.graphs import TinyGraph
@@ -101,7 +102,7 @@ def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_exper
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     directory = locate_model(folder)
     session = open_session(directory.onnx_file, SessionSettings(accuracy_level=1))
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    feeds = CausalFeeds.of(session, directory)
     return np.asarray(session.run(["logits"], feeds(tokens))[0])
 
 

@@ -38,7 +38,8 @@ from stages.quantization.weights.store import QuantizedStore, open_store
 from stages.quantize import quantize
 from stages.records.results import QuantizedWeight
 from stages.records.sites import WeightLayout
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.feeds import CausalFeeds
+from stages.runtime.session import SessionSettings, open_session
 from tests.support.families import FAMILIES, Family, build_in_process, save_random_model
 
 pytestmark = pytest.mark.slow
@@ -301,7 +302,7 @@ def _logits(directory: ModelDirectory, tokens: np.ndarray = TOKENS) -> np.ndarra
 
 def _run(model: Path | bytes, directory: ModelDirectory, tokens: np.ndarray) -> np.ndarray:
     session = open_session(model, SessionSettings(external_data_folder=directory.folder, accuracy_level=1))
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)
+    feeds = CausalFeeds.of(session, directory)
     # One window at a time: a cache that slides starts with one window's buffer.
     rows = [session.run(["logits"], feeds(row[None]))[0] for row in tokens]
     return np.concatenate(rows)

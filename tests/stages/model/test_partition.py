@@ -9,7 +9,7 @@ import pytest
 
 from scripts.benchmarks.synthetic_llama import LlamaShape, random_llama
 from stages.model.partition import Partition, cut_into_partitions
-from stages.runtime.session import CausalFeeds
+from stages.runtime.feeds import CausalFeeds
 
 TINY = LlamaShape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=256, context=64)
 TOKENS = np.array([[3, 1, 4, 1, 5]])
@@ -33,7 +33,7 @@ def declare_types(partition: Partition, computed: dict[str, np.ndarray]) -> None
 def run(model: ir.Model, computed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     boundary = {node.name: computed[node.name] for node in session.get_inputs() if node.name in computed}
-    feeds = CausalFeeds(session, TINY.kv_heads, TINY.head_size, fed_otherwise=frozenset(boundary))
+    feeds = CausalFeeds.of(session, TINY, frozenset(boundary))
     names = [node.name for node in session.get_outputs()]
     return dict(zip(names, session.run(None, feeds(TOKENS) | boundary), strict=True))
 

@@ -15,8 +15,8 @@ from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_sites
 from stages.model.weights import read_weight
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY, ProviderChoice
-from stages.runtime.session import CausalFeeds
 from stages.runtime.weight_trials import input_name, open_trials, with_weight_inputs
 from tests.support.graphs import TinyGraph
 
@@ -27,7 +27,7 @@ TOKENS = np.array([[0, 5, 9, 17], [0, 33, 2, 250]])
 def _base_logits(folder: Path) -> torch.Tensor:
     directory = locate_model(folder)
     session = ort.InferenceSession(str(directory.onnx_file), providers=["CPUExecutionProvider"])
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    feeds = CausalFeeds.of(session, directory)
     return torch.from_numpy(np.asarray(session.run(["logits"], feeds(TOKENS))[0], np.float32))
 
 

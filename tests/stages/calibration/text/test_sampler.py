@@ -14,8 +14,9 @@ from stages.calibration.text.generation_script import GenerationScript, Turn
 from stages.calibration.text.sampler import Sampler, end_tokens, open_sampler, sample
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, locate_model
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU, CUDA
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.session import SessionSettings, open_session
 from tests.reference.sampling import draw
 
 BOS, EOS, VOCABULARY = 0, 1, 300
@@ -74,7 +75,7 @@ def test_each_token_is_drawn_from_what_the_model_says_of_those_before(
     uniforms = uniforms_of(4, 40)
     windows = generate(sampler, [TEXT, CHAT, TEXT, CHAT], uniforms)
     session = open_session(directory.onnx_file, SessionSettings())
-    feeds = CausalFeeds(session, directory.kv_heads, directory.head_size)
+    feeds = CausalFeeds.of(session, directory)
     logits = session.run(["logits"], feeds(windows))[0].astype(np.float32)
     logits[:, :, sampler.suppressed_token] = -np.inf
     # What fp16 rounds differently in the cache moves probabilities by a thousandth.

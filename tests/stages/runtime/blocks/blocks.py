@@ -15,8 +15,9 @@ from stages.model.weights import read_weight
 from stages.runtime.blocks.cut import BlockGraph, DecoderBlock, cut_block, find_blocks
 from stages.runtime.blocks.decoder import write_out_residuals
 from stages.runtime.blocks.module import BlockModule
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.session import CausalFeeds, SessionSettings, open_session
+from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.tap import tapped_model
 from stages.runtime.upcast import runnable_graph
 
@@ -41,7 +42,7 @@ class OpenModel:
             folder = self.directory.folder if isinstance(graph, bytes) else None
             session = open_session(graph, SessionSettings(external_data_folder=folder))
         directory = self.directory
-        feeds = CausalFeeds(session, directory.kv_heads, directory.head_size, directory.windowed_caches)(tokens)
+        feeds = CausalFeeds.of(session, directory)(tokens)
         found = dict(zip(computed, session.run(None, feeds), strict=True)) | feeds
         tensors = {name: torch.from_numpy(found[name]) for name in names}
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -1,0 +1,284 @@
+"""Make the inputs of a decoder graph from windows of tokens: for calibration, evaluation and verification alike.
+
+Caches and states are zeros, as before the first token. Where the graph takes embedded tokens, the embedding model makes
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from stages.errors import GraphError, in_one_line
+from stages.model.directory import ModelDirectory, shared_caches
+from stages.records.formats import FLOAT_TYPES
+from stages.runtime.graph_inputs import (
+    BEAMS,
+    CACHE_POSITIONS,
+    EMBEDDED,
+    MASK,
+    NUMBERS,
+    POSITIONS,
+    ROUND,
+    STATE,
+    TELL_LENGTH,
+    TOKENS,
+    GraphInput,
+    InputShapes,
+    TokenShape,
+    WindowShape,
+    inputs_of_graph,
+    inputs_of_session,
+)
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.session import SessionSettings, open_session
+from stages.runtime.upcast import runnable_file
+
+Feed = np.ndarray | ort.OrtValue
+_BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
+_NUMPY_TYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
+    {
+        "tensor(bool)": np.dtype(np.bool_),
+        "tensor(int8)": np.dtype(np.int8),
+        "tensor(uint8)": np.dtype(np.uint8),
+        "tensor(int32)": np.dtype(np.int32),
+        "tensor(int64)": np.dtype(np.int64),
+        "tensor(double)": np.dtype(np.float64),
+        **{kind.onnxruntime: kind.numpy for kind in FLOAT_TYPES.values()},
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausalFeeds:
+    """The inputs of an open session for windows of tokens, which hold no padding: attention sees all that came before.
+
+    A cache holds nothing before the first token. One of fixed length is a buffer of zeros: attention knows how much of
+    it is valid, or masks hide its first ``hidden_past`` places.
+    """
+
+    session: ort.InferenceSession
+    inputs: tuple[GraphInput, ...]
+    """Those that are fed here."""
+    shapes: InputShapes
+    embedding: Embedding | None = None
+    hidden_past: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        session: ort.InferenceSession,
+        directory: ModelDirectory,
+        fed_otherwise: frozenset[str] = frozenset(),
+        *,
+        open_size: int | None = None,
+        advice: str = ROUND,
+    ) -> CausalFeeds:
+        """Return the feeds of a session whose model, or a part of it, lies in ``directory``.
+
+        Args:
+            session: the open session.
+            directory: gives head counts, sliding caches and the embedding model.
+            fed_otherwise: inputs that the caller feeds.
+            open_size: see ``InputShapes``.
+            advice: see ``InputShapes``.
+
+        Raises:
+            GraphError: text doesn't give an input, or the embedding model can't be opened.
+        """
+        shapes = InputShapes.of(directory, open_size=open_size, advice=advice)
+        inputs = tuple(given for given in inputs_of_session(session, directory) if given.name not in fed_otherwise)
+        embedded = _require_from_text(inputs, directory, shapes)
+        return cls(
+            session=session,
+            inputs=inputs,
+            shapes=shapes,
+            embedding=_open_embedding(directory, embedded) if embedded else None,
+            hidden_past=_hidden_past(inputs, directory, shapes),
+        )
+
+    @property
+    def window(self) -> WindowShape:
+        """Return the shape of the windows that the graph takes."""
+        return WindowShape.of(self.inputs)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Return the names of the caches and of other states."""
+        return tuple(given.name for given in self.inputs if given.role == STATE)
+
+    def __call__(self, tokens: np.ndarray, past: int = 0) -> dict[str, Feed]:
+        """Return the feeds for ``tokens`` [batch, length] (any integer type).
+
+        Args:
+            tokens: token ids.
+            past: the number of tokens before them, whose caches and states the caller feeds; 0: they are empty.
+
+        Raises:
+            GraphError: the graph takes windows of another shape, or has an input that can't be fed.
+        """
+        size = TokenShape(*tokens.shape, past)
+        self.window.require(size.batch, size.length)
+        made = {} if self.embedding is None else self.embedding(tokens)
+        return {
+            given.name: self._declared(
+                given, made[given.name] if given.name in made else self._value(given, tokens, size)
+            )
+            for given in self.inputs
+            if not (past and given.role == STATE)
+        }
+
+    def _value(self, given: GraphInput, tokens: np.ndarray, size: TokenShape) -> np.ndarray:
+        shape = self.shapes.shape(given, size, mask_length=self.hidden_past + size.total)
+        if given.role == TOKENS:
+            return tokens
+        if given.role == MASK:
+            return self._mask(given, shape, size)
+        if given.role in (POSITIONS, CACHE_POSITIONS):
+            return self._spread(given, np.arange(size.past, size.total), shape)
+        if given.role == BEAMS:
+            return self._spread(given, np.arange(size.batch), shape)
+        return np.full(shape, NUMBERS[given.role](size) if given.role in NUMBERS else 0)
+
+    def _spread(self, given: GraphInput, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if shape[-1:] != values.shape:
+            raise self.shapes.refuse(given, f"has shape {list(given.shape)}, which is not for {len(values)} of them")
+        return np.broadcast_to(values, shape)
+
+    def _mask(self, given: GraphInput, shape: tuple[int, ...], size: TokenShape) -> np.ndarray:
+        """Return a mask over all keys [batch, keys], or over those of each query [batch, (1,) queries, keys]."""
+        keys = np.arange(shape[-1]) - self.hidden_past
+        if len(keys) < self.hidden_past + size.total:
+            raise self.shapes.refuse(given, f"has shape {list(given.shape)}, which is not for {size.total} tokens")
+        last = np.array([size.total - 1])
+        if len(shape) > 2 and shape[-2] == size.length:
+            last = np.arange(size.past, size.total)[:, None]
+        seen = np.broadcast_to((keys >= 0) & (keys <= last), shape)
+        dtype = _NUMPY_TYPES.get(given.type)
+        if len(shape) == 2 or dtype is None or dtype.kind in "bui":
+            return seen
+        return np.where(seen, 0.0, float(ml_dtypes.finfo(dtype).min))  # added to the scores
+
+    def _declared(self, given: GraphInput, value: np.ndarray) -> Feed:
+        """Return ``value`` in the declared type; numpy has no bfloat16 that ONNX Runtime takes, so that its bits go."""
+        dtype = _NUMPY_TYPES.get(given.type)
+        if dtype is None:
+            raise self.shapes.refuse(given, f"has type {given.type}, which can't be fed")
+        array = np.ascontiguousarray(value.astype(dtype)).reshape(value.shape)
+        if given.type != _BFLOAT16:
+            return array
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """The model that turns tokens into what a decoder takes in their place; images and sound are left empty."""
+
+    file: Path
+    feeds: CausalFeeds
+    outputs: Mapping[str, str]
+    """Its output for each input of the decoder."""
+
+    def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what it makes of ``tokens`` [batch, length], by the decoder's names.
+
+        Raises:
+            GraphError: ONNX Runtime stops.
+        """
+        try:
+            made = self.feeds.session.run(list(self.outputs.values()), self.feeds(tokens))
+        except Exception as error:  # onnxruntime raises classes without a common base
+            raise GraphError(
+                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); {ROUND}."
+            ) from error
+        return dict(zip(self.outputs, made, strict=True))
+
+
+def require_text_inputs(model: ir.Model, directory: ModelDirectory) -> WindowShape:
+    """Check, before anything runs, that text gives all inputs of ``model``; return the windows that it takes.
+
+    Raises:
+        GraphError: an input can't be fed.
+    """
+    inputs = inputs_of_graph(model, directory)
+    shapes = InputShapes.of(directory)
+    _require_from_text(inputs, directory, shapes)
+    window = WindowShape.of(inputs)
+    size = TokenShape(window.batch or 1, window.length or 1)
+    for given in inputs:
+        if given.role not in EMBEDDED:
+            shapes.shape(given, size)
+    _hidden_past(inputs, directory, shapes)
+    return window
+
+
+def _require_from_text(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes: InputShapes) -> dict[str, str]:
+    """Return the output of the embedding model for each input that it makes; the others must come from text.
+
+    Raises:
+        GraphError: an input comes from neither.
+    """
+    made = _outputs_of_embedding(directory)
+    embedded = {given.name: made[key] for given in inputs for key in (given.role, given.name) if key in made}
+    for given in inputs:
+        if given.name in embedded:
+            continue
+        if given.role in EMBEDDED and shapes.open_size is None:
+            where = "genai_config.json names none" if directory.embedding is None else directory.embedding.onnx_file
+            raise GraphError(
+                f"Graph input '{given.name}' needs the embedding model, which is missing ({where}); put it there and "
+                f"name it as model.embedding.filename, or {ROUND}."
+            )
+        shapes.require_from_text(given)
+    return embedded
+
+
+def _outputs_of_embedding(directory: ModelDirectory) -> dict[str, str]:
+    """Return the outputs of the embedding model by their names, and by their usual ones; none without such a model."""
+    if directory.embedding is None or not directory.embedding.onnx_file.is_file():
+        return {}
+    try:
+        graph = ir.load(directory.embedding.onnx_file).graph
+    except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        raise GraphError(
+            f"The embedding model {directory.embedding.onnx_file} can't be read ({in_one_line(error)}); build it again."
+        ) from error
+    names = {str(value.name): str(value.name) for value in graph.outputs}
+    configured = {key: name for key, name in directory.embedding.output_names.items() if name in names}
+    return (dict.fromkeys(EMBEDDED, next(iter(names))) if len(names) == 1 else {}) | names | configured
+
+
+def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str]) -> Embedding:
+    assert directory.embedding is not None, "it makes the outputs"
+    file = directory.embedding.onnx_file
+    with runnable_file(file, CPU_ONLY, None) as runnable:
+        session = open_session(runnable, SessionSettings(map_weights=True, spin=False))
+    return Embedding(file=file, feeds=CausalFeeds.of(session, directory.embedding, open_size=0), outputs=outputs)
+
+
+def _hidden_past(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes: InputShapes) -> int:
+    """Return how many places of caches of fixed length lie before the tokens' own, for masks to hide.
+
+    None do where GroupQueryAttention reads the cache, or where the mask covers no more than the cache: then tokens are
+    written into it, at their positions.
+    """
+    fixed = {
+        given.name: given.shape[2]
+        for given in inputs
+        if given.holds_keys_or_values and isinstance(given.shape[2], int) and given.name not in shapes.windowed_caches
+    }
+    past = max((size for size in fixed.values() if isinstance(size, int)), default=0)
+    if not past or shapes.open_size is not None or fixed.keys() & shared_caches(directory.onnx_file):
+        return 0
+    mask = next((given.shape[-1] for given in inputs if given.role == MASK), None)
+    if mask is None and not any(given.role in TELL_LENGTH for given in inputs):
+        given = next(given for given in inputs if given.name in fixed)
+        raise shapes.refuse(given, f"always holds {past} tokens, and no attention_mask hides them")
+    return 0 if mask is None or (isinstance(mask, int) and mask <= past) else past
