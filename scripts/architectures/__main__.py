@@ -96,7 +96,6 @@ def _work(name: str, build: str, folder: Path, answers: multiprocessing.connecti
 
 if __name__ == "__main__":
     # Forked processes find all of it imported.
-    import onnxruntime_genai.models.builder
     import transformers
 
     import stages.evaluation.run

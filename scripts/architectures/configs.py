@@ -578,7 +578,7 @@ ARCHITECTURES = (
             max_position_embeddings=CONTEXT,
             rope_parameters=_ROPE | {"partial_rotary_factor": 0.5},
         ),
-        peculiar="attention and MLP beside each other behind one LayerNorm, MLP without a gate, biases, partial rotation",
+        peculiar="attention and MLP read one LayerNorm, MLP without a gate, biases, partial rotation",
     ),
     Architecture(
         name="Phi3ForCausalLM",

@@ -40,7 +40,7 @@ class Cell:
     unweighted: str = ""
     """Why tokens weren't weighted by the end loss; empty where they were."""
     divergence: float | None = None
-    """Mean KL(base || model) over tokens of text that it wasn't calibrated on, nats; None where it couldn't be found."""
+    """Mean KL(base || model) over tokens of text that it wasn't calibrated on, nats; None where it wasn't measured."""
 
 
 _CELLS = TypeAdapter(Cell)

@@ -191,16 +191,13 @@ class RotaryEmbedding(nn.Module):
 
 
 class MultiAxisRotaryEmbedding(nn.Module):
-    """MRotaryEmbedding: each angle follows the position on one of three axes (time, height, width).
-
-    ``num_heads`` is 0 where the tables cover whole heads, whose size they then tell.
-    """
+    """MRotaryEmbedding: each angle follows the position on one of three axes (time, height, width)."""
 
     def __init__(self, *, num_heads: int, interleaved: bool, sections: tuple[int, ...], alternating: bool) -> None:
         """Remember the node's attributes.
 
         Args:
-            num_heads: heads; 0 where the tables cover whole heads.
+            num_heads: heads of an input that has them joined.
             interleaved: a pair is two neighbours, not (i, i + half).
             sections: how many angles follow each axis.
             alternating: angles follow the axes by turns, as far as there are so many, and else the first one; not one

@@ -128,15 +128,48 @@ class LinearAttention(nn.Module):
         heads = max(rule.q_num_heads, rule.kv_num_heads)
         scale = rule.scale or q.shape[-1] ** -0.5
         q, k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (q * scale, k, v))
-        gates = [
-            None if gate is None else gate.transpose(1, 2).repeat_interleave(heads // gate.shape[-1], dim=1)
-            for gate in (decay, beta)
-        ]
-        return join_heads(delta_rule(q, k, v, *gates))
+        rate = None if beta is None else _of_heads(beta, heads)
+        if decay is not None and decay.shape[-1] > rule.kv_num_heads:
+            of_channels = split_heads(decay, rule.kv_num_heads).repeat_interleave(heads // rule.kv_num_heads, dim=1)
+            return join_heads(token_by_token(q, k, v, of_channels, rate))
+        return join_heads(delta_rule(q, k, v, None if decay is None else _of_heads(decay, heads), rate))
 
     def _key_heads(self, query: Tensor, key: Tensor) -> int:
         size = query.shape[-1] // self._rule.q_num_heads
         return int(key.shape[-1] // size)
+
+
+def _of_heads(gate: Float[Tensor, "batch length some"], heads: int) -> Float[Tensor, "batch heads length"]:
+    """Return a gate of one or of each key/value head for every head."""
+    return gate.transpose(1, 2).repeat_interleave(heads // gate.shape[-1], dim=1)
+
+
+def token_by_token(
+    query: Float[Tensor, "batch heads length size"],
+    key: Float[Tensor, "batch heads length size"],
+    value: Float[Tensor, "batch heads length value_size"],
+    decay: Float[Tensor, "batch heads length size"],
+    beta: Float[Tensor, "batch heads length"] | None,
+) -> Float[Tensor, "batch heads length value_size"]:
+    """Return the same as ``delta_rule`` for a decay of each channel of the keys.
+
+    Args:
+        query: scaled.
+        key: of every head.
+        value: of every head.
+        decay: in log space.
+        beta: update rate; None: values are added as they are.
+    """
+    state = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
+    found = []
+    for token in range(query.shape[2]):
+        k, u = key[:, :, token, :, None], value[:, :, token, None, :]
+        state = decay[:, :, token, :, None].exp() * state
+        if beta is not None:
+            u = beta[:, :, token, None, None] * (u - (k * state).sum(dim=2, keepdim=True))
+        state = state + k * u
+        found.append((query[:, :, token, :, None] * state).sum(dim=2))
+    return torch.stack(found, dim=2)
 
 
 def delta_rule(

@@ -122,9 +122,8 @@ def _multi_axis_rotary_embedding(node: NodeForm) -> nn.Module:
     layout = node.attributes.get("mrope_layout", 0)
     if layout not in (0, 1):
         raise NotImplementedError(f"{node.operator} with mrope_layout = {layout}")
-    partial = node.attributes.get("rotary_embedding_dim", 0) > 0
     return MultiAxisRotaryEmbedding(
-        num_heads=node.attributes["num_heads"] if partial else 0,
+        num_heads=node.attributes.get("num_heads", 0),
         interleaved=node.attributes.get("interleaved", 0) == 1,
         sections=tuple(node.attributes["mrope_section"]),
         alternating=layout == 1,
