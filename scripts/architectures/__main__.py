@@ -77,7 +77,8 @@ def _work(name: str, build: str, folder: Path, answers: multiprocessing.connecti
 
     from scripts.architectures.cell import Work, take_the_whole_way
     from scripts.architectures.configs import ARCHITECTURES
-    from scripts.architectures.random_models import save_architecture, train_tokenizer
+    from scripts.architectures.random_models import save_architecture
+    from scripts.architectures.tokenizer import train_tokenizer
 
     torch.set_num_threads(1)
     (architecture,) = (one for one in ARCHITECTURES if one.name == name)

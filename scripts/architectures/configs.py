@@ -9,9 +9,8 @@ from typing import Any
 import transformers
 
 from scripts.architectures import stand_ins
+from scripts.architectures.tokenizer import VOCABULARY
 
-VOCABULARY = 300
-"""Tokens of the tiny tokenizer."""
 CONTEXT = 256
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, **_TOKENS}

@@ -7,20 +7,14 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
 from scripts.architectures import stand_ins
-from scripts.architectures.configs import VOCABULARY, Architecture
+from scripts.architectures.configs import Architecture
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-BOS, EOS = "<s>", "</s>"
-
-_WIDE = ("embed", "lm_head", "output.weight", "output_layer", "router", "sinks", "gate.weight")
+_WIDE = ("embed", "lm_head", "output.weight", "output_layer", "router", "sinks", "gate.weight", "conv")
 """Parameters as wide as the embedding; all other matrices add less than it holds."""
 _AS_THEY_ARE = ("A_log", "dt_bias", "layer_scalar", "per_expert_scale", "router.scale", "std_bias", "std_scale")
 _OUTPUTS = ("proj.weight", "w1.weight", "w2.weight", "w3.weight", "dense.weight", "fc1.weight", "fc2.weight")
@@ -60,25 +54,6 @@ def save_architecture(architecture: Architecture, folder: Path, tokenizer: Path)
         of_code = {"AutoConfig": "StandInConfig", "AutoModelForCausalLM": architecture.auto_class}
         written["auto_map"] = {auto: f"{code.stem}.{name}" for auto, name in of_code.items()}
     file.write_text(json.dumps(written, indent=1), encoding="utf-8")
-
-
-def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE with exactly 300 tokens (256 bytes, two special ones, the commonest merges)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(text.splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
 def _draw(model: torch.nn.Module, width: float) -> None:
