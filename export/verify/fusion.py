@@ -19,11 +19,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from export.rewrite import blocks_fusion
-from stages.errors import GraphError
+from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from stages.runtime.feeds import CausalFeeds
+from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session
 from stages.runtime.upcast import must_upcast, upcast_file
@@ -47,7 +48,9 @@ def runtime_version() -> Version:
 
 
 def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> frozenset[str]:
-    """Run one token on the CPU, upcast if needed, and return the names of the nodes that ran as MatMulNBits.
+    """Run a token (or a window of fixed length) on the CPU and return the names of the nodes that ran as MatMulNBits.
+
+    A bfloat16 model is upcast.
 
     The model runs in partitions, so that the weights of only one are in memory at a time.
 
@@ -62,6 +65,8 @@ def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: Model
     """
     model = ir.load(onnx_file)
     upcast = must_upcast(model, CPU_ONLY)
+    window = WindowShape.of(inputs_of_graph(model, base))
+    tokens = np.zeros((window.batch or 1, window.length or 1), np.int64)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
     with tempfile.TemporaryDirectory(dir=onnx_file.parent) as profiles:  # which goes with the unfinished output
@@ -74,7 +79,7 @@ def nodes_run_as_matmulnbits(onnx_file: Path, sites: frozenset[str], base: Model
                 upcast_file(partition.model, onnx_file.parent) if upcast else nullcontext(_serialized(partition.model))
             )
             with source as runnable:
-                run = _run_partition(runnable, partition, computed, base, settings)
+                run = _run_partition(runnable, partition, tokens, computed, base, settings)
             names |= _matmulnbits_in(run.profile)
             computed |= run.outputs
     return frozenset(names)
@@ -111,11 +116,12 @@ def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> 
 def _run_partition(
     source: Path | bytes,
     partition: Partition,
+    tokens: np.ndarray,
     computed: Mapping[str, np.ndarray],
     base: ModelDirectory,
     settings: SessionSettings,
 ) -> _PartitionRun:
-    """Run one token through ``partition``."""
+    """Run ``tokens`` through ``partition``."""
     boundary = {name: computed[name] for name in partition.boundary_inputs}
     if isinstance(source, Path):
         settings = replace(settings, external_data_folder=None)
@@ -127,13 +133,15 @@ def _run_partition(
         raise
     try:
         feeds = CausalFeeds.of(session, base, fed_otherwise=frozenset(boundary), open_size=1)
-        window = feeds.window
-        few_tokens = feeds(np.zeros((window.batch or 1, window.length or 1), np.int64))
+        fed = feeds(tokens)
     except GraphError as error:
         raise CannotRun(f"its inputs can't be made here: {error}") from error
     try:
-        outputs = session.run(None, few_tokens | boundary)
+        outputs = session.run(None, fed | boundary)
     except Exception as error:  # onnxruntime raises classes without a common base
+        if feeds.guessed:
+            names = ", ".join(feeds.guessed)
+            raise CannotRun(f"it can't be run with zeros for {names} ({in_one_line(error)})") from error
         raise GraphError(f"ONNX Runtime can't run the exported model: {str(error).splitlines()[0]}") from error
     finally:
         profile = Path(session.end_profiling())

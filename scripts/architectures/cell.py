@@ -15,7 +15,7 @@ from scripts.architectures.random_models import build_in_process
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.quantize_options import QuantizeConfig
-from stages.errors import UserError, in_one_line
+from stages.errors import UserError
 
 _PROMPT, _NEW_TOKENS = tuple(range(7, 47, 2)), 8
 _EXPERTS = ("MoE", "QMoE")
@@ -55,7 +55,7 @@ def take_the_whole_way(work: Work) -> Cell:
         if (failure := _generates(work.folder / "int4")) is not None:
             raise _Stopped("generate", failure)
     except _Stopped as stop:
-        return replace(cell, stopped_at=stop.step, reason=in_one_line(stop))
+        return replace(cell, stopped_at=stop.step, reason=" ".join(str(stop).split()))
     return cell
 
 

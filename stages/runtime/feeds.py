@@ -100,7 +100,7 @@ class CausalFeeds:
             session=session,
             inputs=inputs,
             shapes=shapes,
-            embedding=_open_embedding(directory, embedded) if embedded else None,
+            embedding=_open_embedding(directory, embedded, advice) if embedded else None,
             hidden_past=_hidden_past(inputs, directory, shapes),
         )
 
@@ -108,6 +108,12 @@ class CausalFeeds:
     def window(self) -> WindowShape:
         """Return the shape of the windows that the graph takes."""
         return WindowShape.of(self.inputs)
+
+    @property
+    def guessed(self) -> tuple[str, ...]:
+        """Return the names of inputs that are fed zeros of some size, because text doesn't give them."""
+        known = () if self.embedding is None else self.embedding.outputs
+        return tuple(given.name for given in self.inputs if not given.comes_from_text and given.name not in known)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -185,6 +191,7 @@ class Embedding:
     feeds: CausalFeeds
     outputs: Mapping[str, str]
     """Its output for each input of the decoder."""
+    advice: str
 
     def __call__(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Return what it makes of ``tokens`` [batch, length], by the decoder's names.
@@ -196,7 +203,7 @@ class Embedding:
             made = self.feeds.session.run(list(self.outputs.values()), self.feeds(tokens))
         except Exception as error:  # onnxruntime raises classes without a common base
             raise GraphError(
-                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); {ROUND}."
+                f"The embedding model {self.file} can't be run on text ({in_one_line(error)}); {self.advice}."
             ) from error
         return dict(zip(self.outputs, made, strict=True))
 
@@ -234,7 +241,7 @@ def _require_from_text(inputs: Sequence[GraphInput], directory: ModelDirectory, 
             where = "genai_config.json names none" if directory.embedding is None else directory.embedding.onnx_file
             raise GraphError(
                 f"Graph input '{given.name}' needs the embedding model, which is missing ({where}); put it there and "
-                f"name it as model.embedding.filename, or {ROUND}."
+                f"name it as model.embedding.filename, or {shapes.advice}."
             )
         shapes.require_from_text(given)
     return embedded
@@ -255,12 +262,13 @@ def _outputs_of_embedding(directory: ModelDirectory) -> dict[str, str]:
     return (dict.fromkeys(EMBEDDED, next(iter(names))) if len(names) == 1 else {}) | names | configured
 
 
-def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str]) -> Embedding:
+def _open_embedding(directory: ModelDirectory, outputs: Mapping[str, str], advice: str) -> Embedding:
     assert directory.embedding is not None, "it makes the outputs"
     file = directory.embedding.onnx_file
     with runnable_file(file, CPU_ONLY, None) as runnable:
         session = open_session(runnable, SessionSettings(map_weights=True, spin=False))
-    return Embedding(file=file, feeds=CausalFeeds.of(session, directory.embedding, open_size=0), outputs=outputs)
+    feeds = CausalFeeds.of(session, directory.embedding, open_size=0)
+    return Embedding(file=file, feeds=feeds, outputs=outputs, advice=advice)
 
 
 def _hidden_past(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes: InputShapes) -> int:
@@ -269,16 +277,34 @@ def _hidden_past(inputs: Sequence[GraphInput], directory: ModelDirectory, shapes
     None do where GroupQueryAttention reads the cache, or where the mask covers no more than the cache: then tokens are
     written into it, at their positions.
     """
-    fixed = {
-        given.name: given.shape[2]
-        for given in inputs
-        if given.holds_keys_or_values and isinstance(given.shape[2], int) and given.name not in shapes.windowed_caches
-    }
-    past = max((size for size in fixed.values() if isinstance(size, int)), default=0)
-    if not past or shapes.open_size is not None or fixed.keys() & shared_caches(directory.onnx_file):
+    mask = next((given for given in inputs if given.role == MASK), None)
+    caches = [given for given in inputs if given.holds_keys_or_values]
+    if mask is None and not caches:
         return 0
-    mask = next((given.shape[-1] for given in inputs if given.role == MASK), None)
-    if mask is None and not any(given.role in TELL_LENGTH for given in inputs):
-        given = next(given for given in inputs if given.name in fixed)
-        raise shapes.refuse(given, f"always holds {past} tokens, and no attention_mask hides them")
-    return 0 if mask is None or (isinstance(mask, int) and mask <= past) else past
+    if mask is None or not caches:  # what runs may be a part of the graph, and the other lie in another part
+        inputs = _inputs_of_file(directory) or inputs
+        mask = next((given for given in inputs if given.role == MASK), None)
+        caches = [given for given in inputs if given.holds_keys_or_values]
+    fixed = {
+        given.name: size
+        for given in caches
+        if isinstance(size := given.shape[2], int) and size and given.name not in shapes.windowed_caches
+    }
+    if not fixed or fixed.keys() & shared_caches(directory.onnx_file):
+        return 0
+    past = max(fixed.values())
+    if mask is None:
+        if shapes.open_size is None and not any(given.role in TELL_LENGTH for given in inputs):
+            cache = next(given for given in caches if given.name in fixed)
+            raise shapes.refuse(cache, f"always holds {past} tokens, and no attention_mask hides them")
+        return 0
+    covered = mask.shape[-1] if mask.shape else None
+    return 0 if isinstance(covered, int) and covered <= past else past
+
+
+def _inputs_of_file(directory: ModelDirectory) -> tuple[GraphInput, ...]:
+    try:
+        model = ir.load(directory.onnx_file)
+    except Exception:  # load_graph says what is wrong with the file
+        return ()
+    return inputs_of_graph(model, directory)

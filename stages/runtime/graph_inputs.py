@@ -90,6 +90,11 @@ class GraphInput:
     """What it holds, by its usual name; empty where that isn't known."""
 
     @property
+    def comes_from_text(self) -> bool:
+        """Return whether tokens, their number and an empty past give all that it holds."""
+        return self.role not in ("", _ENCODED, *EMBEDDED)
+
+    @property
     def holds_keys_or_values(self) -> bool:
         """Return whether it is a cache of attention, [batch, heads, length, size]."""
         return self.role == STATE and len(self.shape) == 4 and not _FIXED_STATE_WORDS.search(self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -93,16 +94,28 @@ def test_the_profile_shows_what_ran_fused(tmp_path: Path, block_size: int, fused
     assert nodes_run_as_matmulnbits(path, frozenset({"y"}), base) == ({"y/MatMul"} if fused else frozenset())
 
 
-def test_inputs_that_no_decoder_has_are_a_reason_not_to_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "weights", "reason"),
+    [
+        (TensorProto.STRING, 4, "its inputs can't be made here: .*pixels"),
+        (TensorProto.FLOAT, 4, "it can't be run with zeros for pixels"),
+        (TensorProto.FLOAT, 1, None),
+    ],
+)
+def test_inputs_that_no_decoder_has_are_no_fault_of_the_export(
+    kind: int, weights: int, reason: str | None, tmp_path: Path
+) -> None:
     graph = TinyGraph()
-    graph.input("pixels", TensorProto.FLOAT, [1, 4])
-    graph.node("Neg", ["pixels"], ["y"])
-    graph.output("y", TensorProto.FLOAT, [1, 4])
+    graph.input("pixels", kind, [1, "anything"])
+    if kind == TensorProto.FLOAT:
+        graph.node("MatMul", ["pixels", graph.constant("weight", np.ones((weights, 2), np.float32))], ["y"])
+    else:
+        graph.node("Identity", ["pixels"], ["y"])
+    graph.output("y", kind, [1, "columns"])
     path = graph.save(tmp_path)
-    with pytest.raises(CannotRun, match="pixels"):
-        nodes_run_as_matmulnbits(
-            path, frozenset({"y"}), ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
-        )
+    base = ModelDirectory(folder=tmp_path, onnx_file=path, has_genai_config=False)
+    with nullcontext() if reason is None else pytest.raises(CannotRun, match=reason):
+        assert nodes_run_as_matmulnbits(path, frozenset({"y"}), base) == frozenset()
 
 
 def test_no_profile_is_left_in_the_output(tmp_path: Path) -> None:

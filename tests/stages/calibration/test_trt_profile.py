@@ -11,74 +11,45 @@ import transformers
 from onnx import TensorProto
 
 from stages.calibration.trt_profile import DecoderSizes, ShapeProfile, decoder_sizes, sizes_of_config
-from stages.errors import GraphError, UserError
+from stages.errors import UserError
 from stages.model.directory import ModelDirectory
+from stages.runtime.graph_inputs import InputShapes, inputs_of_graph
 from tests.support.graphs import TinyGraph
 
-SIZES = DecoderSizes(kv_heads=8, head_size=64, context_length=2048)
-TOKENS = {"input_ids": ["b", "s"], "attention_mask": ["b", "t"], "position_ids": ["b", "s"]}
+TOKENS = {"input_ids": ["b", "s"], "attention_mask": ["b", "t"], "position_ids": [3, "b", "s"]}
 CACHE = {"past_key_values.0.key": ["b", 2, "past", "kv_cache_dim"], "past_key_values.0.value": ["b", "h", "past", 16]}
+SHAPES = InputShapes(kv_heads=8, head_size=64, windowed_caches={"past_key_values.1.key": 32})
 
 
-def _options(
-    inputs: dict[str, list[int | str]],
-    sizes: DecoderSizes = SIZES,
-    windowed: dict[str, int] | None = None,
-) -> dict[str, str]:
+def _options(inputs: dict[str, list[int | str]], context_length: int | None = 2048) -> dict[str, str]:
     graph = TinyGraph()
     for name, shape in inputs.items():
         graph.input(name, TensorProto.FLOAT, shape)
-    profile = ShapeProfile(batch_size=4, seq_len=512, sizes=sizes, windowed_caches=windowed or {})
-    return profile.provider_options(graph.model().graph.inputs)
+    profile = ShapeProfile(batch_size=4, seq_len=512, context_length=context_length, shapes=SHAPES)
+    directory = ModelDirectory(folder=Path(), onnx_file=Path("model.onnx"), has_genai_config=False)
+    return profile.provider_options(inputs_of_graph(graph.model(), directory))
 
 
 def test_ranges_of_tokens_masks_and_caches() -> None:
-    assert _options(TOKENS | CACHE) == {
-        "nv_profile_min_shapes": "input_ids:1x1,attention_mask:1x1,position_ids:1x1,"
-        "past_key_values.0.key:1x2x0x64,past_key_values.0.value:1x8x0x16",
-        "nv_profile_opt_shapes": "input_ids:4x512,attention_mask:4x512,position_ids:4x512,"
-        "past_key_values.0.key:4x2x0x64,past_key_values.0.value:4x8x0x16",
+    sliding = {"past_key_values.1.key": ["b", 2, "past", 16], "past.2.conv": ["b", 64, 2]}
+    assert _options(TOKENS | CACHE | sliding) == {
+        "nv_profile_min_shapes": "input_ids:1x1,attention_mask:1x1,position_ids:3x1x1,"
+        "past_key_values.0.key:1x2x0x64,past_key_values.0.value:1x8x0x16,past_key_values.1.key:1x2x32x16,"
+        "past.2.conv:1x64x2",
+        "nv_profile_opt_shapes": "input_ids:4x512,attention_mask:4x512,position_ids:3x4x512,"
+        "past_key_values.0.key:4x2x0x64,past_key_values.0.value:4x8x0x16,past_key_values.1.key:4x2x32x16,"
+        "past.2.conv:4x64x2",
         # The mask covers the past too.
-        "nv_profile_max_shapes": "input_ids:4x512,attention_mask:4x1024,position_ids:4x512,"
-        "past_key_values.0.key:4x2x512x64,past_key_values.0.value:4x8x512x16",
+        "nv_profile_max_shapes": "input_ids:4x512,attention_mask:4x1024,position_ids:3x4x512,"
+        "past_key_values.0.key:4x2x512x64,past_key_values.0.value:4x8x512x16,past_key_values.1.key:4x2x32x16,"
+        "past.2.conv:4x64x2",
     }
 
 
-def test_only_the_graphs_own_inputs_are_named() -> None:
-    assert set(_options({"input_ids": ["b", "s"]}).values()) == {"input_ids:1x1", "input_ids:4x512"}
-
-
 def test_the_past_ends_where_the_models_context_does() -> None:
-    near = DecoderSizes(kv_heads=8, head_size=64, context_length=600)
-    assert _options(CACHE, near)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x88x64")
-    full = DecoderSizes(kv_heads=8, head_size=64, context_length=512)
-    assert _options(CACHE, full)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x1x64")
-
-
-def test_sizes_that_the_graph_fixes_win_and_need_no_configuration() -> None:
-    fixed = {"past_key_values.0.key": [1, 2, "past", 16]}
-    assert _options(fixed, DecoderSizes())["nv_profile_opt_shapes"] == "past_key_values.0.key:1x2x0x16"
-
-
-def test_a_cache_that_slides_has_one_length() -> None:
-    options = _options(CACHE, windowed={"past_key_values.0.key": 32})
-    for shapes in options.values():
-        assert "past_key_values.0.key:4x2x32x64" in shapes or "past_key_values.0.key:1x2x32x64" in shapes
-    assert "past_key_values.0.value:4x8x512x16" in options["nv_profile_max_shapes"]
-
-
-@pytest.mark.parametrize(
-    ("inputs", "sizes", "words"),
-    [
-        (CACHE, DecoderSizes(kv_heads=8), "0.key' leaves its head size open.*head_size or head_dim.*config.json"),
-        (CACHE, DecoderSizes(head_size=8), "0.value' leaves its number of key/value heads open.*num_key_value_heads"),
-        ({"pixel_values": ["b", 3, 224, 224]}, SIZES, "'pixel_values' is not one that a text decoder has"),
-        ({"input_ids": ["tokens"]}, SIZES, "'input_ids' has 1 dimensions"),
-    ],
-)
-def test_what_is_open_is_named(inputs: dict[str, list[int | str]], sizes: DecoderSizes, words: str) -> None:
-    with pytest.raises(GraphError, match=words):
-        _options(inputs, sizes)
+    assert _options(CACHE, 600)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x88x64")
+    assert _options(CACHE, 512)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x1x64")
+    assert _options(CACHE, None)["nv_profile_max_shapes"].startswith("past_key_values.0.key:4x2x512x64")
 
 
 def _directory(folder: Path, **known: int) -> ModelDirectory:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 from scripts.benchmarks.synthetic_llama import LlamaShape, random_llama
+from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions
 from stages.runtime.feeds import CausalFeeds
 
 TINY = LlamaShape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_size=16, vocabulary=256, context=64)
+DIRECTORY = ModelDirectory(
+    folder=Path(),
+    onnx_file=Path("model.onnx"),
+    has_genai_config=False,
+    kv_heads=TINY.kv_heads,
+    head_size=TINY.head_size,
+)
 TOKENS = np.array([[3, 1, 4, 1, 5]])
 
 
@@ -33,7 +43,7 @@ def declare_types(partition: Partition, computed: dict[str, np.ndarray]) -> None
 def run(model: ir.Model, computed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     boundary = {node.name: computed[node.name] for node in session.get_inputs() if node.name in computed}
-    feeds = CausalFeeds.of(session, TINY, frozenset(boundary))
+    feeds = CausalFeeds.of(session, DIRECTORY, frozenset(boundary))
     names = [node.name for node in session.get_outputs()]
     return dict(zip(names, session.run(None, feeds(TOKENS) | boundary), strict=True))
 
