@@ -149,6 +149,8 @@ class TablesConfig(CommandOptions):
     """The model of --compare and --benchmark, as the pages call it: SmolLM2-135M-Instruct."""
     families: Path | None = None
     """What tests/pipelines/models/test_families.py wrote to the file that SUPPORT_MATRIX_OUT named."""
+    architectures: Path | None = None
+    """The file architectures.jsonl in the --output of scripts.architectures."""
     times: dict[str, float] = field(default_factory=dict)
     """Commands and their seconds: 'bash scripts/check.sh --fast' 80."""
 

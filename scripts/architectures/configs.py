@@ -235,16 +235,13 @@ def lfm2_moe() -> transformers.Lfm2MoeConfig:
     )
 
 
-def qwen3_5(*, layers: int = 4, context: int = CONTEXT) -> transformers.Qwen3_5Config:
-    """Return a Qwen3.5: three layers of gated linear attention before each layer of attention.
-
-    Args:
-        layers: number of layers.
-        context: tokens.
-    """
-    text = _SIZES | _HEADS | _linear_attention() | {"num_hidden_layers": layers, "max_position_embeddings": context}
+def qwen3_5(layer_types: tuple[str, ...] | None = None) -> transformers.Qwen3_5Config:
+    """Return a Qwen3.5: gated linear attention in three of four layers, or as ``layer_types`` says."""
+    types = {} if layer_types is None else {"layer_types": list(layer_types), "num_hidden_layers": len(layer_types)}
     return transformers.Qwen3_5Config(
-        text_config=text, vision_config=_QWEN_VISION | {"num_position_embeddings": 16}, **_IMAGE_TOKENS
+        text_config=_SIZES | _HEADS | _linear_attention() | types,
+        vision_config=_QWEN_VISION | {"num_position_embeddings": 16},
+        **_IMAGE_TOKENS,
     )
 
 

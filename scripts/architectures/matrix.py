@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from stages.errors import UserError
+from stages.errors import UserError, in_one_line
 
 Step = Literal["build", "calibrate", "quantize", "evaluate", "generate"]
 BUILDS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
@@ -31,7 +31,7 @@ _STEPS = {
     "evaluate": "ONNX Runtime stops",
     "generate": "onnxruntime-genai doesn't generate with the quantized model",
 }
-_NOT_THE_BASE = "; nor does it run the float model"
+_NOT_THE_BASE = "; nor does onnxruntime-genai generate with the float model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def read_cells(file: Path) -> tuple[Cell, ...]:
     try:
         found = [_CELLS.validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValidationError) as error:
-        raise UserError(f"{file} can't be read ({error}); {_AGAIN}.") from error
+        raise UserError(f"{file} can't be read ({in_one_line(error)}); {_AGAIN}.") from error
     return tuple({(cell.architecture, cell.build): cell for cell in found}.values())
 
 
