@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from stages.model.sites import find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.feeds import require_text_inputs
-from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
+from stages.runtime.graph_inputs import EMBEDDED, InputShapes, WindowShape, inputs_of_graph
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.tap import ActivationTap
 from stages.system.atomic import scratch_folder
@@ -194,7 +195,7 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
     windows = capture.windows
     return CacheKey(
         model_fingerprint=fingerprint_model(capture.directory),
-        token_fingerprint=windows.fingerprint,
+        token_fingerprint=_token_fingerprint(capture),
         source=windows.source,
         calibration_windows=len(windows.calibration),
         held_out_windows=len(windows.held_out),
@@ -202,6 +203,15 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
         providers=capture.choice.names,
         token_weights=token_weights,
     )
+
+
+def _token_fingerprint(capture: Capture) -> str:
+    """Return the fingerprint of what the model reads: the tokens, or what the embedding model makes of them."""
+    tokens, embedding = capture.windows.fingerprint, capture.directory.embedding
+    inputs = inputs_of_graph(capture.model, capture.directory)
+    if embedding is None or not any(given.role in EMBEDDED for given in inputs):
+        return tokens
+    return hashlib.sha256(f"{tokens} {fingerprint_model(embedding)}".encode()).hexdigest()
 
 
 @contextmanager

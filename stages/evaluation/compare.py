@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stages.calibration.text.tokenizer import load_tokenizer
-from stages.calibration.text.windows import pack_windows
+from stages.calibration.text.windows import beginning_token, pack_windows
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import Progress
 from stages.errors import UserError
@@ -222,7 +222,8 @@ def _run_model(
 
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
     text = BUILT_IN[config.text]() if config.text in BUILT_IN else _read_text(Path(config.text))
-    windows = pack_windows(tokenizer(text, verbose=False)["input_ids"], config.windows, config.seq_len)
+    tokens = tokenizer(text, verbose=False)["input_ids"]
+    windows = pack_windows(tokens, config.windows, config.seq_len, beginning_token(tokenizer))
     if len(windows) < config.windows or config.windows < 1:
         raise UserError(
             f"--text {config.text} gives {counted(len(windows), 'window')} of {config.seq_len} tokens and --windows is "

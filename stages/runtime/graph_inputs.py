@@ -222,9 +222,9 @@ class InputShapes:
         if self.open_size is not None:
             return
         if given.role == _ENCODED:
-            raise self.refuse(given, "holds what an encoder makes of sound or images, which text doesn't give")
+            raise self.refuse(given, "holds sound or images, or what an encoder makes of them, which text doesn't give")
         if not given.role:
-            raise self.refuse(given, "is none that a decoder of text has, and has no default")
+            raise self.refuse(given, "is none that a text decoder has, and has no default")
         if given.role in CARRY_TOKENS and len(given.shape) < 2:
             raise self.refuse(given, f"has shape {list(given.shape)}, not [batch, length] (paged attention?)")
 

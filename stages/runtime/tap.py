@@ -86,13 +86,19 @@ def tapped_model(model: ir.Model, activations: tuple[str, ...]) -> ir.Model:
 
 
 def _readable(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    if value.dtype != ir.DataType.BFLOAT16:
-        return value
-    cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{value.name}/float32")
-    cast.outputs[0].name = f"{value.name}/float32"
-    cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
-    graph.append(cast)
-    return cast.outputs[0]
+    if value.dtype == ir.DataType.BFLOAT16:
+        cast = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{value.name}/float32")
+        return _appended(graph, cast, value, ir.TensorType(ir.DataType.FLOAT))
+    if value.is_graph_input():  # else its memory is the caller's, who frees it
+        return _appended(graph, ir.node("Identity", [value], name=f"{value.name}/copy"), value, value.type)
+    return value
+
+
+def _appended(graph: ir.Graph, node: ir.Node, value: ir.Value, kind: ir.TypeProtocol | None) -> ir.Value:
+    made = node.outputs[0]
+    made.name, made.shape, made.type = node.name, value.shape, kind
+    graph.append(node)
+    return made
 
 
 def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:

@@ -261,6 +261,18 @@ def _huge_cache(model: onnx.ModelProto) -> None:
             value.type.tensor_type.shape.dim[1].dim_value = 1 << 50
 
 
+def _further_input(name: str, *shape: int | str) -> Spoil:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    return graph_with(change)
+
+
+def _window_of_one_length(model: onnx.ModelProto) -> None:
+    """Let the graph take 1024 tokens at a time, twice the context."""
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1024
+
+
 def _later_version(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 9999
 
@@ -319,6 +331,29 @@ GRAPHS = (
     _model("graph: attention with no heads", graph_with(_no_heads), "num_heads"),
     _model("graph: a head count in words", graph_with(_head_count_in_words), "num_heads"),
     _model("graph: a key/value cache of 2^50 heads", graph_with(_huge_cache), "past_key", command="calibrate"),
+    _model(
+        "graph: what an encoder makes of sound",
+        _further_input("past_key_cross_0", "batch", 4, 1500, 16),
+        "past_key_cross_0",
+        "--algo rtn_dq",
+        command="calibrate",
+    ),
+    _model(
+        "graph: embedded tokens without an embedding",
+        _further_input("inputs_embeds", "batch", "length", 64),
+        "inputs_embeds",
+        "model.embedding.filename",
+        command="calibrate",
+    ),
+    _model(
+        "graph: an input without a meaning", _further_input("bias", 4), "'bias'", "has no default", command="calibrate"
+    ),
+    _model(
+        "graph: windows longer than the context",
+        graph_with(_window_of_one_length),
+        "1024 is longer than the context",
+        command="calibrate",
+    ),
     _model("graph: dimensions of 2^40", _dims(1 << 40, 1 << 40), "model.onnx"),
     _model("graph: dimensions below 0", _dims(-64, -128), "model.onnx"),
     _model("graph: a dimension of 0", _dims(0, 128), "model.onnx"),

@@ -113,8 +113,9 @@ def load_windows(
     """Read, tokenize and pack as much text as ``config`` asks for; a tenth of the windows (at least one) is held out.
 
     Each document is tokenized with the special tokens its tokenizer adds, and ends with the tokenizer's EOS where there
-    is one; as a conversation it gets what the chat template writes, and nothing else. Several data sets give windows as
-    their weights say, in turn, a tenth of each held out. The same options on the same data give the same windows.
+    is one; as a conversation it gets what the chat template writes. Each window begins with the token that the
+    tokenizer puts before any text. Several data sets give windows as their weights say, in turn, a tenth of each held
+    out. The same options on the same data give the same windows.
 
     Args:
         config: names the tokenizer, and gives the number and length of windows.
@@ -147,7 +148,10 @@ def load_windows(
         for name, share in shares.items():
             if name == RANDOM:
                 vocabulary = min(len(found.tokenizer), directory.vocab_size or len(found.tokenizer))
-                parts[name] = _Part(title=_RANDOM_TITLE, windows=_random_windows(config, share, vocabulary))
+                windows = _random_windows(config, share, vocabulary)
+                if (begin := beginning_token(found.tokenizer)) is not None:
+                    windows[:, 0] = begin
+                parts[name] = _Part(title=_RANDOM_TITLE, windows=windows)
             elif name != SELF_GENERATED:
                 parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources)
     for part in parts.values():
@@ -155,11 +159,37 @@ def load_windows(
     return _split({name: parts[name] for name in shares}, tokenizer=found.title)
 
 
-def pack_windows(tokens: Iterable[int], count: int, seq_len: int) -> Int64[np.ndarray, "windows seq_len"]:
-    """Return the first ``count`` full windows of a token stream, or as many as there are; the remainder is dropped."""
-    flat = np.fromiter(islice(tokens, count * seq_len), np.int64)
-    full = len(flat) // seq_len
-    return flat[: full * seq_len].reshape(full, seq_len)
+def beginning_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that the tokenizer puts before any text, None where it puts nothing.
+
+    A model that was trained with one gives it much of its attention, and answers worse without it.
+    """
+    begin: int | None = tokenizer.bos_token_id
+    added: list[int] = tokenizer("")["input_ids"]
+    return begin if added[:1] == [begin] else None
+
+
+def pack_windows(
+    tokens: Iterable[int], count: int, seq_len: int, begin: int | None = None
+) -> Int64[np.ndarray, "windows seq_len"]:
+    """Return the first ``count`` full windows of a token stream, or as many as there are; the remainder is dropped.
+
+    Args:
+        tokens: the stream.
+        count: of windows, at most.
+        seq_len: tokens of each.
+        begin: the first token of each window, put before the stream's where that is another one; None: nothing is.
+    """
+    stream, windows = iter(tokens), list[list[int]]()
+    while len(windows) < count:
+        window = list(islice(stream, 1))
+        if begin is not None and window != [begin]:
+            window.insert(0, begin)
+        window += islice(stream, seq_len - len(window))
+        if len(window) < seq_len:
+            break
+        windows.append(window[:seq_len])
+    return np.array(windows, np.int64).reshape(-1, seq_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +212,7 @@ def _part(
     chat = config.apply_chat_template
     documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
     tokens = (_chat_stream if chat else _token_stream)(tokenizer, documents.texts)
-    windows = pack_windows(tokens, share, config.seq_len)
+    windows = pack_windows(tokens, share, config.seq_len, beginning_token(tokenizer))
     if len(windows) < share:
         asked = "--calib_size is" if config.calib_size else "the default of --calib_size is"
         if share != count:

@@ -53,10 +53,21 @@ def all_windows(config: CalibrateConfig) -> np.ndarray:
     return np.concatenate([windows.calibration, windows.held_out])
 
 
+def joined(windows: np.ndarray, tokenizer_path: Path) -> str:
+    """Return the text of consecutive windows, without the <s> that a window begins with inside a document."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
+    text = ""
+    for window in windows:
+        here = tokenizer.decode(window)
+        assert here.startswith("<s>")
+        begins_a_document = not text or (text.endswith("</s>") and not here.startswith("<s>[assistant]"))
+        text += here if begins_a_document else here.removeprefix("<s>")
+    return text
+
+
 def texts_of(windows: np.ndarray, tokenizer_path: Path) -> list[str]:
     """Return the documents that full windows hold, but one that is cut at the end."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
-    return [part.removeprefix("<s>") for part in tokenizer.decode(windows.reshape(-1)).split("</s>")[:-1]]
+    return [part.removeprefix("<s>") for part in joined(windows, tokenizer_path).split("</s>")[:-1]]
 
 
 @pytest.mark.parametrize(("calib_size", "held_out"), [(2, 1), (10, 1), (16, 2), (25, 2)])
@@ -73,6 +84,11 @@ def test_packing_keeps_every_token_in_order_and_drops_only_the_remainder() -> No
     packed = pack_windows(iter(range(23)), 10, 5)
     np.testing.assert_array_equal(packed, np.arange(20).reshape(4, 5))
     np.testing.assert_array_equal(pack_windows(iter(range(23)), 2, 5), np.arange(10).reshape(2, 5))
+
+
+def test_a_window_begins_with_the_token_before_any_text_once() -> None:
+    packed = pack_windows([9, 0, 1, 2, 3, 4, 5, 9, 6, 7, 8, 8], 10, 4, begin=9)
+    assert packed.tolist() == [[9, 0, 1, 2], [9, 3, 4, 5], [9, 6, 7, 8]]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
@@ -102,8 +118,10 @@ def test_the_same_request_gives_the_same_windows_and_another_seed_gives_others(
 
 def test_the_fingerprint_knows_the_shape_and_the_split(config: CalibrateConfig) -> None:
     # 10 windows of 32 are the same 320 tokens as 5 windows of 64, and as 20 windows of 16.
-    shapes = [(10, 32), (5, 64), (20, 16)]
-    configs = [replace(config, calib_size=count, seq_len=length) for count, length in shapes]
+    configs = [
+        replace(config, use_random_calib=True, calib_size=count, seq_len=length)
+        for count, length in [(10, 32), (5, 64), (20, 16)]
+    ]
     streams = [all_windows(config).reshape(-1) for config in configs]
     np.testing.assert_array_equal(streams[0], streams[1])
     np.testing.assert_array_equal(streams[0], streams[2])
@@ -212,8 +230,7 @@ def conversations(path: Path, *, others: bool = False) -> str:
 
 
 def chats_of(config: CalibrateConfig) -> list[str]:
-    text = transformers.AutoTokenizer.from_pretrained(config.onnx_path).decode(all_windows(config).reshape(-1))
-    return text.split("<s>")[1:-1]
+    return joined(all_windows(config), config.onnx_path).split("<s>")[1:-1]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
