@@ -15,6 +15,7 @@ from scripts.options import ArchitecturesConfig
 from stages.commands.output import Section
 from stages.commands.run import run_command
 from stages.errors import UserError
+from stages.system.atomic import atomic_directory
 from stages.system.json_file import write_whole
 
 _LOGGER = logging.getLogger(__name__)
@@ -82,17 +83,20 @@ def _work(name: str, build: str, folder: Path, answers: multiprocessing.connecti
 
     torch.set_num_threads(1)
     (architecture,) = (one for one in ARCHITECTURES if one.name == name)
-    place = folder / "work"
-    shutil.rmtree(place, ignore_errors=True)
-    text = "\n\n\n".join(topics[topic] for topic in sorted(topics))[:100_000]
-    write_whole(place / "text.txt", text.encode())
-    train_tokenizer(text).save_pretrained(place / "tokenizer")
-    save_architecture(architecture, place / "hf", place / "tokenizer")
-    work = Work(
-        architecture=architecture, build=build, source=place / "hf", text=place / "text.txt", folder=place / "models"
+    text, tokenizer, source = folder / "text.txt", folder / "tokenizer", folder / "hf" / name
+    if not text.exists():
+        words = "\n\n\n".join(topics[topic] for topic in sorted(topics))[:100_000]
+        train_tokenizer(words).save_pretrained(tokenizer)
+        write_whole(text, words.encode())
+    if not source.exists():
+        with atomic_directory(source, overwrite=False, option="--output") as partial:
+            save_architecture(architecture, partial, tokenizer)
+    made = folder / "models"
+    shutil.rmtree(made, ignore_errors=True)
+    answers.send(
+        take_the_whole_way(Work(architecture=architecture, build=build, source=source, text=text, folder=made))
     )
-    answers.send(take_the_whole_way(work))
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(made, ignore_errors=True)
 
 
 if __name__ == "__main__":

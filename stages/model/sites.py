@@ -11,7 +11,7 @@ import onnx_ir as ir
 from stages.errors import GraphError
 from stages.model.absorbers import find_absorber
 from stages.model.genai_config import LOGITS
-from stages.model.patterns import readers, routes_experts
+from stages.model.patterns import gates_state, readers, routes_experts
 from stages.records.formats import EmbeddingTable, float_of_onnx
 from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
 
@@ -110,6 +110,7 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
         routes_experts=out_features < in_features and routes_experts(output),
+        gates_state=out_features < in_features and gates_state(output),
     )
 
 
