@@ -13,8 +13,8 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from export.save import save_model
+from scripts.benchmarks.synthetic_llama import LlamaShape, random_llama
 from scripts.options import LargeModelConfig
-from scripts.synthetic_llama import LlamaShape, random_llama
 from stages.commands.output import Section
 from stages.commands.run import run_command
 from stages.model.genai_config import GENAI_CONFIG

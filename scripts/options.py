@@ -112,6 +112,23 @@ class PeerConfig(BenchConfig, SweepGrid):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitecturesConfig(CommandOptions):
+    """Take a tiny random model of every architecture that the installed builder knows the whole way, in every build."""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "--output models/matrix",
+        "--output models/matrix --names Lfm2ForCausalLM --again",
+    )
+
+    output: Path
+    """Folder for the results, which a later run goes on from."""
+    names: tuple[str, ...] = ()
+    """Architectures as config.json spells them; default: all."""
+    again: Flag = False
+    """Also what has a result already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TablesConfig(CommandOptions):
     """Write the tables of README and docs/ from docs/results, and first add new results there.
 
@@ -132,6 +149,8 @@ class TablesConfig(CommandOptions):
     """The model of --compare and --benchmark, as the pages call it: SmolLM2-135M-Instruct."""
     families: Path | None = None
     """What tests/pipelines/models/test_families.py wrote to the file that SUPPORT_MATRIX_OUT named."""
+    architectures: Path | None = None
+    """The file architectures.jsonl in the --output of scripts.architectures."""
     times: dict[str, float] = field(default_factory=dict)
     """Commands and their seconds: 'bash scripts/check.sh --fast' 80."""
 

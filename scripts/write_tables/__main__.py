@@ -14,11 +14,13 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from scripts.architectures.matrix import read_cells
 from scripts.benchmarks.figures import Benchmark
 from scripts.options import TablesConfig
 from scripts.peers.comparison import read_comparison
 from scripts.write_tables import tables
 from scripts.write_tables.results import (
+    ArchitecturesResult,
     BenchmarkResult,
     ComparisonResult,
     FamiliesResult,
@@ -41,7 +43,7 @@ _RESULTS = "docs/results"
 _BLOCKS: dict[str, dict[str, Callable[[Sequence[Result]], str]]] = {
     "README.md": {"results": tables.readme_results, "times": tables.readme_times},
     "docs/benchmarks.md": {"accuracy": tables.accuracy, "cost": tables.cost},
-    "docs/model-support.md": {"families": tables.families},
+    "docs/model-support.md": {"architectures": tables.architectures, "families": tables.families},
 }
 
 
@@ -114,6 +116,14 @@ def new_results(config: TablesConfig) -> Iterator[Result]:
         )
     if config.families is not None:
         yield FamiliesResult(provenance=provenance(ROOT), families=tuple(read_families(config.families)))
+    if config.architectures is not None:
+        from scripts.architectures.configs import ARCHITECTURES
+
+        yield ArchitecturesResult(
+            provenance=provenance(ROOT),
+            cells=read_cells(config.architectures),
+            described={one.name: (one.models, one.peculiar) for one in ARCHITECTURES},
+        )
     if config.times:
         yield TimesResult(provenance=provenance(ROOT), seconds=config.times)
 

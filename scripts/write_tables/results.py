@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from pydantic import TypeAdapter
 
+from scripts.architectures.matrix import Cell
 from scripts.benchmarks.figures import Benchmark
 from scripts.peers.comparison import Comparison
 from scripts.write_tables.support_matrix import FamilyResult
@@ -64,6 +65,16 @@ class FamiliesResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArchitecturesResult:
+    """What became of every architecture that onnxruntime-genai's builder knows."""
+
+    provenance: Provenance
+    cells: tuple[Cell, ...]
+    described: dict[str, tuple[str, str]]
+    """Of each architecture: released models that have it, and what sets it apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TimesResult:
     """How long commands take."""
 
@@ -72,7 +83,7 @@ class TimesResult:
     """By command line."""
 
 
-Result = ComparisonResult | BenchmarkResult | FamiliesResult | TimesResult
+Result = ComparisonResult | BenchmarkResult | FamiliesResult | ArchitecturesResult | TimesResult
 _RESULTS: Records[Result] = TypeAdapter(Result)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from scripts.architectures.matrix import markdown as matrix
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.write_tables.results import (
+    ArchitecturesResult,
     BenchmarkResult,
     ComparisonResult,
     FamiliesResult,
@@ -72,6 +74,12 @@ def cost(results: Sequence[Result]) -> str:
     """Return every benchmark."""
     found = [one for one in results if isinstance(one, BenchmarkResult)]
     return "\n\n".join(part for result in found for part in _benchmark(result)) or NOTHING
+
+
+def architectures(results: Sequence[Result]) -> str:
+    """Return what became of every architecture that the builder knows."""
+    found = [one for one in results if isinstance(one, ArchitecturesResult)]
+    return "\n\n".join(f"{_head(one.provenance)}\n\n{matrix(one.cells, one.described)}" for one in found) or NOTHING
 
 
 def families(results: Sequence[Result]) -> str:

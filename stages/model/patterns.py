@@ -1,13 +1,15 @@
 """Recognise the small patterns of nodes that planning and export look for in a graph.
 
-These are constants, squares, sole readers, casts, key/value heads that nodes repeat, and routers of experts.
+These are constants, squares, sole readers, casts, key/value heads that nodes repeat, routers of experts, and gates of
+recurrent states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +22,10 @@ _ROUTING_INPUT = 1
 _RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 PASSED_THROUGH = _RESHAPING | {"Transpose", "Cast", "Identity"}
 """Operators that a constant weight may pass on its way to the node that reads it."""
+_STATE_GATES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"LinearAttentionGate": (0, 3), "LinearAttention": (4, 5), "GatedDeltaNet": (4, 5)}
+)
+"""Inputs that hold decay and update rate, by operator."""
 _ELEMENTWISE = frozenset(
     {
         *("Reshape", "Cast", "Identity", "Flatten", "Squeeze", "Unsqueeze"),
@@ -249,13 +255,27 @@ def routes_experts(value: ir.Value) -> bool:
     A router's output reaches the routing input of a MoE or QMoE node, or the TopK that chooses experts where a mixture
     is written out in small nodes, through nothing but reshapes and elementwise nodes.
     """
+    return any(
+        node.op_type == "TopK" or (node.op_type in EXPERT_NODES and index == _ROUTING_INPUT)
+        for node, index in _readers_behind(value)
+    )
+
+
+def gates_state(value: ir.Value) -> bool:
+    """Return whether ``value`` decides how fast a recurrent state decays, or how much a token changes it.
+
+    It reaches the decay or the update rate of linear attention through nothing but reshapes and elementwise nodes.
+    """
+    return any(index in _STATE_GATES.get(node.op_type, ()) for node, index in _readers_behind(value))
+
+
+def _readers_behind(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Yield the (node, input) that read ``value``, or what nothing but reshapes and elementwise nodes make of it."""
     waiting, known = [value], {id(value)}
     while waiting:
         for use in waiting.pop().uses():
-            if use.node.op_type == "TopK" or (use.node.op_type in EXPERT_NODES and use.idx == _ROUTING_INPUT):
-                return True
+            yield use.node, use.idx
             if use.node.op_type in _ELEMENTWISE:
                 found = [output for output in use.node.outputs if id(output) not in known]
                 waiting += found
                 known |= {id(output) for output in found}
-    return False

@@ -16,6 +16,7 @@ from stages.model.patterns import (
     STANDARD_DOMAINS,
     ConstantMatrix,
     constant_matrix,
+    gates_state,
     is_constant,
     readers,
     routes_experts,
@@ -128,6 +129,7 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
         feeds_logits=_becomes_logits(output),
         # Experts are fewer than hidden channels; a vocabulary that TopK samples from is no router.
         routes_experts=out_features < in_features and routes_experts(output),
+        gates_state=out_features < in_features and gates_state(output),
     )
 
 

@@ -63,6 +63,8 @@ class MatMulSite:
     feeds_logits: bool = False
     routes_experts: bool = False
     """Whether its output decides which experts of a mixture a token goes to."""
+    gates_state: bool = False
+    """Whether its output decides how fast a recurrent state decays, or how much a token changes it."""
 
     @property
     def is_lm_head(self) -> bool:

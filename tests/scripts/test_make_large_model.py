@@ -11,8 +11,8 @@ import onnxruntime as ort
 import pytest
 
 from scripts import make_large_model as command
+from scripts.benchmarks.synthetic_llama import LlamaShape, random_llama
 from scripts.options import LargeModelConfig
-from scripts.synthetic_llama import LlamaShape, random_llama
 from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph

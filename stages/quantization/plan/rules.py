@@ -177,8 +177,11 @@ def _eight_bit(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: Form
     chosen: set[str] = set()
     if config.layers_8bit:
         chosen = set(_matches(sites, config.layers_8bit, "--layers_8bit"))
-    elif config.enable_mixed_quant and not choice.keep_mixed_because:
-        chosen = set(sensitive_sites(sites, config.mixed_rule))
+    elif not choice.keep_mixed_because:
+        # A thousandth of the weights; what they get wrong stays in the state for as long as it lasts.
+        chosen = set() if config.has_budget else {site.name for site in sites if site.gates_state}
+        if config.enable_mixed_quant:
+            chosen |= set(sensitive_sites(sites, config.mixed_rule))
     heads = {site.name for site in sites if site.is_lm_head}
     if choice.lm_head == "8":
         chosen |= heads

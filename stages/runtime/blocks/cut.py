@@ -29,13 +29,26 @@ WITHOUT_BLOCKS = "run without --algo signround, --refine and --distill, which ru
 """The fix in messages about blocks that can't be cut out."""
 
 _STANDARD = frozenset(
-    {"Gelu", "LayerNormalization", "ReduceMean", "RMSNormalization", "SimplifiedLayerNormalization", "Split"}
+    {
+        "Gelu",
+        "LayerNormalization",
+        "LpNormalization",
+        "ReduceMean",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "Split",
+    }
 )
 """Standard operators that onnx2torch lacks, or knows only in older versions."""
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
-_EMPTY_PAST = {"GroupQueryAttention": (3, 4, 5, 6, 9), "MultiHeadAttention": (6, 7, 8)}
+_EMPTY_PAST = {
+    "CausalConvWithState": (3,),
+    "GroupQueryAttention": (3, 4, 5, 6, 9),
+    "LinearAttention": (3,),
+    "MultiHeadAttention": (6, 7, 8),
+}
 """Inputs that are left out because windows are full and begin at position 0 with an empty past: the past key and value,
-the lengths, the positions."""
+states, the lengths, the positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from scripts.synthetic_llama import LlamaShape, random_llama
+from scripts.benchmarks.synthetic_llama import LlamaShape, random_llama
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions
 from stages.runtime.feeds import CausalFeeds

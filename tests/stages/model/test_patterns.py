@@ -79,6 +79,25 @@ def test_a_layer_behind_another_layer_ends_the_search() -> None:
     assert routers(graph) == ["router"]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_gates_of_linear_attention_are_told_from_its_queries_keys_and_values(fused: bool) -> None:
+    graph = start()
+    for name, width in (("q", 8), ("k", 8), ("v", 8), ("a", 2), ("b", 2), ("z", 8)):
+        graph.linear("x", ones(HIDDEN, width), name)
+    bias, scale = graph.constant("bias", ones(2)), graph.constant("scale", -ones(2))
+    if fused:
+        graph.node("LinearAttentionGate", ["a", bias, scale, "b"], ["decay", "beta"], {}, MICROSOFT)
+    else:
+        graph.node("Softplus", [graph.node("Add", ["a", bias], ["biased"])], ["soft"])
+        graph.node("Mul", ["soft", scale], ["decay"])
+        graph.node("Sigmoid", ["b"], ["beta"])
+    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    graph.node("LinearAttention", ["q", "k", "v", "", "decay", "beta"], ["y"], heads, MICROSOFT)
+    graph.node("Mul", ["y", "z"], ["gated"])
+    graph.output("gated", FLOAT, ["t", 8])
+    assert [site.output for site in find_sites(graph.model()) if site.gates_state] == ["a", "b"]
+
+
 def value(model: ir.Model, name: str) -> ir.Value:
     """Return a value of the main graph by its name."""
     outputs = [output for node in model.graph for output in node.outputs]

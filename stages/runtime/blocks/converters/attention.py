@@ -1,4 +1,4 @@
-"""Attention as torch modules: GroupQueryAttention, MultiHeadAttention and RotaryEmbedding of com.microsoft.
+"""Attention as torch modules: GroupQueryAttention, MultiHeadAttention and rotary embeddings of com.microsoft.
 
 Windows are full and begin at position 0: there is no past, and no padding.
 """
@@ -169,11 +169,64 @@ class RotaryEmbedding(nn.Module):
         length = input.shape[-2]
         if position_ids.ndim == 1:
             position_ids = (position_ids + torch.arange(length, device=input.device)).unsqueeze(0)
-        cos, sin = cos_cache[position_ids], sin_cache[position_ids]
+        return self.turned(input, cos_cache[position_ids], sin_cache[position_ids])
+
+    def turned(
+        self,
+        input: Float[Tensor, "batch *middle length_or_size width"],
+        cos: Float[Tensor, "#batch length half"],
+        sin: Float[Tensor, "#batch length half"],
+    ) -> Float[Tensor, "batch *middle length_or_size width"]:
+        """Return ``input`` rotated by each token's angles.
+
+        Args:
+            input: queries or keys.
+            cos: of the angles.
+            sin: of the angles.
+        """
         if input.ndim == 4:
             return rotate(input, cos, sin, self._interleaved)
-        heads = self._num_heads or input.shape[-1] // (2 * cos_cache.shape[-1])
+        heads = self._num_heads or input.shape[-1] // (2 * cos.shape[-1])
         return join_heads(rotate(split_heads(input, heads), cos, sin, self._interleaved))
+
+
+class MultiAxisRotaryEmbedding(nn.Module):
+    """MRotaryEmbedding: each angle follows the position on one of three axes (time, height, width)."""
+
+    def __init__(self, *, num_heads: int, interleaved: bool, sections: tuple[int, ...], alternating: bool) -> None:
+        """Remember the node's attributes.
+
+        Args:
+            num_heads: heads of an input that has them joined.
+            interleaved: a pair is two neighbours, not (i, i + half).
+            sections: how many angles follow each axis.
+            alternating: angles follow the axes by turns, as far as there are so many, and else the first one; not one
+                axis behind the other.
+        """
+        super().__init__()
+        self._one_axis = RotaryEmbedding(num_heads=num_heads, interleaved=interleaved)
+        self._sections, self._alternating = sections, alternating
+
+    def forward(
+        self,
+        input: Float[Tensor, "batch *middle length_or_size width"],
+        position_ids: Int[Tensor, "axes batch length"],
+        cos_cache: Float[Tensor, "positions half"],
+        sin_cache: Float[Tensor, "positions half"],
+    ) -> Float[Tensor, "batch *middle length_or_size width"]:
+        axes = self._axes(cos_cache.shape[-1]).to(input.device)
+        angles = torch.arange(len(axes), device=input.device)
+        rows = position_ids[axes].permute(1, 2, 0)
+        return self._one_axis.turned(input, cos_cache[rows, angles], sin_cache[rows, angles])
+
+    def _axes(self, half: int) -> Int[Tensor, " half"]:
+        """Return the axis that each angle follows."""
+        if not self._alternating:
+            return torch.repeat_interleave(torch.arange(len(self._sections)), torch.tensor(self._sections))
+        axes = torch.zeros(half, dtype=torch.int64)
+        for axis, size in enumerate(self._sections[1:], start=1):
+            axes[axis : size * len(self._sections) : len(self._sections)] = axis
+        return axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +261,6 @@ class AttentionRule:
         if self.softcap or sink is not None:
             return self._written_out(query, key, value, mask, bias, sink)
         only_causal = self.causal and self.window is None and bias is None
-        both = mask if bias is None else mask + bias
         both = mask if bias is None else mask + bias
         return scaled_dot_product_attention(
             query,

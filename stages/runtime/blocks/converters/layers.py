@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, linear
+from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -74,6 +74,29 @@ class QuickGelu(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return hidden * torch.sigmoid(self._alpha * hidden)
+
+
+class UnitVectors(nn.Module):
+    """LpNormalization: vectors of length 1 along ``axis``, by the sum of absolute values or of squares (``p``)."""
+
+    def __init__(self, *, axis: int, p: int) -> None:
+        super().__init__()
+        self._axis, self._p = axis, p
+
+    def forward(self, hidden: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        return normalize(hidden, p=self._p, dim=self._axis)
+
+
+class GatedAdd(nn.Module):
+    """x + y * gate."""
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "*batch width"],
+        gated: Float[Tensor, "*batch width"],
+        gate: Float[Tensor, "*batch 1"],
+    ) -> Float[Tensor, "*batch width"]:
+        return hidden + gated * gate
 
 
 class Linear(nn.Module):

@@ -15,10 +15,12 @@ from stages.runtime.blocks.converters.attention import (
     MULTI_HEAD_ABSENT,
     GroupQueryAttention,
     GroupQueryRule,
+    MultiAxisRotaryEmbedding,
     MultiHeadAttention,
     RotaryEmbedding,
 )
 from stages.runtime.blocks.converters.layers import (
+    GatedAdd,
     Gelu,
     LayerNorm,
     Linear,
@@ -26,8 +28,18 @@ from stages.runtime.blocks.converters.layers import (
     ReduceMean,
     RootMeanSquareNorm,
     Split,
+    UnitVectors,
 )
 from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
+from stages.runtime.blocks.converters.recurrent import (
+    CAUSAL_CONV_ABSENT,
+    LINEAR_ATTENTION_ABSENT,
+    CausalConv,
+    GatedNorm,
+    LinearAttention,
+    LinearAttentionGate,
+    LinearAttentionRule,
+)
 from stages.runtime.blocks.cut import LINEAR, OWN_DOMAIN
 
 Attributes = Mapping[str, Any]
@@ -105,6 +117,37 @@ def _rotary_embedding(node: NodeForm) -> nn.Module:
     )
 
 
+def _multi_axis_rotary_embedding(node: NodeForm) -> nn.Module:
+    node.require(is_packed_batching=0, scale=1.0)
+    layout = node.attributes.get("mrope_layout", 0)
+    if layout not in (0, 1):
+        raise NotImplementedError(f"{node.operator} with mrope_layout = {layout}")
+    return MultiAxisRotaryEmbedding(
+        num_heads=node.attributes.get("num_heads", 0),
+        interleaved=node.attributes.get("interleaved", 0) == 1,
+        sections=tuple(node.attributes["mrope_section"]),
+        alternating=layout == 1,
+    )
+
+
+def _causal_conv(node: NodeForm) -> nn.Module:
+    node.require(ndim=1, state_window=0)
+    node.require_absent(CAUSAL_CONV_ABSENT)
+    return CausalConv(
+        activation=node.attributes.get("activation", "none"),
+        channels_last=node.attributes.get("channels_last", 0) == 1,
+        dilation=node.attributes.get("dilation", 1),
+    )
+
+
+def _linear_attention(node: NodeForm) -> nn.Module:
+    node.require(state_window=0)
+    node.require_absent(LINEAR_ATTENTION_ABSENT)
+    names = {field.name for field in fields(LinearAttentionRule)}
+    rule = LinearAttentionRule(**{name: node.attributes[name] for name in names & set(node.attributes)})
+    return LinearAttention(rule)
+
+
 def _norm(module: Callable[[float], nn.Module]) -> Builder:
     def build(node: NodeForm) -> nn.Module:
         node.require(axis=-1)
@@ -120,11 +163,20 @@ def _reduce_mean(node: NodeForm) -> nn.Module:
 
 _BUILDERS: Mapping[str, Builder] = {
     "BiasGelu": lambda _: Gelu("none"),
+    "CausalConvWithState": _causal_conv,
     "FastGelu": lambda _: Gelu("tanh"),
+    "GatedAdd": lambda _: GatedAdd(),
+    "GatedRMSNorm": lambda node: GatedNorm(
+        epsilon=node.attributes.get("epsilon", 1e-5), activation=node.attributes.get("activation", "silu")
+    ),
     "Gelu": lambda node: Gelu(node.attributes.get("approximate", "none")),
     "GroupQueryAttention": _group_query_attention,
     "LayerNormalization": _norm(LayerNorm),
     LINEAR: lambda node: Linear(node.attributes.get("beta", 1.0)),
+    "LinearAttention": _linear_attention,
+    "LinearAttentionGate": lambda _: LinearAttentionGate(),
+    "LpNormalization": lambda node: UnitVectors(axis=node.attributes.get("axis", -1), p=node.attributes.get("p", 2)),
+    "MRotaryEmbedding": _multi_axis_rotary_embedding,
     "MultiHeadAttention": _multi_head_attention,
     "QuickGelu": lambda node: QuickGelu(node.attributes.get("alpha", 1.702)),
     "ReduceMean": _reduce_mean,

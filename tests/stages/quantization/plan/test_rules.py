@@ -221,3 +221,14 @@ def test_a_router_is_skipped_unless_it_is_named() -> None:
     assert named.skipped_routers == 0
     excluded = _made(_with_router(), exclude="router,lm_head")
     assert dict(excluded.skipped)[router] == "--exclude router"
+
+
+def test_gates_of_recurrent_states_are_int8_where_the_target_runs_it_and_nobody_says_otherwise() -> None:
+    gate = "/model/layers.1/linear_attn/a_proj/MatMul"
+    group = _group(gate)
+    groups = (*GROUPS, replace(group, sites=tuple(replace(member, gates_state=True) for member in group.sites)))
+    assert _made(groups).specs[gate].bits == 8
+    assert _made(groups).eight_bit_sites == 1
+    assert _made(groups, layers_8bit="down_proj").specs[gate].bits == 4
+    slow = replace(CHOICE, keep_mixed_because="INT8 is slow there")
+    assert make_plan(groups, CONFIG, slow).specs[gate].bits == 4

@@ -77,6 +77,13 @@ def rotary(
     return OneNode(operator="RotaryEmbedding", inputs=inputs, attributes=attributes)
 
 
+def of_three_axes(layout: int, sections: tuple[int, ...], shape: tuple[int, ...] = JOINED, **more: int) -> OneNode:
+    positions = np.random.default_rng(2).integers(0, 32, (3, BATCH, LENGTH))
+    attributes = {"mrope_layout": layout, "mrope_section": list(sections), **more}
+    inputs = {"input": _random(*shape), "position_ids": positions, **_tables(sum(sections))}
+    return OneNode(operator="MRotaryEmbedding", inputs=inputs, attributes=attributes)
+
+
 CASES = {
     **{
         f"group query, {'packed' if packed else 'separate'}, {attributes}": group_query(packed=packed, **attributes)
@@ -107,6 +114,11 @@ CASES = {
     "rotary, split heads": rotary(SPLIT, interleaved=0),
     "rotary, split heads, interleaved": rotary(SPLIT, interleaved=1),
     "rotary, one position where the window begins": rotary(positions=np.array([5], np.int64)),
+    "three axes, one behind the other": of_three_axes(0, (8, 4, 4), num_heads=HEADS),
+    "three axes by turns": of_three_axes(1, (6, 5, 5), num_heads=HEADS),
+    "three axes by turns, the first more often": of_three_axes(1, (10, 4, 2), SPLIT),
+    "three axes, partial": of_three_axes(1, (4, 2, 2), num_heads=HEADS, rotary_embedding_dim=SIZE // 2),
+    "three axes, interleaved": of_three_axes(0, (8, 4, 4), num_heads=HEADS, interleaved=1),
     "rotary, partial": rotary(half=SIZE // 4, num_heads=HEADS, rotary_embedding_dim=SIZE // 2),
 }
 
