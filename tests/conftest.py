@@ -12,6 +12,9 @@ import pytest
 
 from tests.support.commands import Commands
 from tests.support.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
+from tests.support.type_checks import check_types_cheaply
+
+check_types_cheaply()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,15 +365,3 @@ def save_random_model(config: transformers.PretrainedConfig, width: float, folde
                 parameter.mul_(torch.exp(0.7 * torch.randn(len(parameter), 1, generator=generator)))
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-
-
-def build_in_process(
-    source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu", *extra: str
-) -> None:
-    """Run onnxruntime-genai's builder with ``extra`` options, without a new interpreter for each model."""
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    place = ("", str(source), str(output), precision, execution_provider, str(output / "cache"))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        create_model(*place, **parse_extra_options(*place, list(extra)))
