@@ -5,6 +5,8 @@ torch, transformers and the stages are imported by the fixtures that need them, 
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -12,6 +14,20 @@ import pytest
 
 from tests.support.commands import Commands
 from tests.support.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
+from tests.support.type_checks import check_types_cheaply
+
+check_types_cheaply()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have the most slow tests, so that no worker is left with a long one in the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector half a million objects that were imported and stay."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scripts.architectures.builder import build_genai_model
 from scripts.architectures.configs import Architecture
 from scripts.architectures.matrix import Cell, Step
-from scripts.architectures.random_models import build_in_process
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.quantize_options import QuantizeConfig
@@ -63,7 +63,7 @@ def _build(work: Work) -> None:
     options = ("hf_remote=true",) if work.architecture.is_stand_in else ()
     precision = "fp32" if work.build == "cpu" else "fp16"
     try:
-        build_in_process(work.source, work.folder / "base", precision, work.build, *options)
+        build_genai_model(work.source, work.folder / "base", precision, work.build, *options)
     except Exception as error:  # whatever the builder may raise
         raise _Stopped("build", error) from error
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -79,15 +77,3 @@ def _draw(model: torch.nn.Module, width: float) -> None:
             if name.endswith(_OUTPUTS) and parameter.dim() > 1:
                 sizes = torch.exp(0.7 * torch.randn(len(parameter), 1, generator=generator))
                 parameter.mul_(sizes.reshape(-1, *[1] * (parameter.dim() - 1)))
-
-
-def build_in_process(
-    source: Path, output: Path, precision: str = "fp32", execution_provider: str = "cpu", *extra: str
-) -> None:
-    """Run onnxruntime-genai's builder with ``extra`` options, without a new interpreter for each model."""
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    place = ("", str(source), str(output), precision, execution_provider, str(output / "cache"))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        create_model(*place, **parse_extra_options(*place, list(extra)))

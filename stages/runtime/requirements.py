@@ -6,7 +6,6 @@ The tables were measured: every release from 1.19 to 1.31 was asked which opsets
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field

@@ -88,7 +88,9 @@ def require_kernels(model: ir.Model, directory: ModelDirectory, choice: Provider
     if choice.names != CPU_ONLY:
         return
     try:
-        open_session(without_weights(model), SessionSettings(external_data_folder=weights_folder(model, directory.onnx_file)))
+        open_session(
+            without_weights(model), SessionSettings(external_data_folder=weights_folder(model, directory.onnx_file))
+        )
     except GraphError as error:
         reason = runtime_reason(error.__cause__ or error)
         if type(error.__cause__).__name__ != "NotImplemented" and NO_KERNEL not in reason:

@@ -18,7 +18,8 @@ from stages.quantization.weights.store import open_store
 from stages.records.results import QuantizedWeight
 from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
-from tests.support.families import FAMILIES, build_in_process, save_random_model
+from tests.support.families import FAMILIES, save_random_model
+from tests.support.tiny_models import build_genai_model
 from tests.support.written import fused_sites
 
 _TUNING = (
@@ -175,7 +176,7 @@ def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_searched(
 ) -> None:
     family = next(family for family in FAMILIES if family.name == "gpt-oss")
     save_random_model(family.config(), family.width, tmp_path / "hf", tiny_tokenizer)
-    build_in_process(tmp_path / "hf", tmp_path / "base")
+    build_genai_model(tmp_path / "hf", tmp_path / "base")
     cache = _calibrated(tmp_path / "base", tiny_text, tmp_path)
     code, printed = _quantize(commands, tmp_path / "base", cache, tmp_path / "out", *_TUNING)
     assert code == 2

@@ -11,16 +11,18 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+
+from tests.support import forked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
@@ -63,31 +65,31 @@ class Workshop:
             "--output_path", str(self.folder / "again"),
         ]  # fmt: skip
 
-    def start(self, module: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, module: Sequence[str]) -> BaseProcess:
         self.temporary.mkdir(exist_ok=True)
-        environment = os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", *module]
-        log = (self.folder / "log.txt").open("wb")
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        log, environment = self.folder / "log.txt", {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
+        log.unlink(missing_ok=True)
+        return forked.start(["-m", *module], log, log, environment)
 
     def has_output(self, name: str) -> bool:
         return name in _OUTPUTS and (self.folder / _OUTPUTS[name]).exists()
 
     def finish(self, module: Sequence[str]) -> None:
-        code = self.start(module).wait()
-        assert code == 0, (self.folder / "log.txt").read_text()
+        process = self.start(module)
+        process.join()
+        assert process.exitcode == 0, (self.folder / "log.txt").read_text()
 
     def kill_at(self, module: Sequence[str], moment: float) -> bool:
         """Kill it ``moment`` seconds after it first wrote something; whether it was still running then."""
         before = self.state()
         process = self.start(module)
-        while process.poll() is None and self.state() == before:
+        while process.is_alive() and self.state() == before:
             time.sleep(_POLL)
         time.sleep(moment)
-        running = process.poll() is None
+        running = process.is_alive()
         if running:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
         return running
 
     def state(self) -> list[tuple[str, int]]:

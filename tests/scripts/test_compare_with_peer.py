@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from scripts.compare_with_peer import compare_with_peer
 from scripts.options import PeerConfig
+from scripts.peers import environment
 from scripts.peers.checkpoints import run_autoround, run_olive
 from scripts.peers.checkpoints.runs import AUTOROUND_RUNNER, CHECKPOINT_REQUIREMENTS, OLIVE_RUNNER
 from scripts.peers.comparison import read_comparison
@@ -34,6 +35,7 @@ from scripts.peers.runs import (
 )
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Record
+from stages.system.measured_process import run_measured
 from tests.support.commands import Commands
 
 FAKE_QUANTIZER = """#!{python}
@@ -291,8 +293,17 @@ def test_a_competitor_that_can_not_be_installed_says_so(tmp_path: Path) -> None:
     assert "package.whl" in (tmp_path / "environment.log").read_text()
 
 
-@pytest.mark.slow
-def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path) -> None:
+def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[tuple[str, ...]] = []
+
+    def run_without_pip(command: tuple[str, ...], log: Path) -> None:
+        """Real environments, but empty ones: pip takes seconds to come into each."""
+        if "venv" in command:
+            run_measured((*command, "--without-pip"), log)
+        else:
+            installed.append(command)
+
+    monkeypatch.setattr(environment, "run_measured", run_without_pip)
     requirements = tmp_path / "pins.txt"
     requirements.write_text("# nothing\n")
     folder = tmp_path / "environment"
@@ -302,9 +313,11 @@ def test_an_environment_is_made_once_for_the_same_pins(tmp_path: Path) -> None:
     ensure_environment(folder, requirements)
     assert (folder / "mark").exists()
     assert python_of(folder).lstat().st_mtime_ns == made
+    assert installed == [(str(python_of(folder)), "-m", "pip", "install", "-r", str(requirements))]
     requirements.write_text("# something else\n")
     ensure_environment(folder, requirements)
     assert not (folder / "mark").exists()
+    assert len(installed) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
@@ -15,6 +13,7 @@ from stages.evaluation.bench.runs import Record
 from stages.quantization.weights.store import open_store
 from stages.report.document import read_report
 from tests.stages.report.parsed import parse
+from tests.support import forked
 from tests.support.commands import Commands
 
 pytestmark = pytest.mark.slow
@@ -83,7 +82,8 @@ def test_a_points_command_makes_the_same_model(
     line = next(line for line in printed.splitlines() if line.startswith(f"{name}: "))
     program, *rest = line.removeprefix(f"{name}: ").split()
     assert program == "python"
-    subprocess.run([sys.executable, *rest], check=True, capture_output=True)
+    done = forked.run(rest)
+    assert done.returncode == 0, done.stderr
     assert record.bytes == sum(file.stat().st_size for file in (output / name).glob("model.onnx*"))
     losses = [report.held_out_loss for report in open_store(output / f"{name}.weights").reports()]
     assert record.search is not None

@@ -5,17 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
-from export import __main__ as export
-from stages import calibrate, evaluate, quantize, sweep
-from stages.commands.calibrate_options import CalibrateConfig
-from stages.commands.evaluate_options import EvaluateConfig, ReportConfig, SweepConfig
-from stages.commands.output import Section
-from stages.commands.quantize_options import ExportConfig, QuantizeConfig
-from stages.commands.run import run_command
-from stages.report import __main__ as report
+if TYPE_CHECKING:
+    from stages.commands.output import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +21,24 @@ class Commands:
     monkeypatch: pytest.MonkeyPatch
 
     def calibrate(self, *arguments: object) -> tuple[int, str]:
+        from stages import calibrate
+        from stages.commands.calibrate_options import CalibrateConfig
+
         return self.run(CalibrateConfig, calibrate.command, arguments)
 
     def quantize(self, *arguments: object) -> tuple[int, str]:
         """Run stage two and show all, for no runtime in particular unless ``arguments`` name a target."""
+        from stages import quantize
+        from stages.commands.quantize_options import QuantizeConfig
+
         named = any(str(each).startswith("--target") and not str(each).startswith("--target_") for each in arguments)
         target = () if named else ("--target", "any")
         return self.run(QuantizeConfig, quantize.command, (*arguments, *target, "--verbose"))
 
     def export(self, *arguments: object) -> tuple[int, str]:
+        from export import __main__ as export
+        from stages.commands.quantize_options import ExportConfig
+
         return self.run(ExportConfig, export.command, arguments)
 
     def drop_in(self, *arguments: object) -> tuple[int, str]:
@@ -44,6 +48,9 @@ class Commands:
         return self.run(DropInConfig, calibrate_and_quantize, arguments)
 
     def sweep(self, *arguments: object) -> tuple[int, str]:
+        from stages import sweep
+        from stages.commands.evaluate_options import SweepConfig
+
         return self.run(SweepConfig, sweep.command, arguments)
 
     def compare(self, *arguments: object) -> tuple[int, str]:
@@ -53,15 +60,23 @@ class Commands:
         return self.run(PeerConfig, compare_with_peer, arguments)
 
     def evaluate(self, *arguments: object) -> tuple[int, str]:
+        from stages import evaluate
+        from stages.commands.evaluate_options import EvaluateConfig
+
         return self.run(EvaluateConfig, evaluate.command, arguments)
 
     def report(self, *arguments: object) -> tuple[int, str]:
+        from stages.commands.evaluate_options import ReportConfig
+        from stages.report import __main__ as report
+
         return self.run(ReportConfig, report.command, arguments)
 
     def run(
         self, config: type, command: Callable[[object], Iterable[Section]], arguments: tuple[object, ...]
     ) -> tuple[int, str]:
         """Run any other command."""
+        from stages.commands.run import run_command
+
         self.monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
         self.monkeypatch.setenv("COLUMNS", "400")
         self.capsys.readouterr()

@@ -9,9 +9,9 @@ import transformers
 
 from scripts.architectures import configs
 from scripts.architectures.configs import lfm2_moe
-from scripts.architectures.random_models import build_in_process, save_random_model
+from scripts.architectures.random_models import save_random_model
 
-__all__ = ["FAMILIES", "Family", "build_in_process", "lfm2_moe", "save_random_model"]
+__all__ = ["FAMILIES", "Family", "lfm2_moe", "save_random_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

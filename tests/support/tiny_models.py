@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from scripts.architectures.builder import build_genai_model
 from scripts.architectures.tokenizer import BOS, EOS, VOCABULARY, train_tokenizer
 
 __all__ = ["BOS", "EOS", "VOCABULARY", "build_genai_model", "save_tiny_llama", "train_tokenizer"]
@@ -42,11 +41,3 @@ def save_tiny_llama(folder: Path, tokenizer: Path, *, tied: bool = False) -> Non
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.1 * noise)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-
-
-def build_genai_model(source: Path, output: Path, precision: str, execution_provider: str) -> None:
-    """Run onnxruntime-genai's builder; its output is shown when it fails."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(output)]
-    command += ["-p", precision, "-e", execution_provider, "-c", str(output / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"

@@ -15,7 +15,8 @@ from stages.quantization.search.solver import GroupSolver
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.session import SessionSettings, open_session
 from tests.support.commands import Commands
-from tests.support.families import FAMILIES, build_in_process, lfm2_moe, save_random_model
+from tests.support.families import FAMILIES, lfm2_moe, save_random_model
+from tests.support.tiny_models import build_genai_model
 from tests.support.graphs import TinyGraph
 from tests.support.tiny_models import VOCABULARY
 from tests.support.written import fused_sites
@@ -32,7 +33,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
     family = next(family for family in FAMILIES if family.name == "gpt-oss")
     folder = tmp_path_factory.mktemp("gpt-oss")
     save_random_model(family.config(), family.width, folder / "hf", tiny_tokenizer)
-    build_in_process(folder / "hf", folder / "base")
+    build_genai_model(folder / "hf", folder / "base")
     return folder / "base"
 
 
@@ -78,7 +79,7 @@ def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_exper
     extra: tuple[str, ...], tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
 ) -> None:
     save_random_model(lfm2_moe(), 0.2, tmp_path / "hf", tiny_tokenizer)
-    build_in_process(tmp_path / "hf", tmp_path / "base", "fp32", "cpu", *extra)
+    build_genai_model(tmp_path / "hf", tmp_path / "base", "fp32", "cpu", *extra)
     text = ("--dataset", tiny_text, "--calib_size", 8, "--seq_len", 32)
     code, printed = commands.calibrate("--onnx_path", tmp_path / "base", *text)
     assert code == 0, printed

@@ -40,7 +40,8 @@ from stages.records.results import QuantizedWeight
 from stages.records.sites import WeightLayout
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.session import SessionSettings, open_session
-from tests.support.families import FAMILIES, Family, build_in_process, save_random_model
+from tests.support.families import FAMILIES, Family, save_random_model
+from tests.support.tiny_models import build_genai_model
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +124,7 @@ def _one_thread() -> Iterator[None]:
 def build_and_calibrate(family: Family, folder: Path, text: Path, tokenizer: Path, *build: str) -> ModelDirectory:
     """A base model (fp32 for the CPU where ``build`` names nothing else) and its calibration cache."""
     save_random_model(family.config(), family.width, folder / "hf", tokenizer)
-    build_in_process(folder / "hf", folder / "base", *build)
+    build_genai_model(folder / "hf", folder / "base", *build)
     config = CalibrateConfig(onnx_path=folder / "base", dataset=str(text), calib_size=12, seq_len=64, batch_size=4)
     calibrate(config)
     return locate_model(folder / "base")

@@ -158,6 +158,7 @@ def test_no_session_outlives_its_partition(
         return original(self, tokens, boundary)
 
     monkeypatch.setattr(ActivationTap, "run", watched)
+    gc.freeze()  # only what is made from here on is looked through each time
     capture(tiny_model, tiny_text, tmp_path / "parts", "300kB")
     assert len(opened) >= 3
     assert set(alive) == {1}

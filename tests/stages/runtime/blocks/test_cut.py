@@ -12,9 +12,9 @@ from stages.errors import GraphError
 from stages.runtime.blocks.cut import cut_block, find_blocks
 from stages.runtime.blocks.decoder import write_out_residuals
 from tests.stages.runtime.blocks.blocks import open_model, relative_error
-from tests.support.families import FAMILIES, build_in_process, save_random_model
+from tests.support.families import FAMILIES, save_random_model
 from tests.support.graphs import tiny_decoder
-from tests.support.tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY, build_genai_model
 
 _TOKENS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 40))
 _FLOAT32 = 1e-5
@@ -42,7 +42,7 @@ def test_families(name: str, tiny_tokenizer: Path, tmp_path: Path) -> None:
     """Soft caps, sliding windows, norms behind each half, LayerNorm, partial rotation, tables behind an If, biases."""
     family = next(family for family in FAMILIES if family.name == name)
     save_random_model(family.config(), family.width, tmp_path / "hf", tiny_tokenizer)
-    build_in_process(tmp_path / "hf", tmp_path / "base")
+    build_genai_model(tmp_path / "hf", tmp_path / "base")
     opened = open_model(tmp_path / "base")
     errors = {block.layer: relative_error(opened, block, _TOKENS) for block in opened.blocks}
     assert list(errors) == [0, 1, 2, 3]
