@@ -195,8 +195,8 @@ def _run_partition(
         raise GraphError(f"ONNX Runtime can't run the exported model: {runtime_reason(error)}.") from error
     finally:
         profile = Path(session.end_profiling())
-    names = [node.name for node in session.get_outputs()]
-    return _PartitionRun(dict(zip(names, outputs, strict=True)), profile)
+    made = [node.name for node in session.get_outputs()]
+    return _PartitionRun(dict(zip(made, outputs, strict=True)), profile)
 
 
 def _matmulnbits_in(profile: Path) -> frozenset[str]:

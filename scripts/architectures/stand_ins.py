@@ -15,13 +15,13 @@ _CONTEXT, _SHORT = 256, 32
 _WIDE, _HEADS, _KV_HEADS, _EXPERTS, _RANK = 96, 4, 2, 4, 16
 
 
-class StandInConfig(PretrainedConfig):  # type: ignore[misc]
+class StandInConfig(PretrainedConfig):
     """Hold whatever it is given."""
 
     model_type = "stand_in"
 
 
-class _StandIn(PreTrainedModel):  # type: ignore[misc]
+class _StandIn(PreTrainedModel):
     config_class = StandInConfig
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -34,7 +34,8 @@ def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
 
 def _qkv_size(config: PretrainedConfig, kv_heads: int) -> int:
     head: int = config.hidden_size // config.num_attention_heads
-    return head * (config.num_attention_heads + 2 * kv_heads)
+    heads: int = config.num_attention_heads + 2 * kv_heads
+    return head * heads
 
 
 class _Part(nn.Module):
@@ -312,8 +313,7 @@ class _LoraLinear(_Part):
     @property
     def weight(self) -> nn.Parameter:
         """Return the layer's own weight."""
-        found: nn.Parameter = self.base_layer.weight
-        return found
+        return self.get_submodule("base_layer").get_parameter("weight")
 
     @property
     def bias(self) -> None:

@@ -166,7 +166,9 @@ def _embedding(base: ModelDirectory, content: Mapping[str, Any]) -> ModelDirecto
         return None
     entries = component_entries(content).items()
     named = {name: (entry, entry[key]) for name, (entry, key) in entries if name.startswith(_EMBEDDING)}
-    by_name = ((path, {}) for path in _parts_by_name(base) if is_embedding(path))
+    by_name: Iterator[tuple[Path, Mapping[str, Any]]] = (
+        (path, {}) for path in _parts_by_name(base) if is_embedding(path)
+    )
     configured = ((base.folder / filename, entry) for entry, filename in named.values())
     file, entry = next(chain(configured, by_name), (None, {}))
     if file is None:

@@ -114,7 +114,7 @@ def _made_shape(node: ir.Node, shape: list[int]) -> list[int] | None:
         return [prod(shape[:axis]), prod(shape[axis:])]
     if node.op_type == "Reshape":
         asked = _integers(node.inputs[1])
-        if asked is None or asked.count(-1) > 1 or node.attributes.get_int("allowzero", 0):
+        if asked is None or asked.count(-1) > 1 or node.attributes.get_int("allowzero", False):
             return None
         made = [shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(asked)]
         others = prod(size for size in made if size != -1)

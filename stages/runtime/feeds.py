@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +41,7 @@ from stages.runtime.graph_inputs import (
 )
 from stages.runtime.session import SessionSettings
 
-Feed = np.ndarray | ort.OrtValue
+Feed: TypeAlias = np.ndarray | ort.OrtValue
 _BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
 _NUMPY_TYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
@@ -129,7 +130,8 @@ class CausalFeeds:
         Raises:
             GraphError: the graph takes windows of another shape, or has an input that can't be fed.
         """
-        size = TokenShape(*tokens.shape, past)
+        batch, length = tokens.shape
+        size = TokenShape(batch, length, past)
         self.window.require(size.batch, size.length)
         made = {} if self.embedding is None else self.embedding(tokens)
         fed = [given for given in self.inputs if not (past and given.role == STATE)]
@@ -168,7 +170,7 @@ class CausalFeeds:
         dtype = _NUMPY_TYPES.get(given.type)
         if len(shape) == 2 or dtype is None or dtype.kind in "bui":
             return seen
-        return np.where(seen, 0.0, float(ml_dtypes.finfo(dtype).min))  # added to the scores
+        return np.where(seen, 0.0, _lowest(dtype))  # added to the scores
 
     def _declared(self, given: GraphInput, value: np.ndarray) -> Feed:
         """Return ``value`` in the declared type; numpy has no bfloat16 that ONNX Runtime takes, so that its bits go."""
@@ -178,7 +180,14 @@ class CausalFeeds:
         array = np.ascontiguousarray(value, dtype).reshape(value.shape)  # else numbers would become rows of one
         if given.type != _BFLOAT16:
             return array
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ir.DataType.BFLOAT16)
+        bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            array.view(np.uint16), ir.DataType.BFLOAT16
+        )
+        return bits
+
+
+def _lowest(dtype: np.dtype[Any]) -> float:
+    return float(ml_dtypes.finfo(dtype).min)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.calibration.text.chat_document import ChatDocument, Message
 from stages.calibration.text.offline import paragraphs
@@ -89,7 +89,7 @@ class ChatTemplate:
         return best
 
     def _written(self, form: ChatDocument, *, for_answer: bool) -> str:
-        tools = list(form.tools) or None
+        tools: list[Any] | None = list(form.tools) or None
         text = self.tokenizer.apply_chat_template(
             list(form.messages),
             tools=tools,

@@ -72,9 +72,10 @@ def read_chat(row: Mapping[str, Any], where: str) -> ChatDocument:
         raise UserError(f"{where}: column {MESSAGES} is not a list of messages; give each a role and content.")
     tools = _decoded(row.get(TOOLS)) or []
     tools = [_decoded(tool) for tool in (tools if isinstance(tools, list) else [tools])]
-    if not all(isinstance(tool, dict) for tool in tools):
+    objects = tuple(tool for tool in tools if isinstance(tool, dict))
+    if len(objects) < len(tools):
         raise UserError(f"{where}: column {TOOLS} is not a list of tools; make each an object, or rename the column.")
-    return ChatDocument(messages=tuple(_message(message, where) for message in messages), tools=tuple(tools))
+    return ChatDocument(messages=tuple(_message(message, where) for message in messages), tools=objects)
 
 
 def _message(message: Mapping[str, Any], where: str) -> Message:
@@ -94,7 +95,7 @@ def _content(content: object, where: str) -> str:
         return content
     parts = content if isinstance(content, list) else [content]
     if all(isinstance(part, str) or (isinstance(part, dict) and part.keys() & {"type", "text"}) for part in parts):
-        texts = (part if isinstance(part, str) else part.get("text") for part in parts)
+        texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
         return "\n".join(text for text in texts if isinstance(text, str))
     if isinstance(content, list | dict):
         return _as_json(content)  # what a tool returned

@@ -83,7 +83,7 @@ class GatedNorm(nn.Module):
         gain: Float[Tensor, " size"],
         gate: Float[Tensor, "*batch width"],
     ) -> Float[Tensor, "*batch width"]:
-        heads = hidden.unflatten(-1, (-1, len(gain)))
+        heads = hidden.reshape(*hidden.shape[:-1], -1, len(gain))
         return rms_norm(heads, gain, self._epsilon).flatten(-2) * self._activation(gate)
 
 
