@@ -103,6 +103,9 @@ def _normalize(model: ir.Model) -> None:
     Identity; they are no inputs of the graph, but for those that only some models have (adapters); all have a shape.
     """
     if model.functions:
+        for function in model.functions.values():
+            # As in ONNX Runtime, which reads their operators as those of the graph, whatever opset they name.
+            function.opset_imports.update(model.opset_imports)
         InlinePass()(model)
         model.graph.sort()
     LiftConstantsToInitializersPass()(model)
