@@ -22,7 +22,8 @@ from stages.model.validate import fault_of_graph, fault_of_proto, opset_of
 
 _FIRST_WITH_OPTIONAL_INPUTS = 4
 """IR version since which an initializer that is an input of the graph is its default."""
-_ADAPTER = re.compile("lora|adapter", re.IGNORECASE)
+ADAPTER_NAME = re.compile("lora|adapter", re.IGNORECASE)
+"""What names of inputs that hold an adapter's weights tell."""
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
 
@@ -143,7 +144,7 @@ def _has_fixed_default(value: ir.Value) -> bool:
     """Return whether an input of the graph is one of its weights, and no adapter's by its name or open size."""
     shape = value.shape
     is_weight = value.is_initializer() and shape is not None and shape.is_static() and 0 not in shape.numpy()
-    return is_weight and _ADAPTER.search(str(value.name)) is None
+    return is_weight and ADAPTER_NAME.search(str(value.name)) is None
 
 
 def place_weights(model: ir.Model, file: Path) -> None:
@@ -238,8 +239,8 @@ def _require_real_file(path: Path, onnx_file: Path) -> None:
     homes = _homes(onnx_file)
     if not any(home in path.parents for home in homes):
         raise GraphError(
-            f"External data file {path} lies outside of {onnx_file.parent}, or a link leads there; copy the base "
-            "folder with its files and pass that."
+            f"External data file {path} lies outside of {onnx_file.parent}, or a link leads there; pass a copy of the "
+            "folder that holds files in place of links (cp -rL), or build the base again with its data beside it."
         )
     if path.is_file():
         return

@@ -30,7 +30,7 @@ _FUSED = frozenset({"FusedMatMul", "FusedGemm", "FusedMatMulActivation"})
 _ADVICE = "pass"
 _IN_SUBGRAPH = (
     "it lies in a subgraph, as in merged decoders; pass the one for later tokens (decoder_with_past_model.onnx), which "
-    "optimum writes beside it"
+    "optimum-cli export onnx writes with --no-post-process"
 )
 
 
