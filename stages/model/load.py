@@ -24,6 +24,7 @@ _FIRST_WITH_OPTIONAL_INPUTS = 4
 """IR version since which an initializer that is an input of the graph is its default."""
 ADAPTER_NAME = re.compile("lora|adapter", re.IGNORECASE)
 """What names of inputs that hold an adapter's weights tell."""
+_LFS_POINTER = b"version https://git-lfs"
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
 
@@ -72,6 +73,7 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
     except PermissionError as error:
         raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
     except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        _require_fetched(file)
         if file.suffix.lower() != ".onnx":
             raise GraphError(
                 f"{file} is not a readable ONNX model; pass an .onnx file, or the folder that holds one."
@@ -260,6 +262,7 @@ def _require_whole(model: ir.Model) -> None:
         path = Path(tensor.path).resolve()
         end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
         if end > sizes[path]:
+            _require_fetched(path)
             raise GraphError(
                 f"External data file {path} is truncated: '{tensor.name}' ends at byte {end}, the file has "
                 f"{sizes[path]}; copy or build it again."
@@ -267,6 +270,18 @@ def _require_whole(model: ir.Model) -> None:
         if path not in tried:
             tried.add(path)
             _require_readable(tensor, path)
+
+
+def _require_fetched(path: Path) -> None:
+    if is_lfs_pointer(path):
+        raise GraphError(f"{path} is a pointer of Git LFS in place of the file; fetch that with 'git lfs pull'.")
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether ``path`` is what a clone without Git LFS has in place of a large file."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return False
 
 
 def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:
