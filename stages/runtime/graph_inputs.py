@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.model.genai_config import EMBEDDED
+from stages.model.genai_config import EMBEDDED, TOKEN_INPUTS
 from stages.model.load import ADAPTER_NAME
 
 TOKENS, MASK, POSITIONS, STATE, _ENCODED = "input_ids", "attention_mask", "position_ids", "past", "encoder"
@@ -63,7 +63,7 @@ NUMBERS: Mapping[str, Callable[[TokenShape], int]] = MappingProxyType(
 _TOTAL_LENGTHS = frozenset({"total_sequence_length", "current_sequence_length"})
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("decoder_input_ids", "tokens"), TOKENS),
+        **dict.fromkeys(TOKEN_INPUTS, TOKENS),
         "past_seq_len": _PAST_LENGTH,
         "total_seq_len": "total_sequence_length",
         **dict.fromkeys(("past_key_names", "past_value_names", "past_names", "past_conv_names"), STATE),
