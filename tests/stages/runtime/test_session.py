@@ -34,6 +34,10 @@ from tests.support.graphs import TinyGraph
             "model IR version: 12, max supported IR version: 11\n",
             "Unsupported model IR version: 12, max supported IR version: 11",
         ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from /a b/model.onnx failed:Node (/moe/Add) Op (Add) no shape",
+            "Node (/moe/Add) Op (Add) no shape",
+        ),
         ("anything (else) Here", "anything (else) Here"),
         ("", "RuntimeError"),
     ],
