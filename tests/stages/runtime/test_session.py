@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, CUDA, NV_TENSORRT_RTX, ProviderChoice
-from stages.runtime.session import SessionSettings, open_first_session, open_session, runtime_reason
+from stages.runtime.session import OpenedSession, SessionSettings, open_first_session, open_session, runtime_reason
 from tests.support.graphs import TinyGraph
 
 
@@ -91,8 +91,10 @@ class Machine:
 
 
 def _open(machine: Machine, monkeypatch: pytest.MonkeyPatch, *names: str, **options: dict[str, str]) -> ProviderChoice:
-    monkeypatch.setattr(ort, "InferenceSession", machine)
     choice = ProviderChoice(names=names, missing=(("dml", "not built in"),))
+    # Types are looked up at a class's first use, and InferenceSession must still be one.
+    OpenedSession(Session([]), choice)
+    monkeypatch.setattr(ort, "InferenceSession", machine)
 
     def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
         return open_session(b"", SessionSettings(providers=providers, provider_options=options))
