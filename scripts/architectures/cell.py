@@ -45,7 +45,8 @@ class _Stopped(Exception):
     """A step failed."""
 
     def __init__(self, step: Step, error: BaseException) -> None:
-        super().__init__(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        named = f"{type(error).__name__}: {runtime_reason(error)}"
+        super().__init__(str(error) if isinstance(error, UserError) else named)
         self.step = step
 
 

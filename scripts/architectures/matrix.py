@@ -103,7 +103,7 @@ def markdown(cells: Sequence[Cell], described: Mapping[str, tuple[str, str]]) ->
         for name, about in described.items()
     ]
     lines = [f"| {' | '.join(line)} |" for line in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)]
-    return "\n".join([*lines, "", *(f"{number}. {note}." for note, number in notes.items())])
+    return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())])
 
 
 def _cells_of(found: Sequence[Cell], notes: dict[str, int]) -> Iterator[str]:
@@ -129,16 +129,24 @@ def _text(cell: Cell, notes: dict[str, int]) -> str:
 def _notes(cell: Cell) -> Iterator[str]:
     """Yield what a person should know beyond the number of sites."""
     if cell.stopped_at is not None:
-        reason = cell.reason if len(cell.reason) <= _LONGEST_REASON else f"{cell.reason[:_LONGEST_REASON]}..."
         base = "" if cell.base_generates or cell.stopped_at in ("build", "open") else _NOT_THE_BASE
         step = _NEITHER if cell.finished else f"{_STEPS[cell.stopped_at]}{base}"
-        yield f"{step}: {_without_layers(reason).rstrip('.')}"
+        yield f"{step}: {_shortened(_without_layers(cell.reason))}"
     for why, _ in cell.kept:
-        yield f"Kept as it is: {why}"
+        yield f"Kept as it is: {why}."
     if cell.elsewhere:
-        yield "Experts stay as they are, inside MoE nodes"
+        yield "Experts stay as they are, inside MoE nodes."
 
 
 def _without_layers(reason: str) -> str:
     """Return ``reason`` without what differs between layers, so that one note serves several builds."""
     return re.sub(r"layers\.\d+", "layers.N", reason)
+
+
+def _shortened(reason: str) -> str:
+    """Return as many whole sentences of ``reason`` as have room, or words where the first has none."""
+    if len(reason) <= _LONGEST_REASON:
+        return f"{reason.rstrip('.')}."
+    room = reason[:_LONGEST_REASON]
+    sentences, _, rest = room.rpartition(". ")
+    return f"{sentences}." if sentences else f"{rest.rpartition(' ')[0]} ..."
