@@ -22,9 +22,9 @@ from stages.model.directory import ModelDirectory
 from stages.quantization.weights.store import VERIFICATION
 from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import SiteError, UnfusedSite, VerifyReport
-from stages.runtime.cpu_graph import must_write_out_norms
+from stages.runtime.cpu.norms import must_write_out_norms
+from stages.runtime.cpu.upcast import must_upcast
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.upcast import must_upcast
 from stages.system.atomic import atomic_file
 
 _TOLERANCE = {

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int64
 
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, logits_among
-from stages.runtime.cpu_graph import open_file
+from stages.runtime.cpu.runnable import open_file
 from stages.runtime.feeds import CausalFeeds, Feed
 from stages.runtime.session import SessionSettings, runtime_reason
 

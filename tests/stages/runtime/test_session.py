@@ -42,7 +42,7 @@ def test_the_runtimes_reason_is_whole_and_without_its_numbers(said: str, reason:
     assert runtime_reason(RuntimeError(said)) == reason
 
 
-@pytest.mark.parametrize(("value", "threads"), [("3,2", 3), ("", 0), (None, 0)])
+@pytest.mark.parametrize(("value", "threads"), [("1,2", 1), ("", 0), (None, 0)])
 def test_sessions_take_the_threads_of_the_environment_or_as_many_as_cores(
     value: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
