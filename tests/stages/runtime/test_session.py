@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, CUDA, NV_TENSORRT_RTX, ProviderChoice
-from stages.runtime.session import SessionSettings, open_first_session, open_session, runtime_reason
+from stages.runtime.session import OpenedSession, SessionSettings, open_first_session, open_session, runtime_reason
 from tests.support.graphs import TinyGraph
 
 
@@ -33,6 +33,10 @@ from tests.support.graphs import TinyGraph
             "Model(onnx::ModelProto&&, const onnxruntime::PathString&, const onnxruntime::ModelOptions&) Unsupported "
             "model IR version: 12, max supported IR version: 11\n",
             "Unsupported model IR version: 12, max supported IR version: 11",
+        ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from /a b/model.onnx failed:Node (/moe/Add) Op (Add) no shape",
+            "Node (/moe/Add) Op (Add) no shape",
         ),
         ("anything (else) Here", "anything (else) Here"),
         ("", "RuntimeError"),
@@ -87,8 +91,10 @@ class Machine:
 
 
 def _open(machine: Machine, monkeypatch: pytest.MonkeyPatch, *names: str, **options: dict[str, str]) -> ProviderChoice:
-    monkeypatch.setattr(ort, "InferenceSession", machine)
     choice = ProviderChoice(names=names, missing=(("dml", "not built in"),))
+    # Types are looked up at a class's first use, and InferenceSession must still be one.
+    OpenedSession(Session([]), choice)
+    monkeypatch.setattr(ort, "InferenceSession", machine)
 
     def open_with(providers: tuple[str, ...]) -> ort.InferenceSession:
         return open_session(b"", SessionSettings(providers=providers, provider_options=options))
