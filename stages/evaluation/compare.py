@@ -301,7 +301,7 @@ def _score_windows(
 def _vocabulary(directory: ModelDirectory, model: ir.Model) -> int | None:
     """Return the width of the logits, None where the graph leaves it open."""
     outputs = {str(value.name): value for value in model.graph.outputs}
-    logits = outputs[logits_among(outputs, directory.onnx_file)]
+    logits = outputs[logits_among(outputs, directory)]
     width = logits.shape[-1] if logits.shape is not None else None
     return width if isinstance(width, int) else None
 

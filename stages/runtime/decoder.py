@@ -76,7 +76,7 @@ class Decoder:
 
     @property
     def _logits(self) -> str:
-        return logits_among((node.name for node in self.feeds.session.get_outputs()), self.directory.onnx_file)
+        return logits_among((node.name for node in self.feeds.session.get_outputs()), self.directory)
 
     def _present_of_past(self) -> dict[str, str] | None:
         """Return the output that becomes each cache input in the next step; None where a cache slides or has none."""
