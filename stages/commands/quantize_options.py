@@ -25,6 +25,7 @@ ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
 LmHead = Literal["4", "8", "none"]
 Embedding = Literal["4", "8", "none"]
+Experts = Literal["4", "8", "none"]
 ShareEmbedding = Literal["auto", "on", "off"]
 WeightOperator = Literal["dq", "matmul_nbits"]
 PerChannelWord = Literal["channel"]
@@ -161,6 +162,11 @@ class _FormatOptions:
     lm_head: LmHead | None = None
     """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none). It overrides exclude. Default: what suits
     the target best; with a budget, whatever serves it best."""
+
+    experts: Experts | None = None
+    """Store the experts of MoE nodes as INT4 (4) or INT8 (8), or leave them unquantized (none). Default: INT4 where the
+    target runs QMoE. All experts of a node share one format: a pattern of exclude or layers_8bit that names one of them
+    names them all. Budgets count their bytes and don't decide about them."""
 
     @property
     def follows_base(self) -> bool:

@@ -183,7 +183,10 @@ def _log_plan(plan: ModelPlan) -> None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
         _LOGGER.info("formats for %s: %s", plan.target.label, chosen)
     sites = plan.sites
-    left = unquantized_warning(plan.unquantized, quantized=len(sites.specs), routers=sites.skipped_routers)
+    experts = len(plan.experts.specs)
+    left = unquantized_warning(
+        plan.unquantized, quantized=len(sites.specs) - experts, routers=sites.skipped_routers, experts=experts
+    )
     for warning in filter(None, (*plan.choice.warnings, left)):
         _LOGGER.warning("%s", warning)
 

@@ -157,6 +157,8 @@ class ExportRecipe:
     session_options: tuple[tuple[str, str], ...] = ()
     """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
+    experts_take_level: bool = False
+    """Whether the QMoE of the target's release has an accuracy level."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +188,17 @@ class TableError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsError:
+    """max |y - y_ref| / max |y_ref| of the worst expert of a QMoE node over two random tokens, at accuracy level 1."""
+
+    node: str
+    experts: int
+    worst: int
+    """Its index."""
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnfusedSite:
     """A site that runs as DequantizeLinear and MatMul, and why."""
 
@@ -208,6 +221,7 @@ class VerifyReport:
     """The site with the largest error at the runtime's default level, which rounds activations to int8."""
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
+    experts: tuple[ExpertsError, ...] = ()
     widened: bool = False
     """Whether a bfloat16 model ran as float32."""
     norms_written_out: bool = False

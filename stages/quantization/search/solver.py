@@ -88,6 +88,10 @@ class GroupSolver:
         """Return the algorithm with its name, and a note where it isn't the one that was asked for."""
         if any(part.is_unseen for part in problems):
             return "rtn", rtn, _UNSEEN
+        if any(site.expert is not None for part in problems for site in part.group.sites):
+            # The router and all experts of a node read the same values: no input scale can be folded.
+            unscaled = _UNSCALED.get(self.algorithm_name, self.algorithm_name)
+            return unscaled, ALGORITHMS[unscaled], ""
         sites = [(site, spec) for part in problems for site, spec in zip(part.group.sites, part.specs, strict=True)]
         looked_up = [spec for site, spec in sites if site.name in self.looked_up]
         if not looked_up or self.algorithm_name in ("rtn", "rtn_dq"):
