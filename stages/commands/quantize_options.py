@@ -351,8 +351,17 @@ class QuantizeConfig(
             cache_dir=self.cache_path,
             device=self.device,
             overwrite=self.overwrite,
-            **self.text_options,
+            **self.text_options | {"expert_rows": self._expert_rows},
         )
+
+    @property
+    def _expert_rows(self) -> str:
+        """Return whether stage one keeps what experts read: not where they stay as they are."""
+        target = self.parsed_target
+        if self.experts == "none" or (target is not None and target.runtime != "cpu"):
+            return "none"
+        asked = self.experts is not None or target is not None
+        return "all" if asked and self.expert_rows == "auto" else self.expert_rows
 
     @property
     def weights_folder(self) -> Path:

@@ -442,7 +442,7 @@ def _expert_activation(node: ir.Node) -> ExpertActivation:
 
 
 def _expert_group(node: ir.Node, table: _ExpertsTable, projection: Projection, index: int) -> ActivationGroup:
-    output = str(node.outputs[0].name)
+    output, top_k = str(node.outputs[0].name), node.attributes.get_int("k", 1)
     prefix = (node.name or output).removesuffix("/MoE")
     word = "down_proj" if projection == "fc2" else "up_proj" if _gate_layout(node) == "none" else "gate_up_proj"
     site = MatMulSite(
@@ -455,7 +455,7 @@ def _expert_group(node: ir.Node, table: _ExpertsTable, projection: Projection, i
         out_features=table.shape[1],
         layout=WeightLayout.N_BY_K,
         dtype=table.dtype,
-        expert=ExpertPlace(node=output, projection=projection, index=index),
+        expert=ExpertPlace(node=output, projection=projection, index=index, share=min(1.0, top_k / table.shape[0])),
     )
     return ActivationGroup(
         activation=site.activation,

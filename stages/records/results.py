@@ -68,6 +68,8 @@ class SearchStats:
     output_grams: Mapping[str, Tensor] = field(default_factory=dict)
     """By site whose outputs enter attention: H, [heads, size, size] float32, how errors of a head's channels count
     together: the mean of g^T g over tokens, g the loss's gradient there divided by the root of s."""
+    own_tokens: int | None = None
+    """Calibration tokens that the router sent to this expert; None for anything but an expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,8 @@ class SiteReport:
     token's squared length, before tuning."""
     block_loss: float | None = None
     """The same, after tuning."""
+    tokens: int | None = None
+    """Calibration tokens that the router sent to this expert; None for anything but an expert, or without any."""
     note: str = ""
     seconds: float = 0.0
 

@@ -52,6 +52,8 @@ class ExpertPlace:
     """The MoE node's output."""
     projection: Projection
     index: int
+    share: float
+    """Part of the tokens that the expert sees if the router chooses all alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

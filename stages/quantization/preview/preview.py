@@ -9,8 +9,8 @@ from typing import get_args
 import onnx_ir as ir
 
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
-from stages.calibration.capture import TextShape, memory_limit, partition_bytes
-from stages.calibration.run import fit_to_graph
+from stages.calibration.capture import TextShape, memory_limit, partition_bytes, rows_of
+from stages.calibration.run import fit_to_graph, kept_layers
 from stages.calibration.text.documents import DEFAULT_DATASET
 from stages.calibration.text.mix import held_out_windows, windows_by_dataset
 from stages.calibration.text.windows import window_count
@@ -89,7 +89,13 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
-        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(config, known)),
+        notes=(
+            *known.notes,
+            *open_because,
+            *plan.choice.warnings,
+            *_notes(config, known),
+            *_rows_on_disk(known, calibration, text),
+        ),
         target="any" if plan.target is None else plan.target.label,
         target_because=plan.target_because,
         formats=plan.choice.explanations,
@@ -208,12 +214,22 @@ def _memory(
 ) -> Iterator[StageMemory]:
     if text is not None and known.cache is None:
         processes = join_processes()
+        rows = rows_of(kept_layers(calibration, known.model, known.directory))
         limit = memory_limit(calibration.max_memory, choose_device(calibration.device), processes)
-        costs = partition_bytes(find_groups(known.model), text, processes)
+        costs = partition_bytes(find_groups(known.model), text, processes, rows)
         providers = choose_providers(calibration.calibration_eps).names
         yield calibration_memory(known.model, costs, limit, held, providers)
     yield search_memory(plan.sites.groups, choose_device(config.device), held)
     yield export_memory(plan.sites.groups, plan.sites.specs, held)
+
+
+def _rows_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> Iterator[str]:
+    """Say what the rows that experts read take on the disk, where stage one still has to keep them."""
+    rows = rows_of(kept_layers(calibration, known.model, known.directory))
+    if text is not None and known.cache is None and rows:
+        tokens = text.tokens("calibration") + text.tokens("held_out")
+        taken = sum(each.bytes(tokens) for each in rows.values())
+        yield f"the calibration keeps {taken / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
 
 
 def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:

@@ -105,13 +105,15 @@ def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_exper
     text = ("--dataset", tiny_text, "--calib_size", 8, "--seq_len", 32)
     code, printed = commands.calibrate("--onnx_path", tmp_path / "base", *text)
     assert code == 0, printed
-    target = ("--output_path", tmp_path / "int4", "--accuracy_level", 1)
-    code, printed = commands.quantize("--onnx_path", tmp_path / "base", *target, "--block_size", 16)
+    target = ("--output_path", tmp_path / "int4", "--accuracy_level", 1, "--target", "cpu", "--lm_head", "none")
+    code, printed = commands.quantize("--onnx_path", tmp_path / "base", *target, "--embedding", "none")
     assert code == 0, printed
     assert fused_sites(tmp_path / "int4") == (11, 11)
     assert "3 x router of a mixture of experts" in printed
-    assert ("QMoE: " if extra else "MoE: ") + "model.layers.1.moe.experts.gate_up_proj." in printed
+    assert ("QMoE: model.layers.1.moe.experts.gate_up_proj." in printed) == bool(extra)
     assert ("quantized already" in printed) == bool(extra)
+    assert ("12 in 3 QMoE nodes" in printed) != bool(extra)
+    assert ("calibration tokens that routers sent to an expert: least" in printed) != bool(extra)
     tokens = np.arange(10)[None] * 7 % VOCABULARY
     before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)
     # INT4 rounding of random weights in four layers; weights in a wrong place give 1 and more.
