@@ -166,7 +166,12 @@ class InputScaleFolder:
     def _divide_rows(self, stored: StoredSite, divisor: Float32[Tensor, " N"]) -> None:
         scales, name = stored.scales(), stored.site.name
         together = self.row_divisors.get(name, torch.ones_like(divisor)) * divisor
-        if leaves_range(scales, divided_scales(scales, together)):
+        divided = divided_scales(scales, together)
+        # Scales that are widened come near 0 only where the others' errors are far larger.
+        is_bad = (
+            leaves_range(scales, divided) if stored.spec.scale_dtype == stored.site.dtype else not all_finite(divided)
+        )
+        if is_bad:
             raise CannotFold(f"the block scales of '{name}' would leave {stored.spec.scale_dtype}'s normal range")
         self.row_divisors[name] = together
 

@@ -128,6 +128,16 @@ class GraphEditor:
         node.graph.insert_before(node, new)
         return made
 
+    def read_as(self, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Return the constant ``value`` in ``dtype``: behind a Cast before ``node``, where it has another type.
+
+        ONNX Runtime computes the Cast of a constant when it loads, before it looks for nodes to fuse.
+        """
+        if value.dtype == dtype:
+            return value
+        attributes, kind = {"to": int(dtype)}, ir.TensorType(dtype)
+        return self.insert_before(node, "Cast", [value], f"{value.name}/Cast", attributes, shape=value.shape, kind=kind)
+
     def _free(self, wanted: str) -> str:
         name, count = wanted, 1
         while name in self._taken:

@@ -29,7 +29,7 @@ from stages.model.patterns import sole_reader
 from stages.model.sites import find_expert_layers, find_sites
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.experts import ExpertLayer
-from stages.records.formats import WeightForm, torch_float
+from stages.records.formats import NARROW_SCALES, WeightForm, torch_float
 from stages.records.quantities import counted
 from stages.records.results import ExportRecipe
 from stages.records.sites import FloatName
@@ -145,7 +145,7 @@ def _require_fit(source: StoredSite, node: ir.Node, layers: Mapping[str, ExpertL
         raise GraphError(
             f"'{site.name}' is {describe(node)} in the base model, not {site.op_type}; pass the right base."
         )
-    if spec.scale_dtype != site.dtype:
+    if spec.scale_dtype != site.dtype and spec.scale_dtype != NARROW_SCALES.get(site.dtype):
         raise OptionError(
             f"'{site.name}' has {spec.scale_dtype} scales in a {site.dtype} model; run stages.quantize again."
         )

@@ -12,8 +12,8 @@ from export.verify.fusion import runtime_version
 from stages.commands.tables import FactTable
 from stages.records.quantities import counted
 from stages.records.results import VerifyReport
-from stages.runtime.cpu_graph import NORMS_REASON
-from stages.runtime.upcast import UPCAST_REASON
+from stages.runtime.cpu.norms import NORMS_REASON
+from stages.runtime.cpu.upcast import UPCAST_REASON
 from stages.system.paths import from_here
 
 _PLACES: dict[How, str] = {

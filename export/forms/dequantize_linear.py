@@ -93,7 +93,7 @@ def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, fo
     """
     site, spec = source.site, source.spec
     scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source, form))
-    quantization = [scales]
+    quantization = [editor.read_as(node, scales, onnx_float(site.dtype))]
     if not spec.symmetric:
         quantization.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source, form)))
     if form is WeightForm.QDQ:
@@ -120,7 +120,7 @@ def divided_scales(scales: Float[Tensor, "N nB"], row_divisor: Float32[Tensor, "
 
 
 def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N K"]:
-    """Return (code - zero_point) * scale in the scale's type: QuantizeLinear gives exactly these codes again.
+    """Return (code - zero_point) * scale in the site's type: QuantizeLinear gives exactly these codes again.
 
     One rounding of code * scale to the storage type moves the quotient by less than half a code, whatever the type.
     """
@@ -129,7 +129,7 @@ def dequantized(weight: QuantizedWeight, row_divisor: Float32[Tensor, " N"] | No
     if weight.zero_points is not None:
         codes -= _per_input(weight.zero_points.float(), width, codes.shape[1])
     codes *= _per_input(divided_scales(weight.scales, row_divisor).float(), width, codes.shape[1])
-    return codes.to(torch_float(weight.spec.scale_dtype))
+    return codes.to(torch_float(weight.site.dtype))
 
 
 def _per_input(per_block: Float32[Tensor, "N nB"], width: int, in_features: int) -> Float32[Tensor, "N K"]:
@@ -143,7 +143,7 @@ def _dequantize(
     editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm, inputs: list[ir.Value]
 ) -> ir.Value:
     """Insert DequantizeLinear, and the Transpose that a column-major weight needs; return the [K, N] for the MatMul."""
-    site, dtype = source.site, ir.TensorType(onnx_float(source.spec.scale_dtype))
+    site, dtype = source.site, ir.TensorType(onnx_float(source.site.dtype))
     floats = editor.insert_before(
         node,
         "DequantizeLinear",
@@ -199,7 +199,7 @@ def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
 def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
     return ir.LazyTensor(
         lambda: TorchTensor(_oriented(dequantized(source.read(), source.row_divisor), WeightForm.QDQ)),
-        dtype=onnx_float(source.spec.scale_dtype),
+        dtype=onnx_float(source.site.dtype),
         shape=_matrix_shape(source.site, WeightForm.QDQ),
     )
 

@@ -93,9 +93,9 @@ def _rewrite_table(editor: GraphEditor, plan: EmbeddingPlan, file: TableFile) ->
     codes = editor.add_initializer(nodes[0], f"{name}/codes", _lazy_codes(plan, file))
     scales = editor.add_initializer(nodes[0], f"{name}/scales", _lazy_scales(plan, file))
     if plan.form == "dq":
-        _insert_dequantize(editor, nodes, plan, [codes, scales], name)
+        _insert_dequantize(editor, nodes, plan, [codes, _as_read(editor, nodes, scales, plan)], name)
     else:
-        _make_block_quantized(nodes, plan, [codes, scales])
+        _make_block_quantized(nodes, plan, [codes, _as_read(editor, nodes, scales, plan)])
     return RewrittenTable(plan=plan, file=file, codes=name_of(codes), scales=name_of(scales))
 
 
@@ -104,9 +104,15 @@ def _share_table(editor: GraphEditor, plan: EmbeddingPlan, head: RewrittenSite) 
     nodes = _lookups(editor, plan)
     graph = nodes[0].graph
     assert isinstance(graph, ir.Graph)
-    names = [head.weight, head.scales, *([] if head.zero_points is None else [head.zero_points])]
-    _make_block_quantized(nodes, plan, [graph.initializers[name] for name in names])
+    scales = _as_read(editor, nodes, graph.initializers[head.scales], plan)
+    zero_points = () if head.zero_points is None else (graph.initializers[head.zero_points],)
+    _make_block_quantized(nodes, plan, [graph.initializers[head.weight], scales, *zero_points])
     return RewrittenTable(plan=plan, file=None, codes=head.weight, scales=head.scales, zero_points=head.zero_points)
+
+
+def _as_read(editor: GraphEditor, nodes: list[ir.Node], scales: ir.Value, plan: EmbeddingPlan) -> ir.Value:
+    """Return scales in the type that rows shall have; the first lookup stands before the others."""
+    return editor.read_as(nodes[0], scales, onnx_float(plan.table.dtype))
 
 
 def _lookups(editor: GraphEditor, plan: EmbeddingPlan) -> list[ir.Node]:
@@ -191,5 +197,7 @@ def written_codes(plan: EmbeddingPlan, file: TableFile) -> np.ndarray:
 
 def _lazy_scales(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: TorchTensor(file.read_scales()), dtype=onnx_float(plan.table.dtype), shape=ir.Shape(plan.scales_shape)
+        lambda: TorchTensor(file.read_scales()),
+        dtype=onnx_float(plan.spec.scale_dtype),
+        shape=ir.Shape(plan.scales_shape),
     )

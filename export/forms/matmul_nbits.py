@@ -174,12 +174,15 @@ def insert_matmul_nbits(
     site, spec, name = source.site, source.spec, str(node.name)
     codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source, as_rows=as_rows))
     scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source))
-    weights = [_in_blocks(editor, node, codes, site, spec) if as_rows else codes, scales]
+    weights = [
+        _in_blocks(editor, node, codes, site, spec) if as_rows else codes,
+        editor.read_as(node, scales, onnx_float(site.dtype)),
+    ]
     if not spec.symmetric:
         weights.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
     attributes = _attributes(site, spec, accuracy_level)
     if _has_bias(node):
-        product = _insert_before_bias(editor, node, weights, attributes, onnx_float(spec.scale_dtype))
+        product = _insert_before_bias(editor, node, weights, attributes, onnx_float(site.dtype))
     else:
         product = node.outputs[0]
         replace_op(node, MICROSOFT, "MatMulNBits", [node.inputs[0], *weights], attributes)

@@ -23,7 +23,7 @@ from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
 from stages.model.patterns import is_constant
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
-from stages.runtime.cpu_graph import runnable_graph
+from stages.runtime.cpu.runnable import runnable_graph
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import CPU_ONLY, SHORT_NAMES, own_providers

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from jaxtyping import Float, Float64
 
-from stages.runtime.cpu_graph import runnable_graph
+from stages.runtime.cpu.runnable import runnable_graph
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session
 

@@ -51,7 +51,7 @@ def measure_site(folder: Path, node: ir.Node, site: RewrittenSite) -> SiteError:
     """
     source = site.source
     x = np.random.default_rng(0).standard_normal((_TOKENS, source.site.in_features))
-    x = x.astype(FLOAT_TYPES[source.spec.scale_dtype].numpy)
+    x = x.astype(FLOAT_TYPES[source.site.dtype].numpy)
     reference = _reference(x.astype(np.float64), node, site)
     exact, default = (
         relative_error(run_isolated(_isolated(node, site, level), x, folder, level), reference) for level in (1, None)
@@ -64,7 +64,7 @@ def _isolated(node: ir.Node, site: RewrittenSite, level: AccuracyLevel | None) -
 
     ``level`` is written into MatMulNBits, which session options don't reach; None leaves what the node says.
     """
-    source, dtype = site.source, onnx_float(site.source.spec.scale_dtype)
+    source, dtype = site.source, onnx_float(site.source.site.dtype)
     x = ir.Value(name="x", shape=ir.Shape((_TOKENS, source.site.in_features)), type=ir.TensorType(dtype))
     y = ir.Value(name="y", shape=ir.Shape((_TOKENS, source.site.out_features)), type=ir.TensorType(dtype))
     model, graph = IsolatedModel(), node.graph

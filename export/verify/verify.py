@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,11 @@ from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.quantization.weights.store import VERIFICATION
-from stages.records.formats import WeightForm
+from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import ExpertsError, SiteError, UnfusedSite, VerifyReport
-from stages.runtime.cpu_graph import must_write_out_norms
+from stages.runtime.cpu.norms import must_write_out_norms
+from stages.runtime.cpu.upcast import must_upcast
 from stages.runtime.providers import CPU_ONLY
-from stages.runtime.upcast import must_upcast
 from stages.system.atomic import atomic_file
 
 _TOLERANCE = {
@@ -128,16 +128,21 @@ def _prove_fusion(
         return _Proof(skipped=(f"whether the model runs and its sites are fused: {reason}",))
     version = runtime_version()
     unfused = tuple(
-        UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, site.source.spec, version))
+        UnfusedSite(site=site.source.site.name, reason=why_not_fused(node, _as_computed(site), version))
         for node, site in pairs
         if site.node not in run.nodes or (run.provider == "CPU" and _fuses_only_upcast(site))
     )
     return _Proof(fused=len(pairs) - len(unfused), unfused=unfused, provider=run.provider)
 
 
+def _as_computed(site: RewrittenSite) -> QuantSpec:
+    """Return the format with scales of the type in which the runtime reads them."""
+    return replace(site.source.spec, scale_dtype=site.source.site.dtype)
+
+
 def _fuses_only_upcast(site: RewrittenSite) -> bool:
     """Say whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
-    return site.source.spec.scale_dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
+    return site.source.site.dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
 
 
 def _measure_experts(folder: Path, mixtures: list[tuple[ir.Node, RewrittenExperts]]) -> tuple[ExpertsError, ...]:
@@ -152,7 +157,7 @@ def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]]) -> list[S
         for node, site in bar.track(pairs, description="checking products", unit="sites"):
             error = measure_site(folder, node, site)
             tolerances = _ROUNDED_WEIGHT_TOLERANCE if site.form is WeightForm.QDQ else _TOLERANCE
-            tolerance = tolerances[site.source.spec.scale_dtype]
+            tolerance = tolerances[site.source.site.dtype]
             if not error.exact < tolerance:
                 raise GraphError(
                     f"The saved weight of '{error.site}' gives outputs {error.exact:.1e} away from its own numbers "

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnxruntime
+
 from scripts.architectures.builder import build_genai_model
 from scripts.architectures.configs import Architecture
 from scripts.architectures.matrix import Cell, Step
@@ -16,6 +18,9 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
+from stages.model.directory import locate_model
+from stages.runtime.providers import CPU_ONLY
+from stages.runtime.session import runtime_reason
 
 _PROMPT, _NEW_TOKENS = tuple(range(7, 47, 2)), 8
 _EXPERTS = ("MoE", "QMoE")
@@ -40,7 +45,8 @@ class _Stopped(Exception):
     """A step failed."""
 
     def __init__(self, step: Step, error: BaseException) -> None:
-        super().__init__(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        named = f"{type(error).__name__}: {runtime_reason(error)}"
+        super().__init__(str(error) if isinstance(error, UserError) else named)
         self.step = step
 
 
@@ -79,10 +85,21 @@ def _calibrate(work: Work) -> str:
         with _messages("stages.calibration") as said:
             found = calibrate(config)
     except Exception as error:  # a traceback would be a defect of ours, and a row of the table
+        if (refusal := _refusal(work.folder / "base")) is not None:
+            raise _Stopped("open", refusal) from error
         raise _Stopped("calibrate", error) from error
     if found.key.token_weights != "none":
         return ""
     return next((each.rpartition("--token_weights none: ")[2] for each in said if "count alike" in each), "unknown")
+
+
+def _refusal(folder: Path) -> UserError | None:
+    """Return why ONNX Runtime doesn't open the model in ``folder`` as it stands, or None."""
+    try:
+        onnxruntime.InferenceSession(locate_model(folder).onnx_file, providers=CPU_ONLY)
+    except Exception as error:  # onnxruntime raises classes without a common base
+        return UserError(runtime_reason(error))
+    return None
 
 
 def _quantize(work: Work, cell: Cell) -> Cell:

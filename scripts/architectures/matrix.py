@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.errors import UserError, in_one_line
 
-Step = Literal["build", "calibrate", "quantize", "evaluate", "generate"]
+Step = Literal["build", "open", "calibrate", "quantize", "evaluate", "generate"]
 BUILDS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 _AGAIN = "run scripts.architectures"
 _HEADINGS = (
@@ -26,12 +26,14 @@ _HEADINGS = (
 _LONGEST_REASON = 240
 _STEPS = {
     "build": "onnxruntime-genai's builder stops",
+    "open": "ONNX Runtime can't open what onnxruntime-genai's builder writes",
     "calibrate": "calibration stops",
     "quantize": "quantization stops",
     "evaluate": "ONNX Runtime stops",
     "generate": "onnxruntime-genai doesn't generate with the quantized model",
 }
 _NOT_THE_BASE = "; nor does onnxruntime-genai generate with the float model"
+_NEITHER = "onnxruntime-genai generates with neither the float model nor the quantized one on the CPU"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,11 @@ class Cell:
     """Why tokens weren't weighted by the end loss; empty where they were."""
     divergence: float | None = None
     """Mean KL(base || model) over tokens of text that it wasn't calibrated on, nats; None where it wasn't measured."""
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the quantized model does all that the base does on this machine's provider."""
+        return self.stopped_at is None or (self.stopped_at == "generate" and not self.base_generates)
 
 
 _CELLS = TypeAdapter(Cell)
@@ -96,14 +103,14 @@ def markdown(cells: Sequence[Cell], described: Mapping[str, tuple[str, str]]) ->
         for name, about in described.items()
     ]
     lines = [f"| {' | '.join(line)} |" for line in (_HEADINGS, ["---"] * len(_HEADINGS), *rows)]
-    return "\n".join([*lines, "", *(f"{number}. {note}." for note, number in notes.items())])
+    return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())])
 
 
 def _cells_of(found: Sequence[Cell], notes: dict[str, int]) -> Iterator[str]:
     """Yield what stands behind an architecture's description; add to ``notes`` what must be said below the table."""
     by_build = {cell.build: cell for cell in found}
     yield from (_text(by_build[build], notes) if build in by_build else "-" for build in BUILDS)
-    finished = [cell for cell in found if cell.stopped_at is None]
+    finished = [cell for cell in found if cell.finished]
     if not finished:
         yield from ("-", "-")
         return
@@ -114,7 +121,7 @@ def _cells_of(found: Sequence[Cell], notes: dict[str, int]) -> Iterator[str]:
 
 def _text(cell: Cell, notes: dict[str, int]) -> str:
     mark = "".join(f" [{notes.setdefault(note, len(notes) + 1)}]" for note in _notes(cell))
-    if cell.stopped_at is not None:
+    if not cell.finished:
         return f"stops{mark}"
     return f"{'not run' if cell.fused is None else cell.fused} of {cell.sites}{mark}"
 
@@ -122,15 +129,24 @@ def _text(cell: Cell, notes: dict[str, int]) -> str:
 def _notes(cell: Cell) -> Iterator[str]:
     """Yield what a person should know beyond the number of sites."""
     if cell.stopped_at is not None:
-        reason = cell.reason if len(cell.reason) <= _LONGEST_REASON else f"{cell.reason[:_LONGEST_REASON]}..."
-        base = "" if cell.base_generates or cell.stopped_at == "build" else _NOT_THE_BASE
-        yield f"{_STEPS[cell.stopped_at]}{base}: {_without_layers(reason).rstrip('.')}"
+        base = "" if cell.base_generates or cell.stopped_at in ("build", "open") else _NOT_THE_BASE
+        step = _NEITHER if cell.finished else f"{_STEPS[cell.stopped_at]}{base}"
+        yield f"{step}: {_shortened(_without_layers(cell.reason))}"
     for why, _ in cell.kept:
-        yield f"Kept as it is: {why}"
+        yield f"Kept as it is: {why}."
     if cell.elsewhere:
-        yield "Experts stay as they are, inside MoE nodes"
+        yield "Experts stay as they are, inside MoE nodes."
 
 
 def _without_layers(reason: str) -> str:
     """Return ``reason`` without what differs between layers, so that one note serves several builds."""
     return re.sub(r"layers\.\d+", "layers.N", reason)
+
+
+def _shortened(reason: str) -> str:
+    """Return as many whole sentences of ``reason`` as have room, or words where the first has none."""
+    if len(reason) <= _LONGEST_REASON:
+        return f"{reason.rstrip('.')}."
+    room = reason[:_LONGEST_REASON]
+    sentences, _, rest = room.rpartition(". ")
+    return f"{sentences}." if sentences else f"{rest.rpartition(' ')[0]} ..."

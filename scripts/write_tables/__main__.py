@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -119,8 +120,10 @@ def new_results(config: TablesConfig) -> Iterator[Result]:
     if config.architectures is not None:
         from scripts.architectures.configs import ARCHITECTURES
 
+        measured = provenance(ROOT)
         yield ArchitecturesResult(
-            provenance=provenance(ROOT),
+            # The builder reads configurations through it.
+            provenance=replace(measured, versions=(*measured.versions, f"transformers {version('transformers')}")),
             cells=read_cells(config.architectures),
             described={one.name: (one.models, one.peculiar) for one in ARCHITECTURES},
         )

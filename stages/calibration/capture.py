@@ -41,9 +41,9 @@ from stages.model.partition import Partition, cut_into_partitions
 from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats
 from stages.records.sites import ActivationGroup
+from stages.runtime.cpu.upcast import resident_bytes
 from stages.runtime.providers import ProviderChoice
 from stages.runtime.tap import ActivationTap, open_partition_tap
-from stages.runtime.upcast import resident_bytes
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
 

@@ -11,8 +11,8 @@ from stages.calibration.cache import CacheKey, Weighting
 from stages.commands.output import Section
 from stages.commands.tables import FactTable
 from stages.records.quantities import counted, duration
-from stages.runtime.cpu_graph import NORMS_REASON
-from stages.runtime.upcast import UPCAST_REASON
+from stages.runtime.cpu.norms import NORMS_REASON
+from stages.runtime.cpu.upcast import UPCAST_REASON
 
 _WEIGHTS: Mapping[Weighting, str] = MappingProxyType(
     {"end loss": "weighted by the model's own loss", "none": "all count alike"}

@@ -23,6 +23,7 @@ Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq",
 OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
+ScaleType = Literal["narrow", "base"]
 LmHead = Literal["4", "8", "none"]
 Embedding = Literal["4", "8", "none"]
 Experts = Literal["4", "8", "none"]
@@ -243,6 +244,11 @@ class _StorageOptions:
     but with a negative scale where a block's largest magnitude is positive, so that the larger side always has the
     extra level: smaller errors at the same size. compat7: |w|max/7, as the tool that this one replaces. Default: signed
     where the target is cpu, cuda or webgpu, else full, since TensorRT accepts only positive scales."""
+
+    scale_type: ScaleType | None = None
+    """Type of stored scales. base: the graph's own. narrow: float16 where the graph is float32, half a bit less for
+    each weight in blocks of 32, with a Cast behind them that ONNX Runtime computes when it loads the model. Default:
+    narrow where the target is cpu, else base."""
 
     @property
     def requested_embedding(self) -> Embedding | None:

@@ -42,12 +42,12 @@ from stages.model.load import fingerprint_model
 from stages.model.sizes import model_bytes
 from stages.model.unquantized import is_quantized
 from stages.records.quantities import counted
-from stages.runtime.cpu_graph import must_write_out_norms
+from stages.runtime.cpu.norms import must_write_out_norms
+from stages.runtime.cpu.upcast import must_upcast
 from stages.runtime.decoder import open_decoder
 from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
-from stages.runtime.upcast import must_upcast
 from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ def _score_windows(
 def _vocabulary(directory: ModelDirectory, model: ir.Model) -> int | None:
     """Return the width of the logits, None where the graph leaves it open."""
     outputs = {str(value.name): value for value in model.graph.outputs}
-    logits = outputs[logits_among(outputs, directory.onnx_file)]
+    logits = outputs[logits_among(outputs, directory)]
     width = logits.shape[-1] if logits.shape is not None else None
     return width if isinstance(width, int) else None
 

@@ -200,7 +200,7 @@ def _made_for(record: ModelRecord, directory: ModelDirectory, weights: Sequence[
     if asked in (None, "any"):
         return None
     if asked == "auto":
-        dtypes = frozenset(SCALES[each.scales] for each in weights if each.scales in SCALES)
+        dtypes = frozenset(SCALES[each.computed] for each in weights if each.computed in SCALES)
         target = target_of_base(directory, ModelFacts(dtypes=dtypes, in_features=frozenset())).target
         return None if target is None else target.runtime
     try:

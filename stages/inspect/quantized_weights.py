@@ -57,7 +57,9 @@ class StoredWeight:
     zero_point: bool
     """Whether zero points are stored."""
     scales: str
-    """Type of the scales."""
+    """Type of the stored scales."""
+    computed: str
+    """Type in which the operator reads them: a Cast may widen them when the model is loaded."""
     shape: tuple[int, ...]
     """Of the unpacked weight: a MatMul's [K, N], a table's [V, D], experts' [E, N, K]."""
     bytes: int
@@ -124,7 +126,7 @@ def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
     codes = _code_type(node, quantize)
     if codes is None or codes not in _BITS:
         return
-    parts = (constant, _input(node, 1), _input(node, 2))
+    parts = (constant, _stored_input(node, 1), _input(node, 2))
     for reader, between in _readers(node.outputs[0]):
         quantized = () if constant is source else ("QuantizeLinear",)
         yield DequantizedWeight(
@@ -137,7 +139,8 @@ def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
                 grouping=_grouping(node),
                 block_size=node.attributes.get_int("block_size", 0) or None,
                 zero_point=_input(node, 2) is not None,
-                scales=_type_name(_input(node, 1)),
+                scales=_type_name(parts[1]),
+                computed=_type_name(_input(node, 1)),
                 shape=_product_shape(reader, constant, between),
                 bytes=sum(map(num_bytes, parts)),
                 activations=_activations(reader),
@@ -154,7 +157,7 @@ def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
     table = _input(gather, 0) if gather is not None and gather.op_type == "Gather" else None
     if gather is None or table is None or not _is_constant(table) or table.dtype not in _BITS:
         return
-    parts = (table, _input(node, 1), _input(node, 2))
+    parts = (table, _stored_input(node, 1), _input(node, 2))
     yield StoredWeight(
         node=node_name(gather),
         operators=("Gather", "DequantizeLinear"),
@@ -165,6 +168,7 @@ def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
         block_size=None,
         zero_point=parts[2] is not None,
         scales=_type_name(parts[1]),
+        computed=_type_name(_input(node, 1)),
         shape=_shape(table),
         bytes=sum(map(num_bytes, parts)),
     )
@@ -290,6 +294,7 @@ def _packed(
         block_size=block_size or None,
         zero_point=values[2] is not None,
         scales=_type_name(values[1]),
+        computed=_type_name(_input(node, places[1])),
         shape=shape,
         bytes=sum(map(num_bytes, values)),
         accuracy_level=level or None,
@@ -322,6 +327,7 @@ class _IntegerProduct:
             block_size=None,
             zero_point=zero_point is not None,
             scales=_type_name(scale),
+            computed=_type_name(scale),
             shape=_shape(weight),
             bytes=sum(map(num_bytes, (weight, scale, zero_point))),
             activations=self.activations,
@@ -361,10 +367,13 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _stored_input(node: ir.Node, index: int) -> ir.Value | None:
-    """Return the initializer behind an input: a Reshape of codes stands where embedding and lm_head share them."""
+    """Return the initializer behind an input.
+
+    A Reshape of codes stands where embedding and lm_head share them, a Cast where scales are stored in a smaller type.
+    """
     value = _input(node, index)
     maker = None if value is None else value.producer()
-    return value if maker is None or maker.op_type != "Reshape" else _input(maker, 0)
+    return value if maker is None or maker.op_type not in ("Reshape", "Cast") else _input(maker, 0)
 
 
 def _is_constant(value: ir.Value) -> bool:

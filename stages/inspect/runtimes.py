@@ -109,8 +109,8 @@ def _because_of_codes(stored: StoredWeight, release: Release, opset: int) -> str
 
 
 def _because_of_scales(stored: StoredWeight, node: ir.Node, release: Release) -> str | None:
-    if stored.scales not in SCALES:
-        return f"scales are {stored.scales or 'of unknown type'}"
+    if stored.computed not in SCALES:
+        return f"scales are {stored.computed or 'of unknown type'}"
     if len(stored.shape) != 2:
         return f"its weight has rank {len(stored.shape)}"
     if stored.grouping == "tensor" and release < _PER_TENSOR:
@@ -137,7 +137,7 @@ def _spec(stored: StoredWeight) -> QuantSpec:
         bits=_BITS[stored.bits],
         symmetric=not stored.zero_point,
         granularity=granularity,
-        scale_dtype=SCALES[stored.scales],
+        scale_dtype=SCALES[stored.computed],
     )
 
 
@@ -179,7 +179,7 @@ def runtime_answers(weights: Sequence[StoredWeight], accuracy_level: str | None)
 
 def _is_foreign(weight: StoredWeight) -> bool:
     """Return whether the runtimes' rules don't cover its format."""
-    return weight.scales not in SCALES or weight.bits not in (4, 8) or weight.activations != "float"
+    return weight.computed not in SCALES or weight.bits not in (4, 8) or weight.activations != "float"
 
 
 def _form(weight: StoredWeight) -> WeightForm | None:
@@ -212,7 +212,7 @@ def _warnings(
         gather_form="dq" if any(each.operators[-1] == "Gather" for each in tables) else "gather_block_quantized",
     )
     facts = ModelFacts(
-        dtypes=frozenset(SCALES[each.scales] for each in products),
+        dtypes=frozenset(SCALES[each.computed] for each in products),
         in_features=frozenset(each.shape[0] for each in products),
         has_gemm=any(each.operators[-1] == "Gemm" for each in products),
         embedding_widths=frozenset(each.shape[-1] for each in tables),
@@ -227,6 +227,7 @@ def _warnings(
         eight_bit=_commonest(eight_bit) or preferred.eight_bit.value or PerChannel(),
         symmetric=not requested.zero_point,
         scale_range=preferred.scale_range.value,
+        scale_type=preferred.scale_type.value,
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=next((each.block_size for each in tables if each.block_size), 32),
         accuracy_level=_LEVELS.get(level or ""),

@@ -86,18 +86,23 @@ class ModelDirectory:
         return self.onnx_file.relative_to(self.folder).as_posix()
 
 
-def logits_among(outputs: Iterable[str], onnx_file: Path) -> str:
-    """Return the output that holds the logits: ``logits``, else the only one whose name begins so.
+def logits_among(outputs: Iterable[str], directory: ModelDirectory) -> str:
+    """Return the output that holds the logits: as genai_config.json names it, ``logits``, or alone begins so.
 
     Olive's quantizers rename it to logits_Q4 or logits_Q8.
 
     Raises:
         GraphError: there is none.
     """
-    found = [name for name in outputs if name.startswith(LOGITS)]
-    if LOGITS not in found and len(found) != 1:
-        raise GraphError(f"{onnx_file} has no output '{LOGITS}'; pass a text decoder.")
-    return LOGITS if LOGITS in found else found[0]
+    names = list(outputs)
+    named = [name for name in (directory.output_names.get(LOGITS), LOGITS) if name in names]
+    found = named or [name for name in names if name.startswith(LOGITS)]
+    if not named and len(found) != 1:
+        raise GraphError(
+            f"{directory.onnx_file} has no output '{LOGITS}'; pass a text decoder, or name the output as "
+            f"model.decoder.outputs.logits in {GENAI_CONFIG}."
+        )
+    return found[0]
 
 
 def locate_model(path: Path, component: str | None = None) -> ModelDirectory:

@@ -13,6 +13,8 @@ from stages.errors import GraphError, in_one_line
 
 LOGITS = "logits"
 """The output that onnxruntime-genai reads."""
+TOKEN_INPUTS = frozenset({"input_ids", "decoder_input_ids", "tokens"})
+"""What exporters call the input that holds token ids."""
 EMBEDDED = frozenset({"inputs_embeds", "per_layer_inputs"})
 """Inputs of a decoder that an embedding model makes of the tokens."""
 GENAI_CONFIG = "genai_config.json"

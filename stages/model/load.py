@@ -22,7 +22,9 @@ from stages.model.validate import fault_of_graph, fault_of_proto, opset_of
 
 _FIRST_WITH_OPTIONAL_INPUTS = 4
 """IR version since which an initializer that is an input of the graph is its default."""
-_ADAPTER = re.compile("lora|adapter", re.IGNORECASE)
+ADAPTER_NAME = re.compile("lora|adapter", re.IGNORECASE)
+"""What names of inputs that hold an adapter's weights tell."""
+_LFS_POINTER = b"version https://git-lfs"
 _SAMPLE = 4096
 """Bytes of each end of a tensor that are hashed."""
 
@@ -71,6 +73,7 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
     except PermissionError as error:
         raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
     except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
+        _require_fetched(file)
         if file.suffix.lower() != ".onnx":
             raise GraphError(
                 f"{file} is not a readable ONNX model; pass an .onnx file, or the folder that holds one."
@@ -103,6 +106,9 @@ def _normalize(model: ir.Model) -> None:
     Identity; they are no inputs of the graph, but for those that only some models have (adapters); all have a shape.
     """
     if model.functions:
+        for function in model.functions.values():
+            # As in ONNX Runtime, which reads their operators as those of the graph, whatever opset they name.
+            function.opset_imports.update(model.opset_imports)
         InlinePass()(model)
         model.graph.sort()
     LiftConstantsToInitializersPass()(model)
@@ -140,7 +146,7 @@ def _has_fixed_default(value: ir.Value) -> bool:
     """Return whether an input of the graph is one of its weights, and no adapter's by its name or open size."""
     shape = value.shape
     is_weight = value.is_initializer() and shape is not None and shape.is_static() and 0 not in shape.numpy()
-    return is_weight and _ADAPTER.search(str(value.name)) is None
+    return is_weight and ADAPTER_NAME.search(str(value.name)) is None
 
 
 def place_weights(model: ir.Model, file: Path) -> None:
@@ -235,8 +241,8 @@ def _require_real_file(path: Path, onnx_file: Path) -> None:
     homes = _homes(onnx_file)
     if not any(home in path.parents for home in homes):
         raise GraphError(
-            f"External data file {path} lies outside of {onnx_file.parent}, or a link leads there; copy the base "
-            "folder with its files and pass that."
+            f"External data file {path} lies outside of {onnx_file.parent}, or a link leads there; pass a copy of the "
+            "folder that holds files in place of links (cp -rL), or build the base again with its data beside it."
         )
     if path.is_file():
         return
@@ -256,6 +262,7 @@ def _require_whole(model: ir.Model) -> None:
         path = Path(tensor.path).resolve()
         end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
         if end > sizes[path]:
+            _require_fetched(path)
             raise GraphError(
                 f"External data file {path} is truncated: '{tensor.name}' ends at byte {end}, the file has "
                 f"{sizes[path]}; copy or build it again."
@@ -263,6 +270,18 @@ def _require_whole(model: ir.Model) -> None:
         if path not in tried:
             tried.add(path)
             _require_readable(tensor, path)
+
+
+def _require_fetched(path: Path) -> None:
+    if is_lfs_pointer(path):
+        raise GraphError(f"{path} is a pointer of Git LFS in place of the file; fetch that with 'git lfs pull'.")
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether ``path`` is what a clone without Git LFS has in place of a large file."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return False
 
 
 def _require_readable(tensor: ir.ExternalTensor, path: Path) -> None:

@@ -66,7 +66,7 @@ def package_files(base: ModelDirectory, graph: ir.Model, data_file: str) -> Pack
     needed = {file for file in wanted if file.is_file()} | {*_named(base)}
     own_folders = {parent for file in (base.onnx_file, *needed, *shared) for parent in file.parents}
     files = list(_files_below(base.folder, own_folders))
-    others = [file for file in files if file.suffix == _GRAPH and file not in needed]
+    others = [file for file in files if file.suffix == _GRAPH and file not in {*needed, base.onnx_file}]
     left_out = {base.onnx_file.resolve(), *replaced, *_data_of_others(others)}
     plain = (file for file in files if file not in others and file.resolve() not in left_out)
     copied = needed | {file for file in plain if not _WEIGHTS.search(file.name)}

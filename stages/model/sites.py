@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.absorbers import find_absorber
-from stages.model.genai_config import LOGITS
+from stages.model.genai_config import LOGITS, TOKEN_INPUTS
 from stages.model.patterns import (
     PASSED_THROUGH,
     STANDARD_DOMAINS,
@@ -28,12 +28,11 @@ from stages.records.formats import EmbeddingTable, float_of_onnx
 from stages.records.sites import ActivationGroup, ExpertPlace, FloatName, MatMulSite, Projection, WeightLayout
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
-_TOKENS = "input_ids"
 _FUSED = frozenset({"FusedMatMul", "FusedGemm", "FusedMatMulActivation"})
 _ADVICE = "pass"
 _IN_SUBGRAPH = (
     "it lies in a subgraph, as in merged decoders; pass the one for later tokens (decoder_with_past_model.onnx), which "
-    "optimum writes beside it"
+    "optimum-cli export onnx writes with --no-post-process"
 )
 
 _EXPERT_TOKENS, _EXPERT_SCORES, _FC1, _FC1_BIAS, _FC2, _FC2_BIAS, _FC3 = range(7)
@@ -289,7 +288,7 @@ def find_embeddings(model: ir.Model) -> tuple[EmbeddingTable, ...]:
     """Return the embedding tables of the main graph, in graph order.
 
     A table is a rank-2 floating-point initializer, read directly or through a Transpose by a Gather along the token
-    axis whose indices are the graph input ``input_ids``, directly or through Casts. Rotary caches and other tables are
+    axis whose indices are one of ``TOKEN_INPUTS``, directly or through Casts. Rotary caches and other tables are
     looked up with something else.
     """
     found: dict[tuple[str, bool], list[ir.Node]] = {}
@@ -318,7 +317,7 @@ def _are_tokens(value: ir.Value | None) -> bool:
         if node.op_type != "Cast":
             return False
         value = node.inputs[0]
-    return value is not None and value.is_graph_input() and value.name == _TOKENS
+    return value is not None and value.is_graph_input() and value.name in TOKEN_INPUTS
 
 
 def _as_table(model: ir.Model, weight: str, transposed: bool, nodes: list[ir.Node]) -> EmbeddingTable:

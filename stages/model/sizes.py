@@ -87,7 +87,7 @@ def _bytes_by_category(directory: ModelDirectory, model: ir.Model) -> Counter[st
 def _category(value: ir.Value) -> str:
     """Return the category of an initializer by what reads it, directly or through nodes that dequantize."""
     reached = _reached(value)
-    dequantizing = [(node, place) for node, place in value.uses() if node.op_type in _PLACES]
+    dequantizing = [(node, place) for node, place in _widened_uses(value) if node.op_type in _PLACES]
     if any(node.op_type in _LOOKUPS for node, _ in reached):
         return TIED if any(node.op_type in _PRODUCTS for node, _ in reached) else EMBEDDING
     if dequantizing:
@@ -106,6 +106,14 @@ def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
         if node.op_type in ("Transpose", "Reshape", "Cast", "DequantizeLinear", "QuantizeLinear"):
             found += _reached(node.outputs[0])
     return found
+
+
+def _widened_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """Return the (node, input) that read a value, looking through Cast."""
+    pairs = [
+        _widened_uses(node.outputs[0]) if node.op_type == "Cast" else [(node, place)] for node, place in value.uses()
+    ]
+    return [pair for part in pairs for pair in part]
 
 
 def _bits(value: ir.Value, node: ir.Node) -> int:

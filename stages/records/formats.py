@@ -45,6 +45,10 @@ _FLOAT_TYPES = (
 FLOAT_TYPES: Mapping[FloatName, FloatType] = MappingProxyType({kind.name: kind for kind in _FLOAT_TYPES})
 
 
+NARROW_SCALES: Mapping[FloatName, FloatName] = MappingProxyType({"float32": "float16"})
+"""Of stored scales that a Cast widens, by the type in which the graph computes; others are stored in that type."""
+
+
 def torch_float(name: FloatName) -> torch.dtype:
     """Return the torch dtype that ``name`` stands for."""
     return FLOAT_TYPES[name].torch
@@ -195,6 +199,8 @@ class EmbeddingPlan:
     """Of INT4 without zero points, as of a weight; a shared table has the weight's own scales."""
     shared_with: str | None = None
     """Name of the lm_head site whose stored weight the lookups read too; such a table has no numbers of its own."""
+    scale_dtype: FloatName | None = None
+    """Of stored scales; None: the table's own."""
 
     @property
     def spec(self) -> QuantSpec:
@@ -202,7 +208,7 @@ class EmbeddingPlan:
             bits=self.bits,
             symmetric=self.symmetric,
             granularity=PerBlock(block_size=self.block_size),
-            scale_dtype=self.table.dtype,
+            scale_dtype=self.scale_dtype or self.table.dtype,
         )
 
     @property
@@ -221,7 +227,7 @@ class EmbeddingPlan:
         """Bytes of codes, scales and zero points, wherever they are stored."""
         rows, columns = self.scales_shape
         zero_points = 0 if self.symmetric else rows * -(-columns * self.bits // 8)
-        return self.packed_bytes + rows * columns * torch_float(self.table.dtype).itemsize + zero_points
+        return self.packed_bytes + rows * columns * torch_float(self.spec.scale_dtype).itemsize + zero_points
 
     @property
     def own_bytes(self) -> int:

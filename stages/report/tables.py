@@ -26,8 +26,8 @@ from stages.report.values import (
     visible,
 )
 from stages.report.view import Cell, Figure, Graded, TableView, table
-from stages.runtime.cpu_graph import NORMS_REASON
-from stages.runtime.upcast import UPCAST_REASON
+from stages.runtime.cpu.norms import NORMS_REASON
+from stages.runtime.cpu.upcast import UPCAST_REASON
 
 
 def accuracy_tables(evaluations: Sequence[Evaluation]) -> Figure:

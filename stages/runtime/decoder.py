@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int64
 
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, logits_among
-from stages.runtime.cpu_graph import open_file
+from stages.runtime.cpu.runnable import open_file
 from stages.runtime.feeds import CausalFeeds, Feed
 from stages.runtime.session import SessionSettings, runtime_reason
 
@@ -76,7 +76,7 @@ class Decoder:
 
     @property
     def _logits(self) -> str:
-        return logits_among((node.name for node in self.feeds.session.get_outputs()), self.directory.onnx_file)
+        return logits_among((node.name for node in self.feeds.session.get_outputs()), self.directory)
 
     def _present_of_past(self) -> dict[str, str] | None:
         """Return the output that becomes each cache input in the next step; None where a cache slides or has none."""

@@ -21,7 +21,7 @@ from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory, shared_caches
 from stages.model.genai_config import EMBEDDED
 from stages.records.formats import FLOAT_TYPES
-from stages.runtime.cpu_graph import open_file
+from stages.runtime.cpu.runnable import open_file
 from stages.runtime.graph_inputs import (
     BEAMS,
     CACHE_POSITIONS,
@@ -177,7 +177,7 @@ class CausalFeeds:
         dtype = _NUMPY_TYPES.get(given.type)
         if dtype is None:
             raise self.shapes.refuse(given, f"has type {given.type}, which can't be fed")
-        array = np.ascontiguousarray(value, dtype).reshape(value.shape)  # else numbers would become rows of one
+        array = np.array(value, dtype, order="C")  # a copy, which torch may write to
         if given.type != _BFLOAT16:
             return array
         bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(

@@ -17,10 +17,12 @@ import onnxruntime as ort
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
-from stages.model.genai_config import EMBEDDED
+from stages.model.genai_config import EMBEDDED, TOKEN_INPUTS
+from stages.model.load import ADAPTER_NAME
 
 TOKENS, MASK, POSITIONS, STATE, _ENCODED = "input_ids", "attention_mask", "position_ids", "past", "encoder"
 CACHE_POSITIONS, BEAMS, _PAST_LENGTH = "cache_position", "beam_idx", "past_sequence_length"
+_ADAPTER = "adapter"
 CARRY_TOKENS = frozenset({TOKENS, *EMBEDDED})
 """Names of the inputs that depend on the tokens themselves; others only on their number."""
 ROUND = "quantize with --algo rtn_dq, which runs no model"
@@ -61,6 +63,7 @@ NUMBERS: Mapping[str, Callable[[TokenShape], int]] = MappingProxyType(
 _TOTAL_LENGTHS = frozenset({"total_sequence_length", "current_sequence_length"})
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {
+        **dict.fromkeys(TOKEN_INPUTS, TOKENS),
         "past_seq_len": _PAST_LENGTH,
         "total_seq_len": "total_sequence_length",
         **dict.fromkeys(("past_key_names", "past_value_names", "past_names", "past_conv_names"), STATE),
@@ -115,6 +118,8 @@ def _role(name: str, configured: Mapping[str, str]) -> str:
         usual = _OTHER_NAMES.get(known, known)
         if usual in _KNOWN:
             return usual
+    if ADAPTER_NAME.search(name):
+        return _ADAPTER
     if _ENCODED_WORDS.search(name):
         return _ENCODED
     return STATE if _STATE_WORDS.search(name) else ""
@@ -232,6 +237,8 @@ class InputShapes:
             raise self.refuse(given, "is none that a text decoder has, and has no default")
         if given.role in CARRY_TOKENS and len(given.shape) < 2:
             raise self.refuse(given, f"has shape {list(given.shape)}, not [batch, length] (paged attention?)")
+        if given.role in CARRY_TOKENS and given.shape[1] == 1:
+            raise self.refuse(given, "holds one token, which nothing comes before")
 
     def shape(self, given: GraphInput, tokens: TokenShape, mask_length: int | None = None) -> tuple[int, ...]:
         """Return the shape of an input for ``tokens``; the graph's fixed dimensions win.
@@ -269,6 +276,8 @@ class InputShapes:
             return (length if given.role == CACHE_POSITIONS else batch,)
         if given.role == STATE:
             return self._state_sizes(given, tokens)
+        if given.role == _ADAPTER:
+            return (0,) * rank  # of rank 0: the model without an adapter
         return tuple(batch if "batch" in str(dim) else self.open_size for dim in given.shape)
 
     def _state_sizes(self, given: GraphInput, tokens: TokenShape) -> tuple[int | None, ...]:

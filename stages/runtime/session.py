@@ -18,7 +18,7 @@ from stages.runtime.requirements import installed_runtime, lacks_of, too_old
 from stages.system.hardware import granted_threads
 
 _REASON_LENGTH = 200
-_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?")
 _WHERE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
 _CAST = re.compile(
     r"This is an invalid model\. Type Error: .*? \(InsertedPrecisionFreeCast\S*\) of operator \((\w+)\) in node "

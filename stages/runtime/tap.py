@@ -25,7 +25,9 @@ from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.load import weights_folder
 from stages.model.partition import Partition
-from stages.runtime.cpu_graph import must_write_out_norms, runnable_graph, without_weights
+from stages.runtime.cpu.norms import must_write_out_norms
+from stages.runtime.cpu.runnable import runnable_graph, without_weights
+from stages.runtime.cpu.upcast import must_upcast
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
 from stages.runtime.session import (
@@ -36,7 +38,6 @@ from stages.runtime.session import (
     open_session,
     runtime_reason,
 )
-from stages.runtime.upcast import must_upcast
 
 _NO_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 _NO_VALUES: Mapping[str, np.ndarray] = MappingProxyType({})

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tests.bad_input.row import Spoil
 
 MODEL, DATA = "base/model.onnx", "base/model.onnx.data"
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9999\n"
 GraphChange = Callable[[onnx.ModelProto], None]
 
 

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.bad_input.edits import (
     DATA,
+    LFS_POINTER,
     MODEL,
     copied,
     external,
@@ -292,6 +293,8 @@ def _all_data_under(model: onnx.ModelProto) -> None:
 
 GRAPHS = (
     _model("graph: truncated", shortened(MODEL), "model.onnx", "not a readable ONNX model"),
+    _model("graph: a pointer of Git LFS", written(MODEL, LFS_POINTER), "model.onnx", "git lfs pull"),
+    _model("data: a pointer of Git LFS", written(DATA, LFS_POINTER), "model.onnx.data", "git lfs pull"),
     _model("graph: empty", written(MODEL, ""), "model.onnx"),
     _model("graph: a constant without a type", graph_with(_constant_of_no_type), "model.onnx", "not a readable ONNX"),
     _model("graph: opset 0", graph_with(_version_zero), "model.onnx", "opset 0"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from stages.calibration.cache import find_cache
+from stages.calibration.cache import CalibrationCache, find_cache
 from stages.calibration.text.documents import open_documents
 from stages.calibration.trt_profile import decoder_sizes
 from stages.errors import UserError
@@ -63,8 +63,7 @@ def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[
     shutil.copytree(cache, scratch / "cache")
     shutil.copytree(weights, scratch / "weights")
     directory = locate_model(scratch / "base")
-    opened = find_cache(scratch / "cache")
-    assert opened is not None, "a calibration cache"
+    opened = _open_cache(scratch / "cache")
     sites = find_sites(load_graph(directory))
     plan = plan_text({site.name: PlannedSite(format="4b32") for site in sites})
     group, table = (min((scratch / "weights").glob(f"{kind}*.safetensors")) for kind in ("0", "embedding."))
@@ -77,9 +76,14 @@ def make_targets(base: Path, cache: Path, weights: Path, scratch: Path) -> dict[
             scratch / "cache/0000.safetensors",
             None,
             mutate_safetensors,
-            partial(opened.read, next(iter(opened.manifest.files))),
+            lambda: _open_cache(scratch / "cache").read(next(iter(opened.manifest.files))),
         ),
-        "tokens": (scratch / "cache/tokens.safetensors", None, mutate_safetensors, opened.read_tokens),
+        "tokens": (
+            scratch / "cache/tokens.safetensors",
+            None,
+            mutate_safetensors,
+            lambda: _open_cache(scratch / "cache").read_tokens(),
+        ),
         "recipe": (scratch / "weights/recipe.json", None, mutate_json, read_weights),
         "weights": (group, None, mutate_safetensors, read_weights),
         "table": (table, None, mutate_safetensors, read_weights),
@@ -115,6 +119,12 @@ def _read_graph(directory: ModelDirectory) -> None:
 
 def _read_config(folder: Path) -> None:
     decoder_sizes(locate_model(folder), None, trust_remote_code=False)
+
+
+def _open_cache(folder: Path) -> CalibrationCache:
+    opened = find_cache(folder)
+    assert opened is not None, "a calibration cache"
+    return opened
 
 
 def _read_cache(folder: Path) -> None:

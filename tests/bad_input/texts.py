@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.bad_input.edits import gone, in_turn, json_with, shortened, written
+from tests.bad_input.edits import LFS_POINTER, gone, in_turn, json_with, shortened, written
 from tests.bad_input.row import BadInput, Spoil, nothing
 
 _TOKENIZER = "base/tokenizer.json"
@@ -45,6 +45,7 @@ TEXTS = (
     _text("too little for the windows", nothing, "--calib_size is 100000", arguments="--calib_size 100000"),
     _text("no tokenizer", gone("base/tok*", "base/special*", "base/chat*"), "base", "--model_name"),
     _text("tokenizer: truncated", shortened(_TOKENIZER), "base", "--model_name"),
+    _text("tokenizer: a pointer of Git LFS", written(_TOKENIZER, LFS_POINTER), "tokenizer.json", "git lfs pull"),
     _text("tokenizer: a list", written(_TOKENIZER, "[]"), "base", "--model_name"),
     _text(
         "tokenizer: code of its own",

@@ -175,12 +175,20 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def quantized_matmul(
-    folder: Path, shape: tuple[int, int], bits: int, symmetric: bool, blocks: Granularity, dtype: str, form: WeightForm
+    folder: Path,
+    shape: tuple[int, int],
+    bits: int,
+    symmetric: bool,
+    blocks: Granularity,
+    dtype: str,
+    form: WeightForm,
+    *,
+    scale_dtype: str = "",
 ) -> tuple[ir.Model, np.ndarray, np.ndarray]:
     """Return a model of one quantized MatMul, an input for it, and the float64 output."""
     rng = np.random.default_rng(0)
     site = site_of("y", "x", *shape, dtype=dtype)
-    spec = spec_of(bits, symmetric=symmetric, granularity=blocks, scale_dtype=dtype)
+    spec = spec_of(bits, symmetric=symmetric, granularity=blocks, scale_dtype=scale_dtype or dtype)
     weight = exact_weight(site, spec, rng)
     graph = TinyGraph()
     graph.input("x", onnx_type(dtype), ["t", shape[0]])

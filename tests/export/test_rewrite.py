@@ -215,10 +215,12 @@ def test_a_site_of_another_model_is_refused(tmp_path: Path, rng: np.random.Gener
 
 
 def test_scales_of_another_type_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    up = exact_weight(site_of("up", "x", 64, 96), spec_of(scale_dtype="float16"), rng)
-    model = tiny_decoder(up.matrix.astype(np.float32), np.ones((96, 64), np.float32), rng).model()
-    with pytest.raises(OptionError, match="float16 scales in a float32 model"):
-        rewrite(model, store_of_each(tmp_path / "weights", up))
+    up = exact_weight(site_of("up", "x", 64, 96), spec_of(), rng)
+    model = tiny_decoder(up.matrix, np.ones((96, 64), np.float32), rng).model()
+    site = replace(up.stored.site, dtype="float16")
+    other = replace(up, stored=replace(up.stored, site=site))
+    with pytest.raises(OptionError, match="float32 scales in a float16 model"):
+        rewrite(model, store_of_each(tmp_path / "weights", other))
 
 
 def test_weights_are_read_when_they_are_saved_and_not_before(tmp_path: Path, rng: np.random.Generator) -> None:

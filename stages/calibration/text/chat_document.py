@@ -17,7 +17,9 @@ from stages.errors import UserError
 
 Message = dict[str, Any]
 """``role``, most often ``content``, and whatever else a template reads."""
-MESSAGES, TOOLS = "messages", "tools"
+CHAT_COLUMNS, TOOLS = ("messages", "conversations"), "tools"
+_SHAREGPT_NAMES = {"from": "role", "value": "content"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _TOOL_ROLES = ("function", "tool")
 
 
@@ -61,36 +63,41 @@ def read_chat(row: Mapping[str, Any], where: str) -> ChatDocument:
     """Return what the columns of messages and tools hold, lists or JSON text; what isn't text in content is left out.
 
     Args:
-        row: of a table.
+        row: of a table, with one of ``CHAT_COLUMNS``; names and roles may be those of ShareGPT.
         where: the option and the file, for messages.
 
     Raises:
         UserError: the columns hold anything else.
     """
-    messages = _decoded(row[MESSAGES])
+    column = next(name for name in CHAT_COLUMNS if row.get(name))
+    messages, place = _decoded(row[column]), f"{where}: column {column}"
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: column {MESSAGES} is not a list of messages; give each a role and content.")
+        raise UserError(f"{place} is not a list of messages; give each a role and content.")
     tools = _decoded(row.get(TOOLS)) or []
     tools = [_decoded(tool) for tool in (tools if isinstance(tools, list) else [tools])]
     objects = tuple(tool for tool in tools if isinstance(tool, dict))
     if len(objects) < len(tools):
         raise UserError(f"{where}: column {TOOLS} is not a list of tools; make each an object, or rename the column.")
-    return ChatDocument(messages=tuple(_message(message, where) for message in messages), tools=objects)
+    return ChatDocument(messages=tuple(_message(message, place) for message in messages), tools=objects)
 
 
-def _message(message: Mapping[str, Any], where: str) -> Message:
+def _message(message: Mapping[str, Any], place: str) -> Message:
     # Null stands for what isn't there, as transformers has it too: templates would write "None".
     given = {name: value for name, value in message.items() if value is not None}
+    if "role" not in given:
+        given = {_SHAREGPT_NAMES.get(name, name): value for name, value in given.items()}
+        if isinstance(role := given.get("role"), str):
+            given["role"] = _SHAREGPT_ROLES.get(role, role)
     if not isinstance(given.get("role"), str):
-        raise UserError(f"{where}: column {MESSAGES} has a message without a role; give each a role and content.")
+        raise UserError(f"{place} has a message without a role; give each a role and content.")
     if "tool_calls" in given:
         given["tool_calls"] = _decoded(given["tool_calls"])
     if "content" in given:
-        given["content"] = _content(given["content"], where)
+        given["content"] = _content(given["content"], place)
     return given
 
 
-def _content(content: object, where: str) -> str:
+def _content(content: object, place: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
@@ -100,8 +107,7 @@ def _content(content: object, where: str) -> str:
     if isinstance(content, list | dict):
         return _as_json(content)  # what a tool returned
     raise UserError(
-        f"{where}: column {MESSAGES} has a message whose content is {type(content).__name__}; make it text or a list "
-        "of parts."
+        f"{place} has a message whose content is {type(content).__name__}; make it text or a list of parts."
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from stages.calibration.text.arithmetic import ARITHMETIC_TITLE, arithmetic_documents
-from stages.calibration.text.chat_document import MESSAGES, ChatDocument, read_chat
+from stages.calibration.text.chat_document import CHAT_COLUMNS, ChatDocument, read_chat
 from stages.calibration.text.mix import ARITHMETIC, CODE, LANGUAGES, MIX, MIX_PARTS, OFFLINE
 from stages.calibration.text.offline import (
     CALIBRATION_TITLE,
@@ -266,13 +266,14 @@ def _shuffled_rows(rows: Iterable[Row], seed: int) -> Iterator[Row]:
 
 def _document(row: Row, with_messages: bool, where: str) -> TextDocument | None:
     """Return what a row of a file holds: where ``with_messages``, its conversation, if it has one; else its text."""
-    if with_messages and row.get(MESSAGES):
+    chats = [column for column in CHAT_COLUMNS if column in row]
+    if with_messages and any(row[column] for column in chats):
         return read_chat(row, where)
-    if MESSAGES in row and not any(column in row for column in _FILE_COLUMNS):
+    if chats and not any(column in row for column in _FILE_COLUMNS):
         if with_messages:
             return None
         raise UserError(
-            f"{where} holds conversations (column {MESSAGES}); pass --apply_chat_template to write them as the "
+            f"{where} holds conversations (column {chats[0]}); pass --apply_chat_template to write them as the "
             "tokenizer's chat template does."
         )
     return next(_column([row], _FILE_COLUMNS, where), None)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from stages.errors import UserError, with_class_name
+from stages.model.load import is_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,6 +161,11 @@ def _explained(folder: Path) -> _CannotLoad | None:
         return None
     if not any((folder / name).is_file() for name in _FILES) and not any(folder.glob("*.tiktoken")):
         return _CannotLoad("it holds none")
+    pointer = next((name for name in _FILES if is_lfs_pointer(folder / name)), None)
+    if pointer is not None:
+        return _CannotLoad(
+            f"its {pointer} is a pointer of Git LFS in place of the file", "fetch that with 'git lfs pull'"
+        )
     for file in (folder / name for name in _SENTENCEPIECE):
         if file.is_file() and find_spec(library := _library_of(file)) is None:
             reason = f"{library}, which reads its {file.name}, isn't installed"

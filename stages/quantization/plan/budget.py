@@ -174,11 +174,13 @@ def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
 def _candidates_of(
     site: MatMulSite, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats, named: NamedSites
 ) -> SiteCandidates:
+    scale_dtype = choice.scale_dtype(site.dtype)
+
     def specs(
         bits: Literal[4, 8], granularities: Iterable[Granularity], zero_points: Iterable[bool]
     ) -> dict[str, QuantSpec | None]:
         made = (
-            QuantSpec(bits=bits, symmetric=not zero_point, granularity=each, scale_dtype=site.dtype)
+            QuantSpec(bits=bits, symmetric=not zero_point, granularity=each, scale_dtype=scale_dtype)
             for each in granularities
             for zero_point in zero_points
         )

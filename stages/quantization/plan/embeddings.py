@@ -186,7 +186,7 @@ def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) 
         return f"no block size divides rows of {plan.table.hidden} numbers"
     granularity = PerBlock(block_size=size)
     symmetric = wanted.eight_bit_symmetric if plan.bits == 8 else wanted.symmetric
-    return QuantSpec(bits=plan.bits, symmetric=symmetric, granularity=granularity, scale_dtype=head.dtype)
+    return QuantSpec(bits=plan.bits, symmetric=symmetric, granularity=granularity, scale_dtype=plan.spec.scale_dtype)
 
 
 def _divides(spec: QuantSpec, plan: EmbeddingPlan) -> bool:

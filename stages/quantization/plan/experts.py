@@ -93,7 +93,7 @@ def _spec(layer: ExpertLayer, choice: FormatChoice, experts: ExpertFormat, *, ei
         bits=bits,
         symmetric=choice.symmetric or not experts.complete,
         granularity=fitting(choice.eight_bit if bits == 8 else choice.four_bit, layer.hidden, layer.inner),
-        scale_dtype=layer.dtype,
+        scale_dtype=choice.scale_dtype(layer.dtype),
     )
 
 

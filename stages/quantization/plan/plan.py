@@ -337,7 +337,9 @@ def _given_plan(
     if not specs:
         raise OptionError(f"--plan {config.plan} keeps every MatMul of the model: nothing would be quantized.")
     skipped = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
-    return _choice_of_specs(chooser, tuple(specs.values())), plan_of(groups, specs, skipped)
+    choice = _choice_of_specs(chooser, tuple(specs.values()))
+    specs = {name: replace(spec, scale_dtype=choice.scale_dtype(spec.scale_dtype)) for name, spec in specs.items()}
+    return choice, plan_of(groups, specs, skipped)
 
 
 def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:
@@ -418,6 +420,7 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         named_eight_bit=bool(config.layers_8bit) or config.lm_head == "8",
         zero_point=config.use_zero_point,
         scale_range=config.scale_range,
+        scale_type=config.scale_type,
         lm_head="none" if config.lm_head is None and excludes_lm_head(sites, config) else config.lm_head,
         lm_head_open=decided_elsewhere,
         embedding=config.requested_embedding,
@@ -461,7 +464,8 @@ def _embedding_plans(
         form=choice.gather_form,
         scale_range="signed" if choice.scale_range == "signed" else "full",
     )
-    return plan_embeddings(tables, wanted)
+    plans = plan_embeddings(tables, wanted)
+    return tuple(replace(plan, scale_dtype=choice.scale_dtype(plan.table.dtype)) for plan in plans)
 
 
 def _tuning(config: QuantizeConfig) -> bytes:

@@ -177,7 +177,7 @@ def _spec(site: MatMulSite, choice: FormatChoice, named: NamedSites) -> QuantSpe
         bits=bits,
         symmetric=choice.symmetric,
         granularity=choice.eight_bit if bits == 8 else choice.four_bit,
-        scale_dtype=site.dtype,
+        scale_dtype=choice.scale_dtype(site.dtype),
     )
 
 

@@ -18,7 +18,7 @@ from stages.quantization.search.parallel import search_memory as group_memory
 from stages.quantization.search.parallel import small_groups, workers_on
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.sites import ActivationGroup
-from stages.runtime.upcast import resident_bytes
+from stages.runtime.cpu.upcast import resident_bytes
 
 _CHECKED = 24
 """Bytes for each weight of the site whose product is checked: codes, float32 and float64 rows, ONNX Runtime's copy."""

@@ -8,7 +8,7 @@ Blocks are consecutive inputs of a row, the last one padded with zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.sites import FloatName
+
+_ROOM = 4
+"""Factor that searches and folds may move scales by."""
 
 RangeRule = Literal["signed", "full", "compat7"]
 """How a symmetric range without zero point becomes a scale, b being its bits.
@@ -134,6 +137,25 @@ def _asymmetric(full: BlockRange, spec: QuantSpec, clip_ratio: float | Tensor) -
 
 def _storable(extent: Tensor, spec: QuantSpec) -> Tensor:
     return round_to_storage(torch.where(extent > 0, extent, torch.ones_like(extent)), spec.scale_dtype)
+
+
+def spec_for(weight: Float[Tensor, "N K"], spec: QuantSpec, computed: FloatName) -> QuantSpec:
+    """Return ``spec``, or the same with scales of the type ``computed`` where its narrower type has no room for them.
+
+    A few small blocks lose nothing that counts; a weight all of whose scales come near the ends of the type does.
+
+    Args:
+        weight: the weight.
+        spec: the format that is wanted.
+        computed: the type that scales are widened to.
+    """
+    if spec.scale_dtype == computed:
+        return spec
+    wide = replace(spec, scale_dtype=computed)
+    scales = choose_parameters(split(weight, spec.block_size(weight.shape[1])), wide).scales
+    info = torch.finfo(torch_float(spec.scale_dtype))
+    fits = scales.median() > _ROOM * info.tiny and scales.max() * _ROOM < info.max
+    return spec if fits else wide
 
 
 def quantize(

@@ -27,7 +27,7 @@ def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tenso
     """
     vocabulary, hidden = plan.table.shape
     packed = np.empty(plan.packed_bytes, np.uint8)
-    scales = torch.empty(plan.scales_shape, dtype=torch_float(plan.table.dtype))
+    scales = torch.empty(plan.scales_shape, dtype=torch_float(plan.spec.scale_dtype))
     per_scale = plan.block_size if plan.axis == 0 else 1
     step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
     for start in range(0, vocabulary, step):

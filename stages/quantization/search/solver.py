@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import SolveError
+from stages.quantization.search.affine import spec_for
 from stages.quantization.search.awq import awq_full, awq_lite
 from stages.quantization.search.choices import (
     errors_of,
@@ -118,10 +119,14 @@ class GroupSolver:
         if found is not None:
             _require_width(found.tokens, group)
         absorber = group.absorber if self.fold else None
+        weights = tuple(self.read_weight(site) for site in group.sites)
         return GroupProblem(
             group=group,
-            weights=tuple(self.read_weight(site) for site in group.sites),
-            specs=tuple(self.specs[site.name] for site in group.sites),
+            weights=weights,
+            specs=tuple(
+                spec_for(weight, self.specs[site.name], site.dtype)
+                for site, weight in zip(group.sites, weights, strict=True)
+            ),
             stats=None if found is None else found.tokens,
             output_grams=tuple(None if found is None else found.output_grams.get(site.name) for site in group.sites),
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,

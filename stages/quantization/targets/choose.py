@@ -9,6 +9,7 @@ from typing import Literal
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import RELEASES, Runtime, Target, parse_target
+from stages.commands.quantize_options import ScaleType
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.quantization.targets import cpu, cuda, dml, qnn, trt_rtx, webgpu
@@ -134,6 +135,7 @@ def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
         eight_bit=requested.eight_bit or _DEFAULT_EIGHT_BIT,
         symmetric=not requested.zero_point,
         scale_range=requested.scale_range or "full",
+        scale_type=requested.scale_type or "base",
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=requested.gather_block_size or 32,
         accuracy_level=requested.accuracy_level,
@@ -198,6 +200,7 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
         eight_bit=eight_bit,
         symmetric=not (preferred.zero_point.value if requested.zero_point is None else requested.zero_point),
         scale_range=requested.scale_range or scale_range.value,
+        scale_type=_scale_type(requested, preferred),
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=requested.gather_block_size or preferred.table_block_size(bits).value,
         accuracy_level=wanted if requested.accuracy_level is None else requested.accuracy_level,
@@ -209,6 +212,13 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
         session_options=(*preferred.session_options, *_level_option(requested, wanted)),
     )
+
+
+def _scale_type(requested: RequestedFormats, preferred: Preferences) -> ScaleType:
+    """Return the type of stored scales: the graph's own where a QuantizeLinear divides by them."""
+    if requested.form is WeightForm.QDQ:
+        return "base"
+    return requested.scale_type or preferred.scale_type.value
 
 
 def _level_option(requested: RequestedFormats, wanted: AccuracyLevel | None) -> tuple[tuple[str, str], ...]:

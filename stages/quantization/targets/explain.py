@@ -64,9 +64,9 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
         why=preferred.zero_point.why if requested.zero_point is None else _ASKED,
     )
     yield Explanation(
-        option="scales",
-        chosen=", ".join(sorted(request.facts.dtypes)),
-        why="the activations' own type: another type needs a Cast, behind which nothing is fused",
+        option="--scale_type",
+        chosen=", ".join(sorted({choice.scale_dtype(computed) for computed in request.facts.dtypes})),
+        why=_ASKED if requested.scale_type else preferred.scale_type.why,
     )
 
 

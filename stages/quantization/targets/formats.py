@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.quantize_options import Embedding, Experts, LmHead, ScaleRange
+from stages.commands.quantize_options import Embedding, Experts, LmHead, ScaleRange, ScaleType
 from stages.records.experts import ExpertLayer
-from stages.records.formats import EmbeddingTable, Granularity, PerBlock, WeightForm, torch_float
+from stages.records.formats import NARROW_SCALES, EmbeddingTable, Granularity, PerBlock, WeightForm, torch_float
 from stages.records.sites import ActivationGroup, BlockAxis, FloatName, GatherForm
 
 EmbeddingBits = Literal[4, 8]
@@ -28,6 +28,7 @@ class RequestedFormats:
     """INT8 at sites that were named: done whatever the runtime makes of it."""
     zero_point: bool | None = None
     scale_range: ScaleRange | None = None
+    scale_type: ScaleType | None = None
     lm_head: LmHead | None = None
     lm_head_open: bool = False
     """Whether a budget or a plan file decides about lm_head."""
@@ -53,7 +54,7 @@ class ModelFacts:
     """What of a base model matters to the choice."""
 
     dtypes: frozenset[FloatName]
-    """Types of the sites' weights, which scales will have too."""
+    """Types of the sites' weights, in which the graph computes."""
     in_features: frozenset[int]
     has_gemm: bool = False
     has_lm_head: bool = False
@@ -107,6 +108,7 @@ class FormatChoice:
     embedding_bits: EmbeddingBits | None = None
     """None: embeddings stay as they are."""
     embedding_axis: BlockAxis = 1
+    scale_type: ScaleType = "base"
     keep_mixed_because: str = ""
     """Why sites that only a rule would store as INT8 stay as they are; empty where they become INT8."""
     experts: ExpertFormat | None = None
@@ -116,6 +118,10 @@ class FormatChoice:
     explanations: tuple[Explanation, ...] = ()
     warnings: tuple[str, ...] = ()
     """One sentence for each thing that the target will not run fast, or at all."""
+
+    def scale_dtype(self, computed: FloatName) -> FloatName:
+        """Return the type in which scales are stored, where the graph computes in ``computed``."""
+        return NARROW_SCALES.get(computed, computed) if self.scale_type == "narrow" else computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release, Runtime, Target
-from stages.commands.quantize_options import LmHead, ScaleRange
+from stages.commands.quantize_options import LmHead, ScaleRange, ScaleType
 from stages.quantization.targets.formats import EmbeddingBits, ExpertFormat, FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import Granularity, PerChannel, WeightForm
 
@@ -86,6 +86,9 @@ SIGNED: Preference[ScaleRange] = Preference(
 )
 
 
+UNCAST: Preference[ScaleType] = Preference("base", "nobody ran a Cast between scales and their operator there")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
     """What a runtime would have where nobody asked for anything else."""
@@ -107,6 +110,7 @@ class Preferences:
     """Of INT8 embeddings; None: as of INT4."""
     scale_range: Preference[ScaleRange] = POSITIVE
     """Of INT4 without zero points."""
+    scale_type: Preference[ScaleType] = UNCAST
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()

@@ -42,7 +42,7 @@ class TableFile:
         return self._read("packed", require_packed)
 
     def read_scales(self) -> Tensor:
-        """Load the scales, in the table's type.
+        """Load the scales, in their stored type.
 
         Raises:
             OptionError: the file is missing or damaged.

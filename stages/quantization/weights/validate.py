@@ -77,7 +77,7 @@ def require_packed(packed: Tensor, plan: EmbeddingPlan) -> None:
 
 def require_table_scales(scales: Tensor, plan: EmbeddingPlan) -> None:
     """Raise InvalidFile when ``scales`` can't be those of the table."""
-    _require_form(scales, "scales", plan.scales_shape, torch_float(plan.table.dtype))
+    _require_form(scales, "scales", plan.scales_shape, torch_float(plan.spec.scale_dtype))
     _require_finite(scales, "scales")
 
 

@@ -18,8 +18,8 @@ from stages.errors import GraphError
 from stages.model.genai_config import EMBEDDED, LOGITS
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
+from stages.runtime.cpu.upcast import SIXTEEN_BIT, upcast_model
 from stages.runtime.graph_inputs import CARRY_TOKENS
-from stages.runtime.upcast import SIXTEEN_BIT, upcast_model
 
 OWN_DOMAIN = "genai_quant"
 """Domain of the operators that blocks/converters defines; only cut graphs have it."""

@@ -53,6 +53,22 @@ def test_codes_give_the_reference_product_fused_and_unfused(
     assert counts["DequantizeLinear"] == 0
 
 
+@pytest.mark.parametrize("blocks", [PerBlock(block_size=32), PerChannel()])
+@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.MATMUL_NBITS])
+@pytest.mark.parametrize(("bits", "symmetric"), NUMBERS)
+def test_narrow_scales_are_widened_when_the_model_is_loaded(
+    tmp_path: Path, bits: int, symmetric: bool, form: WeightForm, blocks: Granularity
+) -> None:
+    model, x, expected = quantized_matmul(
+        tmp_path, (80, 48), bits, symmetric, blocks, "float32", form, scale_dtype="float16"
+    )
+    assert model.graph.initializers["y/MatMul/scales"].dtype is ir.DataType.FLOAT16
+    optimized = tmp_path / "optimized.onnx"
+    (fused,) = run(model, {"x": x}, optimized_file=optimized)
+    assert relative_difference(fused, expected) < TOLERANCE["float32"]
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["MatMulNBits"]
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_only_asymmetric_weights_store_zero_points(tmp_path: Path, bits: int, symmetric: bool) -> None:

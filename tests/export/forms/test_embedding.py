@@ -40,6 +40,21 @@ def test_rows_are_the_stored_numbers(
     assert "table" not in result.model.graph.initializers
 
 
+@pytest.mark.parametrize("form", ["gather_block_quantized", "dq"])
+def test_narrow_scales_of_a_table_are_widened(tmp_path: Path, form: str) -> None:
+    plan = plan_of(37, 64, block_size=32, form=form, bits=8, scale_dtype="float16")
+    table = random_table(plan)
+    stored = rounded(plan, table)
+    assert plan.format_bytes == 37 * 64 + 37 * 2 * 2
+    result = rewrite(lookup_graph(plan, table).model(), table_store(tmp_path / "weights", plan, stored))
+    assert result.model.graph.initializers["h/Gather/scales"].dtype is ir.DataType.FLOAT16
+    (found,) = run(result.model, TOKENS)
+    assert found.dtype == np.float32
+    assert relative_difference(found, dequantized(plan, stored)[TOKENS["input_ids"]]) < TOLERANCE["float32"]
+    # 2^-8 of the largest number of a block is rounding, and the scale's own is no part of it.
+    assert relative_difference(found, table[TOKENS["input_ids"]]) < 0.005
+
+
 @pytest.mark.parametrize(("bits", "dtype", "said"), [(4, ir.DataType.INT4, {}), (8, ir.DataType.UINT8, {"bits": 8})])
 def test_block_quantized_has_exactly_the_attributes_of_its_operator(
     tmp_path: Path, bits: int, dtype: ir.DataType, said: dict[str, int]

@@ -26,7 +26,7 @@ from stages.runtime.providers import choose_providers
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.session import OpenedSession
 from stages.runtime.tap import open_partition_tap, open_value_tap, tapped_model
-from stages.runtime.upcast import upcast_file
+from stages.runtime.cpu.upcast import upcast_file
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
 

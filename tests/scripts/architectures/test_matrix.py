@@ -44,6 +44,24 @@ def test_equal_reasons_share_a_note_whatever_layer_they_name() -> None:
     )
 
 
+def test_long_reasons_are_cut_behind_a_sentence_or_a_word() -> None:
+    two = replace(STOPPED, reason=f"The first{' word' * 30}. The second{' word' * 30}.")
+    assert notes(two) == [f"1. onnxruntime-genai's builder stops: The first{' word' * 30}."]
+    one = replace(STOPPED, reason=f"A{' sentence' * 40}.")
+    assert notes(one) == [f"1. onnxruntime-genai's builder stops: A{' sentence' * 26} ..."]
+
+
+def test_a_quantized_model_that_does_what_its_base_does_has_its_numbers() -> None:
+    only_gpu = replace(DONE, stopped_at="generate", reason="No such kernel.", base_generates=False)
+    assert rows(only_gpu)[2][3:] == ["21 of 21 [1]", *["-"] * 4, "yes", "0.021"]
+    assert notes(only_gpu) == [
+        "1. onnxruntime-genai generates with neither the float model nor the quantized one on the CPU: No such kernel."
+    ]
+    worse = replace(only_gpu, base_generates=True)
+    assert rows(worse)[2][3:] == ["stops [1]", *["-"] * 4, "-", "-"]
+    assert notes(worse) == ["1. onnxruntime-genai doesn't generate with the quantized model: No such kernel."]
+
+
 def test_what_stays_as_it_is_and_tokens_that_count_alike_are_said() -> None:
     kept = replace(DONE, fused=None, kept=(("router", 4),), elsewhere=0.5, unweighted="an operator")
     assert rows(kept)[2][3:] == ["not run of 21 [1] [2]", *["-"] * 4, "no", "0.021"]

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from scripts.architectures.matrix import append_cell
 from scripts.benchmarks.figures import Benchmark, CommandFigure, Machine
 from scripts.options import TablesConfig
 from scripts.peers.comparison import save_comparison
 from scripts.write_tables.__main__ import ROOT, fill, new_results, pages_with_tables
 from scripts.write_tables.results import (
+    ArchitecturesResult,
     BenchmarkResult,
     ComparisonResult,
     FamiliesResult,
@@ -26,6 +28,7 @@ from scripts.write_tables.results import (
 from scripts.write_tables.support_matrix import FamilyResult
 from stages.errors import OptionError, UserError
 from stages.system.hardware import describe_machine
+from tests.scripts.architectures.test_matrix import DONE
 from tests.scripts.write_tables.test_support_matrix import RESULT
 from tests.scripts.write_tables.test_tables import comparison
 
@@ -73,20 +76,25 @@ def test_what_was_measured_becomes_results(tmp_path: Path) -> None:
     benchmark = Benchmark(machine=machine, base="models/base", commands=(figure,))
     (tmp_path / "benchmark.json").write_bytes(TypeAdapter(Benchmark).dump_json(benchmark))
     (tmp_path / "families.jsonl").write_bytes(TypeAdapter(FamilyResult).dump_json(RESULT) + b"\n")
+    append_cell(DONE, tmp_path / "architectures.jsonl")
     config = TablesConfig(
         compare=tmp_path,
         benchmark=tmp_path,
         title="SmolLM2-135M-Instruct",
         families=tmp_path / "families.jsonl",
+        architectures=tmp_path / "architectures.jsonl",
         times={"x": 1.0},
     )
-    compared, measured, families, times = new_results(config)
+    compared, measured, families, architectures, times = new_results(config)
     assert isinstance(compared, ComparisonResult)
     assert compared.comparison == without_commands(comparison().comparison)
     assert isinstance(measured, BenchmarkResult)
     assert measured.benchmark == replace(benchmark, commands=(replace(figure, command=""),))
     assert isinstance(families, FamiliesResult)
     assert families.families == (RESULT,)
+    assert isinstance(architectures, ArchitecturesResult)
+    assert architectures.cells == (DONE,)
+    assert architectures.provenance.versions[-1].startswith("transformers ")
     assert isinstance(times, TimesResult)
     assert {result.provenance.machine for result in (compared, measured, families, times)} == {describe_machine()}
 

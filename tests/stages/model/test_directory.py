@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from stages.errors import GraphError
-from stages.model.directory import locate_model, logits_among
+from stages.model.directory import ModelDirectory, locate_model, logits_among
 from tests.support.graphs import MICROSOFT, TinyGraph
 
 
@@ -161,18 +161,23 @@ def test_a_folder_of_models_is_no_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "logits"),
+    ("outputs", "configured", "logits"),
     [
-        (["present.0.key", "logits"], "logits"),
-        (["logits_Q8", "present.0.key"], "logits_Q8"),
-        (["logits_mask", "logits"], "logits"),
-        (["logits_a", "logits_b"], None),
-        (["last_hidden_state"], None),
+        (["present.0.key", "logits"], {}, "logits"),
+        (["logits_Q8", "present.0.key"], {}, "logits_Q8"),
+        (["logits_mask", "logits"], {}, "logits"),
+        (["logits", "lm_logits"], {"logits": "lm_logits"}, "lm_logits"),
+        (["logits_Q4"], {"logits": "logits"}, "logits_Q4"),
+        (["logits_a", "logits_b"], {}, None),
+        (["last_hidden_state"], {}, None),
     ],
 )
-def test_the_output_that_holds_the_logits(outputs: list[str], logits: str | None) -> None:
+def test_the_output_that_holds_the_logits(outputs: list[str], configured: dict[str, str], logits: str | None) -> None:
+    directory = ModelDirectory(
+        folder=Path(), onnx_file=Path("model.onnx"), has_genai_config=True, output_names=configured
+    )
     if logits is None:
         with pytest.raises(GraphError, match=r"model\.onnx has no output 'logits'; pass a text decoder"):
-            logits_among(outputs, Path("model.onnx"))
+            logits_among(outputs, directory)
     else:
-        assert logits_among(outputs, Path("model.onnx")) == logits
+        assert logits_among(outputs, directory) == logits

@@ -112,6 +112,9 @@ def additive(seen: np.ndarray) -> np.ndarray:
         (Input("conv_state.0", FLOAT16, ["batch_size", 64, 2]), np.zeros((2, 64, 2))),
         (Input("past.0.recurrent", FLOAT, ["b", 4, 8, 8]), np.zeros((2, 4, 8, 8))),
         (Input("ssm_states.3", FLOAT, [5, "batch_size", 4, 8, 8]), np.zeros((5, 2, 4, 8, 8))),
+        (Input("decoder_input_ids", INT64, ["b", "s"]), TOKENS),
+        (Input("layers.0.lora_A", FLOAT, [16, "rank"]), np.zeros((16, 0))),
+        (Input("vision_adapter_B", FLOAT, [4, 16]), np.zeros((4, 16))),
     ],
     ids=lambda value: f"{value.name}{len(value.shape)}" if isinstance(value, Input) else "",
 )
@@ -219,6 +222,7 @@ def test_group_query_attention_is_told_how_much_of_its_buffer_is_valid(tmp_path:
         (Input("temperature", FLOAT, [1]), "'temperature' is none that a text decoder has"),
         (Input("inputs_embeds", FLOAT, ["b", "s", 64]), "needs the embedding model, .*model.embedding.filename"),
         (Input("input_ids", INT64, ["tokens"]), r"'input_ids' has shape \['tokens'\], not \[batch, length\]"),
+        (Input("input_ids", INT64, ["b", 1]), "'input_ids' holds one token, which nothing comes before"),
         (Input("position_ids", INT64, ["b", 9]), "'position_ids' has shape .*, not one for 2 x 3 tokens"),
         (Input("attention_mask", INT64, ["b", 2]), "'attention_mask' has shape .*, not one for 2 x 3 tokens"),
         (Input("attention_mask", INT64, ["t"]), "'attention_mask' has 1 dimensions"),

@@ -54,6 +54,11 @@ def written(folder: Path, template: str, messages: object, tools: object = None)
         (CONCATENATES, [USER, {"role": "assistant"}], "|user:Rain?|assistant:"),
         (CONCATENATES, [{"role": "user", "content": ["One", {"type": "text", "text": "Two"}]}], "|user:One\nTwo"),
         (CONCATENATES, [{"role": "tool", "content": {"wet": 1}}], '|tool:{"wet": 1}'),
+        (
+            CONCATENATES,
+            [{"from": "human", "value": "Rain?"}, {"from": "gpt", "value": "No"}],
+            "|user:Rain?|assistant:No",
+        ),
         (CONCATENATES, '[{"role": "user", "content": "Rain?"}]', "|user:Rain?"),
         (AS_JSON, [ASKS], '|look{"in": "Oslo"}now{}'),
         (AS_JSON, [ASKS | {"tool_calls": '[{"function": {"name": "f", "arguments": {}}}]'}], "|f{}"),
@@ -100,6 +105,7 @@ def test_halves_of_characters_reach_no_tokenizer(tiny_tokenizer: Path) -> None:
         ({"messages": ["Hello"]}, "column messages is not a list of messages"),
         ({"messages": [{"content": "Hello"}]}, "column messages has a message without a role"),
         ({"messages": [{"role": "user", "content": 3}]}, "a message whose content is int; make it text or a list"),
+        ({"conversations": [{"value": "Hello"}]}, "column conversations has a message without a role"),
         ({"messages": [USER], "tools": ["look"]}, "column tools is not a list of tools; make each an object"),
     ],
 )

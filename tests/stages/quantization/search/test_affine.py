@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from stages.quantization.search.affine import (
     quantize,
     round_to_storage,
     round_trip,
+    spec_for,
     split,
 )
 from stages.records.formats import PerBlock, QuantSpec
@@ -67,6 +70,15 @@ def test_all_zero_block_has_scale_one_and_zero_codes() -> None:
 def test_storage_keeps_scales_normal() -> None:
     tiny = round_to_storage(torch.tensor([1e-9, 1e9]), "float16")
     assert tiny.tolist() == [2.0**-14, 65504.0]
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1.0, True), (1e-2, True), (1e-4, False), (1e6, False)])
+def test_a_weight_without_room_in_narrow_scales_has_wide_ones(size: float, kept: bool) -> None:
+    weight = size * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    weight[0] = 1e-9  # a block without numbers that count decides nothing
+    narrow = replace(spec(), scale_dtype="float16")
+    assert spec_for(weight, narrow, "float32") == (narrow if kept else spec())
+    assert spec_for(weight, narrow, "float16") == narrow
 
 
 @pytest.mark.parametrize("scale_type", ["float32", "float16", "bfloat16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -250,6 +251,20 @@ def test_negative_scales_are_the_default_where_they_are_known_to_run(runtime: Ru
     assert choose(runtime, requested=RequestedFormats(scale_range="compat7")).scale_range == "compat7"
     assert choose(runtime, requested=RequestedFormats(form=WeightForm.QDQ)).scale_range == "full"
     assert choose_formats(None, RequestedFormats(), facts()).scale_range == "full"
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_only_the_cpu_has_narrow_scales_where_nobody_asks(runtime: Runtime) -> None:
+    known, asked = runtime == "cpu", RequestedFormats(scale_type="narrow")
+    stored = "float16" if known else "float32"
+    choice = choose(runtime)
+    assert choice.scale_dtype("float32") == stored
+    assert next(line for line in choice.explanations if line.option == "--scale_type").chosen == stored
+    assert choice.scale_dtype("bfloat16") == "bfloat16"
+    assert choose(runtime, requested=asked).scale_dtype("float32") == "float16"
+    assert choose_formats(None, RequestedFormats(), facts()).scale_dtype("float32") == "float32"
+    # A QuantizeLinear divides by its scale, in the graph's own type.
+    assert choose(runtime, requested=replace(asked, form=WeightForm.QDQ)).scale_dtype("float32") == "float32"
 
 
 def test_tensorrt_is_warned_of_negative_scales_that_were_asked_for() -> None:

@@ -15,7 +15,7 @@ from stages.model.weights import read_weight
 from stages.runtime.blocks.cut import BlockGraph, DecoderBlock, cut_block, find_blocks
 from stages.runtime.blocks.decoder import write_out_residuals
 from stages.runtime.blocks.module import BlockModule
-from stages.runtime.cpu_graph import runnable_graph
+from stages.runtime.cpu.runnable import runnable_graph
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session

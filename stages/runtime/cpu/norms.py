@@ -1,4 +1,4 @@
-"""Make a graph run where the CPU is the only provider, by exact rewrites: norms inside attention, and bfloat16.
+"""Write out the norms inside attention, which the CPU provider lacks.
 
 GroupQueryAttention can normalize the heads of q and k itself; only the CUDA and WebGPU providers have that kernel, and
 onnxruntime-genai's builder writes it for both. On the CPU the norms stand before attention as nodes of their own.
@@ -6,22 +6,14 @@ onnxruntime-genai's builder writes it for both. On the CPU the norms stand befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
-import onnxruntime as ort
 
-from stages.model.load import place_weights, weights_folder
-from stages.runtime.providers import CPU_ONLY, CUDA
-from stages.runtime.session import SessionSettings, open_session
-from stages.runtime.upcast import must_upcast, upcast_file, upcast_model
+from stages.runtime.providers import CUDA
 
 NORMS_REASON = "with the norms of q and k as nodes of their own: the CPU's attention can't compute them"
 """What tables say of a run with ``write_out_norms``."""
-_KEPT_BYTES = 1024
 _ATTENTION = "GroupQueryAttention"
 _QUERY, _KEY = 0, 1
 _GAINS = {_QUERY: 14, _KEY: 15}
@@ -45,54 +37,6 @@ def write_out_norms(model: ir.Model) -> ir.Model:
         if _has_norms(node):
             _take_norms_out(node)
     return changed
-
-
-@contextmanager
-def runnable_graph(model: ir.Model, providers: tuple[str, ...], scratch: Path | None) -> Iterator[Path | bytes]:
-    """Yield ``model`` serialized, its weights left where they lie, or an upcast file in ``scratch`` where needed.
-
-    Args:
-        model: the graph, which stays as it was.
-        providers: those that shall run it; what they can't is rewritten.
-        scratch: folder for the upcast file; None is the system's folder for temporary files.
-    """
-    if must_write_out_norms(model, providers):
-        model = write_out_norms(model)
-    if must_upcast(model, providers):
-        with upcast_file(model, scratch) as path:
-            yield path
-    else:
-        yield ir.to_proto(model).SerializeToString()
-
-
-@contextmanager
-def open_file(onnx_file: Path, settings: SessionSettings, scratch: Path | None) -> Iterator[ort.InferenceSession]:
-    """Open ``onnx_file`` where its providers can run it as it is, else what ``runnable_graph`` makes of it.
-
-    Raises:
-        GraphError: ONNX Runtime refuses the model.
-    """
-    model = ir.load(onnx_file)
-    place_weights(model, onnx_file)
-    rewritten = must_write_out_norms(model, settings.providers) or must_upcast(model, settings.providers)
-    with runnable_graph(model, settings.providers, scratch) if rewritten else nullcontext(onnx_file) as source:
-        folder = weights_folder(model, onnx_file) if isinstance(source, bytes) else None
-        yield open_session(source, replace(settings, external_data_folder=folder))
-
-
-def without_weights(model: ir.Model) -> bytes:
-    """Return ``model`` for the CPU with its large weights as inputs: enough to look for its operators' kernels."""
-    changed = write_out_norms(model)
-    for name, value in tuple(changed.graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes > _KEPT_BYTES:
-            del changed.graph.initializers[name]
-            value.const_value = None
-            if not value.is_graph_input():
-                changed.graph.inputs.append(value)
-    if must_upcast(changed, CPU_ONLY):
-        changed = upcast_model(changed)
-    content: bytes = ir.to_proto(changed).SerializeToString()
-    return content
 
 
 def _has_norms(node: ir.Node) -> bool:

@@ -17,10 +17,10 @@ from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.partition import cut_into_partitions
 from stages.model.sites import find_groups
-from stages.runtime.cpu_graph import open_file, runnable_graph
+from stages.runtime.cpu.runnable import open_file, runnable_graph
+from stages.runtime.cpu.upcast import must_upcast, resident_bytes, upcast_file, upcast_model
 from stages.runtime.providers import CPU, CPU_ONLY, CUDA
 from stages.runtime.session import SessionSettings
-from stages.runtime.upcast import must_upcast, resident_bytes, upcast_file, upcast_model
 
 GPU = (CUDA, CPU)
 
