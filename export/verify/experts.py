@@ -138,7 +138,8 @@ class _Saved:
 
     def scales(self, index: int) -> Float[np.ndarray, "N nB"]:
         """Return scales in float32."""
-        return self._scales[index].reshape(self._site.out_features, -1).astype(np.float32)
+        found: np.ndarray = self._scales[index].reshape(self._site.out_features, -1).astype(np.float32)
+        return found
 
     def zero_points(self, index: int) -> Int16[np.ndarray, "N nB"]:
         """Return stored zero points, or those that the operator implies."""
@@ -148,7 +149,7 @@ class _Saved:
             return np.full((site.out_features, blocks), implied_zero_point(spec), np.int16)
         stored = self._zero_points[index]
         if stored.ndim == 1:
-            return np.ascontiguousarray(unpacked_rows(stored[None], site.out_features, spec).T)
+            return unpacked_rows(stored[None], site.out_features, spec).reshape(-1, 1)
         return unpacked_rows(stored, blocks, spec)
 
     def weight(self, index: int) -> Tensor:

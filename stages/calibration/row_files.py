@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -14,7 +15,7 @@ from torch import Tensor
 from stages.errors import SolveError
 from stages.model.weights import all_finite
 
-_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
+_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LENGTH = 8
 """Bytes of a safetensors file before its header: the header's length."""
@@ -55,7 +56,7 @@ class RowsWriter:
         self._filled[part] = start + len(numbers)
 
 
-def _create(path: Path, counts: Mapping[str, int], columns: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+def _create(path: Path, counts: Mapping[str, int], columns: int, dtype: np.dtype[Any]) -> dict[str, np.ndarray]:
     """Make a file of zeros that takes its whole place on the disk, and return its parts, which write through."""
     header, begin = {}, 0
     for part, rows in counts.items():
@@ -82,7 +83,7 @@ def open_rows(path: Path, mode: str = "r") -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         header = json.loads(file.read(length))
-    parts = {}
+    parts: dict[str, np.ndarray] = {}
     for part, entry in header.items():
         begin, end = entry["data_offsets"]
         dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
