@@ -82,6 +82,7 @@ def allocate_budget(
     summary = _summary(undecided, decided.sites, allocation.loss, in_nats=in_nats)
     candidates = {each.site.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
+    decided = replace(decided, sites=plan.experts.joined(decided.sites))
     return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
 
 
