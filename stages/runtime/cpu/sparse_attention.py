@@ -37,9 +37,11 @@ def write_out_sparse_attention(model: ir.Model) -> ir.Model:
 
 
 def _is_rewritable(node: ir.Node) -> bool:
-    return node.op_type == _SPARSE and all(
-        (given := node.inputs[index]) is not None and given.const_value is not None for index in (_ROWS, _COLUMNS)
-    )
+    return node.op_type == _SPARSE and all(_constant(node.inputs[index]) is not None for index in (_ROWS, _COLUMNS))
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return None if value is None else value.const_value
 
 
 def _rewrite(node: ir.Node) -> None:
@@ -84,7 +86,9 @@ def _blocks(node: ir.Node) -> np.ndarray:
 
     Head h has the layout h % layouts; behind a layout's last column stand numbers without meaning.
     """
-    rows, columns = (value.const_value.numpy() for index in (_ROWS, _COLUMNS) if (value := node.inputs[index]))
+    rows, columns = (
+        numbers.numpy() for index in (_ROWS, _COLUMNS) if (numbers := _constant(node.inputs[index])) is not None
+    )
     count = rows.shape[1] - 1
     bias = np.full((len(rows), count, count), _HIDDEN)
     for layout, (starts, read) in enumerate(zip(rows, columns, strict=True)):
