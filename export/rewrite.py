@@ -7,6 +7,7 @@ compute what they did, and that nodes and initializers which nobody reads any mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -19,15 +20,18 @@ from export.forms.dequantize_linear import RewrittenSite, StoredSite, insert_deq
 from export.forms.embedding import RewrittenTable, rewrite_tables
 from export.forms.matmul_nbits import insert_matmul_nbits
 from export.forms.opset import OpsetChange, lowest_opset, raise_opset
+from export.forms.qmoe import RewrittenExperts, insert_qmoe
 from export.graph_edit import GraphEditor, describe, name_of
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
 from stages.model.load import producer_of
 from stages.model.patterns import sole_reader
-from stages.model.sites import find_sites
+from stages.model.sites import find_expert_layers, find_sites
 from stages.quantization.weights.store import QuantizedStore
+from stages.records.experts import ExpertLayer
 from stages.records.formats import NARROW_SCALES, WeightForm, torch_float
 from stages.records.quantities import counted
+from stages.records.results import ExportRecipe
 from stages.records.sites import FloatName
 from stages.system.version import PROJECT, this_version
 
@@ -46,6 +50,7 @@ class RewriteResult:
     folds: tuple[FoldOutcome, ...]
     sites: tuple[RewrittenSite, ...]
     tables: tuple[RewrittenTable, ...] = ()
+    experts: tuple[RewrittenExperts, ...] = ()
     opset: OpsetChange | None = None
     """None where the base's opset was high enough."""
 
@@ -70,13 +75,19 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     _sign(edited)
     editor = GraphEditor.of(edited)
     stored = _stored_sites(store)
+    layers = {layer.output: layer for layer in find_expert_layers(edited)}
     for source in stored.values():
-        _require_fit(source, editor.producer(source.site.output))
+        _require_fit(source, editor.producer(_node_output(source)), layers)
     folder = InputScaleFolder(editor, stored, {site.output: site for site in find_sites(edited)})
     place_scale = folder.fold if store.recipe.fold_input_scales else folder.multiply
-    folds = tuple(outcome for group in store.recipe.groups for outcome in place_scale(group))
+    matmuls = [group for group in store.recipe.groups if group.sites[0].expert is None]
+    folds = tuple(outcome for group in matmuls for outcome in place_scale(group))
     # All row divisors must be known first: a site can take the scale of a later group.
-    divided = [replace(source, row_divisor=folder.row_divisors.get(name)) for name, source in stored.items()]
+    divided = [
+        replace(source, row_divisor=folder.row_divisors.get(name))
+        for name, source in stored.items()
+        if source.site.expert is None
+    ]
     shared = {plan.shared_with for plan in store.recipe.embeddings}
     sites = tuple(
         _rewrite_shared(editor, source, accuracy_level)
@@ -85,8 +96,9 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
         for source in divided
     )
     tables = rewrite_tables(editor, store, sites)
+    experts = _rewrite_experts(editor, stored, layers, accuracy_level, store.recipe)
     RemoveUnusedNodesPass()(edited)
-    return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, opset=opset)
+    return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, experts=experts, opset=opset)
 
 
 def _sign(model: ir.Model) -> None:
@@ -122,9 +134,14 @@ def _stored_sites(store: QuantizedStore) -> dict[str, StoredSite]:
     return found
 
 
-def _require_fit(source: StoredSite, node: ir.Node) -> None:
+def _node_output(source: StoredSite) -> str:
+    return source.site.output if source.site.expert is None else source.site.expert.node
+
+
+def _require_fit(source: StoredSite, node: ir.Node, layers: Mapping[str, ExpertLayer]) -> None:
     site, spec = source.site, source.spec
-    if node.op_type != site.op_type or len(node.inputs) < 2:
+    layer = None if site.expert is None else layers.get(site.expert.node)
+    if node.op_type != site.op_type or len(node.inputs) < 2 or (layer is None) != (site.expert is None):
         raise GraphError(
             f"'{site.name}' is {describe(node)} in the base model, not {site.op_type}; pass the right base."
         )
@@ -146,6 +163,22 @@ def _rewrite_site(
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
     _replace_relu(editor, node, source.site.dtype)
     return insert_dequantize(editor, node, source, form)
+
+
+def _rewrite_experts(
+    editor: GraphEditor,
+    stored: Mapping[str, StoredSite],
+    layers: Mapping[str, ExpertLayer],
+    accuracy_level: AccuracyLevel | None,
+    recipe: ExportRecipe,
+) -> tuple[RewrittenExperts, ...]:
+    by_node: dict[str, list[StoredSite]] = {}
+    for source in stored.values():
+        if source.site.expert is not None:
+            by_node.setdefault(source.site.expert.node, []).append(source)
+    level = _FUSED_LEVEL if accuracy_level is None else accuracy_level
+    asked = level if recipe.experts_take_level else None
+    return tuple(insert_qmoe(editor, layers[node], sources, asked) for node, sources in by_node.items())
 
 
 def _rewrite_shared(editor: GraphEditor, source: StoredSite, accuracy_level: AccuracyLevel | None) -> RewrittenSite:

@@ -106,6 +106,14 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "", "a check of the file and the runtime; what quantization costs is measured by an evaluation"
     for table in report.tables:
         yield "lookups", f"as the stored numbers give them, within {table.error:.1e} ({table.table})"
+    if report.experts:
+        furthest = max(report.experts, key=lambda each: each.error)
+        experts, nodes = sum(each.experts for each in report.experts), counted(len(report.experts), "QMoE node")
+        where = f"expert {furthest.worst} of {furthest.node}"
+        yield (
+            "experts",
+            f"{experts} in {nodes}, each as its stored numbers give it, within {furthest.error:.1e} ({where})",
+        )
     if (data := report.data) is not None:
         used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
         yield "data file", f"{data.file_bytes:,} bytes: {used}"

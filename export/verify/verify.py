@@ -12,8 +12,10 @@ from pydantic import TypeAdapter
 
 from export.forms.dequantize_linear import RewrittenSite
 from export.forms.embedding import RewrittenTable
+from export.forms.qmoe import RewrittenExperts
 from export.save import account_for_bytes, data_name
 from export.verify.embeddings import check_stored_table, measure_table
+from export.verify.experts import check_stored_experts, measure_experts
 from export.verify.fusion import CannotRun, run_one_token, runtime_version, why_not_fused
 from export.verify.sites import check_stored_site, measure_site
 from stages.commands.progress import progress_bar
@@ -21,7 +23,7 @@ from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.quantization.weights.store import VERIFICATION
 from stages.records.formats import QuantSpec, WeightForm
-from stages.records.results import SiteError, UnfusedSite, VerifyReport
+from stages.records.results import ExpertsError, SiteError, UnfusedSite, VerifyReport
 from stages.runtime.cpu.norms import must_write_out_norms
 from stages.runtime.cpu.upcast import must_upcast
 from stages.runtime.providers import CPU_ONLY
@@ -48,6 +50,7 @@ def verify(
     base: ModelDirectory,
     level: Literal["full", "quick"],
     tables: Sequence[RewrittenTable] = (),
+    experts: Sequence[RewrittenExperts] = (),
 ) -> VerifyReport:
     """Check a saved model against the weights that it was made from.
 
@@ -57,6 +60,7 @@ def verify(
         base: where the inputs of one token are described.
         level: "quick" leaves out the products of single weights.
         tables: what was written into its embeddings.
+        experts: what was written into its QMoE nodes.
 
     Raises:
         GraphError: a byte, a code, a scale or a product isn't what it should be, or ONNX Runtime refuses the model.
@@ -70,7 +74,10 @@ def verify(
     lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
     for node, table in lookups:
         check_stored_table(node, table)
-    proof = _prove_fusion(onnx_file, pairs, base)
+    mixtures = [(nodes[each.layer.output], each) for each in experts]
+    for node, mixture in mixtures:
+        check_stored_experts(node, mixture)
+    proof = _prove_fusion(onnx_file, pairs, base, frozenset(each.layer.output for each in experts))
     errors = _measure(onnx_file.parent, pairs) if level == "full" else []
     return VerifyReport(
         sites=len(sites),
@@ -81,6 +88,7 @@ def verify(
         worst_default=max(errors, key=lambda error: error.default, default=None),
         skipped=proof.skipped,
         tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
+        experts=_measure_experts(onnx_file.parent, mixtures) if level == "full" else (),
         widened=must_upcast(model, CPU_ONLY),
         norms_written_out=proof.fused is not None and proof.provider == "CPU" and must_write_out_norms(model, CPU_ONLY),
         provider=proof.provider,
@@ -103,9 +111,19 @@ class _Proof:
     provider: str = "CPU"
 
 
-def _prove_fusion(onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory) -> _Proof:
+def _prove_fusion(
+    onnx_file: Path, pairs: list[tuple[ir.Node, RewrittenSite]], base: ModelDirectory, others: frozenset[str]
+) -> _Proof:
+    """Run one token.
+
+    Args:
+        onnx_file: the saved model.
+        pairs: its quantized MatMuls.
+        base: describes its inputs.
+        others: values that are computed too.
+    """
     try:
-        run = run_one_token(onnx_file, frozenset(site.output for _, site in pairs), base)
+        run = run_one_token(onnx_file, others | {site.output for _, site in pairs}, base)
     except CannotRun as reason:
         return _Proof(skipped=(f"whether the model runs and its sites are fused: {reason}",))
     version = runtime_version()
@@ -125,6 +143,12 @@ def _as_computed(site: RewrittenSite) -> QuantSpec:
 def _fuses_only_upcast(site: RewrittenSite) -> bool:
     """Say whether the CPU fused what was bfloat16: where the model runs as it is, nothing fuses it."""
     return site.source.site.dtype == "bfloat16" and site.form is not WeightForm.MATMUL_NBITS
+
+
+def _measure_experts(folder: Path, mixtures: list[tuple[ir.Node, RewrittenExperts]]) -> tuple[ExpertsError, ...]:
+    with progress_bar() as bar:
+        steps = bar.track(mixtures, description="checking experts", unit="nodes")
+        return tuple(measure_experts(folder, node, mixture) for node, mixture in steps)
 
 
 def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]]) -> list[SiteError]:

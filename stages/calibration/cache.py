@@ -21,6 +21,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stages.calibration.row_files import open_rows
 from stages.calibration.statistics import pack_symmetric, unpack_symmetric
 from stages.errors import CacheMismatch, UserError, in_one_line
 from stages.model.weights import all_finite
@@ -52,6 +53,8 @@ class CacheKey:
     seq_len: int
     providers: tuple[str, ...]
     token_weights: Weighting
+    expert_rows: bool = False
+    """Whether the rows that experts read are kept."""
 
     def digest(self) -> str:
         """Return the sha256 of all fields."""
@@ -72,6 +75,8 @@ class CacheKey:
             return f"its text is other text of {self.source} than is asked for"
         if self.providers != other.providers:
             return f"it ran on {', '.join(self.providers)}, and this run has {', '.join(other.providers)}"
+        if other.expert_rows and not self.expert_rows:
+            return "it has no rows of what experts read (--expert_rows)"
         if self.token_weights != other.token_weights:
             return f"its tokens are weighted by {self.token_weights}, and {other.token_weights} is asked for"
         return ""
@@ -84,6 +89,8 @@ class Manifest:
     format: int = _FORMAT
     key: CacheKey
     files: dict[str, str]
+    rows: dict[str, str] = field(default_factory=dict)
+    """Which file holds the tokens' own rows of a value that experts share."""
     weighted: tuple[str, ...] = ()
     """The activations that also have a file of statistics whose tokens are weighted."""
 
@@ -152,7 +159,7 @@ class CalibrationCache:
         path = self.folder / name
         try:
             yield path
-        except (OSError, SafetensorError, _Damage) as error:
+        except (OSError, ValueError, SafetensorError, _Damage) as error:
             self._require_unchanged()
             raise CacheMismatch(f"{path} is missing or damaged ({in_one_line(error)}); {_CALIBRATE_AGAIN}.") from error
         self._require_unchanged()
@@ -181,6 +188,21 @@ class CalibrationCache:
                 bytes=path.stat().st_size,
             )
 
+    def read_rows(self, value: str) -> dict[str, np.ndarray]:
+        """Return the tokens' own rows of a value that experts share, by part of the text; nothing is read yet.
+
+        Raises:
+            CacheMismatch: the cache has no such value, or its file is missing or damaged.
+        """
+        name = self.manifest.rows.get(value)
+        if name is None:
+            raise CacheMismatch(
+                f"{self.folder} has no rows of '{value}', which experts read; {_CALIBRATE_AGAIN}, or leave the experts "
+                "as they are with --experts none."
+            )
+        with self._reading(name) as path:
+            return open_rows(path)
+
     def read_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the windows that the statistics come from: calibration and held out, each [windows, length] int64.
 
@@ -199,13 +221,16 @@ class CacheWriter:
     folder: Path
     files: Mapping[str, str]
     """File by activation."""
+    rows: Mapping[str, str] = field(default_factory=dict)
+    """File by value of which experts share the tokens' own rows."""
     weighted: set[str] = field(default_factory=set)
     """The activations whose weighted statistics this process has written."""
 
     @classmethod
-    def of(cls, folder: Path, activations: Iterable[str]) -> CacheWriter:
-        """Return a writer of ``activations``, whose files are numbered in this order."""
-        return cls(folder, {name: f"{index:04d}.safetensors" for index, name in enumerate(activations)})
+    def of(cls, folder: Path, activations: Iterable[str], rows: Iterable[str] = ()) -> CacheWriter:
+        """Return a writer of ``activations`` and ``rows``, whose files are numbered in this order."""
+        files = {name: f"{index:04d}.safetensors" for index, name in enumerate(activations)}
+        return cls(folder, files, {name: f"rows-{index:04d}.safetensors" for index, name in enumerate(rows)})
 
     def write(self, activation: str, stats: ActivationStats) -> None:
         """Save one activation's statistics."""
@@ -243,13 +268,16 @@ class CacheWriter:
 
 
 @contextmanager
-def new_cache(folder: Path, key: CacheKey, activations: Iterable[str], *, overwrite: bool) -> Iterator[CacheWriter]:
+def new_cache(
+    folder: Path, key: CacheKey, activations: Iterable[str], rows: Iterable[str] = (), *, overwrite: bool
+) -> Iterator[CacheWriter]:
     """Write a cache of ``activations``; it gets its place when the block ends without an error, else nothing is left.
 
     Args:
         folder: where it will lie.
         key: what it is made from.
         activations: names of all that the block will write.
+        rows: names of the values whose tokens' own rows it will write.
         overwrite: whether a cache that is there is replaced.
 
     Raises:
@@ -257,9 +285,10 @@ def new_cache(folder: Path, key: CacheKey, activations: Iterable[str], *, overwr
     """
     require_place(folder)
     with atomic_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
-        writer = CacheWriter.of(scratch, activations)
+        writer = CacheWriter.of(scratch, activations, rows)
         yield writer
-        manifest = Manifest(key=key, files=dict(writer.files), weighted=tuple(sorted(writer.weighted)))
+        weighted = tuple(sorted(writer.weighted))
+        manifest = Manifest(key=key, files=dict(writer.files), rows=dict(writer.rows), weighted=weighted)
         with writer.place_for(MANIFEST) as path:
             path.write_bytes(_MANIFESTS.dump_json(manifest, indent=1))
 
@@ -307,7 +336,7 @@ def find_cache(folder: Path) -> CalibrationCache | None:
         raise CacheMismatch(f"{path} was written by another version or is damaged; {_CALIBRATE_AGAIN}.") from error
     if manifest.format != _FORMAT:
         raise CacheMismatch(f"{path} has format {manifest.format}, not {_FORMAT}; {_CALIBRATE_AGAIN}.")
-    for name in manifest.files.values():
+    for name in (*manifest.files.values(), *manifest.rows.values()):
         if Path(name).name != name or "\0" in name:
             raise CacheMismatch(f"{path} names the file '{name}', which isn't in its folder; {_CALIBRATE_AGAIN}.")
     return CalibrationCache(folder, manifest, written)

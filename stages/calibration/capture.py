@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
+from stages.calibration.row_files import RowsWriter
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
@@ -37,6 +38,7 @@ from stages.commands.progress import Progress, progress_bar
 from stages.errors import UserError, in_one_line
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions
+from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
@@ -48,6 +50,9 @@ from stages.system.hardware import one_thread_each
 _PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out text", "calibration": "calibration text"})
 """What is run, in this order, and what the progress bar calls it."""
 _FLOAT32_BYTES = 4
+PRIOR = 4
+"""Every expert is calibrated on K / PRIOR tokens of its whole layer beside its own."""
+_NO_ROWS: Mapping[str, KeptRows] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +66,19 @@ class TextShape:
 
     def size(self, group: ActivationGroup, part: str) -> StatisticsSize:
         """Return the size of the statistics of ``group`` on the windows of ``part``."""
-        windows = self.held_out_windows if part == "held_out" else self.calibration_windows
+        expert = group.sites[0].expert
+        if expert is not None:
+            tokens = int(self.tokens(part) * expert.share) + min(self.tokens(part), group.in_features // PRIOR)
+            return StatisticsSize(in_features=group.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES)
         return StatisticsSize(
             in_features=group.in_features,
-            tokens=windows * self.seq_len,
+            tokens=self.tokens(part),
             itemsize=tapped_itemsize(group.sites[0].dtype),
         )
+
+    def tokens(self, part: str) -> int:
+        """Return the number of tokens in the windows of ``part``."""
+        return (self.held_out_windows if part == "held_out" else self.calibration_windows) * self.seq_len
 
 
 def memory_limit(max_memory: str | None, device: torch.device, processes: Processes) -> int:
@@ -88,13 +100,38 @@ def memory_limit(max_memory: str | None, device: torch.device, processes: Proces
     return int(free * PART_OF_FREE_MEMORY)
 
 
-def partition_bytes(groups: Iterable[ActivationGroup], text: TextShape, processes: Processes) -> dict[str, int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRows:
+    """A value of which every token's row is kept, on the disk."""
+
+    columns: int
+    itemsize: int
+
+    def bytes(self, tokens: int) -> int:
+        """Return the bytes of so many tokens' rows."""
+        return tokens * self.columns * self.itemsize
+
+
+def rows_of(layers: Iterable[ExpertLayer]) -> dict[str, KeptRows]:
+    """Return the values that experts share: what their node reads, and the router's scores."""
+    found: dict[str, KeptRows] = {}
+    for layer in layers:
+        itemsize = tapped_itemsize(layer.dtype)
+        found[layer.tokens] = KeptRows(columns=layer.hidden, itemsize=itemsize)
+        found[layer.scores] = KeptRows(columns=layer.experts, itemsize=itemsize)
+    return found
+
+
+def partition_bytes(
+    groups: Iterable[ActivationGroup], text: TextShape, processes: Processes, rows: Mapping[str, KeptRows] = _NO_ROWS
+) -> dict[str, int]:
     """Return by activation the bytes that one process holds of it: its share of the statistics, and one batch.
 
     Args:
         groups: the activations.
         text: the windows that are run.
         processes: they share the statistics.
+        rows: values whose rows are kept on the disk; only a batch of them is in memory.
     """
 
     def held(group: ActivationGroup) -> int:
@@ -102,7 +139,8 @@ def partition_bytes(groups: Iterable[ActivationGroup], text: TextShape, processe
         batch = text.batch_size * text.seq_len * group.in_features * sizes[0].itemsize
         return batch + sum(size.memory for size in sizes) // processes.count
 
-    return {group.activation: held(group) for group in groups}
+    kept = {name: each.bytes(text.batch_size * text.seq_len) for name, each in rows.items()}
+    return kept | {group.activation: held(group) for group in groups}
 
 
 def cut_to_memory(
@@ -137,6 +175,8 @@ class Capture:
     scratch: Path
     """Where a float32 copy of the model may lie for a while."""
     processes: Processes
+    rows: Mapping[str, KeptRows] = field(default_factory=dict)
+    """Values of which every token's row is kept."""
     streams: StreamFiles | None = None
     """Where what enters each layer is kept too, as far as the graph names it; None: it isn't wanted."""
 
@@ -152,7 +192,7 @@ class Capture:
 
     def cut(self, memory: int) -> tuple[Partition, ...]:
         """Return the model in partitions of at most ``memory`` bytes each."""
-        costs = partition_bytes(self.groups, self.text, self.processes)
+        costs = partition_bytes(self.groups, self.text, self.processes, self.rows)
         batch = self.text.batch_size * self.text.seq_len * self.groups[0].in_features * _FLOAT32_BYTES
         return cut_to_memory(self.model, dict.fromkeys(self._kept_streams, batch) | costs, memory, self.choice.names)
 
@@ -211,8 +251,9 @@ class Capture:
     ) -> None:
         """Run all windows through one partition and save the statistics of the activations that it computes."""
         groups = [group for group in self.groups if group.activation in tap.values]
-        owners = self._owners(groups)
+        owners = self._owners(groups, [name for name in self.rows if name in tap.values])
         mine = [group for group in groups if owners[group.activation] == self.processes.index]
+        kept = self._row_writers(writer, [name for name in self.rows if owners.get(name) == self.processes.index])
         sums: dict[str, dict[str, StatisticsAccumulator]] = {}
         for part, title in _PARTS.items():
             sums[part] = {
@@ -227,7 +268,12 @@ class Capture:
                 if number < len(batches):
                     values = self._run_batch(part, number, tap, boundary, needed)
                 values = {name: value for name, value in values.items() if name in owners}
-                fold_in(sums[part], self.processes.exchange(values, owners), self.device)
+                received = self.processes.exchange(values, owners)
+                fold_in(sums[part], {name: received[name] for name in received if name in sums[part]}, self.device)
+                with writer.place_for("rows"):
+                    for name in kept.keys() & received.keys():
+                        for value in received[name]:
+                            kept[name].add(part, value)
                 bar.advance(task, sum(map(len, batches[start : start + self.processes.count])))
         for group in mine:
             held_out, calibration = (sums[part].pop(group.activation).finish() for part in _PARTS)
@@ -252,11 +298,17 @@ class Capture:
             if name in values:
                 self.streams.keep(place, before + number * self.batch_size, values[name])
 
-    def _owners(self, groups: Sequence[ActivationGroup]) -> dict[str, int]:
-        """Return by activation the process that accumulates it, in the same order everywhere."""
+    def _row_writers(self, writer: CacheWriter, names: Iterable[str]) -> dict[str, RowsWriter]:
+        windows = {"calibration": self.windows.calibration, "held_out": self.windows.held_out}
+        counts = {part: tokens.size for part, tokens in windows.items()}
+        return {name: RowsWriter(writer.folder / writer.rows[name], name, counts) for name in names}
+
+    def _owners(self, groups: Sequence[ActivationGroup], rows: Iterable[str]) -> dict[str, int]:
+        """Return by value the process that accumulates or keeps it, in the same order everywhere."""
         shares = split_by_cost([float(group.in_features**2) for group in groups], self.processes.count)
         owners = {index: process for process, share in enumerate(shares) for index in share}
-        return {group.activation: owners[index] for index, group in enumerate(groups)}
+        found = {group.activation: owners[index] for index, group in enumerate(groups)}
+        return dict.fromkeys(rows, 0) | found
 
     def _batches(self, part: str) -> list[np.ndarray]:
         tokens = self.windows.held_out if part == "held_out" else self.windows.calibration

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
-from stages.calibration.capture import Capture, memory_limit
+from stages.calibration.capture import Capture, memory_limit, rows_of
 from stages.calibration.end_loss import EndLossPass
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
@@ -22,8 +22,9 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
-from stages.model.sites import find_groups, widest_input
+from stages.model.sites import find_expert_layers, find_groups, widest_input
 from stages.model.unquantized import require_float_base
+from stages.records.experts import ExpertLayer
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
@@ -36,6 +37,8 @@ from stages.system.hardware import choose_device, granted_threads
 from stages.system.lock import exclusive
 
 _LOGGER = logging.getLogger(__name__)
+_CPU = "cpu"
+"""As genai_config.json names it."""
 
 
 def calibrate(config: CalibrateConfig) -> CalibrationSummary:
@@ -117,11 +120,13 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     _require_context(config.seq_len, directory)
     require_runtime(model, str(directory.onnx_file))
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
+    layers = kept_layers(config, model, directory)
     require_kernels(model, directory, choice)
     return Capture(
         model=model,
         directory=directory,
         groups=groups,
+        rows=rows_of(layers),
         windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)).in_whole_batches(
             window.batch or 1
         ),
@@ -132,6 +137,13 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         scratch=scratch,
         processes=processes,
     )
+
+
+def kept_layers(config: CalibrateConfig, model: ir.Model, directory: ModelDirectory) -> tuple[ExpertLayer, ...]:
+    """Return the layers of experts whose rows are kept."""
+    provider = (directory.provider or _CPU).lower()
+    wanted = config.expert_rows == "all" or (config.expert_rows == "auto" and provider == _CPU)
+    return find_expert_layers(model) if wanted else ()
 
 
 def fit_to_graph(config: CalibrateConfig, window: WindowShape) -> CalibrateConfig:
@@ -222,6 +234,7 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
         seq_len=windows.calibration.shape[1],
         providers=capture.choice.names,
         token_weights=token_weights,
+        expert_rows=bool(capture.rows),
     )
 
 
@@ -230,12 +243,12 @@ def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iter
     """Give the block a writer; the first process makes the folder and gives it its place, and all fill it."""
     activations = [group.activation for group in capture.groups]
     if capture.processes.is_first:
-        with new_cache(config.cache_path, key, activations, overwrite=config.overwrite) as writer:
+        with new_cache(config.cache_path, key, activations, capture.rows, overwrite=config.overwrite) as writer:
             writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
             capture.processes.broadcast(writer.folder)
             yield writer
     else:
-        yield CacheWriter.of(capture.processes.broadcast(Path()), activations)
+        yield CacheWriter.of(capture.processes.broadcast(Path()), activations, capture.rows)
 
 
 def _existing_difference(config: CalibrateConfig, key: CacheKey) -> str | None:

@@ -57,6 +57,9 @@ class TextOptions(CommandOptions):
     """How much each token counts in the statistics: by what an error there would do to the model's answers (auto; one
     backward pass through the float model), or all alike (none). auto means none where the model's layers can't be run
     one by one."""
+    expert_rows: Literal["auto", "all", "none"] = "auto"
+    """Keep every token's row of what experts in MoE nodes read, so that they can be calibrated: on the disk, tokens x
+    hidden size for each such node, in the model's type. auto: where the base was built for the CPU, or no runtime."""
     batch_size: int = 1
     """Windows in each forward pass."""
     calibration_eps: str = "cuda,cpu"

@@ -26,6 +26,7 @@ ScaleRange = Literal["signed", "full", "compat7"]
 ScaleType = Literal["narrow", "base"]
 LmHead = Literal["4", "8", "none"]
 Embedding = Literal["4", "8", "none"]
+Experts = Literal["4", "8", "none"]
 ShareEmbedding = Literal["auto", "on", "off"]
 WeightOperator = Literal["dq", "matmul_nbits"]
 PerChannelWord = Literal["channel"]
@@ -162,6 +163,11 @@ class _FormatOptions:
     lm_head: LmHead | None = None
     """Store lm_head as INT4 (4) or INT8 (8), or leave it unquantized (none). It overrides exclude. Default: what suits
     the target best; with a budget, whatever serves it best."""
+
+    experts: Experts | None = None
+    """Store the experts of MoE nodes as INT4 (4) or INT8 (8), or leave them unquantized (none). Default: INT4 where the
+    target runs QMoE. All experts of a node share one format: a pattern of exclude or layers_8bit that names one of them
+    names them all. Budgets count their bytes and don't decide about them."""
 
     @property
     def follows_base(self) -> bool:
@@ -351,8 +357,17 @@ class QuantizeConfig(
             cache_dir=self.cache_path,
             device=self.device,
             overwrite=self.overwrite,
-            **self.text_options,
+            **self.text_options | {"expert_rows": self._expert_rows},
         )
+
+    @property
+    def _expert_rows(self) -> str:
+        """Return whether stage one keeps what experts read: not where they stay as they are."""
+        target = self.parsed_target
+        if self.experts == "none" or (target is not None and target.runtime != "cpu"):
+            return "none"
+        asked = self.experts is not None or target is not None
+        return "all" if asked and self.expert_rows == "auto" else self.expert_rows
 
     @property
     def weights_folder(self) -> Path:

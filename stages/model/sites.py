@@ -1,10 +1,12 @@
-"""Find what can be quantized: MatMul and Gemm nodes with a constant weight, and embedding tables."""
+"""Find what can be quantized: MatMul and Gemm nodes with a constant weight, experts of MoE nodes, embedding tables."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import get_args
 
 import onnx_ir as ir
 
@@ -21,8 +23,9 @@ from stages.model.patterns import (
     readers,
     routes_experts,
 )
+from stages.records.experts import ActivationKind, ExpertActivation, ExpertLayer, GateLayout, Routing
 from stages.records.formats import EmbeddingTable, float_of_onnx
-from stages.records.sites import ActivationGroup, MatMulSite, WeightLayout
+from stages.records.sites import ActivationGroup, ExpertPlace, FloatName, MatMulSite, Projection, WeightLayout
 
 _SHAPE_KEEPING = frozenset({"Cast", "Mul", "Div", "Tanh", "Add", "Identity", "Reshape"})
 _FUSED = frozenset({"FusedMatMul", "FusedGemm", "FusedMatMulActivation"})
@@ -31,6 +34,17 @@ _IN_SUBGRAPH = (
     "it lies in a subgraph, as in merged decoders; pass the one for later tokens (decoder_with_past_model.onnx), which "
     "optimum-cli export onnx writes with --no-post-process"
 )
+
+_EXPERT_TOKENS, _EXPERT_SCORES, _FC1, _FC1_BIAS, _FC2, _FC2_BIAS, _FC3 = range(7)
+"""Inputs of a MoE node."""
+_GATES: Mapping[int, GateLayout] = MappingProxyType({0: "none", 1: "interleaved", 2: "halves"})
+_KNOWN_OF_EXPERTS = frozenset(
+    {
+        *("activation_type", "activation_alpha", "activation_beta", "swiglu_fusion", "swiglu_limit"),
+        *("k", "normalize_routing_weights", "use_sparse_mixer"),
+    }
+)
+_EXPERTS_SHARE = "experts share their input"
 
 
 def find_sites(model: ir.Model) -> tuple[MatMulSite, ...]:
@@ -319,4 +333,133 @@ def _as_table(model: ir.Model, weight: str, transposed: bool, nodes: list[ir.Nod
         hidden=rows if transposed else columns,
         transposed=transposed,
         dtype=kind.name,
+    )
+
+
+# --------------------------------------------------------------------------- experts of com.microsoft MoE nodes
+
+
+def find_expert_layers(model: ir.Model) -> tuple[ExpertLayer, ...]:
+    """Return the MoE nodes of the main graph whose experts can be sites, in graph order."""
+    return tuple(_as_expert_layer(node) for node in model.graph if node.op_type == "MoE" and not why_no_sites(node))
+
+
+def why_no_sites(node: ir.Node) -> str:
+    """Return why the experts of a MoE node can't be sites, in words; empty where they can."""
+    fc1, fc2 = _experts_table(node, _FC1), _experts_table(node, _FC2)
+    if fc1 is None or fc2 is None:
+        return "its experts are no constant floating-point matrices of its own"
+    if _input_of(node, _FC3) is not None:
+        return "it has a third projection (fc3), which QMoE doesn't run"
+    if unknown := sorted(set(node.attributes) - _KNOWN_OF_EXPERTS):
+        return f"it has the attribute {unknown[0]}, which is unknown here"
+    if node.attributes.get_string("activation_type", "relu") not in get_args(ActivationKind):
+        return "its activation is unknown here"
+    rows = fc1.shape[1] // (1 if _gate_layout(node) == "none" else 2)
+    fits = fc1.shape[::2] == fc2.shape[:2] and rows == fc2.shape[2] and fc1.dtype == fc2.dtype
+    return "" if fits else "the shapes of its experts don't fit each other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ExpertsTable:
+    """A constant [experts, N, K]."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: FloatName
+
+
+def _experts_table(node: ir.Node, index: int) -> _ExpertsTable | None:
+    value = _input_of(node, index)
+    if value is None or value.shape is None or len(value.shape) != 3 or not is_constant(value):
+        return None
+    kind = float_of_onnx(value.dtype)
+    if kind is None or len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    return _ExpertsTable(name=str(value.name), shape=tuple(value.shape.numpy()), dtype=kind.name)
+
+
+def _input_of(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _gate_layout(node: ir.Node) -> GateLayout:
+    if node.attributes.get_string("activation_type", "relu") != "swiglu":
+        return "none"
+    return _GATES[node.attributes.get_int("swiglu_fusion", 0)]
+
+
+def _as_expert_layer(node: ir.Node) -> ExpertLayer:
+    fc1, fc2 = _experts_table(node, _FC1), _experts_table(node, _FC2)
+    assert fc1 is not None
+    assert fc2 is not None
+    experts, _, hidden = fc1.shape
+    inputs = [None if value is None else str(value.name) for value in (_input_of(node, i) for i in range(_FC3))]
+    tokens, scores = inputs[_EXPERT_TOKENS], inputs[_EXPERT_SCORES]
+    assert tokens is not None
+    assert scores is not None
+    return ExpertLayer(
+        name=node.name or str(node.outputs[0].name),
+        output=str(node.outputs[0].name),
+        tokens=tokens,
+        scores=scores,
+        experts=experts,
+        hidden=hidden,
+        inner=fc2.shape[2],
+        dtype=fc1.dtype,
+        fc1=fc1.name,
+        fc1_bias=inputs[_FC1_BIAS],
+        fc2=fc2.name,
+        fc2_bias=inputs[_FC2_BIAS],
+        activation=_expert_activation(node),
+        routing=Routing(
+            top_k=node.attributes.get_int("k", 1),
+            over_chosen=node.attributes.get_int("normalize_routing_weights", 0) == 1,
+        ),
+        groups=tuple(
+            _expert_group(node, table, projection, index)
+            for index in range(experts)
+            for projection, table in _projections(fc1, fc2)
+        ),
+    )
+
+
+def _projections(fc1: _ExpertsTable, fc2: _ExpertsTable) -> tuple[tuple[Projection, _ExpertsTable], ...]:
+    return ("fc1", fc1), ("fc2", fc2)
+
+
+def _expert_activation(node: ir.Node) -> ExpertActivation:
+    kind = node.attributes.get_string("activation_type", "relu")
+    limit = node.attributes.get("swiglu_limit")
+    return ExpertActivation(
+        kind=next(each for each in get_args(ActivationKind) if each == kind),
+        gate=_gate_layout(node),
+        alpha=node.attributes.get_float("activation_alpha", 1.0),
+        beta=node.attributes.get_float("activation_beta", 0.0),
+        limit=None if limit is None else limit.as_float(),
+    )
+
+
+def _expert_group(node: ir.Node, table: _ExpertsTable, projection: Projection, index: int) -> ActivationGroup:
+    output, top_k = str(node.outputs[0].name), node.attributes.get_int("k", 1)
+    prefix = (node.name or output).removesuffix("/MoE")
+    word = "down_proj" if projection == "fc2" else "up_proj" if _gate_layout(node) == "none" else "gate_up_proj"
+    site = MatMulSite(
+        name=f"{prefix}/experts.{index}/{word}",
+        op_type="MoE",
+        weight=table.name,
+        activation=f"{output}#{index}.{projection}.in",
+        output=f"{output}#{index}.{projection}",
+        in_features=table.shape[2],
+        out_features=table.shape[1],
+        layout=WeightLayout.N_BY_K,
+        dtype=table.dtype,
+        expert=ExpertPlace(node=output, projection=projection, index=index, share=min(1.0, top_k / table.shape[0])),
+    )
+    return ActivationGroup(
+        activation=site.activation,
+        in_features=site.in_features,
+        sites=(site,),
+        absorber=None,
+        unfoldable_because=_EXPERTS_SHARE,
     )

@@ -24,6 +24,11 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits"})
 _PLACES = {
     "DequantizeLinear": {0: "codes", 1: SCALES, 2: ZERO_POINTS},
     "MatMulNBits": {1: "codes", 2: SCALES, 3: ZERO_POINTS},
+    "QMoE": {
+        **dict.fromkeys((2, 5, 8), "codes"),
+        **dict.fromkeys((3, 6, 9), SCALES),
+        **dict.fromkeys((11, 12, 13), ZERO_POINTS),
+    },
 }
 """What inputs of nodes that dequantize hold, by their place."""
 
@@ -114,6 +119,8 @@ def _widened_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
 def _bits(value: ir.Value, node: ir.Node) -> int:
     if node.op_type == "MatMulNBits":
         return node.attributes.get_int("bits", 4)
+    if node.op_type == "QMoE":
+        return node.attributes.get_int("expert_weight_bits", 4)
     return 4 if value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) else 8
 
 

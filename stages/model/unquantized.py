@@ -7,7 +7,8 @@ model in which they are a large part gets only a little smaller, and a person mu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -17,7 +18,10 @@ from stages.model.patterns import EXPERT_NODES, PASSED_THROUGH, readers
 from stages.model.sites import find_embeddings, find_sites
 from stages.records.sites import UnquantizedWeights
 
+_NO_REASONS: Mapping[str, str] = MappingProxyType({})
 _SMALLEST_SHARE = 0.01
+_EXPERTS_RANK = 3
+"""What has less holds the experts' biases."""
 _WORTH_A_WARNING = 0.05
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _LINEAR = frozenset({"MatMul", "Gemm"})
@@ -28,18 +32,21 @@ _QUANTIZED = _QUANTIZED_PRODUCTS | {"QMoE", "GatherBlockQuantized", "DequantizeL
 _ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that take tables of cosines and sines: computed from positions, never learned."""
 _EMBEDDING = "token embedding; --embedding 4 stores it as INT4"
-_EXPERTS = (
-    "a MoE node multiplies with floating-point experts; onnxruntime-genai's builder stores them as INT4 with "
-    "--extra_options moe_quant_type=int4, and the rest is quantized here"
-)
+_EXPERTS = "a MoE node multiplies with floating-point experts"
 _OTHERS = "only weights of MatMul and Gemm are quantized"
 
 
-def find_unquantized(model: ir.Model, quantized_tables: Collection[str]) -> tuple[UnquantizedWeights, ...]:
+def find_unquantized(
+    model: ir.Model, quantized_tables: Collection[str], experts_stay: Mapping[str, str] = _NO_REASONS
+) -> tuple[UnquantizedWeights, ...]:
     """Return weights of rank 2 and more that something other than a MatMul or Gemm reads, by the kind of node.
 
     Each entry holds at least 1 % of the bytes of all weights; tables of rotary embeddings are no weights.
-    ``quantized_tables`` are embeddings that will be quantized.
+
+    Args:
+        model: the model.
+        quantized_tables: embeddings and experts that will be quantized.
+        experts_stay: why experts won't, by initializer.
     """
     embeddings = {table.weight for table in find_embeddings(model)}
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
@@ -48,7 +55,8 @@ def find_unquantized(model: ir.Model, quantized_tables: Collection[str]) -> tupl
     for value in values:
         op_type = None if value.name in quantized_tables else _reader(value)
         if op_type is not None:
-            found[op_type, _EMBEDDING if value.name in embeddings else _reason(op_type)].append(value)
+            reason = experts_stay.get(str(value.name)) or _reason(op_type)
+            found[op_type, _EMBEDDING if value.name in embeddings else reason].append(value)
     groups = (_as_group(op_type, reason, members, total) for (op_type, reason), members in found.items())
     return tuple(group for group in groups if group.share >= _SMALLEST_SHARE)
 
@@ -63,7 +71,11 @@ def _reader(value: ir.Value) -> str | None:
     """Return the kind of node, other than MatMul, that reads this weight; None without one, or for vectors."""
     if value.shape is None or len(value.shape) < 2:
         return None
-    found = [node.op_type for node, index in readers(value, PASSED_THROUGH) if not _takes_rotation(node, index)]
+    found = [
+        node.op_type
+        for node, index in readers(value, PASSED_THROUGH)
+        if not _takes_rotation(node, index) and not (node.op_type in EXPERT_NODES and len(value.shape) < _EXPERTS_RANK)
+    ]
     kinds = [kind for kind in found if kind not in _LINEAR]
     if value.dtype not in _FLOATS:
         kinds = [kind for kind in kinds if kind in _QUANTIZED]
@@ -89,7 +101,9 @@ def _as_group(op_type: str, reason: str, members: list[ir.Value], total: int) ->
     )
 
 
-def unquantized_warning(unquantized: tuple[UnquantizedWeights, ...], *, quantized: int, routers: int) -> str:
+def unquantized_warning(
+    unquantized: tuple[UnquantizedWeights, ...], *, quantized: int, routers: int, experts: int = 0
+) -> str:
     """Return one line about what a person may have expected to shrink; empty where there is nothing to say.
 
     An embedding is no surprise; experts are always named, and anything else from 5 % of the weights.
@@ -98,11 +112,13 @@ def unquantized_warning(unquantized: tuple[UnquantizedWeights, ...], *, quantize
         unquantized: what ``find_unquantized`` found.
         quantized: how many MatMuls will be quantized.
         routers: how many routers of experts won't.
+        experts: how many matrices of experts will be.
     """
     named = [f"kept as it is: {weights.description}" for weights in unquantized if _is_worth_a_warning(weights)]
-    if not named and not routers:
+    if not named and (experts or not routers):
         return ""
-    mixture = [f"routers of experts kept: {routers}"] if routers else []
+    counts = {"matrices of experts": experts, "routers of experts kept": routers}
+    mixture = [f"{what}: {count}" for what, count in counts.items() if count]
     return "; ".join([f"MatMuls that are quantized: {quantized}", *mixture, *named])
 
 

@@ -43,7 +43,9 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
         SolveError: the weight holds NaN or infinite values.
     """
     stored = _stored(model, site.weight, f"weight '{site.weight}' of {site.name}")
-    weight = to_torch(stored.numpy()).to(device=device, dtype=torch.float32, copy=True)
+    numbers = stored.numpy() if site.expert is None else stored.numpy()[site.expert.index]
+    weight = to_torch(numbers).to(device=device, dtype=torch.float32, copy=True)
+    del numbers
     _release(stored)
     shape = site.out_features, site.in_features
     weight = weight.reshape(shape[::-1] if site.layout is WeightLayout.K_BY_N else shape)

@@ -18,13 +18,14 @@ import onnx_ir as ir
 import torch
 
 from stages.calibration.cache import CalibrationCache, open_cache
+from stages.calibration.expert_statistics import ExpertStatistics
 from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.commands.progress import progress_bar
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import CacheMismatch, SolveError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
-from stages.model.sites import widest_input
+from stages.model.sites import find_expert_layers, widest_input
 from stages.model.unquantized import unquantized_warning
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.blocks.distill import Distiller
@@ -44,7 +45,7 @@ from stages.quantization.search.parallel import solve_groups
 from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.quantization.weights.store import EARLIER, QuantizedStore, create_or_resume_store
 from stages.quantization.weights.summary import loss_so_far
-from stages.records.results import SiteReport
+from stages.records.results import SearchStats, SiteReport
 from stages.records.sites import ActivationGroup, short_name
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.blocks.decoder import DecoderBlocks, open_blocks
@@ -94,11 +95,20 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
         result = allocate_budget(plan, model, directory, cache, choose_device(config.device))
         _LOGGER.info("%s", result.summary)
         plan = result.plan
+    if cache is not None and plan.experts.groups:
+        _require_rows(plan, model, cache)  # now, and not after all MatMuls were searched
     recipe = make_recipe(config, plan, fingerprint, "" if cache is None else cache.manifest.key.digest())
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
     if result is not None:
         write_plan(store.folder / PLAN, result.file_text)
     return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
+
+
+def _require_rows(plan: ModelPlan, model: ir.Model, cache: CalibrationCache) -> None:
+    for layer in find_expert_layers(model):
+        if layer.fc1 in plan.experts.tables:
+            cache.read_rows(layer.tokens)
+            cache.read_rows(layer.scores)
 
 
 def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Processes) -> None:
@@ -183,15 +193,27 @@ def _log_plan(plan: ModelPlan) -> None:
         chosen = ", ".join(f"{line.option} {line.chosen}" for line in plan.choice.explanations)
         _LOGGER.info("formats for %s: %s", plan.target.label, chosen)
     sites = plan.sites
-    left = unquantized_warning(plan.unquantized, quantized=len(sites.specs), routers=sites.skipped_routers)
+    experts = len(plan.experts.specs)
+    left = unquantized_warning(
+        plan.unquantized, quantized=len(sites.specs) - experts, routers=sites.skipped_routers, experts=experts
+    )
     for warning in filter(None, (*plan.choice.warnings, left)):
         _LOGGER.warning("%s", warning)
 
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
-    read_stats = None if cache is None else cache.read_for_search
+    read_stats = None if cache is None else _statistics(model, cache, device)
     return group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
+
+
+def _statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) -> Callable[[str], SearchStats]:
+    experts = ExpertStatistics(model, find_expert_layers(model), cache, device)
+
+    def read(activation: str) -> SearchStats:
+        return experts.read(activation) if experts.has(activation) else cache.read_for_search(activation)
+
+    return read
 
 
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:

@@ -68,6 +68,8 @@ class SearchStats:
     output_grams: Mapping[str, Tensor] = field(default_factory=dict)
     """By site whose outputs enter attention: H, [heads, size, size] float32, how errors of a head's channels count
     together: the mean of g^T g over tokens, g the loss's gradient there divided by the root of s."""
+    own_tokens: int | None = None
+    """Calibration tokens that the router sent to this expert; None for anything but an expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,8 @@ class SiteReport:
     token's squared length, before tuning."""
     block_loss: float | None = None
     """The same, after tuning."""
+    tokens: int | None = None
+    """Calibration tokens that the router sent to this expert; None for anything but an expert, or without any."""
     note: str = ""
     seconds: float = 0.0
 
@@ -157,6 +161,8 @@ class ExportRecipe:
     session_options: tuple[tuple[str, str], ...] = ()
     """(key, value) that the target runtime needs in genai_config.json's session options. An accuracy level among them
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
+    experts_take_level: bool = False
+    """Whether the QMoE of the target's release has an accuracy level."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +192,17 @@ class TableError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsError:
+    """max |y - y_ref| / max |y_ref| of the worst expert of a QMoE node over two random tokens, at accuracy level 1."""
+
+    node: str
+    experts: int
+    worst: int
+    """Its index."""
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnfusedSite:
     """A site that runs as DequantizeLinear and MatMul, and why."""
 
@@ -208,6 +225,7 @@ class VerifyReport:
     """The site with the largest error at the runtime's default level, which rounds activations to int8."""
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
+    experts: tuple[ExpertsError, ...] = ()
     widened: bool = False
     """Whether a bfloat16 model ran as float32."""
     norms_written_out: bool = False

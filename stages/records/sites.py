@@ -23,9 +23,14 @@ BlockAxis = Literal[0, 1]
 """Axis of a [V, D] embedding that its blocks run along: 1 groups numbers of one token, 0 groups tokens."""
 
 _LM_HEAD = re.compile(r"(?<![A-Za-z0-9_])lm_head(?![A-Za-z0-9_])")
-_LM_HEAD = re.compile(r"(?<![A-Za-z0-9_])lm_head(?![A-Za-z0-9_])")
 _LAYER = re.compile(r"layers[./](\d+)[./]?")
 """The builder writes layers.3/, other exporters layers/3/ or layers.3. with dots throughout."""
+
+
+_EXPERT = re.compile(r"experts\.\d+/")
+
+Projection = Literal["fc1", "fc2"]
+"""A MoE node's two matrices an expert: fc1 reads the node's input (gate and up), fc2 what becomes of it (down)."""
 
 
 class WeightLayout(StrEnum):
@@ -40,14 +45,27 @@ class WeightLayout(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertPlace:
+    """Where one expert's matrix lies: number ``index`` of a table [experts, N, K] that a MoE node reads."""
+
+    node: str
+    """The MoE node's output."""
+    projection: Projection
+    index: int
+    share: float
+    """Part of the tokens that the expert sees if the router chooses all alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MatMulSite:
-    """One MatMul or Gemm whose second input is a constant weight.
+    """One MatMul or Gemm whose second input is a constant weight, or one matrix of one expert in a MoE node.
 
     ``output`` is the node's output value: unique in a graph, so it identifies the node even where nodes are unnamed.
+    The activation and output of an expert's matrix are no values of the graph: their names stand for them.
     """
 
     name: str
-    op_type: Literal["MatMul", "Gemm"]
+    op_type: Literal["MatMul", "Gemm", "MoE"]
     weight: str
     activation: str
     output: str
@@ -65,6 +83,8 @@ class MatMulSite:
     """Whether its output decides which experts of a mixture a token goes to."""
     gates_state: bool = False
     """Whether its output decides how fast a recurrent state decays, or how much a token changes it."""
+    expert: ExpertPlace | None = None
+    """None: a MatMul or Gemm."""
 
     @property
     def is_lm_head(self) -> bool:
@@ -164,8 +184,8 @@ def short_name(site: str) -> str:
 
 
 def kind_of(site: str) -> str:
-    """Return the site's short name without its layer: attn/o_proj; a name that is all layer stays."""
-    short = short_name(site)
+    """Return the site's short name without layer and expert: attn/o_proj; a name that is all layer stays."""
+    short = _EXPERT.sub("experts.*/", short_name(site))
     return _LAYER.sub("", short) or short
 
 

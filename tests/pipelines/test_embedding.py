@@ -96,6 +96,15 @@ def stored_name(node: ir.Node, place: int) -> str | None:
     return None if source is None else source.name
 
 
+def test_the_cpus_narrow_scales_of_a_shared_table_reach_both_readers(
+    tied_model: Path, tmp_path: Path, commands: Commands
+) -> None:
+    quantize(commands, tied_model, tmp_path / "one", "--target", "cpu")
+    lookup, head = readers(tmp_path / "one")
+    assert stored_name(lookup, 2) == stored_name(head, 2)
+    assert distance(_logits(tmp_path / "one", TOKENS), _logits(tied_model, TOKENS)) < 0.4
+
+
 @pytest.mark.parametrize(
     ("model", "options", "extra"),
     [

@@ -80,23 +80,28 @@ class BudgetRange:
 
 
 def site_candidates(
-    groups: Sequence[ActivationGroup], config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats
+    groups: Sequence[ActivationGroup],
+    config: QuantizeConfig,
+    choice: FormatChoice,
+    formats: OpenFormats,
+    experts: Sequence[MatMulSite] = (),
 ) -> tuple[SiteCandidates, ...]:
     """Return the candidates of every site, in graph order.
 
     lm_head may stay as it is, where nobody said what becomes of it; nothing else may.
 
     Args:
-        groups: all sites of the model.
-        config: names sites.
+        groups: all MatMuls of the model.
+        config: what becomes of lm_head, and whether zero points were asked for.
         choice: what the budget doesn't decide.
         formats: what it chooses from.
+        experts: sites of experts, which patterns may name too.
 
     Raises:
         OptionError: a pattern matches no site.
     """
     sites = all_sites(groups)
-    named = named_sites(sites, config, choice)
+    named = named_sites([*sites, *experts], config, choice)
     return tuple(_candidates_of(site, config, choice, formats, named) for site in sites)
 
 

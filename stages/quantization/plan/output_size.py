@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
+from stages.quantization.plan.experts import ExpertPlan
 from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
 from stages.records.sites import MatMulSite
 
@@ -26,6 +27,7 @@ class OutputSize:
     """The base's .onnx file and the tensors outside it."""
     form: WeightForm
     embeddings: tuple[EmbeddingPlan, ...]
+    experts: ExpertPlan = field(default_factory=ExpertPlan)
 
     def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
         """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
@@ -37,7 +39,7 @@ class OutputSize:
         tables = sum(plan.own_bytes + _GRAPH_BYTES for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
-        return self.base_bytes - freed + tables - gone
+        return self.base_bytes - freed + tables - gone - self.experts.saved_bytes
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
         """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
@@ -56,7 +58,11 @@ class OutputSize:
 
 
 def output_size(
-    directory: ModelDirectory, model: ir.Model, form: WeightForm, embeddings: tuple[EmbeddingPlan, ...]
+    directory: ModelDirectory,
+    model: ir.Model,
+    form: WeightForm,
+    embeddings: tuple[EmbeddingPlan, ...],
+    experts: ExpertPlan,
 ) -> OutputSize:
     """Return the sizes that outputs of ``model`` will have.
 
@@ -65,9 +71,11 @@ def output_size(
         model: the base model.
         form: of the quantized weights.
         embeddings: those that are quantized too.
+        experts: likewise.
     """
     outside = sum(tensor.nbytes for tensor in external_tensors(model))
-    return OutputSize(base_bytes=directory.onnx_file.stat().st_size + outside, form=form, embeddings=embeddings)
+    base_bytes = directory.onnx_file.stat().st_size + outside
+    return OutputSize(base_bytes=base_bytes, form=form, embeddings=embeddings, experts=experts)
 
 
 def weight_bytes(site: MatMulSite) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,7 +18,7 @@ from stages.commands.parsing import Target, parse_size
 from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
-from stages.model.sites import find_embeddings, find_groups, find_skipped_matmuls
+from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
 from stages.model.unquantized import find_unquantized, require_float_base
 from stages.quantization.blocks.signround import SignRoundOptions
 from stages.quantization.plan.budget import (
@@ -35,13 +35,23 @@ from stages.quantization.plan.embeddings import (
     SharedTables,
     Sharing,
     TableFormat,
+    following_heads,
     plan_embeddings,
     require_tables,
     share_tables,
 )
+from stages.quantization.plan.experts import ExpertPlan, plan_experts
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
-from stages.quantization.plan.rules import QuantPlan, all_sites, excludes_lm_head, make_plan, plan_of
+from stages.quantization.plan.rules import (
+    QuantPlan,
+    all_sites,
+    excludes_lm_head,
+    make_plan,
+    named_sites,
+    names_lm_head,
+    plan_of,
+)
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.quantization.targets.choose import BaseTarget, choose_formats, open_formats, target_of_base
@@ -100,6 +110,8 @@ class ModelPlan:
     sites: QuantPlan
     embeddings: tuple[EmbeddingPlan, ...]
     unquantized: tuple[UnquantizedWeights, ...]
+    experts: ExpertPlan = field(default_factory=ExpertPlan)
+    """Part of ``sites`` too."""
     left_open: OpenPlan | None = None
 
 
@@ -118,36 +130,48 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
             that can't be used.
     """
     require_float_base(model, directory)
-    groups, tables = find_groups(model), find_embeddings(model)
-    facts = facts_of(groups, tables)
+    groups, tables, layers = find_groups(model), find_embeddings(model), find_expert_layers(model)
+    facts = facts_of(groups, tables, layers)
     decided = _target(config, directory, facts)
-    chooser = _Chooser(target=decided.target, requested=_requested(config, all_sites(groups)), facts=facts)
+    of_experts = [site for layer in layers for site in layer.sites]
+    every_site = [*all_sites(groups), *of_experts]
+    chooser = _Chooser(target=decided.target, requested=_requested(config, every_site), facts=facts)
     candidates: tuple[SiteCandidates, ...] = ()
+    formats = chooser.open() if config.has_budget else None
     if config.plan is not None:
         choice, sites = _given_plan(config, groups, chooser)
-    elif config.has_budget:
-        choice, candidates = _open_choice(config, groups, chooser)
+    elif formats is not None:
+        choice, candidates = _open_choice(config, groups, chooser, formats, of_experts)
         sites = _smallest(groups, candidates)
     else:
         choice = chooser.choose()
-        sites = make_plan(groups, config, choice)
+        sites = make_plan(groups, config, choice, of_experts)
+    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice))
     alone = _embedding_plans(config, choice, tables)
-    shared = share_tables(model, alone, all_sites(groups), _sharing(config, decided.target, choice, sites))
+    wanted = _sharing(config, decided.target, choice, sites)
+    if formats is not None and config.gather_block_size is None:
+        wanted = replace(wanted, open=formats)
+    shared = share_tables(model, alone, all_sites(groups), wanted)
     embeddings = shared.joined(alone)
     left_open: OpenPlan | None = None
     if candidates:
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
-        left_open = _open_plan(config, choice, candidates, output_size(directory, model, choice.form, embeddings))
+        left_open = _open_plan(
+            config, choice, candidates, output_size(directory, model, choice.form, embeddings, experts)
+        )
         sites = _smallest(groups, candidates)
+        embeddings = following_heads(embeddings, sites.specs)
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
+    sites = experts.joined(sites)
     return ModelPlan(
         target=decided.target,
         target_because=decided.why,
         choice=replace(choice, explanations=(*choice.explanations, *shared.explanations)),
         sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
         embeddings=embeddings,
-        unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings}),
+        unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings} | experts.tables, experts.stay),
+        experts=experts,
         left_open=left_open,
     )
 
@@ -158,10 +182,13 @@ def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandida
 
 
 def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
-    """Return the only format of an lm_head that an embedding shares: a budget weighs what the head does, not both."""
+    """Return the formats of an lm_head that an embedding shares."""
     spec = shared.specs.get(candidates.site.name)
     if spec is None:
         return candidates
+    opened = shared.open.get(candidates.site.name)
+    if opened:
+        return replace(candidates, formats={each.label: each for each in opened})
     return replace(candidates, formats={spec.label: spec}, fixed_because="the embedding reads it too (--embedding)")
 
 
@@ -171,7 +198,8 @@ def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice
         form=choice.form,
         symmetric=choice.symmetric,
         eight_bit_symmetric=not config.use_zero_point if config.has_budget else choice.symmetric,
-        head_bits=_BITS.get(choice.lm_head or ""),
+        head_bits=8 if names_lm_head(all_sites(sites.groups), config) else _BITS.get(config.lm_head or ""),
+        four_bit=choice.four_bit,
         table_bits=_BITS.get(config.requested_embedding or ""),
         skipped=dict(sites.skipped),
         given=sites.specs if config.plan is not None else {},
@@ -209,6 +237,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         embeddings=plan.embeddings,
         session_options=plan.choice.session_options,
         unreached=plan.unquantized,
+        experts_take_level=plan.choice.experts is not None and plan.choice.experts.complete,
     )
 
 
@@ -351,15 +380,18 @@ def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularit
 
 
 def _open_choice(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser
+    config: QuantizeConfig,
+    groups: tuple[ActivationGroup, ...],
+    chooser: _Chooser,
+    formats: OpenFormats,
+    of_experts: Sequence[MatMulSite],
 ) -> tuple[FormatChoice, tuple[SiteCandidates, ...]]:
     """Return the target's choice for what a budget doesn't decide, and the candidates for what it does."""
-    formats = chooser.open()
     named = chooser.requested.named_eight_bit or formats.eight_bit is not None
     choice = replace(chooser, requested=replace(chooser.requested, named_eight_bit=named)).choose()
     explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)
     choice = replace(choice, explanations=explained)
-    return choice, site_candidates(groups, config, choice, formats)
+    return choice, site_candidates(groups, config, choice, formats, of_experts)
 
 
 def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
@@ -417,6 +449,7 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
+        experts=config.experts,
     )
 
 

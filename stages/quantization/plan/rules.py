@@ -53,24 +53,32 @@ class NamedSites:
     skipped: Mapping[str, str]
 
 
-def make_plan(groups: tuple[ActivationGroup, ...], config: QuantizeConfig, choice: FormatChoice) -> QuantPlan:
+def make_plan(
+    groups: tuple[ActivationGroup, ...],
+    config: QuantizeConfig,
+    choice: FormatChoice,
+    experts: Sequence[MatMulSite] = (),
+) -> QuantPlan:
     """Return a number format for every site, or the reason why it is skipped.
 
     Args:
-        groups: all sites of the model.
+        groups: all MatMuls of the model.
         config: names sites and rules.
         choice: the formats that INT4 and INT8 sites get.
+        experts: those of experts, which patterns may name too.
 
     Raises:
         OptionError: a pattern matches no site, mixed precision finds no site of its rule, or no site is left.
     """
     sites = all_sites(groups)
-    named = named_sites(sites, config, choice)
-    if len(named.skipped) == len(sites):
+    named = named_sites([*sites, *experts], config, choice)
+    skipped = {site.name: named.skipped[site.name] for site in sites if site.name in named.skipped}
+    experts_left = choice.experts is not None and any(site.name not in named.skipped for site in experts)
+    if len(skipped) == len(sites) and not experts_left:
         raise OptionError(
             f"--exclude {_excluded(config, choice)} matches every MatMul of the model: nothing would be quantized."
         )
-    return plan_of(groups, {site.name: _spec(site, choice, named) for site in sites}, named.skipped)
+    return plan_of(groups, {site.name: _spec(site, choice, named) for site in sites}, skipped)
 
 
 def plan_of(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], skipped: Mapping[str, str]) -> QuantPlan:
@@ -112,6 +120,12 @@ def excludes_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> boo
     """
     excluded = _matches(sites, config.exclude or "", "--exclude")
     return any(site.is_lm_head and site.name in excluded for site in sites)
+
+
+def names_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> bool:
+    """Return whether ``layers_8bit`` was given and matches lm_head."""
+    named = _matches(sites, config.layers_8bit, "--layers_8bit")
+    return any(site.is_lm_head and site.name in named for site in sites)
 
 
 def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from typing import get_args
 import onnx_ir as ir
 
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
-from stages.calibration.capture import TextShape, memory_limit, partition_bytes
-from stages.calibration.run import fit_to_graph
+from stages.calibration.capture import TextShape, memory_limit, partition_bytes, rows_of
+from stages.calibration.run import fit_to_graph, kept_layers
 from stages.calibration.text.documents import DEFAULT_DATASET
 from stages.calibration.text.mix import held_out_windows, windows_by_dataset
 from stages.calibration.text.windows import window_count
@@ -21,6 +21,7 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
 from stages.model.sites import find_groups, widest_input
 from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
+from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
 from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_model
 from stages.quantization.plan.plan_file import KEEP
@@ -28,7 +29,7 @@ from stages.quantization.plan.rules import all_sites
 from stages.quantization.preview.memory import calibration_memory, export_memory, held_already, search_memory
 from stages.quantization.preview.seconds import search_seconds
 from stages.quantization.preview.table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
-from stages.records.formats import PerBlock
+from stages.records.formats import PerBlock, QuantSpec, WeightForm
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import WindowShape
@@ -71,8 +72,8 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     text = _text_shape(known.cache, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
-    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
-    sites = all_sites(groups)
+    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.experts)
+    sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
         base=known.directory.onnx_file,
@@ -84,11 +85,17 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unreached=plan.unquantized,
         bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=size.total_bytes(sites, plan.sites.specs),
+        bytes_after=size.total_bytes(all_sites(groups), plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
-        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(config, known)),
+        notes=(
+            *known.notes,
+            *open_because,
+            *plan.choice.warnings,
+            *_notes(config, known),
+            *_rows_on_disk(known, calibration, text),
+        ),
         target="any" if plan.target is None else plan.target.label,
         target_because=plan.target_because,
         formats=plan.choice.explanations,
@@ -207,12 +214,22 @@ def _memory(
 ) -> Iterator[StageMemory]:
     if text is not None and known.cache is None:
         processes = join_processes()
+        rows = rows_of(kept_layers(calibration, known.model, known.directory))
         limit = memory_limit(calibration.max_memory, choose_device(calibration.device), processes)
-        costs = partition_bytes(find_groups(known.model), text, processes)
+        costs = partition_bytes(find_groups(known.model), text, processes, rows)
         providers = choose_providers(calibration.calibration_eps).names
         yield calibration_memory(known.model, costs, limit, held, providers)
     yield search_memory(plan.sites.groups, choose_device(config.device), held)
     yield export_memory(plan.sites.groups, plan.sites.specs, held)
+
+
+def _rows_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> Iterator[str]:
+    """Say what the rows that experts read take on the disk, where stage one still has to keep them."""
+    rows = rows_of(kept_layers(calibration, known.model, known.directory))
+    if text is not None and known.cache is None and rows:
+        tokens = text.tokens("calibration") + text.tokens("held_out")
+        taken = sum(each.bytes(tokens) for each in rows.values())
+        yield f"the calibration keeps {taken / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
 
 
 def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
@@ -249,12 +266,20 @@ def _sites(
             zero_point=spec is not None and not spec.symmetric,
             why=skipped.get(site.name, "" if undecided is None else undecided.fixed_because),
             bytes_before=weight_bytes(site),
-            bytes_after=weight_bytes(site) if spec is None else file_bytes(site, spec, plan.choice.form),
+            bytes_after=_bytes_after(site, spec, plan.choice.form),
             input_scale=scale.place,
             input_scale_into=scale.into,
             input_scale_why=scale.why,
             seconds=seconds.get(site.name, 0.0),
         )
+
+
+def _bytes_after(site: MatMulSite, spec: QuantSpec | None, form: WeightForm) -> int:
+    if spec is None:
+        return weight_bytes(site)
+    if site.expert is not None:
+        return stored_bytes(site.out_features, site.in_features, spec)
+    return file_bytes(site, spec, form)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +291,7 @@ class _InputScale:
 
 def _input_scale(config: QuantizeConfig, group: ActivationGroup | None) -> _InputScale:
     """Return where a group's scale goes by the graph's structure; its values may still forbid a fold."""
-    if group is None or config.search_algorithm not in get_args(ScaleSearch):
+    if group is None or group.sites[0].expert is not None or config.search_algorithm not in get_args(ScaleSearch):
         return _InputScale(place="none")
     if config.awqlite_disable_fuse_nodes:
         return _InputScale(place="mul", why="--awqlite_disable_fuse_nodes")

@@ -101,11 +101,17 @@ def _random_solver(
 
     if text is None:
         return group_solver(config, plan, device, read_weight, None)
-    stats = ActivationStats(
-        calibration=_random_stats(text.size(group, "calibration"), generator),
-        held_out=_random_stats(text.size(group, "held_out"), generator),
-    )
-    found = SearchStats(tokens=stats, channel_weights={})
+
+    def read_stats(_: str) -> SearchStats:
+        stats = ActivationStats(
+            calibration=_random_stats(text.size(group, "calibration"), generator),
+            held_out=_random_stats(text.size(group, "held_out"), generator),
+        )
+        return SearchStats(tokens=stats, channel_weights={})
+
+    if group.sites[0].expert is not None:  # computed when their turn comes, which takes time too
+        return group_solver(config, plan, device, read_weight, read_stats)
+    found = read_stats(group.activation)
     return group_solver(config, plan, device, read_weight, lambda _: found)
 
 

@@ -152,7 +152,7 @@ def _grouped(sites: Sequence[PreviewedSite]) -> list[list[PreviewedSite]]:
 
 def _row(members: list[PreviewedSite]) -> tuple[str, ...]:
     first = members[0]
-    layers = sorted(layer for site in members if (layer := layer_of(site.name)) is not None)
+    layers = sorted({layer for site in members if (layer := layer_of(site.name)) is not None})
     seconds = sum(site.seconds for site in members)
     return (
         f"{len(members)} x {kind_of(first.name)}",

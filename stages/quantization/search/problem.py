@@ -48,6 +48,8 @@ class GroupProblem:
     output_grams: tuple[Tensor | None, ...]
     head_sharing: HeadSharing | None
     rtn_baseline: tuple[SiteChoice, ...] = ()
+    own_tokens: int | None = None
+    """Of an expert: calibration tokens that the router sent there."""
 
     @property
     def is_unseen(self) -> bool:

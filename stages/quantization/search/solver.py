@@ -31,6 +31,7 @@ from stages.records.sites import ActivationGroup, MatMulSite, ValueAbsorber
 
 _UNSEEN = "no calibration token reached it, so it was rounded to nearest; calibrate on more text to search here too"
 
+_NOBODYS = "the router sent this expert no calibration token: it was searched on those of its whole layer"
 _LOOKED_UP = "the embedding reads it too: its rows are found without an input scale, at INT8 by rounding to nearest"
 _UNSCALED: Mapping[str, str] = MappingProxyType({"awq_lite": "rtn", "awq_full": "awq_clip", "awq_gptq": "gptq"})
 """What is left of each algorithm without its input scale."""
@@ -89,6 +90,10 @@ class GroupSolver:
         """Return the algorithm with its name, and a note where it isn't the one that was asked for."""
         if any(part.is_unseen for part in problems):
             return "rtn", rtn, _UNSEEN
+        if any(site.expert is not None for part in problems for site in part.group.sites):
+            # The router and all experts of a node read the same values: no input scale can be folded.
+            unscaled = _UNSCALED.get(self.algorithm_name, self.algorithm_name)
+            return unscaled, ALGORITHMS[unscaled], _NOBODYS if problems[0].own_tokens == 0 else ""
         sites = [(site, spec) for part in problems for site, spec in zip(part.group.sites, part.specs, strict=True)]
         looked_up = [spec for site, spec in sites if site.name in self.looked_up]
         if not looked_up or self.algorithm_name in ("rtn", "rtn_dq"):
@@ -125,6 +130,7 @@ class GroupSolver:
             stats=None if found is None else found.tokens,
             output_grams=tuple(None if found is None else found.output_grams.get(site.name) for site in group.sites),
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
+            own_tokens=None if found is None else found.own_tokens,
         )
 
 
@@ -162,6 +168,7 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
         algorithm="",
         format=spec.label,
         bytes=spec.format_bytes(site.out_features, site.in_features),
+        tokens=problem.own_tokens,
         scale_family=choice.input_scale.family,
         alpha=choice.input_scale.alpha,
         mean_clip_ratio=_mean_clip_ratio(choice, full_range(weight, spec, options.range_rule, choice.input_scale)),

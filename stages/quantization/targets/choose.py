@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import RELEASES, Runtime, Target, parse_target
 from stages.commands.quantize_options import ScaleType
+from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.quantization.targets import cpu, cuda, dml, qnn, trt_rtx, webgpu
 from stages.quantization.targets.explain import explain
-from stages.quantization.targets.formats import EmbeddingBits, FormatChoice, ModelFacts, OpenFormats, RequestedFormats
-from stages.quantization.targets.rules import BLOCKS, POSITIVE, Preferences, Request, Rules
+from stages.quantization.targets.formats import (
+    EmbeddingBits,
+    ExpertFormat,
+    FormatChoice,
+    ModelFacts,
+    OpenFormats,
+    RequestedFormats,
+)
+from stages.quantization.targets.rules import BLOCKS, POSITIVE, Preference, Preferences, Request, Rules
 from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 from stages.runtime.session import ACCURACY_LEVEL
 
@@ -26,6 +35,8 @@ RULES: Mapping[Runtime, Rules] = {
     "qnn": Rules(qnn.prefer, qnn.warnings),
 }
 _DEFAULT_EIGHT_BIT = PerChannel()
+_EXPERT_BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
+_ANY_EXPERTS_STAY = "no runtime is named (--experts 4 stores them as QMoE)"
 _OPEN_EIGHT_BIT = PerBlock(block_size=128)
 """Of a budget: nearly the same bytes as a scale per channel, and exact over long rows too."""
 _PROVIDERS: Mapping[str, Runtime] = MappingProxyType(
@@ -117,6 +128,7 @@ def _opened(
 
 def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
     form = WeightForm.MATMUL_NBITS if "bfloat16" in facts.dtypes else WeightForm.DQ
+    experts = _any_experts(requested)
     choice = FormatChoice(
         form=requested.form or form,
         four_bit=PerBlock(block_size=requested.block_size or 128),
@@ -130,6 +142,8 @@ def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
         lm_head=requested.lm_head,
         embedding_bits=_embedding_bits(requested, None),
         embedding_axis=requested.embedding_axis,
+        experts=experts,
+        experts_stay="" if experts is not None or not facts.has_experts else _ANY_EXPERTS_STAY,
     )
     request = Request(release=RELEASES[-1], requested=requested, facts=facts)
     warnings = (*cpu.slower_than_base(request, choice), *_warnings_everywhere(requested, choice))
@@ -148,11 +162,36 @@ def _embedding_bits(requested: RequestedFormats, preferred: EmbeddingBits | None
             return 8
 
 
+def _any_experts(requested: RequestedFormats) -> ExpertFormat | None:
+    """Return what every release with QMoE takes, where experts are asked for."""
+    bits = _EXPERT_BITS.get(requested.experts or "")
+    return None if bits is None else ExpertFormat(bits=bits, complete=False)
+
+
+def _experts(request: Request, preferred: Preference[ExpertFormat | None]) -> tuple[ExpertFormat | None, str]:
+    """Return the format of experts, or why they stay.
+
+    Raises:
+        OptionError: they are asked for, and the runtime can't.
+    """
+    if not request.facts.has_experts:
+        return None, ""
+    asked = request.requested.experts
+    if asked == "none":
+        return None, "--experts none"
+    if preferred.value is None:
+        if asked is not None:
+            raise OptionError(f"--experts {asked}: {preferred.why}; leave it out, or choose --target cpu.")
+        return None, preferred.why
+    return replace(preferred.value, bits=_EXPERT_BITS.get(asked or "", preferred.value.bits)), ""
+
+
 def _merge(request: Request, preferred: Preferences) -> FormatChoice:
     requested = request.requested
     eight_bit: Granularity = requested.eight_bit or preferred.eight_bit.value or _DEFAULT_EIGHT_BIT
     wanted = None if preferred.accuracy_level is None else preferred.accuracy_level.value
     bits = _embedding_bits(requested, preferred.embedding.value) if request.facts.embedding_widths else None
+    experts, stay = _experts(request, preferred.experts)
     # QuantizeLinear by a negative scale was never run.
     scale_range = POSITIVE if requested.form is WeightForm.QDQ else preferred.scale_range
     return FormatChoice(
@@ -168,6 +207,8 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
         lm_head=request.lm_head(preferred.lm_head.value),
         embedding_bits=bits,
         embedding_axis=requested.embedding_axis,
+        experts=experts,
+        experts_stay=stay,
         keep_mixed_because=preferred.eight_bit.why if preferred.eight_bit.value is None else "",
         session_options=(*preferred.session_options, *_level_option(requested, wanted)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release
 from stages.commands.quantize_options import LmHead, ScaleType
-from stages.quantization.targets.formats import EmbeddingBits, FormatChoice
+from stages.quantization.targets.formats import EmbeddingBits, ExpertFormat, FormatChoice
 from stages.quantization.targets.rules import (
     DQ_FUSES_ALL,
     FROM_DQ,
@@ -27,6 +27,11 @@ from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 
 _EIGHT_BIT: Release = (1, 23)
 """First release that runs 8-bit MatMulNBits at every accuracy level; 1.22 does only at level 4, 1.21 never (run)."""
+_EXPERTS: Release = (1, 23)
+"""First release that runs QMoE, in blocks and per channel (run)."""
+_COMPLETE_EXPERTS: Release = (1, 31)
+"""First whose QMoE has an accuracy level, and right results with 4-bit zero points and an odd number of blocks in a
+row: 1.24 to 1.30 give other numbers there (run)."""
 _FAST_LEVEL: AccuracyLevel = 4
 _EXPAND_CHANNELS = ("session.qdq_matmulnbits_block_size", "128")
 """ONNX Runtime repeats a scale per channel for blocks of so many inputs when it fuses; its default is 32."""
@@ -57,6 +62,7 @@ def prefer(request: Request) -> Preferences:
         ),
         lm_head=lm_head,
         embedding=_embedding(request),
+        experts=_experts(request),
         int8_gather_block_size=Preference(128, "8 bits are as good as exact in any block, and larger ones are smaller"),
         accuracy_level=_accuracy_level(written),
         session_options=(_EXPAND_CHANNELS,) if stored and _expands_channels(request, written) else (),
@@ -77,6 +83,16 @@ def _embedding(request: Request) -> Preference[EmbeddingBits | None]:
     if request.release < READS_BYTES:
         return Preference(4, f"{request.version} looks up INT4 only; 1.23 is the first with INT8, which loses less")
     return Preference(8, "it has GatherBlockQuantized, which reads only the rows it needs")
+
+
+def _experts(request: Request) -> Preference[ExpertFormat | None]:
+    if request.is_bfloat16:
+        return Preference(None, "the CPU's QMoE takes float32 and float16 only")
+    if request.release < _EXPERTS:
+        return Preference(None, f"{request.version} has no QMoE that takes such experts; 1.23 is the first")
+    newest = request.release >= _COMPLETE_EXPERTS
+    zero_points = "" if newest else f", without zero points, which {request.version} may read wrong"
+    return Preference(ExpertFormat(bits=4, complete=newest), f"it runs QMoE in blocks{zero_points}")
 
 
 def _lm_head(request: Request, eight_bit: Preference[Granularity | None]) -> Preference[LmHead]:

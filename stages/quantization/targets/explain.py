@@ -36,6 +36,7 @@ def explain(target: Target, request: Request, preferred: Preferences, choice: Fo
         *_lm_head(request, preferred, choice),
         *_eight_bit(request, preferred, choice),
         *_embedding(request, preferred, choice),
+        *_experts(request, preferred, choice),
         *_session(request, preferred, choice),
     )
 
@@ -119,6 +120,13 @@ def _embedding(request: Request, preferred: Preferences, choice: FormatChoice) -
             chosen=str(choice.gather_block_size),
             why=_ASKED if asked else preferred.table_block_size(bits).why,
         )
+
+
+def _experts(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:
+    if request.facts.has_experts:
+        chosen = "none" if choice.experts is None else str(choice.experts.bits)
+        why = _ASKED if request.requested.experts else preferred.experts.why
+        yield Explanation(option="--experts", chosen=chosen, why=why)
 
 
 def _session(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.quantize_options import Embedding, LmHead, ScaleRange, ScaleType
+from stages.commands.quantize_options import Embedding, Experts, LmHead, ScaleRange, ScaleType
+from stages.records.experts import ExpertLayer
 from stages.records.formats import NARROW_SCALES, EmbeddingTable, Granularity, PerBlock, WeightForm, torch_float
 from stages.records.sites import ActivationGroup, BlockAxis, FloatName, GatherForm
 
@@ -36,6 +37,16 @@ class RequestedFormats:
     gather_form: GatherForm | None = None
     gather_block_size: int | None = None
     accuracy_level: AccuracyLevel | None = None
+    experts: Experts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFormat:
+    """How a runtime's QMoE takes experts."""
+
+    bits: Literal[4, 8]
+    complete: bool
+    """Whether it has an accuracy level and router weights, and reads all zero points right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +61,14 @@ class ModelFacts:
     embedding_widths: frozenset[int] = frozenset()
     embedding_bytes: int = 0
     """Of all embeddings, in floating point."""
+    has_experts: bool = False
+    """Whether MoE nodes have experts that can be sites."""
 
 
-def facts_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]) -> ModelFacts:
-    """Return the facts of a model with these sites and embeddings."""
+def facts_of(
+    groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable], layers: Sequence[ExpertLayer] = ()
+) -> ModelFacts:
+    """Return the facts of a model with these MatMuls, embeddings and layers of experts."""
     sites = [site for group in groups for site in group.sites]
     return ModelFacts(
         dtypes=frozenset(site.dtype for site in sites),
@@ -62,6 +77,7 @@ def facts_of(groups: Sequence[ActivationGroup], tables: Sequence[EmbeddingTable]
         has_lm_head=any(site.is_lm_head for site in sites),
         embedding_widths=frozenset(table.hidden for table in tables),
         embedding_bytes=sum(table.vocabulary * table.hidden * torch_float(table.dtype).itemsize for table in tables),
+        has_experts=bool(layers),
     )
 
 
@@ -95,6 +111,9 @@ class FormatChoice:
     scale_type: ScaleType = "base"
     keep_mixed_because: str = ""
     """Why sites that only a rule would store as INT8 stay as they are; empty where they become INT8."""
+    experts: ExpertFormat | None = None
+    """None: experts stay as they are, because of ``experts_stay``."""
+    experts_stay: str = ""
     session_options: tuple[tuple[str, str], ...] = ()
     explanations: tuple[Explanation, ...] = ()
     warnings: tuple[str, ...] = ()

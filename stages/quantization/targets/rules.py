@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release, Runtime, Target
 from stages.commands.quantize_options import LmHead, ScaleRange, ScaleType
-from stages.quantization.targets.formats import EmbeddingBits, FormatChoice, ModelFacts, RequestedFormats
+from stages.quantization.targets.formats import EmbeddingBits, ExpertFormat, FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import Granularity, PerChannel, WeightForm
 
 T = TypeVar("T")
@@ -101,6 +101,8 @@ class Preferences:
     lm_head: Preference[LmHead]
     embedding: Preference[EmbeddingBits | None]
     """None: the runtime has no GatherBlockQuantized, which reads only the rows it needs."""
+    experts: Preference[ExpertFormat | None] = Preference(None, "QMoE was not run on this provider")
+    """None: it has no QMoE that was run."""
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 
 from stages.commands.tables import Column, DataTable
 from stages.quantization.weights.store import QuantizedStore
@@ -96,6 +96,7 @@ def quantization_table(store: QuantizedStore, seconds: float) -> DataTable:
             *_legend(reports, has_worst=bool(worst)),
             *_layers_by_format(kinds),
             *_tuned_blocks(reports),
+            *_tokens_of_experts(reports),
             *(f"{count} x {note}" for note, count in notes.items()),
         ),
     )
@@ -141,10 +142,21 @@ def _layers_by_format(rows: _Rows) -> list[str]:
     formats = Counter(kind for kind, _ in rows)
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (kind, form), members in rows.items():
-        layers = [layer for member in members if (layer := layer_of(member.site)) is not None]
+        layers = {layer for member in members if (layer := layer_of(member.site)) is not None}
         if formats[kind] > 1 and layers:
             kinds[form, ranges(sorted(layers))].append(kind)
     return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
+
+
+def _tokens_of_experts(reports: Sequence[SiteReport]) -> list[str]:
+    """Say how many calibration tokens the experts saw; no line where none were calibrated."""
+    tokens = sorted(report.tokens for report in reports if report.tokens is not None)
+    if not tokens:
+        return []
+    return [
+        f"calibration tokens that routers sent to an expert: least {tokens[0]:,}, median {median(tokens):,.0f}, most "
+        f"{tokens[-1]:,}; each was also searched on some of its whole layer, which count the more the fewer it saw"
+    ]
 
 
 def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:

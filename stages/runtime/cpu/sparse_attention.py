@@ -37,11 +37,9 @@ def write_out_sparse_attention(model: ir.Model) -> ir.Model:
 
 
 def _is_rewritable(node: ir.Node) -> bool:
-    return node.op_type == _SPARSE and all(_constant(node.inputs[index]) is not None for index in (_ROWS, _COLUMNS))
-
-
-def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    return None if value is None else value.const_value
+    return node.op_type == _SPARSE and all(
+        (given := node.inputs[index]) is not None and given.const_value is not None for index in (_ROWS, _COLUMNS)
+    )
 
 
 def _rewrite(node: ir.Node) -> None:
@@ -81,14 +79,19 @@ def _number(node: ir.Node, name: str, value: int, dtype: type[np.integer] = np.i
     return insert_before(node, "Constant", [], {"value": ir.tensor(np.array(value, dtype))}, name=name)[0]
 
 
+def _constant(node: ir.Node, index: int) -> np.ndarray:
+    value = node.inputs[index]
+    tensor = None if value is None else value.const_value
+    assert tensor is not None, "layouts are constants"
+    return tensor.numpy()
+
+
 def _blocks(node: ir.Node) -> np.ndarray:
     """Return the bias of each block [1, heads, blocks, blocks], from compressed rows [layouts, blocks + 1].
 
     Head h has the layout h % layouts; behind a layout's last column stand numbers without meaning.
     """
-    rows, columns = (
-        numbers.numpy() for index in (_ROWS, _COLUMNS) if (numbers := _constant(node.inputs[index])) is not None
-    )
+    rows, columns = (_constant(node, index) for index in (_ROWS, _COLUMNS))
     count = rows.shape[1] - 1
     bias = np.full((len(rows), count, count), _HIDDEN)
     for layout, (starts, read) in enumerate(zip(rows, columns, strict=True)):

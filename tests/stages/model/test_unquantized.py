@@ -164,7 +164,7 @@ def test_a_tied_embedding_is_found_behind_its_transpose() -> None:
     assert unquantized(graph) == {}
 
 
-def test_experts_are_summed_over_all_nodes_and_say_what_to_do() -> None:
+def test_experts_are_summed_over_all_nodes_with_the_reason_why_they_stay() -> None:
     graph = start()
     for layer in range(2):
         fc1, fc2 = graph.constant(f"{layer}.fc1", ones(4, 32, 16)), graph.constant(f"{layer}.fc2", ones(4, 16, 32))
@@ -172,12 +172,14 @@ def test_experts_are_summed_over_all_nodes_and_say_what_to_do() -> None:
         inputs = ["y", f"{layer}.router", fc1, graph.constant(f"{layer}.bias", ones(4, 32)), fc2]
         graph.output(graph.node("MoE", inputs, [f"{layer}.mixed"], {"k": 2}, MICROSOFT), FLOAT, ["t", 16])
     found = unquantized(graph)["MoE"]
-    assert found.weights == ("0.fc1", "0.fc2", "0.bias", "1.fc1", "1.fc2", "1.bias")
-    assert found.num_bytes == 2 * 4 * (4 * 32 * 16 * 2 + 4 * 32)
-    assert "moe_quant_type=int4" in found.reason
+    assert found.weights == ("0.fc1", "0.fc2", "1.fc1", "1.fc2")
+    assert found.num_bytes == 2 * 4 * (4 * 32 * 16 * 2)
+    assert "floating-point experts" in found.reason
+    reasons = dict.fromkeys(found.weights, "--experts none")
+    assert find_unquantized(graph.model(), (), reasons)[-1].reason == "--experts none"
     line = unquantized_warning(tuple(unquantized(graph).values()), quantized=1, routers=2)
     assert line.startswith("MatMuls that are quantized: 1; routers of experts kept: 2; kept as it is: MoE: 0.fc1")
-    assert "and 5 more" in line
+    assert "and 3 more" in line
     assert "table" not in line
     assert "\n" not in line
 

@@ -11,7 +11,7 @@ from stages.records.sites import kind_of, layer_of, short_name, within_layer
     ("site", "short", "kind", "layer"),
     [
         ("/model/layers.12/attn/o_proj/MatMul", "layers.12/attn/o_proj", "attn/o_proj", 12),
-        ("/model/layers.0/mlp/experts.3/up_proj/Gemm", "layers.0/mlp/experts.3/up_proj", "mlp/experts.3/up_proj", 0),
+        ("/model/layers.0/mlp/experts.3/up_proj/Gemm", "layers.0/mlp/experts.3/up_proj", "mlp/experts.*/up_proj", 0),
         ("/lm_head/MatMul", "lm_head", "lm_head", None),
         ("unnamed", "unnamed", "unnamed", None),
         ("/model/layers/12/attn/o_proj/MatMul", "layers/12/attn/o_proj", "attn/o_proj", 12),

@@ -1,0 +1,96 @@
+"""Experts of a node share one format: what options name of one holds for all, and blocks fit both projections."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stages.quantization.plan.experts import ExpertPlan, fitting, plan_experts, stored_bytes
+from stages.quantization.plan.rules import NamedSites
+from stages.quantization.targets.formats import ExpertFormat, FormatChoice
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
+from tests.support.mixtures import EXPERTS, HIDDEN, INNER, KINDS, mixture, the_layer
+
+CHOICE = FormatChoice(
+    form=WeightForm.DQ,
+    four_bit=PerBlock(block_size=32),
+    eight_bit=PerBlock(block_size=128),
+    symmetric=False,
+    scale_range="signed",
+    gather_form="gather_block_quantized",
+    gather_block_size=32,
+    accuracy_level=None,
+    experts=ExpertFormat(bits=4, complete=True),
+)
+NOTHING = NamedSites(eight_bit=frozenset(), skipped={})
+
+
+def planned(choice: FormatChoice = CHOICE, named: NamedSites = NOTHING, kind: str = "gpt-oss") -> ExpertPlan:
+    model = mixture(KINDS[kind]).model()
+    return plan_experts(model, [the_layer(model)], choice, named)
+
+
+def label(plan: ExpertPlan) -> str:
+    (found,) = {spec.label for spec in plan.specs.values()}
+    return found
+
+
+def test_all_experts_get_int4_in_blocks_that_divide_both_sizes() -> None:
+    plan = planned()
+    assert label(plan) == "4b16z"
+    assert len(plan.specs) == 2 * EXPERTS
+    assert plan.tables == {"gate_up.weight", "down.weight"}
+    numbers = EXPERTS * (2 * INNER * HIDDEN + HIDDEN * INNER)
+    blocks = EXPERTS * (2 * INNER * 2 + HIDDEN * 3)
+    zero_points = EXPERTS * (2 * INNER * 1 + HIDDEN * 2)
+    assert plan.saved_bytes == 4 * numbers - numbers // 2 - 4 * blocks - zero_points
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hidden", "inner", "found"),
+    [
+        (PerBlock(block_size=32), 2880, 2880, PerBlock(block_size=32)),
+        (PerBlock(block_size=128), 2880, 2880, PerBlock(block_size=64)),
+        (PerBlock(block_size=32), 2048, 24, PerChannel()),
+        (PerChannel(), 2048, 768, PerChannel()),
+    ],
+)
+def test_blocks_shrink_until_they_fit(
+    wanted: PerBlock | PerChannel, hidden: int, inner: int, found: PerBlock | PerChannel
+) -> None:
+    assert fitting(wanted, hidden, inner) == found
+
+
+def test_one_expert_that_is_named_names_all_of_its_node() -> None:
+    one = "y/experts.3/down_proj"
+    eight = planned(named=NamedSites(eight_bit=frozenset({one}), skipped={}))
+    assert label(eight) == "8b16z"
+    kept = planned(named=NamedSites(eight_bit=frozenset(), skipped={one: "--exclude experts.3"}))
+    assert kept.groups == ()
+    assert kept.stay == dict.fromkeys(("gate_up.weight", "down.weight"), "--exclude experts.3")
+
+
+def test_an_older_release_gets_no_zero_points_and_no_softmax_over_all() -> None:
+    older = replace(CHOICE, experts=ExpertFormat(bits=4, complete=False))
+    assert label(planned(older)) == "4b16"
+    assert "router weights" in planned(older, kind="relu over all").stay["down.weight"]
+
+
+def test_experts_that_stay_have_a_reason() -> None:
+    stays = planned(replace(CHOICE, experts=None, experts_stay="--experts none"))
+    assert set(stays.stay.values()) == {"--experts none"}
+    halves = planned_with({**KINDS["gpt-oss"], "swiglu_fusion": 2})
+    assert "interleaved" in halves.stay["gate_up.weight"]
+
+
+def planned_with(attributes: dict[str, int | float | str | list[int]]) -> ExpertPlan:
+    model = mixture(attributes).model()
+    return plan_experts(model, [the_layer(model)], CHOICE, NOTHING)
+
+
+def test_stored_bytes_are_those_of_the_arrays() -> None:
+    spec = QuantSpec(bits=4, symmetric=False, granularity=PerBlock(block_size=16), scale_dtype="float16")
+    arrays = np.empty((6, 24), np.uint8), np.empty((6, 3), np.float16), np.empty((6, 2), np.uint8)
+    assert stored_bytes(6, 48, spec) == sum(array.nbytes for array in arrays)
