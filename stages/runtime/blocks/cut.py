@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.genai_config import EMBEDDED, LOGITS
+from stages.model.patterns import EXPERT_NODES
 from stages.model.sites import find_sites
 from stages.records.sites import MatMulSite, layer_of
 from stages.runtime.cpu.upcast import SIXTEEN_BIT, upcast_model
@@ -201,6 +202,10 @@ def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node
     made = {output for node in inside for output in node.outputs}
     carrying = _descendants(model, _carries_tokens)
     for node in inside:
+        if node.op_type in EXPERT_NODES:  # before gigabytes of experts are copied
+            raise GraphError(
+                f"{block.title} holds the experts of '{node.name}' and can't be run as a block; {WITHOUT_BLOCKS}"
+            )
         if any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             for attribute in node.attributes.values()

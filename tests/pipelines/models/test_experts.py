@@ -9,8 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime_genai as og
 import pytest
+import torch
+import transformers
 from onnx import TensorProto
 
+from scripts.architectures.configs import gpt_oss as gpt_oss_config
 from stages.model.directory import locate_model
 from stages.quantization.search.solver import GroupSolver
 from stages.runtime.feeds import CausalFeeds
@@ -122,6 +125,65 @@ def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_exper
     allowed = after[0, -1].copy()
     allowed[1] = -np.inf
     assert first == int(allowed.argmax())
+
+
+@pytest.fixture(scope="module")
+def structured(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """ORT-GenAI folder of a gpt-oss whose experts have channels of unlike sizes, and whose router prefers some."""
+    folder = tmp_path_factory.mktemp("structured")
+    sizes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_local_experts": 8}
+    config = gpt_oss_config()
+    config.update(sizes)
+    generator = torch.Generator().manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 3:  # of all experts, [experts, inputs, outputs]
+                tall = torch.exp(0.8 * torch.randn(*parameter.shape[:2], 1, generator=generator))
+                parameter.copy_(noise * tall / parameter.shape[1] ** 0.5)
+            elif name.endswith("router.bias"):
+                parameter.copy_(torch.linspace(1.5, -1.5, len(parameter)))
+            elif "norm" not in name:
+                parameter.copy_(noise * (0.3 if "router" in name else 0.25 if "embed" in name or "head" in name else 0.05))
+    model.save_pretrained(folder / "hf")
+    transformers.AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder / "hf")
+    build_genai_model(folder / "hf", folder / "base")
+    return folder / "base"
+
+
+def test_calibrated_experts_lose_half_of_what_rounded_ones_lose(
+    structured: Path, tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
+) -> None:
+    only_experts = ("--onnx_path", structured, "--experts", 4, "--exclude", "attn,lm_head")
+    text = ("--dataset", tiny_text, "--calib_size", 24, "--seq_len", 128)
+    for algorithm, options in (("rtn_dq", ()), ("awq_gptq", text)):
+        code, printed = commands.quantize(
+            *only_experts, "--output_path", tmp_path / algorithm, "--algo", algorithm, *options
+        )
+        assert code == 0, printed
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_tokenizer)
+    # The windows come from the beginning of the text.
+    unread = tokenizer(tiny_text.read_text(encoding="utf-8")[-6000:])["input_ids"][: 8 * 128]
+    tokens = np.array(unread, np.int64).reshape(8, 128)
+    before = log_probabilities(structured, tokens)
+    rounded, calibrated = (
+        float((np.exp(before) * (before - log_probabilities(tmp_path / name, tokens))).sum(-1).mean())
+        for name in ("rtn_dq", "awq_gptq")
+    )
+    assert calibrated < 0.6 * rounded
+    reports = [json.loads(line) for line in (tmp_path / "awq_gptq.weights" / "report.jsonl").read_text().splitlines()]
+    seen = [report["tokens"] for report in reports if "/experts." in report["site"]]
+    assert len(seen) == 2 * 2 * 8
+    assert sum(seen) == 2 * 2 * 2 * 21 * 128, "each of 21 windows' tokens goes to two experts in each of two layers"
+    assert max(seen) > 5 * min(seen)
+
+
+def log_probabilities(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    scores = logits(folder, tokens).astype(np.float64)
+    shifted = scores - scores.max(-1, keepdims=True)
+    found: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.errors import GraphError
 from stages.model.weights import read_weight, to_torch
+from stages.runtime.blocks.cut import DecoderBlock, cut_block
 from stages.runtime.blocks.experts import activated, route
 from tests.support.mixtures import EXPERTS, HIDDEN, KINDS, mixture, run_mixture, the_layer
 
@@ -36,3 +38,15 @@ def test_torch_gives_what_the_runtime_gives(kind: str) -> None:
             output = activated(hidden, layer.activation) @ fc2[expert].T + bias2[expert]
             found[token] += routed.weights[token, place] * output[0]
     assert np.allclose(found.numpy(), run_mixture(model, x, scores), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_with_experts_is_refused_before_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mixture()
+    graph.inputs[0].name, graph.nodes[0].name = "input_ids", "/model/layers.0/moe/MoE"
+    graph.nodes[0].input[0] = "input_ids"
+    model = graph.model()
+    layer = the_layer(model)
+    monkeypatch.setattr("stages.runtime.blocks.cut._in_memory", lambda _: pytest.fail("numbers were copied"))
+    block = DecoderBlock(layer=0, stream_in="input_ids", stream_out=layer.output, sites=())
+    with pytest.raises(GraphError, match=r"Layer 0 holds the experts of '/model/layers\.0/moe/MoE'"):
+        cut_block(model, block)
