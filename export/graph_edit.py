@@ -137,8 +137,7 @@ class GraphEditor:
         if value.dtype == dtype:
             return value
         attributes, kind = {"to": int(dtype)}, ir.TensorType(dtype)
-        name = self._free(f"{value.name}/Cast")  # a table that lm_head shares is read in two places
-        return self.insert_before(node, "Cast", [value], name, attributes, shape=value.shape, kind=kind)
+        return self.insert_before(node, "Cast", [value], f"{value.name}/Cast", attributes, shape=value.shape, kind=kind)
 
     def _free(self, wanted: str) -> str:
         name, count = wanted, 1
