@@ -63,7 +63,7 @@ class GraphEditor:
         """Index all nodes of ``model``, subgraphs included."""
         nodes = list(model.graph.all_nodes())
         by_output = {output.name: node for node in nodes for output in node.outputs if output.name}
-        taken = {*by_output, *(name for node in nodes if (name := node.name))}
+        taken = set(by_output)
         for graph in model.graphs():
             taken.update(graph.initializers)
             taken.update(name_of(value) for value in graph.inputs)
