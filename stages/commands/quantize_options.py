@@ -187,6 +187,15 @@ class _FormatOptions:
         return self.target_bpw is not None or self.target_size is not None
 
     @property
+    def leaves_formats_open(self) -> bool:
+        """Return whether no option says anything about the number formats."""
+        return (
+            not self.has_budget
+            and not (self.enable_mixed_quant or self.layers_8bit)
+            and (self.block_size, self.int8_block_size, self.lm_head, self.plan) == (None, None, None, None)
+        )
+
+    @property
     def budget_description(self) -> str:
         """Return the budget as it was given."""
         return f"--target_size {self.target_size}" if self.target_bpw is None else f"--target_bpw {self.target_bpw:g}"
@@ -249,6 +258,13 @@ class _StorageOptions:
     """Type of stored scales. base: the graph's own. narrow: float16 where the graph is float32, half a bit less for
     each weight in blocks of 32, with a Cast behind them that ONNX Runtime computes when it loads the model. Default:
     narrow where the target is cpu, else base."""
+
+    @property
+    def leaves_storage_open(self) -> bool:
+        """Return whether no option says anything about operators, number ranges and the embedding."""
+        ranges = (self.use_zero_point, self.scale_range, self.scale_type)
+        tables = (self.requested_embedding, self.gather_block_size, self.gather_form)
+        return not self.use_column_major and {self.weight_operator, *ranges, *tables} == {None}
 
     @property
     def requested_embedding(self) -> Embedding | None:

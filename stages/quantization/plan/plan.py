@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from stages.calibration.cache import CalibrationCache
 from stages.commands.parsing import Target, parse_size
 from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
 from stages.errors import OptionError
@@ -77,6 +79,10 @@ from stages.records.quantities import counted
 from stages.records.results import ExportRecipe, SearchStats
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
+_SPREADS = frozenset({"cpu"})
+"""Runtimes in which INT4 and INT8 of several blocks were run side by side."""
+_TENTH = 100_000
+"""Bytes of a tenth of a megabyte, to which the budget that nobody gave is rounded up."""
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
 """Values of --lm_head and --embedding."""
 
@@ -112,7 +118,37 @@ class ModelPlan:
     unquantized: tuple[UnquantizedWeights, ...]
     experts: ExpertPlan = field(default_factory=ExpertPlan)
     """Part of ``sites`` too."""
+    by_site: str = ""
+    """The option that chooses each site's format; empty where one format holds for all but named ones."""
     left_open: OpenPlan | None = None
+
+
+def with_own_budget(
+    config: QuantizeConfig, model: ir.Model, directory: ModelDirectory, cache: CalibrationCache | None
+) -> QuantizeConfig:
+    """Return ``config`` with the bytes of the target's own formats as a budget, where nobody chose any format.
+
+    Spent site by site they lose less than one format for all. That needs losses in nats, which only statistics weighted
+    by the end loss give, and a runtime in which formats side by side were run.
+
+    Args:
+        config: valid options.
+        model: the base model.
+        directory: where it lies.
+        cache: the statistics; None where there are none.
+
+    Raises:
+        UserError: what ``plan_model`` raises.
+    """
+    open_to_it = config.leaves_formats_open and config.leaves_storage_open and config.accuracy_level is None
+    if not open_to_it or cache is None or cache.manifest.key.token_weights != "end loss":
+        return config
+    plan = plan_model(config, model, directory)
+    if plan.target is None or plan.target.runtime not in _SPREADS:
+        return config
+    size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.experts)
+    num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
+    return replace(config, target_size=f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB")
 
 
 def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> ModelPlan:
@@ -172,6 +208,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         embeddings=embeddings,
         unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings} | experts.tables, experts.stay),
         experts=experts,
+        by_site=_chooses_by_site(config),
         left_open=left_open,
     )
 
@@ -244,13 +281,12 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
 def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     """Return the algorithm and the formats, in one line."""
     choice = plan.choice
-    by_site = config.plan is not None or config.has_budget
-    if by_site:
-        formats = _describe_formats(config, plan)
+    if plan.by_site:
+        formats = _describe_formats(plan)
     else:
         formats = f"INT4 block {choice.four_bit.block_size} {'without' if choice.symmetric else 'with'} zero point"
     count = plan.sites.eight_bit_sites
-    mixed = f", INT8 at {counted(count, 'site')}" if count and not by_site else ""
+    mixed = f", INT8 at {counted(count, 'site')}" if count and not plan.by_site else ""
     table = _describe_embedding(plan.embeddings)
     target = "" if plan.target is None else f" for {plan.target.label}"
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
@@ -501,7 +537,12 @@ def _tuning(config: QuantizeConfig) -> bytes:
     return refine + options + config.signround_start.encode()
 
 
-def _describe_formats(config: QuantizeConfig, plan: ModelPlan) -> str:
+def _chooses_by_site(config: QuantizeConfig) -> str:
+    if config.plan is not None:
+        return "--plan"
+    return config.budget_description if config.has_budget else ""
+
+
+def _describe_formats(plan: ModelPlan) -> str:
     counts = Counter(spec.label for spec in plan.sites.specs.values())
-    decided = "--plan" if config.plan is not None else config.budget_description
-    return f"{decided} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"
+    return f"{plan.by_site} ({', '.join(f'{count} x {label}' for label, count in sorted(counts.items()))})"
