@@ -53,7 +53,7 @@ def import_microsoft(node: ir.Node) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GraphEditor:
-    """Finds nodes by their output and adds nodes and initializers under names that are still free."""
+    """Finds nodes by their output and adds nodes and initializers under names that nothing has yet."""
 
     by_output: dict[str, ir.Node]
     _taken: set[str] = field(default_factory=set)
@@ -63,7 +63,7 @@ class GraphEditor:
         """Index all nodes of ``model``, subgraphs included."""
         nodes = list(model.graph.all_nodes())
         by_output = {output.name: node for node in nodes for output in node.outputs if output.name}
-        taken = set(by_output)
+        taken = {*by_output, *(name for node in nodes if (name := node.name))}
         for graph in model.graphs():
             taken.update(graph.initializers)
             taken.update(name_of(value) for value in graph.inputs)
@@ -116,12 +116,13 @@ class GraphEditor:
             node: stays where it is and reads what it did.
             op_type: the new node's operator.
             inputs: what the new node reads.
-            name: the new node's name.
+            name: the new node's name, or the beginning of it where that is taken.
             attributes: the new node's attributes.
             shape: of the output, where it is known.
             kind: the output's type, where it is known.
             domain: of the operator; empty for ONNX's own.
         """
+        name = self._free(name)
         made = ir.Value(name=self._free(f"{name}/output_0"), shape=shape, type=kind)
         new = ir.node(op_type, list(inputs), attributes=dict(attributes), domain=domain, outputs=[made], name=name)
         assert isinstance(node.graph, ir.Graph)

@@ -210,6 +210,7 @@ def inspected(tiny: ModelReport) -> RenderableType:
             block_size=128,
             zero_point=bool(index % 2),
             scales="FLOAT16",
+            computed="FLOAT",
             shape=(2880, 5760),
             bytes=9_331_200 + index * 100_000,
             activations="float",

@@ -14,6 +14,8 @@ from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session
 
 _IR_VERSION = 10
+_OPSET = 21
+"""The operators here are the same in later ones, which the installed ONNX Runtime may not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class IsolatedModel:
         Args:
             last: reads ``x`` and copied values.
             x: the model's input.
-            graph: the saved graph, whose opsets it has.
+            graph: the saved graph, whose opsets it has, up to 21.
         """
         initializers = [value for value in self._values.values() if value.const_value is not None]
         isolated = ir.Graph(
@@ -53,7 +55,7 @@ class IsolatedModel:
             last.outputs,
             nodes=[*self._nodes, last],
             initializers=initializers,
-            opset_imports=graph.opset_imports,
+            opset_imports={domain: min(version, _OPSET) for domain, version in graph.opset_imports.items()},
             name="isolated",
         )
         return ir.Model(isolated, ir_version=_IR_VERSION)

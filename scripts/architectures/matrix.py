@@ -129,7 +129,8 @@ def _text(cell: Cell, notes: dict[str, int]) -> str:
 def _notes(cell: Cell) -> Iterator[str]:
     """Yield what a person should know beyond the number of sites."""
     if cell.stopped_at is not None:
-        base = "" if cell.base_generates or cell.stopped_at in ("build", "open") else _NOT_THE_BASE
+        # What calibration refuses, such as sound, is nothing that generation from tokens could tell about.
+        base = "" if cell.base_generates or cell.stopped_at in ("build", "open", "calibrate") else _NOT_THE_BASE
         step = _NEITHER if cell.finished else f"{_STEPS[cell.stopped_at]}{base}"
         yield f"{step}: {_shortened(_without_layers(cell.reason))}"
     for why, _ in cell.kept:

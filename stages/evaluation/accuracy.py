@@ -17,6 +17,8 @@ _TOP_TOKENS = 3
 """Tokens shown of those that a model finds most likely."""
 _CONTEXT_TOKENS = 32
 """Tokens shown before a prediction."""
+_MOST_SURPRISE = 700.0
+"""Nats whose exponential is still a number, and so can be written as JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,7 @@ def summarize(windows: list[TokenScores]) -> Accuracy:
     scores = _join(windows)
     return Accuracy(
         tokens=len(scores.surprise),
-        perplexity=math.exp(scores.surprise.mean().item()),
+        perplexity=math.exp(min(scores.surprise.mean().item(), _MOST_SURPRISE)),
         mean_divergence=scores.divergence.mean().item(),
         top1_agreement=scores.agrees.double().mean().item(),
         divergence_99=_percentile_99(scores.divergence),

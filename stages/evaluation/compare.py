@@ -38,7 +38,7 @@ from stages.evaluation.records import Comparison, Evaluation, ModelRow
 from stages.evaluation.speed import describe_accuracy_level, shipped_accuracy_level
 from stages.evaluation.texts import BUILT_IN
 from stages.model.directory import ModelDirectory, locate_model, logits_among
-from stages.model.load import fingerprint_model
+from stages.model.load import fingerprint_model, read_graph
 from stages.model.sizes import model_bytes
 from stages.model.unquantized import is_quantized
 from stages.records.quantities import counted
@@ -115,7 +115,7 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
 
 def _fit_to_graph(config: EvaluateConfig, directory: ModelDirectory) -> EvaluateConfig:
     """Return ``config`` with windows no longer than those that the base takes, where its graph fixes them."""
-    length = WindowShape.of(inputs_of_graph(ir.load(directory.onnx_file), directory)).length
+    length = WindowShape.of(inputs_of_graph(read_graph(directory.onnx_file), directory)).length
     if length is None or config.seq_len <= length:
         return config
     _LOGGER.info(
@@ -134,10 +134,10 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
     if not config.model:
         raise UserError("--model names no model; pass one or more folders to compare with --base.")
     directories = tuple(locate_model(path) for path in (config.base, *config.model))
-    graph = ir.load(directories[0].onnx_file)
+    graph = read_graph(directories[0].onnx_file)
     vocabulary = _vocabulary(directories[0], graph)
     for directory in directories[1:]:
-        _check_vocabulary(directory.folder, vocabulary, _vocabulary(directory, ir.load(directory.onnx_file)))
+        _check_vocabulary(directory.folder, vocabulary, _vocabulary(directory, read_graph(directory.onnx_file)))
     if is_quantized(graph):
         _LOGGER.warning(
             "--base %s is a quantized model, which the others are compared with; for what quantization costs pass the "

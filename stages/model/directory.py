@@ -211,7 +211,8 @@ def _graph_of(folder: Path, component: str | None) -> Path:
             raise GraphError(f"{folder / GENAI_CONFIG} {missing}; pass another --component ({there}).")
         if files and DECODER not in files and component is None:
             raise GraphError(
-                f"{folder / GENAI_CONFIG} names no decoder; pass a --component of it ({', '.join(files)})."
+                f"{folder / GENAI_CONFIG} names no decoder; pass a --component of it ({', '.join(files)}), "
+                "or its .onnx file."
             )
     places = (folder, folder / wanted, folder / _ONNX_FOLDER)
     graphs = next(filter(None, (sorted(place.glob("*.onnx")) for place in places)), [])

@@ -70,24 +70,46 @@ def parse_graph(directory: ModelDirectory) -> ir.Model:
         model = ir.from_proto(proto)
         place_weights(model, file)
         fault = fault or (fault_of_graph(model) if model.graph.outputs else None)
-    except PermissionError as error:
-        raise GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.") from error
     except Exception as error:  # protobuf and onnx-ir raise their own classes for damaged files
-        _require_fetched(file)
-        if file.suffix.lower() != ".onnx":
-            raise GraphError(
-                f"{file} is not a readable ONNX model; pass an .onnx file, or the folder that holds one."
-            ) from error
-        reason = "it is damaged, or a file of another kind" if isinstance(error, DecodeError) else in_one_line(error)
-        raise GraphError(f"{file} is not a readable ONNX model ({reason}); build it again.") from error
-    if not model.graph.outputs:
-        raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
+        raise _unreadable(file, error) from error
+    _require_any_output(model, file)
     _require_known_opset(model, file)
     if fault is not None:
         raise GraphError(f"{file} is not a valid model: {fault}; build it again.")
     _require_outputs(model, directory)
     _normalize(model)
     return model
+
+
+def read_graph(file: Path) -> ir.Model:
+    """Parse an .onnx file as it stands, for its inputs, outputs and nodes.
+
+    Raises:
+        GraphError: it isn't an ONNX model.
+    """
+    try:
+        model = ir.load(file)
+    except Exception as error:  # see parse_graph
+        raise _unreadable(file, error) from error
+    _require_any_output(model, file)
+    return model
+
+
+def _unreadable(file: Path, error: Exception) -> GraphError:
+    """Return what a person is told where parsing ``file`` raised ``error``."""
+    if isinstance(error, PermissionError):
+        return GraphError(f"{file} can't be read ({error.strerror}); get the right to read it.")
+    _require_fetched(file)
+    if file.suffix.lower() != ".onnx":
+        return GraphError(f"{file} is not a readable ONNX model; pass an .onnx file, or the folder that holds one.")
+    reason = "it is damaged, or a file of another kind" if isinstance(error, DecodeError) else in_one_line(error)
+    return GraphError(f"{file} is not a readable ONNX model ({reason}); build it again.")
+
+
+def _require_any_output(model: ir.Model, file: Path) -> None:
+    """Raise GraphError for a graph without outputs: any few bytes may parse as one."""
+    if not model.graph.outputs:
+        raise GraphError(f"{file} is not a readable ONNX model (it has no outputs); build it again.")
 
 
 def _require_known_opset(model: ir.Model, file: Path) -> None:

@@ -65,7 +65,8 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
         GraphError: ONNX Runtime refuses the model; its reason is repeated.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # A session that can't be opened would print, besides the error that is raised, that it writes no profile.
+    options.log_severity_level = 3 if settings.profile_prefix is None else 4
     # As in torch: this is how processes that share a machine are told how many threads they may use.
     options.intra_op_num_threads = granted_threads() or _AS_MANY_AS_CORES
     if settings.external_data_folder is not None:

@@ -27,7 +27,8 @@ def test_a_name_that_is_taken_is_counted_up(model: ir.Model) -> None:
     names = [editor.add_initializer(node, name, ir.tensor([1.0])).name for name in ("y.weight", "y.weight", "x", "new")]
     assert names == ["y.weight_2", "y.weight_3", "x_2", "new"]
     inserted = [editor.insert_before(node, "Neg", [node.inputs[0]], "y/Neg", {}).name for _ in range(2)]
-    assert inserted == ["y/Neg/output_0", "y/Neg/output_0_2"]
+    assert inserted == ["y/Neg/output_0", "y/Neg_2/output_0"]
+    assert [each.name for each in model.graph] == ["y/Neg", "y/Neg_2", "y/MatMul"]
 
 
 def test_an_inserted_node_stands_before_its_reader_and_declares_what_it_makes(model: ir.Model) -> None:

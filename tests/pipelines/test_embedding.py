@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ def stored_name(node: ir.Node, place: int) -> str | None:
     return None if source is None else source.name
 
 
+def test_the_cpus_narrow_scales_of_a_shared_table_reach_both_readers(
+    tied_model: Path, tmp_path: Path, commands: Commands
+) -> None:
+    quantize(commands, tied_model, tmp_path / "one", "--target", "cpu")
+    lookup, head = readers(tmp_path / "one")
+    assert stored_name(lookup, 2) == stored_name(head, 2)
+    assert distance(_logits(tmp_path / "one", TOKENS), _logits(tied_model, TOKENS)) < 0.4
+
+
 @pytest.mark.parametrize(
     ("model", "options", "extra"),
     [
@@ -130,6 +140,25 @@ def test_a_tied_table_is_stored_once_and_both_read_it(
     arguments = ["--onnx_path", source, "--weights_path", tmp_path / "one.weights", "--output_path", again]
     assert commands.export(*arguments)[0] == 0
     assert (again / "model.onnx.data").read_bytes() == (one / "model.onnx.data").read_bytes()
+
+
+def test_a_budget_chooses_the_format_of_a_shared_table(tied_model: Path, tmp_path: Path, commands: Commands) -> None:
+    text = ["--dataset", "offline", "--calib_size", 8, "--seq_len", 64, "--cache_dir", tmp_path / "cache"]
+    found = {}
+    for budget in (4.5, 8.5):
+        output = tmp_path / f"at{budget}"
+        arguments = ["--onnx_path", tied_model, "--output_path", output, "--algo", "awq_clip", "--verify", "quick"]
+        code, printed = commands.quantize(*arguments, *text, "--target_bpw", budget)
+        assert code == 0, printed
+        lookup, head = readers(output)
+        assert stored_name(lookup, 0) == stored_name(head, 1)
+        assert stored_name(lookup, 2) == stored_name(head, 2)
+        found[budget] = lookup.attributes["bits"].as_int()
+    assert found == {4.5: 4, 8.5: 8}
+    kept = json.loads((tmp_path / "cache" / "forecast.json").read_text(encoding="utf-8"))["losses"]
+    lookups = kept["lookups of lm_head.MatMul.weight in nats"]
+    # INT8 is as good as exact, INT4 is not.
+    assert lookups["4b32"] > 20 * lookups["8b64"] > 0
 
 
 def test_a_tied_head_that_stays_keeps_the_original(tied_model: Path, tmp_path: Path, commands: Commands) -> None:

@@ -1,9 +1,10 @@
 """Solve the multiple-choice knapsack problem: choose one candidate a site, for the smallest loss in a budget of bytes.
 
-Layers repeat, so costs share a large divisor and a table over all budgets is small: dynamic programming then finds the
-optimum. Where the table would be too large (thousands of experts) the lower convex hull of every site is climbed step
-by step, the best loss per byte first: optimal for each sum that a step ends at, and in between no worse than the
-optimum by more than one step's gain (Sinha and Zoltners 1979).
+Dynamic programming over a table of budgets finds the optimum. Layers repeat, so that costs share a divisor; where it is
+small, costs are rounded up to a larger unit, which may leave a thousandth of the range unspent. Where it would be more
+(thousands of experts) the lower convex hull of every site is climbed step by step, the best loss per byte first:
+optimal for each sum that a step ends at, and in between no worse than the optimum by more than one step's gain (Sinha
+and Zoltners 1979).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from jaxtyping import Float64, UInt8
 
 _LARGEST_TABLE = 100_000_000
 """Entries, one byte each."""
+_UNSPENT = 1e-3
+"""The largest part of the range of costs that rounding them up may leave unspent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +55,17 @@ def allocate(candidates: Candidates, budget: int, largest_table: int = _LARGEST_
         budget: bytes of all sites together, ``smallest_cost(candidates)`` or more.
         largest_table: entries of the table, beyond which the optimum is approached, not reached.
     """
-    spare = min(budget, largest_cost(candidates)) - smallest_cost(candidates)
+    least, most = smallest_cost(candidates), largest_cost(candidates)
+    spare = min(budget, most) - least
     assert spare >= 0, "the caller has compared the budget with smallest_cost"
     fronts = {site: pareto_front(choices) for site, choices in candidates.items()}
+    if spare == most - least:
+        return Allocation(chosen={site: front[-1] for site, front in fronts.items()})
     extras = [step.cost - front[0].cost for front in fronts.values() for step in front[1:]]
-    unit = math.gcd(*extras) or 1
-    if len(fronts) * (spare // unit + 1) <= largest_table:
+    exact = math.gcd(*extras) or 1
+    # Of the whole range, not of the budget: else a larger budget could have a coarser unit and so a larger loss.
+    unit = max(exact, -(-len(fronts) * (most - least) // largest_table))
+    if unit == exact or len(fronts) * unit <= _UNSPENT * (most - least):
         return Allocation(chosen=_by_table(fronts, spare // unit, unit))
     return Allocation(chosen=_by_hull(fronts, spare))
 
@@ -92,8 +100,13 @@ def _by_table(fronts: Mapping[str, list[Candidate]], bins: int, unit: int) -> di
     left = bins
     for (site, front), pick in reversed(list(zip(fronts.items(), picks, strict=True))):
         chosen[site] = front[pick[left]]
-        left -= (chosen[site].cost - front[0].cost) // unit
+        left -= _units(chosen[site], front, unit)
     return {site: chosen[site] for site in fronts}
+
+
+def _units(candidate: Candidate, front: list[Candidate], unit: int) -> int:
+    """Return what a candidate costs beyond the cheapest, in whole units."""
+    return -(-(candidate.cost - front[0].cost) // unit)
 
 
 def _add_site(
@@ -103,7 +116,7 @@ def _add_site(
     totals = best + front[0].loss
     picks = np.zeros(len(best), np.uint8)
     for index, candidate in enumerate(front[1:], start=1):
-        shift = (candidate.cost - front[0].cost) // unit
+        shift = _units(candidate, front, unit)
         if shift >= len(best):
             break
         with_it = best[: len(best) - shift] + candidate.loss

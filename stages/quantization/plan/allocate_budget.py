@@ -14,7 +14,9 @@ from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_plan
+from stages.quantization.plan.embeddings import following_heads
 from stages.quantization.plan.forecast import Forecasts, forecast_site, read_forecasts, write_forecasts
+from stages.quantization.plan.lookups import LookupForecast
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.plan.rules import QuantPlan
@@ -72,15 +74,43 @@ def allocate_budget(
             name: {label: factors.get(name, 0.0) * loss for label, loss in of_site.items()}
             for name, of_site in losses.items()
         }
+    in_nats = undecided.sensitivity == "measured" or cache.manifest.key.token_weights == "end loss"
+    losses = _with_lookups(losses, plan, undecided, model, directory, cache, in_nats=in_nats)
     allocation = best_allocation(undecided.candidates, undecided.budget, losses)
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
     decided = _decided(plan, undecided, groups, labels)
-    in_nats = undecided.sensitivity == "measured" or cache.manifest.key.token_weights == "end loss"
     summary = _summary(undecided, decided.sites, allocation.loss, in_nats=in_nats)
     candidates = {each.site.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
     decided = replace(decided, sites=plan.experts.joined(decided.sites))
     return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
+
+
+def _with_lookups(
+    losses: Forecasts,
+    plan: ModelPlan,
+    undecided: OpenPlan,
+    model: ir.Model,
+    directory: ModelDirectory,
+    cache: CalibrationCache,
+    *,
+    in_nats: bool,
+) -> Forecasts:
+    """Add what the lookups lose to the losses of an lm_head whose table they read; forecasts are kept as others are."""
+    rule, specs = undecided.scale_range, _specs(undecided.candidates)
+    known = read_forecasts(cache.folder, rule)
+    added = dict(losses)
+    for table in plan.embeddings:
+        head = table.shared_with
+        if head is None or len(specs[head]) < 2:
+            continue
+        kept = f"lookups of {table.table.weight} in {'nats' if in_nats else 'relative errors'}"
+        if not set(specs[head]) <= set(known.get(kept, {})):
+            forecast = LookupForecast(model=model, directory=directory, windows=cache.read_tokens()[0], rule=rule)
+            known[kept] = forecast.losses(table.table, specs[head], in_nats=in_nats)
+            write_forecasts(cache.folder, rule, known)
+        added[head] = {label: loss + known[kept][label] for label, loss in losses[head].items()}
+    return added
 
 
 def needs_weights(groups: Sequence[ActivationGroup], undecided: OpenPlan, cache: CalibrationCache) -> bool:
@@ -169,7 +199,12 @@ def _decided(
 ) -> ModelPlan:
     sites = chosen_plan(groups, undecided.candidates, labels, f"{undecided.option} spends its bytes elsewhere")
     no_sites = tuple(entry for entry in plan.sites.skipped if entry[0] not in labels)
-    return replace(plan, sites=replace(sites, skipped=(*sites.skipped, *no_sites)), left_open=None)
+    return replace(
+        plan,
+        sites=replace(sites, skipped=(*sites.skipped, *no_sites)),
+        embeddings=following_heads(plan.embeddings, sites.specs),
+        left_open=None,
+    )
 
 
 def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: bool) -> str:

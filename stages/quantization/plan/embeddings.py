@@ -8,7 +8,7 @@ and GatherBlockQuantized read it; so blocks must divide a row, and no input scal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import onnx_ir as ir
@@ -16,7 +16,7 @@ import onnx_ir as ir
 from stages.commands.quantize_options import ShareEmbedding
 from stages.errors import OptionError
 from stages.model.weights import find_tied_site
-from stages.quantization.targets.formats import Explanation
+from stages.quantization.targets.formats import Explanation, OpenFormats
 from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, QuantSpec, WeightForm
 from stages.records.sites import BlockAxis, GatherForm, MatMulSite
 
@@ -77,6 +77,8 @@ class SharedTables:
     """By the name of the lm_head site."""
     heads: Mapping[str, str]
     """Name of the site by the table's initializer."""
+    open: Mapping[str, tuple[QuantSpec, ...]] = field(default_factory=dict)
+    """Formats that a budget chooses from, the smallest first, by the name of the lm_head site."""
     explanations: tuple[Explanation, ...] = ()
     """One for each table that is one weight with lm_head in the base."""
 
@@ -88,15 +90,24 @@ class SharedTables:
         head = self.heads.get(plan.table.weight)
         if head is None:
             return plan
-        spec = self.specs[head]
-        return replace(
-            plan,
-            bits=spec.bits,
-            symmetric=spec.symmetric,
-            block_size=spec.block_size(plan.table.hidden),
-            scale_range="full",
-            shared_with=head,
-        )
+        return _as_head(replace(plan, shared_with=head), self.specs[head])
+
+
+def following_heads(plans: Sequence[EmbeddingPlan], specs: Mapping[str, QuantSpec]) -> tuple[EmbeddingPlan, ...]:
+    """Return ``plans`` in which shared tables have the formats that ``specs`` give their lm_heads."""
+    return tuple(plan if plan.shared_with is None else _as_head(plan, specs[plan.shared_with]) for plan in plans)
+
+
+def _as_head(plan: EmbeddingPlan, spec: QuantSpec) -> EmbeddingPlan:
+    """Return a shared table's plan with the format of its lm_head."""
+    return replace(
+        plan,
+        bits=spec.bits,
+        symmetric=spec.symmetric,
+        block_size=spec.block_size(plan.table.hidden),
+        scale_range="full",
+        scale_dtype=spec.scale_dtype,
+    )
 
 
 NOTHING_SHARED = SharedTables(specs={}, heads={})
@@ -112,9 +123,13 @@ class Sharing:
     """Whether INT4 has no zero points."""
     eight_bit_symmetric: bool
     head_bits: Literal[4, 8] | None
-    """What lm_head would have alone; None: nobody said."""
+    """What was asked for lm_head; None: nothing."""
     table_bits: Literal[4, 8] | None = None
     """What was asked for the embedding; None: nothing."""
+    four_bit: PerBlock
+    """Blocks of an INT4 table that the embedding alone would not have."""
+    open: OpenFormats | None = None
+    """What a budget may choose from; None: there is none, or it was asked for a format."""
     skipped: Mapping[str, str]
     """(site, why) for sites that stay as they are."""
     given: Mapping[str, QuantSpec]
@@ -140,6 +155,7 @@ def share_tables(
     if wanted.option == "off":
         return NOTHING_SHARED
     specs, heads, explained = dict[str, QuantSpec](), dict[str, str](), list[Explanation]()
+    opened = dict[str, tuple[QuantSpec, ...]]()
     for plan in plans:
         head = find_tied_site(model, plan.table, sites)
         found = _shared_spec(plan, head, wanted)
@@ -149,16 +165,33 @@ def share_tables(
             continue
         if not isinstance(found, str):
             specs[head.name], heads[plan.table.weight] = found, head.name
-        explained.append(_explanation(found))
+            if wanted.open is not None and not wanted.head_bits and not wanted.table_bits:
+                opened[head.name] = _open_specs(found, plan.table.hidden, wanted.open)
+        explained.append(_explanation(found, is_open=bool(opened)))
     if wanted.option == "on" and not plans:
         raise OptionError("--share_embedding on: no embedding is quantized; add --embedding 8.")
-    return SharedTables(specs=specs, heads=heads, explanations=tuple(explained))
+    return SharedTables(specs=specs, heads=heads, open=opened, explanations=tuple(explained))
 
 
-def _explanation(found: QuantSpec | str) -> Explanation:
+def _open_specs(found: QuantSpec, hidden: int, formats: OpenFormats) -> tuple[QuantSpec, ...]:
+    """Return INT4 in every block that divides a row, and what the table has without a budget."""
+    return (
+        *(
+            replace(found, bits=4, symmetric=not zero_point, granularity=blocks)
+            for blocks in formats.four_bit
+            for zero_point in formats.zero_points
+            if hidden % blocks.block_size == 0
+        ),
+        found,
+    )
+
+
+def _explanation(found: QuantSpec | str, *, is_open: bool) -> Explanation:
     if isinstance(found, str):
         return Explanation(option="--share_embedding", chosen="no", why=found)
     tied = "embedding and lm_head are one weight in the base, and one table of codes serves both"
+    if is_open:
+        return Explanation(option="--share_embedding", chosen="yes", why=f"{tied}; the budget chooses its format")
     return Explanation(option="--share_embedding", chosen=f"yes, {found.label}", why=tied)
 
 
@@ -179,14 +212,16 @@ def _shared_spec(plan: EmbeddingPlan, head: MatMulSite | None, wanted: Sharing) 
         if wanted.table_bits not in (None, given.bits):
             return f"lm_head is INT{given.bits} and the embedding INT{wanted.table_bits} (--plan, --embedding)"
         return given if _divides(given, plan) else f"blocks of {given.label} don't divide rows of {plan.table.hidden}"
-    if wanted.head_bits not in (None, plan.bits):
-        return f"lm_head is INT{wanted.head_bits} and the embedding INT{plan.bits} (--lm_head, --embedding)"
-    size = next((size for size in _BLOCKS if size <= plan.block_size and plan.table.hidden % size == 0), None)
+    if wanted.head_bits and wanted.table_bits and wanted.head_bits != wanted.table_bits:
+        return f"lm_head is INT{wanted.head_bits} and the embedding INT{wanted.table_bits} (--lm_head, --embedding)"
+    bits = wanted.table_bits or wanted.head_bits or plan.bits
+    largest = wanted.four_bit.block_size if bits < plan.bits else plan.block_size
+    size = next((size for size in _BLOCKS if size <= largest and plan.table.hidden % size == 0), None)
     if size is None:
         return f"no block size divides rows of {plan.table.hidden} numbers"
     granularity = PerBlock(block_size=size)
-    symmetric = wanted.eight_bit_symmetric if plan.bits == 8 else wanted.symmetric
-    return QuantSpec(bits=plan.bits, symmetric=symmetric, granularity=granularity, scale_dtype=plan.spec.scale_dtype)
+    symmetric = wanted.eight_bit_symmetric if bits == 8 else wanted.symmetric
+    return QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, scale_dtype=plan.spec.scale_dtype)
 
 
 def _divides(spec: QuantSpec, plan: EmbeddingPlan) -> bool:

@@ -35,6 +35,7 @@ from stages.quantization.plan.embeddings import (
     SharedTables,
     Sharing,
     TableFormat,
+    following_heads,
     plan_embeddings,
     require_tables,
     share_tables,
@@ -42,7 +43,15 @@ from stages.quantization.plan.embeddings import (
 from stages.quantization.plan.experts import ExpertPlan, plan_experts
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
-from stages.quantization.plan.rules import QuantPlan, all_sites, excludes_lm_head, make_plan, named_sites, plan_of
+from stages.quantization.plan.rules import (
+    QuantPlan,
+    all_sites,
+    excludes_lm_head,
+    make_plan,
+    named_sites,
+    names_lm_head,
+    plan_of,
+)
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.quantization.targets.choose import BaseTarget, choose_formats, open_formats, target_of_base
@@ -128,17 +137,21 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     every_site = [*all_sites(groups), *of_experts]
     chooser = _Chooser(target=decided.target, requested=_requested(config, every_site), facts=facts)
     candidates: tuple[SiteCandidates, ...] = ()
+    formats = chooser.open() if config.has_budget else None
     if config.plan is not None:
         choice, sites = _given_plan(config, groups, chooser)
-    elif config.has_budget:
-        choice, candidates = _open_choice(config, groups, chooser, of_experts)
+    elif formats is not None:
+        choice, candidates = _open_choice(config, groups, chooser, formats, of_experts)
         sites = _smallest(groups, candidates)
     else:
         choice = chooser.choose()
         sites = make_plan(groups, config, choice, of_experts)
     experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice))
     alone = _embedding_plans(config, choice, tables)
-    shared = share_tables(model, alone, all_sites(groups), _sharing(config, decided.target, choice, sites))
+    wanted = _sharing(config, decided.target, choice, sites)
+    if formats is not None and config.gather_block_size is None:
+        wanted = replace(wanted, open=formats)
+    shared = share_tables(model, alone, all_sites(groups), wanted)
     embeddings = shared.joined(alone)
     left_open: OpenPlan | None = None
     if candidates:
@@ -147,6 +160,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
             config, choice, candidates, output_size(directory, model, choice.form, embeddings, experts)
         )
         sites = _smallest(groups, candidates)
+        embeddings = following_heads(embeddings, sites.specs)
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
     sites = experts.joined(sites)
@@ -168,10 +182,13 @@ def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandida
 
 
 def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
-    """Return the only format of an lm_head that an embedding shares: a budget weighs what the head does, not both."""
+    """Return the formats of an lm_head that an embedding shares."""
     spec = shared.specs.get(candidates.site.name)
     if spec is None:
         return candidates
+    opened = shared.open.get(candidates.site.name)
+    if opened:
+        return replace(candidates, formats={each.label: each for each in opened})
     return replace(candidates, formats={spec.label: spec}, fixed_because="the embedding reads it too (--embedding)")
 
 
@@ -181,7 +198,8 @@ def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice
         form=choice.form,
         symmetric=choice.symmetric,
         eight_bit_symmetric=not config.use_zero_point if config.has_budget else choice.symmetric,
-        head_bits=_BITS.get(choice.lm_head or ""),
+        head_bits=8 if names_lm_head(all_sites(sites.groups), config) else _BITS.get(config.lm_head or ""),
+        four_bit=choice.four_bit,
         table_bits=_BITS.get(config.requested_embedding or ""),
         skipped=dict(sites.skipped),
         given=sites.specs if config.plan is not None else {},
@@ -362,10 +380,13 @@ def _commonest(specs: tuple[QuantSpec, ...], bits: int) -> list[tuple[Granularit
 
 
 def _open_choice(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser, of_experts: Sequence[MatMulSite]
+    config: QuantizeConfig,
+    groups: tuple[ActivationGroup, ...],
+    chooser: _Chooser,
+    formats: OpenFormats,
+    of_experts: Sequence[MatMulSite],
 ) -> tuple[FormatChoice, tuple[SiteCandidates, ...]]:
     """Return the target's choice for what a budget doesn't decide, and the candidates for what it does."""
-    formats = chooser.open()
     named = chooser.requested.named_eight_bit or formats.eight_bit is not None
     choice = replace(chooser, requested=replace(chooser.requested, named_eight_bit=named)).choose()
     explained = tuple(_explained_as_open(line, formats) for line in choice.explanations)

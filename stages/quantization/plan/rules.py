@@ -122,6 +122,12 @@ def excludes_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> boo
     return any(site.is_lm_head and site.name in excluded for site in sites)
 
 
+def names_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> bool:
+    """Return whether ``layers_8bit`` was given and matches lm_head."""
+    named = _matches(sites, config.layers_8bit, "--layers_8bit")
+    return any(site.is_lm_head and site.name in named for site in sites)
+
+
 def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, ...]:
     """Return the qkv (or v) and down projections that ``rule`` stores as INT8, counted by kind in layer order.
 

@@ -87,7 +87,7 @@ class SensitivityMeasure:
         self, groups: Sequence[ActivationGroup], done: Mapping[str, GroupSensitivity], label: str
     ) -> dict[str, GroupSensitivity]:
         sites = [site for group in groups for site in group.sites]
-        windows = _windows(self.cache.read_tokens()[0])
+        windows = few_windows(self.cache.read_tokens()[0])
         measured = dict(done)
         with open_trials(self.model, self.directory, sites, choose_providers("cuda,cpu")) as trials:
             started = time.perf_counter()
@@ -162,7 +162,7 @@ class _Measured:
 _FILES = TypeAdapter(_Measured)
 
 
-def _windows(tokens: np.ndarray) -> np.ndarray:
+def few_windows(tokens: np.ndarray) -> np.ndarray:
     """Return the beginnings of a few windows, spread over the calibration text."""
     chosen = np.linspace(0, len(tokens) - 1, min(_WINDOWS, len(tokens))).astype(int)
     return tokens[chosen, :_LENGTH]

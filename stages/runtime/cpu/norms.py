@@ -6,10 +6,9 @@ onnxruntime-genai's builder writes it for both. On the CPU the norms stand befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import onnx_ir as ir
 
+from stages.runtime.cpu.insert import insert_before, integers
 from stages.runtime.providers import CUDA
 
 NORMS_REASON = "with the norms of q and k as nodes of their own: the CPU's attention can't compute them"
@@ -60,8 +59,8 @@ def _take_norms_out(node: ir.Node) -> None:
 def _unpack(node: ir.Node, gain: ir.Value) -> None:
     """Split the packed input of ``node``, whose heads are as long as ``gain``, into q, k and v."""
     heads, kv_heads = (node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int())
-    widths = _integers(node, "widths", [count * _length(gain) for count in (heads, kv_heads, kv_heads)])
-    parts = _insert(node, "Split", [node.inputs[_QUERY], widths], {"axis": -1}, outputs=3)
+    widths = integers(node, "widths", [count * _length(gain) for count in (heads, kv_heads, kv_heads)])
+    parts = insert_before(node, "Split", [node.inputs[_QUERY], widths], {"axis": -1}, outputs=3)
     for index, part in enumerate(parts):
         node.replace_input_with(index, part)
 
@@ -69,46 +68,14 @@ def _unpack(node: ir.Node, gain: ir.Value) -> None:
 def _normalize(node: ir.Node, part: int, gain: ir.Value) -> None:
     """Split an input of ``node`` [batch, length, heads * size] into heads, normalize each, and join them again."""
     attributes = {"axis": -1, "epsilon": node.attributes.get_float(_EPSILON, _DEFAULT_EPSILON), "stash_type": 1}
-    apart = _integers(node, f"apart_{part}", [0, 0, -1, _length(gain)])
-    joined = _integers(node, f"joined_{part}", [0, 0, -1])
-    (heads,) = _insert(node, "Reshape", [node.inputs[part], apart], {}, name=f"heads_{part}")
-    (normed,) = _insert(node, "SimplifiedLayerNormalization", [heads, gain], attributes, name=f"normed_{part}")
-    (whole,) = _insert(node, "Reshape", [normed, joined], {}, name=f"whole_{part}")
+    apart = integers(node, f"apart_{part}", [0, 0, -1, _length(gain)])
+    joined = integers(node, f"joined_{part}", [0, 0, -1])
+    (heads,) = insert_before(node, "Reshape", [node.inputs[part], apart], {}, name=f"heads_{part}")
+    (normed,) = insert_before(node, "SimplifiedLayerNormalization", [heads, gain], attributes, name=f"normed_{part}")
+    (whole,) = insert_before(node, "Reshape", [normed, joined], {}, name=f"whole_{part}")
     node.replace_input_with(part, whole)
 
 
 def _length(gain: ir.Value) -> int:
     assert gain.shape is not None, "an initializer has a shape"
     return int(gain.shape.numpy()[0])
-
-
-def _integers(node: ir.Node, name: str, values: list[int]) -> ir.Value:
-    return _insert(node, "Constant", [], {"value_ints": values}, name=name)[0]
-
-
-def _insert(
-    node: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, int | float | list[int]],
-    *,
-    name: str = "",
-    outputs: int = 1,
-) -> Sequence[ir.Value]:
-    """Insert a node before ``node`` and return its outputs.
-
-    Args:
-        node: gives the new names their beginning.
-        op_type: the new node's operator.
-        inputs: what it reads.
-        attributes: all that it has.
-        name: the end of its name and of its outputs'; the operator where there is none.
-        outputs: how many it has.
-    """
-    label = f"{node.outputs[0].name}/{name or op_type}"
-    made = ir.node(op_type, inputs, attributes=dict(attributes), num_outputs=outputs, name=label)
-    for index, value in enumerate(made.outputs):
-        value.name = f"{label}/output_{index}"
-    assert node.graph is not None
-    node.graph.insert_before(node, made)
-    return made.outputs

@@ -1,4 +1,7 @@
-"""Make a graph run where the CPU is the only provider, and open it: norms written out, bfloat16 as float32."""
+"""Make a graph run where the CPU is the only provider, and open it.
+
+Norms are written out, bfloat16 becomes float32, and block-sparse attention a bias.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import onnxruntime as ort
 
 from stages.model.load import place_weights, weights_folder
 from stages.runtime.cpu.norms import must_write_out_norms, write_out_norms
+from stages.runtime.cpu.sparse_attention import has_sparse_attention, write_out_sparse_attention
 from stages.runtime.cpu.upcast import must_upcast, upcast_file, upcast_model
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import SessionSettings, open_session
@@ -30,6 +34,8 @@ def runnable_graph(model: ir.Model, providers: tuple[str, ...], scratch: Path | 
     """
     if must_write_out_norms(model, providers):
         model = write_out_norms(model)
+    if has_sparse_attention(model):
+        model = write_out_sparse_attention(model)
     if must_upcast(model, providers):
         with upcast_file(model, scratch) as path:
             yield path
@@ -46,7 +52,8 @@ def open_file(onnx_file: Path, settings: SessionSettings, scratch: Path | None) 
     """
     model = ir.load(onnx_file)
     place_weights(model, onnx_file)
-    rewritten = must_write_out_norms(model, settings.providers) or must_upcast(model, settings.providers)
+    changes = (must_write_out_norms(model, settings.providers), must_upcast(model, settings.providers))
+    rewritten = any(changes) or has_sparse_attention(model)
     with runnable_graph(model, settings.providers, scratch) if rewritten else nullcontext(onnx_file) as source:
         folder = weights_folder(model, onnx_file) if isinstance(source, bytes) else None
         yield open_session(source, replace(settings, external_data_folder=folder))

@@ -37,10 +37,10 @@ def test_a_row_for_each_architecture_with_a_cell_for_each_build() -> None:
 
 def test_equal_reasons_share_a_note_whatever_layer_they_name() -> None:
     other = replace(STOPPED, build="cuda", reason="KeyError: 'model.layers.0.x'")
-    third = replace(STOPPED, build="dml", stopped_at="calibrate", reason="The base model stops.")
+    third = replace(STOPPED, build="dml", stopped_at="quantize", reason="The base model stops.")
     assert [row[3:6] for row in rows(STOPPED, other, third)][-1] == ["stops [1]", "stops [1]", "stops [2]"]
     assert notes(STOPPED, other, third)[1] == (
-        "2. calibration stops; nor does onnxruntime-genai generate with the float model: The base model stops."
+        "2. quantization stops; nor does onnxruntime-genai generate with the float model: The base model stops."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -55,6 +56,14 @@ def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:
     flat = torch.zeros(10, 50)
     result = summarize([score_window(flat, flat, torch.arange(10))])
     assert result.perplexity == pytest.approx(50, rel=1e-12)
+
+
+def test_a_token_that_a_model_never_says_costs_a_number() -> None:
+    never = torch.zeros(10, 50)
+    never[:, 3] = torch.finfo(torch.float32).min
+    result = summarize([score_window(never, never, torch.full((10,), 3))])
+    assert result.perplexity == pytest.approx(math.exp(700))
+    assert result.mean_divergence == 0
 
 
 # 40 predictions fill 20 bins of two; 33 fill 17, of which the last has one; 5 are 5 bins.

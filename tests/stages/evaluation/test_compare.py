@@ -78,6 +78,15 @@ def test_another_vocabulary_is_refused(config: EvaluateConfig, tmp_path: Path) -
         prepare(replace(config, model=(other,)))
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage" * 10], ids=["empty", "damaged"])
+def test_a_file_that_is_no_model_is_named(config: EvaluateConfig, tmp_path: Path, content: bytes) -> None:
+    other = shutil.copytree(config.base, tmp_path / "other")
+    (other / "model.onnx").write_bytes(content)
+    for changed in (replace(config, model=(other,)), replace(config, base=other)):
+        with pytest.raises(UserError, match=r"other/model\.onnx is not a readable ONNX model"):
+            prepare(changed)
+
+
 def test_logits_that_olive_renamed_are_found(config: EvaluateConfig, tmp_path: Path) -> None:
     """Olive 0.13's OnnxBlockWiseRtnQuantization adds _Q4 to the names of what its operators make."""
     renamed = shutil.copytree(config.base, tmp_path / "renamed")

@@ -52,6 +52,26 @@ def test_the_table_finds_the_optimum(seed: int, unit: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_costs_without_a_divisor_leave_a_thousandth_unspent_at_most(seed: int) -> None:
+    draw = random.Random(seed)
+    candidates = {
+        site: [
+            Candidate(key=each.key, cost=10_000 * each.cost + draw.randint(0, 9), loss=each.loss) for each in choices
+        ]
+        for site, choices in _random_candidates(seed).items()
+    }
+    low, high = smallest_cost(candidates), largest_cost(candidates)
+    # Six sites, and units of a little less than a six-thousandth of the range.
+    table, unspent = 6 * 6500, (high - low) // 1000
+    for budget in range(low + unspent, high + 1, max((high - low) // 7, 1)):
+        found = allocate(candidates, budget, largest_table=table)
+        assert _cost(found) <= budget
+        best, with_less = (smallest_loss(_pairs(candidates), each) for each in (budget, budget - unspent))
+        assert best - 1e-12 <= found.loss <= with_less + 1e-12
+    assert _cost(allocate(candidates, high, largest_table=table)) == high
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_the_hull_is_no_further_from_the_optimum_than_one_step(seed: int) -> None:
     candidates = _random_candidates(seed)
     low, high = smallest_cost(candidates), largest_cost(candidates)

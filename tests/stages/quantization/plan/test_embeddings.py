@@ -20,6 +20,7 @@ from stages.quantization.plan.embeddings import (
     require_tables,
     share_tables,
 )
+from stages.quantization.targets.formats import OpenFormats
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
 from tests.support.graphs import TinyGraph
 
@@ -29,6 +30,7 @@ WANTED = Sharing(
     symmetric=True,
     eight_bit_symmetric=True,
     head_bits=None,
+    four_bit=PerBlock(block_size=32),
     skipped={},
     given={},
 )
@@ -75,7 +77,7 @@ def test_both_get_the_tables_format_in_the_largest_blocks_that_divide_a_row(
         ({"form": WeightForm.DQ_COLUMN_MAJOR}, {}, "in the form dq_column_major are not"),
         ({}, {"form": "dq"}, "only GatherBlockQuantized over blocks of one token"),
         ({}, {"axis": 0, "bits": 4}, "only GatherBlockQuantized over blocks of one token"),
-        ({"head_bits": 4}, {}, r"lm_head is INT4 and the embedding INT8 \(--lm_head, --embedding\)"),
+        ({"head_bits": 4, "table_bits": 8}, {}, r"lm_head is INT4 and the embedding INT8 \(--lm_head, --embedding\)"),
         ({"given": {"logits/MatMul": PerChannel()}}, {}, "blocks of 8ch don't divide rows of 96"),
         ({"given": {"logits/MatMul": PerBlock(block_size=64)}}, {}, "blocks of 8b64 don't divide rows of 96"),
         (
@@ -100,6 +102,26 @@ def test_a_tied_table_that_stays_apart_says_why(
     assert (line.option, line.chosen) == ("--share_embedding", "no")
     with pytest.raises(OptionError, match=f"--share_embedding on: .*{words}"):
         share(model, replace(asked, option="on"), form)
+
+
+@pytest.mark.parametrize("asked", ["head_bits", "table_bits"])
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, 128)])
+def test_what_is_asked_for_one_is_both_ones(asked: str, bits: int, size: int) -> None:
+    (spec,) = share(tied_model(128), replace(WANTED, **{asked: bits})).specs.values()
+    assert (spec.bits, spec.granularity) == (bits, PerBlock(block_size=size))
+
+
+def test_a_budget_has_every_block_that_divides_a_row_to_choose_from() -> None:
+    blocks = tuple(PerBlock(block_size=size) for size in (128, 64, 32))
+    formats = OpenFormats(four_bit=blocks, zero_points=(False, True), eight_bit=PerBlock(block_size=128))
+    wanted = replace(WANTED, open=formats)
+    shared = share(tied_model(192), wanted)
+    labels = ["4b64", "4b64z", "4b32", "4b32z", "8b64"]
+    assert [spec.label for spec in shared.open["logits/MatMul"]] == labels
+    assert shared.specs["logits/MatMul"].label == "8b64"
+    (line,) = shared.explanations
+    assert (line.chosen, "the budget chooses" in line.why) == ("yes", True)
+    assert not share(tied_model(192), replace(wanted, table_bits=4)).open
 
 
 def test_a_row_that_no_block_divides_stays_apart() -> None:
