@@ -19,7 +19,7 @@ from stages.inspect.runtimes import SCALES, FusedOn, RuntimeAnswer, fused_on, ru
 from stages.model.directory import DECODER, ModelDirectory
 from stages.model.genai_config import read_genai_config
 from stages.model.load import parse_graph, producer_of
-from stages.model.sites import find_groups
+from stages.model.sites import find_expert_layers, find_groups
 from stages.quantization.targets.choose import target_of_base
 from stages.quantization.targets.formats import ModelFacts
 
@@ -130,6 +130,8 @@ class OpenSites:
     activations: int
     weights: int
     """Numbers in all of them."""
+    experts: int = 0
+    """Matrices of experts in MoE nodes, whose numbers count too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +217,10 @@ def _open_sites(model: ir.Model) -> OpenSites | None:
     except GraphError:
         return None
     sites = [site for group in groups for site in group.sites]
+    experts = [site for layer in find_expert_layers(model) for site in layer.sites]
     return OpenSites(
         matmuls=len(sites),
         activations=len(groups),
-        weights=sum(site.in_features * site.out_features for site in sites),
+        weights=sum(site.in_features * site.out_features for site in (*sites, *experts)),
+        experts=len(experts),
     )

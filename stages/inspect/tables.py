@@ -159,6 +159,7 @@ def _model_facts(report: ModelReport, only: Runtime | None) -> Iterator[tuple[st
         yield (
             "not quantized",
             f"{counted(open_sites.matmuls, 'MatMul')} on {counted(open_sites.activations, 'activation')}, "
+            f"{f'{open_sites.experts} matrices of experts, ' if open_sites.experts else ''}"
             f"{_megabytes(open_sites.weights)} million weights, could be: stages.quantize --dry_run says how",
         )
     yield from _fusion(report)

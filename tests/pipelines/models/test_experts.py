@@ -175,7 +175,7 @@ def test_calibrated_experts_lose_half_of_what_rounded_ones_lose(
     reports = [json.loads(line) for line in (tmp_path / "awq_gptq.weights" / "report.jsonl").read_text().splitlines()]
     seen = [report["tokens"] for report in reports if "/experts." in report["site"]]
     assert len(seen) == 2 * 2 * 8
-    assert sum(seen) == 2 * 2 * 2 * 21 * 128, "each of 21 windows' tokens goes to two experts in each of two layers"
+    assert sum(seen) == 2 * 2 * 2 * 22 * 128, "each of 22 windows' tokens goes to two experts in each of two layers"
     assert max(seen) > 5 * min(seen)
 
 
