@@ -146,7 +146,8 @@ class _FormatOptions:
     given."""
     target_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
     """Bytes to spend: the model (.onnx file and external data, embeddings included) takes at most 1.1GB, 900MB or
-    850MiB. Formats are chosen as for target_bpw."""
+    850MiB. Formats are chosen as for target_bpw. Default: none; on the CPU, where no option names a format, as many
+    bytes as the target's formats take for all sites."""
     sensitivity: Sensitivity | None = None
     """How target_bpw and target_size judge what a site's error does to the answers. cache (default): from the
     statistics only. measured: the model runs once for each group of sites with that group quantized, on a few

@@ -24,7 +24,7 @@ from stages.quantization.plan.allocate_budget import (
 )
 from stages.quantization.plan.budget import SizeBudget
 from stages.quantization.plan.forecast import read_forecasts
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, plan_model
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, plan_model, with_own_budget
 from stages.quantization.plan.plan_file import KEEP, read_plan, write_plan
 from stages.quantization.plan.rules import all_sites
 from tests.reference.knapsack import smallest_loss
@@ -169,3 +169,57 @@ def test_a_head_that_a_budget_leaves_is_skipped_for_its_sake(
     plan = _plan(model, tiny_model, target_size="1GB")
     result = _allocated(plan, model, tiny_model, cache)
     assert dict(result.plan.sites.skipped)["/lm_head/MatMul"] == "--target_size 1GB spends its bytes elsewhere"
+
+
+def _own(model: ir.Model, folder: Path, cache: CalibrationCache | None, **options: object) -> QuantizeConfig:
+    config = QuantizeConfig(onnx_path=folder, output_path=folder / "out", **{"target": "cpu", **options})
+    return with_own_budget(config, model, locate_model(folder), cache)
+
+
+def test_who_names_no_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
+    model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    config = _own(model, tiny_model, cache)
+    plan = plan_model(config, model, locate_model(tiny_model))
+    undecided = _open(plan)
+    assert isinstance(undecided.budget, SizeBudget)
+    spent = _allocated(plan, model, tiny_model, cache).plan.sites.specs
+    uniform = plan_model(replace(config, target_size=None), model, locate_model(tiny_model)).sites.specs
+    sites = [each.site for each in undecided.candidates]
+    sizes = [undecided.size.total_bytes(sites, specs) for specs in (uniform, spent)]
+    assert sizes[1] <= undecided.budget.num_bytes
+    assert 0 <= undecided.budget.num_bytes - sizes[0] < 100_000
+    losses = read_forecasts(cache.folder, undecided.scale_range)
+    # A budget gives INT8 no zero points.
+    sums = [
+        sum(losses[name]["8b128" if spec.bits == 8 else spec.label] for name, spec in specs.items())
+        for specs in (uniform, spent)
+    ]
+    assert sums[1] < sums[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "cuda"},
+        {"target": "any"},
+        {"block_size": 32},
+        {"use_zero_point": True},
+        {"lm_head": "8"},
+        {"embedding": "4"},
+        {"accuracy_level": 1},
+        {"target_bpw": 5.0},
+        {"layers_8bit": "layers.0"},
+    ],
+)
+def test_who_names_a_format_or_another_runtime_gets_it(
+    options: dict[str, object], model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    assert _own(model, tiny_model, cache, **options).target_size is None
+
+
+def test_statistics_that_know_no_nats_spend_nothing(model: ir.Model, tiny_model: Path, cache: CalibrationCache) -> None:
+    key = replace(cache.manifest.key, token_weights="none")
+    alike = replace(cache, manifest=replace(cache.manifest, key=key))
+    assert _own(model, tiny_model, alike).target_size is None
+    assert _own(model, tiny_model, None).target_size is None
