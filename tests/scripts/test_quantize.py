@@ -625,7 +625,17 @@ def test_the_output_has_the_formats_of_the_replaced_tool_to_the_byte(
         assert code == 0, printed
         return Made(tmp_path / name, printed)
 
-    formats = ("--block_size", 128, "--no_use_zero_point", "--scale_range", "full", "--target", "cpu")
+    formats = (
+        "--block_size",
+        128,
+        "--no_use_zero_point",
+        "--scale_range",
+        "full",
+        "--target",
+        "cpu",
+        "--scale_type",
+        "base",
+    )
     mine, spelled_out = made("a"), made("b", *formats, "--lm_head", "none", "--embedding", "none")
     for name in ("model.onnx", "model.onnx.data", "genai_config.json"):
         assert (mine.folder / name).read_bytes() == (spelled_out.folder / name).read_bytes()
