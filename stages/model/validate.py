@@ -33,9 +33,8 @@ _FEWEST_INPUTS = MappingProxyType(
 def fault_of_proto(proto: onnx.ModelProto) -> str | None:
     """Return what parsing would hide, in words: a name that is given twice; None where there is none."""
     graph = proto.graph
-    named = {"input": graph.input, "output": graph.output, "initializer": graph.initializer, "node": graph.node}
-    for what, values in named.items():
-        twice = [name for name, count in Counter(value.name for value in values).items() if name and count > 1]
+    for what, values in (("input", graph.input), ("output", graph.output), ("initializer", graph.initializer)):
+        twice = [name for name, count in Counter(value.name for value in values).items() if count > 1]
         if twice:
             return f"it has the {what} '{twice[0]}' twice"
     return None

@@ -56,6 +56,7 @@ def test_the_record_is_flat_and_without_fingerprints() -> None:
     assert found == {
         "cache": "a [bold] folder",
         "bytes": 5_000_000,
+        "expert_rows": False,
         "source": "words",
         "calibration_windows": 9,
         "held_out_windows": 1,
