@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint, types, tests: what CI runs. --fast leaves out types and slow tests; what else is given goes to pytest.
+# Format, lint, types, tests: what CI runs. --fast leaves out types and slow tests, --all adds whole comparisons with
+# competitors; what else is given goes to pytest.
 # Makes its own .venv; later runs reuse it.
 set -euo pipefail
 extras=genai,dev
@@ -7,8 +8,13 @@ extras=genai,dev
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 fast=
+chosen="not comparison"
 if [ "${1:-}" = --fast ]; then
     fast=yes
+    chosen="not slow and not comparison"
+    shift
+elif [ "${1:-}" = --all ]; then
+    chosen=
     shift
 fi
 
@@ -27,7 +33,7 @@ say "tests"
 failed=0
 # The models are tiny: one thread for each of two workers is several times faster than two threads that wait for each other.
 # Long files come first (tests/conftest.py), so that both workers end at about the same time.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder ${fast:+-m "not slow"} "$@" || failed=$?
+OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder ${chosen:+-m "$chosen"} "$@" || failed=$?
 if [ -n "$types" ]; then
     say "types"
     wait "$types" || failed=$?

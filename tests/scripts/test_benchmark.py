@@ -48,6 +48,7 @@ def test_a_competitor_that_fails_says_why_and_nothing_is_compared() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.comparison
 def test_a_whole_run(
     tiny_model: Path,
     tiny_text: Path,
