@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint, types, tests: what CI runs. --fast leaves out types and slow tests, --all adds whole comparisons with
-# competitors; what else is given goes to pytest.
+# Format, lint, types, tests: what CI runs. --fast leaves out types and slow tests, --all adds thorough ones (whole
+# comparisons with competitors, further variants); what else is given goes to pytest.
 # Makes its own .venv; later runs reuse it.
 set -euo pipefail
 extras=genai,dev
@@ -8,10 +8,10 @@ extras=genai,dev
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 fast=
-chosen="not comparison"
+chosen="not thorough"
 if [ "${1:-}" = --fast ]; then
     fast=yes
-    chosen="not slow and not comparison"
+    chosen="not slow and not thorough"
     shift
 elif [ "${1:-}" = --all ]; then
     chosen=

@@ -198,6 +198,7 @@ def test_json_of_evaluate(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_json_of_sweep_and_of_its_folder(
     tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands, run: Callable[..., dict[str, object]]
 ) -> None:

@@ -117,7 +117,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         # 1 window held out and 11 to search with, two at a time: the last turn leaves a process without a batch.
         ("tiny_model_dml", ()),
-        ("tiny_model", ("--max_memory", "300kB")),
+        pytest.param("tiny_model", ("--max_memory", "300kB"), marks=pytest.mark.thorough),
     ],
     ids=["fp16", "in parts"],
 )

@@ -48,7 +48,7 @@ def test_a_competitor_that_fails_says_why_and_nothing_is_compared() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.comparison
+@pytest.mark.thorough
 def test_a_whole_run(
     tiny_model: Path,
     tiny_text: Path,

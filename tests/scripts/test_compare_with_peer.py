@@ -121,7 +121,7 @@ def test_modelopt_is_asked_for_its_own_sites_and_without_its_crash(tiny_model: P
 
 
 @pytest.mark.slow
-@pytest.mark.comparison
+@pytest.mark.thorough
 def test_ort_and_a_broken_competitor_stand_in_one_table(
     commands: Commands, tiny_model: Path, tiny_cache: Path, unseen_text: Path, fake_environment: Path, tmp_path: Path
 ) -> None:
@@ -241,7 +241,7 @@ def test_the_builder_must_be_given_the_weights_of_the_base(tiny_model: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.comparison
+@pytest.mark.thorough
 def test_the_builders_int4_and_everyones_speed(
     tiny_model: Path, tiny_hf: Path, tiny_cache: Path, unseen_text: Path, tmp_path: Path
 ) -> None:
@@ -286,7 +286,7 @@ def test_the_builders_int4_and_everyones_speed(
 
 
 @pytest.mark.slow
-@pytest.mark.comparison
+@pytest.mark.thorough
 def test_a_competitor_that_can_not_be_installed_says_so(tmp_path: Path) -> None:
     requirements = tmp_path / "pins.txt"
     requirements.write_text("/no/such/folder/package.whl\n")

@@ -67,6 +67,7 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
     assert [folder.name for folder in output.iterdir() if folder.is_dir() and folder.suffix != ".weights"] == [best]
 
 
+@pytest.mark.thorough
 def test_a_points_command_makes_the_same_model(
     commands: Commands, tiny_model: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:

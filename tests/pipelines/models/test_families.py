@@ -44,6 +44,8 @@ from tests.support.families import FAMILIES, Family, save_random_model
 from tests.support.tiny_models import build_genai_model
 
 pytestmark = pytest.mark.slow
+_MUCH_LIKE_OTHERS = frozenset({"mistral", "mistral-nemo", "gemma", "smollm"})
+"""Families whose graphs have nothing that the others' haven't: left to thorough runs."""
 
 # Longer than the sliding windows of 16 and the 32 tokens at which Phi-3.5 changes its rotation.
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
@@ -140,7 +142,11 @@ def quantized(base: ModelDirectory, name: str, **options: object) -> Quantized:
     return Quantized(base, locate_model(output), open_store(config.weights_folder))
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def _param(family: Family) -> object:
+    return pytest.param(family, id=family.name, marks=[pytest.mark.thorough] * (family.name in _MUCH_LIKE_OTHERS))
+
+
+@pytest.fixture(scope="module", params=map(_param, FAMILIES))
 def finished(request, tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_tokenizer: Path) -> Finished:
     """Each family in turn, as the command lines treat it."""
     family, folder = request.param, tmp_path_factory.mktemp("family")
