@@ -46,6 +46,7 @@ FOREIGN = {
     "--calib",  # a completion that ModelOpt-Windows would have accepted
     "--config_file",
     "--fast",
+    "--all",
     "--help",
     "--help_all",
     "--index-url",
