@@ -36,9 +36,9 @@ from stages.quantization.plan.plan import (
     group_solver,
     make_recipe,
     plan_model,
+    plan_search,
     search_options,
     signround_options,
-    with_own_budget,
 )
 from stages.quantization.plan.plan_file import PLAN, write_plan
 from stages.quantization.search.embedding import quantize_table
@@ -88,8 +88,7 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
-    config = with_own_budget(config, model, directory, cache)
-    plan = plan_model(config, model, directory)
+    plan = plan_search(config, model, directory, cache)
     _log_plan(plan)
     result: BudgetResult | None = None
     if plan.left_open is not None:

@@ -123,13 +123,10 @@ class ModelPlan:
     left_open: OpenPlan | None = None
 
 
-def with_own_budget(
+def plan_search(
     config: QuantizeConfig, model: ir.Model, directory: ModelDirectory, cache: CalibrationCache | None
-) -> QuantizeConfig:
-    """Return ``config`` with the bytes of the target's own formats as a budget, where nobody chose any format.
-
-    Spent site by site they lose less than one format for all. That needs losses in nats, which only statistics weighted
-    by the end loss give, and a runtime in which formats side by side were run.
+) -> ModelPlan:
+    """Return ``plan_model``'s plan, with the budget that ``own_budget`` gives where it gives one.
 
     Args:
         config: valid options.
@@ -140,15 +137,37 @@ def with_own_budget(
     Raises:
         UserError: what ``plan_model`` raises.
     """
-    open_to_it = config.leaves_formats_open and config.leaves_storage_open and config.accuracy_level is None
-    if not open_to_it or cache is None or cache.manifest.key.token_weights != "end loss":
-        return config
     plan = plan_model(config, model, directory)
-    if plan.target is None or plan.target.runtime not in _SPREADS:
-        return config
+    budget = own_budget(config, plan, model, directory, cache)
+    return plan if budget is None else plan_model(replace(config, target_size=budget), model, directory)
+
+
+def own_budget(
+    config: QuantizeConfig,
+    plan: ModelPlan,
+    model: ir.Model,
+    directory: ModelDirectory,
+    cache: CalibrationCache | None,
+) -> str | None:
+    """Return the size of ``plan`` as a budget, where nobody chose any format; else None.
+
+    Spent site by site its bytes lose less than one format for all. That needs losses in nats, which only statistics
+    weighted by the end loss give, and a runtime in which formats side by side were run.
+
+    Args:
+        config: valid options.
+        plan: what ``plan_model`` makes of them.
+        model: the base model.
+        directory: where it lies.
+        cache: the statistics; None where there are none.
+    """
+    is_open = config.leaves_formats_open and config.leaves_storage_open and config.accuracy_level is None
+    in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
+    if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
+        return None
     size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.experts)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
-    return replace(config, target_size=f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB")
+    return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
 
 
 def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> ModelPlan:

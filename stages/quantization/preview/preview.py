@@ -23,7 +23,7 @@ from stages.model.sites import find_groups, widest_input
 from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
 from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_model, with_own_budget
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_search
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import all_sites
 from stages.quantization.preview.memory import calibration_memory, export_memory, held_already, search_memory
@@ -153,8 +153,7 @@ def _cache(config: QuantizeConfig, directory: ModelDirectory, *, has_weights: bo
 
 def _decide(config: QuantizeConfig, known: _Known) -> tuple[ModelPlan, tuple[str, ...]]:
     """Return the plan and notes; where a budget can't be allocated yet, the smallest formats and what is needed."""
-    config = with_own_budget(config, known.model, known.directory, known.cache)
-    plan = plan_model(config, known.model, known.directory)
+    plan = plan_search(config, known.model, known.directory, known.cache)
     if plan.left_open is None:
         return plan, ()
     reason = _left_open_because(config, known, plan.left_open)

@@ -24,7 +24,7 @@ from stages.quantization.plan.allocate_budget import (
 )
 from stages.quantization.plan.budget import SizeBudget
 from stages.quantization.plan.forecast import read_forecasts
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, plan_model, with_own_budget
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, own_budget, plan_model
 from stages.quantization.plan.plan_file import KEEP, read_plan, write_plan
 from stages.quantization.plan.rules import all_sites
 from tests.reference.knapsack import smallest_loss
@@ -173,7 +173,8 @@ def test_a_head_that_a_budget_leaves_is_skipped_for_its_sake(
 
 def _own(model: ir.Model, folder: Path, cache: CalibrationCache | None, **options: object) -> QuantizeConfig:
     config = QuantizeConfig(onnx_path=folder, output_path=folder / "out", **{"target": "cpu", **options})
-    return with_own_budget(config, model, locate_model(folder), cache)
+    plan = plan_model(config, model, locate_model(folder))
+    return replace(config, target_size=own_budget(config, plan, model, locate_model(folder), cache))
 
 
 def test_who_names_no_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
