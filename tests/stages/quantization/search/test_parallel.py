@@ -51,7 +51,7 @@ def same(one: SolvedGroup, other: SolvedGroup) -> bool:
 
 def experts_of(index: int) -> tuple[ActivationGroup, ...]:
     """Both projections of one expert, as a node lists them."""
-    places = {"fc1": (24, 32), "fc2": (32, 12)}
+    places = {"fc1": (12, 16), "fc2": (16, 8)}
     made = []
     for projection, (out_features, in_features) in places.items():
         name = f"{index}.{projection}"
@@ -61,18 +61,15 @@ def experts_of(index: int) -> tuple[ActivationGroup, ...]:
     return tuple(made)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_experts_that_are_solved_at_once_are_those_solved_one_by_one(
-    symmetric: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experts = [group for index in range(5) for group in experts_of(index)]
+def test_experts_that_are_solved_at_once_are_those_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = [group for index in range(3) for group in experts_of(index)]
     generator = torch.Generator().manual_seed(0)
     weights = {g.activation: torch.randn(g.sites[0].out_features, g.in_features, generator=generator) for g in experts}
     # Few rows, many, and none at all, as routers choose.
     rows = {
         g.activation: torch.randn(9 + 13 * place, g.in_features, generator=generator) for place, g in enumerate(experts)
     }
-    rows["2.fc1"] = torch.zeros(4, 32)
+    rows["2.fc1"] = torch.zeros(4, 16)
     stats = {
         name: SearchStats(
             tokens=ActivationStats(calibration=gram_stats(x), held_out=gram_stats(x[::2])), channel_weights={}
@@ -81,7 +78,7 @@ def test_experts_that_are_solved_at_once_are_those_solved_one_by_one(
     }
     one_by_one = replace(
         solver_of(random_layer(0, widths=(12, 8)).problem, "awq_gptq"),
-        specs={g.sites[0].name: spec(symmetric=symmetric, block_size=4) for g in experts},
+        specs={g.sites[0].name: spec(symmetric=False, block_size=4) for g in experts},
         read_weight=lambda each: weights[each.activation],
         read_stats=stats.__getitem__,
     )
@@ -91,7 +88,7 @@ def test_experts_that_are_solved_at_once_are_those_solved_one_by_one(
         GroupSolver, "solve_alike", lambda self, groups: at_once.append(len(groups)) or alike(self, groups)
     )
     solved = dict(solve_groups(one_by_one, experts))
-    assert sorted(at_once) == [5, 5]
+    assert at_once == [3, 3]
     for place, group in enumerate(experts):
         expected = one_by_one.solve(group)
         assert same(solved[place], expected), group.activation
