@@ -12,9 +12,11 @@ from stages.commands.tables import Column, DataTable
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.quantities import counted, duration
 from stages.records.results import SiteReport
-from stages.records.sites import kind_of, layer_of, short_name
+from stages.records.sites import expert_of, kind_of, layer_of, short_name
 
 _WORST = 3
+_NAMED = 12
+"""Layers whose unseen experts are named in the box; report.jsonl has all."""
 _Rows = dict[tuple[str, str], list[SiteReport]]
 """The sites of each (kind, format)."""
 _COLUMNS = (
@@ -155,8 +157,22 @@ def _tokens_of_experts(reports: Sequence[SiteReport]) -> list[str]:
         return []
     return [
         f"calibration tokens that routers sent to an expert: least {tokens[0]:,}, median {median(tokens):,.0f}, most "
-        f"{tokens[-1]:,}; each was also searched on some of its whole layer, which count the more the fewer it saw"
+        f"{tokens[-1]:,}; each was also searched on some of its whole layer, which count the more the fewer it saw",
+        *_unseen_experts(reports),
     ]
+
+
+def _unseen_experts(reports: Sequence[SiteReport]) -> Iterator[str]:
+    """Name the experts that no calibration token reached, layer by layer."""
+    unseen: dict[str, list[int]] = defaultdict(list)
+    for report in reports:
+        place = expert_of(report.site) if report.tokens == 0 else None
+        if place is not None and place[1] not in unseen[place[0]]:
+            unseen[place[0]].append(place[1])
+    layers = [f"{layer} {ranges(sorted(experts))}" for layer, experts in unseen.items()]
+    if layers:
+        more = f" and of {counted(len(layers) - _NAMED, 'more layer')}" if len(layers) > _NAMED else ""
+        yield f"experts that no calibration token reached: {'; '.join(layers[:_NAMED])}{more}; calibrate on more text"
 
 
 def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:
