@@ -45,6 +45,28 @@ class SearchSummary:
     """(site, reason) for each site that isn't quantized."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTokens:
+    """How many calibration tokens the experts of a model saw."""
+
+    least: int
+    median: float
+    most: int
+    unseen: tuple[str, ...]
+    """A layer and its experts that none reached, for each that has such: layers.3/moe 1-2, 7."""
+
+    @property
+    def spread(self) -> str:
+        """Return the numbers in words."""
+        return f"least {self.least:,}, median {self.median:,.0f}, most {self.most:,}"
+
+    def named(self, layers: int) -> str:
+        """Name the experts that no token reached, of so many layers; and how many more there are."""
+        left = len(self.unseen) - layers
+        more = f" and of {counted(left, 'more layer')}" if left > 0 else ""
+        return f"{'; '.join(self.unseen[:layers])}{more}"
+
+
 def search_summary(store: QuantizedStore, seconds: float) -> SearchSummary:
     """Return the summary of a finished search.
 
@@ -150,29 +172,34 @@ def _layers_by_format(rows: _Rows) -> list[str]:
     return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
 
 
-def _tokens_of_experts(reports: Sequence[SiteReport]) -> list[str]:
-    """Say how many calibration tokens the experts saw; no line where none were calibrated."""
+def expert_tokens(reports: Sequence[SiteReport]) -> ExpertTokens | None:
+    """Return how many calibration tokens the experts saw; None where none were calibrated."""
     tokens = sorted(report.tokens for report in reports if report.tokens is not None)
     if not tokens:
-        return []
-    return [
-        f"calibration tokens that routers sent to an expert: least {tokens[0]:,}, median {median(tokens):,.0f}, most "
-        f"{tokens[-1]:,}; each was also searched on some of its whole layer, which count the more the fewer it saw",
-        *_unseen_experts(reports),
-    ]
-
-
-def _unseen_experts(reports: Sequence[SiteReport]) -> Iterator[str]:
-    """Name the experts that no calibration token reached, layer by layer."""
-    unseen: dict[str, list[int]] = defaultdict(list)
+        return None
+    unseen: dict[str, set[int]] = defaultdict(set)
     for report in reports:
-        place = expert_of(report.site) if report.tokens == 0 else None
-        if place is not None and place[1] not in unseen[place[0]]:
-            unseen[place[0]].append(place[1])
-    layers = [f"{layer} {ranges(sorted(experts))}" for layer, experts in unseen.items()]
-    if layers:
-        more = f" and of {counted(len(layers) - _NAMED, 'more layer')}" if len(layers) > _NAMED else ""
-        yield f"experts that no calibration token reached: {'; '.join(layers[:_NAMED])}{more}; calibrate on more text"
+        if report.tokens == 0 and (place := expert_of(report.site)) is not None:
+            unseen[place[0]].add(place[1])
+    return ExpertTokens(
+        least=tokens[0],
+        median=median(tokens),
+        most=tokens[-1],
+        unseen=tuple(f"{layer} {ranges(sorted(experts))}" for layer, experts in unseen.items()),
+    )
+
+
+def _tokens_of_experts(reports: Sequence[SiteReport]) -> Iterator[str]:
+    """Say how many calibration tokens the experts saw; no line where none were calibrated."""
+    found = expert_tokens(reports)
+    if found is None:
+        return
+    yield (
+        f"calibration tokens that routers sent to an expert: {found.spread}; each was also searched on some of its "
+        "whole layer, which count the more the fewer it saw"
+    )
+    if found.unseen:
+        yield f"experts that no calibration token reached: {found.named(_NAMED)}; calibrate on more text"
 
 
 def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:
