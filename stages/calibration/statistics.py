@@ -52,13 +52,21 @@ class StatisticsSize:
     @property
     def keeps_rows(self) -> bool:
         """Return whether the tokens' own rows are kept in place of the Gram matrix."""
-        packed_bytes = self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
-        return self.tokens < self.in_features and self._row_bytes < packed_bytes
+        return self.tokens < self.in_features and self._row_bytes < self._packed_bytes
 
     @property
     def memory(self) -> int:
         """Return the bytes that they take while they are accumulated."""
         return self._row_bytes if self.keeps_rows else self.in_features**2 * _FLOAT32_BYTES
+
+    @property
+    def disk(self) -> int:
+        """Return the bytes that they take in the cache."""
+        return self._row_bytes if self.keeps_rows else self._packed_bytes
+
+    @property
+    def _packed_bytes(self) -> int:
+        return self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
 
     @property
     def _row_bytes(self) -> int:

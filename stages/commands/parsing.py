@@ -25,6 +25,8 @@ Release = tuple[int, int]
 """Major and minor version of ONNX Runtime; what is fused has never changed with a patch."""
 
 _RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+RUN_EXPERTS: frozenset[Runtime] = frozenset({"cpu", "cuda", "trt-rtx", "webgpu"})
+"""Runtimes with a QMoE that reads what is written here."""
 _OLDEST: Release = (1, 20)
 """The first release that fuses INT4 DequantizeLinear and MatMul (microsoft/onnxruntime#21374)."""
 _NEWEST: Release = (1, 32)

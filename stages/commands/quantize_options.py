@@ -16,7 +16,7 @@ import tyro
 
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions, cache_suffix
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
-from stages.commands.parsing import Target, parse_size, parse_target
+from stages.commands.parsing import RUN_EXPERTS, Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
@@ -381,7 +381,7 @@ class QuantizeConfig(
     def _expert_rows(self) -> str:
         """Return whether stage one keeps what experts read: not where they stay as they are."""
         target = self.parsed_target
-        if self.experts == "none" or (target is not None and target.runtime != "cpu"):
+        if self.experts == "none" or (target is not None and target.runtime not in RUN_EXPERTS):
             return "none"
         asked = self.experts is not None or target is not None
         return "all" if asked and self.expert_rows == "auto" else self.expert_rows

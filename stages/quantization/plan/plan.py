@@ -293,7 +293,8 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         embeddings=plan.embeddings,
         session_options=plan.choice.session_options,
         unreached=plan.unquantized,
-        experts_take_level=plan.choice.experts is not None and plan.choice.experts.complete,
+        experts_take_level=plan.choice.experts is not None and plan.choice.experts.takes_level,
+        experts_say_raw=plan.choice.experts is not None and plan.choice.experts.packed_unless_said,
     )
 
 
