@@ -85,7 +85,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     text = _text_shape(known.cache, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
-    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.experts)
+    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
@@ -98,7 +98,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unreached=plan.unquantized,
         bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=size.total_bytes(all_sites(groups), plan.sites.specs),
+        bytes_after=size.total_bytes(sites, plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         disk=DiskUse(
             calibration=_calibration_on_disk(known, calibration, text),
@@ -189,7 +189,7 @@ def _left_open_because(config: QuantizeConfig, known: _Known, undecided: OpenPla
     if known.cache is None:
         return f"it needs the calibration cache {config.cache_path}"
     groups, candidates = find_groups(known.model), undecided.candidates
-    if not known.has_weights and needs_weights(groups, undecided, known.cache):
+    if not known.has_weights and needs_weights(undecided, known.cache):
         return "it needs the weights, whose errors are forecast"
     if undecided.sensitivity == "measured" and (left := unmeasured_groups(groups, candidates, known.cache)):
         return f"--sensitivity measured needs {len(left)} runs of the model"
@@ -281,7 +281,8 @@ def _sites(
 ) -> Iterator[PreviewedSite]:
     groups = {site.name: group for group in plan.sites.groups for site in group.sites}
     skipped = dict(plan.sites.skipped)
-    candidates = {} if plan.left_open is None else {each.site.name: each for each in plan.left_open.candidates}
+    undecided_sites = () if plan.left_open is None else plan.left_open.candidates
+    candidates = {site.name: each for each in undecided_sites for site in each.sites}
     for site in sites:
         spec, undecided = plan.sites.specs.get(site.name), candidates.get(site.name)
         scale = _input_scale(config, groups.get(site.name))

@@ -85,7 +85,7 @@ def test_each_matrix_gets_the_gram_matrix_of_its_own_rows_and_the_layers(
                     if routed.experts[token, place] == expert:
                         total += routed.weights[token, place] ** 2 * torch.outer(read[token], read[token])
                         own += 1
-            seen = seen_by(rows["scores"][part].numpy(), layer, site)
+            seen = seen_by(rows["scores"][part].numpy(), layer, site, None)
             assert seen.own == own
             usual = routed.weights.square().mean()
             drawn = seen.tokens[own:]
