@@ -163,6 +163,8 @@ class ExportRecipe:
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
     experts_take_level: bool = False
     """Whether the QMoE of the target's release has an accuracy level."""
+    computes_rotary: bool = False
+    """Whether nodes compute the tables of rotary embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +228,8 @@ class VerifyReport:
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
     experts: tuple[ExpertsError, ...] = ()
+    rotary: tuple[TableError, ...] = ()
+    """Tables of rotary embeddings that nodes compute, compared with the base's."""
     widened: bool = False
     """Whether a bfloat16 model ran as float32."""
     norms_written_out: bool = False
