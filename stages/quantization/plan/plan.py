@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -79,6 +79,7 @@ from stages.quantization.targets.formats import (
     facts_of,
 )
 from stages.quantization.targets.rules import why_not_shared
+from stages.quantization.weights.rotary import RotaryTables, find_rotary_tables
 from stages.records.experts import ExpertLayer
 from stages.records.formats import (
     EmbeddingPlan,
@@ -134,6 +135,8 @@ class ModelPlan:
     unquantized: tuple[UnquantizedWeights, ...]
     experts: ExpertPlan = field(default_factory=ExpertPlan)
     """Part of ``sites`` too."""
+    rotary: tuple[RotaryTables, ...] = ()
+    """Tables that the output computes."""
     by_site: str = ""
     """The option that chooses each site's format; empty where one format holds for all but named ones."""
     left_open: OpenPlan | None = None
@@ -183,7 +186,7 @@ def own_budget(
     in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
     if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
         return None
-    size = output_size(directory, model, plan.choice.form, plan.embeddings)
+    size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.rotary)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
     return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
 
@@ -230,12 +233,14 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         wanted = replace(wanted, open=formats)
     shared = share_tables(model, alone, all_sites(groups), wanted)
     embeddings = shared.joined(alone)
+    rotary = find_rotary_tables(model) if choice.rotary == "computed" else ()
     left_open: OpenPlan | None = None
     if candidates:
         assert formats is not None, "without a budget there are no candidates"
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
         candidates += expert_candidates(experts, config, choice, formats)
-        left_open = _open_plan(config, choice, candidates, output_size(directory, model, choice.form, embeddings))
+        size = output_size(directory, model, choice.form, embeddings, rotary)
+        left_open = _open_plan(config, choice, candidates, size)
         sites = _smallest(groups, candidates)
         experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
         embeddings = following_heads(embeddings, sites.specs)
@@ -245,15 +250,23 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     return ModelPlan(
         target=decided.target,
         target_because=decided.why,
-        choice=replace(choice, explanations=(*choice.explanations, *shared.explanations)),
+        choice=replace(choice, explanations=(*choice.explanations, *shared.explanations, *_explained(rotary))),
         sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
         embeddings=embeddings,
         unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings} | experts.tables, experts.stay),
         experts=experts,
+        rotary=rotary,
         by_site=_chooses_by_site(config),
         left_open=left_open,
         imported=imported,
     )
+
+
+def _explained(rotary: tuple[RotaryTables, ...]) -> Iterator[Explanation]:
+    if rotary:
+        saved = sum(tables.saved_bytes for tables in rotary) / 1e6
+        why = f"one frequency a column gives them when the model is loaded: {saved:,.1f} MB less"
+        yield Explanation(option="--rotary_tables", chosen="computed", why=why)
 
 
 def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandidates, ...]) -> QuantPlan:
@@ -324,6 +337,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         unreached=plan.unquantized,
         experts_take_level=plan.choice.experts is not None and plan.choice.experts.takes_level,
         experts_say_raw=plan.choice.experts is not None and plan.choice.experts.packed_unless_said,
+        computes_rotary=bool(plan.rotary),
     )
 
 
@@ -558,6 +572,7 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         zero_point=config.use_zero_point,
         scale_range=config.scale_range,
         scale_type=config.scale_type,
+        rotary=config.rotary_tables,
         lm_head="none" if config.lm_head is None and excludes_lm_head(sites, config) else config.lm_head,
         lm_head_open=decided_elsewhere,
         embedding=config.requested_embedding or others,

@@ -85,7 +85,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     text = _text_shape(known.cache, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
-    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings)
+    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
