@@ -50,7 +50,8 @@ class CacheKey:
     source: str
     calibration_windows: int
     held_out_windows: int
-    seq_len: int
+    seq_len: int | None
+    """None where the statistics come from samples of sizes of their own."""
     providers: tuple[str, ...]
     token_weights: Weighting
     expert_rows: bool = False
@@ -63,7 +64,8 @@ class CacheKey:
     @property
     def text(self) -> str:
         """Return the text in words."""
-        return f"{self.source} ({self.calibration_windows} + {self.held_out_windows} windows of {self.seq_len} tokens)"
+        what = "samples" if self.seq_len is None else f"windows of {self.seq_len} tokens"
+        return f"{self.source} ({self.calibration_windows} + {self.held_out_windows} {what})"
 
     def difference(self, other: CacheKey) -> str:
         """Return in what ``other`` differs first, in words; "" where they are equal."""
@@ -207,8 +209,13 @@ class CalibrationCache:
         """Return the windows that the statistics come from: calibration and held out, each [windows, length] int64.
 
         Raises:
-            CacheMismatch: their file is missing or damaged.
+            CacheMismatch: their file is missing or damaged, or the statistics come from samples.
         """
+        if self.manifest.key.seq_len is None:
+            raise CacheMismatch(
+                f"{self.folder} comes from samples and has no text to run the model over; leave out what needs it: "
+                "--refine, --distill, --algo signround, --sensitivity measured."
+            )
         with self._reading(_TOKENS) as path:
             windows = load_arrays(path)
             return _windows(windows, "calibration"), _windows(windows, "held_out")

@@ -14,9 +14,11 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit, rows_of
 from stages.calibration.end_loss import EndLossPass
+from stages.calibration.samples.load import load_samples, takes_samples
+from stages.calibration.samples.samples import Samples
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
-from stages.calibration.text.windows import choose_dataset, load_windows
+from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
@@ -102,7 +104,7 @@ def _run(
 
 def _dataset(config: CalibrateConfig) -> str:
     """Return the data sets to calibrate on; log why they aren't the default ones."""
-    if config.use_random_calib:
+    if config.use_random_calib or config.samples_of(locate_model(config.onnx_path, config.component).component):
         return ""
     chosen = choose_dataset(config)
     if chosen.note:
@@ -115,21 +117,27 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     directory = locate_model(config.onnx_path, config.component)
     model = load_graph(directory)
     require_float_base(model, directory)
-    window = require_text_inputs(model, directory)
-    config = fit_to_graph(config, window)
-    _require_context(config.seq_len, directory)
     require_runtime(model, str(directory.onnx_file))
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
-    layers = kept_layers(config, model, directory)
-    require_kernels(model, directory, choice)
+    windows: TokenWindows | Samples
+    if takes_samples(config, model, directory):
+        layers: tuple[ExpertLayer, ...] = ()
+        require_kernels(model, directory, choice)
+        windows = load_samples(config, model, directory, dataset)
+    else:
+        window = require_text_inputs(model, directory)
+        config = fit_to_graph(config, window)
+        _require_context(config.seq_len, directory)
+        layers = kept_layers(config, model, directory)
+        require_kernels(model, directory, choice)
+        windows = load_windows(config, directory, dataset, choice.names, widest_input(groups))
+        windows = windows.in_whole_batches(window.batch or 1)
     return Capture(
         model=model,
         directory=directory,
         groups=groups,
         rows=rows_of(layers),
-        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)).in_whole_batches(
-            window.batch or 1
-        ),
+        windows=windows,
         batch_size=config.batch_size,
         device=device,
         choice=choice,
@@ -192,7 +200,7 @@ def _provider_options(
 
 def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
     """Return the model as a chain to weigh tokens with; None, with one line that says why, where it can't be one."""
-    if config.token_weights == "none":
+    if config.token_weights == "none" or isinstance(capture.windows, Samples):
         return None
     try:
         return open_chain(capture.model, capture.groups)
@@ -203,15 +211,17 @@ def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
 
 
 def _streams(capture: Capture, chain: Chain) -> StreamFiles:
+    assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return StreamFiles(
         folder=capture.scratch,
         names=tuple(link.stream_in for link in chain.links),
         windows=len(capture.windows.calibration) + len(capture.windows.held_out),
-        length=capture.windows.calibration.shape[1],
+        length=capture.windows.seq_len,
     )
 
 
 def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPass:
+    assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return EndLossPass(
         chain=chain,
         directory=capture.directory,
@@ -231,7 +241,7 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
         source=windows.source,
         calibration_windows=len(windows.calibration),
         held_out_windows=len(windows.held_out),
-        seq_len=windows.calibration.shape[1],
+        seq_len=windows.seq_len,
         providers=capture.choice.names,
         token_weights=token_weights,
         expert_rows=bool(capture.rows),
@@ -244,7 +254,8 @@ def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iter
     activations = [group.activation for group in capture.groups]
     if capture.processes.is_first:
         with new_cache(config.cache_path, key, activations, capture.rows, overwrite=config.overwrite) as writer:
-            writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
+            if isinstance(capture.windows, TokenWindows):
+                writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
             capture.processes.broadcast(writer.folder)
             yield writer
     else:

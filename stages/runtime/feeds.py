@@ -136,7 +136,7 @@ class CausalFeeds:
         made = {} if self.embedding is None else self.embedding(tokens)
         fed = [given for given in self.inputs if not (past and given.role == STATE)]
         values = {given: made[given.name] if given.name in made else self._value(given, tokens, size) for given in fed}
-        return {given.name: self._declared(given, value) for given, value in values.items()}
+        return {given.name: as_declared(given, value, self.shapes) for given, value in values.items()}
 
     def _value(self, given: GraphInput, tokens: np.ndarray, size: TokenShape) -> np.ndarray:
         shape = self.shapes.shape(given, size, mask_length=self.hidden_past + size.total)
@@ -172,18 +172,26 @@ class CausalFeeds:
             return seen
         return np.where(seen, 0.0, _lowest(dtype))  # added to the scores
 
-    def _declared(self, given: GraphInput, value: np.ndarray) -> Feed:
-        """Return ``value`` in the declared type; numpy has no bfloat16 that ONNX Runtime takes, so that its bits go."""
-        dtype = _NUMPY_TYPES.get(given.type)
-        if dtype is None:
-            raise self.shapes.refuse(given, f"has type {given.type}, which can't be fed")
-        array = np.array(value, dtype, order="C")  # a copy, which torch may write to
-        if given.type != _BFLOAT16:
-            return array
-        bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            array.view(np.uint16), ir.DataType.BFLOAT16
-        )
-        return bits
+
+def as_declared(given: GraphInput, value: np.ndarray, shapes: InputShapes) -> Feed:
+    """Return ``value`` in the declared type; numpy has no bfloat16 that ONNX Runtime takes, so that its bits go.
+
+    Args:
+        given: the input.
+        value: what it shall hold, in any type.
+        shapes: gives the fix where the input's type can't be fed.
+
+    Raises:
+        GraphError: the input has a type that numpy lacks.
+    """
+    dtype = _NUMPY_TYPES.get(given.type)
+    if dtype is None:
+        raise shapes.refuse(given, f"has type {given.type}, which can't be fed")
+    array = np.array(value, dtype, order="C")  # a copy, which torch may write to
+    if given.type != _BFLOAT16:
+        return array
+    bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ir.DataType.BFLOAT16)
+    return bits
 
 
 def _lowest(dtype: np.dtype[Any]) -> float:
