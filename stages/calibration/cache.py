@@ -93,6 +93,8 @@ class Manifest:
     files: dict[str, str]
     rows: dict[str, str] = field(default_factory=dict)
     """Which file holds the tokens' own rows of a value that experts share."""
+    samples: tuple[str, ...] = ()
+    """sha256 of each sample that it was made from; empty where it was made from text windows."""
     weighted: tuple[str, ...] = ()
     """The activations that also have a file of statistics whose tokens are weighted."""
 
@@ -276,7 +278,13 @@ class CacheWriter:
 
 @contextmanager
 def new_cache(
-    folder: Path, key: CacheKey, activations: Iterable[str], rows: Iterable[str] = (), *, overwrite: bool
+    folder: Path,
+    key: CacheKey,
+    activations: Iterable[str],
+    rows: Iterable[str] = (),
+    *,
+    overwrite: bool,
+    samples: Iterable[str] = (),
 ) -> Iterator[CacheWriter]:
     """Write a cache of ``activations``; it gets its place when the block ends without an error, else nothing is left.
 
@@ -286,6 +294,7 @@ def new_cache(
         activations: names of all that the block will write.
         rows: names of the values whose tokens' own rows it will write.
         overwrite: whether a cache that is there is replaced.
+        samples: sha256 of each sample that it is made from.
 
     Raises:
         UserError: the folder exists and ``overwrite`` is off, or it is not a cache, or can't be written.
@@ -295,7 +304,9 @@ def new_cache(
         writer = CacheWriter.of(scratch, activations, rows)
         yield writer
         weighted = tuple(sorted(writer.weighted))
-        manifest = Manifest(key=key, files=dict(writer.files), rows=dict(writer.rows), weighted=weighted)
+        manifest = Manifest(
+            key=key, files=dict(writer.files), rows=dict(writer.rows), samples=tuple(samples), weighted=weighted
+        )
         with writer.place_for(MANIFEST) as path:
             path.write_bytes(_MANIFESTS.dump_json(manifest, indent=1))
 

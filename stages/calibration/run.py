@@ -253,7 +253,10 @@ def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iter
     """Give the block a writer; the first process makes the folder and gives it its place, and all fill it."""
     activations = [group.activation for group in capture.groups]
     if capture.processes.is_first:
-        with new_cache(config.cache_path, key, activations, capture.rows, overwrite=config.overwrite) as writer:
+        samples = capture.windows.digests if isinstance(capture.windows, Samples) else ()
+        with new_cache(
+            config.cache_path, key, activations, capture.rows, overwrite=config.overwrite, samples=samples
+        ) as writer:
             if isinstance(capture.windows, TokenWindows):
                 writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
             capture.processes.broadcast(writer.folder)

@@ -194,6 +194,14 @@ def as_declared(given: GraphInput, value: np.ndarray, shapes: InputShapes) -> Fe
     return bits
 
 
+def as_values(feeds: Mapping[str, Feed]) -> dict[str, ort.OrtValue]:
+    """Return ``feeds`` as a session takes them where some of them are ONNX Runtime's own values."""
+    return {
+        name: feed if isinstance(feed, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(feed)
+        for name, feed in feeds.items()
+    }
+
+
 def _lowest(dtype: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(dtype).min)  # type: ignore[no-untyped-call]
 

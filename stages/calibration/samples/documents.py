@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from stages.calibration.samples.samples import DEFAULT_SAMPLES, MOST_UNSEEN, Samples, count_samples, split_samples
 from stages.calibration.text.documents import HUB_SOURCES, HubSource, open_documents
 from stages.calibration.text.mix import RANDOM, SELF_GENERATED, windows_by_dataset
-from stages.calibration.text.tokenizer import find_tokenizer
+from stages.calibration.text.tokenizer import find_tokenizer, load_tokenizer
 from stages.commands.calibrate_options import TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, has_logits
@@ -71,6 +71,25 @@ def document_samples(
     counts = count_samples(len(samples), config.calib_size, f"--dataset {dataset}")
     order = np.random.default_rng(config.seed).permutation(len(samples))[: counts.total]
     return split_samples((samples[place] for place in order), counts, source=" + ".join(titles), tokenizer=found.title)
+
+
+def encode_documents(
+    texts: Iterable[str], model: ir.Model, directory: ModelDirectory, tokenizer: str, seq_len: int
+) -> list[Sample]:
+    """Return a sample of each text.
+
+    Args:
+        texts: the documents.
+        model: the graph, of which ``reads_documents`` holds.
+        directory: where it lies.
+        tokenizer: a folder or hub name.
+        seq_len: the most tokens of each.
+
+    Raises:
+        UserError: the tokenizer can't be loaded.
+    """
+    encode = _Encoder.of(model, directory, load_tokenizer(tokenizer, trust_remote_code=False), seq_len)
+    return [encode(text) for text in texts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

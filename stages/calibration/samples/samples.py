@@ -47,17 +47,26 @@ class Samples:
     @property
     def fingerprint(self) -> str:
         """Return the sha256 hex over the samples of calibration and search, and the split."""
-        digest = hashlib.sha256(repr((len(self.calibration), len(self.held_out))).encode())
-        for sample in (*self.calibration, *self.held_out):
-            for name, array in sorted(sample.items()):
-                digest.update(repr((name, array.dtype.str, array.shape)).encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(repr((len(self.held_out), self.digests)).encode()).hexdigest()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Return the sha256 hex of each sample that statistics or the search see."""
+        return tuple(sample_digest(sample) for sample in (*self.calibration, *self.held_out))
 
     def batches(self, part: str, batch_size: int) -> Sequence[Sample]:
         """Return what is run of a part, one after the other: a sample at a time, whatever the batch size."""
         del batch_size
         return self.held_out if part == "held_out" else self.calibration
+
+
+def sample_digest(sample: Sample) -> str:
+    """Return the sha256 hex of a sample's names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, array in sorted(sample.items()):
+        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
