@@ -50,7 +50,7 @@ from stages.runtime.tap import ActivationTap, FeedsOpener, open_partition_tap
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
 
-_PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out text", "calibration": "calibration text"})
+_PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out", "calibration": "calibration"})
 """What is run, in this order, and what the progress bar calls it."""
 _FLOAT32_BYTES = 4
 _ROWS_OF_SAMPLE = 1500
@@ -281,8 +281,8 @@ class Capture:
                 for group in mine
             }
             batches = self._batches(part)
-            unit = "windows" if isinstance(self.windows, TokenWindows) else "samples"
-            task = bar.add_task(title + label, total=self._count(batches), unit=unit)
+            text, unit = ("text", "windows") if isinstance(self.windows, TokenWindows) else ("samples", "samples")
+            task = bar.add_task(f"{title} {text}{label}", total=self._count(batches), unit=unit)
             for start in range(0, len(batches), self.processes.count):
                 number = start + self.processes.index
                 values: dict[str, Tensor] = {}  # of this process's batch, if there is one left for it

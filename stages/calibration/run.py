@@ -14,7 +14,7 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit, rows_of
 from stages.calibration.end_loss import EndLossPass
-from stages.calibration.samples.load import load_samples, takes_samples
+from stages.calibration.samples.load import load_samples, sample_files, takes_samples
 from stages.calibration.samples.samples import Samples
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
@@ -23,7 +23,7 @@ from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
-from stages.model.load import fingerprint_model, load_graph
+from stages.model.load import fingerprint_model, load_graph, parse_graph
 from stages.model.sites import find_expert_layers, find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.records.experts import ExpertLayer
@@ -145,6 +145,22 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         scratch=scratch,
         processes=processes,
     )
+
+
+def require_inputs(config: CalibrateConfig) -> None:
+    """Check, before anything runs, that text or files that are there fill the inputs of the graph.
+
+    Raises:
+        UserError: an input can't be filled, or there are no such files.
+    """
+    directory = locate_model(config.onnx_path, config.component)
+    model = parse_graph(directory)
+    if takes_samples(config, model, directory):
+        path = config.samples_of(directory.component)
+        if path is not None:
+            sample_files(path)
+    else:
+        require_text_inputs(model, directory)
 
 
 def kept_layers(config: CalibrateConfig, model: ir.Model, directory: ModelDirectory) -> tuple[ExpertLayer, ...]:

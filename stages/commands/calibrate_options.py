@@ -79,10 +79,15 @@ class TextOptions(CommandOptions):
         """Return whether an option asks for certain text, so that statistics of other text won't do."""
         return any(getattr(self, name) != getattr(TextOptions, name) for name in _DECIDE_TEXT)
 
-    def samples_of(self, component: str) -> Path | None:
-        """Return the files that calibrate ``component``; None where text does."""
+    def samples_of(self, component: str, *, unnamed: bool = True) -> Path | None:
+        """Return the files that calibrate ``component``; None where text does.
+
+        Args:
+            component: as genai_config.json names it.
+            unnamed: whether files count that are named for no component in particular.
+        """
         named = self._named_samples
-        return named.get(component, named.get(""))
+        return named.get(component, named.get("") if unnamed else None)
 
     @property
     def _named_samples(self) -> dict[str, Path]:
@@ -145,3 +150,7 @@ class CalibrateConfig(TextOptions):
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
         self._check_text()
+        require(
+            self.component is None or "," not in self.component,
+            f"--component {self.component} names several; calibrate them one by one, or quantize them in one run.",
+        )

@@ -143,9 +143,8 @@ class Report:
 
     def with_outputs(self, evaluation: OutputEvaluation) -> Report:
         """Return this report with ``evaluation`` added, in place of one of the same component on the same samples."""
-        others = (
-            one for one in self.outputs if (one.component, one.source) != (evaluation.component, evaluation.source)
-        )
+        replaced = evaluation.component, evaluation.source
+        others = (one for one in self.outputs if (one.component, one.source) != replaced)
         return replace(self, outputs=(*others, evaluation))
 
     def with_evaluation(self, evaluation: Evaluation) -> Report:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from stages.commands.tables import Column, DataTable
 from stages.evaluation.accuracy import Guess, WorstToken
 from stages.evaluation.records import Evaluation, Generation, ModelRow, OutputEvaluation, Rate, SpeedTest, TaskScore
+from stages.model.directory import DECODER
 from stages.quantization.weights.summary import ranges
 from stages.records.quantities import counted
 from stages.records.results import VerifyReport
@@ -95,7 +96,7 @@ def output_tables(evaluation: OutputEvaluation) -> Figure:
     levels = "; ".join(f"{row.name}: {row.accuracy_level}" for row in evaluation.rows[1:])
     return Figure(
         name=f"outputs-{evaluation.component}",
-        heading=f"Outputs of {evaluation.component}",
+        heading="Outputs" if evaluation.component == DECODER else f"Outputs of {evaluation.component}",
         text=f"{counted(evaluation.samples, 'sample')} of {evaluation.source} that no calibration saw, beside "
         f"{base.name}. Cosine similarity of vectors along the last axis, mean and worst; relative error over all "
         f"numbers. Accuracy level: {levels}.",

@@ -49,7 +49,7 @@ def load_samples(config: TextOptions, model: ir.Model, directory: ModelDirectory
         return document_samples(config, model, directory, dataset)
     inputs = {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
     generator = np.random.default_rng(config.seed)
-    files = _files(path)
+    files = sample_files(path)
     files = [files[place] for place in generator.permutation(len(files))]
     medium = _medium(path, files)
     if medium is None:
@@ -87,7 +87,7 @@ def _of_media(
     counts = count_samples(len(files), config.calib_size, f"--samples {path}")
     processor = find_processor(directory, medium, config.model_name, trust_remote_code=config.trust_remote_code)
     made = _within_memory(read_media(files[: counts.total], processor, directory, inputs))
-    return split_samples(made, counts, source=f"{medium} of {path.name}", tokenizer=processor.title)
+    return split_samples(made, counts, source=f"{medium} in {path.name}", tokenizer=processor.title)
 
 
 def _within_memory(samples: Iterator[Sample]) -> Iterator[Sample]:
@@ -100,7 +100,7 @@ def _within_memory(samples: Iterator[Sample]) -> Iterator[Sample]:
         yield sample
 
 
-def _files(path: Path) -> list[Path]:
+def sample_files(path: Path) -> list[Path]:
     """Return the files of a folder that may hold samples, those of subfolders too, or the one that is named.
 
     Raises:

@@ -219,7 +219,7 @@ class _TransformersProcessor:
                 f"No processor of {medium} can be loaded from {path} ({with_class_name(error)}); pass a folder that "
                 "has one, or the model's hub name, as --model_name, or pass .npz files."
             ) from error
-        return cls(title=f"{type(processor).__name__} of {path}", processor=processor, medium=medium)
+        return cls(title=type(processor).__name__, processor=processor, medium=medium)
 
     def __call__(self, file: Path) -> dict[str, np.ndarray]:
         made = self._of_image(file) if self.medium == "images" else self._of_sound(file)

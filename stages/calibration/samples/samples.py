@@ -93,7 +93,7 @@ def count_samples(available: int, wanted: int | None, source: str) -> SampleCoun
 
     Args:
         available: how many there are.
-        wanted: how many to calibrate on and to hold out; None: the default number, or as many as there are.
+        wanted: how many to calibrate on and to hold out at most; None: the default number.
         source: the option that names them, for messages.
 
     Raises:
@@ -105,11 +105,6 @@ def count_samples(available: int, wanted: int | None, source: str) -> SampleCoun
             "on, to hold out from the search, and to evaluate on; pass more."
         )
     unseen = max(1, min(MOST_UNSEEN, available // _SHARE))
-    if wanted is not None and wanted > available - unseen:
-        raise UserError(
-            f"{source} gives {available} samples, of which {unseen} are kept for the evaluation, and "
-            f"--calib_size is {wanted}; lower it, or pass more."
-        )
     used = min(wanted or DEFAULT_SAMPLES, available - unseen)
     held_out = held_out_samples(used)
     return SampleCounts(calibration=used - held_out, held_out=held_out, unseen=unseen)
