@@ -309,6 +309,7 @@ def check_before_calibration(config: QuantizeConfig) -> None:
 
 def _check_part(config: QuantizeConfig) -> None:
     """Do what ``check_before_calibration`` does for one component."""
+    from stages.calibration.samples.load import takes_samples
     from stages.model.directory import locate_model
     from stages.model.load import load_graph
     from stages.quantization.plan.plan import plan_model
@@ -318,6 +319,8 @@ def _check_part(config: QuantizeConfig) -> None:
     directory = locate_model(config.onnx_path, config.component)
     _destination(config, directory)
     model = load_graph(directory)
+    if takes_samples(config, model, directory):
+        config.require_no_text()
     plan = plan_model(config, model, directory)
     if config.tunes_blocks:
         open_blocks(model, plan.sites.groups)

@@ -214,10 +214,7 @@ class CalibrationCache:
             CacheMismatch: their file is missing or damaged, or the statistics come from samples.
         """
         if self.manifest.key.seq_len is None:
-            raise CacheMismatch(
-                f"{self.folder} comes from samples and has no text to run the model over; leave out what needs it: "
-                "--refine, --distill, --algo signround, --sensitivity measured."
-            )
+            raise CacheMismatch(f"{self.folder} comes from samples and has no text; calibrate on text (--dataset).")
         with self._reading(_TOKENS) as path:
             windows = load_arrays(path)
             return _windows(windows, "calibration"), _windows(windows, "held_out")

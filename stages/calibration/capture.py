@@ -43,9 +43,8 @@ from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
-from stages.runtime.feeds import CausalFeeds
+from stages.runtime.feeds import Batch, CausalFeeds, SampleFeeds
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.sample_feeds import Batch, SampleFeeds
 from stages.runtime.tap import ActivationTap, FeedsOpener, open_partition_tap
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each

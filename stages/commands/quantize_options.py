@@ -459,6 +459,12 @@ class QuantizeConfig(
             require(not self.has_budget, f"{self.budget_description if self.has_budget else ''} {one} bytes.".strip())
             require(self.plan is None, f"--plan {one} sites.")
 
+    def require_no_text(self) -> None:
+        """Raise OptionError where an option runs text through the model, which a graph that runs on samples can't."""
+        what = "which a graph that is calibrated on samples doesn't take; leave them out."
+        require(not self.improves_search, f"--refine, --distill and --algo signround run text through it, {what}")
+        require(self.sensitivity != "measured", f"--sensitivity measured runs text through it, {what}")
+
     def _check_rtn(self) -> None:
         """Refuse what needs packed codes: ``--algo rtn`` stores floating-point weights with Q and DQ nodes."""
         require(

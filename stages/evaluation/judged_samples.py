@@ -22,7 +22,7 @@ from stages.evaluation.compare import read_evaluation_text
 from stages.evaluation.outputs import JudgedSamples
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import read_graph
-from stages.runtime.sample_feeds import Sample
+from stages.runtime.feeds import Sample
 
 _DOCUMENT_CHARACTERS = 800
 """Of each piece of an evaluation text that an encoder reads."""

@@ -19,8 +19,7 @@ from stages.evaluation.speed import describe_accuracy_level, shipped_accuracy_le
 from stages.model.directory import ModelDirectory
 from stages.model.sizes import model_bytes
 from stages.runtime.cpu.runnable import open_file
-from stages.runtime.feeds import as_values
-from stages.runtime.sample_feeds import Sample, SampleFeeds
+from stages.runtime.feeds import Sample, SampleFeeds, as_values
 from stages.runtime.session import SessionSettings, runtime_reason
 
 _SMALLEST = 1e-30

@@ -40,7 +40,7 @@ class Result:
     bytes_after: int
     evaluation: EvaluationSummary | None
     """None where nothing was compared."""
-    outputs: tuple[OutputEvaluation, ...]
+    outputs: tuple[OutputEvaluation, ...] = ()
     """What encoders give beside what their base gives."""
     report: Path
     next: tuple[tuple[str, str], ...]

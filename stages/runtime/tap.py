@@ -8,12 +8,12 @@ partitions go through numpy, which has no bfloat16: as float32 there and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -29,9 +29,8 @@ from stages.model.partition import Partition
 from stages.runtime.cpu.norms import must_write_out_norms
 from stages.runtime.cpu.runnable import runnable_graph, without_weights
 from stages.runtime.cpu.upcast import must_upcast
-from stages.runtime.feeds import CausalFeeds, Feed
+from stages.runtime.feeds import Batch, CausalFeeds, Feed, SampleFeeds
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
-from stages.runtime.sample_feeds import Batch, SampleFeeds
 from stages.runtime.session import (
     NO_KERNEL,
     OpenedSession,
@@ -151,13 +150,8 @@ def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
     return f"{name}/float32"
 
 
-class FeedsOpener(Protocol):
-    """Makes the feeds of an open session, but for the inputs that its caller feeds."""
-
-    def __call__(
-        self, session: ort.InferenceSession, directory: ModelDirectory, fed_otherwise: frozenset[str]
-    ) -> CausalFeeds | SampleFeeds:
-        """Return the feeds."""
+FeedsOpener: TypeAlias = Callable[[ort.InferenceSession, ModelDirectory, frozenset[str]], CausalFeeds | SampleFeeds]
+"""Makes the feeds of an open session of a model, but for the inputs, named last, that its caller feeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

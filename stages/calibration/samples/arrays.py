@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from stages.errors import UserError, in_one_line
 from stages.records.quantities import counted
-from stages.runtime.sample_feeds import Sample
+from stages.runtime.feeds import Sample
 
 ARRAYS = frozenset({".npz", ".npy"})
 _INSIDE_A_SAMPLE = re.compile("patch|token|seq|frame|len|num_|image_count|tile|crop")

@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from stages.calibration.samples.samples import DEFAULT_SAMPLES, MOST_UNSEEN, Samples, count_samples, split_samples
 from stages.calibration.text.documents import HUB_SOURCES, HubSource, open_documents
-from stages.calibration.text.mix import RANDOM, SELF_GENERATED, windows_by_dataset
+from stages.calibration.text.mix import RANDOM, SELF_GENERATED, dataset_names, windows_by_dataset
 from stages.calibration.text.tokenizer import find_tokenizer, load_tokenizer
 from stages.commands.calibrate_options import TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, has_logits
+from stages.runtime.feeds import Sample
 from stages.runtime.graph_inputs import MASK, STATE, TOKENS, WindowShape, inputs_of_graph
-from stages.runtime.sample_feeds import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,9 @@ def document_samples(
     Raises:
         UserError: the data or the tokenizer can't be read, or there are too few documents.
     """
+    for name in dataset_names(dataset):
+        if name in (SELF_GENERATED, RANDOM):
+            raise UserError(f"--dataset {name} is for models that write text, and this one encodes it; pass another.")
     own_folder = str(directory.folder)
     found = find_tokenizer(config.model_name or own_folder, own_folder, trust_remote_code=config.trust_remote_code)
     encode = _Encoder.of(model, directory, found.tokenizer, config.seq_len)
@@ -62,8 +65,6 @@ def document_samples(
     samples: list[Sample] = []
     titles: list[str] = []
     for name, share in windows_by_dataset(dataset, wanted, without=(SELF_GENERATED, RANDOM)).items():
-        if name in (SELF_GENERATED, RANDOM):
-            raise UserError(f"--dataset {name} is for models that write text, and this one encodes it; pass another.")
         documents = open_documents(name, config.seed, hub_sources)
         titles.append(documents.title)
         texts = (text for text in documents.texts if isinstance(text, str) and text.strip())

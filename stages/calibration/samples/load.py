@@ -18,7 +18,7 @@ from stages.calibration.samples.samples import DEFAULT_SAMPLES, MOST_UNSEEN, Sam
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
-from stages.runtime.sample_feeds import Sample, require_sample_inputs
+from stages.runtime.feeds import Sample, require_sample_inputs
 
 _ARRAYS = "arrays"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from stages.calibration.samples.sounds import SOUNDS, read_sound
 from stages.errors import UserError, in_one_line, with_class_name
 from stages.model.directory import ModelDirectory
 from stages.model.genai_config import component_entries, read_genai_config
-from stages.runtime.sample_feeds import Sample
+from stages.runtime.feeds import Sample
 
 _LOGGER = logging.getLogger(__name__)
 Medium = Literal["images", "sounds"]
@@ -42,17 +42,17 @@ _TAGS: Mapping[str, str] = {
 }  # fmt: skip
 """What a prompt holds in an image's place, by the model's type in genai_config.json."""
 _SOUND_TAGS: Mapping[str, str] = {"phi4mm": "<|audio_1|>\n", "whisper": "<|startoftranscript|>"}
+"""The same for a sound; Whisper's prompt may not be empty."""
 
 
-class Processor(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
     """Makes arrays of files."""
 
-    @property
-    def title(self) -> str:
-        """Return what it is, in words, for tables."""
-
-    def __call__(self, file: Path) -> dict[str, np.ndarray]:
-        """Return what it makes of one file, by its own names."""
+    title: str
+    """In words, for tables."""
+    read: Callable[[Path], Mapping[str, np.ndarray]]
+    """Returns what it makes of one file, by its own names."""
 
 
 def medium_of(file: Path) -> Medium | None:
@@ -76,7 +76,7 @@ def read_media(
         UserError: a file can't be read, or nothing that it becomes fits the graph.
     """
     for file in files:
-        made = processor(file)
+        made = processor.read(file)
         sample = named_for_graph(made, directory, inputs)
         if not sample:
             raise UserError(
@@ -129,7 +129,7 @@ def find_processor(
     """
     if model_name is None and _has_genai_processor(directory):
         try:
-            return _GenaiProcessor.of(directory, medium)
+            return _of_genai(directory, medium)
         except UserError as error:
             if not _has_transformers_processor(directory.folder):
                 raise
@@ -139,7 +139,7 @@ def find_processor(
             f"{directory.folder} describes no processor of {medium} ({_HUGGING_FACE[0]}); copy it there from the "
             "model's repository, name that as --model_name, or pass .npz files."
         )
-    return _TransformersProcessor.of(model_name or str(directory.folder), medium, trust_remote_code=trust_remote_code)
+    return _of_transformers(model_name or str(directory.folder), medium, trust_remote_code=trust_remote_code)
 
 
 def _has_genai_processor(directory: ModelDirectory) -> bool:
@@ -155,42 +155,24 @@ def _has_transformers_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _HUGGING_FACE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _GenaiProcessor:
-    """onnxruntime-genai's, which belongs to an open model."""
+def _of_genai(directory: ModelDirectory, medium: Medium) -> Processor:
+    """Return onnxruntime-genai's processor, which belongs to an open model."""
+    try:
+        runtime: Any = importlib.import_module("onnxruntime_genai")
+        processor = runtime.Model(str(directory.folder)).create_multimodal_processor()
+    except Exception as error:  # onnxruntime-genai raises classes without a common base
+        raise UserError(
+            f"onnxruntime-genai's processor of {directory.folder} can't be opened ({in_one_line(error)}); name "
+            "transformers' processor as --model_name, or pass .npz files."
+        ) from error
+    kind = str(read_genai_config(directory.folder).get("model", {}).get("type", ""))
 
-    title: str
-    runtime: Any
-    processor: Any
-    medium: Medium
-    prompt: str
-
-    @classmethod
-    def of(cls, directory: ModelDirectory, medium: Medium) -> _GenaiProcessor:
+    def read(file: Path) -> dict[str, np.ndarray]:
         try:
-            runtime = importlib.import_module("onnxruntime_genai")
-            processor = runtime.Model(str(directory.folder)).create_multimodal_processor()
-        except Exception as error:  # onnxruntime-genai raises classes without a common base
-            raise UserError(
-                f"onnxruntime-genai's processor of {directory.folder} can't be opened ({in_one_line(error)}); name "
-                "transformers' processor as --model_name, or pass .npz files."
-            ) from error
-        kind = str(read_genai_config(directory.folder).get("model", {}).get("type", ""))
-        tags = _TAGS if medium == "images" else _SOUND_TAGS
-        return cls(
-            title="onnxruntime-genai's processor",
-            runtime=runtime,
-            processor=processor,
-            medium=medium,
-            prompt=tags.get(kind, "a"),
-        )
-
-    def __call__(self, file: Path) -> dict[str, np.ndarray]:
-        try:
-            if self.medium == "images":
-                made = self.processor(self.prompt, images=self.runtime.Images.open(str(file)))
+            if medium == "images":
+                made = processor(_TAGS.get(kind, ""), images=runtime.Images.open(str(file)))
             else:
-                made = self.processor([self.prompt], audios=self.runtime.Audios.open(str(file)))
+                made = processor([_SOUND_TAGS.get(kind, "")], audios=runtime.Audios.open(str(file)))
             return {name: np.array(made[name].as_numpy()) for name in made.keys()}  # noqa: SIM118 - no mapping
         except Exception as error:  # onnxruntime-genai raises classes without a common base
             raise UserError(
@@ -198,50 +180,44 @@ class _GenaiProcessor:
                 "transformers' processor as --model_name."
             ) from error
 
+    return Processor(title="onnxruntime-genai's", read=read)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TransformersProcessor:
-    """An image processor or a feature extractor of transformers."""
 
-    title: str
-    processor: Any
-    medium: Medium
+def _of_transformers(path: str, medium: Medium, *, trust_remote_code: bool) -> Processor:
+    """Return an image processor or a feature extractor of transformers, from a folder or the hub."""
+    import transformers  # here, because it takes seconds
 
-    @classmethod
-    def of(cls, path: str, medium: Medium, *, trust_remote_code: bool) -> _TransformersProcessor:
-        import transformers  # here, because it takes seconds
+    kind: Any = transformers.AutoImageProcessor if medium == "images" else transformers.AutoFeatureExtractor
+    try:
+        processor = kind.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and the hub's clients raise classes without a common base
+        raise UserError(
+            f"No processor of {medium} can be loaded from {path} ({with_class_name(error)}); pass a folder that has "
+            "one, or the model's hub name, as --model_name, or pass .npz files."
+        ) from error
 
-        kind: Any = transformers.AutoImageProcessor if medium == "images" else transformers.AutoFeatureExtractor
+    def read(file: Path) -> dict[str, np.ndarray]:
         try:
-            processor = kind.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers and the hub's clients raise classes without a common base
-            raise UserError(
-                f"No processor of {medium} can be loaded from {path} ({with_class_name(error)}); pass a folder that "
-                "has one, or the model's hub name, as --model_name, or pass .npz files."
-            ) from error
-        return cls(title=type(processor).__name__, processor=processor, medium=medium)
-
-    def __call__(self, file: Path) -> dict[str, np.ndarray]:
-        made = self._of_image(file) if self.medium == "images" else self._of_sound(file)
+            made = (
+                _image(processor, file) if medium == "images" else _sound(processor, int(processor.sampling_rate), file)
+            )
+        except UserError:
+            raise
+        except Exception as error:  # Pillow and transformers raise classes without a common base
+            raise UserError(f"{file} can't be read ({in_one_line(error)}); leave it out.") from error
         return {name: np.asarray(value) for name, value in made.items()}
 
-    def _of_image(self, file: Path) -> Mapping[str, Any]:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise UserError(f"{file} needs the package Pillow; pip install pillow, or pass .npz files.") from error
-        try:
-            with Image.open(file) as image:
-                found: Mapping[str, Any] = self.processor(images=[image.convert("RGB")], return_tensors="pt")
-        except Exception as error:  # Pillow and transformers raise classes without a common base
-            raise UserError(f"{file} can't be read as an image ({in_one_line(error)}); leave it out.") from error
-        return found
+    return Processor(title=type(processor).__name__, read=read)
 
-    def _of_sound(self, file: Path) -> Mapping[str, Any]:
-        rate = int(self.processor.sampling_rate)
-        sound = read_sound(file, rate)
-        try:
-            found: Mapping[str, Any] = self.processor(sound, sampling_rate=rate, return_tensors="np")
-        except Exception as error:  # transformers raises classes without a common base
-            raise UserError(f"{self.title} can't read {file} ({in_one_line(error)}); leave it out.") from error
-        return found
+
+def _image(processor: Callable[..., Mapping[str, Any]], file: Path) -> Mapping[str, Any]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(f"{file} needs the package Pillow; pip install pillow, or pass .npz files.") from error
+    with Image.open(file) as image:
+        return processor(images=[image.convert("RGB")], return_tensors="pt")
+
+
+def _sound(processor: Callable[..., Mapping[str, Any]], rate: int, file: Path) -> Mapping[str, Any]:
+    return processor(read_sound(file, rate), sampling_rate=rate, return_tensors="np")

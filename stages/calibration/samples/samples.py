@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.errors import UserError
 from stages.records.quantities import counted
-from stages.runtime.sample_feeds import Sample
+from stages.runtime.feeds import Sample
 
 DEFAULT_SAMPLES = 128
 """With those held out from the search."""
