@@ -120,7 +120,9 @@ def _run_several(config: QuantizeConfig, processes: Processes) -> Generator[Sect
     *earlier, last = config.parts
     with processes.main_process_first():
         made = find_finished(last)  # a component's graph is the same in the base and in what comes between
-    if made is None:
+    if made is not None:
+        _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
+    else:
         check_before_calibration(config)
         base, between = config.onnx_path, list[Path]()
         for part in earlier:
