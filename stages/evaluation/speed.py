@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -113,6 +113,6 @@ def shipped_accuracy_level(model: ModelDirectory) -> int | None:
     content = read_genai_config(model.folder)
     entries = [component_entries(content).get(model.component, ({}, ""))[0], content.get("model", {}).get(DECODER, {})]
     # A component without options of its own takes the decoder's.
-    options = next((entry["session_options"] for entry in entries if "session_options" in entry), {})
+    options: Mapping[str, object] = next((each["session_options"] for each in entries if "session_options" in each), {})
     level = options.get(ACCURACY_LEVEL)
-    return int(level) if str(level).isdigit() else None
+    return int(str(level)) if str(level).isdigit() else None
