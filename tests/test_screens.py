@@ -31,7 +31,14 @@ from stages.inspect.model import ModelReport, report_model
 from stages.inspect.quantized_weights import StoredWeight
 from stages.inspect.tables import cache_table, model_table, sweep_table, weights_table
 from stages.model.directory import locate_model
-from stages.quantization.preview.table import Preview, PreviewedSite, SearchEstimate, StageMemory, preview_table
+from stages.quantization.preview.table import (
+    DiskUse,
+    Preview,
+    PreviewedSite,
+    SearchEstimate,
+    StageMemory,
+    preview_table,
+)
 from stages.quantization.targets.explain import choice_table
 from stages.quantization.weights.store import QuantizedStore
 from stages.quantization.weights.summary import quantization_table
@@ -138,6 +145,7 @@ def plan() -> RenderableType:
             bytes_before=41_234_500_000,
             bytes_after=12_345_600_000,
             memory=(StageMemory(stage="search and export", bytes=23_456_000_000, holds="the largest group"),),
+            disk=DiskUse(calibration=9_160_000_000, weights=23_456_000_000, output=12_345_600_000),
             search=SearchEstimate(seconds=12_345.0, device="cuda:1", groups=4321),
             obstacles=(f"--output_path {FOLDER / 'int4'} already exists; pass --overwrite or choose another path.",),
             notes=("--accuracy_level 1 runs INT8 weights about 10 times slower than level 4",),

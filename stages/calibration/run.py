@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -27,6 +28,7 @@ from stages.model.load import fingerprint_model, load_graph, parse_graph
 from stages.model.sites import find_expert_layers, find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.records.experts import ExpertLayer
+from stages.records.sites import FloatName
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
@@ -41,6 +43,15 @@ from stages.system.lock import exclusive
 _LOGGER = logging.getLogger(__name__)
 _CPU = "cpu"
 """As genai_config.json names it."""
+_QMOE_TYPES: Mapping[str, frozenset[FloatName]] = MappingProxyType(
+    {
+        _CPU: frozenset({"float32", "float16"}),
+        "cuda": frozenset({"float16", "bfloat16"}),
+        "webgpu": frozenset({"float32", "float16"}),
+        "nvtensorrtrtx": frozenset({"float16", "bfloat16"}),
+    }
+)
+"""Types of the graphs whose experts become QMoE, by provider, in small letters."""
 
 
 def calibrate(config: CalibrateConfig) -> CalibrationSummary:
@@ -166,8 +177,10 @@ def require_inputs(config: CalibrateConfig) -> None:
 def kept_layers(config: CalibrateConfig, model: ir.Model, directory: ModelDirectory) -> tuple[ExpertLayer, ...]:
     """Return the layers of experts whose rows are kept."""
     provider = (directory.provider or _CPU).lower()
-    wanted = config.expert_rows == "all" or (config.expert_rows == "auto" and provider == _CPU)
-    return find_expert_layers(model) if wanted else ()
+    if config.expert_rows == "none":
+        return ()
+    layers, types = find_expert_layers(model), _QMOE_TYPES.get(provider, frozenset())
+    return tuple(layer for layer in layers if config.expert_rows == "all" or layer.dtype in types)
 
 
 def fit_to_graph(config: CalibrateConfig, window: WindowShape) -> CalibrateConfig:

@@ -52,8 +52,11 @@ class StatisticsSize:
     @property
     def keeps_rows(self) -> bool:
         """Return whether the tokens' own rows are kept in place of the Gram matrix."""
-        packed_bytes = self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
-        return self.tokens is not None and self.tokens < self.in_features and self._bytes_of(self.tokens) < packed_bytes
+        return (
+            self.tokens is not None
+            and self.tokens < self.in_features
+            and self._bytes_of(self.tokens) < self._packed_bytes
+        )
 
     @property
     def memory(self) -> int:
@@ -61,6 +64,15 @@ class StatisticsSize:
         if self.tokens is not None and self.keeps_rows:
             return self._bytes_of(self.tokens)
         return self.in_features**2 * _FLOAT32_BYTES
+
+    @property
+    def disk(self) -> int:
+        """Return the bytes that they take in the cache."""
+        return self._bytes_of(self.tokens) if self.tokens is not None and self.keeps_rows else self._packed_bytes
+
+    @property
+    def _packed_bytes(self) -> int:
+        return self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
 
     def _bytes_of(self, tokens: int) -> int:
         return tokens * self.in_features * self.itemsize

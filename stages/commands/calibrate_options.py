@@ -65,7 +65,7 @@ class TextOptions(CommandOptions):
     one by one."""
     expert_rows: Literal["auto", "all", "none"] = "auto"
     """Keep every token's row of what experts in MoE nodes read, so that they can be calibrated: on the disk, tokens x
-    hidden size for each such node, in the model's type. auto: where the base was built for the CPU, or no runtime."""
+    hidden size for each such node, in the model's type. auto: where the base was built for a runtime with QMoE."""
     batch_size: int = 1
     """Windows in each forward pass."""
     calibration_eps: str = "cuda,cpu"

@@ -20,6 +20,7 @@ from stages.evaluation.texts import CONTENTS
 from stages.model.directory import DECODER
 from stages.model.genai_config import GENAI_CONFIG
 from stages.quantization.weights.store import REPORT_FOLDER
+from stages.quantization.weights.summary import ExpertTokens, expert_tokens
 from stages.report.document import REPORT_HTML
 from stages.system.paths import from_here, shell_line
 
@@ -42,6 +43,8 @@ class Result:
     """None where nothing was compared."""
     outputs: tuple[OutputEvaluation, ...] = ()
     """What encoders give beside what their base gives."""
+    experts: ExpertTokens | None = None
+    """None where no experts were calibrated."""
     report: Path
     next: tuple[tuple[str, str], ...]
     """(what it does, command)."""
@@ -75,6 +78,7 @@ def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
         bytes_after=made.export.bytes_after,
         evaluation=summarize_evaluations(made.evaluations) if made.evaluations else None,
         outputs=made.outputs,
+        experts=expert_tokens(made.search.sites),
         report=from_here(config.weights_folder) / REPORT_FOLDER / REPORT_HTML,
         next=tuple((what, shell_line([f"stages.{name}", *map(str, rest)])) for what, (name, *rest) in commands),
     )
@@ -102,6 +106,10 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
     yield "model", str(result.folder)
     yield "size", f"{before:,.1f} MB -> {after:,.1f} MB ({before / after:.2f}x smaller)"
     yield from _measured(result.evaluation, result.outputs)
+    if (experts := result.experts) is not None:
+        yield "experts", f"tokens: {experts.spread}; each expert's in the report"
+        if experts.unseen:
+            yield "none for", experts.named(2)
     yield "report", str(result.report)
     for what, command in result.next:
         yield what, as_called(command, program)

@@ -28,9 +28,22 @@ from stages.quantization.plan.output_size import file_bytes, output_size, weight
 from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_search
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import all_sites
-from stages.quantization.preview.memory import calibration_memory, export_memory, held_already, search_memory
+from stages.quantization.preview.memory import (
+    calibration_memory,
+    export_memory,
+    held_already,
+    search_memory,
+    weights_on_disk,
+)
 from stages.quantization.preview.seconds import search_seconds
-from stages.quantization.preview.table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
+from stages.quantization.preview.table import (
+    DiskUse,
+    InputScalePlace,
+    Preview,
+    PreviewedSite,
+    SearchEstimate,
+    StageMemory,
+)
 from stages.records.formats import PerBlock, QuantSpec, WeightForm
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.runtime.feeds import require_text_inputs
@@ -91,6 +104,11 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         bytes_before=size.base_bytes,
         bytes_after=size.total_bytes(all_sites(groups), plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
+        disk=DiskUse(
+            calibration=_calibration_on_disk(known, calibration, text),
+            weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
+            output=size.total_bytes(all_sites(groups), plan.sites.specs),
+        ),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
         notes=(
@@ -237,11 +255,25 @@ def _memory(
 
 def _rows_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> Iterator[str]:
     """Say what the rows that experts read take on the disk, where stage one still has to keep them."""
-    rows = rows_of(kept_layers(calibration, known.model, known.directory))
-    if text is not None and text.seq_len is not None and known.cache is None and rows:
-        tokens = (text.calibration_windows + text.held_out_windows) * text.seq_len
-        taken = sum(each.bytes(tokens) for each in rows.values())
+    if taken := _row_bytes(known, calibration, text):
         yield f"the calibration keeps {taken / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
+
+
+def _row_bytes(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
+    if text is None or text.seq_len is None or known.cache is not None:
+        return 0
+    tokens = (text.calibration_windows + text.held_out_windows) * text.seq_len
+    rows = rows_of(kept_layers(calibration, known.model, known.directory))
+    return sum(each.bytes(tokens) for each in rows.values())
+
+
+def _calibration_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
+    """Return the bytes of the cache that stage one still has to write."""
+    if text is None or known.cache is not None:
+        return 0
+    groups = find_groups(known.model)
+    sizes = [text.size(group, part) for group in groups for part in ("calibration", "held_out")]
+    return _row_bytes(known, calibration, text) + sum(size.disk for size in sizes)
 
 
 def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
