@@ -226,7 +226,7 @@ def _run_model(
 
 
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    text = BUILT_IN[config.text]() if config.text in BUILT_IN else _read_text(Path(config.text))
+    text = read_evaluation_text(config.text)
     tokens = first_tokens(tokenizer, text, config.windows * config.seq_len)
     windows = pack_windows(tokens, config.windows, config.seq_len, beginning_token(tokenizer))
     if len(windows) < config.windows or config.windows < 1:
@@ -237,7 +237,15 @@ def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) ->
     return windows
 
 
-def _read_text(path: Path) -> str:
+def read_evaluation_text(name: str) -> str:
+    """Return a built-in text, or that of a file.
+
+    Raises:
+        UserError: it is neither, or can't be read.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    path = Path(name)
     try:
         return read_text(path)
     except (OSError, ValueError) as error:

@@ -89,6 +89,8 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
+    if cache is not None and cache.manifest.key.seq_len is None:
+        config.require_no_text()
     plan = plan_search(config, model, directory, cache)
     _log_plan(plan)
     result: BudgetResult | None = None
