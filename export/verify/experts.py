@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64, Int16
 from torch import Tensor
 
 from export.forms.matmul_nbits import implied_zero_point
-from export.forms.qmoe import ROUTER_WEIGHTS, ExpertTable, RewrittenExperts, unpacked_rows
+from export.forms.qmoe import RAW, ROUTER_WEIGHTS, ExpertTable, RewrittenExperts, unpacked_rows
 from export.save import read_initializer
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.errors import GraphError
@@ -92,7 +92,8 @@ def _isolated(node: ir.Node, experts: RewrittenExperts) -> ir.Model:
         name="scores", shape=ir.Shape(chosen.shape), type=kind, const_value=ir.tensor(chosen, name="scores")
     )
     inputs = [None if value is None else model.copy(value) for value in node.inputs[2:ROUTER_WEIGHTS]]
-    attributes = dict(node.attributes)
+    # The installed release may not know what the target's needs.
+    attributes = {name: value for name, value in node.attributes.items() if name != RAW}
     for name, number in (("k", 1), ("normalize_routing_weights", 1)):
         attributes[name] = ir.AttrInt64(name, number)
     if "accuracy_level" in attributes:

@@ -141,24 +141,20 @@ def _candidates_of_node(
     sites: Sequence[MatMulSite], usual: QuantSpec, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats
 ) -> SiteCandidates:
     assert choice.experts is not None, "the plan has experts"
-    complete, (first, second) = choice.experts.complete, sites[:2]
-    bits, because = _bits_of_node(usual, config, choice.experts, formats)
+    experts, (first, second) = choice.experts, sites[:2]
+    bits, because = _bits_of_node(usual, config, experts, formats)
     sizes = {4: formats.four_bit, 8: (formats.eight_bit or choice.eight_bit,)}
     zero_points = {
-        4: [each for each in formats.zero_points if complete or not each] or [False],
-        8: [complete and config.use_zero_point is True],
+        4: [each for each in formats.zero_points if experts.zero_points or not each] or [False],
+        8: [experts.zero_points and config.use_zero_point is True],
     }
     specs = [
-        replace(
-            usual,
-            bits=each,
-            symmetric=not zero_point,
-            granularity=fitting(size, first.in_features, second.in_features),
-        )
+        replace(usual, bits=each, symmetric=not zero_point, granularity=granularity)
         for each in bits
         for size in sizes[each]
+        if (granularity := fitting(size, first.in_features, second.in_features, experts)) is not None
         for zero_point in zero_points[each]
-    ]
+    ] or [usual]
     if config.sensitivity == "measured":
         specs, because = [usual], "--sensitivity measured tries the weights of MatMuls only"
     return SiteCandidates(

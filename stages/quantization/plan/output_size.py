@@ -10,6 +10,7 @@ import onnx_ir as ir
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
 from stages.quantization.plan.experts import stored_bytes
+from stages.quantization.weights.rotary import RotaryTables
 from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
 from stages.records.sites import MatMulSite
 
@@ -27,6 +28,8 @@ class OutputSize:
     """The base's .onnx file and the tensors outside it."""
     form: WeightForm
     embeddings: tuple[EmbeddingPlan, ...]
+    rotary: tuple[RotaryTables, ...] = ()
+    """Tables that nodes compute."""
 
     def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
         """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
@@ -38,7 +41,8 @@ class OutputSize:
         tables = sum(plan.own_bytes + _GRAPH_BYTES for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
-        return self.base_bytes - freed + tables - gone
+        computed = sum(pair.saved_bytes for pair in self.rotary)
+        return self.base_bytes - freed + tables - gone - computed
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
         """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
@@ -64,6 +68,7 @@ def output_size(
     model: ir.Model,
     form: WeightForm,
     embeddings: tuple[EmbeddingPlan, ...],
+    rotary: tuple[RotaryTables, ...],
 ) -> OutputSize:
     """Return the sizes that outputs of ``model`` will have.
 
@@ -72,10 +77,11 @@ def output_size(
         model: the base model.
         form: of the quantized weights.
         embeddings: those that are quantized too.
+        rotary: tables that the output computes.
     """
     outside = sum(tensor.nbytes for tensor in external_tensors(model))
     base_bytes = directory.onnx_file.stat().st_size + outside
-    return OutputSize(base_bytes=base_bytes, form=form, embeddings=embeddings)
+    return OutputSize(base_bytes=base_bytes, form=form, embeddings=embeddings, rotary=rotary)
 
 
 def weight_bytes(site: MatMulSite) -> int:

@@ -28,7 +28,7 @@ CHOICE = FormatChoice(
     gather_form="gather_block_quantized",
     gather_block_size=32,
     accuracy_level=None,
-    experts=ExpertFormat(bits=4, complete=True),
+    experts=ExpertFormat(bits=4, zero_points=True, router_weights=True),
 )
 NOTHING = NamedSites(eight_bit=frozenset(), skipped={})
 
@@ -74,7 +74,7 @@ def test_all_experts_get_int4_in_blocks_that_divide_both_sizes() -> None:
 def test_blocks_shrink_until_they_fit(
     wanted: PerBlock | PerChannel, hidden: int, inner: int, found: PerBlock | PerChannel
 ) -> None:
-    assert fitting(wanted, hidden, inner) == found
+    assert fitting(wanted, hidden, inner, ExpertFormat(bits=4)) == found
 
 
 def test_one_expert_that_is_named_names_all_of_its_node() -> None:
@@ -87,9 +87,9 @@ def test_one_expert_that_is_named_names_all_of_its_node() -> None:
 
 
 def test_an_older_release_gets_no_zero_points_and_no_softmax_over_all() -> None:
-    older = replace(CHOICE, experts=ExpertFormat(bits=4, complete=False))
+    older = replace(CHOICE, experts=ExpertFormat(bits=4))
     assert label(planned(older)) == "4b16"
-    assert "router weights" in planned(older, kind="relu over all").stay["down.weight"]
+    assert "softmax over all" in planned(older, kind="relu over all").stay["down.weight"]
 
 
 def test_experts_that_stay_have_a_reason() -> None:
@@ -97,6 +97,34 @@ def test_experts_that_stay_have_a_reason() -> None:
     assert set(stays.stay.values()) == {"--experts none"}
     halves = planned_with({**KINDS["gpt-oss"], "swiglu_fusion": 2})
     assert "interleaved" in halves.stay["gate_up.weight"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "reason"),
+    [
+        ({"dtypes": frozenset({"float16"})}, "gpt-oss", "takes float16 only"),
+        ({"activations": frozenset({"swiglu"})}, "silu", "runs swiglu only, not silu"),
+        ({"most": EXPERTS - 1}, "gpt-oss", "chooses from 4 experts at most"),
+        ({"multiple": 64}, "gpt-oss", "a multiple of 64 inputs"),
+        ({"blocks": (64, 32), "per_channel": False}, "gpt-oss", "blocks of 32, 64 that divide its sizes, 32 and 48"),
+    ],
+)
+def test_what_a_runtime_does_not_take_stays_with_its_reason(changed: dict[str, object], kind: str, reason: str) -> None:
+    narrower = replace(CHOICE, experts=replace(ExpertFormat(bits=4, whose="CUDA's"), **changed))  # type: ignore[arg-type]
+    plan = planned(narrower, kind=kind)
+    assert plan.groups == ()
+    assert set(plan.stay) == {"gate_up.weight", "down.weight"}
+    assert plan.stay["down.weight"].startswith("CUDA's QMoE ")
+    assert reason in plan.stay["down.weight"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [(PerBlock(block_size=16), 32), (PerChannel(), 32), (PerBlock(block_size=256), 64)]
+)
+def test_where_no_scale_per_channel_is_taken_the_nearest_block_is(wanted: PerBlock | PerChannel, found: int) -> None:
+    experts = ExpertFormat(bits=4, blocks=(128, 64, 32), per_channel=False)
+    assert fitting(wanted, 2880, 2880, experts) == PerBlock(block_size=found)
+    assert fitting(wanted, 2880, 48, experts) is None
 
 
 def planned_with(attributes: dict[str, int | float | str | list[int]]) -> ExpertPlan:
@@ -125,7 +153,7 @@ def test_a_budget_chooses_one_format_for_a_node_among_those_that_fit_it() -> Non
 
 
 def test_options_narrow_what_a_budget_may_choose_for_experts() -> None:
-    older = replace(CHOICE, experts=ExpertFormat(bits=4, complete=False))
+    older = replace(CHOICE, experts=ExpertFormat(bits=4))
     assert list(candidates_of(OPEN, older).formats) == ["4b16", "8b16"]
     asked = candidates_of(OPEN, experts="4")
     assert (list(asked.formats), asked.fixed_because) == (["4b16", "4b16z"], "--experts 4")
@@ -139,7 +167,7 @@ def test_a_plan_file_decides_about_a_nodes_experts() -> None:
     eight = QuantSpec(bits=8, symmetric=True, granularity=PerBlock(block_size=16), scale_dtype="float32")
     assert label(planned(given={"y/experts": eight})) == "8b16"
     assert set(planned(given={"y/experts": None}).stay.values()) == {"--plan: keep"}
-    with pytest.raises(OptionError, match="8b64 don't divide the inputs of 'y/experts', 32 and 48"):
+    with pytest.raises(OptionError, match="can't have blocks of 8b64 with the inputs of 'y/experts', 32 and 48"):
         planned(given={"y/experts": replace(eight, granularity=PerBlock(block_size=64))})
 
 
