@@ -179,7 +179,19 @@ def test_blocks_with_experts_are_tuned_and_error_feedback_leaves_the_experts(
     build_genai_model(tmp_path / "hf", tmp_path / "base")
     cache = _calibrated(tmp_path / "base", tiny_text, tmp_path)
     quick = ("--signround_iters", 10, "--signround_batch_size", 8, "--signround_start", "awq_lite", "--block_size", 16)
-    steps = ("--refine", "--algo", "signround", "--distill", 16, "--dataset", tiny_text, "--seq_len", 64)
+    steps = (
+        "--refine",
+        "--algo",
+        "signround",
+        "--distill",
+        16,
+        "--dataset",
+        tiny_text,
+        "--seq_len",
+        64,
+        "--calib_size",
+        64,
+    )
     code, printed = _quantize(commands, tmp_path / "base", cache, tmp_path / "out", *quick, *steps)
     assert code == 0, printed
     assert "--refine corrects the MatMuls; experts of MoE nodes stay as they were searched" in printed
