@@ -67,10 +67,6 @@ class ExpertLayer:
         """Return one projection of every expert."""
         return self.sites[0 if projection == "fc1" else 1 :: 2]
 
-    def token_weights(self, projection: Projection) -> str:
-        """Return the name under which a cache keeps how much each token counts in each expert, [T, E]."""
-        return f"{self.output}#{projection}.tokens"
-
     def channel_weights(self, projection: Projection) -> str:
         """Return the name under which a cache keeps how much each expert's output channels count, [E, N]."""
         return f"{self.output}#{projection}.channels"

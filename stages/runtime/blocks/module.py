@@ -17,9 +17,6 @@ from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
 from stages.runtime.blocks.converters.register import register_converters
 from stages.runtime.blocks.cut import WITHOUT_BLOCKS, BlockGraph, DecoderBlock
 
-_TOKENS = 3
-"""Input of an expert's projection that says where its rows lie in the batch."""
-
 
 class _Reached(Exception):
     """Ends a run of a block at the site whose input is wanted."""
@@ -37,8 +34,6 @@ class SiteRun:
 
     read: Tensor
     gave: Tensor
-    tokens: Tensor | None = None
-    """Where the rows of an expert lie among the batch * length tokens, [n]."""
 
 
 class BlockModule:
@@ -97,8 +92,7 @@ class BlockModule:
         runs: dict[str, SiteRun] = {}
 
         def note(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            tokens = inputs[_TOKENS] if len(inputs) > _TOKENS else None
-            runs[names[id(inputs[1])]] = SiteRun(read=inputs[0], gave=output, tokens=tokens)
+            runs[names[id(inputs[1])]] = SiteRun(read=inputs[0], gave=output)
 
         with ExitStack() as hooks:
             for linear in self._linears():

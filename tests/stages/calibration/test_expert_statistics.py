@@ -17,7 +17,6 @@ from stages.calibration.row_files import RowsWriter
 from stages.errors import CacheMismatch
 from stages.model.weights import read_weight, to_torch
 from stages.records.results import TokenStats
-from stages.records.sites import Projection
 from stages.runtime.blocks.experts import activated, route
 from tests.support.mixtures import EXPERTS, HIDDEN, INNER, mixture, the_layer
 
@@ -87,7 +86,7 @@ def test_each_matrix_gets_the_gram_matrix_of_its_own_rows_and_the_layers(
                     if routed.experts[token, place] == expert:
                         total += routed.weights[token, place] ** 2 * torch.outer(read[token], read[token])
                         own += 1
-            seen = seen_by(rows["scores"][part].numpy(), layer, site, None)
+            seen = seen_by(rows["scores"][part].numpy(), layer, site)
             assert seen.own == own
             usual = routed.weights.square().mean()
             drawn = seen.tokens[own:]
@@ -98,51 +97,35 @@ def test_each_matrix_gets_the_gram_matrix_of_its_own_rows_and_the_layers(
         assert (found.own_tokens == 0) == (expert == NOBODY)
 
 
-@pytest.mark.parametrize("projection", ["fc1", "fc2"])
-def test_tokens_weigh_what_the_end_loss_says_and_the_whole_is_in_nats(
-    projection: Projection, rows: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+def test_the_whole_is_in_nats_where_the_end_loss_is_known(
+    cache: CalibrationCache, rows: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    model = mixture().model()
+    model, generator = mixture().model(), torch.Generator().manual_seed(2)
     layer = the_layer(model)
-    routed = {part: route(scores, layer.routing) for part, scores in rows["scores"].items()}
-    generator = torch.Generator().manual_seed(2)
-    counts = {
-        part: torch.zeros(COUNTS[part], EXPERTS).scatter(
-            1, each.experts, torch.rand(each.experts.shape, generator=generator)
-        )
-        for part, each in routed.items()
-    }
-    sites = layer.of(projection)
-    channels = {"calibration": torch.rand(EXPERTS, sites[0].out_features, generator=generator)}
-    channels["calibration"][NOBODY] = 0
-    kept = {**rows, layer.token_weights(projection): counts, layer.channel_weights(projection): channels}
+    sites = layer.of("fc1")
+    channels = torch.rand(EXPERTS, sites[0].out_features, generator=generator)
+    channels[NOBODY] = 0
+    kept = {**rows, layer.channel_weights("fc1"): {"calibration": channels}}
     with new_cache(tmp_path / "cache", KEY, [], list(kept), overwrite=False) as writer:
         for name, parts in kept.items():
-            file = RowsWriter(
-                writer.folder / writer.rows[name], name, {part: len(each) for part, each in parts.items()}
-            )
+            counts = {part: len(each) for part, each in parts.items()}
+            file = RowsWriter(writer.folder / writer.rows[name], name, counts)
             for part, numbers in parts.items():
                 file.add(part, numbers)
-    cache = find_cache(tmp_path / "cache")
-    assert cache is not None
-    statistics = ExpertStatistics(model, [layer], cache, CPU)
+    known = find_cache(tmp_path / "cache")
+    assert known is not None
+    in_nats, plain = (ExpertStatistics(model, [layer], each, CPU) for each in (known, cache))
+    routed = route(rows["scores"]["calibration"], layer.routing)
     for index, site in enumerate(sites):
-        found = statistics.read(site.activation)
-        seen = seen_by(rows["scores"]["calibration"].numpy(), layer, site, counts["calibration"].numpy())
+        found, unweighted = in_nats.read(site.activation), plain.read(site.activation)
         if index == NOBODY:
-            assert (seen.own, float(found.channel_weights[site.name].sum())) == (0, 0)
+            assert float(found.channel_weights[site.name].sum()) == 0
             assert bool(found.tokens.calibration.abs_mean.any()), "those of the whole layer are there"
             continue
-        own = counts["calibration"][:, index][counts["calibration"][:, index] > 0]
-        assert torch.equal(seen.weights[: seen.own], own)
-        prior = torch.tensor([float(counts["calibration"][token].sum()) / 2 for token in seen.tokens[seen.own :]])
-        torch.testing.assert_close(seen.weights[seen.own :], prior)
-        wanted = channels["calibration"][index]
+        wanted, own = channels[index], routed.weights[routed.experts == index].square().mean()
         torch.testing.assert_close(found.channel_weights[site.name], wanted / wanted.mean())
-        if projection == "fc1":
-            x = rows["x"]["calibration"][seen.tokens]
-            total = (x * seen.weights[:, None]).T @ x / len(x) / own.mean() * wanted.mean()
-            torch.testing.assert_close(gram(found.tokens.calibration), total, rtol=1e-4, atol=1e-6)
+        expected = gram(unweighted.tokens.calibration) * wanted.mean() / own
+        torch.testing.assert_close(gram(found.tokens.calibration), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_cache_without_the_rows_is_refused_with_what_to_do(cache: CalibrationCache) -> None:

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from stages.records.experts import ExpertActivation, Routing
 from stages.runtime.blocks.converters.layers import Linear
 from stages.runtime.blocks.experts import activated, route
-
-
-class ExpertLinear(Linear):
-    """One projection of one expert; ``_tokens`` says where its rows lie in the batch, to whoever watches."""
-
-    def __init__(self) -> None:
-        super().__init__(1.0)
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "n K"],
-        weight: Float[Tensor, "N K"],
-        bias: Float[Tensor, " N"] | None = None,
-        _tokens: Int64[Tensor, " n"] | None = None,
-    ) -> Float[Tensor, "n N"]:
-        return linear(hidden, weight, bias)
 
 
 class Experts(nn.Module):
@@ -33,7 +16,7 @@ class Experts(nn.Module):
 
     def __init__(self, activation: ExpertActivation, routing: Routing, biased: tuple[bool, bool]) -> None:
         super().__init__()
-        self._activation, self._routing, self._biased, self._linear = activation, routing, biased, ExpertLinear()
+        self._activation, self._routing, self._biased, self._linear = activation, routing, biased, Linear(1.0)
 
     def forward(
         self,
@@ -52,7 +35,7 @@ class Experts(nn.Module):
             if len(tokens) == 0:
                 continue
             bias1, bias2 = (None if bias is None else bias[index] for bias in biases)
-            inner = activated(self._linear(rows[tokens], fc1, bias1, tokens), self._activation)
-            output = self._linear(inner, fc2, bias2, tokens)
+            inner = activated(self._linear(rows[tokens], fc1, bias1), self._activation)
+            output = self._linear(inner, fc2, bias2)
             mixed = mixed.index_add(0, tokens, output * routed.weights[tokens, place, None])
         return mixed.reshape(hidden.shape)

@@ -37,7 +37,7 @@ def test_torch_gives_what_the_runtime_gives(kind: str, biased: bool) -> None:
     assert np.allclose(found[0].numpy(), run_mixture(model, X, SCORES), rtol=1e-4, atol=1e-5)
 
 
-def test_every_expert_says_which_tokens_it_read_and_gradients_reach_them_and_the_scores() -> None:
+def test_every_expert_reads_its_tokens_and_gradients_reach_them_and_the_scores() -> None:
     model = mixture().model()
     module, weights = module_of(model)
     x, scores = torch.from_numpy(X).requires_grad_(), torch.from_numpy(SCORES.copy())
@@ -52,7 +52,6 @@ def test_every_expert_says_which_tokens_it_read_and_gradients_reach_them_and_the
             assert site.name not in runs
             continue
         tokens = torch.nonzero((routed.experts == index).any(dim=1)).flatten()
-        assert torch.equal(runs[site.name].tokens, tokens)
         assert runs[site.name].read.shape == (len(tokens), HIDDEN if site.expert.projection == "fc1" else INNER)
         if site.expert.projection == "fc1":
             assert torch.equal(runs[site.name].read, x[tokens])
