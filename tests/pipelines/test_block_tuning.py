@@ -171,6 +171,7 @@ def test_narrow_models(
     assert all(weight.scales.dtype.itemsize == 2 for weight in _weights(tmp_path / "out"))
 
 
+@pytest.mark.thorough
 def test_blocks_with_experts_are_tuned_and_error_feedback_leaves_the_experts(
     tiny_tokenizer: Path, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:
