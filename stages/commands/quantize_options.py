@@ -36,6 +36,8 @@ Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _SMALLEST_STEP = 0.001
+_OF_SEARCHED = frozenset({"--layers_8bit", "--lm_head", "--block_size", "--int8_block_size"})
+"""Options that say what becomes of weights which a checkpoint leaves in floating point."""
 _AUTO, _ANY = "auto", "any"
 """Values of --target that name no runtime."""
 
@@ -78,6 +80,10 @@ class _AlgorithmOptions:
     """Train the scales of the finished codes until the model answers as the base does (KL through all layers), on so
     many windows of text, a tenth of them held out; 0: don't. 1280 make the most of it and take hours on a CPU, minutes
     on a GPU. The text is what dataset names."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Take the weights from a quantized Hugging Face folder of the same model, in place of a search: INT4 or INT8 of
+    GPTQ, AWQ, AutoRound or compressed-tensors. Its codes and scales stay as they are. What it leaves in floating point
+    stays so, but for what lm_head, embedding and layers_8bit name."""
     signround_start: OneShot = "awq_gptq"
     """Algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -399,7 +405,12 @@ class QuantizeConfig(
     @property
     def needs_cache(self) -> bool:
         """Return whether the search reads calibration statistics."""
-        return self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq")
+        return self.searches_sites and (self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq"))
+
+    @property
+    def searches_sites(self) -> bool:
+        """Return whether any MatMul's codes are searched: beside a checkpoint only those that options name."""
+        return self.checkpoint is None or self.lm_head in ("4", "8") or bool(self.layers_8bit)
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
@@ -416,6 +427,20 @@ class QuantizeConfig(
         )
         if self.plan is not None:
             _refuse_beside("--plan", self._formats_given)
+        if self.checkpoint is not None:
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Refuse what would change the codes of a checkpoint, or their formats."""
+        require(
+            not self.improves_search and self.algo != "rtn",
+            "--checkpoint takes codes as they are, and --refine, --distill and the algorithms rtn and signround change "
+            "them; leave those out.",
+        )
+        for_searched = _OF_SEARCHED if self.searches_sites else {"--lm_head"}
+        formats = {name: given for name, given in self._formats_given.items() if name not in for_searched}
+        zero_point = None if self.searches_sites else self.use_zero_point
+        _refuse_beside("--checkpoint", formats | {"--plan": self.plan, "--use_zero_point": zero_point is not None})
 
     def _check_rtn(self) -> None:
         """Refuse what needs packed codes: ``--algo rtn`` stores floating-point weights with Q and DQ nodes."""

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from stages.calibration.text.documents import read_text
 from stages.calibration.text.tokenizer import first_tokens, load_tokenizer
@@ -49,6 +49,9 @@ from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
 from stages.system.paths import from_here
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LOGGER = logging.getLogger(__name__)
 Windows = Int64[np.ndarray, "windows seq_len"]

@@ -30,6 +30,7 @@ from stages.model.unquantized import unquantized_warning
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.blocks.distill import Distiller
 from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
+from stages.quantization.checkpoints.imported import ImportedWeights
 from stages.quantization.plan.allocate_budget import BudgetResult, allocate_budget
 from stages.quantization.plan.plan import (
     ModelPlan,
@@ -121,6 +122,8 @@ def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Proces
         processes: those that share the groups.
     """
     with _timed(prepared.store, owner=processes.is_first):
+        if prepared.plan.imported is not None:
+            _import_unfinished(prepared.plan.imported, prepared.store, processes)
         if config.improves_search:
             _improve_unfinished(config, prepared, processes)
             if processes.is_first:
@@ -215,6 +218,15 @@ def _statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) 
         return experts.read(activation) if experts.has(activation) else cache.read_for_search(activation)
 
     return read
+
+
+def _import_unfinished(imported: ImportedWeights, store: QuantizedStore, processes: Processes) -> None:
+    """Write the groups that a checkpoint has codes for and that have no file yet."""
+    if processes.is_first:
+        for index, group in enumerate(store.recipe.groups):
+            if not store.is_finished(index) and (solved := imported.solved(group)) is not None:
+                store.write(index, solved)
+    processes.barrier()
 
 
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:

@@ -183,6 +183,7 @@ class SiteError:
     site: str
     exact: float
     default: float
+    """Of the first site of this format and shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,7 +23,16 @@ from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
 from stages.model.unquantized import find_unquantized, require_float_base
+from stages.model.weights import read_vector, read_weight
 from stages.quantization.blocks.signround import SignRoundOptions
+from stages.quantization.checkpoints.checkpoint import open_checkpoint
+from stages.quantization.checkpoints.imported import (
+    GraphWeights,
+    ImportedWeights,
+    WantedFormats,
+    find_imported,
+    split_groups,
+)
 from stages.quantization.plan.budget import (
     BitsBudget,
     Budget,
@@ -48,6 +58,7 @@ from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
     QuantPlan,
     all_sites,
+    asked_by_name,
     excludes_lm_head,
     make_plan,
     named_sites,
@@ -83,6 +94,8 @@ _SPREADS = frozenset({"cpu"})
 """Runtimes in which INT4 and INT8 of several blocks were run side by side."""
 _TENTH = 100_000
 """Bytes of a tenth of a megabyte, to which the budget that nobody gave is rounded up."""
+_CPU = torch.device("cpu")
+_STAYS: Literal["none"] = "none"
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
 """Values of --lm_head and --embedding."""
 
@@ -121,6 +134,8 @@ class ModelPlan:
     by_site: str = ""
     """The option that chooses each site's format; empty where one format holds for all but named ones."""
     left_open: OpenPlan | None = None
+    imported: ImportedWeights | None = None
+    """The sites whose codes come from a checkpoint; None where all are searched."""
 
 
 def plan_search(
@@ -193,8 +208,11 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     chooser = _Chooser(target=decided.target, requested=_requested(config, every_site), facts=facts)
     candidates: tuple[SiteCandidates, ...] = ()
     formats = chooser.open() if config.has_budget else None
+    imported: ImportedWeights | None = None
     if config.plan is not None:
         choice, sites = _given_plan(config, groups, chooser)
+    elif config.checkpoint is not None:
+        choice, sites, imported = _imported_plan(config, config.checkpoint, model, groups, chooser)
     elif formats is not None:
         choice, candidates = _open_choice(config, groups, chooser, formats, of_experts)
         sites = _smallest(groups, candidates)
@@ -229,6 +247,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         experts=experts,
         by_site=_chooses_by_site(config),
         left_open=left_open,
+        imported=imported,
     )
 
 
@@ -258,7 +277,7 @@ def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice
         four_bit=choice.four_bit,
         table_bits=_BITS.get(config.requested_embedding or ""),
         skipped=dict(sites.skipped),
-        given=sites.specs if config.plan is not None else {},
+        given=sites.specs if config.plan is not None or config.checkpoint is not None else {},
         runtime_cannot=why_not_shared(target),
     )
 
@@ -280,6 +299,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
         cache_digest.encode(),
         _tuning(config),
+        b"" if plan.imported is None else plan.imported.checkpoint.fingerprint().encode(),
     ):
         digest.update(part)
     return ExportRecipe(
@@ -312,6 +332,9 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
     algorithm = f"{algorithm} distilled" if config.distill else algorithm
+    if plan.imported is not None:
+        searched = len(plan.sites.specs) - len(plan.imported.sites)
+        algorithm = f"{plan.imported.title} and {algorithm}" if searched else plan.imported.title
     return f"{algorithm} {formats}{mixed}{table}{target}"
 
 
@@ -416,6 +439,27 @@ def _given_plan(
     return choice, plan_of(groups, specs, skipped)
 
 
+def _imported_plan(
+    config: QuantizeConfig, checkpoint: Path, model: ir.Model, groups: tuple[ActivationGroup, ...], chooser: _Chooser
+) -> tuple[FormatChoice, QuantPlan, ImportedWeights]:
+    """Return what ``--checkpoint`` gives: its sites as they are there, others as they are but for what options name."""
+    choice, sites = chooser.choose(), all_sites(groups)
+    imported = find_imported(
+        open_checkpoint(checkpoint),
+        groups,
+        GraphWeights(
+            matrix=lambda site: read_weight(model, site, _CPU), vector=lambda name: read_vector(model, name, _CPU)
+        ),
+        WantedFormats(scale_dtype=choice.scale_dtype, eight_bit=choice.eight_bit),
+    )
+    asked = asked_by_name([site for site in sites if site.name not in imported.sites], config, choice)
+    specs = {name: each.spec for name, each in imported.sites.items()} | asked
+    skipped = {site.name: "--checkpoint leaves it in floating point" for site in sites if site.name not in specs}
+    found = _choice_of_specs(chooser, tuple(specs.values()))
+    plan = plan_of(groups, specs, skipped)
+    return found, replace(plan, groups=tuple(split_groups(plan.groups, imported))), imported
+
+
 def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:
     """Return the choice for the commonest INT4 block, with what the target says against each of the formats."""
     sizes: list[int | None] = [each.block_size for each, _ in _commonest(specs, 4) if isinstance(each, PerBlock)]
@@ -488,7 +532,10 @@ def _open_plan(
 
 def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> RequestedFormats:
     """Return the options that were given, and not left to the target."""
-    decided_elsewhere = config.plan is not None or (config.has_budget and config.lm_head is None)
+    decided_elsewhere = config.plan is not None or (
+        config.lm_head is None and (config.has_budget or config.checkpoint is not None)
+    )
+    others = None if config.checkpoint is None else _STAYS
     return RequestedFormats(
         form=_requested_form(config),
         block_size=config.block_size,
@@ -500,12 +547,12 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         scale_type=config.scale_type,
         lm_head="none" if config.lm_head is None and excludes_lm_head(sites, config) else config.lm_head,
         lm_head_open=decided_elsewhere,
-        embedding=config.requested_embedding,
+        embedding=config.requested_embedding or others,
         embedding_axis=config.embedding_axis,
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
-        experts=config.experts,
+        experts=config.experts or others,
     )
 
 
@@ -558,8 +605,8 @@ def _tuning(config: QuantizeConfig) -> bytes:
 
 
 def _chooses_by_site(config: QuantizeConfig) -> str:
-    if config.plan is not None:
-        return "--plan"
+    if config.plan is not None or config.checkpoint is not None:
+        return "--plan" if config.checkpoint is None else "--checkpoint"
     return config.budget_description if config.has_budget else ""
 
 
