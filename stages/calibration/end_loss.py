@@ -43,7 +43,7 @@ from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
 from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats, SearchStats, TokenWeights
-from stages.records.sites import ActivationGroup, Projection
+from stages.records.sites import ActivationGroup, MatMulSite, Projection
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
 from stages.runtime.blocks.module import SiteRun
@@ -95,6 +95,11 @@ def sampled_gradient(logits: Float[Tensor, "*tokens V"], generator: torch.Genera
     return probabilities.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=probabilities.dtype))
 
 
+def _numbers(site: MatMulSite) -> float:
+    """Return how many of a site's weights multiply a token."""
+    return site.in_features * site.out_features * (1.0 if site.expert is None else site.expert.share)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndLossPass:
     """A model as a chain, the windows that it runs on, and the activations whose weighted statistics are wanted."""
@@ -118,7 +123,7 @@ class EndLossPass:
         """
         links = self.chain.links
         lacking = [place for place in range(len(links)) if not self.streams.has(place)]
-        costs = [float(sum(site.in_features * site.out_features for site in link.sites)) for link in links]
+        costs = [sum(_numbers(site) for site in link.sites) for link in links]
         passes = [costs[place - 1] for place in lacking if place] + [2 * cost for cost in costs]
         with progress_bar() as bar:
             task = bar.add_task("end loss", total=sum(passes), steps=len(passes), unit="layers")
@@ -166,7 +171,7 @@ class EndLossPass:
         """
         link = self.chain.links[place]
         run, weights = self._loaded(link, shared)
-        sums: list[_WeightedSums | _ExpertWeights] = [*self._sums(link), *self._expert_weights(link, writer)]
+        sums, of_experts = self._sums(link), self._expert_weights(link, writer)
         before = torch.empty_like(stream)
         for batch, part in self._batches():
             entering = stream[batch].to(self.device).requires_grad_()
@@ -176,10 +181,15 @@ class EndLossPass:
             wanted = [entering, *(runs[name].gave for name in names)]
             of_stream, *of_sites = torch.autograd.grad(leaving, wanted, behind)
             before[batch] = of_stream.cpu()
+            gradients = dict(zip(names, of_sites, strict=True))
             for each in sums:
-                each.add(runs, dict(zip(names, of_sites, strict=True)), part)
+                each.add(runs, gradients, part)
+            for mixture in of_experts:
+                mixture.add(runs, gradients, part, entering[..., 0].numel())
         for each in sums:
-            each.save(writer)
+            writer.write_weighted(each.group.activation, each.finish())
+        for mixture in of_experts:
+            mixture.save(writer)
         return before
 
     def _of_labels(self, logits: Tensor, batch: Tensor) -> Tensor:
@@ -280,10 +290,6 @@ class _WeightedSums:
                 heads = relative.reshape(-1, *gram.shape[:2]).transpose(0, 1)
                 gram.baddbmm_(heads.transpose(1, 2), heads)
 
-    def save(self, writer: CacheWriter) -> None:
-        """Write the statistics; nothing can be added afterwards."""
-        writer.write_weighted(self.group.activation, self.finish())
-
     def finish(self) -> SearchStats:
         """Return the statistics; nothing can be added afterwards."""
         weights = {part: torch.cat(batches) for part, batches in self.weights.items()}
@@ -336,9 +342,16 @@ class _ExpertWeights:
             channels=torch.zeros(len(sites), sites[0].out_features, dtype=torch.float64),
         )
 
-    def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str) -> None:
-        """Add a batch of ``part``, given what each expert read and the loss's gradient by what it gave."""
-        weights = torch.zeros(_tokens_of(runs), self.layer.experts)
+    def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str, tokens: int) -> None:
+        """Add a batch of ``part``, given what each expert read and the loss's gradient by what it gave.
+
+        Args:
+            runs: by site.
+            gradients: likewise.
+            part: of the text.
+            tokens: of the batch.
+        """
+        weights = torch.zeros(tokens, self.layer.experts)
         for index, site in enumerate(self.layer.of(self.projection)):
             if site.name not in runs:
                 continue
@@ -354,8 +367,3 @@ class _ExpertWeights:
         name = self.layer.channel_weights(self.projection)
         file = RowsWriter(writer.folder / writer.rows[name], name, {"calibration": len(self.channels)})
         file.add("calibration", (self.channels / self.tokens).float())
-
-
-def _tokens_of(runs: Mapping[str, SiteRun]) -> int:
-    """Return the tokens of a batch, by a site that reads all of them."""
-    return next(run.read[..., 0].numel() for run in runs.values() if run.tokens is None)

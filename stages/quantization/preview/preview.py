@@ -52,6 +52,9 @@ from stages.runtime.providers import choose_providers
 from stages.system.distributed import join_processes
 from stages.system.hardware import choose_device
 
+_WEIGHT_BYTES = 8
+"""Of a token at one expert: how much its error counts in either projection."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
@@ -263,8 +266,10 @@ def _row_bytes(known: _Known, calibration: CalibrateConfig, text: TextShape | No
     if text is None or text.seq_len is None or known.cache is not None:
         return 0
     tokens = (text.calibration_windows + text.held_out_windows) * text.seq_len
-    rows = rows_of(kept_layers(calibration, known.model, known.directory))
-    return sum(each.bytes(tokens) for each in rows.values())
+    layers = kept_layers(calibration, known.model, known.directory)
+    weighted = () if calibration.token_weights == "none" else layers
+    weights = sum(_WEIGHT_BYTES * tokens * layer.experts for layer in weighted)
+    return weights + sum(each.bytes(tokens) for each in rows_of(layers).values())
 
 
 def _calibration_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
