@@ -233,7 +233,7 @@ def _verify(
 ) -> VerifyReport | None:
     if options.verify == "off":
         return None
-    report = verify(onnx_file, result.sites, base, options.verify, result.tables, result.experts)
+    report = verify(onnx_file, result.sites, base, options.verify, result.tables, result.experts, result.computed)
     for skipped in report.skipped:
         _LOGGER.warning("not checked: %s", skipped)
     return report

@@ -123,7 +123,7 @@ def insert_qmoe(
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
         node.replace_input_with(index, value)
-    for name, number in (_attributes(fc1.table.spec) | attributes).items():
+    for name, number in {**_attributes(fc1.table.spec), **attributes}.items():
         node.attributes[name] = ir.AttrInt64(name, number)
     import_microsoft(node)
     return RewrittenExperts(layer=layer, fc1=fc1.table, fc2=fc2.table)

@@ -13,10 +13,12 @@ from pydantic import TypeAdapter
 from export.forms.dequantize_linear import RewrittenSite
 from export.forms.embedding import RewrittenTable
 from export.forms.qmoe import RewrittenExperts
+from export.forms.rotary import ComputedTable
 from export.save import account_for_bytes, data_name
 from export.verify.embeddings import check_stored_table, measure_table
 from export.verify.experts import check_stored_experts, measure_experts
 from export.verify.fusion import CannotRun, run_one_token, runtime_version, why_not_fused
+from export.verify.rotary import measure_computed
 from export.verify.sites import check_site
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
@@ -51,6 +53,7 @@ def verify(
     level: Literal["full", "quick"],
     tables: Sequence[RewrittenTable] = (),
     experts: Sequence[RewrittenExperts] = (),
+    computed: Sequence[ComputedTable] = (),
 ) -> VerifyReport:
     """Check a saved model against the weights that it was made from.
 
@@ -61,6 +64,7 @@ def verify(
         level: "quick" leaves out the products of single weights.
         tables: what was written into its embeddings.
         experts: what was written into its QMoE nodes.
+        computed: its tables of rotary embeddings that nodes make.
 
     Raises:
         GraphError: a byte, a code, a scale or a product isn't what it should be, or ONNX Runtime refuses the model.
@@ -87,6 +91,9 @@ def verify(
         skipped=proof.skipped,
         tables=tuple(measure_table(onnx_file.parent, *lookup) for lookup in lookups) if level == "full" else (),
         experts=_measure_experts(onnx_file.parent, mixtures) if level == "full" else (),
+        rotary=tuple(measure_computed(onnx_file.parent, model.graph, nodes[each.output], each) for each in computed)
+        if level == "full"
+        else (),
         widened=must_upcast(model, CPU_ONLY),
         norms_written_out=proof.fused is not None and proof.provider == "CPU" and must_write_out_norms(model, CPU_ONLY),
         provider=proof.provider,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit, rows_of
-from stages.calibration.end_loss import EndLossPass
+from stages.calibration.end_loss import EndLossPass, weight_names
 from stages.calibration.samples.load import load_samples, sample_files, takes_samples
 from stages.calibration.samples.samples import Samples
 from stages.calibration.stream_files import StreamFiles
@@ -108,7 +108,7 @@ def _run(
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
             if chain is not None and streams is not None and processes.is_first:
-                _end_loss(capture, chain, streams).fill(writer)
+                _end_loss(capture, chain, streams, _weighted_layers(capture, key)).fill(writer)
     processes.barrier()  # the first process gives the cache its place
     return _summary(config, capture, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
@@ -249,7 +249,7 @@ def _streams(capture: Capture, chain: Chain) -> StreamFiles:
     )
 
 
-def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPass:
+def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles, layers: tuple[ExpertLayer, ...]) -> EndLossPass:
     assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return EndLossPass(
         chain=chain,
@@ -259,6 +259,7 @@ def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPa
         batch_size=capture.batch_size,
         device=capture.device,
         streams=streams,
+        layers=layers,
     )
 
 
@@ -281,17 +282,23 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
 def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iterator[CacheWriter]:
     """Give the block a writer; the first process makes the folder and gives it its place, and all fill it."""
     activations = [group.activation for group in capture.groups]
+    rows = [*capture.rows, *(name for layer in _weighted_layers(capture, key) for name in weight_names(layer))]
     if capture.processes.is_first:
         samples = capture.windows.digests if isinstance(capture.windows, Samples) else ()
         with new_cache(
-            config.cache_path, key, activations, capture.rows, overwrite=config.overwrite, samples=samples
+            config.cache_path, key, activations, rows, overwrite=config.overwrite, samples=samples
         ) as writer:
             if isinstance(capture.windows, TokenWindows):
                 writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
             capture.processes.broadcast(writer.folder)
             yield writer
     else:
-        yield CacheWriter.of(capture.processes.broadcast(Path()), activations, capture.rows)
+        yield CacheWriter.of(capture.processes.broadcast(Path()), activations, rows)
+
+
+def _weighted_layers(capture: Capture, key: CacheKey) -> tuple[ExpertLayer, ...]:
+    """Return the layers of experts whose tokens are weighted by the end loss."""
+    return find_expert_layers(capture.model) if capture.rows and key.token_weights == "end loss" else ()
 
 
 def _existing_difference(config: CalibrateConfig, key: CacheKey) -> str | None:

@@ -24,6 +24,7 @@ OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gpt
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
 ScaleType = Literal["narrow", "base"]
+Rotary = Literal["computed", "stored"]
 LmHead = Literal["4", "8", "none"]
 Embedding = Literal["4", "8", "none"]
 Experts = Literal["4", "8", "none"]
@@ -266,6 +267,10 @@ class _StorageOptions:
     """Type of stored scales. base: the graph's own. narrow: float16 where the graph is float32, half a bit less for
     each weight in blocks of 32, with a Cast behind them that ONNX Runtime computes when it loads the model. Default:
     narrow where the target is cpu, else base."""
+    rotary_tables: Rotary | None = None
+    """The cosines and sines of rotary embeddings. computed: where their frequencies give the stored numbers, nodes that
+    ONNX Runtime computes when it loads the model. stored: as in the base. Default: computed where the target is cpu,
+    else stored."""
 
     @property
     def leaves_storage_open(self) -> bool:

@@ -304,6 +304,8 @@ def _steps(config: QuantizeConfig, prepared: Prepared) -> list[_Step]:
     if config.tunes_blocks:
         blocks = open_blocks(prepared.model, groups)
     if config.refine:
+        if any(group.is_of_expert for group in groups):
+            _LOGGER.info("--refine corrects the MatMuls; experts of MoE nodes stay as they were searched.")
         step: BlockStep = RefineStep(search_options(config, prepared.plan.choice))
         result = replace(config, algo=config.search_algorithm, distill=0)
         steps.append(_Step(name=step.name, result=result, run=partial(_tune, config, prepared, blocks, step)))
@@ -335,6 +337,7 @@ def _tune(
         step=step,
         batch_size=config.signround_batch_size,
         device=choose_device(config.device),
+        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).tune()
 
 
@@ -350,13 +353,13 @@ def _distill(
     found = Distiller(
         chain=chain,
         directory=prepared.directory,
-        cache=prepared.cache,
         start=begun,
         store=reached,
         windows=windows,
         batch_size=config.signround_batch_size,
         seed=config.seed,
         device=choose_device(config.device),
+        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).distill()
     _LOGGER.info("distillation: KL from the base on held-out windows %.4f -> %.4f nats", found.start, found.found)
 

@@ -165,6 +165,8 @@ class ExportRecipe:
     """Whether the QMoE of the target's release has an accuracy level."""
     experts_say_raw: bool = False
     """Whether it must say that its codes are in the operator's own order, not packed for a GPU."""
+    computes_rotary: bool = False
+    """Whether nodes compute the tables of rotary embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +231,8 @@ class VerifyReport:
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
     experts: tuple[ExpertsError, ...] = ()
+    rotary: tuple[TableError, ...] = ()
+    """Tables of rotary embeddings that nodes compute, compared with the base's."""
     widened: bool = False
     """Whether a bfloat16 model ran as float32."""
     norms_written_out: bool = False

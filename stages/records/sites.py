@@ -157,6 +157,11 @@ class ActivationGroup:
     unfoldable_because: str = ""
     """Why there is no absorber, for people to read; empty where there is one."""
 
+    @property
+    def is_of_expert(self) -> bool:
+        """Return whether it is the input of one projection of one expert."""
+        return self.sites[0].expert is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnquantizedWeights:

@@ -107,7 +107,7 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
     yield "size", f"{before:,.1f} MB -> {after:,.1f} MB ({before / after:.2f}x smaller)"
     yield from _measured(result.evaluation, result.outputs)
     if (experts := result.experts) is not None:
-        yield "experts", f"tokens: {experts.spread}; each expert's in the report"
+        yield "experts", f"tokens: {experts.spread} (each: report)"
         if experts.unseen:
             yield "none for", experts.named(2)
     yield "report", str(result.report)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import onnx_ir as ir
 
+from stages.errors import OptionError
 from stages.model.sites import why_no_sites
 from stages.quantization.plan.rules import NamedSites, QuantPlan
 from stages.quantization.targets.formats import ExpertFormat, FormatChoice
 from stages.records.experts import ExpertLayer
 from stages.records.formats import Granularity, PerBlock, PerChannel, QuantSpec, torch_float
-from stages.records.sites import ActivationGroup
+from stages.records.sites import ActivationGroup, MatMulSite
+
+_NOTHING_GIVEN: Mapping[str, QuantSpec | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +28,6 @@ class ExpertPlan:
     specs: Mapping[str, QuantSpec] = field(default_factory=dict)
     stay: Mapping[str, str] = field(default_factory=dict)
     """Reason by initializer."""
-    saved_bytes: int = 0
-    """What the experts' weights take less than in the base."""
 
     @property
     def tables(self) -> frozenset[str]:
@@ -37,7 +39,18 @@ class ExpertPlan:
         return replace(sites, groups=(*sites.groups, *self.groups), specs={**sites.specs, **self.specs})
 
 
-def plan_experts(model: ir.Model, layers: Sequence[ExpertLayer], choice: FormatChoice, named: NamedSites) -> ExpertPlan:
+def node_name(site: MatMulSite) -> str:
+    """Return the name in plan files of all experts of the node that ``site`` is an expert of."""
+    return f"{site.name.rpartition('/experts.')[0]}/experts"
+
+
+def plan_experts(
+    model: ir.Model,
+    layers: Sequence[ExpertLayer],
+    choice: FormatChoice,
+    named: NamedSites,
+    given: Mapping[str, QuantSpec | None] = _NOTHING_GIVEN,
+) -> ExpertPlan:
     """Decide about the experts of every MoE node.
 
     Args:
@@ -45,6 +58,10 @@ def plan_experts(model: ir.Model, layers: Sequence[ExpertLayer], choice: FormatC
         layers: the nodes whose experts can be sites.
         choice: the formats, and whether the target runs QMoE.
         named: what a person's options say about sites.
+        given: formats by ``node_name`` that a plan file decides about; None: they stay.
+
+    Raises:
+        OptionError: a given format's blocks don't fit the experts.
     """
     stay = {
         str(value.name): reason
@@ -58,14 +75,30 @@ def plan_experts(model: ir.Model, layers: Sequence[ExpertLayer], choice: FormatC
     for layer in layers:
         excluded = next((named.skipped[site.name] for site in layer.sites if site.name in named.skipped), "")
         reason = excluded or (choice.experts_stay if choice.experts is None else _cannot_run(layer, choice.experts))
+        name = node_name(layer.sites[0])
+        if name in given and given[name] is None:
+            reason = reason or "--plan: keep"
         eight = any(site.name in named.eight_bit for site in layer.sites)
-        spec = None if choice.experts is None or reason else _spec(layer, choice, choice.experts, eight=eight)
+        spec = None
+        if choice.experts is not None and not reason:
+            spec = _given_spec(given.get(name), layer, choice.experts) or _spec(
+                layer, choice, choice.experts, eight=eight
+            )
         if spec is None:
             stay |= dict.fromkeys((layer.fc1, layer.fc2), reason or _no_blocks(layer, choice))
             continue
         groups += layer.groups
         specs |= dict.fromkeys((site.name for site in layer.sites), spec)
-    return ExpertPlan(groups=tuple(groups), specs=specs, stay=stay, saved_bytes=_saved(groups, specs))
+    return ExpertPlan(groups=tuple(groups), specs=specs, stay=stay)
+
+
+def _given_spec(spec: QuantSpec | None, layer: ExpertLayer, experts: ExpertFormat) -> QuantSpec | None:
+    if spec is not None and fitting(spec.granularity, layer.hidden, layer.inner, experts) != spec.granularity:
+        raise OptionError(
+            f"--plan: {experts.whose} QMoE can't have blocks of {spec.label} with the inputs of "
+            f"'{node_name(layer.sites[0])}', {layer.hidden} and {layer.inner}; give them others."
+        )
+    return spec
 
 
 def _cannot_run(layer: ExpertLayer, experts: ExpertFormat) -> str:
@@ -139,12 +172,3 @@ def stored_bytes(out_features: int, in_features: int, spec: QuantSpec) -> int:
     zero_points = 0 if spec.symmetric else out_features * -(-blocks * spec.bits // 8)
     scales = out_features * blocks * torch_float(spec.scale_dtype).itemsize
     return out_features * in_features * spec.bits // 8 + scales + zero_points
-
-
-def _saved(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec]) -> int:
-    return sum(
-        site.out_features * site.in_features * torch_float(site.dtype).itemsize
-        - stored_bytes(site.out_features, site.in_features, specs[site.name])
-        for group in groups
-        for site in group.sites
-    )

@@ -52,6 +52,9 @@ from stages.runtime.providers import choose_providers
 from stages.system.distributed import join_processes
 from stages.system.hardware import choose_device
 
+_WEIGHT_BYTES = 8
+"""Of a token at one expert: how much its error counts in either projection."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
@@ -89,7 +92,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     text = _text_shape(known, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
-    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.experts)
+    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
@@ -102,7 +105,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unreached=plan.unquantized,
         bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=size.total_bytes(all_sites(groups), plan.sites.specs),
+        bytes_after=size.total_bytes(sites, plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         disk=DiskUse(
             calibration=_calibration_on_disk(known, calibration, text),
@@ -197,7 +200,7 @@ def _left_open_because(config: QuantizeConfig, known: _Known, undecided: OpenPla
     if known.cache is None:
         return f"it needs the calibration cache {config.cache_path}"
     groups, candidates = find_groups(known.model), undecided.candidates
-    if not known.has_weights and needs_weights(groups, undecided, known.cache):
+    if not known.has_weights and needs_weights(undecided, known.cache):
         return "it needs the weights, whose errors are forecast"
     if undecided.sensitivity == "measured" and (left := unmeasured_groups(groups, candidates, known.cache)):
         return f"--sensitivity measured needs {len(left)} runs of the model"
@@ -263,8 +266,10 @@ def _row_bytes(known: _Known, calibration: CalibrateConfig, text: TextShape | No
     if text is None or text.seq_len is None or known.cache is not None:
         return 0
     tokens = (text.calibration_windows + text.held_out_windows) * text.seq_len
-    rows = rows_of(kept_layers(calibration, known.model, known.directory))
-    return sum(each.bytes(tokens) for each in rows.values())
+    layers = kept_layers(calibration, known.model, known.directory)
+    weighted = () if calibration.token_weights == "none" else layers
+    weights = sum(_WEIGHT_BYTES * tokens * layer.experts for layer in weighted)
+    return weights + sum(each.bytes(tokens) for each in rows_of(layers).values())
 
 
 def _calibration_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
@@ -293,7 +298,8 @@ def _sites(
 ) -> Iterator[PreviewedSite]:
     groups = {site.name: group for group in plan.sites.groups for site in group.sites}
     skipped = dict(plan.sites.skipped)
-    candidates = {} if plan.left_open is None else {each.site.name: each for each in plan.left_open.candidates}
+    undecided_sites = () if plan.left_open is None else plan.left_open.candidates
+    candidates = {site.name: each for each in undecided_sites for site in each.sites}
     for site in sites:
         spec, undecided = plan.sites.specs.get(site.name), candidates.get(site.name)
         scale = _input_scale(config, groups.get(site.name))

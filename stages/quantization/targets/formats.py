@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from stages.commands.options import AccuracyLevel
-from stages.commands.quantize_options import Embedding, Experts, LmHead, ScaleRange, ScaleType
+from stages.commands.quantize_options import Embedding, Experts, LmHead, Rotary, ScaleRange, ScaleType
 from stages.records.experts import ActivationKind, ExpertLayer
 from stages.records.formats import NARROW_SCALES, EmbeddingTable, Granularity, PerBlock, WeightForm, torch_float
 from stages.records.sites import ActivationGroup, BlockAxis, FloatName, GatherForm
@@ -29,6 +29,7 @@ class RequestedFormats:
     zero_point: bool | None = None
     scale_range: ScaleRange | None = None
     scale_type: ScaleType | None = None
+    rotary: Rotary | None = None
     lm_head: LmHead | None = None
     lm_head_open: bool = False
     """Whether a budget or a plan file decides about lm_head."""
@@ -125,6 +126,7 @@ class FormatChoice:
     """None: embeddings stay as they are."""
     embedding_axis: BlockAxis = 1
     scale_type: ScaleType = "base"
+    rotary: Rotary = "stored"
     keep_mixed_because: str = ""
     """Why sites that only a rule would store as INT8 stay as they are; empty where they become INT8."""
     experts: ExpertFormat | None = None

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release, Runtime, Target
-from stages.commands.quantize_options import LmHead, ScaleRange, ScaleType
+from stages.commands.quantize_options import LmHead, Rotary, ScaleRange, ScaleType
 from stages.quantization.targets.formats import EmbeddingBits, ExpertFormat, FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import Granularity, PerChannel, WeightForm
 
@@ -86,6 +86,7 @@ SIGNED: Preference[ScaleRange] = Preference(
 )
 
 
+STORED_TABLES: Preference[Rotary] = Preference("stored", "nobody watched a runtime compute them there")
 UNCAST: Preference[ScaleType] = Preference("base", "nobody ran a Cast between scales and their operator there")
 
 
@@ -111,6 +112,7 @@ class Preferences:
     scale_range: Preference[ScaleRange] = POSITIVE
     """Of INT4 without zero points."""
     scale_type: Preference[ScaleType] = UNCAST
+    rotary: Preference[Rotary] = STORED_TABLES
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()

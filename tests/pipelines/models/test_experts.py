@@ -206,6 +206,32 @@ def test_calibrated_experts_lose_half_of_what_rounded_ones_lose(
     assert max(seen) > 5 * min(seen)
 
 
+@pytest.mark.thorough
+def test_a_budget_chooses_the_format_of_each_nodes_experts_and_its_plan_file_gives_the_same(
+    structured: Path, tmp_path: Path, tiny_text: Path, commands: Commands
+) -> None:
+    text = ("--dataset", tiny_text, "--calib_size", 24, "--seq_len", 128)
+    options = ("--onnx_path", structured, "--algo", "awq_lite", "--cache_dir", tmp_path / "cache", *text)
+    budget = ("--target_bpw", 6.2)
+    code, printed = commands.quantize(*options, "--output_path", tmp_path / "budget", *budget)
+    assert code == 0, printed
+    assert "nats a token" in printed
+    plan = tmp_path / "budget.weights" / "plan.toml"
+    assert "/model/layers.1/moe/experts" in plan.read_text()
+    code, printed = commands.quantize(*options, "--output_path", tmp_path / "plan", "--plan", plan)
+    assert code == 0, printed
+    formats = [
+        [
+            (node.attributes.get_int("expert_weight_bits"), node.attributes.get_int("block_size"))
+            for node in ir.load(tmp_path / name / "model.onnx").graph
+            if node.op_type == "QMoE"
+        ]
+        for name in ("budget", "plan")
+    ]
+    assert formats[0] == formats[1]
+    assert {bits for bits, _ in formats[0]} == {4, 8}, "6.2 bits are one node in INT4 and one in INT8"
+
+
 def log_probabilities(folder: Path, tokens: np.ndarray) -> np.ndarray:
     scores = logits(folder, tokens).astype(np.float64)
     shifted = scores - scores.max(-1, keepdims=True)
