@@ -152,6 +152,8 @@ def test_stage_one_writes_what_the_builder_takes(
         assert codes[name].dtype == np.int8
         # Half a code, and a whole one for the largest number: codes end at 127.
         assert (np.abs(codes[name] * scales_of - floats[name]) <= 1.001 * scales_of).all()
+    again = calibrate(config_of(tmp_path / "int8", tiny_text, tmp_path / "second", "none"))
+    assert again.activations == made.activations
 
 
 def test_one_scale_a_layer_comes_from_the_same_cache(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
