@@ -138,7 +138,7 @@ class ModelPlan:
     rotary: tuple[RotaryTables, ...] = ()
     """Tables that the output computes."""
     by_site: str = ""
-    """The option that chooses each site's format; empty where one format holds for all but named ones."""
+    """The option or checkpoint that chooses each site's format; empty where one holds for all but named sites."""
     left_open: OpenPlan | None = None
     imported: ImportedWeights | None = None
     """The sites whose codes come from a checkpoint; None where all are searched."""
@@ -633,8 +633,10 @@ def _tuning(config: QuantizeConfig) -> bytes:
 
 
 def _chooses_by_site(config: QuantizeConfig) -> str:
-    if config.plan is not None or config.checkpoint is not None:
-        return "--plan" if config.checkpoint is None else "--checkpoint"
+    if config.checkpoint is not None:
+        return config.checkpoint.absolute().name
+    if config.plan is not None:
+        return "--plan"
     return config.budget_description if config.has_budget else ""
 
 
