@@ -17,6 +17,7 @@ from export.save import read_initializer
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError
+from stages.quantization.weights.byte_scales import in_bytes
 from stages.records.formats import FLOAT_TYPES, WeightForm, onnx_float
 from stages.records.results import SiteError
 
@@ -30,7 +31,9 @@ def check_stored_site(node: ir.Node, site: RewrittenSite) -> None:
     weight, divisor = site.source.read(), site.source.row_divisor
     matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
     _check_equal(site, site.weight, _stored_matrix(node, site), matrix)
-    _check_equal(site, site.scales, _stored_scales(node, site), divided_scales(weight.scales, divisor))
+    scales = divided_scales(weight.scales, divisor)
+    wanted = scales if site.steps is None else in_bytes(scales).scales
+    _check_equal(site, site.scales, _stored_scales(node, site), wanted)
     found = _stored_zero_points(node, site)
     if weight.zero_points is not None:
         assert found is not None
@@ -131,7 +134,11 @@ def _stored_matrix(node: ir.Node, site: RewrittenSite) -> Matrix:
 
 def _stored_scales(node: ir.Node, site: RewrittenSite) -> Matrix:
     """Return [nB, N], one row for each ``_block_size`` inputs."""
-    return _inputs_first(read_initializer(node, site.scales), site, _num_blocks(site))
+    scales = _inputs_first(read_initializer(node, site.scales), site, _num_blocks(site))
+    if site.steps is None:
+        return scales
+    wide: Matrix = scales.astype(np.float32) * read_initializer(node, site.steps).reshape(1, -1)
+    return wide
 
 
 def _stored_zero_points(node: ir.Node, site: RewrittenSite) -> Matrix | None:

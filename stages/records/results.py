@@ -163,6 +163,8 @@ class ExportRecipe:
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
     experts_take_level: bool = False
     """Whether the QMoE of the target's release has an accuracy level."""
+    byte_scales: bool = False
+    """Whether INT4 scales beside zero points become multiples of one step a row."""
     computes_rotary: bool = False
     """Whether nodes compute the tables of rotary embeddings."""
 

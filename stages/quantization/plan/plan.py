@@ -168,7 +168,7 @@ def own_budget(
     in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
     if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
         return None
-    size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.experts, plan.rotary)
+    size = output_size(directory, model, plan.choice, plan.embeddings, plan.experts, plan.rotary)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
     return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
 
@@ -215,7 +215,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     left_open: OpenPlan | None = None
     if candidates:
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
-        size = output_size(directory, model, choice.form, embeddings, experts, rotary)
+        size = output_size(directory, model, choice, embeddings, experts, rotary)
         left_open = _open_plan(config, choice, candidates, size)
         sites = _smallest(groups, candidates)
         embeddings = following_heads(embeddings, sites.specs)
@@ -305,6 +305,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         session_options=plan.choice.session_options,
         unreached=plan.unquantized,
         experts_take_level=plan.choice.experts is not None and plan.choice.experts.complete,
+        byte_scales=plan.choice.scale_type == "bytes",
         computes_rotary=bool(plan.rotary),
     )
 
