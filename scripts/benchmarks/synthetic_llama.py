@@ -209,7 +209,7 @@ class _LlamaWriter:
                 ("down_proj.bias", (shape.hidden,)),
             )
         ]
-        attributes: dict[str, str | int | float] = {
+        attributes: dict[str, float | int | str] = {
             "activation_alpha": 1.702,
             "activation_beta": 1.0,
             "activation_type": "swiglu",

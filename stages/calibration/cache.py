@@ -31,6 +31,7 @@ from stages.system.paths import reachable
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
+_MAXIMA = "kv-maxima.safetensors"
 _FORMAT = 3
 _EARLIER = frozenset({1, 2})
 _CHANNELS, _OUTPUTS = "channels of ", "outputs of "
@@ -56,10 +57,12 @@ class CacheKey:
     token_weights: Weighting
     expert_rows: bool = False
     """Whether the rows that experts read are kept."""
+    key_values: bool = False
+    """Whether the largest keys and values are kept."""
 
     def digest(self) -> str:
-        """Return the sha256 of all fields."""
-        return hashlib.sha256(TypeAdapter(CacheKey).dump_json(self)).hexdigest()
+        """Return the sha256 of all fields that a search depends on."""
+        return hashlib.sha256(TypeAdapter(CacheKey).dump_json(self, exclude={"key_values"})).hexdigest()
 
     @property
     def text(self) -> str:
@@ -79,6 +82,8 @@ class CacheKey:
             return f"it ran on {', '.join(self.providers)}, and this run has {', '.join(other.providers)}"
         if other.expert_rows and not self.expert_rows:
             return "it has no rows of what experts read (--expert_rows)"
+        if other.key_values and not self.key_values:
+            return "it has no largest keys and values (--kv_scales)"
         if self.token_weights != other.token_weights:
             return f"its tokens are weighted by {self.token_weights}, and {other.token_weights} is asked for"
         return ""
@@ -207,6 +212,15 @@ class CalibrationCache:
         with self._reading(name) as path:
             return open_rows(path)
 
+    def read_maxima(self) -> dict[str, Tensor]:
+        """Return the largest keys and values, [channels] float32 by name.
+
+        Raises:
+            CacheMismatch: their file is missing or damaged.
+        """
+        with self._reading(_MAXIMA) as path:
+            return load_file(path)
+
     def read_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the windows that the statistics come from: calibration and held out, each [windows, length] int64.
 
@@ -255,6 +269,11 @@ class CacheWriter:
         with self.place_for(_weighted(self.files[activation])) as path:
             save_file(tensors, path, {"activation": activation})
         self.weighted.add(activation)
+
+    def write_maxima(self, maxima: Mapping[str, Tensor]) -> None:
+        """Save the largest keys and values by name."""
+        with self.place_for(_MAXIMA) as path:
+            save_file(dict(maxima), path)
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
+from stages.calibration.key_value_scales import KeyValueMaxima
 from stages.calibration.row_files import RowsWriter
 from stages.calibration.samples.samples import Samples
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
@@ -192,6 +193,8 @@ class Capture:
     """Values of which every token's row is kept."""
     streams: StreamFiles | None = None
     """Where what enters each layer is kept too, as far as the graph names it; None: it isn't wanted."""
+    maxima: KeyValueMaxima | None = None
+    """Collects the largest keys and values; None: they aren't wanted."""
 
     @property
     def text(self) -> TextShape:
@@ -207,7 +210,12 @@ class Capture:
         """Return the model in partitions of at most ``memory`` bytes each."""
         costs = partition_bytes(self.groups, self.text, self.processes, self.rows)
         batch = self.text.rows_at_once * self.groups[0].in_features * _FLOAT32_BYTES
-        return cut_to_memory(self.model, dict.fromkeys(self._kept_streams, batch) | costs, memory, self.choice.names)
+        looked_at = dict.fromkeys([*self._kept_streams, *self._key_values], batch)
+        return cut_to_memory(self.model, looked_at | costs, memory, self.choice.names)
+
+    @property
+    def _key_values(self) -> tuple[str, ...]:
+        return () if self.maxima is None else self.maxima.names
 
     @property
     def _kept_streams(self) -> dict[str, int]:
@@ -239,6 +247,8 @@ class Capture:
                 needed = {name for later in partitions[index + 1 :] for name in later.boundary_inputs}
                 with tap:
                     self._run_partition(writer, tap, boundary, needed, bar, label)
+        if self.maxima is not None and self.processes.is_first:
+            writer.write_maxima(self.maxima.found)
         self.processes.barrier()
 
     def _open(
@@ -270,7 +280,7 @@ class Capture:
     ) -> None:
         """Run all windows through one partition and save the statistics of the activations that it computes."""
         groups = [group for group in self.groups if group.activation in tap.values]
-        owners = self._owners(groups, [name for name in self.rows if name in tap.values])
+        owners = self._owners(groups, [name for name in (*self.rows, *self._key_values) if name in tap.values])
         mine = [group for group in groups if owners[group.activation] == self.processes.index]
         kept = self._row_writers(writer, [name for name in self.rows if owners.get(name) == self.processes.index])
         sums: dict[str, dict[str, StatisticsAccumulator]] = {}
@@ -288,7 +298,8 @@ class Capture:
                 if number < len(batches):
                     values = self._run_batch(part, number, tap, boundary, needed)
                 values = {name: value for name, value in values.items() if name in owners}
-                received = self.processes.exchange(values, owners)
+                received = self.processes.exchange(self._with_largest(values), owners)
+                self._add_largest(received)
                 fold_in(sums[part], {name: received[name] for name in received if name in sums[part]}, self.device)
                 with writer.place_for("rows"):
                     for name in kept.keys() & received.keys():
@@ -317,6 +328,19 @@ class Capture:
         for name, place in self._kept_streams.items():
             if name in values:
                 self.streams.keep(place, before + number * self.batch_size, values[name])
+
+    def _with_largest(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``values`` with the largest numbers of keys and values in their place."""
+        maxima = self.maxima
+        if maxima is None:
+            return dict(values)
+        return {name: maxima.largest(name, each) if name in maxima.names else each for name, each in values.items()}
+
+    def _add_largest(self, received: Mapping[str, Sequence[Tensor]]) -> None:
+        for name in received.keys() & set(self._key_values):
+            for largest in received[name]:
+                assert self.maxima is not None
+                self.maxima.add(name, largest.cpu())
 
     def _row_writers(self, writer: CacheWriter, names: Collection[str]) -> dict[str, RowsWriter]:
         if not names:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit, rows_of
 from stages.calibration.end_loss import EndLossPass, weight_names
+from stages.calibration.key_value_scales import KeyValueMaxima, find_key_value_caches, scales_text, write_scales
 from stages.calibration.samples.load import load_samples, sample_files, takes_samples
 from stages.calibration.samples.samples import Samples
 from stages.calibration.stream_files import StreamFiles
@@ -155,6 +156,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         provider_options=_provider_options(config, directory, model, choice, processes),
         scratch=scratch,
         processes=processes,
+        maxima=None if config.kv_scales == "none" else KeyValueMaxima(caches=find_key_value_caches(model)),
     )
 
 
@@ -275,6 +277,7 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
         providers=capture.choice.names,
         token_weights=token_weights,
         expert_rows=bool(capture.rows),
+        key_values=capture.maxima is not None,
     )
 
 
@@ -335,12 +338,17 @@ def _current(config: CalibrateConfig, capture: Capture) -> CalibrationSummary:
 def _summary(config: CalibrateConfig, capture: Capture, made: PassSummary | None) -> CalibrationSummary:
     cache = find_cache(config.cache_path)
     assert cache is not None, "it was written or found a moment ago"
+    scales: Path | None = None
+    if capture.maxima is not None and capture.processes.is_first:
+        text = scales_text(capture.maxima.caches, cache.read_maxima(), config.kv_scales)
+        scales = write_scales(config.cache_path, text)
     return CalibrationSummary(
         cache=config.cache_path,
         bytes=sum(file.stat().st_size for file in config.cache_path.iterdir()),
         key=cache.manifest.key,
         activations=len(cache.manifest.files),
         channels=widest_input(capture.groups),
+        kv_scales=scales,
         made=made,
     )
 

@@ -49,6 +49,8 @@ class CalibrationSummary:
     activations: int
     channels: int
     """Input channels of the widest MatMul."""
+    kv_scales: Path | None = None
+    """The scales of a quantized key/value cache, where they were asked for."""
     made: PassSummary | None
     """None where the cache was there already."""
 
@@ -57,7 +59,7 @@ def calibration_section(summary: CalibrationSummary) -> Section:
     """Return what a command prints of a calibration."""
     key = {name: value for name, value in asdict(summary.key).items() if not name.endswith("_fingerprint")}
     record = {"cache": summary.cache, "bytes": summary.bytes, **key, "activations": summary.activations}
-    record["channels"] = summary.channels
+    record |= {"channels": summary.channels, "kv_scales": summary.kv_scales}
     return Section(name="calibration", table=_table(summary), record={**record, "made": summary.made})
 
 
@@ -72,6 +74,7 @@ def _table(summary: CalibrationSummary) -> FactTable:
         ("windows" if key.seq_len is not None else "samples", windows),
         *_tokens_per_channel(summary),
         ("tokens", _WEIGHTS[key.token_weights]),
+        *([] if summary.kv_scales is None else [("key/value cache", f"{summary.kv_scales}: kv_cache_scale_file")]),
         *_how_it_ran(summary),
     ]
     return FactTable(title="calibration cache", facts=tuple(facts))

@@ -11,6 +11,7 @@ import tyro
 from stages.commands.options import CommandOptions, default_folder, require
 from stages.commands.parsing import parse_size
 
+KeyValueScales = Literal["none", "per_channel", "per_tensor"]
 PART_OF_FREE_MEMORY = 0.6
 """The default of --max_memory."""
 _DECIDE_TEXT = (
@@ -137,6 +138,10 @@ class CalibrateConfig(TextOptions):
     """Folder for the cache. Default: the model's folder name with .calibration added."""
     add_position_ids: bool = False
     """Accepted for compatibility, without effect: the graph itself says whether it has position_ids."""
+    kv_scales: KeyValueScales = "none"
+    """Also write kv_scales.json into the cache: the scales of a quantized key/value cache, one for each channel of each
+    head or one for each layer, as onnxruntime-genai's builder takes them (kv_cache_scale_file). Keys are measured so
+    that the scales hold at every position, also beyond the calibration windows."""
     device: str = "auto"
     """Device that accumulates statistics: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False

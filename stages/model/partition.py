@@ -197,11 +197,16 @@ def _partition(model: ir.Model, boundary: list[ir.Value], outputs: list[ir.Value
 def _drop_unread_caches(graph: ir.Graph) -> None:
     """Remove the names of present keys and values without readers, at which ONNX Runtime 1.31 stops in float16.
 
-    Attention over a windowed cache keeps them: it refuses to run without.
+    Attention over a windowed or a quantized cache keeps them: it refuses to run without.
     """
     for node in graph:
-        if node.op_type not in _WITH_CACHES or node.attributes.get_int("sliding_window_cache", 0) == 1:
+        if node.op_type not in _WITH_CACHES or _needs_caches(node):
             continue
         for value in node.outputs[1:]:
             if not value.uses() and not value.is_graph_output():
                 value.name = ""
+
+
+def _needs_caches(node: ir.Node) -> bool:
+    is_quantized = node.attributes.get_string("k_quant_type", "NONE") != "NONE"
+    return is_quantized or node.attributes.get_int("sliding_window_cache", 0) == 1

@@ -107,7 +107,7 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
     yield "size", f"{before:,.1f} MB -> {after:,.1f} MB ({before / after:.2f}x smaller)"
     yield from _measured(result.evaluation, result.outputs)
     if (experts := result.experts) is not None:
-        yield "experts", f"tokens: {experts.spread}; each expert's in the report"
+        yield "experts", f"tokens: {experts.spread} (each: report)"
         if experts.unseen:
             yield "none for", experts.named(2)
     yield "report", str(result.report)
@@ -116,9 +116,10 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
 
 
 def _measured(evaluation: EvaluationSummary | None, outputs: tuple[OutputEvaluation, ...]) -> Iterator[tuple[str, str]]:
-    for one in outputs:
-        worst = max(one.rows[-1].scores, key=lambda score: score.relative_error)
-        yield one.component, f"{worst.output}: cosine {worst.cosine:.5f}, relative error {worst.relative_error:.1%}"
+    for compared in outputs:
+        worst = max(compared.rows[-1].scores, key=lambda score: score.relative_error)
+        name = "outputs" if compared.component == DECODER else compared.component
+        yield name, f"{worst.output}: cosine {worst.cosine:.5f}, relative error {worst.relative_error:.1%}"
     if evaluation is None:
         if not outputs:
             yield "accuracy", "not compared with the base yet (--evaluate)"

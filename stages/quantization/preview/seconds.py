@@ -37,7 +37,11 @@ def search_seconds(
         text: the calibration text; None where the algorithm reads no statistics.
         device: where the search runs, as busy as it is now.
     """
-    groups, workers = plan.sites.groups, workers_on(device)
+    given = {} if plan.imported is None else plan.imported.sites
+    groups = [group for group in plan.sites.groups if group.sites[0].name not in given]
+    if not groups:
+        return {}
+    workers = workers_on(device)
     small = set(small_groups(groups, workers))
     cost = _weights if text is None else search_cost
 

@@ -57,6 +57,8 @@ def test_the_record_is_flat_and_without_fingerprints() -> None:
         "cache": "a [bold] folder",
         "bytes": 5_000_000,
         "expert_rows": False,
+        "key_values": False,
+        "kv_scales": None,
         "source": "words",
         "calibration_windows": 9,
         "held_out_windows": 1,

@@ -53,7 +53,7 @@ def test_a_box_says_what_was_made_and_what_to_do_with_it() -> None:
 def test_the_box_says_how_many_tokens_experts_saw_and_names_those_without_any() -> None:
     tokens = ExpertTokens(least=0, median=171.5, most=2304, unseen=("layers.0/moe 1-2", "layers.3/moe 7", "x 1"))
     printed = "\n".join(shown(replace(RESULT, experts=tokens), "genai-quant quantize"))
-    assert "experts    tokens: least 0, median 172, most 2,304; each expert's in the report" in printed
+    assert "experts    tokens: least 0, median 172, most 2,304 (each: report)" in printed
     assert "none for   layers.0/moe 1-2; layers.3/moe 7 and of 1 more layer" in printed
     every = replace(RESULT, experts=replace(tokens, unseen=()))
     assert "none for" not in "\n".join(shown(every, "genai-quant quantize"))
