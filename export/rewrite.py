@@ -20,7 +20,8 @@ from export.forms.dequantize_linear import RewrittenSite, StoredSite, insert_deq
 from export.forms.embedding import RewrittenTable, rewrite_tables
 from export.forms.matmul_nbits import insert_matmul_nbits
 from export.forms.opset import OpsetChange, lowest_opset, raise_opset
-from export.forms.qmoe import RewrittenExperts, insert_qmoe
+from export.forms.qmoe import RAW, RewrittenExperts, insert_qmoe
+from export.forms.rotary import ComputedTable, compute_rotary_tables
 from export.graph_edit import GraphEditor, describe, name_of
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
@@ -51,6 +52,8 @@ class RewriteResult:
     sites: tuple[RewrittenSite, ...]
     tables: tuple[RewrittenTable, ...] = ()
     experts: tuple[RewrittenExperts, ...] = ()
+    computed: tuple[ComputedTable, ...] = ()
+    """Tables of rotary embeddings."""
     opset: OpsetChange | None = None
     """None where the base's opset was high enough."""
 
@@ -97,8 +100,11 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     )
     tables = rewrite_tables(editor, store, sites)
     experts = _rewrite_experts(editor, stored, layers, accuracy_level, store.recipe)
+    computed = compute_rotary_tables(editor, edited) if store.recipe.computes_rotary else ()
     RemoveUnusedNodesPass()(edited)
-    return RewriteResult(model=edited, folds=folds, sites=sites, tables=tables, experts=experts, opset=opset)
+    return RewriteResult(
+        model=edited, folds=folds, sites=sites, tables=tables, experts=experts, computed=computed, opset=opset
+    )
 
 
 def _sign(model: ir.Model) -> None:
@@ -176,9 +182,9 @@ def _rewrite_experts(
     for source in stored.values():
         if source.site.expert is not None:
             by_node.setdefault(source.site.expert.node, []).append(source)
-    level = _FUSED_LEVEL if accuracy_level is None else accuracy_level
-    asked = level if recipe.experts_take_level else None
-    return tuple(insert_qmoe(editor, layers[node], sources, asked) for node, sources in by_node.items())
+    level = {"accuracy_level": _FUSED_LEVEL if accuracy_level is None else accuracy_level}
+    attributes = (level if recipe.experts_take_level else {}) | ({RAW: 0} if recipe.experts_say_raw else {})
+    return tuple(insert_qmoe(editor, layers[node], sources, attributes) for node, sources in by_node.items())
 
 
 def _rewrite_shared(editor: GraphEditor, source: StoredSite, accuracy_level: AccuracyLevel | None) -> RewrittenSite:

@@ -104,21 +104,29 @@ def _checks(report: VerifyReport | None) -> Iterator[tuple[str, str]]:
         yield "outputs", f"as the stored numbers give them, within {exact.exact:.1e} at accuracy level 1 ({exact.site})"
         yield "", f"and within {default.default:.1e} at the runtime's default level ({default.site})"
         yield "", "a check of the file and the runtime; what quantization costs is measured by an evaluation"
-    for table in report.tables:
-        yield "lookups", f"as the stored numbers give them, within {table.error:.1e} ({table.table})"
-    if report.experts:
-        furthest = max(report.experts, key=lambda each: each.error)
-        experts, nodes = sum(each.experts for each in report.experts), counted(len(report.experts), "QMoE node")
-        where = f"expert {furthest.worst} of {furthest.node}"
-        yield (
-            "experts",
-            f"{experts} in {nodes}, each as its stored numbers give it, within {furthest.error:.1e} ({where})",
-        )
+    yield from _tables_and_experts(report)
     if (data := report.data) is not None:
         used = f"{data.referenced_bytes:,} in tensors, {data.padding_bytes:,} padding"
         yield "data file", f"{data.file_bytes:,} bytes: {used}"
     for skipped in report.skipped:
         yield "not checked", skipped
+
+
+def _tables_and_experts(report: VerifyReport) -> Iterator[tuple[str, str]]:
+    for table in report.tables:
+        yield "lookups", f"as the stored numbers give them, within {table.error:.1e} ({table.table})"
+    if report.rotary:
+        furthest = max(report.rotary, key=lambda table: table.error)
+        tables = f"{counted(len(report.rotary), 'table')} computed when the model is loaded, as stored in the base"
+        yield "rotary", f"{tables} within {furthest.error:.1e} ({furthest.table})"
+    if report.experts:
+        worst = max(report.experts, key=lambda each: each.error)
+        experts, nodes = sum(each.experts for each in report.experts), counted(len(report.experts), "QMoE node")
+        where = f"expert {worst.worst} of {worst.node}"
+        yield (
+            "experts",
+            f"{experts} in {nodes}, each as its stored numbers give it, within {worst.error:.1e} ({where})",
+        )
 
 
 def _named(row: str, sites: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -16,7 +16,7 @@ import tyro
 
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions, cache_suffix
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
-from stages.commands.parsing import Target, parse_size, parse_target
+from stages.commands.parsing import RUN_EXPERTS, Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
@@ -24,6 +24,7 @@ OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gpt
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
 ScaleType = Literal["narrow", "base"]
+Rotary = Literal["computed", "stored"]
 LmHead = Literal["4", "8", "none"]
 Embedding = Literal["4", "8", "none"]
 Experts = Literal["4", "8", "none"]
@@ -60,8 +61,9 @@ class _ModelOptions(CommandOptions):
     output_path: Path
     """Where to write the quantized model: a folder, or the .onnx file in it. Must not exist yet."""
     component: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Part of a package of several models, as genai_config.json names it: vision, embedding, speech. Default: the one
-    that the path names, else decoder. Only what reads token ids can be calibrated; others are rounded (rtn_dq)."""
+    """Part of a package of several models, as genai_config.json names it: vision, speech, encoder; or several of them,
+    separated by commas, which are quantized one after the other into one output. Default: the one that the path names,
+    else decoder. What text can't calibrate needs samples, or is rounded (rtn_dq)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +267,10 @@ class _StorageOptions:
     """Type of stored scales. base: the graph's own. narrow: float16 where the graph is float32, half a bit less for
     each weight in blocks of 32, with a Cast behind them that ONNX Runtime computes when it loads the model. Default:
     narrow where the target is cpu, else base."""
+    rotary_tables: Rotary | None = None
+    """The cosines and sines of rotary embeddings. computed: where their frequencies give the stored numbers, nodes that
+    ONNX Runtime computes when it loads the model. stored: as in the base. Default: computed where the target is cpu,
+    else stored."""
 
     @property
     def leaves_storage_open(self) -> bool:
@@ -372,6 +378,36 @@ class QuantizeConfig(
         return self.cache_dir or default_folder(self.onnx_path, cache_suffix(self.component))
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Return the components that are named, none or more."""
+        return () if self.component is None else tuple(name.strip() for name in self.component.split(","))
+
+    @property
+    def parts(self) -> tuple[QuantizeConfig, ...]:
+        """Return what is done to each component, one after the other; this where there is one."""
+        return tuple(map(self.of_component, self.components)) if len(self.components) > 1 else (self,)
+
+    def of_component(self, component: str) -> QuantizeConfig:
+        """Return what is done to one of several components: with places of its own, and only what it can be used for.
+
+        Samples without a component's name are of those that aren't decoders. What needs text goes with decoders.
+        """
+        first, weights, cache = component == self.components[0], self.weights_folder, self.cache_dir
+        beside = default_folder(self.onnx_path, cache_suffix(component))
+        if cache is not None:
+            beside = cache if first else cache.with_name(f"{cache.name}.{component}")
+        found = replace(
+            self,
+            component=component,
+            cache_dir=beside,
+            weights_path=weights if first else weights.with_name(f"{weights.name}.{component}"),
+        )
+        if component == "decoder":
+            own = self.samples_of(component, unnamed=False)
+            return replace(found, samples=None if own is None else str(own))
+        return replace(found, refine=False, distill=0, algo=self.search_algorithm)
+
+    @property
     def calibration(self) -> CalibrateConfig:
         """Return how stage one makes the cache."""
         return CalibrateConfig(
@@ -387,7 +423,7 @@ class QuantizeConfig(
     def _expert_rows(self) -> str:
         """Return whether stage one keeps what experts read: not where they stay as they are."""
         target = self.parsed_target
-        if self.experts == "none" or (target is not None and target.runtime != "cpu"):
+        if self.experts == "none" or (target is not None and target.runtime not in RUN_EXPERTS):
             return "none"
         asked = self.experts is not None or target is not None
         return "all" if asked and self.expert_rows == "auto" else self.expert_rows
@@ -427,8 +463,26 @@ class QuantizeConfig(
         )
         if self.plan is not None:
             _refuse_beside("--plan", self._formats_given)
+        self._check_components()
         if self.checkpoint is not None:
             self._check_checkpoint()
+
+    def _check_components(self) -> None:
+        names = self.components
+        require(
+            len(set(names)) == len(names) and all(names), f"--component {self.component} names one twice, or nothing."
+        )
+        if len(names) > 1:
+            one = "goes with one --component: each has its own"
+            require(not self.has_budget, f"{self.budget_description if self.has_budget else ''} {one} bytes.".strip())
+            require(self.plan is None, f"--plan {one} sites.")
+            require(self.checkpoint is None, f"--checkpoint {one} weights.")
+
+    def require_no_text(self) -> None:
+        """Raise OptionError where an option runs text through the model, which a graph that runs on samples can't."""
+        what = "which a graph that is calibrated on samples doesn't take; leave them out."
+        require(not self.improves_search, f"--refine, --distill and --algo signround run text through it, {what}")
+        require(self.sensitivity != "measured", f"--sensitivity measured runs text through it, {what}")
 
     def _check_checkpoint(self) -> None:
         """Refuse what would change the codes of a checkpoint, or their formats."""

@@ -89,6 +89,8 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
+    if cache is not None and cache.manifest.key.seq_len is None:
+        config.require_no_text()
     plan = plan_search(config, model, directory, cache)
     _log_plan(plan)
     result: BudgetResult | None = None
@@ -302,6 +304,8 @@ def _steps(config: QuantizeConfig, prepared: Prepared) -> list[_Step]:
     if config.tunes_blocks:
         blocks = open_blocks(prepared.model, groups)
     if config.refine:
+        if any(group.is_of_expert for group in groups):
+            _LOGGER.info("--refine corrects the MatMuls; experts of MoE nodes stay as they were searched.")
         step: BlockStep = RefineStep(search_options(config, prepared.plan.choice))
         result = replace(config, algo=config.search_algorithm, distill=0)
         steps.append(_Step(name=step.name, result=result, run=partial(_tune, config, prepared, blocks, step)))
@@ -333,6 +337,7 @@ def _tune(
         step=step,
         batch_size=config.signround_batch_size,
         device=choose_device(config.device),
+        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).tune()
 
 
@@ -348,13 +353,13 @@ def _distill(
     found = Distiller(
         chain=chain,
         directory=prepared.directory,
-        cache=prepared.cache,
         start=begun,
         store=reached,
         windows=windows,
         batch_size=config.signround_batch_size,
         seed=config.seed,
         device=choose_device(config.device),
+        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).distill()
     _LOGGER.info("distillation: KL from the base on held-out windows %.4f -> %.4f nats", found.start, found.found)
 

@@ -163,6 +163,10 @@ class ExportRecipe:
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
     experts_take_level: bool = False
     """Whether the QMoE of the target's release has an accuracy level."""
+    experts_say_raw: bool = False
+    """Whether it must say that its codes are in the operator's own order, not packed for a GPU."""
+    computes_rotary: bool = False
+    """Whether nodes compute the tables of rotary embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +185,7 @@ class SiteError:
     site: str
     exact: float
     default: float
+    """Of the first site of this format and shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +231,8 @@ class VerifyReport:
     skipped: tuple[str, ...] = ()
     tables: tuple[TableError, ...] = ()
     experts: tuple[ExpertsError, ...] = ()
+    rotary: tuple[TableError, ...] = ()
+    """Tables of rotary embeddings that nodes compute, compared with the base's."""
     widened: bool = False
     """Whether a bfloat16 model ran as float32."""
     norms_written_out: bool = False

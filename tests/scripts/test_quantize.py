@@ -635,6 +635,8 @@ def test_the_output_has_the_formats_of_the_replaced_tool_to_the_byte(
         "cpu",
         "--scale_type",
         "base",
+        "--rotary_tables",
+        "stored",
     )
     mine, spelled_out = made("a"), made("b", *formats, "--lm_head", "none", "--embedding", "none")
     for name in ("model.onnx", "model.onnx.data", "genai_config.json"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
-from stages.quantization.plan.experts import ExpertPlan
+from stages.quantization.plan.experts import stored_bytes
+from stages.quantization.weights.rotary import RotaryTables
 from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
 from stages.records.sites import MatMulSite
 
@@ -27,7 +28,8 @@ class OutputSize:
     """The base's .onnx file and the tensors outside it."""
     form: WeightForm
     embeddings: tuple[EmbeddingPlan, ...]
-    experts: ExpertPlan = field(default_factory=ExpertPlan)
+    rotary: tuple[RotaryTables, ...] = ()
+    """Tables that nodes compute."""
 
     def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
         """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
@@ -39,12 +41,16 @@ class OutputSize:
         tables = sum(plan.own_bytes + _GRAPH_BYTES for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
-        return self.base_bytes - freed + tables - gone - self.experts.saved_bytes
+        computed = sum(pair.saved_bytes for pair in self.rotary)
+        return self.base_bytes - freed + tables - gone - computed
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
         """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
         if spec is None:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
+        if site.expert is not None:
+            stored = stored_bytes(site.out_features, site.in_features, spec)
+            return stored if site.expert.index else stored + _GRAPH_BYTES
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
         looked_up = any(plan.shared_with == site.name for plan in self.embeddings)
@@ -62,7 +68,7 @@ def output_size(
     model: ir.Model,
     form: WeightForm,
     embeddings: tuple[EmbeddingPlan, ...],
-    experts: ExpertPlan,
+    rotary: tuple[RotaryTables, ...],
 ) -> OutputSize:
     """Return the sizes that outputs of ``model`` will have.
 
@@ -71,11 +77,11 @@ def output_size(
         model: the base model.
         form: of the quantized weights.
         embeddings: those that are quantized too.
-        experts: likewise.
+        rotary: tables that the output computes.
     """
     outside = sum(tensor.nbytes for tensor in external_tensors(model))
     base_bytes = directory.onnx_file.stat().st_size + outside
-    return OutputSize(base_bytes=base_bytes, form=form, embeddings=embeddings, experts=experts)
+    return OutputSize(base_bytes=base_bytes, form=form, embeddings=embeddings, rotary=rotary)
 
 
 def weight_bytes(site: MatMulSite) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +40,9 @@ from stages.quantization.plan.budget import (
     SiteCandidates,
     SizeBudget,
     check_budget,
+    chosen_experts,
     chosen_plan,
+    expert_candidates,
     site_candidates,
 )
 from stages.quantization.plan.embeddings import (
@@ -52,7 +54,7 @@ from stages.quantization.plan.embeddings import (
     require_tables,
     share_tables,
 )
-from stages.quantization.plan.experts import ExpertPlan, plan_experts
+from stages.quantization.plan.experts import ExpertPlan, node_name, plan_experts
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
@@ -77,6 +79,8 @@ from stages.quantization.targets.formats import (
     facts_of,
 )
 from stages.quantization.targets.rules import why_not_shared
+from stages.quantization.weights.rotary import RotaryTables, find_rotary_tables
+from stages.records.experts import ExpertLayer
 from stages.records.formats import (
     EmbeddingPlan,
     EmbeddingTable,
@@ -131,6 +135,8 @@ class ModelPlan:
     unquantized: tuple[UnquantizedWeights, ...]
     experts: ExpertPlan = field(default_factory=ExpertPlan)
     """Part of ``sites`` too."""
+    rotary: tuple[RotaryTables, ...] = ()
+    """Tables that the output computes."""
     by_site: str = ""
     """The option or checkpoint that chooses each site's format; empty where one holds for all but named sites."""
     left_open: OpenPlan | None = None
@@ -180,7 +186,7 @@ def own_budget(
     in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
     if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
         return None
-    size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.experts)
+    size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.rotary)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
     return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
 
@@ -209,8 +215,9 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     candidates: tuple[SiteCandidates, ...] = ()
     formats = chooser.open() if config.has_budget else None
     imported: ImportedWeights | None = None
+    given: dict[str, QuantSpec | None] = {}
     if config.plan is not None:
-        choice, sites = _given_plan(config, groups, chooser)
+        choice, sites, given = _given_plan(config, groups, chooser, layers)
     elif config.checkpoint is not None:
         choice, sites, imported = _imported_plan(config, config.checkpoint, model, groups, chooser)
     elif formats is not None:
@@ -219,20 +226,23 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     else:
         choice = chooser.choose()
         sites = make_plan(groups, config, choice, of_experts)
-    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice))
+    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice), given)
     alone = _embedding_plans(config, choice, tables)
     wanted = _sharing(config, decided.target, choice, sites)
     if formats is not None and config.gather_block_size is None:
         wanted = replace(wanted, open=formats)
     shared = share_tables(model, alone, all_sites(groups), wanted)
     embeddings = shared.joined(alone)
+    rotary = find_rotary_tables(model) if choice.rotary == "computed" else ()
     left_open: OpenPlan | None = None
     if candidates:
+        assert formats is not None, "without a budget there are no candidates"
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
-        left_open = _open_plan(
-            config, choice, candidates, output_size(directory, model, choice.form, embeddings, experts)
-        )
+        candidates += expert_candidates(experts, config, choice, formats)
+        size = output_size(directory, model, choice.form, embeddings, rotary)
+        left_open = _open_plan(config, choice, candidates, size)
         sites = _smallest(groups, candidates)
+        experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
         embeddings = following_heads(embeddings, sites.specs)
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
@@ -240,20 +250,32 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     return ModelPlan(
         target=decided.target,
         target_because=decided.why,
-        choice=replace(choice, explanations=(*choice.explanations, *shared.explanations)),
+        choice=replace(choice, explanations=(*choice.explanations, *shared.explanations, *_explained(rotary))),
         sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
         embeddings=embeddings,
         unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings} | experts.tables, experts.stay),
         experts=experts,
+        rotary=rotary,
         by_site=_chooses_by_site(config),
         left_open=left_open,
         imported=imported,
     )
 
 
+def _explained(rotary: tuple[RotaryTables, ...]) -> Iterator[Explanation]:
+    if rotary:
+        saved = sum(tables.saved_bytes for tables in rotary) / 1e6
+        why = f"one frequency a column gives them when the model is loaded: {saved:,.1f} MB less"
+        yield Explanation(option="--rotary_tables", chosen="computed", why=why)
+
+
 def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandidates, ...]) -> QuantPlan:
     """Return the plan that gives every site the first of its formats."""
-    return chosen_plan(groups, candidates, {each.site.name: next(iter(each.formats)) for each in candidates}, "")
+    return chosen_plan(groups, candidates, _smallest_labels(candidates), "")
+
+
+def _smallest_labels(candidates: tuple[SiteCandidates, ...]) -> dict[str, str]:
+    return {each.name: next(iter(each.formats)) for each in candidates}
 
 
 def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
@@ -313,7 +335,9 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         embeddings=plan.embeddings,
         session_options=plan.choice.session_options,
         unreached=plan.unquantized,
-        experts_take_level=plan.choice.experts is not None and plan.choice.experts.complete,
+        experts_take_level=plan.choice.experts is not None and plan.choice.experts.takes_level,
+        experts_say_raw=plan.choice.experts is not None and plan.choice.experts.packed_unless_said,
+        computes_rotary=bool(plan.rotary),
     )
 
 
@@ -421,12 +445,12 @@ def _target(config: QuantizeConfig, directory: ModelDirectory, facts: ModelFacts
 
 
 def _given_plan(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser
-) -> tuple[FormatChoice, QuantPlan]:
-    """Return what ``--plan`` asks for: the file decides about formats, the target about everything else."""
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser, layers: Sequence[ExpertLayer]
+) -> tuple[FormatChoice, QuantPlan, dict[str, QuantSpec | None]]:
+    """Return what ``--plan`` asks for, of experts last: the file decides about formats, the target about the rest."""
     assert config.plan is not None
-    sites = all_sites(groups)
-    planned = read_plan(config.plan, sites)
+    sites, nodes = all_sites(groups), {node_name(layer.sites[0]): layer.sites[0] for layer in layers}
+    planned = read_plan(config.plan, sites, nodes)
     asked = config.use_zero_point
     formats = {site.name: spec_of(planned[site.name], site, zero_point=asked) for site in sites}
     specs = {name: spec for name, spec in formats.items() if spec is not None}
@@ -435,7 +459,11 @@ def _given_plan(
     skipped = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
     choice = _choice_of_specs(chooser, tuple(specs.values()))
     specs = {name: replace(spec, scale_dtype=choice.scale_dtype(spec.scale_dtype)) for name, spec in specs.items()}
-    return choice, plan_of(groups, specs, skipped)
+    given: dict[str, QuantSpec | None] = {}
+    for name in nodes.keys() & planned.keys():
+        spec = spec_of(planned[name], nodes[name], zero_point=asked)
+        given[name] = None if spec is None else replace(spec, scale_dtype=choice.scale_dtype(spec.scale_dtype))
+    return choice, plan_of(groups, specs, skipped), given
 
 
 def _imported_plan(
@@ -515,8 +543,8 @@ def _open_plan(
         budget = SizeBudget(
             typed=typed,
             num_bytes=parse_size(typed, "--target_size"),
-            fixed_bytes=size.fixed_bytes([each.site for each in candidates]),
-            cost=lambda each, label: size.site_bytes(each.site, each.formats[label]),
+            fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites]),
+            cost=lambda each, label: sum(size.site_bytes(site, each.formats[label]) for site in each.sites),
         )
     return OpenPlan(
         option=config.budget_description,
@@ -544,6 +572,7 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         zero_point=config.use_zero_point,
         scale_range=config.scale_range,
         scale_type=config.scale_type,
+        rotary=config.rotary_tables,
         lm_head="none" if config.lm_head is None and excludes_lm_head(sites, config) else config.lm_head,
         lm_head_open=decided_elsewhere,
         embedding=config.requested_embedding or others,

@@ -136,6 +136,7 @@ def _for_any(requested: RequestedFormats, facts: ModelFacts) -> FormatChoice:
         symmetric=not requested.zero_point,
         scale_range=requested.scale_range or "full",
         scale_type=requested.scale_type or "base",
+        rotary=requested.rotary or "stored",
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=requested.gather_block_size or 32,
         accuracy_level=requested.accuracy_level,
@@ -165,7 +166,7 @@ def _embedding_bits(requested: RequestedFormats, preferred: EmbeddingBits | None
 def _any_experts(requested: RequestedFormats) -> ExpertFormat | None:
     """Return what every release with QMoE takes, where experts are asked for."""
     bits = _EXPERT_BITS.get(requested.experts or "")
-    return None if bits is None else ExpertFormat(bits=bits, complete=False)
+    return None if bits is None else ExpertFormat(bits=bits)
 
 
 def _experts(request: Request, preferred: Preference[ExpertFormat | None]) -> tuple[ExpertFormat | None, str]:
@@ -201,6 +202,7 @@ def _merge(request: Request, preferred: Preferences) -> FormatChoice:
         symmetric=not (preferred.zero_point.value if requested.zero_point is None else requested.zero_point),
         scale_range=requested.scale_range or scale_range.value,
         scale_type=_scale_type(requested, preferred),
+        rotary=requested.rotary or preferred.rotary.value,
         gather_form=requested.gather_form or "gather_block_quantized",
         gather_block_size=requested.gather_block_size or preferred.table_block_size(bits).value,
         accuracy_level=wanted if requested.accuracy_level is None else requested.accuracy_level,

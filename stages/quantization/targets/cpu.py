@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release
-from stages.commands.quantize_options import LmHead, ScaleType
+from stages.commands.quantize_options import LmHead, Rotary, ScaleType
 from stages.quantization.targets.formats import EmbeddingBits, ExpertFormat, FormatChoice
 from stages.quantization.targets.rules import (
     DQ_FUSES_ALL,
@@ -37,6 +37,9 @@ _EXPAND_CHANNELS = ("session.qdq_matmulnbits_block_size", "128")
 """ONNX Runtime repeats a scale per channel for blocks of so many inputs when it fuses; its default is 32."""
 
 
+_ROTARY: Preference[Rotary] = Preference(
+    "computed", "from one frequency a column, once, when the model is loaded (run with 1.20 to 1.32)"
+)
 _SCALE_TYPE: Preference[ScaleType] = Preference(
     "narrow", "float32 scales as float16, at no loss: a Cast widens them once, when the model is loaded"
 )
@@ -52,6 +55,7 @@ def prefer(request: Request) -> Preferences:
     return Preferences(
         scale_range=SIGNED,
         scale_type=_SCALE_TYPE,
+        rotary=_ROTARY,
         form=form,
         block_size=Preference(
             32, "0.91 ms a token at 4096 x 4096, where 128 is less exact and takes 0.87 ms, and 16 takes 1.90 ms"
@@ -92,7 +96,8 @@ def _experts(request: Request) -> Preference[ExpertFormat | None]:
         return Preference(None, f"{request.version} has no QMoE that takes such experts; 1.23 is the first")
     newest = request.release >= _COMPLETE_EXPERTS
     zero_points = "" if newest else f", without zero points, which {request.version} may read wrong"
-    return Preference(ExpertFormat(bits=4, complete=newest), f"it runs QMoE in blocks{zero_points}")
+    experts = ExpertFormat(bits=4, zero_points=newest, router_weights=newest, takes_level=newest)
+    return Preference(experts, f"it runs QMoE in blocks{zero_points}")
 
 
 def _lm_head(request: Request, eight_bit: Preference[Granularity | None]) -> Preference[LmHead]:

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.parsing import Release, Runtime, Target
-from stages.commands.quantize_options import LmHead, ScaleRange, ScaleType
+from stages.commands.quantize_options import LmHead, Rotary, ScaleRange, ScaleType
 from stages.quantization.targets.formats import EmbeddingBits, ExpertFormat, FormatChoice, ModelFacts, RequestedFormats
 from stages.records.formats import Granularity, PerChannel, WeightForm
 
@@ -86,6 +86,7 @@ SIGNED: Preference[ScaleRange] = Preference(
 )
 
 
+STORED_TABLES: Preference[Rotary] = Preference("stored", "nobody watched a runtime compute them there")
 UNCAST: Preference[ScaleType] = Preference("base", "nobody ran a Cast between scales and their operator there")
 
 
@@ -101,8 +102,8 @@ class Preferences:
     lm_head: Preference[LmHead]
     embedding: Preference[EmbeddingBits | None]
     """None: the runtime has no GatherBlockQuantized, which reads only the rows it needs."""
-    experts: Preference[ExpertFormat | None] = Preference(None, "QMoE was not run on this provider")
-    """None: it has no QMoE that was run."""
+    experts: Preference[ExpertFormat | None]
+    """None: it has no QMoE that reads what can be written here."""
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")
@@ -111,6 +112,7 @@ class Preferences:
     scale_range: Preference[ScaleRange] = POSITIVE
     """Of INT4 without zero points."""
     scale_type: Preference[ScaleType] = UNCAST
+    rotary: Preference[Rotary] = STORED_TABLES
     accuracy_level: Preference[AccuracyLevel | None] | None = None
     """None where the level means nothing to the runtime."""
     session_options: tuple[tuple[str, str], ...] = ()
