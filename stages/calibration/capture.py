@@ -29,10 +29,10 @@ from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
 from stages.calibration.key_value_scales import KeyValueMaxima
-from stages.calibration.row_files import RowsWriter
+from stages.calibration.on_disk.row_files import RowsWriter
+from stages.calibration.on_disk.stream_files import StreamFiles
 from stages.calibration.samples.samples import Samples
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
-from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY
 from stages.commands.parsing import parse_size

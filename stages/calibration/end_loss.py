@@ -33,9 +33,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
-from stages.calibration.row_files import RowsWriter
+from stages.calibration.on_disk.row_files import RowsWriter
+from stages.calibration.on_disk.stream_files import StreamFiles
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
-from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.progress import progress_bar
 from stages.model.absorbers import attention_head_sizes

@@ -16,9 +16,9 @@ from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cach
 from stages.calibration.capture import Capture, memory_limit, rows_of
 from stages.calibration.end_loss import EndLossPass, weight_names
 from stages.calibration.key_value_scales import KeyValueMaxima, find_key_value_caches, scales_text, write_scales
+from stages.calibration.on_disk.stream_files import StreamFiles
 from stages.calibration.samples.load import load_samples, sample_files, takes_samples
 from stages.calibration.samples.samples import Samples
-from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
@@ -156,8 +156,12 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         provider_options=_provider_options(config, directory, model, choice, processes),
         scratch=scratch,
         processes=processes,
-        maxima=None if config.kv_scales == "none" else KeyValueMaxima(caches=find_key_value_caches(model)),
+        maxima=_maxima(config, model) if isinstance(windows, TokenWindows) else None,
     )
+
+
+def _maxima(config: CalibrateConfig, model: ir.Model) -> KeyValueMaxima | None:
+    return None if config.kv_scales == "none" else KeyValueMaxima(caches=find_key_value_caches(model))
 
 
 def require_inputs(config: CalibrateConfig) -> None:

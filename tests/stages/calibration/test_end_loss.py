@@ -22,10 +22,10 @@ from stages.calibration.end_loss import (
     token_weights,
     weight_names,
 )
-from stages.calibration.row_files import open_rows
+from stages.calibration.on_disk.row_files import open_rows
+from stages.calibration.on_disk.stream_files import StreamFiles
 from stages.calibration.run import calibrate
 from stages.calibration.statistics import unpack_symmetric
-from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.model.directory import locate_model

@@ -13,7 +13,7 @@ import torch
 from stages.calibration.cache import CacheKey, CalibrationCache, find_cache, new_cache
 from stages.calibration.capture import PRIOR
 from stages.calibration.expert_statistics import ExpertStatistics, seen_by
-from stages.calibration.row_files import RowsWriter
+from stages.calibration.on_disk.row_files import RowsWriter
 from stages.errors import CacheMismatch
 from stages.model.weights import read_weight, to_torch
 from stages.records.results import TokenStats

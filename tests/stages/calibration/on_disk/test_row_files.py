@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.calibration.row_files import RowsWriter, open_rows
+from stages.calibration.on_disk.row_files import RowsWriter, open_rows
 from stages.errors import SolveError
 
 COUNTS = {"held_out": 3, "calibration": 10}

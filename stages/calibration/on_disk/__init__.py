@@ -1,0 +1,1 @@
+"""Keep what the calibration pass computes in files, row by row."""
