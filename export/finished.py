@@ -17,6 +17,7 @@ from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model
+from stages.quantization.checkpoints.checkpoint import open_checkpoint
 from stages.quantization.weights.store import RECIPE, open_store
 from stages.system.json_file import read_json, write_json
 from stages.system.paths import file_name
@@ -164,6 +165,7 @@ def _digest(config: QuantizeConfig, base_fingerprint: str) -> str:
     }
     options["base"] = base_fingerprint
     options["plan"] = "" if config.plan is None else _content(config.plan)
+    options["checkpoint"] = "" if config.checkpoint is None else open_checkpoint(config.checkpoint).fingerprint()
     return _sha256(options)
 
 

@@ -20,7 +20,7 @@ from export.forms.dequantize_linear import RewrittenSite, StoredSite, insert_deq
 from export.forms.embedding import RewrittenTable, rewrite_tables
 from export.forms.matmul_nbits import insert_matmul_nbits
 from export.forms.opset import OpsetChange, lowest_opset, raise_opset
-from export.forms.qmoe import RewrittenExperts, insert_qmoe
+from export.forms.qmoe import RAW, RewrittenExperts, insert_qmoe
 from export.forms.rotary import ComputedTable, compute_rotary_tables
 from export.graph_edit import GraphEditor, describe, name_of
 from stages.commands.options import AccuracyLevel
@@ -184,9 +184,9 @@ def _rewrite_experts(
     for source in stored.values():
         if source.site.expert is not None:
             by_node.setdefault(source.site.expert.node, []).append(source)
-    level = _FUSED_LEVEL if accuracy_level is None else accuracy_level
-    asked = level if recipe.experts_take_level else None
-    return tuple(insert_qmoe(editor, layers[node], sources, asked) for node, sources in by_node.items())
+    level = {"accuracy_level": _FUSED_LEVEL if accuracy_level is None else accuracy_level}
+    attributes = (level if recipe.experts_take_level else {}) | ({RAW: 0} if recipe.experts_say_raw else {})
+    return tuple(insert_qmoe(editor, layers[node], sources, attributes) for node, sources in by_node.items())
 
 
 def _rewrite_shared(editor: GraphEditor, source: StoredSite, accuracy_level: AccuracyLevel | None) -> RewrittenSite:

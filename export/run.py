@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
-from export.card.record import ModelRecord, describe_base, kinds_of, read_origin, summarize_checks
+from export.card.record import ModelRecord, describe_base, kinds_of, read_origin, read_record, summarize_checks
 from export.card.write import move_base_card, write_card
 from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome, table_outcomes
@@ -27,7 +27,7 @@ from export.verify.verify import save_report, verify
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ExportOptions
 from stages.errors import OptionError, UserError
-from stages.evaluation.records import Evaluation
+from stages.evaluation.records import Evaluation, OutputEvaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_files, load_graph
 from stages.model.patterns import PASSED_THROUGH, readers
@@ -81,6 +81,8 @@ class QuantizedModel:
     export: ExportSummary
     evaluations: tuple[Evaluation, ...] = ()
     """Comparisons with the base, one for each text, where they were asked for."""
+    outputs: tuple[OutputEvaluation, ...] = ()
+    """Comparisons of what encoders give, one for each component, where they were asked for."""
 
 
 def export_model(
@@ -116,7 +118,8 @@ def export_model(
         with atomic_directory(destination.folder, overwrite=destination.overwrite, option=OUTPUT_OPTION) as scratch:
             save_model(result.model, scratch, destination.onnx_name)
             copy_side_files(base, model, scratch, destination.onnx_name)
-            move_base_card(scratch)
+            earlier = read_record(scratch)
+            move_base_card(scratch, ours=earlier is not None)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
             report = _verify(scratch / destination.onnx_name, result, base, options)
             notes = (*notes, *_kept_report(report, store.folder))
@@ -131,10 +134,11 @@ def export_model(
                 algorithm=store.recipe.summary,
                 weight_form=store.recipe.weight_form,
                 accuracy_level=options.accuracy_level,
-                base=describe_base(base, model, store.recipe.model_fingerprint, bytes_before),
+                base=describe_base(base, model, store.recipe.model_fingerprint, bytes_before, earlier),
                 formats=tuple(kinds_of(store)),
                 bytes=bytes_after,
                 checks=None if report is None else summarize_checks(report, options.verify),
+                parts=() if earlier is None else (*earlier.parts, replace(earlier, parts=())),
             )
             write_card(scratch, record)
             folder_bytes = _size(*scratch.rglob("*"))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stages.commands.progress import progress_on
     from stages.commands.quantize_options import ExportConfig, QuantizeConfig
     from stages.errors import CacheMismatch, GraphError, OptionError, SolveError, UserError
-    from stages.evaluate import evaluate
+    from stages.evaluate import evaluate, evaluate_outputs
     from stages.quantize import preview, quantize
 
 __version__ = version("genai-quant")
@@ -48,6 +48,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "evaluate_outputs",
     "export",
     "preview",
     "progress_on",
@@ -64,7 +65,7 @@ _NAMES_BY_MODULE = {
     "stages.commands.progress": ("progress_on",),
     "stages.commands.quantize_options": ("ExportConfig", "QuantizeConfig"),
     "stages.errors": ("CacheMismatch", "GraphError", "OptionError", "SolveError", "UserError"),
-    "stages.evaluate": ("evaluate",),
+    "stages.evaluate": ("evaluate", "evaluate_outputs"),
     "stages.quantize": ("preview", "quantize"),
 }
 

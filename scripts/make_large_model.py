@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -31,7 +32,20 @@ SHAPES = {
     "qwen2.5-1.5b": LlamaShape(
         layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_size=128, vocabulary=151936
     ),
+    "gpt-oss-20b": LlamaShape(
+        layers=24,
+        hidden=2880,
+        intermediate=2880,
+        heads=64,
+        kv_heads=8,
+        head_size=64,
+        vocabulary=201088,
+        experts=32,
+        chosen=4,
+    ),
 }
+_DATA = "model.onnx.data"
+_ALIGNMENT = 4096
 _PRECISIONS = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
 
 
@@ -41,10 +55,34 @@ def make_large_model(config: LargeModelConfig) -> Iterable[Section]:
     shape = shape if config.layers is None else replace(shape, layers=config.layers)
     model = random_llama(shape, _PRECISIONS[config.precision], config.seed)
     with atomic_directory(config.output, overwrite=config.overwrite, option="--output") as folder:
-        save_model(model, folder, "model.onnx")
+        if config.sparse:
+            _reserve(model, folder)
+        else:
+            save_model(model, folder, "model.onnx")
         (folder / GENAI_CONFIG).write_text(json.dumps(shape.genai_config(), indent=4) + "\n", encoding="utf-8")
     _LOGGER.info("base model: %s", config.output)
     return ()
+
+
+def _reserve(model: ir.Model, folder: Path) -> None:
+    """Save the graph, and a data file without contents: all weights are zero and take no room on the disk."""
+    end = 0
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= _ALIGNMENT:
+            value.const_value = ir.ExternalTensor(
+                _DATA,
+                end,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=folder,
+            )
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    with (folder / _DATA).open("wb") as data:
+        data.truncate(end)
+    ir.save(model, folder / "model.onnx")
 
 
 if __name__ == "__main__":

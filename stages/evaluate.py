@@ -15,7 +15,8 @@ from stages.errors import UserError
 
 if TYPE_CHECKING:
     from stages.evaluation.compare import PreparedEvaluation
-    from stages.evaluation.records import Evaluation
+    from stages.evaluation.outputs import JudgedSamples
+    from stages.evaluation.records import Evaluation, OutputEvaluation
     from stages.report.document import Report
 
 _LOGGER = logging.getLogger(__name__)
@@ -27,8 +28,13 @@ def command(config: EvaluateConfig) -> Iterator[Section]:
     """Evaluate the models."""
     from stages.report.document import log_report
 
-    found = evaluate(config)
-    yield from evaluation_sections((found,), record=found)
+    config.validate()
+    if _compares_outputs(config):
+        outputs = evaluate_outputs(config)
+        yield output_section((outputs,), record=outputs)
+    else:
+        found = evaluate(config)
+        yield from evaluation_sections((found,), record=found)
     if config.report is not None:
         log_report(config.report)
 
@@ -52,6 +58,94 @@ def evaluation_sections(
         yield Section(name="evaluation", table=Group(*tables_of(one)), record=shown, detail=detail)
         if any(row.worst for row in one.rows):
             yield Section(name="evaluation", table=Group(*tables_of_worst(one)), record=shown, detail=True)
+
+
+def output_section(evaluations: Sequence[OutputEvaluation], *, record: object = None, detail: bool = False) -> Section:
+    """Return what a command prints of comparisons of outputs.
+
+    Args:
+        evaluations: one for each component.
+        record: what stands in the JSON document; None: a list of the evaluations.
+        detail: whether it is one.
+    """
+    from rich.console import Group
+
+    from stages.report.tables import tables_of_outputs
+
+    shown = tuple(evaluations) if record is None else record
+    tables = [each for one in evaluations for each in tables_of_outputs(one)]
+    return Section(name="outputs", table=Group(*tables), record=shown, detail=detail)
+
+
+def _compares_outputs(config: EvaluateConfig) -> bool:
+    from stages.evaluation.judged_samples import judged_by_outputs
+
+    return judged_by_outputs(config)
+
+
+def evaluate_outputs(config: EvaluateConfig) -> OutputEvaluation:
+    """Compare what encoders, projectors or embedding models give with what their base gives, on the same samples.
+
+    Raises:
+        UserError: an option, a model or the samples can't be used.
+    """
+    from stages.evaluation.judged_samples import samples_to_judge
+    from stages.report.document import read_report
+
+    config.validate()
+    if config.report is not None:
+        read_report(config.report)  # a damaged one is an error before anything runs
+    found = _compare_outputs(config, samples_to_judge(config))
+    if config.results is not None:
+        from stages.evaluation.records import save_outputs
+
+        save_outputs(found, config.results)
+    return found
+
+
+def _compare_outputs(config: EvaluateConfig, judged: JudgedSamples) -> OutputEvaluation:
+    """Compare the models on ``judged``, and keep what was found in the report."""
+    from stages.commands.progress import progress_bar
+    from stages.evaluation.outputs import compare_outputs
+    from stages.model.directory import locate_model
+    from stages.report.document import read_report, write_report
+    from stages.report.render import render
+    from stages.runtime.providers import choose_providers
+    from stages.runtime.session import SessionSettings
+
+    base, *models = (locate_model(path, config.component) for path in (config.base, *config.model))
+    settings = SessionSettings(
+        providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
+    )
+    with progress_bar() as progress:
+        found = compare_outputs(base, models, judged, settings, progress)
+    if config.report is not None:
+        document = read_report(config.report)
+        title = document.title or ", ".join(path.absolute().name for path in config.model)
+        write_report(replace(document.with_outputs(found), title=title), render, config.report)
+    return found
+
+
+def evaluate_result_outputs(config: QuantizeConfig) -> OutputEvaluation | None:
+    """Compare what ``config`` made with its base on the samples that it kept for that; None where it has none.
+
+    The model is finished: what can't be measured is a warning.
+    """
+    from stages.evaluation.judged_samples import samples_of_run
+    from stages.quantization.weights.store import REPORT_FOLDER
+
+    request = EvaluateConfig(
+        base=config.onnx_path,
+        model=(config.output_path,),
+        component=config.component,
+        report=config.weights_folder / REPORT_FOLDER,
+    )
+    try:
+        judged = samples_of_run(config)
+        return None if judged is None else _compare_outputs(request, judged)
+    except UserError as error:
+        _LOGGER.warning("the model is finished, but its outputs can't be compared with its base's: %s", error)
+        return None
 
 
 def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from export.run import Destination, QuantizedModel
-    from stages.evaluation.records import Evaluation
+    from stages.evaluation.records import Evaluation, OutputEvaluation
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
     from stages.quantization.weights.store import QuantizedStore
@@ -33,8 +34,11 @@ def command(config: QuantizeConfig) -> Iterator[Section]:
     if config.dry_run:
         from stages.quantization.preview.table import preview_table
 
-        found = preview(config)
-        yield Section(name="plan", table=preview_table(found), record=found)
+        config.validate()
+        for part in config.parts:
+            found = preview(part)
+            name = "plan" if len(config.parts) == 1 else f"{part.component}.plan"
+            yield Section(name=name, table=preview_table(found), record=found)
         return
     made = yield from run(config)
     if made is not None:
@@ -66,53 +70,124 @@ def quantize(config: QuantizeConfig) -> QuantizedModel | None:
 def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | None]:
     """Yield each result as soon as it is there, so that an export that fails doesn't hide the search; return all."""
     # Imported here, as in every command: --help and errors in options need not wait for torch.
-    from export.finished import find_finished
     from stages.system.distributed import join_processes
 
     config.validate()
     processes = join_processes()
-    with processes.main_process_first():
-        made = find_finished(config)
-    if made is not None:
-        _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
-        if not processes.is_first:
-            return None
-        _restore_report(config, made)
+    if len(config.parts) > 1:
+        made = yield from _run_several(config, processes)
     else:
-        made = yield from _make(config, processes)
-        if made is None:
-            return None
-    if config.evaluate and _is_decoder(config):
-        from stages.evaluate import evaluate_result, evaluation_sections
-
-        found = evaluate_result(config)
-        yield from evaluation_sections(found, detail=True)
-        add_to_card(made.folder, found)
-        made = replace(made, evaluations=found)
+        made = yield from _run_one(config, processes, config)
+    if made is None or not config.evaluate:
+        return made
+    for part in config.parts:
+        made = yield from _evaluate(part, made)
+    add_to_card(made.folder, made.evaluations, made.outputs)
     return made
 
 
-def _is_decoder(config: QuantizeConfig) -> bool:
-    """Return whether the model that was made can be compared with its base on text; log a warning where it can't."""
+def _run_one(
+    config: QuantizeConfig, processes: Processes, asked: QuantizeConfig
+) -> Generator[Section, None, QuantizedModel | None]:
+    """Quantize one component, unless that was done already.
+
+    Args:
+        config: what is done.
+        processes: those that share the work.
+        asked: what was typed: it may name several components.
+    """
+    from export.finished import find_finished
+
+    with processes.main_process_first():
+        made = find_finished(config)
+    if made is None:
+        return (yield from _make(config, processes, asked))
+    _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
+    if not processes.is_first:
+        return None
+    _restore_report(config, made)
+    return made
+
+
+def _run_several(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
+    """Quantize components one after the other, each in the package that the one before it made.
+
+    What comes between lies beside the output until that is there, so that a run that is stopped goes on.
+    """
+    from export.card.record import read_record
+    from export.finished import find_finished
+
+    *earlier, last = config.parts
+    with processes.main_process_first():
+        made = find_finished(last)  # a component's graph is the same in the base and in what comes between
+    if made is not None:
+        _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
+    else:
+        check_before_calibration(config)
+        base, between = config.onnx_path, list[Path]()
+        for part in earlier:
+            between.append(config.output_path.with_name(f"{config.output_path.name}.{part.component}.part"))
+            steps = _run_one(replace(part, onnx_path=base, output_path=between[-1]), processes, config)
+            yield from _named_sections(part, steps)
+            processes.barrier()
+            base = between[-1]
+        made = yield from _named_sections(last, _run_one(replace(last, onnx_path=base), processes, config))
+        if made is None:
+            return None
+        for folder in between:
+            shutil.rmtree(folder, ignore_errors=True)
+    record = read_record(made.folder)
+    if record is None:
+        return made
+    sizes = [(part.base.bytes, part.bytes) for part in (*record.parts, record)]
+    before, after = (sum(column) for column in zip(*sizes, strict=True))
+    return replace(made, export=replace(made.export, bytes_before=before, bytes_after=after))
+
+
+def _named_sections(
+    config: QuantizeConfig, steps: Generator[Section, None, QuantizedModel | None]
+) -> Generator[Section, None, QuantizedModel | None]:
+    """Yield the sections of one of several components under its name."""
+    while True:
+        try:
+            section = next(steps)
+        except StopIteration as end:
+            made: QuantizedModel | None = end.value
+            return made
+        yield replace(section, name=f"{config.component}.{section.name}")
+
+
+def _evaluate(config: QuantizeConfig, made: QuantizedModel) -> Generator[Section, None, QuantizedModel]:
+    """Compare one component with its base: on samples where it runs on these, else on text."""
+    from stages.evaluate import evaluate_result, evaluate_result_outputs, evaluation_sections, output_section
     from stages.model.directory import DECODER, locate_model
 
+    outputs = evaluate_result_outputs(config)
+    if outputs is not None:
+        yield output_section((outputs,), detail=True)
+        return replace(made, outputs=(*made.outputs, outputs))
     component = locate_model(config.onnx_path, config.component).component
     if component != DECODER:
-        _LOGGER.warning("--evaluate compares decoders on text, and %s is another component: skipped.", component)
-    return component == DECODER
+        _LOGGER.warning("--evaluate compares %s with its base on --samples, and there are none: skipped.", component)
+        return made
+    found = evaluate_result(config)
+    yield from evaluation_sections(found, detail=True)
+    return replace(made, evaluations=found)
 
 
-def add_to_card(folder: Path, found: Sequence[Evaluation]) -> None:
+def add_to_card(folder: Path, found: Sequence[Evaluation], outputs: Sequence[OutputEvaluation] = ()) -> None:
     """Let the model's card show what was found; log a warning where it can't: the model is finished."""
     from export.card.write import update_card
 
     try:
-        update_card(folder, found)
+        update_card(folder, found, outputs)
     except UserError as error:
         _LOGGER.warning("the model is finished, but its card lacks the evaluation: %s", error)
 
 
-def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, None, QuantizedModel | None]:
+def _make(
+    config: QuantizeConfig, processes: Processes, asked: QuantizeConfig
+) -> Generator[Section, None, QuantizedModel | None]:
     """Do what ``run`` does for an output that isn't there."""
     from stages.model.directory import locate_model
     from stages.quantization.weights.store import REPORT_FOLDER
@@ -130,11 +205,15 @@ def _make(config: QuantizeConfig, processes: Processes) -> Generator[Section, No
         exclusive(destination.folder, option="--output_path", owner=processes.is_first),
         exclusive(config.weights_folder, option="--weights_path", owner=processes.is_first),
     ):
-        return (yield from _write(config, processes, directory, destination))
+        return (yield from _write(config, processes, directory, destination, asked))
 
 
 def _write(
-    config: QuantizeConfig, processes: Processes, directory: ModelDirectory, destination: Destination
+    config: QuantizeConfig,
+    processes: Processes,
+    directory: ModelDirectory,
+    destination: Destination,
+    asked: QuantizeConfig,
 ) -> Generator[Section, None, QuantizedModel | None]:
     """Do what ``run`` does once the places for output and weights are this run's alone.
 
@@ -143,6 +222,7 @@ def _write(
         processes: those that share the work.
         directory: the base model.
         destination: where the output goes.
+        asked: what was typed, for the model card.
     """
     from export.card.record import save_origin
     from export.finished import remember_output
@@ -167,7 +247,7 @@ def _write(
         round_embeddings(prepared.model, store, choose_device(config.device))
     search = search_summary(store, store.seconds())
     yield Section(name="search", table=quantization_table(store, search.seconds), record=search, detail=True)
-    save_origin(store, config, None if prepared.cache is None else prepared.cache.manifest.key)
+    save_origin(store, asked, None if prepared.cache is None else prepared.cache.manifest.key)
     exported = export_model(directory, store, destination, config.export_options, prepared.model)
     made = QuantizedModel(
         folder=destination.folder,
@@ -220,16 +300,29 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) 
 
 def check_before_calibration(config: QuantizeConfig) -> None:
     """Raise now what ``quantize`` would raise before it reads the cache: hours of calibration may come between."""
+    from stages.calibration.run import require_inputs
+
+    config.validate()
+    for part in config.parts:
+        _check_part(part)
+        if len(config.parts) > 1 and part.needs_cache:
+            require_inputs(part.calibration)
+
+
+def _check_part(config: QuantizeConfig) -> None:
+    """Do what ``check_before_calibration`` does for one component."""
+    from stages.calibration.samples.load import takes_samples
     from stages.model.directory import locate_model
     from stages.model.load import load_graph
     from stages.quantization.plan.plan import plan_model
     from stages.runtime.blocks.chain import open_chain
     from stages.runtime.blocks.decoder import open_blocks
 
-    config.validate()
     directory = locate_model(config.onnx_path, config.component)
     _destination(config, directory)
     model = load_graph(directory)
+    if takes_samples(config, model, directory):
+        config.require_no_text()
     plan = plan_model(config, model, directory)
     if config.tunes_blocks:
         open_blocks(model, plan.sites.groups)

@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages.runtime",),
     ("stages.calibration",),
     ("stages.quantization.targets", "stages.quantization.weights"),
-    ("stages.quantization.search",),
+    ("stages.quantization.search", "stages.quantization.checkpoints"),
     ("stages.quantization.blocks",),
     ("stages.quantization.plan",),
     ("stages.quantization.preview", "stages.quantization.run"),

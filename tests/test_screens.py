@@ -24,21 +24,28 @@ from stages.calibration.summary import CalibrationSummary, PassSummary, calibrat
 from stages.commands.tables import Column, DataTable, FactTable, wrapped
 from stages.evaluation.bench.results import MeasuredModel, TextResults, means_table, results_table
 from stages.evaluation.bench.runs import Search
-from stages.evaluation.records import Evaluation
+from stages.evaluation.records import Evaluation, OutputEvaluation, OutputRow, OutputScore
 from stages.inspect.artifacts import CacheReport, SweepReport, WeightsReport
 from stages.inspect.float_weights import InputScaleMul, UnquantizedTensors
 from stages.inspect.model import ModelReport, report_model
 from stages.inspect.quantized_weights import StoredWeight
 from stages.inspect.tables import cache_table, model_table, sweep_table, weights_table
 from stages.model.directory import locate_model
-from stages.quantization.preview.table import Preview, PreviewedSite, SearchEstimate, StageMemory, preview_table
+from stages.quantization.preview.table import (
+    DiskUse,
+    Preview,
+    PreviewedSite,
+    SearchEstimate,
+    StageMemory,
+    preview_table,
+)
 from stages.quantization.targets.explain import choice_table
 from stages.quantization.weights.store import QuantizedStore
 from stages.quantization.weights.summary import quantization_table
 from stages.records.formats import WeightForm
 from stages.records.results import DataFileUse, ExportRecipe, SiteError, SiteReport, UnfusedSite, VerifyReport
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights, WeightLayout
-from stages.report.tables import tables_of, tables_of_worst
+from stages.report.tables import tables_of, tables_of_outputs, tables_of_worst
 from stages.system.measured_process import Cost
 from tests.stages.quantization.targets.requests import choose
 from tests.stages.report.sample import evaluation, model_row
@@ -138,6 +145,7 @@ def plan() -> RenderableType:
             bytes_before=41_234_500_000,
             bytes_after=12_345_600_000,
             memory=(StageMemory(stage="search and export", bytes=23_456_000_000, holds="the largest group"),),
+            disk=DiskUse(calibration=9_160_000_000, weights=23_456_000_000, output=12_345_600_000),
             search=SearchEstimate(seconds=12_345.0, device="cuda:1", groups=4321),
             obstacles=(f"--output_path {FOLDER / 'int4'} already exists; pass --overwrite or choose another path.",),
             notes=("--accuracy_level 1 runs INT8 weights about 10 times slower than level 4",),
@@ -305,10 +313,27 @@ SCREENS: dict[str, Callable[[], RenderableType | list[RenderableType]]] = {
     "cache_table": cache,
     "choice_table": lambda: choice_table("cpu@1.32", choose("cpu").explanations),
     "tables_of": lambda: list(tables_of(compared())),
+    "tables_of_outputs": lambda: list(tables_of_outputs(outputs_compared())),
     "tables_of_worst": lambda: list(tables_of_worst(compared())),
     "speed_table": peers_speed,
     "benchmark_tables": benchmarked,
 }
+
+
+def outputs_compared() -> OutputEvaluation:
+    score = OutputScore(
+        output="image_features", vectors=4096, cosine=0.99931, worst_cosine=0.9812, relative_error=0.0372
+    )
+    level = "4 (ONNX Runtime's default on the CPU)"
+    return OutputEvaluation(
+        component="vision",
+        source="images in flowers",
+        samples=32,
+        rows=(
+            OutputRow(name="base", bytes=600_000_000, accuracy_level="", scores=()),
+            OutputRow(name="int4", bytes=101_500_000, accuracy_level=level, scores=(score,)),
+        ),
+    )
 
 
 def printed(screen: RenderableType | list[RenderableType], width: int) -> str:
@@ -361,6 +386,7 @@ def tables_made_elsewhere() -> Iterator[str]:
 NOT_SCREENS = {
     "model_table",  # test_an_inspected_model_loses_nothing_at_any_width
     "accuracy_tables", "worst_tables", "answer_tables", "speed_tables", "task_tables", "verified_tables",  # tables_of
+    "output_tables",  # tables_of_outputs
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 from stages.calibration.cache import CacheKey
 from stages.commands.options import CommandOptions, given_options
 from stages.errors import UserError
-from stages.evaluation.records import Evaluation
+from stages.evaluation.records import Evaluation, OutputEvaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import producer_of
 from stages.quantization.weights.store import QuantizedStore
@@ -167,6 +167,10 @@ class ModelRecord:
     checks: Checks | None
     """None where verification was off."""
     evaluation: EvaluationSummary | None = None
+    outputs: tuple[OutputEvaluation, ...] = ()
+    """What encoders give beside what their base gives, one for each component."""
+    parts: tuple[ModelRecord, ...] = ()
+    """Components of the package that were quantized before this one, in this order."""
 
 
 _RECORDS = TypeAdapter(ModelRecord)
@@ -220,7 +224,9 @@ def read_origin(store: QuantizedStore) -> Origin | None:
     return read_json(store.folder / _ORIGIN, _ORIGINS)
 
 
-def describe_base(directory: ModelDirectory, model: ir.Model, fingerprint: str, num_bytes: int) -> BaseModel:
+def describe_base(
+    directory: ModelDirectory, model: ir.Model, fingerprint: str, num_bytes: int, earlier: ModelRecord | None = None
+) -> BaseModel:
     """Return what is known of a base model.
 
     Args:
@@ -228,11 +234,12 @@ def describe_base(directory: ModelDirectory, model: ir.Model, fingerprint: str, 
         model: its graph.
         fingerprint: identifies its weights.
         num_bytes: of its .onnx file and external data.
+        earlier: of the base, where it is an output itself, made from the same package.
     """
     return BaseModel(
-        name=directory.folder.absolute().name,
-        hub_name=hub_name_of(directory.folder),
-        license=licence_of(directory.folder / MODEL_CARD),
+        name=directory.folder.absolute().name if earlier is None else earlier.base.name,
+        hub_name=hub_name_of(directory.folder) if earlier is None else earlier.base.hub_name,
+        license=licence_of(directory.folder / MODEL_CARD) if earlier is None else earlier.base.license,
         fingerprint=fingerprint,
         producer=producer_of(model),
         bytes=num_bytes,

@@ -19,7 +19,7 @@ from export.card.record import (
     summarize_evaluations,
     write_record,
 )
-from stages.evaluation.records import Evaluation
+from stages.evaluation.records import Evaluation, OutputEvaluation
 from stages.model.genai_config import GENAI_CONFIG
 from stages.records.formats import WeightForm
 from stages.runtime.genai import has_chat_template
@@ -51,8 +51,8 @@ def write_card(folder: Path, record: ModelRecord) -> None:
     write_whole(folder / MODEL_CARD, render_card(folder, record).encode())
 
 
-def update_card(folder: Path, evaluations: Sequence[Evaluation]) -> None:
-    """Add comparisons of the model in ``folder`` with its base, one for each text, to both files.
+def update_card(folder: Path, evaluations: Sequence[Evaluation], outputs: Sequence[OutputEvaluation] = ()) -> None:
+    """Add comparisons of the model in ``folder`` with its base, one for each text or component, to both files.
 
     Nothing is written where there is no comparison, or no genai_quant.json that this version can read.
 
@@ -60,16 +60,27 @@ def update_card(folder: Path, evaluations: Sequence[Evaluation]) -> None:
         UserError: a file can't be written.
     """
     record = read_record(folder)
-    if record is None or not evaluations:
+    if record is None or not (evaluations or outputs):
         return
+    if evaluations:
+        record = replace(record, evaluation=summarize_evaluations(tuple(evaluations)))
+    if outputs:
+        record = replace(record, outputs=tuple(outputs))
     with explained(
         f"{folder / MODEL_CARD} and {RECORD} can't be written", "free space there, or get the right to write"
     ):
-        write_card(folder, replace(record, evaluation=summarize_evaluations(tuple(evaluations))))
+        write_card(folder, record)
 
 
-def move_base_card(folder: Path) -> None:
-    """Rename the README.md that was copied from the base, which describes another model than the one in ``folder``."""
+def move_base_card(folder: Path, *, ours: bool = False) -> None:
+    """Rename the README.md that was copied from the base, which describes another model than the one in ``folder``.
+
+    Args:
+        folder: the unfinished output.
+        ours: whether the base was an output itself, another component of the same package: its card is written anew.
+    """
+    if ours:
+        (folder / MODEL_CARD).unlink(missing_ok=True)
     for card in [file for file in folder.iterdir() if file.name.lower() == MODEL_CARD.lower()]:
         target = folder / _BASE_CARD
         while target.exists():

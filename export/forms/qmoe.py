@@ -11,7 +11,7 @@ Requires a MoE node as it was found. Ensures that the node keeps its name, outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +24,14 @@ from torch import Tensor
 from export.forms.dequantize_linear import StoredSite
 from export.forms.matmul_nbits import implied_zero_point
 from export.graph_edit import GraphEditor, import_microsoft, name_of
-from stages.commands.options import AccuracyLevel
 from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
 from stages.records.experts import ExpertLayer
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, onnx_float
 
 ROUTER_WEIGHTS = 14
 """The operator's input for weights that are no softmax over the chosen scores."""
+RAW = "weights_prepacked"
+"""The attribute that says, where it is 0, that codes are in the operator's own order; the CPU reads no other."""
 _NO_FC3 = (None, None, None)
 
 
@@ -95,7 +96,7 @@ def unpacked_rows(packed: UInt8[np.ndarray, "N bytes"], columns: int, spec: Quan
 
 
 def insert_qmoe(
-    editor: GraphEditor, layer: ExpertLayer, sources: Sequence[StoredSite], accuracy_level: AccuracyLevel | None
+    editor: GraphEditor, layer: ExpertLayer, sources: Sequence[StoredSite], attributes: Mapping[str, int]
 ) -> RewrittenExperts:
     """Turn a MoE node into QMoE.
 
@@ -103,7 +104,7 @@ def insert_qmoe(
         editor: of the graph that holds the node.
         layer: the node.
         sources: the stored matrices of all its experts.
-        accuracy_level: the operator's attribute; None where its release has none.
+        attributes: those that the target's release has or needs besides those of the format.
     """
     node = editor.producer(layer.output)
     tokens, scores, _, fc1_bias, _, fc2_bias = (*node.inputs, None, None)[:6]
@@ -122,19 +123,18 @@ def insert_qmoe(
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
         node.replace_input_with(index, value)
-    for name, number in _attributes(fc1.table.spec, accuracy_level).items():
+    for name, number in {**_attributes(fc1.table.spec), **attributes}.items():
         node.attributes[name] = ir.AttrInt64(name, number)
     import_microsoft(node)
     return RewrittenExperts(layer=layer, fc1=fc1.table, fc2=fc2.table)
 
 
-def _attributes(spec: QuantSpec, accuracy_level: AccuracyLevel | None) -> dict[str, int]:
-    level = {} if accuracy_level is None else {"accuracy_level": accuracy_level}
+def _attributes(spec: QuantSpec) -> dict[str, int]:
     match spec.granularity:
         case PerBlock(block_size=size):
-            return {"expert_weight_bits": spec.bits, "block_size": size, **level}
+            return {"expert_weight_bits": spec.bits, "block_size": size}
         case PerChannel():
-            return {"expert_weight_bits": spec.bits, **level}
+            return {"expert_weight_bits": spec.bits}
 
 
 def _softmax(editor: GraphEditor, node: ir.Node, scores: ir.Value) -> ir.Value:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +20,43 @@ from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError
 from stages.quantization.weights.byte_scales import in_bytes
 from stages.records.formats import FLOAT_TYPES, WeightForm, onnx_float
-from stages.records.results import SiteError
+from stages.records.results import QuantizedWeight
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[Any]]
 _TOKENS = 8
-_ROWS = 256
+_NUMBERS = 1 << 19
+"""Of a weight that are looked at together: a few megabytes in any type."""
 
 
-def check_stored_site(node: ir.Node, site: RewrittenSite) -> None:
-    """Raise GraphError unless saved codes equal the store's, and scales too after the one rounding of a fold."""
-    weight, divisor = site.source.read(), site.source.row_divisor
-    matrix = dequantized(weight, divisor) if site.form is WeightForm.QDQ else weight.codes
-    _check_equal(site, site.weight, _stored_matrix(node, site), matrix)
-    scales = divided_scales(weight.scales, divisor)
-    wanted = scales if site.steps is None else in_bytes(scales).scales
-    _check_equal(site, site.scales, _stored_scales(node, site), wanted)
-    found = _stored_zero_points(node, site)
-    if weight.zero_points is not None:
-        assert found is not None
-        assert site.zero_points is not None
-        _check_equal(site, site.zero_points, found, weight.zero_points)
-
-
-def measure_site(folder: Path, node: ir.Node, site: RewrittenSite) -> SiteError:
-    """Measure the errors of a saved weight's product, at accuracy level 1 and at the runtime's default.
+def check_site(
+    folder: Path, node: ir.Node, site: RewrittenSite, levels: Sequence[AccuracyLevel | None]
+) -> tuple[float, ...]:
+    """Check a saved weight, which is read once, a few output channels at a time.
 
     Args:
         folder: holds the saved data file.
         node: the saved MatMul, Gemm or MatMulNBits.
         site: what was written there.
+        levels: accuracy levels of the products that are measured; None: the runtime's default.
+
+    Returns:
+        max |y - y_ref| / max |y_ref| over 8 random tokens, at each level.
 
     Raises:
-        GraphError: ONNX Runtime refuses the weight.
+        GraphError: saved codes differ from the store's, or scales after the one rounding of a fold; or ONNX Runtime
+            refuses the weight.
     """
     source = site.source
     x = np.random.default_rng(0).standard_normal((_TOKENS, source.site.in_features))
     x = x.astype(FLOAT_TYPES[source.site.dtype].numpy)
-    reference = _reference(x.astype(np.float64), node, site)
-    exact, default = (
-        relative_error(run_isolated(_isolated(node, site, level), x, folder, level), reference) for level in (1, None)
-    )
-    return SiteError(site=source.site.name, exact=exact, default=default)
+    reference = np.empty((_TOKENS, source.site.out_features))
+    weight = source.read()
+    for saved in _saved_channels(node, site):
+        _check_equal(saved, weight, site)
+        if levels:
+            reference[:, saved.channels] = _product(x, saved, site)
+    products = (run_isolated(_isolated(node, site, level), x, folder, level) for level in levels)
+    return tuple(relative_error(product, reference) for product in products)
 
 
 def _isolated(node: ir.Node, site: RewrittenSite, level: AccuracyLevel | None) -> ir.Model:
@@ -84,71 +81,52 @@ def _isolated(node: ir.Node, site: RewrittenSite, level: AccuracyLevel | None) -
     return model.ending_in(last, x, graph)
 
 
-def _check_equal(site: RewrittenSite, name: str, found: np.ndarray, expected: Shaped[Tensor, "N columns"]) -> None:
-    wanted = expected.float().t().numpy()
-    if site.form is WeightForm.MATMUL_NBITS and len(wanted) == 1:
-        # One scale per channel stands in every block.
-        wanted = np.broadcast_to(wanted, found.shape)
-    if not np.array_equal(found.astype(np.float32), wanted):
-        raise GraphError(
-            f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "
-            "disk and export again."
-        )
-
-
-# --------------------------------------------------------------------------- float64 arithmetic on the saved numbers
-
-
-def _reference(x: Float64[np.ndarray, "T K"], node: ir.Node, site: RewrittenSite) -> Float64[np.ndarray, "T N"]:
-    """Return x @ W with W = (code - zero_point) * scale from the file, a few rows at a time: memory stays small."""
-    y = np.zeros((x.shape[0], site.source.site.out_features))
-    for rows, weight in _dequantized_rows(node, site):
-        y += x[:, rows] @ weight
-    return y
-
-
-def _dequantized_rows(node: ir.Node, site: RewrittenSite) -> Iterator[tuple[slice, Float64[np.ndarray, "rows N"]]]:
-    matrix, scales = _stored_matrix(node, site), _stored_scales(node, site)
-    zero_points = _stored_zero_points(node, site)
-    for start in range(0, len(matrix), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(matrix)))
-        weight = matrix[rows].astype(np.float64)
-        if site.form is not WeightForm.QDQ:
-            blocks = np.arange(rows.start, rows.stop) // _block_size(site)
-            if zero_points is not None:
-                weight -= zero_points[blocks].astype(np.float64)
-            weight *= scales[blocks].astype(np.float64)
-        yield rows, weight
-
-
 # --------------------------------------------------------------------------- numbers as the file has them
 
 
-def _stored_matrix(node: ir.Node, site: RewrittenSite) -> Matrix:
-    """Return [K, N]: codes as the store has them, or the floating-point weight of the QDQ form."""
-    source, found = site.source, read_initializer(node, site.weight)
-    if site.form is WeightForm.MATMUL_NBITS:
-        return unpacked_codes(found, source.site, source.spec).T
-    return _inputs_first(found, site, source.site.in_features)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Channels:
+    """What the file has for n of a weight's output channels."""
+
+    channels: slice
+    matrix: Matrix
+    """[n, K]: codes as the store has them, or the floating-point weight of the QDQ form."""
+    scales: Matrix
+    """[n, nB], one for each ``_block_size`` inputs."""
+    zero_points: Matrix | None
+    """[n, nB], or None where none is stored."""
 
 
-def _stored_scales(node: ir.Node, site: RewrittenSite) -> Matrix:
-    """Return [nB, N], one row for each ``_block_size`` inputs."""
-    scales = _inputs_first(read_initializer(node, site.scales), site, _num_blocks(site))
-    if site.steps is None:
-        return scales
-    wide: Matrix = scales.astype(np.float32) * read_initializer(node, site.steps).reshape(1, -1)
-    return wide
+def _saved_channels(node: ir.Node, site: RewrittenSite) -> Iterator[_Channels]:
+    """Yield a saved weight, as much of it at a time as a processor's cache holds."""
+    source, packed = site.source, site.form is WeightForm.MATMUL_NBITS
+    in_features, num_blocks = source.site.in_features, -(-source.site.in_features // _block_size(site))
+    matrix = read_initializer(node, site.weight)
+    if not packed:
+        matrix = _outputs_first(matrix, site, in_features)
+    scales = _outputs_first(read_initializer(node, site.scales), site, num_blocks)
+    if site.steps is not None:
+        scales = scales.astype(np.float32) * read_initializer(node, site.steps).reshape(-1, 1)
+    zero_points = None if site.zero_points is None else read_initializer(node, site.zero_points)
+    if zero_points is not None and packed:
+        zero_points = unpacked_zero_points(zero_points, source.site, source.spec)
+    elif zero_points is not None:
+        zero_points = _outputs_first(zero_points, site, num_blocks)
+    for start in range(0, source.site.out_features, step := max(1, _NUMBERS // in_features)):
+        channels = slice(start, start + step)
+        yield _Channels(
+            channels=channels,
+            matrix=unpacked_codes(matrix[channels], source.site, source.spec) if packed else matrix[channels],
+            scales=scales[channels],
+            zero_points=None if zero_points is None else zero_points[channels],
+        )
 
 
-def _stored_zero_points(node: ir.Node, site: RewrittenSite) -> Matrix | None:
-    """Return [nB, N], or None where no zero point is stored."""
-    if site.zero_points is None:
-        return None
-    found = read_initializer(node, site.zero_points)
-    if site.form is WeightForm.MATMUL_NBITS:
-        return unpacked_zero_points(found, site.source.site, site.source.spec).T
-    return _inputs_first(found, site, _num_blocks(site))
+def _outputs_first(saved: np.ndarray, site: RewrittenSite, columns: int) -> Matrix:
+    """Return [N, columns], a view."""
+    if site.form in (WeightForm.DQ_COLUMN_MAJOR, WeightForm.MATMUL_NBITS):
+        return saved.reshape(-1, columns)
+    return saved.reshape(columns, -1).T
 
 
 def _block_size(site: RewrittenSite) -> int:
@@ -159,11 +137,51 @@ def _block_size(site: RewrittenSite) -> int:
     return source.spec.block_size(source.site.in_features)
 
 
-def _num_blocks(site: RewrittenSite) -> int:
-    return -(-site.source.site.in_features // _block_size(site))
+# --------------------------------------------------------------------------- what they have to be
 
 
-def _inputs_first(stored: np.ndarray, site: RewrittenSite, rows: int) -> Matrix:
-    if site.form in (WeightForm.DQ_COLUMN_MAJOR, WeightForm.MATMUL_NBITS):
-        return stored.reshape(-1, rows).T
-    return stored.reshape(rows, -1)
+def _check_equal(saved: _Channels, weight: QuantizedWeight, site: RewrittenSite) -> None:
+    channels, divisor = saved.channels, site.source.row_divisor
+    wanted = replace(
+        weight,
+        codes=weight.codes[channels],
+        scales=weight.scales[channels],
+        zero_points=None if weight.zero_points is None else weight.zero_points[channels],
+    )
+    divisor = None if divisor is None else divisor[channels]
+    matrix = dequantized(wanted, divisor) if site.form is WeightForm.QDQ else wanted.codes
+    _refuse_other(saved.matrix, matrix, site.weight, site)
+    scales = divided_scales(wanted.scales, divisor)
+    scales = scales if site.steps is None else in_bytes(scales).scales
+    # MatMulNBits has one scale per channel in every block.
+    scales = scales.expand(saved.scales.shape)
+    _refuse_other(saved.scales, scales, site.scales, site)
+    if wanted.zero_points is not None:
+        assert saved.zero_points is not None
+        assert site.zero_points is not None
+        _refuse_other(saved.zero_points, wanted.zero_points, site.zero_points, site)
+
+
+def _refuse_other(found: Matrix, expected: Shaped[Tensor, "n columns"], name: str, site: RewrittenSite) -> None:
+    if not np.array_equal(found.astype(np.float32), expected.float().numpy()):
+        raise GraphError(
+            f"What was saved as '{name}' differs from the quantized weight of '{site.source.site.name}'; check the "
+            "disk and export again."
+        )
+
+
+def _product(x: Matrix, saved: _Channels, site: RewrittenSite) -> Float64[np.ndarray, "T n"]:
+    """Return x [T, K] times what the numbers stand for: within blocks in float32, their sums in float64."""
+    block_size = _block_size(site)
+    padding = ((0, 0), (0, -x.shape[1] % block_size))
+    blocks, weight = (
+        np.pad(numbers.astype(np.float32), padding).reshape(len(numbers), -1, block_size)
+        for numbers in (x, saved.matrix)
+    )
+    if saved.zero_points is not None and site.form is not WeightForm.QDQ:
+        weight -= saved.zero_points.astype(np.float32)[:, :, None]
+    sums = (blocks.transpose(1, 0, 2) @ weight.transpose(1, 2, 0)).astype(np.float64)
+    if site.form is not WeightForm.QDQ:
+        sums *= saved.scales.T.astype(np.float64)[:, None, :]
+    y: Float64[np.ndarray, "T n"] = sums.sum(axis=0)
+    return y

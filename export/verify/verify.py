@@ -19,7 +19,7 @@ from export.verify.embeddings import check_stored_table, measure_table
 from export.verify.experts import check_stored_experts, measure_experts
 from export.verify.fusion import CannotRun, run_one_token, runtime_version, why_not_fused
 from export.verify.rotary import measure_computed
-from export.verify.sites import check_stored_site, measure_site
+from export.verify.sites import check_site
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
@@ -73,8 +73,7 @@ def verify(
     data = account_for_bytes(model, onnx_file.with_name(data_name(onnx_file.name)))
     nodes = {output.name: node for node in model.graph.all_nodes() for output in node.outputs}
     pairs = [(nodes[site.output], site) for site in sites]
-    for node, site in pairs:
-        check_stored_site(node, site)
+    errors = _check_sites(onnx_file.parent, pairs, level)
     lookups = [(nodes[table.plan.table.gathers[0]], table) for table in tables]
     for node, table in lookups:
         check_stored_table(node, table)
@@ -82,7 +81,6 @@ def verify(
     for node, mixture in mixtures:
         check_stored_experts(node, mixture)
     proof = _prove_fusion(onnx_file, pairs, base, frozenset(each.layer.output for each in experts))
-    errors = _measure(onnx_file.parent, pairs) if level == "full" else []
     return VerifyReport(
         sites=len(sites),
         data=data,
@@ -158,17 +156,26 @@ def _measure_experts(folder: Path, mixtures: list[tuple[ir.Node, RewrittenExpert
         return tuple(measure_experts(folder, node, mixture) for node, mixture in steps)
 
 
-def _measure(folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]]) -> list[SiteError]:
-    errors = []
+def _check_sites(
+    folder: Path, pairs: list[tuple[ir.Node, RewrittenSite]], level: Literal["full", "quick"]
+) -> list[SiteError]:
+    """Check all weights; the default level, which depends on shapes and formats only, is measured once for each."""
+    errors, defaults = list[SiteError](), dict[tuple[WeightForm, QuantSpec, int, int], float]()
     with progress_bar() as bar:
-        for node, site in bar.track(pairs, description="checking products", unit="sites"):
-            error = measure_site(folder, node, site)
+        for node, site in bar.track(pairs, description="checking weights", unit="sites"):
+            source = site.source.site
+            kind = site.form, site.source.spec, source.in_features, source.out_features
+            if level == "quick":
+                check_site(folder, node, site, ())
+                continue
+            exact, *default = check_site(folder, node, site, (1,) if kind in defaults else (1, None))
+            defaults.update((kind, error) for error in default)
             tolerances = _ROUNDED_WEIGHT_TOLERANCE if site.form is WeightForm.QDQ else _TOLERANCE
-            tolerance = tolerances[site.source.site.dtype]
-            if not error.exact < tolerance:
+            tolerance = tolerances[source.dtype]
+            if not exact < tolerance:
                 raise GraphError(
-                    f"The saved weight of '{error.site}' gives outputs {error.exact:.1e} away from its own numbers "
+                    f"The saved weight of '{source.name}' gives outputs {exact:.1e} away from its own numbers "
                     f"(at most {tolerance:.0e} is rounding) on ONNX Runtime; try another version of it."
                 )
-            errors.append(error)
+            errors.append(SiteError(site=source.name, exact=exact, default=defaults[kind]))
     return errors

@@ -19,6 +19,7 @@ from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model
+from stages.records.sites import expert_of
 from stages.runtime.providers import CPU_ONLY
 from stages.runtime.session import runtime_reason
 
@@ -110,9 +111,11 @@ def _quantize(work: Work, cell: Cell) -> Cell:
     except Exception as error:  # a traceback would be a defect of ours, and a row of the table
         raise _Stopped("quantize", error) from error
     assert made is not None, "one process returns what it made"
+    experts = sum(expert_of(site.site) is not None for site in made.search.sites)
     return replace(
         cell,
-        sites=len(made.search.sites),
+        sites=len(made.search.sites) - experts,
+        experts=experts,
         fused=None if made.export.report is None else made.export.report.fused,
         kept=tuple(sorted(Counter(why for _, why in made.export.kept).items())),
         elsewhere=sum(part.share for part in made.export.unreached if part.op_type in _EXPERTS),

@@ -194,9 +194,9 @@ def qwen3() -> transformers.Qwen3Config:
 
 
 def gpt_oss() -> transformers.GptOssConfig:
-    """Return a gpt-oss."""
+    """Return a gpt-oss, whose experts are as wide as its residual stream."""
     return transformers.GptOssConfig(
-        **_SIZES,
+        **_SIZES | {"intermediate_size": 64},
         **_HEADS,
         head_dim=16,
         num_local_experts=4,

@@ -51,6 +51,8 @@ class Cell:
     """Whether onnxruntime-genai generates with the float model."""
     sites: int = 0
     """Quantized MatMuls."""
+    experts: int = 0
+    """Matrices of experts that became QMoE."""
     fused: int | None = None
     """How many of them ONNX Runtime runs as MatMulNBits; None where that couldn't be tried."""
     kept: tuple[tuple[str, int], ...] = ()
@@ -123,7 +125,8 @@ def _text(cell: Cell, notes: dict[str, int]) -> str:
     mark = "".join(f" [{notes.setdefault(note, len(notes) + 1)}]" for note in _notes(cell))
     if not cell.finished:
         return f"stops{mark}"
-    return f"{'not run' if cell.fused is None else cell.fused} of {cell.sites}{mark}"
+    experts = f" + {cell.experts} in QMoE" if cell.experts else ""
+    return f"{'not run' if cell.fused is None else cell.fused} of {cell.sites}{experts}{mark}"
 
 
 def _notes(cell: Cell) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Build Llama graphs of any size with random weights, node by node as onnxruntime-genai's builder 0.18 writes them.
 
+With experts they have a MoE node in the MLP's place, as gpt-oss does, but Llama's attention.
+
 For measuring memory and time where no real checkpoint of that size is at hand: no tensor exists before it is written.
 """
 
@@ -35,6 +37,10 @@ class LlamaShape:
     vocabulary: int
     context: int = 8192
     rope_theta: float = 500000.0
+    experts: int = 0
+    """Of each layer, each as wide as ``intermediate``; 0: one MLP."""
+    chosen: int = 0
+    """Experts that a token goes to."""
 
     @property
     def qkv(self) -> int:
@@ -140,7 +146,8 @@ class _LlamaWriter:
         stream, normed = self._norm(stream, attended, f"{place}/post_attention_layernorm")
         is_last = layer + 1 == self._shape.layers
         following = f"layers.{layer + 1}/{'final_norm_layernorm' if is_last else 'input_layernorm'}"
-        return self._norm(stream, self._mlp(place, normed), following, last=is_last)
+        inner = self._mixture(place, normed) if self._shape.experts else self._mlp(place, normed)
+        return self._norm(stream, inner, following, last=is_last)
 
     def _attention(
         self,
@@ -184,6 +191,38 @@ class _LlamaWriter:
         silu = self._node("Mul", [gate, sigmoid], f"/{place}/act_fn/Mul")
         inner = self._node("Mul", [silu, up], f"/{place}/Mul")
         return self._matmul(inner, f"{place}/down_proj", shape.intermediate, shape.hidden)
+
+    def _mixture(self, layer: str, normed: ir.Value) -> ir.Value:
+        shape, place = self._shape, f"model/{layer}/moe"
+        scores = self._matmul(normed, f"{place}/router", shape.hidden, shape.experts)
+        bias = self._weight(f"{place.replace('/', '.')}.router.Add.bias", shape.experts)
+        scores = self._node("Add", [scores, bias], f"/{place}/router/Add")
+        rows = self._constant(f"/{place}/router/rows", np.array([-1, shape.experts], np.int64))
+        scores = self._node("Reshape", [scores, rows], f"/{place}/router/Reshape")
+        experts = f"{place.replace('/', '.')}.experts"
+        tables = [
+            self._weight(f"{experts}.{name}", shape.experts, *sizes)
+            for name, sizes in (
+                ("gate_up_proj.weight", (2 * shape.intermediate, shape.hidden)),
+                ("gate_up_proj.bias", (2 * shape.intermediate,)),
+                ("down_proj.weight", (shape.hidden, shape.intermediate)),
+                ("down_proj.bias", (shape.hidden,)),
+            )
+        ]
+        attributes: dict[str, float | int | str] = {
+            "activation_alpha": 1.702,
+            "activation_beta": 1.0,
+            "activation_type": "swiglu",
+            "k": shape.chosen,
+            "normalize_routing_weights": 1,
+            "swiglu_fusion": 1,
+            "swiglu_limit": 7.0,
+        }
+        mixed = self._tape.op(
+            "MoE", [normed, scores, *tables], attributes, domain="com.microsoft", name=f"/{place}/MoE"
+        )
+        mixed.name = f"/{place}/MoE/output_0"
+        return mixed
 
     def _first_norm(self, stream: ir.Value) -> ir.Value:
         place = "model/layers.0/input_layernorm"
@@ -284,6 +323,6 @@ def _normal(seed: tuple[int, int], shape: tuple[int, ...], dtype: ir.DataType) -
     """Draw from N(0, 0.02^2), a row at a time, so that no second copy of the tensor is ever there."""
     random = np.random.default_rng(seed)
     numbers = np.empty(shape, dtype.numpy())
-    for row in numbers:
+    for row in numbers.reshape(-1, shape[-1]):
         row[:] = random.standard_normal(shape[-1], np.float32) * np.float32(_WEIGHT_DEVIATION)
     return ir.Tensor(numbers)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import re
 import subprocess
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnxruntime
@@ -72,6 +73,8 @@ class ArchitecturesResult:
     cells: tuple[Cell, ...]
     described: dict[str, tuple[str, str]]
     """Of each architecture: released models that have it, and what sets it apart."""
+    later: dict[str, Provenance] = field(default_factory=dict)
+    """Of the architectures that were measured again since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +104,30 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def save_result(result: Result, folder: Path) -> None:
-    """Write ``result`` into ``folder``; an earlier one of the same kind and model is replaced."""
+    """Write ``result`` into ``folder``; an earlier one of the same kind and model is replaced.
+
+    Of architectures only those that ``result`` has are replaced.
+    """
+    if isinstance(result, ArchitecturesResult):
+        result = _with_earlier(result, [one for one in read_results(folder) if isinstance(one, ArchitecturesResult)])
     kind = type(result).__name__.removesuffix("Result")
     title = result.title if isinstance(result, ComparisonResult | BenchmarkResult) else ""
     write_json(folder / f"{re.sub(r'[^a-z0-9.]+', '-', f'{kind} {title}'.lower()).strip('-')}.json", _RESULTS, result)
+
+
+def _with_earlier(result: ArchitecturesResult, earlier: Sequence[ArchitecturesResult]) -> ArchitecturesResult:
+    """Return ``result`` with the cells of other architectures that were measured before."""
+    again = {cell.architecture for cell in result.cells}
+    for before in earlier:
+        if kept := tuple(cell for cell in before.cells if cell.architecture not in again):
+            since = {name: one for name, one in before.later.items() if name not in again}
+            result = replace(
+                result,
+                provenance=before.provenance,
+                cells=(*kept, *result.cells),
+                later={**since, **dict.fromkeys(sorted(again), result.provenance)},
+            )
+    return result
 
 
 def without_commands(comparison: Comparison) -> Comparison:

@@ -79,7 +79,16 @@ def cost(results: Sequence[Result]) -> str:
 def architectures(results: Sequence[Result]) -> str:
     """Return what became of every architecture that the builder knows."""
     found = [one for one in results if isinstance(one, ArchitecturesResult)]
-    return "\n\n".join(f"{_head(one.provenance)}\n\n{matrix(one.cells, one.described)}" for one in found) or NOTHING
+    return "\n\n".join(f"{_heads(one)}\n\n{matrix(one.cells, one.described)}" for one in found) or NOTHING
+
+
+def _heads(result: ArchitecturesResult) -> str:
+    """Return when all was measured, and when some architectures were measured again."""
+    lines = [_head(result.provenance)]
+    for since in dict.fromkeys(result.later.values()):
+        names = ", ".join(f"`{name}`" for name, one in result.later.items() if one == since)
+        lines.append(f"{names}: {_head(since).replace('Measured', 'measured', 1)}")
+    return "\n\n".join(lines)
 
 
 def families(results: Sequence[Result]) -> str:

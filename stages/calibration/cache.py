@@ -50,7 +50,8 @@ class CacheKey:
     source: str
     calibration_windows: int
     held_out_windows: int
-    seq_len: int
+    seq_len: int | None
+    """None where the statistics come from samples of sizes of their own."""
     providers: tuple[str, ...]
     token_weights: Weighting
     expert_rows: bool = False
@@ -63,7 +64,8 @@ class CacheKey:
     @property
     def text(self) -> str:
         """Return the text in words."""
-        return f"{self.source} ({self.calibration_windows} + {self.held_out_windows} windows of {self.seq_len} tokens)"
+        what = "samples" if self.seq_len is None else f"windows of {self.seq_len} tokens"
+        return f"{self.source} ({self.calibration_windows} + {self.held_out_windows} {what})"
 
     def difference(self, other: CacheKey) -> str:
         """Return in what ``other`` differs first, in words; "" where they are equal."""
@@ -91,6 +93,8 @@ class Manifest:
     files: dict[str, str]
     rows: dict[str, str] = field(default_factory=dict)
     """Which file holds the tokens' own rows of a value that experts share."""
+    samples: tuple[str, ...] = ()
+    """sha256 of each sample that it was made from; empty where it was made from text windows."""
     weighted: tuple[str, ...] = ()
     """The activations that also have a file of statistics whose tokens are weighted."""
 
@@ -207,8 +211,10 @@ class CalibrationCache:
         """Return the windows that the statistics come from: calibration and held out, each [windows, length] int64.
 
         Raises:
-            CacheMismatch: their file is missing or damaged.
+            CacheMismatch: their file is missing or damaged, or the statistics come from samples.
         """
+        if self.manifest.key.seq_len is None:
+            raise CacheMismatch(f"{self.folder} comes from samples and has no text; calibrate on text (--dataset).")
         with self._reading(_TOKENS) as path:
             windows = load_arrays(path)
             return _windows(windows, "calibration"), _windows(windows, "held_out")
@@ -269,7 +275,13 @@ class CacheWriter:
 
 @contextmanager
 def new_cache(
-    folder: Path, key: CacheKey, activations: Iterable[str], rows: Iterable[str] = (), *, overwrite: bool
+    folder: Path,
+    key: CacheKey,
+    activations: Iterable[str],
+    rows: Iterable[str] = (),
+    *,
+    overwrite: bool,
+    samples: Iterable[str] = (),
 ) -> Iterator[CacheWriter]:
     """Write a cache of ``activations``; it gets its place when the block ends without an error, else nothing is left.
 
@@ -279,6 +291,7 @@ def new_cache(
         activations: names of all that the block will write.
         rows: names of the values whose tokens' own rows it will write.
         overwrite: whether a cache that is there is replaced.
+        samples: sha256 of each sample that it is made from.
 
     Raises:
         UserError: the folder exists and ``overwrite`` is off, or it is not a cache, or can't be written.
@@ -288,7 +301,9 @@ def new_cache(
         writer = CacheWriter.of(scratch, activations, rows)
         yield writer
         weighted = tuple(sorted(writer.weighted))
-        manifest = Manifest(key=key, files=dict(writer.files), rows=dict(writer.rows), weighted=weighted)
+        manifest = Manifest(
+            key=key, files=dict(writer.files), rows=dict(writer.rows), samples=tuple(samples), weighted=weighted
+        )
         with writer.place_for(MANIFEST) as path:
             path.write_bytes(_MANIFESTS.dump_json(manifest, indent=1))
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
 from stages.calibration.row_files import RowsWriter
+from stages.calibration.samples.samples import Samples
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
@@ -42,14 +43,17 @@ from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
+from stages.runtime.feeds import Batch, CausalFeeds, SampleFeeds
 from stages.runtime.providers import ProviderChoice
-from stages.runtime.tap import ActivationTap, open_partition_tap
+from stages.runtime.tap import ActivationTap, FeedsOpener, open_partition_tap
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
 
-_PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out text", "calibration": "calibration text"})
+_PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out", "calibration": "calibration"})
 """What is run, in this order, and what the progress bar calls it."""
 _FLOAT32_BYTES = 4
+_ROWS_OF_SAMPLE = 1500
+"""As many as Whisper's encoder has; those of images have 200 to 1400."""
 PRIOR = 4
 """Every expert is calibrated on K / PRIOR tokens of its whole layer beside its own."""
 _NO_ROWS: Mapping[str, KeptRows] = MappingProxyType({})
@@ -61,23 +65,32 @@ class TextShape:
 
     calibration_windows: int
     held_out_windows: int
-    seq_len: int
+    seq_len: int | None
+    """None where they are samples of sizes of their own."""
     batch_size: int
+
+    @property
+    def rows_at_once(self) -> int:
+        """Return how many rows of an activation a batch has; for samples a guess."""
+        return _ROWS_OF_SAMPLE if self.seq_len is None else self.batch_size * self.seq_len
 
     def size(self, group: ActivationGroup, part: str) -> StatisticsSize:
         """Return the size of the statistics of ``group`` on the windows of ``part``."""
         expert = group.sites[0].expert
-        if expert is not None:
-            tokens = int(self.tokens(part) * expert.share) + min(self.tokens(part), group.in_features // PRIOR)
+        every = self.tokens(part)
+        if expert is not None and every is not None:
+            tokens = int(every * expert.share) + min(every, group.in_features // PRIOR)
             return StatisticsSize(in_features=group.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES)
         return StatisticsSize(
             in_features=group.in_features,
-            tokens=self.tokens(part),
+            tokens=every,
             itemsize=tapped_itemsize(group.sites[0].dtype),
         )
 
-    def tokens(self, part: str) -> int:
-        """Return the number of tokens in the windows of ``part``."""
+    def tokens(self, part: str) -> int | None:
+        """Return the number of tokens in the windows of ``part``; None of samples."""
+        if self.seq_len is None:
+            return None
         return (self.held_out_windows if part == "held_out" else self.calibration_windows) * self.seq_len
 
 
@@ -136,10 +149,10 @@ def partition_bytes(
 
     def held(group: ActivationGroup) -> int:
         sizes = [text.size(group, part) for part in _PARTS]
-        batch = text.batch_size * text.seq_len * group.in_features * sizes[0].itemsize
+        batch = text.rows_at_once * group.in_features * sizes[0].itemsize
         return batch + sum(size.memory for size in sizes) // processes.count
 
-    kept = {name: each.bytes(text.batch_size * text.seq_len) for name, each in rows.items()}
+    kept = {name: each.bytes(text.rows_at_once) for name, each in rows.items()}
     return kept | {group.activation: held(group) for group in groups}
 
 
@@ -166,7 +179,7 @@ class Capture:
     model: ir.Model
     directory: ModelDirectory
     groups: tuple[ActivationGroup, ...]
-    windows: TokenWindows
+    windows: TokenWindows | Samples
     batch_size: int
     device: torch.device
     """Where statistics are added up."""
@@ -186,14 +199,14 @@ class Capture:
         return TextShape(
             calibration_windows=len(self.windows.calibration),
             held_out_windows=len(self.windows.held_out),
-            seq_len=self.windows.calibration.shape[1],
+            seq_len=self.windows.seq_len,
             batch_size=self.batch_size,
         )
 
     def cut(self, memory: int) -> tuple[Partition, ...]:
         """Return the model in partitions of at most ``memory`` bytes each."""
         costs = partition_bytes(self.groups, self.text, self.processes, self.rows)
-        batch = self.text.batch_size * self.text.seq_len * self.groups[0].in_features * _FLOAT32_BYTES
+        batch = self.text.rows_at_once * self.groups[0].in_features * _FLOAT32_BYTES
         return cut_to_memory(self.model, dict.fromkeys(self._kept_streams, batch) | costs, memory, self.choice.names)
 
     @property
@@ -232,8 +245,14 @@ class Capture:
         self, partition: Partition, choice: ProviderChoice, boundary_types: Mapping[str, np.dtype[np.generic]]
     ) -> ActivationTap:
         return open_partition_tap(
-            partition, self.directory, choice, self.provider_options, self.scratch, boundary_types
+            partition, self.directory, choice, self.provider_options, self.scratch, boundary_types, self._make_feeds
         )
+
+    @property
+    def _make_feeds(self) -> FeedsOpener:
+        if isinstance(self.windows, Samples):
+            return partial(SampleFeeds.of, names=self.windows.names)
+        return CausalFeeds.of
 
     def _open_next(self, partition: Partition, choice: ProviderChoice, boundary: _BoundaryValues) -> ActivationTap:
         types = {name: array.dtype for name, array in boundary.read("held_out", 0).items()}
@@ -261,7 +280,8 @@ class Capture:
                 for group in mine
             }
             batches = self._batches(part)
-            task = bar.add_task(title + label, total=sum(map(len, batches)), unit="windows")
+            text, unit = ("text", "windows") if isinstance(self.windows, TokenWindows) else ("samples", "samples")
+            task = bar.add_task(f"{title} {text}{label}", total=self._count(batches), unit=unit)
             for start in range(0, len(batches), self.processes.count):
                 number = start + self.processes.index
                 values: dict[str, Tensor] = {}  # of this process's batch, if there is one left for it
@@ -274,7 +294,7 @@ class Capture:
                     for name in kept.keys() & received.keys():
                         for value in received[name]:
                             kept[name].add(part, value)
-                bar.advance(task, sum(map(len, batches[start : start + self.processes.count])))
+                bar.advance(task, self._count(batches[start : start + self.processes.count]))
         for group in mine:
             held_out, calibration = (sums[part].pop(group.activation).finish() for part in _PARTS)
             writer.write(group.activation, ActivationStats(calibration=calibration, held_out=held_out))
@@ -298,7 +318,10 @@ class Capture:
             if name in values:
                 self.streams.keep(place, before + number * self.batch_size, values[name])
 
-    def _row_writers(self, writer: CacheWriter, names: Iterable[str]) -> dict[str, RowsWriter]:
+    def _row_writers(self, writer: CacheWriter, names: Collection[str]) -> dict[str, RowsWriter]:
+        if not names:
+            return {}
+        assert isinstance(self.windows, TokenWindows), "rows are kept of windows"
         windows = {"calibration": self.windows.calibration, "held_out": self.windows.held_out}
         counts = {part: tokens.size for part, tokens in windows.items()}
         return {name: RowsWriter(writer.folder / writer.rows[name], name, counts) for name in names}
@@ -310,9 +333,12 @@ class Capture:
         found = {group.activation: owners[index] for index, group in enumerate(groups)}
         return dict.fromkeys(rows, 0) | found
 
-    def _batches(self, part: str) -> list[np.ndarray]:
-        tokens = self.windows.held_out if part == "held_out" else self.windows.calibration
-        return [tokens[start : start + self.batch_size] for start in range(0, len(tokens), self.batch_size)]
+    def _batches(self, part: str) -> Sequence[Batch]:
+        return self.windows.batches(part, self.batch_size)
+
+    def _count(self, batches: Sequence[Batch]) -> int:
+        """Return how many windows or samples there are in some batches."""
+        return sum(len(batch) if isinstance(batch, np.ndarray) else 1 for batch in batches)
 
 
 def fold_in(

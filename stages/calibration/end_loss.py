@@ -10,6 +10,9 @@ Quantization via Exploiting End Loss Guidance", 2025, https://arxiv.org/abs/2505
 Gram matrices of their own gain nothing. Few tokens have most of s, and which ones depends on the labels; its root, of
 the same mean, generalizes better and takes its place.
 
+An expert's s is kept for every token of its layer, 0 where the router didn't send it there: which rows are whose is
+asked when its matrix of statistics is wanted.
+
 Channels that enter attention are far from independent: the gradient by a query lies where the keys are. So the outputs
 of those sites have a Gram matrix of their own for each head, the Kronecker factor of Tseng et al.
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -29,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.calibration.cache import CacheWriter
+from stages.calibration.row_files import RowsWriter
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.text.windows import TokenWindows
@@ -36,8 +41,9 @@ from stages.commands.progress import progress_bar
 from stages.model.absorbers import attention_head_sizes
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
+from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats, SearchStats, TokenWeights
-from stages.records.sites import ActivationGroup
+from stages.records.sites import ActivationGroup, MatMulSite, Projection
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
 from stages.runtime.blocks.module import SiteRun
@@ -46,8 +52,18 @@ from stages.runtime.blocks.stream import BlockRunner, in_batches, read_inputs, s
 _FLOAT32_BYTES = 4
 _SMALLEST = 1e-30
 """Least weight that is divided by."""
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 _TO_DIAGONAL = 1 / 3
 """The part of a head's Gram matrix that counts every channel by itself; results hardly change between 0.2 and 0.5."""
+
+
+def weight_names(layer: ExpertLayer) -> list[str]:
+    """Return the names under which a cache keeps how much the tokens and channels of a node's experts count."""
+    return [
+        name
+        for projection in PROJECTIONS
+        for name in (layer.token_weights(projection), layer.channel_weights(projection))
+    ]
 
 
 def token_weights(gradient: Float[Tensor, "*tokens N"]) -> Float[Tensor, "*tokens"]:
@@ -79,6 +95,11 @@ def sampled_gradient(logits: Float[Tensor, "*tokens V"], generator: torch.Genera
     return probabilities.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=probabilities.dtype))
 
 
+def _numbers(site: MatMulSite) -> float:
+    """Return how many of a site's weights multiply a token."""
+    return site.in_features * site.out_features * (1.0 if site.expert is None else site.expert.share)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndLossPass:
     """A model as a chain, the windows that it runs on, and the activations whose weighted statistics are wanted."""
@@ -91,6 +112,8 @@ class EndLossPass:
     device: torch.device
     streams: StreamFiles
     """What enters the links, as far as it is there already: all windows, the held-out ones last."""
+    layers: tuple[ExpertLayer, ...] = ()
+    """Those of whose experts weights are wanted."""
 
     def fill(self, writer: CacheWriter) -> None:
         """Run all windows back, and save every site's weighted statistics.
@@ -100,7 +123,7 @@ class EndLossPass:
         """
         links = self.chain.links
         lacking = [place for place in range(len(links)) if not self.streams.has(place)]
-        costs = [float(sum(site.in_features * site.out_features for site in link.sites)) for link in links]
+        costs = [sum(_numbers(site) for site in link.sites) for link in links]
         passes = [costs[place - 1] for place in lacking if place] + [2 * cost for cost in costs]
         with progress_bar() as bar:
             task = bar.add_task("end loss", total=sum(passes), steps=len(passes), unit="layers")
@@ -148,7 +171,7 @@ class EndLossPass:
         """
         link = self.chain.links[place]
         run, weights = self._loaded(link, shared)
-        sums = self._sums(link)
+        sums, of_experts = self._sums(link), self._expert_weights(link, writer)
         before = torch.empty_like(stream)
         for batch, part in self._batches():
             entering = stream[batch].to(self.device).requires_grad_()
@@ -158,10 +181,15 @@ class EndLossPass:
             wanted = [entering, *(runs[name].gave for name in names)]
             of_stream, *of_sites = torch.autograd.grad(leaving, wanted, behind)
             before[batch] = of_stream.cpu()
+            gradients = dict(zip(names, of_sites, strict=True))
             for each in sums:
-                each.add(runs, dict(zip(names, of_sites, strict=True)), part)
+                each.add(runs, gradients, part)
+            for mixture in of_experts:
+                mixture.add(runs, gradients, part, entering[..., 0].numel())
         for each in sums:
             writer.write_weighted(each.group.activation, each.finish())
+        for mixture in of_experts:
+            mixture.save(writer)
         return before
 
     def _of_labels(self, logits: Tensor, batch: Tensor) -> Tensor:
@@ -186,6 +214,11 @@ class EndLossPass:
             yield batch, "calibration"
         for batch in in_batches(len(self.windows.held_out), self.batch_size):
             yield batch + count, "held_out"
+
+    def _expert_weights(self, link: DecoderBlock, writer: CacheWriter) -> list[_ExpertWeights]:
+        counts = {"calibration": self.windows.calibration.size, "held_out": self.windows.held_out.size}
+        inside = (layer for layer in self.layers if set(layer.sites) <= set(link.sites))
+        return [_ExpertWeights.of(layer, projection, counts, writer) for layer in inside for projection in PROJECTIONS]
 
     def _sums(self, link: DecoderBlock) -> list[_WeightedSums]:
         """Return empty sums for every activation that this link's sites read."""
@@ -273,3 +306,64 @@ class _WeightedSums:
                 for name, gram in self.outputs.items()
             },
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ExpertWeights:
+    """How much tokens and output channels count in one projection of a node's experts."""
+
+    layer: ExpertLayer
+    projection: Projection
+    tokens: int
+    """Of the calibration text."""
+    rows: RowsWriter
+    """Is given each batch's weights, [tokens, E]."""
+    channels: Tensor
+    """The squared gradient of the loss by each output channel, summed over the calibration text, [E, N]."""
+
+    @classmethod
+    def of(
+        cls, layer: ExpertLayer, projection: Projection, counts: Mapping[str, int], writer: CacheWriter
+    ) -> _ExpertWeights:
+        """Return empty sums.
+
+        Args:
+            layer: the node.
+            projection: of all its experts.
+            counts: tokens by part.
+            writer: the cache.
+        """
+        name, sites = layer.token_weights(projection), layer.of(projection)
+        return cls(
+            layer=layer,
+            projection=projection,
+            tokens=counts["calibration"],
+            rows=RowsWriter(writer.folder / writer.rows[name], name, counts),
+            channels=torch.zeros(len(sites), sites[0].out_features, dtype=torch.float64),
+        )
+
+    def add(self, runs: Mapping[str, SiteRun], gradients: Mapping[str, Tensor], part: str, tokens: int) -> None:
+        """Add a batch of ``part``, given what each expert read and the loss's gradient by what it gave.
+
+        Args:
+            runs: by site.
+            gradients: likewise.
+            part: of the text.
+            tokens: of the batch.
+        """
+        weights = torch.zeros(tokens, self.layer.experts)
+        for index, site in enumerate(self.layer.of(self.projection)):
+            if site.name not in runs:
+                continue
+            run, gradient = runs[site.name], gradients[site.name]
+            assert run.tokens is not None
+            weights[run.tokens.cpu(), index] = token_weights(gradient).cpu()
+            if part == "calibration":
+                self.channels[index] += gradient.square().sum(dim=0).double().cpu()
+        self.rows.add(part, weights)
+
+    def save(self, writer: CacheWriter) -> None:
+        """Write the channels' mean over the calibration text; nothing can be added afterwards."""
+        name = self.layer.channel_weights(self.projection)
+        file = RowsWriter(writer.folder / writer.rows[name], name, {"calibration": len(self.channels)})
+        file.add("calibration", (self.channels / self.tokens).float())

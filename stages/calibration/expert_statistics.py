@@ -1,9 +1,10 @@
 """Give the statistics of one expert's matrix at a time, from rows that all experts of a layer share.
 
 The router's scores say again which tokens an expert saw. fc1 reads those rows; fc2 reads what the expert's own
-floating-point fc1 makes of them. A token's error counts by the square of its weight in the mixture. An expert that few
-tokens reach would be fitted to these alone, so K / 4 tokens drawn from all of the layer's are added to every expert's
-own: the fewer it saw, the more they count. Nothing stays in memory but the expert at hand.
+floating-point fc1 makes of them. A token's error counts by what it does to the end loss, as everywhere, where that is
+known, else by the square of its weight in the mixture. An expert that few tokens reach would be fitted to these alone,
+so K / 4 tokens drawn from all of the layer's are added to every expert's own: the fewer it saw, the more they count.
+Nothing stays in memory but the expert at hand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
 from stages.calibration.capture import PRIOR
-from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize
+from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
 from stages.model.weights import read_weight, to_torch
 from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats, SearchStats, TokenStats
@@ -66,14 +67,30 @@ class ExpertStatistics:
             CacheMismatch: the cache lacks the layer's rows.
         """
         layer, site = self._sites[activation]
+        assert site.expert is not None
         rows, scores = self.cache.read_rows(layer.tokens), self.cache.read_rows(layer.scores)
-        parts: dict[str, TokenStats] = {}
-        own = 0
-        for part in ("calibration", "held_out"):
-            seen = seen_by(scores[part], layer, site)
-            parts[part] = self._statistics(layer, site, rows[part], seen)
-            own = seen.own if part == "calibration" else own
-        return SearchStats(tokens=ActivationStats(**parts), channel_weights={}, own_tokens=own)
+        name = layer.token_weights(site.expert.projection)
+        counts = self.cache.read_rows(name) if name in self.cache.manifest.rows else None
+        seen = {
+            part: seen_by(scores[part], layer, site, None if counts is None else counts[part])
+            for part in ("calibration", "held_out")
+        }
+        parts = {part: self._statistics(layer, site, rows[part], seen[part]) for part in seen}
+        own = seen["calibration"].own
+        if counts is None:
+            return SearchStats(tokens=ActivationStats(**parts), channel_weights={}, own_tokens=own)
+        channels = self._channels(layer, site)
+        mean, usual = float(channels.mean()), float(seen["calibration"].weights[:own].mean()) if own else 0.0
+        if mean > 0 and usual > 0:  # else no token came here
+            parts = {part: scaled(stats, mean / usual) for part, stats in parts.items()}
+            channels = channels / mean
+        return SearchStats(tokens=ActivationStats(**parts), channel_weights={site.name: channels}, own_tokens=own)
+
+    def _channels(self, layer: ExpertLayer, site: MatMulSite) -> Float[Tensor, " N"]:
+        """Return the mean over all tokens of the loss's squared gradient by each output channel."""
+        assert site.expert is not None
+        found = self.cache.read_rows(layer.channel_weights(site.expert.projection))["calibration"]
+        return torch.from_numpy(found[site.expert.index].copy())
 
     def _statistics(self, layer: ExpertLayer, site: MatMulSite, rows: np.ndarray, seen: _Seen) -> TokenStats:
         size = StatisticsSize(in_features=site.in_features, tokens=len(seen.tokens), itemsize=_FLOAT32_BYTES)
@@ -84,7 +101,7 @@ class ExpertStatistics:
             x = torch.from_numpy(rows[seen.tokens[chunk].numpy()].astype(np.float32)).to(self.device)
             if first is not None:
                 x = activated(torch.addmm(first.bias, x, first.weight.T), layer.activation)
-            sums.add(x * seen.weights[chunk, None].to(self.device))
+            sums.add(x * seen.weights[chunk, None].sqrt().to(self.device))
         return sums.finish()
 
     def _fc1(self, layer: ExpertLayer, site: MatMulSite) -> _Linear | None:
@@ -107,13 +124,16 @@ class _Linear:
     bias: Float[Tensor, " N"]
 
 
-def seen_by(scores: np.ndarray, layer: ExpertLayer, site: MatMulSite) -> _Seen:
+def seen_by(scores: np.ndarray, layer: ExpertLayer, site: MatMulSite, counts: np.ndarray | None) -> _Seen:
     """Return the tokens that an expert is calibrated on: its own, then K / 4 of the whole layer.
+
+    Those count as at the experts that they went to, on average.
 
     Args:
         scores: the router's, [tokens, experts].
         layer: the expert's.
         site: one of its matrices.
+        counts: how much a token counts in each expert, [tokens, experts]; None: by its weight in the mixture.
     """
     assert site.expert is not None
     routed = route(torch.from_numpy(scores.astype(np.float32)), layer.routing)
@@ -121,9 +141,9 @@ def seen_by(scores: np.ndarray, layer: ExpertLayer, site: MatMulSite) -> _Seen:
     drawn = min(site.in_features // PRIOR, len(scores))
     generator = torch.Generator().manual_seed(site.expert.index)
     others = torch.randperm(len(scores), generator=generator)[:drawn]
-    usual = routed.weights.square().mean().sqrt()
-    return _Seen(
-        tokens=torch.cat([tokens, others]),
-        weights=torch.cat([routed.weights[tokens, place], usual.expand(drawn)]),
-        own=len(tokens),
-    )
+    if counts is None:
+        own, prior = routed.weights[tokens, place].square(), routed.weights.square().mean().expand(drawn)
+    else:
+        own = torch.from_numpy(counts[tokens.numpy(), site.expert.index])
+        prior = torch.from_numpy(counts[others.numpy()].sum(axis=1) / routed.experts.shape[1])
+    return _Seen(tokens=torch.cat([tokens, others]), weights=torch.cat([own, prior]), own=len(tokens))

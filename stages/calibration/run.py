@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit, rows_of
-from stages.calibration.end_loss import EndLossPass
+from stages.calibration.end_loss import EndLossPass, weight_names
+from stages.calibration.samples.load import load_samples, sample_files, takes_samples
+from stages.calibration.samples.samples import Samples
 from stages.calibration.stream_files import StreamFiles
 from stages.calibration.summary import CalibrationSummary, PassSummary
-from stages.calibration.text.windows import choose_dataset, load_windows
+from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import CacheMismatch, GraphError
 from stages.model.directory import ModelDirectory, locate_model
-from stages.model.load import fingerprint_model, load_graph
+from stages.model.load import fingerprint_model, load_graph, parse_graph
 from stages.model.sites import find_expert_layers, find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.records.experts import ExpertLayer
+from stages.records.sites import FloatName
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_graph
@@ -39,6 +43,15 @@ from stages.system.lock import exclusive
 _LOGGER = logging.getLogger(__name__)
 _CPU = "cpu"
 """As genai_config.json names it."""
+_QMOE_TYPES: Mapping[str, frozenset[FloatName]] = MappingProxyType(
+    {
+        _CPU: frozenset({"float32", "float16"}),
+        "cuda": frozenset({"float16", "bfloat16"}),
+        "webgpu": frozenset({"float32", "float16"}),
+        "nvtensorrtrtx": frozenset({"float16", "bfloat16"}),
+    }
+)
+"""Types of the graphs whose experts become QMoE, by provider, in small letters."""
 
 
 def calibrate(config: CalibrateConfig) -> CalibrationSummary:
@@ -95,14 +108,14 @@ def _run(
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
             if chain is not None and streams is not None and processes.is_first:
-                _end_loss(capture, chain, streams).fill(writer)
+                _end_loss(capture, chain, streams, _weighted_layers(capture, key)).fill(writer)
     processes.barrier()  # the first process gives the cache its place
     return _summary(config, capture, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
 
 
 def _dataset(config: CalibrateConfig) -> str:
     """Return the data sets to calibrate on; log why they aren't the default ones."""
-    if config.use_random_calib:
+    if config.use_random_calib or config.samples_of(locate_model(config.onnx_path, config.component).component):
         return ""
     chosen = choose_dataset(config)
     if chosen.note:
@@ -115,21 +128,27 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     directory = locate_model(config.onnx_path, config.component)
     model = load_graph(directory)
     require_float_base(model, directory)
-    window = require_text_inputs(model, directory)
-    config = fit_to_graph(config, window)
-    _require_context(config.seq_len, directory)
     require_runtime(model, str(directory.onnx_file))
     choice, groups = choose_providers(config.calibration_eps), find_groups(model)
-    layers = kept_layers(config, model, directory)
-    require_kernels(model, directory, choice)
+    windows: TokenWindows | Samples
+    if takes_samples(config, model, directory):
+        layers: tuple[ExpertLayer, ...] = ()
+        require_kernels(model, directory, choice)
+        windows = load_samples(config, model, directory, dataset)
+    else:
+        window = require_text_inputs(model, directory)
+        config = fit_to_graph(config, window)
+        _require_context(config.seq_len, directory)
+        layers = kept_layers(config, model, directory)
+        require_kernels(model, directory, choice)
+        windows = load_windows(config, directory, dataset, choice.names, widest_input(groups))
+        windows = windows.in_whole_batches(window.batch or 1)
     return Capture(
         model=model,
         directory=directory,
         groups=groups,
         rows=rows_of(layers),
-        windows=load_windows(config, directory, dataset, choice.names, widest_input(groups)).in_whole_batches(
-            window.batch or 1
-        ),
+        windows=windows,
         batch_size=config.batch_size,
         device=device,
         choice=choice,
@@ -139,11 +158,29 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     )
 
 
+def require_inputs(config: CalibrateConfig) -> None:
+    """Check, before anything runs, that text or files that are there fill the inputs of the graph.
+
+    Raises:
+        UserError: an input can't be filled, or there are no such files.
+    """
+    directory = locate_model(config.onnx_path, config.component)
+    model = parse_graph(directory)
+    if takes_samples(config, model, directory):
+        path = config.samples_of(directory.component)
+        if path is not None:
+            sample_files(path)
+    else:
+        require_text_inputs(model, directory)
+
+
 def kept_layers(config: CalibrateConfig, model: ir.Model, directory: ModelDirectory) -> tuple[ExpertLayer, ...]:
     """Return the layers of experts whose rows are kept."""
     provider = (directory.provider or _CPU).lower()
-    wanted = config.expert_rows == "all" or (config.expert_rows == "auto" and provider == _CPU)
-    return find_expert_layers(model) if wanted else ()
+    if config.expert_rows == "none":
+        return ()
+    layers, types = find_expert_layers(model), _QMOE_TYPES.get(provider, frozenset())
+    return tuple(layer for layer in layers if config.expert_rows == "all" or layer.dtype in types)
 
 
 def fit_to_graph(config: CalibrateConfig, window: WindowShape) -> CalibrateConfig:
@@ -192,7 +229,7 @@ def _provider_options(
 
 def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
     """Return the model as a chain to weigh tokens with; None, with one line that says why, where it can't be one."""
-    if config.token_weights == "none":
+    if config.token_weights == "none" or isinstance(capture.windows, Samples):
         return None
     try:
         return open_chain(capture.model, capture.groups)
@@ -203,15 +240,17 @@ def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
 
 
 def _streams(capture: Capture, chain: Chain) -> StreamFiles:
+    assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return StreamFiles(
         folder=capture.scratch,
         names=tuple(link.stream_in for link in chain.links),
         windows=len(capture.windows.calibration) + len(capture.windows.held_out),
-        length=capture.windows.calibration.shape[1],
+        length=capture.windows.seq_len,
     )
 
 
-def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPass:
+def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles, layers: tuple[ExpertLayer, ...]) -> EndLossPass:
+    assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return EndLossPass(
         chain=chain,
         directory=capture.directory,
@@ -220,6 +259,7 @@ def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles) -> EndLossPa
         batch_size=capture.batch_size,
         device=capture.device,
         streams=streams,
+        layers=layers,
     )
 
 
@@ -231,7 +271,7 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
         source=windows.source,
         calibration_windows=len(windows.calibration),
         held_out_windows=len(windows.held_out),
-        seq_len=windows.calibration.shape[1],
+        seq_len=windows.seq_len,
         providers=capture.choice.names,
         token_weights=token_weights,
         expert_rows=bool(capture.rows),
@@ -242,13 +282,23 @@ def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
 def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iterator[CacheWriter]:
     """Give the block a writer; the first process makes the folder and gives it its place, and all fill it."""
     activations = [group.activation for group in capture.groups]
+    rows = [*capture.rows, *(name for layer in _weighted_layers(capture, key) for name in weight_names(layer))]
     if capture.processes.is_first:
-        with new_cache(config.cache_path, key, activations, capture.rows, overwrite=config.overwrite) as writer:
-            writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
+        samples = capture.windows.digests if isinstance(capture.windows, Samples) else ()
+        with new_cache(
+            config.cache_path, key, activations, rows, overwrite=config.overwrite, samples=samples
+        ) as writer:
+            if isinstance(capture.windows, TokenWindows):
+                writer.write_tokens(capture.windows.calibration, capture.windows.held_out)
             capture.processes.broadcast(writer.folder)
             yield writer
     else:
-        yield CacheWriter.of(capture.processes.broadcast(Path()), activations, capture.rows)
+        yield CacheWriter.of(capture.processes.broadcast(Path()), activations, rows)
+
+
+def _weighted_layers(capture: Capture, key: CacheKey) -> tuple[ExpertLayer, ...]:
+    """Return the layers of experts whose tokens are weighted by the end loss."""
+    return find_expert_layers(capture.model) if capture.rows and key.token_weights == "end loss" else ()
 
 
 def _existing_difference(config: CalibrateConfig, key: CacheKey) -> str | None:

@@ -41,28 +41,41 @@ class StatisticsSize:
 
     Args:
         in_features: channels of the activation (K).
-        tokens: rows that will be seen in all.
+        tokens: rows that will be seen in all; None: that isn't known, and the Gram matrix is kept.
         itemsize: bytes of each number.
     """
 
     in_features: int
-    tokens: int
+    tokens: int | None
     itemsize: int
 
     @property
     def keeps_rows(self) -> bool:
         """Return whether the tokens' own rows are kept in place of the Gram matrix."""
-        packed_bytes = self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
-        return self.tokens < self.in_features and self._row_bytes < packed_bytes
+        return (
+            self.tokens is not None
+            and self.tokens < self.in_features
+            and self._bytes_of(self.tokens) < self._packed_bytes
+        )
 
     @property
     def memory(self) -> int:
         """Return the bytes that they take while they are accumulated."""
-        return self._row_bytes if self.keeps_rows else self.in_features**2 * _FLOAT32_BYTES
+        if self.tokens is not None and self.keeps_rows:
+            return self._bytes_of(self.tokens)
+        return self.in_features**2 * _FLOAT32_BYTES
 
     @property
-    def _row_bytes(self) -> int:
-        return self.tokens * self.in_features * self.itemsize
+    def disk(self) -> int:
+        """Return the bytes that they take in the cache."""
+        return self._bytes_of(self.tokens) if self.tokens is not None and self.keeps_rows else self._packed_bytes
+
+    @property
+    def _packed_bytes(self) -> int:
+        return self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
+
+    def _bytes_of(self, tokens: int) -> int:
+        return tokens * self.in_features * self.itemsize
 
 
 class StatisticsAccumulator:

@@ -63,24 +63,26 @@ def calibration_section(summary: CalibrationSummary) -> Section:
 
 def _table(summary: CalibrationSummary) -> FactTable:
     made, key = summary.made, summary.key
-    length = counted(key.seq_len, "token")
-    windows = f"{key.calibration_windows} to search with + {key.held_out_windows} held out, {length} each"
+    each = "" if key.seq_len is None else f", {counted(key.seq_len, 'token')} each"
+    windows = f"{key.calibration_windows} to search with + {key.held_out_windows} held out{each}"
     facts = [
         ("cache", f"{summary.cache} ({summary.bytes / 1e6:.0f} MB)"),
-        ("text", key.source),
-        *([] if made is None else [("tokenizer", made.tokenizer)]),
-        ("windows", windows),
-        *([("", _tokens_per_channel(summary))] if summary.channels else []),
+        ("text" if key.seq_len is not None else "from", key.source),
+        *([] if made is None else [("tokenizer" if key.seq_len is not None else "processor", made.tokenizer)]),
+        ("windows" if key.seq_len is not None else "samples", windows),
+        *_tokens_per_channel(summary),
         ("tokens", _WEIGHTS[key.token_weights]),
         *_how_it_ran(summary),
     ]
     return FactTable(title="calibration cache", facts=tuple(facts))
 
 
-def _tokens_per_channel(summary: CalibrationSummary) -> str:
+def _tokens_per_channel(summary: CalibrationSummary) -> list[tuple[str, str]]:
     key = summary.key
+    if key.seq_len is None or not summary.channels:
+        return []
     tokens = key.calibration_windows * key.seq_len / summary.channels
-    return f"{tokens:.1f} tokens for each of the {summary.channels} input channels of the widest MatMul"
+    return [("", f"{tokens:.1f} tokens for each of the {summary.channels} input channels of the widest MatMul")]
 
 
 def _how_it_ran(summary: CalibrationSummary) -> list[tuple[str, str]]:

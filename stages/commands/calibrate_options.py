@@ -15,7 +15,7 @@ PART_OF_FREE_MEMORY = 0.6
 """The default of --max_memory."""
 _DECIDE_TEXT = (
     "dataset", "calib_size", "seq_len", "apply_chat_template", "model_name", "seed", "use_random_calib",
-    "token_weights",
+    "token_weights", "samples",
 )  # fmt: skip
 
 
@@ -35,12 +35,18 @@ class TextOptions(CommandOptions):
     through onnxruntime-genai), mix (self, offline, code, languages, arithmetic, random, in fixed parts, no download), a
     local .txt / .jsonl / .parquet file, or several of these separated by commas, which share the windows evenly or by
     weights, as in mix=3,notes.txt=1. Default: cnn where the Hugging Face hub answers, else mix."""
+    samples: str | None = None
+    """Files that calibrate a graph which text can't, an encoder or a projector, through its package's own processor: a
+    folder of images or of sounds, or .npz files whose names are the graph's inputs (.npy where it has one). Each file
+    is a sample, or each row of its arrays. A tenth is held out from the search, another tenth (at most 32) is kept for
+    --evaluate. Of several components NAME=PATH, separated by commas."""
     calib_size: int | None = None
-    """Number of windows of seq_len tokens; a tenth of them is held out from the search. Default: 128, or 48 of mix;
-    more of mix, self, cnn and pilevel where a MatMul has so many input channels that each would have fewer than three
-    tokens."""
+    """Number of windows of seq_len tokens, or of samples; a tenth of them is held out from the search. Default: 128, or
+    48 of mix; more of mix, self, cnn and pilevel where a MatMul has so many input channels that each would have fewer
+    than three tokens."""
     seq_len: int = 512
-    """Tokens in each window; windows are packed full, without padding."""
+    """Tokens in each window; windows are packed full, without padding. For encoders of text: the most tokens of a
+    document, each of which is a sample."""
     apply_chat_template: bool = False
     """Make a conversation of each document with the tokenizer's chat template: from the messages of a .jsonl or
     .parquet row, or else from its text, the beginning as the user's message and the rest as the assistant's. With self:
@@ -59,7 +65,7 @@ class TextOptions(CommandOptions):
     one by one."""
     expert_rows: Literal["auto", "all", "none"] = "auto"
     """Keep every token's row of what experts in MoE nodes read, so that they can be calibrated: on the disk, tokens x
-    hidden size for each such node, in the model's type. auto: where the base was built for the CPU, or no runtime."""
+    hidden size for each such node, in the model's type. auto: where the base was built for a runtime with QMoE."""
     batch_size: int = 1
     """Windows in each forward pass."""
     calibration_eps: str = "cuda,cpu"
@@ -73,6 +79,24 @@ class TextOptions(CommandOptions):
         """Return whether an option asks for certain text, so that statistics of other text won't do."""
         return any(getattr(self, name) != getattr(TextOptions, name) for name in _DECIDE_TEXT)
 
+    def samples_of(self, component: str, *, unnamed: bool = True) -> Path | None:
+        """Return the files that calibrate ``component``; None where text does.
+
+        Args:
+            component: as genai_config.json names it.
+            unnamed: whether files count that are named for no component in particular.
+        """
+        named = self._named_samples
+        return named.get(component, named.get("") if unnamed else None)
+
+    @property
+    def _named_samples(self) -> dict[str, Path]:
+        """Return the paths in ``samples`` by component; that of no name in particular by nothing."""
+        if self.samples is None or Path(self.samples).exists():
+            return {} if self.samples is None else {"": Path(self.samples)}
+        entries = [entry.strip().partition("=") for entry in self.samples.split(",")]
+        return {name if path else "": Path(path or name) for name, _, path in entries}
+
     @property
     def text_options(self) -> dict[str, Any]:
         """Return these options and their values."""
@@ -84,6 +108,11 @@ class TextOptions(CommandOptions):
         require(self.seq_len >= 2, "--seq_len must be at least 2.")
         require(self.batch_size >= 1, "--batch_size must be at least 1.")
         require(self.seed >= 0, f"--seed {self.seed} must be 0 or more.")
+        require(self.samples is None or not self.use_random_calib, "--samples and --use_random_calib contradict.")
+        require(
+            self.samples is None or all(path.name for path in self._named_samples.values()),
+            f"--samples {self.samples} has a comma or a name without a path; write NAME=PATH,NAME=PATH.",
+        )
         if self.max_memory is not None:
             parse_size(self.max_memory, "--max_memory")
 
@@ -121,3 +150,7 @@ class CalibrateConfig(TextOptions):
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
         self._check_text()
+        require(
+            self.component is None or "," not in self.component,
+            f"--component {self.component} names several; calibrate them one by one, or quantize them in one run.",
+        )

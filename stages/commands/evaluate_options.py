@@ -80,13 +80,21 @@ class EvaluateConfig(CommandOptions):
     """Hub name or folder to take the tokenizer from. Default: the base's own folder."""
     model: tuple[Path, ...]
     """Models to compare: .onnx files or folders."""
+    component: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Part of packages of several models to compare, as genai_config.json names it. Default: the one that the path
+    names, else decoder."""
+    samples: Path | None = None
+    """Files that fill the graph's inputs in place of text, as for stages.quantize: a folder of images or of sounds, or
+    .npz or .npy files. What the models give for them is compared: cosine similarity and relative error of each output.
+    Those that calibrated the base are left out. Encoders of text are compared so on text, a paragraph or a few as a
+    sample."""
     text: str = "offline"
     """A UTF-8 text file, or a text that needs no download: offline (topics of CPython's documentation that calibration
     never sees), code (of Python's standard library), notices (terms of licences)."""
     windows: int = 16
-    """Number of windows of seq_len tokens, from the beginning of the text."""
+    """Number of windows of seq_len tokens, from the beginning of the text, or of samples."""
     seq_len: int = 512
-    """Tokens in each window."""
+    """Tokens in each window; of encoders of text the most tokens of a sample."""
     accuracy_level: AccuracyLevel | None = None
     """Accuracy level of all models alike, but for MatMulNBits nodes that name their own: 1 keeps activations in float32
     on CPU, 4 rounds them to int8. Default: that of each model's own files, at which it is used."""
@@ -130,6 +138,11 @@ class EvaluateConfig(CommandOptions):
         require(self.speed_rounds >= 1, "--speed_rounds must be at least 1.")
         require(self.speed_prompt_tokens >= 1, "--speed_prompt_tokens must be at least 1.")
         require(self.speed_new_tokens >= 2, "--speed_new_tokens must be at least 2: the first ends the prompt's time.")
+        asks_for_text = self.generate or self.lm_eval_tasks or self.speed
+        require(
+            self.samples is None or not asks_for_text,
+            "--samples compares outputs; --generate, --lm_eval_tasks and --speed go with text.",
+        )
         tokens = self.windows * self.seq_len
         require(
             not self.speed or self.speed_prompt_tokens <= tokens,

@@ -91,13 +91,14 @@ class Option:
         """Return what stands for its value: PATH, INT, {a,b}."""
         if self.metavar is not None:
             return self.metavar
-        return "" if self.hint is bool else _value(self.hint)
+        return "" if self.hint in (bool, bool | None) else _value(self.hint)
 
     def spelled(self, positional: Sequence[str]) -> str:
         """Return the option with its value, as the list of options shows it."""
         if self.is_bare:
             return self.name.upper()
-        off = f", --no_{self.name}" if self.hint is bool and self.default is True else ""
+        is_on = (self.hint, self.default) == (bool, True)
+        off = f", --no_{self.name}" if is_on or self.hint == bool | None else ""
         word = f"{_BARE_WORDS[self.name]}, " if self.name in positional else ""
         return " ".join(filter(None, (f"{word}--{self.name}{off}", self.value)))
 

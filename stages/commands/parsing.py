@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -25,6 +25,8 @@ Release = tuple[int, int]
 """Major and minor version of ONNX Runtime; what is fused has never changed with a patch."""
 
 _RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+RUN_EXPERTS: frozenset[Runtime] = frozenset({"cpu", "cuda", "trt-rtx", "webgpu"})
+"""Runtimes with a QMoE that reads what is written here."""
 _OLDEST: Release = (1, 20)
 """The first release that fuses INT4 DequantizeLinear and MatMul (microsoft/onnxruntime#21374)."""
 _NEWEST: Release = (1, 32)
@@ -36,6 +38,7 @@ _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
+_TRUTH = {"true": True, "false": False}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)([a-z]*)")
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.\d+)?")
 
@@ -116,7 +119,8 @@ def _refuse_words(option: str, choices: Sequence[str], words: Sequence[str]) -> 
 def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequence[str]) -> list[str]:
     """Return ``arguments`` with an option before each bare word: the first of ``names`` that isn't given yet.
 
-    A word is bare where no option takes it as its value; an unknown option counts as taking one.
+    A word is bare where no option takes it as its value; an unknown option counts as taking one. ``--option False`` of
+    one that is on or off becomes ``--no_option``.
 
     Args:
         arguments: the words of a command line.
@@ -127,6 +131,7 @@ def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequenc
         OptionError: there are more bare words than ``names`` that aren't given.
     """
     most_values = _most_values(options_type)
+    arguments = _without_truth(arguments, {name for name, most in most_values.items() if f"no_{name}" in most_values})
     given = [word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")]
     left, named, values = [name for name in names if name not in given], list[str](), 0.0
     for word in arguments:
@@ -150,6 +155,22 @@ def name_bare_words(arguments: Sequence[str], options_type: type, names: Sequenc
         takes_values = word.startswith("--") and not equals
         values = most_values.get(option.replace("-", "_"), 1.0) if takes_values else 0.0
     return named
+
+
+def _without_truth(arguments: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Return ``arguments`` with ``--option True`` as ``--option`` and ``--option=false`` as ``--no_option``."""
+    left, words = list(arguments[::-1]), list[str]()
+    while left:
+        word = left.pop()
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--") and name in switches:
+            if not equals and left and left[-1].lower() in _TRUTH:
+                value = left.pop()
+            if value.lower() in _TRUTH:
+                word = f"--{name}" if _TRUTH[value.lower()] else f"--no_{name}"
+        words.append(word)
+    return words
 
 
 def _most_values(options_type: type) -> dict[str, float]:

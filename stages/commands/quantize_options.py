@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -16,7 +16,7 @@ import tyro
 
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions, cache_suffix
 from stages.commands.options import AccuracyLevel, CommandOptions, Flag, default_folder, require
-from stages.commands.parsing import Target, parse_size, parse_target
+from stages.commands.parsing import RUN_EXPERTS, Target, parse_size, parse_target
 from stages.records.sites import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
@@ -37,6 +37,8 @@ Verification = Literal["full", "quick", "off"]
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _SMALLEST_STEP = 0.001
+_OF_SEARCHED = frozenset({"--layers_8bit", "--lm_head", "--block_size", "--int8_block_size"})
+"""Options that say what becomes of weights which a checkpoint leaves in floating point."""
 _AUTO, _ANY = "auto", "any"
 """Values of --target that name no runtime."""
 
@@ -59,8 +61,9 @@ class _ModelOptions(CommandOptions):
     output_path: Path
     """Where to write the quantized model: a folder, or the .onnx file in it. Must not exist yet."""
     component: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Part of a package of several models, as genai_config.json names it: vision, embedding, speech. Default: the one
-    that the path names, else decoder. Only what reads token ids can be calibrated; others are rounded (rtn_dq)."""
+    """Part of a package of several models, as genai_config.json names it: vision, speech, encoder; or several of them,
+    separated by commas, which are quantized one after the other into one output. Default: the one that the path names,
+    else decoder. What text can't calibrate needs samples, or is rounded (rtn_dq)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,10 @@ class _AlgorithmOptions:
     """Train the scales of the finished codes until the model answers as the base does (KL through all layers), on so
     many windows of text, a tenth of them held out; 0: don't. 1280 make the most of it and take hours on a CPU, minutes
     on a GPU. The text is what dataset names."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Take the weights from a quantized Hugging Face folder of the same model, in place of a search: INT4 or INT8 of
+    GPTQ, AWQ, AutoRound or compressed-tensors. Its codes and scales stay as they are. What it leaves in floating point
+    stays so, but for what lm_head, embedding and layers_8bit name."""
     signround_start: OneShot = "awq_gptq"
     """Algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -372,6 +379,36 @@ class QuantizeConfig(
         return self.cache_dir or default_folder(self.onnx_path, cache_suffix(self.component))
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Return the components that are named, none or more."""
+        return () if self.component is None else tuple(name.strip() for name in self.component.split(","))
+
+    @property
+    def parts(self) -> tuple[QuantizeConfig, ...]:
+        """Return what is done to each component, one after the other; this where there is one."""
+        return tuple(map(self.of_component, self.components)) if len(self.components) > 1 else (self,)
+
+    def of_component(self, component: str) -> QuantizeConfig:
+        """Return what is done to one of several components: with places of its own, and only what it can be used for.
+
+        Samples without a component's name are of those that aren't decoders. What needs text goes with decoders.
+        """
+        first, weights, cache = component == self.components[0], self.weights_folder, self.cache_dir
+        beside = default_folder(self.onnx_path, cache_suffix(component))
+        if cache is not None:
+            beside = cache if first else cache.with_name(f"{cache.name}.{component}")
+        found = replace(
+            self,
+            component=component,
+            cache_dir=beside,
+            weights_path=weights if first else weights.with_name(f"{weights.name}.{component}"),
+        )
+        if component == "decoder":
+            own = self.samples_of(component, unnamed=False)
+            return replace(found, samples=None if own is None else str(own))
+        return replace(found, refine=False, distill=0, algo=self.search_algorithm)
+
+    @property
     def calibration(self) -> CalibrateConfig:
         """Return how stage one makes the cache."""
         return CalibrateConfig(
@@ -387,7 +424,7 @@ class QuantizeConfig(
     def _expert_rows(self) -> str:
         """Return whether stage one keeps what experts read: not where they stay as they are."""
         target = self.parsed_target
-        if self.experts == "none" or (target is not None and target.runtime != "cpu"):
+        if self.experts == "none" or (target is not None and target.runtime not in RUN_EXPERTS):
             return "none"
         asked = self.experts is not None or target is not None
         return "all" if asked and self.expert_rows == "auto" else self.expert_rows
@@ -405,7 +442,12 @@ class QuantizeConfig(
     @property
     def needs_cache(self) -> bool:
         """Return whether the search reads calibration statistics."""
-        return self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq")
+        return self.searches_sites and (self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq"))
+
+    @property
+    def searches_sites(self) -> bool:
+        """Return whether any MatMul's codes are searched: beside a checkpoint only those that options name."""
+        return self.checkpoint is None or self.lm_head in ("4", "8") or bool(self.layers_8bit)
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
@@ -422,6 +464,38 @@ class QuantizeConfig(
         )
         if self.plan is not None:
             _refuse_beside("--plan", self._formats_given)
+        self._check_components()
+        if self.checkpoint is not None:
+            self._check_checkpoint()
+
+    def _check_components(self) -> None:
+        names = self.components
+        require(
+            len(set(names)) == len(names) and all(names), f"--component {self.component} names one twice, or nothing."
+        )
+        if len(names) > 1:
+            one = "goes with one --component: each has its own"
+            require(not self.has_budget, f"{self.budget_description if self.has_budget else ''} {one} bytes.".strip())
+            require(self.plan is None, f"--plan {one} sites.")
+            require(self.checkpoint is None, f"--checkpoint {one} weights.")
+
+    def require_no_text(self) -> None:
+        """Raise OptionError where an option runs text through the model, which a graph that runs on samples can't."""
+        what = "which a graph that is calibrated on samples doesn't take; leave them out."
+        require(not self.improves_search, f"--refine, --distill and --algo signround run text through it, {what}")
+        require(self.sensitivity != "measured", f"--sensitivity measured runs text through it, {what}")
+
+    def _check_checkpoint(self) -> None:
+        """Refuse what would change the codes of a checkpoint, or their formats."""
+        require(
+            not self.improves_search and self.algo != "rtn",
+            "--checkpoint takes codes as they are, and --refine, --distill and the algorithms rtn and signround change "
+            "them; leave those out.",
+        )
+        for_searched = _OF_SEARCHED if self.searches_sites else {"--lm_head"}
+        formats = {name: given for name, given in self._formats_given.items() if name not in for_searched}
+        zero_point = None if self.searches_sites else self.use_zero_point
+        _refuse_beside("--checkpoint", formats | {"--plan": self.plan, "--use_zero_point": zero_point is not None})
 
     def _check_rtn(self) -> None:
         """Refuse what needs packed codes: ``--algo rtn`` stores floating-point weights with Q and DQ nodes."""

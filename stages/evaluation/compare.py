@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from stages.calibration.text.documents import read_text
 from stages.calibration.text.tokenizer import first_tokens, load_tokenizer
@@ -49,6 +49,9 @@ from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.runtime.session import SessionSettings
 from stages.system.paths import from_here
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LOGGER = logging.getLogger(__name__)
 Windows = Int64[np.ndarray, "windows seq_len"]
@@ -223,7 +226,7 @@ def _run_model(
 
 
 def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    text = BUILT_IN[config.text]() if config.text in BUILT_IN else _read_text(Path(config.text))
+    text = read_evaluation_text(config.text)
     tokens = first_tokens(tokenizer, text, config.windows * config.seq_len)
     windows = pack_windows(tokens, config.windows, config.seq_len, beginning_token(tokenizer))
     if len(windows) < config.windows or config.windows < 1:
@@ -234,7 +237,15 @@ def _read_windows(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) ->
     return windows
 
 
-def _read_text(path: Path) -> str:
+def read_evaluation_text(name: str) -> str:
+    """Return a built-in text, or that of a file.
+
+    Raises:
+        UserError: it is neither, or can't be read.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    path = Path(name)
     try:
         return read_text(path)
     except (OSError, ValueError) as error:

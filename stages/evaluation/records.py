@@ -158,6 +158,43 @@ class Evaluation:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputScore:
+    """How one output of a model compares with the base's, over all samples."""
+
+    output: str
+    vectors: int
+    """Vectors along the output's last axis: tokens, patches, frames, or one for each sample."""
+    cosine: float
+    """Mean cosine similarity of these."""
+    worst_cosine: float
+    relative_error: float
+    """|z - y| / |y| over all numbers, with y the base's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRow:
+    """One model's scores; the base has none."""
+
+    name: str
+    bytes: int
+    """The .onnx file and the external data that it refers to."""
+    accuracy_level: str
+    scores: tuple[OutputScore, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputEvaluation:
+    """How models that give no text compare with their base, whose row comes first."""
+
+    component: str
+    """The part of a package that they are."""
+    source: str
+    """The samples' origin in words."""
+    samples: int
+    rows: tuple[OutputRow, ...]
+
+
 _EVALUATIONS = TypeAdapter(Evaluation)
 
 
@@ -175,3 +212,16 @@ def load_evaluation(path: Path, comparison: Comparison) -> Evaluation | None:
     """Return the evaluation in ``path`` if it is of exactly this comparison; else None."""
     evaluation = read_json(path, _EVALUATIONS)
     return None if evaluation is None or evaluation.comparison != comparison else evaluation
+
+
+_OUTPUTS = TypeAdapter(OutputEvaluation)
+
+
+def save_outputs(evaluation: OutputEvaluation, path: Path) -> None:
+    """Write a comparison of outputs as JSON, whole or not at all.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    with explained(f"--results {path} can't be written", "choose another file"):
+        write_json(path, _OUTPUTS, evaluation)

@@ -8,10 +8,10 @@ from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import Progress, progress_bar
 from stages.evaluation.compare import PreparedEvaluation, compare
 from stages.evaluation.generation import generate
-from stages.evaluation.lm_tasks import TaskRequest, find_tasks, run_tasks
 from stages.evaluation.records import Evaluation, SpeedTest, TaskScore
 from stages.evaluation.speed import measure_speed
 from stages.evaluation.speed_round import SpeedRequest
+from stages.evaluation.tasks.lm_tasks import TaskRequest, find_tasks, run_tasks
 from stages.runtime.genai import require_genai
 from stages.system.hardware import granted_threads, physical_cores
 

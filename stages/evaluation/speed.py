@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -14,8 +14,8 @@ from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation.records import ModelSpeed, Rate, SpeedTest
 from stages.evaluation.speed_round import OPTION, REQUESTS, ROUNDS, Round, SpeedRequest
-from stages.model.directory import ModelDirectory
-from stages.model.genai_config import read_genai_config
+from stages.model.directory import DECODER, ModelDirectory
+from stages.model.genai_config import component_entries, read_genai_config
 from stages.runtime.genai import runtime_version
 from stages.runtime.session import ACCURACY_LEVEL
 from stages.system.hardware import describe_machine
@@ -110,6 +110,9 @@ def shipped_accuracy_level(model: ModelDirectory) -> int | None:
     """Return the accuracy level that a model's genai_config.json sets for sessions, or None where it sets none."""
     if not model.has_genai_config:
         return None
-    options = read_genai_config(model.folder).get("model", {}).get("decoder", {}).get("session_options", {})
+    content = read_genai_config(model.folder)
+    entries = [component_entries(content).get(model.component, ({}, ""))[0], content.get("model", {}).get(DECODER, {})]
+    # A component without options of its own takes the decoder's.
+    options: Mapping[str, object] = next((each["session_options"] for each in entries if "session_options" in each), {})
     level = options.get(ACCURACY_LEVEL)
-    return int(level) if str(level).isdigit() else None
+    return int(str(level)) if str(level).isdigit() else None

@@ -34,7 +34,7 @@ class CacheReport:
     source: str
     calibration_windows: int
     held_out_windows: int
-    seq_len: int
+    seq_len: int | None
     providers: tuple[str, ...]
     activations: int
     widths: tuple[tuple[int, int], ...]

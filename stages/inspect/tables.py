@@ -266,9 +266,12 @@ def _cache_facts(report: CacheReport) -> Iterator[tuple[str, str]]:
     yield "is", "a calibration cache: the statistics that stages.quantize searches with"
     yield "size", f"{report.bytes / 1e6:,.1f} MB"
     yield "made from", report.made_from
-    yield "text", report.source
+    yield ("from" if report.seq_len is None else "text"), report.source
     windows = f"{report.calibration_windows} to search with, {report.held_out_windows} held out"
-    yield "windows", f"{windows}, {counted(report.seq_len, 'token')} each"
+    if report.seq_len is None:
+        yield "samples", windows
+    else:
+        yield "windows", f"{windows}, {counted(report.seq_len, 'token')} each"
     yield "ran on", ", ".join(report.providers)
     widths = ", ".join(f"{count} x {width}" for width, count in report.widths)
     rows = f"; {report.as_rows} kept as rows of tokens" if report.as_rows else ""

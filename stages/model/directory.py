@@ -105,6 +105,15 @@ def logits_among(outputs: Iterable[str], directory: ModelDirectory) -> str:
     return found[0]
 
 
+def has_logits(outputs: Iterable[str], directory: ModelDirectory) -> bool:
+    """Return whether one of the outputs holds logits."""
+    try:
+        logits_among(outputs, directory)
+    except GraphError:
+        return False
+    return True
+
+
 def locate_model(path: Path, component: str | None = None) -> ModelDirectory:
     """Find the model that ``path`` means.
 

@@ -341,7 +341,12 @@ def _as_table(model: ir.Model, weight: str, transposed: bool, nodes: list[ir.Nod
 
 def find_expert_layers(model: ir.Model) -> tuple[ExpertLayer, ...]:
     """Return the MoE nodes of the main graph whose experts can be sites, in graph order."""
-    return tuple(_as_expert_layer(node) for node in model.graph if node.op_type == "MoE" and not why_no_sites(node))
+    return tuple(layer for node in model.graph if (layer := expert_layer(node)) is not None)
+
+
+def expert_layer(node: ir.Node) -> ExpertLayer | None:
+    """Return a MoE node as a record; None for any other node, and where its experts can't be sites."""
+    return _as_expert_layer(node) if node.op_type == "MoE" and not why_no_sites(node) else None
 
 
 def why_no_sites(node: ir.Node) -> str:

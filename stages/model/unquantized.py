@@ -33,6 +33,10 @@ _ROTATION_INPUTS = {"RotaryEmbedding": (2, 3), "GroupQueryAttention": (7, 8)}
 """Inputs that take tables of cosines and sines: computed from positions, never learned."""
 _EMBEDDING = "token embedding; --embedding 4 stores it as INT4"
 _EXPERTS = "a MoE node multiplies with floating-point experts"
+_TABLES = (
+    "experts in a table that a Gather chooses from: each token copies its experts whole; built for cpu, cuda or "
+    "webgpu, the model has them in MoE nodes, which become QMoE"
+)
 _OTHERS = "only weights of MatMul and Gemm are quantized"
 
 
@@ -55,15 +59,17 @@ def find_unquantized(
     for value in values:
         op_type = None if value.name in quantized_tables else _reader(value)
         if op_type is not None:
-            reason = experts_stay.get(str(value.name)) or _reason(op_type)
+            reason = experts_stay.get(str(value.name)) or _reason(op_type, value)
             found[op_type, _EMBEDDING if value.name in embeddings else reason].append(value)
     groups = (_as_group(op_type, reason, members, total) for (op_type, reason), members in found.items())
     return tuple(group for group in groups if group.share >= _SMALLEST_SHARE)
 
 
-def _reason(op_type: str) -> str:
+def _reason(op_type: str, value: ir.Value) -> str:
     if op_type == "MoE":
         return _EXPERTS
+    if op_type == "Gather" and value.shape is not None and len(value.shape) == _EXPERTS_RANK:
+        return _TABLES
     return "quantized already" if op_type in _QUANTIZED else _OTHERS
 
 

@@ -54,6 +54,23 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
     return _require_finite(weight, f"weight of {site.name}")
 
 
+def read_vector(model: ir.Model, name: str, device: torch.device) -> Float[Tensor, " K"]:
+    """Return an initializer [K], such as a norm's gain, in float32 on ``device``.
+
+    Args:
+        model: the graph that holds it.
+        name: the initializer's.
+        device: where the tensor will lie.
+
+    Raises:
+        GraphError: the initializer is gone.
+        SolveError: it holds NaN or infinite values.
+    """
+    stored = _stored(model, name, f"vector '{name}'")
+    vector = to_torch(stored.numpy()).to(device=device, dtype=torch.float32, copy=True)
+    return _require_finite(vector.reshape(1, -1), f"vector '{name}'")[0]
+
+
 def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch.device) -> Float[Tensor, "rows D"]:
     """Return some rows of an embedding in float32 on ``device``; the others are not read.
 

@@ -30,6 +30,7 @@ from stages.model.unquantized import unquantized_warning
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.blocks.distill import Distiller
 from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
+from stages.quantization.checkpoints.imported import ImportedWeights
 from stages.quantization.plan.allocate_budget import BudgetResult, allocate_budget
 from stages.quantization.plan.plan import (
     ModelPlan,
@@ -88,6 +89,8 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     model = load_graph(directory)
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
+    if cache is not None and cache.manifest.key.seq_len is None:
+        config.require_no_text()
     plan = plan_search(config, model, directory, cache)
     _log_plan(plan)
     result: BudgetResult | None = None
@@ -121,6 +124,8 @@ def search_weights(config: QuantizeConfig, prepared: Prepared, processes: Proces
         processes: those that share the groups.
     """
     with _timed(prepared.store, owner=processes.is_first):
+        if prepared.plan.imported is not None:
+            _import_unfinished(prepared.plan.imported, prepared.store, processes)
         if config.improves_search:
             _improve_unfinished(config, prepared, processes)
             if processes.is_first:
@@ -217,6 +222,15 @@ def _statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) 
     return read
 
 
+def _import_unfinished(imported: ImportedWeights, store: QuantizedStore, processes: Processes) -> None:
+    """Write the groups that a checkpoint has codes for and that have no file yet."""
+    if processes.is_first:
+        for index, group in enumerate(store.recipe.groups):
+            if not store.is_finished(index) and (solved := imported.solved(group)) is not None:
+                store.write(index, solved)
+    processes.barrier()
+
+
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:
     """Solve the groups that have no file yet, shared out by cost; save each before the next begins."""
     unfinished = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
@@ -290,6 +304,8 @@ def _steps(config: QuantizeConfig, prepared: Prepared) -> list[_Step]:
     if config.tunes_blocks:
         blocks = open_blocks(prepared.model, groups)
     if config.refine:
+        if any(group.is_of_expert for group in groups):
+            _LOGGER.info("--refine corrects the MatMuls; experts of MoE nodes stay as they were searched.")
         step: BlockStep = RefineStep(search_options(config, prepared.plan.choice))
         result = replace(config, algo=config.search_algorithm, distill=0)
         steps.append(_Step(name=step.name, result=result, run=partial(_tune, config, prepared, blocks, step)))
@@ -321,6 +337,7 @@ def _tune(
         step=step,
         batch_size=config.signround_batch_size,
         device=choose_device(config.device),
+        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).tune()
 
 
@@ -336,13 +353,13 @@ def _distill(
     found = Distiller(
         chain=chain,
         directory=prepared.directory,
-        cache=prepared.cache,
         start=begun,
         store=reached,
         windows=windows,
         batch_size=config.signround_batch_size,
         seed=config.seed,
         device=choose_device(config.device),
+        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).distill()
     _LOGGER.info("distillation: KL from the base on held-out windows %.4f -> %.4f nats", found.start, found.found)
 

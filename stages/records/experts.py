@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.records.sites import ActivationGroup, FloatName, MatMulSite
+from stages.records.sites import ActivationGroup, FloatName, MatMulSite, Projection
 
 ActivationKind = Literal["relu", "gelu", "silu", "identity", "swiglu"]
 GateLayout = Literal["none", "interleaved", "halves"]
@@ -62,3 +62,15 @@ class ExpertLayer:
     @property
     def sites(self) -> tuple[MatMulSite, ...]:
         return tuple(site for group in self.groups for site in group.sites)
+
+    def of(self, projection: Projection) -> tuple[MatMulSite, ...]:
+        """Return one projection of every expert."""
+        return self.sites[0 if projection == "fc1" else 1 :: 2]
+
+    def token_weights(self, projection: Projection) -> str:
+        """Return the name under which a cache keeps how much each token counts in each expert, [T, E]."""
+        return f"{self.output}#{projection}.tokens"
+
+    def channel_weights(self, projection: Projection) -> str:
+        """Return the name under which a cache keeps how much each expert's output channels count, [E, N]."""
+        return f"{self.output}#{projection}.channels"

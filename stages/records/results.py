@@ -163,6 +163,8 @@ class ExportRecipe:
     holds where none is asked for; MatMulNBits nodes carry it themselves."""
     experts_take_level: bool = False
     """Whether the QMoE of the target's release has an accuracy level."""
+    experts_say_raw: bool = False
+    """Whether it must say that its codes are in the operator's own order, not packed for a GPU."""
     byte_scales: bool = False
     """Whether INT4 scales beside zero points become multiples of one step a row."""
     computes_rotary: bool = False
@@ -185,6 +187,7 @@ class SiteError:
     site: str
     exact: float
     default: float
+    """Of the first site of this format and shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

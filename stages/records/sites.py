@@ -27,7 +27,7 @@ _LAYER = re.compile(r"layers[./](\d+)[./]?")
 """The builder writes layers.3/, other exporters layers/3/ or layers.3. with dots throughout."""
 
 
-_EXPERT = re.compile(r"experts\.\d+/")
+_EXPERT = re.compile(r"experts\.(\d+)/")
 
 Projection = Literal["fc1", "fc2"]
 """A MoE node's two matrices an expert: fc1 reads the node's input (gate and up), fc2 what becomes of it (down)."""
@@ -157,6 +157,11 @@ class ActivationGroup:
     unfoldable_because: str = ""
     """Why there is no absorber, for people to read; empty where there is one."""
 
+    @property
+    def is_of_expert(self) -> bool:
+        """Return whether it is the input of one projection of one expert."""
+        return self.sites[0].expert is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnquantizedWeights:
@@ -187,6 +192,13 @@ def kind_of(site: str) -> str:
     """Return the site's short name without layer and expert: attn/o_proj; a name that is all layer stays."""
     short = _EXPERT.sub("experts.*/", short_name(site))
     return _LAYER.sub("", short) or short
+
+
+def expert_of(site: str) -> tuple[str, int] | None:
+    """Return what stands before an expert's number in a site's short name, and the number; None for other sites."""
+    short = short_name(site)
+    found = _EXPERT.search(short)
+    return None if found is None else (short[: found.start()].rstrip("/"), int(found[1]))
 
 
 def layer_of(name: str) -> int | None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from stages.errors import UserError
 from stages.evaluation.accuracy import Accuracy
-from stages.evaluation.records import Evaluation, ModelRow
+from stages.evaluation.records import Evaluation, ModelRow, OutputEvaluation
 from stages.model.sizes import SizePart
 from stages.records.results import SiteReport, VerifyReport
 from stages.system.json_file import explained, write_whole
@@ -138,6 +138,14 @@ class Report:
     evaluations: tuple[Evaluation, ...] = ()
     """One for each text and choice of models, oldest first."""
     sweep: tuple[SweepTable, ...] = ()
+    outputs: tuple[OutputEvaluation, ...] = ()
+    """Comparisons of what encoders give, oldest first."""
+
+    def with_outputs(self, evaluation: OutputEvaluation) -> Report:
+        """Return this report with ``evaluation`` added, in place of one of the same component on the same samples."""
+        replaced = evaluation.component, evaluation.source
+        others = (one for one in self.outputs if (one.component, one.source) != replaced)
+        return replace(self, outputs=(*others, evaluation))
 
     def with_evaluation(self, evaluation: Evaluation) -> Report:
         """Return this report with ``evaluation`` added, in place of one of the same models on the same text."""

@@ -15,6 +15,7 @@ from stages.report.document import Quantization, Report
 from stages.report.tables import (
     accuracy_tables,
     answer_tables,
+    output_tables,
     speed_tables,
     task_tables,
     verified_tables,
@@ -114,12 +115,14 @@ def _sections(report: Report) -> list[Section]:
 
 def _accuracy(report: Report) -> tuple[Figure, ...]:
     evaluations = report.evaluations
+    outputs = [output_tables(one) for one in report.outputs]
     if not evaluations:
-        return () if report.quantization is None else (_UNMEASURED,)
+        return _present(outputs) if outputs or report.quantization is None else (_UNMEASURED,)
     speeds = [evaluation.speed for evaluation in evaluations if evaluation.speed is not None]
     return _present(
         [
             accuracy_tables(evaluations),
+            *outputs,
             speed_tables(speeds[-1] if speeds else None),
             task_tables([one for evaluation in evaluations for one in evaluation.tasks]),
             _scale("scale"),

@@ -15,10 +15,12 @@ from rich.text import Text
 from export.card.record import EvaluationSummary, summarize_evaluations
 from stages.commands.output import Section, as_called
 from stages.commands.quantize_options import QuantizeConfig
+from stages.evaluation.records import OutputEvaluation
 from stages.evaluation.texts import CONTENTS
 from stages.model.directory import DECODER
 from stages.model.genai_config import GENAI_CONFIG
 from stages.quantization.weights.store import REPORT_FOLDER
+from stages.quantization.weights.summary import ExpertTokens, expert_tokens
 from stages.report.document import REPORT_HTML
 from stages.system.paths import from_here, shell_line
 
@@ -39,6 +41,10 @@ class Result:
     bytes_after: int
     evaluation: EvaluationSummary | None
     """None where nothing was compared."""
+    outputs: tuple[OutputEvaluation, ...] = ()
+    """What encoders give beside what their base gives."""
+    experts: ExpertTokens | None = None
+    """None where no experts were calibrated."""
     report: Path
     next: tuple[tuple[str, str], ...]
     """(what it does, command)."""
@@ -58,15 +64,21 @@ def result_section(config: QuantizeConfig, made: QuantizedModel) -> Section:
 def _result(config: QuantizeConfig, made: QuantizedModel) -> Result:
     base, folder = from_here(config.onnx_path), from_here(config.output_path)
     commands: list[tuple[str, tuple[object, ...]]] = [("inspect", ("inspect", folder))]
-    if config.component in (None, DECODER):
-        commands.insert(0, ("evaluate", ("evaluate", base, folder)))
-    if (made.folder / GENAI_CONFIG).is_file():
+    parts = config.components or (DECODER,)
+    if not (made.outputs or made.evaluations):
+        part = () if parts[0] == DECODER else ("--component", parts[0])
+        samples = config.samples_of(parts[0], unnamed=len(parts) == 1)
+        given = () if samples is None else ("--samples", samples)
+        commands.insert(0, ("evaluate", ("evaluate", *part, base, folder, *given)))
+    if DECODER in parts and (made.folder / GENAI_CONFIG).is_file():
         commands.insert(0, ("chat", ("chat", folder)))
     return Result(
         folder=folder,
         bytes_before=made.export.bytes_before,
         bytes_after=made.export.bytes_after,
         evaluation=summarize_evaluations(made.evaluations) if made.evaluations else None,
+        outputs=made.outputs,
+        experts=expert_tokens(made.search.sites),
         report=from_here(config.weights_folder) / REPORT_FOLDER / REPORT_HTML,
         next=tuple((what, shell_line([f"stages.{name}", *map(str, rest)])) for what, (name, *rest) in commands),
     )
@@ -93,15 +105,23 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
     before, after = result.bytes_before / 1e6, result.bytes_after / 1e6
     yield "model", str(result.folder)
     yield "size", f"{before:,.1f} MB -> {after:,.1f} MB ({before / after:.2f}x smaller)"
-    yield from _measured(result.evaluation)
+    yield from _measured(result.evaluation, result.outputs)
+    if (experts := result.experts) is not None:
+        yield "experts", f"tokens: {experts.spread} (each: report)"
+        if experts.unseen:
+            yield "none for", experts.named(2)
     yield "report", str(result.report)
     for what, command in result.next:
         yield what, as_called(command, program)
 
 
-def _measured(evaluation: EvaluationSummary | None) -> Iterator[tuple[str, str]]:
+def _measured(evaluation: EvaluationSummary | None, outputs: tuple[OutputEvaluation, ...]) -> Iterator[tuple[str, str]]:
+    for of_part in outputs:
+        worst = max(of_part.rows[-1].scores, key=lambda score: score.relative_error)
+        yield of_part.component, f"{worst.output}: cosine {worst.cosine:.5f}, relative error {worst.relative_error:.1%}"
     if evaluation is None:
-        yield "accuracy", "not compared with the base yet (--evaluate)"
+        if not outputs:
+            yield "accuracy", "not compared with the base yet (--evaluate)"
         return
     for one in evaluation.texts:
         yield (

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from stages.commands.tables import Column, DataTable
 from stages.evaluation.accuracy import Guess, WorstToken
-from stages.evaluation.records import Evaluation, Generation, ModelRow, Rate, SpeedTest, TaskScore
+from stages.evaluation.records import Evaluation, Generation, ModelRow, OutputEvaluation, Rate, SpeedTest, TaskScore
+from stages.model.directory import DECODER
 from stages.quantization.weights.summary import ranges
 from stages.records.quantities import counted
 from stages.records.results import VerifyReport
@@ -71,6 +72,35 @@ def _accuracy_row(row: ModelRow, base: ModelRow) -> tuple[Cell, ...]:
         number(accuracy.divergence_99, ".4f"),
         megabytes(row.bytes),
         percent(row.bytes / base.bytes),
+    )
+
+
+def output_tables(evaluation: OutputEvaluation) -> Figure:
+    """Return cosine similarity and relative error of every output of every model beside its base's."""
+    headings = ("model", "output", "cosine", "worst cosine", "relative error", "vectors", "MB", "of the base")
+    base = evaluation.rows[0]
+    rows: list[tuple[Cell, ...]] = [
+        (
+            row.name,
+            score.output,
+            f"{score.cosine:.6f}",
+            f"{score.worst_cosine:.4f}",
+            percent(score.relative_error),
+            str(score.vectors),
+            megabytes(row.bytes),
+            percent(row.bytes / base.bytes),
+        )
+        for row in evaluation.rows[1:]
+        for score in row.scores
+    ]
+    levels = "; ".join(f"{row.name}: {row.accuracy_level}" for row in evaluation.rows[1:])
+    return Figure(
+        name=f"outputs-{evaluation.component}",
+        heading="Outputs" if evaluation.component == DECODER else f"Outputs of {evaluation.component}",
+        text=f"{counted(evaluation.samples, 'sample')} of {evaluation.source} that no calibration saw, beside "
+        f"{base.name}. Cosine similarity of vectors along the last axis, mean and worst; relative error over all "
+        f"numbers. Accuracy level: {levels}.",
+        tables=(table(headings, rows, texts=2),),
     )
 
 
@@ -270,6 +300,11 @@ def tables_of(evaluation: Evaluation) -> Iterator[DataTable]:
         speed_tables(evaluation.speed),
         task_tables(evaluation.tasks),
     )
+
+
+def tables_of_outputs(evaluation: OutputEvaluation) -> Iterator[DataTable]:
+    """Yield the tables of a comparison of outputs for the terminal."""
+    yield from _terminal_tables(output_tables(evaluation))
 
 
 def tables_of_worst(evaluation: Evaluation) -> Iterator[DataTable]:

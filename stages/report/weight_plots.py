@@ -182,6 +182,7 @@ def _columns(sites: Sequence[QuantizedSite], name: str) -> dict[str, str]:
     return {
         "MatMuls": name,
         "layers": ranges(layers) or UNKNOWN,
+        "tokens": span([report.tokens for report in reports], "{:,}".format),
         "format": sites[0].stored or format_in_words(sites[0].report.format),
         "MB": megabytes(sum(report.bytes for report in reports)),
         "rounded": span([report.loss_rtn for report in reports], percent),

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, logits_among
 from stages.runtime.cpu.runnable import open_file
-from stages.runtime.feeds import CausalFeeds, Feed
+from stages.runtime.feeds import CausalFeeds, as_values
 from stages.runtime.session import SessionSettings, runtime_reason
 
 _PAST = re.compile(r"past(_key_values)?")
@@ -36,7 +36,7 @@ class Decoder:
             UserError: the graph takes shorter windows, gives logits of some tokens only, or ONNX Runtime stops.
         """
         windows = self.feeds.window.filled(tokens)
-        found = [self._run([self._logits], _as_values(self.feeds(each)))[0] for each in windows]
+        found = [self._run([self._logits], as_values(self.feeds(each)))[0] for each in windows]
         logits = np.concatenate([part.numpy() for part in found]).astype(np.float32, copy=False)
         batch, length = tokens.shape
         if logits.ndim != 3 or logits.shape[1] < length:
@@ -65,12 +65,12 @@ class Decoder:
             yield known[-1]
 
     def _cached(self, tokens: list[int], present_of: Mapping[str, str]) -> Iterator[int]:
-        feeds, length = _as_values(self.feeds(np.array([tokens]))), len(tokens)
+        feeds, length = as_values(self.feeds(np.array([tokens]))), len(tokens)
         while True:
             logits, *presents = self._run([self._logits, *present_of.values()], feeds)
             token = int(logits.numpy()[0, -1].argmax())
             yield token
-            next_feeds = _as_values(self.feeds(np.array([[token]]), past=length))
+            next_feeds = as_values(self.feeds(np.array([[token]]), past=length))
             feeds = next_feeds | dict(zip(present_of, presents, strict=True))
             length += 1
 
@@ -109,10 +109,3 @@ def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: 
     with open_file(directory.onnx_file, settings, scratch) as session:
         feeds = CausalFeeds.of(session, directory, advice="evaluate it with the program that it was made for")
         yield Decoder(directory=directory, feeds=feeds)
-
-
-def _as_values(feeds: Mapping[str, Feed]) -> dict[str, ort.OrtValue]:
-    return {
-        name: feed if isinstance(feed, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(feed)
-        for name, feed in feeds.items()
-    }

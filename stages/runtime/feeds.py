@@ -1,12 +1,12 @@
-"""Make the inputs of a decoder graph from windows of tokens: for calibration, evaluation and verification alike.
+"""Make the inputs of a graph from windows of tokens, or from samples: for calibration, evaluation and verification.
 
-Caches and states are zeros, as before the first token. Where the graph takes embedded tokens, the embedding model makes
-them.
+Of a decoder, caches and states are zeros, as before the first token. Where the graph takes embedded tokens, the
+embedding model makes them. Samples give the inputs of any graph by name: of encoders, projectors, embedding models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,10 +38,15 @@ from stages.runtime.graph_inputs import (
     WindowShape,
     inputs_of_graph,
     inputs_of_session,
+    token_input,
 )
 from stages.runtime.session import SessionSettings
 
 Feed: TypeAlias = np.ndarray | ort.OrtValue
+Sample: TypeAlias = Mapping[str, np.ndarray]
+"""What a graph's inputs hold in one run, by their names, in any numeric type."""
+Batch: TypeAlias = "np.ndarray | Sample"
+"""What a graph is run on at a time: token ids [batch, length], or a sample."""
 _BFLOAT16 = FLOAT_TYPES["bfloat16"].onnxruntime
 _NUMPY_TYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
@@ -136,7 +141,7 @@ class CausalFeeds:
         made = {} if self.embedding is None else self.embedding(tokens)
         fed = [given for given in self.inputs if not (past and given.role == STATE)]
         values = {given: made[given.name] if given.name in made else self._value(given, tokens, size) for given in fed}
-        return {given.name: self._declared(given, value) for given, value in values.items()}
+        return {given.name: as_declared(given, value, self.shapes) for given, value in values.items()}
 
     def _value(self, given: GraphInput, tokens: np.ndarray, size: TokenShape) -> np.ndarray:
         shape = self.shapes.shape(given, size, mask_length=self.hidden_past + size.total)
@@ -172,18 +177,34 @@ class CausalFeeds:
             return seen
         return np.where(seen, 0.0, _lowest(dtype))  # added to the scores
 
-    def _declared(self, given: GraphInput, value: np.ndarray) -> Feed:
-        """Return ``value`` in the declared type; numpy has no bfloat16 that ONNX Runtime takes, so that its bits go."""
-        dtype = _NUMPY_TYPES.get(given.type)
-        if dtype is None:
-            raise self.shapes.refuse(given, f"has type {given.type}, which can't be fed")
-        array = np.array(value, dtype, order="C")  # a copy, which torch may write to
-        if given.type != _BFLOAT16:
-            return array
-        bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            array.view(np.uint16), ir.DataType.BFLOAT16
-        )
-        return bits
+
+def as_declared(given: GraphInput, value: np.ndarray, shapes: InputShapes) -> Feed:
+    """Return ``value`` in the declared type; numpy has no bfloat16 that ONNX Runtime takes, so that its bits go.
+
+    Args:
+        given: the input.
+        value: what it shall hold, in any type.
+        shapes: gives the fix where the input's type can't be fed.
+
+    Raises:
+        GraphError: the input has a type that numpy lacks.
+    """
+    dtype = _NUMPY_TYPES.get(given.type)
+    if dtype is None:
+        raise shapes.refuse(given, f"has type {given.type}, which can't be fed")
+    array = np.array(value, dtype, order="C")  # a copy, which torch may write to
+    if given.type != _BFLOAT16:
+        return array
+    bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ir.DataType.BFLOAT16)
+    return bits
+
+
+def as_values(feeds: Mapping[str, Feed]) -> dict[str, ort.OrtValue]:
+    """Return ``feeds`` as a session takes them where some of them are ONNX Runtime's own values."""
+    return {
+        name: feed if isinstance(feed, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(feed)
+        for name, feed in feeds.items()
+    }
 
 
 def _lowest(dtype: np.dtype[Any]) -> float:
@@ -314,3 +335,86 @@ def _inputs_of_file(directory: ModelDirectory) -> tuple[GraphInput, ...]:
     except Exception:  # load_graph says what is wrong with the file
         return ()
     return inputs_of_graph(model, directory)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleFeeds:
+    """The inputs of an open session for samples that all hold the same inputs."""
+
+    session: ort.InferenceSession
+    inputs: tuple[GraphInput, ...]
+    """Those that samples give."""
+    shapes: InputShapes
+    others: CausalFeeds | None
+    """Gives what follows from the tokens; None where samples give everything."""
+    tokens: str | None
+    """The name of the token ids in a sample, if it has any."""
+
+    @classmethod
+    def of(
+        cls,
+        session: ort.InferenceSession,
+        directory: ModelDirectory,
+        fed_otherwise: frozenset[str] = frozenset(),
+        *,
+        names: frozenset[str],
+    ) -> SampleFeeds:
+        """Return the feeds of a session whose model, or a part of it, lies in ``directory``.
+
+        Args:
+            session: the open session.
+            directory: names inputs as genai_config.json does.
+            fed_otherwise: inputs that the caller feeds.
+            names: the inputs that every sample holds.
+
+        Raises:
+            GraphError: an input is neither in the samples nor follows from their tokens.
+        """
+        known = tuple(given for given in inputs_of_session(session, directory) if given.name not in fed_otherwise)
+        lacking = [given for given in known if given.name not in names]
+        others = None
+        tokens = token_input(names, directory)
+        if lacking:
+            _require_tokens(lacking, names, tokens)
+            others = CausalFeeds.of(session, directory, fed_otherwise=fed_otherwise | names)
+        return cls(
+            session=session,
+            inputs=tuple(given for given in known if given.name in names),
+            shapes=InputShapes.of(directory),
+            others=others,
+            tokens=tokens,
+        )
+
+    def __call__(self, sample: Sample) -> dict[str, Feed]:
+        """Return the feeds for a sample.
+
+        Raises:
+            GraphError: an input has a type that can't be fed.
+        """
+        feeds = {given.name: as_declared(given, sample[given.name], self.shapes) for given in self.inputs}
+        if self.others is None:
+            return feeds
+        assert self.tokens is not None, "it was checked"
+        return self.others(sample[self.tokens]) | feeds
+
+
+def require_sample_inputs(model: ir.Model, directory: ModelDirectory, names: frozenset[str]) -> None:
+    """Check, before anything runs, that samples that hold the inputs ``names`` give all inputs of ``model``.
+
+    Raises:
+        GraphError: an input is neither among them nor follows from their tokens.
+    """
+    lacking = [given for given in inputs_of_graph(model, directory) if given.name not in names]
+    if lacking:
+        _require_tokens(lacking, names, token_input(names, directory))
+        shapes = InputShapes.of(directory)
+        for given in lacking:
+            shapes.require_from_text(given)
+
+
+def _require_tokens(lacking: list[GraphInput], names: Collection[str], tokens: str | None) -> None:
+    if tokens is None:
+        raise GraphError(
+            f"Graph input '{lacking[0].name}' has no default and isn't in the samples, which hold "
+            f"{', '.join(sorted(names)) or 'no input of the graph'}; give every input in .npz files, by its name."
+        )

@@ -25,7 +25,7 @@ CACHE_POSITIONS, BEAMS, _PAST_LENGTH = "cache_position", "beam_idx", "past_seque
 _ADAPTER = "adapter"
 CARRY_TOKENS = frozenset({TOKENS, *EMBEDDED})
 """Names of the inputs that depend on the tokens themselves; others only on their number."""
-ROUND = "quantize with --algo rtn_dq, which runs no model"
+ROUND = "pass --samples with files that hold it, or quantize with --algo rtn_dq, which runs no model"
 """The fix in messages about graphs that can't be calibrated."""
 
 
@@ -127,6 +127,12 @@ def _role(name: str, configured: Mapping[str, str]) -> str:
 
 def _as_expression(pattern: str) -> str:
     return re.escape(pattern).replace("%d", r"\d+")
+
+
+def token_input(names: Iterable[str], directory: ModelDirectory) -> str | None:
+    """Return which of the inputs ``names`` of the graph in ``directory`` holds token ids; None where none does."""
+    roles = _roles(sorted(names), directory.input_names)
+    return next((name for name, role in roles.items() if role == TOKENS), None)
 
 
 def inputs_of_session(session: ort.InferenceSession, directory: ModelDirectory) -> tuple[GraphInput, ...]:

@@ -8,11 +8,12 @@ partitions go through numpy, which has no bfloat16: as float32 there and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +29,7 @@ from stages.model.partition import Partition
 from stages.runtime.cpu.norms import must_write_out_norms
 from stages.runtime.cpu.runnable import runnable_graph, without_weights
 from stages.runtime.cpu.upcast import must_upcast
-from stages.runtime.feeds import CausalFeeds
+from stages.runtime.feeds import Batch, CausalFeeds, Feed, SampleFeeds
 from stages.runtime.providers import CPU_ONLY, CUDA, ProviderChoice
 from stages.runtime.session import (
     NO_KERNEL,
@@ -149,6 +150,10 @@ def _feedable(graph: ir.Graph, name: str, dtype: np.dtype[np.generic]) -> str:
     return f"{name}/float32"
 
 
+FeedsOpener: TypeAlias = Callable[[ort.InferenceSession, ModelDirectory, frozenset[str]], CausalFeeds | SampleFeeds]
+"""Makes the feeds of an open session of a model, but for the inputs, named last, that its caller feeds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationTap:
     """An open session of a tapped graph; leaving it closes the session and removes temporary weights, if any.
@@ -166,12 +171,12 @@ class ActivationTap:
     """Whether a float32 copy of a bfloat16 graph runs."""
     norms_written_out: bool
     """Whether the norms inside attention run as nodes before it."""
-    _open_feeds: list[CausalFeeds]
+    _open_feeds: list[CausalFeeds | SampleFeeds]
     """The session's feeds, until ``_resources`` are closed; then nothing."""
     _resources: ExitStack
 
     @property
-    def feeds(self) -> CausalFeeds:
+    def feeds(self) -> CausalFeeds | SampleFeeds:
         """Return the feeds of the open session.
 
         Raises:
@@ -189,23 +194,21 @@ class ActivationTap:
     ) -> None:
         self._resources.close()
 
-    def run(
-        self, tokens: np.ndarray, boundary_values: Mapping[str, np.ndarray] = _NO_VALUES
-    ) -> Iterator[tuple[str, Tensor]]:
+    def run(self, batch: Batch, boundary_values: Mapping[str, np.ndarray] = _NO_VALUES) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, value in the graph's type, [batch, length, ...]) of one forward pass.
 
         Values lie where they were computed, on the CPU or a CUDA device, and are not copied.
 
         Args:
-            tokens: token ids [batch, length].
-            boundary_values: what earlier partitions computed for the same tokens.
+            batch: token ids [batch, length], or a sample where the tap was opened for samples.
+            boundary_values: what earlier partitions computed for the same batch.
 
         Raises:
             GraphError: ONNX Runtime stops; its reason is repeated.
             RuntimeError: the tap is closed.
         """
         session = self.feeds.session
-        feeds = self.feeds(tokens) | {self.boundary_inputs[name]: array for name, array in boundary_values.items()}
+        feeds = self._fed(batch) | {self.boundary_inputs[name]: array for name, array in boundary_values.items()}
         binding = _bound(session, feeds)
         options = ort.RunOptions()
         options.log_severity_level = _FATAL  # what it would log is in the exception
@@ -219,6 +222,14 @@ class ActivationTap:
             ) from error
         for name, output in zip(self.values, binding.get_outputs(), strict=True):
             yield name, _as_torch(output)
+
+    def _fed(self, batch: Batch) -> dict[str, Feed]:
+        feeds = self.feeds
+        if isinstance(feeds, CausalFeeds):
+            assert isinstance(batch, np.ndarray), "the tap was opened for tokens"
+            return feeds(batch)
+        assert not isinstance(batch, np.ndarray), "the tap was opened for samples"
+        return feeds(batch)
 
 
 def _bound(session: ort.InferenceSession, feeds: Mapping[str, np.ndarray | ort.OrtValue]) -> ort.IOBinding:
@@ -273,6 +284,7 @@ def open_partition_tap(
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None,
     boundary_types: Mapping[str, np.dtype[np.generic]],
+    make_feeds: FeedsOpener = CausalFeeds.of,
 ) -> ActivationTap:
     """Open a partition of the graph, on the first providers that run it, to yield its outputs.
 
@@ -283,6 +295,7 @@ def open_partition_tap(
         provider_options: options by the provider that they go to.
         scratch: see ``open_graph``.
         boundary_types: numpy types of the boundary inputs, by their names.
+        make_feeds: opens the feeds of its session: for tokens, or for samples.
 
     Raises:
         GraphError: ONNX Runtime can't open that part of the base model.
@@ -290,7 +303,7 @@ def open_partition_tap(
     values = tuple(str(output.name) for output in partition.model.graph.outputs)
     tapped = tapped_model(partition.model, values)
     boundary_inputs = {name: _feedable(tapped.graph, name, boundary_types[name]) for name in partition.boundary_inputs}
-    return _open(tapped, values, directory, choice, provider_options, scratch, boundary_inputs)
+    return _open(tapped, values, directory, choice, provider_options, scratch, boundary_inputs, make_feeds)
 
 
 def _open(
@@ -301,10 +314,11 @@ def _open(
     provider_options: Mapping[str, Mapping[str, str]],
     scratch: Path | None,
     boundary_inputs: Mapping[str, str],
+    make_feeds: FeedsOpener = CausalFeeds.of,
 ) -> ActivationTap:
     with ExitStack() as temporary:
         opened = open_graph(tapped, directory, choice, scratch, temporary, provider_options)
-        open_feeds = [CausalFeeds.of(opened.session, directory, fed_otherwise=frozenset(boundary_inputs.values()))]
+        open_feeds = [make_feeds(opened.session, directory, frozenset(boundary_inputs.values()))]
         temporary.callback(open_feeds.clear)  # last in, first out: the session goes before the files that it maps
         return ActivationTap(
             values=values,

@@ -171,18 +171,21 @@ def test_narrow_models(
     assert all(weight.scales.dtype.itemsize == 2 for weight in _weights(tmp_path / "out"))
 
 
-def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_searched(
+def test_blocks_with_experts_are_tuned_and_error_feedback_leaves_the_experts(
     tiny_tokenizer: Path, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:
     family = next(family for family in FAMILIES if family.name == "gpt-oss")
     save_random_model(family.config(), family.width, tmp_path / "hf", tiny_tokenizer)
     build_genai_model(tmp_path / "hf", tmp_path / "base")
     cache = _calibrated(tmp_path / "base", tiny_text, tmp_path)
-    code, printed = _quantize(commands, tmp_path / "base", cache, tmp_path / "out", *_TUNING)
-    assert code == 2
-    assert "Layer 0 holds the experts of" in printed
-    assert "MoE" in printed
-    assert not (tmp_path / "out.weights" / "earlier").exists()
+    quick = ("--signround_iters", 10, "--signround_batch_size", 8, "--signround_start", "awq_lite", "--block_size", 16)
+    steps = ("--refine", "--algo", "signround", "--distill", 16, "--dataset", tiny_text, "--seq_len", 64)
+    code, printed = _quantize(commands, tmp_path / "base", cache, tmp_path / "out", *quick, *steps)
+    assert code == 0, printed
+    assert "--refine corrects the MatMuls; experts of MoE nodes stay as they were searched" in printed
+    reports = [json.loads(line) for line in (tmp_path / "out.weights" / "report.jsonl").read_text().splitlines()]
+    assert all("distill" in report["algorithm"] for report in reports if "layers." in report["site"])
+    assert any("/experts." in report["site"] for report in reports)
 
 
 @pytest.mark.parametrize(

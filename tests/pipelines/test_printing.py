@@ -42,7 +42,7 @@ def test_on_a_pipe_lines_appear_while_the_command_runs(tiny_model: Path, tiny_ca
     assert process.returncode == 0
     lines = errors.splitlines()
     assert any(line.startswith("search: 8 of 8 groups in ") and ", error 0." in line for line in lines), errors
-    assert any(line.startswith("checking products: 10 of 10 sites in ") for line in lines), errors
+    assert any(line.startswith("checking weights: 10 of 10 sites in ") for line in lines), errors
     assert not any(character in errors + rest for character in "\x1b\r━")
     assert "10 of 10 sites run as MatMulNBits" in rest
     logged = log.read_text(encoding="utf-8")

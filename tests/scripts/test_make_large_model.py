@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from scripts.options import LargeModelConfig
 from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
-from stages.model.sites import find_sites
+from stages.model.sites import find_expert_layers, find_sites
 from stages.runtime.feeds import CausalFeeds
 from tests.support.tiny_models import VOCABULARY
 
@@ -54,6 +55,34 @@ def test_a_written_model_is_a_base_model_that_runs(tmp_path: Path, monkeypatch: 
     assert np.isfinite(logits.astype(np.float32)).all()
     with pytest.raises(UserError, match="--output"):
         command.make_large_model(config)
+
+
+def test_a_mixture_has_the_nodes_of_a_gpt_oss_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.SHAPES, "gpt-oss-20b", replace(LIKE_THE_TINY_LLAMA, experts=4, chosen=2))
+    config = LargeModelConfig(output=tmp_path / "base", shape="gpt-oss-20b", precision="fp32")
+    command.make_large_model(config)
+    directory = locate_model(config.output)
+    layers = find_expert_layers(load_graph(directory))
+    assert [layer.name for layer in layers] == ["/model/layers.0/moe/MoE", "/model/layers.1/moe/MoE"]
+    assert [(layer.experts, layer.hidden, layer.inner, layer.routing.top_k) for layer in layers] == [(4, 64, 96, 2)] * 2
+    session = ort.InferenceSession(directory.onnx_file, providers=["CPUExecutionProvider"])
+    logits = session.run(["logits"], CausalFeeds.of(session, directory)(np.array([[1, 2, 3]])))[0]
+    assert np.isfinite(logits).all()
+    assert np.abs(logits).max() > 0
+
+
+def test_a_sparse_model_takes_no_room_and_has_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = replace(LIKE_THE_TINY_LLAMA, vocabulary=50_000, experts=4, chosen=2)
+    monkeypatch.setitem(command.SHAPES, "gpt-oss-20b", wide)
+    config = LargeModelConfig(output=tmp_path / "base", shape="gpt-oss-20b", sparse=True)
+    command.make_large_model(config)
+    data = (config.output / "model.onnx.data").stat()
+    assert data.st_size > 2 * 2 * 50_000 * 64
+    assert 512 * data.st_blocks < 100_000
+    model = load_graph(locate_model(config.output))
+    dense = random_llama(wide, ir.DataType.FLOAT16, seed=0)
+    shapes = [{name: value.shape for name, value in each.graph.initializers.items()} for each in (model, dense)]
+    assert shapes[0] == shapes[1]
 
 
 def test_weights_depend_on_the_seed_and_their_name_alone() -> None:

@@ -72,7 +72,9 @@ def the_layer(model: ir.Model) -> ExpertLayer:
     return layer
 
 
-def rounded_store(folder: Path, model: ir.Model, spec: QuantSpec, *, takes_level: bool = True) -> QuantizedStore:
+def rounded_store(
+    folder: Path, model: ir.Model, spec: QuantSpec, *, takes_level: bool = True, says_raw: bool = False
+) -> QuantizedStore:
     """Round every expert of the model's only MoE node to ``spec`` and store it."""
     layer, device = the_layer(model), choose_device("cpu")
     recipe = ExportRecipe(
@@ -84,6 +86,7 @@ def rounded_store(folder: Path, model: ir.Model, spec: QuantSpec, *, takes_level
         search="0",
         summary="rounded",
         experts_take_level=takes_level,
+        experts_say_raw=says_raw,
     )
     store = create_or_resume_store(folder, recipe, overwrite=False)
     for index, group in enumerate(layer.groups):

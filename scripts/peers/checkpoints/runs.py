@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from scripts.options import AutoRoundRecipe, PeerConfig
-from scripts.peers.checkpoints.graph import write_graph
 from scripts.peers.environment import ensure_environment, pinned_version, python_of
 from scripts.peers.peer import (
     Peer,
@@ -24,15 +24,19 @@ from scripts.peers.peer import (
     make_float_checkpoint,
     zero_points,
 )
-from stages.commands.quantize_options import QuantizeConfig
+from stages.commands.quantize_options import Embedding, QuantizeConfig
 from stages.evaluation.bench.runs import Run
-from stages.model.directory import ModelDirectory
+from stages.model.directory import ModelDirectory, locate_model
+from stages.model.load import load_graph
+from stages.quantization.plan.plan import plan_model
+from stages.quantize import quantize
 
 _HERE = Path(__file__).parent
 OLIVE_RUNNER = _HERE / "run_olive.py"
 AUTOROUND_RUNNER = _HERE / "run_autoround.py"
 CHECKPOINT_REQUIREMENTS = _HERE / "checkpoints.txt"
 _PACKAGES = {"olive": "olive-ai", "autoround": "auto-round"}
+_WORDS: Mapping[int | None, Embedding] = MappingProxyType({4: "4", 8: "8", None: "none"})
 _WINDOWS = "calibration-windows.npy"
 _RECIPES: Mapping[AutoRoundRecipe, dict[str, float]] = MappingProxyType(
     {"default": {}, "light": {"iters": 50, "lr": 5e-3}, "best": {"iters": 1000}}
@@ -94,12 +98,35 @@ def _peer(
         command=(str(python_of(config.checkpoint_environment_path)), str(runner), json.dumps(content)),
         model=folder,
         before=prepare,
-        after=partial(write_graph, quantized, _our_formats(request, base, folder), title=name),
+        after=partial(write_graph, quantized, _our_formats(request, base, folder)),
     )
     package = _PACKAGES[library]
     version = pinned_version(CHECKPOINT_REQUIREMENTS, package)
     return Peer(
         run=run, note=f"{package} {version}, all windows; lm_head and embedding rounded, in our default formats"
+    )
+
+
+def write_graph(folder: Path, config: QuantizeConfig) -> None:
+    """Write the model ``config.output_path`` with the weights of the checkpoint in ``folder``.
+
+    What the checkpoint leaves in floating point, lm_head and the embedding, gets the format that ``config`` gives it,
+    so that rows of a table differ in the decoder's weights and nothing else.
+
+    Raises:
+        UserError: the checkpoint can't be read, or isn't the base's.
+    """
+    directory = locate_model(config.onnx_path)
+    choice = plan_model(config, load_graph(directory), directory).choice
+    quantize(
+        replace(
+            config,
+            checkpoint=folder,
+            lm_head=choice.lm_head or "none",
+            embedding=_WORDS[choice.embedding_bits],
+            block_size=None,
+            use_zero_point=None,
+        )
     )
 
 

@@ -157,6 +157,11 @@ def open_documents(
         title, documents = _INSTALLED[dataset]
         return Documents(title=f"{dataset}: {title}", texts=_shuffled(documents(), seed))
     path = Path(dataset)
+    if path.is_dir() or path.suffix.lower() in (".npz", ".npy"):
+        raise UserError(
+            f"--dataset {dataset} is no text; pass arrays, images or sounds as --samples, and text as a .txt, .jsonl "
+            "or .parquet file."
+        )
     if path.suffix.lower() not in (".txt", *_TABLES):
         raise UserError(
             f"--dataset {dataset} is none of {', '.join((*hub_sources, MIX, *MIX_PARTS))}, and not a .txt, .jsonl or "

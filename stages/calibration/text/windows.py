@@ -72,6 +72,16 @@ class TokenWindows:
     fingerprint: str
     """sha256 hex over token ids, shapes and split."""
 
+    @property
+    def seq_len(self) -> int:
+        """Return the number of tokens in each window."""
+        return int(self.calibration.shape[1])
+
+    def batches(self, part: str, batch_size: int) -> list[Int64[np.ndarray, "batch seq_len"]]:
+        """Return what is run of a part, ``batch_size`` windows at a time."""
+        tokens = self.held_out if part == "held_out" else self.calibration
+        return [tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size)]
+
     def in_whole_batches(self, size: int) -> TokenWindows:
         """Return these windows, the first of each part repeated at its end where the last batch isn't full."""
 

@@ -27,7 +27,7 @@ class BlockContext:
     calibration: StreamPair
     held_out: StreamPair
     searched: Mapping[str, SearchStats]
-    """By activation: how much tokens and output channels count."""
+    """By activation: how much tokens and output channels count; those of experts are too large to hold together."""
 
     @property
     def stored(self) -> dict[str, QuantizedWeight]:

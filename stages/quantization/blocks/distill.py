@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from stages.calibration.cache import CalibrationCache
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.progress import progress_bar
 from stages.errors import UserError, in_one_line
@@ -36,7 +35,7 @@ from stages.quantization.search.affine import join, round_to_storage, split
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import torch_float
 from stages.records.quantities import duration
-from stages.records.results import QuantizedWeight
+from stages.records.results import QuantizedWeight, SearchStats
 from stages.runtime.blocks.chain import Chain
 from stages.runtime.blocks.cut import DecoderBlock
 from stages.runtime.blocks.module import BlockModule
@@ -208,7 +207,9 @@ class QuantizedChain:
         leaves = {name: weights[name].requires_grad_() for name in names}
         entering = stream.detach().requires_grad_()
         leaving = self._runner(link, batch)(entering, weights | leaves)
-        of_stream, *of_weights = torch.autograd.grad(leaving, [entering, *leaves.values()], gradient)
+        of_stream, *of_weights = torch.autograd.grad(
+            leaving, [entering, *leaves.values()], gradient, allow_unused=True, materialize_grads=True
+        )  # no token may have gone to an expert
         for (name, weight), of_weight in zip(leaves.items(), of_weights, strict=True):
             self.trained[name].take_gradient(weight.detach(), of_weight)
         return of_stream
@@ -249,7 +250,8 @@ class Distiller:
 
     chain: Chain
     directory: ModelDirectory
-    cache: CalibrationCache
+    read_stats: Callable[[str], SearchStats]
+    """Gives what the search minimized, by activation."""
     start: QuantizedStore
     store: QuantizedStore
     windows: TokenWindows
@@ -357,7 +359,7 @@ class Distiller:
             return
         weights = {name: trained[name].quantized(logs[name]) for name in names}
         originals = {site.name: read_weight(self.chain.graph, site, self.device) for site in solved.group.sites}
-        searched = self.cache.read_for_search(solved.group.activation)
+        searched = self.read_stats(solved.group.activation)
         self.store.write(index, reported(solved, weights, originals, searched, "distill"))
 
     @property

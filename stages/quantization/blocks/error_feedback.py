@@ -163,12 +163,14 @@ class ErrorFeedback:
     def refine_block(self, advance: Callable[[], None]) -> TunedBlock:
         """Solve the block's sites with error feedback; keep the start where the held-out loss doesn't fall.
 
-        ``advance`` is called after each group. Both models' blocks run once a group, as far as its activation.
+        Experts stay: routers send other tokens to them than in the float model. ``advance`` is called after each
+        group. Both models' blocks run once a group, as far as its activation.
         """
         start = self.block.stored
         stored = dict(start)
         for group in self.block.starts:
-            stored |= {weight.site.name: weight for weight in self._refine_group(group, stored)}
+            if not group.group.is_of_expert:
+                stored |= {weight.site.name: weight for weight in self._refine_group(group, stored)}
             advance()
         losses = [self.block.held_out_loss(weights) for weights in (start, stored)]
         kept = stored if losses[1] < losses[0] else start

@@ -26,7 +26,7 @@ from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import SignRoundOptions, StreamPair, TunedBlock, tune_block
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.weights.store import QuantizedStore
-from stages.records.results import SolvedGroup
+from stages.records.results import SearchStats, SolvedGroup
 from stages.runtime.blocks.cut import DecoderBlock, cut_block
 from stages.runtime.blocks.decoder import DecoderBlocks
 from stages.runtime.blocks.module import BlockModule
@@ -114,6 +114,8 @@ class BlockTuner:
     step: BlockStep
     batch_size: int
     device: torch.device
+    read_stats: Callable[[str], SearchStats]
+    """Gives what the search minimized, by activation."""
 
     def tune(self) -> None:
         """Tune the blocks that aren't finished; groups outside of blocks are copied as they are.
@@ -180,7 +182,11 @@ class BlockTuner:
                 starts=starts,
                 calibration=calibration,
                 held_out=held_out,
-                searched={each.group.activation: self.cache.read_for_search(each.group.activation) for each in starts},
+                searched={
+                    each.group.activation: self.read_stats(each.group.activation)
+                    for each in starts
+                    if not each.group.is_of_expert
+                },
             )
             result = self.step(context, advance)
             for index, solved in zip(groups, self._reported(context, result), strict=True):
@@ -194,8 +200,11 @@ class BlockTuner:
         """Yield the block's groups with their tuned weights and new reports."""
         weights = {weight.site.name: weight for weight in result.weights}
         for solved in context.starts:
-            searched = context.searched[solved.group.activation]
-            tuned = reported(solved, weights, context.originals, searched, self.step.name)
+            tuned, activation = solved, solved.group.activation
+            is_left = solved.group.is_of_expert and all(weights[each.site.name] is each for each in solved.weights)
+            if not is_left:
+                searched = context.searched.get(activation) or self.read_stats(activation)
+                tuned = reported(solved, weights, context.originals, searched, self.step.name)
             reports = (
                 replace(report, block_loss_start=result.start_loss, block_loss=result.loss) for report in tuned.reports
             )

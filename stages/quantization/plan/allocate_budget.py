@@ -7,22 +7,27 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
+from stages.calibration.end_loss import PROJECTIONS
+from stages.calibration.expert_statistics import ExpertStatistics
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
-from stages.model.sites import find_groups
+from stages.model.sites import find_expert_layers, find_groups
 from stages.model.weights import read_weight
-from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_plan
+from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_experts, chosen_plan
 from stages.quantization.plan.embeddings import following_heads
-from stages.quantization.plan.forecast import Forecasts, forecast_site, read_forecasts, write_forecasts
+from stages.quantization.plan.forecast import Forecasts, forecast_expert, forecast_site, read_forecasts, write_forecasts
 from stages.quantization.plan.lookups import LookupForecast
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
+from stages.quantization.search.affine import RangeRule
 from stages.quantization.search.objective import search_to_device
 from stages.records.formats import QuantSpec
+from stages.records.results import SearchStats
 from stages.records.sites import ActivationGroup, MatMulSite
 
 
@@ -59,7 +64,7 @@ def allocate_budget(
     undecided = plan.left_open
     assert undecided is not None, "the caller has a plan with a budget"
     groups = find_groups(model)
-    losses = _forecast(groups, undecided, model, cache, device)
+    losses = _forecast((*groups, *plan.experts.groups), undecided, model, cache, device)
     if undecided.sensitivity == "measured":
         measure = SensitivityMeasure(
             model=model,
@@ -80,9 +85,8 @@ def allocate_budget(
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
     decided = _decided(plan, undecided, groups, labels)
     summary = _summary(undecided, decided.sites, allocation.loss, in_nats=in_nats)
-    candidates = {each.site.name: each for each in undecided.candidates}
+    candidates = {each.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
-    decided = replace(decided, sites=plan.experts.joined(decided.sites))
     return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
 
 
@@ -113,16 +117,14 @@ def _with_lookups(
     return added
 
 
-def needs_weights(groups: Sequence[ActivationGroup], undecided: OpenPlan, cache: CalibrationCache) -> bool:
+def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:
     """Return whether a site's losses have to be forecast: no earlier budget on the same statistics has done it.
 
     Args:
-        groups: all sites of the model.
         undecided: the formats that each site may have.
         cache: where forecasts are kept.
     """
-    known = read_forecasts(cache.folder, undecided.scale_range)
-    return bool(_unforecast(groups, _specs(undecided.candidates), known))
+    return bool(_unforecast(undecided.candidates, read_forecasts(cache.folder, undecided.scale_range)))
 
 
 def unmeasured_groups(
@@ -145,34 +147,45 @@ def _forecast(
     cache: CalibrationCache,
     device: torch.device,
 ) -> Forecasts:
-    """Return the forecasts of all sites, and keep those that are new in the cache's folder."""
-    specs, rule = _specs(undecided.candidates), undecided.scale_range
+    """Return the forecasts of all candidates, and keep those that are new in the cache's folder."""
+    rule, experts = undecided.scale_range, ExpertStatistics(model, find_expert_layers(model), cache, device)
     known = read_forecasts(cache.folder, rule)
-    missing = _unforecast(groups, specs, known)
+    missing = {site.name: each for each in _unforecast(undecided.candidates, known) for site in each.sites}
+    found: Forecasts = {}
+    lacking = [group for group in groups if any(site.name in missing for site in group.sites)]
     with progress_bar() as progress:
-        for group in progress.track(missing, description="forecast", unit="groups"):
-            stats = search_to_device(cache.read_for_search(group.activation), device)
+        for group in progress.track(lacking, description="forecast", unit="groups"):
+            read = experts.read if experts.has(group.activation) else cache.read_for_search
+            stats = search_to_device(read(group.activation), device)
             for site in group.sites:
-                found = forecast_site(site, read_weight(model, site, device), specs[site.name], stats, rule)
-                known[site.name] = known.get(site.name, {}) | found
-    if missing:
+                if (each := missing.get(site.name)) is not None:
+                    losses = _losses(each, site, read_weight(model, site, device), stats, rule)
+                    before = found.get(each.name, {})
+                    found[each.name] = {label: before.get(label, 0.0) + loss for label, loss in losses.items()}
+    if lacking:
+        known |= {name: known.get(name, {}) | losses for name, losses in found.items()}
         write_forecasts(cache.folder, rule, known)
-    return {name: known[name] for name in specs}
+    return {each.name: known.get(each.name, {}) for each in undecided.candidates}
+
+
+def _losses(
+    candidates: SiteCandidates, site: MatMulSite, weight: Tensor, stats: SearchStats, rule: RangeRule
+) -> dict[str, float]:
+    """Return what each format costs one of the candidates' sites; experts' relative errors become their mean."""
+    if site.expert is None:
+        return forecast_site(site, weight, candidates.specs, stats, rule)
+    losses = forecast_expert(site, weight, candidates.specs, stats, rule)
+    experts = 1 if stats.channel_weights else len(candidates.sites) / len(PROJECTIONS)
+    return {label: loss / experts for label, loss in losses.items()}
 
 
 def _specs(candidates: Sequence[SiteCandidates]) -> dict[str, dict[str, QuantSpec]]:
-    return {each.site.name: each.specs for each in candidates}
+    return {each.name: each.specs for each in candidates}
 
 
-def _unforecast(
-    groups: Sequence[ActivationGroup], specs: Mapping[str, Mapping[str, QuantSpec]], known: Forecasts
-) -> list[ActivationGroup]:
-    """Return the groups with a site of which ``known`` lacks one of ``specs``."""
-
-    def is_known(site: MatMulSite) -> bool:
-        return site.name in known and set(specs[site.name]) <= set(known[site.name])
-
-    return [group for group in groups if not all(map(is_known, group.sites))]
+def _unforecast(candidates: Sequence[SiteCandidates], known: Forecasts) -> list[SiteCandidates]:
+    """Return those of which ``known`` lacks one of the formats."""
+    return [each for each in candidates if not set(each.specs) <= set(known.get(each.name, {}))]
 
 
 def _open_groups(groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates]) -> list[ActivationGroup]:
@@ -198,11 +211,13 @@ def _decided(
     plan: ModelPlan, undecided: OpenPlan, groups: Sequence[ActivationGroup], labels: Mapping[str, str]
 ) -> ModelPlan:
     sites = chosen_plan(groups, undecided.candidates, labels, f"{undecided.option} spends its bytes elsewhere")
+    experts = chosen_experts(plan.experts, undecided.candidates, labels)
     no_sites = tuple(entry for entry in plan.sites.skipped if entry[0] not in labels)
     return replace(
         plan,
-        sites=replace(sites, skipped=(*sites.skipped, *no_sites)),
+        sites=experts.joined(replace(sites, skipped=(*sites.skipped, *no_sites))),
         embeddings=following_heads(plan.embeddings, sites.specs),
+        experts=experts,
         left_open=None,
     )
 
@@ -216,7 +231,8 @@ def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: b
         loss: the sum of the forecasts.
         in_nats: their unit; else they are relative errors.
     """
-    total = undecided.size.total_bytes([each.site for each in undecided.candidates], decided.specs)
+    sites = [site for each in undecided.candidates for site in each.sites]
+    total = undecided.size.total_bytes(sites, decided.specs)
     expected = f"expected KL {loss:.2g} nats a token" if in_nats else f"relative errors of {loss:.4g} in sum"
     return (
         f"{undecided.option}: {decided.bits_per_weight:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "

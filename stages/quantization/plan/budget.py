@@ -9,14 +9,15 @@ from typing import Literal
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
+from stages.quantization.plan.experts import ExpertPlan, fitting, node_name, stored_bytes
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import NamedSites, QuantPlan, all_sites, named_sites, plan_of
-from stages.quantization.targets.formats import FormatChoice, OpenFormats
+from stages.quantization.targets.formats import ExpertFormat, FormatChoice, OpenFormats
 from stages.records.formats import Granularity, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
 
 Losses = Mapping[str, Mapping[str, float]]
-"""Expected loss by site and label; keep has none and needs no entry."""
+"""Expected loss by name of the candidates and label; keep has none and needs no entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,18 @@ class SiteCandidates:
     formats: Mapping[str, QuantSpec | None]
     fixed_because: str = ""
     """The option that left only one format, or only INT4; empty where everything is open."""
+    alike: tuple[MatMulSite, ...] = ()
+    """Further sites that get the same format: the other experts of a MoE node."""
+
+    @property
+    def name(self) -> str:
+        """Return the site's name, or that of all experts of its node."""
+        return self.site.name if self.site.expert is None else node_name(self.site)
+
+    @property
+    def sites(self) -> tuple[MatMulSite, ...]:
+        """Return all sites that get the chosen format."""
+        return self.site, *self.alike
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
@@ -105,6 +118,73 @@ def site_candidates(
     return tuple(_candidates_of(site, config, choice, formats, named) for site in sites)
 
 
+def expert_candidates(
+    plan: ExpertPlan, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats
+) -> tuple[SiteCandidates, ...]:
+    """Return the candidates of every MoE node whose experts are quantized: all of them get one format.
+
+    Args:
+        plan: the experts' formats without a budget.
+        config: whether their bits, zero points or sensitivities were asked for.
+        choice: what the budget doesn't decide.
+        formats: what it chooses from.
+    """
+    nodes: dict[str, list[MatMulSite]] = {}
+    for site in all_sites(plan.groups):
+        nodes.setdefault(node_name(site), []).append(site)
+    return tuple(
+        _candidates_of_node(sites, plan.specs[sites[0].name], config, choice, formats) for sites in nodes.values()
+    )
+
+
+def _candidates_of_node(
+    sites: Sequence[MatMulSite], usual: QuantSpec, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats
+) -> SiteCandidates:
+    assert choice.experts is not None, "the plan has experts"
+    experts, (first, second) = choice.experts, sites[:2]
+    bits, because = _bits_of_node(usual, config, experts, formats)
+    sizes = {4: formats.four_bit, 8: (formats.eight_bit or choice.eight_bit,)}
+    zero_points = {
+        4: [each for each in formats.zero_points if experts.zero_points or not each] or [False],
+        8: [experts.zero_points and config.use_zero_point is True],
+    }
+    specs = [
+        replace(usual, bits=each, symmetric=not zero_point, granularity=granularity)
+        for each in bits
+        for size in sizes[each]
+        if (granularity := fitting(size, first.in_features, second.in_features, experts)) is not None
+        for zero_point in zero_points[each]
+    ] or [usual]
+    if config.sensitivity == "measured":
+        specs, because = [usual], "--sensitivity measured tries the weights of MatMuls only"
+    return SiteCandidates(
+        site=first, formats={spec.label: spec for spec in specs}, fixed_because=because, alike=tuple(sites[1:])
+    )
+
+
+def _bits_of_node(
+    usual: QuantSpec, config: QuantizeConfig, experts: ExpertFormat, formats: OpenFormats
+) -> tuple[tuple[Literal[4, 8], ...], str]:
+    """Return the bits that are open to a node's experts, and the option that leaves only one of them."""
+    if config.experts in ("4", "8"):
+        return (usual.bits,), f"--experts {config.experts}"
+    if usual.bits != experts.bits:
+        return (usual.bits,), "--layers_8bit"
+    return ((4,) if formats.eight_bit is None else (4, 8)), ""
+
+
+def chosen_experts(plan: ExpertPlan, candidates: Sequence[SiteCandidates], labels: Mapping[str, str]) -> ExpertPlan:
+    """Return ``plan`` with the format of each node's label.
+
+    Args:
+        plan: the experts that are quantized.
+        candidates: the formats that each node may have, among others.
+        labels: the chosen one, by name.
+    """
+    chosen = {site.name: each.formats[labels[each.name]] for each in candidates for site in each.sites}
+    return replace(plan, specs={name: chosen[name] or spec for name, spec in plan.specs.items()})
+
+
 def chosen_plan(
     groups: Sequence[ActivationGroup],
     candidates: Sequence[SiteCandidates],
@@ -116,10 +196,10 @@ def chosen_plan(
     Args:
         groups: all sites of the model.
         candidates: the formats that each site may have.
-        labels: the chosen one, by site.
+        labels: the chosen one, by name.
         skipped_because: why a site stays as it is where no option says so.
     """
-    formats = {each.site.name: each.formats[labels[each.site.name]] for each in candidates}
+    formats = {each.site.name: each.formats[labels[each.name]] for each in candidates}
     specs = {name: spec for name, spec in formats.items() if spec is not None}
     skipped = {
         each.site.name: each.fixed_because or skipped_because for each in candidates if formats[each.site.name] is None
@@ -168,7 +248,12 @@ def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses
 def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
     """Return the bytes of the site's codes, scales and zero points; 0 where it stays as it is."""
     spec = candidates.formats[label]
-    return 0 if spec is None else spec.format_bytes(candidates.site.out_features, candidates.site.in_features)
+    count = QuantSpec.format_bytes if candidates.site.expert is None else _expert_bytes
+    return 0 if spec is None else sum(count(spec, site.out_features, site.in_features) for site in candidates.sites)
+
+
+def _expert_bytes(spec: QuantSpec, out_features: int, in_features: int) -> int:
+    return stored_bytes(out_features, in_features, spec)
 
 
 def _candidates_of(
@@ -230,16 +315,18 @@ def _cases(candidates: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
 
 def _num_weights(candidates: Sequence[SiteCandidates]) -> int:
     """Return the number of weights of the sites that are quantized in any case."""
-    return sum(each.site.in_features * each.site.out_features for each in candidates if KEEP not in each.formats)
+    return sum(
+        site.in_features * site.out_features for each in candidates if KEEP not in each.formats for site in each.sites
+    )
 
 
 def _costs_and_losses(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
     return {
-        each.site.name: [
+        each.name: [
             Candidate(
                 key=label,
                 cost=case.cost(each, label),
-                loss=0.0 if spec is None else losses[each.site.name][label],
+                loss=0.0 if spec is None else losses[each.name][label],
             )
             for label, spec in each.formats.items()
         ]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import onnx_ir as ir
 
+from stages.errors import OptionError
 from stages.model.sites import why_no_sites
 from stages.quantization.plan.rules import NamedSites, QuantPlan
 from stages.quantization.targets.formats import ExpertFormat, FormatChoice
 from stages.records.experts import ExpertLayer
 from stages.records.formats import Granularity, PerBlock, PerChannel, QuantSpec, torch_float
-from stages.records.sites import ActivationGroup
+from stages.records.sites import ActivationGroup, MatMulSite
 
-_SMALLEST_BLOCK = 16
+_NOTHING_GIVEN: Mapping[str, QuantSpec | None] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +28,6 @@ class ExpertPlan:
     specs: Mapping[str, QuantSpec] = field(default_factory=dict)
     stay: Mapping[str, str] = field(default_factory=dict)
     """Reason by initializer."""
-    saved_bytes: int = 0
-    """What the experts' weights take less than in the base."""
 
     @property
     def tables(self) -> frozenset[str]:
@@ -39,7 +39,18 @@ class ExpertPlan:
         return replace(sites, groups=(*sites.groups, *self.groups), specs={**sites.specs, **self.specs})
 
 
-def plan_experts(model: ir.Model, layers: Sequence[ExpertLayer], choice: FormatChoice, named: NamedSites) -> ExpertPlan:
+def node_name(site: MatMulSite) -> str:
+    """Return the name in plan files of all experts of the node that ``site`` is an expert of."""
+    return f"{site.name.rpartition('/experts.')[0]}/experts"
+
+
+def plan_experts(
+    model: ir.Model,
+    layers: Sequence[ExpertLayer],
+    choice: FormatChoice,
+    named: NamedSites,
+    given: Mapping[str, QuantSpec | None] = _NOTHING_GIVEN,
+) -> ExpertPlan:
     """Decide about the experts of every MoE node.
 
     Args:
@@ -47,6 +58,10 @@ def plan_experts(model: ir.Model, layers: Sequence[ExpertLayer], choice: FormatC
         layers: the nodes whose experts can be sites.
         choice: the formats, and whether the target runs QMoE.
         named: what a person's options say about sites.
+        given: formats by ``node_name`` that a plan file decides about; None: they stay.
+
+    Raises:
+        OptionError: a given format's blocks don't fit the experts.
     """
     stay = {
         str(value.name): reason
@@ -60,13 +75,30 @@ def plan_experts(model: ir.Model, layers: Sequence[ExpertLayer], choice: FormatC
     for layer in layers:
         excluded = next((named.skipped[site.name] for site in layer.sites if site.name in named.skipped), "")
         reason = excluded or (choice.experts_stay if choice.experts is None else _cannot_run(layer, choice.experts))
-        if choice.experts is None or reason:
-            stay |= {layer.fc1: reason, layer.fc2: reason}
-            continue
+        name = node_name(layer.sites[0])
+        if name in given and given[name] is None:
+            reason = reason or "--plan: keep"
         eight = any(site.name in named.eight_bit for site in layer.sites)
+        spec = None
+        if choice.experts is not None and not reason:
+            spec = _given_spec(given.get(name), layer, choice.experts) or _spec(
+                layer, choice, choice.experts, eight=eight
+            )
+        if spec is None:
+            stay |= dict.fromkeys((layer.fc1, layer.fc2), reason or _no_blocks(layer, choice))
+            continue
         groups += layer.groups
-        specs |= dict.fromkeys((site.name for site in layer.sites), _spec(layer, choice, choice.experts, eight=eight))
-    return ExpertPlan(groups=tuple(groups), specs=specs, stay=stay, saved_bytes=_saved(groups, specs))
+        specs |= dict.fromkeys((site.name for site in layer.sites), spec)
+    return ExpertPlan(groups=tuple(groups), specs=specs, stay=stay)
+
+
+def _given_spec(spec: QuantSpec | None, layer: ExpertLayer, experts: ExpertFormat) -> QuantSpec | None:
+    if spec is not None and fitting(spec.granularity, layer.hidden, layer.inner, experts) != spec.granularity:
+        raise OptionError(
+            f"--plan: {experts.whose} QMoE can't have blocks of {spec.label} with the inputs of "
+            f"'{node_name(layer.sites[0])}', {layer.hidden} and {layer.inner}; give them others."
+        )
+    return spec
 
 
 def _cannot_run(layer: ExpertLayer, experts: ExpertFormat) -> str:
@@ -76,39 +108,62 @@ def _cannot_run(layer: ExpertLayer, experts: ExpertFormat) -> str:
         layer: the node.
         experts: how the runtime's QMoE takes experts.
     """
-    if layer.dtype == "bfloat16":
-        return "QMoE of bfloat16 was not run"
-    if layer.activation.kind == "swiglu" and layer.activation.gate != "interleaved":
-        return "the CPU's QMoE wants gate and up interleaved (swiglu_fusion 1)"
-    if not (layer.routing.over_chosen or experts.complete):
-        return "its weights are a softmax over all experts, for which QMoE needs router weights (ONNX Runtime 1.31)"
-    if layer.hidden % 2 or layer.inner % 2:
-        return "its rows have an odd number of inputs"
+    whose, activation = experts.whose, layer.activation
+    if layer.dtype not in experts.dtypes:
+        return f"{whose} QMoE takes {' and '.join(sorted(experts.dtypes))} only"
+    if activation.kind not in experts.activations:
+        return f"{whose} QMoE runs {' and '.join(sorted(experts.activations))} only, not {activation.kind}"
+    if activation.kind == "swiglu" and activation.gate != "interleaved":
+        return "the CPU's QMoE, which checks what is written, wants gate and up interleaved (swiglu_fusion 1)"
+    if not (layer.routing.over_chosen or experts.router_weights):
+        return f"its weights are a softmax over all experts, for which {whose} QMoE has no input in this release"
+    if experts.most is not None and layer.experts > experts.most:
+        return f"{whose} QMoE chooses from {experts.most} experts at most"
+    if any(size % experts.multiple for size in (layer.hidden, layer.inner)):
+        return f"{whose} QMoE needs rows of a multiple of {experts.multiple} inputs"
     return ""
 
 
-def _spec(layer: ExpertLayer, choice: FormatChoice, experts: ExpertFormat, *, eight: bool) -> QuantSpec:
+def _no_blocks(layer: ExpertLayer, choice: FormatChoice) -> str:
+    assert choice.experts is not None, "without a format there is a reason"
+    sizes = ", ".join(map(str, sorted(choice.experts.blocks)))
+    return (
+        f"{choice.experts.whose} QMoE takes blocks of {sizes} that divide its sizes, {layer.hidden} and {layer.inner}"
+    )
+
+
+def _spec(layer: ExpertLayer, choice: FormatChoice, experts: ExpertFormat, *, eight: bool) -> QuantSpec | None:
     bits: Literal[4, 8] = 8 if eight else experts.bits
+    wanted = choice.eight_bit if bits == 8 else choice.four_bit
+    granularity = fitting(wanted, layer.hidden, layer.inner, experts)
+    if granularity is None:
+        return None
     return QuantSpec(
         bits=bits,
-        symmetric=choice.symmetric or not experts.complete,
-        granularity=fitting(choice.eight_bit if bits == 8 else choice.four_bit, layer.hidden, layer.inner),
+        symmetric=choice.symmetric or not experts.zero_points,
+        granularity=granularity,
         scale_dtype=choice.scale_dtype(layer.dtype),
     )
 
 
-def fitting(wanted: Granularity, hidden: int, inner: int) -> Granularity:
-    """Return the largest blocks up to ``wanted`` that divide both sizes, as QMoE needs them; else scales per channel.
+def fitting(wanted: Granularity, hidden: int, inner: int, experts: ExpertFormat) -> Granularity | None:
+    """Return the largest blocks up to ``wanted`` that QMoE takes and that divide both sizes, as it needs them.
+
+    Where there are none: scales per channel, the smallest larger blocks, or None where it takes neither.
 
     Args:
         wanted: what a MatMul would have.
         hidden: inputs of fc1.
         inner: inputs of fc2.
+        experts: what QMoE takes.
     """
-    size = wanted.block_size if isinstance(wanted, PerBlock) else 0
-    while size >= _SMALLEST_BLOCK and (hidden % size or inner % size):
-        size //= 2
-    return PerBlock(block_size=size) if size >= _SMALLEST_BLOCK else PerChannel()
+    most = wanted.block_size if isinstance(wanted, PerBlock) else 0
+    sizes = [size for size in experts.blocks if not (hidden % size or inner % size)]
+    if smaller := [size for size in sizes if size <= most]:
+        return PerBlock(block_size=smaller[0])
+    if experts.per_channel:
+        return PerChannel()
+    return PerBlock(block_size=sizes[-1]) if sizes else None
 
 
 def stored_bytes(out_features: int, in_features: int, spec: QuantSpec) -> int:
@@ -117,12 +172,3 @@ def stored_bytes(out_features: int, in_features: int, spec: QuantSpec) -> int:
     zero_points = 0 if spec.symmetric else out_features * -(-blocks * spec.bits // 8)
     scales = out_features * blocks * torch_float(spec.scale_dtype).itemsize
     return out_features * in_features * spec.bits // 8 + scales + zero_points
-
-
-def _saved(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec]) -> int:
-    return sum(
-        site.out_features * site.in_features * torch_float(site.dtype).itemsize
-        - stored_bytes(site.out_features, site.in_features, specs[site.name])
-        for group in groups
-        for site in group.sites
-    )

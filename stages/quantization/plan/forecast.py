@@ -14,7 +14,7 @@ that of the forecast by 0.4, around that of rounding by 0.55. INT8 is rounded: c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ from stages.records.sites import MatMulSite
 from stages.system.json_file import explained, read_json, write_json
 
 FILE = "forecast.json"
+_EXPERT_CHANNELS = 128
+"""Output channels that tell what a format costs an expert: a node has many experts, whose sampling errors cancel."""
 _RATIOS = [1.0, 0.9, 0.8, 0.7, 0.6]
 
 Forecasts = dict[str, dict[str, float]]
@@ -55,6 +57,20 @@ def forecast_site(
         key: quick_loss(site, weight, quick_weight(weight, spec, calibration, rule), stats)
         for key, spec in specs.items()
     }
+
+
+def forecast_expert(
+    site: MatMulSite, weight: Float[Tensor, "N K"], specs: Mapping[str, QuantSpec], stats: SearchStats, rule: RangeRule
+) -> dict[str, float]:
+    """Return ``forecast_site`` of an expert, from some of its output channels.
+
+    Args:
+        site, weight, specs, stats, rule: see ``forecast_site``.
+    """
+    step = -(-len(weight) // _EXPERT_CHANNELS)
+    rows = weight[::step].contiguous()
+    counts = {name: each[::step] * (len(weight) / len(rows)) for name, each in stats.channel_weights.items()}
+    return forecast_site(site, rows, specs, replace(stats, channel_weights=counts), rule)
 
 
 def quick_loss(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
-from stages.quantization.plan.experts import ExpertPlan
+from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.targets.formats import FormatChoice
 from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes
 from stages.quantization.weights.rotary import RotaryTables
@@ -30,7 +30,6 @@ class OutputSize:
     """The base's .onnx file and the tensors outside it."""
     form: WeightForm
     embeddings: tuple[EmbeddingPlan, ...]
-    experts: ExpertPlan = field(default_factory=ExpertPlan)
     rotary: tuple[RotaryTables, ...] = ()
     """Tables that nodes compute."""
     byte_scales: bool = False
@@ -47,12 +46,15 @@ class OutputSize:
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
         computed = sum(pair.saved_bytes for pair in self.rotary)
-        return self.base_bytes - freed + tables - gone - self.experts.saved_bytes - computed
+        return self.base_bytes - freed + tables - gone - computed
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
         """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
         if spec is None:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
+        if site.expert is not None:
+            stored = stored_bytes(site.out_features, site.in_features, spec)
+            return stored if site.expert.index else stored + _GRAPH_BYTES
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
         looked_up = any(plan.shared_with == site.name for plan in self.embeddings)
@@ -71,7 +73,6 @@ def output_size(
     model: ir.Model,
     choice: FormatChoice,
     embeddings: tuple[EmbeddingPlan, ...],
-    experts: ExpertPlan,
     rotary: tuple[RotaryTables, ...],
 ) -> OutputSize:
     """Return the sizes that outputs of ``model`` will have.
@@ -81,7 +82,6 @@ def output_size(
         model: the base model.
         choice: the form of the quantized weights, and the type of their scales.
         embeddings: those that are quantized too.
-        experts: likewise.
         rotary: tables that the output computes.
     """
     outside = sum(tensor.nbytes for tensor in external_tensors(model))
@@ -90,7 +90,6 @@ def output_size(
         base_bytes=base_bytes,
         form=choice.form,
         embeddings=embeddings,
-        experts=experts,
         rotary=rotary,
         byte_scales=choice.scale_type == "bytes",
     )

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,7 +23,16 @@ from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
 from stages.model.unquantized import find_unquantized, require_float_base
+from stages.model.weights import read_vector, read_weight
 from stages.quantization.blocks.signround import SignRoundOptions
+from stages.quantization.checkpoints.checkpoint import open_checkpoint
+from stages.quantization.checkpoints.imported import (
+    GraphWeights,
+    ImportedWeights,
+    WantedFormats,
+    find_imported,
+    split_groups,
+)
 from stages.quantization.plan.budget import (
     BitsBudget,
     Budget,
@@ -30,7 +40,9 @@ from stages.quantization.plan.budget import (
     SiteCandidates,
     SizeBudget,
     check_budget,
+    chosen_experts,
     chosen_plan,
+    expert_candidates,
     site_candidates,
 )
 from stages.quantization.plan.embeddings import (
@@ -42,12 +54,13 @@ from stages.quantization.plan.embeddings import (
     require_tables,
     share_tables,
 )
-from stages.quantization.plan.experts import ExpertPlan, plan_experts
+from stages.quantization.plan.experts import ExpertPlan, node_name, plan_experts
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
     QuantPlan,
     all_sites,
+    asked_by_name,
     excludes_lm_head,
     make_plan,
     named_sites,
@@ -67,6 +80,7 @@ from stages.quantization.targets.formats import (
 )
 from stages.quantization.targets.rules import why_not_shared
 from stages.quantization.weights.rotary import RotaryTables, find_rotary_tables
+from stages.records.experts import ExpertLayer
 from stages.records.formats import (
     EmbeddingPlan,
     EmbeddingTable,
@@ -84,6 +98,8 @@ _SPREADS = frozenset({"cpu"})
 """Runtimes in which INT4 and INT8 of several blocks were run side by side."""
 _TENTH = 100_000
 """Bytes of a tenth of a megabyte, to which the budget that nobody gave is rounded up."""
+_CPU = torch.device("cpu")
+_STAYS: Literal["none"] = "none"
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
 """Values of --lm_head and --embedding."""
 
@@ -124,6 +140,8 @@ class ModelPlan:
     by_site: str = ""
     """The option that chooses each site's format; empty where one format holds for all but named ones."""
     left_open: OpenPlan | None = None
+    imported: ImportedWeights | None = None
+    """The sites whose codes come from a checkpoint; None where all are searched."""
 
 
 def plan_search(
@@ -168,7 +186,7 @@ def own_budget(
     in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
     if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
         return None
-    size = output_size(directory, model, plan.choice, plan.embeddings, plan.experts, plan.rotary)
+    size = output_size(directory, model, plan.choice, plan.embeddings, plan.rotary)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
     return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
 
@@ -196,15 +214,19 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     chooser = _Chooser(target=decided.target, requested=_requested(config, every_site), facts=facts)
     candidates: tuple[SiteCandidates, ...] = ()
     formats = chooser.open() if config.has_budget else None
+    imported: ImportedWeights | None = None
+    given: dict[str, QuantSpec | None] = {}
     if config.plan is not None:
-        choice, sites = _given_plan(config, groups, chooser)
+        choice, sites, given = _given_plan(config, groups, chooser, layers)
+    elif config.checkpoint is not None:
+        choice, sites, imported = _imported_plan(config, config.checkpoint, model, groups, chooser)
     elif formats is not None:
         choice, candidates = _open_choice(config, groups, chooser, formats, of_experts)
         sites = _smallest(groups, candidates)
     else:
         choice = chooser.choose()
         sites = make_plan(groups, config, choice, of_experts)
-    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice))
+    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice), given)
     alone = _embedding_plans(config, choice, tables)
     wanted = _sharing(config, decided.target, choice, sites)
     if formats is not None and config.gather_block_size is None:
@@ -214,10 +236,13 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     rotary = find_rotary_tables(model) if choice.rotary == "computed" else ()
     left_open: OpenPlan | None = None
     if candidates:
+        assert formats is not None, "without a budget there are no candidates"
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
-        size = output_size(directory, model, choice, embeddings, experts, rotary)
+        candidates += expert_candidates(experts, config, choice, formats)
+        size = output_size(directory, model, choice, embeddings, rotary)
         left_open = _open_plan(config, choice, candidates, size)
         sites = _smallest(groups, candidates)
+        experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
         embeddings = following_heads(embeddings, sites.specs)
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
@@ -233,6 +258,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         rotary=rotary,
         by_site=_chooses_by_site(config),
         left_open=left_open,
+        imported=imported,
     )
 
 
@@ -245,7 +271,11 @@ def _explained(rotary: tuple[RotaryTables, ...]) -> Iterator[Explanation]:
 
 def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandidates, ...]) -> QuantPlan:
     """Return the plan that gives every site the first of its formats."""
-    return chosen_plan(groups, candidates, {each.site.name: next(iter(each.formats)) for each in candidates}, "")
+    return chosen_plan(groups, candidates, _smallest_labels(candidates), "")
+
+
+def _smallest_labels(candidates: tuple[SiteCandidates, ...]) -> dict[str, str]:
+    return {each.name: next(iter(each.formats)) for each in candidates}
 
 
 def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
@@ -269,7 +299,7 @@ def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice
         four_bit=choice.four_bit,
         table_bits=_BITS.get(config.requested_embedding or ""),
         skipped=dict(sites.skipped),
-        given=sites.specs if config.plan is not None else {},
+        given=sites.specs if config.plan is not None or config.checkpoint is not None else {},
         runtime_cannot=why_not_shared(target),
     )
 
@@ -291,6 +321,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         TypeAdapter(tuple[EmbeddingPlan, ...]).dump_json(plan.embeddings),
         cache_digest.encode(),
         _tuning(config),
+        b"" if plan.imported is None else plan.imported.checkpoint.fingerprint().encode(),
     ):
         digest.update(part)
     return ExportRecipe(
@@ -304,7 +335,8 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         embeddings=plan.embeddings,
         session_options=plan.choice.session_options,
         unreached=plan.unquantized,
-        experts_take_level=plan.choice.experts is not None and plan.choice.experts.complete,
+        experts_take_level=plan.choice.experts is not None and plan.choice.experts.takes_level,
+        experts_say_raw=plan.choice.experts is not None and plan.choice.experts.packed_unless_said,
         byte_scales=plan.choice.scale_type == "bytes",
         computes_rotary=bool(plan.rotary),
     )
@@ -324,6 +356,9 @@ def describe_recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     algorithm = f"{config.search_algorithm} refined" if config.refine else config.search_algorithm
     algorithm = f"signround from {algorithm}" if config.algo == "signround" else algorithm
     algorithm = f"{algorithm} distilled" if config.distill else algorithm
+    if plan.imported is not None:
+        searched = len(plan.sites.specs) - len(plan.imported.sites)
+        algorithm = f"{plan.imported.title} and {algorithm}" if searched else plan.imported.title
     return f"{algorithm} {formats}{mixed}{table}{target}"
 
 
@@ -411,12 +446,12 @@ def _target(config: QuantizeConfig, directory: ModelDirectory, facts: ModelFacts
 
 
 def _given_plan(
-    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser
-) -> tuple[FormatChoice, QuantPlan]:
-    """Return what ``--plan`` asks for: the file decides about formats, the target about everything else."""
+    config: QuantizeConfig, groups: tuple[ActivationGroup, ...], chooser: _Chooser, layers: Sequence[ExpertLayer]
+) -> tuple[FormatChoice, QuantPlan, dict[str, QuantSpec | None]]:
+    """Return what ``--plan`` asks for, of experts last: the file decides about formats, the target about the rest."""
     assert config.plan is not None
-    sites = all_sites(groups)
-    planned = read_plan(config.plan, sites)
+    sites, nodes = all_sites(groups), {node_name(layer.sites[0]): layer.sites[0] for layer in layers}
+    planned = read_plan(config.plan, sites, nodes)
     asked = config.use_zero_point
     formats = {site.name: spec_of(planned[site.name], site, zero_point=asked) for site in sites}
     specs = {name: spec for name, spec in formats.items() if spec is not None}
@@ -425,7 +460,32 @@ def _given_plan(
     skipped = {name: f"--plan {config.plan.name}: keep" for name in formats if name not in specs}
     choice = _choice_of_specs(chooser, tuple(specs.values()))
     specs = {name: replace(spec, scale_dtype=choice.scale_dtype(spec.scale_dtype)) for name, spec in specs.items()}
-    return choice, plan_of(groups, specs, skipped)
+    given: dict[str, QuantSpec | None] = {}
+    for name in nodes.keys() & planned.keys():
+        spec = spec_of(planned[name], nodes[name], zero_point=asked)
+        given[name] = None if spec is None else replace(spec, scale_dtype=choice.scale_dtype(spec.scale_dtype))
+    return choice, plan_of(groups, specs, skipped), given
+
+
+def _imported_plan(
+    config: QuantizeConfig, checkpoint: Path, model: ir.Model, groups: tuple[ActivationGroup, ...], chooser: _Chooser
+) -> tuple[FormatChoice, QuantPlan, ImportedWeights]:
+    """Return what ``--checkpoint`` gives: its sites as they are there, others as they are but for what options name."""
+    choice, sites = chooser.choose(), all_sites(groups)
+    imported = find_imported(
+        open_checkpoint(checkpoint),
+        groups,
+        GraphWeights(
+            matrix=lambda site: read_weight(model, site, _CPU), vector=lambda name: read_vector(model, name, _CPU)
+        ),
+        WantedFormats(scale_dtype=choice.scale_dtype, eight_bit=choice.eight_bit),
+    )
+    asked = asked_by_name([site for site in sites if site.name not in imported.sites], config, choice)
+    specs = {name: each.spec for name, each in imported.sites.items()} | asked
+    skipped = {site.name: "--checkpoint leaves it in floating point" for site in sites if site.name not in specs}
+    found = _choice_of_specs(chooser, tuple(specs.values()))
+    plan = plan_of(groups, specs, skipped)
+    return found, replace(plan, groups=tuple(split_groups(plan.groups, imported))), imported
 
 
 def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:
@@ -484,8 +544,8 @@ def _open_plan(
         budget = SizeBudget(
             typed=typed,
             num_bytes=parse_size(typed, "--target_size"),
-            fixed_bytes=size.fixed_bytes([each.site for each in candidates]),
-            cost=lambda each, label: size.site_bytes(each.site, each.formats[label]),
+            fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites]),
+            cost=lambda each, label: sum(size.site_bytes(site, each.formats[label]) for site in each.sites),
         )
     return OpenPlan(
         option=config.budget_description,
@@ -500,7 +560,10 @@ def _open_plan(
 
 def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> RequestedFormats:
     """Return the options that were given, and not left to the target."""
-    decided_elsewhere = config.plan is not None or (config.has_budget and config.lm_head is None)
+    decided_elsewhere = config.plan is not None or (
+        config.lm_head is None and (config.has_budget or config.checkpoint is not None)
+    )
+    others = None if config.checkpoint is None else _STAYS
     return RequestedFormats(
         form=_requested_form(config),
         block_size=config.block_size,
@@ -513,12 +576,12 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         rotary=config.rotary_tables,
         lm_head="none" if config.lm_head is None and excludes_lm_head(sites, config) else config.lm_head,
         lm_head_open=decided_elsewhere,
-        embedding=config.requested_embedding,
+        embedding=config.requested_embedding or others,
         embedding_axis=config.embedding_axis,
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
-        experts=config.experts,
+        experts=config.experts or others,
     )
 
 
@@ -571,8 +634,8 @@ def _tuning(config: QuantizeConfig) -> bytes:
 
 
 def _chooses_by_site(config: QuantizeConfig) -> str:
-    if config.plan is not None:
-        return "--plan"
+    if config.plan is not None or config.checkpoint is not None:
+        return "--plan" if config.checkpoint is None else "--checkpoint"
     return config.budget_description if config.has_budget else ""
 
 

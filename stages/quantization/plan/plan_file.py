@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -52,15 +52,20 @@ def write_plan(path: Path, text: str) -> None:
         write_whole(path, text.encode())
 
 
-def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]:
+def read_plan(path: Path, sites: Sequence[MatMulSite], nodes: Collection[str] = ()) -> dict[str, PlannedSite]:
     """Return the plan in ``path``, in the order of ``sites``, each of which it must name.
+
+    Args:
+        path: the file.
+        sites: the MatMuls of the model.
+        nodes: names of all experts of a node, which it may name.
 
     Raises:
         OptionError: it can't be read, isn't TOML, has an unreadable format, names an unknown site or leaves one out.
     """
     text, content = _read(path)
     planned = {name: _parsed(path, text, name, fields) for name, fields in content.items()}
-    known = {site.name for site in sites}
+    known = {*(site.name for site in sites), *nodes}
     for name in planned:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.1)
@@ -73,7 +78,8 @@ def read_plan(path: Path, sites: Sequence[MatMulSite]) -> dict[str, PlannedSite]
             f"--plan {path} says nothing about '{missing[0]}'{more}; add a line under [sites] (format = \"keep\" "
             "leaves a site as it is)."
         )
-    return {site.name: planned[site.name] for site in sites}
+    names = [*(site.name for site in sites), *(name for name in nodes if name in planned)]
+    return {name: planned[name] for name in names}
 
 
 def spec_of(planned: PlannedSite, site: MatMulSite, *, zero_point: bool | None) -> QuantSpec | None:

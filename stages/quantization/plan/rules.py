@@ -128,6 +128,16 @@ def names_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> bool:
     return any(site.is_lm_head and site.name in named for site in sites)
 
 
+def asked_by_name(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: FormatChoice) -> dict[str, QuantSpec]:
+    """Return the formats of those ``sites`` that ``layers_8bit`` or ``lm_head`` names, by name."""
+    named = {site.name for site in sites if any(_matches_site(each, site) for each in _patterns(config.layers_8bit))}
+    heads = {site.name for site in sites if site.is_lm_head}
+    eight_bit = named | (heads if config.lm_head == "8" else set())
+    asked = eight_bit | (heads if config.lm_head == "4" else set())
+    names = NamedSites(eight_bit=frozenset(eight_bit), skipped={})
+    return {site.name: _spec(site, choice, names) for site in sites if site.name in asked}
+
+
 def sensitive_sites(sites: Sequence[MatMulSite], rule: MixedRule) -> tuple[str, ...]:
     """Return the qkv (or v) and down projections that ``rule`` stores as INT8, counted by kind in layer order.
 
@@ -246,13 +256,17 @@ def _without(group: ActivationGroup, skipped: Mapping[str, str]) -> ActivationGr
 def _matches(sites: Sequence[MatMulSite], patterns: str, option: str) -> dict[str, str]:
     """Return the names of the sites that match, each with the option and pattern that did."""
     found: dict[str, str] = {}
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+    for pattern in _patterns(patterns):
         names = [site.name for site in sites if _matches_site(pattern, site)]
         if not names and pattern != _LM_HEAD:
             nearest = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.1)
             raise OptionError(f"{option}: '{pattern}' matches no site; the nearest names are {', '.join(nearest)}.")
         found |= dict.fromkeys(names, f"{option} {pattern}")
     return found
+
+
+def _patterns(typed: str) -> list[str]:
+    return [pattern for part in typed.split(",") if (pattern := part.strip())]
 
 
 def _matches_site(pattern: str, site: MatMulSite) -> bool:

@@ -16,7 +16,7 @@ from stages.calibration.capture import cut_to_memory
 from stages.quantization.preview.table import StageMemory
 from stages.quantization.search.parallel import search_memory as group_memory
 from stages.quantization.search.parallel import small_groups, workers_on
-from stages.records.formats import QuantSpec, torch_float
+from stages.records.formats import EmbeddingPlan, QuantSpec, torch_float
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
 
@@ -107,3 +107,25 @@ def export_memory(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSp
         bytes=held + max(run, checked),
         holds="the output runs in parts to be checked (less with --verify off)",
     )
+
+
+def weights_on_disk(
+    groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], embeddings: Sequence[EmbeddingPlan]
+) -> int:
+    """Return the bytes of the quantized weights' folder: a byte for each code and zero point, and the scales.
+
+    Args:
+        groups: those that are searched.
+        specs: the formats of their sites.
+        embeddings: the tables that are quantized.
+    """
+    sites = sum(
+        _stored(site.out_features, site.in_features, specs[site.name]) for group in groups for site in group.sites
+    )
+    return sites + sum(plan.table.vocabulary * plan.table.hidden for plan in embeddings if plan.shared_with is None)
+
+
+def _stored(out_features: int, in_features: int, spec: QuantSpec) -> int:
+    blocks = spec.num_blocks(in_features)
+    each = torch_float(spec.scale_dtype).itemsize + (0 if spec.symmetric else 1)
+    return out_features * (in_features + blocks * each)

@@ -11,6 +11,8 @@ import onnx_ir as ir
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
 from stages.calibration.capture import TextShape, memory_limit, partition_bytes, rows_of
 from stages.calibration.run import fit_to_graph, kept_layers
+from stages.calibration.samples.load import takes_samples
+from stages.calibration.samples.samples import DEFAULT_SAMPLES, held_out_samples
 from stages.calibration.text.documents import DEFAULT_DATASET
 from stages.calibration.text.mix import held_out_windows, windows_by_dataset
 from stages.calibration.text.windows import window_count
@@ -26,9 +28,22 @@ from stages.quantization.plan.output_size import file_bytes, output_size, weight
 from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_search
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import all_sites
-from stages.quantization.preview.memory import calibration_memory, export_memory, held_already, search_memory
+from stages.quantization.preview.memory import (
+    calibration_memory,
+    export_memory,
+    held_already,
+    search_memory,
+    weights_on_disk,
+)
 from stages.quantization.preview.seconds import search_seconds
-from stages.quantization.preview.table import InputScalePlace, Preview, PreviewedSite, SearchEstimate, StageMemory
+from stages.quantization.preview.table import (
+    DiskUse,
+    InputScalePlace,
+    Preview,
+    PreviewedSite,
+    SearchEstimate,
+    StageMemory,
+)
 from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import PerBlock, QuantSpec
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
@@ -37,6 +52,9 @@ from stages.runtime.graph_inputs import WindowShape
 from stages.runtime.providers import choose_providers
 from stages.system.distributed import join_processes
 from stages.system.hardware import choose_device
+
+_WEIGHT_BYTES = 8
+"""Of a token at one expert: how much its error counts in either projection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +68,8 @@ class _Known:
     """None where the algorithm needs none, or there is none that fits."""
     window: WindowShape
     """What the graph takes at a time."""
+    runs_samples: bool
+    """Whether stage one runs samples in place of windows."""
     obstacles: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -70,10 +90,10 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     plan, open_because = _decide(config, known)
     groups, held = find_groups(known.model), held_already()
     calibration = fit_to_graph(calibration, known.window)
-    text = _text_shape(known.cache, calibration, widest_input(groups)) if config.needs_cache else None
+    text = _text_shape(known, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
-    size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.experts, plan.rotary)
+    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
@@ -86,8 +106,13 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unreached=plan.unquantized,
         bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=size.total_bytes(all_sites(groups), plan.sites.specs),
+        bytes_after=size.total_bytes(sites, plan.sites.specs),
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
+        disk=DiskUse(
+            calibration=_calibration_on_disk(known, calibration, text),
+            weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
+            output=size.total_bytes(all_sites(groups), plan.sites.specs),
+        ),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
         notes=(
@@ -105,7 +130,8 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
 
 def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig) -> str:
     text = calibration.dataset or "cnn, or mix where the Hugging Face hub doesn't answer"
-    return f"there is no calibration in {config.cache_path} yet: it is part of the same run (text: {text})"
+    what = f"text: {text}" if calibration.samples is None else f"samples: {calibration.samples}"
+    return f"there is no calibration in {config.cache_path} yet: it is part of the same run ({what})"
 
 
 def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple[str, ...]) -> _Known:
@@ -113,6 +139,7 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
     directory = locate_model(config.onnx_path, config.component)
     model = parse_graph(directory)
     found, notes, cache, window = list(obstacles), [], None, WindowShape(None, None)
+    known_samples = takes_samples(calibration, model, directory)
     try:
         require_weights(model, directory)
         has_weights = True
@@ -123,7 +150,8 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         try:
             cache = _cache(config, directory, has_weights=has_weights)
             if cache is None:
-                window = require_text_inputs(model, directory)
+                if not known_samples:
+                    window = require_text_inputs(model, directory)
                 notes.append(_about_calibration(config, calibration))
         except (CacheMismatch, GraphError) as error:
             found.append(str(error))
@@ -135,6 +163,7 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         has_weights=has_weights,
         cache=cache,
         window=window,
+        runs_samples=known_samples,
         obstacles=tuple(found),
         notes=tuple(notes),
     )
@@ -172,7 +201,7 @@ def _left_open_because(config: QuantizeConfig, known: _Known, undecided: OpenPla
     if known.cache is None:
         return f"it needs the calibration cache {config.cache_path}"
     groups, candidates = find_groups(known.model), undecided.candidates
-    if not known.has_weights and needs_weights(groups, undecided, known.cache):
+    if not known.has_weights and needs_weights(undecided, known.cache):
         return "it needs the weights, whose errors are forecast"
     if undecided.sensitivity == "measured" and (left := unmeasured_groups(groups, candidates, known.cache)):
         return f"--sensitivity measured needs {len(left)} runs of the model"
@@ -185,8 +214,12 @@ def _recipe(config: QuantizeConfig, plan: ModelPlan) -> str:
     return f"{config.algo} {plan.left_open.option}, not spent yet"
 
 
-def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig, channels: int) -> TextShape:
-    if cache is None:
+def _text_shape(known: _Known, calibration: CalibrateConfig, channels: int) -> TextShape:
+    if known.cache is None and known.runs_samples:
+        samples = calibration.calib_size or DEFAULT_SAMPLES
+        held_out = held_out_samples(samples)
+        return TextShape(calibration_windows=samples - held_out, held_out_windows=held_out, seq_len=None, batch_size=1)
+    if known.cache is None:
         dataset = DEFAULT_DATASET if calibration.use_random_calib else calibration.dataset or DEFAULT_DATASET
         windows = window_count(calibration, dataset, channels)
         held_out = sum(held_out_windows(windows_by_dataset(dataset, windows)).values())
@@ -196,7 +229,7 @@ def _text_shape(cache: CalibrationCache | None, calibration: CalibrateConfig, ch
             seq_len=calibration.seq_len,
             batch_size=calibration.batch_size,
         )
-    key = cache.manifest.key
+    key = known.cache.manifest.key
     return TextShape(
         calibration_windows=key.calibration_windows,
         held_out_windows=key.held_out_windows,
@@ -226,11 +259,27 @@ def _memory(
 
 def _rows_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> Iterator[str]:
     """Say what the rows that experts read take on the disk, where stage one still has to keep them."""
-    rows = rows_of(kept_layers(calibration, known.model, known.directory))
-    if text is not None and known.cache is None and rows:
-        tokens = text.tokens("calibration") + text.tokens("held_out")
-        taken = sum(each.bytes(tokens) for each in rows.values())
+    if taken := _row_bytes(known, calibration, text):
         yield f"the calibration keeps {taken / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
+
+
+def _row_bytes(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
+    if text is None or text.seq_len is None or known.cache is not None:
+        return 0
+    tokens = (text.calibration_windows + text.held_out_windows) * text.seq_len
+    layers = kept_layers(calibration, known.model, known.directory)
+    weighted = () if calibration.token_weights == "none" else layers
+    weights = sum(_WEIGHT_BYTES * tokens * layer.experts for layer in weighted)
+    return weights + sum(each.bytes(tokens) for each in rows_of(layers).values())
+
+
+def _calibration_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
+    """Return the bytes of the cache that stage one still has to write."""
+    if text is None or known.cache is not None:
+        return 0
+    groups = find_groups(known.model)
+    sizes = [text.size(group, part) for group in groups for part in ("calibration", "held_out")]
+    return _row_bytes(known, calibration, text) + sum(size.disk for size in sizes)
 
 
 def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
@@ -250,7 +299,8 @@ def _sites(
 ) -> Iterator[PreviewedSite]:
     groups = {site.name: group for group in plan.sites.groups for site in group.sites}
     skipped = dict(plan.sites.skipped)
-    candidates = {} if plan.left_open is None else {each.site.name: each for each in plan.left_open.candidates}
+    undecided_sites = () if plan.left_open is None else plan.left_open.candidates
+    candidates = {site.name: each for each in undecided_sites for site in each.sites}
     for site in sites:
         spec, undecided = plan.sites.specs.get(site.name), candidates.get(site.name)
         scale = _input_scale(config, groups.get(site.name))

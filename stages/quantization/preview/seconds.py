@@ -116,10 +116,11 @@ def _random_solver(
 
 
 def _random_stats(size: StatisticsSize, generator: torch.Generator) -> TokenStats:
-    tokens = size.tokens if size.keeps_rows else min(size.tokens, 2 * size.in_features)
+    seen = 2 * size.in_features if size.tokens is None else size.tokens
+    tokens = seen if size.keeps_rows else min(seen, 2 * size.in_features)
     rows = torch.randn(tokens, size.in_features, generator=generator)
     return TokenStats(
-        num_tokens=size.tokens,
+        num_tokens=seen,
         abs_mean=rows.abs().mean(dim=0),
         gram=None if size.keeps_rows else rows.T @ rows / tokens,
         rows=rows if size.keeps_rows else None,

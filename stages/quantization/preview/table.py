@@ -81,6 +81,17 @@ class StageMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUse:
+    """Bytes that the stages leave on the disk, beside the base."""
+
+    calibration: int
+    """0 where none is made."""
+    weights: int
+    """Of the quantized weights' folder: a byte a code."""
+    output: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchEstimate:
     """How long the search takes."""
 
@@ -107,6 +118,7 @@ class Preview:
     bytes_after: int
     """The .onnx file and its external data."""
     memory: tuple[StageMemory, ...]
+    disk: DiskUse
     search: SearchEstimate
     obstacles: tuple[str, ...]
     """What would stop the run as things are."""
@@ -196,6 +208,10 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     )
     for memory in preview.memory:
         yield f"memory, {memory.stage}", f"about {memory.bytes / 1e6:,.0f} MB at most: {memory.holds}"
+    disk = preview.disk
+    parts = {"calibration": disk.calibration, "quantized weights": disk.weights, "output": disk.output}
+    kept = ", ".join(f"{size / 1e6:,.0f} MB {name}" for name, size in parts.items() if size)
+    yield "disk", f"about {sum(parts.values()) / 1e6:,.0f} MB: {kept}"
     for note in preview.notes:
         yield "note", note
     for obstacle in preview.obstacles:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.quantization.search.affine import BlockParameters, round_to_storage
+from stages.quantization.search.affine import BlockParameters, one_of, round_to_storage, side_by_side
 from stages.records.formats import PerBlock, QuantSpec
 
 _AT_ONCE = 4
@@ -24,56 +24,63 @@ _TILE = 128
 
 
 def coordinate_descent(
-    weight: Float[Tensor, "N K"],
-    codes: Float[Tensor, "N K"],
+    weights: Float[Tensor, "*problems N K"],
+    codes: Float[Tensor, "*problems N K"],
     parameters: BlockParameters,
     spec: QuantSpec,
-    gram: Float[Tensor, "K K"],
+    grams: Float[Tensor, "*problems K K"],
     passes: int,
-) -> tuple[Float[Tensor, "N K"], BlockParameters]:
-    """Improve codes and scales in ``passes`` over all columns; zero points stay.
+) -> tuple[Float[Tensor, "*problems N K"], BlockParameters]:
+    """Improve codes and scales in ``passes`` over all columns, of E matrices at once or of one; zero points stay.
 
     Scales of whole rows (INT8 per channel) stay too: their codes are fine enough.
 
     Args:
-        weight: the weight, times its input scale.
+        weights: the weights, times their input scales.
         codes: what to start from, integers in float32.
         parameters: the scales and zero points to start from.
-        spec: the format that the weight is stored in.
-        gram: the Gram matrix, with a positive diagonal.
+        spec: the format that the weights are stored in.
+        grams: the Gram matrix of each, with a positive diagonal.
         passes: how often each code is visited.
 
     Returns:
         The codes, and the parameters that go with them.
     """
-    in_features = weight.shape[1]
+    if weights.ndim == 2:
+        alone = side_by_side([parameters])
+        found, fitted = coordinate_descent(weights[None], codes[None], alone, spec, grams[None], passes)
+        return found[0], one_of(fitted, 0)
+    in_features = weights.shape[2]
     block_size = spec.block_size(in_features)
-    state = _Descent(weight, codes, parameters, spec, gram)
+    state = _Descent(weights, codes, parameters, spec, grams)
     blockwise = isinstance(spec.granularity, PerBlock)
     tile = max(_TILE, block_size) if blockwise else _TILE
     for _ in range(passes):
         for start in range(0, in_features, tile):
             state.visit(start, min(start + tile, in_features), refit_blocks=blockwise)
-    return state.codes.T.contiguous(), BlockParameters(
-        scales=state.scales.T.contiguous(), zero_points=parameters.zero_points
+    return state.codes.permute(1, 2, 0).contiguous(), BlockParameters(
+        scales=state.scales.permute(1, 2, 0).contiguous(), zero_points=parameters.zero_points
     )
 
 
 class _Descent:
-    """The state of a descent; tensors are [K, N], so that a column of the weight is contiguous."""
+    """The state of a descent; tensors are [K, E, N], so that a column of the weights is contiguous."""
 
     def __init__(
-        self, weight: Tensor, codes: Tensor, parameters: BlockParameters, spec: QuantSpec, gram: Tensor
+        self, weights: Tensor, codes: Tensor, parameters: BlockParameters, spec: QuantSpec, grams: Tensor
     ) -> None:
-        self._spec, self._gram = spec, gram
-        self._block_size = spec.block_size(weight.shape[1])
-        self._weight = weight.T.contiguous()
-        self.codes = codes.T.contiguous()
-        self.scales = parameters.scales.T.contiguous()
+        self._spec, self._grams = spec, grams
+        self._block_size = spec.block_size(weights.shape[2])
+        self._weight = weights.permute(2, 0, 1).contiguous()
+        self.codes = codes.permute(2, 0, 1).contiguous()
+        self.scales = parameters.scales.permute(2, 0, 1).contiguous()
         zero_points = parameters.zero_points
-        self._zero_points = torch.zeros_like(self.scales) if zero_points is None else zero_points.T.contiguous()
-        block = torch.arange(weight.shape[1], device=weight.device) // self._block_size
+        self._zero_points = (
+            torch.zeros_like(self.scales) if zero_points is None else zero_points.permute(2, 0, 1).contiguous()
+        )
+        block = torch.arange(len(self._weight), device=weights.device) // self._block_size
         self._error = (self.codes - self._zero_points[block]) * self.scales[block] - self._weight
+        self._diagonal = torch.diagonal(grams, dim1=1, dim2=2).T.unsqueeze(-1)  # [K, E, 1]
 
     def visit(self, start: int, stop: int, *, refit_blocks: bool) -> None:
         """Improve the codes of some columns one by one, and each block's scale after its columns.
@@ -83,29 +90,35 @@ class _Descent:
             stop: the column behind the last.
             refit_blocks: whether scales are improved too.
         """
-        gradient = self._gram[start:stop] @ self._error  # half the derivative by each stored weight
+        gradient = self._product(slice(start, stop), slice(None), self._error)  # half the derivative by each weight
+        inside = self._grams[:, start:stop, start:stop].permute(2, 1, 0).unsqueeze(-1)  # [column, row, E, 1]
         for column in range(start, stop):
-            self._choose_code(column, start, stop, gradient)
+            self._choose_code(column, start, gradient, inside[column - start])
             done = column + 1
             if refit_blocks and (done % self._block_size == 0 or done == self._weight.shape[0]):
                 self._refit_scale(column // self._block_size, start, stop, gradient)
 
-    def _choose_code(self, column: int, start: int, stop: int, gradient: Tensor) -> None:
+    def _product(self, rows: slice, columns: slice, values: Float[Tensor, "k E N"]) -> Float[Tensor, "rows E N"]:
+        """Return a part of each Gram matrix times ``values``."""
+        products = [gram[rows, columns] @ values[:, index] for index, gram in enumerate(self._grams)]
+        return products[0].unsqueeze(1) if len(products) == 1 else torch.stack(products, dim=1)
+
+    def _choose_code(self, column: int, start: int, gradient: Tensor, pulls: Tensor) -> None:
         block = column // self._block_size
         scale, zero = self.scales[block], self._zero_points[block]
-        wanted = self._weight[column] + self._error[column] - gradient[column - start] / self._gram[column, column]
+        wanted = self._weight[column] + self._error[column] - gradient[column - start] / self._diagonal[column]
         code = torch.round(wanted / scale).add_(zero).clamp_(self._spec.code_min, self._spec.code_max)
         change = (code - self.codes[column]) * scale
         self.codes[column] = code
         self._error[column] += change
-        gradient.addr_(self._gram[start:stop, column], change)
+        gradient.addcmul_(pulls, change)
 
     def _refit_scale(self, block: int, start: int, stop: int, gradient: Tensor) -> None:
         columns = slice(block * self._block_size, min((block + 1) * self._block_size, self._weight.shape[0]))
         steps = self.codes[columns] - self._zero_points[block]
         inside = slice(columns.start - start, columns.stop - start)
         slope = (steps * gradient[inside]).sum(dim=0)
-        curvature = (steps * (self._gram[columns, columns] @ steps)).sum(dim=0)
+        curvature = (steps * self._product(columns, columns, steps)).sum(dim=0)
         known = self.scales[block]
         wanted = known - slope / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
         change = round_to_storage(torch.where(wanted * known > 0, wanted, known), self._spec.scale_dtype) - known
@@ -114,7 +127,7 @@ class _Descent:
         self.scales[block] += change
         moved = steps * change
         self._error[columns] += moved
-        gradient += self._gram[start:stop, columns] @ moved
+        gradient += self._product(slice(start, stop), columns, moved)
 
 
 def two_sided_descent(

@@ -8,6 +8,7 @@ coordinate descent goes on from the codes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from stages.errors import SolveError
-from stages.quantization.search.affine import BlockParameters, split_parameters, stack_parameters
+from stages.quantization.search.affine import BlockParameters, one_of, side_by_side, split_parameters, stack_parameters
 from stages.quantization.search.awq import awq_full
 from stages.quantization.search.choices import keep_validated, scaled_weight
 from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
@@ -57,22 +58,70 @@ def compensate(
     """
     assert problem.stats is not None
     gram = _scaled_gram(problem.stats.calibration, choices[0])
-    inverse = inverse_cholesky(gram, options.damping, act_order=options.act_order)
-    damped_gram = damped(gram, options.damping)
     refined: dict[int, SiteChoice] = {}
     for alike in _stacks(problem):
-        spec = problem.specs[alike[0]]
         stack = torch.cat([scaled_weight(problem.weights[index], choices[index].input_scale) for index in alike])
         ranges = stack_parameters([choices[index].parameters for index in alike])
-        steps = [(gptq_codes(stack, ranges, spec, inverse), ranges)]
-        if options.descent_passes:
-            steps.append(coordinate_descent(stack, steps[0][0], ranges, spec, damped_gram, options.descent_passes))
-        refined |= _unstacked(problem, alike, choices, steps)
+        refined |= _unstacked(problem, alike, choices, _steps(stack, ranges, problem.specs[alike[0]], [gram], options))
     if options.descent_passes:
+        damped_gram = damped(gram, options.damping)
         for index, output_gram in enumerate(problem.output_grams):
             if output_gram is not None:
                 refined[index] = _for_outputs(problem, index, refined[index], damped_gram, output_gram)
     return keep_validated(problem, tuple(refined[index] for index in range(len(choices))))
+
+
+def gptq_alike(problems: Sequence[GroupProblem], options: SearchOptions) -> list[tuple[SiteChoice, ...]]:
+    """Return ``gptq`` of each problem; columns are visited in all of them at once.
+
+    A step over one column of a small matrix takes longer to begin than to do.
+
+    Args:
+        problems: of one site each, all of one shape and format, without Gram matrices of outputs: experts.
+        options: see ``compensate``.
+    """
+    found = [awq_clip(problem, options)[0] for problem in problems]
+    weights = torch.stack(
+        [scaled_weight(each.weights[0], choice.input_scale) for each, choice in _pairs(problems, found)]
+    )
+    grams = [_scaled_gram(_calibration(each), choice) for each, choice in _pairs(problems, found)]
+    ranges = side_by_side([choice.parameters for choice in found])
+    for codes, parameters in _steps(weights, ranges, problems[0].specs[0], grams, options):
+        found = [choice.refined(one_of(parameters, index), codes[index]) for index, choice in enumerate(found)]
+    return [keep_validated(each, (choice,)) for each, choice in _pairs(problems, found)]
+
+
+def _pairs(
+    problems: Sequence[GroupProblem], choices: Sequence[SiteChoice]
+) -> Iterator[tuple[GroupProblem, SiteChoice]]:
+    return zip(problems, choices, strict=True)
+
+
+def _calibration(problem: GroupProblem) -> TokenStats:
+    assert problem.stats is not None
+    return problem.stats.calibration
+
+
+def _steps(
+    weights: Float[Tensor, "*problems N K"],
+    ranges: BlockParameters,
+    spec: QuantSpec,
+    grams: Sequence[Float[Tensor, "K K"]],
+    options: SearchOptions,
+) -> list[tuple[Tensor, BlockParameters]]:
+    """Return the codes and parameters that GPTQ gives, and those of the descent after it."""
+    inverses = [inverse_cholesky(gram, options.damping, act_order=options.act_order) for gram in grams]
+    inverse = inverses[0]
+    if weights.ndim > 2:
+        inverse = InverseCholesky(
+            order=torch.stack([each.order for each in inverses]), upper=torch.stack([each.upper for each in inverses])
+        )
+    steps = [(gptq_codes(weights, ranges, spec, inverse), ranges)]
+    if options.descent_passes:
+        ready = [damped(gram, options.damping) for gram in grams]
+        both = torch.stack(ready) if weights.ndim > 2 else ready[0]
+        steps.append(coordinate_descent(weights, steps[0][0], ranges, spec, both, options.descent_passes))
+    return steps
 
 
 def _for_outputs(
@@ -123,10 +172,10 @@ def _unstacked(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InverseCholesky:
-    """Upper triangular U with U^T U = (G + damping I)^-1, rows and columns of G taken in ``order``."""
+    """Upper triangular U with U^T U = (G + damping I)^-1, rows and columns of G in ``order``; of one G or of E."""
 
-    order: Int64[Tensor, " K"]
-    upper: Float[Tensor, "K K"]
+    order: Int64[Tensor, "*problems K"]
+    upper: Float[Tensor, "*problems K K"]
 
 
 def inverse_cholesky(gram: Float[Tensor, "K K"], damping: float, *, act_order: bool) -> InverseCholesky:
@@ -180,48 +229,60 @@ def _damp(gram: Float[Tensor, "K K"], damping: float) -> Float[Tensor, "K K"]:
 
 
 def gptq_codes(
-    weight: Float[Tensor, "N K"], parameters: BlockParameters, spec: QuantSpec, inverse: InverseCholesky
-) -> Float[Tensor, "N K"]:
-    """Choose codes, integers in float32, column by column in the order of ``inverse``.
+    weights: Float[Tensor, "*problems N K"], parameters: BlockParameters, spec: QuantSpec, inverse: InverseCholesky
+) -> Float[Tensor, "*problems N K"]:
+    """Choose codes, integers in float32, column by column in the order of ``inverse``; of E matrices at once or of one.
 
     q_k = Q(w_k), e = (w_k - q_k) / U_kk, and w_j -= U_kj e for the columns j that follow.
 
     Args:
-        weight: the weight, times its input scale.
-        parameters: its scales and zero points.
-        spec: the format that it is stored in.
-        inverse: U, and the order of its columns.
+        weights: the weights, times their input scales.
+        parameters: their scales and zero points.
+        spec: the format that they are stored in.
+        inverse: U of each, and the order of its columns.
     """
-    in_features = weight.shape[1]
+    if weights.ndim == 2:
+        alone = InverseCholesky(order=inverse.order[None], upper=inverse.upper[None])
+        return gptq_codes(weights[None], side_by_side([parameters]), spec, alone)[0]
+    in_features = weights.shape[2]
     columns = inverse.order // spec.block_size(in_features)
-    pending = weight[:, inverse.order].T.contiguous()  # [K, N]: a column of the weight is a row here
-    scales = parameters.scales.T[columns]
-    zero_points = None if parameters.zero_points is None else parameters.zero_points.T[columns]
+    pending = _in_order(weights, inverse.order)
+    scales = _in_order(parameters.scales, columns)
+    zero_points = None if parameters.zero_points is None else _in_order(parameters.zero_points, columns)
     codes = torch.empty_like(pending)
     for start in range(0, in_features, _TILE):
         tile = slice(start, min(start + _TILE, in_features))
         zeros = None if zero_points is None else zero_points[tile]
-        errors = _tile_codes(pending[tile], scales[tile], zeros, inverse.upper[tile, tile], spec, codes[tile])
-        pending[tile.stop :] -= inverse.upper[tile, tile.stop :].T @ errors
+        errors = _tile_codes(pending[tile], scales[tile], zeros, inverse.upper[:, tile, tile], spec, codes[tile])
+        for index, upper in enumerate(inverse.upper):
+            pending[tile.stop :, index] -= upper[tile, tile.stop :].T @ errors[:, index]
     result = torch.empty_like(codes)
-    result[inverse.order] = codes
-    return result.T.contiguous()
+    for index, order in enumerate(inverse.order):
+        result[order, index] = codes[:, index]
+    return result.permute(1, 2, 0).contiguous()
+
+
+def _in_order(values: Float[Tensor, "E N columns"], order: Int64[Tensor, "E K"]) -> Float[Tensor, "K E N"]:
+    """Return the columns of each matrix in its order: a column is a row here."""
+    ordered = [each.T[columns] for each, columns in zip(values, order, strict=True)]
+    return ordered[0].unsqueeze(1) if len(ordered) == 1 else torch.stack(ordered, dim=1)
 
 
 def _tile_codes(
-    pending: Float[Tensor, "k N"],
-    scales: Float[Tensor, "k N"],
-    zero_points: Float[Tensor, "k N"] | None,
-    upper: Float[Tensor, "k k"],
+    pending: Float[Tensor, "k E N"],
+    scales: Float[Tensor, "k E N"],
+    zero_points: Float[Tensor, "k E N"] | None,
+    upper: Float[Tensor, "E k k"],
     spec: QuantSpec,
-    codes: Float[Tensor, "k N"],
-) -> Float[Tensor, "k N"]:
+    codes: Float[Tensor, "k E N"],
+) -> Float[Tensor, "k E N"]:
     """Fill ``codes`` and return the errors e; ``pending`` is used up."""
     errors = torch.empty_like(pending)
+    upper = upper.permute(1, 2, 0).unsqueeze(-1)  # [k, k, E, 1]
     for index in range(pending.shape[0]):
         zero = 0 if zero_points is None else zero_points[index]
         code = torch.round(pending[index] / scales[index]).add_(zero).clamp_(spec.code_min, spec.code_max)
         error = (pending[index] - (code - zero) * scales[index]) / upper[index, index]
         codes[index], errors[index] = code, error
-        pending[index:].addr_(upper[index, index:], error, alpha=-1)
+        pending[index:].addcmul_(upper[index, index:], error, value=-1)
     return errors

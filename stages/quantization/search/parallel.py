@@ -43,8 +43,37 @@ def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iter
     workers = workers_on(solver.device)
     small = small_groups(groups, workers)
     large = [place for place in range(len(groups)) if place not in set(small)]
-    yield from _in_parallel([_task(solver, groups[place], place) for place in small], workers)
-    yield from _in_turn(solver, [(place, groups[place]) for place in large])
+    batches = _alike(solver, groups, _MEMORY // workers)
+    for places in _in_parallel([_task(solver, groups, batch) for batch in _among(batches, small)], workers):
+        yield from places
+    for batch in _among(batches, large):
+        if len(batch) > 1:
+            yield from _task(solver, groups, batch)()
+    yield from _in_turn(solver, [(batch[0], groups[batch[0]]) for batch in _among(batches, large) if len(batch) == 1])
+
+
+def _alike(solver: GroupSolver, groups: Sequence[ActivationGroup], memory: int) -> list[tuple[int, ...]]:
+    """Put experts of one projection of a node together, as many as fit ``memory``; all others stay alone."""
+    batches: list[list[int]] = []
+    open_to_more: dict[tuple[object, ...], list[int]] = {}
+    for place, group in enumerate(groups):
+        expert = group.sites[0].expert
+        key: tuple[object, ...] | None = (
+            None if expert is None else (expert.node, expert.projection, solver.specs[group.sites[0].name])
+        )
+        batch = open_to_more.get(key) if key is not None else None
+        if batch is None or search_memory(group) * (len(batch) + 1) > memory:
+            batches.append(batch := [])
+        batch.append(place)
+        if key is not None:
+            open_to_more[key] = batch
+    return [tuple(batch) for batch in batches]
+
+
+def _among(batches: Sequence[tuple[int, ...]], places: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the batches of groups at these places; those of a batch have one size, so all of it is there or none."""
+    wanted = set(places)
+    return [batch for batch in batches if batch[0] in wanted]
 
 
 def workers_on(device: torch.device) -> int:
@@ -58,14 +87,19 @@ def small_groups(groups: Sequence[ActivationGroup], workers: int) -> list[int]:
     return [] if workers == 1 or len(small) == 1 else small
 
 
-def _task(solver: GroupSolver, group: ActivationGroup, place: int) -> Callable[[], Solved]:
-    return lambda: (place, solver.solve(group))
+def _task(solver: GroupSolver, groups: Sequence[ActivationGroup], batch: tuple[int, ...]) -> Callable[[], list[Solved]]:
+    def solve() -> list[Solved]:
+        if len(batch) == 1:
+            return [(batch[0], solver.solve(groups[batch[0]]))]
+        return list(zip(batch, solver.solve_alike([groups[place] for place in batch]), strict=True))
+
+    return solve
 
 
-def _in_parallel(tasks: Sequence[Callable[[], Solved]], workers: int) -> Iterator[Solved]:
+def _in_parallel(tasks: Sequence[Callable[[], list[Solved]]], workers: int) -> Iterator[list[Solved]]:
     with one_thread_each(workers) as pool:
         waiting = iter(tasks)
-        running: set[Future[Solved]] = {pool.submit(task) for task in islice(waiting, workers)}
+        running: set[Future[list[Solved]]] = {pool.submit(task) for task in islice(waiting, workers)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     rtn,
     stored_weight,
 )
-from stages.quantization.search.gptq import awq_gptq, gptq
+from stages.quantization.search.gptq import awq_gptq, gptq, gptq_alike
 from stages.quantization.search.objective import mixed_outputs, search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
@@ -40,6 +40,15 @@ _UNSCALED: Mapping[str, str] = MappingProxyType({"awq_lite": "rtn", "awq_full": 
 def search_cost(group: ActivationGroup) -> float:
     """Return how long a search of ``group`` takes relative to others: Gram matrix products, and its factorization."""
     return float(group.in_features**2 * (group.in_features + sum(site.out_features for site in group.sites)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The algorithm for a group, and why it isn't the one that was asked for."""
+
+    name: str
+    algorithm: Algorithm
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,37 +80,69 @@ class GroupSolver:
         """Quantize all sites of a group that was read already."""
         started = time.perf_counter()
         problems = self._parts(problem)
-        name, algorithm, note = self._algorithm_for(problems)
+        found = self._algorithm_for(problems)
+        choices = [self._choices(found.algorithm, part) for part in problems]
+        return self._solved(problem, problems, choices, found, time.perf_counter() - started)
+
+    def solve_alike(self, groups: Sequence[ActivationGroup]) -> list[SolvedGroup]:
+        """Quantize groups at once that hold one expert each, all of one shape and format."""
+        problems = [self.pose(group) for group in groups]
+        started = time.perf_counter()
+        parts = [self._parts(problem)[0] for problem in problems]
+        found = [self._algorithm_for([part]) for part in parts]
+        if {each.name for each in found} != {"gptq"} or len({part.specs for part in parts}) > 1:
+            return [self.solve_posed(problem) for problem in problems]
+        choices = [measured(part, choice) for part, choice in zip(parts, gptq_alike(parts, self.options), strict=True)]
+        seconds = (time.perf_counter() - started) / len(groups)
+        return [
+            self._solved(problem, [part], [choice], each, seconds)
+            for problem, part, choice, each in zip(problems, parts, choices, found, strict=True)
+        ]
+
+    def _solved(
+        self,
+        problem: GroupProblem,
+        problems: Sequence[GroupProblem],
+        choices: Sequence[tuple[SiteChoice, ...]],
+        found: _Found,
+        seconds: float,
+    ) -> SolvedGroup:
         pairs = [
-            (part, index, choice) for part in problems for index, choice in enumerate(self._choices(algorithm, part))
+            (part, index, choice)
+            for part, of_part in zip(problems, choices, strict=True)
+            for index, choice in enumerate(of_part)
         ]
         weights = tuple(
             stored_weight(part.group.sites[index], part.weights[index], part.specs[index], choice)
             for part, index, choice in pairs
         )
-        seconds = (time.perf_counter() - started) / len(pairs)
         reports = tuple(
-            replace(_report(part, index, choice, self.options), algorithm=name, note=note, seconds=seconds)
+            replace(
+                _report(part, index, choice, self.options),
+                algorithm=found.name,
+                note=found.note,
+                seconds=seconds / len(pairs),
+            )
             for part, index, choice in pairs
         )
         return SolvedGroup(group=problem.group, weights=weights, reports=reports)
 
-    def _algorithm_for(self, problems: list[GroupProblem]) -> tuple[str, Algorithm, str]:
+    def _algorithm_for(self, problems: list[GroupProblem]) -> _Found:
         """Return the algorithm with its name, and a note where it isn't the one that was asked for."""
         if any(part.is_unseen for part in problems):
-            return "rtn", rtn, _UNSEEN
+            return _Found("rtn", rtn, _UNSEEN)
         if any(site.expert is not None for part in problems for site in part.group.sites):
             # The router and all experts of a node read the same values: no input scale can be folded.
             unscaled = _UNSCALED.get(self.algorithm_name, self.algorithm_name)
-            return unscaled, ALGORITHMS[unscaled], _NOBODYS if problems[0].own_tokens == 0 else ""
+            return _Found(unscaled, ALGORITHMS[unscaled], _NOBODYS if problems[0].own_tokens == 0 else "")
         sites = [(site, spec) for part in problems for site, spec in zip(part.group.sites, part.specs, strict=True)]
         looked_up = [spec for site, spec in sites if site.name in self.looked_up]
         if not looked_up or self.algorithm_name in ("rtn", "rtn_dq"):
-            return self.algorithm_name, self.algorithm, ""
+            return _Found(self.algorithm_name, self.algorithm)
         name = "rtn" if all(spec.bits == 8 for spec in looked_up) else _UNSCALED.get(self.algorithm_name)
         if name is None:
-            return self.algorithm_name, self.algorithm, ""
-        return name, ALGORITHMS[name], _LOOKED_UP
+            return _Found(self.algorithm_name, self.algorithm)
+        return _Found(name, ALGORITHMS[name], _LOOKED_UP)
 
     def _choices(self, algorithm: Algorithm, problem: GroupProblem) -> tuple[SiteChoice, ...]:
         """Run ``algorithm`` and measure the errors of its choices where there are statistics."""

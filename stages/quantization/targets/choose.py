@@ -166,7 +166,7 @@ def _embedding_bits(requested: RequestedFormats, preferred: EmbeddingBits | None
 def _any_experts(requested: RequestedFormats) -> ExpertFormat | None:
     """Return what every release with QMoE takes, where experts are asked for."""
     bits = _EXPERT_BITS.get(requested.experts or "")
-    return None if bits is None else ExpertFormat(bits=bits, complete=False)
+    return None if bits is None else ExpertFormat(bits=bits)
 
 
 def _experts(request: Request, preferred: Preference[ExpertFormat | None]) -> tuple[ExpertFormat | None, str]:

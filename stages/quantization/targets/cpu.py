@@ -98,7 +98,8 @@ def _experts(request: Request) -> Preference[ExpertFormat | None]:
         return Preference(None, f"{request.version} has no QMoE that takes such experts; 1.23 is the first")
     newest = request.release >= _COMPLETE_EXPERTS
     zero_points = "" if newest else f", without zero points, which {request.version} may read wrong"
-    return Preference(ExpertFormat(bits=4, complete=newest), f"it runs QMoE in blocks{zero_points}")
+    experts = ExpertFormat(bits=4, zero_points=newest, router_weights=newest, takes_level=newest)
+    return Preference(experts, f"it runs QMoE in blocks{zero_points}")
 
 
 def _lm_head(request: Request, eight_bit: Preference[Granularity | None]) -> Preference[LmHead]:

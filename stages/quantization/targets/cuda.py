@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.commands.parsing import Release
-from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import ExpertFormat, FormatChoice
 from stages.quantization.targets.rules import (
     DQ_FUSES_ALL,
     FROM_DQ,
@@ -30,6 +30,21 @@ _BFLOAT16: Release = (1, 23)
 """ORT#25161"""
 _GATHER: Release = (1, 23)
 """ORT#25575"""
+_EXPERTS: Release = (1, 28)
+"""First whose QMoE lays out codes itself where weights_prepacked is 0 (ORT#28749, #28978), and takes blocks of 32
+(ORT#29038). 1.27 reads blocks only as its own GPU build packs them (ORT#28467), releases before it no blocks."""
+_EXPERT_FORMAT = ExpertFormat(
+    bits=4,
+    whose="CUDA's",
+    dtypes=frozenset({"float16", "bfloat16"}),
+    blocks=(128, 64, 32),
+    per_channel=False,
+    multiple=64,
+    router_weights=True,
+    packed_unless_said=True,
+)
+"""moe_quantization.cc: T is float16 or bfloat16, and tiles of interleaved weights have 64 inputs. Zero points, which it
+takes too, keep a token at a time from its fast path (ORT#29038)."""
 _LARGEST_BLOCK = 128
 """matmul_4bits.cu throws "block size ... is not supported" past it."""
 
@@ -47,6 +62,17 @@ def prefer(request: Request) -> Preferences:
         lm_head=lm_head,
         embedding=lookup_since(request, _GATHER, "CUDA has GatherBlockQuantized (ORT#25575)"),
         gather_block_size=_gather_block(request),
+        experts=_experts(request),
+    )
+
+
+def _experts(request: Request) -> Preference[ExpertFormat | None]:
+    if "float32" in request.facts.dtypes:
+        return Preference(None, "CUDA's QMoE takes float16 and bfloat16 only; ONNX Runtime gives others to the CPU")
+    if request.release < _EXPERTS:
+        return Preference(None, f"{request.version} reads experts only as a GPU packs them; 1.28 packs them itself")
+    return Preference(
+        _EXPERT_FORMAT, "its QMoE packs them when it is loaded (weights_prepacked 0, ORT#28749); not run here"
     )
 
 

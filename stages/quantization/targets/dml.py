@@ -30,6 +30,7 @@ def prefer(request: Request) -> Preferences:
         zero_point=Preference(False, "the tool for DirectML that this one replaces writes none; not run here"),
         lm_head=smallest_head(_EIGHT_BIT),
         embedding=Preference(None, "DirectML has no GatherBlockQuantized"),
+        experts=Preference(None, "DirectML has neither MoE nor QMoE: ONNX Runtime runs both on the CPU"),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import Embedding, Experts, LmHead, Rotary, ScaleRange, ScaleType
-from stages.records.experts import ExpertLayer
+from stages.records.experts import ActivationKind, ExpertLayer
 from stages.records.formats import NARROW_SCALES, EmbeddingTable, Granularity, PerBlock, WeightForm, torch_float
 from stages.records.sites import ActivationGroup, BlockAxis, FloatName, GatherForm
 
@@ -43,11 +43,27 @@ class RequestedFormats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertFormat:
-    """How a runtime's QMoE takes experts."""
+    """How a runtime's QMoE takes experts: what it reads, and what it doesn't."""
 
     bits: Literal[4, 8]
-    complete: bool
-    """Whether it has an accuracy level and router weights, and reads all zero points right."""
+    whose: str = "the CPU's"
+    """QMoE, in words."""
+    dtypes: frozenset[FloatName] = frozenset({"float32", "float16"})
+    activations: frozenset[ActivationKind] = frozenset(get_args(ActivationKind))
+    blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
+    """Their sizes, from the largest; each must divide both of an expert's sizes."""
+    per_channel: bool = True
+    multiple: int = 2
+    """What both of an expert's sizes must be a multiple of."""
+    most: int | None = None
+    """Experts that it chooses from; None: any number."""
+    zero_points: bool = False
+    router_weights: bool = False
+    """Whether it reads a token's weights from an input, where they are no softmax over the chosen experts' scores."""
+    takes_level: bool = False
+    """Whether it has an accuracy level."""
+    packed_unless_said: bool = False
+    """Whether it takes codes for packed where weights_prepacked doesn't say that they aren't."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

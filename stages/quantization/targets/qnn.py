@@ -31,6 +31,7 @@ def prefer(_: Request) -> Preferences:
         embedding=Preference(
             None, "QNN has GatherBlockQuantized on the GPU only from onnxruntime-qnn#356 on; not run here"
         ),
+        experts=Preference(None, "QNN's GPU backend has no QMoE (onnxruntime-qnn#819 was open)"),
     )
 
 

@@ -102,8 +102,8 @@ class Preferences:
     lm_head: Preference[LmHead]
     embedding: Preference[EmbeddingBits | None]
     """None: the runtime has no GatherBlockQuantized, which reads only the rows it needs."""
-    experts: Preference[ExpertFormat | None] = Preference(None, "QMoE was not run on this provider")
-    """None: it has no QMoE that was run."""
+    experts: Preference[ExpertFormat | None]
+    """None: it has no QMoE that reads what can be written here."""
     open_blocks: tuple[int, ...] = BLOCKS
     """INT4 blocks that it runs fast."""
     gather_block_size: Preference[int] = Preference(32, "as exact as INT4 weights of that size")

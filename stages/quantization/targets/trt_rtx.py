@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.quantization.targets.formats import FormatChoice, ModelFacts
+from stages.commands.parsing import Release
+from stages.quantization.targets.formats import ExpertFormat, FormatChoice, ModelFacts
 from stages.quantization.targets.rules import Preference, Preferences, Request, looks_up_quantized, smallest_head
 from stages.records.formats import Granularity, PerChannel, WeightForm
 
@@ -16,6 +17,17 @@ _BLOCKS = (128, 64)
 _EIGHT_BIT: Preference[Granularity | None] = Preference(
     PerChannel(), "what the tool that this one replaces writes; blocks are only for INT4; not run here"
 )
+_EXPERTS: Release = (1, 24)
+"""The one that was new when onnxruntime-genai's builder began to write blocks for it (onnxruntime-genai#1926)."""
+_EXPERT_FORMAT = ExpertFormat(
+    bits=4,
+    whose="TensorRT for RTX's",
+    dtypes=frozenset({"float16", "bfloat16"}),
+    activations=frozenset({"swiglu"}),
+    blocks=_BLOCKS,
+    per_channel=False,
+)
+"""What the builder writes there: raw codes, positive scales, no zero points, no router weights, swiglu."""
 
 
 def prefer(request: Request) -> Preferences:
@@ -27,7 +39,17 @@ def prefer(request: Request) -> Preferences:
         zero_point=Preference(False, "TensorRT multiplies a code with a positive scale, nothing else"),
         lm_head=smallest_head(_EIGHT_BIT),
         embedding=Preference(None, "TensorRT for RTX has no GatherBlockQuantized"),
+        experts=_experts(request),
     )
+
+
+def _experts(request: Request) -> Preference[ExpertFormat | None]:
+    if "float32" in request.facts.dtypes:
+        return Preference(None, "onnxruntime-genai's builder writes QMoE for it in 16 bits only; not run here")
+    if request.release < _EXPERTS:
+        return Preference(None, f"nobody wrote QMoE for it before 1.24, {request.version} is older")
+    why = "what onnxruntime-genai's builder writes for it (onnxruntime-genai#1926), in other blocks; not run here"
+    return Preference(_EXPERT_FORMAT, why)
 
 
 def _block(facts: ModelFacts) -> Preference[int]:

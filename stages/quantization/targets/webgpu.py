@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.commands.parsing import Release
-from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.targets.formats import ExpertFormat, FormatChoice
 from stages.quantization.targets.rules import (
     SIGNED,
     Preference,
@@ -21,6 +21,18 @@ _EIGHT_BIT: Release = (1, 23)
 """ORT#24546 and #24590"""
 _GATHER: Release = (1, 23)
 """ORT#25413"""
+_EXPERTS: Release = (1, 24)
+"""ORT#26489"""
+_EXPERT_FORMAT = ExpertFormat(
+    bits=4,
+    whose="WebGPU's",
+    activations=frozenset({"swiglu"}),
+    blocks=(128, 64, 32),
+    per_channel=False,
+    most=256,
+)
+"""qmoe.cc: raw codes, "zero_points for QMoE are not yet supported", nor router weights, and "only swiglu"; its gate has
+one thread an expert, of which WebGPU promises 256. ORT#32447, which adds more, was open."""
 
 
 def prefer(request: Request) -> Preferences:
@@ -36,10 +48,19 @@ def prefer(request: Request) -> Preferences:
         zero_point=Preference(False, "some of its kernels take none (ORT#23908); not run here"),
         lm_head=smallest_head(eight_bit),
         embedding=lookup_since(request, _GATHER, "WebGPU has GatherBlockQuantized (ORT#25413)"),
+        experts=_experts(request),
         accuracy_level=Preference(
             4, "activations as int8 for its fastest kernels (ORT#23365), as onnxruntime-genai's builder; not run here"
         ),
     )
+
+
+def _experts(request: Request) -> Preference[ExpertFormat | None]:
+    if request.is_bfloat16:
+        return Preference(None, "WebGPU has no bfloat16")
+    if request.release < _EXPERTS:
+        return Preference(None, f"{request.version} has no QMoE on WebGPU; 1.24 is the first")
+    return Preference(_EXPERT_FORMAT, "WebGPU has QMoE (ORT#26489), without zero points; not run here")
 
 
 def _eight_bit(request: Request) -> Preference[Granularity | None]:

@@ -12,9 +12,11 @@ from stages.commands.tables import Column, DataTable
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.quantities import counted, duration
 from stages.records.results import SiteReport
-from stages.records.sites import kind_of, layer_of, short_name
+from stages.records.sites import expert_of, kind_of, layer_of, short_name
 
 _WORST = 3
+_NAMED = 12
+"""Layers whose unseen experts are named in the box; report.jsonl has all."""
 _Rows = dict[tuple[str, str], list[SiteReport]]
 """The sites of each (kind, format)."""
 _COLUMNS = (
@@ -41,6 +43,28 @@ class SearchSummary:
     sites: tuple[SiteReport, ...]
     kept: tuple[tuple[str, str], ...]
     """(site, reason) for each site that isn't quantized."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTokens:
+    """How many calibration tokens the experts of a model saw."""
+
+    least: int
+    median: float
+    most: int
+    unseen: tuple[str, ...]
+    """A layer and its experts that none reached, for each that has such: layers.3/moe 1-2, 7."""
+
+    @property
+    def spread(self) -> str:
+        """Return the numbers in words."""
+        return f"least {self.least:,}, median {self.median:,.0f}, most {self.most:,}"
+
+    def named(self, layers: int) -> str:
+        """Name the experts that no token reached, of so many layers; and how many more there are."""
+        left = len(self.unseen) - layers
+        more = f" and of {counted(left, 'more layer')}" if left > 0 else ""
+        return f"{'; '.join(self.unseen[:layers])}{more}"
 
 
 def search_summary(store: QuantizedStore, seconds: float) -> SearchSummary:
@@ -148,15 +172,34 @@ def _layers_by_format(rows: _Rows) -> list[str]:
     return [f"{form}: {', '.join(names)} of layers {layers}" for (form, layers), names in kinds.items()]
 
 
-def _tokens_of_experts(reports: Sequence[SiteReport]) -> list[str]:
-    """Say how many calibration tokens the experts saw; no line where none were calibrated."""
+def expert_tokens(reports: Sequence[SiteReport]) -> ExpertTokens | None:
+    """Return how many calibration tokens the experts saw; None where none were calibrated."""
     tokens = sorted(report.tokens for report in reports if report.tokens is not None)
     if not tokens:
-        return []
-    return [
-        f"calibration tokens that routers sent to an expert: least {tokens[0]:,}, median {median(tokens):,.0f}, most "
-        f"{tokens[-1]:,}; each was also searched on some of its whole layer, which count the more the fewer it saw"
-    ]
+        return None
+    unseen: dict[str, set[int]] = defaultdict(set)
+    for report in reports:
+        if report.tokens == 0 and (place := expert_of(report.site)) is not None:
+            unseen[place[0]].add(place[1])
+    return ExpertTokens(
+        least=tokens[0],
+        median=median(tokens),
+        most=tokens[-1],
+        unseen=tuple(f"{layer} {ranges(sorted(experts))}" for layer, experts in unseen.items()),
+    )
+
+
+def _tokens_of_experts(reports: Sequence[SiteReport]) -> Iterator[str]:
+    """Say how many calibration tokens the experts saw; no line where none were calibrated."""
+    found = expert_tokens(reports)
+    if found is None:
+        return
+    yield (
+        f"calibration tokens that routers sent to an expert: {found.spread}; each was also searched on some of its "
+        "whole layer, which count the more the fewer it saw"
+    )
+    if found.unseen:
+        yield f"experts that no calibration token reached: {found.named(_NAMED)}; calibrate on more text"
 
 
 def _tuned_blocks(reports: Sequence[SiteReport]) -> list[str]:

@@ -8,7 +8,7 @@ tokens crosses. The name of a site tells its layer (layers.N).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +17,8 @@ import onnx_ir as ir
 from stages.errors import GraphError
 from stages.model.genai_config import EMBEDDED, LOGITS
 from stages.model.patterns import EXPERT_NODES
-from stages.model.sites import find_sites
+from stages.model.sites import expert_layer, find_expert_layers, find_sites, why_no_sites
+from stages.records.experts import ExpertLayer
 from stages.records.sites import MatMulSite, layer_of
 from stages.runtime.cpu.upcast import SIXTEEN_BIT, upcast_model
 from stages.runtime.graph_inputs import CARRY_TOKENS
@@ -26,6 +27,8 @@ OWN_DOMAIN = "genai_quant"
 """Domain of the operators that blocks/converters defines; only cut graphs have it."""
 LINEAR = "Linear"
 """y = x W^T + beta * bias, with W [N, K] an input of the cut graph."""
+EXPERTS = "Experts"
+"""A MoE node whose matrices are inputs of the cut graph, one for each site; attributes are those of its records."""
 WITHOUT_BLOCKS = "run without --algo signround, --refine and --distill, which run each block by itself."
 """The fix in messages about blocks that can't be cut out."""
 
@@ -36,6 +39,7 @@ _STANDARD = frozenset(
         "LpNormalization",
         "ReduceMean",
         "RMSNormalization",
+        "ScatterElements",
         "SimplifiedLayerNormalization",
         "Split",
     }
@@ -92,7 +96,8 @@ def find_blocks(model: ir.Model) -> tuple[DecoderBlock, ...]:
         GraphError: no site's name holds a layer number, or layers are joined by more than one value.
     """
     by_layer: dict[int, list[MatMulSite]] = {}
-    for site in find_sites(model):
+    of_experts = (site for layer in find_expert_layers(model) for site in layer.sites)
+    for site in (*find_sites(model), *of_experts):
         if (layer := layer_of(site.name)) is not None:
             by_layer.setdefault(layer, []).append(site)
     if not by_layer:
@@ -131,7 +136,7 @@ def find_head(model: ir.Model, last: DecoderBlock) -> DecoderBlock:
 
 def _span(sites: Iterable[MatMulSite], places: dict[str | None, int]) -> tuple[int, int]:
     """Return the places of a layer's first and last site in the graph's order."""
-    found = [places[site.output] for site in sites]
+    found = [places[site.output if site.expert is None else site.expert.node] for site in sites]
     return min(found), max(found)
 
 
@@ -202,9 +207,11 @@ def _require_cuttable(model: ir.Model, block: DecoderBlock, inside: list[ir.Node
     made = {output for node in inside for output in node.outputs}
     carrying = _descendants(model, _carries_tokens)
     for node in inside:
-        if node.op_type in EXPERT_NODES:  # before gigabytes of experts are copied
+        if node.op_type in EXPERT_NODES and expert_layer(node) is None:  # before gigabytes of experts are copied
+            reason = why_no_sites(node) if node.op_type == "MoE" else "they are quantized already"
             raise GraphError(
-                f"{block.title} holds the experts of '{node.name}' and can't be run as a block; {WITHOUT_BLOCKS}"
+                f"{block.title} holds the experts of '{node.name}' and can't be run as a block: {reason}; "
+                f"{WITHOUT_BLOCKS}"
             )
         if any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -255,7 +262,11 @@ class _Cutter:
     def copy(self, node: ir.Node) -> None:
         """Copy one node; the nodes inside that its inputs come from must have been copied before."""
         site = self._sites.get(str(node.outputs[0].name))
-        copied = self._copied(node) if site is None else self._linear(node, site)
+        layer = expert_layer(node)
+        if layer is not None:
+            copied = self._experts(node, layer)
+        else:
+            copied = self._copied(node) if site is None else self._linear(node, site)
         self._nodes.append(copied)
         for old, new in zip(node.outputs, copied.outputs, strict=False):
             new.name, new.type = old.name, old.type
@@ -278,9 +289,26 @@ class _Cutter:
             name=node.name,
         )
 
-    def _linear(self, node: ir.Node, site: MatMulSite) -> ir.Node:
+    def _experts(self, node: ir.Node, layer: ExpertLayer) -> ir.Node:
+        tokens, scores, _, fc1_bias, _, fc2_bias = (*node.inputs, None, None)[:6]
+        inputs = [self._input(value) for value in (tokens, scores, fc1_bias, fc2_bias) if value is not None]
+        weights = [self._weight(site) for site in layer.sites]
+        biased = {"fc1_biased": fc1_bias is not None, "fc2_biased": fc2_bias is not None}
+        attributes = {
+            name: int(value) if isinstance(value, bool) else value
+            for name, value in (asdict(layer.activation) | asdict(layer.routing) | biased).items()
+            if value is not None
+        }
+        converted = ir.convenience.convert_attributes(attributes)
+        return ir.Node(OWN_DOMAIN, EXPERTS, [*inputs, *weights], converted, name=node.name)
+
+    def _weight(self, site: MatMulSite) -> ir.Value:
         weight = ir.Value(name=site.name, type=ir.TensorType(ir.DataType.FLOAT))
         self._weights.append(weight)
+        return weight
+
+    def _linear(self, node: ir.Node, site: MatMulSite) -> ir.Node:
+        weight = self._weight(site)
         bias = [self._input(value) for value in node.inputs[2:]]
         beta = node.attributes.get("beta")
         attributes = [] if beta is None else [beta]

@@ -17,6 +17,9 @@ from stages.runtime.blocks.converters.onnx2torch import import_onnx2torch
 from stages.runtime.blocks.converters.register import register_converters
 from stages.runtime.blocks.cut import WITHOUT_BLOCKS, BlockGraph, DecoderBlock
 
+_TOKENS = 3
+"""Input of an expert's projection that says where its rows lie in the batch."""
+
 
 class _Reached(Exception):
     """Ends a run of a block at the site whose input is wanted."""
@@ -27,10 +30,15 @@ class _Reached(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRun:
-    """What a site read and gave in one run of a block: [batch, length, K] and [batch, length, N]."""
+    """What a site read and gave in one run of a block: [batch, length, K] and [batch, length, N].
+
+    An expert reads only some tokens: [n, K] and [n, N].
+    """
 
     read: Tensor
     gave: Tensor
+    tokens: Tensor | None = None
+    """Where the rows of an expert lie among the batch * length tokens, [n]."""
 
 
 class BlockModule:
@@ -50,6 +58,7 @@ class BlockModule:
             raise GraphError(f"{graph.block.title} can't become a torch module ({error}); {WITHOUT_BLOCKS}") from error
         self.block: DecoderBlock = graph.block
         self.shared = graph.shared
+        self._weights = tuple(str(value.name) for value in graph.model.graph.inputs[1 + len(graph.shared) :])
         self._module = module.to(device).requires_grad_(False)
 
     def __call__(
@@ -66,7 +75,7 @@ class BlockModule:
             shared: the values of ``self.shared`` for this batch size, by name.
         """
         others = [shared[name] for name in self.shared]
-        behind: Tensor = self._module(stream, *others, *(weights[site.name] for site in self.block.sites))
+        behind: Tensor = self._module(stream, *others, *(weights[name] for name in self._weights))
         return behind
 
     def with_sites(
@@ -77,6 +86,8 @@ class BlockModule:
     ) -> tuple[Tensor, dict[str, SiteRun]]:
         """Return the stream behind the block, and what each site read and gave, by its name.
 
+        Experts that no token of the batch goes to are missing.
+
         Args:
             stream: what enters the block.
             weights: [N, K] float32, by site name.
@@ -86,7 +97,8 @@ class BlockModule:
         runs: dict[str, SiteRun] = {}
 
         def note(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            runs[names[id(inputs[1])]] = SiteRun(read=inputs[0], gave=output)
+            tokens = inputs[_TOKENS] if len(inputs) > _TOKENS else None
+            runs[names[id(inputs[1])]] = SiteRun(read=inputs[0], gave=output, tokens=tokens)
 
         with ExitStack() as hooks:
             for linear in self._linears():

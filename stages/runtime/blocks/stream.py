@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.model.directory import ModelDirectory
 from stages.runtime.blocks.module import BlockModule, SiteRun
+from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import CPU, ProviderChoice
 from stages.runtime.tap import ActivationTap, open_value_tap
 
@@ -61,15 +62,20 @@ def read_inputs(
     computed = tuple(name for name in shared if name not in fed)
     choice = ProviderChoice(names=(CPU,), missing=())
     with open_value_tap(model, directory, (stream, *computed), choice, {}) as tap:
-        size = tap.feeds.window.batch or 1
+        size = _feeds(tap).window.batch or 1
         windows = [_run(tap, tokens[start : start + size])[stream] for start in range(0, len(tokens), size)]
         by_size = {size: _shared(tap, tokens[:1].repeat(size, axis=0), shared) for size in batch_sizes}
     return BlockInputs(stream=torch.cat(windows), shared=by_size)
 
 
 def _shared(tap: ActivationTap, tokens: np.ndarray, names: tuple[str, ...]) -> dict[str, Tensor]:
-    fed = {name: _as_float32(torch.from_numpy(array)) for name, array in tap.feeds(tokens).items() if name in names}
+    fed = {name: _as_float32(torch.from_numpy(array)) for name, array in _feeds(tap)(tokens).items() if name in names}
     return fed | {name: value for name, value in _run(tap, tokens).items() if name in names}
+
+
+def _feeds(tap: ActivationTap) -> CausalFeeds:
+    assert isinstance(tap.feeds, CausalFeeds), "it was opened for tokens"
+    return tap.feeds
 
 
 def _run(tap: ActivationTap, tokens: np.ndarray) -> dict[str, Tensor]:

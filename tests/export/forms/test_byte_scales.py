@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto
 
 from export.rewrite import RewriteResult, rewrite
-from export.verify.sites import check_stored_site, measure_site
+from export.verify.sites import check_site
 from stages.errors import GraphError
 from stages.inspect.quantized_weights import find_quantized
 from stages.quantization.weights.byte_scales import in_bytes, saved_bytes
@@ -59,15 +59,15 @@ def test_what_is_saved_is_checked_and_explained(tmp_path: Path, form: WeightForm
     ir.save(result.model, tmp_path / "model.onnx", external_data="model.onnx.data")
     model = ir.load(tmp_path / "model.onnx")
     (site,), node = result.sites, next(node for node in model.graph if node.outputs[0].name == "y")
-    check_stored_site(node, site)
-    assert measure_site(tmp_path, node, site).exact < 1e-5
+    (error,) = check_site(tmp_path, node, site, (1,))
+    assert error < 1e-5
     (stored,) = find_quantized(model).stored
     assert (stored.scales, stored.computed, stored.bits) == ("UINT8", "FLOAT", 4)
     steps = model.graph.initializers[str(site.steps)]
     assert steps.const_value is not None
     steps.const_value = ir.tensor(steps.const_value.numpy() * np.float32(1.01))
     with pytest.raises(GraphError, match=r"'y/MatMul/scales' differs"):
-        check_stored_site(node, site)
+        check_site(tmp_path, node, site, ())
 
 
 def test_the_forecast_is_what_the_bytes_save(tmp_path: Path) -> None:

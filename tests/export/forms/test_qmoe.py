@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from export.forms.dequantize_linear import dequantized
+from export.forms.matmul_nbits import implied_zero_point
+from export.forms.qmoe import packed_rows, unpacked_rows
 from export.rewrite import rewrite
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import Granularity, PerBlock, PerChannel, QuantSpec
@@ -75,3 +78,30 @@ def test_the_level_is_written_where_the_release_takes_one(tmp_path: Path) -> Non
         (node,) = rewrite(model, store, asked).model.graph
         found = node.attributes.get("accuracy_level")
         assert (None if found is None else found.as_int()) == wanted
+
+
+def test_codes_are_called_raw_where_the_target_would_take_them_for_packed(tmp_path: Path) -> None:
+    model = mixture(KINDS["gpt-oss"], np.float16).model()
+    four_bit = spec(4, PerBlock(block_size=16), "float16", zero_points=False)
+    x, scores = np.ones((3, HIDDEN), np.float16), np.eye(3, EXPERTS, dtype=np.float16)
+    outputs = []
+    for raw in (False, True):
+        store = rounded_store(tmp_path / f"{raw}", model, four_bit, says_raw=raw)
+        written = rewrite(model, store, 1).model
+        said = written.graph[-1].attributes.get("weights_prepacked")
+        assert (None if said is None else said.as_int()) == (0 if raw else None)
+        outputs.append(run_mixture(written, x, scores))
+    assert np.array_equal(*outputs), "the CPU reads raw codes whatever the attribute says"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_lie_as_in_what_the_builder_writes_raw_for_cuda_and_webgpu(bits: int) -> None:
+    from onnxruntime_genai.models.quantization.cuda_quantizer import CudaQuantizer
+
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    packed, scales = CudaQuantizer.matmulnbits_blockwise_quantize(weight, bits, 32)
+    form = spec(bits, PerBlock(block_size=32), "float32", zero_points=False)
+    codes = torch.from_numpy(unpacked_rows(packed.numpy(), 64, form)) - implied_zero_point(form)
+    read = codes * scales.repeat_interleave(32, dim=1)
+    assert float((read - weight).abs().max()) < float(scales.abs().max())
+    assert np.array_equal(packed_rows((codes + implied_zero_point(form)).to(torch.uint8), form), packed.numpy())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -19,8 +21,10 @@ from tests.support.mixtures import EXPERTS, KINDS, mixture, rounded_store
 FOUR_BIT = QuantSpec(bits=4, symmetric=False, granularity=PerBlock(block_size=16), scale_dtype="float32")
 
 
-def saved(folder: Path, spec: QuantSpec = FOUR_BIT, kind: str = "gpt-oss") -> tuple[Path, RewrittenExperts]:
-    model = mixture(KINDS[kind]).model()
+def saved(
+    folder: Path, spec: QuantSpec = FOUR_BIT, kind: str = "gpt-oss", dtype: type[np.floating] = np.float32
+) -> tuple[Path, RewrittenExperts]:
+    model = mixture(KINDS[kind], dtype).model()
     result = rewrite(model, rounded_store(folder / "weights", model, spec))
     save_model(result.model, folder, "model.onnx")
     return folder / "model.onnx", result.experts[0]
@@ -37,6 +41,13 @@ def test_good_experts_pass_and_their_error_is_rounding(tmp_path: Path, kind: str
     error = measure_experts(tmp_path, the_node(path), experts)
     assert error.experts == EXPERTS
     assert 0 < error.error < 2e-6
+
+
+def test_experts_in_bfloat16_are_checked_as_float32(tmp_path: Path) -> None:
+    sixteen = QuantSpec(bits=4, symmetric=True, granularity=PerBlock(block_size=16), scale_dtype="bfloat16")
+    path, experts = saved(tmp_path, sixteen, dtype=ml_dtypes.bfloat16)
+    check_stored_experts(the_node(path), experts)
+    assert 0 < measure_experts(tmp_path, the_node(path), experts).error < 2e-6
 
 
 @pytest.mark.parametrize("part", ["codes", "scales", "zero_points"])

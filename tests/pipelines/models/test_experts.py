@@ -17,6 +17,7 @@ from scripts.architectures.configs import gpt_oss as gpt_oss_config
 from stages.model.directory import locate_model
 from stages.quantization.search.solver import GroupSolver
 from stages.runtime.feeds import CausalFeeds
+from stages.runtime.genai import load_genai
 from stages.runtime.session import SessionSettings, open_session
 from tests.support.commands import Commands
 from tests.support.families import FAMILIES, lfm2_moe, save_random_model
@@ -88,6 +89,32 @@ def test_experts_become_qmoe_and_answer_almost_as_before(gpt_oss: Path, tmp_path
         assert len(generated(out, [int(token) for token in tokens[0]])) == LENGTH
     # Rounding of random experts in four layers; an expert in a wrong place gives 0.5 and more.
     assert errors[1] < 0.02 < errors[0] < 0.2
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("provider", ["cuda", "webgpu"])
+def test_what_is_built_for_a_gpu_becomes_the_qmoe_that_it_reads(
+    provider: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
+) -> None:
+    family = next(family for family in FAMILIES if family.name == "gpt-oss")
+    save_random_model(family.config(), family.width, tmp_path / "hf", tiny_tokenizer)
+    build_genai_model(tmp_path / "hf", tmp_path / "base", "fp16", provider)
+    text = ("--dataset", tiny_text, "--calib_size", 12, "--seq_len", 64)
+    options = ("--output_path", tmp_path / "int4", "--target", provider)
+    code, printed = commands.quantize("--onnx_path", tmp_path / "base", *options, *text)
+    assert code == 0, printed
+    assert "16 in 4 QMoE nodes" in printed
+    assert "experts    tokens: least" in printed
+    nodes = [node for node in ir.load(tmp_path / "int4" / "model.onnx").graph if node.op_type in ("MoE", "QMoE")]
+    assert [node.op_type for node in nodes] == ["QMoE"] * 4
+    raw = {"cuda": 0, "webgpu": None}[provider]
+    assert [node.attributes.get_int("weights_prepacked", None) for node in nodes] == [raw] * 4
+    assert all(len(node.inputs) == 8 for node in nodes), "no zero points, and the weights of gpt-oss are the operator's"
+    tokens = np.arange(20)[None] * 7 % VOCABULARY
+    before, after = logits(tmp_path / "base", tokens), logits(tmp_path / "int4", tokens)
+    # INT4 without zero points in four layers of random weights; a wrong order of codes gives 0.5 and more.
+    assert np.linalg.norm(after - before) < 0.2 * np.linalg.norm(before)
+    assert len(generated(tmp_path / "int4", [int(token) for token in tokens[0]])) == LENGTH
 
 
 def test_a_router_is_stored_as_int8_where_it_is_named(gpt_oss: Path, tmp_path: Path, commands: Commands) -> None:
@@ -179,6 +206,32 @@ def test_calibrated_experts_lose_half_of_what_rounded_ones_lose(
     assert max(seen) > 5 * min(seen)
 
 
+@pytest.mark.thorough
+def test_a_budget_chooses_the_format_of_each_nodes_experts_and_its_plan_file_gives_the_same(
+    structured: Path, tmp_path: Path, tiny_text: Path, commands: Commands
+) -> None:
+    text = ("--dataset", tiny_text, "--calib_size", 24, "--seq_len", 128)
+    options = ("--onnx_path", structured, "--algo", "awq_lite", "--cache_dir", tmp_path / "cache", *text)
+    budget = ("--target_bpw", 6.2)
+    code, printed = commands.quantize(*options, "--output_path", tmp_path / "budget", *budget)
+    assert code == 0, printed
+    assert "nats a token" in printed
+    plan = tmp_path / "budget.weights" / "plan.toml"
+    assert "/model/layers.1/moe/experts" in plan.read_text()
+    code, printed = commands.quantize(*options, "--output_path", tmp_path / "plan", "--plan", plan)
+    assert code == 0, printed
+    formats = [
+        [
+            (node.attributes.get_int("expert_weight_bits"), node.attributes.get_int("block_size"))
+            for node in ir.load(tmp_path / name / "model.onnx").graph
+            if node.op_type == "QMoE"
+        ]
+        for name in ("budget", "plan")
+    ]
+    assert formats[0] == formats[1]
+    assert {bits for bits, _ in formats[0]} == {4, 8}, "6.2 bits are one node in INT4 and one in INT8"
+
+
 def log_probabilities(folder: Path, tokens: np.ndarray) -> np.ndarray:
     scores = logits(folder, tokens).astype(np.float64)
     shifted = scores - scores.max(-1, keepdims=True)
@@ -194,7 +247,7 @@ def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 def generated(folder: Path, prompt: list[int]) -> list[int]:
-    model = og.Model(str(folder))
+    model = load_genai(og, folder, provider="cpu")
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=LENGTH, min_length=LENGTH, do_sample=False)
     generator = og.Generator(model, parameters)

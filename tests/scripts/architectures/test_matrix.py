@@ -68,6 +68,10 @@ def test_what_stays_as_it_is_and_tokens_that_count_alike_are_said() -> None:
     assert notes(kept) == ["1. Kept as it is: router.", "2. Experts stay as they are, inside MoE nodes."]
 
 
+def test_experts_in_qmoe_are_counted_beside_the_matmuls() -> None:
+    assert rows(replace(DONE, experts=32))[2][3] == "21 of 21 + 32 in QMoE"
+
+
 def test_the_last_result_of_a_cell_counts(tmp_path: Path) -> None:
     file = tmp_path / "cells.jsonl"
     for cell in (DONE, STOPPED, replace(DONE, fused=20)):

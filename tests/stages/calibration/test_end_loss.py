@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 
 from stages.calibration.cache import CacheWriter
 from stages.calibration.capture import Capture
-from stages.calibration.end_loss import EndLossPass, _WeightedSums, sampled_gradient, token_weights
+from stages.calibration.end_loss import (
+    PROJECTIONS,
+    EndLossPass,
+    _ExpertWeights,
+    _WeightedSums,
+    sampled_gradient,
+    token_weights,
+    weight_names,
+)
+from stages.calibration.row_files import open_rows
 from stages.calibration.run import calibrate
 from stages.calibration.statistics import unpack_symmetric
 from stages.calibration.stream_files import StreamFiles
@@ -25,7 +34,11 @@ from stages.model.sites import find_groups
 from stages.model.weights import read_weight
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.chain import Chain, open_chain
+from stages.runtime.blocks.cut import DecoderBlock, cut_block
+from stages.runtime.blocks.experts import activated, route
+from stages.runtime.blocks.module import BlockModule
 from stages.runtime.blocks.stream import read_inputs
+from tests.support.mixtures import EXPERTS, HIDDEN, mixture, the_layer
 from tests.support.tiny_models import VOCABULARY
 
 CPU = torch.device("cpu")
@@ -137,6 +150,43 @@ def test_what_enters_layers_comes_from_the_plain_pass(
             # ONNX Runtime and torch sum in another order.
             limit = 1e-3 * float(again[name].abs().max())
             torch.testing.assert_close(kept[name], again[name], rtol=0, atol=limit)
+
+
+def test_experts_tokens_and_channels_weigh_what_gradients_of_all_experts_on_all_tokens_say(tmp_path: Path) -> None:
+    """Against a mixture in which every expert sees every token, by a weight that is 0 where it wasn't chosen."""
+    model, counts, tokens = mixture().model(), {"calibration": 30, "held_out": 10}, 40
+    layer = the_layer(model)
+    generator = torch.Generator().manual_seed(3)
+    x, scores = (torch.randn(tokens, size, generator=generator) for size in (HIDDEN, EXPERTS))
+    behind = torch.randn(tokens, HIDDEN, generator=generator)
+    weights = {site.name: read_weight(model, site, CPU) for site in layer.sites}
+    block = DecoderBlock(layer=0, stream_in="x", stream_out="y", sites=layer.sites)
+    module = BlockModule(cut_block(model, block), CPU)
+    writer = CacheWriter.of(tmp_path, [], weight_names(layer))
+    sums = [_ExpertWeights.of(layer, projection, counts, writer) for projection in PROJECTIONS]
+    for part, chunk in (("calibration", slice(0, 20)), ("calibration", slice(20, 30)), ("held_out", slice(30, 40))):
+        given, runs = module.with_sites(x[chunk][None].requires_grad_(), weights, {"scores": scores[chunk]})
+        gradients = torch.autograd.grad(given, [run.gave for run in runs.values()], behind[chunk][None])
+        for each in sums:
+            each.add(runs, dict(zip(runs, gradients, strict=True)), part, 20 if chunk.start == 0 else 10)
+    for each in sums:
+        each.save(writer)
+    routed = route(scores, layer.routing)
+    share = torch.zeros(tokens, EXPERTS).scatter(1, routed.experts, routed.weights)
+    for index in range(EXPERTS):
+        fc1, fc2 = (weights[layer.of(projection)[index].name] for projection in PROJECTIONS)
+        bias = model.graph.initializers["gate_up.bias"].const_value
+        assert bias is not None
+        first = (x @ fc1.T + torch.from_numpy(bias.numpy()[index].copy())).requires_grad_()
+        second = activated(first, layer.activation) @ fc2.T
+        found = torch.autograd.grad(share[:, index : index + 1] * second, [first, second], behind)
+        for projection, gradient in zip(PROJECTIONS, found, strict=True):
+            rows = open_rows(tmp_path / writer.rows[layer.token_weights(projection)])
+            kept = torch.from_numpy(np.concatenate([rows["calibration"], rows["held_out"]])[:, index])
+            torch.testing.assert_close(kept, gradient.square().mean(dim=1).sqrt(), rtol=1e-4, atol=1e-6)
+            channels = open_rows(tmp_path / writer.rows[layer.channel_weights(projection)])["calibration"][index]
+            expected = gradient[:30].square().mean(dim=0)
+            torch.testing.assert_close(torch.from_numpy(channels.copy()), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_labels_give_the_fisher_information_of_the_model() -> None:

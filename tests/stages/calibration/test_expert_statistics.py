@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from stages.calibration.row_files import RowsWriter
 from stages.errors import CacheMismatch
 from stages.model.weights import read_weight, to_torch
 from stages.records.results import TokenStats
+from stages.records.sites import Projection
 from stages.runtime.blocks.experts import activated, route
 from tests.support.mixtures import EXPERTS, HIDDEN, INNER, mixture, the_layer
 
@@ -85,7 +87,7 @@ def test_each_matrix_gets_the_gram_matrix_of_its_own_rows_and_the_layers(
                     if routed.experts[token, place] == expert:
                         total += routed.weights[token, place] ** 2 * torch.outer(read[token], read[token])
                         own += 1
-            seen = seen_by(rows["scores"][part].numpy(), layer, site)
+            seen = seen_by(rows["scores"][part].numpy(), layer, site, None)
             assert seen.own == own
             usual = routed.weights.square().mean()
             drawn = seen.tokens[own:]
@@ -94,6 +96,53 @@ def test_each_matrix_gets_the_gram_matrix_of_its_own_rows_and_the_layers(
             assert stats.num_tokens == own + len(drawn)
             assert torch.allclose(gram(stats), total / stats.num_tokens, rtol=1e-4, atol=1e-5)
         assert (found.own_tokens == 0) == (expert == NOBODY)
+
+
+@pytest.mark.parametrize("projection", ["fc1", "fc2"])
+def test_tokens_weigh_what_the_end_loss_says_and_the_whole_is_in_nats(
+    projection: Projection, rows: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    model = mixture().model()
+    layer = the_layer(model)
+    routed = {part: route(scores, layer.routing) for part, scores in rows["scores"].items()}
+    generator = torch.Generator().manual_seed(2)
+    counts = {
+        part: torch.zeros(COUNTS[part], EXPERTS).scatter(
+            1, each.experts, torch.rand(each.experts.shape, generator=generator)
+        )
+        for part, each in routed.items()
+    }
+    sites = layer.of(projection)
+    channels = {"calibration": torch.rand(EXPERTS, sites[0].out_features, generator=generator)}
+    channels["calibration"][NOBODY] = 0
+    kept = {**rows, layer.token_weights(projection): counts, layer.channel_weights(projection): channels}
+    with new_cache(tmp_path / "cache", KEY, [], list(kept), overwrite=False) as writer:
+        for name, parts in kept.items():
+            file = RowsWriter(
+                writer.folder / writer.rows[name], name, {part: len(each) for part, each in parts.items()}
+            )
+            for part, numbers in parts.items():
+                file.add(part, numbers)
+    cache = find_cache(tmp_path / "cache")
+    assert cache is not None
+    statistics = ExpertStatistics(model, [layer], cache, CPU)
+    for index, site in enumerate(sites):
+        found = statistics.read(site.activation)
+        seen = seen_by(rows["scores"]["calibration"].numpy(), layer, site, counts["calibration"].numpy())
+        if index == NOBODY:
+            assert (seen.own, float(found.channel_weights[site.name].sum())) == (0, 0)
+            assert bool(found.tokens.calibration.abs_mean.any()), "those of the whole layer are there"
+            continue
+        own = counts["calibration"][:, index][counts["calibration"][:, index] > 0]
+        assert torch.equal(seen.weights[: seen.own], own)
+        prior = torch.tensor([float(counts["calibration"][token].sum()) / 2 for token in seen.tokens[seen.own :]])
+        torch.testing.assert_close(seen.weights[seen.own :], prior)
+        wanted = channels["calibration"][index]
+        torch.testing.assert_close(found.channel_weights[site.name], wanted / wanted.mean())
+        if projection == "fc1":
+            x = rows["x"]["calibration"][seen.tokens]
+            total = (x * seen.weights[:, None]).T @ x / len(x) / own.mean() * wanted.mean()
+            torch.testing.assert_close(gram(found.tokens.calibration), total, rtol=1e-4, atol=1e-6)
 
 
 def test_a_cache_without_the_rows_is_refused_with_what_to_do(cache: CalibrationCache) -> None:

@@ -105,3 +105,8 @@ def test_files_hold_the_lower_triangle_in_this_order() -> None:
     matrix = torch.arange(1.0, 17).reshape(4, 4)
     assert pack_symmetric(matrix).tolist() == [[1, 16, 15, 14, 13], [5, 6, 11, 10, 9]]
     assert pack_symmetric(matrix[:3, :3]).tolist() == [[1, 11, 10, 9], [5, 6, 6, 5]]
+
+
+def test_on_the_disk_lies_half_a_gram_matrix_or_the_rows() -> None:
+    assert StatisticsSize(in_features=8, tokens=100, itemsize=2).disk == 4 * (8 * 9 // 2)
+    assert StatisticsSize(in_features=8, tokens=3, itemsize=2).disk == 3 * 8 * 2

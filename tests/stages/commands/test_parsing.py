@@ -71,6 +71,9 @@ def test_options_are_parsed_with_those_of_their_bases(monkeypatch: pytest.Monkey
         ("--maybe in 5", "--maybe --cache_dir in --first 5"),
         ("--many x y --cache_dir in 5", "--many x y --cache_dir in --first 5"),
         ("in --many x --quiet 5", "--cache_dir in --many x --quiet --first 5"),
+        ("--maybe True in 5", "--maybe --cache_dir in --first 5"),
+        ("in --quiet=true --maybe false", "--cache_dir in --quiet --no_maybe"),
+        ("--quiet true.onnx", "--quiet --cache_dir true.onnx"),
     ],
 )
 def test_bare_words_get_the_names_of_options(typed: str, meant: str) -> None:

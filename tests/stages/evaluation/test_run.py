@@ -21,4 +21,4 @@ def test_lm_eval_is_loaded_only_when_tasks_are_run() -> None:
     imports = {file.stem: imported_on_loading(file) for file in FOLDER.rglob("*.py")}
     needing = {name for name, found in imports.items() if any(one.partition(".")[0] == "lm_eval" for one in found)}
     assert needing == {"lm_model"}
-    assert not [name for name, found in imports.items() if "stages.evaluation.lm_model" in found]
+    assert not [name for name, found in imports.items() if "stages.evaluation.tasks.lm_model" in found]

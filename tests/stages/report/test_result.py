@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from export.card.record import EvaluationSummary, Speed, TextScores
+from stages.quantization.weights.summary import ExpertTokens
 from stages.report.result import Result, ResultBox
 
 TEXT = TextScores(
@@ -47,6 +48,15 @@ def test_a_box_says_what_was_made_and_what_to_do_with_it() -> None:
     assert "27.0 -> 88.9 tokens/s (3.3x)" in printed
     assert "genai-quant evaluate models/base models/int4\n" in printed
     assert "python -m stages.inspect models/int4" in "\n".join(shown(RESULT, "python -m stages.quantize"))
+
+
+def test_the_box_says_how_many_tokens_experts_saw_and_names_those_without_any() -> None:
+    tokens = ExpertTokens(least=0, median=171.5, most=2304, unseen=("layers.0/moe 1-2", "layers.3/moe 7", "x 1"))
+    printed = "\n".join(shown(replace(RESULT, experts=tokens), "genai-quant quantize"))
+    assert "experts    tokens: least 0, median 172, most 2,304 (each: report)" in printed
+    assert "none for   layers.0/moe 1-2; layers.3/moe 7 and of 1 more layer" in printed
+    every = replace(RESULT, experts=replace(tokens, unseen=()))
+    assert "none for" not in "\n".join(shown(every, "genai-quant quantize"))
 
 
 def test_what_was_not_measured_is_not_there() -> None:

@@ -128,6 +128,19 @@ class ReduceMean(nn.Module):
         return hidden.mean(dim=chosen or tuple(range(hidden.ndim)), keepdim=self._keepdims)
 
 
+class ScatterElements(nn.Module):
+    """Numbers of ``updates`` in the place of those that ``indices`` name along an axis."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self._axis = axis
+
+    def forward(
+        self, hidden: Float[Tensor, "*batch"], indices: Int[Tensor, "*places"], updates: Float[Tensor, "*places"]
+    ) -> Float[Tensor, "*batch"]:
+        return hidden.scatter(self._axis, indices, updates)
+
+
 class Split(nn.Module):
     """Parts of the sizes in ``split``; without that, ``outputs`` parts, equal but for the last."""
 

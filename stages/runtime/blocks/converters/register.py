@@ -10,6 +10,7 @@ from typing import Any
 from onnx import defs
 from torch import nn
 
+from stages.records.experts import ExpertActivation, Routing
 from stages.runtime.blocks.converters.attention import (
     GROUP_QUERY_ABSENT,
     MULTI_HEAD_ABSENT,
@@ -19,6 +20,7 @@ from stages.runtime.blocks.converters.attention import (
     MultiHeadAttention,
     RotaryEmbedding,
 )
+from stages.runtime.blocks.converters.experts import Experts
 from stages.runtime.blocks.converters.layers import (
     GatedAdd,
     Gelu,
@@ -27,6 +29,7 @@ from stages.runtime.blocks.converters.layers import (
     QuickGelu,
     ReduceMean,
     RootMeanSquareNorm,
+    ScatterElements,
     Split,
     UnitVectors,
 )
@@ -40,7 +43,7 @@ from stages.runtime.blocks.converters.recurrent import (
     LinearAttentionGate,
     LinearAttentionRule,
 )
-from stages.runtime.blocks.cut import LINEAR, OWN_DOMAIN
+from stages.runtime.blocks.cut import EXPERTS, LINEAR, OWN_DOMAIN
 
 Attributes = Mapping[str, Any]
 """A node's attributes as onnx2torch parses them: numbers, lists, strings."""
@@ -148,6 +151,13 @@ def _linear_attention(node: NodeForm) -> nn.Module:
     return LinearAttention(rule)
 
 
+def _experts(node: NodeForm) -> nn.Module:
+    attributes = dict(node.attributes)
+    routing = Routing(top_k=attributes.pop("top_k"), over_chosen=attributes.pop("over_chosen") == 1)
+    biased = attributes.pop("fc1_biased") == 1, attributes.pop("fc2_biased") == 1
+    return Experts(ExpertActivation(**attributes), routing, biased)
+
+
 def _norm(module: Callable[[float], nn.Module]) -> Builder:
     def build(node: NodeForm) -> nn.Module:
         node.require(axis=-1)
@@ -161,9 +171,15 @@ def _reduce_mean(node: NodeForm) -> nn.Module:
     return ReduceMean(keepdims=node.attributes.get("keepdims", 1) == 1, axes=tuple(node.attributes.get("axes", ())))
 
 
+def _scatter_elements(node: NodeForm) -> nn.Module:
+    node.require(reduction="none")
+    return ScatterElements(node.attributes.get("axis", 0))
+
+
 _BUILDERS: Mapping[str, Builder] = {
     "BiasGelu": lambda _: Gelu("none"),
     "CausalConvWithState": _causal_conv,
+    EXPERTS: _experts,
     "FastGelu": lambda _: Gelu("tanh"),
     "GatedAdd": lambda _: GatedAdd(),
     "GatedRMSNorm": lambda node: GatedNorm(
@@ -182,6 +198,7 @@ _BUILDERS: Mapping[str, Builder] = {
     "ReduceMean": _reduce_mean,
     "RMSNormalization": _norm(RootMeanSquareNorm),
     "RotaryEmbedding": _rotary_embedding,
+    "ScatterElements": _scatter_elements,
     "SimplifiedLayerNormalization": _norm(RootMeanSquareNorm),
     "Split": lambda node: Split(axis=node.attributes.get("axis", 0), outputs=node.outputs),
 }

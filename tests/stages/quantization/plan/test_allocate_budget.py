@@ -138,17 +138,17 @@ def test_the_summary_names_the_budget_what_was_reached_and_what_can_be(
 def test_forecasts_are_kept_and_only_new_formats_are_forecast(
     model: ir.Model, tiny_model: Path, cache: CalibrationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups, plan = find_groups(model), _plan(model, tiny_model, target_bpw=7.0)
-    assert needs_weights(groups, _open(plan), cache)
+    plan = _plan(model, tiny_model, target_bpw=7.0)
+    assert needs_weights(_open(plan), cache)
     first = _allocated(plan, model, tiny_model, cache)
     rule = _open(plan).scale_range
     kept = read_forecasts(cache.folder, rule)
-    assert not needs_weights(groups, _open(plan), cache)
+    assert not needs_weights(_open(plan), cache)
     with monkeypatch.context() as patched:
         patched.setattr(CalibrationCache, "read_for_search", lambda *_: pytest.fail("statistics are read again"))
         assert _allocated(plan, model, tiny_model, cache).file_text == first.file_text
     finer = _plan(model, tiny_model, target_bpw=7.0, block_size=16)
-    assert needs_weights(groups, _open(finer), cache)
+    assert needs_weights(_open(finer), cache)
     _allocated(finer, model, tiny_model, cache)
     for name, forecast in read_forecasts(cache.folder, rule).items():
         assert forecast.items() >= kept[name].items()

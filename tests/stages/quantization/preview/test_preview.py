@@ -29,6 +29,9 @@ def test_sizes_are_those_of_the_files(form: str, *, zero_point: bool, tiny_model
     assert found.bytes_before == _files(base)
     # Nodes and names are counted generously: up to 1 kB a site.
     assert _files(model.onnx_file) <= found.bytes_after <= _files(model.onnx_file) + 1024 * len(found.sites)
+    stored = sum(file.stat().st_size for file in config.weights_folder.glob("*.safetensors"))
+    assert found.disk.weights <= stored <= found.disk.weights + 2048 * len(found.sites)
+    assert (found.disk.calibration, found.disk.output) == (0, found.bytes_after)
 
 
 def _weights(file: Path) -> int:

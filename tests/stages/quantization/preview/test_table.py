@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stages.quantization.preview.table import Preview, PreviewedSite, SearchEstimate, StageMemory, preview_table
+from stages.quantization.preview.table import (
+    DiskUse,
+    Preview,
+    PreviewedSite,
+    SearchEstimate,
+    StageMemory,
+    preview_table,
+)
 from stages.quantization.targets.formats import Explanation
 
 SITE = PreviewedSite(
@@ -41,6 +48,7 @@ PREVIEW = Preview(
     bytes_before=3_000_000,
     bytes_after=1_500_000,
     memory=(StageMemory(stage="search", bytes=7_000_000, holds="the largest group"),),
+    disk=DiskUse(calibration=0, weights=2_000_000, output=1_500_000),
     search=SearchEstimate(seconds=12.0, device="cpu", groups=3),
     obstacles=(),
     notes=(),
@@ -108,3 +116,10 @@ def test_what_the_target_decided_stands_first() -> None:
     assert "--lm_head 8 it is fast" in shown
     assert "target cpu@1.32: the base names no other; choose another with --target" in shown
     assert _shown(replace(PREVIEW, formats=(), target_because=""))[0].startswith("awq_lite INT4 block 32")
+
+
+def test_the_disk_that_stages_need_is_said_by_stage() -> None:
+    assert "disk about 4 MB: 2 MB quantized weights, 2 MB output" in _shown(PREVIEW)
+    with_cache = replace(PREVIEW, disk=replace(PREVIEW.disk, calibration=9_160_000_000))
+    (line,) = [line for line in _shown(with_cache) if line.startswith("disk")]
+    assert line.startswith("disk about 9,164 MB: 9,160 MB calibration, ")

@@ -13,9 +13,9 @@ from stages.quantization.search import parallel
 from stages.quantization.search.parallel import search_memory, solve_groups
 from stages.quantization.search.problem import GroupProblem
 from stages.quantization.search.solver import GroupSolver
-from stages.records.results import SolvedGroup
-from stages.records.sites import ActivationGroup
-from tests.stages.quantization.search.problems import random_layer, site, solver_of
+from stages.records.results import ActivationStats, SearchStats, SolvedGroup
+from stages.records.sites import ActivationGroup, ExpertPlace
+from tests.stages.quantization.search.problems import gram_stats, random_layer, site, solver_of, spec
 
 GROUP = random_layer(0, widths=(12, 8)).problem.group
 
@@ -47,6 +47,52 @@ def _two_threads() -> Iterator[None]:
 def same(one: SolvedGroup, other: SolvedGroup) -> bool:
     both = zip(one.weights, other.weights, strict=True)
     return all(torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) for a, b in both)
+
+
+def experts_of(index: int) -> tuple[ActivationGroup, ...]:
+    """Both projections of one expert, as a node lists them."""
+    places = {"fc1": (12, 16), "fc2": (16, 8)}
+    made = []
+    for projection, (out_features, in_features) in places.items():
+        name = f"{index}.{projection}"
+        place = ExpertPlace(node="y", projection=projection, index=index, share=0.5)
+        sites = (replace(site(name, out_features, in_features), activation=name, expert=place, op_type="MoE"),)
+        made.append(replace(GROUP, activation=name, in_features=in_features, sites=sites, absorber=None))
+    return tuple(made)
+
+
+def test_experts_that_are_solved_at_once_are_those_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = [group for index in range(3) for group in experts_of(index)]
+    generator = torch.Generator().manual_seed(0)
+    weights = {g.activation: torch.randn(g.sites[0].out_features, g.in_features, generator=generator) for g in experts}
+    # Few rows, many, and none at all, as routers choose.
+    rows = {
+        g.activation: torch.randn(9 + 13 * place, g.in_features, generator=generator) for place, g in enumerate(experts)
+    }
+    rows["2.fc1"] = torch.zeros(4, 16)
+    stats = {
+        name: SearchStats(
+            tokens=ActivationStats(calibration=gram_stats(x), held_out=gram_stats(x[::2])), channel_weights={}
+        )
+        for name, x in rows.items()
+    }
+    one_by_one = replace(
+        solver_of(random_layer(0, widths=(12, 8)).problem, "awq_gptq"),
+        specs={g.sites[0].name: spec(symmetric=False, block_size=4) for g in experts},
+        read_weight=lambda each: weights[each.activation],
+        read_stats=stats.__getitem__,
+    )
+    at_once: list[int] = []
+    alike = GroupSolver.solve_alike
+    monkeypatch.setattr(
+        GroupSolver, "solve_alike", lambda self, groups: at_once.append(len(groups)) or alike(self, groups)
+    )
+    solved = dict(solve_groups(one_by_one, experts))
+    assert at_once == [3, 3]
+    for place, group in enumerate(experts):
+        expected = one_by_one.solve(group)
+        assert same(solved[place], expected), group.activation
+        assert replace(solved[place].reports[0], seconds=0.0) == replace(expected.reports[0], seconds=0.0)
 
 
 def test_small_groups_have_a_thread_each_and_all_come_once() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from stages.commands.parsing import Release, Runtime, parse_target
 from stages.commands.quantize_options import Embedding, LmHead
+from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.quantization.targets.choose import choose_formats, open_formats, target_of_base
 from stages.quantization.targets.formats import FormatChoice, ModelFacts, RequestedFormats
@@ -334,3 +335,48 @@ def test_one_table_for_embedding_and_lm_head_is_for_runtimes_with_both_operators
     found = why_not_shared(parse_target(runtime))
     assert bool(found) == bool(words)
     assert words in found
+
+
+EXPERT_RELEASES = [
+    ("cpu", "float32", 23),
+    ("cpu", "bfloat16", None),
+    ("cuda", "float32", None),
+    ("cuda", "float16", 28),
+    ("cuda", "bfloat16", 28),
+    ("webgpu", "float16", 24),
+    ("webgpu", "float32", 24),
+    ("webgpu", "bfloat16", None),
+    ("trt-rtx", "float16", 24),
+    ("trt-rtx", "float32", None),
+    ("dml", "float16", None),
+    ("qnn", "float32", None),
+]
+"""First minor release of 1.x whose QMoE reads what is written; None: no release."""
+
+
+@pytest.mark.parametrize(("runtime", "dtype", "first"), EXPERT_RELEASES)
+def test_experts_become_qmoe_from_the_release_that_reads_it(
+    runtime: Runtime, dtype: FloatName, first: int | None
+) -> None:
+    model = replace(facts(dtype), has_experts=True)
+    for release in RELEASES:
+        choice = choose(runtime, release, model=model)
+        runs = first is not None and release >= (1, first)
+        assert (choice.experts is not None) is runs, release
+        assert bool(choice.experts_stay) is not runs
+        (line,) = [line for line in choice.explanations if line.option == "--experts"]
+        assert line.chosen == ("4" if runs else "none")
+        if runs:
+            continue
+        with pytest.raises(OptionError, match=r"--experts 4: .*choose --target"):
+            choose(runtime, release, RequestedFormats(experts="4"), model)
+
+
+def test_only_the_cpu_reads_zero_points_of_experts_and_only_cuda_must_be_told_that_codes_are_raw() -> None:
+    model = replace(facts("float16"), has_experts=True)
+    formats = {runtime: choose(runtime, model=model).experts for runtime in ("cpu", "cuda", "webgpu", "trt-rtx")}
+    assert all(formats.values())
+    assert [runtime for runtime, each in formats.items() if each and each.zero_points] == ["cpu"]
+    assert [runtime for runtime, each in formats.items() if each and each.takes_level] == ["cpu"]
+    assert [runtime for runtime, each in formats.items() if each and each.router_weights] == ["cpu", "cuda"]
+    assert [runtime for runtime, each in formats.items() if each and each.packed_unless_said] == ["cuda"]

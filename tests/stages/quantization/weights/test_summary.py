@@ -40,6 +40,41 @@ def test_the_title_gives_the_bits_that_the_bytes_come_to(tmp_path):
     assert f"{8 * mean_bytes / (_IN * _OUT):.3f} bits a weight" in _printed(store)
 
 
+def test_experts_that_no_token_reached_are_named_layer_by_layer(tmp_path):
+    tokens = {(0, 0): 7, (0, 1): 0, (0, 2): 0, (1, 0): 40, (1, 1): 0, (1, 2): 5}
+    sites = {
+        f"/model/layers.{layer}/moe/experts.{expert}/{kind}": seen
+        for (layer, expert), seen in tokens.items()
+        for kind in ("gate_up_proj", "down_proj")
+    }
+    text = _printed(_store_of_experts(tmp_path / "w", sites))
+    assert "least 0, median 2, most 40" in text
+    assert "experts that no calibration token reached: layers.0/moe 1-2; layers.1/moe 1; calibrate" in text
+    text = _printed(_store_of_experts(tmp_path / "all", dict.fromkeys(sites, 3)))
+    assert "least 3, median 3, most 3" in text
+    assert "no calibration token reached" not in text
+
+
+def test_of_many_layers_with_unseen_experts_the_first_are_named(tmp_path):
+    sites = {f"/model/layers.{layer}/moe/experts.9/down_proj": 0 for layer in range(20)}
+    text = _printed(_store_of_experts(tmp_path / "w", sites))
+    assert "layers.11/moe 9 and of 8 more layers" in text
+
+
+def _store_of_experts(folder, tokens):
+    groups = tuple(
+        ActivationGroup(
+            activation=f"{name}.in", in_features=_IN, sites=(_site(name),), absorber=None, unfoldable_because="made up"
+        )
+        for name in tokens
+    )
+    store = _empty_store(folder, groups)
+    for index, (name, seen) in enumerate(tokens.items()):
+        report = SiteReport(site=name, algorithm="gptq", format="4b32", bytes=1280, tokens=seen)
+        store.write(index, SolvedGroup(group=groups[index], weights=(), reports=(report,)))
+    return store
+
+
 def _printed(store):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(quantization_table(store, 1.0))
@@ -58,6 +93,18 @@ def _store(folder, formats, layers="/model/layers."):
         for layer in formats
         for kind in ("up_proj", "down_proj")
     )
+    store = _empty_store(folder, groups)
+    for index, group in enumerate(groups):
+        layer = int(group.activation[0])
+        form = formats[layer] if "down_proj" in group.activation else "4b32"
+        report = SiteReport(
+            site=group.sites[0].name, algorithm="rtn", format=form, bytes=2176 if form == "8ch" else 1280
+        )
+        store.write(index, SolvedGroup(group=group, weights=(), reports=(report,)))
+    return store
+
+
+def _empty_store(folder, groups):
     recipe = ExportRecipe(
         model_fingerprint="f",
         weight_form=WeightForm.DQ,
@@ -67,15 +114,7 @@ def _store(folder, formats, layers="/model/layers."):
         search="s",
         summary="rtn_dq INT4 block 32",
     )
-    store = create_or_resume_store(folder, recipe, overwrite=False)
-    for index, group in enumerate(groups):
-        layer = int(group.activation[0])
-        form = formats[layer] if "down_proj" in group.activation else "4b32"
-        report = SiteReport(
-            site=group.sites[0].name, algorithm="rtn", format=form, bytes=2176 if form == "8ch" else 1280
-        )
-        store.write(index, SolvedGroup(group=group, weights=(), reports=(report,)))
-    return store
+    return create_or_resume_store(folder, recipe, overwrite=False)
 
 
 def _site(name):

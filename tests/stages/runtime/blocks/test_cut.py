@@ -37,7 +37,7 @@ def test_every_block_of_a_float16_model_with_positions(tiny_model_dml: Path) -> 
     assert max(relative_error(opened, block, _TOKENS) for block in opened.blocks) < _FLOAT16
 
 
-@pytest.mark.parametrize("name", ["gemma-2", "nemotron", "phi-3.5", "qwen2.5", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma-2", "gpt-oss", "nemotron", "phi-3.5", "qwen2.5", "qwen3"])
 def test_families(name: str, tiny_tokenizer: Path, tmp_path: Path) -> None:
     """Soft caps, sliding windows, norms behind each half, LayerNorm, partial rotation, tables behind an If, biases."""
     family = next(family for family in FAMILIES if family.name == name)

@@ -13,6 +13,7 @@ _RNG = np.random.default_rng(0)
 _HIDDEN = (3 * _RNG.standard_normal((2, 5, 12))).astype(np.float32)
 _GAIN = _RNG.uniform(0.5, 2, 12).astype(np.float32)
 _BIAS = _RNG.standard_normal(12).astype(np.float32)
+_PLACES = np.array([[3, 0], [1, 11], [2, 5], [0, 1], [7, 6]])
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,7 @@ _BIAS = _RNG.standard_normal(12).astype(np.float32)
         OneNode("GatedAdd", {"x": _HIDDEN, "other": _HIDDEN[:, ::-1].copy(), "gate": _HIDDEN[..., :1].copy()}),
         OneNode("ReduceMean", {"x": _HIDDEN, "axes": np.array([-1])}, {"keepdims": 1}, ""),
         OneNode("ReduceMean", {"x": _HIDDEN}, {"keepdims": 0}, ""),
+        OneNode("ScatterElements", {"x": _HIDDEN[0], "i": _PLACES, "u": _HIDDEN[1, :, :2]}, {"axis": 1}, ""),
         OneNode("ReduceMean", {"x": _HIDDEN}, {"axes": [1], "keepdims": 0}, "", opset=17),
     ],
     ids=lambda node: f"{node.domain or 'onnx'}-{node.operator}-{node.opset}-{dict(node.attributes)}",

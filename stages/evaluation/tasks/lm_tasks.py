@@ -91,7 +91,7 @@ def run_tasks(
     """
     from lm_eval.evaluator import simple_evaluate
 
-    from stages.evaluation.lm_model import OnnxRuntimeLM
+    from stages.evaluation.tasks.lm_model import OnnxRuntimeLM
 
     tokenizer = load_tokenizer(tokenizer_source or str(directory.folder), trust_remote_code=False)
     with open_decoder(directory, settings, None) as decoder:

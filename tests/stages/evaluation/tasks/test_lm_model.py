@@ -19,7 +19,7 @@ from stages.runtime.session import SessionSettings
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 
-from stages.evaluation.lm_model import OnnxRuntimeLM
+from stages.evaluation.tasks.lm_model import OnnxRuntimeLM
 
 SETTINGS = SessionSettings(accuracy_level=1)
 QUIET = Progress(Console(quiet=True))

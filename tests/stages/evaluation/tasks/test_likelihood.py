@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages.evaluation.likelihood import Continuation, likelihoods
+from stages.evaluation.tasks.likelihood import Continuation, likelihoods
 from tests.reference import accuracy as reference
 
 VOCABULARY = 17

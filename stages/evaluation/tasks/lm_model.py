@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.commands.progress import Progress
 from stages.errors import UserError
-from stages.evaluation.likelihood import Continuation, likelihoods
+from stages.evaluation.tasks.likelihood import Continuation, likelihoods
 from stages.model.genai_config import read_genai_config
 from stages.runtime.decoder import Decoder
 

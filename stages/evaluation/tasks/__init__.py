@@ -1,0 +1,1 @@
+"""Tasks of lm-eval, an optional package, on ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""Read quantized Hugging Face checkpoints, and find the graph's weights in them."""

@@ -1,0 +1,84 @@
+"""Find a graph's weight among a checkpoint's layers by what they hold, whatever they are called.
+
+The builder packs q, k and v into one MatMul, takes packed projections apart, and renames what it writes. But a
+quantized row still points where the row points that it was made from, so a weight's first row finds its layer, and
+as many of the rows after it as go on there; where they end, the next row looks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+_LEAST_COSINE = 0.5
+"""Between a row and its codes, also where AWQ multiplied their columns; 4 bits alone leave 0.99, other rows about 0."""
+_SHORTEST_PIECE = 8
+"""Rows. Whoever takes rows apart keeps heads, or halves of them, together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Consecutive outputs of one layer of a checkpoint."""
+
+    module: str
+    first: int
+    last: int
+    """The row behind the last."""
+
+
+def find_pieces(
+    weight: Float32[Tensor, "N K"], modules: Mapping[str, Float32[Tensor, "M K"]]
+) -> tuple[Piece, ...] | None:
+    """Return the rows of ``modules`` that ``weight`` is made of, in its order; None where it isn't.
+
+    Args:
+        weight: of the graph.
+        modules: by name, the checkpoint's candidates with as many inputs.
+    """
+    if not modules:
+        return None
+    names = list(modules)
+    places = [(name, row) for name in names for row in range(len(modules[name]))]
+    stacked = torch.cat([_unit_rows(modules[name]) for name in names])
+    ours, pieces, row = _unit_rows(weight), list[Piece](), 0
+    while row < len(ours):
+        piece = _longest(ours[row:], stacked, places, modules)
+        whole = row == 0 and piece is not None and piece.last - piece.first == len(ours)
+        if piece is None or not (whole or piece.last - piece.first >= min(_SHORTEST_PIECE, len(modules[piece.module]))):
+            return None
+        pieces.append(piece)
+        row += piece.last - piece.first
+    return tuple(pieces)
+
+
+def _longest(
+    ours: Float32[Tensor, "N K"],
+    stacked: Float32[Tensor, "M K"],
+    places: Sequence[tuple[str, int]],
+    modules: Mapping[str, Tensor],
+) -> Piece | None:
+    """Return where the first of ``ours`` lies, with as many of those after it as go on there."""
+    filled = ours.any(dim=1).nonzero()
+    if not len(filled):
+        return None
+    anchor = int(filled[0])  # rows of zeros point nowhere
+    cosines = stacked @ ours[anchor]
+    best = int(cosines.argmax())
+    module, row = places[best]
+    first = row - anchor
+    if float(cosines[best]) < _LEAST_COSINE or first < 0:
+        return None
+    begin = best - anchor
+    count = min(len(ours), len(modules[module]) - first)
+    theirs, mine = stacked[begin : begin + count], ours[:count]
+    differs = ((theirs * mine).sum(dim=1) < _LEAST_COSINE) & (theirs.any(dim=1) | mine.any(dim=1))
+    end = int(differs.nonzero()[0]) if bool(differs.any()) else count
+    return Piece(module=module, first=first, last=first + end)
+
+
+def _unit_rows(rows: Float32[Tensor, "N K"]) -> Float32[Tensor, "N K"]:
+    return torch.nn.functional.normalize(rows, dim=1)

@@ -1,0 +1,265 @@
+"""Encoders the whole way: samples in, INT4 out, judged on samples that nothing saw; alone and with a decoder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto
+from transformers import AutoTokenizer
+
+from stages.calibration.cache import find_cache
+from tests.support.commands import Commands
+from tests.support.encoders import (
+    add_vision,
+    save_image_processor,
+    save_images,
+    save_sounds,
+    save_text_encoder,
+    save_vision,
+)
+from tests.support.tiny_models import VOCABULARY, build_genai_model
+from tests.support.written import fused_sites
+
+
+def result_of(printed: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(printed[printed.index("{") : printed.rindex("}") + 1])
+    return found
+
+
+def scores_of(printed: str) -> dict[str, dict[str, float]]:
+    (evaluation,) = result_of(printed)["result"]["outputs"]  # type: ignore[index]
+    return {score["output"]: score for score in evaluation["rows"][-1]["scores"]}
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vision") / "base"
+    save_vision(folder)
+    save_image_processor(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("PIL")
+    return save_images(tmp_path_factory.mktemp("images"), 20)
+
+
+def test_images_calibrate_a_vision_encoder(vision: Path, images: Path, tmp_path: Path, commands: Commands) -> None:
+    """Statistics are those of the activations that ONNX Runtime gives, and calibration beats rounding on new images."""
+    errors = {}
+    for algo in ("awq_gptq", "rtn_dq"):
+        code, printed = commands.quantize(
+            vision, tmp_path / algo, "--samples", images, "--algo", algo, "--cache_dir", tmp_path / "cache",
+            "--block_size", 32, "--evaluate", "--json", "--quiet",
+        )  # fmt: skip
+        assert code == 0, printed
+        assert fused_sites(tmp_path / algo) == (5, 5)
+        (score,) = scores_of(printed).values()
+        errors[algo] = score["relative_error"]
+        assert score["vectors"] == 2 * 16
+        assert 0.9 < score["worst_cosine"] <= score["cosine"] < 1
+    assert errors["awq_gptq"] < 0.9 * errors["rtn_dq"]
+    cache = find_cache(tmp_path / "cache")
+    assert cache is not None
+    assert cache.manifest.key.text == f"images in {images.name} (17 + 1 samples)"
+    card = (tmp_path / "awq_gptq" / "README.md").read_text(encoding="utf-8")
+    assert "on 2 samples of images in" in card
+    report = json.loads((tmp_path / "awq_gptq.weights" / "report" / "report.json").read_text(encoding="utf-8"))
+    assert [one["samples"] for one in report["outputs"]] == [2]
+
+
+def test_statistics_are_those_of_the_rows(vision: Path, tmp_path: Path, commands: Commands) -> None:
+    pixels = np.random.default_rng(6).standard_normal((10, 3, 16, 16)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", pixel_values=pixels)
+    code, printed = commands.calibrate(vision, "--samples", tmp_path / "x.npz", "--cache_dir", tmp_path / "cache")
+    assert code == 0, printed
+    cache = find_cache(tmp_path / "cache")
+    assert cache is not None
+    tapped = ir.load(vision / "model.onnx")
+    value = next(out for node in tapped.graph for out in node.outputs if out.name == "layers.1/hidden")
+    tapped.graph.outputs[:] = [value]
+    ir.save(tapped, tmp_path / "tapped.onnx", external_data="tapped.data")
+    session = ort.InferenceSession(str(tmp_path / "tapped.onnx"), providers=["CPUExecutionProvider"])
+    order = np.random.default_rng(0)
+    order.permutation(1)  # of the files
+    chosen = order.permutation(10)
+    (rows,) = session.run(None, {"pixel_values": pixels[chosen[:8]]})
+    expected = torch.from_numpy(rows).reshape(-1, rows.shape[-1]).double()
+    stats = cache.read("layers.1/hidden").calibration
+    assert stats.num_tokens == 8 * 16
+    assert stats.gram is not None
+    torch.testing.assert_close(stats.gram.double(), expected.T @ expected / len(expected), rtol=1e-4, atol=1e-5)
+    assert len(cache.manifest.samples) == 9
+
+
+def test_a_package_is_quantized_in_one_run(
+    tiny_model: Path, tiny_text: Path, images: Path, tmp_path: Path, commands: Commands
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "int4"
+    shutil.copytree(tiny_model, base)
+    add_vision(base)
+    (base / "README.md").write_text("# of the base\n", encoding="utf-8")
+    command = (
+        base, output, "--component", "decoder,vision", "--dataset", tiny_text, "--calib_size", 12, "--seq_len", 32,
+        "--samples", images, "--block_size", 32, "--algo", "awq_lite",
+    )  # fmt: skip
+    code, printed = commands.quantize(*command)
+    assert code == 0, printed
+    assert fused_sites(output) == (10, 10)
+    verified = json.loads((tmp_path / "int4.weights.vision" / "verification.json").read_text(encoding="utf-8"))
+    assert (verified["fused"], verified["sites"]) == (5, 5)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        "base", "base.calibration", "base.vision.calibration", "int4", "int4.weights", "int4.weights.vision",
+    }  # fmt: skip
+    record = json.loads((output / "genai_quant.json").read_text(encoding="utf-8"))
+    assert (record["onnx_file"], [part["onnx_file"] for part in record["parts"]]) == (
+        "vision/vision.onnx",
+        ["model.onnx"],
+    )
+    assert record["base"]["name"] == record["parts"][0]["base"]["name"] == "base"
+    assert "--component decoder,vision" in (output / "README.md").read_text(encoding="utf-8")
+    assert (output / "README.base.md").read_text(encoding="utf-8") == "# of the base\n"
+    code, printed = commands.quantize(*command)
+    assert code == 0, printed
+    assert "is there already, made with exactly these options" in printed
+
+
+def test_what_one_component_lacks_is_said_before_the_first_is_calibrated(
+    tiny_model: Path, tmp_path: Path, commands: Commands
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    add_vision(base)
+    command = (base, tmp_path / "int4", "--component", "decoder,vision", "--dataset", "offline")
+    code, printed = commands.quantize(*command)
+    assert code == 2
+    assert "'pixel_values' holds sound or images" in printed
+    assert "pass --samples" in printed
+    code, printed = commands.quantize(*command, "--samples", tmp_path / "nothing")
+    assert code == 2
+    assert "does not exist; pass .npz or .npy files" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+@pytest.fixture
+def text_encoder(tmp_path: Path, tiny_tokenizer: Path) -> Path:
+    folder = tmp_path / "base"
+    save_text_encoder(folder, VOCABULARY)
+    AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["text", "arrays"])
+def test_an_embedding_model_is_calibrated_on_text_or_arrays(
+    kind: str, text_encoder: Path, tiny_text: Path, tmp_path: Path, commands: Commands
+) -> None:
+    if kind == "arrays":
+        tokens = np.random.default_rng(7).integers(2, VOCABULARY, (30, 20))
+        mask = np.arange(20) < np.random.default_rng(8).integers(5, 20, (30, 1))
+        np.savez(tmp_path / "x.npz", input_ids=tokens, attention_mask=mask.astype(np.int64))
+    data = ("--dataset", tiny_text) if kind == "text" else ("--samples", tmp_path / "x.npz")
+    code, printed = commands.quantize(
+        text_encoder, tmp_path / "int4", *data, "--seq_len", 48, "--block_size", 32, "--embedding", 8,
+        "--gather_block_size", 32, "--evaluate", "--json", "--quiet",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert fused_sites(tmp_path / "int4") == (5, 5)
+    (score,) = scores_of(printed).values()
+    assert score["output"] == "last_hidden_state"
+    assert 0.9 < score["worst_cosine"] <= score["cosine"] < 1
+    code, printed = commands.evaluate(text_encoder, tmp_path / "int4", "--windows", 4, "--seq_len", 48)
+    assert code == 0, printed
+    assert "last_hidden_state" in printed
+
+
+def test_evaluate_leaves_out_what_calibrated(vision: Path, images: Path, tmp_path: Path, commands: Commands) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(vision, base)
+    code, printed = commands.quantize(base, tmp_path / "int4", "--samples", images, "--algo", "awq_lite")
+    assert code == 0, printed
+    code, printed = commands.evaluate(base, tmp_path / "int4", "--samples", images, "--results", tmp_path / "r.json")
+    assert code == 0, printed
+    assert "2 samples of images in" in printed
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["samples"] == 2
+    few = tmp_path / "few"
+    few.mkdir()
+    order = np.random.default_rng(0).permutation(20)
+    for place in order[:3]:  # those that were calibrated on
+        shutil.copy(sorted(images.iterdir())[place], few)
+    code, printed = commands.evaluate(base, tmp_path / "int4", "--samples", few)
+    assert code == 2
+    assert "was calibrated on all of them; pass others" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--refine",), "--refine, --distill and --algo signround run text"),
+        (("--target_bpw", 5, "--sensitivity", "measured"), "--sensitivity measured runs text"),
+        (("--component", "vision,speech", "--target_size", "1MB"), "goes with one --component"),
+        (("--component", "vision,vision"), "names one twice"),
+    ],
+)
+def test_what_needs_text_or_one_component_is_refused(
+    options: tuple[object, ...], words: str, vision: Path, images: Path, tmp_path: Path, commands: Commands
+) -> None:
+    code, printed = commands.quantize(
+        vision, tmp_path / "int4", "--samples", images, "--cache_dir", tmp_path / "cache", *options
+    )
+    assert code == 2, printed
+    assert words in printed
+    assert not (tmp_path / "int4").exists()
+
+
+def test_float16_inputs_that_overflow_are_named(tmp_path: Path, commands: Commands) -> None:
+    save_vision(tmp_path / "base", dtype=TensorProto.FLOAT16)
+    np.savez(tmp_path / "x.npz", pixel_values=np.full((4, 3, 16, 16), 1e6))
+    code, printed = commands.calibrate(tmp_path / "base", "--samples", tmp_path / "x.npz")
+    assert code == 2, printed
+    assert "holds NaN or infinite values; run a float32 or bfloat16 build" in printed
+
+
+@pytest.mark.slow
+def test_sounds_calibrate_whispers_encoder_through_onnxruntime_genai(tmp_path: Path, commands: Commands) -> None:
+    """The package, its processor's description and its graphs are those of onnxruntime-genai's builder."""
+    pytest.importorskip("onnxruntime_genai")
+    package = save_whisper(tmp_path)
+    code, printed = commands.quantize(
+        package, tmp_path / "int4", "--component", "encoder", "--samples", save_sounds(tmp_path / "sounds", 6),
+        "--block_size", 32, "--evaluate", "--verbose",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert "onnxruntime-genai's" in printed
+    assert "hidden_states" in printed
+    assert "present_value_cross_1" in printed
+    files = {path.name for path in (tmp_path / "int4").iterdir()}
+    assert {"encoder.onnx", "decoder.onnx", "audio_processor_config.json"} <= files
+
+
+def save_whisper(folder: Path) -> Path:
+    """Build a random Whisper. Its biases aren't zero: the builder leaves those out, and its Attention needs them."""
+    import transformers
+
+    from scripts.architectures.configs import ARCHITECTURES
+
+    config = next(each for each in ARCHITECTURES if each.name == "WhisperForConditionalGeneration").config()
+    generator = torch.Generator().manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    source = folder / "whisper"
+    model.save_pretrained(source)
+    transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(source)
+    build_genai_model(source, folder / "package", "fp32", "cpu")
+    return folder / "package"
