@@ -18,6 +18,7 @@ from torch import Tensor
 
 from export.graph_edit import GraphEditor, name_of
 from stages.quantization.weights.bitpack import pack_4bit
+from stages.quantization.weights.byte_scales import has_byte_scales, in_bytes
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm, onnx_float, torch_float
 from stages.records.results import QuantizedWeight
@@ -41,6 +42,7 @@ class StoredSite:
     spec: QuantSpec
     row_divisor: Tensor | None = None
     """[N] float32: input scales of the next layer that were folded into this one's output channels."""
+    wants_byte_scales: bool = False
 
     def read(self) -> QuantizedWeight:
         """Load the whole weight, with scales as the search left them."""
@@ -57,6 +59,10 @@ class StoredSite:
         scales = self.store.tensor(self.group_index, self.site, "scales")
         assert scales is not None
         return divided_scales(scales, self.row_divisor)
+
+    def byte_scales(self, form: WeightForm) -> bool:
+        """Return whether the scales are stored as bytes."""
+        return self.wants_byte_scales and has_byte_scales(self.site, self.spec, form)
 
     def zero_points(self) -> UInt8[Tensor, "N nB"] | None:
         """Load the zero points; None where the format has none."""
@@ -80,6 +86,8 @@ class RewrittenSite:
     """Codes (DQ) or the floating-point weight (QDQ)."""
     scales: str
     zero_points: str | None
+    steps: str | None = None
+    """What scales that are bytes are multiples of."""
 
 
 def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, form: WeightForm) -> RewrittenSite:
@@ -92,8 +100,8 @@ def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, fo
         form: DQ, DQ_COLUMN_MAJOR or QDQ.
     """
     site, spec = source.site, source.spec
-    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source, form))
-    quantization = [editor.read_as(node, scales, onnx_float(site.dtype))]
+    scales = add_scales(editor, node, source, _lazy_scales(source, form), form)
+    quantization = [read_scales(editor, node, scales, onnx_float(site.dtype))]
     if not spec.symmetric:
         quantization.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source, form)))
     if form is WeightForm.QDQ:
@@ -109,9 +117,58 @@ def insert_dequantize(editor: GraphEditor, node: ir.Node, source: StoredSite, fo
         node=str(node.name),
         output=site.output,
         weight=name_of(weight),
-        scales=name_of(scales),
+        scales=name_of(scales.numbers),
         zero_points=None if spec.symmetric else name_of(quantization[1]),
+        steps=None if scales.steps is None else name_of(scales.steps),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleValues:
+    """The initializers of a weight's scales."""
+
+    numbers: ir.Value
+    steps: ir.Value | None
+    """What they are multiples of; None where they are the scales themselves."""
+
+
+def add_scales(
+    editor: GraphEditor, node: ir.Node, source: StoredSite, scales: ir.LazyTensor, form: WeightForm
+) -> ScaleValues:
+    """Register scales, and their steps where they are bytes.
+
+    Args:
+        editor: of the graph that holds ``node``.
+        node: the site's.
+        source: the stored weight.
+        scales: as ``form`` has them, bytes where ``source`` says so.
+        form: the nodes that read them.
+    """
+    name = source.site.name
+    numbers = editor.add_initializer(node, f"{name}/scales", scales)
+    if not source.byte_scales(form):
+        return ScaleValues(numbers=numbers, steps=None)
+    shape = (source.site.out_features, 1)
+    lazy = ir.LazyTensor(
+        lambda: TorchTensor(_oriented(in_bytes(source.scales()).steps, _rows_of(form))),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(shape if form is WeightForm.MATMUL_NBITS else shape[::-1]),
+    )
+    return ScaleValues(numbers=numbers, steps=editor.add_initializer(node, f"{name}/scale_steps", lazy))
+
+
+def read_scales(editor: GraphEditor, node: ir.Node, scales: ScaleValues, dtype: ir.DataType) -> ir.Value:
+    """Return the scales in ``dtype``, behind nodes that ONNX Runtime computes when it loads the model."""
+    numbers = editor.read_as(node, scales.numbers, dtype)
+    if scales.steps is None:
+        return numbers
+    name, kind = f"{scales.numbers.name}/Mul", ir.TensorType(dtype)
+    return editor.insert_before(node, "Mul", [numbers, scales.steps], name, {}, shape=numbers.shape, kind=kind)
+
+
+def _rows_of(form: WeightForm) -> WeightForm:
+    """Return a form that has scales in the order of ``form``: MatMulNBits has the store's rows."""
+    return WeightForm.DQ_COLUMN_MAJOR if form is WeightForm.MATMUL_NBITS else form
 
 
 def divided_scales(scales: Float[Tensor, "N nB"], row_divisor: Float32[Tensor, " N"] | None) -> Float[Tensor, "N nB"]:
@@ -206,6 +263,12 @@ def _lazy_floats(source: StoredSite) -> ir.LazyTensor:
 
 def _lazy_scales(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     shape = _scales_shape(source.site, source.spec, form)
+    if source.byte_scales(form):
+        return ir.LazyTensor(
+            lambda: TorchTensor(_oriented(in_bytes(source.scales()).multiples, form)),
+            dtype=ir.DataType.UINT8,
+            shape=ir.Shape(shape),
+        )
     return ir.LazyTensor(
         lambda: TorchTensor(_oriented(source.scales(), form).reshape(shape)),
         dtype=onnx_float(source.spec.scale_dtype),

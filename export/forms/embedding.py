@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.forms.dequantize_linear import RewrittenSite
+from export.forms.dequantize_linear import RewrittenSite, ScaleValues, read_scales
 from export.graph_edit import MICROSOFT, GraphEditor, describe, import_microsoft, name_of, replace_op
 from stages.errors import GraphError
 from stages.model.patterns import readers
@@ -36,6 +36,8 @@ class RewrittenTable:
     codes: str
     scales: str
     zero_points: str | None = None
+    steps: str | None = None
+    """What scales that are bytes are multiples of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +106,19 @@ def _share_table(editor: GraphEditor, plan: EmbeddingPlan, head: RewrittenSite) 
     nodes = _lookups(editor, plan)
     graph = nodes[0].graph
     assert isinstance(graph, ir.Graph)
-    scales = _as_read(editor, nodes, graph.initializers[head.scales], plan)
+    steps = None if head.steps is None else graph.initializers[head.steps]
+    stored = ScaleValues(numbers=graph.initializers[head.scales], steps=steps)
+    scales = read_scales(editor, nodes[0], stored, onnx_float(plan.table.dtype))
     zero_points = () if head.zero_points is None else (graph.initializers[head.zero_points],)
     _make_block_quantized(nodes, plan, [graph.initializers[head.weight], scales, *zero_points])
-    return RewrittenTable(plan=plan, file=None, codes=head.weight, scales=head.scales, zero_points=head.zero_points)
+    return RewrittenTable(
+        plan=plan,
+        file=None,
+        codes=head.weight,
+        scales=head.scales,
+        zero_points=head.zero_points,
+        steps=head.steps,
+    )
 
 
 def _as_read(editor: GraphEditor, nodes: list[ir.Node], scales: ir.Value, plan: EmbeddingPlan) -> ir.Value:

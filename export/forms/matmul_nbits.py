@@ -24,11 +24,12 @@ from jaxtyping import Int16, Shaped, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.forms.dequantize_linear import RewrittenSite, StoredSite
+from export.forms.dequantize_linear import RewrittenSite, StoredSite, add_scales, read_scales
 from export.graph_edit import MICROSOFT, GraphEditor, import_microsoft, name_of, replace_op
 from stages.commands.options import AccuracyLevel
 from stages.errors import OptionError
 from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
+from stages.quantization.weights.byte_scales import in_bytes
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm, channel_block_size, onnx_float
 from stages.records.sites import MatMulSite
 
@@ -173,10 +174,10 @@ def insert_matmul_nbits(
     """
     site, spec, name = source.site, source.spec, str(node.name)
     codes = editor.add_initializer(node, f"{site.name}/codes", _lazy_codes(source, as_rows=as_rows))
-    scales = editor.add_initializer(node, f"{site.name}/scales", _lazy_scales(source))
+    scales = add_scales(editor, node, source, _lazy_scales(source), WeightForm.MATMUL_NBITS)
     weights = [
         _in_blocks(editor, node, codes, site, spec) if as_rows else codes,
-        editor.read_as(node, scales, onnx_float(site.dtype)),
+        read_scales(editor, node, scales, onnx_float(site.dtype)),
     ]
     if not spec.symmetric:
         weights.append(editor.add_initializer(node, f"{site.name}/zero_points", _lazy_zero_points(source)))
@@ -193,8 +194,9 @@ def insert_matmul_nbits(
         node=name,
         output=name_of(product),
         weight=name_of(codes),
-        scales=name_of(scales),
+        scales=name_of(scales.numbers),
         zero_points=None if spec.symmetric else name_of(weights[2]),
+        steps=None if scales.steps is None else name_of(scales.steps),
     )
 
 
@@ -275,11 +277,14 @@ def _lazy_codes(source: StoredSite, *, as_rows: bool) -> ir.LazyTensor:
 def _lazy_scales(source: StoredSite) -> ir.LazyTensor:
     site, spec = source.site, source.spec
 
+    in_steps = source.byte_scales(WeightForm.MATMUL_NBITS)
+
     def read() -> ir.TensorProtocol:
-        return TorchTensor(_per_stored_block(source.scales(), site, spec))
+        scales = _per_stored_block(source.scales(), site, spec)
+        return TorchTensor(in_bytes(scales).multiples if in_steps else scales)
 
     shape = ir.Shape((site.out_features, _num_blocks(site, spec)))
-    return ir.LazyTensor(read, dtype=onnx_float(spec.scale_dtype), shape=shape)
+    return ir.LazyTensor(read, dtype=ir.DataType.UINT8 if in_steps else onnx_float(spec.scale_dtype), shape=shape)
 
 
 def _lazy_zero_points(source: StoredSite) -> ir.LazyTensor:

@@ -95,6 +95,8 @@ def _reference(node: ir.Node, table: RewrittenTable, tokens: Int64[np.ndarray, "
     if dtype in (ir.DataType.INT4, ir.DataType.INT8):
         codes = (codes ^ (1 << (plan.bits - 1))) - (1 << (plan.bits - 1))
     scales = read_initializer(node, table.scales).astype(np.float64)
+    if table.steps is not None:
+        scales *= read_initializer(node, table.steps)
     if plan.axis == 0:
         steps = scales[tokens // plan.block_size]
     else:

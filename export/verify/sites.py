@@ -18,6 +18,7 @@ from export.save import read_initializer
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError
+from stages.quantization.weights.byte_scales import in_bytes
 from stages.records.formats import FLOAT_TYPES, WeightForm, onnx_float
 from stages.records.results import QuantizedWeight
 
@@ -104,6 +105,8 @@ def _saved_channels(node: ir.Node, site: RewrittenSite) -> Iterator[_Channels]:
     if not packed:
         matrix = _outputs_first(matrix, site, in_features)
     scales = _outputs_first(read_initializer(node, site.scales), site, num_blocks)
+    if site.steps is not None:
+        scales = scales.astype(np.float32) * read_initializer(node, site.steps).reshape(-1, 1)
     zero_points = None if site.zero_points is None else read_initializer(node, site.zero_points)
     if zero_points is not None and packed:
         zero_points = unpacked_zero_points(zero_points, source.site, source.spec)
@@ -148,9 +151,11 @@ def _check_equal(saved: _Channels, weight: QuantizedWeight, site: RewrittenSite)
     divisor = None if divisor is None else divisor[channels]
     matrix = dequantized(wanted, divisor) if site.form is WeightForm.QDQ else wanted.codes
     _refuse_other(saved.matrix, matrix, site.weight, site)
+    scales = divided_scales(wanted.scales, divisor)
+    if site.steps is not None:
+        scales = in_bytes(scales).scales
     # MatMulNBits has one scale per channel in every block.
-    scales = divided_scales(wanted.scales, divisor).expand(saved.scales.shape)
-    _refuse_other(saved.scales, scales, site.scales, site)
+    _refuse_other(saved.scales, scales.expand(saved.scales.shape), site.scales, site)
     if wanted.zero_points is not None:
         assert saved.zero_points is not None
         assert site.zero_points is not None

@@ -23,7 +23,7 @@ Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq",
 OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
-ScaleType = Literal["narrow", "base"]
+ScaleType = Literal["bytes", "narrow", "base"]
 Rotary = Literal["computed", "stored"]
 LmHead = Literal["4", "8", "none"]
 Embedding = Literal["4", "8", "none"]
@@ -265,8 +265,9 @@ class _StorageOptions:
 
     scale_type: ScaleType | None = None
     """Type of stored scales. base: the graph's own. narrow: float16 where the graph is float32, half a bit less for
-    each weight in blocks of 32, with a Cast behind them that ONNX Runtime computes when it loads the model. Default:
-    narrow where the target is cpu, else base."""
+    each weight in blocks of 32, with a Cast behind them that ONNX Runtime computes when it loads the model. bytes: the
+    same, but INT4 scales beside zero points are multiples of one number a row, a quarter of a bit less again. Default:
+    bytes where the target is cpu, else base."""
     rotary_tables: Rotary | None = None
     """The cosines and sines of rotary embeddings. computed: where their frequencies give the stored numbers, nodes that
     ONNX Runtime computes when it loads the model. stored: as in the base. Default: computed where the target is cpu,

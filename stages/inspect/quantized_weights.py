@@ -369,11 +369,15 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 def _stored_input(node: ir.Node, index: int) -> ir.Value | None:
     """Return the initializer behind an input.
 
-    A Reshape of codes stands where embedding and lm_head share them, a Cast where scales are stored in a smaller type.
+    A Reshape of codes stands where embedding and lm_head share them, a Cast where scales are stored in a smaller type,
+    and a Mul behind that where they are multiples of a step.
     """
     value = _input(node, index)
     maker = None if value is None else value.producer()
-    return value if maker is None or maker.op_type not in ("Reshape", "Cast") else _input(maker, 0)
+    while maker is not None and maker.op_type in ("Reshape", "Cast", "Mul"):
+        value = _input(maker, 0)
+        maker = None if value is None else value.producer()
+    return value
 
 
 def _is_constant(value: ir.Value) -> bool:

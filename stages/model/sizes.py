@@ -109,11 +109,23 @@ def _reached(value: ir.Value) -> list[tuple[ir.Node, int]]:
 
 
 def _widened_uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """Return the (node, input) that read a value, looking through Cast."""
-    pairs = [
-        _widened_uses(node.outputs[0]) if node.op_type == "Cast" else [(node, place)] for node, place in value.uses()
-    ]
+    """Return the (node, input) that read a value, looking through Cast and what scales are multiplied with."""
+    pairs = [_widened_uses(node.outputs[0]) if _widens(node) else [(node, place)] for node, place in value.uses()]
     return [pair for part in pairs for pair in part]
+
+
+def _widens(node: ir.Node) -> bool:
+    """Return whether a node only makes scales of what is stored."""
+    if node.op_type != "Mul":
+        return node.op_type == "Cast"
+    makers = [value.producer() for value in node.inputs if value is not None]
+    return any(maker is None for maker in makers) and any(
+        maker is not None
+        and maker.op_type == "Cast"
+        and maker.inputs[0] is not None
+        and maker.inputs[0].is_initializer()
+        for maker in makers
+    )
 
 
 def _bits(value: ir.Value, node: ir.Node) -> int:

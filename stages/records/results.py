@@ -165,6 +165,8 @@ class ExportRecipe:
     """Whether the QMoE of the target's release has an accuracy level."""
     experts_say_raw: bool = False
     """Whether it must say that its codes are in the operator's own order, not packed for a GPU."""
+    byte_scales: bool = False
+    """Whether INT4 scales beside zero points become multiples of one step a row."""
     computes_rotary: bool = False
     """Whether nodes compute the tables of rotary embeddings."""
 

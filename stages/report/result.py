@@ -116,9 +116,10 @@ def _lines(result: Result, program: str) -> Iterator[tuple[str, str]]:
 
 
 def _measured(evaluation: EvaluationSummary | None, outputs: tuple[OutputEvaluation, ...]) -> Iterator[tuple[str, str]]:
-    for of_part in outputs:
-        worst = max(of_part.rows[-1].scores, key=lambda score: score.relative_error)
-        yield of_part.component, f"{worst.output}: cosine {worst.cosine:.5f}, relative error {worst.relative_error:.1%}"
+    for compared in outputs:
+        worst = max(compared.rows[-1].scores, key=lambda score: score.relative_error)
+        name = "outputs" if compared.component == DECODER else compared.component
+        yield name, f"{worst.output}: cosine {worst.cosine:.5f}, relative error {worst.relative_error:.1%}"
     if evaluation is None:
         if not outputs:
             yield "accuracy", "not compared with the base yet (--evaluate)"

@@ -18,7 +18,8 @@ from stages.runtime.cpu.runnable import open_file
 from stages.runtime.feeds import CausalFeeds, as_values
 from stages.runtime.session import SessionSettings, runtime_reason
 
-_PAST = re.compile(r"past(_key_values)?")
+PAST = re.compile(r"past(_key_values)?")
+"""What names of cache inputs have where those of the outputs that follow them have ``present``."""
 _Values = Mapping[str, ort.OrtValue]
 
 
@@ -81,7 +82,7 @@ class Decoder:
     def _present_of_past(self) -> dict[str, str] | None:
         """Return the output that becomes each cache input in the next step; None where a cache slides or has none."""
         outputs = {node.name for node in self.feeds.session.get_outputs()}
-        pairs = {name: _PAST.sub("present", name) for name in self.feeds.states}
+        pairs = {name: PAST.sub("present", name) for name in self.feeds.states}
         fixed = self.feeds.window.length or self.feeds.hidden_past or self.directory.windowed_caches
         return pairs if set(pairs.values()) <= outputs and not fixed else None
 

@@ -192,7 +192,8 @@ def as_declared(given: GraphInput, value: np.ndarray, shapes: InputShapes) -> Fe
     dtype = _NUMPY_TYPES.get(given.type)
     if dtype is None:
         raise shapes.refuse(given, f"has type {given.type}, which can't be fed")
-    array = np.array(value, dtype, order="C")  # a copy, which torch may write to
+    with np.errstate(over="ignore"):  # what overflows float16 is named where it reaches a MatMul
+        array = np.array(value, dtype, order="C")  # a copy, which torch may write to
     if given.type != _BFLOAT16:
         return array
     bits: ort.OrtValue = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), ir.DataType.BFLOAT16)

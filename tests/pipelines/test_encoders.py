@@ -52,6 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_images(tmp_path_factory.mktemp("images"), 20)
 
 
+@pytest.mark.slow
 def test_images_calibrate_a_vision_encoder(vision: Path, images: Path, tmp_path: Path, commands: Commands) -> None:
     """Statistics are those of the activations that ONNX Runtime gives, and calibration beats rounding on new images."""
     errors = {}
@@ -100,6 +101,7 @@ def test_statistics_are_those_of_the_rows(vision: Path, tmp_path: Path, commands
     assert len(cache.manifest.samples) == 9
 
 
+@pytest.mark.slow
 def test_a_package_is_quantized_in_one_run(
     tiny_model: Path, tiny_text: Path, images: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -158,7 +160,7 @@ def text_encoder(tmp_path: Path, tiny_tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["text", "arrays"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("arrays", marks=pytest.mark.thorough)])
 def test_an_embedding_model_is_calibrated_on_text_or_arrays(
     kind: str, text_encoder: Path, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:

@@ -139,3 +139,44 @@ def add_vision(package: Path) -> None:
         "outputs": {"image_features": "image_features"},
     }
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def save_multimodal(folder: Path, tokenizer: Path, vocabulary: int) -> Path:
+    """Save a package of type gemma3 whose images onnxruntime-genai's processor reads; its decoder is a projection."""
+    generator = np.random.default_rng(9)
+    save_vision(folder / "vision", file="vision.onnx")
+    embedding = TinyGraph()
+    tokens = embedding.input("input_ids", TensorProto.INT64, ["batch", "length"])
+    embedding.input("image_features", TensorProto.FLOAT, ["rows", HIDDEN])
+    table = embedding.constant("table", generator.standard_normal((vocabulary, HIDDEN)).astype(np.float32))
+    embedding.node("Gather", [table, tokens], ["inputs_embeds"])
+    embedding.output("inputs_embeds", TensorProto.FLOAT, ["batch", "length", HIDDEN])
+    embedding.save(folder / "embedding")
+    decoder = TinyGraph()
+    embedded = decoder.input("inputs_embeds", TensorProto.FLOAT, ["batch", "length", HIDDEN])
+    decoder.linear(embedded, random_weight(generator, HIDDEN, vocabulary), "logits")
+    decoder.output("logits", TensorProto.FLOAT, ["batch", "length", vocabulary])
+    decoder.save(folder / "decoder")
+    for file in tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    steps = {
+        "DecodeImage": {"color_space": "RGB"},
+        "Resize": {"interpolation": "CUBIC", "width": SIDE, "height": SIDE, "keep_aspect_ratio": 0},
+        "Rescale": {},
+        "Normalize": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        "Permute3D": {"dims": [2, 0, 1]},
+    }
+    transforms = [{"operation": {"name": kind, "type": kind, "attrs": attrs}} for kind, attrs in steps.items()]
+    processor = {"processor": {"name": "image_processing", "transforms": transforms}}
+    (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    sizes = {"head_size": 16, "hidden_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = {"filename": "vision/vision.onnx", "config_filename": "processor_config.json"}
+    model = {
+        "type": "gemma3", "vocab_size": vocabulary, "context_length": 64,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+        "decoder": {"filename": "decoder/model.onnx", "num_key_value_heads": 2, **sizes},
+        "embedding": {"filename": "embedding/model.onnx"},
+        "vision": {**vision, "inputs": {"pixel_values": "pixel_values"}},
+    }  # fmt: skip
+    (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": {"max_length": 64}}), "utf-8")
+    return folder

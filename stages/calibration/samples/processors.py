@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+from pydantic import TypeAdapter
 
 from stages.calibration.samples.arrays import require_fits
 from stages.calibration.samples.sounds import SOUNDS, read_sound
 from stages.errors import UserError, in_one_line, with_class_name
 from stages.model.directory import ModelDirectory
-from stages.model.genai_config import component_entries, read_genai_config
 from stages.runtime.feeds import Sample
+from stages.system.json_file import read_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _LOGGER = logging.getLogger(__name__)
 Medium = Literal["images", "sounds"]
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 _HUGGING_FACE = ("preprocessor_config.json", "processor_config.json")
-_GENAI_FILES = (
-    "vision_processor.json",
-    "audio_processor_config.json",
-    "speech_processor.json",
-    "processor_config.json",
-)
-"""What onnxruntime-genai's processors are described in, where genai_config.json names no config_filename."""
+_DESCRIPTIONS = ("processor", "feature_extraction")
+"""Keys of which the files have one that describe onnxruntime-genai's processors; their names differ."""
 _SAME: Mapping[str, str] = {
     "input_features": "audio_features", "input_values": "audio_features", "audio_embeds": "audio_features",
     "image_grid_thw": "image_grid_thw",
 }  # fmt: skip
 """What onnxruntime-genai calls the arrays of transformers' processors."""
-_TAGS: Mapping[str, str] = {
-    "phi3v": "<|image_1|>\n", "phi4mm": "<|image_1|>\n", "gemma3": "<start_of_image>",
-    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "fara": "<|vision_start|><|image_pad|><|vision_end|>",
-    "mistral3": "[IMG]",
-}  # fmt: skip
-"""What a prompt holds in an image's place, by the model's type in genai_config.json."""
-_SOUND_TAGS: Mapping[str, str] = {"phi4mm": "<|audio_1|>\n", "whisper": "<|startoftranscript|>"}
-"""The same for a sound; Whisper's prompt may not be empty."""
+_LARGEST_DESCRIPTION = 1 << 20
+"""Bytes; tokenizers are larger."""
+_PROMPT = "a"
+"""Whisper's processor refuses an empty one; those of images put their own tags into an empty one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,16 +139,19 @@ def find_processor(
 
 
 def _has_genai_processor(directory: ModelDirectory) -> bool:
-    if not directory.has_genai_config:
-        return False
-    entries = component_entries(read_genai_config(directory.folder))
-    entry = entries.get(directory.component, ({}, ""))[0]
-    named = [entry[key] for key in ("config_filename", "adapter_filename") if isinstance(entry.get(key), str)]
-    return any((directory.folder / name).is_file() for name in (*named[:1], *_GENAI_FILES))
+    return directory.has_genai_config and any(map(_describes_genai, sorted(directory.folder.glob("*.json"))))
 
 
 def _has_transformers_processor(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _HUGGING_FACE)
+    found = (folder / name for name in _HUGGING_FACE)
+    return any(file.is_file() and not _describes_genai(file) for file in found)
+
+
+def _describes_genai(file: Path) -> bool:
+    if not file.is_file() or file.stat().st_size > _LARGEST_DESCRIPTION:
+        return False
+    content = read_json(file, TypeAdapter(dict[str, Any])) or {}
+    return any(isinstance(content.get(key), dict) for key in _DESCRIPTIONS)
 
 
 def _of_genai(directory: ModelDirectory, medium: Medium) -> Processor:
@@ -165,15 +164,16 @@ def _of_genai(directory: ModelDirectory, medium: Medium) -> Processor:
             f"onnxruntime-genai's processor of {directory.folder} can't be opened ({in_one_line(error)}); name "
             "transformers' processor as --model_name, or pass .npz files."
         ) from error
-    kind = str(read_genai_config(directory.folder).get("model", {}).get("type", ""))
 
     def read(file: Path) -> dict[str, np.ndarray]:
         try:
             if medium == "images":
-                made = processor(_TAGS.get(kind, ""), images=runtime.Images.open(str(file)))
+                made = processor("", images=runtime.Images.open_bytes(_as_png(file)))
             else:
-                made = processor([_SOUND_TAGS.get(kind, "")], audios=runtime.Audios.open(str(file)))
+                made = processor([_PROMPT], audios=runtime.Audios.open(str(file)))
             return {name: np.array(made[name].as_numpy()) for name in made.keys()}  # noqa: SIM118 - no mapping
+        except UserError:
+            raise
         except Exception as error:  # onnxruntime-genai raises classes without a common base
             raise UserError(
                 f"onnxruntime-genai's processor can't read {file} ({in_one_line(error)}); leave it out, or name "
@@ -211,12 +211,26 @@ def _of_transformers(path: str, medium: Medium, *, trust_remote_code: bool) -> P
 
 
 def _image(processor: Callable[..., Mapping[str, Any]], file: Path) -> Mapping[str, Any]:
+    return processor(images=[_opened(file)], return_tensors="pt")
+
+
+def _as_png(file: Path) -> bytes:
+    """Return an image as PNG: onnxruntime-genai ends the process at a damaged one, and reads few other formats."""
+    content = io.BytesIO()
+    _opened(file).save(content, "PNG")
+    return content.getvalue()
+
+
+def _opened(file: Path) -> Image:
     try:
         from PIL import Image
     except ImportError as error:
         raise UserError(f"{file} needs the package Pillow; pip install pillow, or pass .npz files.") from error
-    with Image.open(file) as image:
-        return processor(images=[image.convert("RGB")], return_tensors="pt")
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+        raise UserError(f"{file} can't be read as an image ({in_one_line(error)}); leave it out.") from error
 
 
 def _sound(processor: Callable[..., Mapping[str, Any]], rate: int, file: Path) -> Mapping[str, Any]:

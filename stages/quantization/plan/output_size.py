@@ -10,6 +10,8 @@ import onnx_ir as ir
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
 from stages.quantization.plan.experts import stored_bytes
+from stages.quantization.targets.formats import FormatChoice
+from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes
 from stages.quantization.weights.rotary import RotaryTables
 from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
 from stages.records.sites import MatMulSite
@@ -30,6 +32,8 @@ class OutputSize:
     embeddings: tuple[EmbeddingPlan, ...]
     rotary: tuple[RotaryTables, ...] = ()
     """Tables that nodes compute."""
+    byte_scales: bool = False
+    """Whether scales are bytes where they may be."""
 
     def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
         """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
@@ -55,7 +59,8 @@ class OutputSize:
         scale = site.in_features * torch_float(site.dtype).itemsize
         looked_up = any(plan.shared_with == site.name for plan in self.embeddings)
         form = WeightForm.MATMUL_NBITS if looked_up else self.form
-        return file_bytes(site, spec, form) + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+        weight = file_bytes(site, spec, form, byte_scales=self.byte_scales)
+        return weight + scale + _GRAPH_BYTES + _NAMES * len(site.name)
 
     def _frees_its_weight(self, site: MatMulSite) -> bool:
         """Return whether no other site and no lookup that stays needs the weight once the site has its codes."""
@@ -66,7 +71,7 @@ class OutputSize:
 def output_size(
     directory: ModelDirectory,
     model: ir.Model,
-    form: WeightForm,
+    choice: FormatChoice,
     embeddings: tuple[EmbeddingPlan, ...],
     rotary: tuple[RotaryTables, ...],
 ) -> OutputSize:
@@ -75,13 +80,19 @@ def output_size(
     Args:
         directory: where ``model`` lies.
         model: the base model.
-        form: of the quantized weights.
+        choice: the form of the quantized weights, and the type of their scales.
         embeddings: those that are quantized too.
         rotary: tables that the output computes.
     """
     outside = sum(tensor.nbytes for tensor in external_tensors(model))
     base_bytes = directory.onnx_file.stat().st_size + outside
-    return OutputSize(base_bytes=base_bytes, form=form, embeddings=embeddings, rotary=rotary)
+    return OutputSize(
+        base_bytes=base_bytes,
+        form=choice.form,
+        embeddings=embeddings,
+        rotary=rotary,
+        byte_scales=choice.scale_type == "bytes",
+    )
 
 
 def weight_bytes(site: MatMulSite) -> int:
@@ -89,14 +100,17 @@ def weight_bytes(site: MatMulSite) -> int:
     return site.in_features * site.out_features * torch_float(site.stored_dtype or site.dtype).itemsize
 
 
-def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> int:
+def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm, *, byte_scales: bool = False) -> int:
     """Return the bytes in the weight's place: codes or, before a QuantizeLinear, numbers; scales and zero points.
 
     Args:
         site: the site whose weight it is.
         spec: its number format.
         form: the nodes before the MatMul.
+        byte_scales: whether scales are bytes where they may be.
     """
+    if byte_scales and has_byte_scales(site, spec, form):
+        return file_bytes(site, spec, form) - saved_bytes(site, spec)
     if form is WeightForm.QDQ:
         codes = -(-site.in_features * site.out_features * spec.bits // 8)
         numbers = site.in_features * site.out_features * torch_float(site.dtype).itemsize

@@ -186,7 +186,7 @@ def own_budget(
     in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
     if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
         return None
-    size = output_size(directory, model, plan.choice.form, plan.embeddings, plan.rotary)
+    size = output_size(directory, model, plan.choice, plan.embeddings, plan.rotary)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
     return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
 
@@ -239,7 +239,7 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         assert formats is not None, "without a budget there are no candidates"
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
         candidates += expert_candidates(experts, config, choice, formats)
-        size = output_size(directory, model, choice.form, embeddings, rotary)
+        size = output_size(directory, model, choice, embeddings, rotary)
         left_open = _open_plan(config, choice, candidates, size)
         sites = _smallest(groups, candidates)
         experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
@@ -337,6 +337,7 @@ def make_recipe(config: QuantizeConfig, plan: ModelPlan, fingerprint: str, cache
         unreached=plan.unquantized,
         experts_take_level=plan.choice.experts is not None and plan.choice.experts.takes_level,
         experts_say_raw=plan.choice.experts is not None and plan.choice.experts.packed_unless_said,
+        byte_scales=plan.choice.scale_type == "bytes",
         computes_rotary=bool(plan.rotary),
     )
 

@@ -44,7 +44,8 @@ from stages.quantization.preview.table import (
     SearchEstimate,
     StageMemory,
 )
-from stages.records.formats import PerBlock, QuantSpec, WeightForm
+from stages.quantization.targets.formats import FormatChoice
+from stages.records.formats import PerBlock, QuantSpec
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import WindowShape
@@ -92,7 +93,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     text = _text_shape(known, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
-    size = output_size(known.directory, known.model, plan.choice.form, plan.embeddings, plan.rotary)
+    size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
@@ -316,7 +317,7 @@ def _sites(
             zero_point=spec is not None and not spec.symmetric,
             why=skipped.get(site.name, "" if undecided is None else undecided.fixed_because),
             bytes_before=weight_bytes(site),
-            bytes_after=_bytes_after(site, spec, plan.choice.form),
+            bytes_after=_bytes_after(site, spec, plan.choice),
             input_scale=scale.place,
             input_scale_into=scale.into,
             input_scale_why=scale.why,
@@ -324,12 +325,12 @@ def _sites(
         )
 
 
-def _bytes_after(site: MatMulSite, spec: QuantSpec | None, form: WeightForm) -> int:
+def _bytes_after(site: MatMulSite, spec: QuantSpec | None, choice: FormatChoice) -> int:
     if spec is None:
         return weight_bytes(site)
     if site.expert is not None:
         return stored_bytes(site.out_features, site.in_features, spec)
-    return file_bytes(site, spec, form)
+    return file_bytes(site, spec, choice.form, byte_scales=choice.scale_type == "bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from stages.commands.tables import Column, DataTable
 from stages.quantization.targets.formats import Explanation, FormatChoice
 from stages.quantization.targets.rules import Preferences, Request
 from stages.records.formats import Granularity, PerBlock, WeightForm
+from stages.records.sites import FloatName
 from stages.runtime.session import ACCURACY_LEVEL
 
 _ASKED = "as asked"
@@ -65,9 +66,14 @@ def _weights(request: Request, preferred: Preferences, choice: FormatChoice) -> 
     )
     yield Explanation(
         option="--scale_type",
-        chosen=", ".join(sorted({choice.scale_dtype(computed) for computed in request.facts.dtypes})),
+        chosen=", ".join(sorted({_scales(choice, computed) for computed in request.facts.dtypes})),
         why=_ASKED if requested.scale_type else preferred.scale_type.why,
     )
+
+
+def _scales(choice: FormatChoice, computed: FloatName) -> str:
+    narrow = choice.scale_dtype(computed)
+    return f"bytes, {narrow}" if choice.scale_type == "bytes" and narrow != computed else narrow
 
 
 def _scale_range(request: Request, preferred: Preferences, choice: FormatChoice) -> Iterator[Explanation]:

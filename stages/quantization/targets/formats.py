@@ -139,7 +139,7 @@ class FormatChoice:
 
     def scale_dtype(self, computed: FloatName) -> FloatName:
         """Return the type in which scales are stored, where the graph computes in ``computed``."""
-        return NARROW_SCALES.get(computed, computed) if self.scale_type == "narrow" else computed
+        return NARROW_SCALES.get(computed, computed) if self.scale_type != "base" else computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

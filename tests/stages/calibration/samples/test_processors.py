@@ -11,7 +11,8 @@ import pytest
 from stages.calibration.samples.processors import Processor, find_processor, named_for_graph, read_media
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, locate_model
-from tests.support.encoders import save_image_processor, save_images, save_sounds, save_vision
+from tests.support.encoders import save_image_processor, save_images, save_multimodal, save_sounds, save_vision
+from tests.support.tiny_models import VOCABULARY
 
 
 def value(name: str, *shape: int | str) -> ir.Value:
@@ -65,6 +66,26 @@ def test_an_image_goes_through_the_processor_in_the_models_folder(tmp_path: Path
         expected = theirs(images=[Image.open(file)], return_tensors="pt")["pixel_values"].numpy()
         np.testing.assert_array_equal(sample["pixel_values"], expected)
         assert expected.shape == (1, 3, 16, 16)
+
+
+def test_an_image_goes_through_onnxruntime_genai_where_the_package_describes_its_processor(
+    tmp_path: Path, tiny_tokenizer: Path
+) -> None:
+    """The oracle is the arithmetic that processor_config.json describes, on an image of one colour."""
+    pytest.importorskip("onnxruntime_genai")
+    image = pytest.importorskip("PIL.Image")
+    package = save_multimodal(tmp_path / "package", tiny_tokenizer, VOCABULARY)
+    image.new("RGB", (24, 20), (255, 51, 0)).save(tmp_path / "x.png")
+    base = locate_model(package, "vision")
+    processor = find_processor(base, "images", None, trust_remote_code=False)
+    assert processor.title == "onnxruntime-genai's"
+    inputs = {"pixel_values": value("pixel_values", "batch", 3, 16, 16)}
+    (sample,) = read_media([tmp_path / "x.png"], processor, base, inputs)
+    expected = np.broadcast_to(np.array([1, -0.6, -1]).reshape(1, 3, 1, 1), (1, 3, 16, 16))
+    np.testing.assert_allclose(sample["pixel_values"], expected, atol=1e-6)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"broken\.png can't be read as an image"):
+        processor.read(tmp_path / "broken.png")
 
 
 def test_sounds_go_through_a_feature_extractor_at_its_rate(tmp_path: Path) -> None:

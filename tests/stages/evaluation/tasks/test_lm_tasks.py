@@ -9,8 +9,8 @@ from rich.console import Console
 
 from stages.commands.progress import Progress
 from stages.errors import UserError
-from stages.evaluation import lm_tasks
 from stages.evaluation.records import TaskScore
+from stages.evaluation.tasks import lm_tasks
 from stages.evaluation.tasks.lm_tasks import TaskRequest, find_tasks, run_tasks
 from stages.model.directory import locate_model
 from stages.runtime.session import SessionSettings
