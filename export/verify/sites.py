@@ -154,12 +154,13 @@ def _check_equal(saved: _Channels, weight: QuantizedWeight, site: RewrittenSite)
     scales = divided_scales(wanted.scales, divisor)
     if site.steps is not None:
         scales = in_bytes(scales).scales
-    # MatMulNBits has one scale per channel in every block.
+    # MatMulNBits has what a channel shares in every block.
     _refuse_other(saved.scales, scales.expand(saved.scales.shape), site.scales, site)
     if wanted.zero_points is not None:
         assert saved.zero_points is not None
         assert site.zero_points is not None
-        _refuse_other(saved.zero_points, wanted.zero_points, site.zero_points, site)
+        zero_points = wanted.zero_points.expand(saved.zero_points.shape)
+        _refuse_other(saved.zero_points, zero_points, site.zero_points, site)
 
 
 def _refuse_other(found: Matrix, expected: Shaped[Tensor, "n columns"], name: str, site: RewrittenSite) -> None:

@@ -62,7 +62,8 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def _options(help_text: str) -> set[str]:
-    return set(re.findall(r"(?<!\S)--[a-z]\w*", help_text))
+    listed = "\n".join(re.findall(r"^  \S.*", help_text, re.MULTILINE))
+    return set(re.findall(r"(?<!\S)--[a-z]\w*", listed))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
