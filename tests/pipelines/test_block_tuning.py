@@ -67,7 +67,9 @@ def _report(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [(), ("--use_zero_point", "--lm_head", "8")], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [(), pytest.param(("--use_zero_point", "--lm_head", "8"), marks=pytest.mark.thorough)], ids=str
+)
 def test_tuned_models_run_fused_and_are_nearer_to_the_base(
     arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -143,7 +145,7 @@ def _never(*_arguments: object) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["rtn_dq", "awq_gptq"])
+@pytest.mark.parametrize("start", ["rtn_dq", pytest.param("awq_gptq", marks=pytest.mark.thorough)])
 def test_it_begins_with_any_algorithm(
     start: str, tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -156,7 +158,7 @@ def test_it_begins_with_any_algorithm(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["dml", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("dml", marks=pytest.mark.thorough), "bf16"])
 def test_narrow_models(
     precision: str, request: pytest.FixtureRequest, tiny_text: Path, tmp_path: Path, commands: Commands
 ) -> None:

@@ -97,7 +97,14 @@ def test_statistics_are_those_of_the_tokens_in_the_cache(cache: Path, tiny_model
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("arguments", [[], ["--use_zero_point"], ["--scale_range", "signed"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        pytest.param(["--use_zero_point"], marks=pytest.mark.thorough),
+        pytest.param(["--scale_range", "signed"], marks=pytest.mark.thorough),
+    ],
+)
 def test_every_algorithm_gives_a_model_that_runs_fused_and_stays_near_the_base(
     algorithm: str, arguments: list[str], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -159,11 +166,13 @@ def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
 @pytest.mark.parametrize(
     ("arguments", "sites", "eight_bit"),
     [
-        (["--enable_mixed_quant"], 10, 2),
+        pytest.param(["--enable_mixed_quant"], 10, 2, marks=pytest.mark.thorough),
         (["--enable_mixed_quant", "--use_zero_point", "--int8_block_size", 32], 10, 2),
-        (["--layers_8bit", "qkv_proj,down_proj", "--int8_block_size", 16], 10, 4),
+        pytest.param(
+            ["--layers_8bit", "qkv_proj,down_proj", "--int8_block_size", 16], 10, 4, marks=pytest.mark.thorough
+        ),
         (["--layers_8bit", "layers.1", "--lm_head", 8], 11, 6),
-        (["--lm_head", 4], 11, 0),
+        pytest.param(["--lm_head", 4], 11, 0, marks=pytest.mark.thorough),
     ],
 )
 def test_mixed_precision_is_fused_and_nearer_to_the_base(

@@ -74,7 +74,15 @@ def test_a_block_runs_no_further_than_the_site_that_is_read(tiny_model: Path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [(), ("--use_zero_point",), ("--awqlite_disable_fuse_nodes",)], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        pytest.param(("--use_zero_point",), marks=pytest.mark.thorough),
+        pytest.param(("--awqlite_disable_fuse_nodes",), marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
     arguments: tuple[str, ...], tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:

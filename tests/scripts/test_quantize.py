@@ -286,7 +286,13 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
 @pytest.mark.parametrize(
     ("example", "output", "eight_bit", "line"),
     [
-        (EXAMPLE_MIXED, "llama3.2-1b-int4-int8-mixed", {"layers.0/attn/qkv", "layers.0/mlp/down"}, ""),
+        pytest.param(
+            EXAMPLE_MIXED,
+            "llama3.2-1b-int4-int8-mixed",
+            {"layers.0/attn/qkv", "layers.0/mlp/down"},
+            "",
+            marks=pytest.mark.thorough,
+        ),
         (EXAMPLE_LAYERS, "llama3.2-1b-int4-int8-custom", {"layers.0/", "layers.1/"}, "layers.15, layers.16 left out"),
     ],
 )

@@ -66,7 +66,13 @@ def respell(folder: Path, rope: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rope", [LAYERED, FLAT], ids=["transformers 5", "transformers 4"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        pytest.param(LAYERED, id="transformers 5"),
+        pytest.param(FLAT, id="transformers 4", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_built_model_computes_what_transformers_does(rope: dict[str, object], gemma3: Path, tmp_path: Path) -> None:
     respell(gemma3, rope)
     written = (gemma3 / "config.json").read_bytes()

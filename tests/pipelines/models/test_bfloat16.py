@@ -121,7 +121,13 @@ def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--use_zero_point", "--enable_mixed_quant"], ["--lm_head", 4], ["--awqlite_disable_fuse_nodes"]]
+    "arguments",
+    [
+        [],
+        ["--use_zero_point", "--enable_mixed_quant"],
+        pytest.param(["--lm_head", 4], marks=pytest.mark.thorough),
+        pytest.param(["--awqlite_disable_fuse_nodes"], marks=pytest.mark.thorough),
+    ],
 )
 def test_a_bfloat16_base_becomes_matmul_nbits_that_stays_near_it(
     arguments: list[object],

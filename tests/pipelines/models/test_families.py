@@ -44,7 +44,7 @@ from tests.support.families import FAMILIES, Family, save_random_model
 from tests.support.tiny_models import build_genai_model
 
 pytestmark = pytest.mark.slow
-_MUCH_LIKE_OTHERS = frozenset({"mistral", "mistral-nemo", "gemma", "smollm"})
+_MUCH_LIKE_OTHERS = frozenset({"mistral", "mistral-nemo", "gemma", "gemma-2", "smollm", "llama-3.2", "nemotron"})
 """Families whose graphs have nothing that the others' haven't: left to thorough runs."""
 
 # Longer than the sliding windows of 16 and the 32 tokens at which Phi-3.5 changes its rotation.
@@ -261,7 +261,7 @@ def test_the_runtime_generates_the_greedy_continuation(finished: Finished) -> No
     ("name", "execution_provider"),
     [
         # Norms written out in small nodes and in float32, with a Cast before each MatMul.
-        ("gemma-2", "trt-rtx"),
+        pytest.param("gemma-2", "trt-rtx", marks=pytest.mark.thorough),
         # MultiHeadAttention in place of GroupQueryAttention.
         ("llama-3.1", "cpu"),
     ],

@@ -39,10 +39,12 @@ def operators(folder: Path) -> Counter[str]:
     [
         ([], 10),
         (["--use_zero_point"], 10),
-        (["--enable_mixed_quant"], 10),
+        pytest.param(["--enable_mixed_quant"], 10, marks=pytest.mark.thorough),
         (["--layers_8bit", "layers.1", "--lm_head", 8, "--use_zero_point"], 11),
-        (["--layers_8bit", "down_proj", "--int8_block_size", 16, "--lm_head", 4], 11),
-        (["--awqlite_disable_fuse_nodes"], 10),
+        pytest.param(
+            ["--layers_8bit", "down_proj", "--int8_block_size", 16, "--lm_head", 4], 11, marks=pytest.mark.thorough
+        ),
+        pytest.param(["--awqlite_disable_fuse_nodes"], 10, marks=pytest.mark.thorough),
     ],
 )
 def test_both_forms_compute_the_same(
