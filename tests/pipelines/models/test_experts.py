@@ -211,7 +211,7 @@ def test_a_budget_chooses_the_format_of_each_nodes_experts_and_its_plan_file_giv
     structured: Path, tmp_path: Path, tiny_text: Path, commands: Commands
 ) -> None:
     text = ("--dataset", tiny_text, "--calib_size", 24, "--seq_len", 128)
-    options = ("--onnx_path", structured, "--algo", "awq_lite", "--cache_dir", tmp_path / "cache", *text)
+    options = ("--onnx_path", structured, "--target", "cpu", "--algo", "awq_lite", "--cache_dir", tmp_path / "cache", *text)
     budget = ("--target_bpw", 6.2)
     code, printed = commands.quantize(*options, "--output_path", tmp_path / "budget", *budget)
     assert code == 0, printed
