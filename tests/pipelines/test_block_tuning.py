@@ -183,6 +183,8 @@ def test_blocks_with_experts_are_tuned_and_error_feedback_leaves_the_experts(
     cache = _calibrated(tmp_path / "base", tiny_text, tmp_path)
     quick = ("--signround_iters", 10, "--signround_batch_size", 8, "--signround_start", "awq_lite", "--block_size", 16)
     steps = (
+        "--target",
+        "cpu",
         "--refine",
         "--algo",
         "signround",
