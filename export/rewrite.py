@@ -136,9 +136,7 @@ def _stored_sites(store: QuantizedStore) -> dict[str, StoredSite]:
     for index, group in enumerate(store.recipe.groups):
         for site in group.sites:
             spec = store.spec(index, site)
-            found[site.name] = StoredSite(
-                store=store, group_index=index, site=site, spec=spec, wants_byte_scales=store.recipe.byte_scales
-            )
+            found[site.name] = StoredSite(store=store, group_index=index, site=site, spec=spec)
     return found
 
 

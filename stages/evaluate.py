@@ -97,9 +97,9 @@ def evaluate_outputs(config: EvaluateConfig) -> OutputEvaluation:
         read_report(config.report)  # a damaged one is an error before anything runs
     found = _compare_outputs(config, samples_to_judge(config))
     if config.results is not None:
-        from stages.evaluation.records import save_outputs
+        from stages.evaluation.records import save_evaluation
 
-        save_outputs(found, config.results)
+        save_evaluation(found, config.results)
     return found
 
 

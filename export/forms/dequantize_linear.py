@@ -42,7 +42,6 @@ class StoredSite:
     spec: QuantSpec
     row_divisor: Tensor | None = None
     """[N] float32: input scales of the next layer that were folded into this one's output channels."""
-    wants_byte_scales: bool = False
 
     def read(self) -> QuantizedWeight:
         """Load the whole weight, with scales as the search left them."""
@@ -62,7 +61,7 @@ class StoredSite:
 
     def byte_scales(self, form: WeightForm) -> bool:
         """Return whether the scales are stored as bytes."""
-        return self.wants_byte_scales and has_byte_scales(self.site, self.spec, form)
+        return self.store.recipe.byte_scales and has_byte_scales(self.site, self.spec, form)
 
     def zero_points(self) -> UInt8[Tensor, "N nB"] | None:
         """Load the zero points; None where the format has none."""

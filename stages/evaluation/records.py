@@ -196,32 +196,20 @@ class OutputEvaluation:
 
 
 _EVALUATIONS = TypeAdapter(Evaluation)
+_SAVED: TypeAdapter[Evaluation | OutputEvaluation] = TypeAdapter(Evaluation | OutputEvaluation)
 
 
-def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+def save_evaluation(evaluation: Evaluation | OutputEvaluation, path: Path) -> None:
     """Write ``evaluation`` as JSON, whole or not at all.
 
     Raises:
         UserError: the file can't be written.
     """
     with explained(f"--results {path} can't be written", "choose another file"):
-        write_json(path, _EVALUATIONS, evaluation)
+        write_json(path, _SAVED, evaluation)
 
 
 def load_evaluation(path: Path, comparison: Comparison) -> Evaluation | None:
     """Return the evaluation in ``path`` if it is of exactly this comparison; else None."""
     evaluation = read_json(path, _EVALUATIONS)
     return None if evaluation is None or evaluation.comparison != comparison else evaluation
-
-
-_OUTPUTS = TypeAdapter(OutputEvaluation)
-
-
-def save_outputs(evaluation: OutputEvaluation, path: Path) -> None:
-    """Write a comparison of outputs as JSON, whole or not at all.
-
-    Raises:
-        UserError: the file can't be written.
-    """
-    with explained(f"--results {path} can't be written", "choose another file"):
-        write_json(path, _OUTPUTS, evaluation)
