@@ -85,14 +85,18 @@ def quick_loss(
         stats: of the site's activation.
     """
     outputs, channels = stats.output_grams.get(site.name), stats.channel_weights.get(site.name)
-    wrong = mixed_outputs(stored - weight, None if outputs is None else outputs.to(weight))
-    errors = output_error(wrong, stats.tokens.calibration).double()
+    if outputs is None:
+        differences = (some - rows for some, rows in zip(_split(stored), _split(weight), strict=True))
+        errors = torch.cat([output_error(each, stats.tokens.calibration) for each in differences]).double()
+    else:
+        errors = output_error(mixed_outputs(stored - weight, outputs.to(weight)), stats.tokens.calibration).double()
     if channels is not None:
         counts = channels.to(errors) if outputs is None else torch.ones_like(errors)
         return 0.5 * float(errors @ counts)
     # Logits without the part that softmax ignores, which all tokens share: it is most of their energy.
-    signal = weight - weight.mean(dim=0) if site.feeds_logits else weight
-    energy = float(output_error(signal, stats.tokens.calibration).double().sum())
+    common = weight.mean(dim=0) if site.feeds_logits else torch.zeros_like(weight[0])
+    signals = [output_error(rows - common, stats.tokens.calibration) for rows in _split(weight)]
+    energy = float(torch.cat(signals).double().sum())
     return float(errors.sum()) / energy if energy > 0 else 0.0
 
 
@@ -109,12 +113,17 @@ def quick_weight(
     """
     size = spec.block_size(weight.shape[1])
     gram = gram_blocks(stats, size) if spec.bits == 4 else None
-    parts = []
-    for rows in torch.split(weight, rows_per_chunk(weight)):
+    stored = torch.empty_like(weight)
+    for rows, into in zip(_split(weight), _split(stored), strict=True):
         blocks = split(rows, size)
         ratios = 1.0 if gram is None else search_clip_ratios(rows, spec, rule, gram, _RATIOS)
-        parts.append(join(round_trip(blocks, choose_parameters(blocks, spec, rule, ratios), spec), weight.shape[1]))
-    return torch.cat(parts)
+        into.copy_(join(round_trip(blocks, choose_parameters(blocks, spec, rule, ratios), spec), weight.shape[1]))
+    return stored
+
+
+def _split(weight: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "rows K"], ...]:
+    """Return some output channels after others, so that what is made of them is small."""
+    return torch.split(weight, rows_per_chunk(weight))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
