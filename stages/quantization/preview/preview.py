@@ -93,6 +93,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
+    bytes_after = size.total_bytes(sites, plan.sites.specs)
     return Preview(
         base=known.directory.onnx_file,
         output=config.output_path,
@@ -103,12 +104,12 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unreached=plan.unquantized,
         bits_per_weight=plan.sites.bits_per_weight,
         bytes_before=size.base_bytes,
-        bytes_after=size.total_bytes(sites, plan.sites.specs),
+        bytes_after=bytes_after,
         memory=tuple(_memory(config, known, plan, calibration, text, held)),
         disk=DiskUse(
             calibration=_calibration_on_disk(known, calibration, text),
             weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
-            output=size.total_bytes(all_sites(groups), plan.sites.specs),
+            output=bytes_after,
         ),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
