@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
+from stages.model.sites import find_embeddings, find_expert_layers, find_sites
+from stages.model.weights import find_equal_initializers
 from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.targets.formats import FormatChoice
 from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes
@@ -34,6 +36,8 @@ class OutputSize:
     """Tables that nodes compute."""
     byte_scales: bool = False
     """Whether scales are bytes where they may be."""
+    copied_bytes: int = 0
+    """Of initializers that hold the same as others, and are stored once."""
 
     def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
         """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
@@ -46,7 +50,7 @@ class OutputSize:
         read_by_sites = {site.weight for site in sites}
         gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
         computed = sum(pair.saved_bytes for pair in self.rotary)
-        return self.base_bytes - freed + tables - gone - computed
+        return self.base_bytes - freed + tables - gone - computed - self.copied_bytes
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
         """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
@@ -92,7 +96,20 @@ def output_size(
         embeddings=embeddings,
         rotary=rotary,
         byte_scales=choice.scale_type == "bytes",
+        copied_bytes=_copied_bytes(model, {str(table.name) for pair in rotary for table in (pair.cosines, pair.sines)}),
     )
+
+
+def _copied_bytes(model: ir.Model, computed: Collection[str]) -> int:
+    """Return the bytes of what equals another initializer, apart from weights, embeddings and tables that are computed.
+
+    Weights that stay in floating point may be stored once too; that is not forecast.
+    """
+    counted = {site.weight for site in find_sites(model)} | {table.weight for table in find_embeddings(model)}
+    experts = {name for layer in find_expert_layers(model) for name in (layer.fc1, layer.fc2)}
+    equal = find_equal_initializers(model, counted | experts | set(computed))
+    copies = [value.const_value for values in equal for value in values[1:]]
+    return sum(0 if tensor is None else tensor.nbytes for tensor in copies)
 
 
 def weight_bytes(site: MatMulSite) -> int:
