@@ -234,8 +234,9 @@ def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: b
     sites = [site for each in undecided.candidates for site in each.sites]
     total = undecided.size.total_bytes(sites, decided.specs)
     expected = f"expected KL {loss:.2g} nats a token" if in_nats else f"relative errors of {loss:.4g} in sum"
+    bits = undecided.size.bits_per_weight(decided)
     return (
-        f"{undecided.option}: {decided.bits_per_weight:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
+        f"{undecided.option}: {bits:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
         f"{expected} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
     )
 

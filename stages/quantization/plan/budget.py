@@ -9,7 +9,7 @@ from typing import Literal
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
-from stages.quantization.plan.experts import ExpertPlan, fitting, node_name, stored_bytes
+from stages.quantization.plan.experts import ExpertPlan, fitting, node_name
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import NamedSites, QuantPlan, all_sites, named_sites, plan_of
 from stages.quantization.targets.formats import ExpertFormat, FormatChoice, OpenFormats
@@ -58,9 +58,13 @@ CandidateCost = Callable[[SiteCandidates, str], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitsBudget:
-    """``--target_bpw``: bits of codes, scales and zero points, a weight of the sites that are quantized."""
+    """``--target_bpw``: bits of codes, scales and zero points, a weight of the sites that are quantized.
+
+    ``cost`` counts the bytes of these; nothing for what stays.
+    """
 
     bits_per_weight: float
+    cost: CandidateCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,17 +249,6 @@ def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses
     return min(found, key=lambda allocation: allocation.loss)
 
 
-def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
-    """Return the bytes of the site's codes, scales and zero points; 0 where it stays as it is."""
-    spec = candidates.formats[label]
-    count = QuantSpec.format_bytes if candidates.site.expert is None else _expert_bytes
-    return 0 if spec is None else sum(count(spec, site.out_features, site.in_features) for site in candidates.sites)
-
-
-def _expert_bytes(spec: QuantSpec, out_features: int, in_features: int) -> int:
-    return stored_bytes(out_features, in_features, spec)
-
-
 def _candidates_of(
     site: MatMulSite, config: QuantizeConfig, choice: FormatChoice, formats: OpenFormats, named: NamedSites
 ) -> SiteCandidates:
@@ -307,7 +300,7 @@ def _cases(candidates: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
     kept = tuple(replace(each, formats={KEEP: None}) if each.may_stay else each for each in candidates)
     variants = [quantized] if kept == quantized else [quantized, kept]
     return [
-        _Case(candidates=variant, cost=candidate_bytes, num_bytes=int(budget.bits_per_weight * weights / 8))
+        _Case(candidates=variant, cost=budget.cost, num_bytes=int(budget.bits_per_weight * weights / 8))
         for variant in variants
         if (weights := _num_weights(variant))
     ]
@@ -341,7 +334,7 @@ def _budget_range(candidates: Sequence[SiteCandidates], budget: Budget) -> Budge
         return BudgetRange(smallest=float(fixed + low), largest=float(fixed + high), unit="bytes")
     ends: list[float] = []
     for case in _cases(candidates, budget):
-        ends += [8 * total / _num_weights(case.candidates) for total in _cost_range(case.candidates, candidate_bytes)]
+        ends += [8 * total / _num_weights(case.candidates) for total in _cost_range(case.candidates, budget.cost)]
     return BudgetRange(smallest=min(ends), largest=max(ends), unit="bits a weight")
 
 

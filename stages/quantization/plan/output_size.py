@@ -11,9 +11,10 @@ from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
 from stages.model.sites import find_embeddings, find_expert_layers, find_sites
 from stages.model.weights import find_equal_initializers
-from stages.quantization.plan.experts import stored_bytes
+from stages.quantization.plan.experts import stored_bytes as expert_bytes
+from stages.quantization.plan.rules import QuantPlan, all_sites
 from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes
+from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes, stored_bytes
 from stages.quantization.weights.rotary import RotaryTables
 from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
 from stages.records.sites import MatMulSite
@@ -57,7 +58,7 @@ class OutputSize:
         if spec is None:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
         if site.expert is not None:
-            stored = stored_bytes(site.out_features, site.in_features, spec)
+            stored = expert_bytes(site.out_features, site.in_features, spec)
             return stored if site.expert.index else stored + _GRAPH_BYTES
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
@@ -65,6 +66,20 @@ class OutputSize:
         form = WeightForm.MATMUL_NBITS if looked_up else self.form
         weight = file_bytes(site, spec, form, byte_scales=self.byte_scales)
         return weight + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+
+    def number_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
+        """Return the bytes of a site's codes, scales and zero points; 0 where it stays as it is."""
+        if spec is None:
+            return 0
+        if site.expert is not None:
+            return expert_bytes(site.out_features, site.in_features, spec)
+        return stored_bytes(site, spec, self.form, byte_scales=self.byte_scales)
+
+    def bits_per_weight(self, plan: QuantPlan) -> float:
+        """Return the bits of codes, scales and zero points, over the weights of the sites to quantize."""
+        sites = all_sites(plan.groups)
+        stored = sum(self.number_bytes(site, plan.specs[site.name]) for site in sites)
+        return 8 * stored / sum(site.in_features * site.out_features for site in sites)
 
     def _frees_its_weight(self, site: MatMulSite) -> bool:
         """Return whether no other site and no lookup that stays needs the weight once the site has its codes."""

@@ -538,7 +538,10 @@ def _open_plan(
 ) -> OpenPlan:
     budget: Budget
     if config.target_bpw is not None:
-        budget = BitsBudget(bits_per_weight=config.target_bpw)
+        budget = BitsBudget(
+            bits_per_weight=config.target_bpw,
+            cost=lambda each, label: sum(size.number_bytes(site, each.formats[label]) for site in each.sites),
+        )
     else:
         typed = (config.target_size or "").strip()
         budget = SizeBudget(

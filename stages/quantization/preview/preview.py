@@ -102,7 +102,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unquantizable=tuple(entry for entry in plan.sites.skipped if entry[0] not in names),
         embeddings=plan.embeddings,
         unreached=plan.unquantized,
-        bits_per_weight=plan.sites.bits_per_weight,
+        bits_per_weight=size.bits_per_weight(plan.sites),
         bytes_before=size.base_bytes,
         bytes_after=bytes_after,
         memory=tuple(_memory(config, known, plan, calibration, text, held)),

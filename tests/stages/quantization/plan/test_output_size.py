@@ -8,8 +8,10 @@ from onnx import TensorProto
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.quantization.plan.output_size import OutputSize, output_size
+from stages.quantization.plan.rules import plan_of
 from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.records.sites import ActivationGroup
 from tests.stages.quantization.search.problems import site
 from tests.support.graphs import TinyGraph
 
@@ -110,3 +112,13 @@ def test_copies_that_no_weight_is_are_counted_once(tmp_path: Path) -> None:
         accuracy_level=None,
     )
     assert output_size(directory, model, choice, (), ()).copied_bytes == mask.nbytes
+
+
+def test_bits_a_weight_count_scales_as_the_file_holds_them() -> None:
+    """Of 20 scales a row, a byte each and one float32 step in place of float16: 16 bytes less."""
+    wide = site("wide", 1000, 640)
+    spec = QuantSpec(bits=4, symmetric=False, granularity=PerBlock(block_size=32), scale_dtype="float16")
+    plan = plan_of([ActivationGroup(activation="x", in_features=640, sites=(wide,), absorber=None)], {"wide": spec}, {})
+    floats, in_bytes = (replace(_size(), byte_scales=each).bits_per_weight(plan) for each in (False, True))
+    assert floats == 4 + 20 / 32
+    assert floats - in_bytes == pytest.approx(8 * 16 / 640, rel=0.05)
