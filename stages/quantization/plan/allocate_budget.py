@@ -15,18 +15,18 @@ from stages.calibration.expert_statistics import ExpertStatistics
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_expert_layers, find_groups
+from stages.model.unquantized import find_unquantized
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_experts, chosen_plan
-from stages.quantization.plan.embeddings import following_heads
+from stages.quantization.plan.embeddings import TableCandidates, following_heads, with_tables
 from stages.quantization.plan.forecast import Forecasts, forecast_expert, forecast_site, read_forecasts, write_forecasts
 from stages.quantization.plan.lookups import LookupForecast
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
-from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
 from stages.quantization.search.affine import RangeRule
 from stages.quantization.search.objective import search_to_device
-from stages.records.formats import QuantSpec
+from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.records.results import SearchStats
 from stages.records.sites import ActivationGroup, MatMulSite
 
@@ -83,11 +83,20 @@ def allocate_budget(
     losses = _with_lookups(losses, plan, undecided, model, directory, cache, in_nats=in_nats)
     allocation = best_allocation(undecided.candidates, undecided.budget, losses)
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
-    decided = _decided(plan, undecided, groups, labels)
-    summary = _summary(undecided, decided.sites, allocation.loss, in_nats=in_nats)
+    decided = _decided(plan, undecided, model, groups, labels)
+    summary = _summary(undecided, decided, allocation.loss, in_nats=in_nats)
     candidates = {each.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
-    return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
+    notes = [summary, *(_about_table(each, labels[each.name], losses[each.name]) for each in undecided.tables)]
+    return BudgetResult(plan=decided, file_text=plan_text(lines, notes), summary=summary)
+
+
+def _about_table(candidates: TableCandidates, label: str, losses: Mapping[str, float]) -> str:
+    """Return a comment of the plan file, which can't choose a table's format itself."""
+    plan = candidates.formats[label]
+    options = "--embedding none" if plan is None else f"--embedding {plan.bits} --gather_block_size {plan.block_size}"
+    others = ", ".join(f"{each} {losses.get(each, 0.0):.2g}" for each in candidates.formats)
+    return f"{candidates.name}: {label} ({others}); with this file it takes {options}"
 
 
 def _with_lookups(
@@ -100,21 +109,28 @@ def _with_lookups(
     *,
     in_nats: bool,
 ) -> Forecasts:
-    """Add what the lookups lose to the losses of an lm_head whose table they read; forecasts are kept as others are."""
+    """Add what lookups lose: of a table of its own, or to the losses of an lm_head whose table they read.
+
+    Forecasts are kept as others are.
+    """
     rule, specs = undecided.scale_range, _specs(undecided.candidates)
     known = read_forecasts(cache.folder, rule)
     added = dict(losses)
-    for table in plan.embeddings:
-        head = table.shared_with
-        if head is None or len(specs[head]) < 2:
-            continue
-        kept = f"lookups of {table.table.weight} in {'nats' if in_nats else 'relative errors'}"
-        if not set(specs[head]) <= set(known.get(kept, {})):
+
+    def lookups(table: EmbeddingTable, formats: Mapping[str, QuantSpec]) -> dict[str, float]:
+        kept = f"lookups of {table.weight} in {'nats' if in_nats else 'relative errors'}"
+        if not set(formats) <= set(known.get(kept, {})):
             forecast = LookupForecast(model=model, directory=directory, windows=cache.read_tokens()[0], rule=rule)
-            known[kept] = forecast.losses(table.table, specs[head], in_nats=in_nats)
+            known[kept] = known.get(kept, {}) | forecast.losses(table, formats, in_nats=in_nats)
             write_forecasts(cache.folder, rule, known)
-        added[head] = {label: loss + known[kept][label] for label, loss in losses[head].items()}
-    return added
+        return known[kept]
+
+    for plan_of_table in plan.embeddings:
+        head = plan_of_table.shared_with
+        if head is not None and len(specs[head]) > 1:
+            lost = lookups(plan_of_table.table, specs[head])
+            added[head] = {label: loss + lost[label] for label, loss in losses[head].items()}
+    return added | {each.name: lookups(each.table, each.specs) for each in undecided.tables}
 
 
 def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:
@@ -208,21 +224,28 @@ def _rough_format(candidates: Sequence[SiteCandidates]) -> Callable[[MatMulSite]
 
 
 def _decided(
-    plan: ModelPlan, undecided: OpenPlan, groups: Sequence[ActivationGroup], labels: Mapping[str, str]
+    plan: ModelPlan,
+    undecided: OpenPlan,
+    model: ir.Model,
+    groups: Sequence[ActivationGroup],
+    labels: Mapping[str, str],
 ) -> ModelPlan:
     sites = chosen_plan(groups, undecided.candidates, labels, f"{undecided.option} spends its bytes elsewhere")
     experts = chosen_experts(plan.experts, undecided.candidates, labels)
     no_sites = tuple(entry for entry in plan.sites.skipped if entry[0] not in labels)
+    embeddings = with_tables(following_heads(plan.embeddings, sites.specs), undecided.tables, labels)
+    quantized = {each.table.weight for each in embeddings} | experts.tables
     return replace(
         plan,
         sites=experts.joined(replace(sites, skipped=(*sites.skipped, *no_sites))),
-        embeddings=following_heads(plan.embeddings, sites.specs),
+        embeddings=embeddings,
+        unquantized=find_unquantized(model, quantized, experts.stay),
         experts=experts,
         left_open=None,
     )
 
 
-def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: bool) -> str:
+def _summary(undecided: OpenPlan, decided: ModelPlan, loss: float, *, in_nats: bool) -> str:
     """Return one line about what a budget gave.
 
     Args:
@@ -232,9 +255,10 @@ def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: b
         in_nats: their unit; else they are relative errors.
     """
     sites = [site for each in undecided.candidates for site in each.sites]
-    total = undecided.size.total_bytes(sites, decided.specs)
+    size = replace(undecided.size, embeddings=decided.embeddings)
+    total = size.total_bytes(sites, decided.sites.specs)
     expected = f"expected KL {loss:.2g} nats a token" if in_nats else f"relative errors of {loss:.4g} in sum"
-    bits = undecided.size.bits_per_weight(decided)
+    bits = size.bits_per_weight(decided.sites)
     return (
         f"{undecided.option}: {bits:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
         f"{expected} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."

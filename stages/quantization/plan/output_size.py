@@ -16,7 +16,15 @@ from stages.quantization.plan.rules import QuantPlan, all_sites
 from stages.quantization.targets.formats import FormatChoice
 from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes, stored_bytes
 from stages.quantization.weights.rotary import RotaryTables
-from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
+from stages.records.formats import (
+    EmbeddingPlan,
+    EmbeddingTable,
+    PerBlock,
+    QuantSpec,
+    WeightForm,
+    channel_block_size,
+    torch_float,
+)
 from stages.records.sites import MatMulSite
 
 _GRAPH_BYTES = 700
@@ -47,9 +55,9 @@ class OutputSize:
     def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
         """Return the bytes of everything but what ``site_bytes`` counts for ``sites``."""
         freed = sum(weight_bytes(site) for site in sites if self._frees_its_weight(site))
-        tables = sum(plan.own_bytes + _GRAPH_BYTES for plan in self.embeddings)
+        tables = sum(table_bytes(plan.table, plan) for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
-        gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
+        gone = sum(table_bytes(plan.table, None) for plan in self.embeddings if plan.table.weight not in read_by_sites)
         computed = sum(pair.saved_bytes for pair in self.rotary)
         return self.base_bytes - freed + tables - gone - computed - self.copied_bytes
 
@@ -159,5 +167,8 @@ def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm, *, byte_scal
     return site.out_features * (blocks * size * spec.bits // 8 + zero_points + scales)
 
 
-def _table_bytes(plan: EmbeddingPlan) -> int:
-    return plan.table.vocabulary * plan.table.hidden * torch_float(plan.table.dtype).itemsize
+def table_bytes(table: EmbeddingTable, plan: EmbeddingPlan | None) -> int:
+    """Return the bytes of an embedding: its numbers where it stays (None), or what it adds to a model."""
+    if plan is None:
+        return table.vocabulary * table.hidden * torch_float(table.dtype).itemsize
+    return plan.own_bytes + _GRAPH_BYTES

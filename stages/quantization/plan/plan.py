@@ -48,14 +48,17 @@ from stages.quantization.plan.budget import (
 from stages.quantization.plan.embeddings import (
     SharedTables,
     Sharing,
+    TableCandidates,
     TableFormat,
     following_heads,
+    open_tables,
     plan_embeddings,
     require_tables,
     share_tables,
+    with_tables,
 )
 from stages.quantization.plan.experts import ExpertPlan, node_name, plan_experts
-from stages.quantization.plan.output_size import OutputSize, output_size
+from stages.quantization.plan.output_size import OutputSize, output_size, table_bytes
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
     QuantPlan,
@@ -111,6 +114,7 @@ class OpenPlan:
     option: str
     """The budget as it was given: ``--target_bpw 5``."""
     candidates: tuple[SiteCandidates, ...]
+    tables: tuple[TableCandidates, ...]
     budget: Budget
     reachable: BudgetRange
     sensitivity: Sensitivity
@@ -239,11 +243,14 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         assert formats is not None, "without a budget there are no candidates"
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
         candidates += expert_candidates(experts, config, choice, formats)
-        size = output_size(directory, model, choice, embeddings, rotary)
-        left_open = _open_plan(config, choice, candidates, size)
+        opened = _open_tables(config, chooser, tables, embeddings, all_sites(groups))
+        settled = tuple(plan for plan in embeddings if plan.table not in [each.table for each in opened])
+        size = output_size(directory, model, choice, settled, rotary)
+        left_open = _open_plan(config, choice, candidates, opened, size)
         sites = _smallest(groups, candidates)
         experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
-        embeddings = following_heads(embeddings, sites.specs)
+        embeddings = with_tables(following_heads(embeddings, sites.specs), opened, _smallest_labels(opened))
+        choice = replace(choice, explanations=tuple(_explained_tables(choice.explanations, opened)))
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
     sites = experts.joined(sites)
@@ -274,8 +281,33 @@ def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandida
     return chosen_plan(groups, candidates, _smallest_labels(candidates), "")
 
 
-def _smallest_labels(candidates: tuple[SiteCandidates, ...]) -> dict[str, str]:
+def _smallest_labels(candidates: Sequence[SiteCandidates | TableCandidates]) -> dict[str, str]:
     return {each.name: next(iter(each.formats)) for each in candidates}
+
+
+def _open_tables(
+    config: QuantizeConfig,
+    chooser: _Chooser,
+    tables: tuple[EmbeddingTable, ...],
+    usual: tuple[EmbeddingPlan, ...],
+    sites: Sequence[MatMulSite],
+) -> tuple[TableCandidates, ...]:
+    """Return the tables whose formats a size chooses: where no option says anything, and rows are all that is read."""
+    if config.target_size is None or config.requested_embedding is not None or config.gather_block_size is not None:
+        return ()
+    choice = replace(chooser, requested=replace(chooser.requested, embedding="4")).choose()
+    if not usual or choice.gather_form != "gather_block_quantized":
+        return ()
+    return open_tables(usual, _embedding_plans(config, choice, tables), sites)
+
+
+def _explained_tables(lines: Sequence[Explanation], opened: Sequence[TableCandidates]) -> Iterator[Explanation]:
+    """Yield ``lines``; of tables that are open what they may become."""
+    for line in lines:
+        if opened and line.option == "--embedding":
+            yield replace(line, chosen=", ".join(opened[0].formats), why="the budget chooses")
+        elif not opened or line.option != "--gather_block_size":
+            yield line
 
 
 def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
@@ -534,7 +566,11 @@ def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
 
 
 def _open_plan(
-    config: QuantizeConfig, choice: FormatChoice, candidates: tuple[SiteCandidates, ...], size: OutputSize
+    config: QuantizeConfig,
+    choice: FormatChoice,
+    candidates: tuple[SiteCandidates, ...],
+    tables: tuple[TableCandidates, ...],
+    size: OutputSize,
 ) -> OpenPlan:
     budget: Budget
     if config.target_bpw is not None:
@@ -547,12 +583,15 @@ def _open_plan(
         budget = SizeBudget(
             typed=typed,
             num_bytes=parse_size(typed, "--target_size"),
-            fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites]),
+            fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites])
+            - sum(table_bytes(each.table, None) for each in tables),
+            tables=tables,
             cost=lambda each, label: sum(size.site_bytes(site, each.formats[label]) for site in each.sites),
         )
     return OpenPlan(
         option=config.budget_description,
         candidates=candidates,
+        tables=tables,
         budget=budget,
         reachable=check_budget(candidates, budget),
         sensitivity=config.sensitivity or "cache",
