@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
 from stages.commands.parsing import Target, parse_size
-from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
+from stages.commands.quantize_options import Algorithm, QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
@@ -58,6 +58,7 @@ from stages.quantization.plan.embeddings import (
     with_tables,
 )
 from stages.quantization.plan.experts import ExpertPlan, node_name, plan_experts
+from stages.quantization.plan.forecast import SearchTraits
 from stages.quantization.plan.output_size import OutputSize, output_size, table_bytes
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
@@ -102,6 +103,7 @@ _SPREADS = frozenset({"cpu"})
 _TENTH = 100_000
 """Bytes of a tenth of a megabyte, to which the budget that nobody gave is rounded up."""
 _CPU = torch.device("cpu")
+_COMPENSATING: frozenset[Algorithm] = frozenset({"gptq", "awq_gptq"})
 _STAYS: Literal["none"] = "none"
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
 """Values of --lm_head and --embedding."""
@@ -118,7 +120,7 @@ class OpenPlan:
     budget: Budget
     reachable: BudgetRange
     sensitivity: Sensitivity
-    scale_range: ScaleRange
+    search: SearchTraits
     size: OutputSize
 
 
@@ -595,7 +597,7 @@ def _open_plan(
         budget=budget,
         reachable=check_budget(candidates, budget),
         sensitivity=config.sensitivity or "cache",
-        scale_range=choice.scale_range,
+        search=SearchTraits(rule=choice.scale_range, compensates=config.search_algorithm in _COMPENSATING),
         size=size,
     )
 
