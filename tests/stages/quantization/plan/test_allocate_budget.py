@@ -224,3 +224,36 @@ def test_statistics_that_know_no_nats_spend_nothing(model: ir.Model, tiny_model:
     alike = replace(cache, manifest=replace(cache.manifest, key=key))
     assert _own(model, tiny_model, alike).target_size is None
     assert _own(model, tiny_model, None).target_size is None
+
+
+@pytest.mark.parametrize(
+    ("size", "bits"),
+    [
+        pytest.param("smallest", 4, marks=pytest.mark.thorough),
+        ("between", 8),
+        pytest.param("largest", None, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_size_decides_about_a_table_that_is_not_tied(
+    size: str, bits: int | None, model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    def planned(wanted: str) -> ModelPlan:
+        config = QuantizeConfig(
+            onnx_path=tiny_model, output_path=tiny_model / "out", target="cpu@1.31", target_size=wanted
+        )
+        return plan_model(config, model, locate_model(tiny_model))
+
+    undecided = _open(planned("1GB"))
+    (table,) = undecided.tables
+    assert list(table.formats) == ["4b32", "8b128", KEEP]
+    low, high = undecided.reachable.smallest, undecided.reachable.largest
+    room = {"smallest": low, "between": low + 30_000, "largest": high}[size]
+    result = _allocated(planned(f"{int(room)}B"), model, tiny_model, cache)
+    assert [each.bits for each in result.plan.embeddings] == ([] if bits is None else [bits])
+    assert (bits is None) == any("embedding" in each.reason for each in result.plan.unquantized)
+    options = (
+        "--embedding none" if bits is None else f"--embedding {bits} --gather_block_size {32 if bits == 4 else 128}"
+    )
+    assert f"it takes {options}" in result.file_text
+    losses = read_forecasts(cache.folder, undecided.search)["lookups of model.embed_tokens.weight in nats"]
+    assert losses["4b32"] > 20 * losses["8b128"] > 0

@@ -14,10 +14,12 @@ from stages.quantization.plan.budget import (
     chosen_plan,
     site_candidates,
 )
-from stages.quantization.plan.output_size import OutputSize
+from stages.quantization.plan.embeddings import open_tables, with_tables
+from stages.quantization.plan.output_size import OutputSize, table_bytes
+from stages.quantization.plan.rules import all_sites
 from stages.quantization.targets.choose import choose_formats
 from stages.quantization.targets.formats import ModelFacts, OpenFormats, RequestedFormats
-from stages.records.formats import PerBlock, WeightForm
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, WeightForm
 from stages.records.sites import ActivationGroup
 from tests.stages.quantization.search.problems import site
 
@@ -174,3 +176,40 @@ def test_the_plan_holds_the_chosen_formats_and_why_others_are_skipped() -> None:
     assert {name: spec.label for name, spec in plan.specs.items()} == {DOWN: "4b32"}
     assert dict(plan.skipped) == {Q: "--exclude q_proj", HEAD: "the budget"}
     assert [group.sites[0].name for group in plan.groups] == [DOWN]
+
+
+def test_a_size_weighs_a_table_against_the_sites() -> None:
+    """What INT4 of the table saves lets a site be INT8, where that is worth more; plenty of room keeps both."""
+    embedding = EmbeddingTable(
+        weight="table", gathers=("rows",), vocabulary=256, hidden=64, transposed=False, dtype="float32"
+    )
+    four, eight = (
+        EmbeddingPlan(table=embedding, axis=1, block_size=32, form="gather_block_quantized", bits=bits)
+        for bits in (4, 8)
+    )
+    (table,) = open_tables([eight], [four], all_sites(GROUPS))
+    assert list(table.formats) == ["4b32", "8b32", "keep"]
+    candidates = _candidates(lm_head="none")
+    lowest = sum(candidate_bytes(candidates[name], "4b128") for name in (Q, DOWN)) + table_bytes(embedding, four)
+    gained = candidate_bytes(candidates[Q], "8b128") - candidate_bytes(candidates[Q], "4b128")
+
+    def labels(room: int, lost: float) -> dict[str, str]:
+        full = 4 * 256 * 512
+        budget = replace(_size(1000 + full + lowest + room, candidates), tables=(table,))
+        losses = {**_losses(q=1.0, down=0.1), table.name: {"4b32": lost, "8b32": 0.001}}
+        return {
+            name: each.key for name, each in best_allocation(tuple(candidates.values()), budget, losses).chosen.items()
+        }
+
+    assert gained == table_bytes(embedding, eight) - table_bytes(embedding, four)
+    assert (labels(gained, 0.5)[table.name], labels(gained, 0.5)[Q]) == ("4b32", "8b128")
+    assert (labels(gained, 5.0)[table.name], labels(gained, 5.0)[Q]) == ("8b32", "4b128")
+    assert labels(1 << 20, 0.5)[table.name] == "keep"
+    assert with_tables([eight], [table], labels(gained, 0.5)) == (four,)
+    assert with_tables([eight], [table], labels(1 << 20, 0.5)) == ()
+    reachable = check_budget(tuple(candidates.values()), replace(_size(1 << 30, candidates), tables=(table,)))
+    assert reachable.smallest == 1000 + 4 * 256 * 512 + lowest
+    # What an lm_head is the weight of, or what is shared with one, isn't the table's own question.
+    assert open_tables([replace(eight, shared_with=HEAD)], [four], all_sites(GROUPS)) == ()
+    tied = replace(embedding, weight=f"{HEAD}.weight")
+    assert open_tables([replace(eight, table=tied)], [replace(four, table=tied)], all_sites(GROUPS)) == ()

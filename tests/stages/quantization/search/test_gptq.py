@@ -185,7 +185,7 @@ def test_per_channel_int8() -> None:
     assert joint_error(problem, chosen, held_out) < joint_error(problem, baseline, held_out)
 
 
-@pytest.mark.parametrize("algorithm", ["gptq", "awq_gptq"])
+@pytest.mark.parametrize("algorithm", ["gptq", pytest.param("awq_gptq", marks=pytest.mark.thorough)])
 def test_rows_of_a_large_site_are_solved_some_after_others(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sites, one of heads whose channels count together, in pieces that begin in one site and end in another."""
     layer = random_layer(4, widths=(260, 64, 20), symmetric=False)
