@@ -230,7 +230,8 @@ def _inverse_lower(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
     """Invert a lower triangular matrix by products of its parts, which run faster than a solver does."""
     if len(lower) <= _TRIANGLE:
         unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, unit, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return solved
     half = len(lower) // 2
     inverse = torch.zeros_like(lower)
     first, last = inverse[:half, :half], inverse[half:, half:]
