@@ -176,30 +176,40 @@ def two_sided_descent(
         output_gram: the blocks of H, with a positive diagonal.
     """
     in_features, (heads, size, _) = weight.shape[1], output_gram.shape
+    least = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
+    steps = next(steps for steps in range(least, size + 1) if size % steps == 0)
+
+    def in_steps(values: Float[Tensor, "N k"]) -> Float[Tensor, "k heads steps channels"]:
+        """Put the channels of a head together that change together: every ``steps``-th of them."""
+        return values.T.reshape(-1, heads, size // steps, steps).transpose(2, 3).contiguous()
+
+    def by_steps(gram: Float[Tensor, "heads size size"]) -> Float[Tensor, "heads size size"]:
+        place = torch.arange(size, device=gram.device).view(-1, steps).T.flatten()
+        return gram[:, place][:, :, place]
+
+    gram_of_outputs = by_steps(output_gram)
+    pulls = gram_of_outputs.view(heads, steps, -1, size).transpose(0, 1).contiguous().unbind()
+    curvature = torch.diagonal(gram_of_outputs, dim1=-2, dim2=-1).view(heads, steps, -1)
     block = torch.arange(in_features, device=weight.device) // spec.block_size(in_features)
-    scales = parameters.scales.T[block].view(in_features, heads, size)
-    zeros = torch.zeros_like(scales)
-    if parameters.zero_points is not None:
-        zeros = parameters.zero_points.T[block].view(in_features, heads, size)
-    target = weight.T.reshape(in_features, heads, size)
-    chosen = codes.T.reshape(in_features, heads, size).clone()
-    error = (chosen - zeros) * scales - target
-    stride = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
-    curvature = torch.diagonal(output_gram, dim1=-2, dim2=-1)
-    for start in range(0, in_features, _TILE):
-        stop = min(start + _TILE, in_features)
-        gradient = (gram[start:stop] @ error.view(in_features, -1)).view(-1, heads, size)
+    scales, chosen = in_steps(parameters.scales)[block], in_steps(codes)
+    error = chosen if parameters.zero_points is None else chosen - in_steps(parameters.zero_points)[block]
+    error = (error * scales - in_steps(weight)).view(in_features, -1)
+    for start in range(0, in_features, _STEP):
+        stop = min(start + _STEP, in_features)
+        gradient = gram[start:stop] @ error
         for column in range(start, stop):
-            before, own = error[column].clone(), gram[column, column]
-            pull = (gradient[column - start].unsqueeze(1) @ output_gram).squeeze(1)
-            for first in range(stride):
-                part = (slice(None), slice(first, None, stride))
-                scale, zero = scales[column][part], zeros[column][part]
-                wanted = target[column][part] + error[column][part] - pull[part] / (curvature[part] * own)
-                code = torch.round(wanted / scale).add_(zero).clamp_(spec.code_min, spec.code_max)
-                change = (code - chosen[column][part]) * scale
-                chosen[column][part], error[column][part] = code, error[column][part] + change
-                pull += (change.unsqueeze(1) @ output_gram[:, part[1]]).squeeze(1) * own
-            moved = (error[column] - before).view(-1)
-            gradient.view(stop - start, -1).addr_(gram[start:stop, column], moved)
-    return chosen.view(in_features, -1).T.contiguous()
+            own, scale, code = gram[column, column], scales[column], chosen[column]
+            before = code.clone()
+            pull = (gradient[column - start].view(heads, 1, size) @ gram_of_outputs).div_(own)
+            parts = zip(
+                code.unbind(1), scale.unbind(1), (curvature * scale).unbind(1), pull.view_as(code).unbind(1), pulls,
+                strict=True,
+            )  # fmt: skip
+            for part, step, bend, slope, reach in parts:
+                best = torch.addcdiv(part, slope, bend, value=-1).round_().clamp_(spec.code_min, spec.code_max)
+                pull.baddbmm_((best - part).mul_(step).unsqueeze(1), reach)
+                part.copy_(best)
+            moved = ((code - before) * scale).flatten()
+            error[column] += moved
+            gradient[column + 1 - start :].addr_(gram[column + 1 : stop, column], moved)
+    return chosen.transpose(2, 3).reshape(in_features, -1).T.contiguous()

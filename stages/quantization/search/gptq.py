@@ -42,7 +42,7 @@ _ROWS = 64
 _TILE, _STEP = 128, 16
 """Columns whose errors reach all columns behind them in one product, and those behind them in the tile."""
 _DOUBLE_UP_TO = 16384
-"""Inputs up to which a Gram matrix is factored in float64: two copies of K x K then stay below 5 GB."""
+"""Inputs up to which a Gram matrix is factored in float64: three copies of K x K then stay below 7 GB."""
 _SINGLE_ERROR = 0.01
 """Bound of the relative error that float32 may cause; the usual damping keeps far below it."""
 _TRIANGLE = 256
