@@ -62,7 +62,7 @@ def test_images_calibrate_a_vision_encoder(vision: Path, images: Path, tmp_path:
             "--block_size", 32, "--evaluate", "--json", "--quiet",
         )  # fmt: skip
         assert code == 0, printed
-        assert fused_sites(tmp_path / algo) == (5, 5)
+        assert fused_sites(tmp_path / algo) == (6, 6)
         (score,) = scores_of(printed).values()
         errors[algo] = score["relative_error"]
         assert score["vectors"] == 2 * 16
@@ -117,7 +117,7 @@ def test_a_package_is_quantized_in_one_run(
     assert code == 0, printed
     assert fused_sites(output) == (10, 10)
     verified = json.loads((tmp_path / "int4.weights.vision" / "verification.json").read_text(encoding="utf-8"))
-    assert (verified["fused"], verified["sites"]) == (5, 5)
+    assert (verified["fused"], verified["sites"]) == (6, 6)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
         "base", "base.calibration", "base.vision.calibration", "int4", "int4.weights", "int4.weights.vision",
