@@ -81,10 +81,13 @@ def _rewrite(node: ir.Node) -> None:
     assert made is not None
     name = node.name or str(node.outputs[0].name)
     made.name, node.name = f"{name}/qkv_proj/MatMul", name
+    bias = _input(node, _BIAS)
+    if bias is not None:  # not as attention's own input, which no input scale of the next layer could go through
+        product = insert_before(node, "Add", [product, bias])[0]
     parts = insert_before(
         node, "Split", [product, integers(node, "sizes", [int(size) for size in sizes])], {"axis": -1}, outputs=3
     )
-    inputs = [*parts, _input(node, _BIAS), _input(node, _MASK), _input(node, _ADDED)]
+    inputs = [*parts, None, _input(node, _MASK), _input(node, _ADDED)]
     node.op_type = "MultiHeadAttention"
     node.resize_inputs(len(inputs))
     for index, value in enumerate(inputs):
