@@ -247,6 +247,28 @@ def test_sounds_calibrate_whispers_encoder_through_onnxruntime_genai(tmp_path: P
     assert {"encoder.onnx", "decoder.onnx", "audio_processor_config.json"} <= files
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_sounds_calibrate_the_whole_of_whisper_in_one_run(tmp_path: Path, commands: Commands) -> None:
+    """The decoder hears the sounds through the encoder."""
+    pytest.importorskip("onnxruntime_genai")
+    package, sounds = save_whisper(tmp_path), save_sounds(tmp_path / "sounds", 8)
+    code, printed = commands.quantize(
+        package, tmp_path / "int4", "--component", "encoder,decoder", "--samples", sounds, "--block_size", 32,
+        "--evaluate", "--json", "--quiet",
+    )  # fmt: skip
+    assert code == 0, printed
+    encoder, decoder = result_of(printed)["result"]["outputs"]  # type: ignore[index]
+    (logits,) = [score for score in decoder["rows"][-1]["scores"] if score["output"] == "logits"]
+    assert (encoder["component"], decoder["component"]) == ("encoder", "decoder")
+    assert 0.99 < logits["worst_cosine"] < 1
+    cache = find_cache(tmp_path / "package.calibration")
+    assert cache is not None
+    assert cache.manifest.key.text == "sounds in sounds (6 + 1 samples)"
+    assert fused_sites(tmp_path / "int4") == (14, 14)
+    assert fused_sites(tmp_path / "int4", tmp_path / "int4.weights.decoder") == (16, 16)
+
+
 def save_whisper(folder: Path) -> Path:
     """Build a random Whisper. Its biases aren't zero: the builder leaves those out, and its Attention needs them."""
     import transformers
