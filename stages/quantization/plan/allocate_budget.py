@@ -18,16 +18,14 @@ from stages.model.sites import find_expert_layers, find_groups
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_experts, chosen_plan
 from stages.quantization.plan.embeddings import following_heads
-from stages.quantization.plan.forecast import Forecasts, forecast_expert, forecast_site, read_forecasts, write_forecasts
+from stages.quantization.plan.forecast import Forecasts, GroupForecast, read_forecasts, write_forecasts
 from stages.quantization.plan.lookups import LookupForecast
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
-from stages.quantization.search.affine import RangeRule
 from stages.quantization.search.objective import search_to_device
 from stages.records.formats import QuantSpec
-from stages.records.results import SearchStats
 from stages.records.sites import ActivationGroup, MatMulSite
 
 
@@ -72,7 +70,7 @@ def allocate_budget(
             cache=cache,
             device=device,
             rough_format=_rough_format(undecided.candidates),
-            rule=undecided.scale_range,
+            rule=undecided.search.rule,
         )
         factors = measure.measure(_open_groups(groups, undecided.candidates))
         losses = {
@@ -101,8 +99,8 @@ def _with_lookups(
     in_nats: bool,
 ) -> Forecasts:
     """Add what the lookups lose to the losses of an lm_head whose table they read; forecasts are kept as others are."""
-    rule, specs = undecided.scale_range, _specs(undecided.candidates)
-    known = read_forecasts(cache.folder, rule)
+    search, specs = undecided.search, _specs(undecided.candidates)
+    known = read_forecasts(cache.folder, search)
     added = dict(losses)
     for table in plan.embeddings:
         head = table.shared_with
@@ -110,9 +108,11 @@ def _with_lookups(
             continue
         kept = f"lookups of {table.table.weight} in {'nats' if in_nats else 'relative errors'}"
         if not set(specs[head]) <= set(known.get(kept, {})):
-            forecast = LookupForecast(model=model, directory=directory, windows=cache.read_tokens()[0], rule=rule)
+            forecast = LookupForecast(
+                model=model, directory=directory, windows=cache.read_tokens()[0], rule=search.rule
+            )
             known[kept] = forecast.losses(table.table, specs[head], in_nats=in_nats)
-            write_forecasts(cache.folder, rule, known)
+            write_forecasts(cache.folder, search, known)
         added[head] = {label: loss + known[kept][label] for label, loss in losses[head].items()}
     return added
 
@@ -124,7 +124,7 @@ def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:
         undecided: the formats that each site may have.
         cache: where forecasts are kept.
     """
-    return bool(_unforecast(undecided.candidates, read_forecasts(cache.folder, undecided.scale_range)))
+    return bool(_unforecast(undecided.candidates, read_forecasts(cache.folder, undecided.search)))
 
 
 def unmeasured_groups(
@@ -148,34 +148,32 @@ def _forecast(
     device: torch.device,
 ) -> Forecasts:
     """Return the forecasts of all candidates, and keep those that are new in the cache's folder."""
-    rule, experts = undecided.scale_range, ExpertStatistics(model, find_expert_layers(model), cache, device)
-    known = read_forecasts(cache.folder, rule)
+    search, experts = undecided.search, ExpertStatistics(model, find_expert_layers(model), cache, device)
+    known = read_forecasts(cache.folder, search)
     missing = {site.name: each for each in _unforecast(undecided.candidates, known) for site in each.sites}
     found: Forecasts = {}
     lacking = [group for group in groups if any(site.name in missing for site in group.sites)]
     with progress_bar() as progress:
         for group in progress.track(lacking, description="forecast", unit="groups"):
             read = experts.read if experts.has(group.activation) else cache.read_for_search
-            stats = search_to_device(read(group.activation), device)
+            forecast = GroupForecast.of(search_to_device(read(group.activation), device), search)
             for site in group.sites:
                 if (each := missing.get(site.name)) is not None:
-                    losses = _losses(each, site, read_weight(model, site, device), stats, rule)
+                    losses = _losses(each, site, read_weight(model, site, device), forecast)
                     before = found.get(each.name, {})
                     found[each.name] = {label: before.get(label, 0.0) + loss for label, loss in losses.items()}
     if lacking:
         known |= {name: known.get(name, {}) | losses for name, losses in found.items()}
-        write_forecasts(cache.folder, rule, known)
+        write_forecasts(cache.folder, search, known)
     return {each.name: known.get(each.name, {}) for each in undecided.candidates}
 
 
-def _losses(
-    candidates: SiteCandidates, site: MatMulSite, weight: Tensor, stats: SearchStats, rule: RangeRule
-) -> dict[str, float]:
+def _losses(candidates: SiteCandidates, site: MatMulSite, weight: Tensor, forecast: GroupForecast) -> dict[str, float]:
     """Return what each format costs one of the candidates' sites; experts' relative errors become their mean."""
     if site.expert is None:
-        return forecast_site(site, weight, candidates.specs, stats, rule)
-    losses = forecast_expert(site, weight, candidates.specs, stats, rule)
-    experts = 1 if stats.channel_weights else len(candidates.sites) / len(PROJECTIONS)
+        return forecast.of_site(site, weight, candidates.specs)
+    losses = forecast.of_expert(site, weight, candidates.specs)
+    experts = 1 if forecast.stats.channel_weights else len(candidates.sites) / len(PROJECTIONS)
     return {label: loss / experts for label, loss in losses.items()}
 
 

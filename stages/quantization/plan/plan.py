@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
 from stages.commands.parsing import Target, parse_size
-from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
+from stages.commands.quantize_options import Algorithm, QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
@@ -55,6 +55,7 @@ from stages.quantization.plan.embeddings import (
     share_tables,
 )
 from stages.quantization.plan.experts import ExpertPlan, import_experts, node_name, plan_experts, runs_experts
+from stages.quantization.plan.forecast import SearchTraits
 from stages.quantization.plan.output_size import OutputSize, output_size
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
@@ -99,6 +100,7 @@ _SPREADS = frozenset({"cpu"})
 _TENTH = 100_000
 """Bytes of a tenth of a megabyte, to which the budget that nobody gave is rounded up."""
 _CPU = torch.device("cpu")
+_COMPENSATING: frozenset[Algorithm] = frozenset({"gptq", "awq_gptq"})
 _STAYS: Literal["none"] = "none"
 _LEFT_IN_FLOAT = "--checkpoint leaves it in floating point"
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
@@ -115,7 +117,7 @@ class OpenPlan:
     budget: Budget
     reachable: BudgetRange
     sensitivity: Sensitivity
-    scale_range: ScaleRange
+    search: SearchTraits
     size: OutputSize
 
 
@@ -570,7 +572,7 @@ def _open_plan(
         budget=budget,
         reachable=check_budget(candidates, budget),
         sensitivity=config.sensitivity or "cache",
-        scale_range=choice.scale_range,
+        search=SearchTraits(rule=choice.scale_range, compensates=config.search_algorithm in _COMPENSATING),
         size=size,
     )
 

@@ -28,10 +28,14 @@ from stages.records.results import TokenStats
 
 _STACKED_ON_CPU, _STACKED_ON_ACCELERATOR = 1 << 25, 1 << 27
 """Numbers of the weights that are solved as one matrix: some ten copies of it are in memory."""
-_TILE = 128
-"""Columns whose errors reach the columns behind them in one product."""
+_TILE, _STEP = 128, 16
+"""Columns whose errors reach all columns behind them in one product, and those behind them in the tile."""
 _DOUBLE_UP_TO = 16384
-"""Inputs up to which the Gram matrix is factored in float64: three copies of K x K then stay below 7 GB."""
+"""Inputs up to which a Gram matrix is factored in float64: three copies of K x K then stay below 7 GB."""
+_SINGLE_ERROR = 0.01
+"""Bound of the relative error that float32 may cause; the usual damping keeps far below it."""
+_TRIANGLE = 256
+"""Size of a triangular matrix that is inverted as it is, not by its halves."""
 _ATTEMPTS = 5
 """Dampings that are tried, each ten times the one before."""
 
@@ -203,18 +207,38 @@ def inverse_cholesky(gram: Float[Tensor, "K K"], damping: float, *, act_order: b
 
 
 def _upper(gram: Float[Tensor, "K K"], order: Int64[Tensor, " K"], damping: float) -> Float[Tensor, "K K"] | None:
-    """Return U, or None where rounding leaves nothing to factor; each matrix is dropped once the next one is there."""
+    """Return U, or None where rounding leaves nothing to factor; each matrix is dropped once the next one is there.
+
+    Where L L^T is the matrix with rows and columns in reverse, L^-1 with both in reverse is U.
+    """
+    order = order.flip(0)
     matrix = gram[order][:, order]
-    if len(order) <= _DOUBLE_UP_TO and gram.device.type != "mps":
+    if _needs_double(len(order), damping, gram.device):
         matrix = matrix.double()
     lower, failed = torch.linalg.cholesky_ex(_damp(matrix, damping))
     del matrix
-    if bool(failed):
-        return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if bool(failed) else upper.float()
+    return None if bool(failed) else _inverse_lower(lower).flip(0, 1).float()
+
+
+def _needs_double(channels: int, damping: float, device: torch.device) -> bool:
+    """Tell whether float32 could lose much: the damped matrix's condition number is at most channels / damping + 1."""
+    rough = channels * torch.finfo(torch.float32).eps > damping * _SINGLE_ERROR
+    return rough and channels <= _DOUBLE_UP_TO and device.type != "mps"
+
+
+def _inverse_lower(lower: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
+    """Invert a lower triangular matrix by products of its parts, which run faster than a solver does."""
+    if len(lower) <= _TRIANGLE:
+        unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        solved: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return solved
+    half = len(lower) // 2
+    inverse = torch.zeros_like(lower)
+    first, last = inverse[:half, :half], inverse[half:, half:]
+    first.copy_(_inverse_lower(lower[:half, :half]))
+    last.copy_(_inverse_lower(lower[half:, half:]))
+    torch.matmul(last @ lower[half:, :half], first, out=inverse[half:, :half]).neg_()
+    return inverse
 
 
 def damped(gram: Float[Tensor, "K K"], damping: float) -> Float[Tensor, "K K"]:
@@ -248,18 +272,24 @@ def gptq_codes(
     columns = inverse.order // spec.block_size(in_features)
     pending = _in_order(weights, inverse.order)
     scales = _in_order(parameters.scales, columns)
-    zero_points = None if parameters.zero_points is None else _in_order(parameters.zero_points, columns)
+    if parameters.zero_points is not None:  # from here on weights count from code 0, as codes do
+        pending = torch.addcmul(pending, _in_order(parameters.zero_points, columns), scales)
     codes = torch.empty_like(pending)
     for start in range(0, in_features, _TILE):
         tile = slice(start, min(start + _TILE, in_features))
-        zeros = None if zero_points is None else zero_points[tile]
-        errors = _tile_codes(pending[tile], scales[tile], zeros, inverse.upper[:, tile, tile], spec, codes[tile])
-        for index, upper in enumerate(inverse.upper):
-            pending[tile.stop :, index] -= upper[tile, tile.stop :].T @ errors[:, index]
+        errors = _tile_codes(pending[tile], scales[tile], inverse.upper[:, tile, tile], spec, codes[tile])
+        _compensate_behind(pending[tile.stop :], inverse.upper[:, tile, tile.stop :], errors)
     result = torch.empty_like(codes)
     for index, order in enumerate(inverse.order):
         result[order, index] = codes[:, index]
     return result.permute(1, 2, 0).contiguous()
+
+
+def _compensate_behind(
+    pending: Float[Tensor, "behind E N"], upper: Float[Tensor, "E done behind"], errors: Float[Tensor, "done E N"]
+) -> None:
+    for index, each in enumerate(upper):
+        pending[:, index] -= each.T @ errors[:, index]
 
 
 def _in_order(values: Float[Tensor, "E N columns"], order: Int64[Tensor, "E K"]) -> Float[Tensor, "K E N"]:
@@ -271,18 +301,20 @@ def _in_order(values: Float[Tensor, "E N columns"], order: Int64[Tensor, "E K"])
 def _tile_codes(
     pending: Float[Tensor, "k E N"],
     scales: Float[Tensor, "k E N"],
-    zero_points: Float[Tensor, "k E N"] | None,
     upper: Float[Tensor, "E k k"],
     spec: QuantSpec,
     codes: Float[Tensor, "k E N"],
 ) -> Float[Tensor, "k E N"]:
     """Fill ``codes`` and return the errors e; ``pending`` is used up."""
     errors = torch.empty_like(pending)
-    upper = upper.permute(1, 2, 0).unsqueeze(-1)  # [k, k, E, 1]
-    for index in range(pending.shape[0]):
-        zero = 0 if zero_points is None else zero_points[index]
-        code = torch.round(pending[index] / scales[index]).add_(zero).clamp_(spec.code_min, spec.code_max)
-        error = (pending[index] - (code - zero) * scales[index]) / upper[index, index]
-        codes[index], errors[index] = code, error
-        pending[index:].addcmul_(upper[index, index:], error, value=-1)
+    pulls = upper.permute(1, 2, 0).unsqueeze(-1)  # [k, k, E, 1]
+    # Views of all columns at once: making one takes as long as a step of arithmetic.
+    columns = zip(pending.unbind(), scales.unbind(), codes.unbind(), errors.unbind(), pulls.unbind(), strict=True)
+    for index, (weight, scale, code, error, pull) in enumerate(columns):
+        stop = min(index - index % _STEP + _STEP, len(pending))
+        if index and index % _STEP == 0:
+            _compensate_behind(pending[index:stop], upper[:, :index, index:stop], errors[:index])
+        torch.div(weight, scale, out=code).round_().clamp_(spec.code_min, spec.code_max)
+        torch.addcmul(weight, code, scale, value=-1, out=error).div_(pull[index])
+        pending[index + 1 : stop].addcmul_(pull[index + 1 : stop], error, value=-1)
     return errors

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from stages.model.form.convolution import why_no_product, write_convolutions
+from stages.model.form.convolution import restore_convolutions, why_no_product, write_convolutions
 from stages.model.sites import find_sites
 from tests.support.graphs import TinyGraph
 
@@ -68,6 +69,10 @@ def test_the_product_is_the_convolution(
     assert (site.in_features, site.out_features) == (prod(weight[1:]), weight[0])
     found = computed(model, numbers)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+    restore_convolutions(model)
+    RemoveUnusedNodesPass()(model)
+    assert [node.op_type for node in model.graph] == ["Conv"]
+    np.testing.assert_array_equal(computed(model, numbers), expected)
 
 
 @pytest.mark.parametrize(
