@@ -25,6 +25,7 @@ from export.forms.rotary import ComputedTable, compute_rotary_tables
 from export.graph_edit import GraphEditor, describe, name_of
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
+from stages.model.form.convolution import restore_convolutions
 from stages.model.load import producer_of
 from stages.model.patterns import sole_reader
 from stages.model.sites import find_expert_layers, find_sites
@@ -102,6 +103,7 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     tables = rewrite_tables(editor, store, sites)
     experts = _rewrite_experts(editor, stored, layers, accuracy_level, store.recipe)
     computed = compute_rotary_tables(editor, edited) if store.recipe.computes_rotary else ()
+    restore_convolutions(edited)
     RemoveUnusedNodesPass()(edited)
     _merge_equal_initializers(edited)
     return RewriteResult(

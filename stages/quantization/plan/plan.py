@@ -57,7 +57,7 @@ from stages.quantization.plan.embeddings import (
     share_tables,
     with_tables,
 )
-from stages.quantization.plan.experts import ExpertPlan, node_name, plan_experts
+from stages.quantization.plan.experts import ExpertPlan, import_experts, node_name, plan_experts, runs_experts
 from stages.quantization.plan.forecast import SearchTraits
 from stages.quantization.plan.output_size import OutputSize, output_size, table_bytes
 from stages.quantization.plan.plan_file import read_plan, spec_of
@@ -105,6 +105,7 @@ _TENTH = 100_000
 _CPU = torch.device("cpu")
 _COMPENSATING: frozenset[Algorithm] = frozenset({"gptq", "awq_gptq"})
 _STAYS: Literal["none"] = "none"
+_LEFT_IN_FLOAT = "--checkpoint leaves it in floating point"
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
 """Values of --lm_head and --embedding."""
 
@@ -225,14 +226,15 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     if config.plan is not None:
         choice, sites, given = _given_plan(config, groups, chooser, layers)
     elif config.checkpoint is not None:
-        choice, sites, imported = _imported_plan(config, config.checkpoint, model, groups, chooser)
+        choice, sites, imported, given = _imported_plan(config, config.checkpoint, model, groups, chooser, layers)
     elif formats is not None:
         choice, candidates = _open_choice(config, groups, chooser, formats, of_experts)
         sites = _smallest(groups, candidates)
     else:
         choice = chooser.choose()
         sites = make_plan(groups, config, choice, of_experts)
-    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice), given)
+    kept_because = "--plan: keep" if config.checkpoint is None else _LEFT_IN_FLOAT
+    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice), given, kept_because)
     alone = _embedding_plans(config, choice, tables)
     wanted = _sharing(config, decided.target, choice, sites)
     if formats is not None and config.gather_block_size is None:
@@ -502,24 +504,39 @@ def _given_plan(
 
 
 def _imported_plan(
-    config: QuantizeConfig, checkpoint: Path, model: ir.Model, groups: tuple[ActivationGroup, ...], chooser: _Chooser
-) -> tuple[FormatChoice, QuantPlan, ImportedWeights]:
-    """Return what ``--checkpoint`` gives: its sites as they are there, others as they are but for what options name."""
+    config: QuantizeConfig,
+    checkpoint: Path,
+    model: ir.Model,
+    groups: tuple[ActivationGroup, ...],
+    chooser: _Chooser,
+    layers: Sequence[ExpertLayer],
+) -> tuple[FormatChoice, QuantPlan, ImportedWeights, dict[str, QuantSpec | None]]:
+    """Return what ``--checkpoint`` gives, of experts last: its sites as they are there.
+
+    Others stay as they are but for what options name.
+    """
     choice, sites = chooser.choose(), all_sites(groups)
+    mixtures = [layer for layer in layers if runs_experts(layer, choice)]
     imported = find_imported(
         open_checkpoint(checkpoint),
-        groups,
+        [*groups, *(group for layer in mixtures for group in layer.groups)],
         GraphWeights(
             matrix=lambda site: read_weight(model, site, _CPU), vector=lambda name: read_vector(model, name, _CPU)
         ),
         WantedFormats(scale_dtype=choice.scale_dtype, eight_bit=choice.eight_bit),
     )
     asked = asked_by_name([site for site in sites if site.name not in imported.sites], config, choice)
-    specs = {name: each.spec for name, each in imported.sites.items()} | asked
-    skipped = {site.name: "--checkpoint leaves it in floating point" for site in sites if site.name not in specs}
-    found = _choice_of_specs(chooser, tuple(specs.values()))
+    specs = {site.name: imported.sites[site.name].spec for site in sites if site.name in imported.sites} | asked
+    skipped = {site.name: _LEFT_IN_FLOAT for site in sites if site.name not in specs}
+    formats: dict[str, QuantSpec] = {}
+    if choice.experts is not None:
+        imported, formats = import_experts(imported, mixtures, choice.experts)
+    given: dict[str, QuantSpec | None] = {
+        node_name(layer.sites[0]): None for layer in layers if not asked_by_name(layer.sites, config, choice)
+    }
+    found = _choice_of_specs(chooser, (*specs.values(), *formats.values()))
     plan = plan_of(groups, specs, skipped)
-    return found, replace(plan, groups=tuple(split_groups(plan.groups, imported))), imported
+    return found, replace(plan, groups=tuple(split_groups(plan.groups, imported))), imported, {**given, **formats}
 
 
 def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:
@@ -625,7 +642,7 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
-        experts=config.experts or others,
+        experts=config.experts,
     )
 
 
