@@ -49,6 +49,7 @@ from stages.runtime.providers import ProviderChoice
 from stages.runtime.tap import ActivationTap, FeedsOpener, open_partition_tap
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
+from stages.system.shared_folder import wait_for
 
 _PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out", "calibration": "calibration"})
 """What is run, in this order, and what the progress bar calls it."""
@@ -232,7 +233,7 @@ class Capture:
     def fill(self, writer: CacheWriter, partitions: Sequence[Partition], first: ActivationTap) -> None:
         """Run all windows through ``partitions`` and save the statistics.
 
-        Ensures: when it returns, all processes have saved theirs.
+        Ensures: when it returns, all processes have saved theirs, and the first one sees the files.
 
         Args:
             writer: the cache that is filled.
@@ -250,6 +251,9 @@ class Capture:
         if self.maxima is not None and self.processes.is_first:
             writer.write_maxima(self.maxima.found)
         self.processes.barrier()
+        if self.processes.is_first:
+            wait_for(writer.folder / name for name in writer.files.values())
+            wait_for(self.streams.files(self._kept_streams.values()) if self.streams is not None else ())
 
     def _open(
         self, partition: Partition, choice: ProviderChoice, boundary_types: Mapping[str, np.dtype[np.generic]]
