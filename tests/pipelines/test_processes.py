@@ -51,6 +51,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.run import run_command
 run_command(CalibrateConfig, command, "python -m stages.calibrate")
 """
+LOST = "Another process of this launch has ended ("
 EXCHANGES = """
 import os
 import torch
@@ -176,8 +177,9 @@ def test_a_process_that_dies_leaves_no_cache_and_the_next_run_makes_it(
     script = tmp_path / "dies.py"
     script.write_text(DIES_CALIBRATING)
     arguments = calibration(tiny_model, tiny_text, tmp_path / "cache")[2:]
-    dead = forked.run([str(script), *arguments], processes=2)
+    dead = forked.run([str(script), *arguments], processes=2, machines=2)
     assert dead.returncode == 9, dead.stderr
+    assert LOST in " ".join(dead.stderr.split())
     assert not (tmp_path / "cache").exists()
     done = forked.run(calibration(tiny_model, tiny_text, tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
@@ -203,8 +205,10 @@ def test_groups_of_a_process_that_died_are_left_to_the_next_run(
 ) -> None:
     output, script = tmp_path / "int4", tmp_path / "dies.py"
     script.write_text(DIES)
-    dead = launch([str(script), *options(tiny_model, tiny_cache, output)])
-    assert dead.returncode != 0
+    dead = forked.run([str(script), *options(tiny_model, tiny_cache, output)], processes=2, machines=2)
+    assert dead.returncode == 9
+    assert LOST in " ".join(dead.stderr.split()), "the process on the other machine says why it ends"
+    assert dead.stderr.count("error: ") == 1
     assert not output.exists()
     assert 2 <= len(weights_of(output)) < len(weights_of(alone))
     done = forked.run(["-m", "stages.quantize", *options(tiny_model, tiny_cache, output)], processes=2)
