@@ -23,6 +23,9 @@ from stages.system.atomic import atomic_directory
 
 _LOGGER = logging.getLogger(__name__)
 SHAPES = {
+    "llama-3-70b": LlamaShape(
+        layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_size=128, vocabulary=128256
+    ),
     "llama-3-8b": LlamaShape(
         layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_size=128, vocabulary=128256
     ),

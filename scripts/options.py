@@ -11,7 +11,7 @@ from stages.commands.evaluate_options import BenchConfig, SweepGrid
 from stages.commands.options import CommandOptions, Flag, require
 from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
-LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b", "gpt-oss-20b"]
+LargeShape = Literal["llama-3-70b", "llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b", "gpt-oss-20b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
 BuilderMethod = Literal["int4", "int4_mixed", "k_quant", "k_quant_mixed", "k_quant_last", "rtn", "rtn_last"]

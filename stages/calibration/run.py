@@ -98,7 +98,7 @@ def _run(
     processes = capture.processes
     streams = None if chain is None else _streams(capture, chain)
     capture = replace(capture, streams=streams)
-    memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes))
+    memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes.count_here))
     partitions = capture.cut(memory)
     with capture.open_first(partitions[0]) as tap:
         # Only now it is known which providers work.

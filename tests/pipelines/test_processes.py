@@ -51,6 +51,39 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.run import run_command
 run_command(CalibrateConfig, command, "python -m stages.calibrate")
 """
+LATE = """
+import io, os, re, sys
+from collections import Counter
+from pathlib import Path
+shared, first, looks = sys.argv.pop(1), os.environ["RANK"] == "0", Counter()
+of_others = re.compile("partial/[0-9]{4}[.]safetensors$|/[0-9]{4}[.].+[.]safetensors$" if first else "")
+def late(look):
+    def looked(path, *arguments, **options):
+        name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+        if name.startswith(shared) and not name.endswith("partial") and of_others.search(name):
+            looks[name] += 1
+            if looks[name] < 6:
+                raise FileNotFoundError(2, "No such file or directory", name)
+        return look(path, *arguments, **options)
+    return looked
+os.stat, io.open = late(os.stat), late(io.open)
+import runpy
+runpy.run_module("stages.quantize", run_name="__main__", alter_sys=True)
+"""
+LOSES = """
+import os
+from stages.quantization.weights.store import QuantizedStore
+from stages.system.shared_folder import wait_for
+wait_for.__kwdefaults__["patience"] = 0.5
+write = QuantizedStore.write
+def write_and_lose(store, index, solved):
+    write(store, index, solved)
+    if os.environ["RANK"] == "1":
+        store.group_file(index).unlink()
+QuantizedStore.write = write_and_lose
+import runpy
+runpy.run_module("stages.quantize", run_name="__main__", alter_sys=True)
+"""
 LOST = "Another process of this launch has ended ("
 EXCHANGES = """
 import os
@@ -215,6 +248,38 @@ def test_groups_of_a_process_that_died_are_left_to_the_next_run(
     assert done.returncode == 0, done.stderr
     assert weights_of(output) == weights_of(alone)
     assert (output / "model.onnx.data").read_bytes() == (alone / "model.onnx.data").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_files_that_other_machines_see_late_change_nothing(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Each machine is told several times that a file isn't there which the other one wrote."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+
+    def arguments(folder: Path) -> list[str]:
+        calibrated = calibration(tiny_model, tiny_text, folder / "cache")[4:-4]  # no device twice
+        return [*options(tiny_model, folder / "cache", folder / "int4"), *calibrated]
+
+    alone = forked.run(["-m", "stages.quantize", *arguments(tmp_path / "alone")])
+    assert alone.returncode == 0, alone.stderr
+    shared = tmp_path / "shared"
+    done = forked.run([str(script), str(shared), *arguments(shared)], processes=2, machines=2)
+    assert done.returncode == 0, done.stderr
+    assert contents(shared / "cache") == contents(tmp_path / "alone" / "cache")
+    assert weights_of(shared / "int4") == weights_of(tmp_path / "alone" / "int4")
+    assert report_of(shared / "int4") == report_of(tmp_path / "alone" / "int4")
+
+
+@pytest.mark.slow
+def test_files_that_a_shared_folder_loses_are_one_sentence(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "loses.py"
+    script.write_text(LOSES)
+    done = forked.run([str(script), *options(tiny_model, tiny_cache, tmp_path / "int4")], processes=2, machines=2)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "was written by another process of this run and isn't to be seen" in " ".join(done.stderr.split())
+    assert not (tmp_path / "int4").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class StreamFiles:
         """
         values = stream.detach().cpu().float().contiguous().numpy()
         try:
-            self.folder.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # perhaps made by another machine, and not to be seen here yet
+                self.folder.mkdir()
             # Opened without cutting it: other processes write other windows.
             handle = os.open(self._file(place), os.O_CREAT | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o644)
             with os.fdopen(handle, "wb") as file:
