@@ -7,6 +7,7 @@ ONNX Runtime's DQMatMulToMatMulNBits rule, read in its source and measured with 
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections.abc import Mapping
@@ -200,11 +201,19 @@ def _run_partition(
 
 
 def _matmulnbits_in(profile: Path) -> frozenset[str]:
-    """Return the names of the nodes that ran as MatMulNBits."""
+    """Return the names of the nodes that ran as MatMulNBits.
+
+    Raises:
+        OSError: the profile isn't whole, since ONNX Runtime passes over a disk that is full.
+    """
     suffix = "_kernel_time"
+    try:
+        events = json.loads(profile.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(errno.ENOSPC, "the profile of its check is cut short: the disk is full") from error
     return frozenset(
         event["name"].removesuffix(suffix)
-        for event in json.loads(profile.read_text(encoding="utf-8"))
+        for event in events
         if event.get("cat") == "Node"
         and event["name"].endswith(suffix)
         and event["args"].get("op_name") == "MatMulNBits"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -280,6 +282,33 @@ def test_files_that_a_shared_folder_loses_are_one_sentence(tiny_model: Path, tin
     assert done.stderr.count("error: ") == 1
     assert "was written by another process of this run and isn't to be seen" in " ".join(done.stderr.split())
     assert not (tmp_path / "int4").exists()
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a disk of so many kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("small_disk", [40, 200, 400, 600, 780], indirect=True)
+def test_a_shared_folder_that_is_full_is_one_sentence(small_disk: Path, tiny_model: Path, tiny_text: Path) -> None:
+    calibrated = calibration(tiny_model, tiny_text, small_disk / "cache")[4:-4]  # no device twice
+    arguments = [*options(tiny_model, small_disk / "cache", small_disk / "int4"), *calibrated]
+    done = forked.run(["-m", "stages.quantize", *arguments], processes=2, machines=2)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any("can't be written" in line for line in errors)
+    assert all("can't be written" in line or LOST in line for line in errors)
+    assert not (small_disk / "int4").exists()
+    assert list(small_disk.rglob("*partial*")) == []
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ class PassWork:
     """Multiplications and additions of the forward passes and their statistics."""
     back: float
     """The same of the pass that weighs tokens, which the first process runs; 0 where there is none."""
-    batches: int
+    batches: tuple[int, ...]
+    """Of each part of the text; one part comes after the other."""
     sent: int
     """Bytes of all tapped activations, which processes send to those that add them up."""
     statistics: int
@@ -99,7 +100,7 @@ def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: in
     return PassWork(
         forward=tokens * (products + grams),
         back=tokens * (2 * products + grams) if weighs else 0.0,
-        batches=sum(math.ceil(windows / text.batch_size) for windows in parts),
+        batches=tuple(math.ceil(windows / text.batch_size) for windows in parts),
         sent=tokens * sum(group.in_features * text.size(group, "calibration").itemsize for group in tapped),
         statistics=statistics,
         streams=tokens * hidden * _FLOAT32 * len(layers) if weighs else 0,
@@ -152,8 +153,8 @@ def shared_run(work: Work, processes: int, rate: float, first: int, others: int)
 
 
 def _calibrate_seconds(made: PassWork, processes: int, rate: float) -> float:
-    turns = math.ceil(made.batches / processes) / made.batches
-    return (made.forward * turns + made.back) / rate
+    turns = sum(math.ceil(batches / processes) for batches in made.batches)
+    return (made.forward * turns / sum(made.batches) + made.back) / rate
 
 
 def weighing_memory(groups: Sequence[ActivationGroup], text: TextShape, held: int) -> StageMemory:
