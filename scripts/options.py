@@ -208,6 +208,20 @@ class BenchmarkConfig(CommandOptions):
     """Where ModelOpt is installed; default: modelopt-venv in the output folder."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCheckConfig(CommandOptions):
+    """Measure what a CUDA GPU does with this project, and that it does it; without one, try the steps on the CPU."""
+
+    examples: ClassVar[tuple[str, ...]] = ("--output models/gpu-check", "--output models/gpu-check --size tiny")
+
+    output: Path
+    """Folder for gpu_check.json; its models are removed."""
+    size: Literal["auto", "full", "tiny"] = "auto"
+    """Shapes of Llama-3-8B and Qwen2.5-1.5B (full), or a few kB each (tiny). auto: full where there is a GPU."""
+    seconds: float = 240.0
+    """No step begins later."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DropInConfig(QuantizeConfig, CalibrateConfig):
     """Calibrate where needed, quantize and export in one command, with ModelOpt-Windows' options and both stages' own.

@@ -44,7 +44,7 @@ def test_a_profile_that_a_full_disk_cut_short_is_no_proof(tmp_path: Path) -> Non
     profile = tmp_path / "profile.json"
     profile.write_text('[{"cat": "Node", "na')
     with pytest.raises(OSError, match="the disk is full"):
-        fusion._matmulnbits_in(profile)
+        fusion._matmulnbits_in(profile, "CPUExecutionProvider")
 
 
 PLAIN = ["DequantizeLinear"]
