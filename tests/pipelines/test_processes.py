@@ -232,6 +232,9 @@ def test_two_processes_make_what_one_makes(alone: Path, tiny_model: Path, tiny_c
         assert (output / name).read_bytes() == (alone / name).read_bytes()
     assert done.stdout.count("written to") == 1, "the first process alone exports and prints"
     assert "the first of 2" in done.stderr
+    again = forked.run(["-m", "stages.quantize", *options(tiny_model, tiny_cache, output)], processes=2)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("is there already") == 1
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def fuse(found: GpuCheck, room: Room) -> GpuCheck:
 
 
 def _fused(config: QuantizeConfig, precision: str, options: str) -> FusionFigure:
-    made = genai_quant.quantize(config)
+    made = _quantized(config)
     base = locate_model(config.onnx_path)
     names = {site.name for site in find_sites(load_graph(base))} & {site.site for site in made.search.sites}
     outputs = {node.outputs[0].name for node in load_graph(base).graph if node.name in names and node.outputs[0].name}
@@ -175,7 +175,7 @@ def repeat(found: GpuCheck, room: Room) -> GpuCheck:
     made: list[QuantizedModel] = []
     for name in ("one", "two"):
         config = _quantization(room.layers, room.folder / name)
-        found = _timed(found, f"search and export, run {name}", lambda: made.append(genai_quant.quantize(config)))  # noqa: B023
+        found = _timed(found, f"search and export, run {name}", lambda: made.append(_quantized(config)))  # noqa: B023
     one, two = (_tensors(model.weights) for model in made)
     same = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     return replace(found, same_bits=same)
@@ -188,9 +188,9 @@ def _tensors(weights: Path) -> dict[str, torch.Tensor]:
 def refine(found: GpuCheck, room: Room) -> GpuCheck:
     """Correct the layers by ``--refine``, which searches them first."""
     sizes, made = room.sizes, list[QuantizedModel]()
-    plain = genai_quant.quantize(_quantization(room.layers, room.folder / "one"))  # finished: read again
+    plain = _quantized(_quantization(room.layers, room.folder / "one"))  # finished: read again
     config = replace(_quantization(room.layers, room.folder / "refined"), refine=True)
-    found = _timed(found, "search, --refine and export", lambda: made.append(genai_quant.quantize(config)))
+    found = _timed(found, "search, --refine and export", lambda: made.append(_quantized(config)))
     times = sizes.layers / sizes.layers_of.layers
     whole = WholeFigure(
         name=f"--refine, {sizes.layers} layers",
@@ -208,7 +208,7 @@ def run_whole(found: GpuCheck, room: Room) -> GpuCheck:
     name = f"whole model: statistics of {room.sizes.whole_windows} windows, tokens weighed"
     found = _timed(found, name, lambda: genai_quant.calibrate(calibration))
     config = _quantization(base, room.folder / "whole-int4")
-    return _timed(found, "whole model: awq_gptq and export", lambda: genai_quant.quantize(config))
+    return _timed(found, "whole model: awq_gptq and export", lambda: _quantized(config))
 
 
 def decode(found: GpuCheck, room: Room) -> GpuCheck:
@@ -235,6 +235,12 @@ def _calibration(base: Path, windows: int, sizes: Sizes, *, weights: str) -> Cal
         token_weights="auto" if weights == "auto" else "none",
         overwrite=True,
     )
+
+
+def _quantized(config: QuantizeConfig) -> QuantizedModel:
+    made = genai_quant.quantize(config)
+    assert made is not None, "this is the only process"
+    return made
 
 
 def _quantization(base: Path, output: Path) -> QuantizeConfig:

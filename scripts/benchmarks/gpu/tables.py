@@ -37,8 +37,8 @@ def _facts(found: GpuCheck) -> Iterator[tuple[str, str]]:
         yield "two searches", "the same bits" if found.same_bits else "DIFFERENT bits"
     for model in found.speed.models if found.speed is not None else ():
         yield "decoding", f"{model.decode.median:.1f} tokens/s, prompt {model.prompt.median:.0f}: {model.model}"
-    for step, why in found.not_done:
-        yield "not done", f"{step}: {why}"
+    for name, why in found.not_done:
+        yield "not done", f"{name}: {why}"
 
 
 def _memory(size: int | None) -> str:
