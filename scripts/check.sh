@@ -4,8 +4,8 @@
 # Makes its own .venv; later runs reuse it.
 set -euo pipefail
 extras=genai,dev
-# shellcheck source=scripts/venv.sh
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+# shellcheck source=scripts/environment/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment/venv.sh"
 
 fast=
 chosen="not thorough"

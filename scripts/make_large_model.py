@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from export.save import save_model
 from scripts.benchmarks.synthetic_llama import LlamaShape, random_llama
-from scripts.options import LargeModelConfig
+from scripts.options import LargeModelConfig, LargePrecision
 from stages.commands.output import Section
 from stages.commands.run import run_command
 from stages.model.genai_config import GENAI_CONFIG
@@ -23,6 +23,9 @@ from stages.system.atomic import atomic_directory
 
 _LOGGER = logging.getLogger(__name__)
 SHAPES = {
+    "llama-3-70b": LlamaShape(
+        layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_size=128, vocabulary=128256
+    ),
     "llama-3-8b": LlamaShape(
         layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_size=128, vocabulary=128256
     ),
@@ -53,15 +56,38 @@ def make_large_model(config: LargeModelConfig) -> Iterable[Section]:
     """Write the model folder, one tensor in memory at a time."""
     shape = SHAPES[config.shape]
     shape = shape if config.layers is None else replace(shape, layers=config.layers)
-    model = random_llama(shape, _PRECISIONS[config.precision], config.seed)
     with atomic_directory(config.output, overwrite=config.overwrite, option="--output") as folder:
-        if config.sparse:
-            _reserve(model, folder)
-        else:
-            save_model(model, folder, "model.onnx")
-        (folder / GENAI_CONFIG).write_text(json.dumps(shape.genai_config(), indent=4) + "\n", encoding="utf-8")
+        write_model(shape, folder, config.precision, config.seed, sparse=config.sparse)
     _LOGGER.info("base model: %s", config.output)
     return ()
+
+
+def write_model(
+    shape: LlamaShape,
+    folder: Path,
+    precision: LargePrecision,
+    seed: int = 0,
+    *,
+    sparse: bool = False,
+    provider: str | None = None,
+) -> None:
+    """Write graph, weights and genai_config.json into an empty folder.
+
+    Args:
+        shape: sizes.
+        folder: where they go.
+        precision: type of weights and activations.
+        seed: of the weights.
+        sparse: whether all weights are zero and take no room on the disk.
+        provider: onnxruntime-genai's name of the provider that shall run it; None: the CPU's.
+    """
+    model = random_llama(shape, _PRECISIONS[precision], seed)
+    if sparse:
+        _reserve(model, folder)
+    else:
+        save_model(model, folder, "model.onnx")
+    config = json.dumps(shape.genai_config(provider), indent=4)
+    (folder / GENAI_CONFIG).write_text(f"{config}\n", encoding="utf-8")
 
 
 def _reserve(model: ir.Model, folder: Path) -> None:

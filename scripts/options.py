@@ -11,7 +11,7 @@ from stages.commands.evaluate_options import BenchConfig, SweepGrid
 from stages.commands.options import CommandOptions, Flag, require
 from stages.commands.quantize_options import Algorithm, QuantizeConfig
 
-LargeShape = Literal["llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b", "gpt-oss-20b"]
+LargeShape = Literal["llama-3-70b", "llama-3-8b", "llama-3.2-1b", "qwen2.5-1.5b", "gpt-oss-20b"]
 LargePrecision = Literal["fp16", "fp32"]
 OrtMethod = Literal["default", "hqq", "k_quant"]
 BuilderMethod = Literal["int4", "int4_mixed", "k_quant", "k_quant_mixed", "k_quant_last", "rtn", "rtn_last"]
@@ -206,6 +206,20 @@ class BenchmarkConfig(CommandOptions):
     """Windows that ModelOpt's awq_lite calibrates on."""
     modelopt_environment: Path | None = None
     """Where ModelOpt is installed; default: modelopt-venv in the output folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCheckConfig(CommandOptions):
+    """Measure what a CUDA GPU does with this project, and that it does it; without one, try the steps on the CPU."""
+
+    examples: ClassVar[tuple[str, ...]] = ("--output models/gpu-check", "--output models/gpu-check --size tiny")
+
+    output: Path
+    """Folder for gpu_check.json; its models are removed."""
+    size: Literal["auto", "full", "tiny"] = "auto"
+    """Shapes of Llama-3-8B and Qwen2.5-1.5B (full), or a few kB each (tiny). auto: full where there is a GPU."""
+    seconds: float = 240.0
+    """No step begins later."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 # Steps whose result is there are skipped; delete models/ to start over.
 set -euo pipefail
 extras=genai
-# shellcheck source=scripts/venv.sh
-source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+# shellcheck source=scripts/environment/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment/venv.sh"
 
 base=models/smollm2
 int4=models/smollm2-int4

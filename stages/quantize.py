@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from export.run import Destination, QuantizedModel
+    from stages.calibration.cache import CalibrationCache
     from stages.evaluation.records import Evaluation, OutputEvaluation
     from stages.model.directory import ModelDirectory
     from stages.quantization.preview.table import Preview
@@ -98,8 +99,7 @@ def _run_one(
     """
     from export.finished import find_finished
 
-    with processes.main_process_first():
-        made = find_finished(config)
+    made = processes.decided_by_first(lambda: find_finished(config))
     if made is None:
         return (yield from _make(config, processes, asked))
     _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
@@ -116,10 +116,11 @@ def _run_several(config: QuantizeConfig, processes: Processes) -> Generator[Sect
     """
     from export.card.record import read_record
     from export.finished import find_finished
+    from stages.system.shared_folder import wait_for
 
     *earlier, last = config.parts
-    with processes.main_process_first():
-        made = find_finished(last)  # a component's graph is the same in the base and in what comes between
+    # A component's graph is the same in the base and in what comes between.
+    made = processes.decided_by_first(lambda: find_finished(last))
     if made is not None:
         _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
     else:
@@ -130,6 +131,7 @@ def _run_several(config: QuantizeConfig, processes: Processes) -> Generator[Sect
             steps = _run_one(replace(part, onnx_path=base, output_path=between[-1]), processes, config)
             yield from _named_sections(part, steps)
             processes.barrier()
+            wait_for(between)
             base = between[-1]
         made = yield from _named_sections(last, _run_one(replace(last, onnx_path=base), processes, config))
         if made is None:
@@ -233,9 +235,8 @@ def _write(
     from stages.quantization.weights.summary import quantization_table, search_summary
     from stages.system.hardware import choose_device
 
-    yield from _calibrate(config, directory)
-    with processes.main_process_first():
-        prepared = prepare(config, directory)
+    yield from _calibrate(config, directory, processes)
+    prepared = prepare(config, directory, processes)
     store, choice = prepared.store, prepared.plan.choice
     if prepared.plan.target is not None:
         table = choice_table(prepared.plan.target.label, choice.explanations)
@@ -263,23 +264,32 @@ def _write(
     return made
 
 
-def _calibrate(config: QuantizeConfig, directory: ModelDirectory) -> Iterator[Section]:
+def _calibrate(config: QuantizeConfig, directory: ModelDirectory, processes: Processes) -> Iterator[Section]:
     """Make the cache where there is none, or where options name a text; one that is there must be of this model."""
-    from stages.calibration.cache import find_cache, open_cache
     from stages.calibration.run import calibrate
     from stages.calibration.summary import calibration_section
-    from stages.model.load import fingerprint_model
 
     if not config.needs_cache:
         return
-    found = find_cache(config.cache_path)
-    if found is not None and config.names_text:
-        open_cache(config.cache_path, fingerprint_model(directory))
-    if found is None or config.names_text:
-        check_before_calibration(config)
+    found = processes.decided_by_first(lambda: _usable_cache(config, directory))
+    if found is None:
+        with processes.main_process_first():
+            check_before_calibration(config)
         yield calibration_section(calibrate(config.calibration))
     else:
         _LOGGER.info("calibration: %s is there and used: %s.", from_here(found.folder), found.manifest.key.text)
+
+
+def _usable_cache(config: QuantizeConfig, directory: ModelDirectory) -> CalibrationCache | None:
+    """Return the cache that is used as it is; None where calibration makes one, or compares the text."""
+    from stages.calibration.cache import find_cache, open_cache
+    from stages.model.load import fingerprint_model
+
+    found = find_cache(config.cache_path)
+    if found is not None and config.names_text:
+        open_cache(config.cache_path, fingerprint_model(directory))
+        return None
+    return found
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:

@@ -7,6 +7,7 @@ ONNX Runtime's DQMatMulToMatMulNBits rule, read in its source and measured with 
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections.abc import Mapping
@@ -103,7 +104,7 @@ def nodes_run_as_matmulnbits(
     providers: tuple[str, ...] = CPU_ONLY,
     scratch: Path | None = None,
 ) -> frozenset[str]:
-    """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits.
+    """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits there.
 
     The model runs in partitions, so that the weights of only one are in memory at a time.
 
@@ -111,7 +112,7 @@ def nodes_run_as_matmulnbits(
         onnx_file: the model.
         sites: names of their outputs; nodes behind the last of them don't run.
         base: describes the model's inputs.
-        providers: where it runs.
+        providers: where it runs; what a later one of them runs doesn't count.
         scratch: folder for temporary files; None is the model's own.
 
     Raises:
@@ -135,7 +136,7 @@ def nodes_run_as_matmulnbits(
             _declare_types(partition, computed)
             with runnable_graph(partition.model, providers, scratch) as source:
                 run = _run_partition(source, partition, tokens, computed, base, settings)
-            names |= _matmulnbits_in(run.profile)
+            names |= _matmulnbits_in(run.profile, providers[0])
             computed |= run.outputs
     return frozenset(names)
 
@@ -199,15 +200,24 @@ def _run_partition(
     return _PartitionRun(dict(zip(made, outputs, strict=True)), profile)
 
 
-def _matmulnbits_in(profile: Path) -> frozenset[str]:
-    """Return the names of the nodes that ran as MatMulNBits."""
+def _matmulnbits_in(profile: Path, provider: str) -> frozenset[str]:
+    """Return the names of the nodes that ran as MatMulNBits on ``provider``.
+
+    Raises:
+        OSError: the profile isn't whole, since ONNX Runtime passes over a disk that is full.
+    """
     suffix = "_kernel_time"
+    try:
+        events = json.loads(profile.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(errno.ENOSPC, "the profile of its check is cut short: the disk is full") from error
     return frozenset(
         event["name"].removesuffix(suffix)
-        for event in json.loads(profile.read_text(encoding="utf-8"))
+        for event in events
         if event.get("cat") == "Node"
         and event["name"].endswith(suffix)
         and event["args"].get("op_name") == "MatMulNBits"
+        and event["args"].get("provider") == provider
     )
 
 

@@ -47,10 +47,11 @@ class LlamaShape:
         """Return the output channels of the packed q, k and v projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
-    def genai_config(self) -> dict[str, Any]:
-        """Return the part of genai_config.json that describes the graph."""
+    def genai_config(self, provider: str | None = None) -> dict[str, Any]:
+        """Return the part of genai_config.json that describes the graph, and the ``provider`` that shall run it."""
+        options: list[dict[str, Any]] = [] if provider is None else [{provider: {}}]
         decoder = {
-            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
             "filename": "model.onnx",
             "head_size": self.head_size,
             "hidden_size": self.hidden,

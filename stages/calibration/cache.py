@@ -28,6 +28,7 @@ from stages.model.weights import all_finite
 from stages.records.results import ActivationStats, SearchStats, TokenStats, TokenWeights
 from stages.system.atomic import atomic_directory, is_occupied, require_creatable
 from stages.system.paths import reachable
+from stages.system.shared_folder import wait_until
 
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
@@ -133,6 +134,15 @@ class CalibrationCache:
     manifest: Manifest
     written: int | None
     """When the manifest was, in nanoseconds."""
+
+    def wait_until_seen(self) -> None:
+        """Wait until this machine sees the cache as the process did that opened it.
+
+        Raises:
+            UserError: it doesn't.
+        """
+        path = self.folder / MANIFEST
+        wait_until(lambda: _written(path) == self.written, path)
 
     def read(self, activation: str) -> ActivationStats:
         """Return the statistics of one activation.

@@ -49,6 +49,7 @@ from stages.runtime.providers import ProviderChoice
 from stages.runtime.tap import ActivationTap, FeedsOpener, open_partition_tap
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.hardware import one_thread_each
+from stages.system.shared_folder import wait_for
 
 _PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out", "calibration": "calibration"})
 """What is run, in this order, and what the progress bar calls it."""
@@ -95,20 +96,20 @@ class TextShape:
         return (self.held_out_windows if part == "held_out" else self.calibration_windows) * self.seq_len
 
 
-def memory_limit(max_memory: str | None, device: torch.device, processes: Processes) -> int:
+def memory_limit(max_memory: str | None, device: torch.device, sharing: int) -> int:
     """Return the bytes that a partition of the graph may take in one process.
 
     Args:
         max_memory: the option's text, which decides where it is given; else a part of the free memory is used.
         device: where statistics are added up; on CUDA its free memory counts too.
-        processes: those on this machine share the free memory.
+        sharing: processes on this machine, which share its free memory.
 
     Raises:
         OptionError: ``max_memory`` isn't a size.
     """
     if max_memory is not None:
         return parse_size(max_memory, "--max_memory")
-    free = psutil.virtual_memory().available // processes.count_here
+    free = psutil.virtual_memory().available // sharing
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return int(free * PART_OF_FREE_MEMORY)
@@ -137,21 +138,21 @@ def rows_of(layers: Iterable[ExpertLayer]) -> dict[str, KeptRows]:
 
 
 def partition_bytes(
-    groups: Iterable[ActivationGroup], text: TextShape, processes: Processes, rows: Mapping[str, KeptRows] = _NO_ROWS
+    groups: Iterable[ActivationGroup], text: TextShape, processes: int, rows: Mapping[str, KeptRows] = _NO_ROWS
 ) -> dict[str, int]:
     """Return by activation the bytes that one process holds of it: its share of the statistics, and one batch.
 
     Args:
         groups: the activations.
         text: the windows that are run.
-        processes: they share the statistics.
+        processes: how many share the statistics.
         rows: values whose rows are kept on the disk; only a batch of them is in memory.
     """
 
     def held(group: ActivationGroup) -> int:
         sizes = [text.size(group, part) for part in _PARTS]
         batch = text.rows_at_once * group.in_features * sizes[0].itemsize
-        return batch + sum(size.memory for size in sizes) // processes.count
+        return batch + sum(size.memory for size in sizes) // processes
 
     kept = {name: each.bytes(text.rows_at_once) for name, each in rows.items()}
     return kept | {group.activation: held(group) for group in groups}
@@ -208,7 +209,7 @@ class Capture:
 
     def cut(self, memory: int) -> tuple[Partition, ...]:
         """Return the model in partitions of at most ``memory`` bytes each."""
-        costs = partition_bytes(self.groups, self.text, self.processes, self.rows)
+        costs = partition_bytes(self.groups, self.text, self.processes.count, self.rows)
         batch = self.text.rows_at_once * self.groups[0].in_features * _FLOAT32_BYTES
         looked_at = dict.fromkeys([*self._kept_streams, *self._key_values], batch)
         return cut_to_memory(self.model, looked_at | costs, memory, self.choice.names)
@@ -232,7 +233,7 @@ class Capture:
     def fill(self, writer: CacheWriter, partitions: Sequence[Partition], first: ActivationTap) -> None:
         """Run all windows through ``partitions`` and save the statistics.
 
-        Ensures: when it returns, all processes have saved theirs.
+        Ensures: when it returns, all processes have saved theirs, and the first one sees the files.
 
         Args:
             writer: the cache that is filled.
@@ -250,6 +251,9 @@ class Capture:
         if self.maxima is not None and self.processes.is_first:
             writer.write_maxima(self.maxima.found)
         self.processes.barrier()
+        if self.processes.is_first:
+            wait_for(writer.folder / name for name in writer.files.values())
+            wait_for(self.streams.files(self._kept_streams.values()) if self.streams is not None else ())
 
     def _open(
         self, partition: Partition, choice: ProviderChoice, boundary_types: Mapping[str, np.dtype[np.generic]]

@@ -40,6 +40,7 @@ from stages.system.atomic import scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device, granted_threads
 from stages.system.lock import exclusive
+from stages.system.shared_folder import wait_for
 
 _LOGGER = logging.getLogger(__name__)
 _CPU = "cpu"
@@ -72,15 +73,13 @@ def calibrate(config: CalibrateConfig) -> CalibrationSummary:
         if processes.is_first:
             require_place(config.cache_path)
             until_the_end.enter_context(exclusive(config.cache_path, option="--cache_dir"))
-        dataset = processes.broadcast(_dataset(config) if processes.is_first else "")
-        with processes.main_process_first():
-            require_place(config.cache_path)
-            folder = scratch_folder(config.cache_path, owner=processes.is_first)
-            capture = _prepare(config, dataset, processes, until_the_end.enter_context(folder))
-            chain = _chain(config, capture)
-            key = _cache_key(capture, "none" if chain is None else "end loss")
-            if _existing_difference(config, key) == "":
-                return _current(config, capture)
+        dataset = processes.decided_by_first(lambda: _dataset(config))
+        folder = scratch_folder(config.cache_path, owner=processes.is_first)
+        capture = _prepare(config, dataset, processes, until_the_end.enter_context(folder))
+        chain = _chain(config, capture)
+        key = _cache_key(capture, "none" if chain is None else "end loss")
+        if processes.decided_by_first(lambda: _existing_difference(config, key)) == "":
+            return _current(config, capture)
         return _run(config, capture, chain, key, started)
 
 
@@ -99,19 +98,20 @@ def _run(
     processes = capture.processes
     streams = None if chain is None else _streams(capture, chain)
     capture = replace(capture, streams=streams)
-    memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes))
+    memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes.count_here))
     partitions = capture.cut(memory)
     with capture.open_first(partitions[0]) as tap:
         # Only now it is known which providers work.
         key = replace(key, providers=tap.providers.names)
-        if _is_current(config, key):
+        if processes.decided_by_first(lambda: _is_current(config, key)):
             return _current(config, capture)
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
             if chain is not None and streams is not None and processes.is_first:
                 _end_loss(capture, chain, streams, _weighted_layers(capture, key)).fill(writer)
-    processes.barrier()  # the first process gives the cache its place
-    return _summary(config, capture, _pass_summary(capture, len(partitions), tap, time.perf_counter() - started))
+    # The first process has given the cache its place.
+    found = _pass_summary(capture, len(partitions), tap, time.perf_counter() - started)
+    return processes.decided_by_first(lambda: _summary(config, capture, found))
 
 
 def _dataset(config: CalibrateConfig) -> str:
@@ -125,24 +125,30 @@ def _dataset(config: CalibrateConfig) -> str:
 
 
 def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratch: Path) -> Capture:
-    device = choose_device(config.device)
-    directory = locate_model(config.onnx_path, config.component)
-    model = load_graph(directory)
-    require_float_base(model, directory)
-    require_runtime(model, str(directory.onnx_file))
-    choice, groups = choose_providers(config.calibration_eps), find_groups(model)
+    choice = choose_providers(config.calibration_eps)
+    with processes.main_process_first():
+        device = choose_device(config.device)
+        directory = locate_model(config.onnx_path, config.component)
+        model = load_graph(directory)
+        require_float_base(model, directory)
+        require_runtime(model, str(directory.onnx_file))
+        require_kernels(model, directory, choice)
+    groups = find_groups(model)
     windows: TokenWindows | Samples
     if takes_samples(config, model, directory):
         layers: tuple[ExpertLayer, ...] = ()
-        require_kernels(model, directory, choice)
-        windows = load_samples(config, model, directory, dataset)
+        with processes.main_process_first():
+            windows = load_samples(config, model, directory, dataset)
     else:
-        window = require_text_inputs(model, directory)
-        config = fit_to_graph(config, window)
-        _require_context(config.seq_len, directory)
+        with processes.main_process_first():
+            window = require_text_inputs(model, directory)
+            config = fit_to_graph(config, window)
+            _require_context(config.seq_len, directory)
         layers = kept_layers(config, model, directory)
-        require_kernels(model, directory, choice)
-        windows = load_windows(config, directory, dataset, choice.names, widest_input(groups))
+        # Text that the model writes lies in a file, which other machines may see late.
+        windows = processes.decided_by_first(
+            lambda: load_windows(config, directory, dataset, choice.names, widest_input(groups))
+        )
         windows = windows.in_whole_batches(window.batch or 1)
     return Capture(
         model=model,
@@ -300,7 +306,9 @@ def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iter
             capture.processes.broadcast(writer.folder)
             yield writer
     else:
-        yield CacheWriter.of(capture.processes.broadcast(Path()), activations, rows)
+        folder = capture.processes.broadcast(Path())
+        wait_for([folder])
+        yield CacheWriter.of(folder, activations, rows)
 
 
 def _weighted_layers(capture: Capture, key: CacheKey) -> tuple[ExpertLayer, ...]:
@@ -336,14 +344,14 @@ def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
 
 def _current(config: CalibrateConfig, capture: Capture) -> CalibrationSummary:
     _LOGGER.info("%s already holds exactly this calibration; nothing to do.", config.cache_path)
-    return _summary(config, capture, made=None)
+    return capture.processes.decided_by_first(lambda: _summary(config, capture, made=None))
 
 
 def _summary(config: CalibrateConfig, capture: Capture, made: PassSummary | None) -> CalibrationSummary:
     cache = find_cache(config.cache_path)
     assert cache is not None, "it was written or found a moment ago"
     scales: Path | None = None
-    if capture.maxima is not None and capture.processes.is_first:
+    if capture.maxima is not None:
         text = scales_text(capture.maxima.caches, cache.read_maxima(), config.kv_scales)
         scales = write_scales(config.cache_path, text)
     return CalibrationSummary(

@@ -45,7 +45,7 @@ from stages.quantization.plan.plan_file import PLAN, write_plan
 from stages.quantization.search.embedding import quantize_table
 from stages.quantization.search.parallel import solve_groups
 from stages.quantization.search.solver import GroupSolver, search_cost
-from stages.quantization.weights.store import EARLIER, QuantizedStore, create_or_resume_store
+from stages.quantization.weights.store import EARLIER, RECIPE, QuantizedStore, create_or_resume_store
 from stages.quantization.weights.summary import loss_so_far
 from stages.records.results import SearchStats, SiteReport
 from stages.records.sites import ActivationGroup, short_name
@@ -55,6 +55,7 @@ from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
 from stages.system.distributed import Processes
 from stages.system.hardware import choose_device
+from stages.system.shared_folder import wait_for
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -79,14 +80,32 @@ class Search:
     groups: tuple[ActivationGroup, ...]
 
 
-def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
-    """Decide the plan, allocate the budget if there is one, and make or resume the store.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decided:
+    """What the first process decides for all."""
+
+    plan: ModelPlan
+    cache: CalibrationCache | None
+    store: QuantizedStore
+
+
+def prepare(config: QuantizeConfig, directory: ModelDirectory, processes: Processes) -> Prepared:
+    """Decide the plan, allocate the budget if there is one, and make or resume the store: all in the first process.
 
     Raises:
         UserError: options don't fit the model, the cache is missing or another model's, or the weights' folder can't be
             used.
     """
-    model = load_graph(directory)
+    with processes.main_process_first():
+        model = load_graph(directory)
+    decided = processes.decided_by_first(lambda: _decide(config, directory, model))
+    wait_for([decided.store.folder / RECIPE])
+    if decided.cache is not None:
+        decided.cache.wait_until_seen()
+    return Prepared(directory=directory, model=model, plan=decided.plan, cache=decided.cache, store=decided.store)
+
+
+def _decide(config: QuantizeConfig, directory: ModelDirectory, model: ir.Model) -> _Decided:
     fingerprint = fingerprint_model(directory, model)
     cache = open_cache(config.cache_path, fingerprint) if config.needs_cache else None
     if cache is not None and cache.manifest.key.seq_len is None:
@@ -105,7 +124,8 @@ def prepare(config: QuantizeConfig, directory: ModelDirectory) -> Prepared:
     store = create_or_resume_store(config.weights_folder, recipe, overwrite=config.overwrite)
     if result is not None:
         write_plan(store.folder / PLAN, result.file_text)
-    return Prepared(directory=directory, model=model, plan=plan, cache=cache, store=store)
+    # Tables that the output computes are values of this process's graph; the recipe says whether there are any.
+    return _Decided(plan=replace(plan, rotary=()), cache=cache, store=store)
 
 
 def _require_rows(plan: ModelPlan, model: ir.Model, cache: CalibrationCache) -> None:
@@ -233,8 +253,8 @@ def _import_unfinished(imported: ImportedWeights, store: QuantizedStore, process
 
 def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Processes) -> None:
     """Solve the groups that have no file yet, shared out by cost; save each before the next begins."""
-    unfinished = [index for index in range(len(store.recipe.groups)) if not store.is_finished(index)]
-    processes.barrier()  # so that all share out the same groups
+    groups = range(len(store.recipe.groups))
+    unfinished = processes.decided_by_first(lambda: [index for index in groups if not store.is_finished(index)])
     costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
     mine = processes.my_share(costs)
     done = len(store.recipe.groups) - len(unfinished)
@@ -254,6 +274,7 @@ def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Pro
             progress.advance(task, costs[places[index]], now=now, note=loss_so_far(found))
     processes.barrier()
     if processes.is_first:
+        wait_for(map(store.group_file, unfinished))
         store.write_report()
 
 
@@ -264,15 +285,16 @@ def _improve_unfinished(config: QuantizeConfig, prepared: Prepared, processes: P
     """
     store, cache = prepared.store, prepared.cache
     assert cache is not None
-    if store.is_complete():
+    if processes.decided_by_first(store.is_complete):
         return
     fixed = WindowShape.of(inputs_of_graph(prepared.model, prepared.directory)).batch
     config = replace(config, signround_batch_size=fixed or config.signround_batch_size)
-    steps = _steps(config, prepared)  # what they can't run is an error before the search
+    # What they can't run is an error before the search.
+    steps = _steps(config, prepared) if processes.is_first else []
     search = replace(config, algo=config.search_algorithm, refine=False, distill=0)
     solver = _solver(search, prepared.model, prepared.plan, cache)
-    with processes.main_process_first():
-        begun = _earlier_store(store, "search", search, prepared.plan, cache)
+    begun = processes.decided_by_first(lambda: _earlier_store(store, "search", search, prepared.plan, cache))
+    wait_for([begun.folder / RECIPE])
     _solve_unfinished(solver, begun, processes)
     if not processes.is_first:
         return
@@ -385,5 +407,7 @@ def _earlier_store(
         plan: the formats.
         cache: the statistics.
     """
-    recipe = make_recipe(config, plan, store.recipe.model_fingerprint, cache.manifest.key.digest())
+    last = store.recipe
+    recipe = make_recipe(config, plan, last.model_fingerprint, cache.manifest.key.digest())
+    recipe = replace(recipe, computes_rotary=last.computes_rotary)
     return create_or_resume_store(store.folder / EARLIER / name, recipe, overwrite=config.overwrite)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ Value = TypeVar("Value")
 _LOGGER = logging.getLogger(__name__)
 _TIMEOUT = timedelta(days=7)
 """For waiting for other processes: a share of a large model takes hours."""
+_PLACE_IN_SOURCE = re.compile(r"^\[[^]]*\] ")
+"""Of the library's own messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,17 @@ class Processes:
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
         """Run the block in the first process while the others wait; then in them too."""
-        if self.state is None:
-            yield
-        else:
-            with self.state.main_process_first():
-                yield
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
 
     def barrier(self) -> None:
         """Wait until every process has come here."""
         if self.state is not None:
-            self.state.wait_for_everyone()
+            with _connected():
+                self.state.wait_for_everyone()
 
     def my_share(self, costs: Sequence[float]) -> frozenset[int]:
         """Return the indices of the work, of these ``costs``, that is this process's; all processes split alike."""
@@ -77,8 +81,16 @@ class Processes:
         if self.state is None:
             return value
         received = [value]
-        torch.distributed.broadcast_object_list(received, src=0, device=self.state.device)
+        with _connected():
+            torch.distributed.broadcast_object_list(received, src=0, device=self.state.device)
         return received[0]
+
+    def decided_by_first(self, decide: Callable[[], Value]) -> Value:
+        """Return what ``decide`` returns in the first process; the others don't call it.
+
+        What depends on files that a run writes is decided once: machines see those of a shared folder at other times.
+        """
+        return cast("Value", self.broadcast(decide() if self.is_first else None))
 
     def exchange(self, mine: Mapping[str, Tensor], owners: Mapping[str, int]) -> dict[str, list[Tensor]]:
         """Give every tensor to the process that owns its name; all processes must come here together.
@@ -93,7 +105,9 @@ class Processes:
         if self.state is None:
             return {name: [tensor] for name, tensor in mine.items()}
         held: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(self.count)]
-        torch.distributed.all_gather_object(held, {name: (value.shape, value.dtype) for name, value in mine.items()})
+        with _connected():
+            mine_here = {name: (value.shape, value.dtype) for name, value in mine.items()}
+            torch.distributed.all_gather_object(held, mine_here)
         found: dict[str, list[Tensor]] = {name: [] for name, owner in owners.items() if owner == self.index}
         posted: list[torch.distributed.P2POp] = []
         for tag, (name, owner) in enumerate(owners.items()):
@@ -103,8 +117,9 @@ class Processes:
             elif name in mine:
                 value = mine[name].to(self.state.device).contiguous()
                 posted.append(torch.distributed.P2POp(torch.distributed.isend, value, owner, tag=tag))
-        for work in torch.distributed.batch_isend_irecv(posted) if posted else ():
-            work.wait()
+        with _connected():
+            for work in torch.distributed.batch_isend_irecv(posted) if posted else ():
+                work.wait()
         return found
 
     def _receive(
@@ -147,11 +162,27 @@ def join_processes() -> Processes:
 
     try:
         return Processes(PartialState(cpu=not torch.cuda.is_available(), timeout=_TIMEOUT))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"WORLD_SIZE is {count}, but the processes can't be joined ({in_one_line(error)}); start them with "
-            "accelerate launch, or unset it."
+            f"WORLD_SIZE is {count}, but the processes can't be joined ({_reason(error)}); start them with "
+            "accelerate launch, on every machine, or unset it."
         ) from error
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raise UserError where the block finds that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"Another process of this launch has ended ({_reason(error)}), and its own messages say why; run the same "
+            "command again on every machine: what is finished is kept."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return _PLACE_IN_SOURCE.sub("", in_one_line(error))
 
 
 def _number(variable: str) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +53,40 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.run import run_command
 run_command(CalibrateConfig, command, "python -m stages.calibrate")
 """
+LATE = """
+import io, os, re, sys
+from collections import Counter
+from pathlib import Path
+shared, first, looks = sys.argv.pop(1), os.environ["RANK"] == "0", Counter()
+of_others = re.compile("partial/[0-9]{4}[.]safetensors$|/[0-9]{4}[.].+[.]safetensors$" if first else "")
+def late(look):
+    def looked(path, *arguments, **options):
+        name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+        if name.startswith(shared) and not name.endswith("partial") and of_others.search(name):
+            looks[name] += 1
+            if looks[name] < 6:
+                raise FileNotFoundError(2, "No such file or directory", name)
+        return look(path, *arguments, **options)
+    return looked
+os.stat, io.open = late(os.stat), late(io.open)
+import runpy
+runpy.run_module("stages.quantize", run_name="__main__", alter_sys=True)
+"""
+LOSES = """
+import os
+from stages.quantization.weights.store import QuantizedStore
+from stages.system.shared_folder import wait_for
+wait_for.__kwdefaults__["patience"] = 0.5
+write = QuantizedStore.write
+def write_and_lose(store, index, solved):
+    write(store, index, solved)
+    if os.environ["RANK"] == "1":
+        store.group_file(index).unlink()
+QuantizedStore.write = write_and_lose
+import runpy
+runpy.run_module("stages.quantize", run_name="__main__", alter_sys=True)
+"""
+LOST = "Another process of this launch has ended ("
 EXCHANGES = """
 import os
 import torch
@@ -176,8 +212,9 @@ def test_a_process_that_dies_leaves_no_cache_and_the_next_run_makes_it(
     script = tmp_path / "dies.py"
     script.write_text(DIES_CALIBRATING)
     arguments = calibration(tiny_model, tiny_text, tmp_path / "cache")[2:]
-    dead = forked.run([str(script), *arguments], processes=2)
+    dead = forked.run([str(script), *arguments], processes=2, machines=2)
     assert dead.returncode == 9, dead.stderr
+    assert LOST in " ".join(dead.stderr.split())
     assert not (tmp_path / "cache").exists()
     done = forked.run(calibration(tiny_model, tiny_text, tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
@@ -195,6 +232,9 @@ def test_two_processes_make_what_one_makes(alone: Path, tiny_model: Path, tiny_c
         assert (output / name).read_bytes() == (alone / name).read_bytes()
     assert done.stdout.count("written to") == 1, "the first process alone exports and prints"
     assert "the first of 2" in done.stderr
+    again = forked.run(["-m", "stages.quantize", *options(tiny_model, tiny_cache, output)], processes=2)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("is there already") == 1
 
 
 @pytest.mark.slow
@@ -203,14 +243,75 @@ def test_groups_of_a_process_that_died_are_left_to_the_next_run(
 ) -> None:
     output, script = tmp_path / "int4", tmp_path / "dies.py"
     script.write_text(DIES)
-    dead = launch([str(script), *options(tiny_model, tiny_cache, output)])
-    assert dead.returncode != 0
+    dead = forked.run([str(script), *options(tiny_model, tiny_cache, output)], processes=2, machines=2)
+    assert dead.returncode == 9
+    assert LOST in " ".join(dead.stderr.split()), "the process on the other machine says why it ends"
+    assert dead.stderr.count("error: ") == 1
     assert not output.exists()
     assert 2 <= len(weights_of(output)) < len(weights_of(alone))
     done = forked.run(["-m", "stages.quantize", *options(tiny_model, tiny_cache, output)], processes=2)
     assert done.returncode == 0, done.stderr
     assert weights_of(output) == weights_of(alone)
     assert (output / "model.onnx.data").read_bytes() == (alone / "model.onnx.data").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_files_that_other_machines_see_late_change_nothing(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """Each machine is told several times that a file isn't there which the other one wrote."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+
+    def arguments(folder: Path) -> list[str]:
+        calibrated = calibration(tiny_model, tiny_text, folder / "cache")[4:-4]  # no device twice
+        return [*options(tiny_model, folder / "cache", folder / "int4"), *calibrated]
+
+    alone = forked.run(["-m", "stages.quantize", *arguments(tmp_path / "alone")])
+    assert alone.returncode == 0, alone.stderr
+    shared = tmp_path / "shared"
+    done = forked.run([str(script), str(shared), *arguments(shared)], processes=2, machines=2)
+    assert done.returncode == 0, done.stderr
+    assert contents(shared / "cache") == contents(tmp_path / "alone" / "cache")
+    assert weights_of(shared / "int4") == weights_of(tmp_path / "alone" / "int4")
+    assert report_of(shared / "int4") == report_of(tmp_path / "alone" / "int4")
+
+
+@pytest.mark.slow
+def test_files_that_a_shared_folder_loses_are_one_sentence(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "loses.py"
+    script.write_text(LOSES)
+    done = forked.run([str(script), *options(tiny_model, tiny_cache, tmp_path / "int4")], processes=2, machines=2)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "was written by another process of this run and isn't to be seen" in " ".join(done.stderr.split())
+    assert not (tmp_path / "int4").exists()
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a disk of so many kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("small_disk", [40, 200, 400, 600, 780], indirect=True)
+def test_a_shared_folder_that_is_full_is_one_sentence(small_disk: Path, tiny_model: Path, tiny_text: Path) -> None:
+    calibrated = calibration(tiny_model, tiny_text, small_disk / "cache")[4:-4]  # no device twice
+    arguments = [*options(tiny_model, small_disk / "cache", small_disk / "int4"), *calibrated]
+    done = forked.run(["-m", "stages.quantize", *arguments], processes=2, machines=2)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any("can't be written" in line for line in errors)
+    assert all("can't be written" in line or LOST in line for line in errors)
+    assert not (small_disk / "int4").exists()
+    assert list(small_disk.rglob("*partial*")) == []
 
 
 @pytest.mark.slow

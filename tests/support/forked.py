@@ -60,15 +60,15 @@ def start(command: Sequence[str], stdout: Path, stderr: Path, environment: Mappi
     return process
 
 
-def run(command: Sequence[str], processes: int = 1) -> Ended:
+def run(command: Sequence[str], processes: int = 1, machines: int = 1) -> Ended:
     """Run ``command``, as ``start`` takes it, in one process, or in several as a launcher does.
 
-    When one of several fails the others are ended.
+    When one of several fails the others of its machine are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder, f"stdout-{rank}"), Path(folder, f"stderr-{rank}")) for rank in range(processes)]
-        launched = zip(outputs, _launch(processes), strict=True)
-        failure = _await([start(command, *files, variables) for files, variables in launched])
+        launched = zip(outputs, _launch(processes, machines), strict=True)
+        failure = _await([start(command, *files, variables) for files, variables in launched], machines)
         stdout, stderr = ("".join(map(_read, files)) for files in zip(*outputs, strict=True))
     return Ended(returncode=failure, stdout=stdout, stderr=stderr)
 
@@ -77,26 +77,29 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _await(processes: Sequence[BaseProcess]) -> int:
+def _await(processes: Sequence[BaseProcess], machines: int) -> int:
     """Wait for all; return the exit code of the first that failed, or 0."""
-    failure = 0
-    running = {process.sentinel: process for process in processes}
+    failure, here = 0, len(processes) // machines
+    running = {process.sentinel: (process, rank // here) for rank, process in enumerate(processes)}
     while running:
         for sentinel in wait(list(running)):
-            ended = running.pop(sentinel)
+            ended, machine = running.pop(sentinel)
             ended.join()
             failure = failure or ended.exitcode or 0
-            for other in running.values() if ended.exitcode else ():
-                other.terminate()
+            for other, place in running.values() if ended.exitcode else ():
+                if place == machine:
+                    other.terminate()
     return failure
 
 
-def _launch(processes: int) -> list[dict[str, str]]:
+def _launch(processes: int, machines: int) -> list[dict[str, str]]:
     """Return the variables by which each process finds the others; one alone gets none."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    each = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)] if processes > 1 else [{}]
+    here = processes // machines
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = range(processes) if processes > 1 else ()
+    each = [shared | {"RANK": rank, "LOCAL_RANK": rank % here} for rank in ranks] or [dict[str, object]()]
     return [{"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in one.items()} for one in each]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,10 @@ class StreamFiles:
     length: int
     """Tokens of each."""
 
+    def files(self, places: Iterable[int]) -> list[Path]:
+        """Return the files of what enters the links at ``places``."""
+        return [self._file(place) for place in places]
+
     def has(self, place: int) -> bool:
         """Return whether anything was kept of what enters the link at ``place``."""
         return self._file(place).is_file()
@@ -43,7 +49,8 @@ class StreamFiles:
         """
         values = stream.detach().cpu().float().contiguous().numpy()
         try:
-            self.folder.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # perhaps made by another machine, and not to be seen here yet
+                self.folder.mkdir()
             # Opened without cutting it: other processes write other windows.
             handle = os.open(self._file(place), os.O_CREAT | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o644)
             with os.fdopen(handle, "wb") as file:
@@ -56,8 +63,17 @@ class StreamFiles:
             ) from error
 
     def read(self, place: int) -> Float[Tensor, "windows length hidden"]:
-        """Return what enters the link at ``place``, all windows."""
-        flat = np.fromfile(self._file(place), np.float32)
+        """Return what enters the link at ``place``, all windows.
+
+        Raises:
+            UserError: the file is gone or cut short.
+        """
+        try:
+            flat = np.fromfile(self._file(place), np.float32)
+        except OSError as error:
+            raise self._lost(place, in_one_line(error)) from error
+        if flat.size == 0 or flat.size % (self.windows * self.length):
+            raise self._lost(place, f"it has {flat.nbytes} bytes")
         return torch.from_numpy(flat).view(self.windows, self.length, -1)
 
     def take(self, place: int) -> Float[Tensor, "windows length hidden"]:
@@ -65,6 +81,12 @@ class StreamFiles:
         stream = self.read(place)
         self._file(place).unlink()
         return stream
+
+    def _lost(self, place: int, why: str) -> UserError:
+        return UserError(
+            f"{self._file(place)}, which this calibration has written, is missing or damaged ({why}); let nothing "
+            "remove files there, and run the same command again."
+        )
 
     def _file(self, place: int) -> Path:
         return self.folder / f"stream-{place}.bin"

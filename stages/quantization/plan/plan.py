@@ -189,13 +189,18 @@ def own_budget(
         directory: where it lies.
         cache: the statistics; None where there are none.
     """
-    is_open = config.leaves_formats_open and config.leaves_storage_open and config.accuracy_level is None
     in_nats = cache is not None and cache.manifest.key.token_weights == "end loss"
-    if not (is_open and in_nats and plan.target is not None and plan.target.runtime in _SPREADS):
+    if not in_nats or not spreads_its_bytes(config, plan):
         return None
     size = output_size(directory, model, plan.choice, plan.embeddings, plan.rotary)
     num_bytes = size.total_bytes(all_sites(plan.sites.groups), plan.sites.specs)
     return f"{math.ceil(num_bytes / _TENTH) / 10:.1f}MB"
+
+
+def spreads_its_bytes(config: QuantizeConfig, plan: ModelPlan) -> bool:
+    """Return whether the bytes of ``plan`` are spent site by site once there are losses in nats."""
+    is_open = config.leaves_formats_open and config.leaves_storage_open and config.accuracy_level is None
+    return is_open and plan.target is not None and plan.target.runtime in _SPREADS
 
 
 def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> ModelPlan:

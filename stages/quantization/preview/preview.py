@@ -9,8 +9,8 @@ from typing import get_args
 import onnx_ir as ir
 
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
-from stages.calibration.capture import TextShape, memory_limit, partition_bytes, rows_of
-from stages.calibration.run import fit_to_graph, kept_layers
+from stages.calibration.capture import TextShape
+from stages.calibration.run import fit_to_graph
 from stages.calibration.samples.load import takes_samples
 from stages.calibration.samples.samples import DEFAULT_SAMPLES, held_out_samples
 from stages.calibration.text.documents import DEFAULT_DATASET
@@ -25,31 +25,32 @@ from stages.model.sites import find_groups, widest_input
 from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
 from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_search
+from stages.quantization.plan.plan import (
+    ModelPlan,
+    OpenPlan,
+    describe_recipe,
+    plan_search,
+)
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import all_sites
 from stages.quantization.preview.memory import (
-    calibration_memory,
-    export_memory,
     held_already,
-    search_memory,
     weights_on_disk,
 )
 from stages.quantization.preview.seconds import search_seconds
+from stages.quantization.preview.stages import Stages
 from stages.quantization.preview.table import (
     DiskUse,
     InputScalePlace,
     Preview,
     PreviewedSite,
     SearchEstimate,
-    StageMemory,
 )
 from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import PerBlock, QuantSpec
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import WindowShape
-from stages.runtime.providers import choose_providers
 from stages.system.distributed import join_processes
 from stages.system.hardware import choose_device
 
@@ -90,10 +91,26 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     text = _text_shape(known, calibration, widest_input(groups)) if config.needs_cache else None
     device = choose_device(config.device)
     seconds = search_seconds(config, plan, text, device)
+    stages = Stages(
+        config=config,
+        directory=known.directory,
+        model=known.model,
+        plan=plan,
+        calibrates=text is not None and known.cache is None,
+        calibration=calibration,
+        text=text,
+        held=held,
+    )
     size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
-    names = {site.name for site in sites}
     bytes_after = size.total_bytes(sites, plan.sites.specs)
+    disk = DiskUse(
+        calibration=stages.statistics,
+        weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
+        output=bytes_after,
+        meanwhile=0 if stages.passes is None else stages.passes.streams,
+    )
+    names = {site.name for site in sites}
     return Preview(
         base=known.directory.onnx_file,
         output=config.output_path,
@@ -105,12 +122,9 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         bits_per_weight=size.bits_per_weight(plan.sites),
         bytes_before=size.base_bytes,
         bytes_after=bytes_after,
-        memory=tuple(_memory(config, known, plan, calibration, text, held)),
-        disk=DiskUse(
-            calibration=_calibration_on_disk(known, calibration, text),
-            weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
-            output=bytes_after,
-        ),
+        memory=tuple(stages.memory(join_processes())),
+        disk=disk,
+        sharing=tuple(stages.shared(disk, size.base_bytes, seconds, device)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
         notes=(
@@ -118,7 +132,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
             *open_because,
             *plan.choice.warnings,
             *_notes(config, known),
-            *_rows_on_disk(known, calibration, text),
+            *_rows_on_disk(stages),
         ),
         target="any" if plan.target is None else plan.target.label,
         target_because=plan.target_because,
@@ -236,56 +250,17 @@ def _text_shape(known: _Known, calibration: CalibrateConfig, channels: int) -> T
     )
 
 
-def _memory(
-    config: QuantizeConfig,
-    known: _Known,
-    plan: ModelPlan,
-    calibration: CalibrateConfig,
-    text: TextShape | None,
-    held: int,
-) -> Iterator[StageMemory]:
-    if text is not None and known.cache is None:
-        processes = join_processes()
-        rows = rows_of(kept_layers(calibration, known.model, known.directory))
-        limit = memory_limit(calibration.max_memory, choose_device(calibration.device), processes)
-        costs = partition_bytes(find_groups(known.model), text, processes, rows)
-        providers = choose_providers(calibration.calibration_eps).names
-        yield calibration_memory(known.model, costs, limit, held, providers)
-    yield search_memory(plan.sites.groups, choose_device(config.device), held)
-    yield export_memory(plan.sites.groups, plan.sites.specs, held)
-
-
-def _rows_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> Iterator[str]:
-    """Say what the rows that experts read take on the disk, where stage one still has to keep them."""
-    if taken := _row_bytes(known, calibration, text):
-        yield f"the calibration keeps {taken / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
-
-
-def _row_bytes(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
-    if text is None or text.seq_len is None or known.cache is not None:
-        return 0
-    tokens = (text.calibration_windows + text.held_out_windows) * text.seq_len
-    layers = kept_layers(calibration, known.model, known.directory)
-    return sum(each.bytes(tokens) for each in rows_of(layers).values())
-
-
-def _calibration_on_disk(known: _Known, calibration: CalibrateConfig, text: TextShape | None) -> int:
-    """Return the bytes of the cache that stage one still has to write."""
-    if text is None or known.cache is not None:
-        return 0
-    groups = find_groups(known.model)
-    sizes = [text.size(group, part) for group in groups for part in ("calibration", "held_out")]
-    return _row_bytes(known, calibration, text) + sum(size.disk for size in sizes)
+def _rows_on_disk(stages: Stages) -> Iterator[str]:
+    """Say what the rows that experts read take on the disk."""
+    if stages.kept_rows:
+        yield f"the calibration keeps {stages.kept_rows / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
 
 
 def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
-    parts = ["calibration"] if config.needs_cache and known.cache is None else []
-    parts += ["--evaluate"] if config.evaluate else []
-    if parts:
-        yield (
-            f"the search's time is without {' and '.join(parts)}, where the model runs over text: that isn't estimated "
-            "and can take longer"
-        )
+    if config.needs_cache and known.cache is None:
+        yield "the search's time is without calibration, which can take longer: the table of processes has an estimate"
+    if config.evaluate:
+        yield "--evaluate, where the model runs over text, isn't estimated"
     if config.improves_search:
         yield "what follows the search (--refine, signround, --distill) comes on top"
 

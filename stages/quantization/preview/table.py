@@ -38,6 +38,17 @@ _COLUMNS = (
     Column(heading="input scale", leaves=1),
 )
 
+_SHARING_COLUMNS = (
+    Column(heading="processes", is_number=True),
+    Column(heading="calibrate", is_number=True),
+    Column(heading="search", is_number=True),
+    Column(heading="GB held, first", is_number=True),
+    Column(heading="others", is_number=True),
+    Column(heading="GB read", is_number=True),
+    Column(heading="GB written", is_number=True),
+    Column(heading="GB sent", is_number=True),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviewedSite:
@@ -89,6 +100,8 @@ class DiskUse:
     weights: int
     """Of the quantized weights' folder: a byte a code."""
     output: int
+    meanwhile: int = 0
+    """Of what stage one removes again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +111,26 @@ class SearchEstimate:
     seconds: float
     device: str
     groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRun:
+    """What a run takes that several processes share, each on a machine like this one."""
+
+    processes: int
+    calibrate_seconds: float | None
+    """None where none is made, or where its samples' sizes aren't known."""
+    search_seconds: float
+    """Of the process whose share is largest."""
+    memory_first: int
+    """The most that the first process holds, which does alone what can't be shared."""
+    memory_others: int | None
+    """None where there are no others."""
+    read: int
+    """Bytes that all together read from the folders that they share."""
+    written: int
+    sent: int
+    """Bytes that they send one another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +153,8 @@ class Preview:
     memory: tuple[StageMemory, ...]
     disk: DiskUse
     search: SearchEstimate
+    sharing: tuple[SharedRun, ...]
+    """For a few numbers of processes; the first is one."""
     obstacles: tuple[str, ...]
     """What would stop the run as things are."""
     notes: tuple[str, ...]
@@ -134,7 +169,7 @@ class Preview:
 def preview_table(preview: Preview) -> Group:
     """Return what the target decided, the sites by kind, format and input scale, and what concerns the whole model."""
     decided = [choice_table(preview.target, preview.formats)] if preview.formats else []
-    return Group(*decided, _sites(preview), _whole(preview))
+    return Group(*decided, _sites(preview), _whole(preview), _sharing(preview))
 
 
 def _sites(preview: Preview) -> DataTable:
@@ -184,6 +219,26 @@ def _format(site: PreviewedSite) -> str:
     return f"{site.format}{f' ({site.why})' if site.why else ''}"
 
 
+def _sharing(preview: Preview) -> DataTable:
+    def row(run: SharedRun) -> tuple[str, ...]:
+        others = "-" if run.memory_others is None else f"{run.memory_others / 1e9:,.1f}"
+        moved = (f"{size / 1e9:,.1f}" for size in (run.read, run.written, run.sent))
+        calibrate = "-" if run.calibrate_seconds is None else duration(run.calibrate_seconds)
+        memory = f"{run.memory_first / 1e9:,.1f}"
+        return f"{run.processes}", calibrate, duration(run.search_seconds), memory, others, *moved
+
+    return DataTable(
+        title="shared by processes (accelerate launch), each on a machine like this one",
+        columns=_SHARING_COLUMNS,
+        rows=tuple(map(row, preview.sharing)),
+        notes=(
+            "Read and written: in the folders that all share, by all together. Sent: from process to process.",
+            "The first process alone weighs the tokens, chooses formats and writes the output; the last two have no "
+            "estimate of time.",
+        ),
+    )
+
+
 def _whole(preview: Preview) -> FactTable:
     return FactTable(title=f"{preview.base} -> {preview.output}", facts=tuple(_lines(preview)))
 
@@ -211,7 +266,8 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     disk = preview.disk
     parts = {"calibration": disk.calibration, "quantized weights": disk.weights, "output": disk.output}
     kept = ", ".join(f"{size / 1e6:,.0f} MB {name}" for name, size in parts.items() if size)
-    yield "disk", f"about {sum(parts.values()) / 1e6:,.0f} MB: {kept}"
+    meanwhile = f"; {disk.meanwhile / 1e6:,.0f} MB more while it calibrates" if disk.meanwhile else ""
+    yield "disk", f"about {sum(parts.values()) / 1e6:,.0f} MB: {kept}{meanwhile}"
     for note in preview.notes:
         yield "note", note
     for obstacle in preview.obstacles:

@@ -7,7 +7,7 @@ be. Nothing is held in memory: upcast weights go tensor by tensor into a tempora
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,7 +53,8 @@ def upcast_model(model: ir.Model, types: frozenset[ir.DataType] = _BFLOAT16) -> 
 def upcast_file(model: ir.Model, scratch: Path | None) -> Iterator[Path]:
     """Yield the upcast ``model`` as a file in a temporary folder in ``scratch`` (None: the system's)."""
     if scratch is not None:
-        scratch.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # perhaps made by another machine, and not to be seen here yet
+            scratch.mkdir(parents=True)
     with TemporaryDirectory(prefix="upcast-", dir=scratch, ignore_cleanup_errors=True) as folder:
         path = Path(folder, _FILE)
         ir.save(upcast_model(model), path, external_data=f"{_FILE}.data")

@@ -40,6 +40,13 @@ def node_behind(op_types: list[str], *, readers: int = 1, gemm: dict[str, float]
     return nodes[0]
 
 
+def test_a_profile_that_a_full_disk_cut_short_is_no_proof(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text('[{"cat": "Node", "na')
+    with pytest.raises(OSError, match="the disk is full"):
+        fusion._matmulnbits_in(profile, "CPUExecutionProvider")
+
+
 PLAIN = ["DequantizeLinear"]
 
 

@@ -24,17 +24,9 @@ from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
 from stages.runtime.tap import ActivationTap
-from stages.system.distributed import Processes
 from tests.support.full_disk import full_after
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def two_processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
-    """Return the first of two processes on this machine."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    return Processes(SimpleNamespace(num_processes=2, process_index=0))
 
 
 def capture(base: Path, text: Path, cache: Path, max_memory: str = "1GB") -> PassSummary:
@@ -49,31 +41,31 @@ def capture(base: Path, text: Path, cache: Path, max_memory: str = "1GB") -> Pas
 
 
 def test_the_option_is_the_limit_and_must_be_a_size() -> None:
-    assert memory_limit("3MB", CPU, Processes(None)) == 3_000_000
+    assert memory_limit("3MB", CPU, 1) == 3_000_000
     with pytest.raises(OptionError, match="--max_memory 'much'"):
-        memory_limit("much", CPU, Processes(None))
+        memory_limit("much", CPU, 1)
 
 
 def test_processes_of_a_machine_share_a_part_of_its_free_memory(
-    two_processes: Processes, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert memory_limit(None, CPU, Processes(None)) == 1000 * PART_OF_FREE_MEMORY
-    assert memory_limit(None, CPU, two_processes) == 500 * PART_OF_FREE_MEMORY
+    assert memory_limit(None, CPU, 1) == 1000 * PART_OF_FREE_MEMORY
+    assert memory_limit(None, CPU, 2) == 500 * PART_OF_FREE_MEMORY
 
 
 def test_on_cuda_the_smaller_free_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 2000))
-    assert memory_limit(None, torch.device("cuda"), Processes(None)) == 100 * PART_OF_FREE_MEMORY
+    assert memory_limit(None, torch.device("cuda"), 1) == 100 * PART_OF_FREE_MEMORY
 
 
 def test_an_activation_costs_its_share_of_the_statistics_and_a_batch(
-    tiny_model: Path, two_processes: Processes
+    tiny_model: Path,
 ) -> None:
     groups = find_groups(load_graph(locate_model(tiny_model)))
     text = TextShape(calibration_windows=10, held_out_windows=1, seq_len=32, batch_size=2)
-    alone, shared = (partition_bytes(groups, text, processes) for processes in (Processes(None), two_processes))
+    alone, shared = (partition_bytes(groups, text, processes) for processes in (1, 2))
     # 64 channels: a Gram matrix of 320 tokens, 32 tokens' own rows, and a batch of 64 tokens, all float32.
     gram, rows, batch = 64 * 64 * 4, 32 * 64 * 4, 64 * 64 * 4
     first = groups[0].activation

@@ -38,7 +38,7 @@ def config(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> QuantizeConfig
 
 
 def _prepared(config: QuantizeConfig) -> Prepared:
-    return prepare(config, locate_model(config.onnx_path))
+    return prepare(config, locate_model(config.onnx_path), ALONE)
 
 
 def test_an_algorithm_without_statistics_needs_no_cache(config: QuantizeConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def found_in(config: QuantizeConfig) -> dict[str, Tensor]:
     directory = locate_model(config.onnx_path)
     plan = plan_model(config, load_graph(directory), directory)
     assert plan.imported is not None
+    assert pickle.loads(pickle.dumps(plan.imported)).sites.keys() == plan.imported.sites.keys(), "processes send it"
     solved = [plan.imported.solved(group) for group in plan.sites.groups]
     return {
         weight.site.name: weight.codes.int() + (1 << (weight.spec.bits - 1) if weight.spec.symmetric else 0)

@@ -14,6 +14,7 @@ from stages.quantization.preview.table import (
     Preview,
     PreviewedSite,
     SearchEstimate,
+    SharedRun,
     StageMemory,
     preview_table,
 )
@@ -50,6 +51,28 @@ PREVIEW = Preview(
     memory=(StageMemory(stage="search", bytes=7_000_000, holds="the largest group"),),
     disk=DiskUse(calibration=0, weights=2_000_000, output=1_500_000),
     search=SearchEstimate(seconds=12.0, device="cpu", groups=3),
+    sharing=(
+        SharedRun(
+            processes=1,
+            calibrate_seconds=90.0,
+            search_seconds=12.0,
+            memory_first=7_000_000_000,
+            memory_others=None,
+            read=5_000_000_000,
+            written=2_000_000_000,
+            sent=0,
+        ),
+        SharedRun(
+            processes=8,
+            calibrate_seconds=None,
+            search_seconds=2.0,
+            memory_first=7_000_000_000,
+            memory_others=6_100_000_000,
+            read=9_000_000_000,
+            written=2_000_000_000,
+            sent=1_500_000_000,
+        ),
+    ),
     obstacles=(),
     notes=(),
     target="cpu@1.32",
@@ -123,3 +146,11 @@ def test_the_disk_that_stages_need_is_said_by_stage() -> None:
     with_cache = replace(PREVIEW, disk=replace(PREVIEW.disk, calibration=9_160_000_000))
     (line,) = [line for line in _shown(with_cache) if line.startswith("disk")]
     assert line.startswith("disk about 9,164 MB: 9,160 MB calibration, ")
+    meanwhile = replace(PREVIEW, disk=replace(PREVIEW.disk, meanwhile=5_000_000))
+    assert "2 MB output; 5 MB more while it calibrates" in " ".join(_shown(meanwhile))
+
+
+def test_what_several_processes_take_is_a_table() -> None:
+    shown = _shown(PREVIEW)
+    assert "1 1 min 30 s 12 s 7.0 - 5.0 2.0 0.0" in shown
+    assert "8 - 2.0 s 7.0 6.1 9.0 2.0 1.5" in shown

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from scripts.torch_build import CPU_INDEX, brings_cuda, choose
+from scripts.environment.torch_build import CPU_INDEX, brings_cuda, choose
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Say which build of torch pip will take, and how much that is, before anything is downloaded.
 
-``python scripts/torch_build.py`` prints the index to take torch from, or nothing where pip's own is right; sentences
-for people go to standard error. The environment is still empty: nothing but Python and pip is used.
+``python scripts/environment/torch_build.py`` prints the index to take torch from, or nothing where pip's own is right;
+sentences for people go to standard error. The environment is still empty: nothing but Python and pip is used.
 """
 
 from __future__ import annotations

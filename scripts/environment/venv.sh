@@ -1,8 +1,8 @@
-# Sourced by check.sh and quickstart.sh: makes .venv, installs the project with its $extras into it, and puts its
-# programs first on PATH.
+# Sourced by check.sh, quickstart.sh and gpu_check.sh: makes .venv, installs the project with its $extras into it, and
+# puts its programs first on PATH.
 # shellcheck shell=bash
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$root"
 venv="$root/.venv"
 stamp="$venv/installed-from"
@@ -50,7 +50,7 @@ has_torch() { "$(programs)/python" -c 'import importlib.util as i, sys; sys.exit
 # First, and only where its index is not pip's own; else it comes with the project.
 install_torch() {
     local index
-    index="$("$(programs)/python" scripts/torch_build.py)"
+    index="$("$(programs)/python" scripts/environment/torch_build.py)"
     if [ -n "$index" ]; then
         pip_install --no-deps --index-url "$index" torch || fail "pip could not install torch; its message is above"
     fi

@@ -1,0 +1,1 @@
+"""Make the virtual environment of a clone."""

@@ -1,0 +1,186 @@
+"""Forecast what a run takes when several processes share it: seconds and memory of each, and bytes that move.
+
+Sums, not simulations. Bytes are counted each time a process reads them: machines that keep files in their memory, and
+processes on one machine, which share them there, read less. Seconds are those of multiplications at the rate at which
+this device has just multiplied; attention and what disks and networks take come on top.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stages.calibration.capture import TextShape
+from stages.quantization.preview.table import SharedRun, StageMemory
+from stages.quantization.search.solver import search_cost
+from stages.records.sites import ActivationGroup, layer_of
+from stages.system.distributed import split_by_cost
+
+COUNTS = (1, 8, 64)
+"""Processes that are always shown."""
+_PARTS = ("calibration", "held_out")
+_FLOAT32 = 4
+_STRIP = 256
+"""Columns that a Gram matrix's product computes above its diagonal."""
+_ROWS, _WIDTH, _ROUNDS = 512, 2048, 3
+"""Of the timed product."""
+_KEPT_OF_PASS = 3
+"""Copies of a layer's activations that its way back holds: forward, gradients, and what the statistics read."""
+_STREAMS = 3
+"""What enters a layer, and the gradients behind and before it, of all windows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassWork:
+    """What stage one still computes and moves, all processes together."""
+
+    forward: float
+    """Multiplications and additions of the forward passes and their statistics."""
+    back: float
+    """The same of the pass that weighs tokens, which the first process runs; 0 where there is none."""
+    batches: tuple[int, ...]
+    """Of each part of the text; one part comes after the other."""
+    sent: int
+    """Bytes of all tapped activations, which processes send to those that add them up."""
+    statistics: int
+    """Bytes of the cache."""
+    streams: int
+    """Bytes of what enters each layer, which lie on the disk until tokens are weighed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a run computes and moves, however many processes share it."""
+
+    calibration: PassWork | None
+    """None where no calibration is made."""
+    groups: Sequence[ActivationGroup]
+    seconds: Mapping[str, float]
+    """Of the search, by site."""
+    base: int
+    """Bytes of the base model, and below of its sites' weights, of statistics that a search reads, and so on."""
+    sites: int
+    statistics: int
+    spends_budget: bool
+    """Whether the first process reads all weights and statistics once more, to choose formats."""
+    weights: int
+    output: int
+
+
+def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: int, *, weighs: bool) -> PassWork | None:
+    """Return what the passes over ``text`` compute; None where it is of samples, whose sizes aren't known.
+
+    Args:
+        groups: all activations of the graph with their sites, experts' too.
+        text: the windows.
+        statistics: bytes of the cache.
+        weighs: whether a pass back weighs the tokens.
+    """
+    if text.seq_len is None:
+        return None
+    parts = (text.calibration_windows, text.held_out_windows)
+    tokens = sum(parts) * text.seq_len
+    products = sum(
+        2.0 * group.in_features * site.out_features * (1.0 if site.expert is None else site.expert.share)
+        for group in groups
+        for site in group.sites
+    )
+    tapped = [group for group in groups if not group.is_of_expert]
+    grams = sum(
+        float(group.in_features * (group.in_features + _STRIP))
+        for group in tapped
+        if not text.size(group, "calibration").keeps_rows
+    )
+    layers = {layer_of(group.sites[0].name) for group in groups}
+    hidden = groups[0].in_features
+    return PassWork(
+        forward=tokens * (products + grams),
+        back=tokens * (2 * products + grams) if weighs else 0.0,
+        batches=tuple(math.ceil(windows / text.batch_size) for windows in parts),
+        sent=tokens * sum(group.in_features * text.size(group, "calibration").itemsize for group in tapped),
+        statistics=statistics,
+        streams=tokens * hidden * _FLOAT32 * len(layers) if weighs else 0,
+    )
+
+
+def multiply_rate(device: torch.device) -> float:
+    """Return how many multiplications and additions a second ``device`` makes in a matrix product, as busy as it is."""
+    left, right = torch.rand(_ROWS, _WIDTH, device=device), torch.rand(_WIDTH, _WIDTH, device=device)
+    best = math.inf
+    for _ in range(_ROUNDS + 1):  # the first one may start the device
+        started = time.perf_counter()
+        float((left @ right)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * _ROWS * _WIDTH * _WIDTH / best
+
+
+def shared_run(work: Work, processes: int, rate: float, first: int, others: int) -> SharedRun:
+    """Return what each of so many processes takes.
+
+    Args:
+        work: all of it.
+        processes: how many share it.
+        rate: by ``multiply_rate``.
+        first: the most memory of the first process, which does alone what can't be shared.
+        others: the same of each other one.
+    """
+    made = work.calibration
+    costs = [search_cost(group) for group in work.groups]
+    seconds = [sum(work.seconds.get(site.name, 0.0) for site in group.sites) for group in work.groups]
+    shares = split_by_cost(costs, processes)
+    read = work.sites + work.statistics  # by the search
+    read += work.weights + work.base - work.sites + work.output  # by the export and its check
+    written = work.weights + work.output
+    if work.spends_budget:
+        read += work.sites + work.statistics
+    if made is not None:
+        read += processes * work.base + made.streams + (work.sites if made.back else 0)
+        written += made.statistics + made.streams
+    return SharedRun(
+        processes=processes,
+        calibrate_seconds=None if made is None else _calibrate_seconds(made, processes, rate),
+        search_seconds=max(sum(seconds[index] for index in share) for share in shares),
+        memory_first=first,
+        memory_others=None if processes == 1 else others,
+        read=read,
+        written=written,
+        sent=0 if made is None else made.sent * (processes - 1) // processes,
+    )
+
+
+def _calibrate_seconds(made: PassWork, processes: int, rate: float) -> float:
+    turns = sum(math.ceil(batches / processes) for batches in made.batches)
+    return (made.forward * turns / sum(made.batches) + made.back) / rate
+
+
+def weighing_memory(groups: Sequence[ActivationGroup], text: TextShape, held: int) -> StageMemory:
+    """Return what the pass that weighs tokens holds in the first process.
+
+    Args:
+        groups: all activations of the graph.
+        text: the windows that run.
+        held: bytes of this process already.
+    """
+    tokens = sum(text.tokens(part) or 0 for part in _PARTS)
+    streams = _STREAMS * tokens * groups[0].in_features * _FLOAT32
+    layers: dict[int | None, list[ActivationGroup]] = {}
+    for group in groups:
+        layers.setdefault(layer_of(group.sites[0].name), []).append(group)
+    largest = max(_layer_bytes(layer, text) for layer in layers.values())
+    return StageMemory(
+        stage="weigh tokens",
+        bytes=held + streams + largest,
+        holds=f"{streams / 1e6:,.0f} MB of what all tokens hand from layer to layer, {largest / 1e6:,.0f} MB of one "
+        "layer (less with fewer windows; none with --token_weights none)",
+    )
+
+
+def _layer_bytes(layer: Sequence[ActivationGroup], text: TextShape) -> int:
+    weights = sum(group.in_features * site.out_features for group in layer for site in group.sites) * _FLOAT32
+    statistics = sum(text.size(group, part).memory for group in layer for part in _PARTS)
+    channels = sum(group.in_features + sum(site.out_features for site in group.sites) for group in layer)
+    return weights + statistics + _KEPT_OF_PASS * text.rows_at_once * channels * _FLOAT32
