@@ -214,3 +214,21 @@ def test_a_stopped_run_rounds_only_what_is_missing_and_other_options_are_refused
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1, "--overwrite")[0] == 0
     for name in ("model.onnx", "model.onnx.data"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+@pytest.mark.thorough
+def test_a_size_with_little_room_stores_a_table_of_its_own_in_int4(
+    tiny_model: Path, tmp_path: Path, commands: Commands
+) -> None:
+    text = ["--dataset", "offline", "--calib_size", 8, "--seq_len", 64, "--cache_dir", tmp_path / "cache"]
+    found = {}
+    for size in ("160kB", "90kB"):
+        output = tmp_path / size
+        arguments = ["--onnx_path", tiny_model, "--output_path", output, "--algo", "awq_clip", "--target", "cpu"]
+        code, printed = commands.quantize(*arguments, *text, "--target_size", size)
+        assert code == 0, printed
+        lookup, _ = readers(output)
+        assert lookup.op_type == "GatherBlockQuantized"
+        found[size] = lookup.attributes.get_int("bits", 4)
+        assert data_bytes(output) + (output / "model.onnx").stat().st_size <= 1000 * int(size.removesuffix("kB"))
+    assert found == {"160kB": 8, "90kB": 4}
