@@ -2,7 +2,7 @@
 
 Requires sites that are where the quantized weights say. Ensures that the input model is left untouched, that the opset
 is one which has the nodes that are written, that every quantized site reads its own weight, that other nodes
-compute what they did, and that nodes and initializers which nobody reads any more are gone.
+compute what they did, and that nodes and initializers which nobody reads any more, and copies of others, are gone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from export.forms.rotary import ComputedTable, compute_rotary_tables
 from export.graph_edit import GraphEditor, describe, name_of
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
+from stages.model.form.convolution import restore_convolutions
 from stages.model.load import producer_of
 from stages.model.patterns import sole_reader
 from stages.model.sites import find_expert_layers, find_sites
+from stages.model.weights import find_equal_initializers
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.experts import ExpertLayer
 from stages.records.formats import NARROW_SCALES, WeightForm, torch_float
@@ -101,10 +103,20 @@ def rewrite(model: ir.Model, store: QuantizedStore, accuracy_level: AccuracyLeve
     tables = rewrite_tables(editor, store, sites)
     experts = _rewrite_experts(editor, stored, layers, accuracy_level, store.recipe)
     computed = compute_rotary_tables(editor, edited) if store.recipe.computes_rotary else ()
+    restore_convolutions(edited)
     RemoveUnusedNodesPass()(edited)
+    _merge_equal_initializers(edited)
     return RewriteResult(
         model=edited, folds=folds, sites=sites, tables=tables, experts=experts, computed=computed, opset=opset
     )
+
+
+def _merge_equal_initializers(model: ir.Model) -> None:
+    """Keep one of the initializers that hold the same, such as masks that an exporter wrote for each layer."""
+    for first, *others in find_equal_initializers(model):
+        for other in others:
+            other.replace_all_uses_with(first)
+            del model.graph.initializers[name_of(other)]
 
 
 def _sign(model: ir.Model) -> None:

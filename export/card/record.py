@@ -24,9 +24,10 @@ from stages.errors import UserError
 from stages.evaluation.records import Evaluation, OutputEvaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import producer_of
+from stages.quantization.weights.byte_scales import stored_bytes
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import QuantSpec, WeightForm
-from stages.records.results import VerifyReport
+from stages.records.results import ExportRecipe, VerifyReport
 from stages.records.sites import MatMulSite, kind_of, short_name
 from stages.system.json_file import read_json, write_json
 from stages.system.paths import shell_line
@@ -285,7 +286,7 @@ def kinds_of(store: QuantizedStore) -> Iterator[KindOfLayer]:
     in_floats = store.recipe.weight_form is WeightForm.QDQ
     for (kind, spec), sites in quantized.items():
         described = f"{spec.description}, stored in floating point" if in_floats else spec.description
-        bits = None if in_floats else _bits(sites, spec)
+        bits = None if in_floats else _bits(sites, spec, store.recipe)
         yield KindOfLayer(kind=kind, count=len(sites), format=described, bits_per_weight=bits)
     for plan in store.recipe.embeddings:
         numbers, kind = plan.table.vocabulary * plan.table.hidden, f"embedding {plan.table.weight}"
@@ -301,9 +302,10 @@ def kinds_of(store: QuantizedStore) -> Iterator[KindOfLayer]:
         yield KindOfLayer(kind=name, count=len(part.weights), format=_AS_BASE, bits_per_weight=None, reason=part.reason)
 
 
-def _bits(sites: list[MatMulSite], spec: QuantSpec) -> float:
+def _bits(sites: list[MatMulSite], spec: QuantSpec, recipe: ExportRecipe) -> float:
     weights = sum(site.in_features * site.out_features for site in sites)
-    return 8 * sum(spec.format_bytes(site.out_features, site.in_features) for site in sites) / weights
+    stored = (stored_bytes(site, spec, recipe.weight_form, byte_scales=recipe.byte_scales) for site in sites)
+    return 8 * sum(stored) / weights
 
 
 def summarize_checks(report: VerifyReport, level: str) -> Checks:

@@ -87,7 +87,10 @@ def sampled_gradient(logits: Float[Tensor, "*tokens V"], generator: torch.Genera
         generator: draws the labels, on the device of the logits.
     """
     probabilities = torch.softmax(logits, dim=-1)
-    labels = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(*logits.shape[:-1], 1)
+    # One number a token; multinomial draws one for each entry of the vocabulary, which takes far longer.
+    reached = probabilities.cumsum(dim=-1)
+    drawn = torch.rand(*logits.shape[:-1], 1, generator=generator, device=logits.device) * reached[..., -1:]
+    labels = torch.searchsorted(reached, drawn, right=True).clamp_max(logits.shape[-1] - 1)
     return probabilities.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=probabilities.dtype))
 
 

@@ -391,7 +391,8 @@ class QuantizeConfig(
     def of_component(self, component: str) -> QuantizeConfig:
         """Return what is done to one of several components: with places of its own, and only what it can be used for.
 
-        Samples without a component's name are of those that aren't decoders. What needs text goes with decoders.
+        Samples without a component's name are of those that aren't decoders, and of a decoder whose encoder is among
+        them, which hears them through it. What needs text goes with decoders.
         """
         first, weights, cache = component == self.components[0], self.weights_folder, self.cache_dir
         beside = default_folder(self.onnx_path, cache_suffix(component))
@@ -404,7 +405,7 @@ class QuantizeConfig(
             weights_path=weights if first else weights.with_name(f"{weights.name}.{component}"),
         )
         if component == "decoder":
-            own = self.samples_of(component, unnamed=False)
+            own = self.samples_of(component, unnamed="encoder" in self.components)
             return replace(found, samples=None if own is None else str(own))
         return replace(found, refine=False, distill=0, algo=self.search_algorithm)
 

@@ -208,7 +208,8 @@ def _multi_head_value(node: ir.Node, heads: int) -> _ValuePath:
         return _ValuePath(reader=node, source=None, kv_heads=heads, packed=False)
     repeated = repeated_kv_heads(value, heads)
     if repeated is None:
-        return _ValuePath(reader=node, source=value, kv_heads=heads, packed=False)
+        reader, source = _value_reader(node)
+        return _ValuePath(reader=reader, source=source, kv_heads=heads, packed=reader is not node)
     source = repeated.entry.inputs[0]
     return _ValuePath(reader=repeated.entry, source=source, kv_heads=repeated.kv_heads, packed=False)
 

@@ -16,9 +16,11 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from stages.errors import GraphError, in_one_line
 from stages.model.directory import ModelDirectory
+from stages.model.form.convolution import write_convolutions
+from stages.model.form.packed_attention import write_packed_attention
+from stages.model.form.validate import fault_of_graph, fault_of_proto, opset_of
 from stages.model.genai_config import EMBEDDED
 from stages.model.patterns import STANDARD_DOMAINS, is_constant
-from stages.model.validate import fault_of_graph, fault_of_proto, opset_of
 
 _FIRST_WITH_OPTIONAL_INPUTS = 4
 """IR version since which an initializer that is an input of the graph is its default."""
@@ -125,7 +127,8 @@ def _normalize(model: ir.Model) -> None:
     """Give ``model`` one form, whatever exporter wrote it; it computes what it did.
 
     Ensures: functions are written out where they are called; weights are initializers, no Constant nodes and not behind
-    Identity; they are no inputs of the graph, but for those that only some models have (adapters); all have a shape.
+    Identity; they are no inputs of the graph, but for those that only some models have (adapters); all have a shape;
+    products with a constant matrix are MatMuls also where a Conv or an Attention node computed them.
     """
     if model.functions:
         for function in model.functions.values():
@@ -143,6 +146,8 @@ def _normalize(model: ir.Model) -> None:
             is_open = value.shape is None or not value.shape.is_static()
             if value.const_value is not None and is_open and not value.is_graph_input():
                 value.shape = ir.Shape(value.const_value.shape.numpy())
+    write_convolutions(model)
+    write_packed_attention(model)
 
 
 def _bypass_identity(node: ir.Node) -> None:

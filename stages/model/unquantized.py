@@ -1,7 +1,7 @@
 """Find what quantization leaves as it is, with the reason: weights that no MatMul reads.
 
-Expert weights inside a MoE node, packed weights of an Attention node, kernels of a convolution, tables of a Gather: a
-model in which they are a large part gets only a little smaller, and a person must be told before the search starts.
+Expert weights inside a MoE node, kernels of a convolution whose windows overlap, tables of a Gather: a model in which
+they are a large part gets only a little smaller, and a person must be told before the search starts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
+from stages.model.form.convolution import is_convolution, why_no_product
+from stages.model.form.packed_attention import is_packed_attention, why_stays_packed
 from stages.model.patterns import EXPERT_NODES, PASSED_THROUGH, readers
 from stages.model.sites import find_embeddings, find_sites
 from stages.records.sites import UnquantizedWeights
@@ -57,35 +59,39 @@ def find_unquantized(
     total = sum(_num_bytes(value) for value in values)
     found: dict[tuple[str, str], list[ir.Value]] = defaultdict(list)
     for value in values:
-        op_type = None if value.name in quantized_tables else _reader(value)
-        if op_type is not None:
-            reason = experts_stay.get(str(value.name)) or _reason(op_type, value)
-            found[op_type, _EMBEDDING if value.name in embeddings else reason].append(value)
+        node = None if value.name in quantized_tables else _reader(value)
+        if node is not None:
+            reason = experts_stay.get(str(value.name)) or _reason(node, value)
+            found[node.op_type, _EMBEDDING if value.name in embeddings else reason].append(value)
     groups = (_as_group(op_type, reason, members, total) for (op_type, reason), members in found.items())
     return tuple(group for group in groups if group.share >= _SMALLEST_SHARE)
 
 
-def _reason(op_type: str, value: ir.Value) -> str:
-    if op_type == "MoE":
+def _reason(node: ir.Node, value: ir.Value) -> str:
+    if node.op_type == "MoE":
         return _EXPERTS
-    if op_type == "Gather" and value.shape is not None and len(value.shape) == _EXPERTS_RANK:
+    if node.op_type == "Gather" and value.shape is not None and len(value.shape) == _EXPERTS_RANK:
         return _TABLES
-    return "quantized already" if op_type in _QUANTIZED else _OTHERS
+    if is_convolution(node):
+        return why_no_product(node) or _OTHERS
+    if is_packed_attention(node):
+        return why_stays_packed(node) or _OTHERS
+    return "quantized already" if node.op_type in _QUANTIZED else _OTHERS
 
 
-def _reader(value: ir.Value) -> str | None:
-    """Return the kind of node, other than MatMul, that reads this weight; None without one, or for vectors."""
+def _reader(value: ir.Value) -> ir.Node | None:
+    """Return the node, other than MatMul, that reads this weight; None without one, or for vectors."""
     if value.shape is None or len(value.shape) < 2:
         return None
     found = [
-        node.op_type
+        node
         for node, index in readers(value, PASSED_THROUGH)
         if not _takes_rotation(node, index) and not (node.op_type in EXPERT_NODES and len(value.shape) < _EXPERTS_RANK)
     ]
-    kinds = [kind for kind in found if kind not in _LINEAR]
+    others = [node for node in found if node.op_type not in _LINEAR]
     if value.dtype not in _FLOATS:
-        kinds = [kind for kind in kinds if kind in _QUANTIZED]
-    return kinds[0] if kinds else None
+        others = [node for node in others if node.op_type in _QUANTIZED]
+    return others[0] if others else None
 
 
 def _takes_rotation(node: ir.Node, index: int) -> bool:

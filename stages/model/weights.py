@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,11 @@ from stages.records.formats import EmbeddingTable
 from stages.records.sites import MatMulSite, WeightLayout
 
 _COMPARED_ROWS = 1024
+_BYTE = 8
+_FEWEST_BYTES = 1 << 14
+"""Less than this is not worth another reader of a tensor."""
+_END = 4096
+"""Bytes at either end of a tensor."""
 
 
 def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
@@ -104,6 +110,50 @@ def find_tied_site(model: ir.Model, table: EmbeddingTable, sites: Sequence[MatMu
         sites: of the same graph.
     """
     return next((site for site in sites if _has_shape_of(site, table) and _holds_rows_of(model, site, table)), None)
+
+
+def find_equal_initializers(model: ir.Model, apart_from: Collection[str] = ()) -> tuple[tuple[ir.Value, ...], ...]:
+    """Return the initializers of the main graph that hold the same bytes in the same shape and type, together.
+
+    Small ones, and those that callers replace or read, are left out, and tensors that are yet to be made. There are
+    none where the files of the weights are missing.
+
+    Args:
+        model: the graph that holds them.
+        apart_from: names of those that are not looked at.
+    """
+    alike: dict[tuple[object, ...], list[ir.Value]] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and value.name not in apart_from and _may_be_merged(value, tensor):
+            alike.setdefault((tensor.dtype, tuple(tensor.shape)), []).append(value)
+    try:
+        for ends_only in (True, False):  # the ends are soon read, and tell most apart
+            parts: dict[tuple[object, ...], list[ir.Value]] = {}
+            for key, values in alike.items():
+                for value in values if len(values) > 1 else []:
+                    parts.setdefault((key, _digest(value, ends_only=ends_only)), []).append(value)
+            alike = parts
+    except (OSError, ValueError):  # the data file is missing or cut short
+        return ()
+    return tuple(tuple(values) for values in alike.values() if len(values) > 1)
+
+
+def _may_be_merged(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    if isinstance(tensor, ir.LazyTensor) or value.is_graph_input() or value.is_graph_output():
+        return False
+    return not tensor.dtype.is_string() and tensor.dtype.bitwidth >= _BYTE and tensor.nbytes >= _FEWEST_BYTES
+
+
+def _digest(value: ir.Value, *, ends_only: bool) -> bytes:
+    tensor = value.const_value
+    assert tensor is not None
+    numbers = memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
+    found = hashlib.sha256(numbers[:_END])
+    found.update(numbers[-_END:] if ends_only else numbers)
+    del numbers
+    _release(tensor)
+    return found.digest()
 
 
 def _has_shape_of(site: MatMulSite, table: EmbeddingTable) -> bool:

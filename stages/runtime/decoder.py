@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ class Decoder:
 
     directory: ModelDirectory
     feeds: CausalFeeds
+    others: _Values = field(default_factory=dict)
+    """Inputs that are the same in every run and don't come from the tokens."""
 
     def logits(self, tokens: Int64[np.ndarray, "B L"]) -> Float32[np.ndarray, "B L V"]:
         """Return the logits of windows, past key/values empty; where the graph takes longer ones, they are filled up.
@@ -88,7 +90,7 @@ class Decoder:
 
     def _run(self, outputs: list[str], feeds: _Values) -> list[ort.OrtValue]:
         try:
-            return list(self.feeds.session.run_with_ort_values(outputs, dict(feeds)))
+            return list(self.feeds.session.run_with_ort_values(outputs, {**feeds, **self.others}))
         except Exception as error:  # onnxruntime raises classes without a common base
             raise UserError(
                 f"ONNX Runtime can't run {self.directory.onnx_file} ({runtime_reason(error)}); try another of --eps."
@@ -96,17 +98,25 @@ class Decoder:
 
 
 @contextmanager
-def open_decoder(directory: ModelDirectory, settings: SessionSettings, scratch: Path | None) -> Iterator[Decoder]:
+def open_decoder(
+    directory: ModelDirectory,
+    settings: SessionSettings,
+    scratch: Path | None,
+    fed_otherwise: frozenset[str] = frozenset(),
+) -> Iterator[Decoder]:
     """Open the model in ``directory``; meanwhile ``scratch`` holds a float32 copy of a bfloat16 one.
 
     Args:
         directory: the model.
         settings: how its session is opened.
         scratch: folder for the copy; None is the system's folder for temporary files.
+        fed_otherwise: inputs that don't come from the tokens.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
     """
     with open_file(directory.onnx_file, settings, scratch) as session:
-        feeds = CausalFeeds.of(session, directory, advice="evaluate it with the program that it was made for")
+        feeds = CausalFeeds.of(
+            session, directory, fed_otherwise, advice="evaluate it with the program that it was made for"
+        )
         yield Decoder(directory=directory, feeds=feeds)

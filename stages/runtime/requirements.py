@@ -17,7 +17,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from stages.errors import GraphError
-from stages.model.validate import opset_of
+from stages.model.form.validate import opset_of
 
 Release = tuple[int, int]
 _MICROSOFT = "com.microsoft"

@@ -5,6 +5,7 @@ Stored weights stand for W * s exactly, and the base graphs hold W.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,14 @@ from onnx import TensorProto
 from export.fold import FoldOutcome
 from export.rewrite import rewrite
 from stages.errors import OptionError
+from stages.model.form.packed_attention import write_packed_attention
+from stages.model.sites import find_sites
 from stages.records.formats import PerChannel
 from stages.records.sites import HeadSharing, LinearAbsorber, NormAbsorber, ValueAbsorber
 from tests.export.builders import (
     TOLERANCE,
     ExactWeight,
+    check_rewrite,
     exact_weight,
     group_of,
     input_scale,
@@ -36,6 +40,7 @@ from tests.export.fold_graphs import (
     PAST,
     QUERY,
     QUERY_HEADS,
+    QUERY_WIDTH,
     VALUE,
     K,
     N,
@@ -52,6 +57,7 @@ from tests.export.fold_graphs import (
     multi_head_feeds,
     multi_head_graph,
     multi_head_model,
+    multi_head_scale,
     multi_head_weights,
     only,
     op_types,
@@ -334,6 +340,29 @@ def test_the_value_of_multi_head_attention_takes_the_scale_as_planned(
         bias="v.bias" if bias else None,
     )
     assert fold_multi_head(tmp_path, graph, out, value, multi_head_feeds(rng, kv_heads), group).how == "value"
+
+
+def test_packed_attention_takes_the_scale_of_what_reads_it(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Written as MatMul and MultiHeadAttention, its V is the last third of the packed projection."""
+    width = 3 * QUERY_WIDTH
+    packed = exact_weight(site_of("qkv", "x", K, width), spec_of(), rng)
+    out = exact_weight(site_of("y", "mixed", QUERY_WIDTH, N), spec_of(), rng, multi_head_scale(rng, QUERY_HEADS))
+    graph = TinyGraph()
+    bias = graph.constant("bias", np.linspace(-1, 1, width, dtype=np.float32))
+    inputs = [graph.input("x", TensorProto.FLOAT, [1, T, K]), graph.constant("qkv.weight", packed.matrix), bias]
+    graph.node("Attention", inputs, ["mixed"], {"num_heads": QUERY_HEADS}, MICROSOFT)
+    graph.linear("mixed", out.matrix, "y")
+    graph.output("y", TensorProto.FLOAT, [1, T, N])
+    model = graph.model()
+    write_packed_attention(model)
+    read = find_sites(model)[0]
+    packed = replace(packed, stored=replace(packed.stored, site=read))
+    group = planned_group(model)
+    heads = HeadSharing(kv_heads=QUERY_HEADS, group_size=1, head_size=HEAD_SIZE)
+    assert group.absorber == ValueAbsorber(site=read.name, first_channel=2 * QUERY_WIDTH, heads=heads, bias="bias")
+    store = store_of(tmp_path / "weights", [(group_of([packed]), [packed]), (group, [out])])
+    feeds = {"x": rng.standard_normal((1, T, K)).astype(np.float32)}
+    assert check_rewrite(model, store, feeds).folds[-1].how == "value"
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

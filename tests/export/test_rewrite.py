@@ -298,3 +298,19 @@ def test_the_work_grows_with_the_layers_and_not_with_their_square(tmp_path: Path
 
     calls(2)  # what is done once and remembered
     assert calls(60) / calls(15) < 4.2
+
+
+def test_copies_of_a_table_are_stored_once(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each layer adds a mask of its own; two of the three hold the same, and the output computes what it did."""
+    mask = rng.standard_normal((TOKENS, 2048)).astype(np.float32)
+    up = exact_weight(site_of("y0", "x", 64, 2048), spec_of(4), rng)
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, [1, TOKENS, 64])
+    graph.linear("x", up.matrix, "y0")
+    for index, each in enumerate((mask, mask, mask + 1)):
+        graph.node("Add", [f"y{index}", graph.constant(f"mask{index}", each)], [f"y{index + 1}"])
+    graph.output("y3", TensorProto.FLOAT, [1, TOKENS, 2048])
+    base, feeds = graph.model(), {"x": rng.standard_normal((1, TOKENS, 64)).astype(np.float32)}
+    result = check_rewrite(base, store_of_each(tmp_path / "weights", up), feeds)
+    assert {name for name in result.model.graph.initializers if name.startswith("mask")} == {"mask0", "mask2"}
+    assert "mask1" in base.graph.initializers

@@ -62,7 +62,7 @@ def test_images_calibrate_a_vision_encoder(vision: Path, images: Path, tmp_path:
             "--block_size", 32, "--evaluate", "--json", "--quiet",
         )  # fmt: skip
         assert code == 0, printed
-        assert fused_sites(tmp_path / algo) == (5, 5)
+        assert fused_sites(tmp_path / algo) == (6, 6)
         (score,) = scores_of(printed).values()
         errors[algo] = score["relative_error"]
         assert score["vectors"] == 2 * 16
@@ -117,7 +117,7 @@ def test_a_package_is_quantized_in_one_run(
     assert code == 0, printed
     assert fused_sites(output) == (10, 10)
     verified = json.loads((tmp_path / "int4.weights.vision" / "verification.json").read_text(encoding="utf-8"))
-    assert (verified["fused"], verified["sites"]) == (5, 5)
+    assert (verified["fused"], verified["sites"]) == (6, 6)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {
         "base", "base.calibration", "base.vision.calibration", "int4", "int4.weights", "int4.weights.vision",
@@ -245,6 +245,28 @@ def test_sounds_calibrate_whispers_encoder_through_onnxruntime_genai(tmp_path: P
     assert "present_value_cross_1" in printed
     files = {path.name for path in (tmp_path / "int4").iterdir()}
     assert {"encoder.onnx", "decoder.onnx", "audio_processor_config.json"} <= files
+
+
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_sounds_calibrate_the_whole_of_whisper_in_one_run(tmp_path: Path, commands: Commands) -> None:
+    """The decoder hears the sounds through the encoder."""
+    pytest.importorskip("onnxruntime_genai")
+    package, sounds = save_whisper(tmp_path), save_sounds(tmp_path / "sounds", 8)
+    code, printed = commands.quantize(
+        package, tmp_path / "int4", "--component", "encoder,decoder", "--samples", sounds, "--block_size", 32,
+        "--evaluate", "--json", "--quiet",
+    )  # fmt: skip
+    assert code == 0, printed
+    encoder, decoder = result_of(printed)["result"]["outputs"]  # type: ignore[index]
+    (logits,) = [score for score in decoder["rows"][-1]["scores"] if score["output"] == "logits"]
+    assert (encoder["component"], decoder["component"]) == ("encoder", "decoder")
+    assert 0.99 < logits["worst_cosine"] < 1
+    cache = find_cache(tmp_path / "package.calibration")
+    assert cache is not None
+    assert cache.manifest.key.text == "sounds in sounds (6 + 1 samples)"
+    assert fused_sites(tmp_path / "int4") == (14, 14)
+    assert fused_sites(tmp_path / "int4", tmp_path / "int4.weights.decoder") == (16, 16)
 
 
 def save_whisper(folder: Path) -> Path:

@@ -13,8 +13,16 @@ import psutil
 
 from stages.calibration.samples.arrays import ARRAYS, read_arrays
 from stages.calibration.samples.documents import document_samples, reads_documents
+from stages.calibration.samples.encoded import encoded_samples, encoder_fingerprint, find_encoder
 from stages.calibration.samples.processors import Medium, find_processor, medium_of, read_media
-from stages.calibration.samples.samples import DEFAULT_SAMPLES, MOST_UNSEEN, Samples, count_samples, split_samples
+from stages.calibration.samples.samples import (
+    DEFAULT_SAMPLES,
+    MOST_UNSEEN,
+    Samples,
+    count_samples,
+    held_arrays,
+    split_samples,
+)
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
@@ -47,15 +55,14 @@ def load_samples(config: TextOptions, model: ir.Model, directory: ModelDirectory
     path = config.samples_of(directory.component)
     if path is None:
         return document_samples(config, model, directory, dataset)
-    inputs = {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
     generator = np.random.default_rng(config.seed)
     files = sample_files(path)
     files = [files[place] for place in generator.permutation(len(files))]
     medium = _medium(path, files)
     if medium is None:
-        samples = _of_arrays(config, path, files, inputs, generator)
+        samples = _of_arrays(config, path, files, _inputs(model), generator)
     else:
-        samples = _of_media(config, path, files, medium, directory, inputs)
+        samples = _of_media(config, path, files, medium, model, directory)
     require_sample_inputs(model, directory, samples.names)
     return samples
 
@@ -81,20 +88,35 @@ def _of_media(
     path: Path,
     files: Sequence[Path],
     medium: Medium,
+    model: ir.Model,
     directory: ModelDirectory,
-    inputs: Mapping[str, ir.Value],
 ) -> Samples:
     counts = count_samples(len(files), config.calib_size, f"--samples {path}")
     processor = find_processor(directory, medium, config.model_name, trust_remote_code=config.trust_remote_code)
-    made = _within_memory(read_media(files[: counts.total], processor, directory, inputs))
-    return split_samples(made, counts, source=f"{medium} in {path.name}", tokenizer=processor.title)
+    used, encoder = files[: counts.total], find_encoder(model, directory)
+    if encoder is None:
+        made = read_media(used, processor, directory, _inputs(model))
+    else:
+        features = read_media(used, processor, encoder.directory, encoder.inputs)
+        made = encoded_samples(used, features, encoder, config, model, directory)
+    return split_samples(
+        _within_memory(made),
+        counts,
+        source=f"{medium} in {path.name}",
+        tokenizer=processor.title,
+        encoder="" if encoder is None else encoder_fingerprint(encoder),
+    )
+
+
+def _inputs(model: ir.Model) -> dict[str, ir.Value]:
+    return {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
 
 
 def _within_memory(samples: Iterator[Sample]) -> Iterator[Sample]:
     """Yield the samples while they fit the memory, where all of a run lie."""
     room = psutil.virtual_memory().available * PART_OF_FREE_MEMORY
     for number, sample in enumerate(samples, start=1):
-        room -= sum(array.nbytes for array in sample.values())
+        room -= sum(array.nbytes for array in held_arrays(sample).values())
         if room < 0:
             raise UserError(f"--samples: {number} samples don't fit the free memory; lower --calib_size.")
         yield sample

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,34 @@ _LEAST = 3
 """One to calibrate on, one held out, one for the evaluation."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ComputedSample(Mapping[str, np.ndarray]):
+    """A sample that is computed whenever it is asked for, from what lies in memory."""
+
+    own: Sample
+    """What it is made of."""
+    known: Sample
+    """A part of it that lies in memory."""
+    computed: tuple[str, ...]
+    """Names of the other part."""
+    compute: Callable[[Sample], Sample]
+    """Makes that of ``own``."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.known[name] if name in self.known else self.compute(self.own)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self.known, *self.computed)
+
+    def __len__(self) -> int:
+        return len(self.known) + len(self.computed)
+
+
+def held_arrays(sample: Sample) -> Sample:
+    """Return what of a sample lies in memory and tells it from others: all of it, or what it is made of."""
+    return sample.own if isinstance(sample, ComputedSample) else sample
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """Samples in the order of a seed; those of one part are in no other."""
@@ -34,6 +62,8 @@ class Samples:
     """Their origin in words, for tables."""
     tokenizer: str
     """What made arrays of them, in words: a tokenizer or a processor."""
+    encoder: str = ""
+    """Digest of the model that computes a part of them; empty where none does."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,7 +77,8 @@ class Samples:
     @property
     def fingerprint(self) -> str:
         """Return the sha256 hex over the samples of calibration and search, and the split."""
-        return hashlib.sha256(repr((len(self.held_out), self.digests)).encode()).hexdigest()
+        made_by = (self.encoder,) if self.encoder else ()
+        return hashlib.sha256(repr((len(self.held_out), self.digests, *made_by)).encode()).hexdigest()
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -61,9 +92,9 @@ class Samples:
 
 
 def sample_digest(sample: Sample) -> str:
-    """Return the sha256 hex of a sample's names, types, shapes and numbers."""
+    """Return the sha256 hex of the names, types, shapes and numbers of what a sample is made of."""
     digest = hashlib.sha256()
-    for name, array in sorted(sample.items()):
+    for name, array in sorted(held_arrays(sample).items()):
         digest.update(repr((name, array.dtype.str, array.shape)).encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
@@ -110,7 +141,9 @@ def count_samples(available: int, wanted: int | None, source: str) -> SampleCoun
     return SampleCounts(calibration=used - held_out, held_out=held_out, unseen=unseen)
 
 
-def split_samples(found: Iterable[Sample], counts: SampleCounts, *, source: str, tokenizer: str) -> Samples:
+def split_samples(
+    found: Iterable[Sample], counts: SampleCounts, *, source: str, tokenizer: str, encoder: str = ""
+) -> Samples:
     """Return ``found`` in parts, those to calibrate on first, those for the evaluation last.
 
     Args:
@@ -118,6 +151,7 @@ def split_samples(found: Iterable[Sample], counts: SampleCounts, *, source: str,
         counts: how many each part has.
         source: their origin in words.
         tokenizer: what made arrays of them.
+        encoder: digest of the model that computes a part of them.
 
     Raises:
         UserError: a sample holds other inputs than the first.
@@ -136,4 +170,5 @@ def split_samples(found: Iterable[Sample], counts: SampleCounts, *, source: str,
         unseen=samples[seen:],
         source=source,
         tokenizer=tokenizer,
+        encoder=encoder,
     )

@@ -27,6 +27,7 @@ from stages.quantization.checkpoints.packed_weights import (
 
 _Unpack = Callable[[Mapping[str, Tensor]], PackedWeight]
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_EXPERT = re.compile(r"\bexperts\.(?:[A-Za-z_]+\.)*(\d+)(?:\.|$)")
 _PARTS = (
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight"),
@@ -36,6 +37,8 @@ _COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-prec
 _SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
 """Where older tools wrote what stands in config.json today."""
 _SAMPLE = 4096
+Place = tuple[int | None, int | None]
+"""A decoder layer, None outside all, and an expert of it, None outside of experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +64,14 @@ class QuantizedCheckpoint:
     files: Mapping[str, Path]
     """Where each tensor lies."""
 
-    def modules_of(self, layer: int | None) -> tuple[str, ...]:
-        """Return the quantized layers of a decoder layer; those outside all for None."""
-        return tuple(module for module in self.modules if layer_number(module) == layer)
+    def modules_of(self, place: Place) -> tuple[str, ...]:
+        """Return the quantized layers that lie at a place; of an expert all of its layer where none has a number."""
+        layer, expert = place
+        inside = [module for module in self.modules if layer_number(module) == layer]
+        experts = {module: number for module in inside if (number := expert_number(module)) is not None}
+        if expert is not None and not experts:
+            return tuple(inside)
+        return tuple(module for module in inside if experts.get(module) == expert)
 
     def read(self, module: str) -> LayerWeight:
         """Load the layer ``module``.
@@ -131,6 +139,12 @@ class QuantizedCheckpoint:
 def layer_number(name: str) -> int | None:
     """Return the first number that is a whole part of ``name``: model.layers.3.mlp.experts.5.up_proj lies in 3."""
     found = _LAYER.search(name)
+    return None if found is None else int(found[1])
+
+
+def expert_number(name: str) -> int | None:
+    """Return the number of the expert that ``name`` lies in, 5 of layers.3.mlp.experts.5.w1; None for other names."""
+    found = _EXPERT.search(name)
     return None if found is None else int(found[1])
 
 

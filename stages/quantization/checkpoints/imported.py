@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.quantization.checkpoints.checkpoint import LayerWeight, QuantizedCheckpoint
+from stages.quantization.checkpoints.checkpoint import LayerWeight, Place, QuantizedCheckpoint
 from stages.quantization.checkpoints.matching import Piece, find_pieces
 from stages.quantization.checkpoints.scales_within import (
     WeightPair,
@@ -25,7 +25,7 @@ from stages.quantization.checkpoints.scales_within import (
 from stages.records.formats import Granularity, PerBlock, QuantSpec, torch_float
 from stages.records.quantities import counted
 from stages.records.results import QuantizedWeight, SiteReport, SolvedGroup
-from stages.records.sites import Absorber, ActivationGroup, FloatName, MatMulSite, NormAbsorber, layer_of
+from stages.records.sites import Absorber, ActivationGroup, FloatName, MatMulSite, NormAbsorber, expert_of, layer_of
 
 _LOGGER = logging.getLogger(__name__)
 _LARGEST_ERROR = 0.35
@@ -58,7 +58,8 @@ class ImportedSite:
     """Where a site's codes lie in the checkpoint, and what they are."""
 
     spec: QuantSpec
-    pieces: tuple[Piece, ...]
+    turns: tuple[tuple[Piece, ...], ...]
+    """Rows one after the other; two where they take turns, as gate and up in an expert's first matrix may."""
     error: float
     """Relative, of the weight that the codes stand for."""
     is_exact: bool
@@ -89,20 +90,21 @@ class ImportedWeights:
 
     def _read(self, site: MatMulSite) -> QuantizedWeight:
         found = self.sites[site.name]
-        spec, parts = found.spec, [_cut(self.checkpoint.read(piece.module), piece) for piece in found.pieces]
-        codes = torch.cat([part.packed.codes for part in parts])
+        spec = found.spec
+        turns = [[_cut(self.checkpoint.read(piece.module), piece) for piece in pieces] for pieces in found.turns]
+
+        def rows(read: Callable[[LayerWeight], Tensor]) -> Tensor:
+            return _in_turn([torch.cat([read(part) for part in parts]) for parts in turns])
+
+        codes = rows(lambda part: part.packed.codes)
         if spec.symmetric:
-            codes = torch.cat([part.packed.codes.to(torch.int16) - _centre(part) for part in parts]).to(torch.int8)
+            codes = rows(lambda part: part.packed.codes.to(torch.int16) - _centre(part)).to(torch.int8)
         return QuantizedWeight(
             site=site,
             spec=spec,
             codes=codes,
-            scales=torch.cat([_spread(part, part.packed.scales, spec) for part in parts]).to(
-                torch_float(spec.scale_dtype)
-            ),
-            zero_points=None
-            if spec.symmetric
-            else torch.cat([_spread(part, part.packed.zero_points, spec) for part in parts]),
+            scales=rows(lambda part: _spread(part, part.packed.scales, spec)).to(torch_float(spec.scale_dtype)),
+            zero_points=None if spec.symmetric else rows(lambda part: _spread(part, part.packed.zero_points, spec)),
             input_scale=found.input_scale,
         )
 
@@ -154,45 +156,48 @@ class _Finder:
     graph: GraphWeights
     wanted: WantedFormats
     sites: dict[str, ImportedSite] = field(default_factory=dict)
-    unfound: set[tuple[int | None, int]] = field(default_factory=set)
-    """(layer, K) of sites that the checkpoint has nothing for."""
+    unfound: set[tuple[Place, int]] = field(default_factory=set)
+    """(place, K) of sites that the checkpoint has nothing for."""
     shapes: dict[str, int] = field(default_factory=dict)
     """K of every layer of the checkpoint that was read."""
     scaled_inputs: set[str] = field(default_factory=set)
     """Activations without a norm whose sites' columns were multiplied."""
     scaled_rows: set[str] = field(default_factory=set)
     """Sites whose rows were multiplied."""
-    _layer: int | None = -1
+    _place: Place = (-1, None)
     _modules: dict[str, LayerWeight] = field(default_factory=dict)
 
     def find(self, group: ActivationGroup) -> None:
         """Find the sites of ``group`` and what scales them."""
-        self._open(layer_of(group.sites[0].name))
+        expert = expert_of(group.sites[0].name)
+        self._open((layer_of(group.sites[0].name), None if expert is None else expert[1]))
         fitting = {name: each for name, each in self._modules.items() if each.packed.shape[1] == group.in_features}
         floats = {name: each.packed.floats(each.block_size) for name, each in fitting.items()}
-        found = dict[str, tuple[Piece, ...]]()
+        found = dict[str, tuple[tuple[Piece, ...], ...]]()
         pairs = dict[str, WeightPair]()
         for site in group.sites:
             weight = self.graph.matrix(site)
-            pieces = find_pieces(weight, floats)
-            if pieces is None:
-                self.unfound.add((self._layer, group.in_features))
+            turns = _find_turns(site, weight, floats)
+            if not turns:
+                self.unfound.add((self._place, group.in_features))
                 continue
-            found[site.name] = pieces
-            stored = torch.cat([floats[piece.module][piece.first : piece.last] for piece in pieces])
+            found[site.name] = turns
+            stored = _in_turn(
+                [torch.cat([floats[piece.module][piece.first : piece.last] for piece in pieces]) for pieces in turns]
+            )
             pairs[site.name] = WeightPair(base=weight, stored=stored)
         if not pairs:
             return
         columns = self._columns(group, list(pairs.values()))
         for name, pair in pairs.items():
             error = self._checked_error(name, pair, columns)
-            parts = [_cut(self._modules[piece.module], piece) for piece in found[name]]
+            parts = [_cut(self._modules[piece.module], piece) for pieces in found[name] for piece in pieces]
             site = next(each for each in group.sites if each.name == name)
             spec, is_exact = self._spec(site, parts)
             is_scaled = isinstance(group.absorber, NormAbsorber) and bool((columns != 1).any())
             self.sites[name] = ImportedSite(
                 spec=spec,
-                pieces=found[name],
+                turns=found[name],
                 error=error,
                 is_exact=is_exact,
                 input_scale=columns if is_scaled else None,
@@ -218,14 +223,14 @@ class _Finder:
 
     def require_used(self) -> None:
         """Raise UserError where the checkpoint has a layer that fits no weight although one is missing."""
-        used = {piece.module for site in self.sites.values() for piece in site.pieces}
+        used = {piece.module for site in self.sites.values() for pieces in site.turns for piece in pieces}
         unused = [module for module in self.checkpoint.modules if module not in used]
         if not self.sites:
             raise self._other_model(unused[0])
         for module in unused:
             if module in self.shapes and any(
-                self.shapes[module] == width and module in self.checkpoint.modules_of(layer)
-                for layer, width in self.unfound
+                self.shapes[module] == width and module in self.checkpoint.modules_of(place)
+                for place, width in self.unfound
             ):
                 raise self._other_model(module)
         if unused:
@@ -235,11 +240,11 @@ class _Finder:
                 ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else ""),
             )
 
-    def _open(self, layer: int | None) -> None:
-        if layer == self._layer:
+    def _open(self, place: Place) -> None:
+        if place == self._place:
             return
-        self._layer = layer
-        self._modules = {module: self.checkpoint.read(module) for module in self.checkpoint.modules_of(layer)}
+        self._place = place
+        self._modules = {module: self.checkpoint.read(module) for module in self.checkpoint.modules_of(place)}
         self.shapes |= {module: each.packed.shape[1] for module, each in self._modules.items()}
 
     def _columns(self, group: ActivationGroup, pairs: Sequence[WeightPair]) -> Tensor:
@@ -248,7 +253,7 @@ class _Finder:
         columns = column_scales(pairs, by_direction=has_norm)
         if isinstance(group.absorber, NormAbsorber):
             gain = self.graph.vector(group.absorber.parameters[0])
-            exact = scale_of_norm(gain, self.checkpoint.vectors(self._layer, group.in_features), columns)
+            exact = scale_of_norm(gain, self.checkpoint.vectors(self._place[0], group.in_features), columns)
             if exact is not None:
                 return exact
             if differ(columns):
@@ -308,6 +313,22 @@ class _Finder:
             f"--checkpoint {self.checkpoint.folder} is not of the base's model: '{module}' is near none of the base's "
             "weights; pass the base that was built from the same model."
         )
+
+
+def _find_turns(site: MatMulSite, weight: Tensor, modules: Mapping[str, Tensor]) -> tuple[tuple[Piece, ...], ...]:
+    """Return the pieces of ``weight`` [N, K], or of its even and odd rows; none where there are none."""
+    whole = find_pieces(weight, modules)
+    if whole is not None:
+        return (whole,)
+    if site.expert is None or site.expert.projection == "fc2":
+        return ()
+    turns = [find_pieces(weight[row::2], modules) for row in range(2)]
+    return tuple(pieces for pieces in turns if pieces is not None) if None not in turns else ()
+
+
+def _in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of [N, columns] each, in turn."""
+    return torch.stack(list(parts), dim=1).flatten(0, 1)
 
 
 def split_groups(groups: Sequence[ActivationGroup], imported: ImportedWeights) -> Iterator[ActivationGroup]:

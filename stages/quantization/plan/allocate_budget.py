@@ -15,19 +15,17 @@ from stages.calibration.expert_statistics import ExpertStatistics
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_expert_layers, find_groups
+from stages.model.unquantized import find_unquantized
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_experts, chosen_plan
-from stages.quantization.plan.embeddings import following_heads
-from stages.quantization.plan.forecast import Forecasts, forecast_expert, forecast_site, read_forecasts, write_forecasts
+from stages.quantization.plan.embeddings import TableCandidates, following_heads, with_tables
+from stages.quantization.plan.forecast import Forecasts, GroupForecast, read_forecasts, write_forecasts
 from stages.quantization.plan.lookups import LookupForecast
 from stages.quantization.plan.plan import ModelPlan, OpenPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
-from stages.quantization.plan.rules import QuantPlan
 from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
-from stages.quantization.search.affine import RangeRule
 from stages.quantization.search.objective import search_to_device
-from stages.records.formats import QuantSpec
-from stages.records.results import SearchStats
+from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
 
 
@@ -72,7 +70,7 @@ def allocate_budget(
             cache=cache,
             device=device,
             rough_format=_rough_format(undecided.candidates),
-            rule=undecided.scale_range,
+            rule=undecided.search.rule,
         )
         factors = measure.measure(_open_groups(groups, undecided.candidates))
         losses = {
@@ -83,11 +81,20 @@ def allocate_budget(
     losses = _with_lookups(losses, plan, undecided, model, directory, cache, in_nats=in_nats)
     allocation = best_allocation(undecided.candidates, undecided.budget, losses)
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
-    decided = _decided(plan, undecided, groups, labels)
-    summary = _summary(undecided, decided.sites, allocation.loss, in_nats=in_nats)
+    decided = _decided(plan, undecided, model, groups, labels)
+    summary = _summary(undecided, decided, allocation.loss, in_nats=in_nats)
     candidates = {each.name: each for each in undecided.candidates}
     lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
-    return BudgetResult(plan=decided, file_text=plan_text(lines, [summary]), summary=summary)
+    notes = [summary, *(_about_table(each, labels[each.name], losses[each.name]) for each in undecided.tables)]
+    return BudgetResult(plan=decided, file_text=plan_text(lines, notes), summary=summary)
+
+
+def _about_table(candidates: TableCandidates, label: str, losses: Mapping[str, float]) -> str:
+    """Return a comment of the plan file, which can't choose a table's format itself."""
+    plan = candidates.formats[label]
+    options = "--embedding none" if plan is None else f"--embedding {plan.bits} --gather_block_size {plan.block_size}"
+    others = ", ".join(f"{each} {losses.get(each, 0.0):.2g}" for each in candidates.formats)
+    return f"{candidates.name}: {label} ({others}); with this file it takes {options}"
 
 
 def _with_lookups(
@@ -100,21 +107,30 @@ def _with_lookups(
     *,
     in_nats: bool,
 ) -> Forecasts:
-    """Add what the lookups lose to the losses of an lm_head whose table they read; forecasts are kept as others are."""
-    rule, specs = undecided.scale_range, _specs(undecided.candidates)
-    known = read_forecasts(cache.folder, rule)
+    """Add what lookups lose: of a table of its own, or to the losses of an lm_head whose table they read.
+
+    Forecasts are kept as others are.
+    """
+    search, specs = undecided.search, _specs(undecided.candidates)
+    known = read_forecasts(cache.folder, search)
     added = dict(losses)
-    for table in plan.embeddings:
-        head = table.shared_with
-        if head is None or len(specs[head]) < 2:
-            continue
-        kept = f"lookups of {table.table.weight} in {'nats' if in_nats else 'relative errors'}"
-        if not set(specs[head]) <= set(known.get(kept, {})):
-            forecast = LookupForecast(model=model, directory=directory, windows=cache.read_tokens()[0], rule=rule)
-            known[kept] = forecast.losses(table.table, specs[head], in_nats=in_nats)
-            write_forecasts(cache.folder, rule, known)
-        added[head] = {label: loss + known[kept][label] for label, loss in losses[head].items()}
-    return added
+
+    def lookups(table: EmbeddingTable, formats: Mapping[str, QuantSpec]) -> dict[str, float]:
+        kept = f"lookups of {table.weight} in {'nats' if in_nats else 'relative errors'}"
+        if not set(formats) <= set(known.get(kept, {})):
+            forecast = LookupForecast(
+                model=model, directory=directory, windows=cache.read_tokens()[0], rule=search.rule
+            )
+            known[kept] = known.get(kept, {}) | forecast.losses(table, formats, in_nats=in_nats)
+            write_forecasts(cache.folder, search, known)
+        return known[kept]
+
+    for plan_of_table in plan.embeddings:
+        head = plan_of_table.shared_with
+        if head is not None and len(specs[head]) > 1:
+            lost = lookups(plan_of_table.table, specs[head])
+            added[head] = {label: loss + lost[label] for label, loss in losses[head].items()}
+    return added | {each.name: lookups(each.table, each.specs) for each in undecided.tables}
 
 
 def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:
@@ -124,7 +140,7 @@ def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:
         undecided: the formats that each site may have.
         cache: where forecasts are kept.
     """
-    return bool(_unforecast(undecided.candidates, read_forecasts(cache.folder, undecided.scale_range)))
+    return bool(_unforecast(undecided.candidates, read_forecasts(cache.folder, undecided.search)))
 
 
 def unmeasured_groups(
@@ -148,34 +164,32 @@ def _forecast(
     device: torch.device,
 ) -> Forecasts:
     """Return the forecasts of all candidates, and keep those that are new in the cache's folder."""
-    rule, experts = undecided.scale_range, ExpertStatistics(model, find_expert_layers(model), cache, device)
-    known = read_forecasts(cache.folder, rule)
+    search, experts = undecided.search, ExpertStatistics(model, find_expert_layers(model), cache, device)
+    known = read_forecasts(cache.folder, search)
     missing = {site.name: each for each in _unforecast(undecided.candidates, known) for site in each.sites}
     found: Forecasts = {}
     lacking = [group for group in groups if any(site.name in missing for site in group.sites)]
     with progress_bar() as progress:
         for group in progress.track(lacking, description="forecast", unit="groups"):
             read = experts.read if experts.has(group.activation) else cache.read_for_search
-            stats = search_to_device(read(group.activation), device)
+            forecast = GroupForecast.of(search_to_device(read(group.activation), device), search)
             for site in group.sites:
                 if (each := missing.get(site.name)) is not None:
-                    losses = _losses(each, site, read_weight(model, site, device), stats, rule)
+                    losses = _losses(each, site, read_weight(model, site, device), forecast)
                     before = found.get(each.name, {})
                     found[each.name] = {label: before.get(label, 0.0) + loss for label, loss in losses.items()}
     if lacking:
         known |= {name: known.get(name, {}) | losses for name, losses in found.items()}
-        write_forecasts(cache.folder, rule, known)
+        write_forecasts(cache.folder, search, known)
     return {each.name: known.get(each.name, {}) for each in undecided.candidates}
 
 
-def _losses(
-    candidates: SiteCandidates, site: MatMulSite, weight: Tensor, stats: SearchStats, rule: RangeRule
-) -> dict[str, float]:
+def _losses(candidates: SiteCandidates, site: MatMulSite, weight: Tensor, forecast: GroupForecast) -> dict[str, float]:
     """Return what each format costs one of the candidates' sites; experts' relative errors become their mean."""
     if site.expert is None:
-        return forecast_site(site, weight, candidates.specs, stats, rule)
-    losses = forecast_expert(site, weight, candidates.specs, stats, rule)
-    experts = 1 if stats.channel_weights else len(candidates.sites) / len(PROJECTIONS)
+        return forecast.of_site(site, weight, candidates.specs)
+    losses = forecast.of_expert(site, weight, candidates.specs)
+    experts = 1 if forecast.stats.channel_weights else len(candidates.sites) / len(PROJECTIONS)
     return {label: loss / experts for label, loss in losses.items()}
 
 
@@ -208,21 +222,28 @@ def _rough_format(candidates: Sequence[SiteCandidates]) -> Callable[[MatMulSite]
 
 
 def _decided(
-    plan: ModelPlan, undecided: OpenPlan, groups: Sequence[ActivationGroup], labels: Mapping[str, str]
+    plan: ModelPlan,
+    undecided: OpenPlan,
+    model: ir.Model,
+    groups: Sequence[ActivationGroup],
+    labels: Mapping[str, str],
 ) -> ModelPlan:
     sites = chosen_plan(groups, undecided.candidates, labels, f"{undecided.option} spends its bytes elsewhere")
     experts = chosen_experts(plan.experts, undecided.candidates, labels)
     no_sites = tuple(entry for entry in plan.sites.skipped if entry[0] not in labels)
+    embeddings = with_tables(following_heads(plan.embeddings, sites.specs), undecided.tables, labels)
+    quantized = {each.table.weight for each in embeddings} | experts.tables
     return replace(
         plan,
         sites=experts.joined(replace(sites, skipped=(*sites.skipped, *no_sites))),
-        embeddings=following_heads(plan.embeddings, sites.specs),
+        embeddings=embeddings,
+        unquantized=find_unquantized(model, quantized, experts.stay),
         experts=experts,
         left_open=None,
     )
 
 
-def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: bool) -> str:
+def _summary(undecided: OpenPlan, decided: ModelPlan, loss: float, *, in_nats: bool) -> str:
     """Return one line about what a budget gave.
 
     Args:
@@ -232,10 +253,12 @@ def _summary(undecided: OpenPlan, decided: QuantPlan, loss: float, *, in_nats: b
         in_nats: their unit; else they are relative errors.
     """
     sites = [site for each in undecided.candidates for site in each.sites]
-    total = undecided.size.total_bytes(sites, decided.specs)
+    size = replace(undecided.size, embeddings=decided.embeddings)
+    total = size.total_bytes(sites, decided.sites.specs)
     expected = f"expected KL {loss:.2g} nats a token" if in_nats else f"relative errors of {loss:.4g} in sum"
+    bits = size.bits_per_weight(decided.sites)
     return (
-        f"{undecided.option}: {decided.bits_per_weight:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
+        f"{undecided.option}: {bits:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
         f"{expected} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
     )
 

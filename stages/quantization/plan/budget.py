@@ -9,7 +9,9 @@ from typing import Literal
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
-from stages.quantization.plan.experts import ExpertPlan, fitting, node_name, stored_bytes
+from stages.quantization.plan.embeddings import TableCandidates
+from stages.quantization.plan.experts import ExpertPlan, fitting, node_name
+from stages.quantization.plan.output_size import table_bytes
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import NamedSites, QuantPlan, all_sites, named_sites, plan_of
 from stages.quantization.targets.formats import ExpertFormat, FormatChoice, OpenFormats
@@ -58,9 +60,13 @@ CandidateCost = Callable[[SiteCandidates, str], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitsBudget:
-    """``--target_bpw``: bits of codes, scales and zero points, a weight of the sites that are quantized."""
+    """``--target_bpw``: bits of codes, scales and zero points, a weight of the sites that are quantized.
+
+    ``cost`` counts the bytes of these; nothing for what stays.
+    """
 
     bits_per_weight: float
+    cost: CandidateCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +77,10 @@ class SizeBudget:
     """As a person wrote it."""
     num_bytes: int
     fixed_bytes: int
-    """Everything but what ``cost`` counts."""
+    """Everything but what ``cost`` and the tables count."""
     cost: CandidateCost
+    tables: tuple[TableCandidates, ...] = ()
+    """Embeddings whose formats it chooses too."""
 
 
 Budget = BitsBudget | SizeBudget
@@ -223,11 +231,13 @@ def check_budget(candidates: Sequence[SiteCandidates], budget: Budget) -> Budget
                 f"{reachable.largest:.4g} bits a weight."
             )
         case SizeBudget(typed=typed, num_bytes=size) if size < reachable.smallest:
+            smaller = "--lm_head 4 makes the head smaller"
+            if not budget.tables:
+                smaller = "--embedding 4 makes embeddings smaller, --lm_head 4 the head"
             unit = "." if typed[-1].isalpha() else f"; a number without a unit counts bytes, did you mean {typed}MB?"
             raise OptionError(
                 f"--target_size {typed} can't be reached: this model can have from "
-                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB (--embedding 4 makes "
-                f"embeddings smaller, --lm_head 4 the head){unit}"
+                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB ({smaller}){unit}"
             )
     return reachable
 
@@ -243,17 +253,6 @@ def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses
         if smallest_cost(costs) <= case.num_bytes:
             found.append(allocate(costs, case.num_bytes))
     return min(found, key=lambda allocation: allocation.loss)
-
-
-def candidate_bytes(candidates: SiteCandidates, label: str) -> int:
-    """Return the bytes of the site's codes, scales and zero points; 0 where it stays as it is."""
-    spec = candidates.formats[label]
-    count = QuantSpec.format_bytes if candidates.site.expert is None else _expert_bytes
-    return 0 if spec is None else sum(count(spec, site.out_features, site.in_features) for site in candidates.sites)
-
-
-def _expert_bytes(spec: QuantSpec, out_features: int, in_features: int) -> int:
-    return stored_bytes(out_features, in_features, spec)
 
 
 def _candidates_of(
@@ -294,6 +293,7 @@ class _Case:
     candidates: tuple[SiteCandidates, ...]
     cost: CandidateCost
     num_bytes: int
+    tables: tuple[TableCandidates, ...] = ()
 
 
 def _cases(candidates: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
@@ -302,12 +302,13 @@ def _cases(candidates: Sequence[SiteCandidates], budget: Budget) -> list[_Case]:
     A site that stays counts for no bits a weight: with it and without it are two problems, each with its bytes.
     """
     if isinstance(budget, SizeBudget):
-        return [_Case(candidates=tuple(candidates), cost=budget.cost, num_bytes=budget.num_bytes - budget.fixed_bytes)]
+        left = budget.num_bytes - budget.fixed_bytes
+        return [_Case(candidates=tuple(candidates), cost=budget.cost, num_bytes=left, tables=budget.tables)]
     quantized = tuple(replace(each, formats=each.specs) if each.may_stay else each for each in candidates)
     kept = tuple(replace(each, formats={KEEP: None}) if each.may_stay else each for each in candidates)
     variants = [quantized] if kept == quantized else [quantized, kept]
     return [
-        _Case(candidates=variant, cost=candidate_bytes, num_bytes=int(budget.bits_per_weight * weights / 8))
+        _Case(candidates=variant, cost=budget.cost, num_bytes=int(budget.bits_per_weight * weights / 8))
         for variant in variants
         if (weights := _num_weights(variant))
     ]
@@ -321,7 +322,18 @@ def _num_weights(candidates: Sequence[SiteCandidates]) -> int:
 
 
 def _costs_and_losses(case: _Case, losses: Losses) -> dict[str, list[Candidate]]:
-    return {
+    tables = {
+        each.name: [
+            Candidate(
+                key=label,
+                cost=table_bytes(each.table, plan),
+                loss=0.0 if plan is None else losses[each.name][label],
+            )
+            for label, plan in each.formats.items()
+        ]
+        for each in case.tables
+    }
+    return tables | {
         each.name: [
             Candidate(
                 key=label,
@@ -337,11 +349,13 @@ def _costs_and_losses(case: _Case, losses: Losses) -> dict[str, list[Candidate]]
 def _budget_range(candidates: Sequence[SiteCandidates], budget: Budget) -> BudgetRange:
     if isinstance(budget, SizeBudget):
         low, high = _cost_range(candidates, budget.cost)
+        tables = [[table_bytes(each.table, plan) for plan in each.formats.values()] for each in budget.tables]
         fixed = budget.fixed_bytes
-        return BudgetRange(smallest=float(fixed + low), largest=float(fixed + high), unit="bytes")
+        low, high = fixed + low + sum(map(min, tables)), fixed + high + sum(map(max, tables))
+        return BudgetRange(smallest=float(low), largest=float(high), unit="bytes")
     ends: list[float] = []
     for case in _cases(candidates, budget):
-        ends += [8 * total / _num_weights(case.candidates) for total in _cost_range(case.candidates, candidate_bytes)]
+        ends += [8 * total / _num_weights(case.candidates) for total in _cost_range(case.candidates, budget.cost)]
     return BudgetRange(smallest=min(ends), largest=max(ends), unit="bits a weight")
 
 

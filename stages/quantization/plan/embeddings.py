@@ -16,6 +16,7 @@ import onnx_ir as ir
 from stages.commands.quantize_options import ShareEmbedding
 from stages.errors import OptionError
 from stages.model.weights import find_tied_site
+from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.targets.formats import Explanation, OpenFormats
 from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, QuantSpec, WeightForm
 from stages.records.sites import BlockAxis, GatherForm, MatMulSite
@@ -58,6 +59,55 @@ def plan_embeddings(tables: Sequence[EmbeddingTable], wanted: TableFormat) -> tu
         )
         for table in tables
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableCandidates:
+    """How a budget may store a table that is no weight of a MatMul, by label; None: it stays as it is."""
+
+    table: EmbeddingTable
+    formats: Mapping[str, EmbeddingPlan | None]
+
+    @property
+    def name(self) -> str:
+        """Return what losses and choices are kept under."""
+        return f"embedding {self.table.weight}"
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """Return the formats without keep."""
+        return {label: plan.spec for label, plan in self.formats.items() if plan is not None}
+
+
+def open_tables(
+    usual: Sequence[EmbeddingPlan], four_bit: Sequence[EmbeddingPlan], sites: Sequence[MatMulSite]
+) -> tuple[TableCandidates, ...]:
+    """Return what a budget may choose from for each table that neither shares nor is the weight of a MatMul.
+
+    Args:
+        usual: what the tables get without a budget.
+        four_bit: the same in INT4.
+        sites: all of the model.
+    """
+    weights = {site.weight for site in sites}
+    by_table = {plan.table.weight: plan for plan in four_bit}
+    return tuple(
+        TableCandidates(
+            table=plan.table,
+            formats={each.spec.label: each for each in (by_table[plan.table.weight], plan)} | {KEEP: None},
+        )
+        for plan in usual
+        if plan.shared_with is None and plan.table.weight not in weights
+    )
+
+
+def with_tables(
+    plans: Sequence[EmbeddingPlan], tables: Sequence[TableCandidates], labels: Mapping[str, str]
+) -> tuple[EmbeddingPlan, ...]:
+    """Return ``plans`` in which the tables that were open have the formats of ``labels``, without those that stay."""
+    chosen = {each.table.weight: each.formats[labels[each.name]] for each in tables}
+    found = (chosen.get(plan.table.weight, plan) for plan in plans)
+    return tuple(plan for plan in found if plan is not None)
 
 
 def require_tables(tables: Sequence[EmbeddingTable]) -> None:

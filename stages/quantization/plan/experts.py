@@ -9,8 +9,9 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from stages.errors import OptionError
+from stages.errors import OptionError, UserError
 from stages.model.sites import why_no_sites
+from stages.quantization.checkpoints.imported import ImportedWeights
 from stages.quantization.plan.rules import NamedSites, QuantPlan
 from stages.quantization.targets.formats import ExpertFormat, FormatChoice
 from stages.records.experts import ExpertLayer
@@ -50,6 +51,7 @@ def plan_experts(
     choice: FormatChoice,
     named: NamedSites,
     given: Mapping[str, QuantSpec | None] = _NOTHING_GIVEN,
+    kept_because: str = "--plan: keep",
 ) -> ExpertPlan:
     """Decide about the experts of every MoE node.
 
@@ -58,7 +60,8 @@ def plan_experts(
         layers: the nodes whose experts can be sites.
         choice: the formats, and whether the target runs QMoE.
         named: what a person's options say about sites.
-        given: formats by ``node_name`` that a plan file decides about; None: they stay.
+        given: formats by ``node_name`` that a plan file or checkpoint decides about; None: they stay.
+        kept_because: why those stay.
 
     Raises:
         OptionError: a given format's blocks don't fit the experts.
@@ -77,7 +80,7 @@ def plan_experts(
         reason = excluded or (choice.experts_stay if choice.experts is None else _cannot_run(layer, choice.experts))
         name = node_name(layer.sites[0])
         if name in given and given[name] is None:
-            reason = reason or "--plan: keep"
+            reason = reason or kept_because
         eight = any(site.name in named.eight_bit for site in layer.sites)
         spec = None
         if choice.experts is not None and not reason:
@@ -90,6 +93,65 @@ def plan_experts(
         groups += layer.groups
         specs |= dict.fromkeys((site.name for site in layer.sites), spec)
     return ExpertPlan(groups=tuple(groups), specs=specs, stay=stay)
+
+
+def runs_experts(layer: ExpertLayer, choice: FormatChoice) -> bool:
+    """Return whether the target runs a node's experts as QMoE."""
+    return choice.experts is not None and not _cannot_run(layer, choice.experts)
+
+
+def import_experts(
+    imported: ImportedWeights, layers: Sequence[ExpertLayer], experts: ExpertFormat
+) -> tuple[ImportedWeights, dict[str, QuantSpec]]:
+    """Give all experts of a node the one format that holds each of them exactly; return it by ``node_name``.
+
+    Args:
+        imported: of each expert's matrices, what the checkpoint has.
+        layers: the nodes.
+        experts: how the runtime's QMoE takes experts.
+
+    Raises:
+        UserError: a checkpoint has only some experts of a node, or in a form that QMoE doesn't take.
+    """
+    sites, formats = dict(imported.sites), dict[str, QuantSpec]()
+    for layer in layers:
+        found = [sites[site.name] for site in layer.sites if site.name in sites]
+        if not found:
+            continue
+        name = node_name(layer.sites[0])
+        where = f"--checkpoint {imported.checkpoint.folder}: '{name}'"
+        if len(found) < len(layer.sites):
+            raise UserError(
+                f"{where} has codes for {len(found)} of {len(layer.sites)} matrices, and QMoE needs all; pass a "
+                "checkpoint with all experts quantized."
+            )
+        formats[name] = _common_spec(where, layer, [each.spec for each in found], experts)
+        sites |= {site.name: replace(sites[site.name], spec=formats[name]) for site in layer.sites}
+    return replace(imported, sites=sites), formats
+
+
+def _common_spec(where: str, layer: ExpertLayer, specs: Sequence[QuantSpec], experts: ExpertFormat) -> QuantSpec:
+    symmetric = all(spec.symmetric for spec in specs)
+    if not symmetric and not experts.zero_points:
+        raise UserError(f"{where} has zero points, and {experts.whose} QMoE takes none; pass a symmetric checkpoint.")
+    blocks = [spec.granularity.block_size for spec in specs if isinstance(spec.granularity, PerBlock)]
+    wanted: Granularity = PerBlock(block_size=min(blocks)) if blocks else PerChannel()
+    granularity = fitting(wanted, layer.hidden, layer.inner, experts)
+    # Smaller blocks repeat a scale; larger ones, or one a row, can't hold several.
+    if granularity is None or (
+        blocks and not (isinstance(granularity, PerBlock) and granularity.block_size <= min(blocks))
+    ):
+        raise UserError(
+            f"{where} shares scales among {min(blocks, default=layer.hidden)} inputs, and {experts.whose} QMoE takes "
+            f"no such blocks of {layer.hidden} and {layer.inner} inputs; pass a checkpoint of another group size."
+        )
+    types = {spec.scale_dtype for spec in specs}
+    return QuantSpec(
+        bits=8 if any(spec.bits == 8 for spec in specs) else 4,
+        symmetric=symmetric,
+        granularity=granularity,
+        scale_dtype=types.pop() if len(types) == 1 else layer.dtype,
+    )
 
 
 def _given_spec(spec: QuantSpec | None, layer: ExpertLayer, experts: ExpertFormat) -> QuantSpec | None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from stages.model.directory import ModelDirectory
 from stages.model.load import external_tensors
-from stages.quantization.plan.experts import stored_bytes
+from stages.model.sites import find_embeddings, find_expert_layers, find_sites
+from stages.model.weights import find_equal_initializers
+from stages.quantization.plan.experts import stored_bytes as expert_bytes
+from stages.quantization.plan.rules import QuantPlan, all_sites
 from stages.quantization.targets.formats import FormatChoice
-from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes
+from stages.quantization.weights.byte_scales import has_byte_scales, saved_bytes, stored_bytes
 from stages.quantization.weights.rotary import RotaryTables
-from stages.records.formats import EmbeddingPlan, PerBlock, QuantSpec, WeightForm, channel_block_size, torch_float
+from stages.records.formats import (
+    EmbeddingPlan,
+    EmbeddingTable,
+    PerBlock,
+    QuantSpec,
+    WeightForm,
+    channel_block_size,
+    torch_float,
+)
 from stages.records.sites import MatMulSite
 
 _GRAPH_BYTES = 700
@@ -34,6 +45,8 @@ class OutputSize:
     """Tables that nodes compute."""
     byte_scales: bool = False
     """Whether scales are bytes where they may be."""
+    copied_bytes: int = 0
+    """Of initializers that hold the same as others, and are stored once."""
 
     def total_bytes(self, sites: Sequence[MatMulSite], specs: Mapping[str, QuantSpec]) -> int:
         """Return the bytes of the whole model, whose ``sites`` have the formats in ``specs`` or stay as they are."""
@@ -42,18 +55,18 @@ class OutputSize:
     def fixed_bytes(self, sites: Sequence[MatMulSite]) -> int:
         """Return the bytes of everything but what ``site_bytes`` counts for ``sites``."""
         freed = sum(weight_bytes(site) for site in sites if self._frees_its_weight(site))
-        tables = sum(plan.own_bytes + _GRAPH_BYTES for plan in self.embeddings)
+        tables = sum(table_bytes(plan.table, plan) for plan in self.embeddings)
         read_by_sites = {site.weight for site in sites}
-        gone = sum(_table_bytes(plan) for plan in self.embeddings if plan.table.weight not in read_by_sites)
+        gone = sum(table_bytes(plan.table, None) for plan in self.embeddings if plan.table.weight not in read_by_sites)
         computed = sum(pair.saved_bytes for pair in self.rotary)
-        return self.base_bytes - freed + tables - gone - computed
+        return self.base_bytes - freed + tables - gone - computed - self.copied_bytes
 
     def site_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
         """Return the bytes of ``site``: its weight where it stays (None), or codes, scales, zero points and nodes."""
         if spec is None:
             return weight_bytes(site) if self._frees_its_weight(site) else 0
         if site.expert is not None:
-            stored = stored_bytes(site.out_features, site.in_features, spec)
+            stored = expert_bytes(site.out_features, site.in_features, spec)
             return stored if site.expert.index else stored + _GRAPH_BYTES
         # An input scale that can't be folded becomes a vector and a Mul.
         scale = site.in_features * torch_float(site.dtype).itemsize
@@ -61,6 +74,20 @@ class OutputSize:
         form = WeightForm.MATMUL_NBITS if looked_up else self.form
         weight = file_bytes(site, spec, form, byte_scales=self.byte_scales)
         return weight + scale + _GRAPH_BYTES + _NAMES * len(site.name)
+
+    def number_bytes(self, site: MatMulSite, spec: QuantSpec | None) -> int:
+        """Return the bytes of a site's codes, scales and zero points; 0 where it stays as it is."""
+        if spec is None:
+            return 0
+        if site.expert is not None:
+            return expert_bytes(site.out_features, site.in_features, spec)
+        return stored_bytes(site, spec, self.form, byte_scales=self.byte_scales)
+
+    def bits_per_weight(self, plan: QuantPlan) -> float:
+        """Return the bits of codes, scales and zero points, over the weights of the sites to quantize."""
+        sites = all_sites(plan.groups)
+        stored = sum(self.number_bytes(site, plan.specs[site.name]) for site in sites)
+        return 8 * stored / sum(site.in_features * site.out_features for site in sites)
 
     def _frees_its_weight(self, site: MatMulSite) -> bool:
         """Return whether no other site and no lookup that stays needs the weight once the site has its codes."""
@@ -92,7 +119,20 @@ def output_size(
         embeddings=embeddings,
         rotary=rotary,
         byte_scales=choice.scale_type == "bytes",
+        copied_bytes=_copied_bytes(model, {str(table.name) for pair in rotary for table in (pair.cosines, pair.sines)}),
     )
+
+
+def _copied_bytes(model: ir.Model, computed: Collection[str]) -> int:
+    """Return the bytes of what equals another initializer, apart from weights, embeddings and tables that are computed.
+
+    Weights that stay in floating point may be stored once too; that is not forecast.
+    """
+    counted = {site.weight for site in find_sites(model)} | {table.weight for table in find_embeddings(model)}
+    experts = {name for layer in find_expert_layers(model) for name in (layer.fc1, layer.fc2)}
+    equal = find_equal_initializers(model, counted | experts | set(computed))
+    copies = [value.const_value for values in equal for value in values[1:]]
+    return sum(0 if tensor is None else tensor.nbytes for tensor in copies)
 
 
 def weight_bytes(site: MatMulSite) -> int:
@@ -127,5 +167,8 @@ def file_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm, *, byte_scal
     return site.out_features * (blocks * size * spec.bits // 8 + zero_points + scales)
 
 
-def _table_bytes(plan: EmbeddingPlan) -> int:
-    return plan.table.vocabulary * plan.table.hidden * torch_float(plan.table.dtype).itemsize
+def table_bytes(table: EmbeddingTable, plan: EmbeddingPlan | None) -> int:
+    """Return the bytes of an embedding: its numbers where it stays (None), or what it adds to a model."""
+    if plan is None:
+        return table.vocabulary * table.hidden * torch_float(table.dtype).itemsize
+    return plan.own_bytes + _GRAPH_BYTES

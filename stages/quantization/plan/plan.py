@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
 from stages.commands.parsing import Target, parse_size
-from stages.commands.quantize_options import QuantizeConfig, ScaleRange, Sensitivity
+from stages.commands.quantize_options import Algorithm, QuantizeConfig, Sensitivity
 from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
@@ -48,14 +48,18 @@ from stages.quantization.plan.budget import (
 from stages.quantization.plan.embeddings import (
     SharedTables,
     Sharing,
+    TableCandidates,
     TableFormat,
     following_heads,
+    open_tables,
     plan_embeddings,
     require_tables,
     share_tables,
+    with_tables,
 )
-from stages.quantization.plan.experts import ExpertPlan, node_name, plan_experts
-from stages.quantization.plan.output_size import OutputSize, output_size
+from stages.quantization.plan.experts import ExpertPlan, import_experts, node_name, plan_experts, runs_experts
+from stages.quantization.plan.forecast import SearchTraits
+from stages.quantization.plan.output_size import OutputSize, output_size, table_bytes
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.rules import (
     QuantPlan,
@@ -99,7 +103,9 @@ _SPREADS = frozenset({"cpu"})
 _TENTH = 100_000
 """Bytes of a tenth of a megabyte, to which the budget that nobody gave is rounded up."""
 _CPU = torch.device("cpu")
+_COMPENSATING: frozenset[Algorithm] = frozenset({"gptq", "awq_gptq"})
 _STAYS: Literal["none"] = "none"
+_LEFT_IN_FLOAT = "--checkpoint leaves it in floating point"
 _BITS: Mapping[str, Literal[4, 8]] = MappingProxyType({"4": 4, "8": 8})
 """Values of --lm_head and --embedding."""
 
@@ -111,10 +117,11 @@ class OpenPlan:
     option: str
     """The budget as it was given: ``--target_bpw 5``."""
     candidates: tuple[SiteCandidates, ...]
+    tables: tuple[TableCandidates, ...]
     budget: Budget
     reachable: BudgetRange
     sensitivity: Sensitivity
-    scale_range: ScaleRange
+    search: SearchTraits
     size: OutputSize
 
 
@@ -224,14 +231,15 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
     if config.plan is not None:
         choice, sites, given = _given_plan(config, groups, chooser, layers)
     elif config.checkpoint is not None:
-        choice, sites, imported = _imported_plan(config, config.checkpoint, model, groups, chooser)
+        choice, sites, imported, given = _imported_plan(config, config.checkpoint, model, groups, chooser, layers)
     elif formats is not None:
         choice, candidates = _open_choice(config, groups, chooser, formats, of_experts)
         sites = _smallest(groups, candidates)
     else:
         choice = chooser.choose()
         sites = make_plan(groups, config, choice, of_experts)
-    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice), given)
+    kept_because = "--plan: keep" if config.checkpoint is None else _LEFT_IN_FLOAT
+    experts = plan_experts(model, layers, choice, named_sites(every_site, config, choice), given, kept_because)
     alone = _embedding_plans(config, choice, tables)
     wanted = _sharing(config, decided.target, choice, sites)
     if formats is not None and config.gather_block_size is None:
@@ -244,11 +252,14 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
         assert formats is not None, "without a budget there are no candidates"
         candidates = tuple(_fixed_by_table(each, shared) for each in candidates)
         candidates += expert_candidates(experts, config, choice, formats)
-        size = output_size(directory, model, choice, embeddings, rotary)
-        left_open = _open_plan(config, choice, candidates, size)
+        opened = _open_tables(config, chooser, tables, embeddings, all_sites(groups))
+        settled = tuple(plan for plan in embeddings if plan.table not in [each.table for each in opened])
+        size = output_size(directory, model, choice, settled, rotary)
+        left_open = _open_plan(config, choice, candidates, opened, size)
         sites = _smallest(groups, candidates)
         experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
-        embeddings = following_heads(embeddings, sites.specs)
+        embeddings = with_tables(following_heads(embeddings, sites.specs), opened, _smallest_labels(opened))
+        choice = replace(choice, explanations=tuple(_explained_tables(choice.explanations, opened)))
     else:
         sites = replace(sites, specs={**sites.specs, **shared.specs})
     sites = experts.joined(sites)
@@ -279,8 +290,33 @@ def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandida
     return chosen_plan(groups, candidates, _smallest_labels(candidates), "")
 
 
-def _smallest_labels(candidates: tuple[SiteCandidates, ...]) -> dict[str, str]:
+def _smallest_labels(candidates: Sequence[SiteCandidates | TableCandidates]) -> dict[str, str]:
     return {each.name: next(iter(each.formats)) for each in candidates}
+
+
+def _open_tables(
+    config: QuantizeConfig,
+    chooser: _Chooser,
+    tables: tuple[EmbeddingTable, ...],
+    usual: tuple[EmbeddingPlan, ...],
+    sites: Sequence[MatMulSite],
+) -> tuple[TableCandidates, ...]:
+    """Return the tables whose formats a size chooses: where no option says anything, and rows are all that is read."""
+    if config.target_size is None or config.requested_embedding is not None or config.gather_block_size is not None:
+        return ()
+    choice = replace(chooser, requested=replace(chooser.requested, embedding="4")).choose()
+    if not usual or choice.gather_form != "gather_block_quantized":
+        return ()
+    return open_tables(usual, _embedding_plans(config, choice, tables), sites)
+
+
+def _explained_tables(lines: Sequence[Explanation], opened: Sequence[TableCandidates]) -> Iterator[Explanation]:
+    """Yield ``lines``; of tables that are open what they may become."""
+    for line in lines:
+        if opened and line.option == "--embedding":
+            yield replace(line, chosen=", ".join(opened[0].formats), why="the budget chooses")
+        elif not opened or line.option != "--gather_block_size":
+            yield line
 
 
 def _fixed_by_table(candidates: SiteCandidates, shared: SharedTables) -> SiteCandidates:
@@ -473,24 +509,39 @@ def _given_plan(
 
 
 def _imported_plan(
-    config: QuantizeConfig, checkpoint: Path, model: ir.Model, groups: tuple[ActivationGroup, ...], chooser: _Chooser
-) -> tuple[FormatChoice, QuantPlan, ImportedWeights]:
-    """Return what ``--checkpoint`` gives: its sites as they are there, others as they are but for what options name."""
+    config: QuantizeConfig,
+    checkpoint: Path,
+    model: ir.Model,
+    groups: tuple[ActivationGroup, ...],
+    chooser: _Chooser,
+    layers: Sequence[ExpertLayer],
+) -> tuple[FormatChoice, QuantPlan, ImportedWeights, dict[str, QuantSpec | None]]:
+    """Return what ``--checkpoint`` gives, of experts last: its sites as they are there.
+
+    Others stay as they are but for what options name.
+    """
     choice, sites = chooser.choose(), all_sites(groups)
+    mixtures = [layer for layer in layers if runs_experts(layer, choice)]
     imported = find_imported(
         open_checkpoint(checkpoint),
-        groups,
+        [*groups, *(group for layer in mixtures for group in layer.groups)],
         GraphWeights(
             matrix=lambda site: read_weight(model, site, _CPU), vector=lambda name: read_vector(model, name, _CPU)
         ),
         WantedFormats(scale_dtype=choice.scale_dtype, eight_bit=choice.eight_bit),
     )
     asked = asked_by_name([site for site in sites if site.name not in imported.sites], config, choice)
-    specs = {name: each.spec for name, each in imported.sites.items()} | asked
-    skipped = {site.name: "--checkpoint leaves it in floating point" for site in sites if site.name not in specs}
-    found = _choice_of_specs(chooser, tuple(specs.values()))
+    specs = {site.name: imported.sites[site.name].spec for site in sites if site.name in imported.sites} | asked
+    skipped = {site.name: _LEFT_IN_FLOAT for site in sites if site.name not in specs}
+    formats: dict[str, QuantSpec] = {}
+    if choice.experts is not None:
+        imported, formats = import_experts(imported, mixtures, choice.experts)
+    given: dict[str, QuantSpec | None] = {
+        node_name(layer.sites[0]): None for layer in layers if not asked_by_name(layer.sites, config, choice)
+    }
+    found = _choice_of_specs(chooser, (*specs.values(), *formats.values()))
     plan = plan_of(groups, specs, skipped)
-    return found, replace(plan, groups=tuple(split_groups(plan.groups, imported))), imported
+    return found, replace(plan, groups=tuple(split_groups(plan.groups, imported))), imported, {**given, **formats}
 
 
 def _choice_of_specs(chooser: _Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:
@@ -539,26 +590,36 @@ def _explained_as_open(line: Explanation, formats: OpenFormats) -> Explanation:
 
 
 def _open_plan(
-    config: QuantizeConfig, choice: FormatChoice, candidates: tuple[SiteCandidates, ...], size: OutputSize
+    config: QuantizeConfig,
+    choice: FormatChoice,
+    candidates: tuple[SiteCandidates, ...],
+    tables: tuple[TableCandidates, ...],
+    size: OutputSize,
 ) -> OpenPlan:
     budget: Budget
     if config.target_bpw is not None:
-        budget = BitsBudget(bits_per_weight=config.target_bpw)
+        budget = BitsBudget(
+            bits_per_weight=config.target_bpw,
+            cost=lambda each, label: sum(size.number_bytes(site, each.formats[label]) for site in each.sites),
+        )
     else:
         typed = (config.target_size or "").strip()
         budget = SizeBudget(
             typed=typed,
             num_bytes=parse_size(typed, "--target_size"),
-            fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites]),
+            fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites])
+            - sum(table_bytes(each.table, None) for each in tables),
+            tables=tables,
             cost=lambda each, label: sum(size.site_bytes(site, each.formats[label]) for site in each.sites),
         )
     return OpenPlan(
         option=config.budget_description,
         candidates=candidates,
+        tables=tables,
         budget=budget,
         reachable=check_budget(candidates, budget),
         sensitivity=config.sensitivity or "cache",
-        scale_range=choice.scale_range,
+        search=SearchTraits(rule=choice.scale_range, compensates=config.search_algorithm in _COMPENSATING),
         size=size,
     )
 
@@ -586,7 +647,7 @@ def _requested(config: QuantizeConfig, sites: Sequence[MatMulSite]) -> Requested
         gather_form=config.gather_form,
         gather_block_size=config.gather_block_size,
         accuracy_level=config.accuracy_level,
-        experts=config.experts or others,
+        experts=config.experts,
     )
 
 

@@ -37,13 +37,6 @@ class QuantPlan:
     def eight_bit_sites(self) -> int:
         return sum(spec.bits == 8 for spec in self.specs.values())
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of codes, scales and zero points, over the weights of the sites to quantize."""
-        sites = all_sites(self.groups)
-        stored = sum(self.specs[site.name].format_bytes(site.out_features, site.in_features) for site in sites)
-        return 8 * stored / sum(site.in_features * site.out_features for site in sites)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedSites:

@@ -75,8 +75,8 @@ def search_memory(groups: Sequence[ActivationGroup], device: torch.device, held:
         held: bytes of this process already.
     """
     workers = workers_on(device)
-    small = small_groups(groups, workers)
-    costs = {place: group_memory(group) for place, group in enumerate(groups)}
+    small = small_groups(groups, device)
+    costs = {place: group_memory(group, device) for place, group in enumerate(groups)}
     together = sorted((costs[place] for place in small), reverse=True)[:workers]
     large = max((costs[place] for place in costs if place not in set(small)), default=0)
     largest = groups[max(costs, key=costs.__getitem__)].sites[0].name

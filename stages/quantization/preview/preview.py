@@ -102,13 +102,14 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         held=held,
     )
     size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.rotary)
+    sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
+    bytes_after = size.total_bytes(sites, plan.sites.specs)
     disk = DiskUse(
         calibration=stages.statistics,
         weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
-        output=size.total_bytes(all_sites(groups), plan.sites.specs),
+        output=bytes_after,
         meanwhile=0 if stages.passes is None else stages.passes.streams,
     )
-    sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     names = {site.name for site in sites}
     return Preview(
         base=known.directory.onnx_file,
@@ -118,9 +119,9 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unquantizable=tuple(entry for entry in plan.sites.skipped if entry[0] not in names),
         embeddings=plan.embeddings,
         unreached=plan.unquantized,
-        bits_per_weight=plan.sites.bits_per_weight,
+        bits_per_weight=size.bits_per_weight(plan.sites),
         bytes_before=size.base_bytes,
-        bytes_after=size.total_bytes(sites, plan.sites.specs),
+        bytes_after=bytes_after,
         memory=tuple(stages.memory(join_processes())),
         disk=disk,
         sharing=tuple(stages.shared(disk, size.base_bytes, seconds, device)),

@@ -42,7 +42,7 @@ def search_seconds(
     if not groups:
         return {}
     workers = workers_on(device)
-    small = set(small_groups(groups, workers))
+    small = set(small_groups(groups, device))
     cost = _weights if text is None else search_cost
 
     def seconds_of(group: ActivationGroup, together: int) -> float:

@@ -48,11 +48,28 @@ def stack_parameters(parts: Sequence[BlockParameters]) -> BlockParameters:
     )
 
 
-def split_parameters(stack: BlockParameters, rows: Sequence[int]) -> list[BlockParameters]:
-    """Undo ``stack_parameters``: return the parameters of each matrix, which has as many rows as ``rows`` says."""
-    scales = torch.split(stack.scales, list(rows))
-    zero_points = [None] * len(rows) if stack.zero_points is None else torch.split(stack.zero_points, list(rows))
-    return [BlockParameters(scales=part, zero_points=zeros) for part, zeros in zip(scales, zero_points, strict=True)]
+def rows_of(parameters: BlockParameters, rows: slice) -> BlockParameters:
+    """Return the parameters of some rows: a view."""
+    zero_points = parameters.zero_points
+    return BlockParameters(
+        scales=parameters.scales[rows], zero_points=None if zero_points is None else zero_points[rows]
+    )
+
+
+def empty_like(parameters: BlockParameters) -> BlockParameters:
+    """Return a place for as many parameters."""
+    zero_points = parameters.zero_points
+    return BlockParameters(
+        scales=torch.empty_like(parameters.scales),
+        zero_points=None if zero_points is None else torch.empty_like(zero_points),
+    )
+
+
+def copy_rows(into: BlockParameters, rows: slice, part: BlockParameters) -> None:
+    """Copy the parameters of some rows to their place in ``into``."""
+    into.scales[rows] = part.scales
+    if into.zero_points is not None and part.zero_points is not None:
+        into.zero_points[rows] = part.zero_points
 
 
 def side_by_side(parts: Sequence[BlockParameters]) -> BlockParameters:

@@ -14,7 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import join, split
-from stages.quantization.search.choices import candidate_errors, first_validated, full_ranges, site_errors
+from stages.quantization.search.choices import (
+    candidate_errors,
+    first_validated,
+    full_ranges,
+    rows_per_chunk,
+    site_errors,
+)
 from stages.quantization.search.problem import (
     COARSE_CHANNELS,
     FINE_CHANNELS,
@@ -123,14 +129,18 @@ def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step:
 
 def weight_magnitude(weights: tuple[Tensor, ...], specs: tuple[QuantSpec, ...]) -> Float[Tensor, " K"]:
     """Return w: the mean over all output channels of |W_nk| relative to the largest weight of its own block."""
-    parts = [_relative_magnitude(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
-    return torch.cat(parts).mean(dim=0)
+    relative = torch.cat(weights).abs_()
+    sites = torch.split(relative, [len(weight) for weight in weights])
+    for magnitudes, spec in zip(sites, specs, strict=True):
+        for rows in torch.split(magnitudes, rows_per_chunk(magnitudes)):
+            rows.copy_(_relative_magnitude(rows, spec))
+    return relative.mean(dim=0)
 
 
-def _relative_magnitude(weight: Tensor, spec: QuantSpec) -> Tensor:
-    blocks = split(weight.abs(), spec.block_size(weight.shape[1]))
+def _relative_magnitude(magnitudes: Tensor, spec: QuantSpec) -> Tensor:
+    blocks = split(magnitudes, spec.block_size(magnitudes.shape[1]))
     largest = blocks.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(blocks.dtype).tiny)
-    return join(blocks / largest, weight.shape[1])
+    return join(blocks / largest, magnitudes.shape[1])
 
 
 def mean_over_heads(values: Float[Tensor, " K"], heads: HeadSharing) -> Float[Tensor, " V"]:

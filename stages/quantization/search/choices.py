@@ -9,18 +9,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from stages.quantization.search.affine import (
-    BlockParameters,
     RangeRule,
     choose_parameters,
     dequantize,
     join,
     quantize,
     round_trip,
+    rows_of,
     split,
+    stack_parameters,
 )
 from stages.quantization.search.objective import joint_errors, mixed_outputs, output_error
 from stages.quantization.search.problem import IDENTITY, Errors, GroupProblem, InputScale, SearchOptions, SiteChoice
@@ -55,8 +56,12 @@ def full_range(weight: Float[Tensor, "N K"], spec: QuantSpec, rule: RangeRule, i
         rule: how a block's full range becomes its scale.
         input_scale: what the weight is multiplied by first.
     """
-    blocks = split(scaled_weight(weight, input_scale), spec.block_size(weight.shape[1]))
-    return SiteChoice(input_scale=input_scale, parameters=choose_parameters(blocks, spec, rule))
+    size = spec.block_size(weight.shape[1])
+    parts = [
+        choose_parameters(split(scaled_weight(rows, input_scale), size), spec, rule)
+        for rows in torch.split(weight, rows_per_chunk(weight))
+    ]
+    return SiteChoice(input_scale=input_scale, parameters=stack_parameters(parts))
 
 
 def scaled_weight(weight: Float[Tensor, "N K"], input_scale: InputScale) -> Float[Tensor, "N K"]:
@@ -79,7 +84,7 @@ def stored_weight(
     return QuantizedWeight(
         site=site,
         spec=spec,
-        codes=_codes(weight, spec, choice).to(spec.code_dtype).cpu(),
+        codes=_stored_codes(weight, spec, choice).cpu(),
         scales=choice.parameters.scales.to(torch_float(spec.scale_dtype)).cpu(),
         zero_points=None if zero_points is None else zero_points.to(torch.uint8).cpu(),
         input_scale=None if scale is None else scale.cpu(),
@@ -231,12 +236,15 @@ def _site_errors(
     if output_gram is not None:
         return joint_errors(mixed_outputs(_weight_error(weight, spec, choice), output_gram), stats)
     totals = [0.0] * len(stats)
-    size = rows_per_chunk(weight)
-    for start in range(0, weight.shape[0], size):
-        chunk = slice(start, start + size)
+    for chunk in _chunks(weight):
         errors = joint_errors(_weight_error(weight[chunk], spec, _rows_of(choice, chunk)), stats)
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
     return totals
+
+
+def _chunks(weight: Tensor) -> list[slice]:
+    size = rows_per_chunk(weight)
+    return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
 
 
 def _weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
@@ -250,19 +258,23 @@ def _weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteCho
 def _codes(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
     """Return the codes of one site under ``choice``, integers in float32."""
     if choice.codes is not None:
-        return choice.codes
+        return choice.codes.float()
     blocks = split(scaled_weight(weight, choice.input_scale), spec.block_size(weight.shape[1]))
     return join(quantize(blocks, choice.parameters, spec), weight.shape[1])
 
 
+def _stored_codes(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Integer[Tensor, "N K"]:
+    """Return the codes in the type that they are stored in."""
+    if choice.codes is not None:
+        return choice.codes
+    parts = [_codes(weight[chunk], spec, _rows_of(choice, chunk)).to(spec.code_dtype) for chunk in _chunks(weight)]
+    return torch.cat(parts)
+
+
 def _rows_of(choice: SiteChoice, chunk: slice) -> SiteChoice:
     """Return the choice for some of the output channels."""
-    zero_points = choice.parameters.zero_points
     return replace(
         choice,
-        parameters=BlockParameters(
-            scales=choice.parameters.scales[chunk],
-            zero_points=None if zero_points is None else zero_points[chunk],
-        ),
+        parameters=rows_of(choice.parameters, chunk),
         codes=None if choice.codes is None else choice.codes[chunk],
     )

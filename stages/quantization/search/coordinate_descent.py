@@ -19,8 +19,8 @@ _AT_ONCE = 4
 """Channels of a head whose codes change together: fewer are slower, and with many the error can grow."""
 _LEAST_STEPS = 16
 """Steps in which a head's channels change, where it has as many: in a small head each channel changes by itself."""
-_TILE = 128
-"""Columns whose gradients are brought up to date by one product."""
+_TILE, _STEP = 128, 32
+"""Columns whose gradients are computed by one product, and those in between which single changes are carried on."""
 
 
 def coordinate_descent(
@@ -78,46 +78,69 @@ class _Descent:
         self._zero_points = (
             torch.zeros_like(self.scales) if zero_points is None else zero_points.permute(2, 0, 1).contiguous()
         )
-        block = torch.arange(len(self._weight), device=weights.device) // self._block_size
-        self._error = (self.codes - self._zero_points[block]) * self.scales[block] - self._weight
+        self._error = torch.empty_like(self._weight)
+        self._update_errors(0, len(self._weight))
         self._diagonal = torch.diagonal(grams, dim1=1, dim2=2).T.unsqueeze(-1)  # [K, E, 1]
 
     def visit(self, start: int, stop: int, *, refit_blocks: bool) -> None:
         """Improve the codes of some columns one by one, and each block's scale after its columns.
 
         Args:
-            start: the first column.
+            start: the first column, which begins a block where scales are improved.
             stop: the column behind the last.
             refit_blocks: whether scales are improved too.
         """
         gradient = self._product(slice(start, stop), slice(None), self._error)  # half the derivative by each weight
-        inside = self._grams[:, start:stop, start:stop].permute(2, 1, 0).unsqueeze(-1)  # [column, row, E, 1]
-        for column in range(start, stop):
-            self._choose_code(column, start, gradient, inside[column - start])
-            done = column + 1
-            if refit_blocks and (done % self._block_size == 0 or done == self._weight.shape[0]):
-                self._refit_scale(column // self._block_size, start, stop, gradient)
+        step = min(_STEP, self._block_size) if refit_blocks else _STEP
+        first = start
+        while first < stop:
+            last = min(first + step, stop)
+            if refit_blocks:
+                block = first // self._block_size
+                last = min(last, (block + 1) * self._block_size)
+            moved = self._choose_codes(first, last, gradient[first - start : last - start])
+            begun = block * self._block_size if refit_blocks else last
+            gradient[begun - start :] += self._product(slice(begun, stop), slice(first, last), moved)
+            if refit_blocks and (last % self._block_size == 0 or last == len(self._weight)):
+                moved = self._refit_scale(block, gradient[begun - start : last - start])
+                gradient[last - start :] += self._product(slice(last, stop), slice(begun, last), moved)
+            first = last
+
+    def _update_errors(self, start: int, stop: int) -> None:
+        """Compute the errors of some columns from their codes and scales."""
+        block = torch.arange(start, stop, device=self.codes.device) // self._block_size
+        steps = self.codes[start:stop] - self._zero_points[block]
+        torch.mul(steps, self.scales[block], out=self._error[start:stop]).sub_(self._weight[start:stop])
 
     def _product(self, rows: slice, columns: slice, values: Float[Tensor, "k E N"]) -> Float[Tensor, "rows E N"]:
         """Return a part of each Gram matrix times ``values``."""
         products = [gram[rows, columns] @ values[:, index] for index, gram in enumerate(self._grams)]
         return products[0].unsqueeze(1) if len(products) == 1 else torch.stack(products, dim=1)
 
-    def _choose_code(self, column: int, start: int, gradient: Tensor, pulls: Tensor) -> None:
-        block = column // self._block_size
-        scale, zero = self.scales[block], self._zero_points[block]
-        wanted = self._weight[column] + self._error[column] - gradient[column - start] / self._diagonal[column]
-        code = torch.round(wanted / scale).add_(zero).clamp_(self._spec.code_min, self._spec.code_max)
-        change = (code - self.codes[column]) * scale
-        self.codes[column] = code
-        self._error[column] += change
-        gradient.addcmul_(pulls, change)
+    def _choose_codes(self, start: int, stop: int, gradient: Float[Tensor, "k E N"]) -> Float[Tensor, "k E N"]:
+        """Set some columns' codes, one after another, to the best; return how their errors changed."""
+        pulls = self._grams[:, start:stop, start:stop].permute(2, 1, 0).unsqueeze(-1)  # [column, row, E, 1]
+        gradient, before = gradient.clone(), self._error[start:stop].clone()
+        blocks = torch.arange(start, stop, device=self.codes.device) // self._block_size
+        scales = self.scales[blocks]
+        curvatures = scales * self._diagonal[start:stop]
+        columns = zip(
+            self.codes[start:stop].unbind(), scales.unbind(), curvatures.unbind(), gradient.unbind(), pulls.unbind(),
+            strict=True,
+        )  # fmt: skip
+        for behind, (code, scale, curvature, slope, pull) in enumerate(columns, start=1):
+            best = torch.addcdiv(code, slope, curvature, value=-1)
+            best.round_().clamp_(self._spec.code_min, self._spec.code_max)
+            gradient[behind:].addcmul_(pull[behind:], (best - code).mul_(scale))
+            code.copy_(best)
+        self._update_errors(start, stop)
+        return self._error[start:stop] - before
 
-    def _refit_scale(self, block: int, start: int, stop: int, gradient: Tensor) -> None:
-        columns = slice(block * self._block_size, min((block + 1) * self._block_size, self._weight.shape[0]))
+    def _refit_scale(self, block: int, gradient: Float[Tensor, "B E N"]) -> Float[Tensor, "B E N"]:
+        """Set a block's scale to the best, given the gradient of its columns; return how their errors changed."""
+        columns = slice(block * self._block_size, min((block + 1) * self._block_size, len(self._weight)))
         steps = self.codes[columns] - self._zero_points[block]
-        inside = slice(columns.start - start, columns.stop - start)
-        slope = (steps * gradient[inside]).sum(dim=0)
+        slope = (steps * gradient).sum(dim=0)
         curvature = (steps * self._product(columns, columns, steps)).sum(dim=0)
         known = self.scales[block]
         wanted = known - slope / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
@@ -127,7 +150,7 @@ class _Descent:
         self.scales[block] += change
         moved = steps * change
         self._error[columns] += moved
-        gradient += self._product(slice(start, stop), columns, moved)
+        return moved
 
 
 def two_sided_descent(
@@ -153,30 +176,40 @@ def two_sided_descent(
         output_gram: the blocks of H, with a positive diagonal.
     """
     in_features, (heads, size, _) = weight.shape[1], output_gram.shape
+    least = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
+    steps = next(steps for steps in range(least, size + 1) if size % steps == 0)
+
+    def in_steps(values: Float[Tensor, "N k"]) -> Float[Tensor, "k heads steps channels"]:
+        """Put the channels of a head together that change together: every ``steps``-th of them."""
+        return values.T.reshape(-1, heads, size // steps, steps).transpose(2, 3).contiguous()
+
+    def by_steps(gram: Float[Tensor, "heads size size"]) -> Float[Tensor, "heads size size"]:
+        place = torch.arange(size, device=gram.device).view(-1, steps).T.flatten()
+        return gram[:, place][:, :, place]
+
+    gram_of_outputs = by_steps(output_gram)
+    pulls = gram_of_outputs.view(heads, steps, -1, size).transpose(0, 1).contiguous().unbind()
+    curvature = torch.diagonal(gram_of_outputs, dim1=-2, dim2=-1).view(heads, steps, -1)
     block = torch.arange(in_features, device=weight.device) // spec.block_size(in_features)
-    scales = parameters.scales.T[block].view(in_features, heads, size)
-    zeros = torch.zeros_like(scales)
-    if parameters.zero_points is not None:
-        zeros = parameters.zero_points.T[block].view(in_features, heads, size)
-    target = weight.T.reshape(in_features, heads, size)
-    chosen = codes.T.reshape(in_features, heads, size).clone()
-    error = (chosen - zeros) * scales - target
-    stride = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
-    curvature = torch.diagonal(output_gram, dim1=-2, dim2=-1)
-    for start in range(0, in_features, _TILE):
-        stop = min(start + _TILE, in_features)
-        gradient = (gram[start:stop] @ error.view(in_features, -1)).view(-1, heads, size)
+    scales, chosen = in_steps(parameters.scales)[block], in_steps(codes)
+    error = chosen if parameters.zero_points is None else chosen - in_steps(parameters.zero_points)[block]
+    error = (error * scales - in_steps(weight)).view(in_features, -1)
+    for start in range(0, in_features, _STEP):
+        stop = min(start + _STEP, in_features)
+        gradient = gram[start:stop] @ error
         for column in range(start, stop):
-            before, own = error[column].clone(), gram[column, column]
-            pull = (gradient[column - start].unsqueeze(1) @ output_gram).squeeze(1)
-            for first in range(stride):
-                part = (slice(None), slice(first, None, stride))
-                scale, zero = scales[column][part], zeros[column][part]
-                wanted = target[column][part] + error[column][part] - pull[part] / (curvature[part] * own)
-                code = torch.round(wanted / scale).add_(zero).clamp_(spec.code_min, spec.code_max)
-                change = (code - chosen[column][part]) * scale
-                chosen[column][part], error[column][part] = code, error[column][part] + change
-                pull += (change.unsqueeze(1) @ output_gram[:, part[1]]).squeeze(1) * own
-            moved = (error[column] - before).view(-1)
-            gradient.view(stop - start, -1).addr_(gram[start:stop, column], moved)
-    return chosen.view(in_features, -1).T.contiguous()
+            own, scale, code = gram[column, column], scales[column], chosen[column]
+            before = code.clone()
+            pull = (gradient[column - start].view(heads, 1, size) @ gram_of_outputs).div_(own)
+            parts = zip(
+                code.unbind(1), scale.unbind(1), (curvature * scale).unbind(1), pull.view_as(code).unbind(1), pulls,
+                strict=True,
+            )  # fmt: skip
+            for part, step, bend, slope, reach in parts:
+                best = torch.addcdiv(part, slope, bend, value=-1).round_().clamp_(spec.code_min, spec.code_max)
+                pull.baddbmm_((best - part).mul_(step).unsqueeze(1), reach)
+                part.copy_(best)
+            moved = ((code - before) * scale).flatten()
+            error[column] += moved
+            gradient[column + 1 - start :].addr_(gram[column + 1 : stop, column], moved)
+    return chosen.transpose(2, 3).reshape(in_features, -1).T.contiguous()

@@ -13,6 +13,7 @@ from itertools import islice
 
 import torch
 
+from stages.quantization.search.gptq import numbers_at_once
 from stages.quantization.search.solver import GroupSolver
 from stages.records.results import SolvedGroup
 from stages.records.sites import ActivationGroup
@@ -23,16 +24,19 @@ Solved = tuple[int, SolvedGroup]
 
 _MEMORY = 2 << 30
 """Bytes that the groups solved in parallel may take together; one that takes more is solved by itself in any case."""
-_COPIES_OF_WEIGHTS, _COPIES_OF_GRAM = 12, 8
-"""Float32 copies that a search holds at once, at most; a float64 copy of a Gram matrix counts twice."""
+_HELD_COPIES, _COPIES_AT_WORK, _COPIES_OF_GRAM = 2, 10, 8
+"""Float32 copies that a search holds at once, at most: of all weights with their codes and scales, of the weights that
+are solved as one matrix, and of the Gram matrix, where a float64 copy counts twice."""
 _FLOAT32 = 4
 
 
-def search_memory(group: ActivationGroup) -> int:
-    """Estimate how many bytes the search of ``group`` holds at once."""
+def search_memory(group: ActivationGroup, device: torch.device) -> int:
+    """Estimate how many bytes the search of ``group`` on ``device`` holds at once."""
     inputs = group.in_features
     weights = inputs * sum(site.out_features for site in group.sites)
-    return _FLOAT32 * (_COPIES_OF_WEIGHTS * weights + _COPIES_OF_GRAM * inputs * inputs)
+    at_once = max(numbers_at_once(device), inputs)
+    copies = _HELD_COPIES * weights + _COPIES_AT_WORK * min(weights, at_once) + _COPIES_OF_GRAM * inputs * inputs
+    return _FLOAT32 * copies
 
 
 def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iterator[Solved]:
@@ -41,7 +45,7 @@ def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iter
     When the caller stops early, groups that were begun are finished and dropped.
     """
     workers = workers_on(solver.device)
-    small = small_groups(groups, workers)
+    small = small_groups(groups, solver.device)
     large = [place for place in range(len(groups)) if place not in set(small)]
     batches = _alike(solver, groups, _MEMORY // workers)
     for places in _in_parallel([_task(solver, groups, batch) for batch in _among(batches, small)], workers):
@@ -62,7 +66,7 @@ def _alike(solver: GroupSolver, groups: Sequence[ActivationGroup], memory: int) 
             None if expert is None else (expert.node, expert.projection, solver.specs[group.sites[0].name])
         )
         batch = open_to_more.get(key) if key is not None else None
-        if batch is None or search_memory(group) * (len(batch) + 1) > memory:
+        if batch is None or search_memory(group, solver.device) * (len(batch) + 1) > memory:
             batches.append(batch := [])
         batch.append(place)
         if key is not None:
@@ -81,9 +85,10 @@ def workers_on(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def small_groups(groups: Sequence[ActivationGroup], workers: int) -> list[int]:
+def small_groups(groups: Sequence[ActivationGroup], device: torch.device) -> list[int]:
     """Return the places of the groups that are solved in parallel, by one thread each; all others get all threads."""
-    small = [place for place, group in enumerate(groups) if search_memory(group) <= _MEMORY // workers]
+    workers = workers_on(device)
+    small = [place for place, group in enumerate(groups) if search_memory(group, device) <= _MEMORY // workers]
     return [] if workers == 1 or len(small) == 1 else small
 
 
@@ -117,4 +122,6 @@ def _in_turn(solver: GroupSolver, groups: Sequence[tuple[int, ActivationGroup]])
             problem = coming.result()
             if following is not None:
                 coming = reader.submit(solver.pose, following[1])
-            yield place, solver.solve_posed(problem)
+            solved = solver.solve_posed(problem)
+            del problem  # its weights are as large as the copies that are made of the codes when they are written
+            yield place, solved

@@ -84,8 +84,8 @@ class Errors:
 class SiteChoice:
     """How one site is stored: the group's input scale, and scales, zero points and codes of the scaled weight.
 
-    ``parameters`` are [N, nB]; ``codes`` [N, K] hold integers in float32, or are None where they are what rounding
-    gives. ``fallback`` is the choice that this one refines; it is kept where it is better on held-out tokens.
+    ``parameters`` are [N, nB]; ``codes`` [N, K] have the spec's type, or are None where they are what rounding gives.
+    ``fallback`` is the choice that this one refines; it is kept where it is better on held-out tokens.
     """
 
     input_scale: InputScale

@@ -79,13 +79,12 @@ def _site_ranges(
     """Search the ranges of a whole site under ``scale``, some output channels at a time."""
     assert problem.stats is not None
     stats = problem.stats.calibration
-    weight = scaled_weight(weight, scale)
     if scale.scale is not None:
         stats = in_scaled_space(stats, scale.scale)
     gram = gram_blocks(stats, spec.block_size(weight.shape[1]))
     ratios = clip_ratio_grid(options.clip_min, options.clip_step)
     parts = [
-        search_ranges(rows, spec, options.range_rule, gram, ratios)
+        search_ranges(scaled_weight(rows, scale), spec, options.range_rule, gram, ratios)
         for rows in torch.split(weight, options.column_chunk)
     ]
     return stack_parameters(parts)

@@ -54,6 +54,19 @@ def has_byte_scales(site: MatMulSite, spec: QuantSpec, form: WeightForm) -> bool
     return narrow and coarse and form in _FORMS and site.expert is None and saved_bytes(site, spec) > 0
 
 
+def stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm, *, byte_scales: bool) -> int:
+    """Return the bytes of a weight's codes, scales and zero points.
+
+    Args:
+        site: whose weight it is.
+        spec: its number format.
+        form: the nodes before the MatMul.
+        byte_scales: whether scales are bytes where they may be.
+    """
+    whole = spec.format_bytes(site.out_features, site.in_features)
+    return whole - saved_bytes(site, spec) if byte_scales and has_byte_scales(site, spec, form) else whole
+
+
 def saved_bytes(site: MatMulSite, spec: QuantSpec) -> int:
     """Return what bytes and steps take less than float16 scales."""
     return site.out_features * (spec.num_blocks(site.in_features) - _STEP_BYTES) - _NODE_BYTES

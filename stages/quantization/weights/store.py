@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import CacheMismatch, OptionError, UserError, in_one_line
+from stages.quantization.weights.byte_scales import stored_bytes
 from stages.quantization.weights.embedding_file import TableFile
 from stages.quantization.weights.validate import InvalidFile, PartName, require_part, require_recipe, require_spec
 from stages.records.formats import QuantSpec
@@ -191,7 +192,19 @@ class QuantizedStore:
 
     def _reports(self, index: int) -> tuple[SiteReport, ...]:
         with self._explained_reads(index) as path, safe_open(path, "pt") as file:
-            return _REPORTS.validate_json(_entry(file.metadata(), "reports"))
+            reports = _REPORTS.validate_json(_entry(file.metadata(), "reports"))
+            specs = _SPECS.validate_json(_entry(file.metadata(), "specs"))
+        if not self.recipe.byte_scales:
+            return reports
+        sites = {site.name: site for site in self.recipe.groups[index].sites if site.expert is None}
+        return tuple(
+            replace(report, bytes=self._bytes(site, specs)) if (site := sites.get(report.site)) is not None else report
+            for report in reports
+        )
+
+    def _bytes(self, site: MatMulSite, specs: Mapping[str, QuantSpec]) -> int:
+        """Return what a site takes where scales are bytes, which a search doesn't know."""
+        return stored_bytes(site, _found(specs, site), self.recipe.weight_form, byte_scales=True)
 
     @contextmanager
     def _explained_writes(self) -> Iterator[None]:
@@ -298,7 +311,7 @@ def _entry(metadata: dict[str, str] | None, key: str) -> str:
     return text
 
 
-def _found(specs: dict[str, QuantSpec], site: MatMulSite) -> QuantSpec:
+def _found(specs: Mapping[str, QuantSpec], site: MatMulSite) -> QuantSpec:
     if site.name not in specs:
         raise InvalidFile(f"its specs don't name '{site.name}'")
     require_spec(specs[site.name], site)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from stages.runtime.cpu.insert import insert_before, integers
+from stages.model.form.insert import insert_before, integers
 from stages.runtime.providers import CUDA
 
 NORMS_REASON = "with the norms of q and k as nodes of their own: the CPU's attention can't compute them"

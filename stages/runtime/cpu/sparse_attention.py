@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from stages.runtime.cpu.insert import insert_before, integers
+from stages.model.form.insert import insert_before, integers
 
 _SPARSE, _DENSE, _MICROSOFT = "SparseAttention", "GroupQueryAttention", "com.microsoft"
 _QUERY, _CACHE, _ROWS, _COLUMNS, _TOTAL, _VALID, _ANGLES = 0, 3, 5, 6, 7, 8, slice(9, 11)

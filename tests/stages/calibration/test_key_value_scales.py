@@ -156,6 +156,28 @@ def test_stage_one_writes_what_the_builder_takes(
     assert again.activations == made.activations
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
+def test_the_builder_turns_the_scales_to_four_bits_and_the_cpu_runs_them(
+    tiny_hf: Path, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    made = calibrate(config_of(tiny_model, tiny_text, tmp_path / "cache", "per_channel"))
+    options = ("kv_cache_quant_scheme=int4_per_channel", f"kv_cache_scale_file={made.kv_scales}")
+    build_genai_model(tiny_hf, tmp_path / "int4", "fp32", "cpu", *options)
+    cache = find_cache(tmp_path / "cache")
+    assert cache is not None
+    window = cache.read_tokens()[0][:1]
+    names = ("present.0.key", "present.0.value")
+    expected = obvious_maxima(tiny_model, np.concatenate(cache.read_tokens()))
+    floats, codes = (present(folder, names, window) for folder in (tiny_model, tmp_path / "int4"))
+    for name in names:
+        scales_of = expected[name][None, :, None, :] / 8
+        assert codes[name].dtype == np.uint8
+        pairs = np.stack([codes[name] & 15, codes[name] >> 4], axis=-1).reshape(floats[name].shape)
+        # Half a code, and a whole one for the largest number: codes end at 7.
+        assert (np.abs((pairs.astype(int) - 8) * scales_of - floats[name]) <= 1.001 * scales_of).all()
+
+
 def test_one_scale_a_layer_comes_from_the_same_cache(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     calibrate(config_of(tiny_model, tiny_text, folder, "none"))

@@ -18,7 +18,7 @@ from stages.errors import GraphError, SolveError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_embeddings, find_sites
-from stages.model.weights import all_finite, find_tied_site, read_rows, read_weight, to_torch
+from stages.model.weights import all_finite, find_equal_initializers, find_tied_site, read_rows, read_weight, to_torch
 from tests.support.exporters import EXPORTERS
 from tests.support.graphs import TinyGraph
 
@@ -178,3 +178,29 @@ def test_weights_of_other_exporters_are_found_with_their_numbers(tmp_path: Path,
     assert (site.in_features, site.out_features, site.dtype) == (6, 4, "float32")
     assert torch.equal(read_weight(model, site, CPU), torch.from_numpy(matrix.T))
     assert [value.name for value in model.graph.inputs] == ["x"]
+
+
+def test_initializers_are_equal_where_every_byte_is() -> None:
+    """Shapes and types count, the middle as the ends do, and tensors that are yet to be made are not looked at."""
+    numbers = np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32)
+    other = numbers.copy()
+    other[64, 0] += 1
+    graph = TinyGraph()
+    graph.input("x", TensorProto.FLOAT, [128, 64])
+    stored = {"a": numbers, "b": other, "c": numbers.copy(), "d": numbers.reshape(64, 128), "e": numbers.view(np.int32)}
+    for name, each in stored.items():
+        graph.constant(name, each)
+    graph.constant("small", numbers[0])
+    graph.constant("small again", numbers[0])
+    graph.node("Add", ["x", "a"], ["y"])
+    graph.output("y", TensorProto.FLOAT, [128, 64])
+    model = graph.model()
+
+    def unread() -> ir.TensorProtocol:
+        raise AssertionError("made")
+
+    model.graph.initializers["d"].const_value = ir.LazyTensor(
+        unread, dtype=ir.DataType.FLOAT, shape=ir.Shape([128, 64])
+    )
+    (equal,) = find_equal_initializers(model)
+    assert [value.name for value in equal] == ["a", "c"]

@@ -181,7 +181,7 @@ def test_packed_projections_and_norms_of_families_are_found(name: str, tiny_toke
     plan = plan_model(config, load_graph(directory), directory)
     assert plan.imported is not None
     assert [name for name, _ in plan.sites.skipped if "lm_head" not in name] == []
-    used = {piece.module for site in plan.imported.sites.values() for piece in site.pieces}
+    used = {piece.module for site in plan.imported.sites.values() for pieces in site.turns for piece in pieces}
     assert used == set(layers)
     assert all(site.input_scale is None for site in plan.imported.sites.values())
 

@@ -70,7 +70,7 @@ def test_a_size_gets_the_smallest_sum_of_forecasts(
     low, high = undecided.reachable.smallest, undecided.reachable.largest
     budget = replace(undecided.budget, num_bytes=int(low + part * (high - low)))
     result = _allocated(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, cache)
-    losses = read_forecasts(cache.folder, undecided.scale_range)
+    losses = read_forecasts(cache.folder, undecided.search)
     pairs = {
         each.site.name: {
             label: (
@@ -141,8 +141,8 @@ def test_forecasts_are_kept_and_only_new_formats_are_forecast(
     plan = _plan(model, tiny_model, target_bpw=7.0)
     assert needs_weights(_open(plan), cache)
     first = _allocated(plan, model, tiny_model, cache)
-    rule = _open(plan).scale_range
-    kept = read_forecasts(cache.folder, rule)
+    search = _open(plan).search
+    kept = read_forecasts(cache.folder, search)
     assert not needs_weights(_open(plan), cache)
     with monkeypatch.context() as patched:
         patched.setattr(CalibrationCache, "read_for_search", lambda *_: pytest.fail("statistics are read again"))
@@ -150,7 +150,7 @@ def test_forecasts_are_kept_and_only_new_formats_are_forecast(
     finer = _plan(model, tiny_model, target_bpw=7.0, block_size=16)
     assert needs_weights(_open(finer), cache)
     _allocated(finer, model, tiny_model, cache)
-    for name, forecast in read_forecasts(cache.folder, rule).items():
+    for name, forecast in read_forecasts(cache.folder, search).items():
         assert forecast.items() >= kept[name].items()
 
 
@@ -190,7 +190,7 @@ def test_who_names_no_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
     sizes = [undecided.size.total_bytes(sites, specs) for specs in (uniform, spent)]
     assert sizes[1] <= undecided.budget.num_bytes
     assert 0 <= undecided.budget.num_bytes - sizes[0] < 100_000
-    losses = read_forecasts(cache.folder, undecided.scale_range)
+    losses = read_forecasts(cache.folder, undecided.search)
     # A budget gives INT8 no zero points.
     sums = [
         sum(losses[name]["8b128" if spec.bits == 8 else spec.label] for name, spec in specs.items())
@@ -224,3 +224,36 @@ def test_statistics_that_know_no_nats_spend_nothing(model: ir.Model, tiny_model:
     alike = replace(cache, manifest=replace(cache.manifest, key=key))
     assert _own(model, tiny_model, alike).target_size is None
     assert _own(model, tiny_model, None).target_size is None
+
+
+@pytest.mark.parametrize(
+    ("size", "bits"),
+    [
+        pytest.param("smallest", 4, marks=pytest.mark.thorough),
+        ("between", 8),
+        pytest.param("largest", None, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_size_decides_about_a_table_that_is_not_tied(
+    size: str, bits: int | None, model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    def planned(wanted: str) -> ModelPlan:
+        config = QuantizeConfig(
+            onnx_path=tiny_model, output_path=tiny_model / "out", target="cpu@1.31", target_size=wanted
+        )
+        return plan_model(config, model, locate_model(tiny_model))
+
+    undecided = _open(planned("1GB"))
+    (table,) = undecided.tables
+    assert list(table.formats) == ["4b32", "8b128", KEEP]
+    low, high = undecided.reachable.smallest, undecided.reachable.largest
+    room = {"smallest": low, "between": low + 30_000, "largest": high}[size]
+    result = _allocated(planned(f"{int(room)}B"), model, tiny_model, cache)
+    assert [each.bits for each in result.plan.embeddings] == ([] if bits is None else [bits])
+    assert (bits is None) == any("embedding" in each.reason for each in result.plan.unquantized)
+    options = (
+        "--embedding none" if bits is None else f"--embedding {bits} --gather_block_size {32 if bits == 4 else 128}"
+    )
+    assert f"it takes {options}" in result.file_text
+    losses = read_forecasts(cache.folder, undecided.search)["lookups of model.embed_tokens.weight in nats"]
+    assert losses["4b32"] > 20 * losses["8b128"] > 0

@@ -10,14 +10,16 @@ from stages.quantization.plan.budget import (
     SiteCandidates,
     SizeBudget,
     best_allocation,
-    candidate_bytes,
     check_budget,
     chosen_plan,
     site_candidates,
 )
+from stages.quantization.plan.embeddings import open_tables, with_tables
+from stages.quantization.plan.output_size import OutputSize, table_bytes
+from stages.quantization.plan.rules import all_sites
 from stages.quantization.targets.choose import choose_formats
 from stages.quantization.targets.formats import ModelFacts, OpenFormats, RequestedFormats
-from stages.records.formats import PerBlock
+from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, WeightForm
 from stages.records.sites import ActivationGroup
 from tests.stages.quantization.search.problems import site
 
@@ -94,32 +96,42 @@ def test_int4_has_zero_points_too_where_they_are_open_and_int8_where_they_were_a
     assert list(_candidates(asked, use_zero_point=True)[Q].formats) == ["4b128z", "4b32z", "8b128z"]
 
 
+def candidate_bytes(each: SiteCandidates, label: str) -> int:
+    spec = each.formats[label]
+    return 0 if spec is None else spec.format_bytes(each.site.out_features, each.site.in_features)
+
+
+def _bits(bits_per_weight: float) -> BitsBudget:
+    return BitsBudget(bits_per_weight=bits_per_weight, cost=candidate_bytes)
+
+
 def test_bits_go_where_they_save_most() -> None:
     candidates = _candidates(lm_head="none")
     # Room for one of two equal sites in INT8.
-    assert _labels(candidates, BitsBudget(bits_per_weight=6.25), _losses(q=1.0, down=3.0)) == {
+    assert _labels(candidates, _bits(6.25), _losses(q=1.0, down=3.0)) == {
         Q: "4b128", DOWN: "8b128", HEAD: "keep",
     }  # fmt: skip
-    assert _labels(candidates, BitsBudget(bits_per_weight=6.25), _losses(q=3.0, down=1.0))[Q] == "8b128"
+    assert _labels(candidates, _bits(6.25), _losses(q=3.0, down=1.0))[Q] == "8b128"
 
 
 @pytest.mark.parametrize("bits", [4.25, 4.6, 5.0, 6.3, 8.25])
 def test_stored_bits_a_weight_stay_within_the_budget(bits: float) -> None:
     candidates = _candidates()
-    labels = _labels(candidates, BitsBudget(bits_per_weight=bits), _losses(head=20.0))
+    labels = _labels(candidates, _bits(bits), _losses(head=20.0))
     chosen = [(each, labels[name]) for name, each in candidates.items() if labels[name] != "keep"]
     weights = sum(each.site.in_features * each.site.out_features for each, _ in chosen)
     reached = 8 * sum(candidate_bytes(each, label) for each, label in chosen) / weights
     plan = chosen_plan(GROUPS, tuple(candidates.values()), labels, "the budget")
-    assert plan.bits_per_weight == reached <= bits
+    size = OutputSize(base_bytes=0, form=WeightForm.DQ, embeddings=())
+    assert size.bits_per_weight(plan) == reached <= bits
 
 
 def test_a_head_that_stays_takes_part_in_no_bits_a_weight() -> None:
     candidates = _candidates()
     # So sensitive that even INT8 costs more than the other two could gain.
-    assert _labels(candidates, BitsBudget(bits_per_weight=4.5), _losses(head=1000.0))[HEAD] == "keep"
+    assert _labels(candidates, _bits(4.5), _losses(head=1000.0))[HEAD] == "keep"
     # Hardly sensitive: in coarse INT4 it makes room for both others in INT8.
-    assert _labels(candidates, BitsBudget(bits_per_weight=5.1), _losses(head=0.0001, q=10.0, down=10.0)) == {
+    assert _labels(candidates, _bits(5.1), _losses(head=0.0001, q=10.0, down=10.0)) == {
         Q: "8b128", DOWN: "8b128", HEAD: "4b128",
     }  # fmt: skip
 
@@ -145,8 +157,8 @@ def test_a_size_counts_what_stays_and_everything_else() -> None:
 def test_a_budget_that_can_not_be_reached_says_what_can() -> None:
     candidates = tuple(_candidates().values())
     with pytest.raises(OptionError, match=r"--target_bpw 4 can't be reached.*from 4\.25 to 8\.25 bits a weight"):
-        check_budget(candidates, BitsBudget(bits_per_weight=4.0))
-    reachable = check_budget(candidates, BitsBudget(bits_per_weight=100.0))
+        check_budget(candidates, _bits(4.0))
+    reachable = check_budget(candidates, _bits(100.0))
     assert (reachable.smallest, reachable.largest) == (4.25, 8.25)
     assert reachable.summary == "from 4.25 to 8.25 bits a weight can be reached"
     with pytest.raises(OptionError, match=r"--target_size 2000 can't .*from 0\.1MB to 0\.6MB .*did you mean 2000MB\?"):
@@ -155,7 +167,7 @@ def test_a_budget_that_can_not_be_reached_says_what_can() -> None:
 
 def test_excluding_everything_is_refused() -> None:
     with pytest.raises(OptionError, match="nothing would be quantized"):
-        check_budget(tuple(_candidates(exclude="model,lm_head").values()), BitsBudget(bits_per_weight=5.0))
+        check_budget(tuple(_candidates(exclude="model,lm_head").values()), _bits(5.0))
 
 
 def test_the_plan_holds_the_chosen_formats_and_why_others_are_skipped() -> None:
@@ -164,3 +176,40 @@ def test_the_plan_holds_the_chosen_formats_and_why_others_are_skipped() -> None:
     assert {name: spec.label for name, spec in plan.specs.items()} == {DOWN: "4b32"}
     assert dict(plan.skipped) == {Q: "--exclude q_proj", HEAD: "the budget"}
     assert [group.sites[0].name for group in plan.groups] == [DOWN]
+
+
+def test_a_size_weighs_a_table_against_the_sites() -> None:
+    """What INT4 of the table saves lets a site be INT8, where that is worth more; plenty of room keeps both."""
+    embedding = EmbeddingTable(
+        weight="table", gathers=("rows",), vocabulary=256, hidden=64, transposed=False, dtype="float32"
+    )
+    four, eight = (
+        EmbeddingPlan(table=embedding, axis=1, block_size=32, form="gather_block_quantized", bits=bits)
+        for bits in (4, 8)
+    )
+    (table,) = open_tables([eight], [four], all_sites(GROUPS))
+    assert list(table.formats) == ["4b32", "8b32", "keep"]
+    candidates = _candidates(lm_head="none")
+    lowest = sum(candidate_bytes(candidates[name], "4b128") for name in (Q, DOWN)) + table_bytes(embedding, four)
+    gained = candidate_bytes(candidates[Q], "8b128") - candidate_bytes(candidates[Q], "4b128")
+
+    def labels(room: int, lost: float) -> dict[str, str]:
+        full = 4 * 256 * 512
+        budget = replace(_size(1000 + full + lowest + room, candidates), tables=(table,))
+        losses = {**_losses(q=1.0, down=0.1), table.name: {"4b32": lost, "8b32": 0.001}}
+        return {
+            name: each.key for name, each in best_allocation(tuple(candidates.values()), budget, losses).chosen.items()
+        }
+
+    assert gained == table_bytes(embedding, eight) - table_bytes(embedding, four)
+    assert (labels(gained, 0.5)[table.name], labels(gained, 0.5)[Q]) == ("4b32", "8b128")
+    assert (labels(gained, 5.0)[table.name], labels(gained, 5.0)[Q]) == ("8b32", "4b128")
+    assert labels(1 << 20, 0.5)[table.name] == "keep"
+    assert with_tables([eight], [table], labels(gained, 0.5)) == (four,)
+    assert with_tables([eight], [table], labels(1 << 20, 0.5)) == ()
+    reachable = check_budget(tuple(candidates.values()), replace(_size(1 << 30, candidates), tables=(table,)))
+    assert reachable.smallest == 1000 + 4 * 256 * 512 + lowest
+    # What an lm_head is the weight of, or what is shared with one, isn't the table's own question.
+    assert open_tables([replace(eight, shared_with=HEAD)], [four], all_sites(GROUPS)) == ()
+    tied = replace(embedding, weight=f"{HEAD}.weight")
+    assert open_tables([replace(eight, table=tied)], [replace(four, table=tied)], all_sites(GROUPS)) == ()

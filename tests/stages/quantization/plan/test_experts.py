@@ -12,8 +12,9 @@ import pytest
 
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
-from stages.quantization.plan.budget import SiteCandidates, candidate_bytes, chosen_experts, expert_candidates
+from stages.quantization.plan.budget import SiteCandidates, chosen_experts, expert_candidates
 from stages.quantization.plan.experts import ExpertPlan, fitting, plan_experts, stored_bytes
+from stages.quantization.plan.output_size import OutputSize
 from stages.quantization.plan.rules import NamedSites
 from stages.quantization.targets.formats import ExpertFormat, FormatChoice, OpenFormats
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
@@ -144,7 +145,8 @@ def test_a_budget_chooses_one_format_for_a_node_among_those_that_fit_it() -> Non
     assert len(found.sites) == 2 * EXPERTS
     # Of 128 and 32 numbers remain 16, which divide 32 and 48.
     assert list(found.formats) == ["4b16", "4b16z", "8b16"]
-    assert candidate_bytes(found, "4b16z") == EXPERTS * sum(
+    size = OutputSize(base_bytes=0, form=WeightForm.DQ, embeddings=(), byte_scales=True)
+    assert sum(size.number_bytes(site, found.specs["4b16z"]) for site in found.sites) == EXPERTS * sum(
         stored_bytes(rows, columns, found.specs["4b16z"]) for rows, columns in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
     )
     plan = chosen_experts(planned(), [found], {"y/experts": "8b16"})

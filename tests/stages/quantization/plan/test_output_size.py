@@ -1,10 +1,19 @@
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+from onnx import TensorProto
 
-from stages.quantization.plan.output_size import OutputSize
+from stages.model.directory import locate_model
+from stages.model.load import load_graph
+from stages.quantization.plan.output_size import OutputSize, output_size
+from stages.quantization.plan.rules import plan_of
+from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import EmbeddingPlan, EmbeddingTable, PerBlock, PerChannel, QuantSpec, WeightForm
+from stages.records.sites import ActivationGroup
 from tests.stages.quantization.search.problems import site
+from tests.support.graphs import TinyGraph
 
 HEAD = site("/lm_head/MatMul", 300, 64)
 BODY = site("/model/layers.0/mlp/down_proj/MatMul", 64, 96)
@@ -76,3 +85,40 @@ def test_matmul_nbits_fills_up_rows_and_repeats_scales(
     # Nodes, names and an input scale, the same whatever the format.
     around = _size().site_bytes(BODY, spec) - spec.format_bytes(64, 96)
     assert form.site_bytes(BODY, spec) - around == expected
+
+
+def test_copies_that_no_weight_is_are_counted_once(tmp_path: Path) -> None:
+    """A table that lies there twice, and an lm_head that is tied to its embedding by equal bytes, which is none."""
+    rng = np.random.default_rng(0)
+    mask, table = rng.normal(size=(64, 128)).astype(np.float32), rng.normal(size=(64, 64)).astype(np.float32)
+    graph = TinyGraph()
+    graph.input("input_ids", TensorProto.INT64, [1, "t"])
+    graph.node("Gather", [graph.constant("table", table), "input_ids"], ["h"])
+    graph.linear("h", table, "y")
+    for name in ("one", "two"):
+        graph.node("Neg", [graph.constant(name, mask)], [f"less {name}"])
+        graph.output(f"less {name}", TensorProto.FLOAT, [64, 128])
+    graph.output("y", TensorProto.FLOAT, [1, "t", 64])
+    directory = locate_model(graph.save(tmp_path))
+    model = load_graph(directory)
+    choice = FormatChoice(
+        form=WeightForm.DQ,
+        four_bit=PerBlock(block_size=32),
+        eight_bit=PerChannel(),
+        symmetric=True,
+        scale_range="full",
+        gather_form="dq",
+        gather_block_size=32,
+        accuracy_level=None,
+    )
+    assert output_size(directory, model, choice, (), ()).copied_bytes == mask.nbytes
+
+
+def test_bits_a_weight_count_scales_as_the_file_holds_them() -> None:
+    """Of 20 scales a row, a byte each and one float32 step in place of float16: 16 bytes less."""
+    wide = site("wide", 1000, 640)
+    spec = QuantSpec(bits=4, symmetric=False, granularity=PerBlock(block_size=32), scale_dtype="float16")
+    plan = plan_of([ActivationGroup(activation="x", in_features=640, sites=(wide,), absorber=None)], {"wide": spec}, {})
+    floats, in_bytes = (replace(_size(), byte_scales=each).bits_per_weight(plan) for each in (False, True))
+    assert floats == 4 + 20 / 32
+    assert floats - in_bytes == pytest.approx(8 * 16 / 640, rel=0.05)

@@ -68,8 +68,11 @@ def test_the_free_memory_of_cuda_counts(tiny_model: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(not HIGH_WATER.exists(), reason="the kernel tells no peak of memory")
-def test_a_search_takes_no_more_memory_than_predicted() -> None:
-    problem = random_layer(0, in_features=512, widths=(512, 512)).problem
+@pytest.mark.parametrize("widths", [(512, 512), (4096,)])
+def test_a_search_takes_no_more_memory_than_predicted(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.quantization.search.gptq._STACKED_ON_CPU", 1 << 19)
+    monkeypatch.setattr("stages.quantization.search.choices._CPU_ELEMENTS", 1 << 19)
+    problem = random_layer(0, in_features=512, widths=widths).problem
     solver = solver_of(problem, "awq_gptq")
     solver = replace(solver, options=replace(solver.options, column_chunk=1024))
     before = _peak()
@@ -77,6 +80,15 @@ def test_a_search_takes_no_more_memory_than_predicted() -> None:
     used = _peak(reset=False) - before
     predicted = search_memory([problem.group], torch.device("cpu"), held=0).bytes
     assert predicted / 10 < used <= predicted
+
+
+def test_a_large_site_takes_little_more_than_its_weights() -> None:
+    sizes = [1 << 20, 1 << 25, 1 << 27, 1 << 29]
+    sites = [replace(random_layer(0).problem.group.sites[0], out_features=size // 48) for size in sizes]
+    groups = [replace(random_layer(0).problem.group, sites=(site,)) for site in sites]
+    small, full, large, larger = (search_memory([each], torch.device("cpu"), held=0).bytes for each in groups)
+    assert full / small == pytest.approx(32, rel=0.01)
+    assert (larger - large) / (sizes[3] - sizes[2]) == pytest.approx(8, rel=0.01)
 
 
 def _peak(*, reset: bool = True) -> int:

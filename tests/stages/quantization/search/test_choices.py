@@ -97,3 +97,16 @@ def test_the_error_of_a_choice_is_that_of_the_stored_weight(symmetric: bool) -> 
     assert error == pytest.approx(float(outputs.square().sum() / 300), rel=1e-4)
     (energy,) = output_energies(weight, (problem.stats.calibration,))
     assert energy == pytest.approx(float((weight.double() @ layer.tokens.double().T).square().sum() / 300), rel=1e-4)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_layer(2, in_features=40, widths=(21,), symmetric=False).problem
+    scale = InputScale(family="test", alpha=None, scale=torch.rand(40) + 0.5)
+    (whole,) = full_ranges(problem, "full", scale)
+    arguments = problem.group.sites[0], problem.weights[0], problem.specs[0]
+    codes = stored_weight(*arguments, whole).codes
+    monkeypatch.setattr("stages.quantization.search.choices._CPU_ELEMENTS", 4 * 40)
+    (parts,) = full_ranges(problem, "full", scale)
+    assert torch.equal(whole.parameters.scales, parts.parameters.scales)
+    torch.testing.assert_close(whole.parameters.zero_points, parts.parameters.zero_points, rtol=0, atol=0)
+    assert torch.equal(codes, stored_weight(*arguments, parts).codes)

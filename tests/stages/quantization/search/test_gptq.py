@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from stages.quantization.search.gptq import compensate, damped, gptq, gptq_codes
 from stages.quantization.search.problem import IDENTITY, InputScale
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import obq_codes
-from tests.stages.quantization.search.problems import OPTIONS, joint_error, random_layer, row_stats, spec, spread
+from tests.stages.quantization.search.problems import (
+    OPTIONS,
+    joint_error,
+    random_layer,
+    row_stats,
+    solver_of,
+    spec,
+    spread,
+)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -174,3 +183,31 @@ def test_per_channel_int8() -> None:
     chosen, baseline = gptq(problem, OPTIONS), full_ranges(problem, "full", IDENTITY)
     held_out = layer.problem.stats.held_out
     assert joint_error(problem, chosen, held_out) < joint_error(problem, baseline, held_out)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", pytest.param("awq_gptq", marks=pytest.mark.thorough)])
+def test_rows_of_a_large_site_are_solved_some_after_others(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sites, one of heads whose channels count together, in pieces that begin in one site and end in another."""
+    layer = random_layer(4, widths=(260, 64, 20), symmetric=False)
+    draws = torch.randn(8, 40, 8, generator=torch.Generator().manual_seed(1))
+    problem = replace(layer.problem, output_grams=(None, draws.transpose(1, 2) @ draws / 40, None))
+    solver = solver_of(problem, algorithm)
+    solver = replace(solver, options=replace(solver.options, column_chunk=512))
+    whole = solver.solve(problem.group)
+    rows: list[int] = []
+
+    def noted(weights: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if weights.ndim == 2:
+            rows.append(len(weights))
+        return gptq_codes(weights, *rest)
+
+    monkeypatch.setattr("stages.quantization.search.gptq.gptq_codes", noted)
+    monkeypatch.setattr("stages.quantization.search.gptq._STACKED_ON_CPU", 150 * 48)
+    parts = solver.solve(problem.group)
+    assert rows == [132, 148, 64]
+    for one, other in zip(whole.weights, parts.weights, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        torch.testing.assert_close(one.scales, other.scales, rtol=1e-6, atol=0)  # products of few rows differ in a bit
+        torch.testing.assert_close(one.zero_points, other.zero_points, rtol=0, atol=0)
+    losses = [[report.held_out_loss for report in solved.reports] for solved in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

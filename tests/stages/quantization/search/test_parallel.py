@@ -17,6 +17,7 @@ from stages.records.results import ActivationStats, SearchStats, SolvedGroup
 from stages.records.sites import ActivationGroup, ExpertPlace
 from tests.stages.quantization.search.problems import gram_stats, random_layer, site, solver_of, spec
 
+CPU = torch.device("cpu")
 GROUP = random_layer(0, widths=(12, 8)).problem.group
 
 
@@ -106,7 +107,7 @@ def test_small_groups_have_a_thread_each_and_all_come_once() -> None:
 
 
 def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_MEMORY", search_memory(GROUP))
+    monkeypatch.setattr(parallel, "_MEMORY", search_memory(GROUP, CPU))
     seen: list[tuple[str, int]] = []
     read: list[str] = []
     original = solver(seen)
@@ -126,7 +127,7 @@ def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkey
 
 def test_a_large_group_waits_for_the_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     large = replace(GROUP, activation="large", sites=(*GROUP.sites, site("more", 200, 48)))
-    monkeypatch.setattr(parallel, "_MEMORY", search_memory(large))
+    monkeypatch.setattr(parallel, "_MEMORY", search_memory(large, CPU))
     seen: list[tuple[str, int]] = []
     some = solver(seen)
     some = replace(some, specs=dict.fromkeys(["more", *some.specs], next(iter(some.specs.values()))))

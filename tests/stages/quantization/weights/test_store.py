@@ -87,6 +87,26 @@ def test_weights_reports_and_recipe_come_back_exactly(tmp_path: Path) -> None:
                 assert torch.equal(saved, loaded)
 
 
+def test_reports_tell_the_bytes_of_scales_that_become_bytes_however_often_they_are_written(tmp_path: Path) -> None:
+    wide = site("/layers.0/q_proj/MatMul", 1000, 640)
+    spec = QuantSpec(bits=4, symmetric=False, granularity=PerBlock(block_size=32), scale_dtype="float16")
+    group = ActivationGroup(activation="x", in_features=640, sites=(wide,), absorber=None)
+    weight = QuantizedWeight(
+        site=wide,
+        spec=spec,
+        codes=torch.zeros(1000, 640, dtype=torch.uint8),
+        scales=torch.ones(1000, 20, dtype=torch.float16),
+        zero_points=torch.zeros(1000, 20, dtype=torch.uint8),
+    )
+    report = SiteReport(site=wide.name, algorithm="gptq", format="4b32z", bytes=spec.format_bytes(1000, 640))
+    store = create_or_resume_store(tmp_path / "w", replace(RECIPE, groups=(group,), byte_scales=True), overwrite=False)
+    store.write(0, SolvedGroup(group=group, weights=(weight,), reports=(report,)))
+    store.write(0, store.read_group(0))
+    (found,) = store.reports()
+    # A byte for each scale in place of two, and four for each row.
+    assert 1000 * (320 + 10 + 20 + 4) <= found.bytes < report.bytes - 15_000
+
+
 def test_a_search_that_was_stopped_counts_the_seconds_of_all_its_runs(tmp_path: Path) -> None:
     store = create_or_resume_store(tmp_path / "w", RECIPE, overwrite=False)
     solved = _solved()

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from stages.model.validate import fault_of_graph, fault_of_proto
+from stages.model.form.validate import fault_of_graph, fault_of_proto
 from tests.support.graphs import MICROSOFT, TinyGraph
 
 FLOAT = TensorProto.FLOAT
