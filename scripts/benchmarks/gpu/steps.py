@@ -194,7 +194,7 @@ def refine(found: GpuCheck, room: Room) -> GpuCheck:
     times = sizes.layers / sizes.layers_of.layers
     whole = WholeFigure(
         name=f"--refine, {sizes.layers} layers",
-        seconds=times * (made[0].search.seconds - plain.search.seconds),
+        seconds=times * max(made[0].search.seconds - plain.search.seconds, 0.0),
         aim=None,
         how=f"{times:.0f} times what it added to the search of {sizes.layers_of.layers} layers",
     )

@@ -26,7 +26,8 @@ _PARTS = ("calibration", "held_out")
 _FLOAT32 = 4
 _STRIP = 256
 """Columns that a Gram matrix's product computes above its diagonal."""
-_ROWS, _WIDTH, _ROUNDS = 512, 2048, 3
+_ROWS, _ROUNDS = 512, 3
+_NARROWEST, _WIDEST = 256, 4096
 """Of the timed product."""
 _KEPT_OF_PASS = 3
 """Copies of a layer's activations that its way back holds: forward, gradients, and what the statistics read."""
@@ -107,15 +108,24 @@ def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: in
     )
 
 
-def multiply_rate(device: torch.device) -> float:
-    """Return how many multiplications and additions a second ``device`` makes in a matrix product, as busy as it is."""
-    left, right = torch.rand(_ROWS, _WIDTH, device=device), torch.rand(_WIDTH, _WIDTH, device=device)
+def multiply_rate(device: torch.device, width: int) -> float:
+    """Return how many multiplications and additions a second ``device`` makes in matrix products, as busy as it is.
+
+    Args:
+        device: where the model runs.
+        width: channels of its activations: products of narrow matrices are slower.
+    """
+    width = min(max(width, _NARROWEST), _WIDEST)
+    times = (_WIDEST // width) ** 2
+    left, right = torch.rand(_ROWS, width, device=device), torch.rand(width, width, device=device)
     best = math.inf
     for _ in range(_ROUNDS + 1):  # the first one may start the device
         started = time.perf_counter()
-        float((left @ right)[0, 0])
+        for _ in range(times):
+            made = left @ right
+        float(made[0, 0])
         best = min(best, time.perf_counter() - started)
-    return 2.0 * _ROWS * _WIDTH * _WIDTH / best
+    return 2.0 * times * _ROWS * width * width / best
 
 
 def shared_run(work: Work, processes: int, rate: float, first: int, others: int) -> SharedRun:

@@ -111,7 +111,7 @@ class Stages:
         self, disk: DiskUse, base: int, seconds: Mapping[str, float], device: torch.device
     ) -> Iterator[SharedRun]:
         """Yield what several numbers of processes take, each of which has a machine like this one."""
-        plan, rate = self.plan, multiply_rate(device)
+        plan, rate = self.plan, multiply_rate(device, self.tapped[0].in_features)
         sizes = [self.text.size(group, part) for group in plan.sites.groups for part in _PARTS] if self.text else []
         work = Work(
             calibration=self.passes,
