@@ -19,7 +19,7 @@ from stages.system.paths import from_here
 Message = Mapping[str, str]
 """One message of a conversation: its ``role`` (system, user, assistant) and its ``content``."""
 
-_TEMPLATE = "chat_template"
+_TEMPLATE, _TOKENIZER = "chat_template", "tokenizer.json"
 _UNKNOWN_CONTEXT = 2048
 """Tokens of context where genai_config.json doesn't say."""
 _CPU = "cpu"
@@ -39,6 +39,9 @@ class GenaiSession:
     tokenizer: Any
     has_template: bool
     """Whether the folder has a chat template."""
+    begins_with: int | None
+    """The token that the tokenizer puts before any text, which onnxruntime-genai's leaves out; None: none. Templates
+    write their own."""
     context_length: int
     """The most tokens of a prompt and its answer together."""
     sliding_window: int = 0
@@ -66,7 +69,10 @@ class GenaiSession:
                 raise UserError(
                     f"The model's chat template can't be applied ({in_one_line(error)}); {hint}."
                 ) from error
-        return [int(token) for token in self.tokenizer.encode(prompt.encode("utf-8", "replace").decode("utf-8"))]
+        tokens = [int(token) for token in self.tokenizer.encode(prompt.encode("utf-8", "replace").decode("utf-8"))]
+        if self.begins_with is None or tokens[:1] in ([], [self.begins_with]):
+            return tokens
+        return [self.begins_with, *tokens]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what token ids stand for."""
@@ -128,14 +134,26 @@ def open_genai(folder: Path, option: str, threads: int | None = None) -> GenaiSe
             f"{option} {folder} has no tokenizer that onnxruntime-genai can read ({in_one_line(error)}); "
             f"{_tokenizer_fix(folder)}."
         ) from error
+    has_template = has_chat_template(folder)
     return GenaiSession(
         runtime=runtime,
         model=model,
         tokenizer=tokenizer,
-        has_template=has_chat_template(folder),
+        has_template=has_template,
+        begins_with=None if has_template else _first_token(folder),
         context_length=described.context_length or _UNKNOWN_CONTEXT,
         sliding_window=described.decoder.window_size,
     )
+
+
+def _first_token(folder: Path) -> int | None:
+    """Return the token that the tokenizer in ``folder`` puts before an empty text."""
+    if not (folder / _TOKENIZER).is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    tokens: list[int] = Tokenizer.from_file(str(folder / _TOKENIZER)).encode("").ids
+    return tokens[0] if tokens else None
 
 
 def _tokenizer_fix(folder: Path) -> str:

@@ -64,7 +64,7 @@ def session(tiny_model: Path) -> GenaiSession:
 
 @pytest.fixture(scope="module")
 def numbers(session: GenaiSession) -> GenaiSession:
-    return replace(session, tokenizer=Numbers())
+    return replace(session, tokenizer=Numbers(), begins_with=None)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,8 @@ def conversation(session: GenaiSession, limit: int = LIMIT, system: str | None =
 
 def greedy(session: GenaiSession, text: str, limit: int = LIMIT) -> str:
     """The continuation of ``text`` by a generator that has read nothing before."""
-    tokens = [int(token) for token in session.tokenizer.encode(text)]
+    begin = [] if session.begins_with is None else [session.begins_with]
+    tokens = [*begin, *(int(token) for token in session.tokenizer.encode(text))]
     stream = session.tokenizer.create_stream()
     return "".join(stream.decode(token) for token in session.generate(tokens, limit))
 
@@ -106,7 +107,7 @@ def test_a_prompts_answer_is_all_that_standard_output_holds(
     assert screen.getvalue() == greedy(session, "The city") + "\n"
     # Each token appears as soon as it is there; one may be a part of a letter.
     assert len(screen.flushed) == LIMIT + 1
-    assert sum(map(bool, screen.flushed)) > 2
+    assert sum(map(bool, screen.flushed)) > 1
 
 
 def run(commands: Commands, *arguments: object) -> tuple[int, str]:
@@ -130,8 +131,9 @@ def test_a_chat_ends_politely_and_keeps_the_conversation(
 ) -> None:
     type_lines(monkeypatch, "The city", "  ", "a river", end)
     code, printed = run(commands, templated, "--max_new_tokens", LIMIT, "--system", "Be brief.")
-    first = greedy(session, text := "system: Be brief.\nuser: The city\nassistant:")
-    second = greedy(session, f"{text[:-10]}assistant: {first}\nuser: a river\nassistant:")
+    bare = replace(session, begins_with=None)  # a template writes what a text begins with
+    first = greedy(bare, text := "system: Be brief.\nuser: The city\nassistant:")
+    second = greedy(bare, f"{text[:-10]}assistant: {first}\nuser: a river\nassistant:")
     assert code == 0
     assert printed.startswith(f"{first}\n{second}\n")
     assert f"--max_new_tokens {LIMIT} is reached" in printed

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from stages.errors import UserError
 from stages.runtime.genai import cannot_run, import_genai, load_genai, open_genai, require_genai
@@ -19,6 +21,21 @@ PROMPT = [0, 5, 9]
 def test_generation_past_the_end_token_has_its_full_length(tiny_model: Path) -> None:
     session = open_genai(tiny_model, "--speed", threads=1)
     assert len(list(session.generate(PROMPT, 17, past_the_end=True))) == 17
+
+
+def test_a_text_without_template_begins_as_the_tokenizer_begins_it(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    session = open_genai(copy, "MODEL", threads=1)
+    assert not session.has_template
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    expected = tokenizer.encode("a city").ids
+    assert session.prompt_tokens("a city") == expected
+    word, number = next((word, number) for word, number in tokenizer.get_vocab().items() if number not in expected)
+    tokenizer.post_processor = TemplateProcessing(single=f"{word} $A", special_tokens=[(word, number)])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    session = open_genai(copy, "MODEL", threads=1)
+    assert session.prompt_tokens("a city") == [number, *expected[1:]]
+    assert session.prompt_tokens("") == []
 
 
 def greedy(model: object, limit: int) -> list[int]:
