@@ -17,6 +17,8 @@ from export.fold import FoldOutcome
 from export.run import ExportSummary
 from export.summary import export_table
 from scripts.benchmarks.figures import Benchmark, CaptureFigure, CommandFigure, Machine, SearchFigure, WriteFigure
+from scripts.benchmarks.gpu.figures import FusionFigure, GpuCheck, Placement, StepFigure, WholeFigure
+from scripts.benchmarks.gpu.tables import check_table
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.peers.speed import speed_table
 from stages.calibration.cache import CacheKey
@@ -36,6 +38,7 @@ from stages.quantization.preview.table import (
     Preview,
     PreviewedSite,
     SearchEstimate,
+    SharedRun,
     StageMemory,
     preview_table,
 )
@@ -147,6 +150,7 @@ def plan() -> RenderableType:
             memory=(StageMemory(stage="search and export", bytes=23_456_000_000, holds="the largest group"),),
             disk=DiskUse(calibration=9_160_000_000, weights=23_456_000_000, output=12_345_600_000),
             search=SearchEstimate(seconds=12_345.0, device="cuda:1", groups=4321),
+            sharing=tuple(shared_run(count) for count in (1, 8, 64)),
             obstacles=(f"--output_path {FOLDER / 'int4'} already exists; pass --overwrite or choose another path.",),
             notes=("--accuracy_level 1 runs INT8 weights about 10 times slower than level 4",),
             target="cpu@1.32",
@@ -154,6 +158,14 @@ def plan() -> RenderableType:
             formats=choose("cpu").explanations,
         )
     )
+
+
+def shared_run(processes: int) -> SharedRun:
+    return SharedRun(
+        processes=processes, calibrate_seconds=774_000.0, search_seconds=1_227_600.0, memory_first=52_912_345_678,
+        memory_others=None if processes == 1 else 41_123_456_789, read=10_312_345_678_901, written=851_234_567_890,
+        sent=812_345_678_901,
+    )  # fmt: skip
 
 
 def unreached() -> tuple[UnquantizedWeights, ...]:
@@ -287,6 +299,34 @@ def benchmarked() -> list[RenderableType]:
     return list(benchmark_tables(found))
 
 
+def checked() -> RenderableType:
+    machine = Machine(processor="AMD EPYC", cores=64, threads=64, gpu="NVIDIA RTX 6000 Ada Generation", versions={})
+    found = GpuCheck(
+        machine=machine,
+        size="full",
+        placement=Placement(
+            provider="CUDAExecutionProvider", outputs="cuda", missing=(("cuda", "torch was installed without CUDA"),)
+        ),
+        fusion=(
+            FusionFigure(
+                precision="fp16", options="--block_size 128", formats="4b128z, 8b128", sites=29, fused=29
+            ),
+        ),
+        layers=(
+            SearchFigure(
+                group=KINDS[1], in_features=14_336, out_features=28_672, algorithm="awq_gptq", seconds=12.34,
+                device_peak_bytes=12_345_000_000,
+            ),
+        ),
+        steps=(StepFigure(name="refine of two 8B layers", seconds=123.4, device_peak_bytes=12_345_000_000),),
+        wholes=(WholeFigure(name="awq_gptq of Llama-3-8B's shapes", seconds=123.4, aim=90.0, how="32 times each"),),
+        same_bits=True,
+        speed=evaluation().speed,
+        not_done=(("decoding", "240 s were over before it"),),
+    )  # fmt: skip
+    return check_table(found)
+
+
 def compared() -> Evaluation:
     found = evaluation()
     rows = [replace(row, name=f"Phi-3.5-MoE-instruct-{row.name}") for row in found.rows]
@@ -317,6 +357,7 @@ SCREENS: dict[str, Callable[[], RenderableType | list[RenderableType]]] = {
     "tables_of_worst": lambda: list(tables_of_worst(compared())),
     "speed_table": peers_speed,
     "benchmark_tables": benchmarked,
+    "check_table": checked,
 }
 
 

@@ -124,6 +124,7 @@ def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
         assert torch.equal(found.scales, expected.scales)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_finished_run_is_not_tuned_again(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch

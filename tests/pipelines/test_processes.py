@@ -195,6 +195,7 @@ def test_a_launch_that_starts_one_process_is_named() -> None:
     assert "nowhere" in done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_experts_that_get_other_tokens_in_each_batch_are_shared_too(tmp_path: Path) -> None:
     """Processes hand over tensors of different shapes and types, and some have none."""

@@ -103,6 +103,7 @@ def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
     assert behind < 1.1 * before
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_signround_goes_on_from_the_refined_weights(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands

@@ -338,6 +338,7 @@ def test_the_file_runs_by_its_path_and_as_a_module(tiny_model: Path, tmp_path: P
 # --------------------------------------------------------------------------- the kept calibration
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_another_algorithm_skips_stage_one_and_says_so(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("--seed", 5, into="first")
@@ -351,6 +352,7 @@ def test_another_algorithm_skips_stage_one_and_says_so(run: Run, base: Path, mon
     assert any(str(path.parent) in made.printed for path in caches)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_other_settings_calibrate_into_a_folder_of_their_own_and_the_first_stays_usable(
     tiny_model: Path, tmp_path: Path, run: Run
@@ -390,6 +392,7 @@ def test_a_calibration_folder_is_named_after_all_that_the_statistics_depend_on_a
     assert len(others | {first}) == len(changes) + 3
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
     tiny_model: Path, tmp_path: Path, run: Run
@@ -710,6 +713,7 @@ def test_awqclip_alpha_min_and_step(run: Run) -> None:
     assert all(halves[name] != default[name] for name in both)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_awqclip_bsz_col_changes_memory_and_nothing_else(run: Run) -> None:
     whole, sliced = (run("--algo", "awq_clip", "--awqclip_bsz_col", size, into=f"o{size}") for size in (1024, 8))

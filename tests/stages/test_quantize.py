@@ -45,7 +45,7 @@ def test_one_command_does_everything_once(call: Call, folder: Path, monkeypatch:
     code, printed = call("--dry_run")
     assert code == 0, printed
     assert "there is no calibration in base.calibration yet: it is part of the same run (text: " in printed
-    assert "the search's time is without calibration, where" in " ".join(printed.split())
+    assert "the search's time is without calibration, which can take longer" in " ".join(printed.split())
     assert "not yet" not in printed
     assert {path.name for path in folder.iterdir()} == {"base"}
 

@@ -91,6 +91,7 @@ def test_a_points_command_makes_the_same_model(
     assert record.search.held_out_loss == mean(losses)
 
 
+@pytest.mark.thorough
 def test_a_failed_point_is_a_row_and_the_exit_code_says_so(
     commands: Commands, tiny_model: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:

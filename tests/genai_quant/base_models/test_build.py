@@ -113,6 +113,7 @@ def test_a_folder_becomes_a_genai_model(tiny_hf: Path, tmp_path: Path) -> None:
         list(build(BaseModelConfig(source=str(tiny_hf), output=output)))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_failed_build_shows_the_builders_output_and_leaves_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

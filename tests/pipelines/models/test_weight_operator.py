@@ -38,7 +38,7 @@ def operators(folder: Path) -> Counter[str]:
     ("arguments", "sites"),
     [
         ([], 10),
-        (["--use_zero_point"], 10),
+        pytest.param(["--use_zero_point"], 10, marks=pytest.mark.thorough),
         pytest.param(["--enable_mixed_quant"], 10, marks=pytest.mark.thorough),
         (["--layers_8bit", "layers.1", "--lm_head", 8, "--use_zero_point"], 11),
         pytest.param(
