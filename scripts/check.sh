@@ -3,6 +3,11 @@
 # comparisons with competitors, further variants); what else is given goes to pytest.
 # Makes its own .venv; later runs reuse it.
 set -euo pipefail
+case "${1:-}" in -h | --help)
+    sed -n 's/^# //;2,4p' "$0"
+    exit
+    ;;
+esac
 extras=genai,dev
 # shellcheck source=scripts/environment/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment/venv.sh"

@@ -2,6 +2,11 @@
 # From nothing to an INT4 model that answers: SmolLM2-135M on the CPU, no download beyond Python packages.
 # Steps whose result is there are skipped; delete models/ to start over.
 set -euo pipefail
+case "${1:-}" in -h | --help)
+    sed -n 's/^# //;2,3p' "$0"
+    exit
+    ;;
+esac
 extras=genai
 # shellcheck source=scripts/environment/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment/venv.sh"

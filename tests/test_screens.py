@@ -147,6 +147,7 @@ def plan() -> RenderableType:
             bits_per_weight=4.625,
             bytes_before=41_234_500_000,
             bytes_after=12_345_600_000,
+            unspent=22_345_600_000,
             memory=(StageMemory(stage="search and export", bytes=23_456_000_000, holds="the largest group"),),
             disk=DiskUse(calibration=9_160_000_000, weights=23_456_000_000, output=12_345_600_000),
             search=SearchEstimate(seconds=12_345.0, device="cuda:1", groups=4321),

@@ -24,7 +24,7 @@ from stages.errors import UserError
 from stages.evaluation.records import Evaluation, OutputEvaluation
 from stages.model.directory import ModelDirectory
 from stages.model.load import producer_of
-from stages.quantization.weights.byte_scales import stored_bytes
+from stages.quantization.weights.byte_scales import stored_bytes, stored_in_words
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import ExportRecipe, VerifyReport
@@ -285,7 +285,9 @@ def kinds_of(store: QuantizedStore) -> Iterator[KindOfLayer]:
             quantized.setdefault((kind_of(site.name), store.spec(index, site)), []).append(site)
     in_floats = store.recipe.weight_form is WeightForm.QDQ
     for (kind, spec), sites in quantized.items():
-        described = f"{spec.description}, stored in floating point" if in_floats else spec.description
+        recipe = store.recipe
+        described = stored_in_words(sites[0], spec, recipe.weight_form, byte_scales=recipe.byte_scales)
+        described = f"{described}, stored in floating point" if in_floats else described
         bits = None if in_floats else _bits(sites, spec, store.recipe)
         yield KindOfLayer(kind=kind, count=len(sites), format=described, bits_per_weight=bits)
     for plan in store.recipe.embeddings:

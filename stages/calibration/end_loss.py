@@ -125,7 +125,7 @@ class EndLossPass:
         costs = [sum(_numbers(site) for site in link.sites) for link in links]
         passes = [costs[place - 1] for place in lacking if place] + [2 * cost for cost in costs]
         with progress_bar() as bar:
-            task = bar.add_task("end loss", total=sum(passes), steps=len(passes), unit="layers")
+            task = bar.add_task("token weights", total=sum(passes), steps=len(passes), unit="layers")
             shared, gradient = self._complete(lacking, lambda place: bar.advance(task, costs[place])), None
             for place in reversed(range(len(links))):
                 gradient = self._back(writer, place, self.streams.take(place), gradient, shared)

@@ -101,7 +101,8 @@ class EvaluateConfig(CommandOptions):
     eps: str = "cpu"
     """Execution providers, tried in this order: cuda, cpu, dml, NvTensorRtRtx."""
     worst: int = 10
-    """Predictions to show for each model: those farthest from the base's."""
+    """Predictions to keep for each model: those farthest from the base's. The report and --json show them, the terminal
+    with --verbose."""
     generate: tuple[str, ...] = ()
     """Prompts that all models answer, greedily, through onnxruntime-genai; in the base's chat template if it has
     one."""

@@ -120,7 +120,11 @@ class QuantSpec:
     @property
     def description(self) -> str:
         """Describe the format in words: INT4, a float32 scale and a zero point for every 32 weights."""
-        parts = f"{self.scale_dtype} scale" + ("" if self.symmetric else " and a zero point")
+        return self.in_words(self.scale_dtype)
+
+    def in_words(self, scale: str) -> str:
+        """Return ``description`` with another word for the type of the stored scales."""
+        parts = f"{scale} scale" + ("" if self.symmetric else " and a zero point")
         match self.granularity:
             case PerBlock(block_size=size):
                 return f"INT{self.bits}, a {parts} for every {size} weights"

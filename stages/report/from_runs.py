@@ -15,6 +15,7 @@ from stages.commands.options import CommandOptions
 from stages.errors import OptionError
 from stages.evaluation.bench.results import MeasuredModel, TextResults
 from stages.model.sizes import SizePart
+from stages.quantization.weights.byte_scales import stored_in_words
 from stages.quantization.weights.store import REPORT_FOLDER, VERIFICATION, QuantizedStore
 from stages.quantization.weights.summary import bits_per_weight
 from stages.records.results import VerifyReport
@@ -133,7 +134,9 @@ def _sites(store: QuantizedStore) -> tuple[QuantizedSite, ...]:
             in_features=site.in_features,
             out_features=site.out_features,
             report=found[site.name],
-            stored=store.spec(index, site).description,
+            stored=stored_in_words(
+                site, store.spec(index, site), store.recipe.weight_form, byte_scales=store.recipe.byte_scales
+            ),
         )
         for index, group in enumerate(store.recipe.groups)
         for site in group.sites

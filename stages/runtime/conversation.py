@@ -40,6 +40,8 @@ class Conversation:
                 messages.
             RuntimeError: the runtime stops.
         """
+        if not message.strip():
+            raise UserError("The message is empty; write one.")
         self._messages.append(_message("user", message))
         try:
             tokens = self._fitting_tokens()
@@ -67,8 +69,6 @@ class Conversation:
             _LOGGER.info(
                 "the model's context of %d tokens is full: the oldest %d messages are forgotten", context, forgotten
             )
-        if not tokens:
-            raise UserError("The message is empty; write one.")
         if len(tokens) >= context:
             raise UserError(
                 f"The message has {len(tokens)} tokens, and the model's context only {context}; write a shorter one."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -231,15 +231,23 @@ def check_budget(candidates: Sequence[SiteCandidates], budget: Budget) -> Budget
                 f"{reachable.largest:.4g} bits a weight."
             )
         case SizeBudget(typed=typed, num_bytes=size) if size < reachable.smallest:
-            smaller = "--lm_head 4 makes the head smaller"
-            if not budget.tables:
-                smaller = "--embedding 4 makes embeddings smaller, --lm_head 4 the head"
+            hints = list(_ways_to_less(candidates, budget))
+            smaller = f" ({', '.join(hints)})" if hints else ""
             unit = "." if typed[-1].isalpha() else f"; a number without a unit counts bytes, did you mean {typed}MB?"
             raise OptionError(
                 f"--target_size {typed} can't be reached: this model can have from "
-                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB ({smaller}){unit}"
+                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB{smaller}{unit}"
             )
     return reachable
+
+
+def _ways_to_less(candidates: Sequence[SiteCandidates], budget: SizeBudget) -> Iterator[str]:
+    """Yield options that make a model smaller than any choice that this budget has."""
+    if not budget.tables:
+        yield "--embedding 4 makes embeddings smaller"
+    heads = [each for each in candidates if each.site.is_lm_head]
+    if any(all(spec.bits != 4 for spec in each.specs.values()) for each in heads):
+        yield "--lm_head 4 makes the head smaller"
 
 
 def best_allocation(candidates: Sequence[SiteCandidates], budget: Budget, losses: Losses) -> Allocation:

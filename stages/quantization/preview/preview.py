@@ -23,6 +23,7 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
 from stages.model.sites import find_groups, widest_input
 from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
+from stages.quantization.plan.budget import SizeBudget
 from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
 from stages.quantization.plan.plan import (
@@ -122,6 +123,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         bits_per_weight=size.bits_per_weight(plan.sites),
         bytes_before=size.base_bytes,
         bytes_after=bytes_after,
+        unspent=_unspent(plan),
         memory=tuple(stages.memory(join_processes())),
         disk=disk,
         sharing=tuple(stages.shared(disk, size.base_bytes, seconds, device)),
@@ -294,6 +296,11 @@ def _sites(
             input_scale_why=scale.why,
             seconds=seconds.get(site.name, 0.0),
         )
+
+
+def _unspent(plan: ModelPlan) -> int | None:
+    budget = None if plan.left_open is None else plan.left_open.budget
+    return budget.num_bytes if isinstance(budget, SizeBudget) else None
 
 
 def _bytes_after(site: MatMulSite, spec: QuantSpec | None, choice: FormatChoice) -> int:

@@ -153,6 +153,8 @@ class Preview:
     memory: tuple[StageMemory, ...]
     disk: DiskUse
     search: SearchEstimate
+    unspent: int | None
+    """Bytes of a ``--target_size`` that can't be spent yet; ``sites`` have their smallest formats."""
     sharing: tuple[SharedRun, ...]
     """For a few numbers of processes; the first is one."""
     obstacles: tuple[str, ...]
@@ -247,7 +249,13 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
     if preview.target_because:
         yield "target", f"{preview.target}: {preview.target_because}; choose another with --target"
     before, after = preview.bytes_before / 1e6, preview.bytes_after / 1e6
-    yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB"
+    if preview.unspent is None:
+        yield "size", f"{before:,.1f} MB -> about {after:,.1f} MB"
+    else:
+        yield (
+            "size",
+            f"{before:,.1f} MB -> at most {preview.unspent / 1e6:,.1f} MB, once there are statistics to spend it by",
+        )
     yield "bits", f"{preview.bits_per_weight:.3f} a weight of the quantized MatMuls; embeddings aren't counted"
     for plan in preview.embeddings:
         shared = "" if plan.shared_with is None else f", shared with {plan.shared_with}"

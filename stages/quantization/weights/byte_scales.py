@@ -67,6 +67,16 @@ def stored_bytes(site: MatMulSite, spec: QuantSpec, form: WeightForm, *, byte_sc
     return whole - saved_bytes(site, spec) if byte_scales and has_byte_scales(site, spec, form) else whole
 
 
+def stored_in_words(site: MatMulSite, spec: QuantSpec, form: WeightForm, *, byte_scales: bool) -> str:
+    """Describe how a weight is stored.
+
+    Args:
+        site, spec, form, byte_scales: see ``stored_bytes``.
+    """
+    in_bytes = byte_scales and has_byte_scales(site, spec, form)
+    return spec.in_words("one-byte") if in_bytes else spec.description
+
+
 def saved_bytes(site: MatMulSite, spec: QuantSpec) -> int:
     """Return what bytes and steps take less than float16 scales."""
     return site.out_features * (spec.num_blocks(site.in_features) - _STEP_BYTES) - _NODE_BYTES

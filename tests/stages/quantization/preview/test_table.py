@@ -51,6 +51,7 @@ PREVIEW = Preview(
     memory=(StageMemory(stage="search", bytes=7_000_000, holds="the largest group"),),
     disk=DiskUse(calibration=0, weights=2_000_000, output=1_500_000),
     search=SearchEstimate(seconds=12.0, device="cpu", groups=3),
+    unspent=None,
     sharing=(
         SharedRun(
             processes=1,
@@ -139,6 +140,11 @@ def test_what_the_target_decided_stands_first() -> None:
     assert "--lm_head 8 it is fast" in shown
     assert "target cpu@1.32: the base names no other; choose another with --target" in shown
     assert _shown(replace(PREVIEW, formats=(), target_because=""))[0].startswith("awq_lite INT4 block 32")
+
+
+def test_a_budget_that_waits_for_statistics_is_the_size_that_was_asked_for() -> None:
+    shown = _shown(replace(PREVIEW, unspent=2_500_000))
+    assert "3.0 MB -> at most 2.5 MB, once there are statistics to spend it by" in _row(shown, "size")
 
 
 def test_the_disk_that_stages_need_is_said_by_stage() -> None:
