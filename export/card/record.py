@@ -283,12 +283,12 @@ def kinds_of(store: QuantizedStore) -> Iterator[KindOfLayer]:
     for index, group in enumerate(store.recipe.groups):
         for site in group.sites:
             quantized.setdefault((kind_of(site.name), store.spec(index, site)), []).append(site)
-    in_floats = store.recipe.weight_form is WeightForm.QDQ
+    recipe = store.recipe
+    in_floats = recipe.weight_form is WeightForm.QDQ
     for (kind, spec), sites in quantized.items():
-        recipe = store.recipe
         described = stored_in_words(sites[0], spec, recipe.weight_form, byte_scales=recipe.byte_scales)
         described = f"{described}, stored in floating point" if in_floats else described
-        bits = None if in_floats else _bits(sites, spec, store.recipe)
+        bits = None if in_floats else _bits(sites, spec, recipe)
         yield KindOfLayer(kind=kind, count=len(sites), format=described, bits_per_weight=bits)
     for plan in store.recipe.embeddings:
         numbers, kind = plan.table.vocabulary * plan.table.hidden, f"embedding {plan.table.weight}"

@@ -144,9 +144,14 @@ def inputs_of_session(session: ort.InferenceSession, directory: ModelDirectory) 
     )
 
 
+def fed_values(model: ir.Model) -> dict[str, ir.Value]:
+    """Return the inputs of the graph that hold no weights, by name."""
+    return {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
+
+
 def inputs_of_graph(model: ir.Model, directory: ModelDirectory) -> tuple[GraphInput, ...]:
     """Return the inputs that a session of ``model`` must be given: those without a default."""
-    values = {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
+    values = fed_values(model)
     roles = _roles(values, directory.input_names)
     return tuple(
         GraphInput(

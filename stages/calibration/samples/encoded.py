@@ -23,7 +23,7 @@ from stages.commands.calibrate_options import TextOptions
 from stages.errors import GraphError, UserError, in_one_line
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.genai_config import component_files, read_genai_config
-from stages.model.load import fingerprint_model, read_graph
+from stages.model.load import read_graph
 from stages.runtime.cpu.runnable import open_file
 from stages.runtime.decoder import Decoder, open_decoder
 from stages.runtime.feeds import Sample, SampleFeeds, as_values
@@ -52,12 +52,6 @@ class PackageEncoder:
     graph: ir.Model
     outputs: Mapping[str, str]
     """Its output for each of the decoder's inputs."""
-
-    @property
-    def inputs(self) -> dict[str, ir.Value]:
-        """Return the inputs that sounds fill, by name."""
-        graph = self.graph.graph
-        return {str(value.name): value for value in graph.inputs if value.name not in graph.initializers}
 
 
 def find_encoder(model: ir.Model, directory: ModelDirectory) -> PackageEncoder | None:
@@ -129,11 +123,6 @@ def encoded_samples(
                 computed=tuple(encoder.outputs),
                 compute=session.run,
             )
-
-
-def encoder_fingerprint(encoder: PackageEncoder) -> str:
-    """Return a digest of the encoder, on which a decoder's samples depend."""
-    return fingerprint_model(encoder.directory)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import psutil
 
 from stages.calibration.samples.arrays import ARRAYS, read_arrays
 from stages.calibration.samples.documents import document_samples, reads_documents
-from stages.calibration.samples.encoded import encoded_samples, encoder_fingerprint, find_encoder
+from stages.calibration.samples.encoded import encoded_samples, find_encoder
 from stages.calibration.samples.processors import Medium, find_processor, medium_of, read_media
 from stages.calibration.samples.samples import (
     DEFAULT_SAMPLES,
@@ -26,7 +26,9 @@ from stages.calibration.samples.samples import (
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
+from stages.model.load import fingerprint_model
 from stages.runtime.feeds import Sample, require_sample_inputs
+from stages.runtime.graph_inputs import fed_values
 
 _ARRAYS = "arrays"
 
@@ -60,7 +62,7 @@ def load_samples(config: TextOptions, model: ir.Model, directory: ModelDirectory
     files = [files[place] for place in generator.permutation(len(files))]
     medium = _medium(path, files)
     if medium is None:
-        samples = _of_arrays(config, path, files, _inputs(model), generator)
+        samples = _of_arrays(config, path, files, fed_values(model), generator)
     else:
         samples = _of_media(config, path, files, medium, model, directory)
     require_sample_inputs(model, directory, samples.names)
@@ -95,21 +97,17 @@ def _of_media(
     processor = find_processor(directory, medium, config.model_name, trust_remote_code=config.trust_remote_code)
     used, encoder = files[: counts.total], find_encoder(model, directory)
     if encoder is None:
-        made = read_media(used, processor, directory, _inputs(model))
+        made = read_media(used, processor, directory, fed_values(model))
     else:
-        features = read_media(used, processor, encoder.directory, encoder.inputs)
+        features = read_media(used, processor, encoder.directory, fed_values(encoder.graph))
         made = encoded_samples(used, features, encoder, config, model, directory)
     return split_samples(
         _within_memory(made),
         counts,
         source=f"{medium} in {path.name}",
         tokenizer=processor.title,
-        encoder="" if encoder is None else encoder_fingerprint(encoder),
+        encoder="" if encoder is None else fingerprint_model(encoder.directory),
     )
-
-
-def _inputs(model: ir.Model) -> dict[str, ir.Value]:
-    return {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
 
 
 def _within_memory(samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -26,12 +26,7 @@ from stages.quantization.plan.allocate_budget import allocate_budget, needs_weig
 from stages.quantization.plan.budget import SizeBudget
 from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
-from stages.quantization.plan.plan import (
-    ModelPlan,
-    OpenPlan,
-    describe_recipe,
-    plan_search,
-)
+from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_search
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.rules import all_sites
 from stages.quantization.preview.memory import (

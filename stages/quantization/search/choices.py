@@ -236,15 +236,15 @@ def _site_errors(
     if output_gram is not None:
         return joint_errors(mixed_outputs(_weight_error(weight, spec, choice), output_gram), stats)
     totals = [0.0] * len(stats)
-    for chunk in _chunks(weight):
+    for chunk in slices(len(weight), rows_per_chunk(weight)):
         errors = joint_errors(_weight_error(weight[chunk], spec, _rows_of(choice, chunk)), stats)
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
     return totals
 
 
-def _chunks(weight: Tensor) -> list[slice]:
-    size = rows_per_chunk(weight)
-    return [slice(start, start + size) for start in range(0, weight.shape[0], size)]
+def slices(count: int, step: int) -> list[slice]:
+    """Return ``count`` rows in slices of ``step`` each; the last may be shorter."""
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
@@ -267,7 +267,10 @@ def _stored_codes(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteCho
     """Return the codes in the type that they are stored in."""
     if choice.codes is not None:
         return choice.codes
-    parts = [_codes(weight[chunk], spec, _rows_of(choice, chunk)).to(spec.code_dtype) for chunk in _chunks(weight)]
+    parts = [
+        _codes(weight[chunk], spec, _rows_of(choice, chunk)).to(spec.code_dtype)
+        for chunk in slices(len(weight), rows_per_chunk(weight))
+    ]
     return torch.cat(parts)
 
 

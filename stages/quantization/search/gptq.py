@@ -26,7 +26,7 @@ from stages.quantization.search.affine import (
     stack_parameters,
 )
 from stages.quantization.search.awq import awq_full
-from stages.quantization.search.choices import keep_validated, scaled_weight
+from stages.quantization.search.choices import keep_validated, scaled_weight, slices
 from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
 from stages.quantization.search.objective import full_gram, in_scaled_space
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
@@ -169,7 +169,7 @@ def _for_outputs(
     assert choice.codes is not None
     weight, spec, codes = problem.weights[index], problem.specs[index], torch.empty_like(choice.codes)
     (heads, size), at_once = output_gram.shape[:2], numbers_at_once(weight.device)
-    for some in _slices(heads, max(at_once // (size * weight.shape[1]), 1)):
+    for some in slices(heads, max(at_once // (size * weight.shape[1]), 1)):
         rows = slice(some.start * size, some.stop * size)
         codes[rows] = two_sided_descent(
             scaled_weight(weight[rows], choice.input_scale),
@@ -206,7 +206,7 @@ def _stacks(problem: GroupProblem) -> list[list[_Rows]]:
     stacks: list[list[_Rows]] = []
     sizes: list[int] = []
     for index, weight in enumerate(problem.weights):
-        for rows in _slices(len(weight), _rows_at_once(weight.shape[1], limit)):
+        for rows in slices(len(weight), _rows_at_once(weight.shape[1], limit)):
             size = weight[rows].numel()
             for place, stack in enumerate(stacks):
                 if problem.specs[stack[0].index] == problem.specs[index] and sizes[place] + size <= limit:
@@ -222,10 +222,6 @@ def _stacks(problem: GroupProblem) -> list[list[_Rows]]:
 def _rows_at_once(width: int, limit: int) -> int:
     rows = max(limit // width, 1)
     return rows // _ROWS * _ROWS or rows
-
-
-def _slices(count: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:
