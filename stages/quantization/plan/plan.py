@@ -177,7 +177,7 @@ def own_budget(
     directory: ModelDirectory,
     cache: CalibrationCache | None,
 ) -> str | None:
-    """Return the size of ``plan`` as a budget, where nobody chose any format; else None.
+    """Return the size of ``plan`` as a budget, where nobody chose the format of each site; else None.
 
     Spent site by site its bytes lose less than one format for all. That needs losses in nats, which only statistics
     weighted by the end loss give, and a runtime in which formats side by side were run.
@@ -199,7 +199,7 @@ def own_budget(
 
 def spreads_its_bytes(config: QuantizeConfig, plan: ModelPlan) -> bool:
     """Return whether the bytes of ``plan`` are spent site by site once there are losses in nats."""
-    is_open = config.leaves_formats_open and config.leaves_storage_open and config.accuracy_level is None
+    is_open = config.leaves_formats_open and config.accuracy_level is None
     return is_open and plan.target is not None and plan.target.runtime in _SPREADS
 
 
