@@ -196,12 +196,6 @@ class _FormatOptions:
         return self.target_bpw is not None or self.target_size is not None
 
     @property
-    def leaves_formats_open(self) -> bool:
-        """Return whether nothing chooses each site's format: no budget, rule, file, nor INT4's whole format by name."""
-        chosen = self.has_budget or self.enable_mixed_quant or self.layers_8bit or self.plan or self.checkpoint
-        return not chosen and None in (self.block_size, self.use_zero_point)
-
-    @property
     def budget_description(self) -> str:
         """Return the budget as it was given."""
         return f"--target_size {self.target_size}" if self.target_bpw is None else f"--target_bpw {self.target_bpw:g}"
@@ -434,6 +428,12 @@ class QuantizeConfig(
     def needs_cache(self) -> bool:
         """Return whether the search reads calibration statistics."""
         return self.searches_sites and (self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq"))
+
+    @property
+    def leaves_formats_open(self) -> bool:
+        """Return whether nothing chooses each site's format: no budget, rule, file, nor INT4's whole format by name."""
+        chosen = self.has_budget or self.enable_mixed_quant or self.layers_8bit or self.plan or self.checkpoint
+        return not chosen and None in (self.block_size, self.use_zero_point)
 
     @property
     def searches_sites(self) -> bool:

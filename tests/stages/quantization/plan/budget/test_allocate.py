@@ -16,15 +16,16 @@ from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.allocate_budget import (
+from stages.quantization.plan.budget.allocate import (
     BudgetResult,
     allocate_budget,
     needs_weights,
     unmeasured_groups,
 )
-from stages.quantization.plan.budget import SizeBudget
-from stages.quantization.plan.forecast import read_forecasts
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, own_budget, plan_model
+from stages.quantization.plan.budget.candidates import SizeBudget
+from stages.quantization.plan.budget.forecast import read_forecasts
+from stages.quantization.plan.budget.left_open import OpenPlan
+from stages.quantization.plan.plan import ModelPlan, own_budget, plan_model
 from stages.quantization.plan.plan_file import KEEP, read_plan, write_plan
 from stages.quantization.plan.rules import all_sites
 from tests.reference.knapsack import smallest_loss
