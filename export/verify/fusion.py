@@ -56,20 +56,24 @@ class TokenRun:
     provider: str
 
 
-def run_one_token(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> TokenRun:
+def run_one_token(
+    onnx_file: Path, sites: frozenset[str], base: ModelDirectory, model: ir.Model | None = None
+) -> TokenRun:
     """Run one token on the CPU or, where it can't run the base either, on the provider that the model is for.
 
     Args:
         onnx_file: the saved model.
         sites: names of their outputs; nodes behind the last of them don't run.
         base: the model that it was made from.
+        model: parsed from ``onnx_file``; None parses it here.
 
     Raises:
         GraphError: ONNX Runtime refuses the model, and not the base.
         CannotRun: no provider of this machine runs the base.
     """
+    model = ir.load(onnx_file) if model is None else model
     try:
-        return TokenRun(nodes=nodes_run_as_matmulnbits(onnx_file, sites, base), provider="CPU")
+        return TokenRun(nodes=nodes_run_as_matmulnbits(onnx_file, sites, base, model=model), provider="CPU")
     except CannotRun as error:
         reason = str(error)
     except GraphError as error:
@@ -79,7 +83,7 @@ def run_one_token(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) 
     own = own_providers(base.provider)
     try:
         if own:
-            nodes = nodes_run_as_matmulnbits(onnx_file, sites, base, own)
+            nodes = nodes_run_as_matmulnbits(onnx_file, sites, base, own, model=model)
             return TokenRun(nodes=nodes, provider=SHORT_NAMES[own[0]].upper())
     except (CannotRun, GraphError) as error:
         reason += f"; on {SHORT_NAMES[own[0]]}: {error}"
@@ -103,6 +107,7 @@ def nodes_run_as_matmulnbits(
     base: ModelDirectory,
     providers: tuple[str, ...] = CPU_ONLY,
     scratch: Path | None = None,
+    model: ir.Model | None = None,
 ) -> frozenset[str]:
     """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits there.
 
@@ -114,12 +119,13 @@ def nodes_run_as_matmulnbits(
         base: describes the model's inputs.
         providers: where it runs; what a later one of them runs doesn't count.
         scratch: folder for temporary files; None is the model's own.
+        model: parsed from ``onnx_file``, which stays as it is; None parses it here.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
         CannotRun: the model's inputs, types or operators are not for these providers.
     """
-    model = ir.load(onnx_file)
+    model = ir.load(onnx_file) if model is None else model
     scratch = onnx_file.parent if scratch is None else scratch
     window = WindowShape.of(inputs_of_graph(model, base))
     tokens = np.zeros((window.batch or 1, window.length or 1), np.int64)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from onnx import TensorProto
 
-import export.verify.verify
+import export.verify.while_written
+from export.forms.dequantize_linear import RewrittenSite
 from export.rewrite import RewriteResult, rewrite
 from export.save import save_model
 from export.verify.verify import verify
+from export.verify.while_written import SiteChecks, VerifyLevel
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
@@ -37,9 +39,16 @@ def saved(
     return tiny, result, tiny.output / "model.onnx"
 
 
-def check(parts: tuple[TinyExport, RewriteResult, Path], level: str = "full") -> VerifyReport:
+def check(parts: tuple[TinyExport, RewriteResult, Path], level: VerifyLevel = "full") -> VerifyReport:
     tiny, result, path = parts
-    return verify(path, result.sites, tiny.base, level)
+    return check_sites(path, result.sites, tiny, level)
+
+
+def check_sites(
+    path: Path, sites: tuple[RewrittenSite, ...], tiny: TinyExport, level: VerifyLevel = "quick"
+) -> VerifyReport:
+    with SiteChecks(path, sites, level) as checks:
+        return verify(checks, tiny.base)
 
 
 def flip(path: Path, tensor: str, byte: int = 0) -> None:
@@ -114,7 +123,7 @@ def test_a_lost_row_divisor_is_noticed(tmp_path: Path) -> None:
     tiny, result, path = saved(tmp_path)
     without = tuple(replace(site, source=replace(site.source, row_divisor=None)) for site in result.sites)
     with pytest.raises(GraphError, match="'up/MatMul/scales' differs"):
-        verify(path, without, tiny.base, "quick")
+        check_sites(path, without, tiny)
 
 
 def test_a_block_size_that_is_not_fused_is_reported_and_still_right(tmp_path: Path) -> None:
@@ -152,12 +161,12 @@ def test_quick_leaves_the_products_out(tmp_path: Path) -> None:
 
 def test_a_runtime_that_computes_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = saved(tmp_path)
-    check_site = export.verify.verify.check_site
+    check_site = export.verify.while_written.check_site
 
     def off(*arguments: Any) -> tuple[float, ...]:
         return float("nan"), *check_site(*arguments)[1:]
 
-    monkeypatch.setattr(export.verify.verify, "check_site", off)
+    monkeypatch.setattr(export.verify.while_written, "check_site", off)
     with pytest.raises(GraphError, match="away from its own numbers"):
         check(parts)
 
@@ -169,7 +178,7 @@ def test_a_model_that_the_runtime_refuses_fails(tmp_path: Path) -> None:
     node.op_type = "NoSuchOperator"
     ir.save(model, path)
     with pytest.raises(GraphError, match="NoSuchOperator"):
-        verify(path, result.sites, tiny.base, "quick")
+        check_sites(path, result.sites, tiny)
 
 
 def bfloat16_export(folder: Path, form: WeightForm) -> tuple[TinyExport, RewriteResult, Path]:
