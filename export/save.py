@@ -281,7 +281,8 @@ def saved_bytes(tensor: ir.TensorProtocol) -> UInt8[np.ndarray, " bytes"]:
     """Return a tensor's bytes as they are stored; those in a data file are read when they are looked at."""
     if not isinstance(tensor, ir.ExternalTensor):
         return np.frombuffer(tensor.tobytes(), np.uint8)
-    return np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.length or tensor.nbytes,))
+    mapped = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.length or tensor.nbytes,))
+    return mapped.view(np.ndarray)
 
 
 def read_initializer(node: ir.Node, name: str) -> np.ndarray:

@@ -134,7 +134,6 @@ def nodes_run_as_matmulnbits(
     with tempfile.TemporaryDirectory(dir=scratch) as profiles:  # which goes with the unfinished output
         settings = SessionSettings(
             providers=providers,
-            accuracy_level=1,
             profile_prefix=Path(profiles) / "profile",
             external_data_folder=onnx_file.parent,
         )

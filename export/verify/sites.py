@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from jaxtyping import Float32, Float64, UInt8
 
 from export.forms.dequantize_linear import RewrittenSite, dequantized, divided_scales
@@ -24,9 +25,11 @@ from stages.records.results import QuantizedWeight
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[Any]]
 _TOKENS = 8
-_NUMBERS = 1 << 19
-"""Of a weight that are looked at together: a few megabytes in any type."""
+_NUMBERS = 1 << 18
+"""Of a weight that are looked at together: about what a core's own cache holds in float32."""
 _INPUTS = 256
+_LARGEST_WIDENED = 1 << 23
+"""INT8 numbers of a weight that run at level 1 at once."""
 
 
 def check_site(
@@ -63,8 +66,47 @@ def check_site(
         # The file's own numbers: they were found to be equal.
         matrix = _wanted_matrix(weight, site, channels, slice(None))
         reference[:, channels] = _product(x, matrix, parameters, channels, site)
-    products = (run_isolated(_isolated(node, site, level), x, folder, level, threads) for level in levels)
+    products = (_run(folder, node, site, level, x, threads) for level in levels)
     return tuple(relative_error(product, reference) for product in products)
+
+
+def _run(
+    folder: Path, node: ir.Node, site: RewrittenSite, level: AccuracyLevel | None, x: Matrix, threads: int | None
+) -> Matrix:
+    """Return what ONNX Runtime computes of x [T, K].
+
+    At level 1 INT8 has no kernel of its own: the runtime makes float32 of the whole weight, so large ones run in parts.
+    """
+    place = site.source.site
+    whole = place.in_features * place.out_features
+    if level != 1 or site.source.spec.bits == 4 or whole <= _LARGEST_WIDENED:
+        return run_isolated(_isolated(node, site, level), x, folder, level, threads)
+    parts = _slices(place.out_features, _LARGEST_WIDENED // place.in_features)
+    models = (_narrowed(_isolated(node, site, level), site, channels) for channels in parts)
+    return np.concatenate([run_isolated(model, x, folder, level, threads) for model in models], axis=1)
+
+
+def _narrowed(model: ir.Model, site: RewrittenSite, channels: slice) -> ir.Model:
+    """Let an isolated model compute only some output channels, whose numbers are copied from the file."""
+    size, channels_last = site.source.site.out_features, site.form in (WeightForm.DQ, WeightForm.QDQ)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        numbers = tensor.numpy()
+        if numbers.dtype == np.int64:  # a shape
+            numbers = np.array([channels.stop - channels.start, *numbers[1:]])
+        elif numbers.shape[-1 if channels_last else 0] == size:
+            numbers = np.array(numbers[..., channels] if channels_last else numbers[channels], order="C")
+        value.const_value = ir.tensor(numbers, name=value.name)
+        value.shape = ir.Shape(numbers.shape)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+    for node in model.graph:
+        if "N" in node.attributes:
+            node.attributes["N"] = ir.AttrInt64("N", channels.stop - channels.start)
+        for value in node.outputs:
+            value.shape = None
+    return model
 
 
 def _isolated(node: ir.Node, site: RewrittenSite, level: AccuracyLevel | None) -> ir.Model:
@@ -99,7 +141,7 @@ class _Parameters:
     scales: Matrix
     """[N, nB], one for each ``_block_size`` inputs."""
     zero_points: Matrix | None
-    """[N, nB], or None where none is stored."""
+    """[N, nB] in float32, or None where none is stored."""
 
 
 def _saved_matrix(node: ir.Node, site: RewrittenSite) -> Iterator[tuple[slice, slice, Matrix]]:
@@ -147,8 +189,10 @@ def _saved_parameters(node: ir.Node, site: RewrittenSite) -> _Parameters:
     if zero_points is not None and site.form is WeightForm.MATMUL_NBITS:
         zero_points = unpacked_zero_points(zero_points, source.site, source.spec)
     elif zero_points is not None:
-        zero_points = np.ascontiguousarray(_outputs_first(zero_points, site))
-    return _Parameters(scales=scales, zero_points=zero_points)
+        zero_points = _outputs_first(zero_points, site)
+    return _Parameters(
+        scales=scales, zero_points=None if zero_points is None else np.array(zero_points, np.float32, order="C")
+    )
 
 
 def _outputs_first(saved: np.ndarray, site: RewrittenSite) -> Matrix:
@@ -218,7 +262,8 @@ def _product(
     block_size = _block_size(site)
     blocks, weight = (_in_blocks(numbers, block_size) for numbers in (x, matrix))
     if parameters.zero_points is not None and site.form is not WeightForm.QDQ:
-        weight -= parameters.zero_points[channels, :, None]
+        # torch, whose loops along short blocks are the faster ones
+        torch.from_numpy(weight).sub_(torch.from_numpy(parameters.zero_points[channels, :, None]))
     sums = (blocks.transpose(1, 0, 2) @ weight.transpose(1, 2, 0)).astype(np.float64)
     if site.form is not WeightForm.QDQ:
         sums *= parameters.scales[channels].T.astype(np.float64)[:, None, :]
@@ -229,7 +274,6 @@ def _product(
 def _in_blocks(numbers: Matrix, block_size: int) -> Float32[np.ndarray, "rows nB B"]:
     """Return rows cut into blocks, in float32, the last ones filled up with zeros."""
     rows, columns = numbers.shape
-    filled = columns + -columns % block_size
-    whole = np.zeros((rows, filled), np.float32) if filled > columns else np.empty((rows, filled), np.float32)
-    whole[:, :columns] = numbers
+    whole = np.empty((rows, columns + -columns % block_size), np.float32)
+    whole[:, :columns], whole[:, columns:] = numbers, 0
     return whole.reshape(rows, -1, block_size)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from onnx import TensorProto
 
+import export.verify.sites
 import export.verify.while_written
 from export.forms.dequantize_linear import RewrittenSite
 from export.rewrite import RewriteResult, rewrite
 from export.save import save_model
+from export.verify.isolated import run_isolated
 from export.verify.verify import verify
 from export.verify.while_written import SiteChecks, VerifyLevel
 from stages.errors import GraphError
@@ -151,6 +153,26 @@ def test_float16_products_stay_within_their_rounding(tmp_path: Path, form: Weigh
     assert all("column-major" in unfused.reason for unfused in report.unfused)
     assert report.worst_exact is not None
     assert 0 < report.worst_exact.exact < 2e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.DQ_COLUMN_MAJOR, WeightForm.MATMUL_NBITS])
+def test_products_in_parts_are_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: WeightForm, symmetric: bool
+) -> None:
+    parts = saved(tmp_path, spec=spec_of(8, symmetric=symmetric), form=form)
+    whole = check(parts)
+    monkeypatch.setattr(export.verify.sites, "_LARGEST_WIDENED", 1 << 10)
+    assert check(parts) == whole
+    monkeypatch.setattr(export.verify.sites, "run_isolated", wrongly_run)
+    with pytest.raises(GraphError, match="away from its own numbers"):
+        check(parts)
+
+
+def wrongly_run(model: ir.Model, *arguments: Any) -> np.ndarray:
+    found = run_isolated(model, *arguments)
+    found[0, -1] *= 1.01
+    return found
 
 
 def test_quick_leaves_the_products_out(tmp_path: Path) -> None:
