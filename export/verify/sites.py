@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from jaxtyping import Float32, Float64, UInt8
+from torch import Tensor
 
 from export.forms.dequantize_linear import RewrittenSite, dequantized, divided_scales
 from export.forms.matmul_nbits import stored_block_size, unpacked_codes, unpacked_zero_points
@@ -262,18 +263,17 @@ def _product(
     block_size = _block_size(site)
     blocks, weight = (_in_blocks(numbers, block_size) for numbers in (x, matrix))
     if parameters.zero_points is not None and site.form is not WeightForm.QDQ:
-        # torch, whose loops along short blocks are the faster ones
-        torch.from_numpy(weight).sub_(torch.from_numpy(parameters.zero_points[channels, :, None]))
-    sums = (blocks.transpose(1, 0, 2) @ weight.transpose(1, 2, 0)).astype(np.float64)
+        weight -= torch.from_numpy(parameters.zero_points[channels, :, None])
+    sums = torch.bmm(blocks.transpose(0, 1), weight.permute(1, 2, 0)).double()
     if site.form is not WeightForm.QDQ:
-        sums *= parameters.scales[channels].T.astype(np.float64)[:, None, :]
-    y: Float64[np.ndarray, "T n"] = sums.sum(axis=0)
+        sums *= torch.from_numpy(parameters.scales[channels].T.astype(np.float64))[:, None, :]
+    y: Float64[np.ndarray, "T n"] = sums.sum(dim=0).numpy()
     return y
 
 
-def _in_blocks(numbers: Matrix, block_size: int) -> Float32[np.ndarray, "rows nB B"]:
+def _in_blocks(numbers: Matrix, block_size: int) -> Float32[Tensor, "rows nB B"]:
     """Return rows cut into blocks, in float32, the last ones filled up with zeros."""
     rows, columns = numbers.shape
     whole = np.empty((rows, columns + -columns % block_size), np.float32)
     whole[:, :columns], whole[:, columns:] = numbers, 0
-    return whole.reshape(rows, -1, block_size)
+    return torch.from_numpy(whole).unflatten(1, (-1, block_size))
