@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from export.rewrite import blocks_fusion
+from export.verify.alike import Form, form_of
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
@@ -111,7 +112,8 @@ def nodes_run_as_matmulnbits(
 ) -> frozenset[str]:
     """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits there.
 
-    The model runs in partitions, so that the weights of only one are in memory at a time.
+    The model runs in partitions, so that the weights of only one are in memory at a time. Of those that are alike, such
+    as layers of one decoder, one runs for all: what ONNX Runtime fuses doesn't depend on the numbers of weights.
 
     Args:
         onnx_file: the model.
@@ -131,6 +133,7 @@ def nodes_run_as_matmulnbits(
     tokens = np.zeros((window.batch or 1, window.length or 1), np.int64)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
+    known: dict[Form, _PartitionRun] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as profiles:  # which goes with the unfinished output
         settings = SessionSettings(
             providers=providers,
@@ -139,10 +142,15 @@ def nodes_run_as_matmulnbits(
         )
         for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PARTITION_BYTES, together=sites):
             _declare_types(partition, computed)
-            with runnable_graph(partition.model, providers, scratch) as source:
-                run = _run_partition(source, partition, tokens, computed, base, settings)
-            names |= _matmulnbits_in(run.profile, providers[0])
-            computed |= run.outputs
+            graph, form = partition.model.graph, form_of(partition.model.graph)
+            run = None if form is None else known.get(form)
+            if run is None:
+                with runnable_graph(partition.model, providers, scratch) as source:
+                    run = _run_partition(source, partition, tokens, computed, base, settings)
+                if form is not None:
+                    known[form] = run
+            names |= {str(graph[place].name) for place in run.fused}
+            computed |= zip((str(value.name) for value in graph.outputs), run.outputs, strict=True)
     return frozenset(names)
 
 
@@ -158,8 +166,9 @@ def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class _PartitionRun:
-    outputs: dict[str, np.ndarray]
-    profile: Path
+    outputs: tuple[np.ndarray, ...]
+    fused: tuple[int, ...]
+    """Places of the nodes that ran as MatMulNBits."""
 
 
 def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> None:
@@ -201,8 +210,11 @@ def _run_partition(
         raise GraphError(f"ONNX Runtime can't run the exported model: {runtime_reason(error)}.") from error
     finally:
         profile = Path(session.end_profiling())
-    made = [node.name for node in session.get_outputs()]
-    return _PartitionRun(dict(zip(made, outputs, strict=True)), profile)
+    fused = _matmulnbits_in(profile, settings.providers[0])
+    return _PartitionRun(
+        outputs=tuple(outputs),
+        fused=tuple(place for place, node in enumerate(partition.model.graph) if node.name in fused),
+    )
 
 
 def _matmulnbits_in(profile: Path, provider: str) -> frozenset[str]:
