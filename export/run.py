@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from export.save import (
     save_model,
 )
 from export.verify.verify import save_report, verify
+from export.verify.while_written import SiteChecks
 from stages.commands.options import AccuracyLevel
 from stages.commands.quantize_options import ExportOptions
 from stages.errors import OptionError, UserError
@@ -115,13 +117,16 @@ def export_model(
     model = load_graph(base) if base_graph is None else base_graph
     result = rewrite(model, store, options.accuracy_level)
     try:
-        with atomic_directory(destination.folder, overwrite=destination.overwrite, option=OUTPUT_OPTION) as scratch:
-            save_model(result.model, scratch, destination.onnx_name)
+        with (
+            atomic_directory(destination.folder, overwrite=destination.overwrite, option=OUTPUT_OPTION) as scratch,
+            _checks(scratch / destination.onnx_name, result, options) as checks,
+        ):
+            save_model(result.model, scratch, destination.onnx_name, None if checks is None else checks.written)
             copy_side_files(base, model, scratch, destination.onnx_name)
             earlier = read_record(scratch)
             move_base_card(scratch, ours=earlier is not None)
             notes = _configure(base, scratch, destination, _session_options(store.recipe, options))
-            report = _verify(scratch / destination.onnx_name, result, base, options)
+            report = None if checks is None else _verify(checks, result, base)
             notes = (*notes, *_kept_report(report, store.folder))
             bytes_before = _size(base.onnx_file, *external_files(model))
             bytes_after = _size(scratch / destination.onnx_name, scratch / data_name(destination.onnx_name))
@@ -228,12 +233,15 @@ def _configure(
     )
 
 
-def _verify(
-    onnx_file: Path, result: RewriteResult, base: ModelDirectory, options: ExportOptions
-) -> VerifyReport | None:
-    if options.verify == "off":
-        return None
-    report = verify(onnx_file, result.sites, base, options.verify, result.tables, result.experts, result.computed)
+def _checks(
+    onnx_file: Path, result: RewriteResult, options: ExportOptions
+) -> AbstractContextManager[SiteChecks | None]:
+    """Return the checks of what is written into the MatMuls; None where there shall be none."""
+    return nullcontext() if options.verify == "off" else SiteChecks(onnx_file, result.sites, options.verify)
+
+
+def _verify(checks: SiteChecks, result: RewriteResult, base: ModelDirectory) -> VerifyReport:
+    report = verify(checks, base, result.tables, result.experts, result.computed)
     for skipped in report.skipped:
         _LOGGER.warning("not checked: %s", skipped)
     return report

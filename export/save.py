@@ -9,13 +9,14 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from jaxtyping import UInt8
 
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError, UserError
@@ -29,6 +30,8 @@ from stages.system.paths import from_here
 
 _LOGGER = logging.getLogger(__name__)
 OUTPUT_OPTION = "--output_path"
+_LARGEST_INSIDE = 256
+"""Bytes of a tensor that is kept in the .onnx file."""
 # Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
 _PAGE, _LARGEST_ALIGNMENT = 4096, 65536
 
@@ -117,33 +120,60 @@ def data_name(onnx_name: str) -> str:
     return f"{onnx_name}.data"
 
 
-def save_model(model: ir.Model, folder: Path, onnx_name: str) -> None:
-    """Write ``model`` and its data file into ``folder``, one tensor in memory at a time.
+def save_model(model: ir.Model, folder: Path, onnx_name: str, written: Callable[[str], None] | None = None) -> None:
+    """Write ``model`` into ``folder``: the graph, then its data file, one tensor in memory at a time.
 
     Args:
-        model: the graph to write; its tensors may be read only now.
+        model: the graph to write; its tensors may be read only now. It stays as it is.
         folder: where both files go.
         onnx_name: name of the graph's file.
+        written: is told the name of each tensor of the data file as soon as its bytes can be read there.
 
     Raises:
         UserError: a tensor can't be read.
     """
-    with progress_bar() as bar:
-        task = bar.add_task("writing", total=None, unit="tensors")
+    file = folder / onnx_name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = _save_graph(model, file)
+    with progress_bar() as bar, file.with_name(data_name(file.name)).open("wb") as data:
+        for tensor in bar.track(tensors, description="writing", unit="tensors"):
+            tensor.tofile(data)
+            data.flush()
+            if written is not None:
+                written(str(tensor.name))
 
-        def advance(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-            bar.update(task, total=info.total)
-            bar.advance(task)
 
-        try:
-            file = folder / onnx_name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            ir.save(model, file, external_data=data_name(file.name), callback=advance)
-        except ir.serde.SerdeError as error:
-            cause = _user_error_behind(error)
-            if cause is None:
-                raise
-            raise cause from cause.__cause__
+def _save_graph(model: ir.Model, file: Path) -> list[ir.TensorProtocol]:
+    """Write the .onnx file, and return what its data file has to hold, one behind the other: all but small tensors."""
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    kept = [(value, value.const_value) for value in values if value.const_value is not None]
+    tensors, end = list[ir.TensorProtocol](), 0
+    try:
+        for value, tensor in kept:
+            if tensor.nbytes > _LARGEST_INSIDE:
+                value.const_value = ir.ExternalTensor(
+                    data_name(file.name),
+                    end,
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=tensor.name,
+                    base_dir=file.parent,
+                )
+                tensors.append(tensor)
+                end += tensor.nbytes
+            elif isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(np.array(tensor.numpy()), name=tensor.name)
+        ir.save(model, file)
+    except ir.serde.SerdeError as error:
+        cause = _user_error_behind(error)
+        if cause is None:
+            raise
+        raise cause from cause.__cause__
+    finally:
+        for value, tensor in kept:
+            value.const_value = tensor
+    return tensors
 
 
 def _user_error_behind(error: BaseException) -> UserError | None:
@@ -239,11 +269,25 @@ def is_padding(end: int, offset: int) -> bool:
     return gap == 0 or (0 < gap < _LARGEST_ALIGNMENT and offset % _PAGE == 0)
 
 
-def read_initializer(node: ir.Node, name: str) -> np.ndarray:
-    """Return a copy of initializer ``name`` of the graph that holds ``node``; no mapping of the file stays open."""
+def saved_tensor(node: ir.Node, name: str) -> ir.TensorProtocol:
+    """Return the initializer ``name`` of the graph that holds ``node``."""
     assert isinstance(node.graph, ir.Graph)
     tensor = node.graph.initializers[name].const_value
     assert tensor is not None
+    return tensor
+
+
+def saved_bytes(tensor: ir.TensorProtocol) -> UInt8[np.ndarray, " bytes"]:
+    """Return a tensor's bytes as they are stored; those in a data file are read when they are looked at."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    mapped = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.length or tensor.nbytes,))
+    return mapped.view(np.ndarray)
+
+
+def read_initializer(node: ir.Node, name: str) -> np.ndarray:
+    """Return a copy of initializer ``name`` of the graph that holds ``node``; no mapping of the file stays open."""
+    tensor = saved_tensor(node, name)
     array = np.array(tensor.numpy())
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()

@@ -17,7 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from export.graph_edit import GraphEditor, name_of
-from stages.quantization.weights.bitpack import pack_4bit
+from stages.quantization.weights.bitpack import pack_4bit, pack_4bit_turned, turned
 from stages.quantization.weights.byte_scales import has_byte_scales, in_bytes
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm, onnx_float, torch_float
@@ -246,7 +246,7 @@ def _axis(spec: QuantSpec, form: WeightForm) -> dict[str, int]:
 
 def _lazy_codes(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
     return ir.LazyTensor(
-        lambda: _integers(_oriented(source.codes(), form), source.spec),
+        lambda: _oriented_codes(source.codes(), source.spec, form),
         dtype=_code_type(source.spec),
         shape=_matrix_shape(source.site, form),
     )
@@ -284,6 +284,15 @@ def _lazy_zero_points(source: StoredSite, form: WeightForm) -> ir.LazyTensor:
         return _integers(_oriented(zero_points, form).reshape(shape), source.spec)
 
     return ir.LazyTensor(read, dtype=_code_type(source.spec), shape=ir.Shape(shape))
+
+
+def _oriented_codes(codes: Shaped[Tensor, "N K"], spec: QuantSpec, form: WeightForm) -> ir.TensorProtocol:
+    if form is WeightForm.DQ_COLUMN_MAJOR:
+        return _integers(codes.contiguous(), spec)
+    shape = ir.Shape(codes.shape[::-1])
+    if spec.bits == 8:
+        return ir.Tensor(turned(codes.numpy()), _code_type(spec), shape=shape)
+    return ir.PackedTensor(pack_4bit_turned(codes), _code_type(spec), shape=shape)
 
 
 def _integers(values: Tensor, spec: QuantSpec) -> ir.TensorProtocol:

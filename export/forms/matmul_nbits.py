@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 import torch
-from jaxtyping import Int16, Shaped, UInt8
+from jaxtyping import Int8, Shaped, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
@@ -77,18 +77,21 @@ def packed_codes(
     rows, columns = codes.shape
     width = stored_block_size(site, spec)
     blocks = -(-columns // width)
-    unsigned = torch.empty((rows, blocks * width), dtype=torch.uint8)
-    if zero_points is None:
-        unsigned.fill_(implied_zero_point(spec))
-        unsigned[:, :columns] = (codes.to(torch.int16) + implied_zero_point(spec)).to(torch.uint8)
-    else:
-        unsigned[:] = zero_points[:, -1:]
-        unsigned[:, :columns] = codes
+    # Bytes wrap around: as good as a wider type.
+    unsigned = codes if zero_points is not None else codes.view(torch.uint8) + implied_zero_point(spec)
+    if blocks * width > columns:
+        whole = torch.full((rows, blocks * width), implied_zero_point(spec), dtype=torch.uint8)
+        if zero_points is not None:
+            whole[:] = zero_points[:, -1:]
+        whole[:, :columns] = unsigned
+        unsigned = whole
     packed = unsigned.numpy() if spec.bits == 8 else pack_4bit(unsigned)
     return packed.reshape(rows, blocks, width * spec.bits // 8)
 
 
-def unpacked_codes(packed: UInt8[np.ndarray, "N ..."], site: MatMulSite, spec: QuantSpec) -> Int16[np.ndarray, "N K"]:
+def unpacked_codes(
+    packed: UInt8[np.ndarray, "N ..."], site: MatMulSite, spec: QuantSpec
+) -> Int8[np.ndarray, "N K"] | UInt8[np.ndarray, "N K"]:
     """Return codes as the store has them, signed where symmetric: the inverse of ``packed_codes``.
 
     Args:
@@ -100,7 +103,8 @@ def unpacked_codes(packed: UInt8[np.ndarray, "N ..."], site: MatMulSite, spec: Q
     codes = packed.reshape(rows, -1)
     if spec.bits == 4:
         codes = unpack_4bit(codes.reshape(-1), (rows, 2 * codes.shape[1]), np.dtype(np.uint8))
-    return codes[:, : site.in_features].astype(np.int16) - (implied_zero_point(spec) if spec.symmetric else 0)
+    codes = codes[:, : site.in_features]
+    return (codes - np.uint8(implied_zero_point(spec))).view(np.int8) if spec.symmetric else codes
 
 
 def packed_zero_points(

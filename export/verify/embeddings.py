@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.forms.embedding import RewrittenTable, written_codes
-from export.save import read_initializer
+from export.save import read_initializer, saved_bytes, saved_tensor
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.errors import GraphError
 from stages.records.formats import onnx_float
@@ -32,11 +32,9 @@ def check_stored_table(node: ir.Node, table: RewrittenTable) -> None:
     """Raise GraphError where saved numbers aren't exactly the store's; shared ones were checked as lm_head's."""
     if table.file is None:
         return
-    for name, expected in (
-        (table.codes, written_codes(table.plan, table.file).tobytes()),
-        (table.scales, TorchTensor(table.file.read_scales()).tobytes()),
-    ):
-        if _bytes_of(node, name) != expected:
+    scales = np.frombuffer(TorchTensor(table.file.read_scales()).tobytes(), np.uint8)
+    for name, expected in ((table.codes, written_codes(table.plan, table.file)), (table.scales, scales)):
+        if not np.array_equal(saved_bytes(saved_tensor(node, name)), expected.reshape(-1).view(np.uint8)):
             raise GraphError(
                 f"What was saved as '{name}' differs from the quantized embedding '{table.plan.table.weight}'; check "
                 "the disk and export again."
@@ -89,9 +87,11 @@ def _isolated(node: ir.Node, table: RewrittenTable) -> ir.Model:
 
 def _reference(node: ir.Node, table: RewrittenTable, tokens: Int64[np.ndarray, " T"]) -> Float64[np.ndarray, "T D"]:
     """Return (code - zero point) * scale of the tokens' rows, from the file's bytes."""
-    plan, dtype = table.plan, _tensor(node, table.codes).dtype
+    plan, dtype = table.plan, saved_tensor(node, table.codes).dtype
     columns = np.arange(plan.table.hidden)
-    codes = _numbers(_bytes_of(node, table.codes), tokens[:, None] * plan.table.hidden + columns, plan.bits)
+    codes = _numbers(
+        saved_bytes(saved_tensor(node, table.codes)), tokens[:, None] * plan.table.hidden + columns, plan.bits
+    )
     if dtype in (ir.DataType.INT4, ir.DataType.INT8):
         codes = (codes ^ (1 << (plan.bits - 1))) - (1 << (plan.bits - 1))
     scales = read_initializer(node, table.scales).astype(np.float64)
@@ -116,26 +116,14 @@ def _zero_points(
     if table.zero_points is None:
         return np.full((1, blocks), 1 << (plan.bits - 1) if dtype == ir.DataType.UINT8 else 0)
     per_row = -(-blocks * plan.bits // 8) * 8 // plan.bits  # each row begins with a new byte
-    return _numbers(_bytes_of(node, table.zero_points), tokens[:, None] * per_row + np.arange(blocks), plan.bits)
+    return _numbers(
+        saved_bytes(saved_tensor(node, table.zero_points)), tokens[:, None] * per_row + np.arange(blocks), plan.bits
+    )
 
 
-def _numbers(content: bytes, places: Int64[np.ndarray, "T n"], bits: int) -> Int64[np.ndarray, "T n"]:
+def _numbers(
+    stored: UInt8[np.ndarray, " bytes"], places: Int64[np.ndarray, "T n"], bits: int
+) -> Int64[np.ndarray, "T n"]:
     """Return the unsigned numbers at ``places`` of bytes that hold one or, low nibble first, two each."""
-    stored = np.frombuffer(content, np.uint8)
     held: np.ndarray = stored[places if bits == 8 else places // 2].astype(np.int64)
     return held if bits == 8 else held >> places % 2 * 4 & 0x0F
-
-
-def _tensor(node: ir.Node, name: str) -> ir.TensorProtocol:
-    assert isinstance(node.graph, ir.Graph)
-    tensor = node.graph.initializers[name].const_value
-    assert tensor is not None
-    return tensor
-
-
-def _bytes_of(node: ir.Node, name: str) -> bytes:
-    tensor = _tensor(node, name)
-    content = tensor.tobytes()
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-    return content

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from export.rewrite import blocks_fusion
+from export.verify.alike import Form, form_of
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
@@ -56,20 +57,24 @@ class TokenRun:
     provider: str
 
 
-def run_one_token(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) -> TokenRun:
+def run_one_token(
+    onnx_file: Path, sites: frozenset[str], base: ModelDirectory, model: ir.Model | None = None
+) -> TokenRun:
     """Run one token on the CPU or, where it can't run the base either, on the provider that the model is for.
 
     Args:
         onnx_file: the saved model.
         sites: names of their outputs; nodes behind the last of them don't run.
         base: the model that it was made from.
+        model: parsed from ``onnx_file``; None parses it here.
 
     Raises:
         GraphError: ONNX Runtime refuses the model, and not the base.
         CannotRun: no provider of this machine runs the base.
     """
+    model = ir.load(onnx_file) if model is None else model
     try:
-        return TokenRun(nodes=nodes_run_as_matmulnbits(onnx_file, sites, base), provider="CPU")
+        return TokenRun(nodes=nodes_run_as_matmulnbits(onnx_file, sites, base, model=model), provider="CPU")
     except CannotRun as error:
         reason = str(error)
     except GraphError as error:
@@ -79,7 +84,7 @@ def run_one_token(onnx_file: Path, sites: frozenset[str], base: ModelDirectory) 
     own = own_providers(base.provider)
     try:
         if own:
-            nodes = nodes_run_as_matmulnbits(onnx_file, sites, base, own)
+            nodes = nodes_run_as_matmulnbits(onnx_file, sites, base, own, model=model)
             return TokenRun(nodes=nodes, provider=SHORT_NAMES[own[0]].upper())
     except (CannotRun, GraphError) as error:
         reason += f"; on {SHORT_NAMES[own[0]]}: {error}"
@@ -103,10 +108,12 @@ def nodes_run_as_matmulnbits(
     base: ModelDirectory,
     providers: tuple[str, ...] = CPU_ONLY,
     scratch: Path | None = None,
+    model: ir.Model | None = None,
 ) -> frozenset[str]:
     """Run one token, rewritten for the CPU if needed, and return the names of the nodes that ran as MatMulNBits there.
 
-    The model runs in partitions, so that the weights of only one are in memory at a time.
+    The model runs in partitions, so that the weights of only one are in memory at a time. Of those that are alike, such
+    as layers of one decoder, one runs for all: what ONNX Runtime fuses doesn't depend on the numbers of weights.
 
     Args:
         onnx_file: the model.
@@ -114,30 +121,36 @@ def nodes_run_as_matmulnbits(
         base: describes the model's inputs.
         providers: where it runs; what a later one of them runs doesn't count.
         scratch: folder for temporary files; None is the model's own.
+        model: parsed from ``onnx_file``, which stays as it is; None parses it here.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
         CannotRun: the model's inputs, types or operators are not for these providers.
     """
-    model = ir.load(onnx_file)
+    model = ir.load(onnx_file) if model is None else model
     scratch = onnx_file.parent if scratch is None else scratch
     window = WindowShape.of(inputs_of_graph(model, base))
     tokens = np.zeros((window.batch or 1, window.length or 1), np.int64)
     computed: dict[str, np.ndarray] = {}
     names: set[str] = set()
+    known: dict[Form, _PartitionRun] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as profiles:  # which goes with the unfinished output
         settings = SessionSettings(
             providers=providers,
-            accuracy_level=1,
             profile_prefix=Path(profiles) / "profile",
             external_data_folder=onnx_file.parent,
         )
         for partition in cut_into_partitions(model, wanted=_ends(model, sites), limit=_PARTITION_BYTES, together=sites):
             _declare_types(partition, computed)
-            with runnable_graph(partition.model, providers, scratch) as source:
-                run = _run_partition(source, partition, tokens, computed, base, settings)
-            names |= _matmulnbits_in(run.profile, providers[0])
-            computed |= run.outputs
+            graph, form = partition.model.graph, form_of(partition.model.graph)
+            run = None if form is None else known.get(form)
+            if run is None:
+                with runnable_graph(partition.model, providers, scratch) as source:
+                    run = _run_partition(source, partition, tokens, computed, base, settings)
+                if form is not None:
+                    known[form] = run
+            names |= {str(graph[place].name) for place in run.fused}
+            computed |= zip((str(value.name) for value in graph.outputs), run.outputs, strict=True)
     return frozenset(names)
 
 
@@ -153,8 +166,9 @@ def _ends(model: ir.Model, sites: frozenset[str]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class _PartitionRun:
-    outputs: dict[str, np.ndarray]
-    profile: Path
+    outputs: tuple[np.ndarray, ...]
+    fused: tuple[int, ...]
+    """Places of the nodes that ran as MatMulNBits."""
 
 
 def _declare_types(partition: Partition, computed: Mapping[str, np.ndarray]) -> None:
@@ -196,8 +210,11 @@ def _run_partition(
         raise GraphError(f"ONNX Runtime can't run the exported model: {runtime_reason(error)}.") from error
     finally:
         profile = Path(session.end_profiling())
-    made = [node.name for node in session.get_outputs()]
-    return _PartitionRun(dict(zip(made, outputs, strict=True)), profile)
+    fused = _matmulnbits_in(profile, settings.providers[0])
+    return _PartitionRun(
+        outputs=tuple(outputs),
+        fused=tuple(place for place, node in enumerate(partition.model.graph) if node.name in fused),
+    )
 
 
 def _matmulnbits_in(profile: Path, provider: str) -> frozenset[str]:

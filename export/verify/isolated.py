@@ -61,7 +61,9 @@ class IsolatedModel:
         return ir.Model(isolated, ir_version=_IR_VERSION)
 
 
-def run_isolated(model: ir.Model, x: np.ndarray, folder: Path, accuracy_level: int | None = None) -> np.ndarray:
+def run_isolated(
+    model: ir.Model, x: np.ndarray, folder: Path, accuracy_level: int | None = None, threads: int | None = None
+) -> np.ndarray:
     """Return the output of an isolated model on the CPU, in float32 where it holds types without kernels there.
 
     Args:
@@ -69,6 +71,7 @@ def run_isolated(model: ir.Model, x: np.ndarray, folder: Path, accuracy_level: i
         x: what it reads; floating-point numbers are converted where the model was.
         folder: holds the saved data file.
         accuracy_level: for MatMuls that are fused; None: the runtime's own.
+        threads: that run it; None: as many as are granted.
 
     Raises:
         GraphError: ONNX Runtime refuses the model.
@@ -77,7 +80,9 @@ def run_isolated(model: ir.Model, x: np.ndarray, folder: Path, accuracy_level: i
         upcast = isinstance(graph, Path)
         if upcast and not np.issubdtype(x.dtype, np.integer):
             x = x.astype(np.float32)
-        settings = SessionSettings(external_data_folder=None if upcast else folder, accuracy_level=accuracy_level)
+        settings = SessionSettings(
+            external_data_folder=None if upcast else folder, accuracy_level=accuracy_level, threads=threads
+        )
         output: np.ndarray = open_session(graph, settings).run(None, {"x": x})[0]
         return output
 

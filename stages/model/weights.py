@@ -36,6 +36,13 @@ def all_finite(numbers: Float[Tensor, "*shape"]) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
+def require_finite(numbers: Float[Tensor, "rows columns"], description: str) -> Float[Tensor, "rows columns"]:
+    """Return ``numbers``; raise SolveError where ``description`` holds NaN or infinite values."""
+    if not all_finite(numbers):
+        raise SolveError(f"The {description} holds NaN or infinite values; build the base model again.")
+    return numbers
+
+
 def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Float[Tensor, "N K"]:
     """Return one site's weight in float32 on ``device``; nothing of it stays in host memory.
 
@@ -57,7 +64,31 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
     weight = weight.reshape(shape[::-1] if site.layout is WeightLayout.K_BY_N else shape)
     if site.layout is WeightLayout.K_BY_N:
         weight = weight.T.contiguous()
-    return _require_finite(weight, f"weight of {site.name}")
+    return require_finite(weight, f"weight of {site.name}")
+
+
+def stored_weight(model: ir.Model, site: MatMulSite) -> Float[Tensor, "N K"]:
+    """Return one site's weight as the graph has it: a view of the file, which is read where it is looked at.
+
+    Args:
+        model: the graph that holds it.
+        site: where the weight is read.
+
+    Raises:
+        GraphError: the initializer is gone.
+    """
+    stored = _stored(model, site.weight, f"weight '{site.weight}' of {site.name}")
+    numbers = _mapped(stored) if isinstance(stored, ir.ExternalTensor) else stored.numpy()
+    weight = to_torch(numbers if site.expert is None else numbers[site.expert.index])
+    if site.layout is WeightLayout.K_BY_N:
+        return weight.reshape(site.in_features, site.out_features).T
+    return weight.reshape(site.out_features, site.in_features)
+
+
+def _mapped(stored: ir.ExternalTensor) -> np.ndarray:
+    """Return a tensor's numbers as pages of its file; writing there, which torch wants to be allowed, changes none."""
+    shape = tuple(stored.shape.numpy())
+    return np.memmap(stored.path, stored.dtype.numpy(), "c", stored.offset or 0, shape).view(np.ndarray)
 
 
 def read_vector(model: ir.Model, name: str, device: torch.device) -> Float[Tensor, " K"]:
@@ -74,7 +105,7 @@ def read_vector(model: ir.Model, name: str, device: torch.device) -> Float[Tenso
     """
     stored = _stored(model, name, f"vector '{name}'")
     vector = to_torch(stored.numpy()).to(device=device, dtype=torch.float32, copy=True)
-    return _require_finite(vector.reshape(1, -1), f"vector '{name}'")[0]
+    return require_finite(vector.reshape(1, -1), f"vector '{name}'")[0]
 
 
 def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch.device) -> Float[Tensor, "rows D"]:
@@ -95,7 +126,7 @@ def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch
     part = np.array(whole[:, rows].T if table.transposed else whole[rows], order="C")
     del whole
     _release(stored)
-    return _require_finite(to_torch(part).to(device=device, dtype=torch.float32), f"embedding '{table.weight}'")
+    return require_finite(to_torch(part).to(device=device, dtype=torch.float32), f"embedding '{table.weight}'")
 
 
 def find_tied_site(model: ir.Model, table: EmbeddingTable, sites: Sequence[MatMulSite]) -> MatMulSite | None:
@@ -190,12 +221,6 @@ def _stored(model: ir.Model, name: str, description: str) -> ir.TensorProtocol:
 def _release(stored: ir.TensorProtocol) -> None:
     if isinstance(stored, ir.ExternalTensor):
         stored.release()
-
-
-def _require_finite(numbers: Float[Tensor, "rows columns"], description: str) -> Float[Tensor, "rows columns"]:
-    if not all_finite(numbers):
-        raise SolveError(f"The {description} holds NaN or infinite values; build the base model again.")
-    return numbers
 
 
 def to_torch(array: np.ndarray) -> Tensor:

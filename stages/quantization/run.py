@@ -27,7 +27,7 @@ from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_expert_layers, widest_input
 from stages.model.unquantized import unquantized_warning
-from stages.model.weights import read_rows, read_weight
+from stages.model.weights import read_rows, read_weight, stored_weight
 from stages.quantization.blocks.distill import Distiller
 from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 from stages.quantization.checkpoints.imported import ImportedWeights
@@ -223,7 +223,8 @@ def _log_plan(plan: ModelPlan) -> None:
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
     read_stats = None if cache is None else _statistics(model, cache, device)
-    return group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
+    solver = group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
+    return replace(solver, stored_weight=partial(stored_weight, model)) if device.type == "cpu" else solver
 
 
 def _statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) -> Callable[[str], SearchStats]:

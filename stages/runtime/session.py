@@ -54,6 +54,8 @@ class SessionSettings:
     """Whether idle threads wait busily for the next run: faster, unless others compute between runs."""
     accuracy_level: int | None = None
     """See ``ACCURACY_LEVEL``."""
+    threads: int | None = None
+    """How many compute; None: as many as are granted."""
     profile_prefix: Path | None = None
     """Start of the name of a profile, whose kernel events name the nodes of the optimized graph."""
 
@@ -68,7 +70,7 @@ def open_session(model: Path | bytes, settings: SessionSettings) -> ort.Inferenc
     # A session that can't be opened would print, besides the error that is raised, that it writes no profile.
     options.log_severity_level = 3 if settings.profile_prefix is None else 4
     # As in torch: this is how processes that share a machine are told how many threads they may use.
-    options.intra_op_num_threads = granted_threads() or _AS_MANY_AS_CORES
+    options.intra_op_num_threads = settings.threads or granted_threads() or _AS_MANY_AS_CORES
     if settings.external_data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(settings.external_data_folder)

@@ -105,7 +105,9 @@ def _random_solver(
         return weights[site.name]
 
     if text is None:
-        return group_solver(config, plan, device, read_weight, None)
+        stored = {name: weight.T.contiguous().T for name, weight in weights.items()}  # inputs first, as most graphs
+        solver = group_solver(config, plan, device, read_weight, None)
+        return replace(solver, stored_weight=lambda site: stored[site.name]) if device.type == "cpu" else solver
 
     def read_stats(_: str) -> SearchStats:
         stats = ActivationStats(

@@ -185,8 +185,15 @@ def spec_for(weight: Float[Tensor, "N K"], spec: QuantSpec, computed: FloatName)
     """
     if spec.scale_dtype == computed:
         return spec
+    return spec_for_range(block_range(split(weight, spec.block_size(weight.shape[1]))), spec, computed)
+
+
+def spec_for_range(full: BlockRange, spec: QuantSpec, computed: FloatName) -> QuantSpec:
+    """Do what ``spec_for`` does, given the ranges of a weight's blocks."""
+    if spec.scale_dtype == computed:
+        return spec
     wide = replace(spec, scale_dtype=computed)
-    scales = choose_parameters(split(weight, spec.block_size(weight.shape[1])), wide).scales
+    scales = range_parameters(full, wide, "full", 1.0).scales
     info = torch.finfo(torch_float(spec.scale_dtype))
     fits = scales.median() > _ROOM * info.tiny and scales.max() * _ROOM < info.max
     return spec if fits else wide

@@ -44,6 +44,9 @@ def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iter
 
     When the caller stops early, groups that were begun are finished and dropped.
     """
+    if (rounder := solver.rounder) is not None:
+        yield from rounder.rounded(groups)
+        return
     workers = workers_on(solver.device)
     small = small_groups(groups, solver.device)
     large = [place for place in range(len(groups)) if place not in set(small)]

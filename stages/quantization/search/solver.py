@@ -25,6 +25,7 @@ from stages.quantization.search.gptq import awq_gptq, gptq, gptq_alike
 from stages.quantization.search.objective import mixed_outputs, search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
+from stages.quantization.search.rounding import Rounder
 from stages.records.formats import QuantSpec
 from stages.records.results import ActivationStats, SearchStats, SiteReport, SolvedGroup
 from stages.records.sites import ActivationGroup, MatMulSite, ValueAbsorber
@@ -71,6 +72,20 @@ class GroupSolver:
     one_scale: bool
     looked_up: frozenset[str] = frozenset()
     """Sites whose stored weight is an embedding's too: no input scale may be in its rows."""
+    stored_weight: Callable[[MatMulSite], Tensor] | None = None
+    """Gives a site's weight as its file has it, where that is possible."""
+
+    @property
+    def rounder(self) -> Rounder | None:
+        """Return what does the same faster, where weights are only rounded."""
+        if self.stored_weight is None or self.read_stats is not None or self.algorithm is not rtn:
+            return None
+        return Rounder(
+            name=self.algorithm_name,
+            rule=self.options.range_rule,
+            specs=self.specs,
+            stored_weight=self.stored_weight,
+        )
 
     def solve(self, group: ActivationGroup) -> SolvedGroup:
         """Quantize all sites of ``group``; by rounding to nearest where calibration never saw its activation."""

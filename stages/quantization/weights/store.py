@@ -329,9 +329,10 @@ def _as_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
         "zero_points": weight.zero_points,
         "input_scale": weight.input_scale,
     }
-    # Each is copied: safetensors refuses tensors that share storage, and siblings share one input scale.
-    return {
-        f"{weight.site.name}:{key}": tensor.cpu().contiguous().clone()
-        for key, tensor in parts.items()
-        if tensor is not None
-    }
+    return {f"{weight.site.name}:{key}": _owned(tensor) for key, tensor in parts.items() if tensor is not None}
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """Return a tensor that shares its storage with no other, as safetensors asks: siblings share one input scale."""
+    whole = tensor.cpu().contiguous()
+    return whole.clone() if tensor.ndim == 1 or whole.untyped_storage().nbytes() != whole.nbytes else whole

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from export.rewrite import rewrite
 from export.run import Destination, export_model
 from export.summary import export_table
 from export.verify import fusion
+from export.verify.alike import form_of
 from export.verify.fusion import CannotRun, nodes_run_as_matmulnbits, run_one_token, why_not_fused
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory, locate_model
@@ -196,5 +199,11 @@ def test_the_same_nodes_fuse_in_partitions(
     sites = frozenset(str(node.outputs[0].name) for node in matmuls if "lm_head" not in str(node.name))
     whole = nodes_run_as_matmulnbits(directory.onnx_file, sites, directory)
     monkeypatch.setattr(fusion, "_PARTITION_BYTES", 1)
+    runs = list[Any]()
+    monkeypatch.setattr(fusion, "form_of", lambda graph: runs.append(graph))
     assert nodes_run_as_matmulnbits(directory.onnx_file, sites, directory) == whole
+    monkeypatch.setattr(fusion, "form_of", form_of)
+    monkeypatch.setattr(fusion, "_run_partition", counted := Mock(wraps=fusion._run_partition))
+    assert nodes_run_as_matmulnbits(directory.onnx_file, sites, directory) == whole
+    assert counted.call_count < len(runs) or kind != "tiny_model", "layers that are alike run once"
     assert len(whole) == len(sites)

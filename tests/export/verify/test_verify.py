@@ -14,10 +14,14 @@ import pytest
 import torch
 from onnx import TensorProto
 
-import export.verify.verify
+import export.verify.sites
+import export.verify.while_written
+from export.forms.dequantize_linear import RewrittenSite
 from export.rewrite import RewriteResult, rewrite
 from export.save import save_model
+from export.verify.isolated import run_isolated
 from export.verify.verify import verify
+from export.verify.while_written import SiteChecks, VerifyLevel
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
@@ -37,9 +41,16 @@ def saved(
     return tiny, result, tiny.output / "model.onnx"
 
 
-def check(parts: tuple[TinyExport, RewriteResult, Path], level: str = "full") -> VerifyReport:
+def check(parts: tuple[TinyExport, RewriteResult, Path], level: VerifyLevel = "full") -> VerifyReport:
     tiny, result, path = parts
-    return verify(path, result.sites, tiny.base, level)
+    return check_sites(path, result.sites, tiny, level)
+
+
+def check_sites(
+    path: Path, sites: tuple[RewrittenSite, ...], tiny: TinyExport, level: VerifyLevel = "quick"
+) -> VerifyReport:
+    with SiteChecks(path, sites, level) as checks:
+        return verify(checks, tiny.base)
 
 
 def flip(path: Path, tensor: str, byte: int = 0) -> None:
@@ -114,7 +125,7 @@ def test_a_lost_row_divisor_is_noticed(tmp_path: Path) -> None:
     tiny, result, path = saved(tmp_path)
     without = tuple(replace(site, source=replace(site.source, row_divisor=None)) for site in result.sites)
     with pytest.raises(GraphError, match="'up/MatMul/scales' differs"):
-        verify(path, without, tiny.base, "quick")
+        check_sites(path, without, tiny)
 
 
 def test_a_block_size_that_is_not_fused_is_reported_and_still_right(tmp_path: Path) -> None:
@@ -144,6 +155,26 @@ def test_float16_products_stay_within_their_rounding(tmp_path: Path, form: Weigh
     assert 0 < report.worst_exact.exact < 2e-3
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("form", [WeightForm.DQ, WeightForm.DQ_COLUMN_MAJOR, WeightForm.MATMUL_NBITS])
+def test_products_in_parts_are_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: WeightForm, symmetric: bool
+) -> None:
+    parts = saved(tmp_path, spec=spec_of(8, symmetric=symmetric), form=form)
+    whole = check(parts)
+    monkeypatch.setattr(export.verify.sites, "_LARGEST_WIDENED", 1 << 10)
+    assert check(parts) == whole
+    monkeypatch.setattr(export.verify.sites, "run_isolated", wrongly_run)
+    with pytest.raises(GraphError, match="away from its own numbers"):
+        check(parts)
+
+
+def wrongly_run(model: ir.Model, *arguments: Any) -> np.ndarray:
+    found = run_isolated(model, *arguments)
+    found[0, -1] *= 1.01
+    return found
+
+
 def test_quick_leaves_the_products_out(tmp_path: Path) -> None:
     report = check(saved(tmp_path), "quick")
     assert report.fused == 2
@@ -152,12 +183,12 @@ def test_quick_leaves_the_products_out(tmp_path: Path) -> None:
 
 def test_a_runtime_that_computes_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = saved(tmp_path)
-    check_site = export.verify.verify.check_site
+    check_site = export.verify.while_written.check_site
 
     def off(*arguments: Any) -> tuple[float, ...]:
         return float("nan"), *check_site(*arguments)[1:]
 
-    monkeypatch.setattr(export.verify.verify, "check_site", off)
+    monkeypatch.setattr(export.verify.while_written, "check_site", off)
     with pytest.raises(GraphError, match="away from its own numbers"):
         check(parts)
 
@@ -169,7 +200,7 @@ def test_a_model_that_the_runtime_refuses_fails(tmp_path: Path) -> None:
     node.op_type = "NoSuchOperator"
     ir.save(model, path)
     with pytest.raises(GraphError, match="NoSuchOperator"):
-        verify(path, result.sites, tiny.base, "quick")
+        check_sites(path, result.sites, tiny)
 
 
 def bfloat16_export(folder: Path, form: WeightForm) -> tuple[TinyExport, RewriteResult, Path]:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
+from stages.quantization.weights.bitpack import pack_4bit, pack_4bit_turned, turned, unpack_4bit
 
 SHAPES = [(1,), (2,), (7,), (3, 5), (4, 6), (2, 3, 5)]
 
@@ -52,3 +52,17 @@ def test_codes_that_do_not_fit_are_refused(code: int) -> None:
 def test_bytes_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="can't hold"):
         unpack_4bit(np.zeros(3, np.uint8), (7,), np.dtype(np.int8))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 4), (4, 3), (6, 1030), (1030, 262)])
+def test_turned_matrices_are_transposed_ones(shape: tuple[int, int]) -> None:
+    matrix = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
+    np.testing.assert_array_equal(turned(matrix), matrix.T)
+    np.testing.assert_array_equal(pack_4bit_turned(torch.from_numpy(matrix)), pack_4bit(matrix.T))
+    unsigned = (matrix + 8).astype(np.uint8)
+    np.testing.assert_array_equal(pack_4bit_turned(torch.from_numpy(unsigned)), pack_4bit(unsigned.T))
+
+
+def test_a_code_out_of_range_is_no_turned_one_either() -> None:
+    with pytest.raises(ValueError, match="four bits hold"):
+        pack_4bit_turned(torch.full((4, 4), 16, dtype=torch.uint8))
