@@ -46,7 +46,7 @@ from stages.system.shared_folder import wait_for
 _LOGGER = logging.getLogger(__name__)
 _CPU = "cpu"
 """As genai_config.json names it."""
-_PART_FOR_ROWS = 4
+PART_FOR_ROWS = 4
 """So large a part of the memory may the rows of several layers take while tokens are weighed."""
 _QMOE_TYPES: Mapping[str, frozenset[FloatName]] = MappingProxyType(
     {
@@ -277,7 +277,7 @@ def _end_loss(
         device=capture.device,
         streams=streams,
         processes=capture.processes,
-        memory=memory // _PART_FOR_ROWS,
+        memory=memory // PART_FOR_ROWS,
         layers=layers,
     )
 
