@@ -285,7 +285,7 @@ def _end_loss(
 def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
     windows = capture.windows
     return CacheKey(
-        model_fingerprint=fingerprint_model(capture.directory),
+        model_fingerprint=fingerprint_model(capture.directory, capture.model),
         token_fingerprint=windows.fingerprint,
         source=windows.source,
         calibration_windows=len(windows.calibration),
