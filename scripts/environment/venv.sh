@@ -69,7 +69,24 @@ install_project() {
     wanted >"$stamp"
 }
 
-if ! new_enough "$(programs)/python"; then make_venv; fi
-if ! installed; then install_project; fi
+# Runs that install into one .venv at once would break it: the later ones wait, and find it ready. Where there is no
+# flock (macOS, Git Bash) they don't.
+lock() {
+    command -v flock >/dev/null 2>&1 || return 0
+    exec 9<"$root"
+    if ! flock --nonblock 9; then
+        say "waiting for another run, which installs into .venv"
+        flock 9
+    fi
+}
+
+ready() { new_enough "$(programs)/python" && installed; }
+
+if ! ready; then
+    lock
+    if ! new_enough "$(programs)/python"; then make_venv; fi
+    if ! installed; then install_project; fi
+    exec 9<&-
+fi
 PATH="$(programs):$PATH"
 export PATH

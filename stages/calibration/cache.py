@@ -161,7 +161,7 @@ class CalibrationCache:
         """
         if activation not in self.manifest.weighted:
             return SearchStats(tokens=self.read(activation), channel_weights={})
-        with self._reading(_weighted(self._file_of(activation))) as path:
+        with self._reading(weighted_file(self._file_of(activation))) as path:
             tensors = load_file(path)
             return SearchStats(
                 tokens=_activation_stats(tensors),
@@ -276,7 +276,7 @@ class CacheWriter:
         if stats.token_weights is not None:
             tensors["calibration.weights"] = stats.token_weights.calibration
             tensors["held_out.weights"] = stats.token_weights.held_out
-        with self.place_for(_weighted(self.files[activation])) as path:
+        with self.place_for(weighted_file(self.files[activation])) as path:
             save_file(tensors, path, {"activation": activation})
         self.weighted.add(activation)
 
@@ -459,7 +459,7 @@ def _by_site(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _weighted(name: str) -> str:
+def weighted_file(name: str) -> str:
     """Return the file with the weighted statistics of the activation whose others are in the file ``name``."""
     return f"weighted-{name}"
 

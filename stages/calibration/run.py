@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
 from stages.calibration.capture import Capture, memory_limit, rows_of
-from stages.calibration.end_loss import EndLossPass, weight_names
+from stages.calibration.end_loss.back_pass import EndLossPass
+from stages.calibration.end_loss.sums import weight_names
 from stages.calibration.key_value_scales import KeyValueMaxima, find_key_value_caches, scales_text, write_scales
 from stages.calibration.on_disk.stream_files import StreamFiles
 from stages.calibration.samples.load import load_samples, sample_files, takes_samples
@@ -45,6 +46,8 @@ from stages.system.shared_folder import wait_for
 _LOGGER = logging.getLogger(__name__)
 _CPU = "cpu"
 """As genai_config.json names it."""
+PART_FOR_ROWS = 4
+"""So large a part of the memory may the rows of several layers take while tokens are weighed."""
 _QMOE_TYPES: Mapping[str, frozenset[FloatName]] = MappingProxyType(
     {
         _CPU: frozenset({"float32", "float16"}),
@@ -107,8 +110,8 @@ def _run(
             return _current(config, capture)
         with _new_cache(config, key, capture) as writer:
             capture.fill(writer, partitions, tap)
-            if chain is not None and streams is not None and processes.is_first:
-                _end_loss(capture, chain, streams, _weighted_layers(capture, key)).fill(writer)
+            if chain is not None and streams is not None:
+                _end_loss(capture, chain, streams, _weighted_layers(capture, key), memory).fill(writer)
     # The first process has given the cache its place.
     found = _pass_summary(capture, len(partitions), tap, time.perf_counter() - started)
     return processes.decided_by_first(lambda: _summary(config, capture, found))
@@ -261,7 +264,9 @@ def _streams(capture: Capture, chain: Chain) -> StreamFiles:
     )
 
 
-def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles, layers: tuple[ExpertLayer, ...]) -> EndLossPass:
+def _end_loss(
+    capture: Capture, chain: Chain, streams: StreamFiles, layers: tuple[ExpertLayer, ...], memory: int
+) -> EndLossPass:
     assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return EndLossPass(
         chain=chain,
@@ -271,6 +276,8 @@ def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles, layers: tupl
         batch_size=capture.batch_size,
         device=capture.device,
         streams=streams,
+        processes=capture.processes,
+        memory=memory // PART_FOR_ROWS,
         layers=layers,
     )
 
@@ -278,7 +285,7 @@ def _end_loss(capture: Capture, chain: Chain, streams: StreamFiles, layers: tupl
 def _cache_key(capture: Capture, token_weights: Weighting) -> CacheKey:
     windows = capture.windows
     return CacheKey(
-        model_fingerprint=fingerprint_model(capture.directory),
+        model_fingerprint=fingerprint_model(capture.directory, capture.model),
         token_fingerprint=windows.fingerprint,
         source=windows.source,
         calibration_windows=len(windows.calibration),

@@ -6,14 +6,18 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from stages.errors import UserError, in_one_line
+from stages.system.shared_folder import wait_until
+
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,25 +66,44 @@ class StreamFiles:
                 "there, choose another --cache_dir, or pass --token_weights none."
             ) from error
 
-    def read(self, place: int) -> Float[Tensor, "windows length hidden"]:
-        """Return what enters the link at ``place``, all windows.
+    def wait_until_whole(self, places: Iterable[int], hidden: int) -> None:
+        """Wait until this machine sees what all processes have kept of what enters the links at ``places``.
+
+        Args:
+            places: in the chain.
+            hidden: channels of each token.
+
+        Raises:
+            UserError: it doesn't.
+        """
+        size = self.windows * self.length * hidden * _FLOAT32_BYTES
+        for file in self.files(places):
+            wait_until(partial(_has, file, size), file)
+
+    def read(self, place: int, windows: Int64[Tensor, " batch"]) -> Float[Tensor, "batch length hidden"]:
+        """Return what enters the link at ``place`` of some windows; all must have been kept.
+
+        Args:
+            place: of the link.
+            windows: their numbers.
 
         Raises:
             UserError: the file is gone or cut short.
         """
+        file = self._file(place)
         try:
-            flat = np.fromfile(self._file(place), np.float32)
+            size = file.stat().st_size
+            if size == 0 or size % (self.windows * self.length * _FLOAT32_BYTES):
+                raise self._lost(place, f"it has {size} bytes")
+            shape = (self.windows, self.length, size // (self.windows * self.length * _FLOAT32_BYTES))
+            return torch.from_numpy(np.memmap(file, np.float32, "r", shape=shape)[windows.numpy()])
         except OSError as error:
             raise self._lost(place, in_one_line(error)) from error
-        if flat.size == 0 or flat.size % (self.windows * self.length):
-            raise self._lost(place, f"it has {flat.nbytes} bytes")
-        return torch.from_numpy(flat).view(self.windows, self.length, -1)
 
-    def take(self, place: int) -> Float[Tensor, "windows length hidden"]:
-        """Return what ``read`` returns, and remove the file."""
-        stream = self.read(place)
-        self._file(place).unlink()
-        return stream
+    def remove(self, places: Iterable[int]) -> None:
+        """Remove what was kept of what enters the links at ``places``."""
+        for place in places:
+            self._file(place).unlink(missing_ok=True)
 
     def _lost(self, place: int, why: str) -> UserError:
         return UserError(
@@ -90,3 +113,10 @@ class StreamFiles:
 
     def _file(self, place: int) -> Path:
         return self.folder / f"stream-{place}.bin"
+
+
+def _has(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -121,16 +122,29 @@ def choose_text(dataset: str | None, hub_sources: Mapping[str, HubSource] = HUB_
 
 def _why_unreadable(source: HubSource) -> str | None:
     """Return why not even the first row of ``source`` can be read, or None where it can."""
-    import datasets  # here, because it takes seconds
-
     unreachable = None if Path(source.path).is_dir() else why_unreachable(source.path, "dataset", _SECONDS)
     if unreachable is not None:
         return unreachable
     try:
-        next(iter(datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)))
+        with _without_bars() as load_dataset:
+            next(iter(load_dataset(source.path, source.config, split=source.split, streaming=True)))
     except Exception as error:  # the hub's clients raise classes without a common base
         return hub_reason(error)
     return None
+
+
+@contextmanager
+def _without_bars() -> Iterator[Callable[..., Any]]:
+    """Give the block ``datasets.load_dataset``, and draw no bars of that library meanwhile."""
+    import datasets  # here, because it takes seconds
+
+    were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets.load_dataset
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()
 
 
 def open_documents(
@@ -221,8 +235,6 @@ def _text_file(path: Path, seed: int) -> Iterator[str]:
 
 
 def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
-    import datasets  # here, because it takes seconds
-
     unreachable = None if Path(source.path).is_dir() else why_unreachable(source.path, "dataset")
     if unreachable is not None:
         raise UserError(
@@ -230,9 +242,10 @@ def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:
             "or a local .txt, .jsonl or .parquet file, or set HF_HUB_OFFLINE=1 to use a copy in HF_HOME."
         )
     try:
-        rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
-        for text in _column(_shuffled_rows(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
-            yield text[:_LONGEST_DOCUMENT]
+        with _without_bars() as load_dataset:
+            rows = load_dataset(source.path, source.config, split=source.split, streaming=True)
+            for text in _column(_shuffled_rows(rows, seed), (source.column,), f"--dataset {name} ({source.path})"):
+                yield text[:_LONGEST_DOCUMENT]
     except UserError:
         raise
     except Exception as error:  # the hub's clients raise classes without a common base

@@ -363,15 +363,11 @@ def _fingerprint(windows: Int64[np.ndarray, "windows seq_len"], held_out: int) -
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Hide the progress bars and warnings of the libraries that fetch and tokenize; what fails is raised."""
-    import datasets  # here, because it takes seconds
-
+    """Hide the warnings of the libraries that fetch and tokenize; what fails is raised."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
-    bars_were_on = not datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -379,5 +375,3 @@ def _quiet_libraries() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars_were_on:
-            datasets.enable_progress_bars()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,7 @@ from stages.calibration.statistics import StatisticsSize
 from stages.commands.quantize_options import QuantizeConfig
 from stages.quantization.plan.plan import ModelPlan
 from stages.quantization.plan.recipe import group_solver
+from stages.quantization.preview.costs import seconds_of
 from stages.quantization.search.parallel import small_groups, solve_groups, workers_on
 from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.records.results import ActivationStats, SearchStats, TokenStats
@@ -36,7 +36,7 @@ def search_seconds(
         config: names the algorithm and its options.
         plan: the groups that are searched, and their formats.
         text: the calibration text; None where the algorithm reads no statistics.
-        device: where the search runs, as busy as it is now.
+        device: where the search runs.
     """
     given = {} if plan.imported is None else plan.imported.sites
     groups = [group for group in plan.sites.groups if group.sites[0].name not in given]
@@ -46,14 +46,11 @@ def search_seconds(
     small = set(small_groups(groups, device))
     cost = _weights if text is None else search_cost
 
-    def seconds_of(group: ActivationGroup, together: int) -> float:
+    def timed(group: ActivationGroup, together: int) -> float:
         solver = _random_solver(config, plan, group, text, device)
-        started = time.perf_counter()
-        for _ in solve_groups(solver, [group] * together):
-            pass
-        return (time.perf_counter() - started) / together
+        return seconds_of(lambda: list(solve_groups(solver, [group] * together)), device) / together
 
-    seconds_of(_shrunk(groups[0], _WARM_UP), 1)
+    timed(_shrunk(groups[0], _WARM_UP), 1)
     seconds: dict[tuple[object, ...], float] = {}
     found: dict[str, float] = {}
     for place, group in enumerate(groups):
@@ -64,8 +61,8 @@ def search_seconds(
             *((site.out_features, plan.sites.specs[site.name]) for site in group.sites),
         )
         if shape not in seconds:
-            timed = _shrunk(group, _TIMED)
-            seconds[shape] = seconds_of(timed, together) * cost(group) / cost(timed)
+            smaller = _shrunk(group, _TIMED)
+            seconds[shape] = timed(smaller, together) * cost(group) / cost(smaller)
         channels = sum(site.out_features for site in group.sites)
         found |= {site.name: seconds[shape] * site.out_features / channels for site in group.sites}
     return found

@@ -1,20 +1,22 @@
 """Forecast what a run takes when several processes share it: seconds and memory of each, and bytes that move.
 
 Sums, not simulations. Bytes are counted each time a process reads them: machines that keep files in their memory, and
-processes on one machine, which share them there, read less. Seconds are those of multiplications at the rate at which
-this device has just multiplied; attention and what disks and networks take come on top.
+processes on one machine, which share them there, read less. Seconds are those of multiplications and what takes as long
+as some of them (``costs``), at the rate at which this device has just multiplied; what disks and networks take comes on
+top.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from stages.calibration.capture import TextShape
+from stages.quantization.preview.costs import ATTENTION, BACK_OF_ATTENTION, PER_CHANNEL, PER_LABEL, seconds_of
 from stages.quantization.preview.table import SharedRun, StageMemory
 from stages.quantization.search.solver import search_cost
 from stages.records.sites import ActivationGroup, layer_of
@@ -31,8 +33,8 @@ _NARROWEST, _WIDEST = 256, 4096
 """Of the timed product."""
 _KEPT_OF_PASS = 3
 """Copies of a layer's activations that its way back holds: forward, gradients, and what the statistics read."""
-_STREAMS = 3
-"""What enters a layer, and the gradients behind and before it, of all windows."""
+_STREAMS = 2
+"""The gradients behind and before a layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +44,11 @@ class PassWork:
     forward: float
     """Multiplications and additions of the forward passes and their statistics."""
     back: float
-    """The same of the pass that weighs tokens, which the first process runs; 0 where there is none."""
+    """The same of the pass that weighs tokens; 0 where there is none."""
     batches: tuple[int, ...]
     """Of each part of the text; one part comes after the other."""
     sent: int
-    """Bytes of all tapped activations, which processes send to those that add them up."""
+    """Bytes of what is added up, which processes send to those that do it."""
     statistics: int
     """Bytes of the cache."""
     streams: int
@@ -85,31 +87,48 @@ def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: in
         return None
     parts = (text.calibration_windows, text.held_out_windows)
     tokens = sum(parts) * text.seq_len
-    products = sum(
-        2.0 * group.in_features * site.out_features * (1.0 if site.expert is None else site.expert.share)
-        for group in groups
-        for site in group.sites
-    )
+    outside = [group for group in groups if layer_of(group.sites[0].name) is None]
+    if len(outside) == len(groups):
+        outside = []
+    products = _products(groups)
     tapped = [group for group in groups if not group.is_of_expert]
     grams = sum(
         float(group.in_features * (group.in_features + _STRIP))
         for group in tapped
         if not text.size(group, "calibration").keeps_rows
     )
-    layers = {layer_of(group.sites[0].name) for group in groups}
-    hidden = groups[0].in_features
+    layers, hidden = len({layer_of(group.sites[0].name) for group in groups} - {None}) or 1, groups[0].in_features
+    attention = ATTENTION * text.seq_len * hidden * layers
+    channels = sum(group.in_features + sum(site.out_features for site in group.sites) for group in groups)
+    labels = sum(site.out_features for group in outside for site in group.sites)
+    back = 2 * products + grams + (1 + BACK_OF_ATTENTION) * attention + PER_CHANNEL * channels + PER_LABEL * labels
+    sent = tokens * sum(group.in_features * text.size(group, "calibration").itemsize for group in tapped)
+    weighted = tokens * sum(group.in_features for group in tapped) * _FLOAT32
     return PassWork(
-        forward=tokens * (products + grams),
-        back=tokens * (2 * products + grams) if weighs else 0.0,
+        # The forward passes end at the last value that a site reads: they don't run a head.
+        forward=tokens * (products - _products(outside) + grams + attention),
+        back=tokens * back if weighs else 0.0,
         batches=tuple(math.ceil(windows / text.batch_size) for windows in parts),
-        sent=tokens * sum(group.in_features * text.size(group, "calibration").itemsize for group in tapped),
+        sent=sent + weighted if weighs else sent,
         statistics=statistics,
-        streams=tokens * hidden * _FLOAT32 * len(layers) if weighs else 0,
+        streams=tokens * hidden * _FLOAT32 * (layers + 1) if weighs else 0,
+    )
+
+
+def _products(groups: Sequence[ActivationGroup]) -> float:
+    """Return the multiplications and additions of a token with the weights of ``groups``."""
+    return sum(
+        (
+            2.0 * group.in_features * site.out_features * (1.0 if site.expert is None else site.expert.share)
+            for group in groups
+            for site in group.sites
+        ),
+        start=0.0,
     )
 
 
 def multiply_rate(device: torch.device, width: int) -> float:
-    """Return how many multiplications and additions a second ``device`` makes in matrix products, as busy as it is.
+    """Return how many multiplications and additions a second ``device`` makes in matrix products.
 
     Args:
         device: where the model runs.
@@ -118,14 +137,14 @@ def multiply_rate(device: torch.device, width: int) -> float:
     width = min(max(width, _NARROWEST), _WIDEST)
     times = (_WIDEST // width) ** 2
     left, right = torch.rand(_ROWS, width, device=device), torch.rand(width, width, device=device)
-    best = math.inf
-    for _ in range(_ROUNDS + 1):  # the first one may start the device
-        started = time.perf_counter()
+
+    def multiply() -> None:
         for _ in range(times):
             made = left @ right
         float(made[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * times * _ROWS * width * width / best
+
+    rounds = [seconds_of(multiply, device) for _ in range(_ROUNDS + 1)]  # the first one may start the device
+    return 2.0 * times * _ROWS * width * width / median(rounds[1:])
 
 
 def shared_run(work: Work, processes: int, rate: float, first: int, others: int) -> SharedRun:
@@ -148,7 +167,7 @@ def shared_run(work: Work, processes: int, rate: float, first: int, others: int)
     if work.spends_budget:
         read += work.sites + work.statistics
     if made is not None:
-        read += processes * work.base + made.streams + (work.sites if made.back else 0)
+        read += processes * work.base + made.streams + (processes * work.sites if made.back else 0)
         written += made.statistics + made.streams
     return SharedRun(
         processes=processes,
@@ -164,27 +183,34 @@ def shared_run(work: Work, processes: int, rate: float, first: int, others: int)
 
 def _calibrate_seconds(made: PassWork, processes: int, rate: float) -> float:
     turns = sum(math.ceil(batches / processes) for batches in made.batches)
-    return (made.forward * turns / sum(made.batches) + made.back) / rate
+    back = math.ceil(sum(made.batches) / processes)  # where one part of the text needs not wait for the other
+    return (made.forward * turns + made.back * back) / sum(made.batches) / rate
 
 
-def weighing_memory(groups: Sequence[ActivationGroup], text: TextShape, held: int) -> StageMemory:
-    """Return what the pass that weighs tokens holds in the first process.
+def weighing_memory(
+    groups: Sequence[ActivationGroup], text: TextShape, processes: int, limit: int, held: int
+) -> StageMemory:
+    """Return what the pass that weighs tokens holds in one process.
 
     Args:
         groups: all activations of the graph.
         text: the windows that run.
+        processes: how many share them.
+        limit: bytes that the rows of several layers may take.
         held: bytes of this process already.
     """
-    tokens = sum(text.tokens(part) or 0 for part in _PARTS)
+    tokens = math.ceil(sum(text.tokens(part) or 0 for part in _PARTS) / processes)
     streams = _STREAMS * tokens * groups[0].in_features * _FLOAT32
     layers: dict[int | None, list[ActivationGroup]] = {}
     for group in groups:
         layers.setdefault(layer_of(group.sites[0].name), []).append(group)
     largest = max(_layer_bytes(layer, text) for layer in layers.values())
+    widest = max(sum(group.in_features for group in layer) for layer in layers.values())
+    streams += min((processes - 1) * tokens * widest * _FLOAT32, limit)
     return StageMemory(
         stage="weigh tokens",
         bytes=held + streams + largest,
-        holds=f"{streams / 1e6:,.0f} MB of what all tokens hand from layer to layer, {largest / 1e6:,.0f} MB of one "
+        holds=f"{streams / 1e6:,.0f} MB of what its tokens hand from layer to layer, {largest / 1e6:,.0f} MB of one "
         "layer (less with fewer windows; none with --token_weights none)",
     )
 

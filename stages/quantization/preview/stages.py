@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from stages.calibration.capture import TextShape, memory_limit, partition_bytes, rows_of
-from stages.calibration.run import kept_layers
+from stages.calibration.run import PART_FOR_ROWS, kept_layers
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import ModelDirectory
@@ -105,7 +105,7 @@ class Stages:
         providers = choose_providers(self.calibration.calibration_eps).names
         yield calibration_memory(model, costs, limit, self.held, providers)
         if self.weighs:
-            yield weighing_memory(self.tapped, text, self.held)
+            yield weighing_memory(self.tapped, text, count, limit // PART_FOR_ROWS, self.held)
 
     def shared(
         self, disk: DiskUse, base: int, seconds: Mapping[str, float], device: torch.device
@@ -129,4 +129,4 @@ class Stages:
         for count in sorted({*COUNTS, join_processes().count}):
             calibrate = [memory.bytes for memory in self._calibrate_memory(count, 1)]
             first = max((*calibrate, search, export))
-            yield shared_run(work, count, rate, first, max((*calibrate[:1], search)))
+            yield shared_run(work, count, rate, first, max((*calibrate, search)))

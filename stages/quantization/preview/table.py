@@ -235,8 +235,7 @@ def _sharing(preview: Preview) -> DataTable:
         rows=tuple(map(row, preview.sharing)),
         notes=(
             "Read and written: in the folders that all share, by all together. Sent: from process to process.",
-            "The first process alone weighs the tokens, chooses formats and writes the output; the last two have no "
-            "estimate of time.",
+            "The first process alone chooses formats and writes the output; neither has an estimate of time.",
         ),
     )
 

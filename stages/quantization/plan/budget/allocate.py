@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
-from stages.calibration.end_loss import PROJECTIONS
+from stages.calibration.end_loss.sums import PROJECTIONS
 from stages.calibration.expert_statistics import ExpertStatistics
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory

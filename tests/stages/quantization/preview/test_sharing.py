@@ -27,10 +27,13 @@ def test_passes_multiply_weights_and_add_up_gram_matrices() -> None:
     plain, weighed = (pass_work(GROUPS, TEXT, 1000, weighs=weighs) for weighs in (False, True))
     assert plain is not None
     assert weighed is not None
-    assert (plain.forward, plain.back, plain.streams) == (TOKENS * (PRODUCTS + GRAMS), 0.0, 0)
-    assert (weighed.forward, weighed.back) == (plain.forward, TOKENS * (2 * PRODUCTS + GRAMS))
+    attention = 4 * 128 * 64
+    assert (plain.forward, plain.back, plain.streams) == (TOKENS * (PRODUCTS + GRAMS + attention), 0.0, 0)
+    others = 400 * (64 + 32 + 64 + 16 + 48)
+    assert weighed.forward == plain.forward
+    assert weighed.back == TOKENS * (2 * PRODUCTS + GRAMS + 3.5 * attention + others)
     assert (plain.batches, plain.statistics) == ((5, 1), 1000)
-    assert plain.sent == TOKENS * 2 * 64 * 4
+    assert (plain.sent, weighed.sent) == (TOKENS * 2 * 64 * 4, 2 * TOKENS * 2 * 64 * 4)
     assert pass_work(GROUPS, replace(TEXT, seq_len=None), 1000, weighs=True) is None
 
 
@@ -55,20 +58,35 @@ def test_processes_share_the_search_and_the_forward_passes() -> None:
     made = work().calibration
     assert made is not None
     assert alone.calibrate_seconds == pytest.approx((made.forward + made.back) / 1e6)
-    assert both.calibrate_seconds == pytest.approx((made.forward * 4 / 6 + made.back) / 1e6), "three turns and one"
+    assert both.calibrate_seconds == pytest.approx((made.forward * 4 / 6 + made.back * 3 / 6) / 1e6), "three and one"
     many = shared_run(work(), 64, 1e6, 5, 3)
-    assert many.calibrate_seconds == pytest.approx((made.forward * 2 / 6 + made.back) / 1e6), "all at once, twice"
+    assert many.calibrate_seconds == pytest.approx((made.forward * 2 / 6 + made.back / 6) / 1e6), "all at once, twice"
+
+
+def test_only_the_way_back_runs_the_head_and_draws_labels() -> None:
+    site = replace(GROUPS[1].sites[0], name="/lm_head/MatMul")
+    groups = [replace(GROUPS[0], sites=(replace(GROUPS[0].sites[0], name="/model/layers.0/attn/q_proj/MatMul"),))]
+    head = replace(GROUPS[1], sites=(site,))
+    without, whole = (pass_work(each, TEXT, 1000, weighs=True) for each in (groups, [*groups, head]))
+    assert without is not None
+    assert whole is not None
+    grams = 64 * (64 + 256)
+    assert whole.forward - without.forward == pytest.approx(TOKENS * grams)
+    # 700 for each entry of the vocabulary, 16 here.
+    more = 2 * 2 * 64 * 16 + grams + 400 * (64 + 16) + 700 * 16
+    assert whole.back - without.back == pytest.approx(TOKENS * more)
+    assert (without.streams, whole.streams) == (TOKENS * 64 * 4 * 2,) * 2, "what enters one layer and leaves it"
 
 
 def test_every_process_reads_the_base_and_weights_are_read_once_by_the_search() -> None:
     alone, both = (shared_run(work(), count, 1e6, 5, 3) for count in (1, 2))
-    assert both.read - alone.read == 50_000
-    assert both.written == alone.written == 9_000 + 8_000 + 1000 + TOKENS * 64 * 4
+    assert both.read - alone.read == 50_000 + 40_000, "the way back reads the weights again"
+    assert both.written == alone.written == 9_000 + 8_000 + 1000 + 2 * TOKENS * 64 * 4
     searching = shared_run(work(calibrates=False), 8, 1e6, 5, 3)
     assert searching.read == 40_000 + 600 + 9_000 + 10_000 + 8_000
     budget = shared_run(replace(work(calibrates=False), spends_budget=True), 8, 1e6, 5, 3)
     assert budget.read - searching.read == 40_600
-    assert (alone.sent, both.sent, searching.sent) == (0, TOKENS * 2 * 64 * 4 // 2, 0)
+    assert (alone.sent, both.sent, searching.sent) == (0, 2 * TOKENS * 2 * 64 * 4 // 2, 0)
     assert (alone.memory_others, both.memory_others, both.memory_first) == (None, 3, 5)
 
 

@@ -13,15 +13,8 @@ from safetensors.torch import load_file
 
 from stages.calibration.cache import CacheWriter
 from stages.calibration.capture import Capture
-from stages.calibration.end_loss import (
-    PROJECTIONS,
-    EndLossPass,
-    _ExpertChannels,
-    _WeightedSums,
-    sampled_gradient,
-    token_weights,
-    weight_names,
-)
+from stages.calibration.end_loss.back_pass import EndLossPass, sampled_gradient
+from stages.calibration.end_loss.sums import PROJECTIONS, ExpertChannels, WeightedGroup, token_weights, weight_names
 from stages.calibration.on_disk.row_files import open_rows
 from stages.calibration.on_disk.stream_files import StreamFiles
 from stages.calibration.run import calibrate
@@ -36,8 +29,9 @@ from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.blocks.cut import DecoderBlock, cut_block
 from stages.runtime.blocks.experts import activated, route
-from stages.runtime.blocks.module import BlockModule
+from stages.runtime.blocks.module import BlockModule, SiteRun
 from stages.runtime.blocks.stream import read_inputs
+from stages.system.distributed import Processes
 from tests.support.mixtures import EXPERTS, HIDDEN, mixture, the_layer
 from tests.support.tiny_models import VOCABULARY
 
@@ -90,6 +84,8 @@ def _pass(folder: Path, scratch: Path, batch_size: int) -> tuple[EndLossPass, tu
             windows=len(_TOKENS),
             length=_TOKENS.shape[1],
         ),
+        processes=Processes(None),
+        memory=0,
     )
     return made, groups
 
@@ -141,7 +137,7 @@ def test_what_enters_layers_comes_from_the_plain_pass(
     monkeypatch.setattr(Capture, "_kept_streams", {})
     calibrate(replace(config, cache_dir=tmp_path / "computed"))
     # The tiny model has two layers; what enters the first and the head is no value of the graph, or an embedding.
-    assert computed == [[0, 2], [0, 1, 2]]
+    assert computed == [(0, 2), (0, 1, 2)]
     files = sorted((tmp_path / "kept").glob("weighted-*"))
     assert files
     for file in files:
@@ -163,14 +159,15 @@ def test_experts_channels_weigh_what_gradients_of_all_experts_on_all_tokens_say(
     block = DecoderBlock(layer=0, stream_in="x", stream_out="y", sites=layer.sites)
     module = BlockModule(cut_block(model, block), CPU)
     writer = CacheWriter.of(tmp_path, [], weight_names(layer))
-    sums = [_ExpertChannels.of(layer, projection) for projection in PROJECTIONS]
+    projections = [ExpertChannels(layer=layer, projection=projection) for projection in PROJECTIONS]
+    sums: list[torch.Tensor] = []
     for chunk in (slice(0, 27), slice(27, 30)):  # of three tokens not every expert sees one
         given, runs = module.with_sites(x[chunk][None].requires_grad_(), weights, {"scores": scores[chunk]})
         gradients = torch.autograd.grad(given, [run.gave for run in runs.values()], behind[chunk][None])
-        for each in sums:
-            each.add(dict(zip(runs, gradients, strict=True)))
-    for each in sums:
-        each.save(writer, tokens)
+        added = [each.added_by(dict(zip(runs, gradients, strict=True))) for each in projections]
+        sums = [before + more for before, more in zip(sums, added, strict=True)] if sums else added
+    for each, found in zip(projections, sums, strict=True):
+        each.save(writer, found, tokens)
     routed = route(scores, layer.routing)
     share = torch.zeros(tokens, EXPERTS).scatter(1, routed.experts, routed.weights)
     bias = model.graph.initializers["gate_up.bias"].const_value
@@ -204,9 +201,12 @@ def test_a_token_weighs_its_root_mean_squared_gradient(shape: tuple[int, ...]) -
 
 
 def test_a_parallel_mlp_that_is_no_number_of_heads_has_no_matrix_of_heads(tiny_model: Path, tmp_path: Path) -> None:
-    made, groups = _pass(tiny_model, tmp_path, batch_size=2)
+    _, groups = _pass(tiny_model, tmp_path, batch_size=2)
     qkv = next(group for group in groups if "qkv_proj" in group.sites[0].name)
     mlp = replace(qkv.sites[0], name="/model/layers.0/mlp/up_proj/MatMul", out_features=90)
-    both = replace(qkv, sites=(*qkv.sites, mlp))
-    sums = _WeightedSums.of(both, {"calibration": 8, "held_out": 8}, 16, made.device)
-    assert {name: tuple(gram.shape) for name, gram in sums.outputs.items()} == {qkv.sites[0].name: (8, 16, 16)}
+    both = WeightedGroup(group=replace(qkv, sites=(*qkv.sites, mlp)), head_size=16)
+    numbers = {site.name: torch.randn(1, 4, site.out_features) for site in both.group.sites}
+    runs = {name: SiteRun(read=torch.randn(1, 4, qkv.in_features), gave=gave) for name, gave in numbers.items()}
+    added = both.added_by(runs, numbers, "calibration")
+    shapes = {name: tuple(each.shape) for name, each in added.items() if name.startswith("outputs")}
+    assert shapes == {f"outputs of {qkv.sites[0].name}": (8, 16, 16)}

@@ -1,0 +1,1 @@
+"""Statistics in which each token counts as much as an error there changes the model's answers."""
