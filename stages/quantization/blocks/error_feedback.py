@@ -120,7 +120,7 @@ def refine(
     )
     scale = IDENTITY if starts[0].input_scale is None else _scale_of(starts[0], problem.weights[0].device)
     ranges = clip_sites(aimed, options, full_ranges(aimed, options.range_rule, scale))
-    solved = zip(aimed.group.sites, aimed.weights, aimed.specs, compensate(aimed, options, ranges), strict=True)
+    solved = zip(aimed.group.sites, aimed.weights, aimed.specs, compensate([aimed], options, [ranges])[0], strict=True)
     refined = (stored_weight(site, weight, spec, choice) for site, weight, spec, choice in solved)
     return tuple(
         _better(weight, output_gram, start, other, held_out)

@@ -14,8 +14,8 @@ import torch
 
 from stages.calibration.capture import cut_to_memory
 from stages.quantization.preview.table import StageMemory
+from stages.quantization.search.parallel import batches, small_groups, workers_on
 from stages.quantization.search.parallel import search_memory as group_memory
-from stages.quantization.search.parallel import small_groups, workers_on
 from stages.records.formats import EmbeddingPlan, QuantSpec, torch_float
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
@@ -64,21 +64,24 @@ def calibration_memory(
     )
 
 
-def search_memory(groups: Sequence[ActivationGroup], device: torch.device, held: int) -> StageMemory:
+def search_memory(
+    groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], device: torch.device, held: int
+) -> StageMemory:
     """Return what the groups that are solved at a time hold.
 
-    Small ones are solved in parallel, a large one while its successor is read.
+    Small ones are solved in parallel, several of one shape at once, a large one while its successor is read.
 
     Args:
         groups: those to search.
+        specs: number formats by site.
         device: where.
         held: bytes of this process already.
     """
     workers = workers_on(device)
     small = small_groups(groups, device)
-    costs = {place: group_memory(group, device) for place, group in enumerate(groups)}
-    together = sorted((costs[place] for place in small), reverse=True)[:workers]
-    large = max((costs[place] for place in costs if place not in set(small)), default=0)
+    costs = {batch[0]: len(batch) * group_memory(groups[batch[0]], device) for batch in batches(groups, specs, device)}
+    together = sorted((cost for place, cost in costs.items() if place in set(small)), reverse=True)[:workers]
+    large = max((cost for place, cost in costs.items() if place not in set(small)), default=0)
     largest = groups[max(costs, key=costs.__getitem__)].sites[0].name
     several = f", {workers} small ones at a time" if small else ""
     return StageMemory(

@@ -92,7 +92,7 @@ class Stages:
         """Yield what each stage holds in the first of ``processes``."""
         yield from self._calibrate_memory(processes.count, processes.count_here)
         plan = self.plan
-        yield search_memory(plan.sites.groups, choose_device(self.config.device), self.held)
+        yield search_memory(plan.sites.groups, plan.sites.specs, choose_device(self.config.device), self.held)
         yield export_memory(plan.sites.groups, plan.sites.specs, self.held)
 
     def _calibrate_memory(self, count: int, count_here: int) -> Iterator[StageMemory]:
@@ -124,7 +124,7 @@ class Stages:
             weights=disk.weights,
             output=disk.output,
         )
-        search = search_memory(plan.sites.groups, device, self.held).bytes
+        search = search_memory(plan.sites.groups, plan.sites.specs, device, self.held).bytes
         export = export_memory(plan.sites.groups, plan.sites.specs, self.held).bytes
         for count in sorted({*COUNTS, join_processes().count}):
             calibrate = [memory.bytes for memory in self._calibrate_memory(count, 1)]

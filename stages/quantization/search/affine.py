@@ -72,23 +72,6 @@ def copy_rows(into: BlockParameters, rows: slice, part: BlockParameters) -> None
         into.zero_points[rows] = part.zero_points
 
 
-def side_by_side(parts: Sequence[BlockParameters]) -> BlockParameters:
-    """Return the parameters of matrices of one shape with an axis for the matrices before all others."""
-    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
-    return BlockParameters(
-        scales=torch.stack([part.scales for part in parts]),
-        zero_points=torch.stack(zero_points) if zero_points else None,
-    )
-
-
-def one_of(parameters: BlockParameters, index: int) -> BlockParameters:
-    """Undo ``side_by_side`` for one matrix."""
-    zero_points = parameters.zero_points
-    return BlockParameters(
-        scales=parameters.scales[index], zero_points=None if zero_points is None else zero_points[index]
-    )
-
-
 def round_to_storage(scales: Float[Tensor, "*batch nB"], name: FloatName) -> Float[Tensor, "*batch nB"]:
     """Round scales to what the file will hold, in float32; the sign stays.
 

@@ -8,35 +8,38 @@ single pass does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stages.quantization.search.affine import BlockParameters, one_of, round_to_storage, side_by_side
+from stages.quantization.search.affine import round_to_storage
+from stages.quantization.search.columns import ColumnParameters, ColumnSteps
 from stages.records.formats import PerBlock, QuantSpec
 
 _AT_ONCE = 4
 """Channels of a head whose codes change together: fewer are slower, and with many the error can grow."""
 _LEAST_STEPS = 16
 """Steps in which a head's channels change, where it has as many: in a small head each channel changes by itself."""
-_TILE, _STEP = 128, 32
+_TILE, _STEP = 128, 16
 """Columns whose gradients are computed by one product, and those in between which single changes are carried on."""
 
 
 def coordinate_descent(
-    weights: Float[Tensor, "*problems N K"],
-    codes: Float[Tensor, "*problems N K"],
-    parameters: BlockParameters,
+    weights: Float[Tensor, "E K N"],
+    codes: Float[Tensor, "E K N"],
+    parameters: ColumnParameters,
     spec: QuantSpec,
-    grams: Float[Tensor, "*problems K K"],
+    grams: Sequence[Float[Tensor, "K K"]],
     passes: int,
-) -> tuple[Float[Tensor, "*problems N K"], BlockParameters]:
-    """Improve codes and scales in ``passes`` over all columns, of E matrices at once or of one; zero points stay.
+) -> tuple[Float[Tensor, "E K N"], ColumnParameters]:
+    """Improve codes and scales in ``passes`` over all columns, of E matrices at once; zero points stay.
 
     Scales of whole rows (INT8 per channel) stay too: their codes are fine enough.
 
     Args:
-        weights: the weights, times their input scales.
+        weights: the weights, times their input scales; a column is a row here.
         codes: what to start from, integers in float32.
         parameters: the scales and zero points to start from.
         spec: the format that the weights are stored in.
@@ -46,170 +49,215 @@ def coordinate_descent(
     Returns:
         The codes, and the parameters that go with them.
     """
-    if weights.ndim == 2:
-        alone = side_by_side([parameters])
-        found, fitted = coordinate_descent(weights[None], codes[None], alone, spec, grams[None], passes)
-        return found[0], one_of(fitted, 0)
-    in_features = weights.shape[2]
-    block_size = spec.block_size(in_features)
     state = _Descent(weights, codes, parameters, spec, grams)
-    blockwise = isinstance(spec.granularity, PerBlock)
-    tile = max(_TILE, block_size) if blockwise else _TILE
     for _ in range(passes):
-        for start in range(0, in_features, tile):
-            state.visit(start, min(start + tile, in_features), refit_blocks=blockwise)
-    return state.codes.permute(1, 2, 0).contiguous(), BlockParameters(
-        scales=state.scales.permute(1, 2, 0).contiguous(), zero_points=parameters.zero_points
-    )
+        state.visit_all()
+    return state.codes, ColumnParameters(scales=state.scales, zero_points=parameters.zero_points)
 
 
 class _Descent:
-    """The state of a descent; tensors are [K, E, N], so that a column of the weights is contiguous."""
+    """The state of a descent."""
 
     def __init__(
-        self, weights: Tensor, codes: Tensor, parameters: BlockParameters, spec: QuantSpec, grams: Tensor
+        self,
+        weights: Float[Tensor, "E K N"],
+        codes: Float[Tensor, "E K N"],
+        parameters: ColumnParameters,
+        spec: QuantSpec,
+        grams: Sequence[Float[Tensor, "K K"]],
     ) -> None:
-        self._spec, self._grams = spec, grams
-        self._block_size = spec.block_size(weights.shape[2])
-        self._weight = weights.permute(2, 0, 1).contiguous()
-        self.codes = codes.permute(2, 0, 1).contiguous()
-        self.scales = parameters.scales.permute(2, 0, 1).contiguous()
-        zero_points = parameters.zero_points
-        self._zero_points = (
-            torch.zeros_like(self.scales) if zero_points is None else zero_points.permute(2, 0, 1).contiguous()
-        )
-        self._error = torch.empty_like(self._weight)
-        self._update_errors(0, len(self._weight))
-        self._diagonal = torch.diagonal(grams, dim1=1, dim2=2).T.unsqueeze(-1)  # [K, E, 1]
+        self._grams = grams
+        width, rows = weights.shape[1:]
+        self._refits = isinstance(spec.granularity, PerBlock)
+        self._block_size = spec.block_size(width)
+        self._chunk = min(self._block_size if self._refits else _TILE, width)
+        self._tile = min(max(_TILE, self._chunk), width)
+        self._steps = ColumnSteps(min(_STEP, self._chunk), weights, spec, descends=True)
+        self.codes, self.scales = codes.clone(), parameters.scales.clone()
+        self._zero_points = parameters.zero_points
+        self._diagonal = torch.stack([torch.diagonal(gram) for gram in grams], dim=1).unsqueeze(-1)  # [K, E, 1]
+        self._gradient = weights.new_empty(len(weights), self._tile, rows)
+        self._moved, self._levels, self._products = weights.new_empty(3, len(weights), self._chunk, rows)
+        self._error = torch.empty_like(weights)
+        for columns in self._chunks(0, width):
+            levels = self._read_levels(columns)
+            torch.mul(levels, self.scales[:, self._block(columns)], out=self._error[:, columns])
+        self._error -= weights
 
-    def visit(self, start: int, stop: int, *, refit_blocks: bool) -> None:
-        """Improve the codes of some columns one by one, and each block's scale after its columns.
+    def visit_all(self) -> None:
+        """Improve the codes of all columns one by one, and each block's scale after its columns."""
+        width = self._error.shape[1]
+        for start in range(0, width, self._tile):
+            stop = min(start + self._tile, width)
+            # Half the derivative by each weight.
+            for into, gram, error in zip(self._gradient, self._grams, self._error, strict=True):
+                torch.mm(gram[start:stop], error, out=into[: stop - start])
+            for columns in self._chunks(start, stop):
+                gradient = self._gradient[:, columns.start - start : columns.stop - start]
+                moved = self._choose_codes(columns, gradient)
+                if self._refits:
+                    self._refit_scale(columns, gradient, moved)
+                self._error[:, columns] += moved
+                for into, gram, each in zip(self._gradient, self._grams, moved, strict=True):
+                    into[columns.stop - start : stop - start].addmm_(gram[columns.stop : stop, columns], each)
+
+    def _chunks(self, start: int, stop: int) -> Iterator[slice]:
+        """Yield the columns from ``start`` to ``stop`` in parts that share a scale."""
+        for first in range(start, stop, self._chunk):
+            yield slice(first, min(first + self._chunk, stop))
+
+    def _block(self, columns: slice) -> slice:
+        block = columns.start // self._block_size
+        return slice(block, block + 1)
+
+    def _read_levels(self, columns: slice) -> Float[Tensor, "E k N"]:
+        codes = self.codes[:, columns]
+        if self._zero_points is None:
+            return codes
+        return torch.sub(codes, self._zero_points[:, self._block(columns)], out=self._levels[:, : codes.shape[1]])
+
+    def _choose_codes(self, columns: slice, gradient: Float[Tensor, "E k N"]) -> Float[Tensor, "E k N"]:
+        """Set the columns' codes, one after another, to the best; return how their errors changed."""
+        steps, moved = self._steps, self._moved[:, : gradient.shape[1]]
+        steps.scales[0] = self.scales[:, self._block(columns)].squeeze(1)
+        for first in range(columns.start, columns.stop, _STEP):
+            last = min(first + _STEP, columns.stop)
+            here, count = slice(first - columns.start, last - columns.start), last - first
+            slope = self._products[:, :count]
+            for index, gram in enumerate(self._grams):
+                before = gram[first:last, columns.start : first], moved[index, : here.start]
+                torch.addmm(gradient[index, here], *before, out=slope[index])
+                steps.pulls[:count, :count, index, 0] = (
+                    gram[first:last, first:last] / self._diagonal[first:last, index, 0]
+                )
+            torch.mul(self.codes[:, first:last].transpose(0, 1), steps.scales[0], out=steps.base[:count])
+            slope = slope.transpose(0, 1)
+            torch.addcdiv(steps.base[:count], slope, self._diagonal[first:last], value=-1, out=steps.wanted[:count])
+            steps.run(count)
+            torch.neg(steps.changes[:count].transpose(0, 1), out=moved[:, here])
+            self.codes[:, first:last] = steps.codes[:count].transpose(0, 1)
+        return moved
+
+    def _refit_scale(self, columns: slice, gradient: Float[Tensor, "E B N"], moved: Float[Tensor, "E B N"]) -> None:
+        """Set a block's scale to the best, and add to ``moved`` how that changes the errors of its columns.
 
         Args:
-            start: the first column, which begins a block where scales are improved.
-            stop: the column behind the last.
-            refit_blocks: whether scales are improved too.
+            columns: the block's.
+            gradient: before its codes were chosen.
+            moved: how they changed the errors.
         """
-        gradient = self._product(slice(start, stop), slice(None), self._error)  # half the derivative by each weight
-        step = min(_STEP, self._block_size) if refit_blocks else _STEP
-        first = start
-        while first < stop:
-            last = min(first + step, stop)
-            if refit_blocks:
-                block = first // self._block_size
-                last = min(last, (block + 1) * self._block_size)
-            moved = self._choose_codes(first, last, gradient[first - start : last - start])
-            begun = block * self._block_size if refit_blocks else last
-            gradient[begun - start :] += self._product(slice(begun, stop), slice(first, last), moved)
-            if refit_blocks and (last % self._block_size == 0 or last == len(self._weight)):
-                moved = self._refit_scale(block, gradient[begun - start : last - start])
-                gradient[last - start :] += self._product(slice(last, stop), slice(begun, last), moved)
-            first = last
-
-    def _update_errors(self, start: int, stop: int) -> None:
-        """Compute the errors of some columns from their codes and scales."""
-        block = torch.arange(start, stop, device=self.codes.device) // self._block_size
-        steps = self.codes[start:stop] - self._zero_points[block]
-        torch.mul(steps, self.scales[block], out=self._error[start:stop]).sub_(self._weight[start:stop])
-
-    def _product(self, rows: slice, columns: slice, values: Float[Tensor, "k E N"]) -> Float[Tensor, "rows E N"]:
-        """Return a part of each Gram matrix times ``values``."""
-        products = [gram[rows, columns] @ values[:, index] for index, gram in enumerate(self._grams)]
-        return products[0].unsqueeze(1) if len(products) == 1 else torch.stack(products, dim=1)
-
-    def _choose_codes(self, start: int, stop: int, gradient: Float[Tensor, "k E N"]) -> Float[Tensor, "k E N"]:
-        """Set some columns' codes, one after another, to the best; return how their errors changed."""
-        pulls = self._grams[:, start:stop, start:stop].permute(2, 1, 0).unsqueeze(-1)  # [column, row, E, 1]
-        gradient, before = gradient.clone(), self._error[start:stop].clone()
-        blocks = torch.arange(start, stop, device=self.codes.device) // self._block_size
-        scales = self.scales[blocks]
-        curvatures = scales * self._diagonal[start:stop]
-        columns = zip(
-            self.codes[start:stop].unbind(), scales.unbind(), curvatures.unbind(), gradient.unbind(), pulls.unbind(),
-            strict=True,
-        )  # fmt: skip
-        for behind, (code, scale, curvature, slope, pull) in enumerate(columns, start=1):
-            best = torch.addcdiv(code, slope, curvature, value=-1)
-            best.round_().clamp_(self._spec.code_min, self._spec.code_max)
-            gradient[behind:].addcmul_(pull[behind:], (best - code).mul_(scale))
-            code.copy_(best)
-        self._update_errors(start, stop)
-        return self._error[start:stop] - before
-
-    def _refit_scale(self, block: int, gradient: Float[Tensor, "B E N"]) -> Float[Tensor, "B E N"]:
-        """Set a block's scale to the best, given the gradient of its columns; return how their errors changed."""
-        columns = slice(block * self._block_size, min((block + 1) * self._block_size, len(self._weight)))
-        steps = self.codes[columns] - self._zero_points[block]
-        slope = (steps * gradient).sum(dim=0)
-        curvature = (steps * self._product(columns, columns, steps)).sum(dim=0)
-        known = self.scales[block]
+        levels, products = self._read_levels(columns), self._products[:, : gradient.shape[1]]
+        for gram, each, into in zip(self._grams, levels, products, strict=True):
+            torch.mm(gram[columns, columns], each, out=into)
+        slope = (levels * gradient).addcmul_(products, moved).sum(dim=1)
+        curvature = products.mul_(levels).sum(dim=1)
+        known = self.scales[:, self._block(columns)].squeeze(1)
         wanted = known - slope / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
-        change = round_to_storage(torch.where(wanted * known > 0, wanted, known), self._spec.scale_dtype) - known
+        change = round_to_storage(torch.where(wanted * known > 0, wanted, known), self._steps.spec.scale_dtype) - known
         gain = change * (2 * slope + change * curvature)
         change = torch.where(gain < 0, change, torch.zeros_like(change))
-        self.scales[block] += change
-        moved = steps * change
-        self._error[columns] += moved
-        return moved
+        known += change
+        moved.addcmul_(levels, change.unsqueeze(1))
 
 
 def two_sided_descent(
-    weight: Float[Tensor, "N K"],
-    codes: Float[Tensor, "N K"],
-    parameters: BlockParameters,
+    weights: Float[Tensor, "E K N"],
+    codes: Float[Tensor, "E K N"],
+    parameters: ColumnParameters,
     spec: QuantSpec,
-    gram: Float[Tensor, "K K"],
-    output_gram: Float[Tensor, "heads size size"],
-) -> Float[Tensor, "N K"]:
+    grams: Sequence[Float[Tensor, "K K"]],
+    output_grams: Float[Tensor, "E heads size size"],
+) -> Float[Tensor, "E K N"]:
     """Improve codes in one pass over all columns where errors of a head's output channels count together.
 
-    The error is tr(H D G D^T) with H the block diagonal of ``output_gram`` (Tseng et al., "Model-Preserving Adaptive
+    The error is tr(H D G D^T) with H the block diagonal of ``output_grams`` (Tseng et al., "Model-Preserving Adaptive
     Rounding", 2025, https://arxiv.org/abs/2505.22988, minimize it by another way of rounding). A step sets a few
     channels of each head in one column to the best values that each has while all others stay. Scales stay.
 
     Args:
-        weight: the weight, times its input scale.
+        weights: the weights, times their input scales; a column is a row here.
         codes: what to start from, integers in float32.
         parameters: their scales and zero points.
-        spec: the format that the weight is stored in.
-        gram: G, with a positive diagonal.
-        output_gram: the blocks of H, with a positive diagonal.
+        spec: the format that the weights are stored in.
+        grams: G of each, with a positive diagonal.
+        output_grams: the blocks of each H, with a positive diagonal.
     """
-    in_features, (heads, size, _) = weight.shape[1], output_gram.shape
+    (problems, in_features, rows), (heads, size) = weights.shape, output_grams.shape[1:3]
     least = max(size // _AT_ONCE, min(size, _LEAST_STEPS))
-    steps = next(steps for steps in range(least, size + 1) if size % steps == 0)
+    count = next(steps for steps in range(least, size + 1) if size % steps == 0)
 
-    def in_steps(values: Float[Tensor, "N k"]) -> Float[Tensor, "k heads steps channels"]:
-        """Put the channels of a head together that change together: every ``steps``-th of them."""
-        return values.T.reshape(-1, heads, size // steps, steps).transpose(2, 3).contiguous()
+    def in_steps(values: Float[Tensor, "E k N"]) -> Float[Tensor, "k heads size"]:
+        """Put the channels of a head side by side that change together: every ``count``-th of them."""
+        ordered = values.reshape(problems, -1, heads, size // count, count).permute(1, 0, 2, 4, 3)
+        return ordered.reshape(-1, problems * heads, size).contiguous()
 
-    def by_steps(gram: Float[Tensor, "heads size size"]) -> Float[Tensor, "heads size size"]:
-        place = torch.arange(size, device=gram.device).view(-1, steps).T.flatten()
-        return gram[:, place][:, :, place]
-
-    gram_of_outputs = by_steps(output_gram)
-    pulls = gram_of_outputs.view(heads, steps, -1, size).transpose(0, 1).contiguous().unbind()
-    curvature = torch.diagonal(gram_of_outputs, dim1=-2, dim2=-1).view(heads, steps, -1)
-    block = torch.arange(in_features, device=weight.device) // spec.block_size(in_features)
-    scales, chosen = in_steps(parameters.scales)[block], in_steps(codes)
+    place = torch.arange(size, device=weights.device).view(-1, count).T.flatten()
+    outputs = output_grams.flatten(0, 1)[:, place][:, :, place]
+    # How a change of one channel moves what another should be.
+    reach = outputs / torch.diagonal(outputs, dim1=1, dim2=2).unsqueeze(1)
+    steps, scales, chosen = _HeadSteps(reach, count, spec), in_steps(parameters.scales), in_steps(codes)
+    block = torch.arange(in_features, device=weights.device) // spec.block_size(in_features)
     error = chosen if parameters.zero_points is None else chosen - in_steps(parameters.zero_points)[block]
-    error = (error * scales - in_steps(weight)).view(in_features, -1)
+    error = error * scales[block] - in_steps(weights)
+    of_problems = error.view(in_features, problems, rows)
+    gradient = error.new_empty(_STEP, *error.shape[1:])
+    pulls = torch.stack(list(grams), dim=2).unsqueeze(-1)  # [K, K, E, 1]
+    own = torch.diagonal(pulls[..., 0]).T.repeat_interleave(heads, dim=1).unsqueeze(-1)  # [K, E heads, 1]
     for start in range(0, in_features, _STEP):
         stop = min(start + _STEP, in_features)
-        gradient = gram[start:stop] @ error
+        for index, gram in enumerate(grams):
+            torch.mm(
+                gram[start:stop], of_problems[:, index], out=gradient.view(_STEP, problems, rows)[: stop - start, index]
+            )
         for column in range(start, stop):
-            own, scale, code = gram[column, column], scales[column], chosen[column]
-            before = code.clone()
-            pull = (gradient[column - start].view(heads, 1, size) @ gram_of_outputs).div_(own)
-            parts = zip(
-                code.unbind(1), scale.unbind(1), (curvature * scale).unbind(1), pull.view_as(code).unbind(1), pulls,
-                strict=True,
-            )  # fmt: skip
-            for part, step, bend, slope, reach in parts:
-                best = torch.addcdiv(part, slope, bend, value=-1).round_().clamp_(spec.code_min, spec.code_max)
-                pull.baddbmm_((best - part).mul_(step).unsqueeze(1), reach)
-                part.copy_(best)
-            moved = ((code - before) * scale).flatten()
-            error[column] += moved
-            gradient[column + 1 - start :].addr_(gram[column + 1 : stop, column], moved)
-    return chosen.transpose(2, 3).reshape(in_features, -1).T.contiguous()
+            changes = steps.run(chosen[column], scales[block[column]], gradient[column - start], own[column])
+            error[column] -= changes
+            behind = gradient[column + 1 - start : stop - start].view(-1, problems, rows)
+            behind.addcmul_(pulls[column, column + 1 : stop], changes.view(problems, rows), value=-1)
+    ordered = chosen.view(in_features, problems, heads, count, -1).permute(1, 0, 2, 4, 3)
+    return ordered.reshape(problems, in_features, rows)
+
+
+class _HeadSteps:
+    """Steps over the channels of all heads in one column; views are made once, over a place that it is copied to."""
+
+    def __init__(self, reach: Float[Tensor, "heads size size"], count: int, spec: QuantSpec) -> None:
+        heads, size = reach.shape[:2]
+        self._reach, self._spec = reach, spec
+        self._pull = reach.new_empty(heads, 1, size)
+        self._wanted, self._base, self._scales, self._codes, self._changes = reach.new_empty(5, heads, size)
+        each = (self._wanted, self._base, self._scales, self._codes, self._changes)
+        at_once = size // count
+        behind = [
+            (self._wanted[:, None, first + at_once :], reach[:, first : first + at_once, first + at_once :])
+            for first in range(0, size, at_once)
+        ]
+        parts = (values.view(heads, count, at_once).unbind(1) for values in each)
+        self._views = list(zip(*parts, behind, strict=True))
+
+    def run(
+        self,
+        codes: Float[Tensor, "heads size"],
+        scales: Float[Tensor, "heads size"],
+        gradient: Float[Tensor, "heads size"],
+        own: Float[Tensor, "heads 1"],
+    ) -> Float[Tensor, "heads size"]:
+        """Improve ``codes`` in place; return by how much the weights fell.
+
+        Args:
+            codes: of a column.
+            scales: theirs.
+            gradient: the column's row of G D.
+            own: the column's place on the diagonal of G.
+        """
+        least, most = self._spec.code_min, self._spec.code_max
+        self._scales.copy_(scales)
+        torch.mul(codes, scales, out=self._base)
+        torch.bmm(gradient.unsqueeze(1), self._reach, out=self._pull)
+        torch.addcdiv(self._base, self._pull.squeeze(1), own, value=-1, out=self._wanted)
+        for wanted, base, scale, code, change, (behind, reach) in self._views:
+            torch.div(wanted, scale, out=code).round_().clamp_(least, most)
+            torch.addcmul(base, code, scale, value=-1, out=change)
+            behind.baddbmm_(change.unsqueeze(1), reach)
+        codes.copy_(self._codes)
+        return self._changes

@@ -8,8 +8,9 @@ coordinate descent goes on from the codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float, Int64, Integer
@@ -20,19 +21,17 @@ from stages.quantization.search.affine import (
     BlockParameters,
     copy_rows,
     empty_like,
-    one_of,
     rows_of,
-    side_by_side,
     stack_parameters,
 )
 from stages.quantization.search.awq import awq_full
 from stages.quantization.search.choices import keep_validated, scaled_weight, slices
+from stages.quantization.search.columns import ColumnParameters, ColumnSteps, columns_of
 from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
 from stages.quantization.search.objective import full_gram, in_scaled_space
-from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
+from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.records.formats import QuantSpec
-from stages.records.results import TokenStats
 
 _STACKED_ON_CPU, _STACKED_ON_ACCELERATOR = 1 << 25, 1 << 27
 """Numbers of the weights that are solved as one matrix: some ten copies of it are in memory. Of larger sites, some
@@ -53,78 +52,76 @@ _ATTEMPTS = 5
 
 def gptq(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """Keep the ranges of ``awq_clip`` and choose codes that compensate for each other's errors."""
-    return compensate(problem, options, awq_clip(problem, options))
+    return compensate([problem], options, [awq_clip(problem, options)])[0]
 
 
 def awq_gptq(problem: GroupProblem, options: SearchOptions) -> tuple[SiteChoice, ...]:
     """Keep ``awq_full``'s input scale and ranges and choose codes that compensate for each other's errors."""
-    return compensate(problem, options, awq_full(problem, options))
+    return compensate([problem], options, [awq_full(problem, options)])[0]
+
+
+COMPENSATED: Mapping[str, Algorithm] = MappingProxyType({"gptq": awq_clip, "awq_gptq": awq_full})
+"""What ``compensate`` starts from in each algorithm that ends with it."""
 
 
 def compensate(
-    problem: GroupProblem, options: SearchOptions, choices: tuple[SiteChoice, ...]
-) -> tuple[SiteChoice, ...]:
+    problems: Sequence[GroupProblem], options: SearchOptions, choices: Sequence[tuple[SiteChoice, ...]]
+) -> list[tuple[SiteChoice, ...]]:
     """Run GPTQ and coordinate descent from ``choices``; keep the result at the sites where held-out tokens agree.
 
     Args:
-        problem: the group, with statistics.
+        problems: groups with statistics, of the same shapes and formats: columns are visited in all of them at once. In
+            a small matrix a step over one column takes longer to begin than to do.
         options: damping, order of columns and passes of coordinate descent.
-        choices: one a site; all must share one input scale, as those of one activation do.
+        choices: for each problem one a site, which must share one input scale, as those of one activation do.
     """
-    assert problem.stats is not None
-    compensation = _Compensation.over([_scaled_gram(problem.stats.calibration, choices[0])], options)
-    steps = [_empty_steps(*each, options) for each in zip(problem.weights, problem.specs, choices, strict=True)]
-    for stack in _stacks(problem):
-        weights = [scaled_weight(problem.weights[each.index][each.rows], choices[0].input_scale) for each in stack]
-        ranges = [rows_of(choices[each.index].parameters, each.rows) for each in stack]
-        found = compensation.steps(_stacked(weights), stack_parameters(ranges), problem.specs[stack[0].index])
-        _fill(steps, stack, found)
-    refined = [_refined(choice, of_site) for choice, of_site in zip(choices, steps, strict=True)]
+    grams = [_scaled_gram(problem, of_sites[0]) for problem, of_sites in _pairs(problems, choices)]
+    compensation = _Compensation.over(grams, options)
+    steps = [
+        [_empty_steps(*each, options) for each in zip(problem.weights, problem.specs, of_sites, strict=True)]
+        for problem, of_sites in _pairs(problems, choices)
+    ]
+    for stack in _stacks(problems[0], len(problems)):
+        spec = problems[0].specs[stack[0].index]
+        weights = columns_of([_stacked(problem, stack, of_sites) for problem, of_sites in _pairs(problems, choices)])
+        ranges = [[rows_of(of_sites[each.index].parameters, each.rows) for each in stack] for of_sites in choices]
+        found = compensation.steps(weights, ColumnParameters.of([stack_parameters(each) for each in ranges]), spec)
+        for index, of_problem in enumerate(steps):
+            _fill(of_problem, stack, [step.matrix(index, spec) for step in found])
+    refined = [
+        [_refined(choice, of_site) for choice, of_site in zip(of_sites, of_problem, strict=True)]
+        for of_sites, of_problem in zip(choices, steps, strict=True)
+    ]
     if options.descent_passes:
-        for index, output_gram in enumerate(problem.output_grams):
+        for index, output_gram in enumerate(problems[0].output_grams):
             if output_gram is not None:
-                refined[index] = _for_outputs(problem, index, refined[index], compensation.damped[0], output_gram)
-    return keep_validated(problem, tuple(refined))
-
-
-def gptq_alike(problems: Sequence[GroupProblem], options: SearchOptions) -> list[tuple[SiteChoice, ...]]:
-    """Return ``gptq`` of each problem; columns are visited in all of them at once.
-
-    A step over one column of a small matrix takes longer to begin than to do.
-
-    Args:
-        problems: of one site each, all of one shape and format, without Gram matrices of outputs: experts.
-        options: see ``compensate``.
-    """
-    found = [awq_clip(problem, options)[0] for problem in problems]
-    weights = torch.stack(
-        [scaled_weight(each.weights[0], choice.input_scale) for each, choice in _pairs(problems, found)]
-    )
-    grams = [_scaled_gram(_calibration(each), choice) for each, choice in _pairs(problems, found)]
-    ranges, spec = side_by_side([choice.parameters for choice in found]), problems[0].specs[0]
-    for step in _Compensation.over(grams, options).steps(weights, ranges, spec):
-        codes = step.codes.to(spec.code_dtype)
-        found = [choice.refined(one_of(step.parameters, index), codes[index]) for index, choice in enumerate(found)]
-    return [keep_validated(each, (choice,)) for each, choice in _pairs(problems, found)]
+                _improve_for_outputs(problems, index, refined, compensation.damped)
+    return [keep_validated(problem, tuple(of_sites)) for problem, of_sites in _pairs(problems, refined)]
 
 
 def _pairs(
-    problems: Sequence[GroupProblem], choices: Sequence[SiteChoice]
-) -> Iterator[tuple[GroupProblem, SiteChoice]]:
+    problems: Sequence[GroupProblem], choices: Sequence[Sequence[SiteChoice]]
+) -> Iterator[tuple[GroupProblem, Sequence[SiteChoice]]]:
     return zip(problems, choices, strict=True)
-
-
-def _calibration(problem: GroupProblem) -> TokenStats:
-    assert problem.stats is not None
-    return problem.stats.calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """Codes and the parameters that go with them, of one matrix or of several of one shape."""
+    """Codes of one matrix, and the parameters that go with them."""
 
-    codes: Float[Tensor, "*problems N K"] | Integer[Tensor, "N K"]
+    codes: Integer[Tensor, "N K"]
     parameters: BlockParameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ColumnStep:
+    """Codes of several matrices, and the parameters that go with them."""
+
+    codes: Float[Tensor, "E K N"]
+    parameters: ColumnParameters
+
+    def matrix(self, index: int, spec: QuantSpec) -> _Step:
+        return _Step(codes=self.codes[index].to(spec.code_dtype).T, parameters=self.parameters.matrix(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,46 +141,54 @@ class _Compensation:
             passes=options.descent_passes,
         )
 
-    def steps(self, weights: Float[Tensor, "*problems N K"], ranges: BlockParameters, spec: QuantSpec) -> list[_Step]:
+    def steps(
+        self, weights: Float[Tensor, "E K N"], ranges: ColumnParameters, spec: QuantSpec
+    ) -> tuple[_ColumnStep, ...]:
         """Return what GPTQ gives, and what the descent after it."""
-        several = weights.ndim > 2
-        inverse = self.inverses[0]
-        if several:
-            inverse = InverseCholesky(
-                order=torch.stack([each.order for each in self.inverses]),
-                upper=torch.stack([each.upper for each in self.inverses]),
-            )
-        codes = gptq_codes(weights, ranges, spec, inverse)
-        steps = [_Step(codes=codes, parameters=ranges)]
-        if self.passes:
-            grams = torch.stack(list(self.damped)) if several else self.damped[0]
-            codes, ranges = coordinate_descent(weights, codes, ranges, spec, grams, self.passes)
-            steps.append(_Step(codes=codes, parameters=ranges))
-        return steps
+        codes = gptq_codes(weights, ranges, spec, self.inverses)
+        first = _ColumnStep(codes=codes, parameters=ranges)
+        if not self.passes:
+            return (first,)
+        codes, ranges = coordinate_descent(weights, codes, ranges, spec, self.damped, self.passes)
+        return first, _ColumnStep(codes=codes, parameters=ranges)
 
 
-def _for_outputs(
-    problem: GroupProblem, index: int, choice: SiteChoice, gram: Tensor, output_gram: Tensor
-) -> SiteChoice:
-    """Return the choice of one site after a pass of descent over codes whose errors count together in each head."""
-    assert choice.codes is not None
-    weight, spec, codes = problem.weights[index], problem.specs[index], torch.empty_like(choice.codes)
-    (heads, size), at_once = output_gram.shape[:2], numbers_at_once(weight.device)
-    for some in slices(heads, max(at_once // (size * weight.shape[1]), 1)):
+def _improve_for_outputs(
+    problems: Sequence[GroupProblem],
+    index: int,
+    choices: Sequence[list[SiteChoice]],
+    grams: Sequence[Float[Tensor, "K K"]],
+) -> None:
+    """Replace the choices of one site by those of a pass of descent where errors count together in each head."""
+    spec, weight = problems[0].specs[index], problems[0].weights[index]
+    output_grams = [gram for problem in problems if (gram := problem.output_grams[index]) is not None]
+    found = [torch.empty_like(weight, dtype=spec.code_dtype) for _ in problems]
+    (heads, size), at_once = output_grams[0].shape[:2], numbers_at_once(weight.device)
+    for some in slices(heads, max(at_once // (size * weight.shape[1] * len(problems)), 1)):
         rows = slice(some.start * size, some.stop * size)
-        codes[rows] = two_sided_descent(
-            scaled_weight(weight[rows], choice.input_scale),
-            choice.codes[rows].float(),
-            rows_of(choice.parameters, rows),
+        starts = [(problem, of_sites[index]) for problem, of_sites in _pairs(problems, choices)]
+        codes = two_sided_descent(
+            columns_of([scaled_weight(problem.weights[index][rows], start.input_scale) for problem, start in starts]),
+            columns_of([_codes_of(start)[rows].float() for _, start in starts]),
+            ColumnParameters.of([rows_of(start.parameters, rows) for _, start in starts]),
             spec,
-            gram,
-            output_gram[some],
-        ).to(codes.dtype)
-    return choice.refined(choice.parameters, codes)
+            grams,
+            torch.stack([gram[some] for gram in output_grams]),
+        )
+        for into, of_matrix in zip(found, codes, strict=True):
+            into[rows] = of_matrix.T.to(into.dtype)
+    for of_sites, of_matrix in zip(choices, found, strict=True):
+        of_sites[index] = of_sites[index].refined(of_sites[index].parameters, of_matrix)
 
 
-def _scaled_gram(stats: TokenStats, choice: SiteChoice) -> Float[Tensor, "K K"]:
-    scale = choice.input_scale.scale
+def _codes_of(choice: SiteChoice) -> Integer[Tensor, "N K"]:
+    assert choice.codes is not None
+    return choice.codes
+
+
+def _scaled_gram(problem: GroupProblem, choice: SiteChoice) -> Float[Tensor, "K K"]:
+    assert problem.stats is not None
+    stats, scale = problem.stats.calibration, choice.input_scale.scale
     return full_gram(stats if scale is None else in_scaled_space(stats, scale))
 
 
@@ -200,9 +205,9 @@ class _Rows:
     rows: slice
 
 
-def _stacks(problem: GroupProblem) -> list[list[_Rows]]:
+def _stacks(problem: GroupProblem, problems: int) -> list[list[_Rows]]:
     """Put sites of one format together: a pass over the columns of many rows takes as long as over those of few."""
-    limit = numbers_at_once(problem.weights[0].device)
+    limit = numbers_at_once(problem.weights[0].device) // problems
     stacks: list[list[_Rows]] = []
     sizes: list[int] = []
     for index, weight in enumerate(problem.weights):
@@ -224,8 +229,9 @@ def _rows_at_once(width: int, limit: int) -> int:
     return rows // _ROWS * _ROWS or rows
 
 
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+def _stacked(problem: GroupProblem, stack: Sequence[_Rows], choices: Sequence[SiteChoice]) -> Float[Tensor, "N K"]:
+    rows = [scaled_weight(problem.weights[each.index][each.rows], choices[0].input_scale) for each in stack]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _empty_steps(weight: Tensor, spec: QuantSpec, choice: SiteChoice, options: SearchOptions) -> list[_Step]:
@@ -242,7 +248,7 @@ def _fill(steps: Sequence[Sequence[_Step]], stack: Sequence[_Rows], found: Seque
     for each in stack:
         part = slice(start, start + each.rows.stop - each.rows.start)
         for step, of_stack in zip(steps[each.index], found, strict=True):
-            step.codes[each.rows] = of_stack.codes[part].to(step.codes.dtype)
+            step.codes[each.rows] = of_stack.codes[part]
             copy_rows(step.parameters, each.rows, rows_of(of_stack.parameters, part))
         start = part.stop
 
@@ -256,10 +262,10 @@ def _refined(choice: SiteChoice, steps: Sequence[_Step]) -> SiteChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InverseCholesky:
-    """Upper triangular U with U^T U = (G + damping I)^-1, rows and columns of G in ``order``; of one G or of E."""
+    """Upper triangular U with U^T U = (G + damping I)^-1, rows and columns of G in ``order``."""
 
-    order: Int64[Tensor, "*problems K"]
-    upper: Float[Tensor, "*problems K K"]
+    order: Int64[Tensor, " K"]
+    upper: Float[Tensor, "K K"]
 
 
 def inverse_cholesky(gram: Float[Tensor, "K K"], damping: float, *, act_order: bool) -> InverseCholesky:
@@ -333,68 +339,59 @@ def _damp(gram: Float[Tensor, "K K"], damping: float) -> Float[Tensor, "K K"]:
 
 
 def gptq_codes(
-    weights: Float[Tensor, "*problems N K"], parameters: BlockParameters, spec: QuantSpec, inverse: InverseCholesky
-) -> Float[Tensor, "*problems N K"]:
-    """Choose codes, integers in float32, column by column in the order of ``inverse``; of E matrices at once or of one.
+    weights: Float[Tensor, "E K N"], ranges: ColumnParameters, spec: QuantSpec, inverses: Sequence[InverseCholesky]
+) -> Float[Tensor, "E K N"]:
+    """Choose codes, integers in float32, column by column in the order of each inverse, of E matrices at once.
 
-    q_k = Q(w_k), e = (w_k - q_k) / U_kk, and w_j -= U_kj e for the columns j that follow.
+    q_k = Q(w_k), e = w_k - q_k, and w_j -= U_kj / U_kk e for the columns j that follow.
 
     Args:
-        weights: the weights, times their input scales.
-        parameters: their scales and zero points.
+        weights: the weights, times their input scales; a column is a row here.
+        ranges: their scales and zero points.
         spec: the format that they are stored in.
-        inverse: U of each, and the order of its columns.
+        inverses: U of each, and the order of its columns.
     """
-    if weights.ndim == 2:
-        alone = InverseCholesky(order=inverse.order[None], upper=inverse.upper[None])
-        return gptq_codes(weights[None], side_by_side([parameters]), spec, alone)[0]
-    in_features = weights.shape[2]
-    columns = inverse.order // spec.block_size(in_features)
-    pending = _in_order(weights, inverse.order)
-    scales = _in_order(parameters.scales, columns)
-    if parameters.zero_points is not None:  # from here on weights count from code 0, as codes do
-        pending = torch.addcmul(pending, _in_order(parameters.zero_points, columns), scales)
-    codes = torch.empty_like(pending)
+    problems, in_features, rows = weights.shape
+    steps = ColumnSteps(min(_STEP, in_features), weights, spec, descends=False)
+    reach = [-each.upper / torch.diagonal(each.upper).unsqueeze(1) for each in inverses]
+    orders = [each.order for each in inverses]
+    errors, codes = torch.empty_like(weights), torch.empty_like(weights)
+    tile, scales = weights.new_empty(2, problems, min(_TILE, in_features), rows)
     for start in range(0, in_features, _TILE):
-        tile = slice(start, min(start + _TILE, in_features))
-        errors = _tile_codes(pending[tile], scales[tile], inverse.upper[:, tile, tile], spec, codes[tile])
-        _compensate_behind(pending[tile.stop :], inverse.upper[:, tile, tile.stop :], errors)
-    result = torch.empty_like(codes)
-    for index, order in enumerate(inverse.order):
-        result[order, index] = codes[:, index]
-    return result.permute(1, 2, 0).contiguous()
-
-
-def _compensate_behind(
-    pending: Float[Tensor, "behind E N"], upper: Float[Tensor, "E done behind"], errors: Float[Tensor, "done E N"]
-) -> None:
-    for index, each in enumerate(upper):
-        pending[:, index] -= each.T @ errors[:, index]
-
-
-def _in_order(values: Float[Tensor, "E N columns"], order: Int64[Tensor, "E K"]) -> Float[Tensor, "K E N"]:
-    """Return the columns of each matrix in its order: a column is a row here."""
-    ordered = [each.T[columns] for each, columns in zip(values, order, strict=True)]
-    return ordered[0].unsqueeze(1) if len(ordered) == 1 else torch.stack(ordered, dim=1)
-
-
-def _tile_codes(
-    pending: Float[Tensor, "k E N"],
-    scales: Float[Tensor, "k E N"],
-    upper: Float[Tensor, "E k k"],
-    spec: QuantSpec,
-    codes: Float[Tensor, "k E N"],
-) -> Float[Tensor, "k E N"]:
-    """Fill ``codes`` and return the errors e; ``pending`` is used up."""
-    errors = torch.empty_like(pending)
-    pulls = upper.permute(1, 2, 0).unsqueeze(-1)  # [k, k, E, 1]
-    # Views of all columns at once: making one takes as long as a step of arithmetic.
-    columns = zip(pending.unbind(), scales.unbind(), codes.unbind(), errors.unbind(), pulls.unbind(), strict=True)
-    for index, (weight, scale, code, error, pull) in enumerate(columns):
-        stop = min(index - index % _STEP + _STEP, len(pending))
-        if index and index % _STEP == 0:
-            _compensate_behind(pending[index:stop], upper[:, :index, index:stop], errors[:index])
-        torch.div(weight, scale, out=code).round_().clamp_(spec.code_min, spec.code_max)
-        torch.addcmul(weight, code, scale, value=-1, out=error).div_(pull[index])
-        pending[index + 1 : stop].addcmul_(pull[index + 1 : stop], error, value=-1)
+        stop = min(start + _TILE, in_features)
+        for index, order in enumerate(orders):
+            part = tile[index, : stop - start]
+            _gather(part, scales[index, : stop - start], weights[index], ranges, index, order[start:stop], spec)
+            part.addmm_(reach[index][:start, start:stop].T, errors[index, :start])
+        for first in range(start, stop, _STEP):
+            last = min(first + _STEP, stop)
+            here, count = slice(first - start, last - start), last - first
+            for index, each in enumerate(reach):
+                if first > start:
+                    tile[index, here].addmm_(each[start:first, first:last].T, errors[index, start:first])
+                steps.pulls[:count, :count, index, 0] = each[first:last, first:last]
+            steps.wanted[:count] = tile[:, here].transpose(0, 1)
+            steps.scales[:count] = scales[:, here].transpose(0, 1)
+            steps.run(count)
+            errors[:, first:last] = steps.changes[:count].transpose(0, 1)
+            codes[:, first:last] = steps.codes[:count].transpose(0, 1)
+    for index, order in enumerate(orders):
+        torch.index_select(codes[index], 0, torch.argsort(order), out=errors[index])
     return errors
+
+
+def _gather(
+    columns: Float[Tensor, "k N"],
+    scales: Float[Tensor, "k N"],
+    weight: Float[Tensor, "K N"],
+    ranges: ColumnParameters,
+    index: int,
+    order: Int64[Tensor, " k"],
+    spec: QuantSpec,
+) -> None:
+    """Fill ``columns``, counted from code 0 as codes are, and their ``scales``, in ``order``."""
+    blocks = order // spec.block_size(len(weight))
+    torch.index_select(weight, 0, order, out=columns)
+    torch.index_select(ranges.scales[index], 0, blocks, out=scales)
+    if ranges.zero_points is not None:
+        columns.addcmul_(ranges.zero_points[index].index_select(0, blocks), scales)

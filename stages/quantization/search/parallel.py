@@ -7,7 +7,7 @@ threads; the next group's weights and statistics are then read while it is solve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
@@ -15,6 +15,7 @@ import torch
 
 from stages.quantization.search.gptq import numbers_at_once
 from stages.quantization.search.solver import GroupSolver
+from stages.records.formats import QuantSpec
 from stages.records.results import SolvedGroup
 from stages.records.sites import ActivationGroup
 from stages.system.hardware import one_thread_each
@@ -22,6 +23,9 @@ from stages.system.hardware import one_thread_each
 Solved = tuple[int, SolvedGroup]
 """A group's place among those that are solved, and its result."""
 
+_AT_ONCE, _PART = 8, 4
+"""Groups of one shape that are solved at once, and together at most one part in so many of what is solved as one
+matrix: larger ones gain nothing. Those that were begun are lost when a search is stopped."""
 _MEMORY = 2 << 30
 """Bytes that the groups solved in parallel may take together; one that takes more is solved by itself in any case."""
 _HELD_COPIES, _COPIES_AT_WORK, _COPIES_OF_GRAM = 2, 10, 8
@@ -50,31 +54,44 @@ def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iter
     workers = workers_on(solver.device)
     small = small_groups(groups, solver.device)
     large = [place for place in range(len(groups)) if place not in set(small)]
-    batches = _alike(solver, groups, _MEMORY // workers)
-    for places in _in_parallel([_task(solver, groups, batch) for batch in _among(batches, small)], workers):
+    together = batches(groups, solver.specs, solver.device)
+    for places in _in_parallel([_task(solver, groups, batch) for batch in _among(together, small)], workers):
         yield from places
-    for batch in _among(batches, large):
+    alone = list[tuple[int, ActivationGroup]]()
+    for batch in _among(together, large):
         if len(batch) > 1:
             yield from _task(solver, groups, batch)()
-    yield from _in_turn(solver, [(batch[0], groups[batch[0]]) for batch in _among(batches, large) if len(batch) == 1])
+        else:
+            alone.append((batch[0], groups[batch[0]]))
+    yield from _in_turn(solver, alone)
 
 
-def _alike(solver: GroupSolver, groups: Sequence[ActivationGroup], memory: int) -> list[tuple[int, ...]]:
-    """Put experts of one projection of a node together, as many as fit ``memory``; all others stay alone."""
-    batches: list[list[int]] = []
+def batches(
+    groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], device: torch.device
+) -> list[tuple[int, ...]]:
+    """Put small groups of the same shapes and formats together, to be solved at once; all others stay alone.
+
+    Args:
+        groups: those to search.
+        specs: the formats of their sites.
+        device: where.
+    """
+    found: list[list[int]] = []
     open_to_more: dict[tuple[object, ...], list[int]] = {}
     for place, group in enumerate(groups):
-        expert = group.sites[0].expert
-        key: tuple[object, ...] | None = (
-            None if expert is None else (expert.node, expert.projection, solver.specs[group.sites[0].name])
+        size = group.in_features * sum(site.out_features for site in group.sites)
+        most = min(_AT_ONCE, numbers_at_once(device) // _PART // size, _memory(device) // search_memory(group, device))
+        kind = (
+            group.in_features,
+            tuple((site.out_features, site.expert is None, specs[site.name]) for site in group.sites),
+            group.absorber is None,
         )
-        batch = open_to_more.get(key) if key is not None else None
-        if batch is None or search_memory(group, solver.device) * (len(batch) + 1) > memory:
-            batches.append(batch := [])
+        batch = open_to_more.get(kind)
+        if batch is None or len(batch) >= most:
+            found.append(batch := [])
+            open_to_more[kind] = batch
         batch.append(place)
-        if key is not None:
-            open_to_more[key] = batch
-    return [tuple(batch) for batch in batches]
+    return [tuple(batch) for batch in found]
 
 
 def _among(batches: Sequence[tuple[int, ...]], places: Sequence[int]) -> list[tuple[int, ...]]:
@@ -88,10 +105,15 @@ def workers_on(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
+def _memory(device: torch.device) -> int:
+    """Return the bytes that each of the groups solved in parallel may take."""
+    return _MEMORY // workers_on(device)
+
+
 def small_groups(groups: Sequence[ActivationGroup], device: torch.device) -> list[int]:
     """Return the places of the groups that are solved in parallel, by one thread each; all others get all threads."""
     workers = workers_on(device)
-    small = [place for place, group in enumerate(groups) if search_memory(group, device) <= _MEMORY // workers]
+    small = [place for place, group in enumerate(groups) if search_memory(group, device) <= _memory(device)]
     return [] if workers == 1 or len(small) == 1 else small
 
 

@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     rtn,
     stored_weight,
 )
-from stages.quantization.search.gptq import awq_gptq, gptq, gptq_alike
+from stages.quantization.search.gptq import COMPENSATED, awq_gptq, compensate, gptq
 from stages.quantization.search.objective import mixed_outputs, search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
@@ -100,18 +100,25 @@ class GroupSolver:
         return self._solved(problem, problems, choices, found, time.perf_counter() - started)
 
     def solve_alike(self, groups: Sequence[ActivationGroup]) -> list[SolvedGroup]:
-        """Quantize groups at once that hold one expert each, all of one shape and format."""
+        """Quantize groups of the same shapes, formats and kind at once."""
         problems = [self.pose(group) for group in groups]
         started = time.perf_counter()
-        parts = [self._parts(problem)[0] for problem in problems]
-        found = [self._algorithm_for([part]) for part in parts]
-        if {each.name for each in found} != {"gptq"} or len({part.specs for part in parts}) > 1:
+        parts = [self._parts(problem) for problem in problems]
+        found = [self._algorithm_for(of_problem) for of_problem in parts]
+        start = COMPENSATED.get(found[0].name)
+        kinds = {tuple((part.specs, _shapes(part.output_grams)) for part in of_problem) for of_problem in parts}
+        if start is None or len(kinds) > 1 or any(each.name != found[0].name for each in found):
             return [self.solve_posed(problem) for problem in problems]
-        choices = [measured(part, choice) for part, choice in zip(parts, gptq_alike(parts, self.options), strict=True)]
+        choices = [
+            compensate(alike, self.options, [start(part, self.options) for part in alike])
+            for alike in zip(*parts, strict=True)
+        ]
         seconds = (time.perf_counter() - started) / len(groups)
         return [
-            self._solved(problem, [part], [choice], each, seconds)
-            for problem, part, choice, each in zip(problems, parts, choices, found, strict=True)
+            self._solved(problem, of_problem, of_parts, each, seconds)
+            for problem, of_problem, of_parts, each in zip(
+                problems, parts, zip(*choices, strict=True), found, strict=True
+            )
         ]
 
     def _solved(
@@ -188,6 +195,10 @@ class GroupSolver:
             head_sharing=absorber.heads if isinstance(absorber, ValueAbsorber) else None,
             own_tokens=None if found is None else found.own_tokens,
         )
+
+
+def _shapes(output_grams: Sequence[Tensor | None]) -> tuple[torch.Size | None, ...]:
+    return tuple(None if gram is None else gram.shape for gram in output_grams)
 
 
 def _require_width(stats: ActivationStats, group: ActivationGroup) -> None:

@@ -80,7 +80,7 @@ def test_a_search_takes_no_more_memory_than_predicted(widths: tuple[int, ...], m
     before = _peak()
     solver.solve(problem.group)
     used = _peak(reset=False) - before
-    predicted = search_memory([problem.group], torch.device("cpu"), held=0).bytes
+    predicted = search_memory([problem.group], solver.specs, torch.device("cpu"), held=0).bytes
     assert predicted / 10 < used <= predicted
 
 
@@ -88,7 +88,8 @@ def test_a_large_site_takes_little_more_than_its_weights() -> None:
     sizes = [1 << 20, 1 << 25, 1 << 27, 1 << 29]
     sites = [replace(random_layer(0).problem.group.sites[0], out_features=size // 48) for size in sizes]
     groups = [replace(random_layer(0).problem.group, sites=(site,)) for site in sites]
-    small, full, large, larger = (search_memory([each], torch.device("cpu"), held=0).bytes for each in groups)
+    specs = {sites[0].name: spec()}
+    small, full, large, larger = (search_memory([each], specs, torch.device("cpu"), held=0).bytes for each in groups)
     assert full / small == pytest.approx(32, rel=0.01)
     assert (larger - large) / (sizes[3] - sizes[2]) == pytest.approx(8, rel=0.01)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from stages.quantization.search.affine import BlockParameters
 from stages.quantization.search.choices import site_errors
+from stages.quantization.search.columns import ColumnParameters, columns_of
+from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
+from stages.quantization.search.gptq import InverseCholesky, gptq_codes
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.records.formats import PerBlock, QuantSpec
@@ -85,6 +88,29 @@ def random_layer(
         head_sharing=heads,
     )
     return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
+
+
+def gptq_of_one(weight: Tensor, parameters: BlockParameters, number: QuantSpec, inverse: InverseCholesky) -> Tensor:
+    """Return ``gptq_codes`` of one matrix, [N, K]."""
+    return gptq_codes(columns_of([weight]), ColumnParameters.of([parameters]), number, [inverse])[0].T.contiguous()
+
+
+def descent_of_one(
+    weight: Tensor, codes: Tensor, parameters: BlockParameters, number: QuantSpec, gram: Tensor, passes: int
+) -> tuple[Tensor, BlockParameters]:
+    """Return ``coordinate_descent`` of one matrix, [N, K]."""
+    ranges = ColumnParameters.of([parameters])
+    found, fitted = coordinate_descent(columns_of([weight]), columns_of([codes]), ranges, number, [gram], passes)
+    return found[0].T.contiguous(), fitted.matrix(0)
+
+
+def two_sided_of_one(
+    weight: Tensor, codes: Tensor, parameters: BlockParameters, number: QuantSpec, gram: Tensor, output_gram: Tensor
+) -> Tensor:
+    """Return ``two_sided_descent`` of one matrix, [N, K]."""
+    ranges = ColumnParameters.of([parameters])
+    columns = columns_of([weight]), columns_of([codes])
+    return two_sided_descent(*columns, ranges, number, [gram], output_gram[None])[0].T.contiguous()
 
 
 def joint_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> float:

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from stages.quantization.search.affine import BlockParameters, choose_parameters, join, quantize, split
-from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
 from stages.quantization.search.gptq import damped
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import best_code, error
-from tests.stages.quantization.search.problems import random_layer, spec, spread
+from tests.stages.quantization.search.problems import descent_of_one, random_layer, spec, spread, two_sided_of_one
 
 
 def start(seed: int, *, in_features: int = 48, symmetric: bool = True, scale_dtype: str = "float32"):
@@ -32,7 +31,7 @@ def start(seed: int, *, in_features: int = 48, symmetric: bool = True, scale_dty
 def test_every_code_is_the_best_beside_the_others(symmetric: bool) -> None:
     """After many passes nothing is left to gain by changing a single code."""
     weight, codes, parameters, number, gram = start(1, symmetric=symmetric)
-    found, fitted = coordinate_descent(weight, codes, parameters, number, gram, 30)
+    found, fitted = descent_of_one(weight, codes, parameters, number, gram, 30)
     scales, zeros = spread(fitted, 48)
     levels = range(number.code_min, number.code_max + 1)
     rows, exact = found.numpy().astype(int), gram.double().numpy()
@@ -51,7 +50,7 @@ def test_error_falls_with_every_pass(symmetric: bool, scale_dtype: str, in_featu
     )
     losses = []
     for passes in range(4):
-        found, fitted = coordinate_descent(weight, codes, parameters, number, gram, passes)
+        found, fitted = descent_of_one(weight, codes, parameters, number, gram, passes)
         scales, zeros = spread(fitted, in_features)
         rows = found.numpy().astype(int)
         exact = gram.double().numpy()
@@ -68,7 +67,7 @@ def test_error_falls_with_every_pass(symmetric: bool, scale_dtype: str, in_featu
 
 def test_scale_is_the_best_beside_all_other_blocks() -> None:
     weight, codes, parameters, number, gram = start(3)
-    found, fitted = coordinate_descent(weight, codes, parameters, number, gram, 40)
+    found, fitted = descent_of_one(weight, codes, parameters, number, gram, 40)
     scales, zeros = spread(fitted, 48)
     rows, exact = found.numpy().astype(int), gram.double().numpy()
     for n, row in enumerate(weight.double().numpy()):
@@ -82,14 +81,12 @@ def test_scale_is_the_best_beside_all_other_blocks() -> None:
 
 def test_no_pass_changes_nothing_and_rows_of_one_scale_keep_it() -> None:
     weight, codes, parameters, number, gram = start(4)
-    same, kept = coordinate_descent(weight, codes, parameters, number, gram, 0)
+    same, kept = descent_of_one(weight, codes, parameters, number, gram, 0)
     assert torch.equal(same, codes)
     assert torch.equal(kept.scales, parameters.scales)
     channel = QuantSpec(bits=8, symmetric=True, granularity=PerChannel(), scale_dtype="float32")
     ranges = choose_parameters(split(weight, 48), channel, "full")
-    _, kept = coordinate_descent(
-        weight, join(quantize(split(weight, 48), ranges, channel), 48), ranges, channel, gram, 2
-    )
+    _, kept = descent_of_one(weight, join(quantize(split(weight, 48), ranges, channel), 48), ranges, channel, gram, 2)
     assert torch.equal(kept.scales, ranges.scales)
     assert np.isfinite(kept.scales.numpy()).all()
 
@@ -120,7 +117,7 @@ def test_codes_that_count_together_are_each_the_best_beside_the_others(symmetric
     found = join(quantize(split(weight, 16), parameters, number), 48)
     errors = [_two_sided_error(found, weight, parameters, gram, output_gram)]
     for _ in range(20):
-        found = two_sided_descent(weight, found, parameters, number, gram, output_gram)
+        found = two_sided_of_one(weight, found, parameters, number, gram, output_gram)
         errors.append(_two_sided_error(found, weight, parameters, gram, output_gram))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.9 * errors[0]
@@ -136,6 +133,6 @@ def test_channels_that_count_alone_end_where_one_pass_of_plain_descent_ends() ->
     alone = torch.diag(torch.tensor([0.5, 1.0, 2.0, 4.0, 0.25])).unsqueeze(0)
     per_row = QuantSpec(bits=4, symmetric=True, granularity=PerChannel(), scale_dtype="float32")
     scales = torch.ones(5, 1)
-    expected, _ = coordinate_descent(weight, codes, BlockParameters(scales=scales, zero_points=None), per_row, gram, 1)
-    found = two_sided_descent(weight, codes, BlockParameters(scales=scales, zero_points=None), per_row, gram, alone)
+    expected, _ = descent_of_one(weight, codes, BlockParameters(scales=scales, zero_points=None), per_row, gram, 1)
+    found = two_sided_of_one(weight, codes, BlockParameters(scales=scales, zero_points=None), per_row, gram, alone)
     assert torch.equal(found, expected)

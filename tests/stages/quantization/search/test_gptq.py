@@ -18,6 +18,7 @@ from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import obq_codes
 from tests.stages.quantization.search.problems import (
     OPTIONS,
+    gptq_of_one,
     joint_error,
     random_layer,
     row_stats,
@@ -38,7 +39,7 @@ def test_codes_match_brain_surgery_solved_anew_at_each_step(symmetric: bool, act
     assert gram is not None
     parameters = choose_parameters(split(weight, 16), number, "full", 0.9)
     inverse = inverse_cholesky(gram, 0.01, act_order=act_order)
-    ours = gptq_codes(weight, parameters, number, inverse).numpy()
+    ours = gptq_of_one(weight, parameters, number, inverse).numpy()
     scales, zeros = spread(parameters, in_features)
     exact = damped(gram.double(), 0.01).numpy()
     reference = np.stack(
@@ -59,14 +60,14 @@ def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     parameters = choose_parameters(split(weight, 16), spec(), "full")
     inverse = inverse_cholesky(torch.diag(torch.rand(48) + 0.5), 0.01, act_order=True)
     rounded = join(quantize(split(weight, 16), parameters, spec()), 48)
-    assert torch.equal(gptq_codes(weight, parameters, spec(), inverse), rounded)
+    assert torch.equal(gptq_of_one(weight, parameters, spec(), inverse), rounded)
 
 
 def test_two_columns_by_hand() -> None:
     """w = (0.4, 0.4), G = [[1, 0.8], [0.8, 1]], scale 1: 0.4 becomes 0, so the second must be 0.4 + 0.8 * 0.4."""
     parameters = BlockParameters(scales=torch.ones(1, 1), zero_points=None)
     inverse = inverse_cholesky(torch.tensor([[1.0, 0.8], [0.8, 1.0]]), 1e-6, act_order=False)
-    codes = gptq_codes(torch.tensor([[0.4, 0.4]]), parameters, spec(), inverse)
+    codes = gptq_of_one(torch.tensor([[0.4, 0.4]]), parameters, spec(), inverse)
     assert codes.tolist() == [[0, 1]]
 
 
@@ -86,7 +87,7 @@ def test_tiles_do_not_show() -> None:
         codes[:, column] = torch.round(pending[:, column] / scale).clamp(-8, 7)
         error = (pending[:, column] - codes[:, column] * scale) / upper[step, step]
         pending[:, inverse.order[step:]] -= error[:, None] * upper[step, step:]
-    assert (gptq_codes(weight, parameters, spec(), inverse) == codes).float().mean() > 0.99
+    assert (gptq_of_one(weight, parameters, spec(), inverse) == codes).float().mean() > 0.99
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
@@ -112,7 +113,7 @@ def test_dead_channels_are_rounded_and_disturb_nobody() -> None:
     gram[5], gram[:, 5] = 0, 0
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    codes = gptq_codes(weight, parameters, spec(), inverse_cholesky(gram, 0.01, act_order=True))
+    codes = gptq_of_one(weight, parameters, spec(), inverse_cholesky(gram, 0.01, act_order=True))
     rounded = join(quantize(split(weight, 16), parameters, spec()), 48)
     assert torch.equal(codes[:, 5], rounded[:, 5])
 
@@ -130,10 +131,9 @@ def test_damping_grows_until_the_matrix_can_be_factored() -> None:
 def test_output_error_falls_well_below_that_of_the_ranges(seed: int) -> None:
     layer = random_layer(seed, widths=(30, 20))
     assert layer.problem.stats is not None
-    codes_only = compensate(
-        layer.problem, replace(OPTIONS, descent_passes=0), full_ranges(layer.problem, "full", IDENTITY)
-    )
-    both = compensate(layer.problem, OPTIONS, full_ranges(layer.problem, "full", IDENTITY))
+    plain = [full_ranges(layer.problem, "full", IDENTITY)]
+    codes_only = compensate([layer.problem], replace(OPTIONS, descent_passes=0), plain)[0]
+    both = compensate([layer.problem], OPTIONS, [full_ranges(layer.problem, "full", IDENTITY)])[0]
     baseline = full_ranges(layer.problem, "full", IDENTITY)
     held_out = layer.problem.stats.held_out
     losses = [joint_error(layer.problem, choices, held_out) for choices in (baseline, codes_only, both)]
@@ -150,10 +150,10 @@ def test_scaled_space_is_that_of_the_divided_activation() -> None:
     gram = layer.problem.stats.calibration.gram
     assert gram is not None
     start = full_ranges(layer.problem, "full", InputScale(family="test", alpha=None, scale=scale))
-    (choice,) = compensate(layer.problem, replace(OPTIONS, descent_passes=0), start)
+    (choice,) = compensate([layer.problem], replace(OPTIONS, descent_passes=0), [start])[0]
     inverse = inverse_cholesky(gram / scale / scale[:, None], 0.01, act_order=True)
     assert choice.codes is not None
-    assert torch.equal(choice.codes, gptq_codes(weight * scale, start[0].parameters, spec(), inverse))
+    assert torch.equal(choice.codes, gptq_of_one(weight * scale, start[0].parameters, spec(), inverse))
 
 
 def test_rows_in_place_of_a_gram_matrix_give_the_same_codes() -> None:
@@ -171,7 +171,7 @@ def test_held_out_tokens_veto_codes_that_only_fit_the_calibration_text() -> None
     layer = random_layer(5)
     assert layer.problem.stats is not None
     layer.problem.stats.held_out.gram[:] = torch.eye(48)
-    (choice,) = compensate(layer.problem, OPTIONS, full_ranges(layer.problem, "full", IDENTITY))
+    (choice,) = compensate([layer.problem], OPTIONS, [full_ranges(layer.problem, "full", IDENTITY)])[0]
     assert choice.codes is None
 
 
@@ -197,8 +197,7 @@ def test_rows_of_a_large_site_are_solved_some_after_others(algorithm: str, monke
     rows: list[int] = []
 
     def noted(weights: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if weights.ndim == 2:
-            rows.append(len(weights))
+        rows.append(weights.shape[2])
         return gptq_codes(weights, *rest)
 
     monkeypatch.setattr("stages.quantization.search.gptq.gptq_codes", noted)

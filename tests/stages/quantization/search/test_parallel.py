@@ -96,6 +96,64 @@ def test_experts_that_are_solved_at_once_are_those_solved_one_by_one(monkeypatch
         assert replace(solved[place].reports[0], seconds=0.0) == replace(expected.reports[0], seconds=0.0)
 
 
+@pytest.mark.parametrize(("in_features", "widths"), [(48, (12, 8, 32)), (300, (27, 5, 24))])
+def test_layers_that_are_solved_at_once_are_those_solved_one_by_one(in_features: int, widths: tuple[int, ...]) -> None:
+    """Rows that no vector register divides, more columns than a tile, and heads whose channels count together."""
+    generator = torch.Generator().manual_seed(3)
+    problems = {
+        f"x{seed}": random_layer(seed, in_features=in_features, widths=widths, symmetric=False).problem
+        for seed in range(3)
+    }
+    layers = [
+        ActivationGroup(
+            activation=name,
+            in_features=in_features,
+            sites=tuple(replace(each, name=f"{name}.{each.name}", activation=name) for each in problem.group.sites),
+            absorber=None,
+        )
+        for name, problem in problems.items()
+    ]
+    draws = torch.randn(3, widths[-1] // 8, 40, 8, generator=generator)
+    stats = {
+        group.activation: SearchStats(
+            tokens=problems[group.activation].stats,
+            channel_weights={},
+            output_grams={group.sites[-1].name: draw.transpose(1, 2) @ draw / 40},
+        )
+        for group, draw in zip(layers, draws, strict=True)
+    }
+    weights = {
+        each.name: weight
+        for group in layers
+        for each, weight in zip(group.sites, problems[group.activation].weights, strict=True)
+    }
+    solver = replace(
+        solver_of(random_layer(0, widths=(12, 8)).problem, "awq_gptq"),
+        specs=dict.fromkeys(weights, spec(symmetric=False)),
+        read_weight=lambda each: weights[each.name],
+        read_stats=stats.__getitem__,
+    )
+    assert parallel.batches(layers, solver.specs, CPU) == [(0, 1, 2)]
+    solved = dict(solve_groups(solver, layers))
+    for place, group in enumerate(layers):
+        expected = solver.solve(group)
+        assert same(solved[place], expected)
+        assert [replace(report, seconds=0.0) for report in solved[place].reports] == [
+            replace(report, seconds=0.0) for report in expected.reports
+        ]
+
+
+def test_what_is_solved_at_once_is_small_alike_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(GROUP, activation="other", sites=(site("site0", 12, 48), site("wide", 80, 48)))
+    specs = dict.fromkeys(["site0", "site1", "wide"], spec())
+    layers = [GROUP, other, *groups(9)]
+    assert parallel.batches(layers, specs, CPU) == [(0, 2, 3, 4, 5, 6, 7, 8), (1,), (9, 10)]
+    monkeypatch.setattr("stages.quantization.search.gptq._STACKED_ON_CPU", 4 * 3 * 20 * 48)
+    assert parallel.batches(groups(7), specs, CPU) == [(0, 1, 2), (3, 4, 5), (6,)]
+    monkeypatch.setattr(parallel, "_MEMORY", 4 * search_memory(GROUP, CPU))  # shared by two threads
+    assert parallel.batches(groups(3), specs, CPU) == [(0, 1), (2,)]
+
+
 def test_small_groups_have_a_thread_each_and_all_come_once() -> None:
     seen: list[tuple[str, int]] = []
     solved = dict(solve_groups(solver(seen), groups(5)))
