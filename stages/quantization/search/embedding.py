@@ -14,8 +14,8 @@ from stages.quantization.weights.bitpack import pack
 from stages.records.formats import EmbeddingPlan, torch_float
 from stages.records.results import QuantizedTable
 
-_CHUNK = 1 << 22
-"""Numbers rounded at once: about 100 MB of work space, whatever the size of the table."""
+_CHUNK = 1 << 20
+"""Numbers rounded at once: about 25 MB of work space, whatever the size of the table."""
 _ROWS = 256
 """Chunks hold a multiple of this many rows: whole blocks of tokens, and whole bytes of codes."""
 
