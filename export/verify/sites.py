@@ -276,4 +276,4 @@ def _in_blocks(numbers: Matrix, block_size: int) -> Float32[Tensor, "rows nB B"]
     rows, columns = numbers.shape
     whole = np.empty((rows, columns + -columns % block_size), np.float32)
     whole[:, :columns], whole[:, columns:] = numbers, 0
-    return torch.from_numpy(whole).unflatten(1, (-1, block_size))
+    return torch.from_numpy(whole).view(rows, -1, block_size)
