@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,17 @@ def save_model(model: ir.Model, folder: Path, onnx_name: str, written: Callable[
     tensors = _save_graph(model, file)
     with progress_bar() as bar, file.with_name(data_name(file.name)).open("wb") as data:
         for tensor in bar.track(tensors, description="writing", unit="tensors"):
-            tensor.tofile(data)
+            _write(tensor, data)
             data.flush()
             if written is not None:
                 written(str(tensor.name))
+
+
+def _write(tensor: ir.TensorProtocol, data: BufferedWriter) -> None:
+    if isinstance(tensor, ir.Tensor | ir.ExternalTensor | ir.LazyTensor | ir.PackedTensor):
+        tensor.tofile(data)  # which lets the system copy what lies in a file
+    else:
+        data.write(tensor.tobytes())
 
 
 def _save_graph(model: ir.Model, file: Path) -> list[ir.TensorProtocol]:
@@ -156,8 +164,8 @@ def _save_graph(model: ir.Model, file: Path) -> list[ir.TensorProtocol]:
                     end,
                     tensor.nbytes,
                     tensor.dtype,
-                    shape=tensor.shape,
-                    name=tensor.name,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=str(tensor.name),
                     base_dir=file.parent,
                 )
                 tensors.append(tensor)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from jaxtyping import UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.forms.dequantize_linear import RewrittenSite, ScaleValues, read_scales
@@ -191,19 +192,19 @@ def _lazy_codes(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:
             shape=shape,
         )
     dtype = ir.DataType.INT8 if plan.form == "dq" else ir.DataType.UINT8
-    return ir.LazyTensor(lambda: ir.tensor(written_codes(plan, file)), dtype=dtype, shape=shape)
+
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(as_read(plan, file.read_packed().numpy()).view(dtype.numpy()).reshape(plan.table.shape))
+
+    return ir.LazyTensor(read, dtype=dtype, shape=shape)
 
 
-def written_codes(plan: EmbeddingPlan, file: TableFile) -> np.ndarray:
-    """Return the bytes of the codes as their operator reads them: INT8 ones unsigned for GatherBlockQuantized.
+def as_read(plan: EmbeddingPlan, packed: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, " bytes"]:
+    """Return stored bytes of codes as their operator reads them: INT8 ones unsigned for GatherBlockQuantized.
 
     It implies the zero point 128 there, by which signed codes move up: their sign bit is turned round.
     """
-    packed = file.read_packed().numpy()
-    if plan.bits == 4:
-        return packed
-    codes = packed.view(np.int8) if plan.form == "dq" else packed ^ np.uint8(_SIGN)
-    return codes.reshape(plan.table.shape)
+    return packed if plan.bits == 4 or plan.form == "dq" else packed ^ np.uint8(_SIGN)
 
 
 def _lazy_scales(plan: EmbeddingPlan, file: TableFile) -> ir.LazyTensor:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from jaxtyping import Float64, Int64, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 
-from export.forms.embedding import RewrittenTable, written_codes
+from export.forms.embedding import RewrittenTable, as_read
 from export.save import read_initializer, saved_bytes, saved_tensor
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.errors import GraphError
@@ -17,6 +17,8 @@ from stages.records.formats import onnx_float
 from stages.records.results import TableError
 
 _TOKENS = 8
+_PART = 1 << 18
+"""Bytes that are compared at once."""
 _TOKENS_INPUT = 1
 _TOLERANCE = {
     # One product of float32 numbers, rounded once.
@@ -32,9 +34,14 @@ def check_stored_table(node: ir.Node, table: RewrittenTable) -> None:
     """Raise GraphError where saved numbers aren't exactly the store's; shared ones were checked as lm_head's."""
     if table.file is None:
         return
-    scales = np.frombuffer(TorchTensor(table.file.read_scales()).tobytes(), np.uint8)
-    for name, expected in ((table.codes, written_codes(table.plan, table.file)), (table.scales, scales)):
-        if not np.array_equal(saved_bytes(saved_tensor(node, name)), expected.reshape(-1).view(np.uint8)):
+    packed, scales = table.file.read_packed().numpy(), TorchTensor(table.file.read_scales()).tobytes()
+    codes = saved_bytes(saved_tensor(node, table.codes))
+    parts = (slice(start, start + _PART) for start in range(0, len(packed), _PART))
+    for name, same in (
+        (table.codes, all(np.array_equal(codes[part], as_read(table.plan, packed[part])) for part in parts)),
+        (table.scales, saved_bytes(saved_tensor(node, table.scales)).tobytes() == scales),
+    ):
+        if not same:
             raise GraphError(
                 f"What was saved as '{name}' differs from the quantized embedding '{table.plan.table.weight}'; check "
                 "the disk and export again."

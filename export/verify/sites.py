@@ -82,9 +82,13 @@ def _run(
     whole = place.in_features * place.out_features
     if level != 1 or site.source.spec.bits == 4 or whole <= _LARGEST_WIDENED:
         return run_isolated(_isolated(node, site, level), x, folder, level, threads)
-    parts = _slices(place.out_features, _LARGEST_WIDENED // place.in_features)
-    models = (_narrowed(_isolated(node, site, level), site, channels) for channels in parts)
-    return np.concatenate([run_isolated(model, x, folder, level, threads) for model in models], axis=1)
+    found = []
+    for channels in _slices(place.out_features, max(1, _LARGEST_WIDENED // place.in_features)):
+        model = _narrowed(_isolated(node, site, level), site, channels)
+        found.append(run_isolated(model, x, folder, level, threads))
+        for value in model.graph.initializers.values():
+            value.const_value = None  # graphs refer to themselves: it would wait for the garbage collector
+    return np.concatenate(found, axis=1)
 
 
 def _narrowed(model: ir.Model, site: RewrittenSite, channels: slice) -> ir.Model:
@@ -276,4 +280,4 @@ def _in_blocks(numbers: Matrix, block_size: int) -> Float32[Tensor, "rows nB B"]
     rows, columns = numbers.shape
     whole = np.empty((rows, columns + -columns % block_size), np.float32)
     whole[:, :columns], whole[:, columns:] = numbers, 0
-    return torch.from_numpy(whole).unflatten(1, (-1, block_size))
+    return torch.from_numpy(whole).view(rows, -1, block_size)

@@ -122,10 +122,9 @@ def read_rows(model: ir.Model, table: EmbeddingTable, rows: slice, device: torch
         SolveError: the rows hold NaN or infinite values.
     """
     stored = _stored(model, table.weight, f"embedding '{table.weight}'")
-    whole = stored.numpy()
+    whole = _mapped(stored) if isinstance(stored, ir.ExternalTensor) else stored.numpy()
     part = np.array(whole[:, rows].T if table.transposed else whole[rows], order="C")
     del whole
-    _release(stored)
     return require_finite(to_torch(part).to(device=device, dtype=torch.float32), f"embedding '{table.weight}'")
 
 

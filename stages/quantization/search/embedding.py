@@ -10,18 +10,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import choose_parameters, join, quantize, split
+from stages.quantization.search.choices import slices
 from stages.quantization.weights.bitpack import pack
 from stages.records.formats import EmbeddingPlan, torch_float
 from stages.records.results import QuantizedTable
+from stages.system.hardware import one_thread_each
 
-_CHUNK = 1 << 22
-"""Numbers rounded at once: about 100 MB of work space, whatever the size of the table."""
+_CHUNK = 1 << 20
+"""Numbers that a thread rounds at once: about 25 MB of work space, whatever the size of the table."""
 _ROWS = 256
 """Chunks hold a multiple of this many rows: whole blocks of tokens, and whole bytes of codes."""
 
 
 def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tensor, "rows D"]]) -> QuantizedTable:
-    """Round one table to codes and scales; ``read_rows`` reads rows of it in float32.
+    """Round one table to codes and scales; ``read_rows`` reads rows of it in float32, in several threads.
 
     Only the packed codes and the scales of the whole table are held in memory.
     """
@@ -29,13 +31,16 @@ def quantize_table(plan: EmbeddingPlan, read_rows: Callable[[slice], Float[Tenso
     packed = np.empty(plan.packed_bytes, np.uint8)
     scales = torch.empty(plan.scales_shape, dtype=torch_float(plan.spec.scale_dtype))
     per_scale = plan.block_size if plan.axis == 0 else 1
-    step = max(_CHUNK // hidden // _ROWS, 1) * _ROWS
-    for start in range(0, vocabulary, step):
-        rows = slice(start, min(start + step, vocabulary))
+
+    def round_rows(rows: slice) -> None:
         codes, chosen = _round(read_rows(rows), plan)
         first, last = (-(-row * hidden * plan.bits // 8) for row in (rows.start, rows.stop))
         packed[first:last] = pack(codes.to(torch.int8).cpu(), plan.bits)
         scales[rows.start // per_scale : -(-rows.stop // per_scale)] = chosen.to(scales.dtype).cpu()
+
+    with one_thread_each(torch.get_num_threads()) as pool:
+        for _ in pool.map(round_rows, slices(vocabulary, max(_CHUNK // hidden // _ROWS, 1) * _ROWS)):
+            pass
     return QuantizedTable(packed=torch.from_numpy(packed), scales=scales)
 
 

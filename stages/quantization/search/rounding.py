@@ -181,7 +181,7 @@ def _in_blocks(part: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n nB B"]
     work = torch.empty((filled, channels)).T if part.stride(0) == 1 else torch.empty((channels, filled))
     work[:, :inputs] = part
     work[:, inputs:] = 0
-    return work.unflatten(1, (-1, size))
+    return work.view(channels, -1, size)
 
 
 def _range(blocks: Float[Tensor, "n nB B"]) -> BlockRange:
