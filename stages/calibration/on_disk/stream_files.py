@@ -31,14 +31,12 @@ class StreamFiles:
     """Of the whole text."""
     length: int
     """Tokens of each."""
+    kind: str = "stream"
+    """How the files' names begin."""
 
     def files(self, places: Iterable[int]) -> list[Path]:
         """Return the files of what enters the links at ``places``."""
         return [self._file(place) for place in places]
-
-    def has(self, place: int) -> bool:
-        """Return whether anything was kept of what enters the link at ``place``."""
-        return self._file(place).is_file()
 
     def keep(self, place: int, first: int, stream: Float[Tensor, "windows length hidden"]) -> None:
         """Keep what enters the link at ``place`` of some windows.
@@ -112,7 +110,7 @@ class StreamFiles:
         )
 
     def _file(self, place: int) -> Path:
-        return self.folder / f"stream-{place}.bin"
+        return self.folder / f"{self.kind}-{place}.bin"
 
 
 def _has(file: Path, size: int) -> bool:
