@@ -162,6 +162,22 @@ def partition_bytes(
     return kept | {group.activation: held(group) for group in groups}
 
 
+def cache_bytes(
+    groups: Iterable[ActivationGroup], text: TextShape, rows: Mapping[str, KeptRows], *, weighs: bool
+) -> int:
+    """Return the bytes of a cache.
+
+    Args:
+        groups: the activations.
+        text: the windows that are run.
+        rows: values whose rows are kept.
+        weighs: whether statistics are kept with the tokens' weights as well as without.
+    """
+    tokens = sum(text.tokens(part) or 0 for part in _PARTS)
+    statistics = sum(text.size(group, part).disk for group in groups for part in _PARTS)
+    return (2 if weighs else 1) * statistics + sum(each.bytes(tokens) for each in rows.values())
+
+
 def cut_to_memory(
     model: ir.Model, costs: Mapping[str, int], memory: int, providers: tuple[str, ...]
 ) -> tuple[Partition, ...]:

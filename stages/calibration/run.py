@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import onnxruntime as ort
 import torch
 
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
-from stages.calibration.capture import Capture, memory_limit, rows_of
+from stages.calibration.capture import Capture, cache_bytes, memory_limit, rows_of
 from stages.calibration.end_loss.back_pass import EndLossPass
 from stages.calibration.end_loss.sums import weight_names
 from stages.calibration.key_value_scales import KeyValueMaxima, find_key_value_caches, scales_text, write_scales
@@ -28,7 +29,7 @@ from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, CalibrateConfig
-from stages.errors import CacheMismatch, GraphError
+from stages.errors import CacheMismatch, GraphError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph, parse_graph
 from stages.model.sites import find_expert_layers, find_groups, widest_input
@@ -42,7 +43,7 @@ from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_grap
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.requirements import require_runtime
 from stages.runtime.tap import ActivationTap, require_kernels
-from stages.system.atomic import scratch_folder
+from stages.system.atomic import existing_parent, scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device, granted_threads
 from stages.system.lock import exclusive
@@ -118,6 +119,7 @@ def _run(
         key = replace(key, providers=tap.providers.names)
         if processes.decided_by_first(lambda: _is_current(config, key)):
             return _current(config, capture)
+        processes.decided_by_first(lambda: _require_room(config, capture, unfinished))
         with (
             unfinished.going_on(replace(begun, providers=key.providers), found) as goes_on,
             _new_cache(config, key, capture) as writer,
@@ -130,6 +132,22 @@ def _run(
     # The first process has given the cache its place.
     made = _pass_summary(capture, len(partitions), tap, time.perf_counter() - started)
     return processes.decided_by_first(lambda: _summary(config, capture, made))
+
+
+def _require_room(config: CalibrateConfig, capture: Capture, unfinished: Unfinished) -> None:
+    """Raise UserError where the disk has less room than the cache takes, and what lies beside it meanwhile."""
+    weighs = capture.streams is not None
+    needed = cache_bytes(capture.groups, capture.text, capture.rows, weighs=weighs)
+    if capture.streams is not None:
+        needed += capture.streams.bytes(capture.groups[0].in_features)
+    folder = existing_parent(config.cache_path)
+    free = shutil.disk_usage(folder).free + unfinished.bytes()
+    if needed > free:
+        fix = ", lower --calib_size, or pass --token_weights none" if weighs else " or lower --calib_size"
+        raise UserError(
+            f"The calibration cache can't be written to {folder}: it takes about {needed / 1e9:,.1f} GB while it is "
+            f"made, and {free / 1e9:,.1f} GB are free; free space there, choose another place with --cache_dir{fix}."
+        )
 
 
 def _digest(config: CalibrateConfig, key: CacheKey) -> str:

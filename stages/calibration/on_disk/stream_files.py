@@ -38,6 +38,10 @@ class StreamFiles:
         """Return the files of what enters the links at ``places``."""
         return [self._file(place) for place in places]
 
+    def bytes(self, hidden: int) -> int:
+        """Return the bytes of what enters all links, with so many channels of each token."""
+        return len(self.names) * self.windows * self.length * hidden * _FLOAT32_BYTES
+
     def keep(self, place: int, first: int, stream: Float[Tensor, "windows length hidden"]) -> None:
         """Keep what enters the link at ``place`` of some windows.
 
@@ -74,7 +78,7 @@ class StreamFiles:
         Raises:
             UserError: it doesn't.
         """
-        size = self.windows * self.length * hidden * _FLOAT32_BYTES
+        size = self.bytes(hidden) // len(self.names)
         for file in self.files(places):
             wait_until(partial(_has, file, size), file)
 

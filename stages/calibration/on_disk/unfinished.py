@@ -118,6 +118,11 @@ class Unfinished:
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(partial_folder(self._path), ignore_errors=True)
 
+    def bytes(self) -> int:
+        """Return the bytes that an earlier run has left, which are used or removed."""
+        folders = (self.folder, partial_folder(self._path))
+        return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+
     def is_due(self, seconds: float) -> bool:
         """Return, in all processes alike, whether ``seconds`` have passed since the last time that something was saved.
 
