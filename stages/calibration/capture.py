@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,8 @@ _ROWS_OF_SAMPLE = 1500
 """As many as Whisper's encoder has; those of images have 200 to 1400."""
 PRIOR = 4
 """Every expert is calibrated on K / PRIOR tokens of its whole layer beside its own."""
+SumsByFile = dict[str, Callable[[], Mapping[str, Tensor]]]
+"""What makes the tensors of a file: packed copies of all sums at once would take half as much memory again."""
 _NO_ROWS: Mapping[str, KeptRows] = MappingProxyType({})
 
 
@@ -298,11 +300,12 @@ class Capture:
                 wait_for(self.streams.files(self._kept_streams.values()))
 
     @property
-    def _found_maxima(self) -> dict[str, dict[str, Tensor]]:
+    def _found_maxima(self) -> SumsByFile:
         """The largest keys and values so far, which the first process collects, by the name of their file."""
-        if self.maxima is None or not self.maxima.found or not self.processes.is_first:
-            return {}
-        return {_MAXIMA: self.maxima.found}
+        maxima = self.maxima
+        return (
+            {} if maxima is None or not maxima.found or not self.processes.is_first else {_MAXIMA: lambda: maxima.found}
+        )
 
     @property
     def kept_places(self) -> frozenset[int]:
@@ -382,17 +385,14 @@ class Capture:
             for group in groups
         }
 
-    def _states(
-        self, writer: CacheWriter, sums: Mapping[str, Mapping[str, StatisticsAccumulator]]
-    ) -> dict[str, dict[str, Tensor]]:
-        """Return all that ``sums``, by part and activation, hold, by the name of the activation's file."""
+    def _states(self, writer: CacheWriter, sums: Mapping[str, Mapping[str, StatisticsAccumulator]]) -> SumsByFile:
+        """Return what ``sums``, by part and activation, hold, by the name of the activation's file."""
+
+        def state_of(name: str) -> dict[str, Tensor]:
+            return {f"{part}.{key}": tensor for part in sums for key, tensor in sums[part][name].state().items()}
+
         names = {name for of_part in sums.values() for name in of_part}
-        return {
-            writer.files[name]: {
-                f"{part}.{key}": tensor for part in sums for key, tensor in sums[part][name].state().items()
-            }
-            for name in names
-        }
+        return {writer.files[name]: partial(state_of, name) for name in names}
 
     def _files(self, writer: CacheWriter, rows: Iterable[str]) -> list[Path]:
         """Return the files that runs fill batch by batch, as far as they are there."""

@@ -119,9 +119,9 @@ def _run(
         key = replace(key, providers=tap.providers.names)
         if processes.decided_by_first(lambda: _is_current(config, key)):
             return _current(config, capture)
-        processes.decided_by_first(lambda: _require_room(config, capture, unfinished))
+        needed = processes.decided_by_first(lambda: _require_room(config, capture, unfinished))
         with (
-            unfinished.going_on(replace(begun, providers=key.providers), found) as goes_on,
+            unfinished.going_on(replace(begun, providers=key.providers), found, needed) as goes_on,
             _new_cache(config, key, capture) as writer,
         ):
             if goes_on:
@@ -134,8 +134,12 @@ def _run(
     return processes.decided_by_first(lambda: _summary(config, capture, made))
 
 
-def _require_room(config: CalibrateConfig, capture: Capture, unfinished: Unfinished) -> None:
-    """Raise UserError where the disk has less room than the cache takes, and what lies beside it meanwhile."""
+def _require_room(config: CalibrateConfig, capture: Capture, unfinished: Unfinished) -> int:
+    """Return the bytes that the cache takes, and what lies beside it meanwhile.
+
+    Raises:
+        UserError: the disk has less room.
+    """
     weighs = capture.streams is not None
     needed = cache_bytes(capture.groups, capture.text, capture.rows, weighs=weighs)
     if capture.streams is not None:
@@ -148,6 +152,7 @@ def _require_room(config: CalibrateConfig, capture: Capture, unfinished: Unfinis
             f"The calibration cache can't be written to {folder}: it takes about {needed / 1e9:,.1f} GB while it is "
             f"made, and {free / 1e9:,.1f} GB are free; free space there, choose another place with --cache_dir{fix}."
         )
+    return needed
 
 
 def _digest(config: CalibrateConfig, key: CacheKey) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,7 +71,7 @@ class Unfinished:
         self.folder = path.absolute().with_name(f".{path.name}.unfinished")
         self._path, self._processes = path, processes
         self._state: State | None = None
-        self._is_kept = False
+        self._is_kept, self._cache = False, 0
         self._unsafe: list[Path] = []
         self._saved_at, self._cost = time.monotonic(), 0.0
 
@@ -88,7 +88,7 @@ class Unfinished:
         )
 
     @contextmanager
-    def going_on(self, state: State, found: State | None) -> Iterator[bool]:
+    def going_on(self, state: State, found: State | None, cache: int) -> Iterator[bool]:
         """Go on where an earlier run was stopped, or begin anew.
 
         What is finished is kept where the block fails, and removed where it ends well.
@@ -96,12 +96,13 @@ class Unfinished:
         Args:
             state: this calibration, of which nothing is done yet.
             found: what ``found`` has returned.
+            cache: bytes that the whole calibration takes on the disk; sums are kept only where these stay free.
 
         Yields:
             Whether something of it was there.
         """
         is_same = found is not None and replace(found, reached=Reached()) == state
-        self._state, self._is_kept = found if is_same else state, is_same
+        self._state, self._is_kept, self._cache = found if is_same else state, is_same, cache
         if not is_same:
             self.discard()
         try:
@@ -137,8 +138,10 @@ class Unfinished:
             self._state = replace(self._state, reached=reached)
         self._unsafe += files
 
-    def save(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def save(self, sums: Mapping[str, Callable[[], Mapping[str, Tensor]]]) -> None:
         """Keep how far the run has come; all processes must come here together.
+
+        Sums are left out, and the run isn't kept, where the disk has too little room.
 
         Args:
             sums: this process's, by name: of the batches of a partition that isn't done. Those of earlier places are
@@ -149,12 +152,15 @@ class Unfinished:
         """
         assert self._state is not None, "it has begun"
         began, place = time.monotonic(), self._sums
+        if self.reached.batches and not self._processes.decided_by_first(self._has_room):
+            self._saved_at = began
+            return
         try:
             self.folder.mkdir(exist_ok=True)
             if sums:
                 place.mkdir(exist_ok=True)
-            for name, tensors in sums.items():
-                save_file(dict(tensors), place / name)
+            for name, tensors_of in sums.items():
+                save_file(dict(tensors_of()), place / name)
             for file in dict.fromkeys((*self._unsafe, *(place / name for name in sums))):
                 flush(file)
             self._unsafe.clear()
@@ -188,6 +194,10 @@ class Unfinished:
                 f"{file}, which a calibration that was stopped has left, is damaged ({in_one_line(error)}); delete "
                 f"{self.folder}, and run the same command again."
             ) from error
+
+    def _has_room(self) -> bool:
+        """Return whether there is room for sums, which take less than the cache, and for that."""
+        return shutil.disk_usage(self.folder.parent).free >= 2 * self._cache
 
     @property
     def _sums(self) -> Path:
