@@ -301,7 +301,7 @@ class Capture:
 
     @property
     def _found_maxima(self) -> SumsByFile:
-        """The largest keys and values so far, which the first process collects, by the name of their file."""
+        """Return the largest keys and values so far, which the first process collects, by the name of their file."""
         maxima = self.maxima
         return (
             {} if maxima is None or not maxima.found or not self.processes.is_first else {_MAXIMA: lambda: maxima.found}

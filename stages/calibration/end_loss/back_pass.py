@@ -145,7 +145,7 @@ class EndLossPass:
 
     @cached_property
     def _gradients(self) -> StreamFiles:
-        """The loss's gradients by what enters a link."""
+        """Return the loss's gradients by what enters a link."""
         return replace(self.streams, kind="gradient")
 
     def _save(self, place: int, gradients: Sequence[Tensor]) -> None:
@@ -168,19 +168,19 @@ class EndLossPass:
 
     @cached_property
     def _batches(self) -> list[Batch]:
-        """All batches, those of the calibration text first."""
+        """Return all batches, those of the calibration text first."""
         count, held_out = len(self.windows.calibration), len(self.windows.held_out)
         found = [(batch, "calibration") for batch in in_batches(count, self.batch_size)]
         return found + [(batch + count, "held_out") for batch in in_batches(held_out, self.batch_size)]
 
     @property
     def _mine(self) -> list[Batch]:
-        """This process's batches."""
+        """Return this process's batches."""
         return self._batches[self.processes.index :: self.processes.count]
 
     @property
     def _turns(self) -> int:
-        """How many batches the first process has."""
+        """Return how many batches the first process has."""
         return -(-len(self._batches) // self.processes.count)
 
     def _waves(self, left: int) -> list[list[int]]:
