@@ -280,10 +280,11 @@ class CacheWriter:
             save_file(tensors, path, {"activation": activation})
         self.weighted.add(activation)
 
-    def write_maxima(self, maxima: Mapping[str, Tensor]) -> None:
-        """Save the largest keys and values by name."""
+    def write_maxima(self, maxima: Mapping[str, Tensor]) -> Path:
+        """Save the largest keys and values by name; return the file."""
         with self.place_for(_MAXIMA) as path:
             save_file(dict(maxima), path)
+        return self.folder / _MAXIMA
 
     def write_tokens(self, calibration: np.ndarray, held_out: np.ndarray) -> None:
         """Save the token windows, so that a later pass can see exactly the same text."""
@@ -312,7 +313,9 @@ def new_cache(
     overwrite: bool,
     samples: Iterable[str] = (),
 ) -> Iterator[CacheWriter]:
-    """Write a cache of ``activations``; it gets its place when the block ends without an error, else nothing is left.
+    """Write a cache of ``activations``, which gets its place when the block ends without an error.
+
+    Else its files stay in a scratch folder, which a later run goes on to fill.
 
     Args:
         folder: where it will lie.
@@ -326,7 +329,7 @@ def new_cache(
         UserError: the folder exists and ``overwrite`` is off, or it is not a cache, or can't be written.
     """
     require_place(folder)
-    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir") as scratch:
+    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir", kept=True) as scratch:
         writer = CacheWriter.of(scratch, activations, rows)
         yield writer
         weighted = tuple(sorted(writer.weighted))

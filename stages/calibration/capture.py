@@ -11,10 +11,10 @@ the batches of all, in their order: the sums are those of one process, bit for b
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from stages.calibration.cache import CacheWriter
 from stages.calibration.key_value_scales import KeyValueMaxima
 from stages.calibration.on_disk.row_files import RowsWriter
 from stages.calibration.on_disk.stream_files import StreamFiles
+from stages.calibration.on_disk.unfinished import Reached, Unfinished
 from stages.calibration.samples.samples import Samples
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, tapped_itemsize
 from stages.calibration.text.windows import TokenWindows
@@ -53,11 +54,16 @@ from stages.system.shared_folder import wait_for
 
 _PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out", "calibration": "calibration"})
 """What is run, in this order, and what the progress bar calls it."""
+SAVED_EVERY = 60.0
+"""Seconds."""
+_MAXIMA = "kv-maxima.safetensors"
 _FLOAT32_BYTES = 4
 _ROWS_OF_SAMPLE = 1500
 """As many as Whisper's encoder has; those of images have 200 to 1400."""
 PRIOR = 4
 """Every expert is calibrated on K / PRIOR tokens of its whole layer beside its own."""
+SumsByFile = dict[str, Callable[[], Mapping[str, Tensor]]]
+"""What makes the tensors of a file: packed copies of all sums at once would take half as much memory again."""
 _NO_ROWS: Mapping[str, KeptRows] = MappingProxyType({})
 
 
@@ -158,6 +164,22 @@ def partition_bytes(
     return kept | {group.activation: held(group) for group in groups}
 
 
+def cache_bytes(
+    groups: Iterable[ActivationGroup], text: TextShape, rows: Mapping[str, KeptRows], *, weighs: bool
+) -> int:
+    """Return the bytes of a cache.
+
+    Args:
+        groups: the activations.
+        text: the windows that are run.
+        rows: values whose rows are kept.
+        weighs: whether statistics are kept with the tokens' weights as well as without.
+    """
+    tokens = sum(text.tokens(part) or 0 for part in _PARTS)
+    statistics = sum(text.size(group, part).disk for group in groups for part in _PARTS)
+    return (2 if weighs else 1) * statistics + sum(each.bytes(tokens) for each in rows.values())
+
+
 def cut_to_memory(
     model: ir.Model, costs: Mapping[str, int], memory: int, providers: tuple[str, ...]
 ) -> tuple[Partition, ...]:
@@ -207,9 +229,14 @@ class Capture:
             batch_size=self.batch_size,
         )
 
-    def cut(self, memory: int) -> tuple[Partition, ...]:
-        """Return the model in partitions of at most ``memory`` bytes each."""
-        costs = partition_bytes(self.groups, self.text, self.processes.count, self.rows)
+    def cut(self, memory: int, processes: int) -> tuple[Partition, ...]:
+        """Return the model in partitions of at most ``memory`` bytes each.
+
+        Args:
+            memory: in bytes.
+            processes: those that share the sums.
+        """
+        costs = partition_bytes(self.groups, self.text, processes, self.rows)
         batch = self.text.rows_at_once * self.groups[0].in_features * _FLOAT32_BYTES
         looked_at = dict.fromkeys([*self._kept_streams, *self._key_values], batch)
         return cut_to_memory(self.model, looked_at | costs, memory, self.choice.names)
@@ -230,8 +257,10 @@ class Capture:
         """Open the tap of the first partition, which finds out the providers that work."""
         return self._open(partition, self.choice, {})
 
-    def fill(self, writer: CacheWriter, partitions: Sequence[Partition], first: ActivationTap) -> None:
-        """Run all windows through ``partitions`` and save the statistics.
+    def fill(
+        self, writer: CacheWriter, partitions: Sequence[Partition], first: ActivationTap, unfinished: Unfinished
+    ) -> None:
+        """Run all windows through ``partitions`` and save the statistics; what is finished isn't run again.
 
         Ensures: when it returns, all processes have saved theirs, and the first one sees the files.
 
@@ -239,21 +268,49 @@ class Capture:
             writer: the cache that is filled.
             partitions: the model, in this order.
             first: the tap of the first of them; it is closed when that one is done, as each other is.
+            unfinished: what an earlier run has finished, and where this one keeps what it finishes.
         """
-        with tempfile.TemporaryDirectory(dir=writer.folder) as folder, progress_bar() as bar:
-            boundary = _BoundaryValues(Path(folder))
+        reached = unfinished.reached
+        if self.maxima is not None:
+            self.maxima.found.update(unfinished.load(_MAXIMA))
+        with progress_bar() as bar:
             for index, partition in enumerate(partitions):
+                boundary = _BoundaryValues(
+                    before=unfinished.folder / f"boundary-{index - 1}", after=unfinished.folder / f"boundary-{index}"
+                )
+                if index < reached.partitions:
+                    with first:  # what it is opened for is known
+                        continue
                 tap = first if index == 0 else self._open_next(partition, first.providers, boundary)
                 label = f", part {index + 1} of {len(partitions)}" if len(partitions) > 1 else ""
                 needed = {name for later in partitions[index + 1 :] for name in later.boundary_inputs}
                 with tap:
-                    self._run_partition(writer, tap, boundary, needed, bar, label)
-        if self.maxima is not None and self.processes.is_first:
-            writer.write_maxima(self.maxima.found)
+                    written = self._run_partition(writer, tap, boundary, needed, bar, label, unfinished)
+                if index + 1 == len(partitions) and self.maxima is not None and self.processes.is_first:
+                    written.append(writer.write_maxima(self.maxima.found))
+                unfinished.note(Reached(partitions=index + 1), written)
+                if len(partitions) > 1 or unfinished.is_due(SAVED_EVERY):
+                    unfinished.save(self._found_maxima)
+                if self.processes.is_first:
+                    shutil.rmtree(boundary.before, ignore_errors=True)
         self.processes.barrier()
         if self.processes.is_first:
             wait_for(writer.folder / name for name in writer.files.values())
-            wait_for(self.streams.files(self._kept_streams.values()) if self.streams is not None else ())
+            if self.streams is not None and not reached.streams:  # else the way back has begun to remove them
+                wait_for(self.streams.files(self._kept_streams.values()))
+
+    @property
+    def _found_maxima(self) -> SumsByFile:
+        """Return the largest keys and values so far, which the first process collects, by the name of their file."""
+        maxima = self.maxima
+        return (
+            {} if maxima is None or not maxima.found or not self.processes.is_first else {_MAXIMA: lambda: maxima.found}
+        )
+
+    @property
+    def kept_places(self) -> frozenset[int]:
+        """Return the places in the chain of which ``fill`` keeps what enters them."""
+        return frozenset(self._kept_streams.values())
 
     def _open(
         self, partition: Partition, choice: ProviderChoice, boundary_types: Mapping[str, np.dtype[np.generic]]
@@ -269,8 +326,8 @@ class Capture:
         return CausalFeeds.of
 
     def _open_next(self, partition: Partition, choice: ProviderChoice, boundary: _BoundaryValues) -> ActivationTap:
-        types = {name: array.dtype for name, array in boundary.read("held_out", 0).items()}
         # The first process is the only one that always has a batch.
+        types = {name: array.dtype for name, array in boundary.read("held_out", 0).items()}
         return self._open(partition, choice, self.processes.broadcast(types))
 
     def _run_partition(
@@ -281,38 +338,83 @@ class Capture:
         needed: Collection[str],
         bar: Progress,
         label: str,
-    ) -> None:
-        """Run all windows through one partition and save the statistics of the activations that it computes."""
+        unfinished: Unfinished,
+    ) -> list[Path]:
+        """Run all windows through one partition; return the files of this process's statistics."""
         groups = [group for group in self.groups if group.activation in tap.values]
         owners = self._owners(groups, [name for name in (*self.rows, *self._key_values) if name in tap.values])
         mine = [group for group in groups if owners[group.activation] == self.processes.index]
-        kept = self._row_writers(writer, [name for name in self.rows if owners.get(name) == self.processes.index])
+        done = dict(unfinished.reached.batches)
+        rows = [name for name in self.rows if owners.get(name) == self.processes.index]
+        kept = self._row_writers(writer, rows, done)
         sums: dict[str, dict[str, StatisticsAccumulator]] = {}
         for part, title in _PARTS.items():
-            sums[part] = {
-                group.activation: StatisticsAccumulator(group.activation, self.text.size(group, part), self.device)
-                for group in mine
-            }
-            batches = self._batches(part)
+            sums[part] = self._empty_sums(mine, part)
+            for name, accumulator in sums[part].items():
+                accumulator.go_on(_of_part(part, unfinished.load(writer.files[name])))
+            batches, begin = self._batches(part), done.get(part, 0)
             text, unit = ("text", "windows") if isinstance(self.windows, TokenWindows) else ("samples", "samples")
-            task = bar.add_task(f"{title} {text}{label}", total=self._count(batches), unit=unit)
-            for start in range(0, len(batches), self.processes.count):
-                number = start + self.processes.index
-                values: dict[str, Tensor] = {}  # of this process's batch, if there is one left for it
-                if number < len(batches):
-                    values = self._run_batch(part, number, tap, boundary, needed)
-                values = {name: value for name, value in values.items() if name in owners}
-                received = self.processes.exchange(self._with_largest(values), owners)
+            task = bar.add_task(
+                f"{title} {text}{label}",
+                total=self._count(batches),
+                unit=unit,
+                done=self._count(batches[:begin]),
+                keeps=f"{unit}, but for the last minute's,",
+            )
+            for start in range(begin, len(batches), self.processes.count):
+                received = self._run_turn(part, start, tap, boundary, needed, owners)
                 self._add_largest(received)
                 fold_in(sums[part], {name: received[name] for name in received if name in sums[part]}, self.device)
                 with writer.place_for("rows"):
                     for name in kept.keys() & received.keys():
                         for value in received[name]:
                             kept[name].add(part, value)
+                done[part] = min(start + self.processes.count, len(batches))
+                if unfinished.is_due(SAVED_EVERY):
+                    unfinished.note(replace(unfinished.reached, batches=dict(done)), self._files(writer, rows))
+                    unfinished.save(self._states(writer, sums) | self._found_maxima)
                 bar.advance(task, self._count(batches[start : start + self.processes.count]))
         for group in mine:
             held_out, calibration = (sums[part].pop(group.activation).finish() for part in _PARTS)
             writer.write(group.activation, ActivationStats(calibration=calibration, held_out=held_out))
+        return [*(writer.folder / writer.files[group.activation] for group in mine), *self._files(writer, rows)]
+
+    def _empty_sums(self, groups: Iterable[ActivationGroup], part: str) -> dict[str, StatisticsAccumulator]:
+        return {
+            group.activation: StatisticsAccumulator(group.activation, self.text.size(group, part), self.device)
+            for group in groups
+        }
+
+    def _states(self, writer: CacheWriter, sums: Mapping[str, Mapping[str, StatisticsAccumulator]]) -> SumsByFile:
+        """Return what ``sums``, by part and activation, hold, by the name of the activation's file."""
+
+        def state_of(name: str) -> dict[str, Tensor]:
+            return {f"{part}.{key}": tensor for part in sums for key, tensor in sums[part][name].state().items()}
+
+        names = {name for of_part in sums.values() for name in of_part}
+        return {writer.files[name]: partial(state_of, name) for name in names}
+
+    def _files(self, writer: CacheWriter, rows: Iterable[str]) -> list[Path]:
+        """Return the files that runs fill batch by batch, as far as they are there."""
+        streams = [] if self.streams is None else self.streams.files(self._kept_streams.values())
+        return [file for file in (*(writer.folder / writer.rows[name] for name in rows), *streams) if file.exists()]
+
+    def _run_turn(
+        self,
+        part: str,
+        start: int,
+        tap: ActivationTap,
+        boundary: _BoundaryValues,
+        needed: Collection[str],
+        owners: Mapping[str, int],
+    ) -> dict[str, list[Tensor]]:
+        """Run a batch in each process, from number ``start`` on; return what is this one's of all of them, in order."""
+        number = start + self.processes.index
+        values: dict[str, Tensor] = {}  # of this process's batch, if there is one left for it
+        if number < len(self._batches(part)):
+            values = self._run_batch(part, number, tap, boundary, needed)
+        values = {name: value for name, value in values.items() if name in owners}
+        return self.processes.exchange(self._with_largest(values), owners)
 
     def _run_batch(
         self, part: str, number: int, tap: ActivationTap, boundary: _BoundaryValues, needed: Collection[str]
@@ -346,13 +448,18 @@ class Capture:
                 assert self.maxima is not None
                 self.maxima.add(name, largest.cpu())
 
-    def _row_writers(self, writer: CacheWriter, names: Collection[str]) -> dict[str, RowsWriter]:
+    def _row_writers(
+        self, writer: CacheWriter, names: Collection[str], done: Mapping[str, int]
+    ) -> dict[str, RowsWriter]:
+        """Return a writer for each of ``names``; of each part so many batches are ``done``."""
         if not names:
             return {}
         assert isinstance(self.windows, TokenWindows), "rows are kept of windows"
         windows = {"calibration": self.windows.calibration, "held_out": self.windows.held_out}
         counts = {part: tokens.size for part, tokens in windows.items()}
-        return {name: RowsWriter(writer.folder / writer.rows[name], name, counts) for name in names}
+        length = self.windows.seq_len
+        filled = {part: self._count(self._batches(part)[:batches]) * length for part, batches in done.items()}
+        return {name: RowsWriter(writer.folder / writer.rows[name], name, counts, filled) for name in names}
 
     def _owners(self, groups: Sequence[ActivationGroup], rows: Iterable[str]) -> dict[str, int]:
         """Return by value the process that accumulates or keeps it, in the same order everywhere."""
@@ -395,34 +502,45 @@ def fold_in(
         deque(pool.map(add, values), maxlen=0)  # map raises what a thread raised, once it is asked for results
 
 
-@dataclass(frozen=True, slots=True)
-class _BoundaryValues:
-    """What partitions that have run computed for later ones: a file for each batch, in a folder of its own."""
+def _of_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): each for name, each in tensors.items() if name.startswith(f"{part}.")}
 
-    folder: Path
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BoundaryValues:
+    """What partitions compute for later ones: a file for each batch.
+
+    A partition that is run again finds what was there before it.
+    """
+
+    before: Path
+    """Folder of what earlier partitions have computed; it need not exist."""
+    after: Path
+    """Folder for what is there after this one."""
 
     def read(self, part: str, batch: int) -> dict[str, np.ndarray]:
         """Return everything that was kept for a batch; nothing before its first partition."""
-        file = self._file(part, batch)
+        file = self.before / _boundary_file(part, batch)
         return load_file(file) if file.is_file() else {}
 
     def keep(self, part: str, batch: int, values: Mapping[str, np.ndarray]) -> None:
-        """Keep ``values`` in place of what was kept for a batch.
+        """Keep ``values`` of a batch.
 
         Raises:
             UserError: the disk is full.
         """
-        file = self._file(part, batch)
-        file.unlink(missing_ok=True)
         if not values:
             return
         try:
-            save_file({name: np.ascontiguousarray(array) for name, array in values.items()}, file)
+            self.after.mkdir(parents=True, exist_ok=True)
+            arrays = {name: np.ascontiguousarray(array) for name, array in values.items()}
+            save_file(arrays, self.after / _boundary_file(part, batch))
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"What one part of the model hands to the next can't be written to {self.folder.parent.parent} "
+                f"What one part of the model hands to the next can't be written to {self.after.parent.parent} "
                 f"({in_one_line(error)}); free space there, choose another --cache_dir, or raise --max_memory."
             ) from error
 
-    def _file(self, part: str, batch: int) -> Path:
-        return self.folder / f"{part}-{batch}.safetensors"
+
+def _boundary_file(part: str, batch: int) -> str:
+    return f"{part}-{batch}.safetensors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,25 +13,29 @@ from pathlib import Path
 from types import MappingProxyType
 
 import onnx_ir as ir
+import onnxruntime as ort
+import torch
 
 from stages.calibration.cache import CacheKey, CacheWriter, Weighting, find_cache, new_cache, require_place
-from stages.calibration.capture import Capture, memory_limit, rows_of
+from stages.calibration.capture import Capture, cache_bytes, memory_limit, rows_of
 from stages.calibration.end_loss.back_pass import EndLossPass
 from stages.calibration.end_loss.sums import weight_names
 from stages.calibration.key_value_scales import KeyValueMaxima, find_key_value_caches, scales_text, write_scales
 from stages.calibration.on_disk.stream_files import StreamFiles
+from stages.calibration.on_disk.unfinished import Reached, State, Unfinished
 from stages.calibration.samples.load import load_samples, sample_files, takes_samples
 from stages.calibration.samples.samples import Samples
 from stages.calibration.summary import CalibrationSummary, PassSummary
 from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
-from stages.commands.calibrate_options import CalibrateConfig
-from stages.errors import CacheMismatch, GraphError
+from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, CalibrateConfig
+from stages.errors import CacheMismatch, GraphError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph, parse_graph
 from stages.model.sites import find_expert_layers, find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.records.experts import ExpertLayer
+from stages.records.quantities import counted
 from stages.records.sites import FloatName
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.feeds import require_text_inputs
@@ -37,7 +43,7 @@ from stages.runtime.graph_inputs import InputShapes, WindowShape, inputs_of_grap
 from stages.runtime.providers import CUDA, NV_TENSORRT_RTX, ProviderChoice, choose_providers
 from stages.runtime.requirements import require_runtime
 from stages.runtime.tap import ActivationTap, require_kernels
-from stages.system.atomic import scratch_folder
+from stages.system.atomic import existing_parent, scratch_folder
 from stages.system.distributed import Processes, join_processes
 from stages.system.hardware import choose_device, granted_threads
 from stages.system.lock import exclusive
@@ -99,22 +105,71 @@ def _run(
         started: when, by ``time.perf_counter``.
     """
     processes = capture.processes
-    streams = None if chain is None else _streams(capture, chain)
+    unfinished = Unfinished(config.cache_path, processes)
+    streams = None if chain is None else _streams(capture, chain, unfinished.folder)
     capture = replace(capture, streams=streams)
     memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes.count_here))
-    partitions = capture.cut(memory)
+    found = unfinished.found()
+    begun = State(options=_digest(config, key), providers=(), memory=memory, processes=processes.count)
+    if found is not None and found.options == begun.options and found.memory <= memory / PART_OF_FREE_MEMORY:
+        begun = replace(begun, memory=found.memory, processes=found.processes)  # so the graph is cut as it was
+    partitions = capture.cut(begun.memory, begun.processes)
     with capture.open_first(partitions[0]) as tap:
         # Only now it is known which providers work.
         key = replace(key, providers=tap.providers.names)
         if processes.decided_by_first(lambda: _is_current(config, key)):
             return _current(config, capture)
-        with _new_cache(config, key, capture) as writer:
-            capture.fill(writer, partitions, tap)
+        needed = processes.decided_by_first(lambda: _require_room(config, capture, unfinished))
+        with (
+            unfinished.going_on(replace(begun, providers=key.providers), found, needed) as goes_on,
+            _new_cache(config, key, capture) as writer,
+        ):
+            if goes_on:
+                _LOGGER.info("%s", _what_is_done(capture, len(partitions), chain, unfinished.reached))
+            capture.fill(writer, partitions, tap, unfinished)
             if chain is not None and streams is not None:
-                _end_loss(capture, chain, streams, _weighted_layers(capture, key), memory).fill(writer)
+                _end_loss(capture, chain, _weighted_layers(capture, key), memory, unfinished).fill(writer)
     # The first process has given the cache its place.
-    found = _pass_summary(capture, len(partitions), tap, time.perf_counter() - started)
-    return processes.decided_by_first(lambda: _summary(config, capture, found))
+    made = _pass_summary(capture, len(partitions), tap, time.perf_counter() - started)
+    return processes.decided_by_first(lambda: _summary(config, capture, made))
+
+
+def _require_room(config: CalibrateConfig, capture: Capture, unfinished: Unfinished) -> int:
+    """Return the bytes that the cache takes, and what lies beside it meanwhile.
+
+    Raises:
+        UserError: the disk has less room.
+    """
+    weighs = capture.streams is not None
+    needed = cache_bytes(capture.groups, capture.text, capture.rows, weighs=weighs)
+    if capture.streams is not None:
+        needed += capture.streams.bytes(capture.groups[0].in_features)
+    folder = existing_parent(config.cache_path)
+    free = shutil.disk_usage(folder).free + unfinished.bytes()
+    if needed > free:
+        fix = ", lower --calib_size, or pass --token_weights none" if weighs else " or lower --calib_size"
+        raise UserError(
+            f"The calibration cache can't be written to {folder}: it takes about {needed / 1e9:,.1f} GB while it is "
+            f"made, and {free / 1e9:,.1f} GB are free; free space there, choose another place with --cache_dir{fix}."
+        )
+    return needed
+
+
+def _digest(config: CalibrateConfig, key: CacheKey) -> str:
+    """Return a digest of all that decides about the numbers of a calibration but what ``State`` names itself."""
+    options = (key.digest(), key.key_values, config.batch_size, config.device, config.max_memory)
+    return hashlib.sha256(repr((*options, ort.__version__, torch.__version__)).encode()).hexdigest()
+
+
+def _what_is_done(capture: Capture, partitions: int, chain: Chain | None, reached: Reached) -> str:
+    """Return in words how far a calibration came that was stopped."""
+    stopped = "going on with a calibration that was stopped after"
+    if reached.partitions < partitions:
+        windows = counted(sum(reached.batches.values()) * capture.batch_size, "window")
+        part = f" of part {reached.partitions + 1} of {partitions}" if partitions > 1 else ""
+        return f"{stopped} about {windows}{part}"
+    links = 0 if chain is None else len(chain.links)
+    return f"{stopped} all windows; tokens are weighed in {reached.links} of {links} layers"
 
 
 def _dataset(config: CalibrateConfig) -> str:
@@ -254,10 +309,10 @@ def _chain(config: CalibrateConfig, capture: Capture) -> Chain | None:
         return None
 
 
-def _streams(capture: Capture, chain: Chain) -> StreamFiles:
+def _streams(capture: Capture, chain: Chain, folder: Path) -> StreamFiles:
     assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
     return StreamFiles(
-        folder=capture.scratch,
+        folder=folder,
         names=tuple(link.stream_in for link in chain.links),
         windows=len(capture.windows.calibration) + len(capture.windows.held_out),
         length=capture.windows.seq_len,
@@ -265,9 +320,10 @@ def _streams(capture: Capture, chain: Chain) -> StreamFiles:
 
 
 def _end_loss(
-    capture: Capture, chain: Chain, streams: StreamFiles, layers: tuple[ExpertLayer, ...], memory: int
+    capture: Capture, chain: Chain, layers: tuple[ExpertLayer, ...], memory: int, unfinished: Unfinished
 ) -> EndLossPass:
     assert isinstance(capture.windows, TokenWindows), "a chain runs over text"
+    assert capture.streams is not None, "they are kept where there is a chain"
     return EndLossPass(
         chain=chain,
         directory=capture.directory,
@@ -275,7 +331,9 @@ def _end_loss(
         windows=capture.windows,
         batch_size=capture.batch_size,
         device=capture.device,
-        streams=streams,
+        streams=capture.streams,
+        kept=capture.kept_places,
+        unfinished=unfinished,
         processes=capture.processes,
         memory=memory // PART_FOR_ROWS,
         layers=layers,
@@ -350,6 +408,7 @@ def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
 
 
 def _current(config: CalibrateConfig, capture: Capture) -> CalibrationSummary:
+    Unfinished(config.cache_path, capture.processes).discard()
     _LOGGER.info("%s already holds exactly this calibration; nothing to do.", config.cache_path)
     return capture.processes.decided_by_first(lambda: _summary(config, capture, made=None))
 

@@ -7,6 +7,7 @@ G is symmetric, so files hold its lower triangle only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,25 @@ class StatisticsAccumulator:
             _add_lower_triangle(self._gram, rows)
         elif self._rows is not None:
             self._rows.append(stored.cpu().clone())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that was added so far, from which ``go_on`` goes on with the same bits."""
+        found = {"num_tokens": torch.tensor(self._num_tokens), "abs_sum": self._abs_sum}
+        if self._gram is not None:
+            found["gram_triangle"] = pack_symmetric(self._gram.cpu())
+        elif self._rows:
+            found["rows"] = torch.cat(self._rows)
+        return found
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        """Take what another accumulator's ``state`` has returned as added; nothing where it is empty."""
+        if not state:
+            return
+        self._num_tokens, self._abs_sum = int(state["num_tokens"]), state["abs_sum"]
+        if self._gram is not None:
+            self._gram = unpack_symmetric(state["gram_triangle"]).to(self._device)
+        elif "rows" in state:
+            self._rows = [state["rows"]]
 
     def finish(self) -> TokenStats:
         """Return the statistics, on the CPU; zeros where no token came (an expert that was never chosen).

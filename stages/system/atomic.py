@@ -45,7 +45,7 @@ def require_creatable(path: Path, *, option: str) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Path]:
+def atomic_directory(path: Path, *, overwrite: bool, option: str, kept: bool = False) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` only if the block succeeds.
 
     The caller keeps other runs out (``lock.exclusive``): all use the same scratch folder.
@@ -54,19 +54,21 @@ def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Pa
         path: the folder to create; missing parents are created too.
         overwrite: replace an existing folder; else it is refused before any work.
         option: the command-line option that named ``path``, for messages.
+        kept: whether the scratch folder stays where the block fails, and the next run gets it as it is.
 
     Raises:
         UserError: the folder exists and ``overwrite`` is off, or can't be written.
     """
-    # A link stays; the folder that it leads to is replaced.
-    path = reachable(path.resolve() if path.is_symlink() else path.absolute())
+    path = _real(path)
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _recover(path)
-        refuse_existing(path, overwrite=overwrite, option=option)
         partial = _partial(path)
-        partial.mkdir()
+        if not kept:
+            _remove(partial)
+        refuse_existing(path, overwrite=overwrite, option=option)
+        partial.mkdir(exist_ok=kept)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{option} {path} can't be written ({reason}); choose a folder you may write to.") from error
@@ -74,16 +76,22 @@ def atomic_directory(path: Path, *, overwrite: bool, option: str) -> Iterator[Pa
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                _fsync(file)
-        _fsync(partial)
+                flush(file)
+        flush(partial)
         if path.is_dir():
             path.rename(_replaced(path))
         partial.rename(path)
-        _fsync(path.parent)
+        flush(path.parent)
         shutil.rmtree(_replaced(path), ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(partial, ignore_errors=True)
         remove_empty(made)
+
+
+def partial_folder(path: Path) -> Path:
+    """Return the scratch folder that ``atomic_directory`` fills before it becomes ``path``."""
+    return _partial(_real(path))
 
 
 @contextmanager
@@ -92,7 +100,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
-        _fsync(partial)
+        flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -123,7 +131,8 @@ def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return once what was written to the file, or the entries of the folder, ``path`` is on the disk."""
     # Windows can't open a directory, and flushes a file only through a handle that may write.
     if path.is_dir() and os.name == "nt":
         return
@@ -134,16 +143,25 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _real(path: Path) -> Path:
+    """Return where ``path`` leads: a link stays, and the folder that it leads to is replaced."""
+    return reachable(path.resolve() if path.is_symlink() else path.absolute())
+
+
 def _recover(path: Path) -> None:
-    """Undo what a killed run left: a half-written scratch folder, or a replacement stopped between its two renames."""
+    """Undo a replacement that was stopped between its two renames."""
     replaced = _replaced(path)
     if replaced.exists():
         if path.exists():
             shutil.rmtree(replaced)
         else:
             replaced.rename(path)
-    if _partial(path).exists():
-        shutil.rmtree(_partial(path))
+
+
+def _remove(partial: Path) -> None:
+    """Remove a half-written scratch folder that a killed run left."""
+    if partial.exists():
+        shutil.rmtree(partial)
 
 
 def remove_empty(folders: Sequence[Path]) -> None:

@@ -53,6 +53,23 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.run import run_command
 run_command(CalibrateConfig, command, "python -m stages.calibrate")
 """
+DIES_WEIGHING = """
+import os
+from stages.calibration import capture
+from stages.calibration.end_loss import back_pass
+from stages.calibration.on_disk import unfinished
+capture.SAVED_EVERY = back_pass.SAVED_EVERY = unfinished._COST = 0.0
+back = back_pass.EndLossPass._batch_back
+def last_dies(self, place, *arguments):
+    if os.environ["RANK"] == "1" and place == 0:
+        os._exit(9)
+    return back(self, place, *arguments)
+back_pass.EndLossPass._batch_back = last_dies
+from stages.calibrate import command
+from stages.commands.calibrate_options import CalibrateConfig
+from stages.commands.run import run_command
+run_command(CalibrateConfig, command, "python -m stages.calibrate")
+"""
 LATE = """
 import io, os, re, sys
 from collections import Counter
@@ -220,6 +237,25 @@ def test_a_process_that_dies_leaves_no_cache_and_the_next_run_makes_it(
     done = forked.run(calibration(tiny_model, tiny_text, tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "dies.py"]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_stopped(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """One of them dies on the way back, in the last layer: the head and the layer behind it are done."""
+    script = tmp_path / "dies.py"
+    script.write_text(DIES_WEIGHING)
+    arguments = partial(calibration, tiny_model, tiny_text)
+    whole = forked.run(arguments(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    dead = forked.run([str(script), *arguments(tmp_path / "cache")[2:]], processes=2, machines=2)
+    assert dead.returncode == 9, dead.stderr
+    assert LOST in " ".join(dead.stderr.split())
+    assert not (tmp_path / "cache").exists()
+    done = forked.run(arguments(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert "after all windows; tokens are weighed in 2 of 3 layers" in " ".join(done.stderr.split())
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "dies.py", "whole"]
 
 
 @pytest.mark.slow

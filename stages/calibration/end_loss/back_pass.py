@@ -29,8 +29,9 @@ the rows of several links are held before they are sent, and each process adds u
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from stages.calibration.cache import CacheWriter, weighted_file
 from stages.calibration.capture import fold_in
 from stages.calibration.end_loss.sums import PROJECTIONS, ExpertChannels, WeightedGroup, WeightedSums
 from stages.calibration.on_disk.stream_files import StreamFiles
+from stages.calibration.on_disk.unfinished import Unfinished
 from stages.calibration.text.windows import TokenWindows
 from stages.commands.progress import progress_bar
 from stages.model.absorbers import attention_head_sizes
@@ -54,6 +56,8 @@ from stages.runtime.blocks.stream import BlockRunner, in_batches, read_inputs
 from stages.system.distributed import Processes, split_by_cost
 from stages.system.shared_folder import wait_for
 
+SAVED_EVERY = 10.0
+"""Seconds."""
 _FLOAT32_BYTES = 4
 
 Batch = tuple[Tensor, str]
@@ -91,7 +95,11 @@ class EndLossPass:
     batch_size: int
     device: torch.device
     streams: StreamFiles
-    """What enters the links, as far as it is there already: all windows, the held-out ones last."""
+    """What enters the links: all windows, the held-out ones last."""
+    kept: frozenset[int]
+    """The places of the links of which that is there already."""
+    unfinished: Unfinished
+    """What an earlier run has finished, and where this one keeps what it finishes."""
     processes: Processes
     memory: int
     """Bytes that the rows of several links may take in one process."""
@@ -106,60 +114,93 @@ class EndLossPass:
         Raises:
             UserError: the streams can't be kept beside the cache.
         """
-        links = self.chain.links
-        lacking = self.processes.decided_by_first(
-            lambda: tuple(place for place in range(len(links)) if not self.streams.has(place))
-        )
+        links, done = self.chain.links, self.unfinished.reached
+        lacking = () if done.streams else tuple(place for place in range(len(links)) if place not in self.kept)
         costs = [sum(_numbers(site) for site in link.sites) for link in links]
-        passes = [costs[place - 1] for place in lacking if place] + [2 * cost for cost in costs]
+        left = len(links) - done.links
+        total = sum(costs[place - 1] for place in lacking if place) + sum(2 * cost for cost in costs[:left])
         with progress_bar() as bar:
-            task = bar.add_task("token weights", total=sum(passes), steps=len(passes), unit="layers")
-            shared = self._complete(lacking, lambda place: bar.advance(task, costs[place]))
-            gradients: list[Tensor] = []
-            for wave in self._waves():
-                gradients = self._back(
+            task = bar.add_task(
+                "token weights",
+                total=total,
+                steps=sum(place > 0 for place in lacking) + len(links),
+                done=done.links,
+                unit="layers",
+                keeps="layers, but for the last seconds',",
+            )
+            shared = self._complete(lacking, left, lambda place: bar.advance(task, costs[place]))
+            gradients = [self._gradients.read(left, batch) for batch, _ in self._mine] if done.links else []
+            for wave in self._waves(left):
+                gradients, files = self._back(
                     writer, wave, gradients, shared, lambda place: bar.advance(task, 2 * costs[place])
                 )
-                if self.processes.is_first:
-                    self.streams.remove(wave)
+                self.unfinished.note(replace(done, streams=True, links=len(links) - wave[-1]), files)
+                if wave[-1] and self.unfinished.is_due(SAVED_EVERY):
+                    self._save(wave[-1], gradients)
         self.processes.barrier()
-        written = [group.group.activation for place in range(len(links)) for group in self._groups(place)]
-        writer.weighted.update(written)
+        activations = [group.group.activation for place in range(len(links)) for group in self._groups(place)]
+        writer.weighted.update(activations)
         if self.processes.is_first:
-            wait_for(writer.folder / weighted_file(writer.files[activation]) for activation in written)
+            wait_for(writer.folder / weighted_file(writer.files[activation]) for activation in activations)
+
+    @cached_property
+    def _gradients(self) -> StreamFiles:
+        """Return the loss's gradients by what enters a link."""
+        return replace(self.streams, kind="gradient")
+
+    def _save(self, place: int, gradients: Sequence[Tensor]) -> None:
+        """Keep that all links from ``place`` on were run back; what only they read is removed.
+
+        Args:
+            place: of the link that was run last.
+            gradients: by what enters it, for each batch of this process.
+        """
+        for (batch, _), gradient in zip(self._mine, gradients, strict=True):
+            self._gradients.keep(place, int(batch[0]), gradient)
+        # What the links before it read was written at the beginning, perhaps by other processes.
+        files = [*self._gradients.files([place]), *self.streams.files(range(place))] if gradients else []
+        self.unfinished.note(self.unfinished.reached, files)
+        self.unfinished.save({})
+        if self.processes.is_first:
+            behind = range(place, len(self.chain.links))
+            self.streams.remove(behind)
+            self._gradients.remove([each + 1 for each in behind])
 
     @cached_property
     def _batches(self) -> list[Batch]:
-        """All batches, those of the calibration text first."""
+        """Return all batches, those of the calibration text first."""
         count, held_out = len(self.windows.calibration), len(self.windows.held_out)
         found = [(batch, "calibration") for batch in in_batches(count, self.batch_size)]
         return found + [(batch + count, "held_out") for batch in in_batches(held_out, self.batch_size)]
 
     @property
     def _mine(self) -> list[Batch]:
-        """This process's batches."""
+        """Return this process's batches."""
         return self._batches[self.processes.index :: self.processes.count]
 
     @property
     def _turns(self) -> int:
-        """How many batches the first process has."""
+        """Return how many batches the first process has."""
         return -(-len(self._batches) // self.processes.count)
 
-    def _waves(self) -> list[list[int]]:
-        """Return the places of all links, the last first, in lists of those whose rows are sent together."""
+    def _waves(self, left: int) -> list[list[int]]:
+        """Return the places of the first ``left`` links, the last first, in lists of those that are run together."""
         widths = [
             sum(group.group.in_features for group in self._groups(place)) for place in range(len(self.chain.links))
         ]
         tokens = self._turns * self.batch_size * self.windows.seq_len
         size = min(self.processes.count, 1 + self.memory // max(tokens * max(widths) * _FLOAT32_BYTES, 1))
-        places = list(reversed(range(len(self.chain.links))))
+        places = list(reversed(range(left)))
         return [places[start : start + size] for start in range(0, len(places), size)]
 
-    def _complete(self, lacking: Sequence[int], advance: Callable[[int], None]) -> Mapping[int, Mapping[str, Tensor]]:
+    def _complete(
+        self, lacking: Sequence[int], left: int, advance: Callable[[int], None]
+    ) -> Mapping[int, Mapping[str, Tensor]]:
         """Compute what enters the links at ``lacking``; return the values that links read beside it, by batch size.
 
         Args:
             lacking: places in the chain, in order.
+            left: links that aren't run back yet.
             advance: called with the place of each link that was run.
         """
         mine = self._mine
@@ -172,8 +213,7 @@ class EndLossPass:
         sizes = frozenset(len(batch) for batch, _ in mine)
         first = self.chain.links[0].stream_in
         inputs = read_inputs(self.chain.graph, self.directory, tokens, first, self.chain.shared, sizes)
-        kept = set(range(len(self.chain.links))) - set(lacking)
-        self.streams.wait_until_whole(kept, inputs.stream.shape[-1])
+        self.streams.wait_until_whole(set(range(left)) - set(lacking), inputs.stream.shape[-1])
         streams, at = list(torch.split(inputs.stream, [len(batch) for batch, _ in mine])), 0
         for place in lacking:
             if place:
@@ -194,8 +234,8 @@ class EndLossPass:
         behind: Sequence[Tensor],
         shared: Mapping[int, Mapping[str, Tensor]],
         advance: Callable[[int], None],
-    ) -> list[Tensor]:
-        """Save the statistics of some links' sites; return the loss's gradient by what enters the last of them.
+    ) -> tuple[list[Tensor], list[Path]]:
+        """Save the statistics of some links' sites.
 
         Args:
             writer: the cache.
@@ -204,6 +244,10 @@ class EndLossPass:
                 head, where labels are drawn.
             shared: the values that links read beside the stream, by batch size.
             advance: called with the place of each link that was run.
+
+        Returns:
+            For each batch of this process the loss's gradient by what enters the last of them, and the files of this
+            process's statistics.
         """
         mine, gradients = self._mine, list(behind)
         added: list[dict[str, Tensor]] = [{} for _ in range(self._turns)]
@@ -222,8 +266,7 @@ class EndLossPass:
                     added[turn] = {}
             gradients = before
             advance(place)
-        sums.save(writer, self.windows.calibration.size)
-        return gradients
+        return gradients, sums.save(writer, self.windows.calibration.size)
 
     def _batch_back(
         self,
@@ -343,10 +386,12 @@ class _SharedSums:
                 before = self.experts[experts]
                 self.experts[experts] = value.cpu() if before is None else before + value.cpu()
 
-    def save(self, writer: CacheWriter, tokens: int) -> None:
-        """Write this process's; ``tokens`` is the number of the calibration text's."""
+    def save(self, writer: CacheWriter, tokens: int) -> list[Path]:
+        """Write this process's, and return the files; ``tokens`` is the number of the calibration text's."""
         for sums in self.groups:
             writer.write_weighted(sums.of.group.activation, sums.finish())
         for experts, channels in self.experts.items():
             assert channels is not None, "the calibration text has a window"
             experts.save(writer, channels, tokens)
+        files = [weighted_file(writer.files[sums.of.group.activation]) for sums in self.groups]
+        return [writer.folder / name for name in (*files, *(writer.rows[each.name] for each in self.experts))]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from stages.model.weights import all_finite
 
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 _LENGTH = 8
 """Bytes of a safetensors file before its header: the header's length."""
 
@@ -28,12 +30,15 @@ class RowsWriter:
         path: the file, which is made when the first batch comes.
         activation: the tapped value's name, for messages.
         counts: rows that will come, by part of the text.
+        filled: those that an earlier run has put into the file.
     """
 
-    def __init__(self, path: Path, activation: str, counts: Mapping[str, int]) -> None:
+    def __init__(
+        self, path: Path, activation: str, counts: Mapping[str, int], filled: Mapping[str, int] = _NOTHING
+    ) -> None:
         self._path, self._activation, self._counts = path, activation, counts
-        self._parts: dict[str, np.ndarray] = {}
-        self._filled = dict.fromkeys(counts, 0)
+        self._parts: dict[str, np.ndarray] = open_rows(path, mode="r+") if any(filled.values()) else {}
+        self._filled = dict.fromkeys(counts, 0) | dict(filled)
 
     def add(self, part: str, batch: Shaped[Tensor, "*tokens K"]) -> None:
         """Append a batch.

@@ -31,14 +31,16 @@ class StreamFiles:
     """Of the whole text."""
     length: int
     """Tokens of each."""
+    kind: str = "stream"
+    """How the files' names begin."""
 
     def files(self, places: Iterable[int]) -> list[Path]:
         """Return the files of what enters the links at ``places``."""
         return [self._file(place) for place in places]
 
-    def has(self, place: int) -> bool:
-        """Return whether anything was kept of what enters the link at ``place``."""
-        return self._file(place).is_file()
+    def bytes(self, hidden: int) -> int:
+        """Return the bytes of what enters all links, with so many channels of each token."""
+        return len(self.names) * self.windows * self.length * hidden * _FLOAT32_BYTES
 
     def keep(self, place: int, first: int, stream: Float[Tensor, "windows length hidden"]) -> None:
         """Keep what enters the link at ``place`` of some windows.
@@ -76,7 +78,7 @@ class StreamFiles:
         Raises:
             UserError: it doesn't.
         """
-        size = self.windows * self.length * hidden * _FLOAT32_BYTES
+        size = self.bytes(hidden) // len(self.names)
         for file in self.files(places):
             wait_until(partial(_has, file, size), file)
 
@@ -112,7 +114,7 @@ class StreamFiles:
         )
 
     def _file(self, place: int) -> Path:
-        return self.folder / f"stream-{place}.bin"
+        return self.folder / f"{self.kind}-{place}.bin"
 
 
 def _has(file: Path, size: int) -> bool:

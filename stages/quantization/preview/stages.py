@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from stages.calibration.capture import TextShape, memory_limit, partition_bytes, rows_of
+from stages.calibration.capture import TextShape, cache_bytes, memory_limit, partition_bytes, rows_of
 from stages.calibration.run import PART_FOR_ROWS, kept_layers
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig
@@ -68,9 +68,8 @@ class Stages:
         text = self.text
         if text is None or not self.calibrates:
             return 0
-        sizes = [text.size(group, part) for group in self.tapped for part in _PARTS]
-        copies = 2 if self.weighs else 1  # with the tokens' weights, and without
-        return self.kept_rows + copies * sum(size.disk for size in sizes)
+        rows = {} if text.seq_len is None else rows_of(kept_layers(self.calibration, self.model, self.directory))
+        return cache_bytes(self.tapped, text, rows, weighs=self.weighs)
 
     @property
     def kept_rows(self) -> int:

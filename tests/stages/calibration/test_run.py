@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -66,3 +69,19 @@ def test_windows_longer_than_the_models_context_are_refused(config: CalibrateCon
         GraphError, match=r"--seq_len 100000 is longer than the context of .*; pass --seq_len \d+ or less"
     ):
         calibrate(replace(config, seq_len=100_000))
+
+
+@pytest.mark.parametrize(("token_weights", "kilobytes"), [("none", 136), ("auto", 321)])
+def test_a_disk_without_room_is_named_before_the_model_runs(
+    token_weights: Literal["auto", "none"],
+    kilobytes: int,
+    config: CalibrateConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cache has 136,064 bytes, twice as many with weights, and what enters the layers 49,152."""
+    config = replace(config, token_weights=token_weights)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=kilobytes * 1000))
+    with pytest.raises(UserError, match=rf"can't be written to {tmp_path}: it takes about .* and 0\.0 GB are free"):
+        calibrate(config)
+    assert list(tmp_path.iterdir()) == []

@@ -110,3 +110,22 @@ def test_files_hold_the_lower_triangle_in_this_order() -> None:
 def test_on_the_disk_lies_half_a_gram_matrix_or_the_rows() -> None:
     assert StatisticsSize(in_features=8, tokens=100, itemsize=2).disk == 4 * (8 * 9 // 2)
     assert StatisticsSize(in_features=8, tokens=3, itemsize=2).disk == 3 * 8 * 2
+
+
+@pytest.mark.parametrize("tokens", [4, 1000], ids=["rows", "gram"])
+def test_an_accumulator_goes_on_with_the_same_bits(tokens: int) -> None:
+    size = StatisticsSize(in_features=300, tokens=tokens, itemsize=4)
+    whole, first, second = (StatisticsAccumulator("x", size, torch.device("cpu")) for _ in range(3))
+    batches = torch.randn(3, 2, 300)
+    for batch in batches:
+        whole.add(batch)
+    for batch in batches[:2]:
+        first.add(batch)
+    second.go_on(first.state())
+    second.add(batches[2])
+    expected, found = whole.finish(), second.finish()
+    assert found.num_tokens == expected.num_tokens
+    for name in ("abs_mean", "gram", "rows"):
+        one, other = getattr(expected, name), getattr(found, name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)

@@ -17,6 +17,7 @@ from stages.calibration.end_loss.back_pass import EndLossPass, sampled_gradient
 from stages.calibration.end_loss.sums import PROJECTIONS, ExpertChannels, WeightedGroup, token_weights, weight_names
 from stages.calibration.on_disk.row_files import open_rows
 from stages.calibration.on_disk.stream_files import StreamFiles
+from stages.calibration.on_disk.unfinished import Unfinished
 from stages.calibration.run import calibrate
 from stages.calibration.statistics import unpack_symmetric
 from stages.calibration.text.windows import TokenWindows
@@ -84,6 +85,8 @@ def _pass(folder: Path, scratch: Path, batch_size: int) -> tuple[EndLossPass, tu
             windows=len(_TOKENS),
             length=_TOKENS.shape[1],
         ),
+        kept=frozenset(),
+        unfinished=Unfinished(scratch / "cache", Processes(None)),
         processes=Processes(None),
         memory=0,
     )
@@ -128,9 +131,9 @@ def test_what_enters_layers_comes_from_the_plain_pass(
     computed: list[Sequence[int]] = []
     complete = EndLossPass._complete
 
-    def noted(self: EndLossPass, lacking: Sequence[int], advance: Callable[[int], None]) -> object:
+    def noted(self: EndLossPass, lacking: Sequence[int], left: int, advance: Callable[[int], None]) -> object:
         computed.append(lacking)
-        return complete(self, lacking, advance)
+        return complete(self, lacking, left, advance)
 
     monkeypatch.setattr(EndLossPass, "_complete", noted)
     calibrate(replace(config, cache_dir=tmp_path / "kept"))

@@ -39,3 +39,10 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises((OSError, ValueError)):
         open_rows(file)
+
+
+def test_a_later_run_goes_on_to_fill_the_file(tmp_path: Path) -> None:
+    rows, file = torch.randn(10, 7), tmp_path / "rows.safetensors"
+    RowsWriter(file, "x", COUNTS).add("calibration", rows[:8])
+    RowsWriter(file, "x", COUNTS, {"held_out": 0, "calibration": 6}).add("calibration", rows[6:])
+    assert torch.equal(load_file(file)["calibration"], rows)
