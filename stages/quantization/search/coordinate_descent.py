@@ -77,7 +77,8 @@ class _Descent:
         self._zero_points = parameters.zero_points
         self._diagonal = torch.stack([torch.diagonal(gram) for gram in grams], dim=1).unsqueeze(-1)  # [K, E, 1]
         self._gradient = weights.new_empty(len(weights), self._tile, rows)
-        self._moved, self._levels, self._products = weights.new_empty(3, len(weights), self._chunk, rows)
+        work = weights.new_empty(3, len(weights), self._chunk, rows)
+        self._moved, self._levels, self._products = work[0], work[1], work[2]
         self._error = torch.empty_like(weights)
         for columns in self._chunks(0, width):
             levels = self._read_levels(columns)
@@ -114,7 +115,9 @@ class _Descent:
         codes = self.codes[:, columns]
         if self._zero_points is None:
             return codes
-        return torch.sub(codes, self._zero_points[:, self._block(columns)], out=self._levels[:, : codes.shape[1]])
+        levels = self._levels[:, : codes.shape[1]]
+        torch.sub(codes, self._zero_points[:, self._block(columns)], out=levels)
+        return levels
 
     def _choose_codes(self, columns: slice, gradient: Float[Tensor, "E k N"]) -> Float[Tensor, "E k N"]:
         """Set the columns' codes, one after another, to the best; return how their errors changed."""
@@ -215,7 +218,8 @@ def two_sided_descent(
             behind = gradient[column + 1 - start : stop - start].view(-1, problems, rows)
             behind.addcmul_(pulls[column, column + 1 : stop], changes.view(problems, rows), value=-1)
     ordered = chosen.view(in_features, problems, heads, count, -1).permute(1, 0, 2, 4, 3)
-    return ordered.reshape(problems, in_features, rows)
+    found: Tensor = ordered.reshape(problems, in_features, rows)
+    return found
 
 
 class _HeadSteps:
@@ -225,7 +229,8 @@ class _HeadSteps:
         heads, size = reach.shape[:2]
         self._reach, self._spec = reach, spec
         self._pull = reach.new_empty(heads, 1, size)
-        self._wanted, self._base, self._scales, self._codes, self._changes = reach.new_empty(5, heads, size)
+        made = reach.new_empty(5, heads, size)
+        self._wanted, self._base, self._scales, self._codes, self._changes = (made[index] for index in range(5))
         each = (self._wanted, self._base, self._scales, self._codes, self._changes)
         at_once = size // count
         behind = [

@@ -14,7 +14,7 @@ from stages.quantization.search.affine import (
     split,
 )
 from stages.quantization.search.choices import full_range
-from stages.quantization.search.objective import block_error, gram_blocks
+from stages.quantization.search.objective import gram_blocks
 from stages.quantization.search.problem import InputScale
 from stages.quantization.search.ranges import (
     Blocks,
@@ -110,7 +110,8 @@ def block_errors(
     weight: torch.Tensor, parameters: BlockParameters, number: QuantSpec, gram: torch.Tensor
 ) -> torch.Tensor:
     blocks = split(weight, 16)
-    return block_error((round_trip(blocks, parameters, number) - blocks).transpose(0, 1), gram).T
+    error = (round_trip(blocks, parameters, number) - blocks).transpose(0, 1)
+    return ((error @ gram) * error).sum(dim=-1).T
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
