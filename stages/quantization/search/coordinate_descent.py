@@ -8,7 +8,7 @@ single pass does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ def coordinate_descent(
     codes: Float[Tensor, "E K N"],
     parameters: ColumnParameters,
     spec: QuantSpec,
-    grams: Sequence[Float[Tensor, "K K"]],
+    grams: Float[Tensor, "E K K"],
     passes: int,
 ) -> tuple[Float[Tensor, "E K N"], ColumnParameters]:
     """Improve codes and scales in ``passes`` over all columns, of E matrices at once; zero points stay.
@@ -64,7 +64,7 @@ class _Descent:
         codes: Float[Tensor, "E K N"],
         parameters: ColumnParameters,
         spec: QuantSpec,
-        grams: Sequence[Float[Tensor, "K K"]],
+        grams: Float[Tensor, "E K K"],
     ) -> None:
         self._grams = grams
         width, rows = weights.shape[1:]
@@ -75,9 +75,10 @@ class _Descent:
         self._steps = ColumnSteps(min(_STEP, self._chunk), weights, spec, descends=True)
         self.codes, self.scales = codes.clone(), parameters.scales.clone()
         self._zero_points = parameters.zero_points
-        self._diagonal = torch.stack([torch.diagonal(gram) for gram in grams], dim=1).unsqueeze(-1)  # [K, E, 1]
+        self._diagonal = torch.diagonal(grams, dim1=1, dim2=2).T.unsqueeze(-1).contiguous()  # [K, E, 1]
         self._gradient = weights.new_empty(len(weights), self._tile, rows)
-        self._moved, self._levels, self._products = weights.new_empty(3, len(weights), self._chunk, rows)
+        work = weights.new_empty(3, len(weights), self._chunk, rows)
+        self._moved, self._levels, self._products = work[0], work[1], work[2]
         self._error = torch.empty_like(weights)
         for columns in self._chunks(0, width):
             levels = self._read_levels(columns)
@@ -114,7 +115,9 @@ class _Descent:
         codes = self.codes[:, columns]
         if self._zero_points is None:
             return codes
-        return torch.sub(codes, self._zero_points[:, self._block(columns)], out=self._levels[:, : codes.shape[1]])
+        levels = self._levels[:, : codes.shape[1]]
+        torch.sub(codes, self._zero_points[:, self._block(columns)], out=levels)
+        return levels
 
     def _choose_codes(self, columns: slice, gradient: Float[Tensor, "E k N"]) -> Float[Tensor, "E k N"]:
         """Set the columns' codes, one after another, to the best; return how their errors changed."""
@@ -127,9 +130,8 @@ class _Descent:
             for index, gram in enumerate(self._grams):
                 before = gram[first:last, columns.start : first], moved[index, : here.start]
                 torch.addmm(gradient[index, here], *before, out=slope[index])
-                steps.pulls[:count, :count, index, 0] = (
-                    gram[first:last, first:last] / self._diagonal[first:last, index, 0]
-                )
+            pulls = self._grams[:, first:last, first:last].permute(1, 2, 0).unsqueeze(-1)
+            torch.div(pulls, self._diagonal[first:last], out=steps.pulls[:count, :count])
             torch.mul(self.codes[:, first:last].transpose(0, 1), steps.scales[0], out=steps.base[:count])
             slope = slope.transpose(0, 1)
             torch.addcdiv(steps.base[:count], slope, self._diagonal[first:last], value=-1, out=steps.wanted[:count])
@@ -165,7 +167,7 @@ def two_sided_descent(
     codes: Float[Tensor, "E K N"],
     parameters: ColumnParameters,
     spec: QuantSpec,
-    grams: Sequence[Float[Tensor, "K K"]],
+    grams: Float[Tensor, "E K K"],
     output_grams: Float[Tensor, "E heads size size"],
 ) -> Float[Tensor, "E K N"]:
     """Improve codes in one pass over all columns where errors of a head's output channels count together.
@@ -201,8 +203,8 @@ def two_sided_descent(
     error = error * scales[block] - in_steps(weights)
     of_problems = error.view(in_features, problems, rows)
     gradient = error.new_empty(_STEP, *error.shape[1:])
-    pulls = torch.stack(list(grams), dim=2).unsqueeze(-1)  # [K, K, E, 1]
-    own = torch.diagonal(pulls[..., 0]).T.repeat_interleave(heads, dim=1).unsqueeze(-1)  # [K, E heads, 1]
+    pulls = grams.permute(1, 2, 0).unsqueeze(-1)  # [K, K, E, 1]
+    own = torch.diagonal(grams, dim1=1, dim2=2).T.repeat_interleave(heads, dim=1).unsqueeze(-1)  # [K, E heads, 1]
     for start in range(0, in_features, _STEP):
         stop = min(start + _STEP, in_features)
         for index, gram in enumerate(grams):
@@ -215,7 +217,8 @@ def two_sided_descent(
             behind = gradient[column + 1 - start : stop - start].view(-1, problems, rows)
             behind.addcmul_(pulls[column, column + 1 : stop], changes.view(problems, rows), value=-1)
     ordered = chosen.view(in_features, problems, heads, count, -1).permute(1, 0, 2, 4, 3)
-    return ordered.reshape(problems, in_features, rows)
+    found: Tensor = ordered.reshape(problems, in_features, rows)
+    return found
 
 
 class _HeadSteps:
@@ -225,7 +228,8 @@ class _HeadSteps:
         heads, size = reach.shape[:2]
         self._reach, self._spec = reach, spec
         self._pull = reach.new_empty(heads, 1, size)
-        self._wanted, self._base, self._scales, self._codes, self._changes = reach.new_empty(5, heads, size)
+        made = reach.new_empty(5, heads, size)
+        self._wanted, self._base, self._scales, self._codes, self._changes = (made[index] for index in range(5))
         each = (self._wanted, self._base, self._scales, self._codes, self._changes)
         at_once = size // count
         behind = [

@@ -92,7 +92,7 @@ def compensate(
         [_refined(choice, of_site) for choice, of_site in zip(of_sites, of_problem, strict=True)]
         for of_sites, of_problem in zip(choices, steps, strict=True)
     ]
-    if options.descent_passes:
+    if compensation.damped is not None:
         for index, output_gram in enumerate(problems[0].output_grams):
             if output_gram is not None:
                 _improve_for_outputs(problems, index, refined, compensation.damped)
@@ -129,15 +129,15 @@ class _Compensation:
     """What GPTQ and the descent need of the Gram matrices, one for each matrix, whose rows may come in parts."""
 
     inverses: Sequence[InverseCholesky]
-    damped: Sequence[Float[Tensor, "K K"]]
-    """Empty without a descent."""
+    damped: Float[Tensor, "E K K"] | None
+    """None without a descent."""
     passes: int
 
     @classmethod
     def over(cls, grams: Sequence[Float[Tensor, "K K"]], options: SearchOptions) -> _Compensation:
         return cls(
             inverses=[inverse_cholesky(gram, options.damping, act_order=options.act_order) for gram in grams],
-            damped=[damped(gram, options.damping) for gram in grams] if options.descent_passes else [],
+            damped=_together([damped(gram, options.damping) for gram in grams]) if options.descent_passes else None,
             passes=options.descent_passes,
         )
 
@@ -147,7 +147,7 @@ class _Compensation:
         """Return what GPTQ gives, and what the descent after it."""
         codes = gptq_codes(weights, ranges, spec, self.inverses)
         first = _ColumnStep(codes=codes, parameters=ranges)
-        if not self.passes:
+        if self.damped is None:
             return (first,)
         codes, ranges = coordinate_descent(weights, codes, ranges, spec, self.damped, self.passes)
         return first, _ColumnStep(codes=codes, parameters=ranges)
@@ -157,7 +157,7 @@ def _improve_for_outputs(
     problems: Sequence[GroupProblem],
     index: int,
     choices: Sequence[list[SiteChoice]],
-    grams: Sequence[Float[Tensor, "K K"]],
+    grams: Float[Tensor, "E K K"],
 ) -> None:
     """Replace the choices of one site by those of a pass of descent where errors count together in each head."""
     spec, weight = problems[0].specs[index], problems[0].weights[index]
@@ -179,6 +179,10 @@ def _improve_for_outputs(
             into[rows] = of_matrix.T.to(into.dtype)
     for of_sites, of_matrix in zip(choices, found, strict=True):
         of_sites[index] = of_sites[index].refined(of_sites[index].parameters, of_matrix)
+
+
+def _together(matrices: Sequence[Float[Tensor, "K K"]]) -> Float[Tensor, "E K K"]:
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
 
 
 def _codes_of(choice: SiteChoice) -> Integer[Tensor, "N K"]:
@@ -353,7 +357,7 @@ def gptq_codes(
     """
     problems, in_features, rows = weights.shape
     steps = ColumnSteps(min(_STEP, in_features), weights, spec, descends=False)
-    reach = [-each.upper / torch.diagonal(each.upper).unsqueeze(1) for each in inverses]
+    reach = _together([-each.upper / torch.diagonal(each.upper).unsqueeze(1) for each in inverses])
     orders = [each.order for each in inverses]
     errors, codes = torch.empty_like(weights), torch.empty_like(weights)
     tile, scales = weights.new_empty(2, problems, min(_TILE, in_features), rows)
@@ -366,10 +370,10 @@ def gptq_codes(
         for first in range(start, stop, _STEP):
             last = min(first + _STEP, stop)
             here, count = slice(first - start, last - start), last - first
-            for index, each in enumerate(reach):
-                if first > start:
+            if first > start:
+                for index, each in enumerate(reach):
                     tile[index, here].addmm_(each[start:first, first:last].T, errors[index, start:first])
-                steps.pulls[:count, :count, index, 0] = each[first:last, first:last]
+            steps.pulls[:count, :count] = reach[:, first:last, first:last].permute(1, 2, 0).unsqueeze(-1)
             steps.wanted[:count] = tile[:, here].transpose(0, 1)
             steps.scales[:count] = scales[:, here].transpose(0, 1)
             steps.run(count)

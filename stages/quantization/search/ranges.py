@@ -7,28 +7,30 @@ https://arxiv.org/abs/2306.00978; the refit after llama.cpp's make_qx_quants, wh
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stages.quantization.search.affine import (
     BlockParameters,
+    BlockRange,
     RangeRule,
-    block_range,
-    choose_parameters,
-    levels,
-    quantize,
     range_parameters,
     round_to_storage,
-    round_trip,
-    split,
     stack_parameters,
 )
 from stages.quantization.search.choices import errors_of, first_validated, full_ranges, measured, scaled_weight
-from stages.quantization.search.objective import block_error, gram_blocks, in_scaled_space
+from stages.quantization.search.columns import columns_of
+from stages.quantization.search.objective import gram_blocks, in_scaled_space
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.records.formats import QuantSpec
 
+_ROWS = 64
+"""Parts begin at a multiple of it and have at least so many output channels, so that sums run in the same kernels."""
 _REFITS = 3
 """Refits of scale and codes in turn; each is kept only where it helps, and the fourth hardly ever does."""
 
@@ -83,9 +85,11 @@ def _site_ranges(
         stats = in_scaled_space(stats, scale.scale)
     gram = gram_blocks(stats, spec.block_size(weight.shape[1]))
     ratios = clip_ratio_grid(options.clip_min, options.clip_step)
+    step = -(-options.column_chunk // _ROWS) * _ROWS
+    starts = [*range(0, max(len(weight) - _ROWS, 1), step), len(weight)]
     parts = [
-        search_ranges(scaled_weight(rows, scale), spec, options.range_rule, gram, ratios)
-        for rows in torch.split(weight, options.column_chunk)
+        search_ranges(scaled_weight(weight[start:stop], scale), spec, options.range_rule, gram, ratios)
+        for start, stop in pairwise(starts)
     ]
     return stack_parameters(parts)
 
@@ -108,16 +112,9 @@ def search_ranges(
         gram: the diagonal blocks of the Gram matrix, in the scaled space.
         ratios: the clip ratios to try.
     """
-    blocks = split(weight, spec.block_size(weight.shape[1]))
-    ratio, error = _best_ratios(blocks, spec, rule, gram, ratios)
-    best = choose_parameters(blocks, spec, rule, ratio)
-    for _ in range(_REFITS):
-        refitted = refit(blocks, best, spec, gram)
-        refitted_error = _errors(blocks, refitted, spec, gram)
-        better = refitted_error < error
-        error = torch.where(better, refitted_error, error)
-        best = _where(better, refitted, best)
-    return best
+    found = _search(_blocks(weight, gram), spec, rule, ratios)
+    zero_points = found.zero_points
+    return BlockParameters(scales=found.scales.T, zero_points=None if zero_points is None else zero_points.T)
 
 
 def search_clip_ratios(
@@ -128,59 +125,95 @@ def search_clip_ratios(
     Args:
         weight, spec, rule, gram, ratios: see ``search_ranges``.
     """
-    return _best_ratios(split(weight, spec.block_size(weight.shape[1])), spec, rule, gram, ratios)[0]
+    return _best_ratios(_blocks(weight, gram), spec, rule, ratios)[0].T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The blocks of some rows; a block's numbers of one row are a column, so that operations run along the rows."""
+
+    weights: Float[Tensor, "nB B N"]
+    gram: Float[Tensor, "nB B B"]
+    work: Float[Tensor, "2 nB B N"]
+    """A place for what is computed with them."""
+
+
+def _blocks(weight: Float[Tensor, "N K"], gram: Float[Tensor, "nB B B"]) -> Blocks:
+    columns = columns_of([weight])[0]
+    missing = gram.shape[0] * gram.shape[1] - len(columns)
+    padded = pad(columns, (0, 0, 0, missing)) if missing else columns
+    blocks = padded.view(*gram.shape[:2], len(weight))
+    return Blocks(weights=blocks, gram=gram, work=blocks.new_empty(2, *blocks.shape))
+
+
+def _search(blocks: Blocks, spec: QuantSpec, rule: RangeRule, ratios: list[float]) -> BlockParameters:
+    ratio, error = _best_ratios(blocks, spec, rule, ratios)
+    best = range_parameters(_range_of(blocks), spec, rule, ratio)
+    for _ in range(_REFITS):
+        refitted = refit(blocks, best, spec)
+        refitted_error = _errors(blocks, refitted, spec)
+        better = refitted_error < error
+        error = torch.where(better, refitted_error, error)
+        best = _where(better, refitted, best)
+    return best
 
 
 def _best_ratios(
-    blocks: Float[Tensor, "N nB B"],
-    spec: QuantSpec,
-    rule: RangeRule,
-    gram: Float[Tensor, "nB B B"],
-    ratios: list[float],
-) -> tuple[Float[Tensor, "N nB"], Float[Tensor, "N nB"]]:
+    blocks: Blocks, spec: QuantSpec, rule: RangeRule, ratios: list[float]
+) -> tuple[Float[Tensor, "nB N"], Float[Tensor, "nB N"]]:
     """Return the best ratios and their errors."""
-    best_error = torch.full(blocks.shape[:-1], torch.inf, device=blocks.device)
+    full = _range_of(blocks)
+    best_error = torch.full_like(full.low, torch.inf)
     best_ratio = torch.full_like(best_error, ratios[0])
-    full = block_range(blocks)
     for ratio in ratios:
-        error = _errors(blocks, range_parameters(full, spec, rule, ratio), spec, gram)
+        error = _errors(blocks, range_parameters(full, spec, rule, ratio), spec)
         best_ratio.masked_fill_(error < best_error, ratio)
         best_error = torch.minimum(error, best_error)
     return best_ratio, best_error
 
 
-def refit(
-    blocks: Float[Tensor, "N nB B"], parameters: BlockParameters, spec: QuantSpec, gram: Float[Tensor, "nB B B"]
-) -> BlockParameters:
+def _range_of(blocks: Blocks) -> BlockRange:
+    return BlockRange(low=blocks.weights.amin(dim=1), high=blocks.weights.amax(dim=1))
+
+
+def refit(blocks: Blocks, parameters: BlockParameters, spec: QuantSpec) -> BlockParameters:
     """Fit the scale to the codes, scale = c^T G w / c^T G c with c = code - zero point, then the zero point.
 
     Blocks whose best scale would be 0 or of the other sign keep theirs.
 
     Args:
-        blocks: the weights.
-        parameters: what the codes are chosen with.
+        blocks: the weights, and the diagonal blocks of the Gram matrix.
+        parameters: what the codes are chosen with, [nB, N], as are those that are returned.
         spec: the format that the weights are stored in.
-        gram: the diagonal blocks of the Gram matrix.
     """
-    codes = quantize(blocks, parameters, spec)
-    steps = levels(codes, parameters)
-    pulled = (steps.transpose(0, 1) @ gram).transpose(0, 1)
-    fitted = (pulled * blocks).sum(dim=-1) / (pulled * steps).sum(dim=-1)
+    weights, gram = blocks.weights, blocks.gram
+    steps = _levels(blocks, parameters, spec)
+    pulled = torch.bmm(gram, steps, out=blocks.work[1])
+    offset = pulled.sum(dim=1)
+    fitted = (pulled * weights).sum(dim=1) / pulled.mul_(steps).sum(dim=1)
     usable = torch.isfinite(fitted) & (fitted * parameters.scales > 0)
     scales = round_to_storage(torch.where(usable, fitted, parameters.scales), spec.scale_dtype)
     if parameters.zero_points is None:
         return BlockParameters(scales=scales, zero_points=None)
-    pull = gram.sum(dim=1).expand_as(blocks)
-    offset = (pull * (codes - blocks / scales.unsqueeze(-1))).sum(dim=-1) / pull.sum(dim=-1)
-    zero_points = torch.where(torch.isfinite(offset), torch.round(offset), parameters.zero_points)
+    pull = gram.sum(dim=1)
+    offset = (offset - torch.bmm(pull.unsqueeze(1), weights).squeeze(1) / scales) / pull.sum(dim=1, keepdim=True)
+    zero_points = torch.where(torch.isfinite(offset), parameters.zero_points + offset.round_(), parameters.zero_points)
     return BlockParameters(scales=scales, zero_points=zero_points.clamp(spec.code_min, spec.code_max))
 
 
-def _errors(
-    blocks: Float[Tensor, "N nB B"], parameters: BlockParameters, spec: QuantSpec, gram: Float[Tensor, "nB B B"]
-) -> Float[Tensor, "N nB"]:
-    error = round_trip(blocks, parameters, spec).sub_(blocks)
-    return block_error(error.transpose(0, 1), gram).T
+def _levels(blocks: Blocks, parameters: BlockParameters, spec: QuantSpec) -> Float[Tensor, "nB B N"]:
+    """Round to codes; return them less their zero points."""
+    levels = torch.div(blocks.weights, parameters.scales.unsqueeze(1), out=blocks.work[0]).round_()
+    if parameters.zero_points is None:
+        return levels.clamp_(spec.code_min, spec.code_max)
+    zero_points = parameters.zero_points.unsqueeze(1)
+    return torch.clamp(levels, spec.code_min - zero_points, spec.code_max - zero_points, out=levels)
+
+
+def _errors(blocks: Blocks, parameters: BlockParameters, spec: QuantSpec) -> Float[Tensor, "nB N"]:
+    """Return d^T G_bb d for the error d of every block: what each costs by itself."""
+    error = _levels(blocks, parameters, spec).mul_(parameters.scales.unsqueeze(1)).sub_(blocks.weights)
+    return torch.bmm(blocks.gram, error, out=blocks.work[1]).mul_(error).sum(dim=1)
 
 
 def _where(better: Tensor, first: BlockParameters, second: BlockParameters) -> BlockParameters:

@@ -100,7 +100,7 @@ def descent_of_one(
 ) -> tuple[Tensor, BlockParameters]:
     """Return ``coordinate_descent`` of one matrix, [N, K]."""
     ranges = ColumnParameters.of([parameters])
-    found, fitted = coordinate_descent(columns_of([weight]), columns_of([codes]), ranges, number, [gram], passes)
+    found, fitted = coordinate_descent(columns_of([weight]), columns_of([codes]), ranges, number, gram[None], passes)
     return found[0].T.contiguous(), fitted.matrix(0)
 
 
@@ -110,7 +110,7 @@ def two_sided_of_one(
     """Return ``two_sided_descent`` of one matrix, [N, K]."""
     ranges = ColumnParameters.of([parameters])
     columns = columns_of([weight]), columns_of([codes])
-    return two_sided_descent(*columns, ranges, number, [gram], output_gram[None])[0].T.contiguous()
+    return two_sided_descent(*columns, ranges, number, gram[None], output_gram[None])[0].T.contiguous()
 
 
 def joint_error(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> float:

@@ -14,9 +14,10 @@ from stages.quantization.search.affine import (
     split,
 )
 from stages.quantization.search.choices import full_range
-from stages.quantization.search.objective import block_error, gram_blocks
+from stages.quantization.search.objective import gram_blocks
 from stages.quantization.search.problem import InputScale
 from stages.quantization.search.ranges import (
+    Blocks,
     clip_ratio_grid,
     clip_sites,
     refit,
@@ -95,11 +96,22 @@ def test_per_channel_int8_clips_whole_rows() -> None:
     assert search_clip_ratios(layer.problem.weights[0], number, "full", blocks, RATIOS).shape == (20, 1)
 
 
+def refitted(blocks: torch.Tensor, start: BlockParameters, number: QuantSpec, gram: torch.Tensor) -> BlockParameters:
+    """Return ``refit`` of blocks [N, nB, B], with its parameters [N, nB]."""
+    weights = blocks.permute(1, 2, 0).contiguous()
+    turned = BlockParameters(scales=start.scales.T, zero_points=None)
+    if start.zero_points is not None:
+        turned = BlockParameters(scales=start.scales.T, zero_points=start.zero_points.T)
+    part = Blocks(weights=weights, gram=gram, work=torch.empty(2, *weights.shape))
+    return BlockParameters(scales=refit(part, turned, number).scales.T, zero_points=None)
+
+
 def block_errors(
     weight: torch.Tensor, parameters: BlockParameters, number: QuantSpec, gram: torch.Tensor
 ) -> torch.Tensor:
     blocks = split(weight, 16)
-    return block_error((round_trip(blocks, parameters, number) - blocks).transpose(0, 1), gram).T
+    error = (round_trip(blocks, parameters, number) - blocks).transpose(0, 1)
+    return ((error @ gram) * error).sum(dim=-1).T
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -111,7 +123,7 @@ def test_refitted_scale_is_the_least_squares_solution_for_its_codes(symmetric: b
     blocks = split(weight, 16)
     start = choose_parameters(blocks, number, "full", 0.8)
     codes = quantize(blocks, start, number)
-    fitted = refit(blocks, start, number, gram)
+    fitted = refitted(blocks, start, number, gram)
     tokens = layer.tokens.double().numpy()
     for row in range(3):
         for block in range(3):
@@ -145,4 +157,4 @@ def test_no_block_gets_worse_than_its_best_ratio_and_most_get_better(symmetric: 
 def test_scales_of_empty_blocks_survive_a_refit() -> None:
     blocks = torch.zeros(2, 1, 16)
     start = choose_parameters(blocks, spec(), "full")
-    assert torch.equal(refit(blocks, start, spec(), torch.eye(16)[None]).scales, torch.ones(2, 1))
+    assert torch.equal(refitted(blocks, start, spec(), torch.eye(16)[None]).scales, torch.ones(2, 1))

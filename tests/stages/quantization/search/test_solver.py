@@ -178,7 +178,7 @@ def test_an_expert_that_only_held_out_tokens_missed_is_searched(kind: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["awq_lite", "awq_clip", "awq_full"])
 def test_codes_depend_neither_on_chunks_nor_on_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = random_layer(4, widths=(33,)).problem
+    problem = random_layer(4, widths=(133,)).problem
     solver = solver_of(problem, name)
     threads = torch.get_num_threads()
     whole = solver.solve(problem.group)
