@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, CalibrateConf
 from stages.errors import CacheMismatch, GraphError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph, parse_graph
+from stages.model.partition import Partition
 from stages.model.sites import find_expert_layers, find_groups, widest_input
 from stages.model.unquantized import require_float_base
 from stages.records.experts import ExpertLayer
@@ -110,10 +111,12 @@ def _run(
     capture = replace(capture, streams=streams)
     memory = processes.broadcast(memory_limit(config.max_memory, capture.device, processes.count_here))
     found = unfinished.found()
-    begun = State(options=_digest(config, key), providers=(), memory=memory, processes=processes.count)
-    if found is not None and found.options == begun.options and found.memory <= memory / PART_OF_FREE_MEMORY:
-        begun = replace(begun, memory=found.memory, processes=found.processes)  # so the graph is cut as it was
-    partitions = capture.cut(begun.memory, begun.processes)
+    partitions, options = capture.cut(memory, processes.count), _digest(config, key)
+    begun = State(options=options, providers=(), cut=_cut_digest(partitions), memory=memory, processes=processes.count)
+    if found is not None and found.options == options and found.cut != begun.cut:
+        again = capture.cut(found.memory, found.processes)
+        if found.memory <= memory / PART_OF_FREE_MEMORY and _cut_digest(again) == found.cut:
+            partitions, begun = again, replace(found, providers=(), reached=Reached())
     with capture.open_first(partitions[0]) as tap:
         # Only now it is known which providers work.
         key = replace(key, providers=tap.providers.names)
@@ -159,6 +162,11 @@ def _digest(config: CalibrateConfig, key: CacheKey) -> str:
     """Return a digest of all that decides about the numbers of a calibration but what ``State`` names itself."""
     options = (key.digest(), key.key_values, config.batch_size, config.device, config.max_memory)
     return hashlib.sha256(repr((*options, ort.__version__, torch.__version__)).encode()).hexdigest()
+
+
+def _cut_digest(partitions: Sequence[Partition]) -> str:
+    outputs = [[value.name for value in partition.model.graph.outputs] for partition in partitions]
+    return hashlib.sha256(repr(outputs).encode()).hexdigest()
 
 
 def _what_is_done(capture: Capture, partitions: int, chain: Chain | None, reached: Reached) -> str:

@@ -49,10 +49,12 @@ class State:
     options: str
     """A digest of all that decides about its numbers."""
     providers: tuple[str, ...]
+    cut: str
+    """A digest of the partitions' outputs."""
     memory: int
-    """Bytes that a partition may take."""
+    """Bytes that a partition might take when the graph was cut."""
     processes: int
-    """Of the run that cut the graph."""
+    """Of the run that cut it."""
     reached: Reached = field(default_factory=Reached)
 
 
@@ -101,7 +103,10 @@ class Unfinished:
         Yields:
             Whether something of it was there.
         """
-        is_same = found is not None and replace(found, reached=Reached()) == state
+        # The same cut may come from another limit.
+        is_same = found is not None and state == replace(
+            found, reached=Reached(), memory=state.memory, processes=state.processes
+        )
         self._state, self._is_kept, self._cache = found if is_same else state, is_same, cache
         if not is_same:
             self.discard()
