@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,9 +22,10 @@ from rich.console import Group
 
 from scripts.benchmarks.capture import measure_capture
 from scripts.benchmarks.figures import Benchmark, CommandFigure, this_machine
+from scripts.benchmarks.kernels import measure_kernels
 from scripts.benchmarks.search import measure_search
 from scripts.benchmarks.tables import benchmark_tables
-from scripts.benchmarks.writing import measure_writing
+from scripts.benchmarks.writing import copy_file, measure_writing
 from scripts.options import BenchmarkConfig, PeerConfig
 from scripts.peers.runs import peers_of
 from stages.calibration.cache import open_cache
@@ -70,12 +72,18 @@ def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[
         yield found
     directory, device = locate_model(config.base), choose_device(config.device)
     with status("plain inference and calibration's passes"):
-        tokens = open_cache(cache, fingerprint_model(directory)).read_tokens()[0][:1]
+        tokens, held_out = open_cache(cache, fingerprint_model(directory)).read_tokens()
         choice = choose_providers(config.calibration_eps)
-        yield (found := replace(found, capture=measure_capture(directory, tokens, choice, device, config.rounds)))
+        capture = measure_capture(directory, tokens[:1], choice, device, config.rounds)
+        calibrated = int(tokens.size + held_out.size)
+        yield (found := replace(found, calibration_tokens=calibrated, capture=capture))
     with status("search"), torch.no_grad():
         figures = [figure for algorithm in config.algo for figure in measure_search(_search(config, cache, algorithm))]
         yield (found := replace(found, search=tuple(figures)))
+    with status("parts of GPTQ"):
+        shapes = [(figure.in_features, figure.out_features) for figure in found.search]
+        kernels = measure_kernels(shapes, config.block_size, device, config.rounds)
+        yield (found := replace(found, kernels=tuple(kernels)))
     with status("export and a copy"), tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = default_folder(folder / config.algo[0], ".weights")
         yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
@@ -87,8 +95,9 @@ def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[
 def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterator[CommandFigure]:
     """Run both stages as a user types them."""
     shared = ("--onnx_path", str(config.base), "--cache_dir", str(cache), "--device", config.device, "--overwrite")
-    calibration = ("--dataset", config.dataset, "--calib_size", str(config.calib_size))
-    command = ("stages.calibrate", *shared, *calibration, "--calibration_eps", config.calibration_eps)
+    text = ("--dataset", config.dataset, "--calib_size", str(config.calib_size))
+    passes = ("--token_weights", config.token_weights, "--calibration_eps", config.calibration_eps)
+    command = ("stages.calibrate", *shared, *text, *passes)
     with status(_CALIBRATE):
         # A calibration that is there would be found and not made.
         for file in cache.iterdir() if cache.is_dir() else ():
@@ -109,7 +118,19 @@ def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterato
             str(folder / algorithm),
         )
         with status(f"{_QUANTIZE} {algorithm}"):
-            yield _run(f"{_QUANTIZE} {algorithm}", ("stages.quantize", *shared, *options), folder)
+            figure = _run(f"{_QUANTIZE} {algorithm}", ("stages.quantize", *shared, *options), folder)
+            yield figure if figure.failure else replace(figure, copy_seconds=_copying(config.base, folder / algorithm))
+
+
+def _copying(base: Path, output: Path) -> float:
+    """Return the seconds of copying the files of both models."""
+    folder = base if base.is_dir() else base.parent
+    files = [file for place in (folder, output) for file in sorted(place.iterdir()) if file.is_file()]
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        started = time.perf_counter()
+        for index, file in enumerate(files):
+            copy_file(file, Path(scratch) / str(index))
+        return time.perf_counter() - started
 
 
 def _run(name: str, module: Sequence[str], folder: Path) -> CommandFigure:

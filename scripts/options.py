@@ -194,6 +194,8 @@ class BenchmarkConfig(CommandOptions):
     """What is calibrated on; see stages.calibrate."""
     calib_size: int = 32
     """Windows of 512 tokens."""
+    token_weights: Literal["auto", "none"] = "auto"
+    """none: calibrate without the backward pass that weighs tokens."""
     calibration_eps: str = "cuda,cpu"
     """Execution providers of the forward passes, tried in this order."""
     device: str = "auto"

@@ -55,11 +55,11 @@ def measure_capture(
     with open_value_tap(load_graph(directory), directory, activations, choice, {}) as tap:
         times: dict[str, list[float]] = {"plain": [], "tapped": [], "observed": []}
         for _ in range(rounds + 1):
-            times["plain"].append(_seconds(lambda: plain.run(["logits"], feeds), device))
+            times["plain"].append(seconds_on(device, lambda: plain.run(["logits"], feeds)))
             started = time.perf_counter()
             values = {name: [value] for name, value in tap.run(tokens)}
             times["tapped"].append(time.perf_counter() - started)
-            adding = _seconds(partial(fold_in, sums, values, device), device)
+            adding = seconds_on(device, partial(fold_in, sums, values, device))
             times["observed"].append(times["tapped"][-1] + adding)
     speeds = {name: tokens.size / median(of_rounds[1:]) for name, of_rounds in times.items()}
     return CaptureFigure(
@@ -71,7 +71,8 @@ def measure_capture(
     )
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
+    """Return how long ``work`` takes until ``device`` has done it."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -53,6 +53,8 @@ class CommandFigure:
     peak_bytes: int | None
     """Most host memory that it held, mapped pages of weights counted."""
     failure: str | None = None
+    copy_seconds: float | None = None
+    """A copy of the files that it reads and writes, flushed; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,21 @@ class SearchFigure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KernelFigure:
+    """Seconds of GPTQ's parts for one weight, and of the product of weight and Gram matrix, W G."""
+
+    in_features: int
+    out_features: int
+    product: float
+    factoring: float
+    """Of the inverse Gram matrix."""
+    gptq: float
+    """All columns, without factoring."""
+    descent: float
+    """One pass of coordinate descent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WriteFigure:
     """Export, and a copy of as many bytes."""
 
@@ -105,8 +122,11 @@ class Benchmark:
     machine: Machine
     base: str
     commands: tuple[CommandFigure, ...]
+    calibration_tokens: int = 0
+    """That the calibration ran, held-out ones too."""
     capture: CaptureFigure | None = None
     search: tuple[SearchFigure, ...] = ()
+    kernels: tuple[KernelFigure, ...] = ()
     writing: WriteFigure | None = None
 
     def seconds_of(self, *names: str) -> float | None:

@@ -36,14 +36,15 @@ def measure_writing(base: Path, weights: Path, scratch: Path) -> WriteFigure:
     data = max(output.iterdir(), key=lambda file: file.stat().st_size)
     size = data.stat().st_size
     started = time.perf_counter()
-    _copy(data, scratch / "copied")
+    copy_file(data, scratch / "copied")
     copy_seconds = time.perf_counter() - started
     shutil.rmtree(output)
     (scratch / "copied").unlink()
     return WriteFigure(bytes=size, export_seconds=export_seconds, copy_seconds=copy_seconds)
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file, and flush them to the disk."""
     # Chunk by chunk: shutil.copyfile lets some file systems share the blocks, which copies nothing.
     with source.open("rb") as reading, target.open("wb") as writing:
         while chunk := reading.read(_CHUNK):

@@ -196,15 +196,6 @@ class _FormatOptions:
         return self.target_bpw is not None or self.target_size is not None
 
     @property
-    def leaves_formats_open(self) -> bool:
-        """Return whether no option says anything about the number formats."""
-        return (
-            not self.has_budget
-            and not (self.enable_mixed_quant or self.layers_8bit)
-            and (self.block_size, self.int8_block_size, self.lm_head, self.plan) == (None, None, None, None)
-        )
-
-    @property
     def budget_description(self) -> str:
         """Return the budget as it was given."""
         return f"--target_size {self.target_size}" if self.target_bpw is None else f"--target_bpw {self.target_bpw:g}"
@@ -272,13 +263,6 @@ class _StorageOptions:
     """The cosines and sines of rotary embeddings. computed: where their frequencies give the stored numbers, nodes that
     ONNX Runtime computes when it loads the model. stored: as in the base. Default: computed where the target is cpu,
     else stored."""
-
-    @property
-    def leaves_storage_open(self) -> bool:
-        """Return whether no option says anything about operators, number ranges and the embedding."""
-        ranges = (self.use_zero_point, self.scale_range, self.scale_type)
-        tables = (self.requested_embedding, self.gather_block_size, self.gather_form)
-        return not self.use_column_major and {self.weight_operator, *ranges, *tables} == {None}
 
     @property
     def requested_embedding(self) -> Embedding | None:
@@ -444,6 +428,12 @@ class QuantizeConfig(
     def needs_cache(self) -> bool:
         """Return whether the search reads calibration statistics."""
         return self.searches_sites and (self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq"))
+
+    @property
+    def leaves_formats_open(self) -> bool:
+        """Return whether nothing chooses each site's format: no budget, rule, file, nor INT4's whole format by name."""
+        chosen = self.has_budget or self.enable_mixed_quant or self.layers_8bit or self.plan or self.checkpoint
+        return not chosen and None in (self.block_size, self.use_zero_point)
 
     @property
     def searches_sites(self) -> bool:

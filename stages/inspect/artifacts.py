@@ -14,7 +14,7 @@ from stages.evaluation.bench.results import TextResults, measured_models
 from stages.evaluation.bench.runs import read_base_rows, read_records
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model
-from stages.quantization.plan.forecast import read_forecasts
+from stages.quantization.plan.budget.forecast import read_forecasts
 from stages.quantization.weights.store import QuantizedStore
 from stages.quantization.weights.summary import bits_per_weight
 from stages.records.formats import WeightForm

@@ -31,17 +31,10 @@ from stages.model.weights import read_rows, read_weight
 from stages.quantization.blocks.distill import Distiller
 from stages.quantization.blocks.tuner import BlockStep, BlockTuner, RefineStep, SignRoundStep
 from stages.quantization.checkpoints.imported import ImportedWeights
-from stages.quantization.plan.allocate_budget import BudgetResult, allocate_budget
-from stages.quantization.plan.plan import (
-    ModelPlan,
-    group_solver,
-    make_recipe,
-    plan_model,
-    plan_search,
-    search_options,
-    signround_options,
-)
+from stages.quantization.plan.budget.allocate import BudgetResult, allocate_budget
+from stages.quantization.plan.plan import ModelPlan, plan_model, plan_search
 from stages.quantization.plan.plan_file import PLAN, write_plan
+from stages.quantization.plan.recipe import group_solver, make_recipe, search_options, signround_options
 from stages.quantization.search.embedding import quantize_table
 from stages.quantization.search.parallel import solve_groups
 from stages.quantization.search.solver import GroupSolver, search_cost

@@ -22,6 +22,8 @@ from stages.commands import calibrate_options, evaluate_options, options, quanti
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+SLOWEST = {"evaluation.md"}
+"""Pages whose commands take longest: they run with --all only."""
 BLOCK = re.compile(r"(?:^<!-- file: (?P<name>\S+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S)
 OURS = {
     "stages.calibrate": calibrate_options.CalibrateConfig,
@@ -123,7 +125,12 @@ def exit_code(module: str) -> int | str:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(map(is_run, blocks_of(page)))], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.thorough] if page.name in SLOWEST else [], id=page.name)
+        for page in PAGES
+        if any(map(is_run, blocks_of(page)))
+    ],
 )
 def test_the_code_blocks_of_a_page_run(
     page: Path, seed_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

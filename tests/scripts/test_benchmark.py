@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from scripts.benchmark import benchmark
-from scripts.benchmarks.figures import Benchmark, CaptureFigure, CommandFigure, Machine
+from scripts.benchmarks.figures import Benchmark, CaptureFigure, CommandFigure, KernelFigure, Machine
 from scripts.benchmarks.tables import benchmark_tables
 from scripts.options import BenchmarkConfig
 from stages.commands.output import TablePrinter
@@ -21,6 +23,36 @@ MACHINE = Machine(processor="p", cores=2, threads=2, gpu=None, versions={})
 def test_calibration_is_compared_with_plain_inference() -> None:
     capture = CaptureFigure(tokens=512, plain=600.0, tapped=500.0, observed=400.0, provider="cpu")
     assert capture.ratio == 1.5
+
+
+def test_the_whole_calibration_is_compared_with_plain_inference_of_its_tokens() -> None:
+    capture = CaptureFigure(tokens=512, plain=600.0, tapped=500.0, observed=400.0, provider="cpu")
+    found = Benchmark(
+        machine=MACHINE, base="b", commands=(command("calibrate", 30.0),), calibration_tokens=12000, capture=capture
+    )
+    assert re.search(r"the whole command, against plain inference .*1\.50 x", text_of(found))
+
+
+def test_kernels_are_parts_of_a_plain_product_and_say_how_they_grow() -> None:
+    def figure(size: int, growth: float) -> KernelFigure:
+        return KernelFigure(
+            in_features=size,
+            out_features=size,
+            product=0.1 * growth,
+            factoring=0.2 * growth,
+            gptq=0.2 * growth,
+            descent=0.4,
+        )
+
+    shown = text_of(Benchmark(machine=MACHINE, base="b", commands=(), kernels=(figure(64, 1.0), figure(128, 8.0))))
+    assert "0.2000 (0.50)" in shown
+    assert "1.6000 (0.50); K^3.0" in shown
+    assert "0.4000 (2.00); K^0.0" in shown
+
+
+def test_a_search_is_compared_with_a_copy_of_its_files() -> None:
+    copied = replace(command("quantize rtn_dq", 10.0), copy_seconds=4.0)
+    assert "2.5 x its time" in text_of(Benchmark(machine=MACHINE, base="b", commands=(copied,)))
 
 
 def text_of(found: Benchmark) -> str:
@@ -77,6 +109,11 @@ def test_a_whole_run(
         (96, 64),
     ]
     assert all(figure.seconds > 0 for figure in found.search)
+    assert [figure.in_features for figure in found.kernels][:2] == [512, 1024]
+    assert {(figure.in_features, figure.out_features) for figure in found.kernels} > {(64, 300), (96, 64)}
+    assert all(min(figure.product, figure.factoring, figure.gptq, figure.descent) > 0 for figure in found.kernels)
+    assert found.commands[1].copy_seconds is not None
+    assert found.calibration_tokens == 3 * 512
     assert found.writing is not None
     assert found.writing.bytes == (tmp_path / "bench" / "awq_full" / "model.onnx.data").stat().st_size
     left = sorted(path.name for path in (tmp_path / "bench").iterdir())

@@ -293,7 +293,13 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
             "",
             marks=pytest.mark.thorough,
         ),
-        (EXAMPLE_LAYERS, "llama3.2-1b-int4-int8-custom", {"layers.0/", "layers.1/"}, "layers.15, layers.16 left out"),
+        pytest.param(
+            EXAMPLE_LAYERS,
+            "llama3.2-1b-int4-int8-custom",
+            {"layers.0/", "layers.1/"},
+            "layers.15, layers.16 left out",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_the_documented_mixed_command_lines(

@@ -22,12 +22,14 @@ from stages.errors import CacheMismatch, GraphError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
 from stages.model.sites import find_groups, widest_input
-from stages.quantization.plan.allocate_budget import allocate_budget, needs_weights, unmeasured_groups
-from stages.quantization.plan.budget import SizeBudget
+from stages.quantization.plan.budget.allocate import allocate_budget, needs_weights, unmeasured_groups
+from stages.quantization.plan.budget.candidates import SizeBudget
+from stages.quantization.plan.budget.left_open import OpenPlan
 from stages.quantization.plan.experts import stored_bytes
 from stages.quantization.plan.output_size import file_bytes, output_size, weight_bytes
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, plan_search
+from stages.quantization.plan.plan import ModelPlan, plan_search
 from stages.quantization.plan.plan_file import KEEP
+from stages.quantization.plan.recipe import describe_recipe
 from stages.quantization.plan.rules import all_sites
 from stages.quantization.preview.memory import (
     held_already,

@@ -12,7 +12,8 @@ from torch import Tensor
 from stages.calibration.capture import TextShape
 from stages.calibration.statistics import StatisticsSize
 from stages.commands.quantize_options import QuantizeConfig
-from stages.quantization.plan.plan import ModelPlan, group_solver
+from stages.quantization.plan.plan import ModelPlan
+from stages.quantization.plan.recipe import group_solver
 from stages.quantization.search.parallel import small_groups, solve_groups, workers_on
 from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.records.results import ActivationStats, SearchStats, TokenStats

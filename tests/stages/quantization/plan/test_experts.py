@@ -12,7 +12,7 @@ import pytest
 
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
-from stages.quantization.plan.budget import SiteCandidates, chosen_experts, expert_candidates
+from stages.quantization.plan.budget.candidates import SiteCandidates, chosen_experts, expert_candidates
 from stages.quantization.plan.experts import ExpertPlan, fitting, plan_experts, stored_bytes
 from stages.quantization.plan.output_size import OutputSize
 from stages.quantization.plan.rules import NamedSites

@@ -14,8 +14,10 @@ from stages.errors import OptionError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, describe_recipe, make_recipe, plan_model
+from stages.quantization.plan.budget.left_open import OpenPlan
+from stages.quantization.plan.plan import ModelPlan, plan_model
 from stages.quantization.plan.plan_file import PlannedSite, plan_text, write_plan
+from stages.quantization.plan.recipe import describe_recipe, make_recipe
 from stages.quantization.plan.rules import all_sites
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import UserError
-from stages.quantization.plan.forecast import (
+from stages.quantization.plan.budget.forecast import (
     GroupForecast,
     SearchTraits,
     compensated_errors,

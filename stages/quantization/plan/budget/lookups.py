@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_rows
-from stages.quantization.plan.sensitivity import divergence, few_windows
+from stages.quantization.plan.budget.sensitivity import divergence, few_windows
 from stages.quantization.search.affine import RangeRule, choose_parameters, join, round_trip, split
 from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.runtime.providers import choose_providers

@@ -15,7 +15,7 @@ from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.sensitivity import (
+from stages.quantization.plan.budget.sensitivity import (
     GroupSensitivity,
     SensitivityMeasure,
     divergence,

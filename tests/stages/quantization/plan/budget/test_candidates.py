@@ -5,7 +5,7 @@ import pytest
 
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
-from stages.quantization.plan.budget import (
+from stages.quantization.plan.budget.candidates import (
     BitsBudget,
     SiteCandidates,
     SizeBudget,

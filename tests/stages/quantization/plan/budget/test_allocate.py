@@ -16,15 +16,16 @@ from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.allocate_budget import (
+from stages.quantization.plan.budget.allocate import (
     BudgetResult,
     allocate_budget,
     needs_weights,
     unmeasured_groups,
 )
-from stages.quantization.plan.budget import SizeBudget
-from stages.quantization.plan.forecast import read_forecasts
-from stages.quantization.plan.plan import ModelPlan, OpenPlan, own_budget, plan_model
+from stages.quantization.plan.budget.candidates import SizeBudget
+from stages.quantization.plan.budget.forecast import read_forecasts
+from stages.quantization.plan.budget.left_open import OpenPlan
+from stages.quantization.plan.plan import ModelPlan, own_budget, plan_model
 from stages.quantization.plan.plan_file import KEEP, read_plan, write_plan
 from stages.quantization.plan.rules import all_sites
 from tests.reference.knapsack import smallest_loss
@@ -177,10 +178,15 @@ def _own(model: ir.Model, folder: Path, cache: CalibrationCache | None, **option
     return replace(config, target_size=own_budget(config, plan, model, locate_model(folder), cache))
 
 
-def test_who_names_no_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
-    model: ir.Model, tiny_model: Path, cache: CalibrationCache
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block_size": 128}, {"use_zero_point": True}, {"use_zero_point": False}, {"lm_head": "8", "embedding": "4"}],
+    ids=str,
+)
+def test_who_names_no_whole_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
+    options: dict[str, object], model: ir.Model, tiny_model: Path, cache: CalibrationCache
 ) -> None:
-    config = _own(model, tiny_model, cache)
+    config = _own(model, tiny_model, cache, **options)
     plan = plan_model(config, model, locate_model(tiny_model))
     undecided = _open(plan)
     assert isinstance(undecided.budget, SizeBudget)
@@ -191,10 +197,9 @@ def test_who_names_no_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
     assert sizes[1] <= undecided.budget.num_bytes
     assert 0 <= undecided.budget.num_bytes - sizes[0] < 100_000
     losses = read_forecasts(cache.folder, undecided.search)
-    # A budget gives INT8 no zero points.
     sums = [
-        sum(losses[name]["8b128" if spec.bits == 8 else spec.label] for name, spec in specs.items())
-        for specs in (uniform, spent)
+        sum(losses[name][spec.label if spec.label in losses[name] else "8b128"] for name, spec in specs.items())
+        for specs in (uniform, spent)  # unless asked for, a budget gives INT8 no zero points
     ]
     assert sums[1] < sums[0]
 
@@ -204,10 +209,7 @@ def test_who_names_no_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
     [
         {"target": "cuda"},
         {"target": "any"},
-        {"block_size": 32},
-        {"use_zero_point": True},
-        {"lm_head": "8"},
-        {"embedding": "4"},
+        {"block_size": 32, "use_zero_point": False},
         {"accuracy_level": 1},
         {"target_bpw": 5.0},
         {"layers_8bit": "layers.0"},

@@ -25,7 +25,7 @@ from stages.calibration.cache import CalibrationCache
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
-from stages.quantization.plan.forecast import quick_loss, quick_weight
+from stages.quantization.plan.budget.forecast import quick_loss, quick_weight
 from stages.quantization.search.affine import RangeRule
 from stages.quantization.search.objective import search_to_device
 from stages.records.formats import QuantSpec

@@ -9,7 +9,7 @@ from onnx import TensorProto
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_embeddings
-from stages.quantization.plan.lookups import LookupForecast
+from stages.quantization.plan.budget.lookups import LookupForecast
 from stages.records.formats import PerBlock, QuantSpec
 from tests.reference.rounding import round_trip
 from tests.support.graphs import TinyGraph

@@ -17,13 +17,14 @@ from stages.model.directory import ModelDirectory
 from stages.model.sites import find_expert_layers, find_groups
 from stages.model.unquantized import find_unquantized
 from stages.model.weights import read_weight
-from stages.quantization.plan.budget import SiteCandidates, best_allocation, chosen_experts, chosen_plan
+from stages.quantization.plan.budget.candidates import SiteCandidates, best_allocation, chosen_experts, chosen_plan
+from stages.quantization.plan.budget.forecast import Forecasts, GroupForecast, read_forecasts, write_forecasts
+from stages.quantization.plan.budget.left_open import OpenPlan
+from stages.quantization.plan.budget.lookups import LookupForecast
+from stages.quantization.plan.budget.sensitivity import SensitivityMeasure, unmeasured
 from stages.quantization.plan.embeddings import TableCandidates, following_heads, with_tables
-from stages.quantization.plan.forecast import Forecasts, GroupForecast, read_forecasts, write_forecasts
-from stages.quantization.plan.lookups import LookupForecast
-from stages.quantization.plan.plan import ModelPlan, OpenPlan
+from stages.quantization.plan.plan import ModelPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
-from stages.quantization.plan.sensitivity import SensitivityMeasure, unmeasured
 from stages.quantization.search.objective import search_to_device
 from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from stages.quantization.plan.allocate import (
+from stages.quantization.plan.budget.knapsack import (
     Allocation,
     Candidate,
     Candidates,

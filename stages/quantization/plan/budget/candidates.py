@@ -8,7 +8,7 @@ from typing import Literal
 
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
-from stages.quantization.plan.allocate import Allocation, Candidate, allocate, smallest_cost
+from stages.quantization.plan.budget.knapsack import Allocation, Candidate, allocate, smallest_cost
 from stages.quantization.plan.embeddings import TableCandidates
 from stages.quantization.plan.experts import ExpertPlan, fitting, node_name
 from stages.quantization.plan.output_size import table_bytes
