@@ -12,8 +12,9 @@ from torch import Tensor
 from scripts.benchmarks.capture import seconds_on
 from scripts.benchmarks.figures import KernelFigure
 from stages.quantization.search.affine import choose_parameters, split
-from stages.quantization.search.coordinate_descent import coordinate_descent
-from stages.quantization.search.gptq import damped, gptq_codes, inverse_cholesky
+from stages.quantization.search.gptq.codes import gptq_codes
+from stages.quantization.search.gptq.coordinate_descent import coordinate_descent
+from stages.quantization.search.gptq.inverse import damped, inverse_cholesky
 from stages.records.formats import PerBlock, QuantSpec
 
 _SQUARE = (512, 1024, 2048, 4096)

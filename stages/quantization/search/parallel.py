@@ -13,7 +13,7 @@ from itertools import islice
 
 import torch
 
-from stages.quantization.search.gptq import numbers_at_once
+from stages.quantization.search.gptq.stacks import numbers_at_once
 from stages.quantization.search.solver import GroupSolver
 from stages.records.formats import QuantSpec
 from stages.records.results import SolvedGroup

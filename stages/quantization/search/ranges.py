@@ -24,7 +24,7 @@ from stages.quantization.search.affine import (
     stack_parameters,
 )
 from stages.quantization.search.choices import errors_of, first_validated, full_ranges, measured, scaled_weight
-from stages.quantization.search.columns import columns_of
+from stages.quantization.search.gptq.columns import columns_of
 from stages.quantization.search.objective import gram_blocks, in_scaled_space
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.records.formats import QuantSpec

@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     rtn,
     stored_weight,
 )
-from stages.quantization.search.gptq import COMPENSATED, awq_gptq, compensate, gptq
+from stages.quantization.search.gptq.compensate import COMPENSATED, awq_gptq, compensate, gptq
 from stages.quantization.search.objective import mixed_outputs, search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip

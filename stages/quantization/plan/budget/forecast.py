@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stages.quantization.search.affine import RangeRule, choose_parameters, join, round_trip, split
 from stages.quantization.search.choices import rows_per_chunk
-from stages.quantization.search.gptq import inverse_cholesky
+from stages.quantization.search.gptq.inverse import inverse_cholesky
 from stages.quantization.search.objective import full_gram, gram_blocks, mixed_outputs, output_error
 from stages.quantization.search.ranges import search_clip_ratios
 from stages.records.formats import QuantSpec

@@ -18,7 +18,7 @@ from stages.quantization.blocks.error_feedback import (
 )
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.search.choices import full_ranges, stored_weight
-from stages.quantization.search.gptq import gptq
+from stages.quantization.search.gptq.compensate import gptq
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale
 from stages.records.results import QuantizedWeight
 from tests.stages.quantization.search.problems import OPTIONS, RandomLayer, random_layer

@@ -71,7 +71,7 @@ def test_the_free_memory_of_cuda_counts(tiny_model: Path, tmp_path: Path, monkey
 @pytest.mark.skipif(not HIGH_WATER.exists(), reason="the kernel tells no peak of memory")
 @pytest.mark.parametrize("widths", [(512, 512), (4096,)])
 def test_a_search_takes_no_more_memory_than_predicted(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.quantization.search.gptq._STACKED_ON_CPU", 1 << 19)
+    monkeypatch.setattr("stages.quantization.search.gptq.stacks._STACKED_ON_CPU", 1 << 19)
     monkeypatch.setattr("stages.quantization.search.choices._CPU_ELEMENTS", 1 << 19)
     problem = random_layer(0, in_features=512, widths=widths).problem
     solver = solver_of(problem, "awq_gptq")

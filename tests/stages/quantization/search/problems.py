@@ -10,9 +10,10 @@ from torch import Tensor
 
 from stages.quantization.search.affine import BlockParameters
 from stages.quantization.search.choices import site_errors
-from stages.quantization.search.columns import ColumnParameters, columns_of
-from stages.quantization.search.coordinate_descent import coordinate_descent, two_sided_descent
-from stages.quantization.search.gptq import InverseCholesky, gptq_codes
+from stages.quantization.search.gptq.codes import gptq_codes
+from stages.quantization.search.gptq.columns import ColumnParameters, columns_of
+from stages.quantization.search.gptq.coordinate_descent import coordinate_descent, two_sided_descent
+from stages.quantization.search.gptq.inverse import InverseCholesky
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.records.formats import PerBlock, QuantSpec

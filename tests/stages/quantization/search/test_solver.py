@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.quantization.search import choices as choices_module
 from stages.quantization.search.awq import awq_full, awq_lite
 from stages.quantization.search.choices import full_ranges, rtn
-from stages.quantization.search.gptq import awq_gptq, gptq
+from stages.quantization.search.gptq.compensate import awq_gptq, gptq
 from stages.quantization.search.objective import output_error
 from stages.quantization.search.problem import IDENTITY, SiteChoice
 from stages.quantization.search.ranges import awq_clip

@@ -18,7 +18,7 @@ from stages.quantization.plan.budget.forecast import (
 )
 from stages.quantization.search.affine import split
 from stages.quantization.search.choices import full_ranges, site_errors, stored_weight
-from stages.quantization.search.gptq import gptq
+from stages.quantization.search.gptq.compensate import gptq
 from stages.quantization.search.objective import output_error
 from stages.quantization.search.problem import IDENTITY
 from stages.quantization.search.ranges import awq_clip

@@ -12,7 +12,9 @@ import torch
 from stages.errors import SolveError
 from stages.quantization.search.affine import BlockParameters, choose_parameters, join, quantize, split
 from stages.quantization.search.choices import full_ranges
-from stages.quantization.search.gptq import compensate, damped, gptq, gptq_codes, inverse_cholesky
+from stages.quantization.search.gptq.codes import gptq_codes
+from stages.quantization.search.gptq.compensate import compensate, gptq
+from stages.quantization.search.gptq.inverse import damped, inverse_cholesky
 from stages.quantization.search.problem import IDENTITY, InputScale
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import obq_codes
@@ -200,8 +202,8 @@ def test_rows_of_a_large_site_are_solved_some_after_others(algorithm: str, monke
         rows.append(weights.shape[2])
         return gptq_codes(weights, *rest)
 
-    monkeypatch.setattr("stages.quantization.search.gptq.gptq_codes", noted)
-    monkeypatch.setattr("stages.quantization.search.gptq._STACKED_ON_CPU", 150 * 48)
+    monkeypatch.setattr("stages.quantization.search.gptq.compensate.gptq_codes", noted)
+    monkeypatch.setattr("stages.quantization.search.gptq.stacks._STACKED_ON_CPU", 150 * 48)
     parts = solver.solve(problem.group)
     assert rows == [132, 148, 64]
     for one, other in zip(whole.weights, parts.weights, strict=True):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import round_to_storage
-from stages.quantization.search.columns import ColumnParameters, ColumnSteps
+from stages.quantization.search.gptq.columns import ColumnParameters, ColumnSteps
 from stages.records.formats import PerBlock, QuantSpec
 
 _AT_ONCE = 4

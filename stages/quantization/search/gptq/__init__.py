@@ -1,0 +1,1 @@
+"""Compensate rounding errors: GPTQ, and coordinate descent on what it found."""
