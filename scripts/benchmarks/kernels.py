@@ -13,8 +13,10 @@ from scripts.benchmarks.capture import seconds_on
 from scripts.benchmarks.figures import KernelFigure
 from stages.quantization.search.affine import choose_parameters, split
 from stages.quantization.search.gptq.codes import gptq_codes
+from stages.quantization.search.gptq.columns import ColumnParameters, columns_of
 from stages.quantization.search.gptq.coordinate_descent import coordinate_descent
 from stages.quantization.search.gptq.inverse import damped, inverse_cholesky
+from stages.quantization.search.parallel import most_at_once
 from stages.records.formats import PerBlock, QuantSpec
 
 _SQUARE = (512, 1024, 2048, 4096)
@@ -41,19 +43,22 @@ def measure_kernels(
 @torch.no_grad()
 def _measure(shape: tuple[int, int], spec: QuantSpec, device: torch.device, rounds: int) -> KernelFigure:
     in_features, out_features = shape
-    generator = torch.Generator().manual_seed(0)
+    generator, count = torch.Generator().manual_seed(0), most_at_once(in_features * out_features, device)
     weight = torch.randn(out_features, in_features, generator=generator).to(device)
     gram = _gram(in_features, generator).to(device)
-    ranges = choose_parameters(split(weight, spec.block_size(in_features)), spec)
+    found = choose_parameters(split(weight, spec.block_size(in_features)), spec)
     inverse = inverse_cholesky(gram, _DAMPING, act_order=True)
-    codes, metric = gptq_codes(weight, ranges, spec, inverse), damped(gram, _DAMPING)
+    # As a search does: as many layers at once.
+    weights, ranges, inverses = columns_of([weight] * count), ColumnParameters.of([found] * count), [inverse] * count
+    codes = gptq_codes(weights, ranges, spec, inverses)
+    grams = damped(gram, _DAMPING).repeat(count, 1, 1)
     return KernelFigure(
         in_features=in_features,
         out_features=out_features,
         product=_seconds(lambda: weight @ gram, device, rounds),
         factoring=_seconds(lambda: inverse_cholesky(gram, _DAMPING, act_order=True), device, rounds),
-        gptq=_seconds(lambda: gptq_codes(weight, ranges, spec, inverse), device, rounds),
-        descent=_seconds(lambda: coordinate_descent(weight, codes, ranges, spec, metric, 1), device, rounds),
+        gptq=_seconds(lambda: gptq_codes(weights, ranges, spec, inverses), device, rounds) / count,
+        descent=_seconds(lambda: coordinate_descent(weights, codes, ranges, spec, grams, 1), device, rounds) / count,
     )
 
 

@@ -66,6 +66,11 @@ def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iter
     yield from _in_turn(solver, alone)
 
 
+def most_at_once(weights: int, device: torch.device) -> int:
+    """Return how many groups of so many weights are solved at once where there are as many of one shape."""
+    return max(min(_AT_ONCE, numbers_at_once(device) // _PART // weights), 1)
+
+
 def batches(
     groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSpec], device: torch.device
 ) -> list[tuple[int, ...]]:
@@ -80,7 +85,7 @@ def batches(
     open_to_more: dict[tuple[object, ...], list[int]] = {}
     for place, group in enumerate(groups):
         size = group.in_features * sum(site.out_features for site in group.sites)
-        most = min(_AT_ONCE, numbers_at_once(device) // _PART // size, _memory(device) // search_memory(group, device))
+        most = min(most_at_once(size, device), _memory(device) // search_memory(group, device))
         kind = (
             group.in_features,
             tuple((site.out_features, site.expert is None, specs[site.name]) for site in group.sites),
