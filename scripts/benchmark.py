@@ -109,11 +109,13 @@ def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterato
             f"stages.calibrate failed: {figure.failure}; {folder / f'{_CALIBRATE}.log'} has what it printed."
         )
     for algorithm in config.algo:
+        # One format for all, as the competitor's is.
         options = (
             "--algo",
             algorithm,
             "--block_size",
             str(config.block_size),
+            "--no_use_zero_point",
             "--output_path",
             str(folder / algorithm),
         )
