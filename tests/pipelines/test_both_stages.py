@@ -14,7 +14,7 @@ import pytest
 
 from stages.calibration.cache import open_cache
 from stages.model.directory import locate_model
-from stages.quantization.search.solver import GroupSolver
+from stages.quantization.weights.store import QuantizedStore
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.providers import choose_providers
 from stages.runtime.tap import ActivationTap
@@ -227,15 +227,15 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     arguments = ["--onnx_path", tiny_model, "--cache_dir", cache, "--block_size", 16]
     assert commands.quantize(*arguments, "--output_path", whole)[0] == 0
-    original, solved = GroupSolver.solve_posed, []
+    original, written = QuantizedStore.write, []
 
-    def stops_at_the_fourth(self, problem):
-        if len(solved) == 3:
+    def stops_at_the_fourth(self, index, solved):
+        if len(written) == 3:
             raise KeyboardInterrupt
-        solved.append(problem.group.activation)
-        return original(self, problem)
+        written.append(index)
+        original(self, index, solved)
 
-    monkeypatch.setattr(GroupSolver, "solve_posed", stops_at_the_fourth)
+    monkeypatch.setattr(QuantizedStore, "write", stops_at_the_fourth)
     code, printed = commands.quantize(*arguments, "--output_path", resumed)
     assert code == 130
     assert re.search(r"warning: stopped at search: \d of 8 groups; finished groups are kept", printed)
@@ -243,16 +243,14 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     assert len(list(weights.glob("*.safetensors"))) == 3
     assert not resumed.exists()
 
-    again: list[str] = []
+    again: list[int] = []
     monkeypatch.setattr(
-        GroupSolver,
-        "solve_posed",
-        lambda self, problem: (again.append(problem.group.activation), original(self, problem))[1],
+        QuantizedStore, "write", lambda self, index, solved: (again.append(index), original(self, index, solved))
     )
     code, printed = commands.quantize(*arguments, "--output_path", resumed)
     assert code == 0
     assert "search: 3 of 8 groups are there already.\nsearch: 3 of 8 groups\n" in printed
-    assert not set(again) & set(solved)
+    assert not set(again) & set(written)
     for name in ("model.onnx", "model.onnx.data"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
@@ -263,7 +261,7 @@ def test_reexport_gives_the_same_model_without_searching(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert commands.quantize("--onnx_path", tiny_model, "--cache_dir", cache, "--output_path", first)[0] == 0
-    monkeypatch.setattr(GroupSolver, "solve_posed", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(QuantizedStore, "write", lambda *_: pytest.fail("searched again"))
     code, printed = commands.export(
         "--onnx_path", tiny_model, "--weights_path", tmp_path / "first.weights", "--output_path", second
     )

@@ -12,6 +12,7 @@ import pytest
 import stages.quantization.run
 from stages.model.directory import locate_model
 from stages.model.sizes import TIED, size_parts
+from stages.quantization.weights.store import QuantizedStore
 from tests.pipelines.test_both_stages import _generate, _logits
 from tests.support.commands import Commands
 from tests.support.tiny_models import build_genai_model, save_tiny_llama
@@ -208,7 +209,7 @@ def test_a_stopped_run_rounds_only_what_is_missing_and_other_options_are_refused
     assert "embedding INT4 block 32" in printed
 
     monkeypatch.setattr(stages.quantization.run, "quantize_table", original)
-    monkeypatch.setattr(stages.quantization.run.GroupSolver, "solve_posed", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(QuantizedStore, "write", lambda *_: pytest.fail("searched again"))
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1)[0] == 0
     monkeypatch.setattr(stages.quantization.run, "quantize_table", lambda *_: pytest.fail("rounded again"))
     assert commands.quantize(*arguments, "--gather_quantize_axis", 1, "--overwrite")[0] == 0

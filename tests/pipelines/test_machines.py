@@ -34,9 +34,9 @@ STOPS = """
 import os, signal, sys, time
 from pathlib import Path
 folder, module = Path(sys.argv.pop(1)), sys.argv.pop(1)
-from stages.quantization.search.solver import GroupSolver
+from stages.quantization.weights.store import QuantizedStore
 from stages.runtime.tap import ActivationTap
-owner, name = (ActivationTap, "run") if module == "stages.calibrate" else (GroupSolver, "solve_posed")
+owner, name = (ActivationTap, "run") if module == "stages.calibrate" else (QuantizedStore, "write")
 original, rank, steps = getattr(owner, name), os.environ["RANK"], []
 def second_stops(*arguments):
     steps.append(1)

@@ -136,7 +136,9 @@ def test_json_of_calibrate(tiny_model: Path, tiny_text: Path, tmp_path: Path, co
 
 
 def test_json_of_quantize(tiny_model: Path, tiny_cache: Path, tmp_path: Path, commands: Commands) -> None:
-    given = arguments(tiny_model, tiny_cache, tmp_path / "int4", "--algo", "awq_lite", "--target", "cpu")
+    given = arguments(
+        tiny_model, tiny_cache, tmp_path / "int4", "--algo", "awq_lite", "--target", "cpu", "--use_zero_point"
+    )
     found = document(commands.quantize(*given, "--quiet", "--json"))
     search, export, formats = found["search"], found["export"], found["formats"]
     assert isinstance(search, dict)

@@ -25,14 +25,14 @@ LAUNCH = [
 ]  # fmt: skip
 DIES = """
 import os, sys
-from stages.quantization.search.solver import GroupSolver
-solve, solved = GroupSolver.solve_posed, []
-def solve_two(self, problem):
-    if os.environ["RANK"] == "1" and len(solved) == 2:
+from stages.quantization.weights.store import QuantizedStore
+write, written = QuantizedStore.write, []
+def write_two(self, *arguments):
+    if os.environ["RANK"] == "1" and len(written) == 2:
         os._exit(9)
-    solved.append(problem)
-    return solve(self, problem)
-GroupSolver.solve_posed = solve_two
+    written.append(arguments)
+    return write(self, *arguments)
+QuantizedStore.write = write_two
 from stages.commands.quantize_options import QuantizeConfig
 from stages.commands.run import run_command
 from stages.quantize import command

@@ -14,8 +14,8 @@ import transformers
 from onnx import TensorProto
 
 from scripts.architectures.configs import gpt_oss as gpt_oss_config
+from stages.quantization.weights.store import QuantizedStore
 from stages.model.directory import locate_model
-from stages.quantization.search.solver import GroupSolver
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.genai import load_genai
 from stages.runtime.session import SessionSettings, open_session
@@ -49,7 +49,7 @@ def test_experts_inside_moe_nodes_are_named_before_the_search(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(GroupSolver, "solve_posed", stop)
+    monkeypatch.setattr(QuantizedStore, "write", stop)
     options = ("--output_path", tmp_path / "out", "--algo", "rtn_dq", "--experts", "none")
     code, printed = commands.quantize("--onnx_path", gpt_oss, *options)
     assert code == 130
