@@ -89,7 +89,10 @@ def _steps(config: BenchmarkConfig, folder: Path, found: Benchmark) -> Iterator[
         yield (found := replace(found, writing=measure_writing(config.base, weights, Path(scratch))))
     if not config.no_competitor:
         with status("the competitor, which takes long"):
-            yield replace(found, commands=(*found.commands, _competitor(config, folder, cache)))
+            # It takes no held-out windows.
+            windows = min(config.modelopt_windows, len(tokens))
+            figure = _competitor(replace(config, modelopt_windows=windows), folder, cache)
+            yield replace(found, commands=(*found.commands, figure))
 
 
 def _our_commands(config: BenchmarkConfig, folder: Path, cache: Path) -> Iterator[CommandFigure]:
