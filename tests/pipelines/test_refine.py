@@ -14,7 +14,7 @@ from torch import Tensor
 import stages.quantization.blocks.tuner
 import stages.quantization.search.solver
 import stages.runtime.blocks.converters.layers
-from stages.quantization.weights.store import QuantizedStore, open_store
+from stages.quantization.weights.store import open_store
 from stages.runtime.blocks.cut import cut_block
 from stages.runtime.blocks.module import BlockModule
 from tests.pipelines.test_block_tuning import _calibrated, _quantize
@@ -178,7 +178,7 @@ def test_a_run_stopped_in_its_second_step_does_not_search_again(
         raise AssertionError("the search was finished")
 
     with monkeypatch.context() as patch:
-        patch.setattr(QuantizedStore, "write", searched_again)
+        patch.setattr(stages.quantization.search.solver.GroupSolver, "pose", searched_again)
         patch.setattr(stages.quantization.blocks.tuner.RefineStep, "__call__", searched_again)
         code, printed = _quantize(commands, tiny_model, cache, tmp_path / "out", *options)
     assert code == 0, printed

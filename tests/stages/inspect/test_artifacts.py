@@ -24,15 +24,21 @@ def cache_report(folder: Path) -> CacheReport:
     return report_cache(cache)
 
 
-def test_a_cache(tiny_cache: Path, tiny_text: Path) -> None:
-    found = cache_report(tiny_cache)
+@pytest.fixture
+def cache(tiny_cache: Path, tmp_path: Path) -> Path:
+    """A copy of the shared cache without the forecasts that other tests left there."""
+    return Path(shutil.copytree(tiny_cache, tmp_path / "cache", ignore=shutil.ignore_patterns("forecast.json")))
+
+
+def test_a_cache(cache: Path, tiny_text: Path) -> None:
+    found = cache_report(cache)
     assert (found.calibration_windows, found.held_out_windows, found.seq_len) == (18, 2, 32)
     assert str(tiny_text) in found.source or tiny_text.name in found.source
     # Two layers: the inputs of qkv, o, gate and up, down; then lm_head.
     assert (found.activations, found.widths) == (9, ((64, 7), (96, 2)))
     assert found.providers == ("CPUExecutionProvider",)
     assert (found.damaged, found.forecasts) == ((), 0)
-    assert found.bytes == sum(file.stat().st_size for file in tiny_cache.iterdir())
+    assert found.bytes == sum(file.stat().st_size for file in cache.iterdir())
     assert found.made_from.startswith("a model with the fingerprint ")
 
 
@@ -47,12 +53,11 @@ def test_a_cache_names_the_base_model_beside_it(tiny_cache: Path, tiny_model: Pa
     assert cache_report(cache).made_from == f"{base}, which can't be read now"
 
 
-def test_a_damaged_cache(tiny_cache: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
-    spoilt = next(file for file in sorted(copy.glob("*.safetensors")) if file.name != "tokens.safetensors")
+def test_a_damaged_cache(cache: Path) -> None:
+    spoilt = next(file for file in sorted(cache.glob("*.safetensors")) if file.name != "tokens.safetensors")
     spoilt.write_bytes(b"spoilt")
-    (copy / "notes.txt").write_text("mine", encoding="utf-8")
-    found = cache_report(copy)
+    (cache / "notes.txt").write_text("mine", encoding="utf-8")
+    found = cache_report(cache)
     assert len(found.damaged) == 1
     assert spoilt.name in found.damaged[0]
     assert found.activations == 9
