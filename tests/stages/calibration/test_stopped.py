@@ -98,6 +98,7 @@ def test_it_goes_on_with_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_it_can_be_stopped_again_and_again(
     config: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
