@@ -115,7 +115,7 @@ def _opened(
         requested: what was asked for.
         blocks: of INT4.
         eight_bit: None where there is no INT8.
-        zero_points: whether INT4 with them is as fast as without.
+        zero_points: whether INT4 with them is nearly as fast as without.
     """
     sizes = blocks if requested.block_size is None else (requested.block_size,)
     both = (False, True) if zero_points else (False,)
