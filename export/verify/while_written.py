@@ -57,6 +57,7 @@ class SiteChecks:
         workers = min(threads, _MOST_AT_ONCE)
         self._pool, self._threads = one_thread_each(workers), threads // workers
         self._running: dict[str, Future[tuple[float, ...]]] = {}
+        self._failed: list[Future[tuple[float, ...]]] = []
 
     def __enter__(self) -> SiteChecks:
         return self
@@ -83,21 +84,28 @@ class SiteChecks:
             for site in self.sites
         }
 
+    @cached_property
+    def _readers(self) -> dict[str, list[RewrittenSite]]:
+        """Return the sites that a tensor of the data file belongs to."""
+        found: dict[str, list[RewrittenSite]] = {}
+        for site in self.sites:
+            for name in self._missing[site.output]:
+                found.setdefault(name, []).append(site)
+        return found
+
     def written(self, name: str) -> None:
         """Begin the checks that only lacked tensor ``name`` of the data file.
 
         Raises:
             GraphError: a check that was begun before found something.
         """
-        for site in self.sites:
+        for site in self._readers.get(name, ()):
             missing = self._missing[site.output]
-            if name in missing:
-                missing.remove(name)
-                if not missing:
-                    self._begin(site)
-        for check in self._running.values():
-            if check.done():
-                check.result()
+            missing.discard(name)
+            if not missing:
+                self._begin(site)
+        for check in self._failed:
+            check.result()
 
     def results(self) -> list[SiteError]:
         """Wait for all checks; return the errors of the products, none where these are left out.
@@ -121,7 +129,13 @@ class SiteChecks:
     def _begin(self, site: RewrittenSite) -> None:
         if site.output not in self._running:
             node = self.nodes[site.output]
-            self._running[site.output] = self._pool.submit(self._check, node, site, self._levels[site.output])
+            check = self._pool.submit(self._check, node, site, self._levels[site.output])
+            check.add_done_callback(self._note)
+            self._running[site.output] = check
+
+    def _note(self, check: Future[tuple[float, ...]]) -> None:
+        if not check.cancelled() and check.exception() is not None:
+            self._failed.append(check)
 
     def _check(self, node: ir.Node, site: RewrittenSite, levels: tuple[AccuracyLevel | None, ...]) -> tuple[float, ...]:
         errors = check_site(self.onnx_file.parent, node, site, levels, self._threads)
