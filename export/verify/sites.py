@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from jaxtyping import Float32, Float64, UInt8
-from torch import Tensor
+from jaxtyping import Float64, UInt8
 
 from export.forms.dequantize_linear import RewrittenSite, dequantized, divided_scales
 from export.forms.matmul_nbits import stored_block_size, unpacked_codes, unpacked_zero_points
@@ -19,7 +18,8 @@ from export.save import read_initializer, saved_bytes, saved_tensor
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError
-from stages.quantization.weights.bitpack import signed_4bit, turned
+from stages.quantization.search.affine import split
+from stages.quantization.weights.bitpack import signed_4bit, slices, turned
 from stages.quantization.weights.byte_scales import in_bytes
 from stages.records.formats import FLOAT_TYPES, QuantSpec, WeightForm, onnx_float
 from stages.records.results import QuantizedWeight
@@ -63,7 +63,7 @@ def check_site(
     x = np.random.default_rng(0).standard_normal((_TOKENS, source.site.in_features))
     x = x.astype(FLOAT_TYPES[source.site.dtype].numpy)
     reference = np.empty((_TOKENS, source.site.out_features))
-    for channels in _slices(source.site.out_features, max(1, _NUMBERS // source.site.in_features)):
+    for channels in slices(source.site.out_features, max(1, _NUMBERS // source.site.in_features)):
         # The file's own numbers: they were found to be equal.
         matrix = _wanted_matrix(weight, site, channels, slice(None))
         reference[:, channels] = _product(x, matrix, parameters, channels, site)
@@ -83,7 +83,7 @@ def _run(
     if level != 1 or site.source.spec.bits == 4 or whole <= _LARGEST_WIDENED:
         return run_isolated(_isolated(node, site, level), x, folder, level, threads)
     found = []
-    for channels in _slices(place.out_features, max(1, _LARGEST_WIDENED // place.in_features)):
+    for channels in slices(place.out_features, max(1, _LARGEST_WIDENED // place.in_features)):
         model = _narrowed(_isolated(node, site, level), site, channels)
         found.append(run_isolated(model, x, folder, level, threads))
         for value in model.graph.initializers.values():
@@ -161,7 +161,7 @@ def _saved_matrix(node: ir.Node, site: RewrittenSite) -> Iterator[tuple[slice, s
     match site.form:
         case WeightForm.QDQ:
             matrix = content.view(FLOAT_TYPES[place.dtype].numpy).reshape(place.in_features, -1).T
-            yield from ((channels, every, matrix[channels]) for channels in _slices(place.out_features, rows))
+            yield from ((channels, every, matrix[channels]) for channels in slices(place.out_features, rows))
         case WeightForm.DQ if source.spec.bits == 8 or place.out_features % 2 == 0:
             yield from _turned_codes(content.reshape(place.in_features, -1), source.spec)
         case WeightForm.DQ:
@@ -170,13 +170,13 @@ def _saved_matrix(node: ir.Node, site: RewrittenSite) -> Iterator[tuple[slice, s
             yield every, every, read_initializer(node, site.weight)
         case WeightForm.MATMUL_NBITS:
             packed = content.reshape(place.out_features, -1)
-            for channels in _slices(place.out_features, rows):
+            for channels in slices(place.out_features, rows):
                 yield channels, every, unpacked_codes(packed[channels], place, source.spec)
 
 
 def _turned_codes(rows: UInt8[np.ndarray, "K bytes"], spec: QuantSpec) -> Iterator[tuple[slice, slice, Matrix]]:
     """Yield codes that lie inputs first: of INT4 the even output channels, then the odd ones."""
-    for inputs in _slices(len(rows), _INPUTS):
+    for inputs in slices(len(rows), _INPUTS):
         columns = turned(rows[inputs])
         if spec.bits == 8:
             yield slice(None), inputs, columns.view(np.int8 if spec.symmetric else np.uint8)
@@ -214,10 +214,6 @@ def _block_size(site: RewrittenSite) -> int:
     if site.form is WeightForm.MATMUL_NBITS:
         return stored_block_size(source.site, source.spec)
     return source.spec.block_size(source.site.in_features)
-
-
-def _slices(count: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 # --------------------------------------------------------------------------- what they have to be
@@ -265,7 +261,7 @@ def _product(
 ) -> Float64[np.ndarray, "T n"]:
     """Return x [T, K] times what the numbers stand for: within blocks in float32, their sums in float64."""
     block_size = _block_size(site)
-    blocks, weight = (_in_blocks(numbers, block_size) for numbers in (x, matrix))
+    blocks, weight = (split(torch.from_numpy(each.astype(np.float32, order="C")), block_size) for each in (x, matrix))
     if parameters.zero_points is not None and site.form is not WeightForm.QDQ:
         weight -= torch.from_numpy(parameters.zero_points[channels, :, None])
     sums = torch.bmm(blocks.transpose(0, 1), weight.permute(1, 2, 0)).double()
@@ -273,11 +269,3 @@ def _product(
         sums *= torch.from_numpy(parameters.scales[channels].T.astype(np.float64))[:, None, :]
     y: Float64[np.ndarray, "T n"] = sums.sum(dim=0).numpy()
     return y
-
-
-def _in_blocks(numbers: Matrix, block_size: int) -> Float32[Tensor, "rows nB B"]:
-    """Return rows cut into blocks, in float32, the last ones filled up with zeros."""
-    rows, columns = numbers.shape
-    whole = np.empty((rows, columns + -columns % block_size), np.float32)
-    whole[:, :columns], whole[:, columns:] = numbers, 0
-    return torch.from_numpy(whole).view(rows, -1, block_size)

@@ -223,8 +223,9 @@ def _log_plan(plan: ModelPlan) -> None:
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
     read_stats = None if cache is None else _statistics(model, cache, device)
-    solver = group_solver(config, plan, device, lambda site: read_weight(model, site, device), read_stats)
-    return replace(solver, stored_weight=partial(stored_weight, model)) if device.type == "cpu" else solver
+    return group_solver(
+        config, plan, device, lambda site: read_weight(model, site, device), read_stats, partial(stored_weight, model)
+    )
 
 
 def _statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) -> Callable[[str], SearchStats]:

@@ -138,7 +138,7 @@ class EndLossPass:
                 if wave[-1] and self.unfinished.is_due(SAVED_EVERY):
                     self._save(wave[-1], gradients)
         self.processes.barrier()
-        activations = [group.group.activation for place in range(len(links)) for group in self._groups(place)]
+        activations = [group.group.activation for of_link in self._groups for group in of_link]
         writer.weighted.update(activations)
         if self.processes.is_first:
             wait_for(writer.folder / weighted_file(writer.files[activation]) for activation in activations)
@@ -185,9 +185,7 @@ class EndLossPass:
 
     def _waves(self, left: int) -> list[list[int]]:
         """Return the places of the first ``left`` links, the last first, in lists of those that are run together."""
-        widths = [
-            sum(group.group.in_features for group in self._groups(place)) for place in range(len(self.chain.links))
-        ]
+        widths = [sum(group.group.in_features for group in of_link) for of_link in self._groups]
         tokens = self._turns * self.batch_size * self.windows.seq_len
         size = min(self.processes.count, 1 + self.memory // max(tokens * max(widths) * _FLOAT32_BYTES, 1))
         places = list(reversed(range(left)))
@@ -293,10 +291,10 @@ class EndLossPass:
         of_stream, *of_sites = torch.autograd.grad(leaving, [entering, *(runs[name].gave for name in names)], behind)
         gradients = dict(zip(names, of_sites, strict=True))
         added: dict[str, Tensor] = {}
-        for group in self._groups(place):
+        for group in self._groups[place]:
             added |= group.added_by(runs, gradients, part)
         if part == "calibration":
-            added |= {each.name: each.added_by(gradients) for each in self._experts(place)}
+            added |= {each.name: each.added_by(gradients) for each in self._experts[place]}
         return of_stream.cpu(), added
 
     def _of_labels(self, logits: Tensor, batch: Tensor) -> Tensor:
@@ -315,24 +313,35 @@ class EndLossPass:
         return BlockRunner(module=module, shared=shared, batch_size=self.batch_size), weights
 
     @cached_property
-    def _head_sizes(self) -> Mapping[str, int]:
-        return attention_head_sizes(self.groups)
+    def _groups(self) -> list[list[WeightedGroup]]:
+        """Return the activations that each link's sites read."""
+        heads = attention_head_sizes(self.groups)
+        return [
+            [
+                WeightedGroup(group=group, head_size=heads.get(group.activation))
+                for group in self.groups
+                if sites.issuperset(group.sites)
+            ]
+            for sites in (set(link.sites) for link in self.chain.links)
+        ]
 
-    def _groups(self, place: int) -> list[WeightedGroup]:
-        """Return the activations that a link's sites read."""
-        sites = set(self.chain.links[place].sites)
-        inside = (group for group in self.groups if set(group.sites) <= sites)
-        return [WeightedGroup(group=group, head_size=self._head_sizes.get(group.activation)) for group in inside]
-
-    def _experts(self, place: int) -> list[ExpertChannels]:
-        sites = set(self.chain.links[place].sites)
-        inside = (layer for layer in self.layers if set(layer.sites) <= sites)
-        return [ExpertChannels(layer=layer, projection=projection) for layer in inside for projection in PROJECTIONS]
+    @cached_property
+    def _experts(self) -> list[list[ExpertChannels]]:
+        """Return the projections of each link's experts."""
+        return [
+            [
+                ExpertChannels(layer=layer, projection=projection)
+                for layer in self.layers
+                if sites.issuperset(layer.sites)
+                for projection in PROJECTIONS
+            ]
+            for sites in (set(link.sites) for link in self.chain.links)
+        ]
 
     def _sums(self, wave: Sequence[int]) -> _SharedSums:
         """Return empty sums of all that these links' sites read."""
-        groups = [group for place in wave for group in self._groups(place)]
-        experts = [each for place in wave for each in self._experts(place)]
+        groups = [group for place in wave for group in self._groups[place]]
+        experts = [each for place in wave for each in self._experts[place]]
         shares = split_by_cost([float(group.group.in_features**2) for group in groups], self.processes.count)
         owners = {each.name: 0 for each in experts}
         for process, share in enumerate(shares):

@@ -103,6 +103,7 @@ def group_solver(
     device: torch.device,
     read_weight: Callable[[MatMulSite], Tensor],
     read_stats: Callable[[str], SearchStats] | None,
+    stored_weight: Callable[[MatMulSite], Tensor] | None = None,
 ) -> GroupSolver:
     """Return the solver that ``config`` and ``plan`` describe.
 
@@ -112,6 +113,7 @@ def group_solver(
         device: where the search runs.
         read_weight: gives a site's [N, K] float32 weight on ``device``.
         read_stats: gives statistics by activation; None where the algorithm reads none.
+        stored_weight: gives a site's weight as its file has it; None where it can't.
     """
     return GroupSolver(
         algorithm_name=config.search_algorithm,
@@ -121,6 +123,7 @@ def group_solver(
         device=device,
         read_weight=read_weight,
         read_stats=read_stats,
+        stored_weight=stored_weight,
         fold=not config.awqlite_disable_fuse_nodes,
         one_scale=config.awqlite_run_per_subgraph,
         looked_up=frozenset(each.shared_with for each in plan.embeddings if each.shared_with is not None),

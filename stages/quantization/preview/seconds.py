@@ -103,8 +103,7 @@ def _random_solver(
 
     if text is None:
         stored = {name: weight.T.contiguous().T for name, weight in weights.items()}  # inputs first, as most graphs
-        solver = group_solver(config, plan, device, read_weight, None)
-        return replace(solver, stored_weight=lambda site: stored[site.name]) if device.type == "cpu" else solver
+        return group_solver(config, plan, device, read_weight, None, lambda site: stored[site.name])
 
     def read_stats(_: str) -> SearchStats:
         stats = ActivationStats(

@@ -25,6 +25,7 @@ from stages.quantization.search.affine import (
 )
 from stages.quantization.search.objective import joint_errors, mixed_outputs, output_error
 from stages.quantization.search.problem import IDENTITY, Errors, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.quantization.weights.bitpack import slices
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.results import QuantizedWeight, TokenStats
 from stages.records.sites import MatMulSite
@@ -240,11 +241,6 @@ def _site_errors(
         errors = joint_errors(_weight_error(weight[chunk], spec, _rows_of(choice, chunk)), stats)
         totals = [total + error for total, error in zip(totals, errors, strict=True)]
     return totals
-
-
-def slices(count: int, step: int) -> list[slice]:
-    """Return ``count`` rows in slices of ``step`` each; the last may be shorter."""
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:

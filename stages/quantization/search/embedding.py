@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import choose_parameters, join, quantize, split
-from stages.quantization.search.choices import slices
-from stages.quantization.weights.bitpack import pack
+from stages.quantization.weights.bitpack import pack, slices
 from stages.records.formats import EmbeddingPlan, torch_float
 from stages.records.results import QuantizedTable
 from stages.system.hardware import one_thread_each

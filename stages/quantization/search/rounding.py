@@ -27,8 +27,7 @@ from stages.quantization.search.affine import (
     range_parameters,
     spec_for_range,
 )
-from stages.quantization.search.choices import slices
-from stages.quantization.weights.bitpack import turned
+from stages.quantization.weights.bitpack import slices, turned
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.results import QuantizedWeight, SiteReport, SolvedGroup
 from stages.records.sites import ActivationGroup, MatMulSite

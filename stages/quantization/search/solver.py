@@ -77,8 +77,13 @@ class GroupSolver:
 
     @property
     def rounder(self) -> Rounder | None:
-        """Return what does the same faster, where weights are only rounded."""
-        if self.stored_weight is None or self.read_stats is not None or self.algorithm is not rtn:
+        """Return what does the same faster on the CPU, where weights are only rounded."""
+        if (
+            self.device.type != "cpu"
+            or self.stored_weight is None
+            or self.read_stats is not None
+            or self.algorithm is not rtn
+        ):
             return None
         return Rounder(
             name=self.algorithm_name,

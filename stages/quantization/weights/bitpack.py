@@ -34,7 +34,7 @@ def pack_4bit(
     _require_range(flat)
     nibbles = flat.view(np.uint8)
     packed = np.empty(-(-flat.size // 2), np.uint8)
-    for part in _slices(flat.size // 2, _BYTES):
+    for part in slices(flat.size // 2, _BYTES):
         pairs = nibbles[2 * part.start : 2 * part.stop].view("<u2") & 0x0F0F
         pairs |= pairs >> 4
         packed[part] = pairs.astype(np.uint8)  # which drops the upper byte
@@ -57,7 +57,7 @@ def pack_4bit_turned(
     if codes.shape[0] % 2:
         return pack_4bit(codes.T)
     rows = np.empty((codes.shape[0] // 2, codes.shape[1]), np.uint8)
-    for part in _slices(len(rows), max(1, _BYTES // codes.shape[1])):
+    for part in slices(len(rows), max(1, _BYTES // codes.shape[1])):
         pairs = codes[2 * part.start : 2 * part.stop].numpy()
         _require_range(pairs)
         nibbles = pairs.view(np.uint8)
@@ -75,8 +75,8 @@ def turned(matrix: Shaped[np.ndarray, "rows columns"]) -> Shaped[np.ndarray, "co
     result = np.empty((width, height), matrix.dtype)
     whole = width - width % _WORD
     source, target = matrix.view(np.uint8), result.view(np.uint8)
-    for rows in _slices(height, _TILE_ROWS):
-        for columns in _slices(whole, _TILE_COLUMNS):
+    for rows in slices(height, _TILE_ROWS):
+        for columns in slices(whole, _TILE_COLUMNS):
             words = np.array(source[rows, columns], order="C").view(np.int32)
             planes = torch.from_numpy(words).T.contiguous().numpy().view(np.uint8).reshape(*words.T.shape, _WORD)
             place = target[columns, rows]
@@ -91,7 +91,8 @@ def _require_range(codes: np.ndarray) -> None:
         raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], four bits hold [{smallest}, {largest}]")
 
 
-def _slices(count: int, step: int) -> list[slice]:
+def slices(count: int, step: int) -> list[slice]:
+    """Return ``count`` rows in slices of ``step`` each; the last may be shorter."""
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

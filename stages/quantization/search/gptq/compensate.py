@@ -18,7 +18,7 @@ from stages.quantization.search.affine import (
     stack_parameters,
 )
 from stages.quantization.search.awq import awq_full
-from stages.quantization.search.choices import keep_validated, scaled_weight, slices
+from stages.quantization.search.choices import keep_validated, scaled_weight
 from stages.quantization.search.gptq.codes import gptq_codes, together
 from stages.quantization.search.gptq.columns import ColumnParameters, columns_of
 from stages.quantization.search.gptq.coordinate_descent import coordinate_descent, two_sided_descent
@@ -27,6 +27,7 @@ from stages.quantization.search.gptq.stacks import Rows, make_stacks, numbers_at
 from stages.quantization.search.objective import full_gram, in_scaled_space
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
+from stages.quantization.weights.bitpack import slices
 from stages.records.formats import QuantSpec
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.quantization.search.choices import slices
 from stages.quantization.search.problem import GroupProblem
+from stages.quantization.weights.bitpack import slices
 
 _STACKED_ON_CPU, _STACKED_ON_ACCELERATOR = 1 << 25, 1 << 27
 """Numbers of the weights that are solved as one matrix: some ten copies of it are in memory. Of larger sites, some
