@@ -21,6 +21,7 @@ fi
 say "2/3 genai-quant quantize $base $int4 --evaluate"
 genai-quant quantize "$base" "$int4" --evaluate
 
-question="What is the capital of France?"
+# The base is sure of this answer. Of France's capital it isn't: two ways to begin the answer are as likely.
+question="What is the capital of Japan?"
 say "3/3 genai-quant chat $int4 --prompt '$question'"
 genai-quant chat "$int4" --prompt "$question"

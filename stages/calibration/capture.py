@@ -57,7 +57,6 @@ _PARTS: Mapping[str, str] = MappingProxyType({"held_out": "held-out", "calibrati
 SAVED_EVERY = 60.0
 """Seconds."""
 _MAXIMA = "kv-maxima.safetensors"
-_FLOAT32_BYTES = 4
 _ROWS_OF_SAMPLE = 1500
 """As many as Whisper's encoder has; those of images have 200 to 1400."""
 PRIOR = 4
@@ -88,7 +87,7 @@ class TextShape:
         every = self.tokens(part)
         if expert is not None and every is not None:
             tokens = int(every * expert.share) + min(every, group.in_features // PRIOR)
-            return StatisticsSize(in_features=group.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES)
+            return StatisticsSize(in_features=group.in_features, tokens=tokens, itemsize=torch.float32.itemsize)
         return StatisticsSize(
             in_features=group.in_features,
             tokens=every,
@@ -237,7 +236,7 @@ class Capture:
             processes: those that share the sums.
         """
         costs = partition_bytes(self.groups, self.text, processes, self.rows)
-        batch = self.text.rows_at_once * self.groups[0].in_features * _FLOAT32_BYTES
+        batch = self.text.rows_at_once * self.groups[0].in_features * torch.float32.itemsize
         looked_at = dict.fromkeys([*self._kept_streams, *self._key_values], batch)
         return cut_to_memory(self.model, looked_at | costs, memory, self.choice.names)
 

@@ -28,7 +28,6 @@ from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.records.sites import MatMulSite
 from stages.runtime.blocks.experts import activated, route
 
-_FLOAT32_BYTES = 4
 _CHUNK = 4096
 """Rows that are worked on at a time."""
 
@@ -83,7 +82,7 @@ class ExpertStatistics:
         return SearchStats(tokens=ActivationStats(**parts), channel_weights={site.name: channels}, own_tokens=own)
 
     def _statistics(self, layer: ExpertLayer, site: MatMulSite, rows: np.ndarray, seen: _Seen) -> TokenStats:
-        size = StatisticsSize(in_features=site.in_features, tokens=len(seen.tokens), itemsize=_FLOAT32_BYTES)
+        size = StatisticsSize(in_features=site.in_features, tokens=len(seen.tokens), itemsize=torch.float32.itemsize)
         sums = StatisticsAccumulator(site.activation, size, self.device)
         first = self._fc1(layer, site)
         for start in range(0, len(seen.tokens), _CHUNK):

@@ -20,7 +20,6 @@ from stages.records.formats import FLOAT_TYPES
 from stages.records.results import TokenStats
 from stages.records.sites import FloatName
 
-_FLOAT32_BYTES = 4
 _STRIP = 256
 """Rows of a Gram matrix in one product: narrower ones run slower, wider ones compute more above the diagonal."""
 _MIRROR_STRIP = 1024
@@ -30,7 +29,7 @@ _MIRROR_STRIP = 1024
 def tapped_itemsize(dtype: FloatName) -> int:
     """Return the bytes of each number of an activation whose sites have weights of type ``dtype``."""
     # numpy can't take bfloat16 from a session, so it is tapped as float32.
-    return _FLOAT32_BYTES if dtype == "bfloat16" else FLOAT_TYPES[dtype].numpy.itemsize
+    return torch.float32.itemsize if dtype == "bfloat16" else FLOAT_TYPES[dtype].numpy.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +63,7 @@ class StatisticsSize:
         """Return the bytes that they take while they are accumulated."""
         if self.tokens is not None and self.keeps_rows:
             return self._bytes_of(self.tokens)
-        return self.in_features**2 * _FLOAT32_BYTES
+        return self.in_features**2 * torch.float32.itemsize
 
     @property
     def disk(self) -> int:
@@ -73,7 +72,7 @@ class StatisticsSize:
 
     @property
     def _packed_bytes(self) -> int:
-        return self.in_features * (self.in_features + 1) // 2 * _FLOAT32_BYTES
+        return self.in_features * (self.in_features + 1) // 2 * torch.float32.itemsize
 
     def _bytes_of(self, tokens: int) -> int:
         return tokens * self.in_features * self.itemsize

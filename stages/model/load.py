@@ -244,7 +244,7 @@ def _real(path: str) -> Path | None:
 
 def _require_known_paths(model: ir.Model, file: Path) -> None:
     """Raise GraphError for places that no file can have, or that may be anywhere."""
-    for tensor in external_tensors(model):
+    for tensor in _one_of_each_file(model):
         try:
             Path(tensor.path).resolve()
         except (ValueError, TypeError, OSError, RuntimeError) as error:  # a zero, invalid UTF-8, a loop of links
@@ -260,7 +260,12 @@ def _require_known_paths(model: ir.Model, file: Path) -> None:
 
 def external_files(model: ir.Model) -> Iterator[Path]:
     """Yield the external data files that ``model``'s initializers lie in, each once."""
-    yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in external_tensors(model))
+    yield from dict.fromkeys(Path(tensor.path).resolve() for tensor in _one_of_each_file(model))
+
+
+def _one_of_each_file(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Return one of the external tensors in each file: thousands share a few, and resolving a path takes a while."""
+    return list({tensor.path: tensor for tensor in external_tensors(model)}.values())
 
 
 def _require_real_file(path: Path, onnx_file: Path) -> None:
@@ -283,10 +288,11 @@ def _require_real_file(path: Path, onnx_file: Path) -> None:
 
 
 def _require_whole(model: ir.Model) -> None:
-    sizes = {path: path.stat().st_size for path in external_files(model)}
+    files = {tensor.path: Path(tensor.path).resolve() for tensor in _one_of_each_file(model)}
+    sizes = {path: path.stat().st_size for path in files.values()}
     tried: set[Path] = set()
     for tensor in external_tensors(model):
-        path = Path(tensor.path).resolve()
+        path = files[tensor.path]
         end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
         if end > sizes[path]:
             _require_fetched(path)

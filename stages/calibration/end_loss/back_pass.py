@@ -58,7 +58,6 @@ from stages.system.shared_folder import wait_for
 
 SAVED_EVERY = 10.0
 """Seconds."""
-_FLOAT32_BYTES = 4
 
 Batch = tuple[Tensor, str]
 """The numbers of some windows, counted through the whole text, and the part that they belong to."""
@@ -187,7 +186,7 @@ class EndLossPass:
         """Return the places of the first ``left`` links, the last first, in lists of those that are run together."""
         widths = [sum(group.group.in_features for group in of_link) for of_link in self._groups]
         tokens = self._turns * self.batch_size * self.windows.seq_len
-        size = min(self.processes.count, 1 + self.memory // max(tokens * max(widths) * _FLOAT32_BYTES, 1))
+        size = min(self.processes.count, 1 + self.memory // max(tokens * max(widths) * torch.float32.itemsize, 1))
         places = list(reversed(range(left)))
         return [places[start : start + size] for start in range(0, len(places), size)]
 

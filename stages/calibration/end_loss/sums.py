@@ -22,7 +22,6 @@ from stages.records.results import ActivationStats, SearchStats, TokenWeights
 from stages.records.sites import ActivationGroup, Projection
 from stages.runtime.blocks.module import SiteRun
 
-_FLOAT32_BYTES = 4
 _SMALLEST = 1e-30
 """Least weight that is divided by."""
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -120,7 +119,7 @@ class WeightedSums:
         self.statistics = {
             part: StatisticsAccumulator(
                 of.group.activation,
-                StatisticsSize(in_features=of.group.in_features, tokens=tokens, itemsize=_FLOAT32_BYTES),
+                StatisticsSize(in_features=of.group.in_features, tokens=tokens, itemsize=torch.float32.itemsize),
                 device,
             )
             for part, tokens in counts.items()

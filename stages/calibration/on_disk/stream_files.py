@@ -17,8 +17,6 @@ from torch import Tensor
 from stages.errors import UserError, in_one_line
 from stages.system.shared_folder import wait_until
 
-_FLOAT32_BYTES = 4
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamFiles:
@@ -40,7 +38,7 @@ class StreamFiles:
 
     def bytes(self, hidden: int) -> int:
         """Return the bytes of what enters all links, with so many channels of each token."""
-        return len(self.names) * self.windows * self.length * hidden * _FLOAT32_BYTES
+        return len(self.names) * self.windows * self.length * hidden * torch.float32.itemsize
 
     def keep(self, place: int, first: int, stream: Float[Tensor, "windows length hidden"]) -> None:
         """Keep what enters the link at ``place`` of some windows.
@@ -95,9 +93,9 @@ class StreamFiles:
         file = self._file(place)
         try:
             size = file.stat().st_size
-            if size == 0 or size % (self.windows * self.length * _FLOAT32_BYTES):
+            if size == 0 or size % (self.windows * self.length * torch.float32.itemsize):
                 raise self._lost(place, f"it has {size} bytes")
-            shape = (self.windows, self.length, size // (self.windows * self.length * _FLOAT32_BYTES))
+            shape = (self.windows, self.length, size // (self.windows * self.length * torch.float32.itemsize))
             return torch.from_numpy(np.memmap(file, np.float32, "r", shape=shape)[windows.numpy()])
         except OSError as error:
             raise self._lost(place, in_one_line(error)) from error

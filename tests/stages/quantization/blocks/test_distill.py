@@ -113,9 +113,12 @@ def test_it_begins_at_the_weight_and_stores_what_it_computes_with(symmetric: boo
     assert not torch.equal(stored.scales, start.scales)
 
 
-def test_divergence_is_the_sum_over_the_vocabulary() -> None:
-    exact, found = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+def test_divergence_is_the_sum_over_the_vocabulary_with_its_gradient() -> None:
+    exact, found = torch.randn(2, 3, 5), torch.randn(2, 3, 5).requires_grad_()
     p, q = exact.softmax(-1), found.softmax(-1)
     expected = [[sum(float(a * (a / b).log()) for a, b in zip(x, y, strict=True)) for x, y in zip(*rows, strict=True)]
-                for rows in zip(p, q, strict=True)]  # fmt: skip
-    torch.testing.assert_close(divergence(exact, found), torch.tensor(expected))
+                for rows in zip(p, q.detach(), strict=True)]  # fmt: skip
+    losses, gradient = divergence(exact, found.detach())
+    torch.testing.assert_close(losses, torch.tensor(expected))
+    written_out = (p * (p / q).log()).sum()
+    torch.testing.assert_close(gradient, *torch.autograd.grad(written_out, found))
