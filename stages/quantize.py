@@ -293,7 +293,9 @@ def _usable_cache(config: QuantizeConfig, directory: ModelDirectory) -> Calibrat
 
 
 def preview(config: QuantizeConfig, calibration: CalibrateConfig | None = None) -> Preview:
-    """Forecast what ``quantize`` would do: formats, bytes, memory, seconds, obstacles. Only the graph is read.
+    """Forecast what ``quantize`` would do: formats, bytes, memory, seconds, obstacles.
+
+    The graph is read; where a budget is spent, the cache and the weights too, and forecasts are kept in the cache.
 
     Args:
         config: as for ``quantize``.

@@ -33,14 +33,15 @@ class TextOptions(CommandOptions):
     dataset: str | None = None
     """Calibration text: cnn, mix, pilevel, offline, self, or a file. These are cnn (cnn_dailymail), pilevel
     (pile-val-backup), offline (prose from CPython's own documentation, no download), self (text that the model writes,
-    through onnxruntime-genai), mix (self, offline, code, languages, arithmetic, random, in fixed parts, no download), a
-    local .txt / .jsonl / .parquet file, or several of these separated by commas, which share the windows evenly or by
-    weights, as in mix=3,notes.txt=1. Default: cnn where the Hugging Face hub answers, else mix."""
+    through onnxruntime-genai), mix (self, offline, code, languages, arithmetic and random in fixed parts, no download;
+    each is a data set of its own too), a local .txt / .jsonl / .parquet file, or several of these separated by commas,
+    which share the windows evenly or by weights, as in mix=3,notes.txt=1. Default: cnn where the Hugging Face hub
+    answers, else mix."""
     samples: str | None = None
-    """Files that calibrate a graph which text can't, an encoder or a projector, through its package's own processor: a
-    folder of images or of sounds, or .npz files whose names are the graph's inputs (.npy where it has one). Each file
-    is a sample, or each row of its arrays. A tenth is held out from the search, another tenth (at most 32) is kept for
-    --evaluate. Of several components NAME=PATH, separated by commas."""
+    """Files that calibrate a graph where text can't, such as an encoder or a projector: a folder of images or sounds,
+    which the package's own processor reads, or .npz files whose names are the graph's inputs (.npy where it has one).
+    Each file is a sample, or each row of its arrays. A tenth is held out from the search, another tenth (at most 32) is
+    kept for --evaluate. Of several components NAME=PATH, separated by commas."""
     calib_size: int | None = None
     """Number of windows of seq_len tokens, or of samples; a tenth of them is held out from the search. Default: 128, or
     48 of mix; more of mix, self, cnn and pilevel where a MatMul has so many input channels that each would have fewer
@@ -53,7 +54,7 @@ class TextOptions(CommandOptions):
     .parquet row, or else from its text, the beginning as the user's message and the rest as the assistant's. With self:
     only chats."""
     model_name: str | None = None
-    """Hub name or folder to take the tokenizer from. Default: the model's own folder."""
+    """Hub name or folder to take the tokenizer, or the processor of samples, from. Default: the model's own folder."""
     trust_remote_code: bool = False
     """Allow the tokenizer's own Python code to run."""
     seed: int = 0

@@ -80,12 +80,12 @@ class _AlgorithmOptions:
     really produce, so that it compensates for their errors."""
     distill: Annotated[int, tyro.conf.arg(metavar="WINDOWS")] = 0
     """Train the scales of the finished codes until the model answers as the base does (KL through all layers), on so
-    many windows of text, a tenth of them held out; 0: don't. 1280 make the most of it and take hours on a CPU, minutes
-    on a GPU. The text is what dataset names."""
+    many windows of text, a tenth of them held out; 0: don't. It takes hours on a CPU for the smallest models, and is
+    meant for a GPU. The text is what dataset names."""
     checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Take the weights from a quantized Hugging Face folder of the same model, in place of a search: INT4 or INT8 of
-    GPTQ, AWQ, AutoRound or compressed-tensors. Its codes and scales stay as they are. What it leaves in floating point
-    stays so, but for what lm_head, embedding and layers_8bit name."""
+    GPTQ, AWQ, AutoRound, compressed-tensors or Olive. Its codes and scales stay as they are. What it leaves in floating
+    point stays so, but for what lm_head, embedding and layers_8bit name."""
     signround_start: OneShot = "awq_gptq"
     """Algorithm whose result signround tunes."""
     signround_iters: int = 200
@@ -150,8 +150,8 @@ class _FormatOptions:
     last)."""
     target_bpw: float | None = None
     """Bits per weight to spend, scales and zero points included, over the sites that are quantized. Each site gets INT4
-    in blocks of 128, 64 or 32, or INT8, whichever serves it best, and lm_head is quantized or not, unless lm_head is
-    given."""
+    in blocks of 128, 64 or 32, or INT8, as far as the target runs them, whichever serves it best, and lm_head is
+    quantized or not, unless lm_head is given."""
     target_size: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
     """Bytes to spend: the model (.onnx file and external data, embeddings included) takes at most 1.1GB, 900MB or
     850MiB. Formats are chosen as for target_bpw. Default: none; on the CPU, where no option names a format, as many
@@ -176,7 +176,7 @@ class _FormatOptions:
     experts: Experts | None = None
     """Store the experts of MoE nodes as INT4 (4) or INT8 (8), or leave them unquantized (none). Default: INT4 where the
     target runs QMoE. All experts of a node share one format: a pattern of exclude or layers_8bit that names one of them
-    names them all. Budgets count their bytes and don't decide about them."""
+    names them all. A budget chooses it node by node; 4 and 8 fix its bits."""
 
     @property
     def follows_base(self) -> bool:
@@ -351,7 +351,7 @@ class QuantizeConfig(
     perplexity, most likely tokens and, with onnxruntime-genai, decoding speed."""
     dry_run: Flag = False
     """Say what would be done, without doing it. That is every site's format, where input scales go, bytes, memory,
-    seconds. Only the graph is read, and for a budget the calibration cache, if there is one."""
+    seconds. Only the graph is read, and for a budget the calibration cache, if there is one, and the weights."""
     device: str = "auto"
     """Device of the search: auto, cpu, cuda, cuda:1, mps."""
     overwrite: bool = False
