@@ -1,1 +1,1 @@
-"""Build base models from packages, and models of any size and family."""
+"""Build base models, from a hub, a folder, a GGUF file or Python packages."""

@@ -71,7 +71,7 @@ def test_a_relu_behind_a_site_becomes_a_max_and_the_site_is_fused(tmp_path: Path
 
 
 def test_the_runtime_still_needs_it(tmp_path: Path, rng: np.random.Generator) -> None:
-    """When this fails, ONNX Runtime has learnt to fuse in front of a Relu, and export/relu.py can go."""
+    """When this fails, ONNX Runtime has learnt to fuse in front of a Relu, and export/rewrite.py can leave it."""
     up = exact_weight(site_of("up", "x", 64, 32), spec_of(4), rng)
     model = rewrite(squared_relu(up.matrix).model(), store_of_each(tmp_path / "weights", up)).model
     clamp = next(node for node in model.graph if node.op_type == "Max")

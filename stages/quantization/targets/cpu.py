@@ -1,4 +1,4 @@
-"""Know ONNX Runtime's CPU provider: sections 2a, 2b and 2d, and which releases run a stored MatMulNBits."""
+"""Know ONNX Runtime's CPU provider: what each release fuses, and which of them run a stored MatMulNBits."""
 
 from __future__ import annotations
 

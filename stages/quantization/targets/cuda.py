@@ -1,4 +1,4 @@
-"""Know ONNX Runtime's CUDA provider: section 2e, and its kernels' source. Not run here."""
+"""Know ONNX Runtime's CUDA provider, from its kernels' source and pull requests. Not run here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Know ONNX Runtime's DirectML provider: sections 2a and 2g, and its operators' source. Not run here."""
+"""Know ONNX Runtime's DirectML provider, from its operators' source. Not run here."""
 
 from __future__ import annotations
 

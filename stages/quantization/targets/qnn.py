@@ -1,4 +1,4 @@
-"""Know QNN's GPU backend: section 2g and matmulnbits_op_builder.cc of ORT#26340. Not run here.
+"""Know QNN's GPU backend, from matmulnbits_op_builder.cc of ORT#26340. Not run here.
 
 That file takes bits 4, block_size 32, zero points that are all 8 or absent, no bias, and float32 activations.
 """

@@ -1,9 +1,9 @@
 """Define what the rules of every runtime are made of, and the rules that several share.
 
 Each runtime has a module with two functions: ``prefer`` says what it runs fast, ``warnings`` what it does not.
-Sources are named where a rule stands. Sections (2a to 2g) are those of the project's notes on what ONNX Runtime fuses;
-ORT#n is an issue or pull request of microsoft/onnxruntime. "Run" means run on the CPU (x86) with 1.20.1, 1.21.1,
-1.22.1, 1.23.2, 1.24.1, 1.24.4, 1.25.1, 1.28.0 and 1.31.1; no other provider was run, and the reasons say so.
+Sources are named where a rule stands; ORT#n is an issue or pull request of microsoft/onnxruntime. "Run" means run on
+the CPU (x86) with 1.20.1, 1.21.1, 1.22.1, 1.23.2, 1.24.1, 1.24.4, 1.25.1, 1.28.0 and 1.31.1; no other provider was run,
+and the reasons say so.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def dq_warnings(request: Request, unfused: str, fix: str) -> Iterator[str]:
 
 
 def column_major_warnings(request: Request, choice: FormatChoice, *, eight_bit: bool) -> Iterator[str]:
-    """Warn of a Transpose behind DequantizeLinear, on the providers that ONNX Runtime's rule covers (section 2a).
+    """Warn of a Transpose behind DequantizeLinear, on the providers that ONNX Runtime's rule covers.
 
     Args:
         request: the release.

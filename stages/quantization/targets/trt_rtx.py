@@ -1,4 +1,4 @@
-"""Know TensorRT for RTX (NvTensorRTRTX provider): section 2g and NVIDIA's "Quantized types and schemes". Not run here.
+"""Know TensorRT for RTX (NvTensorRTRTX provider), from NVIDIA's "Quantized types and schemes". Not run here.
 
 There: INT4 "requires per-block scales. The supported block sizes are {64, 128}"; INT8 and INT4 are code * scale, with
 no zero point. Scales are positive there, so --scale_range signed is never its default.

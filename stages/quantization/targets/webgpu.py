@@ -1,4 +1,4 @@
-"""Know ONNX Runtime's WebGPU provider: section 2g and its pull requests. Not run here."""
+"""Know ONNX Runtime's WebGPU provider, from its pull requests. Not run here."""
 
 from __future__ import annotations
 

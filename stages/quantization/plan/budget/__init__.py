@@ -1,0 +1,1 @@
+"""Spend a budget: what errors cost, and the best formats that fit."""
