@@ -1,4 +1,4 @@
-"""Remember what made an output, so that the same command run again finds it finished and goes on behind it."""
+"""Remember what made an output, so that the same command, run again, finds it finished and goes on from there."""
 
 from __future__ import annotations
 
