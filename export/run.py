@@ -16,14 +16,7 @@ from export.card.write import move_base_card, write_card
 from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome, table_outcomes
 from export.rewrite import RewriteResult, rewrite
-from export.save import (
-    OUTPUT_OPTION,
-    Destination,
-    copy_side_files,
-    data_name,
-    patch_genai_config,
-    save_model,
-)
+from export.save import OUTPUT_OPTION, Destination, copy_side_files, data_name, patch_genai_config, save_model
 from export.verify.verify import save_report, verify
 from export.verify.while_written import SiteChecks
 from stages.commands.options import AccuracyLevel

@@ -31,19 +31,10 @@ from stages.quantization.plan.plan import ModelPlan, plan_search
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.recipe import describe_recipe
 from stages.quantization.plan.rules import all_sites
-from stages.quantization.preview.memory import (
-    held_already,
-    weights_on_disk,
-)
+from stages.quantization.preview.memory import held_already, weights_on_disk
 from stages.quantization.preview.seconds import search_seconds
 from stages.quantization.preview.stages import Stages
-from stages.quantization.preview.table import (
-    DiskUse,
-    InputScalePlace,
-    Preview,
-    PreviewedSite,
-    SearchEstimate,
-)
+from stages.quantization.preview.table import DiskUse, InputScalePlace, Preview, PreviewedSite, SearchEstimate
 from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import PerBlock, QuantSpec
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber

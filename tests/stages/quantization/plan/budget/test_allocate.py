@@ -16,12 +16,7 @@ from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.budget.allocate import (
-    BudgetResult,
-    allocate_budget,
-    needs_weights,
-    unmeasured_groups,
-)
+from stages.quantization.plan.budget.allocate import BudgetResult, allocate_budget, needs_weights, unmeasured_groups
 from stages.quantization.plan.budget.candidates import SizeBudget
 from stages.quantization.plan.budget.forecast import read_forecasts
 from stages.quantization.plan.budget.left_open import OpenPlan

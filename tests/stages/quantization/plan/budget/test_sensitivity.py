@@ -15,12 +15,7 @@ from stages.errors import UserError
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.budget.sensitivity import (
-    GroupSensitivity,
-    SensitivityMeasure,
-    divergence,
-    unmeasured,
-)
+from stages.quantization.plan.budget.sensitivity import GroupSensitivity, SensitivityMeasure, divergence, unmeasured
 from stages.records.formats import PerBlock, QuantSpec
 from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.records.sites import ActivationGroup, MatMulSite
