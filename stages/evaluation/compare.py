@@ -104,7 +104,7 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
     config.validate()
     directory = locate_model(config.base)
     config = _fit_to_graph(config, directory)
-    tokenizer = load_tokenizer(config.model_name or str(directory.folder), trust_remote_code=False)
+    tokenizer = load_tokenizer(config.model_name or str(directory.folder))
     return PreparedBase(
         directory=directory,
         windows=_read_windows(config, tokenizer),

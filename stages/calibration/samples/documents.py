@@ -89,7 +89,7 @@ def encode_documents(
     Raises:
         UserError: the tokenizer can't be loaded.
     """
-    encode = _Encoder.of(model, directory, load_tokenizer(tokenizer, trust_remote_code=False), seq_len)
+    encode = _Encoder.of(model, directory, load_tokenizer(tokenizer), seq_len)
     return [encode(text) for text in texts]
 
 

@@ -97,13 +97,13 @@ class _CannotLoad(Exception):
         self.fix = fix
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub name.
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub name, whose own Python code doesn't run.
 
     Raises:
         UserError: there is none, or it can't be loaded.
     """
-    return find_tokenizer(path, None, trust_remote_code=trust_remote_code).tokenizer
+    return find_tokenizer(path, None, trust_remote_code=False).tokenizer
 
 
 def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) -> FoundTokenizer:
