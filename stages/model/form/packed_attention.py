@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from stages.model.form.insert import insert_before, integers
+from stages.model.form.insert import insert_before, integers, replace_inputs
 from stages.model.patterns import input_of, is_constant
 from stages.records.formats import float_of_onnx
 
@@ -87,9 +87,7 @@ def _rewrite(node: ir.Node) -> None:
     )
     inputs = [*parts, None, input_of(node, _MASK), input_of(node, _ADDED)]
     node.op_type = "MultiHeadAttention"
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
+    replace_inputs(node, inputs)
     node.resize_outputs(1)
     for attribute in [each for each in node.attributes if each not in _KEPT]:
         del node.attributes[attribute]
