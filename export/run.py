@@ -37,7 +37,6 @@ from stages.system.atomic import atomic_directory
 from stages.system.version import this_version
 
 _LOGGER = logging.getLogger(__name__)
-__all__ = ["Destination", "ExportSummary", "QuantizedModel", "export_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
