@@ -216,9 +216,7 @@ def _row(members: list[PreviewedSite]) -> tuple[str, ...]:
 
 
 def _format(site: PreviewedSite) -> str:
-    if site.formats:
-        return f"{' / '.join(site.formats)}{f' ({site.why})' if site.why else ''}"
-    return f"{site.format}{f' ({site.why})' if site.why else ''}"
+    return f"{' / '.join(site.formats) or site.format}{f' ({site.why})' if site.why else ''}"
 
 
 def _sharing(preview: Preview) -> DataTable:
