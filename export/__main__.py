@@ -30,7 +30,8 @@ def export(config: ExportConfig) -> ExportSummary:
         UserError: the weights are incomplete or another model's, or the output exists or fails a check.
     """
     from export.card.record import command_line
-    from export.run import Destination, export_model
+    from export.run import export_model
+    from export.save import Destination
     from stages.model.directory import locate_model
     from stages.model.load import fingerprint_model, load_graph
     from stages.quantization.weights.store import open_store

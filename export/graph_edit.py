@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from stages.errors import GraphError
+from stages.model.form.insert import replace_inputs
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -37,9 +38,7 @@ def replace_op(
         attributes: all that it has.
     """
     node.domain, node.op_type = domain, op_type
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
+    replace_inputs(node, inputs)
     node.attributes.clear()
     for name, number in attributes.items():
         node.attributes[name] = ir.AttrInt64(name, number)

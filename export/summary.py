@@ -76,7 +76,10 @@ def _folds(folds: tuple[FoldOutcome, ...]) -> Iterator[tuple[str, str]]:
     if placed:
         yield "input scales", ", ".join(placed)
     reasons = Counter(outcome.reason for outcome in folds if outcome.how == "mul")
-    yield from _by_number("Mul, because", reasons)
+    for reason, count in reasons.most_common(_SHOWN):
+        yield "Mul, because", f"{count} x {reason}"
+    if len(reasons) > _SHOWN:
+        yield "Mul, because", f"... and {len(reasons) - _SHOWN} more reasons"
 
 
 def _kept(summary: ExportSummary) -> Iterator[tuple[str, str]]:
@@ -137,10 +140,3 @@ def _named(row: str, sites: Iterable[tuple[str, str]]) -> Iterator[tuple[str, st
     for reason, names in by_reason.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         yield row, f"{len(names)} x {reason}: {', '.join(names[:_SHOWN])}{more}"
-
-
-def _by_number(name: str, reasons: Counter[str]) -> Iterator[tuple[str, str]]:
-    for reason, count in reasons.most_common(_SHOWN):
-        yield name, f"{count} x {reason}"
-    if len(reasons) > _SHOWN:
-        yield name, f"... and {len(reasons) - _SHOWN} more reasons"

@@ -19,7 +19,8 @@ from stages.system.paths import from_here
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from export.run import Destination, QuantizedModel
+    from export.run import QuantizedModel
+    from export.save import Destination
     from stages.calibration.cache import CalibrationCache
     from stages.evaluation.records import Evaluation, OutputEvaluation
     from stages.model.directory import ModelDirectory
@@ -345,7 +346,7 @@ def _check_part(config: QuantizeConfig) -> None:
 def _destination(config: QuantizeConfig, directory: ModelDirectory) -> Destination:
     """Return where the model goes, once both places and the device can be used."""
     from export.finished import was_made_otherwise
-    from export.run import Destination
+    from export.save import Destination
     from stages.model.load import parse_graph
     from stages.model.unquantized import require_float_base
     from stages.system.atomic import is_occupied, require_creatable

@@ -24,6 +24,7 @@ from torch import Tensor
 from export.forms.dequantize_linear import StoredSite
 from export.forms.matmul_nbits import implied_zero_point
 from export.graph_edit import GraphEditor, import_microsoft, name_of
+from stages.model.form.insert import replace_inputs
 from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
 from stages.records.experts import ExpertLayer
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, onnx_float
@@ -120,9 +121,7 @@ def insert_qmoe(
     while inputs[-1] is None:
         inputs.pop()
     node.op_type = "QMoE"
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
+    replace_inputs(node, inputs)
     for name, number in {**_attributes(fc1.table.spec), **attributes}.items():
         node.attributes[name] = ir.AttrInt64(name, number)
     import_microsoft(node)

@@ -17,6 +17,7 @@ from export.forms.qmoe import RAW, ROUTER_WEIGHTS, ExpertTable, RewrittenExperts
 from export.save import read_initializer
 from export.verify.isolated import IsolatedModel, relative_error, run_isolated
 from stages.errors import GraphError
+from stages.model.patterns import input_of
 from stages.records.formats import FLOAT_TYPES, onnx_float
 from stages.records.results import ExpertsError
 from stages.records.sites import FloatName
@@ -117,7 +118,7 @@ def _reference(
 
 
 def _bias(node: ir.Node, place: int, index: int) -> Tensor:
-    value = node.inputs[place] if place < len(node.inputs) else None
+    value = input_of(node, place)
     if value is None or value.const_value is None:
         return torch.zeros(1, dtype=torch.float64)
     return torch.from_numpy(value.const_value.numpy()[index].astype(np.float64))

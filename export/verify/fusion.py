@@ -23,7 +23,7 @@ from export.verify.alike import Form, form_of
 from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.partition import Partition, cut_into_partitions, nodes_reading
-from stages.model.patterns import is_constant
+from stages.model.patterns import input_of, is_constant
 from stages.records.formats import PerBlock, PerChannel, QuantSpec
 from stages.runtime.cpu.runnable import runnable_graph
 from stages.runtime.feeds import CausalFeeds
@@ -314,7 +314,7 @@ def _is_plain_gemm(node: ir.Node) -> bool:
 
 
 def _adds_a_vector(node: ir.Node) -> bool:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = input_of(node, 2)
     if bias is None:
         return True
     return is_constant(bias) and bias.shape is not None and len(bias.shape) == 1 and bias.shape[0] != 1

@@ -18,28 +18,13 @@ _AS_THEY_ARE = ("A_log", "dt_bias", "layer_scalar", "per_expert_scale", "router.
 _OUTPUTS = ("proj.weight", "w1.weight", "w2.weight", "w3.weight", "dense.weight", "fc1.weight", "fc2.weight")
 
 
-def save_random_model(config: transformers.PretrainedConfig, width: float, folder: Path, tokenizer: Path) -> None:
-    """Save the model that transformers makes of ``config``, with random weights and a tokenizer, as a folder.
-
-    Args:
-        config: its configuration.
-        width: standard deviation of embedding and head.
-        folder: where it goes.
-        tokenizer: folder of the tokenizer.
-    """
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    _draw(model, width)
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-
-
 def save_architecture(architecture: Architecture, folder: Path, tokenizer: Path) -> None:
     """Save a tiny random model of ``architecture`` with a tokenizer as a Hugging Face folder."""
     config = architecture.config()
     place = stand_ins if architecture.is_stand_in else transformers
     made = getattr(place, architecture.auto_class)
     model = made(config) if not hasattr(made, "from_config") else made.from_config(config)
-    _draw(model, architecture.width)
+    draw_weights(model, architecture.width)
     weights = {architecture.prefix + name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights if architecture.prefix else None)
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
@@ -54,7 +39,7 @@ def save_architecture(architecture: Architecture, folder: Path, tokenizer: Path)
     file.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-def _draw(model: torch.nn.Module, width: float) -> None:
+def draw_weights(model: torch.nn.Module, width: float) -> None:
     """Draw weights by which predictions are neither flat nor certain.
 
     The embedding and head are wide enough for an entropy of some nats less than uniform: a KL divergence then means

@@ -7,7 +7,8 @@ import shutil
 import time
 from pathlib import Path
 
-from export.run import Destination, export_model
+from export.run import export_model
+from export.save import Destination
 from scripts.benchmarks.figures import WriteFigure
 from stages.commands.quantize_options import ExportOptions
 from stages.model.directory import locate_model

@@ -17,13 +17,7 @@ from scripts.write_tables.results import (
     TimesResult,
 )
 from scripts.write_tables.support_matrix import markdown
-from stages.evaluation.bench.results import (
-    MeasuredModel,
-    TextResults,
-    mean_results,
-    text_divergences,
-    text_name,
-)
+from stages.evaluation.bench.results import MeasuredModel, TextResults, mean_results, text_divergences, text_name
 from stages.evaluation.records import ModelSpeed
 from stages.records.quantities import counted, duration
 

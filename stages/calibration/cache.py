@@ -312,9 +312,10 @@ def new_cache(
     *,
     overwrite: bool,
     samples: Iterable[str] = (),
-    kept: bool = False,
 ) -> Iterator[CacheWriter]:
     """Write a cache of ``activations``, which gets its place when the block ends without an error.
+
+    Where the block fails, its files stay in a scratch folder and are there the next time.
 
     Args:
         folder: where it will lie.
@@ -323,13 +324,12 @@ def new_cache(
         rows: names of the values whose tokens' own rows it will write.
         overwrite: whether a cache that is there is replaced.
         samples: sha256 of each sample that it is made from.
-        kept: whether its files stay in a scratch folder where the block fails, and are there the next time.
 
     Raises:
         UserError: the folder exists and ``overwrite`` is off, or it is not a cache, or can't be written.
     """
     require_place(folder)
-    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir", kept=kept) as scratch:
+    with atomic_directory(folder, overwrite=overwrite, option="--cache_dir", kept=True) as scratch:
         writer = CacheWriter.of(scratch, activations, rows)
         yield writer
         weighted = tuple(sorted(writer.weighted))

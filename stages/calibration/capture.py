@@ -275,16 +275,17 @@ class Capture:
         with progress_bar() as bar:
             for index, partition in enumerate(partitions):
                 boundary = _BoundaryValues(
-                    before=unfinished.folder / f"boundary-{index - 1}", after=unfinished.folder / f"boundary-{index}"
+                    before=unfinished.folder / f"boundary-{index - 1}",
+                    after=unfinished.folder / f"boundary-{index}",
+                    needed=frozenset(name for later in partitions[index + 1 :] for name in later.boundary_inputs),
                 )
                 if index < reached.partitions:
                     with first:  # what it is opened for is known
                         continue
                 tap = first if index == 0 else self._open_next(partition, first.providers, boundary)
                 label = f", part {index + 1} of {len(partitions)}" if len(partitions) > 1 else ""
-                needed = {name for later in partitions[index + 1 :] for name in later.boundary_inputs}
                 with tap:
-                    written = self._run_partition(writer, tap, boundary, needed, bar, label, unfinished)
+                    written = self._run_partition(writer, tap, boundary, bar, label, unfinished)
                 if index + 1 == len(partitions) and self.maxima is not None and self.processes.is_first:
                     written.append(writer.write_maxima(self.maxima.found))
                 unfinished.note(Reached(partitions=index + 1), written)
@@ -334,7 +335,6 @@ class Capture:
         writer: CacheWriter,
         tap: ActivationTap,
         boundary: _BoundaryValues,
-        needed: Collection[str],
         bar: Progress,
         label: str,
         unfinished: Unfinished,
@@ -361,7 +361,7 @@ class Capture:
                 keeps=f"{unit}, but for the last minute's,",
             )
             for start in range(begin, len(batches), self.processes.count):
-                received = self._run_turn(part, start, tap, boundary, needed, owners)
+                received = self._run_turn(part, start, tap, boundary, owners)
                 self._add_largest(received)
                 fold_in(sums[part], {name: received[name] for name in received if name in sums[part]}, self.device)
                 with writer.place_for("rows"):
@@ -404,25 +404,22 @@ class Capture:
         start: int,
         tap: ActivationTap,
         boundary: _BoundaryValues,
-        needed: Collection[str],
         owners: Mapping[str, int],
     ) -> dict[str, list[Tensor]]:
         """Run a batch in each process, from number ``start`` on; return what is this one's of all of them, in order."""
         number = start + self.processes.index
         values: dict[str, Tensor] = {}  # of this process's batch, if there is one left for it
         if number < len(self._batches(part)):
-            values = self._run_batch(part, number, tap, boundary, needed)
+            values = self._run_batch(part, number, tap, boundary)
         values = {name: value for name, value in values.items() if name in owners}
         return self.processes.exchange(self._with_largest(values), owners)
 
-    def _run_batch(
-        self, part: str, number: int, tap: ActivationTap, boundary: _BoundaryValues, needed: Collection[str]
-    ) -> dict[str, Tensor]:
+    def _run_batch(self, part: str, number: int, tap: ActivationTap, boundary: _BoundaryValues) -> dict[str, Tensor]:
         """Return all that ``tap`` gives for a batch, and keep what later partitions need of it and of earlier ones."""
         known = boundary.read(part, number)
         values = dict(tap.run(self._batches(part)[number], {name: known[name] for name in tap.boundary_inputs}))
-        known |= {name: value.cpu().numpy() for name, value in values.items() if name in needed}
-        boundary.keep(part, number, {name: array for name, array in known.items() if name in needed})
+        known |= {name: value.cpu().numpy() for name, value in values.items() if name in boundary.needed}
+        boundary.keep(part, number, known)
         self._keep_streams(part, number, values)
         return values
 
@@ -516,6 +513,8 @@ class _BoundaryValues:
     """Folder of what earlier partitions have computed; it need not exist."""
     after: Path
     """Folder for what is there after this one."""
+    needed: frozenset[str]
+    """Names of what later partitions read."""
 
     def read(self, part: str, batch: int) -> dict[str, np.ndarray]:
         """Return everything that was kept for a batch; nothing before its first partition."""
@@ -523,16 +522,16 @@ class _BoundaryValues:
         return load_file(file) if file.is_file() else {}
 
     def keep(self, part: str, batch: int, values: Mapping[str, np.ndarray]) -> None:
-        """Keep ``values`` of a batch.
+        """Keep those of a batch's ``values`` that are needed.
 
         Raises:
             UserError: the disk is full.
         """
-        if not values:
+        arrays = {name: np.ascontiguousarray(array) for name, array in values.items() if name in self.needed}
+        if not arrays:
             return
         try:
             self.after.mkdir(parents=True, exist_ok=True)
-            arrays = {name: np.ascontiguousarray(array) for name, array in values.items()}
             save_file(arrays, self.after / _boundary_file(part, batch))
         except (OSError, SafetensorError) as error:
             raise UserError(

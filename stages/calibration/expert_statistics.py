@@ -9,7 +9,7 @@ but the expert at hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from stages.calibration.cache import CalibrationCache
 from stages.calibration.capture import PRIOR
 from stages.calibration.statistics import StatisticsAccumulator, StatisticsSize, scaled
+from stages.model.sites import find_expert_layers
 from stages.model.weights import read_weight, to_torch
 from stages.records.experts import ExpertLayer
 from stages.records.results import ActivationStats, SearchStats, TokenStats
@@ -30,6 +31,16 @@ from stages.runtime.blocks.experts import activated, route
 
 _CHUNK = 4096
 """Rows that are worked on at a time."""
+
+
+def search_statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) -> Callable[[str], SearchStats]:
+    """Return what gives, by activation, what a search minimizes at the sites that read it, experts' among them."""
+    experts = ExpertStatistics(model, find_expert_layers(model), cache, device)
+
+    def read(activation: str) -> SearchStats:
+        return experts.read(activation) if experts.has(activation) else cache.read_for_search(activation)
+
+    return read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stages.commands.calibrate_options import KeyValueScales
 from stages.errors import GraphError
+from stages.model.patterns import input_of
 from stages.system.json_file import explained, write_whole
 
 SCALES = "kv_scales.json"
@@ -85,7 +86,7 @@ def _as_cache(node: ir.Node) -> KeyValueCache | None:
 
 def _rotation(node: ir.Node) -> Rotation | None:
     if node.attributes.get_int("do_rotary", 0) == 1:
-        cosines = node.inputs[_COSINES] if len(node.inputs) > _COSINES else None
+        cosines = input_of(node, _COSINES)
         width = None if cosines is None or cosines.shape is None else cosines.shape[-1]
         return Rotation(
             size=2 * width if isinstance(width, int) else None,

@@ -372,7 +372,7 @@ def _new_cache(config: CalibrateConfig, key: CacheKey, capture: Capture) -> Iter
     if capture.processes.is_first:
         samples = capture.windows.digests if isinstance(capture.windows, Samples) else ()
         with new_cache(
-            config.cache_path, key, activations, rows, overwrite=config.overwrite, samples=samples, kept=True
+            config.cache_path, key, activations, rows, overwrite=config.overwrite, samples=samples
         ) as writer:
             if isinstance(capture.windows, TokenWindows):
                 writer.write_tokens(capture.windows.calibration, capture.windows.held_out)

@@ -35,7 +35,7 @@ from stages.evaluation.accuracy import (
     worst_of_window,
 )
 from stages.evaluation.records import Comparison, Evaluation, ModelRow
-from stages.evaluation.speed import describe_accuracy_level, shipped_accuracy_level
+from stages.evaluation.speed import describe_accuracy_level, with_shipped_level
 from stages.evaluation.texts import BUILT_IN
 from stages.model.directory import ModelDirectory, locate_model, logits_among
 from stages.model.load import fingerprint_model, read_graph
@@ -77,8 +77,7 @@ class PreparedBase:
 
     def settings_of(self, model: ModelDirectory) -> SessionSettings:
         """Return the settings to run ``model`` with: where no level is forced, at the one that its files set."""
-        forced = self.settings.accuracy_level
-        return replace(self.settings, accuracy_level=shipped_accuracy_level(model) if forced is None else forced)
+        return with_shipped_level(self.settings, model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +103,7 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
     config.validate()
     directory = locate_model(config.base)
     config = _fit_to_graph(config, directory)
-    tokenizer = load_tokenizer(config.model_name or str(directory.folder), trust_remote_code=False)
+    tokenizer = load_tokenizer(config.model_name or str(directory.folder))
     return PreparedBase(
         directory=directory,
         windows=_read_windows(config, tokenizer),

@@ -7,7 +7,7 @@ relative error |z - y| / |y|, over all numbers of an output.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation.records import OutputEvaluation, OutputRow, OutputScore
-from stages.evaluation.speed import describe_accuracy_level, shipped_accuracy_level
+from stages.evaluation.speed import describe_accuracy_level, with_shipped_level
 from stages.model.directory import ModelDirectory
 from stages.model.sizes import model_bytes
 from stages.runtime.cpu.runnable import open_file
@@ -77,10 +77,8 @@ def _run(
     model: ModelDirectory, samples: Sequence[Sample], settings: SessionSettings, progress: Progress
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the model's floating-point outputs for each sample, with a progress bar of its own."""
-    level = settings.accuracy_level
-    settings = replace(settings, accuracy_level=shipped_accuracy_level(model) if level is None else level)
     task = progress.add_task(model.folder.name, total=len(samples), unit="samples")
-    with open_file(model.onnx_file, settings, None) as session:
+    with open_file(model.onnx_file, with_shipped_level(settings, model), None) as session:
         feeds = SampleFeeds.of(session, model, names=frozenset(samples[0]))
         # A decoder's cache holds values whose input scales are folded: only what is computed from it can be compared.
         own_cache = {PAST.sub("present", node.name) for node in session.get_inputs()}

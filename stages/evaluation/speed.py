@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ from stages.evaluation.speed_round import OPTION, REQUESTS, ROUNDS, Round, Speed
 from stages.model.directory import DECODER, ModelDirectory
 from stages.model.genai_config import component_entries, read_genai_config
 from stages.runtime.genai import runtime_version
-from stages.runtime.session import ACCURACY_LEVEL
+from stages.runtime.session import ACCURACY_LEVEL, SessionSettings
 from stages.system.hardware import describe_machine
 from stages.system.measured_process import Cost, run_measured
 
@@ -102,11 +103,16 @@ def describe_accuracy_level(model: ModelDirectory, forced: int | None = None) ->
         return "none (nothing is quantized)"
     if forced is not None:
         return f"{forced} (by --accuracy_level)"
-    level = shipped_accuracy_level(model)
+    level = _shipped_level(model)
     return _DEFAULT_LEVEL if level is None else f"{level} (by its genai_config.json)"
 
 
-def shipped_accuracy_level(model: ModelDirectory) -> int | None:
+def with_shipped_level(settings: SessionSettings, model: ModelDirectory) -> SessionSettings:
+    """Return ``settings`` for ``model``: where they force no accuracy level, with the one that its files set."""
+    return settings if settings.accuracy_level is not None else replace(settings, accuracy_level=_shipped_level(model))
+
+
+def _shipped_level(model: ModelDirectory) -> int | None:
     """Return the accuracy level that a model's genai_config.json sets for sessions, or None where it sets none."""
     if not model.has_genai_config:
         return None

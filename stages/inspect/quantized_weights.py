@@ -12,6 +12,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from stages.model.patterns import input_of
+
 Grouping = Literal["block", "channel", "tensor"]
 """What shares a scale: a block of inputs, an output channel, or the whole weight."""
 Activations = Literal["float", "int8, scales per run", "int8, fixed scales"]
@@ -116,17 +118,17 @@ def find_quantized(model: ir.Model) -> FoundWeights:
 
 def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
     """Yield the weight of a DequantizeLinear once for each reader; nothing where it dequantizes activations."""
-    source = _input(node, 0)
+    source = input_of(node, 0)
     quantize = None if source is None else source.producer()
     constant = source
     if quantize is not None and quantize.op_type == "QuantizeLinear":
-        constant = _input(quantize, 0)
+        constant = input_of(quantize, 0)
     if constant is None or not _is_constant(constant) or constant.shape is None or len(constant.shape) < 2:
         return
     codes = _code_type(node, quantize)
     if codes is None or codes not in _BITS:
         return
-    parts = (constant, _stored_input(node, 1), _input(node, 2))
+    parts = (constant, _stored_input(node, 1), input_of(node, 2))
     for reader, between in _readers(node.outputs[0]):
         quantized = () if constant is source else ("QuantizeLinear",)
         yield DequantizedWeight(
@@ -138,9 +140,9 @@ def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
                 bits=_BITS[codes],
                 grouping=_grouping(node),
                 block_size=node.attributes.get_int("block_size", 0) or None,
-                zero_point=_input(node, 2) is not None,
+                zero_point=input_of(node, 2) is not None,
                 scales=_type_name(parts[1]),
-                computed=_type_name(_input(node, 1)),
+                computed=_type_name(input_of(node, 1)),
                 shape=_product_shape(reader, constant, between),
                 bytes=sum(map(num_bytes, parts)),
                 activations=_activations(reader),
@@ -152,12 +154,12 @@ def _dequantized(node: ir.Node) -> Iterator[DequantizedWeight]:
 
 def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
     """Yield a table of codes whose rows are dequantized after the Gather."""
-    source = _input(node, 0)
+    source = input_of(node, 0)
     gather = None if source is None else source.producer()
-    table = _input(gather, 0) if gather is not None and gather.op_type == "Gather" else None
+    table = input_of(gather, 0) if gather is not None and gather.op_type == "Gather" else None
     if gather is None or table is None or not _is_constant(table) or table.dtype not in _BITS:
         return
-    parts = (table, _stored_input(node, 1), _input(node, 2))
+    parts = (table, _stored_input(node, 1), input_of(node, 2))
     yield StoredWeight(
         node=node_name(gather),
         operators=("Gather", "DequantizeLinear"),
@@ -168,7 +170,7 @@ def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
         block_size=None,
         zero_point=parts[2] is not None,
         scales=_type_name(parts[1]),
-        computed=_type_name(_input(node, 1)),
+        computed=_type_name(input_of(node, 1)),
         shape=_shape(table),
         bytes=sum(map(num_bytes, parts)),
     )
@@ -176,10 +178,10 @@ def _looked_up(node: ir.Node) -> Iterator[StoredWeight]:
 
 def _code_type(node: ir.Node, quantize: ir.Node | None) -> ir.DataType | None:
     """Return the type of what is dequantized, or of what a QuantizeLinear before it makes."""
-    source = _input(node, 0)
+    source = input_of(node, 0)
     if quantize is None:
         return None if source is None else source.dtype
-    zero_point = _input(quantize, 2)
+    zero_point = input_of(quantize, 2)
     if zero_point is not None:
         return zero_point.dtype
     named = quantize.attributes.get_int("output_dtype", 0)
@@ -189,7 +191,7 @@ def _code_type(node: ir.Node, quantize: ir.Node | None) -> ir.DataType | None:
 def _grouping(node: ir.Node) -> Grouping:
     if node.attributes.get_int("block_size", 0):
         return "block"
-    scale = _input(node, 1)
+    scale = input_of(node, 1)
     return "tensor" if scale is None or scale.shape is None or len(scale.shape) == 0 else "channel"
 
 
@@ -212,7 +214,7 @@ def _product_shape(reader: ir.Node, weight: ir.Value, between: tuple[str, ...]) 
 
 def _activations(reader: ir.Node) -> Activations:
     """Return what the other factor is: dequantized too, or floating point."""
-    first = _input(reader, 0)
+    first = input_of(reader, 0)
     maker = None if first is None else first.producer()
     both = reader.op_type in ("MatMul", "Gemm", "Conv") and maker is not None and maker.op_type == "DequantizeLinear"
     return "int8, fixed scales" if both else "float"
@@ -253,7 +255,7 @@ def _gather(node: ir.Node) -> Iterator[StoredWeight]:
 def _experts(node: ir.Node) -> Iterator[StoredWeight]:
     """Yield the weights of the experts' first, second and third layer."""
     for index, (weight, scale, zero_point) in enumerate(((2, 3, 11), (5, 6, 12), (8, 9, 13)), start=1):
-        value = _input(node, weight)
+        value = input_of(node, weight)
         if value is None or not _is_constant(value):
             continue
         own = node.attributes.get_int(f"fc{index}_expert_weight_bits", 0)
@@ -294,7 +296,7 @@ def _packed(
         block_size=block_size or None,
         zero_point=values[2] is not None,
         scales=_type_name(values[1]),
-        computed=_type_name(_input(node, places[1])),
+        computed=_type_name(input_of(node, places[1])),
         shape=shape,
         bytes=sum(map(num_bytes, values)),
         accuracy_level=level or None,
@@ -311,11 +313,11 @@ class _IntegerProduct:
     activations: Activations
 
     def __call__(self, node: ir.Node) -> Iterator[StoredWeight]:
-        weight = _input(node, self.weight)
+        weight = input_of(node, self.weight)
         if weight is None or not _is_constant(weight) or weight.dtype not in _BITS:
             return
-        scale = _later_scale(node) if self.scale is None else _input(node, self.scale)
-        zero_point = _input(node, self.zero_point)
+        scale = _later_scale(node) if self.scale is None else input_of(node, self.scale)
+        zero_point = input_of(node, self.zero_point)
         per_channel = any(_shape(value) not in ((), (1,)) for value in (scale, zero_point) if value is not None)
         yield StoredWeight(
             node=node_name(node),
@@ -362,20 +364,16 @@ _OPERATORS: Mapping[str, Callable[[ir.Node], Iterator[StoredWeight]]] = {
 }
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def _stored_input(node: ir.Node, index: int) -> ir.Value | None:
     """Return the initializer behind an input.
 
     A Reshape of codes stands where embedding and lm_head share them, a Cast where scales are stored in a smaller type,
     and a Mul behind that where they are multiples of a step.
     """
-    value = _input(node, index)
+    value = input_of(node, index)
     maker = None if value is None else value.producer()
     while maker is not None and maker.op_type in ("Reshape", "Cast", "Mul"):
-        value = _input(maker, 0)
+        value = input_of(maker, 0)
         maker = None if value is None else value.producer()
     return value
 

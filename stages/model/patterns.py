@@ -52,6 +52,11 @@ def is_constant(value: ir.Value) -> bool:
     return value.is_initializer() and not value.is_graph_input()
 
 
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """Return an input of ``node``; None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConstantMatrix:
     """A matrix that is the same in every run: an initializer, and what nodes do to it before it is read."""

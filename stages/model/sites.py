@@ -19,6 +19,7 @@ from stages.model.patterns import (
     ConstantMatrix,
     constant_matrix,
     gates_state,
+    input_of,
     is_constant,
     readers,
     routes_experts,
@@ -354,7 +355,7 @@ def why_no_sites(node: ir.Node) -> str:
     fc1, fc2 = _experts_table(node, _FC1), _experts_table(node, _FC2)
     if fc1 is None or fc2 is None:
         return "its experts are no constant floating-point matrices of its own"
-    if _input_of(node, _FC3) is not None:
+    if input_of(node, _FC3) is not None:
         return "it has a third projection (fc3), which QMoE doesn't run"
     if unknown := sorted(set(node.attributes) - _KNOWN_OF_EXPERTS):
         return f"it has the attribute {unknown[0]}, which is unknown here"
@@ -375,17 +376,13 @@ class _ExpertsTable:
 
 
 def _experts_table(node: ir.Node, index: int) -> _ExpertsTable | None:
-    value = _input_of(node, index)
+    value = input_of(node, index)
     if value is None or value.shape is None or len(value.shape) != 3 or not is_constant(value):
         return None
     kind = float_of_onnx(value.dtype)
     if kind is None or len(value.uses()) != 1 or value.is_graph_output():
         return None
     return _ExpertsTable(name=str(value.name), shape=tuple(value.shape.numpy()), dtype=kind.name)
-
-
-def _input_of(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _gate_layout(node: ir.Node) -> GateLayout:
@@ -399,7 +396,7 @@ def _as_expert_layer(node: ir.Node) -> ExpertLayer:
     assert fc1 is not None
     assert fc2 is not None
     experts, _, hidden = fc1.shape
-    inputs = [None if value is None else str(value.name) for value in (_input_of(node, i) for i in range(_FC3))]
+    inputs = [None if value is None else str(value.name) for value in (input_of(node, i) for i in range(_FC3))]
     tokens, scores = inputs[_EXPERT_TOKENS], inputs[_EXPERT_SCORES]
     assert tokens is not None
     assert scores is not None

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from stages.calibration.cache import CalibrationCache, open_cache
-from stages.calibration.expert_statistics import ExpertStatistics
+from stages.calibration.expert_statistics import search_statistics
 from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
 from stages.commands.progress import progress_bar
 from stages.commands.quantize_options import QuantizeConfig
@@ -40,7 +40,7 @@ from stages.quantization.search.parallel import solve_groups
 from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.quantization.weights.store import EARLIER, RECIPE, QuantizedStore, create_or_resume_store
 from stages.quantization.weights.summary import loss_so_far
-from stages.records.results import SearchStats, SiteReport
+from stages.records.results import SiteReport
 from stages.records.sites import ActivationGroup, short_name
 from stages.runtime.blocks.chain import Chain, open_chain
 from stages.runtime.blocks.decoder import DecoderBlocks, open_blocks
@@ -222,19 +222,10 @@ def _log_plan(plan: ModelPlan) -> None:
 
 def _solver(config: QuantizeConfig, model: ir.Model, plan: ModelPlan, cache: CalibrationCache | None) -> GroupSolver:
     device = choose_device(config.device)
-    read_stats = None if cache is None else _statistics(model, cache, device)
+    read_stats = None if cache is None else search_statistics(model, cache, device)
     return group_solver(
         config, plan, device, lambda site: read_weight(model, site, device), read_stats, partial(stored_weight, model)
     )
-
-
-def _statistics(model: ir.Model, cache: CalibrationCache, device: torch.device) -> Callable[[str], SearchStats]:
-    experts = ExpertStatistics(model, find_expert_layers(model), cache, device)
-
-    def read(activation: str) -> SearchStats:
-        return experts.read(activation) if experts.has(activation) else cache.read_for_search(activation)
-
-    return read
 
 
 def _import_unfinished(imported: ImportedWeights, store: QuantizedStore, processes: Processes) -> None:
@@ -354,7 +345,7 @@ def _tune(
         step=step,
         batch_size=config.signround_batch_size,
         device=choose_device(config.device),
-        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
+        read_stats=search_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).tune()
 
 
@@ -376,7 +367,7 @@ def _distill(
         batch_size=config.signround_batch_size,
         seed=config.seed,
         device=choose_device(config.device),
-        read_stats=_statistics(prepared.model, prepared.cache, choose_device(config.device)),
+        read_stats=search_statistics(prepared.model, prepared.cache, choose_device(config.device)),
     ).distill()
     _LOGGER.info("distillation: KL from the base on held-out windows %.4f -> %.4f nats", found.start, found.found)
 

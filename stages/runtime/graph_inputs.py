@@ -294,7 +294,7 @@ class InputShapes:
     def _state_sizes(self, given: GraphInput, tokens: TokenShape) -> tuple[int | None, ...]:
         """Return the sizes of a cache [batch, heads, length, size], or of another state with the batch in front."""
         past = self.windowed_caches.get(given.name, tokens.past)
-        if len(given.shape) == 4 and not _FIXED_STATE_WORDS.search(given.name):
+        if given.holds_keys_or_values:
             return tokens.batch, self.kv_heads, past, self.head_size
         return tuple(
             tokens.batch if index == 0 or "batch" in str(dim) else past if _LENGTH_WORDS.search(str(dim)) else None

@@ -259,7 +259,6 @@ def open_value_tap(
     values: tuple[str, ...],
     choice: ProviderChoice,
     provider_options: Mapping[str, Mapping[str, str]],
-    scratch: Path | None = None,
 ) -> ActivationTap:
     """Open the graph with ``values`` as its outputs, on the first providers that run it.
 
@@ -269,12 +268,11 @@ def open_value_tap(
         values: names of the activations to yield.
         choice: the providers to try.
         provider_options: options by the provider that they go to.
-        scratch: see ``open_graph``.
 
     Raises:
         GraphError: ONNX Runtime can't open the base model.
     """
-    return _open(tapped_model(model, values), values, directory, choice, provider_options, scratch, {})
+    return _open(tapped_model(model, values), values, directory, choice, provider_options, None, {})
 
 
 def open_partition_tap(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -167,7 +166,6 @@ def open_trials(
     directory: ModelDirectory,
     sites: Sequence[MatMulSite],
     choice: ProviderChoice,
-    scratch: Path | None = None,
 ) -> TrialRunner:
     """Open ``model`` with the weights of ``sites`` as inputs, on the first providers that run it.
 
@@ -176,14 +174,13 @@ def open_trials(
         directory: where its weights lie.
         sites: those whose weights may be replaced.
         choice: the providers to try.
-        scratch: folder for a float32 copy of a bfloat16 model; None is the system's folder for temporary files.
 
     Raises:
         GraphError: ONNX Runtime can't open the base model.
     """
     changed = with_weight_inputs(model, sites)
     with ExitStack() as temporary:
-        session = open_graph(changed, directory, choice, scratch, temporary).session
+        session = open_graph(changed, directory, choice, None, temporary).session
         feeds = CausalFeeds.of(session, directory, fed_otherwise=frozenset(input_name(site) for site in sites))
         cpu = torch.device("cpu")
         original = {input_name(site): _as_fed(read_weight(model, site, cpu), site, session) for site in sites}

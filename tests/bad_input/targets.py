@@ -22,14 +22,7 @@ from stages.model.unquantized import find_unquantized
 from stages.model.weights import read_rows, read_weight
 from stages.quantization.plan.plan_file import PlannedSite, plan_text, read_plan
 from stages.quantization.weights.store import open_store
-from tests.bad_input.mutations import (
-    Mutation,
-    mutate_bytes,
-    mutate_json,
-    mutate_onnx,
-    mutate_safetensors,
-    mutate_text,
-)
+from tests.bad_input.mutations import Mutation, mutate_bytes, mutate_json, mutate_onnx, mutate_safetensors, mutate_text
 
 _CPU = torch.device("cpu")
 _TEXTS = 50

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.run import Destination, ExportSummary, export_model
+from export.run import ExportSummary, export_model
+from export.save import Destination
 from stages.commands.quantize_options import ExportOptions
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model

@@ -14,14 +14,7 @@ from export.rewrite import rewrite
 from stages.errors import OptionError
 from stages.model.sites import find_groups
 from stages.records.sites import LinearAbsorber, NormAbsorber, ValueAbsorber
-from tests.export.builders import (
-    exact_weight,
-    group_of,
-    input_scale,
-    site_of,
-    spec_of,
-    store_of,
-)
+from tests.export.builders import exact_weight, group_of, input_scale, site_of, spec_of, store_of
 from tests.export.fold_graphs import (
     HEAD_SIZE,
     HEADS,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import export.run
-from export.run import Destination
+from export.save import Destination
 from stages.errors import GraphError, UserError
 from stages.quantization.weights.store import QuantizedStore
 from stages.quantization.weights.validate import PartName

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support import forked
+from tests.support.written import contents
 
 LAUNCH = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -158,10 +159,6 @@ def calibration(base: Path, text: Path, cache: Path, *more: str) -> list[str]:
         "-m", "stages.calibrate", "--onnx_path", str(base), "--dataset", str(text), "--calib_size", "12", "--seq_len",
         "32", "--batch_size", "2", "--cache_dir", str(cache), "--device", "cpu", "--calibration_eps", "cpu", *more,
     ]  # fmt: skip
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import stages.runtime.blocks.converters.layers
 from stages.quantization.weights.store import open_store
 from stages.runtime.blocks.cut import cut_block
 from stages.runtime.blocks.module import BlockModule
-from tests.pipelines.test_block_tuning import _calibrated, _quantize
+from tests.pipelines.test_block_tuning import _calibrated, _quantize, _report
 from tests.pipelines.test_both_stages import _logits
 from tests.stages.runtime.blocks.blocks import CPU, open_model
 from tests.support.commands import Commands
@@ -30,11 +29,6 @@ _SEARCH = ("--algo", "gptq", "--block_size", 16)
 @pytest.fixture(scope="module")
 def cache(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _calibrated(tiny_model, tiny_text, tmp_path_factory.mktemp("refined"))
-
-
-def _reports(output: Path) -> list[dict[str, Any]]:
-    lines = (output.with_name(f"{output.name}.weights") / "report.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_what_a_site_reads_is_what_onnx_runtime_gives_it(tiny_model: Path) -> None:
@@ -93,7 +87,7 @@ def test_refined_models_run_fused_and_their_blocks_are_nearer_to_the_base(
         assert code == 0, printed
     assert "awq_gptq refined INT4" in printed
     assert fused_sites(refined) == (10, 10)
-    inside = [line for line in _reports(refined) if "layers" in line["site"]]
+    inside = [line for line in _report(refined) if "layers" in line["site"]]
     assert all(line["algorithm"] == "refine" for line in inside)
     assert all(line["block_loss"] <= line["block_loss_start"] for line in inside)
     assert any(line["block_loss"] < line["block_loss_start"] for line in inside)
@@ -114,8 +108,8 @@ def test_signround_goes_on_from_the_refined_weights(
     assert "signround from gptq refined" in printed
     code, printed = _quantize(commands, tiny_model, cache, tmp_path / "first", *_SEARCH, "--refine")
     assert code == 0, printed
-    refined = {line["site"]: line for line in _reports(tmp_path / "first")}
-    tuned = [line for line in _reports(tmp_path / "both") if "layers.0" in line["site"]]
+    refined = {line["site"]: line for line in _report(tmp_path / "first")}
+    tuned = [line for line in _report(tmp_path / "both") if "layers.0" in line["site"]]
     # Before the first layer both streams are the same, so tuning there starts with the loss that refining ended with.
     assert all(line["block_loss_start"] == pytest.approx(refined[line["site"]]["block_loss"]) for line in tuned)
     left = {path.name for path in (tmp_path / "both.weights").iterdir() if path.is_dir()}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import transformers
 
 from scripts.architectures import configs
-from scripts.architectures.configs import lfm2_moe
-from scripts.architectures.random_models import save_random_model
-
-__all__ = ["FAMILIES", "Family", "lfm2_moe", "save_random_model"]
+from scripts.architectures.random_models import draw_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,3 +164,18 @@ FAMILIES = (
         routers=4,
     ),
 )
+
+
+def save_random_model(config: transformers.PretrainedConfig, width: float, folder: Path, tokenizer: Path) -> None:
+    """Save the model that transformers makes of ``config``, with random weights and a tokenizer, as a folder.
+
+    Args:
+        config: its configuration.
+        width: standard deviation of embedding and head.
+        folder: where it goes.
+        tokenizer: folder of the tokenizer.
+    """
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    draw_weights(model, width)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)

@@ -18,6 +18,11 @@ def fused_sites(output: Path, weights: Path | None = None) -> tuple[int | None, 
     return report["fused"], report["sites"]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each file in ``folder``."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
 def cache_times(folder: Path) -> dict[Path, int]:
     """Return when each calibration cache below ``folder`` was written: one that is used again keeps its time."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def search(found: GpuCheck, room: Room) -> GpuCheck:
     base = make_base(sizes.layers_of, room.layers, "fp16", room.provider)
     seconds = []
     for windows in (sizes.few_windows, sizes.windows):
-        config = _calibration(base, windows, sizes, weights="none")
+        config = _calibration(base, windows, sizes, "none")
         name = f"statistics of {windows} windows, {sizes.layers_of.layers} layers"
         found = _timed(found, name, lambda config=config: genai_quant.calibrate(config))  # type: ignore[misc]
         seconds.append(found.steps[-1].seconds)
@@ -204,7 +205,7 @@ def refine(found: GpuCheck, room: Room) -> GpuCheck:
 def run_whole(found: GpuCheck, room: Room) -> GpuCheck:
     """Calibrate and quantize a whole model with the default options of its runtime."""
     base = make_base(room.sizes.whole, room.whole, "fp16", room.provider)
-    calibration = _calibration(base, room.sizes.whole_windows, room.sizes, weights="auto")
+    calibration = _calibration(base, room.sizes.whole_windows, room.sizes, "auto")
     name = f"whole model: statistics of {room.sizes.whole_windows} windows, tokens weighed"
     found = _timed(found, name, lambda: genai_quant.calibrate(calibration))
     config = _quantization(base, room.folder / "whole-int4")
@@ -224,7 +225,7 @@ def decode(found: GpuCheck, room: Room) -> GpuCheck:
         return replace(found, speed=measure_speed(models, request, sizes.rounds, progress))
 
 
-def _calibration(base: Path, windows: int, sizes: Sizes, *, weights: str) -> CalibrateConfig:
+def _calibration(base: Path, windows: int, sizes: Sizes, token_weights: Literal["auto", "none"]) -> CalibrateConfig:
     return CalibrateConfig(
         onnx_path=base,
         cache_dir=base.with_name(f"{base.name}.calibration"),
@@ -232,7 +233,7 @@ def _calibration(base: Path, windows: int, sizes: Sizes, *, weights: str) -> Cal
         calib_size=windows,
         seq_len=sizes.seq_len,
         calibration_eps=_EPS,
-        token_weights="auto" if weights == "auto" else "none",
+        token_weights=token_weights,
         overwrite=True,
     )
 

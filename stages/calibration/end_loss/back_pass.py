@@ -47,7 +47,6 @@ from stages.calibration.text.windows import TokenWindows
 from stages.commands.progress import progress_bar
 from stages.model.absorbers import attention_head_sizes
 from stages.model.directory import ModelDirectory
-from stages.model.weights import read_weight
 from stages.records.experts import ExpertLayer
 from stages.records.sites import ActivationGroup, MatMulSite
 from stages.runtime.blocks.chain import Chain
@@ -307,8 +306,7 @@ class EndLossPass:
     def _loaded(
         self, link: DecoderBlock, shared: Mapping[int, Mapping[str, Tensor]]
     ) -> tuple[BlockRunner, dict[str, Tensor]]:
-        weights = {site.name: read_weight(self.chain.graph, site, self.device) for site in link.sites}
-        module = self.chain.module(link, self.device)
+        module, weights = self.chain.module(link, self.device), self.chain.weights(link, self.device)
         return BlockRunner(module=module, shared=shared, batch_size=self.batch_size), weights
 
     @cached_property

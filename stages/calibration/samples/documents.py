@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.calibration.samples.samples import DEFAULT_SAMPLES, MOST_UNSEEN, Samples, count_samples, split_samples
-from stages.calibration.text.documents import HUB_SOURCES, HubSource, open_documents
+from stages.calibration.text.documents import open_documents
 from stages.calibration.text.mix import RANDOM, SELF_GENERATED, dataset_names, windows_by_dataset
-from stages.calibration.text.tokenizer import find_tokenizer, load_tokenizer
+from stages.calibration.text.tokenizer import load_tokenizer, tokenizer_of
 from stages.commands.calibrate_options import TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory, has_logits
@@ -41,7 +41,6 @@ def document_samples(
     model: ir.Model,
     directory: ModelDirectory,
     dataset: str,
-    hub_sources: Mapping[str, HubSource] = HUB_SOURCES,
 ) -> Samples:
     """Return documents of the data sets as samples, each cut to ``config.seq_len`` tokens or what the model takes.
 
@@ -50,7 +49,6 @@ def document_samples(
         model: the graph, of which ``reads_documents`` holds.
         directory: where it lies; its folder's tokenizer is used where none is named.
         dataset: the data sets, separated by commas.
-        hub_sources: data sets of the hub by their short names.
 
     Raises:
         UserError: the data or the tokenizer can't be read, or there are too few documents.
@@ -58,14 +56,13 @@ def document_samples(
     for name in dataset_names(dataset):
         if name in (SELF_GENERATED, RANDOM):
             raise UserError(f"--dataset {name} is for models that write text, and this one encodes it; pass another.")
-    own_folder = str(directory.folder)
-    found = find_tokenizer(config.model_name or own_folder, own_folder, trust_remote_code=config.trust_remote_code)
+    found = tokenizer_of(config, directory)
     encode = _Encoder.of(model, directory, found.tokenizer, config.seq_len)
     wanted = (config.calib_size or DEFAULT_SAMPLES) + MOST_UNSEEN
     samples: list[Sample] = []
     titles: list[str] = []
     for name, share in windows_by_dataset(dataset, wanted, without=(SELF_GENERATED, RANDOM)).items():
-        documents = open_documents(name, config.seed, hub_sources)
+        documents = open_documents(name, config.seed)
         titles.append(documents.title)
         texts = (text for text in documents.texts if isinstance(text, str) and text.strip())
         samples += map(encode, islice(texts, share))
@@ -89,7 +86,7 @@ def encode_documents(
     Raises:
         UserError: the tokenizer can't be loaded.
     """
-    encode = _Encoder.of(model, directory, load_tokenizer(tokenizer, trust_remote_code=False), seq_len)
+    encode = _Encoder.of(model, directory, load_tokenizer(tokenizer), seq_len)
     return [encode(text) for text in texts]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from stages.calibration.samples.samples import ComputedSample
-from stages.calibration.text.tokenizer import find_tokenizer
+from stages.calibration.text.tokenizer import tokenizer_of
 from stages.commands.calibrate_options import TextOptions
 from stages.errors import GraphError, UserError, in_one_line
 from stages.model.directory import ModelDirectory, locate_model
@@ -31,7 +31,7 @@ from stages.runtime.graph_inputs import TOKENS, inputs_of_graph
 from stages.runtime.session import SessionSettings, runtime_reason
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 _ENCODER = "encoder"
 _HANDED_ON: Mapping[str, str] = {
@@ -207,19 +207,14 @@ class _Writer:
             raise UserError(
                 f"The transcript {transcript} can't be read ({in_one_line(error)}); save it as UTF-8."
             ) from error
-        ids: list[int] = _tokenizer(self.config, self.decoder.directory)(text)["input_ids"]
+        ids: list[int] = tokenizer_of(self.config, self.decoder.directory).tokenizer(text)["input_ids"]
         return (ids if ids[:1] == [self.start] else [self.start, *ids])[: self.most]
-
-
-def _tokenizer(config: TextOptions, directory: ModelDirectory) -> PreTrainedTokenizerBase:
-    own = str(directory.folder)
-    return find_tokenizer(config.model_name or own, own, trust_remote_code=config.trust_remote_code).tokenizer
 
 
 def _start_of_tokenizer(config: TextOptions, directory: ModelDirectory, otherwise: int | None) -> int:
     """Return the token that Whisper's transcripts begin with, where the tokenizer has it."""
     try:
-        known = _tokenizer(config, directory).get_vocab()
+        known = tokenizer_of(config, directory).tokenizer.get_vocab()
     except UserError:
         known = {}
     start = known.get(_START, otherwise)

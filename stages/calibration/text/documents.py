@@ -101,16 +101,11 @@ class ChosenText:
     """Why the default data set isn't used, and what would be better; empty where it is."""
 
 
-def choose_text(dataset: str | None, hub_sources: Mapping[str, HubSource] = HUB_SOURCES) -> ChosenText:
-    """Return ``dataset`` or, where it is None, the default data set, or mix where that can't be read.
-
-    Args:
-        dataset: what was asked for.
-        hub_sources: data sets of the hub by their short names.
-    """
+def choose_text(dataset: str | None) -> ChosenText:
+    """Return ``dataset`` or, where it is None, the default data set, or mix where that can't be read."""
     if dataset is not None:
         return ChosenText(dataset=dataset)
-    missing = _why_unreadable(hub_sources[DEFAULT_DATASET])
+    missing = _why_unreadable(HUB_SOURCES[DEFAULT_DATASET])
     if missing is None:
         return ChosenText(dataset=DEFAULT_DATASET)
     return ChosenText(
@@ -147,22 +142,19 @@ def _without_bars() -> Iterator[Callable[..., Any]]:
             datasets.enable_progress_bars()
 
 
-def open_documents(
-    dataset: str, seed: int, hub_sources: Mapping[str, HubSource] = HUB_SOURCES, *, with_messages: bool = False
-) -> Documents:
+def open_documents(dataset: str, seed: int, *, with_messages: bool = False) -> Documents:
     """Return the documents that one name of ``--dataset`` means: a hub data set, what any installation has, or a file.
 
     Args:
         dataset: the name.
         seed: of their order.
-        hub_sources: data sets of the hub by their short names.
         with_messages: whether the rows of a local file give their conversations, if they have any.
 
     Raises:
         UserError: the name is unknown or the file is missing; also, while texts are read, when the hub can't be
             reached, a file is damaged, or it has no column of text.
     """
-    source = hub_sources.get(dataset) or _by_hub_name(dataset, hub_sources)
+    source = HUB_SOURCES.get(dataset) or _by_hub_name(dataset)
     if source is not None:
         return Documents(title=source.title, texts=_hub_texts(dataset, source, seed))
     if dataset == ARITHMETIC:
@@ -178,7 +170,7 @@ def open_documents(
         )
     if path.suffix.lower() not in (".txt", *_TABLES):
         raise UserError(
-            f"--dataset {dataset} is none of {', '.join((*hub_sources, MIX, *MIX_PARTS))}, and not a .txt, .jsonl or "
+            f"--dataset {dataset} is none of {', '.join((*HUB_SOURCES, MIX, *MIX_PARTS))}, and not a .txt, .jsonl or "
             ".parquet file; pass one of these."
         )
     if not path.is_file():
@@ -188,9 +180,9 @@ def open_documents(
     return Documents(title=path.name, texts=_table_file(path, seed, with_messages))
 
 
-def _by_hub_name(dataset: str, hub_sources: Mapping[str, HubSource]) -> HubSource | None:
+def _by_hub_name(dataset: str) -> HubSource | None:
     """Return the source that the hub calls ``dataset``, with or without its owner: cnn_dailymail is cnn."""
-    return next((s for s in hub_sources.values() if dataset in (s.path, s.path.rsplit("/", 1)[-1])), None)
+    return next((s for s in HUB_SOURCES.values() if dataset in (s.path, s.path.rsplit("/", 1)[-1])), None)
 
 
 def _shuffled(texts: list[str], seed: int) -> Iterator[str]:

@@ -19,7 +19,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from stages.commands.calibrate_options import TextOptions
 from stages.errors import UserError, with_class_name
+from stages.model.directory import ModelDirectory
 from stages.model.load import is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -97,13 +99,23 @@ class _CannotLoad(Exception):
         self.fix = fix
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder or hub name.
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub name, whose own Python code doesn't run.
 
     Raises:
         UserError: there is none, or it can't be loaded.
     """
-    return find_tokenizer(path, None, trust_remote_code=trust_remote_code).tokenizer
+    return find_tokenizer(path, None, trust_remote_code=False).tokenizer
+
+
+def tokenizer_of(config: TextOptions, directory: ModelDirectory) -> FoundTokenizer:
+    """Return the tokenizer that ``config`` names; where that is none, or the hub can't give it, the model's own.
+
+    Raises:
+        UserError: neither can be loaded.
+    """
+    own = str(directory.folder)
+    return find_tokenizer(config.model_name or own, own, trust_remote_code=config.trust_remote_code)
 
 
 def find_tokenizer(path: str, stand_in: str | None, *, trust_remote_code: bool) -> FoundTokenizer:

@@ -17,14 +17,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from stages.calibration.text.chat import ChatTemplate, as_conversation, require_chat_template
-from stages.calibration.text.documents import (
-    HUB_SOURCES,
-    ChosenText,
-    HubSource,
-    TextDocument,
-    choose_text,
-    open_documents,
-)
+from stages.calibration.text.documents import HUB_SOURCES, ChosenText, TextDocument, choose_text, open_documents
 from stages.calibration.text.mix import (
     LEAST_WINDOWS,
     MIX,
@@ -35,7 +28,7 @@ from stages.calibration.text.mix import (
     windows_by_dataset,
 )
 from stages.calibration.text.self_generated import GenerationRequest, TextGenerator
-from stages.calibration.text.tokenizer import FoundTokenizer, find_tokenizer, first_tokens
+from stages.calibration.text.tokenizer import FoundTokenizer, first_tokens, tokenizer_of
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
@@ -121,7 +114,6 @@ def load_windows(
     dataset: str,
     providers: tuple[str, ...],
     channels: int,
-    hub_sources: Mapping[str, HubSource] = HUB_SOURCES,
 ) -> TokenWindows:
     """Read, tokenize and pack as much text as ``config`` asks for; a tenth of the windows (at least one) is held out.
 
@@ -136,7 +128,6 @@ def load_windows(
         dataset: the data sets, separated by commas.
         providers: with which the model may write the data set "self", by ONNX Runtime's names.
         channels: input channels of the widest MatMul.
-        hub_sources: data sets of the hub by their short names.
 
     Raises:
         UserError: the data or tokenizer can't be read, the text is too short, or its ids don't fit the vocabulary.
@@ -145,10 +136,9 @@ def load_windows(
     if config.use_random_calib:
         windows = _random_windows(config, count, directory.vocab_size)
         return _split({RANDOM: _Part(title=_RANDOM_TITLE, windows=windows)}, tokenizer="none")
-    own_folder = str(directory.folder)
     shares, named, parts = windows_by_dataset(dataset, count), dataset_names(dataset), dict[str, _Part]()
     with _quiet_libraries():
-        found = find_tokenizer(config.model_name or own_folder, own_folder, trust_remote_code=config.trust_remote_code)
+        found = tokenizer_of(config, directory)
         if SELF_GENERATED in shares:
             try:
                 request = shares[SELF_GENERATED]
@@ -166,7 +156,7 @@ def load_windows(
                     windows[:, 0] = begin
                 parts[name] = _Part(title=_RANDOM_TITLE, windows=windows)
             elif name != SELF_GENERATED:
-                parts[name] = _part(name, config, share, count, found.tokenizer, hub_sources, is_named=name in named)
+                parts[name] = _part(name, config, share, count, found.tokenizer, is_named=name in named)
     for part in parts.values():
         _check_vocabulary(part.windows, found, directory.vocab_size)
     return _split({name: parts[name] for name in shares}, tokenizer=found.title)
@@ -219,13 +209,12 @@ def _part(
     share: int,
     count: int,
     tokenizer: PreTrainedTokenizerBase,
-    hub_sources: Mapping[str, HubSource],
     *,
     is_named: bool,
 ) -> _Part:
     """Return ``share`` windows, of ``count`` in all, of one data set; fewer of a short part of mix."""
     chat = config.apply_chat_template
-    documents = open_documents(dataset, config.seed, hub_sources, with_messages=chat)
+    documents = open_documents(dataset, config.seed, with_messages=chat)
     enough = share * config.seq_len
     chats = _Chats(template=require_chat_template(tokenizer), enough=enough) if chat else None
     tokens = _token_stream(tokenizer, documents.texts, enough) if chats is None else chats.tokens(documents.texts)

@@ -93,7 +93,7 @@ def run_tasks(
 
     from stages.evaluation.tasks.lm_model import OnnxRuntimeLM
 
-    tokenizer = load_tokenizer(tokenizer_source or str(directory.folder), trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer_source or str(directory.folder))
     with open_decoder(directory, settings, None) as decoder:
         model = OnnxRuntimeLM(decoder, tokenizer, progress)
         try:

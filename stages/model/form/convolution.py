@@ -12,9 +12,9 @@ from math import prod
 
 import onnx_ir as ir
 
-from stages.model.form.insert import insert_before, integers
+from stages.model.form.insert import insert_before, integers, replace_inputs
 from stages.model.form.validate import opset_of
-from stages.model.patterns import STANDARD_DOMAINS, is_constant
+from stages.model.patterns import STANDARD_DOMAINS, input_of, is_constant
 from stages.records.formats import float_of_onnx
 
 _FEWEST_INPUTS = 32
@@ -115,7 +115,7 @@ def _strides(node: ir.Node, kernel: list[int]) -> list[int]:
 
 def _rewrite(node: ir.Node) -> None:
     """Let ``node`` become the last of the nodes that do what it did."""
-    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    weight, bias = node.inputs[1], input_of(node, 2)
     assert weight is not None
     assert weight.shape is not None
     outputs, channels, *kernel = (int(size) for size in weight.shape.numpy())
@@ -148,9 +148,7 @@ def _rewrite(node: ir.Node) -> None:
 
 def _become(node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, ir.Attr]) -> None:
     node.op_type = op_type
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
+    replace_inputs(node, inputs)
     node.attributes.clear()
     node.attributes.update(attributes)
 

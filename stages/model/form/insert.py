@@ -1,4 +1,4 @@
-"""Insert nodes before another one."""
+"""Insert nodes before another one, and let that read others."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def insert_before(
     assert node.graph is not None
     node.graph.insert_before(node, made)
     return made.outputs
+
+
+def replace_inputs(node: ir.Node, inputs: Sequence[ir.Value | None]) -> None:
+    """Let ``node`` read ``inputs`` and nothing else."""
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
 
 
 def integers(node: ir.Node, name: str, values: list[int]) -> ir.Value:

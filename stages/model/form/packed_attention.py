@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from stages.model.form.insert import insert_before, integers
-from stages.model.patterns import is_constant
+from stages.model.form.insert import insert_before, integers, replace_inputs
+from stages.model.patterns import input_of, is_constant
 from stages.records.formats import float_of_onnx
 
 _MICROSOFT = "com.microsoft"
@@ -34,17 +34,19 @@ def is_packed_attention(node: ir.Node) -> bool:
 
 def why_stays_packed(node: ir.Node) -> str:
     """Return why an Attention node stays as it is, in words; empty where it doesn't."""
-    weight = _input(node, _WEIGHT)
+    weight = input_of(node, _WEIGHT)
     if weight is None or not is_constant(weight) or weight.shape is None or len(weight.shape) != 2:
         return "its Attention has no constant weight"
     if float_of_onnx(weight.dtype) is None:
         return "its Attention has no floating-point weight"
-    if _input(node, _PAST) is not None or _input(node, _LENGTH) is not None or _hands_on_cache(node):
+    if input_of(node, _PAST) is not None or input_of(node, _LENGTH) is not None or _hands_on_cache(node):
         return "its Attention keeps a cache in a form of its own"
     unknown = [name for name in node.attributes if name not in _KNOWN and node.attributes.get_int(name, True)]
     if unknown:
         return f"its Attention has the attribute {unknown[0]}, which MultiHeadAttention lacks"
-    return "" if _takes_mask(_input(node, _MASK)) else "MultiHeadAttention takes no mask of the form of its Attention's"
+    return (
+        "" if _takes_mask(input_of(node, _MASK)) else "MultiHeadAttention takes no mask of the form of its Attention's"
+    )
 
 
 def _takes_mask(mask: ir.Value | None) -> bool:
@@ -64,13 +66,9 @@ def _hands_on_cache(node: ir.Node) -> bool:
     return any(output.is_graph_output() or output.uses() for output in node.outputs[1:])
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
 def _rewrite(node: ir.Node) -> None:
     """Let ``node`` become the MultiHeadAttention."""
-    weight = _input(node, _WEIGHT)
+    weight = input_of(node, _WEIGHT)
     assert weight is not None
     assert weight.shape is not None
     columns = int(weight.shape.numpy()[1])
@@ -81,17 +79,15 @@ def _rewrite(node: ir.Node) -> None:
     assert made is not None
     name = node.name or str(node.outputs[0].name)
     made.name, node.name = f"{name}/qkv_proj/MatMul", name
-    bias = _input(node, _BIAS)
+    bias = input_of(node, _BIAS)
     if bias is not None:  # not as attention's own input, which no input scale of the next layer could go through
         product = insert_before(node, "Add", [product, bias])[0]
     parts = insert_before(
         node, "Split", [product, integers(node, "sizes", [int(size) for size in sizes])], {"axis": -1}, outputs=3
     )
-    inputs = [*parts, None, _input(node, _MASK), _input(node, _ADDED)]
+    inputs = [*parts, None, input_of(node, _MASK), input_of(node, _ADDED)]
     node.op_type = "MultiHeadAttention"
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
+    replace_inputs(node, inputs)
     node.resize_outputs(1)
     for attribute in [each for each in node.attributes if each not in _KEPT]:
         del node.attributes[attribute]

@@ -181,7 +181,7 @@ class QuantizedChain:
         exact = tuned = batch.stream
         entered: list[Tensor] = []
         for link in self._layers:
-            run, originals = self._runner(link, batch), self._originals(link)
+            run, originals = self._runner(link, batch), self.chain.weights(link, self.device)
             entered.append(tuned)
             exact, tuned = run(exact, originals), run(tuned, self._quantized(originals))
         return entered, exact, tuned
@@ -191,7 +191,8 @@ class QuantizedChain:
 
         Window by window: the logits of a whole batch may take gigabytes.
         """
-        run, originals = self._runner(self.chain.links[-1], batch), self._originals(self.chain.links[-1])
+        head = self.chain.links[-1]
+        run, originals = self._runner(head, batch), self.chain.weights(head, self.device)
         quantized = self._quantized(originals)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
@@ -214,7 +215,7 @@ class QuantizedChain:
             stream: what enters it.
             gradient: by what leaves it.
         """
-        weights = self._quantized(self._originals(link))
+        weights = self._quantized(self.chain.weights(link, self.device))
         names = [name for name in weights if name in self.trained]
         leaves = {name: weights[name].requires_grad_() for name in names}
         entering = stream.detach().requires_grad_()
@@ -230,9 +231,6 @@ class QuantizedChain:
         if link.title not in self._modules:
             self._modules[link.title] = self.chain.module(link, self.device)
         return BlockRunner(module=self._modules[link.title], shared=batch.shared, batch_size=self.batch_size)
-
-    def _originals(self, link: DecoderBlock) -> dict[str, Tensor]:
-        return {site.name: read_weight(self.chain.graph, site, self.device) for site in link.sites}
 
     def _quantized(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of a layer as the quantized model has them; sites that aren't quantized stay."""

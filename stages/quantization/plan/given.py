@@ -26,21 +26,10 @@ from stages.quantization.plan.budget.candidates import SiteCandidates
 from stages.quantization.plan.experts import import_experts, node_name, runs_experts
 from stages.quantization.plan.plan_file import read_plan, spec_of
 from stages.quantization.plan.requested import Chooser
-from stages.quantization.plan.rules import (
-    QuantPlan,
-    all_sites,
-    asked_by_name,
-    plan_of,
-)
-from stages.quantization.targets.formats import (
-    FormatChoice,
-)
+from stages.quantization.plan.rules import QuantPlan, all_sites, asked_by_name, plan_of
+from stages.quantization.targets.formats import FormatChoice
 from stages.records.experts import ExpertLayer
-from stages.records.formats import (
-    Granularity,
-    PerBlock,
-    QuantSpec,
-)
+from stages.records.formats import Granularity, PerBlock, QuantSpec
 from stages.records.sites import ActivationGroup
 
 _LEFT_IN_FLOAT = "--checkpoint leaves it in floating point"

@@ -16,15 +16,8 @@ from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_embeddings, find_expert_layers, find_groups, find_skipped_matmuls
 from stages.model.unquantized import find_unquantized, require_float_base
-from stages.quantization.checkpoints.imported import (
-    ImportedWeights,
-)
-from stages.quantization.plan.budget.candidates import (
-    SiteCandidates,
-    chosen_experts,
-    chosen_plan,
-    expert_candidates,
-)
+from stages.quantization.checkpoints.imported import ImportedWeights
+from stages.quantization.plan.budget.candidates import SiteCandidates, chosen_experts, chosen_plan, expert_candidates
 from stages.quantization.plan.budget.left_open import OpenPlan, explained_tables, fixed_by_table, open_choice, open_plan
 from stages.quantization.plan.embeddings import (
     Sharing,
@@ -41,21 +34,12 @@ from stages.quantization.plan.experts import ExpertPlan, plan_experts
 from stages.quantization.plan.given import PlannedFormats, given_plan, imported_plan
 from stages.quantization.plan.output_size import output_size
 from stages.quantization.plan.requested import Chooser, find_target, requested_formats
-from stages.quantization.plan.rules import (
-    QuantPlan,
-    all_sites,
-    make_plan,
-    named_sites,
-    names_lm_head,
-)
+from stages.quantization.plan.rules import QuantPlan, all_sites, make_plan, named_sites, names_lm_head
 from stages.quantization.targets.formats import Explanation, FormatChoice, OpenFormats, facts_of
 from stages.quantization.targets.rules import why_not_shared
 from stages.quantization.weights.rotary import RotaryTables, find_rotary_tables
 from stages.records.experts import ExpertLayer
-from stages.records.formats import (
-    EmbeddingPlan,
-    EmbeddingTable,
-)
+from stages.records.formats import EmbeddingPlan, EmbeddingTable
 from stages.records.sites import ActivationGroup, MatMulSite, UnquantizedWeights
 
 _SPREADS = frozenset({"cpu"})

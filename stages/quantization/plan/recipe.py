@@ -15,13 +15,8 @@ from stages.quantization.blocks.signround import SignRoundOptions
 from stages.quantization.plan.plan import ModelPlan
 from stages.quantization.search.problem import SearchOptions
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
-from stages.quantization.targets.formats import (
-    FormatChoice,
-)
-from stages.records.formats import (
-    EmbeddingPlan,
-    QuantSpec,
-)
+from stages.quantization.targets.formats import FormatChoice
+from stages.records.formats import EmbeddingPlan, QuantSpec
 from stages.records.quantities import counted
 from stages.records.results import ExportRecipe, SearchStats
 from stages.records.sites import MatMulSite

@@ -9,22 +9,10 @@ from typing import Literal
 from stages.commands.parsing import Target
 from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import ModelDirectory
-from stages.quantization.plan.rules import (
-    excludes_lm_head,
-)
+from stages.quantization.plan.rules import excludes_lm_head
 from stages.quantization.targets.choose import BaseTarget, choose_formats, open_formats, target_of_base
-from stages.quantization.targets.formats import (
-    FormatChoice,
-    ModelFacts,
-    OpenFormats,
-    RequestedFormats,
-)
-from stages.records.formats import (
-    Granularity,
-    PerBlock,
-    PerChannel,
-    WeightForm,
-)
+from stages.quantization.targets.formats import FormatChoice, ModelFacts, OpenFormats, RequestedFormats
+from stages.records.formats import Granularity, PerBlock, PerChannel, WeightForm
 from stages.records.sites import MatMulSite
 
 _STAYS: Literal["none"] = "none"

@@ -31,19 +31,10 @@ from stages.quantization.plan.plan import ModelPlan, plan_search
 from stages.quantization.plan.plan_file import KEEP
 from stages.quantization.plan.recipe import describe_recipe
 from stages.quantization.plan.rules import all_sites
-from stages.quantization.preview.memory import (
-    held_already,
-    weights_on_disk,
-)
+from stages.quantization.preview.memory import held_already, weights_on_disk
 from stages.quantization.preview.seconds import search_seconds
 from stages.quantization.preview.stages import Stages
-from stages.quantization.preview.table import (
-    DiskUse,
-    InputScalePlace,
-    Preview,
-    PreviewedSite,
-    SearchEstimate,
-)
+from stages.quantization.preview.table import DiskUse, InputScalePlace, Preview, PreviewedSite, SearchEstimate
 from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import PerBlock, QuantSpec
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
@@ -102,12 +93,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     bytes_after = size.total_bytes(sites, plan.sites.specs)
-    disk = DiskUse(
-        calibration=stages.statistics,
-        weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
-        output=bytes_after,
-        meanwhile=0 if stages.passes is None else stages.passes.streams,
-    )
+    disk = _disk(stages, bytes_after)
     names = {site.name for site in sites}
     return Preview(
         base=known.directory.onnx_file,
@@ -126,13 +112,7 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         sharing=tuple(stages.shared(disk, size.base_bytes, seconds, device)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
-        notes=(
-            *known.notes,
-            *open_because,
-            *plan.choice.warnings,
-            *_notes(config, known),
-            *_rows_on_disk(stages),
-        ),
+        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(known, stages)),
         target="any" if plan.target is None else plan.target.label,
         target_because=plan.target_because,
         formats=plan.choice.explanations,
@@ -249,19 +229,26 @@ def _text_shape(known: _Known, calibration: CalibrateConfig, channels: int) -> T
     )
 
 
-def _rows_on_disk(stages: Stages) -> Iterator[str]:
-    """Say what the rows that experts read take on the disk."""
-    if stages.kept_rows:
-        yield f"the calibration keeps {stages.kept_rows / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
+def _disk(stages: Stages, output: int) -> DiskUse:
+    plan = stages.plan
+    return DiskUse(
+        calibration=stages.statistics,
+        weights=weights_on_disk(plan.sites.groups, plan.sites.specs, plan.embeddings),
+        output=output,
+        meanwhile=0 if stages.passes is None else stages.passes.streams,
+    )
 
 
-def _notes(config: QuantizeConfig, known: _Known) -> Iterator[str]:
+def _notes(known: _Known, stages: Stages) -> Iterator[str]:
+    config = stages.config
     if config.needs_cache and known.cache is None:
         yield "the search's time is without calibration, which can take longer: the table of processes has an estimate"
     if config.evaluate:
         yield "--evaluate, where the model runs over text, isn't estimated"
     if config.improves_search:
         yield "what follows the search (--refine, signround, --distill) comes on top"
+    if stages.kept_rows:
+        yield f"the calibration keeps {stages.kept_rows / 1e6:,.0f} MB of what experts read on the disk (--expert_rows)"
 
 
 def _sites(

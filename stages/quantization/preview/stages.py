@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from stages.calibration.capture import TextShape, cache_bytes, memory_limit, partition_bytes, rows_of
+from stages.calibration.capture import KeptRows, TextShape, cache_bytes, memory_limit, partition_bytes, rows_of
 from stages.calibration.run import PART_FOR_ROWS, kept_layers
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig
@@ -65,20 +65,24 @@ class Stages:
     @property
     def statistics(self) -> int:
         """Return the bytes of the cache that stage one still has to write."""
-        text = self.text
-        if text is None or not self.calibrates:
+        if self.text is None or not self.calibrates:
             return 0
-        rows = {} if text.seq_len is None else rows_of(kept_layers(self.calibration, self.model, self.directory))
-        return cache_bytes(self.tapped, text, rows, weighs=self.weighs)
+        return cache_bytes(self.tapped, self.text, self._rows, weighs=self.weighs)
 
     @property
     def kept_rows(self) -> int:
         """Return the bytes of the rows that experts read, where stage one still has to keep them."""
-        if self.text is None or self.text.seq_len is None or not self.calibrates:
+        if self.text is None or not self.calibrates:
             return 0
-        tokens = (self.text.calibration_windows + self.text.held_out_windows) * self.text.seq_len
-        layers = kept_layers(self.calibration, self.model, self.directory)
-        return sum(each.bytes(tokens) for each in rows_of(layers).values())
+        tokens = sum(self.text.tokens(part) or 0 for part in _PARTS)
+        return sum(each.bytes(tokens) for each in self._rows.values())
+
+    @property
+    def _rows(self) -> Mapping[str, KeptRows]:
+        """Return the values of which stage one keeps every token's row: none of samples."""
+        if self.text is None or self.text.seq_len is None:
+            return {}
+        return rows_of(kept_layers(self.calibration, self.model, self.directory))
 
     @property
     def passes(self) -> PassWork | None:
@@ -95,14 +99,13 @@ class Stages:
         yield export_memory(plan.sites.groups, plan.sites.specs, self.held)
 
     def _calibrate_memory(self, count: int, count_here: int) -> Iterator[StageMemory]:
-        text, model = self.text, self.model
+        text = self.text
         if text is None or not self.calibrates:
             return
-        rows = rows_of(kept_layers(self.calibration, model, self.directory))
         limit = memory_limit(self.calibration.max_memory, choose_device(self.calibration.device), count_here)
-        costs = partition_bytes(self.tapped, text, count, rows)
+        costs = partition_bytes(self.tapped, text, count, self._rows)
         providers = choose_providers(self.calibration.calibration_eps).names
-        yield calibration_memory(model, costs, limit, self.held, providers)
+        yield calibration_memory(self.model, costs, limit, self.held, providers)
         if self.weighs:
             yield weighing_memory(self.tapped, text, count, limit // PART_FOR_ROWS, self.held)
 

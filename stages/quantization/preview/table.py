@@ -216,9 +216,7 @@ def _row(members: list[PreviewedSite]) -> tuple[str, ...]:
 
 
 def _format(site: PreviewedSite) -> str:
-    if site.formats:
-        return f"{' / '.join(site.formats)}{f' ({site.why})' if site.why else ''}"
-    return f"{site.format}{f' ({site.why})' if site.why else ''}"
+    return f"{' / '.join(site.formats) or site.format}{f' ({site.why})' if site.why else ''}"
 
 
 def _sharing(preview: Preview) -> DataTable:
@@ -261,7 +259,7 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
         yield "embedding", f"{plan.table.weight}: {plan.label}, {plan.format_bytes / 1e6:,.1f} MB{shared}"
     for part in preview.unreached:
         yield "stays", part.description
-    yield from _by_reason("stays", preview.unquantizable)
+    yield from _staying(preview.unquantizable)
     estimate = preview.search
     yield (
         "search",
@@ -281,8 +279,8 @@ def _lines(preview: Preview) -> Iterator[tuple[str, str]]:
         yield "not yet", obstacle
 
 
-def _by_reason(row: str, nodes: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _staying(nodes: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for reason, count in Counter(why for _, why in nodes).items():
         names = [short_name(name) for name, why in nodes if why == reason]
         more = f" and {count - _MANY} more" if count > _MANY else ""
-        yield row, f"{count} x {reason}: {', '.join(names[:_MANY])}{more}"
+        yield "stays", f"{count} x {reason}: {', '.join(names[:_MANY])}{more}"

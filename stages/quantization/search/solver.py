@@ -13,14 +13,7 @@ from torch import Tensor
 from stages.errors import SolveError
 from stages.quantization.search.affine import spec_for
 from stages.quantization.search.awq import awq_full, awq_lite
-from stages.quantization.search.choices import (
-    errors_of,
-    full_range,
-    measured,
-    output_energies,
-    rtn,
-    stored_weight,
-)
+from stages.quantization.search.choices import errors_of, full_range, measured, output_energies, rtn, stored_weight
 from stages.quantization.search.gptq.compensate import COMPENSATED, awq_gptq, compensate, gptq
 from stages.quantization.search.objective import mixed_outputs, search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
+from stages.model.weights import read_weight
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.cut import DecoderBlock, cut_block, find_head
 from stages.runtime.blocks.decoder import open_blocks
@@ -28,6 +30,10 @@ class Chain:
     def module(self, link: DecoderBlock, device: torch.device) -> BlockModule:
         """Return one link as a torch module on ``device``."""
         return BlockModule(cut_block(self.graph, link), device)
+
+    def weights(self, link: DecoderBlock, device: torch.device) -> dict[str, Tensor]:
+        """Return the float32 weights [N, K] of one link's sites by name, on ``device``."""
+        return {site.name: read_weight(self.graph, site, device) for site in link.sites}
 
 
 def open_chain(model: ir.Model, groups: Sequence[ActivationGroup]) -> Chain:

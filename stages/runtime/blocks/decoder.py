@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from stages.model.patterns import input_of
 from stages.records.sites import ActivationGroup
 from stages.runtime.blocks.cut import DecoderBlock, cut_block, find_blocks
 from stages.runtime.blocks.module import BlockModule
@@ -39,7 +40,7 @@ def write_out_residuals(model: ir.Model) -> ir.Model:
 
 def _write_out(graph: ir.Graph, node: ir.Node) -> None:
     total = _add(graph, node, node.inputs[0], node.inputs[1], f"{node.name}/sum")
-    if (bias := _bias(node)) is not None:
+    if (bias := input_of(node, _bias_index(node))) is not None:
         total = _add(graph, node, total, bias, f"{node.name}/sum_with_bias")
     parameters = [value for value in node.inputs[2 : _bias_index(node)] if value is not None]
     norm = ir.node(_NORMS[node.op_type], [total, *parameters], attributes=node.attributes, name=f"{node.name}/norm")
@@ -61,11 +62,6 @@ def _add(graph: ir.Graph, before: ir.Node, left: ir.Value | None, right: ir.Valu
 def _bias_index(node: ir.Node) -> int:
     """Return the place of the bias that is added to the sum; SkipLayerNormalization has the norm's own before it."""
     return 4 if node.op_type == "SkipLayerNormalization" else 3
-
-
-def _bias(node: ir.Node) -> ir.Value | None:
-    index = _bias_index(node)
-    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:

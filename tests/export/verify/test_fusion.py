@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto
 
 from export.rewrite import rewrite
-from export.run import Destination, export_model
+from export.run import export_model
+from export.save import Destination
 from export.summary import export_table
 from export.verify import fusion
 from export.verify.alike import form_of

@@ -20,7 +20,8 @@ from stages.runtime.feeds import CausalFeeds
 from stages.runtime.genai import load_genai
 from stages.runtime.session import SessionSettings, open_session
 from tests.support.commands import Commands
-from tests.support.families import FAMILIES, lfm2_moe, save_random_model
+from scripts.architectures.configs import lfm2_moe
+from tests.support.families import FAMILIES, save_random_model
 from tests.support.tiny_models import build_genai_model
 from tests.support.graphs import TinyGraph
 from tests.support.tiny_models import VOCABULARY

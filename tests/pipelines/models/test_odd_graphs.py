@@ -16,7 +16,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.run import Destination, ExportSummary, export_model
+from export.run import ExportSummary, export_model
+from export.save import Destination
 from stages.model.directory import locate_model
 from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups

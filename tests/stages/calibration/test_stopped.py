@@ -19,6 +19,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
 from stages.runtime.blocks.stream import BlockRunner
 from stages.runtime.tap import ActivationTap
+from tests.support.written import contents
 
 STEPS = {"run": (ActivationTap, "run"), "complete": (BlockRunner, "over"), "back": (EndLossPass, "_batch_back")}
 
@@ -54,10 +55,6 @@ def counted(step: str, most: int | None = None, error: type[BaseException] = Key
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, once_more)
         yield steps
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
 @pytest.mark.slow

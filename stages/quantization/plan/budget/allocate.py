@@ -11,10 +11,10 @@ from torch import Tensor
 
 from stages.calibration.cache import CalibrationCache
 from stages.calibration.end_loss.sums import PROJECTIONS
-from stages.calibration.expert_statistics import ExpertStatistics
+from stages.calibration.expert_statistics import search_statistics
 from stages.commands.progress import progress_bar
 from stages.model.directory import ModelDirectory
-from stages.model.sites import find_expert_layers, find_groups
+from stages.model.sites import find_groups
 from stages.model.unquantized import find_unquantized
 from stages.model.weights import read_weight
 from stages.quantization.plan.budget.candidates import SiteCandidates, best_allocation, chosen_experts, chosen_plan
@@ -165,14 +165,13 @@ def _forecast(
     device: torch.device,
 ) -> Forecasts:
     """Return the forecasts of all candidates, and keep those that are new in the cache's folder."""
-    search, experts = undecided.search, ExpertStatistics(model, find_expert_layers(model), cache, device)
+    search, read = undecided.search, search_statistics(model, cache, device)
     known = read_forecasts(cache.folder, search)
     missing = {site.name: each for each in _unforecast(undecided.candidates, known) for site in each.sites}
     found: Forecasts = {}
     lacking = [group for group in groups if any(site.name in missing for site in group.sites)]
     with progress_bar() as progress:
         for group in progress.track(lacking, description="forecast", unit="groups"):
-            read = experts.read if experts.has(group.activation) else cache.read_for_search
             forecast = GroupForecast.of(search_to_device(read(group.activation), device), search)
             for site in group.sites:
                 if (each := missing.get(site.name)) is not None:

@@ -17,17 +17,10 @@ from stages.quantization.plan.budget.candidates import (
     site_candidates,
 )
 from stages.quantization.plan.budget.forecast import SearchTraits
-from stages.quantization.plan.embeddings import (
-    SharedTables,
-    TableCandidates,
-)
+from stages.quantization.plan.embeddings import SharedTables, TableCandidates
 from stages.quantization.plan.output_size import OutputSize, table_bytes
 from stages.quantization.plan.requested import Chooser
-from stages.quantization.targets.formats import (
-    Explanation,
-    FormatChoice,
-    OpenFormats,
-)
+from stages.quantization.targets.formats import Explanation, FormatChoice, OpenFormats
 from stages.records.sites import ActivationGroup, MatMulSite
 
 _COMPENSATING: frozenset[Algorithm] = frozenset({"gptq", "awq_gptq"})

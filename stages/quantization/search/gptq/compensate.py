@@ -10,13 +10,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from stages.quantization.search.affine import (
-    BlockParameters,
-    copy_rows,
-    empty_like,
-    rows_of,
-    stack_parameters,
-)
+from stages.quantization.search.affine import BlockParameters, copy_rows, empty_like, rows_of, stack_parameters
 from stages.quantization.search.awq import awq_full
 from stages.quantization.search.choices import keep_validated, scaled_weight
 from stages.quantization.search.gptq.codes import gptq_codes, together

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stages.calibration.text import documents
 from stages.calibration.text.chat_document import ChatDocument
 from stages.calibration.text.documents import HubSource, TextDocument, _shuffled_rows, open_documents
 from stages.errors import UserError
@@ -54,11 +55,12 @@ def test_an_unknown_name_lists_the_choices() -> None:
         read("wikitext")
 
 
-def test_a_hub_data_set_without_its_column_names_those_it_has(tmp_path: Path) -> None:
+def test_a_hub_data_set_without_its_column_names_those_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hub_folder(tmp_path / "cnn", column="story")
     source = HubSource(path=str(folder), config="3.0.0", split="train", column="article")
+    monkeypatch.setattr(documents, "HUB_SOURCES", {"cnn": source})
     with pytest.raises(UserError, match="columns id, story and none of article"):
-        list(open_documents("cnn", 0, {"cnn": source}).texts)
+        list(open_documents("cnn", 0).texts)
 
 
 def unreachable(*_: object, **__: object) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
+from stages.calibration.text import documents
 from stages.calibration.text.arithmetic import ARITHMETIC_TITLE
-from stages.calibration.text.documents import HUB_SOURCES, ChosenText, Documents, HubSource, choose_text
+from stages.calibration.text.documents import ChosenText, Documents, HubSource, choose_text
 from stages.calibration.text.mix import MIX
 from stages.calibration.text.offline import CALIBRATION_TITLE, CODE_TITLE, LANGUAGES_TITLE
 from stages.calibration.text.windows import TokenWindows, load_windows, pack_windows, window_count
@@ -37,16 +37,14 @@ def config(tiny_tokenizer: Path) -> CalibrateConfig:
     return CalibrateConfig(onnx_path=tiny_tokenizer, dataset="offline", calib_size=10, seq_len=32)
 
 
-def load(
-    config: CalibrateConfig, hub_sources: Mapping[str, HubSource] = HUB_SOURCES, vocab_size: int = 300
-) -> TokenWindows:
+def load(config: CalibrateConfig, vocab_size: int = 300) -> TokenWindows:
     directory = ModelDirectory(
         folder=config.onnx_path,
         onnx_file=config.onnx_path / "model.onnx",
         has_genai_config=False,
         vocab_size=vocab_size,
     )
-    return load_windows(config, directory, config.dataset or MIX, CPU_ONLY, 64, hub_sources)
+    return load_windows(config, directory, config.dataset or MIX, CPU_ONLY, 64)
 
 
 def all_windows(config: CalibrateConfig) -> np.ndarray:
@@ -292,14 +290,17 @@ def test_a_tokenizer_without_a_chat_template_is_named(config: CalibrateConfig) -
         load(replace(config, apply_chat_template=True))
 
 
-def test_a_hub_data_set_is_read_by_configuration_split_and_column(config: CalibrateConfig, tmp_path: Path) -> None:
+def test_a_hub_data_set_is_read_by_configuration_split_and_column(
+    config: CalibrateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = hub_folder(tmp_path / "cnn_dailymail")
     source = HubSource(path=str(folder), config="3.0.0", split="train", column="article")
+    monkeypatch.setattr(documents, "HUB_SOURCES", {"cnn": source})
     config = replace(config, dataset="cnn")
-    windows = load(config, {"cnn": source})
+    windows = load(config)
     assert windows.source == "cnn_dailymail train"
     assert set(texts_of(windows.calibration, config.onnx_path)) < set(STORIES)
-    assert windows.fingerprint == load(config, {"cnn": source}).fingerprint
+    assert windows.fingerprint == load(config).fingerprint
 
 
 def test_too_little_text_states_both_numbers(config: CalibrateConfig, tmp_path: Path) -> None:
@@ -326,15 +327,17 @@ def test_the_room_is_imported_without_the_libraries_that_take_seconds() -> None:
     assert printed.strip() == "set()"
 
 
-def test_the_default_text_is_the_hub_s_where_it_answers(tmp_path: Path) -> None:
-    sources = {"cnn": HubSource(path=str(hub_folder(tmp_path)), config="3.0.0", split="train", column="article")}
-    assert choose_text(None, sources) == ChosenText(dataset="cnn")
-    assert choose_text("mine.txt", {}) == ChosenText(dataset="mine.txt")
+def test_the_default_text_is_the_hub_s_where_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HubSource(path=str(hub_folder(tmp_path)), config="3.0.0", split="train", column="article")
+    monkeypatch.setattr(documents, "HUB_SOURCES", {"cnn": source})
+    assert choose_text(None) == ChosenText(dataset="cnn")
+    assert choose_text("mine.txt") == ChosenText(dataset="mine.txt")
 
 
-def test_mix_stands_in_for_the_default_and_one_line_says_so(tmp_path: Path) -> None:
-    sources = {"cnn": HubSource(path=str(tmp_path / "nothing"), config=None, split="train", column="text")}
-    chosen = choose_text(None, sources)
+def test_mix_stands_in_for_the_default_and_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HubSource(path=str(tmp_path / "nothing"), config=None, split="train", column="text")
+    monkeypatch.setattr(documents, "HUB_SOURCES", {"cnn": source})
+    chosen = choose_text(None)
     assert chosen.dataset == MIX
     assert "mix takes its place" in chosen.note
     assert "--dataset FILE.txt" in chosen.note

@@ -28,7 +28,7 @@ QUIET = Progress(Console(quiet=True))
 @pytest.fixture(scope="module")
 def ours(tiny_model: Path):
     with open_decoder(locate_model(tiny_model), SETTINGS, None) as decoder:
-        tokenizer = load_tokenizer(str(tiny_model), trust_remote_code=False)
+        tokenizer = load_tokenizer(str(tiny_model))
         yield OnnxRuntimeLM(decoder, tokenizer, QUIET)
 
 

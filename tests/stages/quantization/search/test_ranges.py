@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.search.affine import (
-    BlockParameters,
-    choose_parameters,
-    quantize,
-    round_trip,
-    split,
-)
+from stages.quantization.search.affine import BlockParameters, choose_parameters, quantize, round_trip, split
 from stages.quantization.search.choices import full_range
 from stages.quantization.search.objective import gram_blocks
 from stages.quantization.search.problem import InputScale

@@ -19,6 +19,10 @@ MICROSOFT = "com.microsoft"
 _TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
 
 
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class OneNode:
     """A node whose inputs are all graph inputs; None leaves one out.

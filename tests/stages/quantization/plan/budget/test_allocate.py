@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +10,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from stages.calibration.cache import CalibrationCache, open_cache
+from stages.calibration.cache import CalibrationCache
 from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import locate_model
-from stages.model.load import fingerprint_model, load_graph
+from stages.model.load import load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.budget.allocate import (
-    BudgetResult,
-    allocate_budget,
-    needs_weights,
-    unmeasured_groups,
-)
+from stages.quantization.plan.budget.allocate import BudgetResult, allocate_budget, needs_weights, unmeasured_groups
 from stages.quantization.plan.budget.candidates import SizeBudget
 from stages.quantization.plan.budget.forecast import read_forecasts
 from stages.quantization.plan.budget.left_open import OpenPlan
@@ -31,13 +25,6 @@ from stages.quantization.plan.rules import all_sites
 from tests.reference.knapsack import smallest_loss
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCache:
-    """Return a copy, since forecasts are kept in it."""
-    folder = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
-    return open_cache(folder, fingerprint_model(locate_model(tiny_model)))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from stages.calibration.cache import CalibrationCache, open_cache
+from stages.calibration.cache import CalibrationCache
 from stages.errors import UserError
 from stages.model.directory import locate_model
-from stages.model.load import fingerprint_model, load_graph
+from stages.model.load import load_graph
 from stages.model.sites import find_groups
-from stages.quantization.plan.budget.sensitivity import (
-    GroupSensitivity,
-    SensitivityMeasure,
-    divergence,
-    unmeasured,
-)
+from stages.quantization.plan.budget.sensitivity import GroupSensitivity, SensitivityMeasure, divergence, unmeasured
 from stages.records.formats import PerBlock, QuantSpec
 from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.records.sites import ActivationGroup, MatMulSite
@@ -45,13 +39,6 @@ def test_the_divergence_is_the_mean_over_all_tokens() -> None:
 def test_forecasts_are_scaled_to_what_was_measured_and_to_nothing_without_one() -> None:
     assert GroupSensitivity(divergence=0.3, forecast=0.1).factor == pytest.approx(3)
     assert GroupSensitivity(divergence=0.0, forecast=0.0).factor == 0
-
-
-@pytest.fixture
-def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCache:
-    """Return a copy, since sensitivities are kept in it."""
-    folder = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
-    return open_cache(folder, fingerprint_model(locate_model(tiny_model)))
 
 
 def _measure(

@@ -7,13 +7,9 @@ import pytest
 import torch
 
 from stages.runtime.blocks.converters.attention import GroupQueryAttention, GroupQueryRule
-from tests.stages.runtime.blocks.one_node import OneNode, assert_same
+from tests.stages.runtime.blocks.one_node import OneNode, assert_same, random
 
 BATCH, LENGTH, HEADS, KV_HEADS, SIZE = 2, 11, 6, 2, 32
-
-
-def _random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def _tables(half: int) -> dict[str, np.ndarray]:
@@ -30,9 +26,9 @@ def group_query(
     return OneNode(
         operator="GroupQueryAttention",
         inputs={
-            "query": _random(BATCH, LENGTH, sum(widths) if packed else widths[0]),
-            "key": None if packed else _random(BATCH, LENGTH, widths[1], seed=2),
-            "value": None if packed else _random(BATCH, LENGTH, widths[2], seed=3),
+            "query": random(BATCH, LENGTH, sum(widths) if packed else widths[0]),
+            "key": None if packed else random(BATCH, LENGTH, widths[1], seed=2),
+            "value": None if packed else random(BATCH, LENGTH, widths[2], seed=3),
             "past_key": np.zeros((BATCH, KV_HEADS, 0, SIZE), np.float32),
             "past_value": np.zeros((BATCH, KV_HEADS, 0, SIZE), np.float32),
             "seqlens_k": np.full((BATCH,), LENGTH - 1, np.int32),
@@ -40,7 +36,7 @@ def group_query(
             "cos_cache": rotary.get("cos_cache"),
             "sin_cache": rotary.get("sin_cache"),
             "position_ids": None,
-            "attention_bias": _random(1, HEADS, LENGTH, LENGTH, seed=4) if bias else None,
+            "attention_bias": random(1, HEADS, LENGTH, LENGTH, seed=4) if bias else None,
             "head_sink": np.linspace(-2, 3, HEADS).astype(np.float32) if sink else None,
         },
         attributes={"num_heads": HEADS, "kv_num_heads": KV_HEADS, **attributes},
@@ -53,12 +49,12 @@ def multi_head(
     *, mask: tuple[int, int] | None = None, bias: bool = False, padding: bool = False, **attributes: float
 ) -> OneNode:
     """Return a node; ``mask`` is the batch and heads of an additive causal mask that a graph computes."""
-    hidden = None if mask is None else _random(*mask, LENGTH, LENGTH, seed=4)
+    hidden = None if mask is None else random(*mask, LENGTH, LENGTH, seed=4)
     return OneNode(
         operator="MultiHeadAttention",
         inputs={
-            **{name: _random(BATCH, LENGTH, HEADS * SIZE, seed=seed) for seed, name in enumerate(["q", "k", "v"])},
-            "bias": _random(3 * HEADS * SIZE, seed=5) if bias else None,
+            **{name: random(BATCH, LENGTH, HEADS * SIZE, seed=seed) for seed, name in enumerate(["q", "k", "v"])},
+            "bias": random(3 * HEADS * SIZE, seed=5) if bias else None,
             "key_padding_mask": np.full((BATCH,), LENGTH, np.int32) if padding else None,
             "attention_bias": None if hidden is None else hidden + np.triu(np.full_like(hidden, -1e4), 1),
         },
@@ -73,14 +69,14 @@ JOINED, SPLIT = (BATCH, LENGTH, HEADS * SIZE), (BATCH, HEADS, LENGTH, SIZE)
 def rotary(
     shape: tuple[int, ...] = JOINED, positions: np.ndarray = EACH, half: int = SIZE // 2, **attributes: int
 ) -> OneNode:
-    inputs = {"input": _random(*shape), "position_ids": positions, **_tables(half)}
+    inputs = {"input": random(*shape), "position_ids": positions, **_tables(half)}
     return OneNode(operator="RotaryEmbedding", inputs=inputs, attributes=attributes)
 
 
 def of_three_axes(layout: int, sections: tuple[int, ...], shape: tuple[int, ...] = JOINED, **more: int) -> OneNode:
     positions = np.random.default_rng(2).integers(0, 32, (3, BATCH, LENGTH))
     attributes = {"mrope_layout": layout, "mrope_section": list(sections), **more}
-    inputs = {"input": _random(*shape), "position_ids": positions, **_tables(sum(sections))}
+    inputs = {"input": random(*shape), "position_ids": positions, **_tables(sum(sections))}
     return OneNode(operator="MRotaryEmbedding", inputs=inputs, attributes=attributes)
 
 
@@ -130,9 +126,9 @@ def test_agrees_with_onnxruntime(name: str) -> None:
 
 def test_norms_of_query_and_key_come_before_the_rotation() -> None:
     """ONNX Runtime's CPU kernel refuses them, so the oracle is the same node behind norms made by hand."""
-    query, key, value = (torch.from_numpy(_random(1, 5, n * SIZE, seed=n)) for n in (4, 2, 3))
+    query, key, value = (torch.from_numpy(random(1, 5, n * SIZE, seed=n)) for n in (4, 2, 3))
     value = value[..., : 2 * SIZE]
-    gains = [torch.from_numpy(0.5 + abs(_random(SIZE, seed=seed))) for seed in (5, 6)]
+    gains = [torch.from_numpy(0.5 + abs(random(SIZE, seed=seed))) for seed in (5, 6)]
     module = GroupQueryAttention(GroupQueryRule(num_heads=4, kv_num_heads=2, do_rotary=1, qk_norm_epsilon=0.1))
 
     def normed(hidden: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

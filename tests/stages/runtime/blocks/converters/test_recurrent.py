@@ -7,14 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.stages.runtime.blocks.one_node import OneNode, assert_same
+from tests.stages.runtime.blocks.one_node import OneNode, assert_same, random
 
 BATCH, LENGTH, SIZE, VALUE_SIZE = 2, 150, 8, 6
 """More tokens than two chunks hold."""
-
-
-def _random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def conv(*, bias: bool = True, dilation: int = 1, last: bool = False, activation: str = "silu") -> OneNode:
@@ -23,9 +19,9 @@ def conv(*, bias: bool = True, dilation: int = 1, last: bool = False, activation
     return OneNode(
         operator="CausalConvWithState",
         inputs={
-            "x": _random(BATCH, *((LENGTH, 12) if last else (12, LENGTH))),
-            "w": _random(12, 1, 4, seed=1),
-            "b": _random(12, seed=2) if bias else None,
+            "x": random(BATCH, *((LENGTH, 12) if last else (12, LENGTH))),
+            "w": random(12, 1, 4, seed=1),
+            "b": random(12, seed=2) if bias else None,
             "past": np.zeros((BATCH, *state), np.float32),
         },
         attributes={"activation": activation, "ndim": 1, "dilation": dilation, "channels_last": int(last)},
@@ -38,16 +34,16 @@ def attention(
     rule: str, q_heads: int = 2, heads: int = 4, *, of_channels: bool = False, one_beta: bool = False, scale: float = 0
 ) -> OneNode:
     """Return a node with an empty state, which a cut leaves out."""
-    key = _random(BATCH, LENGTH, heads, SIZE, seed=1)
+    key = random(BATCH, LENGTH, heads, SIZE, seed=1)
     key /= np.linalg.norm(key, axis=-1, keepdims=True)
-    decay = -0.2 * np.abs(_random(BATCH, LENGTH, heads * (SIZE if of_channels else 1), seed=3))
-    beta = 1 / (1 + np.exp(_random(BATCH, LENGTH, 1 if one_beta else heads, seed=4)))
+    decay = -0.2 * np.abs(random(BATCH, LENGTH, heads * (SIZE if of_channels else 1), seed=3))
+    beta = 1 / (1 + np.exp(random(BATCH, LENGTH, 1 if one_beta else heads, seed=4)))
     return OneNode(
         operator="LinearAttention",
         inputs={
-            "q": _random(BATCH, LENGTH, q_heads * SIZE),
+            "q": random(BATCH, LENGTH, q_heads * SIZE),
             "k": key.reshape(BATCH, LENGTH, -1),
-            "v": _random(BATCH, LENGTH, heads * VALUE_SIZE, seed=2),
+            "v": random(BATCH, LENGTH, heads * VALUE_SIZE, seed=2),
             "past": np.zeros((BATCH, heads, SIZE, VALUE_SIZE), np.float32),
             "decay": decay if "gated" in rule else None,
             "beta": beta if "delta" in rule else None,
@@ -58,8 +54,8 @@ def attention(
     )
 
 
-GATE = {"a": _random(2, 5, 3), "bias": _random(3, seed=1), "scale": -np.ones(3, np.float32)}
-NORM = {"x": _random(2, 5, 12), "gain": 1 + abs(_random(4, seed=1)), "gate": _random(2, 5, 12, seed=2)}
+GATE = {"a": random(2, 5, 3), "bias": random(3, seed=1), "scale": -np.ones(3, np.float32)}
+NORM = {"x": random(2, 5, 12), "gain": 1 + abs(random(4, seed=1)), "gate": random(2, 5, 12, seed=2)}
 CASES = {
     "conv": conv(),
     "conv, no bias": conv(bias=False, activation="none"),
@@ -70,7 +66,7 @@ CASES = {
     "attention, one rate": attention("delta", one_beta=True),
     "attention, a decay of each channel": attention("gated_delta", of_channels=True),
     "attention, a decay of each channel, gated": attention("gated", of_channels=True),
-    "gate": OneNode("LinearAttentionGate", GATE | {"b": _random(2, 5, 3, seed=2)}, outputs=("decay", "beta")),
+    "gate": OneNode("LinearAttentionGate", GATE | {"b": random(2, 5, 3, seed=2)}, outputs=("decay", "beta")),
     "gate, decay only": OneNode("LinearAttentionGate", GATE, outputs=("decay",)),
     **{
         f"norm, {activation}": OneNode("GatedRMSNorm", NORM, {"epsilon": 0.1, "activation": activation})
