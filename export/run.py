@@ -11,15 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import TypeAdapter
 
-from export.card.record import (
-    BaseModel,
-    ModelRecord,
-    describe_base,
-    kinds_of,
-    read_origin,
-    read_record,
-    summarize_checks,
-)
+from export.card.record import ModelRecord, describe_base, kinds_of, read_origin, read_record, summarize_checks
 from export.card.write import move_base_card, write_card
 from export.fold import FoldOutcome
 from export.forms.embedding import TableOutcome, table_outcomes
@@ -130,8 +122,21 @@ def export_model(
             notes = (*notes, *_kept_report(report, store.folder))
             bytes_before = _size(base.onnx_file, *external_files(model))
             bytes_after = _size(scratch / destination.onnx_name, scratch / data_name(destination.onnx_name))
-            known = describe_base(base, model, store.recipe.model_fingerprint, bytes_before, earlier)
-            record = _record(store, destination, options, command, known, bytes_after, report, earlier)
+            record = ModelRecord(
+                name=destination.folder.name,
+                onnx_file=destination.onnx_name,
+                version=this_version(),
+                export_command=command,
+                origin=read_origin(store),
+                algorithm=store.recipe.summary,
+                weight_form=store.recipe.weight_form,
+                accuracy_level=options.accuracy_level,
+                base=describe_base(base, model, store.recipe.model_fingerprint, bytes_before, earlier),
+                formats=tuple(kinds_of(store)),
+                bytes=bytes_after,
+                checks=None if report is None else summarize_checks(report, options.verify),
+                parts=() if earlier is None else (*earlier.parts, replace(earlier, parts=())),
+            )
             write_card(scratch, record)
             folder_bytes = _size(*scratch.rglob("*"))
     except OSError as error:
@@ -139,7 +144,12 @@ def export_model(
             f"{OUTPUT_OPTION} {destination.folder} can't be written ({error.strerror or error}); free space or "
             "choose another folder."
         ) from error
-    _warn_if_larger(bytes_before, bytes_after)
+    if bytes_after > bytes_before:
+        _LOGGER.warning(
+            "the model is larger than its base (%s and %s bytes): small weights gain little from codes and scales.",
+            f"{bytes_after:,}",
+            f"{bytes_before:,}",
+        )
     notes = (*notes, *_floats_beside_codes(result))
     return ExportSummary(
         onnx_file=destination.onnx_file,
@@ -153,55 +163,6 @@ def export_model(
         unreached=store.recipe.unreached,
         folder_bytes=folder_bytes,
     )
-
-
-def _record(
-    store: QuantizedStore,
-    destination: Destination,
-    options: ExportOptions,
-    command: str,
-    base: BaseModel,
-    num_bytes: int,
-    report: VerifyReport | None,
-    earlier: ModelRecord | None,
-) -> ModelRecord:
-    """Return what the model card tells.
-
-    Args:
-        store: the weights.
-        destination: where the output goes.
-        options: how it was written.
-        command: what a person types to write ``store``'s weights.
-        base: what is known of the base.
-        num_bytes: of the output's graph and weights.
-        report: what the checks found; None where there were none.
-        earlier: of the base, where it is an output of ours itself.
-    """
-    recipe = store.recipe
-    return ModelRecord(
-        name=destination.folder.name,
-        onnx_file=destination.onnx_name,
-        version=this_version(),
-        export_command=command,
-        origin=read_origin(store),
-        algorithm=recipe.summary,
-        weight_form=recipe.weight_form,
-        accuracy_level=options.accuracy_level,
-        base=base,
-        formats=tuple(kinds_of(store)),
-        bytes=num_bytes,
-        checks=None if report is None else summarize_checks(report, options.verify),
-        parts=() if earlier is None else (*earlier.parts, replace(earlier, parts=())),
-    )
-
-
-def _warn_if_larger(before: int, after: int) -> None:
-    if after > before:
-        _LOGGER.warning(
-            "the model is larger than its base (%s and %s bytes): small weights gain little from codes and scales.",
-            f"{after:,}",
-            f"{before:,}",
-        )
 
 
 def _floats_beside_codes(result: RewriteResult) -> Iterator[str]:
