@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -29,9 +28,6 @@ from stages.runtime.decoder import Decoder, open_decoder
 from stages.runtime.feeds import Sample, SampleFeeds, as_values
 from stages.runtime.graph_inputs import TOKENS, inputs_of_graph
 from stages.runtime.session import SessionSettings, runtime_reason
-
-if TYPE_CHECKING:
-    pass
 
 _ENCODER = "encoder"
 _HANDED_ON: Mapping[str, str] = {
