@@ -9,6 +9,9 @@ from scripts.benchmarks.figures import Benchmark, CommandFigure, KernelFigure
 from stages.commands.tables import Column, DataTable
 from stages.records.quantities import counted
 
+_UNCALIBRATED = ("quantize rtn", "quantize rtn_dq")
+"""Commands that read no statistics."""
+
 
 def benchmark_tables(found: Benchmark) -> Iterator[DataTable]:
     """Yield one table for each kind of figure that was measured."""
@@ -53,10 +56,13 @@ def _against_copy(command: CommandFigure) -> str:
 
 
 def _against(found: Benchmark, command: CommandFigure, peers: list[CommandFigure]) -> str:
-    """Say how many times longer the competitor takes than calibration and this search together."""
-    ours = found.seconds_of("calibrate", command.name) if command.name.startswith("quantize") else None
+    """Say how many times longer the competitor takes than this search, and than calibration where it needs one."""
+    stages = (command.name,) if command.name in _UNCALIBRATED else ("calibrate", command.name)
+    ours = found.seconds_of(*stages) if command.name.startswith("quantize") else None
     theirs = peers[0].seconds if peers else None
-    return "-" if ours is None or theirs is None else f"{theirs / ours:.1f} x faster, calibration included"
+    if ours is None or theirs is None:
+        return "-"
+    return f"{theirs / ours:.1f} x faster" + (", calibration included" if len(stages) > 1 else "")
 
 
 def _megabytes(size: int | None) -> str:

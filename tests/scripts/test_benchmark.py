@@ -72,6 +72,13 @@ def test_the_competitor_is_compared_with_both_stages_together() -> None:
     assert "25.0 x faster, calibration included" in text_of(found)
 
 
+def test_rounding_needs_no_calibration() -> None:
+    ours = (command("calibrate", 30.0), command("quantize rtn_dq", 10.0))
+    shown = text_of(Benchmark(machine=MACHINE, base="b", commands=(*ours, command("competitor (x)", 1000.0))))
+    assert "100.0 x faster" in shown
+    assert "calibration included" not in shown
+
+
 def test_a_competitor_that_fails_says_why_and_nothing_is_compared() -> None:
     ours = (command("calibrate", 30.0), command("quantize awq_full", 10.0))
     found = Benchmark(machine=MACHINE, base="b", commands=(*ours, command("competitor (x)", None, "no wheel")))
