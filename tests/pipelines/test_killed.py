@@ -110,7 +110,9 @@ class Workshop:
     def _content(self, path: Path) -> object:
         if path.suffix not in (".md", ".json"):
             return _content(path)
-        text = path.read_text().replace(str(self.folder), "FOLDER")  # of the command
+        # Of the command; what was killed behind its output is made again with --overwrite.
+        text = path.read_text().replace(str(self.folder), "FOLDER").replace(" --overwrite", "")
+        text = text.replace('"overwrite": true', '"overwrite": false')
         return text if path.suffix == ".md" else _without_times(json.loads(text))
 
 
