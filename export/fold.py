@@ -32,8 +32,9 @@ from export.fold_guards import (
     scale_per_value_channel,
 )
 from export.forms.dequantize_linear import StoredSite, divided_scales
-from export.graph_edit import GraphEditor, name_of
+from export.graph_edit import GraphEditor
 from stages.errors import OptionError
+from stages.model.patterns import name_of
 from stages.model.weights import all_finite
 from stages.records.formats import torch_float
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber

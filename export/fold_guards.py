@@ -14,9 +14,9 @@ from jaxtyping import Float, Float32
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
 
-from export.graph_edit import describe, name_of
+from export.graph_edit import describe
 from stages.model.absorbers import find_absorber
-from stages.model.patterns import is_constant
+from stages.model.patterns import is_constant, name_of
 from stages.model.weights import all_finite
 from stages.records.sites import ActivationGroup, HeadSharing, MatMulSite
 

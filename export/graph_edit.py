@@ -9,15 +9,10 @@ import onnx_ir as ir
 
 from stages.errors import GraphError
 from stages.model.form.insert import replace_inputs
+from stages.model.patterns import name_of
 
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
-
-
-def name_of(value: ir.Value) -> str:
-    """Return a value's name; onnx-ir names every value it loads."""
-    assert value.name, "onnx-ir names every value it loads"
-    return value.name
 
 
 def describe(node: ir.Node) -> str:

@@ -22,12 +22,12 @@ from export.forms.matmul_nbits import insert_matmul_nbits
 from export.forms.opset import OpsetChange, lowest_opset, raise_opset
 from export.forms.qmoe import RAW, RewrittenExperts, insert_qmoe
 from export.forms.rotary import ComputedTable, compute_rotary_tables
-from export.graph_edit import GraphEditor, describe, name_of
+from export.graph_edit import GraphEditor, describe
 from stages.commands.options import AccuracyLevel
 from stages.errors import GraphError, OptionError
 from stages.model.form.convolution import restore_convolutions
 from stages.model.load import producer_of
-from stages.model.patterns import sole_reader
+from stages.model.patterns import name_of, sole_reader
 from stages.model.sites import find_expert_layers, find_sites
 from stages.model.weights import find_equal_initializers
 from stages.quantization.weights.store import QuantizedStore

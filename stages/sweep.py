@@ -76,8 +76,9 @@ def _calibrate(config: SweepConfig) -> Iterator[Section]:
     from stages.calibration.run import calibrate
     from stages.calibration.summary import calibration_section
     from stages.commands.calibrate_options import CalibrateConfig
+    from stages.commands.quantize_options import ROUNDED
 
-    if not set(config.algo) <= {"rtn", "rtn_dq"} and find_cache(config.cache_path) is None:
+    if not set(config.algo).issubset(ROUNDED) and find_cache(config.cache_path) is None:
         text = CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path, model_name=config.model_name)
         yield calibration_section(calibrate(text))
 

@@ -16,7 +16,8 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from export.graph_edit import GraphEditor, name_of
+from export.graph_edit import GraphEditor
+from stages.model.patterns import name_of
 from stages.quantization.weights.bitpack import pack_4bit, pack_4bit_turned, turned
 from stages.quantization.weights.byte_scales import has_byte_scales, in_bytes
 from stages.quantization.weights.store import QuantizedStore

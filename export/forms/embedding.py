@@ -16,9 +16,9 @@ from jaxtyping import UInt8
 from onnx_ir.tensor_adapters import TorchTensor
 
 from export.forms.dequantize_linear import RewrittenSite, ScaleValues, read_scales
-from export.graph_edit import MICROSOFT, GraphEditor, describe, import_microsoft, name_of, replace_op
+from export.graph_edit import MICROSOFT, GraphEditor, describe, import_microsoft, replace_op
 from stages.errors import GraphError
-from stages.model.patterns import readers
+from stages.model.patterns import name_of, readers
 from stages.quantization.weights.embedding_file import TableFile
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import EmbeddingPlan, onnx_float, torch_float

@@ -25,9 +25,10 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from export.forms.dequantize_linear import RewrittenSite, StoredSite, add_scales, read_scales
-from export.graph_edit import MICROSOFT, GraphEditor, import_microsoft, name_of, replace_op
+from export.graph_edit import MICROSOFT, GraphEditor, import_microsoft, replace_op
 from stages.commands.options import AccuracyLevel
 from stages.errors import OptionError
+from stages.model.patterns import name_of
 from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
 from stages.quantization.weights.byte_scales import in_bytes
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, WeightForm, channel_block_size, onnx_float

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from export.forms.dequantize_linear import StoredSite
 from export.forms.matmul_nbits import implied_zero_point
-from export.graph_edit import GraphEditor, import_microsoft, name_of
+from export.graph_edit import GraphEditor, import_microsoft
 from stages.model.form.insert import replace_inputs
+from stages.model.patterns import name_of
 from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
 from stages.records.experts import ExpertLayer
 from stages.records.formats import PerBlock, PerChannel, QuantSpec, onnx_float

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from export.graph_edit import GraphEditor, name_of
+from export.graph_edit import GraphEditor
+from stages.model.patterns import name_of
 from stages.quantization.weights.rotary import RotaryTables, find_rotary_tables
 
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)

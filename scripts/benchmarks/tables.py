@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from scripts.benchmarks.figures import Benchmark, CommandFigure, KernelFigure
+from stages.commands.quantize_options import ROUNDED
 from stages.commands.tables import Column, DataTable
 from stages.records.quantities import counted
 
-_UNCALIBRATED = ("quantize rtn", "quantize rtn_dq")
-"""Commands that read no statistics."""
+_UNCALIBRATED = tuple(f"quantize {name}" for name in ROUNDED)
 
 
 def benchmark_tables(found: Benchmark) -> Iterator[DataTable]:

@@ -20,6 +20,8 @@ from stages.commands.parsing import RUN_EXPERTS, Target, parse_size, parse_targe
 from stages.records.sites import BlockAxis, GatherForm
 
 Algorithm = Literal["rtn", "rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq", "signround"]
+ROUNDED: tuple[Algorithm, ...] = ("rtn", "rtn_dq")
+"""They read no statistics."""
 OneShot = Literal["rtn_dq", "awq_lite", "awq_clip", "awq_full", "gptq", "awq_gptq"]
 ScaleSearch = Literal["awq_lite", "awq_full", "awq_gptq"]
 ScaleRange = Literal["signed", "full", "compat7"]
@@ -427,7 +429,7 @@ class QuantizeConfig(
     @property
     def needs_cache(self) -> bool:
         """Return whether the search reads calibration statistics."""
-        return self.searches_sites and (self.has_budget or self.improves_search or self.algo not in ("rtn", "rtn_dq"))
+        return self.searches_sites and (self.has_budget or self.improves_search or self.algo not in ROUNDED)
 
     @property
     def leaves_formats_open(self) -> bool:

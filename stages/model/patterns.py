@@ -52,6 +52,12 @@ def is_constant(value: ir.Value) -> bool:
     return value.is_initializer() and not value.is_graph_input()
 
 
+def name_of(value: ir.Value) -> str:
+    """Return a value's name; onnx-ir names every value it loads."""
+    assert value.name, "onnx-ir names every value it loads"
+    return value.name
+
+
 def input_of(node: ir.Node, index: int) -> ir.Value | None:
     """Return an input of ``node``; None where it is left out."""
     return node.inputs[index] if index < len(node.inputs) else None

@@ -21,6 +21,7 @@ from stages.model.patterns import (
     gates_state,
     input_of,
     is_constant,
+    name_of,
     readers,
     routes_experts,
 )
@@ -131,9 +132,9 @@ def _as_site(node: ir.Node) -> MatMulSite | None:
     return MatMulSite(
         name=node.name or f"{weight.name}->{output.name}",  # the output tells two readers of one weight apart
         op_type="MatMul" if node.op_type == "MatMul" else "Gemm",
-        weight=_name(weight),
-        activation=_name(activation),
-        output=_name(output),
+        weight=name_of(weight),
+        activation=name_of(activation),
+        output=name_of(output),
         in_features=in_features,
         out_features=out_features,
         layout=layout,
@@ -152,20 +153,15 @@ def _require_width(node: ir.Node, activation: ir.Value, in_features: int) -> Non
     width = activation.shape[-1] if activation.shape is not None and len(activation.shape) else None
     if isinstance(width, int) and width != in_features:
         raise GraphError(
-            f"'{node.name or _name(node.outputs[0])}' has a weight of {in_features} inputs and reads {width} channels; "
-            "build the model again."
+            f"'{node.name or name_of(node.outputs[0])}' has a weight of {in_features} inputs and reads {width} "
+            "channels; build the model again."
         )
-
-
-def _name(value: ir.Value) -> str:
-    assert value.name, "onnx-ir names every value it loads"
-    return value.name
 
 
 def _other_readers(weight: ir.Value, node: ir.Node) -> tuple[str, ...]:
     """Return the outputs of the nodes besides ``node`` that read ``weight``, and its own name if it is an output."""
-    others = [_name(other.outputs[0]) for other, _ in readers(weight, PASSED_THROUGH) if other is not node]
-    return tuple(dict.fromkeys([*others, *([_name(weight)] if weight.is_graph_output() else [])]))
+    others = [name_of(other.outputs[0]) for other, _ in readers(weight, PASSED_THROUGH) if other is not node]
+    return tuple(dict.fromkeys([*others, *([name_of(weight)] if weight.is_graph_output() else [])]))
 
 
 def _layout(node: ir.Node, matrix: ConstantMatrix) -> WeightLayout:

@@ -31,6 +31,7 @@ from stages.model.directory import ModelDirectory
 from stages.model.weights import read_weight
 from stages.quantization.blocks.context import reported
 from stages.quantization.blocks.learnable_weight import effective_weight
+from stages.quantization.blocks.signround import is_check
 from stages.quantization.search.affine import join, round_to_storage, split
 from stages.quantization.weights.store import QuantizedStore
 from stages.records.formats import torch_float
@@ -101,7 +102,7 @@ class TrainedScales:
         return round_to_storage(self._scales * logs.exp(), self._start.spec.scale_dtype)
 
 
-def divergence(
+def divergence_and_gradient(
     exact: Float[Tensor, "*tokens V"], found: Float[Tensor, "*tokens V"]
 ) -> tuple[Float[Tensor, "*tokens"], Float[Tensor, "*tokens V"]]:
     """Return KL(softmax(exact) || softmax(found)) of every token, in nats, and its gradient by ``found``.
@@ -201,7 +202,7 @@ class QuantizedChain:
             with torch.no_grad():
                 expected = run(wanted, originals)
             logits = run(entering, quantized)
-            loss, gradient = divergence(expected, logits.detach())
+            loss, gradient = divergence_and_gradient(expected, logits.detach())
             gradients += torch.autograd.grad(logits, entering, gradient / (loss.numel() * len(exact)))
             losses.append(loss)
         return torch.cat(losses), torch.cat(gradients)
@@ -326,9 +327,10 @@ class Distiller:
             for batch in model.inputs(rest):
                 self._step(model, adam, batch, reached.step / steps)
                 reached.step += 1
-                if _is_check(reached.step, steps):
+                judged = is_check(reached.step, steps, _CHECKS)
+                if judged:
                     _judge(model, judges, reached)
-                if reached.step == steps or _is_check(reached.step, steps) or time.monotonic() - kept > _SECONDS:
+                if judged or time.monotonic() - kept > _SECONDS:
                     self._keep(model, adam, reached)
                     kept = time.monotonic()
                 bar.advance(task, note=f"held-out KL {reached.start:.4f} -> {reached.best:.4f} nats")
@@ -428,8 +430,3 @@ def _judge(model: QuantizedChain, judges: Int64[np.ndarray, "windows length"], r
 
 def _logs(model: QuantizedChain) -> dict[str, Tensor]:
     return {name: scales.logs.detach().clone() for name, scales in model.trained.items()}
-
-
-def _is_check(done: int, steps: int) -> bool:
-    """Return whether the held-out divergence is measured after ``done`` steps: evenly, the last included."""
-    return done * _CHECKS // steps > (done - 1) * _CHECKS // steps

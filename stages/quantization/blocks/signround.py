@@ -118,14 +118,14 @@ def tune_block(
         for weight in tuned.values():
             weight.step(rate * (1 - index / options.iterations))
         advance()
-        if _is_check(index + 1, options.iterations) and (loss := held_out_loss()) < best_loss:
+        if is_check(index + 1, options.iterations, _CHECKS) and (loss := held_out_loss()) < best_loss:
             best, best_loss = tuple(weight.quantized() for weight in tuned.values()), loss
     return TunedBlock(weights=best, start_loss=start_loss, loss=best_loss)
 
 
-def _is_check(done: int, iterations: int) -> bool:
-    """Return whether the held-out loss is measured after ``done`` iterations: ``_CHECKS`` times, the last included."""
-    return done * _CHECKS // iterations > (done - 1) * _CHECKS // iterations
+def is_check(done: int, steps: int, checks: int) -> bool:
+    """Return whether what is held out is measured after ``done`` steps: ``checks`` times, evenly, the last included."""
+    return done * checks // steps > (done - 1) * checks // steps
 
 
 def _batches(windows: int, options: SignRoundOptions) -> Iterator[Tensor]:

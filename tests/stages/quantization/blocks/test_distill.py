@@ -12,7 +12,7 @@ from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_groups
 from stages.model.weights import read_weight
-from stages.quantization.blocks.distill import QuantizedChain, TrainedScales, divergence
+from stages.quantization.blocks.distill import QuantizedChain, TrainedScales, divergence_and_gradient
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.search.affine import choose_parameters, join, quantize, split
 from stages.records.formats import PerBlock, QuantSpec
@@ -118,7 +118,7 @@ def test_divergence_is_the_sum_over_the_vocabulary_with_its_gradient() -> None:
     p, q = exact.softmax(-1), found.softmax(-1)
     expected = [[sum(float(a * (a / b).log()) for a, b in zip(x, y, strict=True)) for x, y in zip(*rows, strict=True)]
                 for rows in zip(p, q.detach(), strict=True)]  # fmt: skip
-    losses, gradient = divergence(exact, found.detach())
+    losses, gradient = divergence_and_gradient(exact, found.detach())
     torch.testing.assert_close(losses, torch.tensor(expected))
     written_out = (p * (p / q).log()).sum()
     torch.testing.assert_close(gradient, *torch.autograd.grad(written_out, found))
