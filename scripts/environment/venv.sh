@@ -33,7 +33,9 @@ installed() {
     case "$(cat "$stamp" 2>/dev/null)" in "$(wanted)"*) return 0 ;; *) return 1 ;; esac
 }
 
-# Uncompiled: Python compiles the few modules that are imported when they are first, in a fraction of the time.
+# Uncompiled: Python compiles the few modules that are imported when they are first, in a fraction of the time. It must
+# then keep them, or each process would compile torch and transformers again.
+unset PYTHONDONTWRITEBYTECODE
 pip_install() {
     "$(programs)/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt "$@"
 }

@@ -148,6 +148,7 @@ def test_column_major_computes_the_same_and_says_that_it_is_not_fused(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
 ) -> None:
     arguments = ["--onnx_path", tiny_model, "--block_size", 16, "--cache_dir", cache, "--enable_mixed_quant"]
+    arguments += ["--algo", "awq_lite"]
     code, printed = commands.quantize(*arguments, "--use_column_major", "--output_path", tmp_path / "columns")
     assert code == 0, printed
     assert "column-major" in printed
@@ -225,7 +226,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped_with_the_same_result(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch
 ) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    arguments = ["--onnx_path", tiny_model, "--cache_dir", cache, "--block_size", 16]
+    arguments = ["--onnx_path", tiny_model, "--cache_dir", cache, "--block_size", 16, "--algo", "awq_lite"]
     assert commands.quantize(*arguments, "--output_path", whole)[0] == 0
     original, written = QuantizedStore.write, []
 
@@ -260,7 +261,8 @@ def test_reexport_gives_the_same_model_without_searching(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    assert commands.quantize("--onnx_path", tiny_model, "--cache_dir", cache, "--output_path", first)[0] == 0
+    search = ["--onnx_path", tiny_model, "--cache_dir", cache, "--algo", "awq_lite", "--block_size", 16]
+    assert commands.quantize(*search, "--output_path", first)[0] == 0
     monkeypatch.setattr(QuantizedStore, "write", lambda *_: pytest.fail("searched again"))
     code, printed = commands.export(
         "--onnx_path", tiny_model, "--weights_path", tmp_path / "first.weights", "--output_path", second

@@ -14,7 +14,7 @@ from tests.pipelines.test_block_tuning import _quantize
 from tests.support.commands import Commands
 
 _TEXT = ("--use_random_calib", "--seq_len", 16, "--calib_size", 64)
-_SEARCH = ("--algo", "awq_full", "--block_size", 16, "--lm_head", 8, *_TEXT)
+_SEARCH = ("--algo", "awq_lite", "--block_size", 16, "--lm_head", 8, *_TEXT)
 _DISTILL = ("--distill", 60)
 
 
@@ -36,7 +36,7 @@ def test_scales_are_trained_codes_stay_and_a_stopped_run_goes_on(
     for output, more in (("plain", ()), ("whole", _DISTILL)):
         code, printed = _quantize(commands, tiny_model, cache, tmp_path / output, *_SEARCH, *more)
         assert code == 0, printed
-    assert "awq_full distilled INT4" in printed
+    assert "awq_lite distilled INT4" in printed
     moved = re.search(r"held-out windows (\d\.\d+) -> (\d\.\d+) nats", printed)
     assert moved is not None
     assert float(moved[2]) < float(moved[1])
@@ -44,7 +44,7 @@ def test_scales_are_trained_codes_stay_and_a_stopped_run_goes_on(
     codes, scales = _same(open_store(tmp_path / "plain.weights"), whole)
     assert all(codes)
     assert [index for index, same in enumerate(scales) if same] == [len(scales) - 1]  # lm_head lies in no layer
-    assert {report.algorithm for report in whole.reports()} == {"distill", "awq_full"}
+    assert {report.algorithm for report in whole.reports()} == {"distill", "awq_lite"}
 
     steps: list[int] = []
     step = stages.quantization.blocks.distill.Distiller._step

@@ -10,6 +10,8 @@ import onnx_ir as ir
 import pytest
 
 import stages.quantization.run
+import stages.quantize
+from stages.commands.quantize_options import QuantizeConfig
 from stages.model.directory import locate_model
 from stages.model.sizes import TIED, size_parts
 from stages.quantization.weights.store import QuantizedStore
@@ -60,15 +62,22 @@ def distance(found: np.ndarray, base: np.ndarray) -> float:
     return float(np.linalg.norm(found - base) / np.linalg.norm(base))
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model rounded, its table as it was."""
+    output = tmp_path_factory.mktemp("plain") / "plain"
+    options = {"algo": "rtn_dq", "block_size": 16, "target": "any", "embedding": "none"}
+    return stages.quantize.quantize(QuantizeConfig(onnx_path=tiny_model, output_path=output, **options)).folder
+
+
 @pytest.mark.parametrize(
     ("form", "axis", "bits"),
     [("gather_block_quantized", 1, 8), ("gather_block_quantized", 0, 4), ("dq", 1, 4), ("dq", 0, 8)],
 )
 def test_an_untied_embedding_shrinks_and_the_model_generates(
-    form: str, axis: int, bits: int, tiny_model: Path, tmp_path: Path, commands: Commands
+    form: str, axis: int, bits: int, tiny_model: Path, plain: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    plain, output = tmp_path / "plain", tmp_path / "small"
-    quantize(commands, tiny_model, plain, "--embedding", "none")
+    output = tmp_path / "small"
     options = ["--embedding", bits, "--gather_quantize_axis", axis, "--gather_form", form, "--gather_block_size", 32]
     printed = quantize(commands, tiny_model, output, *options)
     assert f"INT{bits} block 32, 0.1 MB -> 0.0 MB" in printed

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from stages.commands.evaluate_options import EvaluateConfig, InspectConfig, Swee
 from stages.commands.quantize_options import ExportConfig, QuantizeConfig
 from stages.evaluate import command as evaluate
 from stages.inspect.__main__ import command as inspect
+from stages.quantize import quantize
+from tests.support import forked
 from tests.support.commands import Commands
 
 QUANTIZE = [sys.executable, "-m", "stages.quantize"]
@@ -53,22 +57,19 @@ def test_on_a_pipe_lines_appear_while_the_command_runs(tiny_model: Path, tiny_ca
 def test_on_a_terminal_a_bar_is_drawn(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> None:
     pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
     reading, writing = pty.openpty()
-    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS")}
-    command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, tmp_path / "int4", "--algo", "rtn_dq")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=writing, env=environment | {"TERM": "xterm", "COLUMNS": "120"}
-    )
-    os.close(writing)
+    command = ["-m", "stages.quantize", *arguments(tiny_model, tiny_cache, tmp_path / "int4", "--algo", "rtn_dq")]
+    variables = {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "", "OMP_NUM_THREADS": "1"}
+    process = forked.start(command, Path(os.devnull), Path(os.ttyname(writing)), variables)
     shown = b""
-    while True:
-        try:
-            shown += (part := os.read(reading, 65536))
-        except OSError:  # Linux's way to say that nobody writes any more
-            break
-        if not part:
-            break
+    while reading in wait([reading, process.sentinel]):
+        shown += os.read(reading, 65536)
+    os.close(writing)
+    with suppress(OSError):  # Linux's way to say that nobody writes any more
+        while part := os.read(reading, 65536):
+            shown += part
     os.close(reading)
-    assert process.wait() == 0
+    process.join()
+    assert process.exitcode == 0
     text = shown.decode()
     assert "━" in text
     assert "8 of 8 groups" in text
@@ -78,11 +79,10 @@ def test_on_a_terminal_a_bar_is_drawn(tiny_model: Path, tiny_cache: Path, tmp_pa
 
 @pytest.mark.slow
 def test_quiet_says_nothing_where_all_is_well_and_the_error_where_not(tiny_model: Path, tmp_path: Path) -> None:
-    command = [*QUANTIZE, *arguments(tiny_model, tmp_path, tmp_path / "int4", "--algo", "rtn_dq", "--quiet")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    given = arguments(tiny_model, tmp_path, tmp_path / "int4", "--algo", "rtn_dq", "--quiet")
+    done = subprocess.run([*QUANTIZE, *given], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    another = [*command, "--verify", "off"]
-    again = subprocess.run(another, capture_output=True, text=True, check=False)
+    again = forked.run(["-m", "stages.quantize", *given, "--verify", "off"])
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("error: --output_path ")
     assert again.stderr.count("\n") == 1
@@ -97,11 +97,10 @@ def test_quiet_keeps_warnings(tiny_model: Path, tmp_path: Path, commands: Comman
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_cache: Path) -> Path:
+def weights(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """Quantized weights, their model beside them."""
     output = tmp_path_factory.mktemp("printed") / "int4"
-    command = [*QUANTIZE, *arguments(tiny_model, tiny_cache, output, "--algo", "rtn_dq", "--quiet")]
-    assert subprocess.run(command, check=False).returncode == 0
+    quantize(QuantizeConfig(onnx_path=tiny_model, output_path=output, algo="rtn_dq", target="any", block_size=16))
     return output.with_name("int4.weights")
 
 

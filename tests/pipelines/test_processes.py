@@ -125,10 +125,10 @@ def options(base: Path, cache: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(command: list[str], launcher: list[str] = LAUNCH) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     # One thread each, as the launcher gives its processes: sums depend on how many threads share them.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run([*LAUNCH, *command], capture_output=True, text=True, check=False, env=environment)
 
 
 def weights_of(output: Path) -> dict[str, dict[str, tuple[str, bytes]]]:
@@ -203,8 +203,8 @@ def test_one_of_two_processes_writes_the_calibration_text(tiny_model: Path, tmp_
 @pytest.mark.slow
 def test_a_launch_that_starts_one_process_is_named() -> None:
     """accelerate starts several processes on a machine without GPUs only with --multi_gpu."""
-    launcher = [part for part in LAUNCH if part != "--multi_gpu"]
-    done = launch(["-m", "stages.calibrate", "--onnx_path", "nowhere"], launcher)
+    launcher = [part for part in LAUNCH[1:] if part != "--multi_gpu"]
+    done = forked.run([*launcher, "-m", "stages.calibrate", "--onnx_path", "nowhere"])
     assert "accelerate started one process" in " ".join(done.stderr.split())
     assert "nowhere" in done.stderr
 

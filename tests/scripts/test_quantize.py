@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ import tyro
 import scripts.drop_in.run
 import stages.calibration.text.documents
 import stages.calibration.text.tokenizer
+import stages.quantize
 from scripts.drop_in.calibration_folder import calibration_folder
 from scripts.drop_in.run import past_the_end
 from scripts.options import DropInConfig
@@ -208,6 +210,13 @@ def run(base: Path, tiny_text: Path, tmp_path: Path, commands: Commands) -> Run:
     return quantize
 
 
+@pytest.fixture
+def stage_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The same, but nothing is searched and exported."""
+    monkeypatch.setattr(stages.quantize, "command", lambda _: ())
+    return run
+
+
 def logits(folder: Path) -> np.ndarray:
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -267,7 +276,7 @@ def test_the_documented_command_line_with_an_output_inside_the_base_folder(
 ) -> None:
     base = Path(shutil.copytree(tiny_model_dml, tmp_path / "opset_21"))
     before = {path.name: path.read_bytes() for path in base.iterdir()}
-    code, printed = commands.drop_in(*here(EXAMPLE_LITE, STORE, tmp_path))
+    code, printed = commands.drop_in(*here(EXAMPLE_LITE, STORE, tmp_path), "--seq_len", 32)
     assert code == 0, printed
     output = base / "cnn_32_lite_0.1_16"
     assert fused_sites(output) == (14, 14)
@@ -329,16 +338,19 @@ def generated(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_the_file_runs_by_its_path_and_as_a_module(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_file_runs_by_its_path_and_as_a_module(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     script = [sys.executable, str(ROOT / "scripts" / "quantize.py"), "--onnx_path=base/model.onnx"]
     arguments = ["--output_path=new/folders/int4.onnx", "--algo=rtn_dq", "--block_size=16", "--verify=off"]
     done = subprocess.run([*script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert is_near(tmp_path / "new" / "folders" / "int4.onnx", base)
-    module = [sys.executable, "-m", "scripts.quantize", "--onnx_path", str(tmp_path / "none"), "--output_path", "o"]
-    done = subprocess.run(module, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, "does not exist" in done.stderr) == (2, True), done.stderr
+    monkeypatch.setattr(sys, "argv", ["quantize", "--onnx_path", str(tmp_path / "none"), "--output_path", "o"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("scripts.quantize", run_name="__main__", alter_sys=True)
+    assert "does not exist" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- the kept calibration
@@ -423,13 +435,13 @@ def test_a_changed_model_and_a_cache_of_another_version_are_calibrated_again(
 
 @pytest.mark.slow
 def test_a_base_model_that_may_only_be_read_is_calibrated_beside_the_output(
-    tiny_model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, stage_one: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf = tmp_path / "read only"
     base = Path(shutil.copytree(tiny_model, shelf / "base"))
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shelf and may(path, mode))
-    run(into="first", onnx_path=base)
+    stage_one(into="first", onnx_path=base)
     assert [path.name for path in shelf.iterdir()] == ["base"]
     (cache,) = tmp_path.glob("*.calibration")
     assert cache.name.startswith("first.")
@@ -519,7 +531,7 @@ def test_algo(algorithm: str, run: Run, base: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calib_size_and_batch_size(stage_one: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = ActivationTap.run
 
@@ -529,7 +541,7 @@ def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         return original(self, tokens, *boundary)
 
     monkeypatch.setattr(ActivationTap, "run", counted)
-    run("--calib_size", 11, "--batch_size", 4, into="a")
+    stage_one("--calib_size", 11, "--batch_size", 4, into="a")
     # One window is held out; ten are calibrated on, the last two in a batch of their own.
     assert seen == [1, 4, 4, 2]
 
@@ -544,15 +556,15 @@ def test_calib_size_and_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) ->
         ("mit-han-lab/pile-val-backup", "pile-val-backup validation"),
     ],
 )
-def test_dataset(dataset: str, title: str, run: Run) -> None:
-    assert title in run("--dataset", dataset).printed
+def test_dataset(dataset: str, title: str, stage_one: Run) -> None:
+    assert title in stage_one("--dataset", dataset).printed
 
 
 @pytest.mark.slow
 def test_model_name_of_a_folder_is_taken_and_one_without_a_tokenizer_refused(
-    run: Run, base: Path, tiny_hf: Path, tmp_path: Path, commands: Commands
+    stage_one: Run, base: Path, tiny_hf: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    assert str(tiny_hf) in run("--model_name", tiny_hf).printed
+    assert str(tiny_hf) in stage_one("--model_name", tiny_hf).printed
     code, printed = commands.drop_in(
         "--onnx_path", base, "--output_path", tmp_path / "o", "--model_name", tmp_path, "--dataset", "offline", *SMALL
     )
@@ -560,7 +572,9 @@ def test_model_name_of_a_folder_is_taken_and_one_without_a_tokenizer_refused(
 
 
 @pytest.mark.slow
-def test_trust_remote_code(run: Run, base: Path, tiny_tokenizer: Path, tmp_path: Path, commands: Commands) -> None:
+def test_trust_remote_code(
+    stage_one: Run, base: Path, tiny_tokenizer: Path, tmp_path: Path, commands: Commands
+) -> None:
     folder = Path(shutil.copytree(tiny_tokenizer, tmp_path / "own code"))
     (folder / "mine.py").write_text(
         "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): pass\n"
@@ -572,21 +586,21 @@ def test_trust_remote_code(run: Run, base: Path, tiny_tokenizer: Path, tmp_path:
     arguments = ["--onnx_path", base, "--output_path", tmp_path / "o", "--dataset", "offline", *SMALL]
     code, printed = commands.drop_in(*arguments, "--model_name", folder)
     assert (code, "trust_remote_code" in printed) == (2, True), printed
-    assert str(folder) in run("--model_name", folder, "--trust_remote_code").printed
+    assert str(folder) in stage_one("--model_name", folder, "--trust_remote_code").printed
 
 
 @pytest.mark.slow
-def test_use_random_calib(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_random_calib(stage_one: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("read a data set"))
-    assert "random tokens" in run("--use_random_calib", "--dataset", "cnn").printed
+    assert "random tokens" in stage_one("--use_random_calib", "--dataset", "cnn").printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("written", ["dml,cpu", "[dml,cpu]", "dml, cpu"])
-def test_calibration_eps(written: str, run: Run) -> None:
+def test_calibration_eps(written: str, stage_one: Run) -> None:
     if "DmlExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has DirectML")
-    printed = run("--calibration_eps", written, "--seed", len(written)).printed
+    printed = stage_one("--calibration_eps", written, "--seed", len(written)).printed
     assert "dml: this onnxruntime package was built without it" in printed
 
 
@@ -606,10 +620,10 @@ def test_calibration_eps(written: str, run: Run) -> None:
     ],
 )
 def test_what_the_graph_decides_is_said(
-    option: str, of_gqa: str, of_dml: str, run: Run, tiny_model_dml: Path, tmp_path: Path
+    option: str, of_gqa: str, of_dml: str, stage_one: Run, tiny_model_dml: Path, tmp_path: Path
 ) -> None:
     for name, answer, model in (("gqa", of_gqa, {}), ("dml", of_dml, {"onnx_path": tiny_model_dml})):
-        printed = run(option, "--algo", "rtn_dq", into=name, **model).printed
+        printed = stage_one(option, "--algo", "rtn_dq", into=name, **model).printed
         (line,) = (line for line in printed.splitlines() if line.startswith(option))
         assert line.startswith(f"{option} changes nothing: ")
         assert answer in line

@@ -49,7 +49,7 @@ def start(command: Sequence[str], stdout: Path, stderr: Path, environment: Mappi
 
     Args:
         command: -m MODULE OPTIONS, or SCRIPT OPTIONS.
-        stdout, stderr: files that it prints to, perhaps one for both.
+        stdout, stderr: files that it prints to, perhaps one for both; a terminal's is one, too.
         environment: variables beside those of this process.
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
@@ -114,8 +114,10 @@ def _become(command: Sequence[str], stdout: Path, stderr: Path, environment: dic
     tempfile.tempdir = None
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     for path, descriptor in ((stdout, 1), (stderr, 2)):
-        with path.open("ab") as file:
-            os.dup2(file.fileno(), descriptor)
+        # A terminal among them shall not end with the process, whose last words may not have been read yet.
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOCTTY", 0), 0o666)
+        os.dup2(file, descriptor)
+        os.close(file)
     if command[0] == "-m":
         sys.argv = list(command[1:])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

@@ -138,13 +138,14 @@ def multiply_rate(device: torch.device, width: int) -> float:
     times = (_WIDEST // width) ** 2
     left, right = torch.rand(_ROWS, width, device=device), torch.rand(width, width, device=device)
 
-    def multiply() -> None:
+    def multiply(times: int = times) -> None:
         for _ in range(times):
             made = left @ right
         float(made[0, 0])
 
-    rounds = [seconds_of(multiply, device) for _ in range(_ROUNDS + 1)]  # the first one may start the device
-    return 2.0 * times * _ROWS * width * width / median(rounds[1:])
+    multiply(1)  # which may start the device
+    rounds = [seconds_of(multiply, device) for _ in range(_ROUNDS)]
+    return 2.0 * times * _ROWS * width * width / median(rounds)
 
 
 def shared_run(work: Work, processes: int, rate: float, first: int, others: int) -> SharedRun:
@@ -153,7 +154,7 @@ def shared_run(work: Work, processes: int, rate: float, first: int, others: int)
     Args:
         work: all of it.
         processes: how many share it.
-        rate: by ``multiply_rate``.
+        rate: by ``multiply_rate``; not read where no calibration is made.
         first: the most memory of the first process, which does alone what can't be shared.
         others: the same of each other one.
     """

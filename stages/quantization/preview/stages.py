@@ -113,10 +113,11 @@ class Stages:
         self, disk: DiskUse, base: int, seconds: Mapping[str, float], device: torch.device
     ) -> Iterator[SharedRun]:
         """Yield what several numbers of processes take, each of which has a machine like this one."""
-        plan, rate = self.plan, multiply_rate(device, self.tapped[0].in_features)
+        plan, passes = self.plan, self.passes
+        rate = 0.0 if passes is None else multiply_rate(device, self.tapped[0].in_features)
         sizes = [self.text.size(group, part) for group in plan.sites.groups for part in _PARTS] if self.text else []
         work = Work(
-            calibration=self.passes,
+            calibration=passes,
             groups=plan.sites.groups,
             seconds=seconds,
             base=base,

@@ -12,19 +12,41 @@ import jinja2
 import pytest
 from pydantic import TypeAdapter
 
+from stages.commands.parsing import parse_options
+from stages.commands.quantize_options import QuantizeConfig
 from stages.quantization.search.solver import GroupSolver
 from stages.quantization.weights.store import open_store
+from stages.quantize import quantize
 from stages.records.results import VerifyReport
 from stages.report.document import read_report
 from tests.stages.report.parsed import parse
 from tests.support.commands import Commands
 
 
+def _arguments(model: Path, cache: Path, folder: Path) -> list[object]:
+    paths: list[object] = ["--onnx_path", model, "--cache_dir", cache, "--output_path", folder / "int4"]
+    return [*paths, "--algo", "awq_full", "--block_size", 32, "--layers_8bit", "layers.1/mlp/down_proj"]
+
+
 @pytest.fixture
 def arguments(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> list[object]:
     """Of a search of scales and ranges with an output called int4."""
-    paths: list[object] = ["--onnx_path", tiny_model, "--cache_dir", tiny_cache, "--output_path", tmp_path / "int4"]
-    return [*paths, "--algo", "awq_full", "--block_size", 32, "--layers_8bit", "layers.1/mlp/down_proj"]
+    return _arguments(tiny_model, tiny_cache, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what that search makes."""
+    folder = tmp_path_factory.mktemp("made")
+    words = [*map(str, _arguments(tiny_model, tiny_cache, folder)), "--target", "any"]
+    quantize(parse_options(QuantizeConfig, "program", words))
+    return folder
+
+
+@pytest.fixture
+def finished(made: Path, tmp_path: Path) -> None:
+    """Let the search have been run already: int4 and int4.weights are there."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -49,6 +71,7 @@ def _broken_page(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja2.Template, "render", fail)
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "reason"), [(_blocked_page, "can't be written to"), (_broken_page, "no such scale")])
 def test_a_report_that_fails_leaves_the_finished_model(
@@ -60,7 +83,6 @@ def test_a_report_that_fails_leaves_the_finished_model(
     commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert commands.quantize(*arguments)[0] == 0
     model = tmp_path / "int4" / "model.onnx"
     saved = model.read_bytes()
     shutil.rmtree(model.parent)
@@ -112,11 +134,11 @@ def test_a_run_leaves_its_report(arguments: list[object], report: Path, tmp_path
     }
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
 def test_a_damaged_report_is_named_before_the_search(
     arguments: list[object], report: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert commands.quantize(*arguments)[0] == 0
     (report / "report.json").write_text("{", encoding="utf-8")
     monkeypatch.setattr(GroupSolver, "solve", lambda *_: pytest.fail("searched"))
     code, printed = commands.quantize(*arguments, "--overwrite")
@@ -124,11 +146,11 @@ def test_a_damaged_report_is_named_before_the_search(
     assert f"{report / 'report.json'} can't be read" in printed
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
 def test_evaluations_stay_when_a_run_is_repeated(
     arguments: list[object], report: Path, tiny_model: Path, unseen_text: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    assert commands.quantize(*arguments)[0] == 0
     compared = ["--base", tiny_model, "--model", tmp_path / "int4", "--text", unseen_text, "--windows", 1]
     code, printed = commands.evaluate(*compared, "--seq_len", 32, "--report", report)
     assert code == 0, printed
@@ -139,11 +161,9 @@ def test_evaluations_stay_when_a_run_is_repeated(
     assert read_report(report).evaluations == both.evaluations
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
-def test_a_page_is_made_again(
-    arguments: list[object], report: Path, tiny_model: Path, tmp_path: Path, commands: Commands
-) -> None:
-    assert commands.quantize(*arguments)[0] == 0
+def test_a_page_is_made_again(report: Path, tiny_model: Path, tmp_path: Path, commands: Commands) -> None:
     page = (report / "report.html").read_bytes()
     (report / "report.html").unlink()
     code, printed = commands.report(report)
@@ -161,12 +181,10 @@ def test_a_page_is_made_again(
     assert read_report(other).quantization == whole
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", '{"sites": 3, "merged": 3}'])
-def test_unreadable_checks_are_said(
-    arguments: list[object], report: Path, tmp_path: Path, commands: Commands, content: str
-) -> None:
-    assert commands.quantize(*arguments)[0] == 0
+def test_unreadable_checks_are_said(report: Path, tmp_path: Path, commands: Commands, content: str) -> None:
     checks = report.parent / "verification.json"
     checks.write_text(content, encoding="utf-8")
     code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
@@ -176,11 +194,11 @@ def test_unreadable_checks_are_said(
     assert "can't be read" not in commands.report(tmp_path / "other", "--weights_path", report.parent)[1]
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
 def test_a_report_of_an_earlier_version_stays_readable_and_a_damaged_one_stops_the_dry_run_too(
     arguments: list[object], report: Path, tmp_path: Path, commands: Commands
 ) -> None:
-    assert commands.quantize(*arguments)[0] == 0
     earlier = json.loads((report / "report.json").read_text(encoding="utf-8"))
     for added_later in ("data", "tables", "widened"):
         del earlier["quantization"]["verified"][added_later]
@@ -222,11 +240,9 @@ def test_what_no_page_can_be_made_from_is_said(
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.slow
-def test_unfinished_weights_make_no_page(
-    arguments: list[object], report: Path, tmp_path: Path, commands: Commands
-) -> None:
-    assert commands.quantize(*arguments)[0] == 0
+def test_unfinished_weights_make_no_page(report: Path, tmp_path: Path, commands: Commands) -> None:
     next(report.parent.glob("*.safetensors")).unlink()
     code, printed = commands.report(tmp_path / "other", "--weights_path", report.parent)
     assert code == 2

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import genai_quant
 from stages.calibration.capture import TextShape
-from stages.quantization.preview.sharing import Work, pass_work, shared_run
+from stages.quantization.preview import sharing
+from stages.quantization.preview.sharing import Work, multiply_rate, pass_work, shared_run
 from tests.stages.quantization.preview.configs import calibration, quantization
 from tests.stages.quantization.search.problems import random_layer
 
@@ -61,6 +63,25 @@ def test_processes_share_the_search_and_the_forward_passes() -> None:
     assert both.calibrate_seconds == pytest.approx((made.forward * 4 / 6 + made.back * 3 / 6) / 1e6), "three and one"
     many = shared_run(work(), 64, 1e6, 5, 3)
     assert many.calibrate_seconds == pytest.approx((made.forward * 2 / 6 + made.back / 6) / 1e6), "all at once, twice"
+
+
+@pytest.mark.parametrize(("width", "timed", "times"), [(64, 256, 4), (300, 300, 1), (4096, 512, 1)])
+def test_the_rate_is_that_of_products_as_wide_as_the_model(
+    width: int, timed: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    matmul = torch.Tensor.__matmul__
+
+    def counted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        made.append((*left.shape, *right.shape))
+        return matmul(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    monkeypatch.setattr(sharing, "_WIDEST", 512)
+    monkeypatch.setattr(sharing, "seconds_of", lambda work, _: (made.clear(), work(), 2.0)[-1])
+    rate = multiply_rate(torch.device("cpu"), width)
+    assert made == [(512, timed, timed, timed)] * times
+    assert rate == 2 * times * 512 * timed * timed / 2.0
 
 
 def test_only_the_way_back_runs_the_head_and_draws_labels() -> None:
