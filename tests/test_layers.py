@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,9 +40,16 @@ def room_of(module: str) -> int | None:
     return max(found)[1] if found else None
 
 
+@cache
+def nodes_of(source: str) -> tuple[ast.AST, ...]:
+    """The imports and functions of ``source``, wherever in it."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+
+
 def imports_of(source: str) -> Iterator[str]:
     """Every module of ours that ``source`` imports, wherever in it; ``from a import b`` gives a.b too."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -124,7 +132,7 @@ def test_docstrings_of_functions_begin_with_a_verb() -> None:
     found = [
         f"{name}.{node.name}"
         for name, text in sources().items()
-        for node in ast.walk(ast.parse(text))
+        for node in nodes_of(text)
         if isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or "x").split()[0] in nouns
     ]
     assert found == []

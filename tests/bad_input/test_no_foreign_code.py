@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,26 +20,29 @@ _PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "sh
 _LOADERS = {"torch.load", "np.load", "numpy.load", "torch.jit.load", "eval", "exec"}
 
 
-def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+@cache
+def _nodes(text: str) -> tuple[ast.AST, ...]:
+    """Return the calls and imports in ``text``."""
+    kinds = (ast.Call, ast.Import, ast.ImportFrom)
+    return tuple(node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
 
 
-def _unsafe(tree: ast.AST) -> Iterator[str]:
+def _unsafe(text: str) -> Iterator[str]:
     """Yield imports that unpickle, and calls that load or run what they are given without saying that it is data."""
-    for node in ast.walk(tree):
+    for node in _nodes(text):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from (name for name in names if name.split(".")[0] in _PICKLES)
-    for name, call in _calls(tree):
+    for call in _nodes(text):
+        if not isinstance(call, ast.Call) or (name := ast.unparse(call.func)) not in _LOADERS:
+            continue
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
-        if name in _LOADERS and given.get("allow_pickle") != "False" and given.get("weights_only") != "True":
+        if given.get("allow_pickle") != "False" and given.get("weights_only") != "True":
             yield name
 
 
 def test_nothing_unpickles_or_runs_text() -> None:
-    offenders = {str(path): found for path in _FILES if (found := [*_unsafe(ast.parse(path.read_text("utf-8")))])}
+    offenders = {str(path): found for path in _FILES if (found := [*_unsafe(path.read_text("utf-8"))])}
     assert _FILES
     assert not offenders
 
@@ -57,14 +61,14 @@ def test_nothing_unpickles_or_runs_text() -> None:
     ],
 )
 def test_what_is_unsafe(line: str, unsafe: bool) -> None:
-    assert bool([*_unsafe(ast.parse(line))]) == unsafe
+    assert bool([*_unsafe(line)]) == unsafe
 
 
 def test_foreign_code_is_trusted_only_by_option() -> None:
     """Check that a library which is told to trust is told what the option says, or no."""
     for path in _FILES:
-        for _, call in _calls(ast.parse(path.read_text(encoding="utf-8"))):
-            for word in call.keywords:
+        for call in _nodes(path.read_text(encoding="utf-8")):
+            for word in call.keywords if isinstance(call, ast.Call) else ():
                 if word.arg == "trust_remote_code":
                     assert ast.unparse(word.value).endswith(("trust_remote_code", "False")), path
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from export.__main__ import command, export
 from stages.commands.quantize_options import ExportConfig
 from stages.errors import CacheMismatch, OptionError
 from tests.export.exports import TinyExport, tiny_export
+from tests.support.commands import Commands
 
 
 def config(tiny: TinyExport) -> ExportConfig:
@@ -56,21 +54,13 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         export(config(tiny))
 
 
-@pytest.mark.slow
-def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, commands: Commands) -> None:
     tiny = tiny_export(tmp_path)
     tiny.store.group_file(1).unlink()
     arguments = ["--onnx_path", tiny.base.folder, "--weights_path", tiny.store.folder, "--output_path", tiny.output]
-    done = subprocess.run(
-        [sys.executable, "-m", "export", *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"COLUMNS": "500"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "run python -m stages.quantize again" in done.stderr
+    code, printed = commands.export(*arguments)
+    assert code == 2
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert "run python -m stages.quantize again" in printed
     assert not tiny.output.exists()

@@ -35,6 +35,8 @@ _TUNING = (
     16,
 )
 
+_BRIEFLY = (*_TUNING, "--signround_start", "awq_lite", "--signround_iters", 6)
+
 
 @pytest.fixture(scope="module")
 def cache(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -98,7 +100,7 @@ def test_tuned_models_run_fused_and_are_nearer_to_the_base(
 def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
     tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "whole", *_TUNING)
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "whole", *_BRIEFLY)
     assert code == 0, printed
     calls: list[int] = []
     original = stages.quantization.blocks.tuner.tune_block
@@ -110,13 +112,13 @@ def test_a_stopped_run_goes_on_with_the_block_that_it_was_at(
         return original(*arguments)
 
     monkeypatch.setattr(stages.quantization.blocks.tuner, "tune_block", stopped)
-    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "two", *_TUNING)
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "two", *_BRIEFLY)
     assert code == 130
     store = open_store(tmp_path / "two.weights")
     finished = [store.recipe.groups[index].sites[0].name for index in range(8) if store.is_finished(index)]
     assert len(finished) == 4
     assert all("layers.0" in name for name in finished)
-    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "two", *_TUNING)
+    code, printed = _quantize(commands, tiny_model, cache, tmp_path / "two", *_BRIEFLY)
     assert code == 0, printed
     assert len(calls) == 3
     for found, expected in zip(_weights(tmp_path / "two"), _weights(tmp_path / "whole"), strict=True):

@@ -518,7 +518,16 @@ def test_an_existing_output_is_refused_before_stage_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["awq_lite", "awq_clip", "awq_full", "rtn", "rtn_dq"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "awq_lite",
+        pytest.param("awq_clip", marks=pytest.mark.thorough),
+        pytest.param("awq_full", marks=pytest.mark.thorough),
+        "rtn",
+        "rtn_dq",
+    ],
+)
 def test_algo(algorithm: str, run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_no_data = algorithm in ("rtn", "rtn_dq")
     if needs_no_data:

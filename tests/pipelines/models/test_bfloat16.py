@@ -13,6 +13,8 @@ import pytest
 
 import stages.runtime.tap
 from stages.calibration.cache import open_cache
+from stages.calibration.run import calibrate
+from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
@@ -35,15 +37,13 @@ pytestmark = pytest.mark.slow
 TOKENS = np.arange(40).reshape(1, 40) * 7 % 300
 
 
-@pytest.fixture
-def calibrated(tiny_model_bf16: Path, tiny_text: Path, tmp_path: Path, commands: Commands) -> tuple[Path, str]:
-    """A cache, and what was printed."""
-    code, printed = commands.calibrate(
-        "--onnx_path", tiny_model_bf16, "--dataset", tiny_text, "--calib_size", 12, "--seq_len", 32,
-        "--cache_dir", tmp_path / "caches" / "bf16",
-    )  # fmt: skip
-    assert code == 0, printed
-    return tmp_path / "caches" / "bf16", printed
+@pytest.fixture(scope="module")
+def calibrated(tiny_model_bf16: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache."""
+    folder = tmp_path_factory.mktemp("caches") / "bf16"
+    text = {"dataset": str(tiny_text), "calib_size": 12, "seq_len": 32}
+    calibrate(CalibrateConfig(onnx_path=tiny_model_bf16, cache_dir=folder, **text))
+    return folder
 
 
 def logits(folder: Path, scratch: Path) -> np.ndarray:
@@ -54,25 +54,29 @@ def logits(folder: Path, scratch: Path) -> np.ndarray:
         return np.asarray(session.run(["logits"], feeds(TOKENS))[0])
 
 
-def test_calibration_says_that_it_widened_and_leaves_nothing_behind(calibrated: tuple[Path, str]) -> None:
-    cache, printed = calibrated
+def test_calibration_says_that_it_widened_and_leaves_nothing_behind(
+    tiny_model_bf16: Path, tiny_text: Path, tmp_path: Path, commands: Commands
+) -> None:
+    text = ["--dataset", tiny_text, "--calib_size", 4, "--seq_len", 16]
+    code, printed = commands.calibrate("--onnx_path", tiny_model_bf16, *text, "--cache_dir", tmp_path / "cache")
+    assert code == 0, printed
     assert "as float32: the CPU has no bfloat16 kernels" in printed
-    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_statistics_are_those_of_the_float32_build_of_the_same_numbers(
-    calibrated: tuple[Path, str], tiny_model_bf16: Path, tiny_model: Path
+    calibrated: Path, tiny_model_bf16: Path, tiny_model: Path
 ) -> None:
     """The float32 base has the numbers before they were rounded to bfloat16: 2^-9 relative each."""
     directory, plain = locate_model(tiny_model_bf16), locate_model(tiny_model)
     groups, plain_groups = find_groups(load_graph(directory)), find_groups(load_graph(plain))
     assert {site.dtype for group in groups for site in group.sites} == {"bfloat16"}
-    cache = open_cache(calibrated[0], fingerprint_model(directory))
+    cache = open_cache(calibrated, fingerprint_model(directory))
     activations = tuple(group.activation for group in plain_groups)
     with open_value_tap(load_graph(plain), plain, activations, choose_providers("cpu"), {}) as tap:
         from safetensors.numpy import load_file
 
-        tokens = load_file(calibrated[0] / "tokens.safetensors")["calibration"]
+        tokens = load_file(calibrated / "tokens.safetensors")["calibration"]
         rows = dict(tap.run(tokens))
     assert [group.activation for group in groups] == [group.activation for group in plain_groups]
     for group in groups:
@@ -123,7 +127,7 @@ def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
+        pytest.param([], marks=pytest.mark.thorough),
         ["--use_zero_point", "--enable_mixed_quant"],
         pytest.param(["--lm_head", 4], marks=pytest.mark.thorough),
         pytest.param(["--awqlite_disable_fuse_nodes"], marks=pytest.mark.thorough),
@@ -131,14 +135,14 @@ def test_what_a_bfloat16_piece_is_fed_by_numpy_comes_in_as_float32(tiny_model_bf
 )
 def test_a_bfloat16_base_becomes_matmul_nbits_that_stays_near_it(
     arguments: list[object],
-    calibrated: tuple[Path, str],
+    calibrated: Path,
     tiny_model_bf16: Path,
     tmp_path: Path,
     commands: Commands,
 ) -> None:
     output = tmp_path / "int4"
     code, printed = commands.quantize(
-        "--onnx_path", tiny_model_bf16, "--output_path", output, "--cache_dir", calibrated[0], "--block_size", 16,
+        "--onnx_path", tiny_model_bf16, "--output_path", output, "--cache_dir", calibrated, "--block_size", 16,
         *arguments,
     )  # fmt: skip
     assert code == 0, printed

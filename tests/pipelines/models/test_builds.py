@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
         # MultiHeadAttention behind nodes that repeat key/value heads; q, k and v apart.
         ("cpu", "fp16", 14),
         ("cuda", "fp16", 10),
-        ("webgpu", "fp32", 10),
+        pytest.param("webgpu", "fp32", 10, marks=pytest.mark.thorough),
         # Norms written out in small nodes.
         ("NvTensorRtRtx", "fp16", 10),
     ],
@@ -43,7 +43,7 @@ def test_a_build_is_quantized_fused_and_folded_everywhere(
     arguments = ["--dataset", tiny_text, "--calib_size", 12, "--seq_len", 64]
     code, printed = commands.calibrate("--onnx_path", base, *arguments)
     assert code == 0, printed
-    code, printed = commands.quantize("--onnx_path", base, "--output_path", output, "--block_size", 32)
+    code, printed = commands.quantize("--onnx_path", base, "--output_path", output, "--block_size", 32, "--algo", "awq_lite")
     assert code == 0, printed
     assert fused_sites(output) == (sites, sites)
     # A search may choose no scale; every scale that it chooses must find a place.

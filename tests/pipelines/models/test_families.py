@@ -44,7 +44,9 @@ from tests.support.families import FAMILIES, Family, save_random_model
 from tests.support.tiny_models import build_genai_model
 
 pytestmark = pytest.mark.slow
-_MUCH_LIKE_OTHERS = frozenset({"mistral", "mistral-nemo", "gemma", "gemma-2", "smollm", "llama-3.2", "nemotron", "qwen3"})
+_MUCH_LIKE_OTHERS = frozenset(
+    {"mistral", "mistral-nemo", "gemma", "gemma-2", "smollm", "llama-3.1", "llama-3.2", "nemotron", "qwen3"}
+)
 """Families whose graphs have nothing that the others' haven't: left to thorough runs."""
 
 # Longer than the sliding windows of 16 and the 32 tokens at which Phi-3.5 changes its rotation.

@@ -15,5 +15,14 @@ from stages.model.load import fingerprint_model
 @pytest.fixture
 def cache(tiny_model: Path, tiny_cache: Path, tmp_path: Path) -> CalibrationCache:
     """Return a copy, since forecasts and sensitivities are kept in it."""
-    folder = Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
-    return open_cache(folder, fingerprint_model(locate_model(tiny_model)))
+    return _copied(tiny_model, tiny_cache, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def forecast_once(tiny_model: Path, tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationCache:
+    """Return a copy in which what one test forecasts serves the next."""
+    return _copied(tiny_model, tiny_cache, tmp_path_factory.mktemp("forecast"))
+
+
+def _copied(model: Path, cache: Path, folder: Path) -> CalibrationCache:
+    return open_cache(Path(shutil.copytree(cache, folder / "cache")), fingerprint_model(locate_model(model)))

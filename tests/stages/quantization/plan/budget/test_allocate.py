@@ -50,15 +50,15 @@ def _allocated(plan: ModelPlan, model: ir.Model, folder: Path, cache: Calibratio
 
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0])
 def test_a_size_gets_the_smallest_sum_of_forecasts(
-    part: float, model: ir.Model, tiny_model: Path, cache: CalibrationCache
+    part: float, model: ir.Model, tiny_model: Path, forecast_once: CalibrationCache
 ) -> None:
     plan = _plan(model, tiny_model, target_size="1GB")
     undecided = _open(plan)
     assert isinstance(undecided.budget, SizeBudget)
     low, high = undecided.reachable.smallest, undecided.reachable.largest
     budget = replace(undecided.budget, num_bytes=int(low + part * (high - low)))
-    result = _allocated(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, cache)
-    losses = read_forecasts(cache.folder, undecided.search)
+    result = _allocated(replace(plan, left_open=replace(undecided, budget=budget)), model, tiny_model, forecast_once)
+    losses = read_forecasts(forecast_once.folder, undecided.search)
     pairs = {
         each.site.name: {
             label: (
@@ -171,19 +171,19 @@ def _own(model: ir.Model, folder: Path, cache: CalibrationCache | None, **option
     ids=str,
 )
 def test_who_names_no_whole_format_gets_the_bytes_of_one_for_all_and_loses_no_more(
-    options: dict[str, object], model: ir.Model, tiny_model: Path, cache: CalibrationCache
+    options: dict[str, object], model: ir.Model, tiny_model: Path, forecast_once: CalibrationCache
 ) -> None:
-    config = _own(model, tiny_model, cache, **options)
+    config = _own(model, tiny_model, forecast_once, **options)
     plan = plan_model(config, model, locate_model(tiny_model))
     undecided = _open(plan)
     assert isinstance(undecided.budget, SizeBudget)
-    spent = _allocated(plan, model, tiny_model, cache).plan.sites.specs
+    spent = _allocated(plan, model, tiny_model, forecast_once).plan.sites.specs
     uniform = plan_model(replace(config, target_size=None), model, locate_model(tiny_model)).sites.specs
     sites = [each.site for each in undecided.candidates]
     sizes = [undecided.size.total_bytes(sites, specs) for specs in (uniform, spent)]
     assert sizes[1] <= undecided.budget.num_bytes
     assert 0 <= undecided.budget.num_bytes - sizes[0] < 100_000
-    losses = read_forecasts(cache.folder, undecided.search)
+    losses = read_forecasts(forecast_once.folder, undecided.search)
     sums = [
         sum(losses[name][spec.label if spec.label in losses[name] else "8b128"] for name, spec in specs.items())
         for specs in (uniform, spent)  # unless asked for, a budget gives INT8 no zero points
