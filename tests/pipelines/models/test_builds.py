@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
     ("execution_provider", "precision", "sites"),
     [
         # MultiHeadAttention behind nodes that repeat key/value heads; q, k and v apart.
-        ("cpu", "fp16", 14),
+        pytest.param("cpu", "fp16", 14, marks=pytest.mark.thorough),
         ("cuda", "fp16", 10),
         pytest.param("webgpu", "fp32", 10, marks=pytest.mark.thorough),
         # Norms written out in small nodes.

@@ -127,7 +127,9 @@ def test_a_router_is_stored_as_int8_where_it_is_named(gpt_oss: Path, tmp_path: P
     assert fused_sites(tmp_path / "out") == (12, 12)
 
 
-@pytest.mark.parametrize("extra", [(), ("moe_quant_type=int4",)], ids=["MoE", "QMoE"])
+@pytest.mark.parametrize(
+    "extra", [pytest.param((), marks=pytest.mark.thorough), ("moe_quant_type=int4",)], ids=["MoE", "QMoE"]
+)
 def test_a_mixture_with_short_convolutions_goes_the_whole_way_whatever_its_experts_are_stored_as(
     extra: tuple[str, ...], tmp_path: Path, tiny_text: Path, tiny_tokenizer: Path, commands: Commands
 ) -> None:

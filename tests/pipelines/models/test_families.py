@@ -45,7 +45,7 @@ from tests.support.tiny_models import build_genai_model
 
 pytestmark = pytest.mark.slow
 _MUCH_LIKE_OTHERS = frozenset(
-    {"mistral", "mistral-nemo", "gemma", "gemma-2", "smollm", "llama-3.1", "llama-3.2", "nemotron", "qwen3"}
+    {"mistral", "mistral-nemo", "gemma", "gemma-2", "smollm", "llama-3.1", "llama-3.2", "nemotron", "qwen2.5", "qwen3"}
 )
 """Families whose graphs have nothing that the others' haven't: left to thorough runs."""
 
