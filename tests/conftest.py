@@ -17,7 +17,7 @@ from tests.support.parsers import build_parsers_once
 from tests.support.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
 from tests.support.type_checks import check_types_cheaply
 
-begin_checks = check_types_cheaply()
+check_types_cheaply()
 build_parsers_once()
 
 
@@ -30,11 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Spare the garbage collector half a million objects that were imported and stay."""
     gc.freeze()
-
-
-def pytest_runtest_setup() -> None:
-    """Check the types of each test's first calls."""
-    begin_checks()
 
 
 @pytest.fixture(scope="session")

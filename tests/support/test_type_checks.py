@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
 
 from stages.quantization.search.affine import BlockParameters, join, round_to_storage
-from tests.support.type_checks import decorate
 
 BLOCKS = torch.zeros(2, 3)
 
@@ -32,24 +29,3 @@ def test_legal_calls_pass() -> None:
 def test_others_fail(call) -> None:
     with pytest.raises(BeartypeCallHintViolation):
         call()
-
-
-def test_of_many_calls_in_a_test_the_first_are_checked_and_then_some() -> None:
-    calls: Counter[object] = Counter()
-
-    def passes_on(number: int) -> int:
-        return number
-
-    def failed(times: int) -> list[int]:
-        return [place for place in range(1, times + 1) if fails(decorate(passes_on, calls))]
-
-    def fails(function) -> bool:
-        try:
-            function("one")
-        except BeartypeCallHintViolation:
-            return True
-        return False
-
-    assert failed(100) == [*range(1, 65), 80, 96]
-    calls.clear()
-    assert failed(2) == [1, 2]

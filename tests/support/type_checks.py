@@ -2,8 +2,7 @@
 
 pytest's ``--jaxtyping-packages`` decorates every function and class with ``jaxtyping.jaxtyped``, which makes four calls
 of each one and compiles two checks for each function that is ever imported: two fifths of the time that the tests took.
-``decorate`` stands in for it: it compiles one check, when a function is first called. Of a function that a test calls
-thousands of times, with the same types each time, most calls go unchecked, which would take a fifth of the tests' time.
+``decorate`` stands in for it: it compiles one check, when a function is first called.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,45 +18,32 @@ import jaxtyping
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-_ALL, _STEP = 64, 16
-"""So many calls of a function are checked in each test, and then one of so many."""
 
-
-def check_types_cheaply() -> Callable[[], None]:
-    """Have the modules that are imported from now on decorated by what is here; the checker is beartype.
-
-    Returns:
-        A function to call when a test begins, so that what is checked in it doesn't depend on the tests before it.
-    """
-    calls = Counter[object]()
+def check_types_cheaply() -> None:
+    """Have the modules that are imported from now on decorated by what is here; the checker is beartype."""
 
     def stand_in(*, typechecker: object) -> Callable[[Any], Any]:
-        return functools.partial(decorate, calls=calls)
+        return decorate
 
     jaxtyping.jaxtyped = stand_in
-    return calls.clear
 
 
-def decorate(decorated: Any, calls: Counter[object]) -> Any:
-    """Return a function that checks calls, counted in ``calls``; of a class, a dataclass's constructor is checked."""
+def decorate(decorated: Any) -> Any:
+    """Return a function that checks its calls; of a class, a dataclass's constructor is checked."""
     if not inspect.isclass(decorated):
-        return _checked(decorated, calls)
+        return _checked(decorated)
     if dataclasses.is_dataclass(decorated) and "__init__" in vars(decorated):
-        decorated.__init__ = _checked(decorated.__init__, calls)
+        decorated.__init__ = _checked(decorated.__init__)
     return decorated
 
 
-def _checked(function: Callable[..., Any], calls: Counter[object]) -> Callable[..., Any]:
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     check: Callable[..., Any] | None = None
-    code = getattr(function, "__code__", function)  # one of all functions that a def inside a function makes
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         __tracebackhide__ = True
         nonlocal check
-        calls[code] = count = calls[code] + 1
-        if count > _ALL and count % _STEP:
-            return function(*arguments, **named)
         if check is None:
             check = _with_checks(function)
         return check(*arguments, **named)
