@@ -13,12 +13,10 @@ from pydoc_data.topics import topics
 import pytest
 
 from tests.support.commands import Commands
-from tests.support.parsers import build_parsers_once
 from tests.support.tiny_models import build_genai_model, save_tiny_llama, train_tokenizer
 from tests.support.type_checks import check_types_cheaply
 
 check_types_cheaply()
-build_parsers_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxtyping
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
@@ -29,3 +35,17 @@ def test_legal_calls_pass() -> None:
 def test_others_fail(call) -> None:
     with pytest.raises(BeartypeCallHintViolation):
         call()
+
+
+def test_modules_with_checks_leave_no_compiled_code_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "checked_here"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("def double(number: int) -> int:\n    return 2 * number\nprint(double(2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    with jaxtyping.install_import_hook("checked_here", "beartype.beartype"):
+        runpy.run_module("checked_here", run_name="__main__")
+    command = [sys.executable, "-m", "checked_here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr

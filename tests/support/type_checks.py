@@ -17,6 +17,7 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 from jaxtyping import jaxtyped
+from jaxtyping._import_hook import _JaxtypingLoader
 
 
 def check_types_cheaply() -> None:
@@ -26,6 +27,8 @@ def check_types_cheaply() -> None:
         return decorate
 
     jaxtyping.jaxtyped = stand_in
+    # What runpy compiles with checks in it would lie where processes look that know nothing of them, and break them.
+    _JaxtypingLoader._cache_bytecode = lambda *_: None
 
 
 def decorate(decorated: Any) -> Any:
