@@ -24,11 +24,11 @@ from stages.model.load import fingerprint_model, load_graph
 from stages.model.partition import cut_into_partitions
 from stages.model.sites import find_groups
 from stages.report.tables import accuracy_tables
-from stages.runtime.providers import choose_providers
+from stages.runtime.cpu.upcast import upcast_file
 from stages.runtime.feeds import CausalFeeds
+from stages.runtime.providers import choose_providers
 from stages.runtime.session import OpenedSession
 from stages.runtime.tap import open_partition_tap, open_value_tap, tapped_model
-from stages.runtime.cpu.upcast import upcast_file
 from tests.support.commands import Commands
 from tests.support.written import fused_sites
 

@@ -43,7 +43,9 @@ def test_a_build_is_quantized_fused_and_folded_everywhere(
     arguments = ["--dataset", tiny_text, "--calib_size", 12, "--seq_len", 64]
     code, printed = commands.calibrate("--onnx_path", base, *arguments)
     assert code == 0, printed
-    code, printed = commands.quantize("--onnx_path", base, "--output_path", output, "--block_size", 32, "--algo", "awq_lite")
+    code, printed = commands.quantize(
+        "--onnx_path", base, "--output_path", output, "--block_size", 32, "--algo", "awq_lite"
+    )
     assert code == 0, printed
     assert fused_sites(output) == (sites, sites)
     # A search may choose no scale; every scale that it chooses must find a place.

@@ -14,17 +14,16 @@ import transformers
 from onnx import TensorProto
 
 from scripts.architectures.configs import gpt_oss as gpt_oss_config
-from stages.quantization.weights.store import QuantizedStore
+from scripts.architectures.configs import lfm2_moe
 from stages.model.directory import locate_model
+from stages.quantization.weights.store import QuantizedStore
 from stages.runtime.feeds import CausalFeeds
 from stages.runtime.genai import load_genai
 from stages.runtime.session import SessionSettings, open_session
 from tests.support.commands import Commands
-from scripts.architectures.configs import lfm2_moe
 from tests.support.families import FAMILIES, save_random_model
-from tests.support.tiny_models import build_genai_model
 from tests.support.graphs import TinyGraph
-from tests.support.tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY, build_genai_model
 from tests.support.written import fused_sites
 
 pytestmark = pytest.mark.slow
@@ -77,7 +76,16 @@ def test_experts_become_qmoe_and_answer_almost_as_before(gpt_oss: Path, tmp_path
     for bits in (4, 8):
         out = tmp_path / f"int{bits}"
         code, printed = commands.quantize(
-            "--onnx_path", gpt_oss, "--output_path", out, "--algo", "rtn_dq", "--experts", bits, "--exclude", "attn,lm_head"
+            "--onnx_path",
+            gpt_oss,
+            "--output_path",
+            out,
+            "--algo",
+            "rtn_dq",
+            "--experts",
+            bits,
+            "--exclude",
+            "attn,lm_head",
         )
         assert code == 0, printed
         graph = ir.load(out / "model.onnx").graph
@@ -175,7 +183,9 @@ def structured(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
             elif name.endswith("router.bias"):
                 parameter.copy_(torch.linspace(1.5, -1.5, len(parameter)))
             elif "norm" not in name:
-                parameter.copy_(noise * (0.3 if "router" in name else 0.25 if "embed" in name or "head" in name else 0.05))
+                parameter.copy_(
+                    noise * (0.3 if "router" in name else 0.25 if "embed" in name or "head" in name else 0.05)
+                )
     model.save_pretrained(folder / "hf")
     transformers.AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder / "hf")
     build_genai_model(folder / "hf", folder / "base")
@@ -214,7 +224,17 @@ def test_a_budget_chooses_the_format_of_each_nodes_experts_and_its_plan_file_giv
     structured: Path, tmp_path: Path, tiny_text: Path, commands: Commands
 ) -> None:
     text = ("--dataset", tiny_text, "--calib_size", 24, "--seq_len", 128)
-    options = ("--onnx_path", structured, "--target", "cpu", "--algo", "awq_lite", "--cache_dir", tmp_path / "cache", *text)
+    options = (
+        "--onnx_path",
+        structured,
+        "--target",
+        "cpu",
+        "--algo",
+        "awq_lite",
+        "--cache_dir",
+        tmp_path / "cache",
+        *text,
+    )
     budget = ("--target_bpw", 6.2)
     code, printed = commands.quantize(*options, "--output_path", tmp_path / "budget", *budget)
     assert code == 0, printed
