@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
+
+from tests.support.syntax import nodes_of
 
 ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -38,13 +39,6 @@ def room_of(module: str) -> int | None:
         if module == room or module.startswith(room + ".")
     ]
     return max(found)[1] if found else None
-
-
-@cache
-def nodes_of(source: str) -> tuple[ast.AST, ...]:
-    """The imports and functions of ``source``, wherever in it."""
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
 
 
 def imports_of(source: str) -> Iterator[str]:

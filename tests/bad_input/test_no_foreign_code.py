@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from tests.bad_input.edits import gone, written
 from tests.bad_input.row import USUAL
 from tests.support.commands import Commands
+from tests.support.syntax import nodes_of
 
 _ROOT = Path(__file__).parents[2]
 _FILES = sorted([*_ROOT.glob("stages/**/*.py"), *_ROOT.glob("export/**/*.py"), *_ROOT.glob("scripts/**/*.py")])
@@ -20,20 +20,13 @@ _PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "sh
 _LOADERS = {"torch.load", "np.load", "numpy.load", "torch.jit.load", "eval", "exec"}
 
 
-@cache
-def _nodes(text: str) -> tuple[ast.AST, ...]:
-    """Return the calls and imports in ``text``."""
-    kinds = (ast.Call, ast.Import, ast.ImportFrom)
-    return tuple(node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
-
-
 def _unsafe(text: str) -> Iterator[str]:
     """Yield imports that unpickle, and calls that load or run what they are given without saying that it is data."""
-    for node in _nodes(text):
+    for node in nodes_of(text):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from (name for name in names if name.split(".")[0] in _PICKLES)
-    for call in _nodes(text):
+    for call in nodes_of(text):
         if not isinstance(call, ast.Call) or (name := ast.unparse(call.func)) not in _LOADERS:
             continue
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
@@ -67,7 +60,7 @@ def test_what_is_unsafe(line: str, unsafe: bool) -> None:
 def test_foreign_code_is_trusted_only_by_option() -> None:
     """Check that a library which is told to trust is told what the option says, or no."""
     for path in _FILES:
-        for call in _nodes(path.read_text(encoding="utf-8")):
+        for call in nodes_of(path.read_text(encoding="utf-8")):
             for word in call.keywords if isinstance(call, ast.Call) else ():
                 if word.arg == "trust_remote_code":
                     assert ast.unparse(word.value).endswith(("trust_remote_code", "False")), path
