@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from stages.inspect.quantized_weights import PASSED_THROUGH, node_name, num_bytes
+from stages.model.patterns import FLOATING
 from stages.records.sites import kind_of
 
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _SUFFIX = re.compile(r"[_/](MatMul|Gemm|Gather|Conv)?_?(Q[248]|DQ|quant|quantized|matmul)(_Q[248])?$", re.IGNORECASE)
 """What quantizers add to the names of nodes."""
 _NUMBER = re.compile(r"\d+")
@@ -74,7 +74,7 @@ def _readers(value: ir.Value) -> Iterator[ir.Node]:
 
 def is_float(tensors: UnquantizedTensors) -> bool:
     """Return whether the numbers are floating point."""
-    return tensors.type in {dtype.name for dtype in _FLOATS}
+    return tensors.type in {dtype.name for dtype in FLOATING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,8 @@ import onnx_ir as ir
 _REPETITION_BACKWARDS = ("Reshape", "Transpose", "Reshape", "Expand", "Unsqueeze", "Concat", "Transpose", "Reshape")
 _HEADS_FIRST = (0, 2, 1, 3)
 EXPERT_NODES = frozenset({"MoE", "QMoE"})
+FLOATING = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+"""Types of weights that no quantizer has made."""
 STANDARD_DOMAINS = ("", "ai.onnx")
 _ROUTING_INPUT = 1
 _RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})

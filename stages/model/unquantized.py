@@ -16,7 +16,7 @@ from stages.errors import GraphError
 from stages.model.directory import ModelDirectory
 from stages.model.form.convolution import is_convolution, why_no_product
 from stages.model.form.packed_attention import is_packed_attention, why_stays_packed
-from stages.model.patterns import EXPERT_NODES, PASSED_THROUGH, readers
+from stages.model.patterns import EXPERT_NODES, FLOATING, PASSED_THROUGH, readers
 from stages.model.sites import find_embeddings, find_sites
 from stages.records.sites import UnquantizedWeights
 
@@ -25,7 +25,6 @@ _SMALLEST_SHARE = 0.01
 _EXPERTS_RANK = 3
 """What has less holds the experts' biases."""
 _WORTH_A_WARNING = 0.05
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _LINEAR = frozenset({"MatMul", "Gemm"})
 _QUANTIZED_PRODUCTS = frozenset(
     {"MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"}
@@ -89,7 +88,7 @@ def _reader(value: ir.Value) -> ir.Node | None:
         if not _takes_rotation(node, index) and not (node.op_type in EXPERT_NODES and len(value.shape) < _EXPERTS_RANK)
     ]
     others = [node for node in found if node.op_type not in _LINEAR]
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATING:
         others = [node for node in others if node.op_type in _QUANTIZED]
     return others[0] if others else None
 

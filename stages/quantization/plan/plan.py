@@ -20,6 +20,7 @@ from stages.quantization.checkpoints.imported import ImportedWeights
 from stages.quantization.plan.budget.candidates import SiteCandidates, chosen_experts, chosen_plan, expert_candidates
 from stages.quantization.plan.budget.left_open import OpenPlan, explained_tables, fixed_by_table, open_choice, open_plan
 from stages.quantization.plan.embeddings import (
+    SharedTables,
     Sharing,
     TableCandidates,
     TableFormat,
@@ -145,74 +146,180 @@ def plan_model(config: QuantizeConfig, model: ir.Model, directory: ModelDirector
             that can't be used.
     """
     require_float_base(model, directory)
-    groups, tables, layers = find_groups(model), find_embeddings(model), find_expert_layers(model)
-    facts = facts_of(groups, tables, layers)
-    decided = find_target(config, directory, facts)
-    every_site = [*all_sites(groups), *(site for layer in layers for site in layer.sites)]
-    chooser = Chooser(target=decided.target, requested=requested_formats(config, every_site), facts=facts)
-    formats = chooser.open() if config.has_budget else None
-    planned = _planned_formats(config, model, groups, layers, chooser, formats)
-    choice, sites = planned.choice, planned.sites
-    named = named_sites(every_site, config, choice)
-    experts = plan_experts(model, layers, choice, named, planned.experts, planned.stays_because)
-    alone = _embedding_plans(config, choice, tables)
-    wanted = _sharing(config, decided.target, choice, sites)
-    if formats is not None and config.gather_block_size is None:
-        wanted = replace(wanted, open=formats)
-    shared = share_tables(model, alone, all_sites(groups), wanted)
-    embeddings = shared.joined(alone)
-    rotary = find_rotary_tables(model) if choice.rotary == "computed" else ()
-    left_open: OpenPlan | None = None
+    asked = _Question.about(config, model, directory)
+    planned = asked.formats_of_sites()
+    alone = asked.embeddings(planned.choice)
+    shared = share_tables(model, alone, all_sites(asked.groups), asked.sharing(planned))
+    rotary = find_rotary_tables(model) if planned.choice.rotary == "computed" else ()
+    decided = _Decided(
+        choice=planned.choice,
+        sites=replace(planned.sites, specs={**planned.sites.specs, **shared.specs}),
+        experts=asked.experts(planned),
+        embeddings=shared.joined(alone),
+    )
     if planned.candidates:
-        assert formats is not None, "without a budget there are no candidates"
-        candidates = tuple(fixed_by_table(each, shared) for each in planned.candidates)
-        candidates += expert_candidates(experts, config, choice, formats)
-        opened = _open_tables(config, chooser, tables, embeddings, all_sites(groups))
-        settled = tuple(plan for plan in embeddings if plan.table not in [each.table for each in opened])
-        left_open = open_plan(
-            config, choice, candidates, opened, output_size(directory, model, choice, settled, rotary)
-        )
-        sites = _smallest(groups, candidates)
-        experts = chosen_experts(experts, candidates, _smallest_labels(candidates))
-        embeddings = with_tables(following_heads(embeddings, sites.specs), opened, _smallest_labels(opened))
-        choice = replace(choice, explanations=tuple(explained_tables(choice.explanations, opened)))
-    else:
-        sites = replace(sites, specs={**sites.specs, **shared.specs})
-    sites = experts.joined(sites)
+        decided = asked.left_to_budget(decided, planned.candidates, shared, rotary)
+    choice, experts, sites = decided.choice, decided.experts, decided.experts.joined(decided.sites)
     return ModelPlan(
-        target=decided.target,
-        target_because=decided.why,
+        target=asked.chooser.target,
+        target_because=asked.target_because,
         choice=replace(choice, explanations=(*choice.explanations, *shared.explanations, *_explained(rotary))),
         sites=replace(sites, skipped=(*sites.skipped, *find_skipped_matmuls(model))),
-        embeddings=embeddings,
-        unquantized=find_unquantized(model, {plan.table.weight for plan in embeddings} | experts.tables, experts.stay),
+        embeddings=decided.embeddings,
+        unquantized=find_unquantized(
+            model, {plan.table.weight for plan in decided.embeddings} | experts.tables, experts.stay
+        ),
         experts=experts,
         rotary=rotary,
         by_site=_chooses_by_site(config),
-        left_open=left_open,
+        left_open=decided.left_open,
         imported=planned.imported,
     )
 
 
-def _planned_formats(
-    config: QuantizeConfig,
-    model: ir.Model,
-    groups: tuple[ActivationGroup, ...],
-    layers: Sequence[ExpertLayer],
-    chooser: Chooser,
-    formats: OpenFormats | None,
-) -> PlannedFormats:
-    """Return each site's format as a file gives it or the target wants it; with a budget the smallest."""
-    if config.plan is not None:
-        return given_plan(config, groups, chooser, layers)
-    if config.checkpoint is not None:
-        return imported_plan(config, config.checkpoint, model, groups, chooser, layers)
-    of_experts = [site for layer in layers for site in layer.sites]
-    if formats is None:
-        choice = chooser.choose()
-        return PlannedFormats(choice=choice, sites=make_plan(groups, config, choice, of_experts))
-    choice, candidates = open_choice(config, groups, chooser, formats, of_experts)
-    return PlannedFormats(choice=choice, sites=_smallest(groups, candidates), candidates=candidates)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decided:
+    """What each kind of weight becomes; with a budget the smallest of ``left_open``."""
+
+    choice: FormatChoice
+    sites: QuantPlan
+    experts: ExpertPlan
+    embeddings: tuple[EmbeddingPlan, ...]
+    left_open: OpenPlan | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """What is decided about: the options, the weights that a model holds, and the formats that its target has."""
+
+    config: QuantizeConfig
+    model: ir.Model
+    directory: ModelDirectory
+    groups: tuple[ActivationGroup, ...]
+    tables: tuple[EmbeddingTable, ...]
+    layers: tuple[ExpertLayer, ...]
+    chooser: Chooser
+    target_because: str
+    open_formats: OpenFormats | None
+    """Those that a budget chooses from; None without one."""
+
+    @classmethod
+    def about(cls, config: QuantizeConfig, model: ir.Model, directory: ModelDirectory) -> _Question:
+        groups, tables, layers = find_groups(model), find_embeddings(model), find_expert_layers(model)
+        facts = facts_of(groups, tables, layers)
+        decided = find_target(config, directory, facts)
+        sites = [*all_sites(groups), *_sites_of(layers)]
+        chooser = Chooser(target=decided.target, requested=requested_formats(config, sites), facts=facts)
+        return cls(
+            config=config,
+            model=model,
+            directory=directory,
+            groups=groups,
+            tables=tables,
+            layers=layers,
+            chooser=chooser,
+            target_because=decided.why,
+            open_formats=chooser.open() if config.has_budget else None,
+        )
+
+    def formats_of_sites(self) -> PlannedFormats:
+        """Return each site's format as a file gives it or the target wants it; with a budget the smallest."""
+        config, groups, chooser = self.config, self.groups, self.chooser
+        if config.plan is not None:
+            return given_plan(config, groups, chooser, self.layers)
+        if config.checkpoint is not None:
+            return imported_plan(config, config.checkpoint, self.model, groups, chooser, self.layers)
+        of_experts = _sites_of(self.layers)
+        if self.open_formats is None:
+            choice = chooser.choose()
+            return PlannedFormats(choice=choice, sites=make_plan(groups, config, choice, of_experts))
+        choice, candidates = open_choice(config, groups, chooser, self.open_formats, of_experts)
+        return PlannedFormats(choice=choice, sites=_smallest(groups, candidates), candidates=candidates)
+
+    def experts(self, planned: PlannedFormats) -> ExpertPlan:
+        """Return what the experts of each layer become."""
+        named = named_sites([*all_sites(self.groups), *_sites_of(self.layers)], self.config, planned.choice)
+        return plan_experts(self.model, self.layers, planned.choice, named, planned.experts, planned.stays_because)
+
+    def embeddings(self, choice: FormatChoice) -> tuple[EmbeddingPlan, ...]:
+        """Return what each table becomes where it shares nothing with lm_head."""
+        if self.config.requested_embedding in ("4", "8"):
+            require_tables(self.tables)
+        if choice.embedding_bits is None:
+            return ()
+        wanted = TableFormat(
+            bits=choice.embedding_bits,
+            axis=choice.embedding_axis,
+            block_size=choice.gather_block_size,
+            form=choice.gather_form,
+            scale_range="signed" if choice.scale_range == "signed" else "full",
+        )
+        plans = plan_embeddings(self.tables, wanted)
+        return tuple(replace(plan, scale_dtype=choice.scale_dtype(plan.table.dtype)) for plan in plans)
+
+    def sharing(self, planned: PlannedFormats) -> Sharing:
+        """Return on what terms a table and lm_head may be one weight."""
+        config, choice, sites = self.config, planned.choice, planned.sites
+        wanted = Sharing(
+            option=config.share_embedding,
+            form=choice.form,
+            symmetric=choice.symmetric,
+            eight_bit_symmetric=not config.use_zero_point if config.has_budget else choice.symmetric,
+            head_bits=8 if names_lm_head(all_sites(sites.groups), config) else _BITS.get(config.lm_head or ""),
+            four_bit=choice.four_bit,
+            table_bits=_BITS.get(config.requested_embedding or ""),
+            skipped=dict(sites.skipped),
+            given=sites.specs if config.plan is not None or config.checkpoint is not None else {},
+            runtime_cannot=why_not_shared(self.chooser.target),
+        )
+        if self.open_formats is None or config.gather_block_size is not None:
+            return wanted
+        return replace(wanted, open=self.open_formats)
+
+    def left_to_budget(
+        self,
+        decided: _Decided,
+        candidates: tuple[SiteCandidates, ...],
+        shared: SharedTables,
+        rotary: tuple[RotaryTables, ...],
+    ) -> _Decided:
+        """Return ``decided`` with all that a budget chooses left open.
+
+        Args:
+            decided: what holds without a budget.
+            candidates: the formats of each site that is no expert's.
+            shared: tables that share lm_head's weight.
+            rotary: tables that the output computes.
+        """
+        config, choice, embeddings = self.config, decided.choice, decided.embeddings
+        assert self.open_formats is not None, "without a budget there are no candidates"
+        candidates = tuple(fixed_by_table(each, shared) for each in candidates)
+        candidates += expert_candidates(decided.experts, config, choice, self.open_formats)
+        opened = self._open_tables(embeddings)
+        settled = tuple(plan for plan in embeddings if plan.table not in [each.table for each in opened])
+        size = output_size(self.directory, self.model, choice, settled, rotary)
+        sites = _smallest(self.groups, candidates)
+        return _Decided(
+            choice=replace(choice, explanations=tuple(explained_tables(choice.explanations, opened))),
+            sites=sites,
+            experts=chosen_experts(decided.experts, candidates, _smallest_labels(candidates)),
+            embeddings=with_tables(following_heads(embeddings, sites.specs), opened, _smallest_labels(opened)),
+            left_open=open_plan(config, choice, candidates, opened, size),
+        )
+
+    def _open_tables(self, usual: tuple[EmbeddingPlan, ...]) -> tuple[TableCandidates, ...]:
+        """Return the tables whose formats a size chooses: where no option says anything, and only rows are read."""
+        config = self.config
+        if config.target_size is None or config.requested_embedding is not None or config.gather_block_size is not None:
+            return ()
+        choice = replace(self.chooser, requested=replace(self.chooser.requested, embedding="4")).choose()
+        if not usual or choice.gather_form != "gather_block_quantized":
+            return ()
+        return open_tables(usual, self.embeddings(choice), all_sites(self.groups))
+
+
+def _sites_of(layers: Sequence[ExpertLayer]) -> list[MatMulSite]:
+    return [site for layer in layers for site in layer.sites]
 
 
 def _explained(rotary: tuple[RotaryTables, ...]) -> Iterator[Explanation]:
@@ -229,55 +336,6 @@ def _smallest(groups: tuple[ActivationGroup, ...], candidates: tuple[SiteCandida
 
 def _smallest_labels(candidates: Sequence[SiteCandidates | TableCandidates]) -> dict[str, str]:
     return {each.name: next(iter(each.formats)) for each in candidates}
-
-
-def _open_tables(
-    config: QuantizeConfig,
-    chooser: Chooser,
-    tables: tuple[EmbeddingTable, ...],
-    usual: tuple[EmbeddingPlan, ...],
-    sites: Sequence[MatMulSite],
-) -> tuple[TableCandidates, ...]:
-    """Return the tables whose formats a size chooses: where no option says anything, and rows are all that is read."""
-    if config.target_size is None or config.requested_embedding is not None or config.gather_block_size is not None:
-        return ()
-    choice = replace(chooser, requested=replace(chooser.requested, embedding="4")).choose()
-    if not usual or choice.gather_form != "gather_block_quantized":
-        return ()
-    return open_tables(usual, _embedding_plans(config, choice, tables), sites)
-
-
-def _sharing(config: QuantizeConfig, target: Target | None, choice: FormatChoice, sites: QuantPlan) -> Sharing:
-    return Sharing(
-        option=config.share_embedding,
-        form=choice.form,
-        symmetric=choice.symmetric,
-        eight_bit_symmetric=not config.use_zero_point if config.has_budget else choice.symmetric,
-        head_bits=8 if names_lm_head(all_sites(sites.groups), config) else _BITS.get(config.lm_head or ""),
-        four_bit=choice.four_bit,
-        table_bits=_BITS.get(config.requested_embedding or ""),
-        skipped=dict(sites.skipped),
-        given=sites.specs if config.plan is not None or config.checkpoint is not None else {},
-        runtime_cannot=why_not_shared(target),
-    )
-
-
-def _embedding_plans(
-    config: QuantizeConfig, choice: FormatChoice, tables: tuple[EmbeddingTable, ...]
-) -> tuple[EmbeddingPlan, ...]:
-    if config.requested_embedding in ("4", "8"):
-        require_tables(tables)
-    if choice.embedding_bits is None:
-        return ()
-    wanted = TableFormat(
-        bits=choice.embedding_bits,
-        axis=choice.embedding_axis,
-        block_size=choice.gather_block_size,
-        form=choice.gather_form,
-        scale_range="signed" if choice.scale_range == "signed" else "full",
-    )
-    plans = plan_embeddings(tables, wanted)
-    return tuple(replace(plan, scale_dtype=choice.scale_dtype(plan.table.dtype)) for plan in plans)
 
 
 def _chooses_by_site(config: QuantizeConfig) -> str:
