@@ -340,19 +340,10 @@ class Capture:
         unfinished: Unfinished,
     ) -> list[Path]:
         """Run all windows through one partition; return the files of this process's statistics."""
-        groups = [group for group in self.groups if group.activation in tap.values]
-        owners = self._owners(groups, [name for name in (*self.rows, *self._key_values) if name in tap.values])
-        mine = [group for group in groups if owners[group.activation] == self.processes.index]
-        done = dict(unfinished.reached.batches)
-        rows = [name for name in self.rows if owners.get(name) == self.processes.index]
-        kept = self._row_writers(writer, rows, done)
-        sums: dict[str, dict[str, StatisticsAccumulator]] = {}
+        gathered = self._begin(writer, tap, unfinished)
+        text, unit = ("text", "windows") if isinstance(self.windows, TokenWindows) else ("samples", "samples")
         for part, title in _PARTS.items():
-            sums[part] = self._empty_sums(mine, part)
-            for name, accumulator in sums[part].items():
-                accumulator.go_on(_of_part(part, unfinished.load(writer.files[name])))
-            batches, begin = self._batches(part), done.get(part, 0)
-            text, unit = ("text", "windows") if isinstance(self.windows, TokenWindows) else ("samples", "samples")
+            batches, begin = self._batches(part), gathered.batches.get(part, 0)
             task = bar.add_task(
                 f"{title} {text}{label}",
                 total=self._count(batches),
@@ -361,22 +352,49 @@ class Capture:
                 keeps=f"{unit}, but for the last minute's,",
             )
             for start in range(begin, len(batches), self.processes.count):
-                received = self._run_turn(part, start, tap, boundary, owners)
-                self._add_largest(received)
-                fold_in(sums[part], {name: received[name] for name in received if name in sums[part]}, self.device)
-                with writer.place_for("rows"):
-                    for name in kept.keys() & received.keys():
-                        for value in received[name]:
-                            kept[name].add(part, value)
-                done[part] = min(start + self.processes.count, len(batches))
+                self._gather(gathered, part, self._run_turn(part, start, tap, boundary, gathered.owners), writer)
+                gathered.batches[part] = min(start + self.processes.count, len(batches))
                 if unfinished.is_due(SAVED_EVERY):
-                    unfinished.note(replace(unfinished.reached, batches=dict(done)), self._files(writer, rows))
-                    unfinished.save(self._states(writer, sums) | self._found_maxima)
+                    reached = replace(unfinished.reached, batches=dict(gathered.batches))
+                    unfinished.note(reached, self._files(writer, gathered.rows))
+                    unfinished.save(self._states(writer, gathered.sums) | self._found_maxima)
                 bar.advance(task, self._count(batches[start : start + self.processes.count]))
-        for group in mine:
-            held_out, calibration = (sums[part].pop(group.activation).finish() for part in _PARTS)
-            writer.write(group.activation, ActivationStats(calibration=calibration, held_out=held_out))
-        return [*(writer.folder / writer.files[group.activation] for group in mine), *self._files(writer, rows)]
+        statistics = [writer.folder / writer.files[name] for name in self._finish(gathered, writer)]
+        return [*statistics, *self._files(writer, gathered.rows)]
+
+    def _begin(self, writer: CacheWriter, tap: ActivationTap, unfinished: Unfinished) -> _Gathered:
+        """Return what this process gathers of a partition, as far as an earlier run has come."""
+        groups = [group for group in self.groups if group.activation in tap.values]
+        owners = self._owners(groups, [name for name in (*self.rows, *self._key_values) if name in tap.values])
+        mine = [group for group in groups if owners[group.activation] == self.processes.index]
+        done = dict(unfinished.reached.batches)
+        rows = [name for name in self.rows if owners.get(name) == self.processes.index]
+        kept = self._row_writers(writer, rows, done)
+        sums = {part: self._empty_sums(mine, part) for part in _PARTS}
+        for part, of_part in sums.items():
+            for name, accumulator in of_part.items():
+                accumulator.go_on(_of_part(part, unfinished.load(writer.files[name])))
+        return _Gathered(owners=owners, sums=sums, rows=kept, batches=done)
+
+    def _gather(
+        self, gathered: _Gathered, part: str, received: Mapping[str, Sequence[Tensor]], writer: CacheWriter
+    ) -> None:
+        """Add what a turn of all processes gave to what this one gathers."""
+        self._add_largest(received)
+        sums = gathered.sums[part]
+        fold_in(sums, {name: received[name] for name in received if name in sums}, self.device)
+        with writer.place_for("rows"):
+            for name in gathered.rows.keys() & received.keys():
+                for value in received[name]:
+                    gathered.rows[name].add(part, value)
+
+    def _finish(self, gathered: _Gathered, writer: CacheWriter) -> list[str]:
+        """Save the statistics of each activation, which leave the memory; return the activations."""
+        names = list(gathered.sums["calibration"])
+        for name in names:
+            held_out, calibration = (gathered.sums[part].pop(name).finish() for part in _PARTS)
+            writer.write(name, ActivationStats(calibration=calibration, held_out=held_out))
+        return names
 
     def _empty_sums(self, groups: Iterable[ActivationGroup], part: str) -> dict[str, StatisticsAccumulator]:
         return {
@@ -470,6 +488,20 @@ class Capture:
     def _count(self, batches: Sequence[Batch]) -> int:
         """Return how many windows or samples there are in some batches."""
         return sum(len(batch) if isinstance(batch, np.ndarray) else 1 for batch in batches)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gathered:
+    """What one process gathers of a partition."""
+
+    owners: Mapping[str, int]
+    """By value the process that gathers it."""
+    sums: Mapping[str, dict[str, StatisticsAccumulator]]
+    """By part of the text and activation."""
+    rows: Mapping[str, RowsWriter]
+    """By value of which every token's row is kept."""
+    batches: dict[str, int]
+    """How many were run, of all processes, by part of the text."""
 
 
 def fold_in(
