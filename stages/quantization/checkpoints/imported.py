@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.errors import UserError
 from stages.quantization.checkpoints.checkpoint import LayerWeight, Place, QuantizedCheckpoint
-from stages.quantization.checkpoints.matching import Piece, find_pieces
+from stages.quantization.checkpoints.matching import Piece, find_pieces, strays
 from stages.quantization.checkpoints.scales_within import (
     WeightPair,
     column_scales,
@@ -61,7 +61,7 @@ class ImportedSite:
     turns: tuple[tuple[Piece, ...], ...]
     """Rows one after the other; two where they take turns, as gate and up in an expert's first matrix may."""
     error: float
-    """Relative, of the weight that the codes stand for."""
+    """Relative, of the weight that the codes stand for, without rows that were lost."""
     is_exact: bool
     """Whether the spec's type holds all scales as they are."""
     input_scale: Tensor | None
@@ -185,7 +185,15 @@ class _Finder:
             stored = _in_turn(
                 [torch.cat([floats[piece.module][piece.first : piece.last] for piece in pieces]) for pieces in turns]
             )
-            pairs[site.name] = WeightPair(base=weight, stored=stored)
+            lost = strays(weight, stored)
+            if bool(lost.any()):
+                _LOGGER.warning(
+                    "%s: %s of the checkpoint's %d point elsewhere than the base's; whatever made it lost them.",
+                    site.name,
+                    counted(int(lost.sum()), "row"),
+                    len(stored),
+                )
+            pairs[site.name] = WeightPair(base=weight[~lost], stored=stored[~lost])
         if not pairs:
             return
         columns = self._columns(group, list(pairs.values()))

@@ -28,6 +28,7 @@ from tests.support.tiny_models import build_genai_model
 
 BLOCK = 32
 QKV = "/model/layers.0/attn/qkv_proj/MatMul"
+DOWN = "/model/layers.0/mlp/down_proj/MatMul"
 Weights = dict[str, Tensor]
 
 
@@ -264,6 +265,23 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_model: Path, weights: Wei
     noisy = {name: each + 0.6 * each.std() * torch.randn_like(each) for name, each in weights.items()}
     said = refusal(tiny_model, tmp_path, all_rounded(noisy), floats(noisy))
     assert "holds other weights than the base (/model/layers.0/attn/qkv_proj/MatMul is off by 5" in said
+
+
+def test_a_row_that_a_quantizer_lost_is_taken_over_with_a_warning(
+    tiny_model: Path, weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = all_rounded(weights, symmetric=True)
+    down = "model.layers.0.mlp.down_proj"
+    broken = weights[f"{down}.weight"].clone()
+    broken[3] = -broken[3].roll(1)
+    layers[down] = rounded(broken, BLOCK, symmetric=True)
+    save_checkpoint(tmp_path / "checkpoint", layers, "gptq", floats(weights))
+    config = config_of(tiny_model, tmp_path)
+    directory = locate_model(tiny_model)
+    imported = plan_model(config, load_graph(directory), directory).imported
+    assert imported is not None
+    assert imported.sites[DOWN].error < 0.2
+    assert f"{DOWN}: 1 row of the checkpoint's" in caplog.text
 
 
 def test_scales_that_nothing_undoes_are_refused(tiny_model: Path, weights: Weights, tmp_path: Path) -> None:

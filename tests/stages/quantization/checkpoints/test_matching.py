@@ -58,6 +58,22 @@ def test_columns_that_awq_multiplied_and_rows_of_zeros_are_found() -> None:
     assert find_pieces(weight, modules) == (Piece(module="it", first=0, last=48),)
 
 
+def test_single_rows_that_a_quantizer_lost_end_no_layer() -> None:
+    weight = rows(48, 0)
+    lost = weight.clone()
+    lost[[0, 20, 21, 47]] = rows(4, 7)
+    modules = {"other": stored(rows(48, 1)), "it": stored(lost)}
+    assert find_pieces(weight, modules) == (Piece(module="it", first=0, last=48),)
+
+
+def test_rows_of_another_layer_end_one_however_few_rows_are_left() -> None:
+    heads = [rows(8, seed) for seed in range(3)]
+    modules = {"fused": stored(torch.cat(heads))}
+    found = find_pieces(torch.cat([heads[2], heads[0]]), modules)
+    assert found == (Piece(module="fused", first=16, last=24), Piece(module="fused", first=0, last=8))
+    assert find_pieces(torch.cat([heads[0], rows(8, 9)]), modules) is None
+
+
 def test_rows_of_another_model_and_shuffled_ones_are_not_found() -> None:
     weight = rows(48, 0)
     assert find_pieces(weight, {"it": stored(rows(48, 1))}) is None
