@@ -3,7 +3,7 @@
 The builder packs q, k and v into one MatMul, takes packed projections apart, and renames what it writes. But a
 quantized row still points where the row points that it was made from, so a weight's first row finds its layer, and
 as many of the rows after it as go on there; where they end, the next row looks again. A few rows that point elsewhere
-end nothing: GPTQ loses single rows where its factorization is at the limit of float32.
+end nothing: quantizers lose single rows, as Olive's GPTQ does one of SmolLM2-135M.
 """
 
 from __future__ import annotations
