@@ -340,9 +340,10 @@ class Capture:
         unfinished: Unfinished,
     ) -> list[Path]:
         """Run all windows through one partition; return the files of this process's statistics."""
-        gathered = self._begin(writer, tap, unfinished)
+        gathered = self._begin(writer, tap, unfinished.reached)
         text, unit = ("text", "windows") if isinstance(self.windows, TokenWindows) else ("samples", "samples")
         for part, title in _PARTS.items():
+            gathered.sums[part] = self._sums_so_far(gathered.groups, part, writer, unfinished)
             batches, begin = self._batches(part), gathered.batches.get(part, 0)
             task = bar.add_task(
                 f"{title} {text}{label}",
@@ -359,22 +360,18 @@ class Capture:
                     unfinished.note(reached, self._files(writer, gathered.rows))
                     unfinished.save(self._states(writer, gathered.sums) | self._found_maxima)
                 bar.advance(task, self._count(batches[start : start + self.processes.count]))
-        statistics = [writer.folder / writer.files[name] for name in self._finish(gathered, writer)]
+        self._finish(gathered, writer)
+        statistics = (writer.folder / writer.files[group.activation] for group in gathered.groups)
         return [*statistics, *self._files(writer, gathered.rows)]
 
-    def _begin(self, writer: CacheWriter, tap: ActivationTap, unfinished: Unfinished) -> _Gathered:
-        """Return what this process gathers of a partition, as far as an earlier run has come."""
+    def _begin(self, writer: CacheWriter, tap: ActivationTap, reached: Reached) -> _Gathered:
+        """Return what this process gathers of a partition, of which an earlier run has ``reached`` so much."""
         groups = [group for group in self.groups if group.activation in tap.values]
         owners = self._owners(groups, [name for name in (*self.rows, *self._key_values) if name in tap.values])
         mine = [group for group in groups if owners[group.activation] == self.processes.index]
-        done = dict(unfinished.reached.batches)
+        done = dict(reached.batches)
         rows = [name for name in self.rows if owners.get(name) == self.processes.index]
-        kept = self._row_writers(writer, rows, done)
-        sums = {part: self._empty_sums(mine, part) for part in _PARTS}
-        for part, of_part in sums.items():
-            for name, accumulator in of_part.items():
-                accumulator.go_on(_of_part(part, unfinished.load(writer.files[name])))
-        return _Gathered(owners=owners, sums=sums, rows=kept, batches=done)
+        return _Gathered(owners=owners, groups=mine, rows=self._row_writers(writer, rows, done), batches=done)
 
     def _gather(
         self, gathered: _Gathered, part: str, received: Mapping[str, Sequence[Tensor]], writer: CacheWriter
@@ -388,19 +385,22 @@ class Capture:
                 for value in received[name]:
                     gathered.rows[name].add(part, value)
 
-    def _finish(self, gathered: _Gathered, writer: CacheWriter) -> list[str]:
-        """Save the statistics of each activation, which leave the memory; return the activations."""
-        names = list(gathered.sums["calibration"])
-        for name in names:
-            held_out, calibration = (gathered.sums[part].pop(name).finish() for part in _PARTS)
-            writer.write(name, ActivationStats(calibration=calibration, held_out=held_out))
-        return names
+    def _finish(self, gathered: _Gathered, writer: CacheWriter) -> None:
+        """Save the statistics of each activation, which leave the memory."""
+        for group in gathered.groups:
+            held_out, calibration = (gathered.sums[part].pop(group.activation).finish() for part in _PARTS)
+            writer.write(group.activation, ActivationStats(calibration=calibration, held_out=held_out))
 
-    def _empty_sums(self, groups: Iterable[ActivationGroup], part: str) -> dict[str, StatisticsAccumulator]:
-        return {
-            group.activation: StatisticsAccumulator(group.activation, self.text.size(group, part), self.device)
-            for group in groups
-        }
+    def _sums_so_far(
+        self, groups: Iterable[ActivationGroup], part: str, writer: CacheWriter, unfinished: Unfinished
+    ) -> dict[str, StatisticsAccumulator]:
+        """Return the sums of one part of the text, by activation, as an earlier run has left them."""
+        sums: dict[str, StatisticsAccumulator] = {}
+        for group in groups:
+            name = group.activation
+            sums[name] = StatisticsAccumulator(name, self.text.size(group, part), self.device)
+            sums[name].go_on(_of_part(part, unfinished.load(writer.files[name])))
+        return sums
 
     def _states(self, writer: CacheWriter, sums: Mapping[str, Mapping[str, StatisticsAccumulator]]) -> SumsByFile:
         """Return what ``sums``, by part and activation, hold, by the name of the activation's file."""
@@ -496,12 +496,14 @@ class _Gathered:
 
     owners: Mapping[str, int]
     """By value the process that gathers it."""
-    sums: Mapping[str, dict[str, StatisticsAccumulator]]
-    """By part of the text and activation."""
+    groups: Sequence[ActivationGroup]
+    """Those whose statistics it adds up."""
     rows: Mapping[str, RowsWriter]
     """By value of which every token's row is kept."""
     batches: dict[str, int]
     """How many were run, of all processes, by part of the text."""
+    sums: dict[str, dict[str, StatisticsAccumulator]] = field(default_factory=dict)
+    """By part of the text and activation; a part's from its beginning on."""
 
 
 def fold_in(

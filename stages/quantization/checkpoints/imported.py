@@ -185,15 +185,7 @@ class _Finder:
             stored = _in_turn(
                 [torch.cat([floats[piece.module][piece.first : piece.last] for piece in pieces]) for pieces in turns]
             )
-            lost = strays(weight, stored)
-            if bool(lost.any()):
-                _LOGGER.warning(
-                    "%s: %s of the checkpoint's %d point elsewhere than the base's; whatever made it lost them.",
-                    site.name,
-                    counted(int(lost.sum()), "row"),
-                    len(stored),
-                )
-            pairs[site.name] = WeightPair(base=weight[~lost], stored=stored[~lost])
+            pairs[site.name] = _paired(site, weight, stored)
         if not pairs:
             return
         columns = self._columns(group, list(pairs.values()))
@@ -332,6 +324,19 @@ def _find_turns(site: MatMulSite, weight: Tensor, modules: Mapping[str, Tensor])
         return ()
     turns = [find_pieces(weight[row::2], modules) for row in range(2)]
     return tuple(pieces for pieces in turns if pieces is not None) if None not in turns else ()
+
+
+def _paired(site: MatMulSite, weight: Tensor, stored: Tensor) -> WeightPair:
+    """Return two weights [N, K] without the rows that ``stored`` has lost; log a warning of those."""
+    lost = strays(weight, stored)
+    if count := int(lost.sum()):
+        _LOGGER.warning(
+            "%s: %s of the checkpoint's %d point elsewhere than the base's; whatever made it lost them.",
+            site.name,
+            counted(count, "row"),
+            len(stored),
+        )
+    return WeightPair(base=weight[~lost], stored=stored[~lost])
 
 
 def _in_turn(parts: Sequence[Tensor]) -> Tensor:
