@@ -195,8 +195,8 @@ def _make(
     from stages.model.directory import locate_model
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.report.document import read_report
-    from stages.system.hardware import granted_threads
     from stages.system.lock import exclusive
+    from stages.system.threads import granted_threads
 
     granted_threads()  # the export opens sessions: what they can't use is an error before the search
     with processes.main_process_first():

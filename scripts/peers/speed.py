@@ -14,7 +14,7 @@ from stages.evaluation.speed import measure_speed
 from stages.evaluation.speed_round import SpeedRequest
 from stages.model.directory import locate_model
 from stages.records.quantities import counted
-from stages.system.hardware import granted_threads, physical_cores
+from stages.system.threads import usable_threads
 
 _PROMPT_TOKENS, _NEW_TOKENS = 128, 64
 
@@ -34,7 +34,7 @@ def measure_speeds(config: PeerConfig, models: Sequence[Path], text: EvaluationT
     request = SpeedRequest(
         prompt=tuple(text.base.windows.reshape(-1)[:_PROMPT_TOKENS].tolist()),
         new_tokens=_NEW_TOKENS,
-        threads=granted_threads() or physical_cores(),
+        threads=usable_threads(),
     )
     folders = [locate_model(folder) for folder in (config.base, *models)]
     return measure_speed(folders, request, config.speed_rounds, progress)

@@ -46,9 +46,10 @@ from stages.runtime.requirements import require_runtime
 from stages.runtime.tap import ActivationTap, require_kernels
 from stages.system.atomic import existing_parent, scratch_folder
 from stages.system.distributed import Processes, join_processes
-from stages.system.hardware import choose_device, granted_threads
+from stages.system.hardware import choose_device
 from stages.system.lock import exclusive
 from stages.system.shared_folder import wait_for
+from stages.system.threads import granted_threads
 
 _LOGGER = logging.getLogger(__name__)
 _CPU = "cpu"

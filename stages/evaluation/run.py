@@ -13,7 +13,7 @@ from stages.evaluation.speed import measure_speed
 from stages.evaluation.speed_round import SpeedRequest
 from stages.evaluation.tasks.lm_tasks import TaskRequest, find_tasks, run_tasks
 from stages.runtime.genai import require_genai
-from stages.system.hardware import granted_threads, physical_cores
+from stages.system.threads import usable_threads
 
 
 def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier: Evaluation | None) -> Evaluation:
@@ -46,7 +46,7 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
     request = SpeedRequest(
         prompt=tuple(prepared.base.windows.reshape(-1)[: config.speed_prompt_tokens].tolist()),
         new_tokens=config.speed_new_tokens,
-        threads=granted_threads() or physical_cores(),
+        threads=usable_threads(),
     )
     return measure_speed(prepared.all_models, request, config.speed_rounds, progress)
 

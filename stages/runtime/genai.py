@@ -15,6 +15,7 @@ from typing import Any
 from stages.errors import UserError, in_one_line, with_class_name
 from stages.model.genai_config import GENAI_CONFIG, read_genai_model
 from stages.system.paths import from_here
+from stages.system.threads import usable_threads
 
 Message = Mapping[str, str]
 """One message of a conversation: its ``role`` (system, user, assistant) and its ``content``."""
@@ -178,7 +179,8 @@ def load_genai(
     Args:
         runtime: onnxruntime_genai.
         folder: the model.
-        threads: threads of ONNX Runtime.
+        threads: threads of ONNX Runtime; None: as ``usable_threads`` says. Left to itself, onnxruntime-genai takes half
+            of what the machine runs at once: of the cores, where none runs two threads.
         filename: the .onnx file in ``folder``.
         end_token: the token at which generation ends, taken for padding too.
         provider: the only execution provider, as onnxruntime-genai names it (cpu, cuda, ...).
@@ -186,15 +188,14 @@ def load_genai(
     Raises:
         RuntimeError: onnxruntime-genai can't load it here.
     """
-    decoder: dict[str, object] = {} if filename is None else {"filename": filename}
-    if threads is not None:
-        decoder["session_options"] = {"intra_op_num_threads": threads}
-    overlay: dict[str, object] = {"decoder": decoder} if decoder else {}
+    decoder: dict[str, object] = {"session_options": {"intra_op_num_threads": threads or usable_threads()}}
+    if filename is not None:
+        decoder["filename"] = filename
+    overlay: dict[str, object] = {"decoder": decoder}
     if end_token is not None:
         overlay |= {"eos_token_id": end_token, "pad_token_id": end_token}
     config = runtime.Config(str(folder))
-    if overlay:
-        config.overlay(json.dumps({"model": overlay}))
+    config.overlay(json.dumps({"model": overlay}))
     if provider is not None:
         config.clear_providers()
         if provider != _CPU:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
 from stages.runtime.requirements import installed_runtime, lacks_of, too_old
-from stages.system.hardware import granted_threads
+from stages.system.threads import granted_threads
 
 _REASON_LENGTH = 200
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?")

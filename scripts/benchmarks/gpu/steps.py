@@ -31,7 +31,7 @@ from stages.model.load import load_graph
 from stages.model.sites import find_groups, find_sites
 from stages.runtime.providers import choose_providers
 from stages.runtime.tap import open_value_tap
-from stages.system.hardware import granted_threads, physical_cores
+from stages.system.threads import usable_threads
 
 _POLL = 0.02
 _EPS = "cuda,cpu"
@@ -218,7 +218,7 @@ def decode(found: GpuCheck, room: Room) -> GpuCheck:
     request = SpeedRequest(
         prompt=tuple(range(2, 2 + sizes.prompt)),
         new_tokens=sizes.new_tokens,
-        threads=granted_threads() or physical_cores(),
+        threads=usable_threads(),
     )
     models = [locate_model(folder) for folder in (room.whole, room.folder / "whole-int4")]
     with progress_bar() as progress:

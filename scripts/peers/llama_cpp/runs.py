@@ -19,8 +19,8 @@ from scripts.peers.llama_cpp.float16_gguf import write_float16_gguf
 from scripts.peers.peer import Peer, empty, float_checkpoint, make_float_checkpoint
 from stages.errors import UserError
 from stages.evaluation.bench.runs import OtherRuntime, Run
-from stages.system.hardware import granted_threads, physical_cores
 from stages.system.measured_process import run_measured
+from stages.system.threads import usable_threads
 
 _HERE = Path(__file__).parent
 LLAMA_CPP_RUNNER = _HERE / "run_llama_cpp.py"
@@ -94,7 +94,7 @@ def _logits(
     """
     tokens, logits = scratch / "llama_cpp_windows.npy", scratch / "llama_cpp_logits.npy"
     np.save(tokens, windows)
-    threads = granted_threads() or physical_cores()
+    threads = usable_threads()
     request = {"model": str(model), "windows": str(tokens), "logits": str(logits), "threads": threads}
     run_measured((python, str(LLAMA_CPP_RUNNER), json.dumps(request)), model.with_suffix(".log"))
     yield from np.load(logits, mmap_mode="r", allow_pickle=False)

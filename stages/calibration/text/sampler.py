@@ -16,7 +16,6 @@ from stages.model.directory import ModelDirectory
 from stages.model.genai_config import GENAI_CONFIG, read_genai_config
 from stages.runtime.genai import import_genai, load_genai
 from stages.runtime.providers import SHORT_NAMES
-from stages.system.hardware import granted_threads
 
 LARGEST_BATCH = 32
 """onnxruntime-genai takes no more sequences at once."""
@@ -135,7 +134,6 @@ def open_sampler(
             model = load_genai(
                 runtime,
                 directory.folder,
-                threads=granted_threads(),
                 filename=directory.onnx_name,
                 end_token=suppressed_token,
                 provider=SHORT_NAMES[provider],

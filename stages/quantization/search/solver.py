@@ -157,7 +157,7 @@ class GroupSolver:
             return _Found(unscaled, ALGORITHMS[unscaled], _NOBODYS if problems[0].own_tokens == 0 else "")
         sites = [(site, spec) for part in problems for site, spec in zip(part.group.sites, part.specs, strict=True)]
         looked_up = [spec for site, spec in sites if site.name in self.looked_up]
-        if not looked_up or self.algorithm_name in ("rtn", "rtn_dq"):
+        if not looked_up or self.algorithm is rtn:
             return _Found(self.algorithm_name, self.algorithm)
         name = "rtn" if all(spec.bits == 8 for spec in looked_up) else _UNSCALED.get(self.algorithm_name)
         if name is None:

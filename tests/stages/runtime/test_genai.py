@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import psutil
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -58,6 +61,29 @@ def test_an_end_token_and_a_file_replace_those_of_the_configuration(tiny_model: 
     (copy / "model.onnx").rename(copy / "decoder.onnx")
     changed = load_genai(runtime, copy, threads=1, filename="decoder.onnx", end_token=end, provider="cpu")
     assert greedy(changed, 8) == longer[: longer.index(end)]
+
+
+def test_the_runtime_takes_all_cores_unless_threads_are_given_or_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    overlays: list[dict[str, Any]] = []
+
+    class Config:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def overlay(self, text: str) -> None:
+            overlays.append(json.loads(text))
+
+    runtime = ModuleType("onnxruntime_genai")
+    monkeypatch.setattr(runtime, "Config", Config, raising=False)
+    monkeypatch.setattr(runtime, "Model", lambda config: config, raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 12 if logical else 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    load_genai(runtime, Path("model"))
+    load_genai(runtime, Path("model"), threads=2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    load_genai(runtime, Path("model"))
+    found = [overlay["model"]["decoder"]["session_options"]["intra_op_num_threads"] for overlay in overlays]
+    assert found == [6, 2, 3]
 
 
 def test_the_provider_replaces_that_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
