@@ -154,6 +154,17 @@ def test_measured_sensitivities_are_kept_and_resumed(
     assert not runs
 
 
+def test_no_sensitivity_is_measured_where_nothing_is_left_to_decide(
+    tiny_model: Path, cache: Path, tmp_path: Path, commands: Commands
+) -> None:
+    fixed = ("--layers_8bit", "layers", "--lm_head", 8)
+    code, printed = _run(
+        commands, tiny_model, cache, tmp_path / "out", "--target_size", "1GB", "--sensitivity", "measured", *fixed
+    )
+    assert code == 0, printed
+    assert "runs of the base model" not in printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

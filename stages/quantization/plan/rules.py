@@ -253,7 +253,8 @@ def _matches(sites: Sequence[MatMulSite], patterns: str, option: str) -> dict[st
         names = [site.name for site in sites if _matches_site(pattern, site)]
         if not names and pattern != _LM_HEAD:
             nearest = difflib.get_close_matches(pattern, [site.name for site in sites], n=3, cutoff=0.1)
-            raise OptionError(f"{option}: '{pattern}' matches no site; the nearest names are {', '.join(nearest)}.")
+            hint = f"the nearest names are {', '.join(nearest)}" if nearest else f"a name is {sites[0].name}"
+            raise OptionError(f"{option}: '{pattern}' matches no site; {hint}.")
         found |= dict.fromkeys(names, f"{option} {pattern}")
     return found
 

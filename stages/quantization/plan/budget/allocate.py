@@ -63,6 +63,9 @@ def allocate_budget(
     undecided = plan.left_open
     assert undecided is not None, "the caller has a plan with a budget"
     groups = find_groups(model)
+    opened = _open_groups(groups, undecided.candidates)
+    if not opened:  # all formats are given, and the forecasts only say what they cost
+        undecided = replace(undecided, sensitivity="cache")
     losses = _forecast((*groups, *plan.experts.groups), undecided, model, cache, device)
     if undecided.sensitivity == "measured":
         measure = SensitivityMeasure(
@@ -73,7 +76,7 @@ def allocate_budget(
             rough_format=_rough_format(undecided.candidates),
             rule=undecided.search.rule,
         )
-        factors = measure.measure(_open_groups(groups, undecided.candidates))
+        factors = measure.measure(opened)
         losses = {
             name: {label: factors.get(name, 0.0) * loss for label, loss in of_site.items()}
             for name, of_site in losses.items()

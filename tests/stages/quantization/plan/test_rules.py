@@ -177,6 +177,8 @@ def test_layers_8bit_replaces_the_mixed_rule_and_refuses_what_matches_nothing() 
     assert _eight_bit(enable_mixed_quant=True, layers_8bit="q_proj") == {"/model/layers.1/attn/q_proj/MatMul"}
     with pytest.raises(OptionError, match=r"--layers_8bit: 'layers\.7' matches no site"):
         _eight_bit(layers_8bit="layers.7")
+    with pytest.raises(OptionError, match=r"--layers_8bit: '\*' matches no site; a name is /model/layers\.1/"):
+        _eight_bit(layers_8bit="*")
 
 
 def test_lm_head_option_wins_over_patterns() -> None:
