@@ -16,6 +16,10 @@ PER_CHANNEL = 400.0
 activation functions, rotations, squares and sums, which are limited by the memory."""
 PER_LABEL = 700.0
 """The same for each token and entry of the vocabulary, where labels are drawn: exponentials and their running sum."""
+FEW_ROWS = 1.3
+"""Times as long as in those passes takes a multiplication where text is written: a step has a row for each window."""
+CACHED_ATTENTION = 13.0
+"""The same of attention there, which reads the keys and values of all tokens before for every one."""
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

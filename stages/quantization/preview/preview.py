@@ -13,9 +13,9 @@ from stages.calibration.capture import TextShape
 from stages.calibration.run import fit_to_graph
 from stages.calibration.samples.load import takes_samples
 from stages.calibration.samples.samples import DEFAULT_SAMPLES, held_out_samples
-from stages.calibration.text.documents import DEFAULT_DATASET
-from stages.calibration.text.mix import held_out_windows, windows_by_dataset
-from stages.calibration.text.windows import window_count
+from stages.calibration.text.documents import DEFAULT_DATASET, ChosenText
+from stages.calibration.text.mix import RANDOM, SELF_GENERATED, held_out_windows, windows_by_dataset
+from stages.calibration.text.windows import choose_dataset, window_count
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig, ScaleSearch
 from stages.errors import CacheMismatch, GraphError, UserError
@@ -37,6 +37,7 @@ from stages.quantization.preview.stages import Stages
 from stages.quantization.preview.table import DiskUse, InputScalePlace, Preview, PreviewedSite, SearchEstimate
 from stages.quantization.targets.formats import FormatChoice
 from stages.records.formats import PerBlock, QuantSpec
+from stages.records.quantities import counted, duration
 from stages.records.sites import ActivationGroup, LinearAbsorber, MatMulSite, NormAbsorber, ValueAbsorber
 from stages.runtime.feeds import require_text_inputs
 from stages.runtime.graph_inputs import WindowShape
@@ -55,6 +56,8 @@ class _Known:
     """None where the algorithm needs none, or there is none that fits."""
     window: WindowShape
     """What the graph takes at a time."""
+    dataset: str
+    """What stage one would read or write as text; empty where it wouldn't."""
     runs_samples: bool
     """Whether stage one runs samples in place of windows."""
     obstacles: tuple[str, ...]
@@ -88,8 +91,10 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         calibrates=text is not None and known.cache is None,
         calibration=calibration,
         text=text,
+        own_windows=_own_windows(known.dataset, text),
         held=held,
     )
+    rate = stages.rate(device)
     size = output_size(known.directory, known.model, plan.choice, plan.embeddings, plan.rotary)
     sites = [*all_sites(groups), *all_sites(plan.experts.groups)]
     bytes_after = size.total_bytes(sites, plan.sites.specs)
@@ -109,28 +114,30 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
         unspent=_unspent(plan),
         memory=tuple(stages.memory(join_processes())),
         disk=disk,
-        sharing=tuple(stages.shared(disk, size.base_bytes, seconds, device)),
+        sharing=tuple(stages.shared(disk, size.base_bytes, seconds, device, rate)),
         search=SearchEstimate(seconds=sum(seconds.values()), device=str(device), groups=len(plan.sites.groups)),
         obstacles=known.obstacles,
-        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(known, stages)),
+        notes=(*known.notes, *open_because, *plan.choice.warnings, *_notes(known, stages, rate)),
         target="any" if plan.target is None else plan.target.label,
         target_because=plan.target_because,
         formats=plan.choice.explanations,
     )
 
 
-def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig) -> str:
-    text = calibration.dataset or "cnn, or mix where the Hugging Face hub doesn't answer"
-    what = f"text: {text}" if calibration.samples is None else f"samples: {calibration.samples}"
-    return f"there is no calibration in {config.cache_path} yet: it is part of the same run ({what})"
+def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig, text: ChosenText) -> Iterator[str]:
+    what = f"text: {text.dataset}" if text.dataset else f"samples: {calibration.samples}"
+    yield f"there is no calibration in {config.cache_path} yet: it is part of the same run ({what})"
+    if text.note:
+        yield text.note
 
 
 def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple[str, ...]) -> _Known:
     """Open what is there; what is missing is an obstacle."""
     directory = locate_model(config.onnx_path, config.component)
     model = parse_graph(directory)
-    found, notes, cache, window = list(obstacles), [], None, WindowShape(None, None)
+    found, notes, cache, window = list(obstacles), list[str](), None, WindowShape(None, None)
     known_samples = takes_samples(calibration, model, directory)
+    text = ChosenText(dataset="")
     try:
         require_weights(model, directory)
         has_weights = True
@@ -143,7 +150,8 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
             if cache is None:
                 if not known_samples:
                     window = require_text_inputs(model, directory)
-                notes.append(_about_calibration(config, calibration))
+                    text = ChosenText(dataset=RANDOM) if calibration.use_random_calib else choose_dataset(calibration)
+                notes += _about_calibration(config, calibration, text)
         except (CacheMismatch, GraphError) as error:
             found.append(str(error))
         if cache is not None and not has_weights:
@@ -154,6 +162,7 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         has_weights=has_weights,
         cache=cache,
         window=window,
+        dataset=text.dataset,
         runs_samples=known_samples,
         obstacles=tuple(found),
         notes=tuple(notes),
@@ -211,7 +220,7 @@ def _text_shape(known: _Known, calibration: CalibrateConfig, channels: int) -> T
         held_out = held_out_samples(samples)
         return TextShape(calibration_windows=samples - held_out, held_out_windows=held_out, seq_len=None, batch_size=1)
     if known.cache is None:
-        dataset = DEFAULT_DATASET if calibration.use_random_calib else calibration.dataset or DEFAULT_DATASET
+        dataset = known.dataset or DEFAULT_DATASET
         windows = window_count(calibration, dataset, channels)
         held_out = sum(held_out_windows(windows_by_dataset(dataset, windows)).values())
         return TextShape(
@@ -229,6 +238,13 @@ def _text_shape(known: _Known, calibration: CalibrateConfig, channels: int) -> T
     )
 
 
+def _own_windows(dataset: str, text: TextShape | None) -> int:
+    """Return how many windows of ``text`` the model writes itself."""
+    if text is None or not dataset:
+        return 0
+    return windows_by_dataset(dataset, text.calibration_windows + text.held_out_windows).get(SELF_GENERATED, 0)
+
+
 def _disk(stages: Stages, output: int) -> DiskUse:
     plan = stages.plan
     return DiskUse(
@@ -239,10 +255,15 @@ def _disk(stages: Stages, output: int) -> DiskUse:
     )
 
 
-def _notes(known: _Known, stages: Stages) -> Iterator[str]:
+def _notes(known: _Known, stages: Stages, rate: float | None) -> Iterator[str]:
     config = stages.config
     if config.needs_cache and known.cache is None:
         yield "the search's time is without calibration, which can take longer: the table of processes has an estimate"
+    if stages.own_windows and rate is not None:
+        yield (
+            f"the model writes {counted(stages.own_windows, 'window')} of text itself, in one process: about "
+            f"{duration(stages.writing_seconds(rate))} of that; what it has written before is read"
+        )
     if config.evaluate:
         yield "--evaluate, where the model runs over text, isn't estimated"
     if config.improves_search:

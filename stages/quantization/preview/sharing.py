@@ -16,7 +16,15 @@ from statistics import median
 import torch
 
 from stages.calibration.capture import TextShape
-from stages.quantization.preview.costs import ATTENTION, BACK_OF_ATTENTION, PER_CHANNEL, PER_LABEL, seconds_of
+from stages.quantization.preview.costs import (
+    ATTENTION,
+    BACK_OF_ATTENTION,
+    CACHED_ATTENTION,
+    FEW_ROWS,
+    PER_CHANNEL,
+    PER_LABEL,
+    seconds_of,
+)
 from stages.quantization.preview.table import SharedRun, StageMemory
 from stages.quantization.search.solver import search_cost
 from stages.records.sites import ActivationGroup, layer_of
@@ -43,6 +51,8 @@ _STREAMS = 2
 class PassWork:
     """What stage one still computes and moves, all processes together."""
 
+    writing: float
+    """Multiplications and additions that take as long as the text that the model writes itself; one process does it."""
     forward: float
     """Multiplications and additions of the forward passes and their statistics."""
     back: float
@@ -76,7 +86,9 @@ class Work:
     output: int
 
 
-def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: int, *, weighs: bool) -> PassWork | None:
+def pass_work(
+    groups: Sequence[ActivationGroup], text: TextShape, statistics: int, *, weighs: bool, own_windows: int = 0
+) -> PassWork | None:
     """Return what the passes over ``text`` compute; None where it is of samples, whose sizes aren't known.
 
     Args:
@@ -84,14 +96,13 @@ def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: in
         text: the windows.
         statistics: bytes of the cache.
         weighs: whether a pass back weighs the tokens.
+        own_windows: how many of the windows the model writes first.
     """
     if text.seq_len is None:
         return None
     parts = (text.calibration_windows, text.held_out_windows)
     tokens = sum(parts) * text.seq_len
-    outside = [group for group in groups if layer_of(group.sites[0].name) is None]
-    if len(outside) == len(groups):
-        outside = []
+    outside = _outside(groups)
     products = _products(groups)
     tapped = [group for group in groups if not group.is_of_expert]
     grams = sum(
@@ -99,14 +110,15 @@ def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: in
         for group in tapped
         if not text.size(group, "calibration").keeps_rows
     )
-    layers, hidden = len({layer_of(group.sites[0].name) for group in groups} - {None}) or 1, groups[0].in_features
+    layers, hidden = _layers(groups), groups[0].in_features
     attention = ATTENTION * text.seq_len * hidden * layers
     channels = sum(group.in_features + sum(site.out_features for site in group.sites) for group in groups)
-    labels = sum(site.out_features for group in outside for site in group.sites)
-    back = 2 * products + grams + (1 + BACK_OF_ATTENTION) * attention + PER_CHANNEL * channels + PER_LABEL * labels
+    labels = PER_LABEL * _vocabulary(outside)
+    back = 2 * products + grams + (1 + BACK_OF_ATTENTION) * attention + PER_CHANNEL * channels + labels
     sent = tokens * sum(group.in_features * text.size(group, "calibration").itemsize for group in tapped)
     weighted = tokens * sum(group.in_features for group in tapped) * _FLOAT32
     return PassWork(
+        writing=writing_work(groups, own_windows, text.seq_len),
         # The forward passes end at the last value that a site reads: they don't run a head.
         forward=tokens * (products - _products(outside) + grams + attention),
         back=tokens * back if weighs else 0.0,
@@ -115,6 +127,34 @@ def pass_work(groups: Sequence[ActivationGroup], text: TextShape, statistics: in
         statistics=statistics,
         streams=tokens * hidden * _FLOAT32 * (layers + 1) if weighs else 0,
     )
+
+
+def writing_work(groups: Sequence[ActivationGroup], windows: int, seq_len: int) -> float:
+    """Return the multiplications and additions that take as long as text that the model writes, token by token.
+
+    Args:
+        groups: all activations of the graph with their sites, experts' too.
+        windows: how many are written.
+        seq_len: tokens in each.
+    """
+    before = seq_len / 2  # tokens that one sees, in the mean
+    attention = ATTENTION * before * groups[0].in_features * _layers(groups)
+    labels = PER_LABEL * _vocabulary(_outside(groups))
+    return windows * seq_len * (FEW_ROWS * _products(groups) + CACHED_ATTENTION * attention + labels)
+
+
+def _outside(groups: Sequence[ActivationGroup]) -> list[ActivationGroup]:
+    """Return the groups behind the layers, such as the head's; none where no layer is known."""
+    outside = [group for group in groups if layer_of(group.sites[0].name) is None]
+    return [] if len(outside) == len(groups) else outside
+
+
+def _layers(groups: Sequence[ActivationGroup]) -> int:
+    return len({layer_of(group.sites[0].name) for group in groups} - {None}) or 1
+
+
+def _vocabulary(outside: Sequence[ActivationGroup]) -> int:
+    return sum(site.out_features for group in outside for site in group.sites)
 
 
 def _products(groups: Sequence[ActivationGroup]) -> float:
@@ -152,13 +192,13 @@ def multiply_rate(device: torch.device, width: int) -> float:
     return 2.0 * times * _ROWS * width * width / median(rounds)
 
 
-def shared_run(work: Work, processes: int, rate: float, first: int, others: int) -> SharedRun:
+def shared_run(work: Work, processes: int, rate: float | None, first: int, others: int) -> SharedRun:
     """Return what each of so many processes takes.
 
     Args:
         work: all of it.
         processes: how many share it.
-        rate: by ``multiply_rate``; not read where no calibration is made.
+        rate: by ``multiply_rate``; None where no calibration is made.
         first: the most memory of the first process, which does alone what can't be shared.
         others: the same of each other one.
     """
@@ -176,7 +216,7 @@ def shared_run(work: Work, processes: int, rate: float, first: int, others: int)
         written += made.statistics + made.streams
     return SharedRun(
         processes=processes,
-        calibrate_seconds=None if made is None else _calibrate_seconds(made, processes, rate),
+        calibrate_seconds=None if made is None or rate is None else _calibrate_seconds(made, processes, rate),
         search_seconds=max(sum(seconds[index] for index in share) for share in shares),
         memory_first=first,
         memory_others=None if processes == 1 else others,
@@ -189,7 +229,7 @@ def shared_run(work: Work, processes: int, rate: float, first: int, others: int)
 def _calibrate_seconds(made: PassWork, processes: int, rate: float) -> float:
     turns = sum(math.ceil(batches / processes) for batches in made.batches)
     back = math.ceil(sum(made.batches) / processes)  # where one part of the text needs not wait for the other
-    return (made.forward * turns + made.back * back) / sum(made.batches) / rate
+    return (made.writing + (made.forward * turns + made.back * back) / sum(made.batches)) / rate
 
 
 def weighing_memory(

@@ -26,6 +26,7 @@ from stages.quantization.preview.sharing import (
     pass_work,
     shared_run,
     weighing_memory,
+    writing_work,
 )
 from stages.quantization.preview.table import DiskUse, SharedRun, StageMemory
 from stages.records.sites import ActivationGroup
@@ -49,6 +50,8 @@ class Stages:
     calibration: CalibrateConfig
     text: TextShape | None
     """None where no statistics are needed."""
+    own_windows: int
+    """Windows that the model writes itself."""
     held: int
     """Bytes of this process already."""
 
@@ -88,8 +91,15 @@ class Stages:
     def passes(self) -> PassWork | None:
         if self.text is None or not self.calibrates:
             return None
-        groups = (*self.tapped, *self.plan.experts.groups)
-        return pass_work(groups, self.text, self.statistics, weighs=self.weighs)
+        return pass_work(self._groups, self.text, self.statistics, weighs=self.weighs, own_windows=self.own_windows)
+
+    @property
+    def _groups(self) -> tuple[ActivationGroup, ...]:
+        return (*self.tapped, *self.plan.experts.groups)
+
+    def writing_seconds(self, rate: float) -> float:
+        """Return how long the model writes its own windows, at ``rate`` multiplications and additions a second."""
+        return writing_work(self._groups, self.own_windows, self.calibration.seq_len) / rate
 
     def memory(self, processes: Processes) -> Iterator[StageMemory]:
         """Yield what each stage holds in the first of ``processes``."""
@@ -109,15 +119,18 @@ class Stages:
         if self.weighs:
             yield weighing_memory(self.tapped, text, count, limit // PART_FOR_ROWS, self.held)
 
+    def rate(self, device: torch.device) -> float | None:
+        """Measure how many multiplications and additions a second stage one will make; None where it isn't needed."""
+        return None if self.passes is None else multiply_rate(device, self.tapped[0].in_features)
+
     def shared(
-        self, disk: DiskUse, base: int, seconds: Mapping[str, float], device: torch.device
+        self, disk: DiskUse, base: int, seconds: Mapping[str, float], device: torch.device, rate: float | None
     ) -> Iterator[SharedRun]:
         """Yield what several numbers of processes take, each of which has a machine like this one."""
-        plan, passes = self.plan, self.passes
-        rate = 0.0 if passes is None else multiply_rate(device, self.tapped[0].in_features)
+        plan = self.plan
         sizes = [self.text.size(group, part) for group in plan.sites.groups for part in _PARTS] if self.text else []
         work = Work(
-            calibration=passes,
+            calibration=self.passes,
             groups=plan.sites.groups,
             seconds=seconds,
             base=base,

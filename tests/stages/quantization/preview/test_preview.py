@@ -10,6 +10,8 @@ import onnx_ir as ir
 import pytest
 
 import genai_quant
+from stages.calibration.text import documents
+from stages.calibration.text.documents import HubSource
 from stages.quantization.weights.store import open_store
 from stages.quantization.weights.summary import bits_per_weight
 from tests.stages.quantization.preview.configs import quantization
@@ -47,7 +49,7 @@ def test_a_budget_and_missing_weights_still_have_seconds(tiny_model: Path, tmp_p
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.onnx").write_bytes((tiny_model / "model.onnx").read_bytes())
     config = replace(quantization(tmp_path / "base", tmp_path, "awq_gptq"), target_bpw=6.0, block_size=None)
-    found = genai_quant.preview(config)
+    found = genai_quant.preview(replace(config, dataset="offline"))
     assert found.obstacles
     assert found.search.seconds > 0
 
@@ -68,13 +70,28 @@ def test_a_preview_s_formats_are_those_of_the_run(tiny_model: Path, tiny_cache: 
 
 def test_a_budget_without_a_cache_shows_what_is_open(tiny_model: Path, tmp_path: Path) -> None:
     config = replace(quantization(tiny_model, tmp_path, "rtn_dq"), target_bpw=6.0, block_size=None)
-    found = genai_quant.preview(config)
+    found = genai_quant.preview(replace(config, dataset="offline"))
     assert found.recipe == "rtn_dq --target_bpw 6, not spent yet"
     everything = ("4b128", "4b128z", "4b64", "4b64z", "4b32", "4b32z", "8b128")
     assert {site.formats for site in found.sites} == {everything, (*everything, "keep")}
     (note,) = (note for note in found.notes if "not spent yet" in note)
     assert "it needs the calibration cache" in note
     assert "bits a weight can be reached" in note
+
+
+def test_the_text_is_that_of_the_run_and_what_the_model_writes_of_it_takes_time(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = HubSource(path=str(tmp_path / "nothing"), config=None, split="train", column="text")
+    monkeypatch.setattr(documents, "HUB_SOURCES", {"cnn": nothing})
+    config = quantization(tiny_model, tmp_path, "awq_lite")
+    notes = " ".join(genai_quant.preview(config).notes)
+    assert "it is part of the same run (text: mix)" in notes
+    assert "mix takes its place" in notes
+    assert "the model writes 22 windows of text itself" in notes
+    notes = " ".join(genai_quant.preview(replace(config, dataset="offline")).notes)
+    assert "(text: offline)" in notes
+    assert "writes" not in notes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import genai_quant
 from stages.calibration.capture import TextShape
 from stages.quantization.preview import sharing
-from stages.quantization.preview.sharing import Work, multiply_rate, pass_work, shared_run
+from stages.quantization.preview.sharing import Work, multiply_rate, pass_work, shared_run, writing_work
 from tests.stages.quantization.preview.configs import calibration, quantization
 from tests.stages.quantization.search.problems import random_layer
 
@@ -37,6 +37,23 @@ def test_passes_multiply_weights_and_add_up_gram_matrices() -> None:
     assert (plain.batches, plain.statistics) == ((5, 1), 1000)
     assert (plain.sent, weighed.sent) == (TOKENS * 2 * 64 * 4, 2 * TOKENS * 2 * 64 * 4)
     assert pass_work(GROUPS, replace(TEXT, seq_len=None), 1000, weighs=True) is None
+
+
+def test_text_of_its_own_is_written_by_one_process_before_the_passes() -> None:
+    layer = replace(GROUPS[0], sites=(replace(GROUPS[0].sites[0], name="/model/layers.0/attn/q_proj/MatMul"),))
+    head = replace(GROUPS[1], sites=(replace(GROUPS[1].sites[0], name="/lm_head/MatMul"),))
+    token = 1.3 * 2 * 64 * (32 + 16) + 13 * 4 * 64 * 64 + 700 * 16
+    assert writing_work([layer, head], 3, 128) == pytest.approx(3 * 128 * token)
+    passes = pass_work(GROUPS, TEXT, 1000, weighs=True, own_windows=3)
+    assert passes is not None
+    assert passes.writing == writing_work(GROUPS, 3, 128)
+    for count in (1, 64):
+        without, written = (
+            shared_run(replace(work(), calibration=made), count, 1e6, 5, 3).calibrate_seconds
+            for made in (replace(passes, writing=0.0), passes)
+        )
+        assert without is not None
+        assert written == pytest.approx(without + passes.writing / 1e6)
 
 
 def work(*, calibrates: bool = True) -> Work:
