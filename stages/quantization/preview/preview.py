@@ -259,10 +259,11 @@ def _notes(known: _Known, stages: Stages, rate: float | None) -> Iterator[str]:
     config = stages.config
     if config.needs_cache and known.cache is None:
         yield "the search's time is without calibration, which can take longer: the table of processes has an estimate"
-    if stages.own_windows and rate is not None:
+    passes = stages.passes
+    if stages.own_windows and passes is not None and rate is not None:
         yield (
             f"the model writes {counted(stages.own_windows, 'window')} of text itself, in one process: about "
-            f"{duration(stages.writing_seconds(rate))} of that; what it has written before is read"
+            f"{duration(passes.writing / rate)} of that; what it has written before is read"
         )
     if config.evaluate:
         yield "--evaluate, where the model runs over text, isn't estimated"

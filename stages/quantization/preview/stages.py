@@ -26,7 +26,6 @@ from stages.quantization.preview.sharing import (
     pass_work,
     shared_run,
     weighing_memory,
-    writing_work,
 )
 from stages.quantization.preview.table import DiskUse, SharedRun, StageMemory
 from stages.records.sites import ActivationGroup
@@ -91,15 +90,8 @@ class Stages:
     def passes(self) -> PassWork | None:
         if self.text is None or not self.calibrates:
             return None
-        return pass_work(self._groups, self.text, self.statistics, weighs=self.weighs, own_windows=self.own_windows)
-
-    @property
-    def _groups(self) -> tuple[ActivationGroup, ...]:
-        return (*self.tapped, *self.plan.experts.groups)
-
-    def writing_seconds(self, rate: float) -> float:
-        """Return how long the model writes its own windows, at ``rate`` multiplications and additions a second."""
-        return writing_work(self._groups, self.own_windows, self.calibration.seq_len) / rate
+        groups = (*self.tapped, *self.plan.experts.groups)
+        return pass_work(groups, self.text, self.statistics, weighs=self.weighs, own_windows=self.own_windows)
 
     def memory(self, processes: Processes) -> Iterator[StageMemory]:
         """Yield what each stage holds in the first of ``processes``."""
