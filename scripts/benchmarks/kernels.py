@@ -15,7 +15,7 @@ from stages.quantization.search.affine import choose_parameters, split
 from stages.quantization.search.gptq.codes import gptq_codes
 from stages.quantization.search.gptq.columns import ColumnParameters, columns_of
 from stages.quantization.search.gptq.coordinate_descent import coordinate_descent
-from stages.quantization.search.gptq.inverse import damped, inverse_cholesky
+from stages.quantization.search.gptq.factor import damped, factor_gram
 from stages.quantization.search.parallel import most_at_once
 from stages.records.formats import PerBlock, QuantSpec
 
@@ -47,17 +47,17 @@ def _measure(shape: tuple[int, int], spec: QuantSpec, device: torch.device, roun
     weight = torch.randn(out_features, in_features, generator=generator).to(device)
     gram = _gram(in_features, generator).to(device)
     found = choose_parameters(split(weight, spec.block_size(in_features)), spec)
-    inverse = inverse_cholesky(gram, _DAMPING, act_order=True)
+    factor = factor_gram(gram, _DAMPING, act_order=True)
     # As a search does: as many layers at once.
-    weights, ranges, inverses = columns_of([weight] * count), ColumnParameters.of([found] * count), [inverse] * count
-    codes = gptq_codes(weights, ranges, spec, inverses)
+    weights, ranges, factors = columns_of([weight] * count), ColumnParameters.of([found] * count), [factor] * count
+    codes = gptq_codes(weights, ranges, spec, factors)
     grams = damped(gram, _DAMPING).repeat(count, 1, 1)
     return KernelFigure(
         in_features=in_features,
         out_features=out_features,
         product=_seconds(lambda: weight @ gram, device, rounds),
-        factoring=_seconds(lambda: inverse_cholesky(gram, _DAMPING, act_order=True), device, rounds),
-        gptq=_seconds(lambda: gptq_codes(weights, ranges, spec, inverses), device, rounds) / count,
+        factoring=_seconds(lambda: factor_gram(gram, _DAMPING, act_order=True), device, rounds),
+        gptq=_seconds(lambda: gptq_codes(weights, ranges, spec, factors), device, rounds) / count,
         descent=_seconds(lambda: coordinate_descent(weights, codes, ranges, spec, grams, 1), device, rounds) / count,
     )
 

@@ -33,6 +33,8 @@ from stages.system.shared_folder import wait_until
 MANIFEST = "manifest.json"
 _TOKENS = "tokens.safetensors"
 _MAXIMA = "kv-maxima.safetensors"
+_TRIANGLE = ".gram_triangle"
+"""How the name of a packed Gram matrix ends, which is read once, to be unpacked."""
 _FORMAT = 3
 _EARLIER = frozenset({1, 2})
 _CHANNELS, _OUTPUTS = "channels of ", "outputs of "
@@ -151,7 +153,7 @@ class CalibrationCache:
             CacheMismatch: the cache has no such activation, or its file is missing or damaged.
         """
         with self._reading(self._file_of(activation)) as path:
-            return _activation_stats(load_file(path))
+            return _activation_stats(_load(path))
 
     def read_for_search(self, activation: str) -> SearchStats:
         """Return what a search minimizes at the sites that read ``activation``.
@@ -162,7 +164,7 @@ class CalibrationCache:
         if activation not in self.manifest.weighted:
             return SearchStats(tokens=self.read(activation), channel_weights={})
         with self._reading(weighted_file(self._file_of(activation))) as path:
-            tensors = load_file(path)
+            tensors = _load(path)
             return SearchStats(
                 tokens=_activation_stats(tensors),
                 channel_weights=_by_site(tensors, _CHANNELS),
@@ -438,6 +440,11 @@ def _windows(found: Mapping[str, np.ndarray], part: str) -> np.ndarray:
     return windows
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    """Return the file's tensors; all of it stays in memory while one that isn't a copy is used."""
+    return {name: each if name.endswith(_TRIANGLE) else each.clone() for name, each in load_file(path).items()}
+
+
 def _activation_stats(tensors: Mapping[str, Tensor]) -> ActivationStats:
     return ActivationStats(calibration=_token_stats(tensors, "calibration"), held_out=_token_stats(tensors, "held_out"))
 
@@ -475,7 +482,7 @@ def _count(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 def _gram(tensors: Mapping[str, Tensor], part: str, size: int) -> Tensor | None:
-    packed = _floats(tensors, f"{part}.gram_triangle", rank=2, optional=True)
+    packed = _floats(tensors, f"{part}{_TRIANGLE}", rank=2, optional=True)
     if packed is None:
         return None
     wanted = (-(-size // 2), size + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,8 @@ from stages.records.formats import EmbeddingTable
 from stages.records.sites import MatMulSite, WeightLayout
 
 _COMPARED_ROWS = 1024
+_READ_AT_ONCE, _LEAST_ROWS = 1 << 22, 64
+"""Numbers that are made float32 and turned at once, and rows of them at least."""
 _BYTE = 8
 _FEWEST_BYTES = 1 << 14
 """Less than this is not worth another reader of a tensor."""
@@ -57,14 +59,21 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
     """
     stored = _stored(model, site.weight, f"weight '{site.weight}' of {site.name}")
     numbers = stored.numpy() if site.expert is None else stored.numpy()[site.expert.index]
-    weight = to_torch(numbers).to(device=device, dtype=torch.float32, copy=True)
-    del numbers
+    weight = torch.empty((site.out_features, site.in_features), device=device)
+    turned = site.layout is WeightLayout.K_BY_N
+    for part, rows in _in_parts(numbers.reshape(weight.shape[::-1] if turned else weight.shape)):
+        numbers_of_part = to_torch(rows).to(device=device, dtype=torch.float32)
+        (weight.T if turned else weight)[part] = numbers_of_part
+    del numbers, rows
     _release(stored)
-    shape = site.out_features, site.in_features
-    weight = weight.reshape(shape[::-1] if site.layout is WeightLayout.K_BY_N else shape)
-    if site.layout is WeightLayout.K_BY_N:
-        weight = weight.T.contiguous()
     return require_finite(weight, f"weight of {site.name}")
+
+
+def _in_parts(numbers: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield some rows after others, so that no second copy of a matrix is ever there."""
+    step = max(_READ_AT_ONCE // max(numbers.shape[1], 1), _LEAST_ROWS)
+    for start in range(0, len(numbers), step):
+        yield slice(start, start + step), numbers[start : start + step]
 
 
 def stored_weight(model: ir.Model, site: MatMulSite) -> Float[Tensor, "N K"]:

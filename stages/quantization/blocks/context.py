@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, block_loss
-from stages.quantization.search.choices import output_energies
-from stages.quantization.search.objective import joint_errors, mixed_outputs, search_to_device
+from stages.quantization.search.choices import joint_energies, output_energies
+from stages.quantization.search.objective import search_to_device
 from stages.records.results import QuantizedWeight, SearchStats, SolvedGroup, TokenStats
 from stages.runtime.blocks.stream import BlockRunner
 
@@ -77,7 +77,6 @@ def _relative_losses(
     weight: QuantizedWeight, original: Tensor, output_gram: Tensor | None, stats: tuple[TokenStats, ...]
 ) -> list[float | None]:
     """Return the error relative to the output's energy over each of ``stats``, as the search reports it."""
-    mixed = mixed_outputs(original, output_gram)
-    errors = joint_errors(mixed_outputs(effective_weight(weight, original.device), output_gram) - mixed, stats)
-    energies = output_energies(mixed, stats)
+    errors = joint_energies(effective_weight(weight, original.device) - original, output_gram, stats)
+    energies = output_energies(original, output_gram, stats)
     return [None if energy is None else error / energy for error, energy in zip(errors, energies, strict=True)]

@@ -21,7 +21,7 @@ from stages.quantization.blocks.learnable_weight import effective_weight
 from stages.quantization.blocks.signround import StreamPair, TunedBlock
 from stages.quantization.search.choices import full_ranges, stored_weight
 from stages.quantization.search.gptq.compensate import compensate
-from stages.quantization.search.gptq.inverse import damped
+from stages.quantization.search.gptq.factor import damped
 from stages.quantization.search.objective import mixed_outputs
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions
 from stages.quantization.search.ranges import clip_sites

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -196,6 +197,14 @@ def quantize(
     if parameters.zero_points is not None:
         codes += parameters.zero_points.unsqueeze(-1)
     return codes.clamp_(spec.code_min, spec.code_max)
+
+
+def as_stored(codes: Float[Tensor, "N K"], spec: QuantSpec) -> Integer[Tensor, "N K"]:
+    """Return codes in the type that they are stored in, in the same order of memory."""
+    if codes.device.type != "cpu":
+        return codes.to(spec.code_dtype)
+    # numpy: torch takes six times as long to make uint8 of float32.
+    return torch.from_numpy(codes.numpy().astype(np.int8 if spec.symmetric else np.uint8))
 
 
 def dequantize(codes: Float[Tensor, "*batch nB B"], parameters: BlockParameters) -> Float[Tensor, "*batch nB B"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages.quantization.search.affine import (
     RangeRule,
+    as_stored,
     choose_parameters,
     dequantize,
     join,
@@ -24,7 +25,15 @@ from stages.quantization.search.affine import (
     stack_parameters,
 )
 from stages.quantization.search.objective import joint_errors, mixed_outputs, output_error
-from stages.quantization.search.problem import IDENTITY, Errors, GroupProblem, InputScale, SearchOptions, SiteChoice
+from stages.quantization.search.problem import (
+    IDENTITY,
+    MEASURED_CHANNELS,
+    Errors,
+    GroupProblem,
+    InputScale,
+    SearchOptions,
+    SiteChoice,
+)
 from stages.quantization.weights.bitpack import slices
 from stages.records.formats import QuantSpec, torch_float
 from stages.records.results import QuantizedWeight, TokenStats
@@ -176,6 +185,8 @@ def _total_errors(choices: tuple[SiteChoice, ...]) -> Errors:
 def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: TokenStats) -> tuple[float, ...]:
     """Return tr(H D G D^T) of every site: the mean over tokens of its squared output error, where H is the identity.
 
+    Of a site with many output channels it is estimated from MEASURED_CHANNELS.
+
     Args:
         problem: the sites.
         choices: one a site.
@@ -187,11 +198,32 @@ def site_errors(problem: GroupProblem, choices: tuple[SiteChoice, ...], stats: T
     )
 
 
-def output_energies(weight: Float[Tensor, "N K"], stats: tuple[TokenStats, ...]) -> list[float | None]:
-    """Return tr(W G W^T) over each of ``stats``, what errors are relative to; None where no token was seen."""
-    chunks = [joint_errors(rows, stats) for rows in torch.split(weight, rows_per_chunk(weight))]
-    totals = [max(sum(part), _SMALLEST_ENERGY) for part in zip(*chunks, strict=True)]
-    return [None if each.is_silent else total for each, total in zip(stats, totals, strict=True)]
+def output_energies(
+    weight: Float[Tensor, "N K"], output_gram: Float[Tensor, "heads size size"] | None, stats: tuple[TokenStats, ...]
+) -> list[float | None]:
+    """Return tr(H W G W^T) over each of ``stats``, what errors are relative to; None where no token was seen.
+
+    Args:
+        weight: the weight.
+        output_gram: the diagonal blocks of H; None: the identity.
+        stats: of the activation.
+    """
+    energies = joint_energies(weight, output_gram, stats)
+    return [
+        None if each.is_silent else max(energy, _SMALLEST_ENERGY) for each, energy in zip(stats, energies, strict=True)
+    ]
+
+
+def joint_energies(
+    rows: Float[Tensor, "N K"], output_gram: Float[Tensor, "heads size size"] | None, stats: tuple[TokenStats, ...]
+) -> list[float]:
+    """Return tr(H R G R^T) over each of ``stats``, from as many channels of R as errors of sites are measured on.
+
+    Args:
+        rows: R, a weight or its error.
+        output_gram, stats: see ``output_energies``.
+    """
+    return _energies(rows[_channels(rows, output_gram)], len(rows), output_gram, stats)
 
 
 def candidate_errors(
@@ -234,13 +266,23 @@ def _site_errors(
     choice: SiteChoice,
     stats: tuple[TokenStats, ...],
 ) -> list[float]:
-    if output_gram is not None:
-        return joint_errors(mixed_outputs(_weight_error(weight, spec, choice), output_gram), stats)
-    totals = [0.0] * len(stats)
-    for chunk in slices(len(weight), rows_per_chunk(weight)):
-        errors = joint_errors(_weight_error(weight[chunk], spec, _rows_of(choice, chunk)), stats)
-        totals = [total + error for total, error in zip(totals, errors, strict=True)]
-    return totals
+    some = _channels(weight, output_gram)
+    return _energies(_weight_error(weight[some], spec, _rows_of(choice, some)), len(weight), output_gram, stats)
+
+
+def _channels(weight: Tensor, output_gram: Tensor | None) -> slice:
+    """Return which output channels stand for all: evenly spaced ones, where errors of different ones don't mix."""
+    return slice(0, None, -(-len(weight) // MEASURED_CHANNELS) if output_gram is None else 1)
+
+
+def _energies(
+    rows: Float[Tensor, "n K"],
+    channels: int,
+    output_gram: Float[Tensor, "heads size size"] | None,
+    stats: tuple[TokenStats, ...],
+) -> list[float]:
+    """Return tr(H R G R^T) over each of ``stats`` for the R that ``rows`` are a part of, of so many channels."""
+    return [error * channels / len(rows) for error in joint_errors(mixed_outputs(rows, output_gram), stats)]
 
 
 def _weight_error(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteChoice) -> Float[Tensor, "N K"]:
@@ -264,7 +306,7 @@ def _stored_codes(weight: Float[Tensor, "N K"], spec: QuantSpec, choice: SiteCho
     if choice.codes is not None:
         return choice.codes
     parts = [
-        _codes(weight[chunk], spec, _rows_of(choice, chunk)).to(spec.code_dtype)
+        as_stored(_codes(weight[chunk], spec, _rows_of(choice, chunk)), spec)
         for chunk in slices(len(weight), rows_per_chunk(weight))
     ]
     return torch.cat(parts)

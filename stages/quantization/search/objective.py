@@ -6,7 +6,7 @@ computed from G or from the rows X themselves, whichever the cache holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,16 @@ from torch import Tensor
 from stages.quantization.search.affine import diagonal_blocks, split
 from stages.records.results import ActivationStats, SearchStats, TokenStats
 
-_STRIP = 128
-"""Rows of a symmetric product that are computed at once: narrower ones run slower, wider ones compute more twice."""
+_WIDE, _STRIP, _WIDE_STRIP = 2048, 128, 256
+"""Inputs from which a matrix counts as wide; columns that are computed at once in others, and in those."""
+
+
+def columns_at_once(inputs: int) -> int:
+    """Return how many columns (or rows) of a K x K matrix a product shall have.
+
+    In a wide matrix libraries compute fewer at half the rate; in a small one more of them would be computed in vain.
+    """
+    return _STRIP if inputs < _WIDE else _WIDE_STRIP
 
 
 def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float[Tensor, "*batch N"]:
@@ -25,13 +33,11 @@ def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float
 
     A Gram matrix is symmetric, so half of it, doubled off the diagonal, is enough.
     """
-    if stats.gram is not None:
-        gram = stats.gram.triu(1).mul_(2)
-        gram.diagonal().copy_(stats.gram.diagonal())
+    if (gram := stats.gram) is not None:
         total = error.new_zeros(error.shape[:-1])
-        for start in range(0, len(gram), _STRIP):
-            strip = slice(start, start + _STRIP)
-            product = error[..., : strip.stop] @ gram[: strip.stop, strip]
+        for strip in _strips(len(gram)):
+            product = (error[..., : strip.start] @ gram[: strip.start, strip]).mul_(2)
+            product += error[..., strip] @ gram[strip, strip]
             total += product.mul_(error[..., strip]).sum(dim=-1)
         return total
     assert stats.rows is not None
@@ -48,15 +54,20 @@ def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> li
     if not with_gram:
         return totals
     parts: dict[int, list[Tensor]] = {index: [] for index in with_gram}
-    for start in range(0, error.shape[1], _STRIP):
-        end = start + _STRIP
-        strip = error[:, start:end].T @ error[:, :end]
-        strip[:, :start] *= 2
+    for strip in _strips(error.shape[1]):
+        product = error[:, strip].T @ error[:, : strip.stop]
+        product[:, : strip.start] *= 2
         for index, gram in with_gram.items():
-            parts[index].append((strip * gram[start:end, :end]).sum(dim=-1))
+            parts[index].append((product * gram[strip, : strip.stop]).sum(dim=-1))
     for index, sums in parts.items():
         totals[index] = float(torch.cat(sums).cpu().double().sum())
     return totals
+
+
+def _strips(inputs: int) -> Iterator[slice]:
+    step = columns_at_once(inputs)
+    for start in range(0, inputs, step):
+        yield slice(start, min(start + step, inputs))
 
 
 def mixed_outputs(
@@ -83,13 +94,36 @@ def full_gram(stats: TokenStats) -> Float[Tensor, "K K"]:
     return rows.T @ rows / max(stats.num_tokens, 1)
 
 
-def gram_blocks(stats: TokenStats, block_size: int) -> Float[Tensor, "nB B B"]:
-    """Return the diagonal blocks of the Gram matrix, from whichever form the statistics have."""
+def scaled_gram(gram: Float[Tensor, "K K"], input_scale: Float[Tensor, " K"] | None) -> Float[Tensor, "K K"]:
+    """Return a new matrix, the Gram matrix of x / s: errors of the scaled weight W diag(s) have the same loss with it.
+
+    Args:
+        gram: of x.
+        input_scale: s; None: ones.
+    """
+    return gram.clone() if input_scale is None else (gram / input_scale).div_(input_scale[:, None])
+
+
+def gram_blocks(
+    stats: TokenStats, block_size: int, input_scale: Float[Tensor, " K"] | None = None
+) -> Float[Tensor, "nB B B"]:
+    """Return the diagonal blocks of the Gram matrix of x / s, from whichever form the statistics have.
+
+    Args:
+        stats: of x.
+        block_size: inputs of a block; the last one is padded with zeros.
+        input_scale: s; None: ones.
+    """
     if stats.gram is not None:
-        return diagonal_blocks(stats.gram, block_size)
-    assert stats.rows is not None
-    blocks = split(stats.rows.float(), block_size)  # [T, nB, B]
-    return torch.einsum("tbi,tbj->bij", blocks, blocks) / max(stats.num_tokens, 1)
+        blocks = diagonal_blocks(stats.gram, block_size)
+    else:
+        assert stats.rows is not None
+        rows = split(stats.rows.float(), block_size)  # [T, nB, B]
+        blocks = torch.einsum("tbi,tbj->bij", rows, rows) / max(stats.num_tokens, 1)
+    if input_scale is None:
+        return blocks
+    reach = split(input_scale.reciprocal(), block_size)
+    return blocks * reach.unsqueeze(1) * reach.unsqueeze(2)
 
 
 def to_device(stats: TokenStats, device: torch.device) -> TokenStats:
@@ -109,13 +143,3 @@ def search_to_device(stats: SearchStats, device: torch.device) -> SearchStats:
     )
     output_grams = {name: gram.to(device) for name, gram in stats.output_grams.items()}
     return replace(stats, tokens=tokens, output_grams=output_grams)
-
-
-def in_scaled_space(stats: TokenStats, input_scale: Float[Tensor, " K"]) -> TokenStats:
-    """Return the statistics of x / s: they give the same loss, for errors of the scaled weight W diag(s)."""
-    return TokenStats(
-        num_tokens=stats.num_tokens,
-        abs_mean=stats.abs_mean / input_scale,
-        gram=None if stats.gram is None else stats.gram / input_scale / input_scale[:, None],
-        rows=None if stats.rows is None else stats.rows.float() / input_scale,
-    )

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 
 from stages.quantization.search.gptq.stacks import numbers_at_once
+from stages.quantization.search.problem import GroupProblem
 from stages.quantization.search.solver import GroupSolver
 from stages.records.formats import QuantSpec
 from stages.records.results import SolvedGroup
@@ -23,12 +24,14 @@ from stages.system.hardware import one_thread_each
 Solved = tuple[int, SolvedGroup]
 """A group's place among those that are solved, and its result."""
 
-_AT_ONCE, _PART = 8, 4
+_AT_ONCE, _PART = 8, 2
 """Groups of one shape that are solved at once, and together at most one part in so many of what is solved as one
 matrix: larger ones gain nothing. Those that were begun are lost when a search is stopped."""
 _MEMORY = 2 << 30
 """Bytes that the groups solved in parallel may take together; one that takes more is solved by itself in any case."""
-_HELD_COPIES, _COPIES_AT_WORK, _COPIES_OF_GRAM = 2, 10, 8
+_READ_AHEAD = 3 << 29
+"""Bytes of weights and Gram matrix up to which a group is read while another one is solved."""
+_HELD_COPIES, _COPIES_AT_WORK, _COPIES_OF_GRAM = 2, 10, 5
 """Float32 copies that a search holds at once, at most: of all weights with their codes and scales, of the weights that
 are solved as one matrix, and of the Gram matrix, where a float64 copy counts twice."""
 _FLOAT32 = 4
@@ -41,6 +44,11 @@ def search_memory(group: ActivationGroup, device: torch.device) -> int:
     at_once = max(numbers_at_once(device), inputs)
     copies = _HELD_COPIES * weights + _COPIES_AT_WORK * min(weights, at_once) + _COPIES_OF_GRAM * inputs * inputs
     return _FLOAT32 * copies
+
+
+def _read_memory(group: ActivationGroup) -> int:
+    """Return the bytes of what is read of ``group``."""
+    return _FLOAT32 * group.in_features * (group.in_features + sum(site.out_features for site in group.sites))
 
 
 def solve_groups(solver: GroupSolver, groups: Sequence[ActivationGroup]) -> Iterator[Solved]:
@@ -147,11 +155,11 @@ def _in_turn(solver: GroupSolver, groups: Sequence[tuple[int, ActivationGroup]])
     if not groups:
         return
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(solver.pose, groups[0][1])
-        for (place, _), following in zip(groups, (*groups[1:], None), strict=True):
-            problem = coming.result()
-            if following is not None:
-                coming = reader.submit(solver.pose, following[1])
+        coming: Future[GroupProblem] | None = None
+        for (place, group), following in zip(groups, (*groups[1:], None), strict=True):
+            problem = solver.pose(group) if coming is None else coming.result()
+            ahead = following is not None and _read_memory(following[1]) <= _READ_AHEAD
+            coming = reader.submit(solver.pose, following[1]) if following is not None and ahead else None
             solved = solver.solve_posed(problem)
             del problem  # its weights are as large as the copies that are made of the codes when they are written
             yield place, solved

@@ -25,7 +25,7 @@ from stages.quantization.search.affine import (
 )
 from stages.quantization.search.choices import errors_of, first_validated, full_ranges, measured, scaled_weight
 from stages.quantization.search.gptq.columns import columns_of
-from stages.quantization.search.objective import gram_blocks, in_scaled_space
+from stages.quantization.search.objective import gram_blocks
 from stages.quantization.search.problem import IDENTITY, GroupProblem, InputScale, SearchOptions, SiteChoice
 from stages.records.formats import QuantSpec
 
@@ -80,10 +80,7 @@ def _site_ranges(
 ) -> BlockParameters:
     """Search the ranges of a whole site under ``scale``, some output channels at a time."""
     assert problem.stats is not None
-    stats = problem.stats.calibration
-    if scale.scale is not None:
-        stats = in_scaled_space(stats, scale.scale)
-    gram = gram_blocks(stats, spec.block_size(weight.shape[1]))
+    gram = gram_blocks(problem.stats.calibration, spec.block_size(weight.shape[1]), scale.scale)
     ratios = clip_ratio_grid(options.clip_min, options.clip_step)
     step = -(-options.column_chunk // _ROWS) * _ROWS
     starts = [*range(0, max(len(weight) - _ROWS, 1), step), len(weight)]

@@ -22,6 +22,7 @@ from stages.quantization.search.affine import (
     BlockParameters,
     BlockRange,
     RangeRule,
+    as_stored,
     block_range,
     quantize,
     range_parameters,
@@ -170,7 +171,7 @@ def _round_pieces(
         first = inputs.start // size
         place.keep_parameters(channels, slice(first, first + blocks.shape[1]), full, parameters)
         codes = quantize(blocks, parameters, spec).flatten(1)[:, : inputs.stop - inputs.start]
-        place.codes[channels, inputs] = _as_stored(codes, spec)
+        place.codes[channels, inputs] = _outputs_first(codes, spec)
 
 
 def _in_blocks(part: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n nB B"]:
@@ -190,9 +191,7 @@ def _range(blocks: Float[Tensor, "n nB B"]) -> BlockRange:
     return BlockRange(low=in_memory.amin(dim=1).T, high=in_memory.amax(dim=1).T)
 
 
-def _as_stored(codes: Float[Tensor, "n k"], spec: QuantSpec) -> Tensor:
-    """Return codes in the type that they are stored in, outputs first."""
-    inputs_first = codes.stride(0) == 1
-    # numpy: torch takes six times as long to make uint8 of float32.
-    numbers = (codes.T if inputs_first else codes).numpy().astype(np.int8 if spec.symmetric else np.uint8)
-    return torch.from_numpy(turned(numbers) if inputs_first else numbers)
+def _outputs_first(codes: Float[Tensor, "n k"], spec: QuantSpec) -> Tensor:
+    """Return codes in the type that they are stored in, those of an output channel side by side."""
+    stored = as_stored(codes, spec)
+    return torch.from_numpy(turned(stored.T.numpy())) if codes.stride(0) == 1 else stored

@@ -15,7 +15,7 @@ from stages.quantization.search.affine import spec_for
 from stages.quantization.search.awq import awq_full, awq_lite
 from stages.quantization.search.choices import errors_of, full_range, measured, output_energies, rtn, stored_weight
 from stages.quantization.search.gptq.compensate import COMPENSATED, awq_gptq, compensate, gptq
-from stages.quantization.search.objective import mixed_outputs, search_to_device
+from stages.quantization.search.objective import search_to_device
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.quantization.search.rounding import Rounder
@@ -241,8 +241,8 @@ def _report(problem: GroupProblem, index: int, choice: SiteChoice, options: Sear
     if problem.stats is None:
         return report
     baseline, errors = errors_of(problem.rtn_baseline[index]), errors_of(choice)
-    mixed = mixed_outputs(weight, problem.output_grams[index])
-    seen, unseen = output_energies(mixed, (problem.stats.calibration, problem.stats.held_out))
+    both = (problem.stats.calibration, problem.stats.held_out)
+    seen, unseen = output_energies(weight, problem.output_grams[index], both)
     return replace(
         report,
         loss_rtn=_relative(baseline.calibration, seen),

@@ -61,27 +61,26 @@ class ColumnSteps:
     wanted: Float[Tensor, "S E N"]
     """t: what the weights should be, counted from code 0."""
     base: Float[Tensor, "S E N"]
-    """What changes are counted from: ``wanted`` itself, or the weights that stand there now."""
+    """What changes are counted from: the weights that stand there now, from code 0 too."""
     scales: Float[Tensor, "S E N"]
     codes: Float[Tensor, "S E N"]
     changes: Float[Tensor, "S E N"]
     pulls: Float[Tensor, "S S E 1"]
 
-    def __init__(self, columns: int, like: Float[Tensor, "E K N"], spec: QuantSpec, *, descends: bool) -> None:
+    def __init__(self, columns: int, like: Float[Tensor, "E K N"], spec: QuantSpec, *, one_scale: bool) -> None:
         """Make the place.
 
         Args:
             columns: S.
             like: the matrices, for their number, rows and device.
             spec: the format that they are stored in.
-            descends: whether weights stand there already, in blocks of at least S columns that share a scale.
+            one_scale: whether the columns of a place share their scales, those of the first.
         """
         problems, _, rows = like.shape
         # Zeros: where fewer columns are filled, those behind them are moved too, and must stay finite.
         made = like.new_zeros(5, columns, problems, rows)
-        self.wanted, self.codes, self.changes = made[0], made[1], made[2]
-        self.base = made[3] if descends else self.wanted
-        self.scales = made[4, :1].expand(columns, -1, -1) if descends else made[4]
+        self.wanted, self.codes, self.changes, self.base = made[0], made[1], made[2], made[3]
+        self.scales = made[4, :1].expand(columns, -1, -1) if one_scale else made[4]
         self.pulls = like.new_zeros(columns, columns, problems, 1)
         self.spec = spec
         behind = [(self.wanted[column + 1 :], self.pulls[column, column + 1 :]) for column in range(columns)]

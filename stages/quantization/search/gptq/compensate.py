@@ -10,15 +10,22 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from stages.quantization.search.affine import BlockParameters, copy_rows, empty_like, rows_of, stack_parameters
+from stages.quantization.search.affine import (
+    BlockParameters,
+    as_stored,
+    copy_rows,
+    empty_like,
+    rows_of,
+    stack_parameters,
+)
 from stages.quantization.search.awq import awq_full
 from stages.quantization.search.choices import keep_validated, scaled_weight
 from stages.quantization.search.gptq.codes import gptq_codes, together
 from stages.quantization.search.gptq.columns import ColumnParameters, columns_of
 from stages.quantization.search.gptq.coordinate_descent import coordinate_descent, two_sided_descent
-from stages.quantization.search.gptq.inverse import InverseCholesky, damped, inverse_cholesky
+from stages.quantization.search.gptq.factor import damp, factor_gram
 from stages.quantization.search.gptq.stacks import Rows, make_stacks, numbers_at_once
-from stages.quantization.search.objective import full_gram, in_scaled_space
+from stages.quantization.search.objective import full_gram, scaled_gram
 from stages.quantization.search.problem import Algorithm, GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.ranges import awq_clip
 from stages.quantization.weights.bitpack import slices
@@ -50,34 +57,56 @@ def compensate(
         options: damping, order of columns and passes of coordinate descent.
         choices: for each problem one a site, which must share one input scale, as those of one activation do.
     """
-    grams = [_scaled_gram(problem, of_sites[0]) for problem, of_sites in _pairs(problems, choices)]
-    compensation = _Compensation.over(grams, options)
-    steps = [
-        [_empty_steps(*each, options) for each in zip(problem.weights, problem.specs, of_sites, strict=True)]
-        for problem, of_sites in _pairs(problems, choices)
+    refined = _by_gptq(problems, options, choices)
+    if options.descent_passes:
+        refined = _by_descent(problems, options, refined)
+    return [keep_validated(problem, of_sites) for problem, of_sites in _pairs(problems, refined)]
+
+
+def _by_gptq(
+    problems: Sequence[GroupProblem], options: SearchOptions, choices: Sequence[tuple[SiteChoice, ...]]
+) -> list[tuple[SiteChoice, ...]]:
+    """Return ``choices`` with the codes that GPTQ finds."""
+    factors = [
+        factor_gram(gram, options.damping, act_order=options.act_order, input_scale=scale)
+        for gram, scale in _grams(problems, choices)
     ]
-    for stack in make_stacks(problems[0], len(problems)):
-        spec = problems[0].specs[stack[0].index]
-        weights = columns_of([_stacked(problem, stack, of_sites) for problem, of_sites in _pairs(problems, choices)])
-        ranges = [[rows_of(of_sites[each.index].parameters, each.rows) for each in stack] for of_sites in choices]
-        found = compensation.steps(weights, ColumnParameters.of([stack_parameters(each) for each in ranges]), spec)
-        for index, of_problem in enumerate(steps):
-            _fill(of_problem, stack, [step.matrix(index, spec) for step in found])
-    refined = [
-        [_refined(choice, of_site) for choice, of_site in zip(of_sites, of_problem, strict=True)]
-        for of_sites, of_problem in zip(choices, steps, strict=True)
-    ]
-    if compensation.damped is not None:
-        for index, output_gram in enumerate(problems[0].output_grams):
-            if output_gram is not None:
-                _improve_for_outputs(problems, index, refined, compensation.damped)
-    return [keep_validated(problem, tuple(of_sites)) for problem, of_sites in _pairs(problems, refined)]
+    found = _empty_steps(problems, choices)
+    for stack in _stacks(problems, choices):
+        stack.fill(found, gptq_codes(stack.weights, stack.ranges, stack.spec, factors), stack.ranges)
+    return _refined(choices, found)
+
+
+def _by_descent(
+    problems: Sequence[GroupProblem], options: SearchOptions, choices: Sequence[tuple[SiteChoice, ...]]
+) -> list[tuple[SiteChoice, ...]]:
+    """Return ``choices`` with codes and scales after coordinate descent."""
+    grams = together([damp(scaled_gram(*each), options.damping) for each in _grams(problems, choices)])
+    found = _empty_steps(problems, choices)
+    for stack in _stacks(problems, choices):
+        codes = columns_of([stack.codes(of_sites) for of_sites in choices])
+        better = coordinate_descent(stack.weights, codes, stack.ranges, stack.spec, grams, options.descent_passes)
+        stack.fill(found, *better)
+    refined = [list(of_sites) for of_sites in _refined(choices, found)]
+    for index, output_gram in enumerate(problems[0].output_grams):
+        if output_gram is not None:
+            _improve_for_outputs(problems, index, refined, grams)
+    return [tuple(of_sites) for of_sites in refined]
 
 
 def _pairs(
-    problems: Sequence[GroupProblem], choices: Sequence[Sequence[SiteChoice]]
-) -> Iterator[tuple[GroupProblem, Sequence[SiteChoice]]]:
+    problems: Sequence[GroupProblem], choices: Sequence[tuple[SiteChoice, ...]]
+) -> Iterator[tuple[GroupProblem, tuple[SiteChoice, ...]]]:
     return zip(problems, choices, strict=True)
+
+
+def _grams(
+    problems: Sequence[GroupProblem], choices: Sequence[tuple[SiteChoice, ...]]
+) -> Iterator[tuple[Float[Tensor, "K K"], Float[Tensor, " K"] | None]]:
+    """Yield each problem's Gram matrix, and what its activation is divided by."""
+    for problem, of_sites in _pairs(problems, choices):
+        assert problem.stats is not None
+        yield full_gram(problem.stats.calibration), of_sites[0].input_scale.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,43 +118,74 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _ColumnStep:
-    """Codes of several matrices, and the parameters that go with them."""
+class _Stack:
+    """Some output channels of sites of one format, of all problems: weights under their scales, and their ranges."""
 
-    codes: Float[Tensor, "E K N"]
-    parameters: ColumnParameters
+    rows: Sequence[Rows]
+    spec: QuantSpec
+    weights: Float[Tensor, "E K N"]
+    ranges: ColumnParameters
 
-    def matrix(self, index: int, spec: QuantSpec) -> _Step:
-        return _Step(codes=self.codes[index].to(spec.code_dtype).T, parameters=self.parameters.matrix(index))
+    def codes(self, choices: Sequence[SiteChoice]) -> Float[Tensor, "N K"]:
+        """Return the codes of one problem's choices."""
+        return torch.cat([_codes_of(choices[each.index])[each.rows].float() for each in self.rows])
+
+    def fill(
+        self, found: Sequence[Sequence[_Step]], codes: Float[Tensor, "E K N"], parameters: ColumnParameters
+    ) -> None:
+        """Put what was found for these channels in its place of each problem and site."""
+        for index, of_problem in enumerate(found):
+            stored, of_matrix = as_stored(codes[index], self.spec).T, parameters.matrix(index)
+            start = 0
+            for each in self.rows:
+                part = slice(start, start + each.rows.stop - each.rows.start)
+                of_problem[each.index].codes[each.rows] = stored[part]
+                copy_rows(of_problem[each.index].parameters, each.rows, rows_of(of_matrix, part))
+                start = part.stop
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Compensation:
-    """What GPTQ and the descent need of the Gram matrices, one for each matrix, whose rows may come in parts."""
-
-    inverses: Sequence[InverseCholesky]
-    damped: Float[Tensor, "E K K"] | None
-    """None without a descent."""
-    passes: int
-
-    @classmethod
-    def over(cls, grams: Sequence[Float[Tensor, "K K"]], options: SearchOptions) -> _Compensation:
-        return cls(
-            inverses=[inverse_cholesky(gram, options.damping, act_order=options.act_order) for gram in grams],
-            damped=together([damped(gram, options.damping) for gram in grams]) if options.descent_passes else None,
-            passes=options.descent_passes,
+def _stacks(problems: Sequence[GroupProblem], choices: Sequence[tuple[SiteChoice, ...]]) -> Iterator[_Stack]:
+    """Yield what is solved as one matrix, one after another."""
+    for rows in make_stacks(problems[0], len(problems)):
+        ranges = [
+            stack_parameters([rows_of(of_sites[each.index].parameters, each.rows) for each in rows])
+            for of_sites in choices
+        ]
+        yield _Stack(
+            rows=rows,
+            spec=problems[0].specs[rows[0].index],
+            weights=columns_of(
+                [_weights_of(problem, rows, of_sites) for problem, of_sites in _pairs(problems, choices)]
+            ),
+            ranges=ColumnParameters.of(ranges),
         )
 
-    def steps(
-        self, weights: Float[Tensor, "E K N"], ranges: ColumnParameters, spec: QuantSpec
-    ) -> tuple[_ColumnStep, ...]:
-        """Return what GPTQ gives, and what the descent after it."""
-        codes = gptq_codes(weights, ranges, spec, self.inverses)
-        first = _ColumnStep(codes=codes, parameters=ranges)
-        if self.damped is None:
-            return (first,)
-        codes, ranges = coordinate_descent(weights, codes, ranges, spec, self.damped, self.passes)
-        return first, _ColumnStep(codes=codes, parameters=ranges)
+
+def _weights_of(problem: GroupProblem, rows: Sequence[Rows], choices: Sequence[SiteChoice]) -> Float[Tensor, "N K"]:
+    parts = [scaled_weight(problem.weights[each.index][each.rows], choices[0].input_scale) for each in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _empty_steps(
+    problems: Sequence[GroupProblem], choices: Sequence[tuple[SiteChoice, ...]]
+) -> list[tuple[_Step, ...]]:
+    """Return a place for what is found for each site of each problem."""
+    return [
+        tuple(
+            _Step(codes=torch.empty_like(weight, dtype=spec.code_dtype), parameters=empty_like(choice.parameters))
+            for weight, spec, choice in zip(problem.weights, problem.specs, of_sites, strict=True)
+        )
+        for problem, of_sites in _pairs(problems, choices)
+    ]
+
+
+def _refined(
+    choices: Sequence[tuple[SiteChoice, ...]], found: Sequence[tuple[_Step, ...]]
+) -> list[tuple[SiteChoice, ...]]:
+    return [
+        tuple(choice.refined(step.parameters, step.codes) for choice, step in zip(of_sites, of_problem, strict=True))
+        for of_sites, of_problem in zip(choices, found, strict=True)
+    ]
 
 
 def _improve_for_outputs(
@@ -141,7 +201,7 @@ def _improve_for_outputs(
     (heads, size), at_once = output_grams[0].shape[:2], numbers_at_once(weight.device)
     for some in slices(heads, max(at_once // (size * weight.shape[1] * len(problems)), 1)):
         rows = slice(some.start * size, some.stop * size)
-        starts = [(problem, of_sites[index]) for problem, of_sites in _pairs(problems, choices)]
+        starts = [(problem, of_sites[index]) for problem, of_sites in zip(problems, choices, strict=True)]
         codes = two_sided_descent(
             columns_of([scaled_weight(problem.weights[index][rows], start.input_scale) for problem, start in starts]),
             columns_of([_codes_of(start)[rows].float() for _, start in starts]),
@@ -151,7 +211,7 @@ def _improve_for_outputs(
             torch.stack([gram[some] for gram in output_grams]),
         )
         for into, of_matrix in zip(found, codes, strict=True):
-            into[rows] = of_matrix.T.to(into.dtype)
+            into[rows] = as_stored(of_matrix, spec).T
     for of_sites, of_matrix in zip(choices, found, strict=True):
         of_sites[index] = of_sites[index].refined(of_sites[index].parameters, of_matrix)
 
@@ -159,40 +219,3 @@ def _improve_for_outputs(
 def _codes_of(choice: SiteChoice) -> Integer[Tensor, "N K"]:
     assert choice.codes is not None
     return choice.codes
-
-
-def _scaled_gram(problem: GroupProblem, choice: SiteChoice) -> Float[Tensor, "K K"]:
-    assert problem.stats is not None
-    stats, scale = problem.stats.calibration, choice.input_scale.scale
-    return full_gram(stats if scale is None else in_scaled_space(stats, scale))
-
-
-def _stacked(problem: GroupProblem, stack: Sequence[Rows], choices: Sequence[SiteChoice]) -> Float[Tensor, "N K"]:
-    rows = [scaled_weight(problem.weights[each.index][each.rows], choices[0].input_scale) for each in stack]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def _empty_steps(weight: Tensor, spec: QuantSpec, choice: SiteChoice, options: SearchOptions) -> list[_Step]:
-    """Return a place for what each step finds for all rows of a site."""
-    return [
-        _Step(codes=torch.empty_like(weight, dtype=spec.code_dtype), parameters=empty_like(choice.parameters))
-        for _ in range(2 if options.descent_passes else 1)
-    ]
-
-
-def _fill(steps: Sequence[Sequence[_Step]], stack: Sequence[Rows], found: Sequence[_Step]) -> None:
-    """Put each site's rows of what was found for a stack in their places."""
-    start = 0
-    for each in stack:
-        part = slice(start, start + each.rows.stop - each.rows.start)
-        for step, of_stack in zip(steps[each.index], found, strict=True):
-            step.codes[each.rows] = of_stack.codes[part]
-            copy_rows(step.parameters, each.rows, rows_of(of_stack.parameters, part))
-        start = part.stop
-
-
-def _refined(choice: SiteChoice, steps: Sequence[_Step]) -> SiteChoice:
-    """Return the choice of the last step, every step refining the one before."""
-    for step in steps:
-        choice = choice.refined(step.parameters, step.codes)
-    return choice

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from stages.quantization.search.affine import round_to_storage
 from stages.quantization.search.gptq.columns import ColumnParameters, ColumnSteps
+from stages.quantization.search.objective import columns_at_once
 from stages.records.formats import PerBlock, QuantSpec
 
 _AT_ONCE = 4
 """Channels of a head whose codes change together: fewer are slower, and with many the error can grow."""
 _LEAST_STEPS = 16
 """Steps in which a head's channels change, where it has as many: in a small head each channel changes by itself."""
-_TILE, _STEP = 128, 16
-"""Columns whose gradients are computed by one product, and those in between which single changes are carried on."""
+_STEP = 16
+"""Columns between which single changes are carried on."""
 
 
 def coordinate_descent(
@@ -70,9 +71,9 @@ class _Descent:
         width, rows = weights.shape[1:]
         self._refits = isinstance(spec.granularity, PerBlock)
         self._block_size = spec.block_size(width)
-        self._chunk = min(self._block_size if self._refits else _TILE, width)
-        self._tile = min(max(_TILE, self._chunk), width)
-        self._steps = ColumnSteps(min(_STEP, self._chunk), weights, spec, descends=True)
+        self._tile = min(max(columns_at_once(width), self._block_size if self._refits else 1), width)
+        self._chunk = min(self._block_size if self._refits else self._tile, width)
+        self._steps = ColumnSteps(min(_STEP, self._chunk), weights, spec, one_scale=True)
         self.codes, self.scales = codes.clone(), parameters.scales.clone()
         self._zero_points = parameters.zero_points
         self._diagonal = torch.diagonal(grams, dim1=1, dim2=2).T.unsqueeze(-1).contiguous()  # [K, E, 1]

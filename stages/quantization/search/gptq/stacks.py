@@ -9,7 +9,7 @@ import torch
 from stages.quantization.search.problem import GroupProblem
 from stages.quantization.weights.bitpack import slices
 
-_STACKED_ON_CPU, _STACKED_ON_ACCELERATOR = 1 << 25, 1 << 27
+_STACKED_ON_CPU, _STACKED_ON_ACCELERATOR = 1 << 24, 1 << 27
 """Numbers of the weights that are solved as one matrix: some ten copies of it are in memory. Of larger sites, some
 output channels are solved after others."""
 

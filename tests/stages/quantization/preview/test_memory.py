@@ -85,12 +85,12 @@ def test_a_search_takes_no_more_memory_than_predicted(widths: tuple[int, ...], m
 
 
 def test_a_large_site_takes_little_more_than_its_weights() -> None:
-    sizes = [1 << 20, 1 << 25, 1 << 27, 1 << 29]
+    sizes = [1 << 20, 1 << 24, 1 << 27, 1 << 29]
     sites = [replace(random_layer(0).problem.group.sites[0], out_features=size // 48) for size in sizes]
     groups = [replace(random_layer(0).problem.group, sites=(site,)) for site in sites]
     specs = {sites[0].name: spec()}
     small, full, large, larger = (search_memory([each], specs, torch.device("cpu"), held=0).bytes for each in groups)
-    assert full / small == pytest.approx(32, rel=0.01)
+    assert full / small == pytest.approx(16, rel=0.01)
     assert (larger - large) / (sizes[3] - sizes[2]) == pytest.approx(8, rel=0.01)
 
 

@@ -13,7 +13,7 @@ from stages.quantization.search.choices import site_errors
 from stages.quantization.search.gptq.codes import gptq_codes
 from stages.quantization.search.gptq.columns import ColumnParameters, columns_of
 from stages.quantization.search.gptq.coordinate_descent import coordinate_descent, two_sided_descent
-from stages.quantization.search.gptq.inverse import InverseCholesky
+from stages.quantization.search.gptq.factor import GramFactor
 from stages.quantization.search.problem import GroupProblem, SearchOptions, SiteChoice
 from stages.quantization.search.solver import ALGORITHMS, GroupSolver
 from stages.records.formats import PerBlock, QuantSpec
@@ -91,9 +91,9 @@ def random_layer(
     return RandomLayer(tokens=tokens, held_out=held_out, problem=problem)
 
 
-def gptq_of_one(weight: Tensor, parameters: BlockParameters, number: QuantSpec, inverse: InverseCholesky) -> Tensor:
+def gptq_of_one(weight: Tensor, parameters: BlockParameters, number: QuantSpec, factor: GramFactor) -> Tensor:
     """Return ``gptq_codes`` of one matrix, [N, K]."""
-    return gptq_codes(columns_of([weight]), ColumnParameters.of([parameters]), number, [inverse])[0].T.contiguous()
+    return gptq_codes(columns_of([weight]), ColumnParameters.of([parameters]), number, [factor])[0].T.contiguous()
 
 
 def descent_of_one(

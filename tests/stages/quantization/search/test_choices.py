@@ -95,7 +95,7 @@ def test_the_error_of_a_choice_is_that_of_the_stored_weight(symmetric: bool) -> 
     (error,) = site_errors(problem, (choice,), problem.stats.calibration)
     # Sums of 48 * 48 float32 products.
     assert error == pytest.approx(float(outputs.square().sum() / 300), rel=1e-4)
-    (energy,) = output_energies(weight, (problem.stats.calibration,))
+    (energy,) = output_energies(weight, None, (problem.stats.calibration,))
     assert energy == pytest.approx(float((weight.double() @ layer.tokens.double().T).square().sum() / 300), rel=1e-4)
 
 

@@ -148,7 +148,7 @@ def test_what_is_solved_at_once_is_small_alike_and_few(monkeypatch: pytest.Monke
     specs = dict.fromkeys(["site0", "site1", "wide"], spec())
     layers = [GROUP, other, *groups(9)]
     assert parallel.batches(layers, specs, CPU) == [(0, 2, 3, 4, 5, 6, 7, 8), (1,), (9, 10)]
-    monkeypatch.setattr("stages.quantization.search.gptq.stacks._STACKED_ON_CPU", 4 * 3 * 20 * 48)
+    monkeypatch.setattr("stages.quantization.search.gptq.stacks._STACKED_ON_CPU", 2 * 3 * 20 * 48)
     assert parallel.batches(groups(7), specs, CPU) == [(0, 1, 2), (3, 4, 5), (6,)]
     monkeypatch.setattr(parallel, "_MEMORY", 4 * search_memory(GROUP, CPU))  # shared by two threads
     assert parallel.batches(groups(3), specs, CPU) == [(0, 1), (2,)]

@@ -14,7 +14,7 @@ from stages.quantization.search.affine import BlockParameters, choose_parameters
 from stages.quantization.search.choices import full_ranges
 from stages.quantization.search.gptq.codes import gptq_codes
 from stages.quantization.search.gptq.compensate import compensate, gptq
-from stages.quantization.search.gptq.inverse import damped, inverse_cholesky
+from stages.quantization.search.gptq.factor import damped, factor_gram
 from stages.quantization.search.problem import IDENTITY, InputScale
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import obq_codes
@@ -40,36 +40,36 @@ def test_codes_match_brain_surgery_solved_anew_at_each_step(symmetric: bool, act
     gram = layer.problem.stats.calibration.gram
     assert gram is not None
     parameters = choose_parameters(split(weight, 16), number, "full", 0.9)
-    inverse = inverse_cholesky(gram, 0.01, act_order=act_order)
-    ours = gptq_of_one(weight, parameters, number, inverse).numpy()
+    factor = factor_gram(gram, 0.01, act_order=act_order)
+    ours = gptq_of_one(weight, parameters, number, factor).numpy()
     scales, zeros = spread(parameters, in_features)
     exact = damped(gram.double(), 0.01).numpy()
     reference = np.stack(
         [
-            obq_codes(row, exact, scales[n], zeros[n], number.code_min, number.code_max, inverse.order.tolist())
+            obq_codes(row, exact, scales[n], zeros[n], number.code_min, number.code_max, factor.order.tolist())
             for n, row in enumerate(weight.double().numpy())
         ]
     )
     # float32 may round a tie the other way, and the rest of that row then differs too.
     assert (ours == reference).all(axis=1).mean() >= 0.9
     if act_order:
-        assert inverse.order.tolist() != list(range(in_features))
+        assert factor.order.tolist() != list(range(in_features))
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     layer = random_layer(1)
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    inverse = inverse_cholesky(torch.diag(torch.rand(48) + 0.5), 0.01, act_order=True)
+    factor = factor_gram(torch.diag(torch.rand(48) + 0.5), 0.01, act_order=True)
     rounded = join(quantize(split(weight, 16), parameters, spec()), 48)
-    assert torch.equal(gptq_of_one(weight, parameters, spec(), inverse), rounded)
+    assert torch.equal(gptq_of_one(weight, parameters, spec(), factor), rounded)
 
 
 def test_two_columns_by_hand() -> None:
     """w = (0.4, 0.4), G = [[1, 0.8], [0.8, 1]], scale 1: 0.4 becomes 0, so the second must be 0.4 + 0.8 * 0.4."""
     parameters = BlockParameters(scales=torch.ones(1, 1), zero_points=None)
-    inverse = inverse_cholesky(torch.tensor([[1.0, 0.8], [0.8, 1.0]]), 1e-6, act_order=False)
-    codes = gptq_of_one(torch.tensor([[0.4, 0.4]]), parameters, spec(), inverse)
+    factor = factor_gram(torch.tensor([[1.0, 0.8], [0.8, 1.0]]), 1e-6, act_order=False)
+    codes = gptq_of_one(torch.tensor([[0.4, 0.4]]), parameters, spec(), factor)
     assert codes.tolist() == [[0, 1]]
 
 
@@ -81,28 +81,36 @@ def test_tiles_do_not_show() -> None:
     assert gram is not None
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    inverse = inverse_cholesky(gram, 0.01, act_order=True)
+    factor = factor_gram(gram, 0.01, act_order=True)
     pending, codes = weight.double().clone(), torch.zeros_like(weight)
-    upper, scales = inverse.upper.double(), parameters.scales.double()
-    for step, column in enumerate(inverse.order.tolist()):
+    scales = parameters.scales.double()
+    ordered = damped(gram.double(), 0.01)[factor.order][:, factor.order]
+    upper = torch.linalg.cholesky(torch.linalg.inv(ordered), upper=True)  # as Frantar et al. have it
+    for step, column in enumerate(factor.order.tolist()):
         scale = scales[:, column // 16]
         codes[:, column] = torch.round(pending[:, column] / scale).clamp(-8, 7)
         error = (pending[:, column] - codes[:, column] * scale) / upper[step, step]
-        pending[:, inverse.order[step:]] -= error[:, None] * upper[step, step:]
-    assert (gptq_of_one(weight, parameters, spec(), inverse) == codes).float().mean() > 0.99
+        pending[:, factor.order[step:]] -= error[:, None] * upper[step, step:]
+    assert (gptq_of_one(weight, parameters, spec(), factor) == codes).float().mean() > 0.99
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
+@pytest.mark.parametrize("damping", [0.5, 1e-6])
+def test_the_factor_is_that_of_the_damped_matrix(monkeypatch: pytest.MonkeyPatch, damping: float) -> None:
+    """By blocks that don't divide it; the small damping takes float64."""
+    monkeypatch.setattr("stages.quantization.search.gptq.factor._BLOCK", 20)
     layer = random_layer(0)
     assert layer.problem.stats is not None
     gram = layer.problem.stats.calibration.gram
     assert gram is not None
-    inverse = inverse_cholesky(gram, 0.01, act_order=True)
-    ordered = damped(gram, 0.01).double()[inverse.order][:, inverse.order]
-    product = inverse.upper.double().T @ inverse.upper.double() @ ordered
-    # The factor is rounded to float32; the Gram matrix's condition is some thousands.
-    torch.testing.assert_close(product, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-2)
-    diagonal = torch.diagonal(gram)[inverse.order]
+    factor = factor_gram(gram, damping, act_order=True)
+    upper = factor.upper.double()
+    ordered = damped(gram.double(), damping)[factor.order][:, factor.order]
+    # Its numbers are rounded to float32.
+    scale = float(ordered.abs().max())
+    torch.testing.assert_close(upper * factor.unpredicted @ upper.T, ordered, rtol=0, atol=1e-6 * scale)
+    assert torch.equal(torch.diagonal(factor.upper), torch.ones(48))
+    assert not factor.upper.tril(-1).any()
+    diagonal = torch.diagonal(gram)[factor.order]
     assert bool((diagonal[:-1] >= diagonal[1:]).all())
 
 
@@ -115,7 +123,7 @@ def test_dead_channels_are_rounded_and_disturb_nobody() -> None:
     gram[5], gram[:, 5] = 0, 0
     weight = layer.problem.weights[0]
     parameters = choose_parameters(split(weight, 16), spec(), "full")
-    codes = gptq_of_one(weight, parameters, spec(), inverse_cholesky(gram, 0.01, act_order=True))
+    codes = gptq_of_one(weight, parameters, spec(), factor_gram(gram, 0.01, act_order=True))
     rounded = join(quantize(split(weight, 16), parameters, spec()), 48)
     assert torch.equal(codes[:, 5], rounded[:, 5])
 
@@ -123,10 +131,10 @@ def test_dead_channels_are_rounded_and_disturb_nobody() -> None:
 def test_damping_grows_until_the_matrix_can_be_factored() -> None:
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 1.05  # not positive: eigenvalue -0.05
-    inverse = inverse_cholesky(gram, 0.01, act_order=False)
-    assert bool(torch.isfinite(inverse.upper).all())
+    factor = factor_gram(gram, 0.01, act_order=False)
+    assert bool(torch.isfinite(factor.upper).all())
     with pytest.raises(SolveError, match="can't be factored"):
-        inverse_cholesky(-1e9 * torch.eye(8) + torch.diag(torch.full((8,), 1.0)), 0.01, act_order=False)
+        factor_gram(-1e9 * torch.eye(8) + torch.diag(torch.full((8,), 1.0)), 0.01, act_order=False)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -153,9 +161,9 @@ def test_scaled_space_is_that_of_the_divided_activation() -> None:
     assert gram is not None
     start = full_ranges(layer.problem, "full", InputScale(family="test", alpha=None, scale=scale))
     (choice,) = compensate([layer.problem], replace(OPTIONS, descent_passes=0), [start])[0]
-    inverse = inverse_cholesky(gram / scale / scale[:, None], 0.01, act_order=True)
+    factor = factor_gram(gram / scale / scale[:, None], 0.01, act_order=True)
     assert choice.codes is not None
-    assert torch.equal(choice.codes, gptq_of_one(weight * scale, start[0].parameters, spec(), inverse))
+    assert torch.equal(choice.codes, gptq_of_one(weight * scale, start[0].parameters, spec(), factor))
 
 
 def test_rows_in_place_of_a_gram_matrix_give_the_same_codes() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.quantization.search.affine import BlockParameters, choose_parameters, join, quantize, split
-from stages.quantization.search.gptq.inverse import damped
+from stages.quantization.search.gptq.factor import damped
 from stages.records.formats import PerChannel, QuantSpec
 from tests.reference.compensation import best_code, error
 from tests.stages.quantization.search.problems import descent_of_one, random_layer, spec, spread, two_sided_of_one
