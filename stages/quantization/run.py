@@ -241,7 +241,7 @@ def _solve_unfinished(solver: GroupSolver, store: QuantizedStore, processes: Pro
     """Solve the groups that have no file yet, shared out by cost; save each before the next begins."""
     groups = range(len(store.recipe.groups))
     unfinished = processes.decided_by_first(lambda: [index for index in groups if not store.is_finished(index)])
-    costs = [search_cost(store.recipe.groups[index]) for index in unfinished]
+    costs = [search_cost(store.recipe.groups[index], solver.algorithm_name) for index in unfinished]
     mine = processes.my_share(costs)
     done = len(store.recipe.groups) - len(unfinished)
     if done and unfinished:

@@ -19,12 +19,14 @@ from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.records.sites import ActivationGroup, MatMulSite
 
-_TIMED = 4e9
+_TIMED = 2e10
 """The ``search_cost`` of a timed group, at most: a dry run shall take seconds."""
-_WARM_UP = 1e7
+_WARM_UP = 5e7
 """The same of a group that is searched first, so that starting the device isn't timed."""
 _BLOCK = 256
 """Inputs are cut to multiples of the largest block."""
+_FINER, _SMALLEST = 0.9, 1e-3
+"""What inputs and outputs are cut by at a time, and at most."""
 
 
 def search_seconds(
@@ -44,13 +46,15 @@ def search_seconds(
         return {}
     workers = workers_on(device)
     small = set(small_groups(groups, device))
-    cost = _weights if text is None else search_cost
+
+    def cost(group: ActivationGroup) -> float:
+        return _weights(group) if text is None else search_cost(group, config.algo)
 
     def timed(group: ActivationGroup, together: int) -> float:
         solver = _random_solver(config, plan, group, text, device)
         return seconds_of(lambda: list(solve_groups(solver, [group] * together)), device) / together
 
-    timed(_shrunk(groups[0], _WARM_UP), 1)
+    timed(_shrunk(groups[0], config.algo, _WARM_UP), 1)
     seconds: dict[tuple[object, ...], float] = {}
     found: dict[str, float] = {}
     for place, group in enumerate(groups):
@@ -61,21 +65,26 @@ def search_seconds(
             *((site.out_features, plan.sites.specs[site.name]) for site in group.sites),
         )
         if shape not in seconds:
-            smaller = _shrunk(group, _TIMED)
+            smaller = _shrunk(group, config.algo, _TIMED)
             seconds[shape] = timed(smaller, together) * cost(group) / cost(smaller)
         channels = sum(site.out_features for site in group.sites)
         found |= {site.name: seconds[shape] * site.out_features / channels for site in group.sites}
     return found
 
 
-def _shrunk(group: ActivationGroup, limit: float) -> ActivationGroup:
+def _shrunk(group: ActivationGroup, algorithm: str, limit: float) -> ActivationGroup:
     """Return ``group`` where its ``search_cost`` is at most ``limit``; else about so large, its inputs and outputs cut.
 
     Both are cut by the same factor, so that what grows with one of them keeps its part of the time.
     """
-    factor = (limit / search_cost(group)) ** (1 / 3)
-    if factor >= 1:
-        return group
+    factor, cut = 1.0, group
+    while search_cost(cut, algorithm) > limit and factor > _SMALLEST:
+        factor *= _FINER
+        cut = _cut(group, factor)
+    return cut
+
+
+def _cut(group: ActivationGroup, factor: float) -> ActivationGroup:
     inputs = min(group.in_features, max(_BLOCK, round(group.in_features * factor / _BLOCK) * _BLOCK))
     sites = tuple(
         replace(site, in_features=inputs, out_features=math.ceil(site.out_features * factor)) for site in group.sites

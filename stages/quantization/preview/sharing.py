@@ -74,6 +74,8 @@ class Work:
     calibration: PassWork | None
     """None where no calibration is made."""
     groups: Sequence[ActivationGroup]
+    algorithm: str
+    """The name of the search's."""
     seconds: Mapping[str, float]
     """Of the search, by site."""
     base: int
@@ -203,7 +205,7 @@ def shared_run(work: Work, processes: int, rate: float | None, first: int, other
         others: the same of each other one.
     """
     made = work.calibration
-    costs = [search_cost(group) for group in work.groups]
+    costs = [search_cost(group, work.algorithm) for group in work.groups]
     seconds = [sum(work.seconds.get(site.name, 0.0) for site in group.sites) for group in work.groups]
     shares = split_by_cost(costs, processes)
     read = work.sites + work.statistics  # by the search

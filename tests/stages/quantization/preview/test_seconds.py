@@ -37,14 +37,14 @@ def test_seconds_are_of_the_order_of_the_search(algo: str, tiny_model: Path, tin
 
 
 @pytest.mark.parametrize(
-    ("text", "times"),
-    [(TextShape(calibration_windows=1, held_out_windows=1, seq_len=32, batch_size=1), 8), (None, 4)],
+    "text",
+    [TextShape(calibration_windows=1, held_out_windows=1, seq_len=32, batch_size=1), None],
     ids=["statistics", "none"],
 )
 def test_a_large_group_takes_the_time_of_a_smaller_one_scaled(
-    text: TextShape | None, times: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: TextShape | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half the inputs and outputs have a quarter of the weights, and an eighth of ``search_cost``."""
+    """By ``search_cost``; where weights are only rounded, by their number."""
     config, directory = quantization(tiny_model, tmp_path, "awq_lite" if text else "rtn_dq"), locate_model(tiny_model)
     plan = plan_model(config, parse_graph(directory), directory)
     large, small = (
@@ -57,7 +57,12 @@ def test_a_large_group_takes_the_time_of_a_smaller_one_scaled(
     ticks = count()
     for clock in ("perf_counter", "process_time"):  # all that is timed takes the same
         monkeypatch.setattr(time, clock, lambda: float(next(ticks)))
-    monkeypatch.setattr(search_time, "_TIMED", search_cost(large) / 8)
+    limit = search_cost(large, config.algo) / 8
+    monkeypatch.setattr(search_time, "_TIMED", limit)
+    cut = search_time._shrunk(large, config.algo, limit)
+    assert limit / 2 < search_cost(cut, config.algo) <= limit
+    weights = cut.in_features * cut.sites[0].out_features
+    times = search_cost(large, config.algo) / search_cost(cut, config.algo) if text else 1024 * 1024 / weights
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     found = search_time.search_seconds(config, replace(plan, sites=sites), text, torch.device("cpu"))
     assert found[large.sites[0].name] == pytest.approx(times * found["small"])

@@ -61,6 +61,7 @@ def work(*, calibrates: bool = True) -> Work:
     return Work(
         calibration=pass_work(GROUPS, TEXT, 1000, weighs=True) if calibrates else None,
         groups=GROUPS,
+        algorithm="awq_lite",
         seconds=dict.fromkeys(names, 6.0),
         base=50_000,
         sites=40_000,

@@ -183,6 +183,23 @@ def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkey
     assert {threads for _, threads in seen} == {2}
 
 
+def test_a_group_that_is_too_large_to_lie_beside_another_is_read_when_its_turn_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel, "_MEMORY", search_memory(GROUP, CPU))
+    monkeypatch.setattr(parallel, "_READ_AHEAD", 4 * 48 * (48 + 20) - 1)  # weights of 20 channels, and the Gram matrix
+    seen: list[tuple[str, int]] = []
+    read: list[str] = []
+    original = solver(seen)
+
+    def stats(activation: str) -> object:
+        read.append(activation)
+        return original.read_stats(activation)
+
+    for place, _ in solve_groups(replace(original, read_stats=stats), groups(3)):
+        assert len(read) == place + 1
+
+
 def test_a_large_group_waits_for_the_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     large = replace(GROUP, activation="large", sites=(*GROUP.sites, site("more", 200, 48)))
     monkeypatch.setattr(parallel, "_MEMORY", search_memory(large, CPU))
