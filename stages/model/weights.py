@@ -62,8 +62,7 @@ def read_weight(model: ir.Model, site: MatMulSite, device: torch.device) -> Floa
     weight = torch.empty((site.out_features, site.in_features), device=device)
     turned = site.layout is WeightLayout.K_BY_N
     for part, rows in _in_parts(numbers.reshape(weight.shape[::-1] if turned else weight.shape)):
-        numbers_of_part = to_torch(rows).to(device=device, dtype=torch.float32)
-        (weight.T if turned else weight)[part] = numbers_of_part
+        (weight.T if turned else weight)[part] = to_torch(rows).to(device=device, dtype=torch.float32)
     del numbers, rows
     _release(stored)
     return require_finite(weight, f"weight of {site.name}")

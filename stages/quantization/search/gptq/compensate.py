@@ -57,19 +57,36 @@ def compensate(
         options: damping, order of columns and passes of coordinate descent.
         choices: for each problem one a site, which must share one input scale, as those of one activation do.
     """
-    refined = _by_gptq(problems, options, choices)
+    grams = [_gram_of(problem, of_sites) for problem, of_sites in _pairs(problems, choices)]
+    refined = _by_gptq(problems, options, grams, choices)
     if options.descent_passes:
-        refined = _by_descent(problems, options, refined)
+        refined = _by_descent(problems, options, grams, refined)
     return [keep_validated(problem, of_sites) for problem, of_sites in _pairs(problems, refined)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gram:
+    """A problem's Gram matrix, and what its activation is divided by; None: ones."""
+
+    gram: Float[Tensor, "K K"]
+    input_scale: Float[Tensor, " K"] | None
+
+
+def _gram_of(problem: GroupProblem, choices: Sequence[SiteChoice]) -> _Gram:
+    assert problem.stats is not None
+    return _Gram(gram=full_gram(problem.stats.calibration), input_scale=choices[0].input_scale.scale)
+
+
 def _by_gptq(
-    problems: Sequence[GroupProblem], options: SearchOptions, choices: Sequence[tuple[SiteChoice, ...]]
+    problems: Sequence[GroupProblem],
+    options: SearchOptions,
+    grams: Sequence[_Gram],
+    choices: Sequence[tuple[SiteChoice, ...]],
 ) -> list[tuple[SiteChoice, ...]]:
     """Return ``choices`` with the codes that GPTQ finds."""
     factors = [
-        factor_gram(gram, options.damping, act_order=options.act_order, input_scale=scale)
-        for gram, scale in _grams(problems, choices)
+        factor_gram(each.gram, options.damping, act_order=options.act_order, input_scale=each.input_scale)
+        for each in grams
     ]
     found = _empty_steps(problems, choices)
     for stack in _stacks(problems, choices):
@@ -78,19 +95,22 @@ def _by_gptq(
 
 
 def _by_descent(
-    problems: Sequence[GroupProblem], options: SearchOptions, choices: Sequence[tuple[SiteChoice, ...]]
+    problems: Sequence[GroupProblem],
+    options: SearchOptions,
+    grams: Sequence[_Gram],
+    choices: Sequence[tuple[SiteChoice, ...]],
 ) -> list[tuple[SiteChoice, ...]]:
     """Return ``choices`` with codes and scales after coordinate descent."""
-    grams = together([damp(scaled_gram(*each), options.damping) for each in _grams(problems, choices)])
+    scaled = together([damp(scaled_gram(each.gram, each.input_scale), options.damping) for each in grams])
     found = _empty_steps(problems, choices)
     for stack in _stacks(problems, choices):
         codes = columns_of([stack.codes(of_sites) for of_sites in choices])
-        better = coordinate_descent(stack.weights, codes, stack.ranges, stack.spec, grams, options.descent_passes)
+        better = coordinate_descent(stack.weights, codes, stack.ranges, stack.spec, scaled, options.descent_passes)
         stack.fill(found, *better)
     refined = [list(of_sites) for of_sites in _refined(choices, found)]
     for index, output_gram in enumerate(problems[0].output_grams):
         if output_gram is not None:
-            _improve_for_outputs(problems, index, refined, grams)
+            _improve_for_outputs(problems, index, refined, scaled)
     return [tuple(of_sites) for of_sites in refined]
 
 
@@ -98,15 +118,6 @@ def _pairs(
     problems: Sequence[GroupProblem], choices: Sequence[tuple[SiteChoice, ...]]
 ) -> Iterator[tuple[GroupProblem, tuple[SiteChoice, ...]]]:
     return zip(problems, choices, strict=True)
-
-
-def _grams(
-    problems: Sequence[GroupProblem], choices: Sequence[tuple[SiteChoice, ...]]
-) -> Iterator[tuple[Float[Tensor, "K K"], Float[Tensor, " K"] | None]]:
-    """Yield each problem's Gram matrix, and what its activation is divided by."""
-    for problem, of_sites in _pairs(problems, choices):
-        assert problem.stats is not None
-        yield full_gram(problem.stats.calibration), of_sites[0].input_scale.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
