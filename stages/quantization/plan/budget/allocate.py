@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -26,8 +27,10 @@ from stages.quantization.plan.embeddings import TableCandidates, following_heads
 from stages.quantization.plan.plan import ModelPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.search.objective import search_to_device
+from stages.quantization.search.parallel import workers_on
 from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
+from stages.system.hardware import one_thread_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,12 +176,12 @@ def _forecast(
     missing = {site.name: each for each in _unforecast(undecided.candidates, known) for site in each.sites}
     found: Forecasts = {}
     lacking = [group for group in groups if any(site.name in missing for site in group.sites)]
-    with progress_bar() as progress:
+    with progress_bar() as progress, one_thread_each(workers_on(device)) as pool:
         for group in progress.track(lacking, description="forecast", unit="groups"):
             forecast = GroupForecast.of(search_to_device(read(group.activation), device), search)
             for site in group.sites:
                 if (each := missing.get(site.name)) is not None:
-                    losses = _losses(each, site, read_weight(model, site, device), forecast)
+                    losses = _losses(each, site, read_weight(model, site, device), forecast, pool)
                     before = found.get(each.name, {})
                     found[each.name] = {label: before.get(label, 0.0) + loss for label, loss in losses.items()}
     if lacking:
@@ -187,11 +190,13 @@ def _forecast(
     return {each.name: known.get(each.name, {}) for each in undecided.candidates}
 
 
-def _losses(candidates: SiteCandidates, site: MatMulSite, weight: Tensor, forecast: GroupForecast) -> dict[str, float]:
+def _losses(
+    candidates: SiteCandidates, site: MatMulSite, weight: Tensor, forecast: GroupForecast, pool: Executor
+) -> dict[str, float]:
     """Return what each format costs one of the candidates' sites; experts' relative errors become their mean."""
     if site.expert is None:
-        return forecast.of_site(site, weight, candidates.specs)
-    losses = forecast.of_expert(site, weight, candidates.specs)
+        return forecast.of_site(site, weight, candidates.specs, pool)
+    losses = forecast.of_expert(site, weight, candidates.specs, pool)
     experts = 1 if forecast.stats.channel_weights else len(candidates.sites) / len(PROJECTIONS)
     return {label: loss / experts for label, loss in losses.items()}
 

@@ -17,6 +17,7 @@ forecasts are 2.8 times the loss and scatter by 0.54.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from stages.quantization.search.affine import RangeRule, choose_parameters, join
 from stages.quantization.search.choices import rows_per_chunk
 from stages.quantization.search.gptq.factor import factor_gram
 from stages.quantization.search.objective import full_gram, gram_blocks, mixed_outputs, output_error
+from stages.quantization.search.problem import MEASURED_CHANNELS
 from stages.quantization.search.ranges import search_clip_ratios
 from stages.records.formats import QuantSpec
 from stages.records.results import SearchStats, TokenStats
@@ -78,7 +80,7 @@ class GroupForecast:
         return cls(stats=stats, search=search, unpredicted=left)
 
     def of_site(
-        self, site: MatMulSite, weight: Float[Tensor, "N K"], specs: Mapping[str, QuantSpec]
+        self, site: MatMulSite, weight: Float[Tensor, "N K"], specs: Mapping[str, QuantSpec], pool: Executor
     ) -> dict[str, float]:
         """Return what each of ``specs`` costs a site, by its key; nothing at all where no token reached it.
 
@@ -86,33 +88,58 @@ class GroupForecast:
             site: the MatMul.
             weight: its weight.
             specs: number formats by the keys that the losses get.
+            pool: forecasts several formats at once.
         """
-        return {key: self._loss(site, weight, spec) for key, spec in specs.items()}
+        return self._of_channels(site, weight, specs, MEASURED_CHANNELS, pool)
 
     def of_expert(
-        self, site: MatMulSite, weight: Float[Tensor, "N K"], specs: Mapping[str, QuantSpec]
+        self, site: MatMulSite, weight: Float[Tensor, "N K"], specs: Mapping[str, QuantSpec], pool: Executor
     ) -> dict[str, float]:
-        """Return ``of_site`` of an expert, from some of its output channels.
+        """Return ``of_site`` of an expert, from fewer of its output channels.
 
         Args:
-            site, weight, specs: see ``of_site``.
+            site, weight, specs, pool: see ``of_site``.
         """
-        step = -(-len(weight) // _EXPERT_CHANNELS)
-        rows = weight[::step].contiguous()
-        factor = len(weight) / len(rows)
-        counts = {name: each[::step] * factor for name, each in self.stats.channel_weights.items()}
-        return replace(self, stats=replace(self.stats, channel_weights=counts)).of_site(site, rows, specs)
+        return self._of_channels(site, weight, specs, _EXPERT_CHANNELS, pool)
+
+    def _of_channels(
+        self, site: MatMulSite, weight: Tensor, specs: Mapping[str, QuantSpec], channels: int, pool: Executor
+    ) -> dict[str, float]:
+        """Forecast from so many evenly spaced output channels; their part of all is known from their weights' sizes."""
+        counts = self._counts(site)
+        mixes = self.unpredicted is None and site.name in self.stats.output_grams
+        some = slice(0, None, 1 if mixes else -(-len(weight) // channels))
+        few, part = self, 1.0
+        if some.step > 1:
+            part = 1.0 if counts is None else self._part(weight, counts, some)
+            named = {} if counts is None else {site.name: counts[some]}
+            few = replace(self, stats=replace(self.stats, channel_weights=named, output_grams={}))
+        rows = weight[some].contiguous()
+        losses = pool.map(lambda spec: few._loss(site, rows, spec) / part, specs.values())
+        return dict(zip(specs, losses, strict=True))
+
+    def _counts(self, site: MatMulSite) -> Float[Tensor, " N"] | None:
+        """Return what the error of each output channel costs; None where only relative errors are known."""
+        outputs = self.stats.output_grams.get(site.name)
+        if outputs is None:
+            return self.stats.channel_weights.get(site.name)
+        return torch.diagonal(outputs, dim1=-2, dim2=-1).flatten()
+
+    def _part(self, weight: Tensor, counts: Tensor, some: slice) -> float:
+        """Return which part of the loss some channels have: a few may have most of it, as a few tokens of lm_head."""
+        inputs = torch.ones_like(weight[0]) if self.unpredicted is None else self.unpredicted
+        sizes = compensated_errors(weight, inputs).double() * counts.to(weight).double()
+        whole = float(sizes.sum())
+        return float(sizes[some].sum()) / whole if whole > 0 else 1.0
 
     def _loss(self, site: MatMulSite, weight: Tensor, spec: QuantSpec) -> float:
         calibration = self.stats.tokens.calibration
         stored = quick_weight(weight, spec, calibration, self.search.rule)
         if self.unpredicted is None:
             return quick_loss(site, weight, stored, self.stats)
+        # The errors of different channels have nothing to do with each other.
         errors = compensated_errors(stored.sub_(weight), self.unpredicted)
-        outputs = self.stats.output_grams.get(site.name)
-        if outputs is not None:  # the errors of different channels have nothing to do with each other
-            return _cost(site, weight, errors, torch.diagonal(outputs, dim1=-2, dim2=-1).flatten(), self.stats)
-        return _cost(site, weight, errors, self.stats.channel_weights.get(site.name), self.stats)
+        return _cost(site, weight, errors, self._counts(site), self.stats)
 
 
 def unpredicted_inputs(stats: TokenStats) -> Float[Tensor, " K"]:

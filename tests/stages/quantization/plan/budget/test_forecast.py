@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,22 @@ ROUNDED, COMPENSATED = (SearchTraits(rule="full", compensates=compensates) for c
 
 def _forecast(layer: RandomLayer, stats: SearchStats, search: SearchTraits = ROUNDED) -> dict[str, float]:
     site, weight = layer.problem.group.sites[0], layer.problem.weights[0]
-    return GroupForecast.of(stats, search).of_site(site, weight, SPECS)
+    with ThreadPoolExecutor(2) as pool:
+        return GroupForecast.of(stats, search).of_site(site, weight, SPECS, pool)
+
+
+@pytest.mark.parametrize("search", [ROUNDED, COMPENSATED])
+def test_a_few_channels_tell_the_loss_of_all_even_where_others_have_most_of_it(
+    search: SearchTraits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(1, widths=(600,))
+    counts = torch.rand(600, generator=torch.Generator().manual_seed(0)) + 0.1
+    counts[1::12] = 100.0  # not among those that are looked at
+    whole = _forecast(layer, _stats(layer, counts), search)
+    relative = _forecast(layer, _stats(layer), search)
+    monkeypatch.setattr("stages.quantization.plan.budget.forecast.MEASURED_CHANNELS", 150)
+    assert _forecast(layer, _stats(layer, counts), search) == pytest.approx(whole, rel=0.25)
+    assert _forecast(layer, _stats(layer), search) == pytest.approx(relative, rel=0.25)
 
 
 def test_a_forecast_is_half_the_weighted_error_of_the_quick_weight() -> None:
