@@ -17,13 +17,12 @@ from stages.commands.options import AccuracyLevel
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.load import external_tensors
+from stages.quantization.preview.memory import CHECKED_AT_ONCE
 from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import SiteError
 from stages.system.hardware import one_thread_each
 
 VerifyLevel = Literal["full", "quick"]
-_MOST_AT_ONCE = 4
-"""Weights that are checked at once: each takes a few times its bytes."""
 _TOLERANCE = {
     # Sums of a few thousand float32 products in another order.
     "float32": 1e-4,
@@ -54,7 +53,7 @@ class SiteChecks:
         self.onnx_file, self.sites, self.level = onnx_file, sites, level
         self._levels = dict(zip((site.output for site in sites), _levels(sites, level), strict=True))
         threads = torch.get_num_threads()
-        workers = min(threads, _MOST_AT_ONCE)
+        workers = min(threads, CHECKED_AT_ONCE)  # each takes a few times its bytes
         self._pool, self._threads = one_thread_each(workers), threads // workers
         self._running: dict[str, Future[tuple[float, ...]]] = {}
         self._failed: list[Future[tuple[float, ...]]] = []

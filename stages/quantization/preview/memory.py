@@ -20,8 +20,9 @@ from stages.records.formats import EmbeddingPlan, QuantSpec, torch_float
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
 
-_CHECKED = 24
-"""Bytes for each weight of the site whose product is checked: codes, float32 and float64 rows, ONNX Runtime's copy."""
+_CHECKED, CHECKED_AT_ONCE = 4, 4
+"""Bytes for each weight of a site whose product is checked: codes, pages of the output, ONNX Runtime's copies; and the
+most sites at once."""
 _PARTITION = 1 << 28
 _REPACKED = 3
 """The exported model runs in partitions of so many bytes, so many times larger once ONNX Runtime has repacked them."""
@@ -102,9 +103,7 @@ def export_memory(groups: Sequence[ActivationGroup], specs: Mapping[str, QuantSp
     sites = [site for group in groups for site in group.sites]
     stored = [specs[site.name].format_bytes(site.out_features, site.in_features) for site in sites]
     run = _REPACKED * max(min(sum(stored), _PARTITION), max(stored))
-    checked = max(
-        site.in_features * site.out_features * (_CHECKED + torch_float(site.dtype).itemsize) for site in sites
-    )
+    checked = _CHECKED * sum(sorted(site.in_features * site.out_features for site in sites)[-CHECKED_AT_ONCE:])
     return StageMemory(
         stage="export",
         bytes=held + max(run, checked),

@@ -19,7 +19,7 @@ from stages.quantization.search.solver import GroupSolver, search_cost
 from stages.records.results import ActivationStats, SearchStats, TokenStats
 from stages.records.sites import ActivationGroup, MatMulSite
 
-_TIMED = 2e10
+_TIMED = 6e10
 """The ``search_cost`` of a timed group, at most: a dry run shall take seconds."""
 _WARM_UP = 5e7
 """The same of a group that is searched first, so that starting the device isn't timed."""

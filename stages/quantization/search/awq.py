@@ -129,12 +129,12 @@ def input_scale_candidates(problem: GroupProblem, stats: TokenStats, alpha_step:
 
 def weight_magnitude(weights: tuple[Tensor, ...], specs: tuple[QuantSpec, ...]) -> Float[Tensor, " K"]:
     """Return w: the mean over all output channels of |W_nk| relative to the largest weight of its own block."""
-    relative = torch.cat(weights).abs_()
-    sites = torch.split(relative, [len(weight) for weight in weights])
-    for magnitudes, spec in zip(sites, specs, strict=True):
-        for rows in torch.split(magnitudes, rows_per_chunk(magnitudes)):
-            rows.copy_(_relative_magnitude(rows, spec))
-    return relative.mean(dim=0)
+    sums = [
+        _relative_magnitude(rows.abs(), spec).sum(dim=0)
+        for weight, spec in zip(weights, specs, strict=True)
+        for rows in torch.split(weight, rows_per_chunk(weight))
+    ]
+    return torch.stack(sums).sum(dim=0) / sum(len(weight) for weight in weights)
 
 
 def _relative_magnitude(magnitudes: Tensor, spec: QuantSpec) -> Tensor:
