@@ -158,8 +158,9 @@ def _in_turn(solver: GroupSolver, groups: Sequence[tuple[int, ActivationGroup]])
         coming: Future[GroupProblem] | None = None
         for (place, group), following in zip(groups, (*groups[1:], None), strict=True):
             problem = solver.pose(group) if coming is None else coming.result()
-            ahead = following is not None and _read_memory(following[1]) <= _READ_AHEAD
-            coming = reader.submit(solver.pose, following[1]) if following is not None and ahead else None
+            coming = None
+            if following is not None and _read_memory(following[1]) <= _READ_AHEAD:
+                coming = reader.submit(solver.pose, following[1])
             solved = solver.solve_posed(problem)
             del problem  # its weights are as large as the copies that are made of the codes when they are written
             yield place, solved

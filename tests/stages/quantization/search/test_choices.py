@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,9 @@ from stages.quantization.search.choices import (
     site_errors,
     stored_weight,
 )
+from stages.quantization.search.objective import joint_errors
 from stages.quantization.search.problem import IDENTITY, Errors, InputScale
+from stages.records.results import TokenStats
 from tests.stages.quantization.search import problems
 from tests.stages.quantization.search.problems import OPTIONS, random_layer
 
@@ -97,6 +100,30 @@ def test_the_error_of_a_choice_is_that_of_the_stored_weight(symmetric: bool) -> 
     assert error == pytest.approx(float(outputs.square().sum() / 300), rel=1e-4)
     (energy,) = output_energies(weight, None, (problem.stats.calibration,))
     assert energy == pytest.approx(float((weight.double() @ layer.tokens.double().T).square().sum() / 300), rel=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_evenly_spaced_channels_stand_for_all_of_a_wide_site(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(3, widths=(901,), symmetric=symmetric)
+    problem, weight = layer.problem, layer.problem.weights[0]
+    assert problem.stats is not None
+    both = problem.stats.calibration, problem.stats.held_out
+    choices = awq_lite(problem, OPTIONS)
+    whole = [site_errors(problem, choices, stats)[0] for stats in both], output_energies(weight, None, both)
+    seen: list[int] = []
+    original = joint_errors
+
+    def noted(error: torch.Tensor, stats: Sequence[TokenStats]) -> list[float]:
+        seen.append(len(error))
+        return original(error, stats)
+
+    monkeypatch.setattr("stages.quantization.search.choices.joint_errors", noted)
+    monkeypatch.setattr("stages.quantization.search.choices.MEASURED_CHANNELS", 300)
+    some = [site_errors(problem, choices, stats)[0] for stats in both], output_energies(weight, None, both)
+    assert seen == [226, 226, 226]  # every fourth
+    # 226 channels whose errors scatter by a fifth or so.
+    assert some[0] == pytest.approx(whole[0], rel=0.1)
+    assert some[1] == pytest.approx(whole[1], rel=0.1)
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
