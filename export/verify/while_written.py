@@ -17,7 +17,7 @@ from stages.commands.options import AccuracyLevel
 from stages.commands.progress import progress_bar
 from stages.errors import GraphError
 from stages.model.load import external_tensors
-from stages.quantization.preview.memory import CHECKED_AT_ONCE
+from stages.quantization.weights.validate import CHECKED_AT_ONCE
 from stages.records.formats import QuantSpec, WeightForm
 from stages.records.results import SiteError
 from stages.system.hardware import one_thread_each
@@ -53,7 +53,7 @@ class SiteChecks:
         self.onnx_file, self.sites, self.level = onnx_file, sites, level
         self._levels = dict(zip((site.output for site in sites), _levels(sites, level), strict=True))
         threads = torch.get_num_threads()
-        workers = min(threads, CHECKED_AT_ONCE)  # each takes a few times its bytes
+        workers = min(threads, CHECKED_AT_ONCE)
         self._pool, self._threads = one_thread_each(workers), threads // workers
         self._running: dict[str, Future[tuple[float, ...]]] = {}
         self._failed: list[Future[tuple[float, ...]]] = []

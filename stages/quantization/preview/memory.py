@@ -16,13 +16,13 @@ from stages.calibration.capture import cut_to_memory
 from stages.quantization.preview.table import StageMemory
 from stages.quantization.search.parallel import batches, small_groups, workers_on
 from stages.quantization.search.parallel import search_memory as group_memory
+from stages.quantization.weights.validate import CHECKED_AT_ONCE
 from stages.records.formats import EmbeddingPlan, QuantSpec, torch_float
 from stages.records.sites import ActivationGroup
 from stages.runtime.cpu.upcast import resident_bytes
 
-_CHECKED, CHECKED_AT_ONCE = 4, 4
-"""Bytes for each weight of a site whose product is checked: codes, pages of the output, ONNX Runtime's copies; and the
-most sites at once."""
+_CHECKED = 4
+"""Bytes for each weight of a site whose product is checked: codes, pages of the output, ONNX Runtime's copies."""
 _PARTITION = 1 << 28
 _REPACKED = 3
 """The exported model runs in partitions of so many bytes, so many times larger once ONNX Runtime has repacked them."""

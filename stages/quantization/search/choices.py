@@ -33,6 +33,7 @@ from stages.quantization.search.problem import (
     InputScale,
     SearchOptions,
     SiteChoice,
+    evenly_spaced,
 )
 from stages.quantization.weights.bitpack import slices
 from stages.records.formats import QuantSpec, torch_float
@@ -271,8 +272,8 @@ def _site_errors(
 
 
 def _channels(weight: Tensor, output_gram: Tensor | None) -> slice:
-    """Return which output channels stand for all: evenly spaced ones, where errors of different ones don't mix."""
-    return slice(0, None, -(-len(weight) // MEASURED_CHANNELS) if output_gram is None else 1)
+    """Return which output channels stand for all: some where errors of different ones don't mix."""
+    return evenly_spaced(len(weight), MEASURED_CHANNELS if output_gram is None else len(weight))
 
 
 def _energies(

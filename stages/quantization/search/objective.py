@@ -6,7 +6,7 @@ computed from G or from the rows X themselves, whichever the cache holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stages.quantization.search.affine import diagonal_blocks, split
+from stages.quantization.weights.bitpack import slices
 from stages.records.results import ActivationStats, SearchStats, TokenStats
 
 _WIDE, _STRIP, _WIDE_STRIP = 2048, 128, 256
@@ -35,7 +36,7 @@ def output_error(error: Float[Tensor, "*batch N K"], stats: TokenStats) -> Float
     """
     if (gram := stats.gram) is not None:
         total = error.new_zeros(error.shape[:-1])
-        for strip in _strips(len(gram)):
+        for strip in slices(len(gram), columns_at_once(len(gram))):
             product = (error[..., : strip.start] @ gram[: strip.start, strip]).mul_(2)
             product += error[..., strip] @ gram[strip, strip]
             total += product.mul_(error[..., strip]).sum(dim=-1)
@@ -54,7 +55,7 @@ def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> li
     if not with_gram:
         return totals
     parts: dict[int, list[Tensor]] = {index: [] for index in with_gram}
-    for strip in _strips(error.shape[1]):
+    for strip in slices(error.shape[1], columns_at_once(error.shape[1])):
         product = error[:, strip].T @ error[:, : strip.stop]
         product[:, : strip.start] *= 2
         for index, gram in with_gram.items():
@@ -62,12 +63,6 @@ def joint_errors(error: Float[Tensor, "N K"], stats: Sequence[TokenStats]) -> li
     for index, sums in parts.items():
         totals[index] = float(torch.cat(sums).cpu().double().sum())
     return totals
-
-
-def _strips(inputs: int) -> Iterator[slice]:
-    step = columns_at_once(inputs)
-    for start in range(0, inputs, step):
-        yield slice(start, min(start + step, inputs))
 
 
 def mixed_outputs(

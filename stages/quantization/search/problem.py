@@ -110,6 +110,11 @@ standard error of a difference is then some five percent of it). On so many more
 rounding to nearest and on held-out tokens (two percent)."""
 
 
+def evenly_spaced(channels: int, most: int) -> slice:
+    """Return which of so many output channels stand for all, ``most`` of them at most."""
+    return slice(0, channels, -(-channels // most))
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """At most ``channels`` output channels of each site, evenly spaced, in place of all of ``whole``."""
@@ -120,15 +125,12 @@ class Sample:
     @property
     def problem(self) -> GroupProblem:
         """Return the same problem for these channels only."""
-        weights = tuple(weight[:: self._stride(weight)].contiguous() for weight in self.whole.weights)
+        weights = tuple(weight[evenly_spaced(len(weight), self.channels)].contiguous() for weight in self.whole.weights)
         return replace(self.whole, weights=weights, output_grams=(None,) * len(weights), rtn_baseline=())
 
     def joint_error(self, errors: Sequence[float]) -> float:
         """Estimate the joint error of the whole from the ``errors`` of the sample's sites."""
         return sum(
-            error * len(weight) / -(-len(weight) // self._stride(weight))
+            error * len(weight) / len(weight[evenly_spaced(len(weight), self.channels)])
             for weight, error in zip(self.whole.weights, errors, strict=True)
         )
-
-    def _stride(self, weight: Tensor) -> int:
-        return -(-len(weight) // self.channels)

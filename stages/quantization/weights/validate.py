@@ -13,6 +13,8 @@ from stages.records.results import ExportRecipe
 from stages.records.sites import MatMulSite
 
 _BYTE = 8
+CHECKED_AT_ONCE = 4
+"""Stored weights that an export compares with its output at once, at most: each takes a few times its bytes."""
 PartName = Literal["codes", "scales", "zero_points", "input_scale"]
 """The tensors that a site's stored weight is made of."""
 

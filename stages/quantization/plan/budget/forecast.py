@@ -30,7 +30,7 @@ from stages.quantization.search.affine import RangeRule, choose_parameters, join
 from stages.quantization.search.choices import rows_per_chunk
 from stages.quantization.search.gptq.factor import factor_gram
 from stages.quantization.search.objective import full_gram, gram_blocks, mixed_outputs, output_error
-from stages.quantization.search.problem import MEASURED_CHANNELS
+from stages.quantization.search.problem import MEASURED_CHANNELS, evenly_spaced
 from stages.quantization.search.ranges import search_clip_ratios
 from stages.records.formats import QuantSpec
 from stages.records.results import SearchStats, TokenStats
@@ -108,7 +108,7 @@ class GroupForecast:
         """Forecast from so many evenly spaced output channels; their part of all is known from their weights' sizes."""
         counts = self._counts(site)
         mixes = self.unpredicted is None and site.name in self.stats.output_grams
-        some = slice(0, None, 1 if mixes else -(-len(weight) // channels))
+        some = evenly_spaced(len(weight), len(weight) if mixes else channels)
         few, part = self, 1.0
         if some.step > 1:
             part = 1.0 if counts is None else self._part(weight, counts, some)

@@ -37,6 +37,17 @@ def solver(seen: list[tuple[str, int]] | None = None) -> GroupSolver:
     return replace(original, algorithm=noted)
 
 
+def noting_reads(original: GroupSolver) -> tuple[GroupSolver, list[str]]:
+    """Return the same solver, and a list of the activations whose statistics it reads, which grows."""
+    read: list[str] = []
+
+    def stats(activation: str) -> object:
+        read.append(activation)
+        return original.read_stats(activation)
+
+    return replace(original, read_stats=stats), read
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -167,14 +178,8 @@ def test_small_groups_have_a_thread_each_and_all_come_once() -> None:
 def test_large_groups_have_all_threads_and_the_next_one_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_MEMORY", search_memory(GROUP, CPU))
     seen: list[tuple[str, int]] = []
-    read: list[str] = []
-    original = solver(seen)
-
-    def stats(activation: str) -> object:
-        read.append(activation)
-        return original.read_stats(activation)
-
-    coming = solve_groups(replace(original, read_stats=stats), groups(3))
+    some, read = noting_reads(solver(seen))
+    coming = solve_groups(some, groups(3))
     place, _ = next(coming)
     assert place == 0
     assert seen == [("x0", 2)]
@@ -188,15 +193,8 @@ def test_a_group_that_is_too_large_to_lie_beside_another_is_read_when_its_turn_c
 ) -> None:
     monkeypatch.setattr(parallel, "_MEMORY", search_memory(GROUP, CPU))
     monkeypatch.setattr(parallel, "_READ_AHEAD", 4 * 48 * (48 + 20) - 1)  # weights of 20 channels, and the Gram matrix
-    seen: list[tuple[str, int]] = []
-    read: list[str] = []
-    original = solver(seen)
-
-    def stats(activation: str) -> object:
-        read.append(activation)
-        return original.read_stats(activation)
-
-    for place, _ in solve_groups(replace(original, read_stats=stats), groups(3)):
+    some, read = noting_reads(solver())
+    for place, _ in solve_groups(some, groups(3)):
         assert len(read) == place + 1
 
 
