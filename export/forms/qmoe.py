@@ -1,10 +1,11 @@
 """Write the stored matrices of experts as com.microsoft QMoE, in the place of the MoE node that they are from.
 
 The operator reads rows of codes as the store has them: [experts, N, K], unsigned, low nibble first, with 2^(bits - 1)
-as zero point where none is stored. Scales are [experts, N, nB], or [experts, N] where the node has no block_size; each
-row's zero points begin with a new byte, and those per channel lie in one row. (Found by running the CPU's operator of
-ONNX Runtime 1.23 to 1.32.) The CPU's weighs a token's experts by softmax over the chosen ones whatever the node says,
-unless it reads the weights: where MoE takes softmax over all, QMoE gets a Softmax of the scores as router_weights.
+as zero point where none is stored. Scales are [experts, N, nB], or [experts, N] where the node has no block_size, of
+one type in a node; each row's zero points begin with a new byte, and those per channel lie in one row. (Found by
+running the CPU's operator of ONNX Runtime 1.23 to 1.32.) The CPU's weighs a token's experts by softmax over the chosen
+ones whatever the node says, unless it reads the weights: where MoE takes softmax over all, QMoE gets a Softmax of the
+scores as router_weights.
 
 Requires a MoE node as it was found. Ensures that the node keeps its name, output, router, biases and activation.
 """
@@ -28,7 +29,8 @@ from stages.model.form.insert import replace_inputs
 from stages.model.patterns import name_of
 from stages.quantization.weights.bitpack import pack_4bit, unpack_4bit
 from stages.records.experts import ExpertLayer
-from stages.records.formats import PerBlock, PerChannel, QuantSpec, onnx_float
+from stages.records.formats import PerBlock, PerChannel, QuantSpec, onnx_float, torch_float
+from stages.records.sites import FloatName
 
 ROUTER_WEIGHTS = 14
 """The operator's input for weights that are no softmax over the chosen scores."""
@@ -49,7 +51,7 @@ class ExpertTable:
 
     @property
     def spec(self) -> QuantSpec:
-        """Return the format that all of them share."""
+        """Return the format of their codes and zero points, which all of them share."""
         return self.sources[0].spec
 
 
@@ -111,7 +113,8 @@ def insert_qmoe(
     node = editor.producer(layer.output)
     tokens, scores, _, fc1_bias, _, fc2_bias = (*node.inputs, None, None)[:6]
     assert scores is not None
-    fc1, fc2 = (_insert_table(editor, node, table) for table in _by_projection(sources))
+    scales = _widest_scales(sources)
+    fc1, fc2 = (_insert_table(editor, node, table, scales) for table in _by_projection(sources))
     weights = [] if layer.routing.over_chosen else [_softmax(editor, node, scores)]
     inputs = [
         *(tokens, scores, fc1.values[0], fc1.values[1], fc1_bias, fc2.values[0], fc2.values[1], fc2_bias),
@@ -142,6 +145,11 @@ def _softmax(editor: GraphEditor, node: ir.Node, scores: ir.Value) -> ir.Value:
     return editor.insert_before(node, "Softmax", [scores], name, {"axis": -1}, shape=scores.shape, kind=scores.type)
 
 
+def _widest_scales(sources: Sequence[StoredSite]) -> FloatName:
+    """Return the type that holds the scales of all: a search keeps them wide where a matrix's numbers need it."""
+    return max((source.spec.scale_dtype for source in sources), key=lambda name: torch_float(name).itemsize)
+
+
 def _by_projection(sources: Sequence[StoredSite]) -> tuple[tuple[StoredSite, ...], tuple[StoredSite, ...]]:
     places = [(source.site.expert, source) for source in sources]
     fc1, fc2 = (
@@ -158,10 +166,12 @@ class _Inserted:
     """Codes, scales, zero points."""
 
 
-def _insert_table(editor: GraphEditor, node: ir.Node, sources: tuple[StoredSite, ...]) -> _Inserted:
+def _insert_table(
+    editor: GraphEditor, node: ir.Node, sources: tuple[StoredSite, ...], scale_dtype: FloatName
+) -> _Inserted:
     stem = sources[0].site.weight
     codes = editor.add_initializer(node, f"{stem}/codes", _lazy_codes(sources))
-    scales = editor.add_initializer(node, f"{stem}/scales", _lazy_scales(sources))
+    scales = editor.add_initializer(node, f"{stem}/scales", _lazy_scales(sources, scale_dtype))
     zero_points = None
     if not sources[0].spec.symmetric:
         zero_points = editor.add_initializer(node, f"{stem}/zero_points", _lazy_zero_points(sources))
@@ -208,12 +218,13 @@ def _lazy_bytes(shape: tuple[int, ...], read: Callable[[int], np.ndarray]) -> ir
     return ir.LazyTensor(read_all, dtype=ir.DataType.UINT8, shape=ir.Shape(shape))
 
 
-def _lazy_scales(sources: tuple[StoredSite, ...]) -> ir.LazyTensor:
+def _lazy_scales(sources: tuple[StoredSite, ...], dtype: FloatName) -> ir.LazyTensor:
     site, spec = sources[0].site, sources[0].spec
     blocks = () if isinstance(spec.granularity, PerChannel) else (spec.num_blocks(site.in_features),)
     shape = (len(sources), site.out_features, *blocks)
 
     def read() -> ir.TensorProtocol:
-        return TorchTensor(torch.stack([source.scales() for source in sources]).reshape(shape))
+        scales = torch.stack([source.scales().to(torch_float(dtype)) for source in sources])
+        return TorchTensor(scales.reshape(shape))
 
-    return ir.LazyTensor(read, dtype=onnx_float(spec.scale_dtype), shape=ir.Shape(shape))
+    return ir.LazyTensor(read, dtype=onnx_float(dtype), shape=ir.Shape(shape))

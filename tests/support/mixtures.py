@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from stages.model.sites import find_expert_layers
 from stages.model.weights import read_weight
+from stages.quantization.search.affine import spec_for
 from stages.quantization.search.choices import full_range, stored_weight
 from stages.quantization.search.problem import IDENTITY
 from stages.quantization.weights.store import QuantizedStore, create_or_resume_store
@@ -75,7 +76,7 @@ def the_layer(model: ir.Model) -> ExpertLayer:
 def rounded_store(
     folder: Path, model: ir.Model, spec: QuantSpec, *, takes_level: bool = True, says_raw: bool = False
 ) -> QuantizedStore:
-    """Round every expert of the model's only MoE node to ``spec`` and store it."""
+    """Round every expert of the model's only MoE node to ``spec``, as a search does, and store it."""
     layer, device = the_layer(model), choose_device("cpu")
     recipe = ExportRecipe(
         model_fingerprint="0",
@@ -92,8 +93,9 @@ def rounded_store(
     for index, group in enumerate(layer.groups):
         (site,) = group.sites
         weight = read_weight(model, site, device)
-        stored = stored_weight(site, weight, spec, full_range(weight, spec, "full", IDENTITY))
-        report = SiteReport(site=site.name, algorithm="rtn", format=spec.label, bytes=0)
+        fitting = spec_for(weight, spec, site.dtype)
+        stored = stored_weight(site, weight, fitting, full_range(weight, fitting, "full", IDENTITY))
+        report = SiteReport(site=site.name, algorithm="rtn", format=fitting.label, bytes=0)
         store.write(index, SolvedGroup(group=group, weights=(stored,), reports=(report,)))
     return store
 

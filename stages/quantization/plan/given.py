@@ -101,7 +101,7 @@ def imported_plan(
     given: dict[str, QuantSpec | None] = {
         node_name(layer.sites[0]): None for layer in layers if not asked_by_name(layer.sites, config, choice)
     }
-    found = _choice_of_specs(chooser, (*specs.values(), *formats.values()))
+    found = _choice_of_specs(_keeping_scales(chooser, choice), (*specs.values(), *formats.values()))
     plan = plan_of(groups, specs, skipped)
     return PlannedFormats(
         choice=found,
@@ -110,6 +110,13 @@ def imported_plan(
         experts={**given, **formats},
         stays_because=_LEFT_IN_FLOAT,
     )
+
+
+def _keeping_scales(chooser: Chooser, choice: FormatChoice) -> Chooser:
+    """Return ``chooser`` without bytes for scales, which would move them, where nobody asked for bytes."""
+    if chooser.requested.scale_type is not None or choice.scale_type != "bytes":
+        return chooser
+    return replace(chooser, requested=replace(chooser.requested, scale_type="narrow"))
 
 
 def _choice_of_specs(chooser: Chooser, specs: tuple[QuantSpec, ...]) -> FormatChoice:

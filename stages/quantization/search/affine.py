@@ -116,8 +116,9 @@ def range_parameters(
 ) -> BlockParameters:
     """Turn ranges into scales and zero points.
 
-    An all-zero block gets scale 1. The asymmetric range always contains 0, so that the zero point exists for blocks of
-    one sign.
+    An all-zero block gets the smallest scale of its row, or 1 in a row of zeros: scales that are stored as bytes are
+    parts of the row's largest. The asymmetric range always contains 0, so that the zero point exists for blocks of one
+    sign.
 
     Args:
         full: the range of every block.
@@ -153,8 +154,10 @@ def _asymmetric(full: BlockRange, spec: QuantSpec, clip_ratio: float | Tensor) -
     return BlockParameters(scales=scales, zero_points=zero_points)
 
 
-def _storable(extent: Tensor, spec: QuantSpec) -> Tensor:
-    return round_to_storage(torch.where(extent > 0, extent, torch.ones_like(extent)), spec.scale_dtype)
+def _storable(extent: Float[Tensor, "*batch nB"], spec: QuantSpec) -> Float[Tensor, "*batch nB"]:
+    smallest = extent.where(extent > 0, torch.inf).amin(dim=-1, keepdim=True)
+    for_zeros = smallest.where(smallest.isfinite(), 1.0)
+    return round_to_storage(extent.where(extent > 0, for_zeros), spec.scale_dtype)
 
 
 def spec_for(weight: Float[Tensor, "N K"], spec: QuantSpec, computed: FloatName) -> QuantSpec:

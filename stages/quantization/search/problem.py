@@ -111,8 +111,12 @@ rounding to nearest and on held-out tokens (two percent)."""
 
 
 def evenly_spaced(channels: int, most: int) -> slice:
-    """Return which of so many output channels stand for all, ``most`` of them at most."""
-    return slice(0, channels, -(-channels // most))
+    """Return which of so many output channels stand for all, ``most`` of them at most.
+
+    The step is odd: where rows of two projections alternate, as in fc1 of many experts, both are among them.
+    """
+    step = -(-channels // most)
+    return slice(0, channels, step if step % 2 else step + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,26 @@ def test_qmoe_gives_what_the_stored_numbers_give(
     assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("small", ["gate_up.weight", "down.weight"])
+def test_scales_are_wide_in_the_whole_node_where_one_experts_numbers_are_too_small(small: str, tmp_path: Path) -> None:
+    model = mixture().model()
+    table = model.graph.initializers[small].const_value
+    assert table is not None
+    numbers = table.numpy().copy()
+    numbers[1] *= 1e-4
+    model.graph.initializers[small].const_value = ir.tensor(numbers, name=small)
+    narrow = spec(4, PerBlock(block_size=16), "float16", zero_points=True)
+    store = rounded_store(tmp_path / "weights", model, narrow)
+    kinds = [store.spec(index, group.sites[0]).scale_dtype for index, group in enumerate(store.recipe.groups)]
+    assert sorted(kinds) == ["float16"] * (2 * EXPERTS - 1) + ["float32"]
+    written = rewrite(model, store, 1).model
+    scales = [value for name, value in written.graph.initializers.items() if name.endswith("/scales")]
+    assert [value.dtype for value in scales] == [ir.DataType.FLOAT] * 2
+    x, scores = np.ones((EXPERTS, HIDDEN), np.float32), 100 * np.eye(EXPERTS, dtype=np.float32)
+    wanted = run_mixture(with_stored_numbers(model, "gpt-oss", store), x, scores)
+    assert np.abs(run_mixture(written, x, scores) - wanted).max() < 2e-6 * np.abs(wanted).max()
+
+
 def test_the_level_is_written_where_the_release_takes_one(tmp_path: Path) -> None:
     model = mixture().model()
     four_bit = spec(4, PerBlock(block_size=16), "float32", zero_points=True)

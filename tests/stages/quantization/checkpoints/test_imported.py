@@ -129,6 +129,7 @@ def test_awqs_scales_go_into_the_norms_and_the_graph_computes_what_the_checkpoin
 
 def _require_codes(store: QuantizedStore, layers: dict[str, Rounded]) -> None:
     """Raise unless codes, scales and zero points of every site are those of the layers, in the builder's order."""
+    assert not store.recipe.byte_scales, "bytes would move the scales"
     checked = 0
     for index, group in enumerate(store.recipe.groups):
         for site in group.sites:

@@ -67,6 +67,17 @@ def test_all_zero_block_has_scale_one_and_zero_codes() -> None:
         assert torch.equal(round_trip(blocks, parameters, spec(symmetric=symmetric)), blocks)
 
 
+def test_an_all_zero_block_takes_the_smallest_scale_of_its_row() -> None:
+    blocks = torch.randn(3, 6, 16, generator=torch.Generator().manual_seed(0)) * 0.01
+    blocks[0, 2] = blocks[1, 0] = blocks[1, 5] = 0
+    for symmetric in (True, False):
+        number = spec(symmetric=symmetric)
+        scales = choose_parameters(blocks, number).scales
+        whole = scales.where(blocks.abs().amax(dim=-1) > 0, torch.inf)
+        assert torch.equal(scales, whole.minimum(whole.amin(dim=1, keepdim=True).where(whole == torch.inf, whole)))
+        assert torch.equal(round_trip(blocks, choose_parameters(blocks, number), number)[0, 2], torch.zeros(16))
+
+
 def test_storage_keeps_scales_normal() -> None:
     tiny = round_to_storage(torch.tensor([1e-9, 1e9]), "float16")
     assert tiny.tolist() == [2.0**-14, 65504.0]

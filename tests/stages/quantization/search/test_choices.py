@@ -21,7 +21,7 @@ from stages.quantization.search.choices import (
     stored_weight,
 )
 from stages.quantization.search.objective import joint_errors
-from stages.quantization.search.problem import IDENTITY, Errors, InputScale
+from stages.quantization.search.problem import IDENTITY, Errors, InputScale, evenly_spaced
 from stages.records.results import TokenStats
 from tests.stages.quantization.search import problems
 from tests.stages.quantization.search.problems import OPTIONS, random_layer
@@ -120,10 +120,17 @@ def test_evenly_spaced_channels_stand_for_all_of_a_wide_site(symmetric: bool, mo
     monkeypatch.setattr("stages.quantization.search.choices.joint_errors", noted)
     monkeypatch.setattr("stages.quantization.search.choices.MEASURED_CHANNELS", 300)
     some = [site_errors(problem, choices, stats)[0] for stats in both], output_energies(weight, None, both)
-    assert seen == [226, 226, 226]  # every fourth
-    # 226 channels whose errors scatter by a fifth or so.
+    assert seen == [181, 181, 181]  # every fifth
+    # 181 channels whose errors scatter by a fifth or so.
     assert some[0] == pytest.approx(whole[0], rel=0.1)
     assert some[1] == pytest.approx(whole[1], rel=0.1)
+
+
+@pytest.mark.parametrize("channels", [1536, 3584, 28672, 5760, 100])
+def test_evenly_spaced_channels_are_of_both_projections_where_rows_alternate(channels: int) -> None:
+    chosen = torch.arange(channels)[evenly_spaced(channels, 128)]
+    assert len(chosen) <= 128
+    assert abs(int((chosen % 2 == 0).sum()) - int((chosen % 2).sum())) <= 1
 
 
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
