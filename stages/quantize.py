@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.output import Section
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from stages.system.distributed import Processes
 
 _LOGGER = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 def command(config: QuantizeConfig) -> Iterator[Section]:
@@ -83,7 +85,8 @@ def run(config: QuantizeConfig) -> Generator[Section, None, QuantizedModel | Non
     if made is None or not config.evaluate:
         return made
     for part in config.parts:
-        made = yield from _evaluate(part, made)
+        steps = _evaluate(part, made)
+        made = yield from steps if len(config.parts) == 1 else _named_sections(part, steps)
     add_to_card(made.folder, made.evaluations, made.outputs)
     return made
 
@@ -120,25 +123,28 @@ def _run_several(config: QuantizeConfig, processes: Processes) -> Generator[Sect
     from stages.system.shared_folder import wait_for
 
     *earlier, last = config.parts
+    between = [config.output_path.with_name(f"{config.output_path.name}.{part.component}.part") for part in earlier]
     # A component's graph is the same in the base and in what comes between.
     made = processes.decided_by_first(lambda: find_finished(last))
     if made is not None:
         _LOGGER.info("%s is there already, made with exactly these options.", from_here(made.folder))
+        if not processes.is_first:
+            return None
+        _restore_report(last, made)
     else:
         check_before_calibration(config)
-        base, between = config.onnx_path, list[Path]()
-        for part in earlier:
-            between.append(config.output_path.with_name(f"{config.output_path.name}.{part.component}.part"))
-            steps = _run_one(replace(part, onnx_path=base, output_path=between[-1]), processes, config)
+        base = config.onnx_path
+        for part, folder in zip(earlier, between, strict=True):
+            steps = _run_one(replace(part, onnx_path=base, output_path=folder), processes, config)
             yield from _named_sections(part, steps)
             processes.barrier()
-            wait_for(between)
-            base = between[-1]
+            wait_for([folder])
+            base = folder
         made = yield from _named_sections(last, _run_one(replace(last, onnx_path=base), processes, config))
         if made is None:
             return None
-        for folder in between:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in between:
+        shutil.rmtree(folder, ignore_errors=True)
     record = read_record(made.folder)
     if record is None:
         return made
@@ -147,15 +153,13 @@ def _run_several(config: QuantizeConfig, processes: Processes) -> Generator[Sect
     return replace(made, export=replace(made.export, bytes_before=before, bytes_after=after))
 
 
-def _named_sections(
-    config: QuantizeConfig, steps: Generator[Section, None, QuantizedModel | None]
-) -> Generator[Section, None, QuantizedModel | None]:
+def _named_sections(config: QuantizeConfig, steps: Generator[Section, None, Made]) -> Generator[Section, None, Made]:
     """Yield the sections of one of several components under its name."""
     while True:
         try:
             section = next(steps)
         except StopIteration as end:
-            made: QuantizedModel | None = end.value
+            made: Made = end.value
             return made
         yield replace(section, name=f"{config.component}.{section.name}")
 

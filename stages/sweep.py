@@ -43,11 +43,12 @@ def command(config: SweepConfig) -> Iterator[Section]:
 
 
 def _sweep(config: SweepConfig) -> Iterator[Section]:
+    from stages.calibration.cache import find_cache
     from stages.commands.progress import progress_bar
     from stages.evaluation.bench.grid import points_of
     from stages.evaluation.bench.results import publish, raise_failures, text_results
     from stages.evaluation.bench.runs import measure
-    from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts
+    from stages.evaluation.bench.setup import open_run_folder, read_evaluation_texts, refuse_calibrated
     from stages.model.directory import locate_model
     from stages.report.document import log_report, write_report
     from stages.report.from_runs import origin_of, sweep_report
@@ -55,9 +56,14 @@ def _sweep(config: SweepConfig) -> Iterator[Section]:
 
     points = points_of(config)
     runs = [point.run(config.base, config.output, config.cache_path) for point in points]
-    yield from _calibrate(config)
+    wanted = [point.config(config.base, config.output, config.cache_path) for point in points]
     run_folder = open_run_folder(config)
     texts = () if config.no_evaluation else read_evaluation_texts(config)
+    if any(each.needs_cache for each in wanted) and find_cache(config.cache_path) is None:
+        yield _calibrate(config)
+        run_folder = open_run_folder(config)  # its records are of one calibration
+        for text in texts:
+            refuse_calibrated(text.text, text.base.windows, config.cache_path)
     _announce(config, [point for point, run in zip(points, runs, strict=True) if not run_folder.find(run, texts)])
     tidy = _tidying(config.keep, run_folder, runs, texts)
     with progress_bar() as progress:
@@ -70,17 +76,14 @@ def _sweep(config: SweepConfig) -> Iterator[Section]:
     raise_failures(records)
 
 
-def _calibrate(config: SweepConfig) -> Iterator[Section]:
-    """Make the cache that all points share, where an algorithm reads one and there is none yet."""
-    from stages.calibration.cache import find_cache
+def _calibrate(config: SweepConfig) -> Section:
+    """Make the cache that all points share."""
     from stages.calibration.run import calibrate
     from stages.calibration.summary import calibration_section
     from stages.commands.calibrate_options import CalibrateConfig
-    from stages.commands.quantize_options import ROUNDED
 
-    if not set(config.algo).issubset(ROUNDED) and find_cache(config.cache_path) is None:
-        text = CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path, model_name=config.model_name)
-        yield calibration_section(calibrate(text))
+    text = CalibrateConfig(onnx_path=config.base, cache_dir=config.cache_path, model_name=config.model_name)
+    return calibration_section(calibrate(text))
 
 
 def _announce(config: SweepConfig, missing: Sequence[Point]) -> None:

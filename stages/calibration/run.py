@@ -26,7 +26,8 @@ from stages.calibration.on_disk.unfinished import Reached, State, Unfinished
 from stages.calibration.samples.load import load_samples, sample_files, takes_samples
 from stages.calibration.samples.samples import Samples
 from stages.calibration.summary import CalibrationSummary, PassSummary
-from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows
+from stages.calibration.text.mix import dataset_names, dataset_parts
+from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows, may_be_source, window_counts
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, CalibrateConfig
 from stages.errors import CacheMismatch, GraphError, UserError
@@ -409,11 +410,49 @@ def _is_current(config: CalibrateConfig, key: CacheKey) -> bool:
     """Return whether the cache is there already; one that differs is refused unless it may be overwritten."""
     reason = _existing_difference(config, key)
     if reason and not config.overwrite:
-        raise CacheMismatch(
-            f"--cache_dir {config.cache_path} holds another calibration: {reason}; "
-            "choose another folder or pass --overwrite."
-        )
+        raise another_calibration(config.cache_path, reason)
     return reason == ""
+
+
+def another_calibration(folder: Path, reason: str) -> CacheMismatch:
+    """Return the error about a cache of another calibration than is asked for."""
+    return CacheMismatch(
+        f"--cache_dir {folder} holds another calibration: {reason}; choose another folder or pass --overwrite."
+    )
+
+
+def foreseen_difference(
+    config: CalibrateConfig, key: CacheKey, model: ir.Model, directory: ModelDirectory, dataset: str
+) -> str:
+    """Return how a cache differs from the calibration that ``config`` asks for; "" where only reading its text tells.
+
+    Args:
+        config: the options.
+        key: the cache's.
+        model: the base model.
+        directory: where it lies.
+        dataset: the data sets, separated by commas; empty where samples are used.
+
+    Raises:
+        UserError: a data set doesn't exist, or the graph takes no text.
+    """
+    other = f"its text is {key.text}, and other text is asked for"
+    of_samples, files = takes_samples(config, model, directory), config.samples_of(directory.component)
+    if of_samples != (key.seq_len is None):
+        return other
+    if of_samples:
+        return "" if files is None or key.source.endswith(files.name) else other
+    window = require_text_inputs(model, directory)
+    config = replace(config, seq_len=window.length or config.seq_len)
+    if key.seq_len != config.seq_len or not may_be_source(key.source, config, dataset):
+        return other
+    counts = window_counts(config, dataset, widest_input(find_groups(model)))
+    padded = tuple(count + -count % (window.batch or 1) for count in counts)
+    is_whole = dataset_parts(dataset) == dataset_names(dataset)  # parts of mix may be too short
+    if is_whole and padded != (key.calibration_windows, key.held_out_windows):
+        return other
+    asked = replace(key, token_weights="none") if config.token_weights == "none" else key
+    return key.difference(asked)
 
 
 def _current(config: CalibrateConfig, capture: Capture) -> CalibrationSummary:

@@ -14,10 +14,11 @@ from stages.commands.parsing import parse_size
 KeyValueScales = Literal["none", "per_channel", "per_tensor"]
 PART_OF_FREE_MEMORY = 0.6
 """The default of --max_memory."""
-_DECIDE_TEXT = (
+DECIDE_TEXT = (
     "dataset", "calib_size", "seq_len", "apply_chat_template", "model_name", "seed", "use_random_calib",
     "token_weights", "samples",
 )  # fmt: skip
+"""Options that say what the statistics are of."""
 
 
 def cache_suffix(component: str | None) -> str:
@@ -79,7 +80,7 @@ class TextOptions(CommandOptions):
     @property
     def names_text(self) -> bool:
         """Return whether an option asks for certain text, so that statistics of other text won't do."""
-        return any(getattr(self, name) != getattr(TextOptions, name) for name in _DECIDE_TEXT)
+        return any(getattr(self, name) != getattr(TextOptions, name) for name in DECIDE_TEXT)
 
     def samples_of(self, component: str, *, unnamed: bool = True) -> Path | None:
         """Return the files that calibrate ``component``; None where text does.

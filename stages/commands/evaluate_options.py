@@ -197,7 +197,7 @@ class SweepGrid:
     """Weights in MatMul's own layout (False), in rows of output channels (True), or both."""
     options: tuple[str, ...] = ("",)
     """Further options of stages.quantize, without their dashes, one value for each variant: '' 'layers_8bit=down_proj'
-    'target=cuda accuracy_level=1'."""
+    'target=cuda accuracy_level=1'. None about the calibration, which all points share, nor about folders."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,10 +81,10 @@ class Option:
     @property
     def choices(self) -> tuple[str, ...]:
         """Return the words that it takes; none where it takes others too."""
-        parts = [part for part in _alternatives(self.hint) if part is not NoneType]
-        if not all(get_origin(part) is Literal for part in parts):
+        parts = _parts(self.hint)
+        if not all(part is NoneType or get_origin(part) is Literal for part in parts):
             return ()
-        return tuple(str(word) for part in parts for word in get_args(part))
+        return tuple(str(word) for part in parts for word in (get_args(part) or (None,)))
 
     @property
     def value(self) -> str:
@@ -247,9 +247,13 @@ def _alternatives(hint: object) -> tuple[object, ...]:
     return (hint,)
 
 
+def _parts(hint: object) -> list[object]:
+    """Return the types that people type a value of: None only where it is one of several."""
+    return [part for part in _alternatives(hint) if part is not NoneType or get_origin(hint) is tuple]
+
+
 def _value(hint: object) -> str:
-    parts = [_word(part) for part in _alternatives(hint) if part is not NoneType or get_origin(hint) is tuple]
-    one = "|".join(dict.fromkeys(parts))
+    one = "|".join(dict.fromkeys(map(_word, _parts(hint))))
     return f"{one} [...]" if get_origin(hint) is tuple else one
 
 

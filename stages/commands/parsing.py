@@ -53,17 +53,26 @@ def parse_options(options_type: type[Options], program: str, arguments: Sequence
         program: what people typed, for the help text.
         arguments: the words behind ``program``; None: those of ``sys.argv``.
     """
-    positional: tuple[str, ...] = getattr(options_type, "positional", ())
     given = list(sys.argv[1:] if arguments is None else arguments)
     if any(word in (*HELP, *HELP_ALL) for word in given):
         whole = any(word in HELP_ALL for word in given)
         write_out(help_text(options_type, program, whole=whole) + "\n")
         sys.exit(0)
     try:
-        given = name_bare_words(given, options_type, positional)
-        _refuse_typos(options_of(options_type), program, given, positional)
+        return parse_words(options_type, program, given)
     except OptionError as error:
         leave_with(error)
+
+
+def parse_words(options_type: type[Options], program: str, words: Sequence[str]) -> Options:
+    """Return the words behind ``program`` as ``options_type``; leave with code 2 where a value is of another type.
+
+    Raises:
+        OptionError: an option is unknown or missing, or a word is none of its choices.
+    """
+    positional: tuple[str, ...] = getattr(options_type, "positional", ())
+    given = name_bare_words(words, options_type, positional)
+    _refuse_typos(options_of(options_type), program, given, positional)
     parsed: object = tyro.cli(cast(type, options_type), prog=program, use_underscores=True, args=given)
     return cast(Options, parsed)
 

@@ -89,18 +89,17 @@ def _linear_ticks(low: Number, high: Number) -> list[Number]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(step * unit for step in (1, 2, 5, 10) if step * unit >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def _log_ticks(low: Number, high: Number) -> list[Number]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    inside: list[Number] = []
     for digits in ((1,), (1, 3), (1, 2, 3, 5, 7), tuple(range(1, 10))):
         found = [float(f"{digit}e{exponent}") for exponent in exponents for digit in digits]
-        inside = [value for value in found if low <= value <= high]
+        inside: list[Number] = [value for value in found if low <= value <= high]
         if len(inside) >= 3:
-            break
-    return inside
+            return inside
+    return _linear_ticks(low, high)  # over so short an axis nearly even
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,13 +101,13 @@ def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
         # One point makes no panel: what lies outside the layers stands in the table.
         if site.layer is not None and (pair := _losses(site.report)) is not None:
             panels.setdefault(_kind(site), []).append((site, pair))
-    pairs = [pair for panel in panels.values() for _, pair in panel]
+    shown = [each for panel in panels.values() for each in panel]
     whole = len(sites) <= _MOST_ROWS
-    y = axis_over("error of the output", [loss for pair in pairs for loss in pair], log=True, shares=True)
+    y = axis_over("error of the output", [loss for _, pair in shown for loss in pair], log=True, shares=True)
     return Figure(
         name="sites",
         heading="Layer by layer",
-        text=_explain(sites, pairs) + ("" if whole else " Every MatMul's own numbers are in report.json."),
+        text=_explain(shown) + ("" if whole else " Every MatMul's own numbers are in report.json."),
         drawings=tuple(_panel(kind, panel, y) for kind, panel in panels.items()),
         legend=(_ROUNDED, _CHOSEN) if panels else (),
         tables=(_grouped(sites),),
@@ -117,12 +117,12 @@ def site_figure(sites: Sequence[QuantizedSite]) -> Figure | None:
     )
 
 
-def _explain(sites: Sequence[QuantizedSite], pairs: Sequence[_Pair]) -> str:
-    if not pairs:
+def _explain(shown: Sequence[tuple[QuantizedSite, _Pair]]) -> str:
+    if not shown:
         return "Errors of the outputs were not measured: plain rounding needs no text."
-    unseen = all(site.report.held_out_loss is not None for site in sites)
+    unseen = all(site.report.held_out_loss is not None for site, _ in shown)
     where = "text that the search never saw" if unseen else "the calibration text"
-    left = mean(chosen / rounded for rounded, chosen in pairs if rounded)
+    left = mean(chosen / rounded for _, (rounded, chosen) in shown if rounded)
     return (
         f"Mean squared error of each MatMul's output relative to the output, on {where}; lower is better, and the "
         f"scale is logarithmic. On average the search leaves {percent(left)} of the error of rounding to nearest. "

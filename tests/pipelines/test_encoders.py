@@ -130,9 +130,13 @@ def test_a_package_is_quantized_in_one_run(
     assert record["base"]["name"] == record["parts"][0]["base"]["name"] == "base"
     assert "--component decoder,vision" in (output / "README.md").read_text(encoding="utf-8")
     assert (output / "README.base.md").read_text(encoding="utf-8") == "# of the base\n"
+    (tmp_path / "int4.decoder.part").mkdir()
+    shutil.rmtree(tmp_path / "int4.weights.vision" / "report")
     code, printed = commands.quantize(*command)
     assert code == 0, printed
     assert "is there already, made with exactly these options" in printed
+    assert {path.name for path in tmp_path.iterdir()} == left, "what a run left that was stopped at its end is removed"
+    assert (tmp_path / "int4.weights.vision" / "report" / "report.html").is_file()
 
 
 def test_what_one_component_lacks_is_said_before_the_first_is_calibrated(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages import quantize
 from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.output import Section
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import UserError
 from stages.evaluation.compare import prepare
 from stages.quantize import preview
 from stages.report.document import read_report
+from stages.system.distributed import Processes
 from tests.support.commands import Commands
 
 Call = Callable[..., tuple[int, str]]
@@ -136,3 +139,37 @@ def test_a_dry_run_says_what_the_tuning_of_blocks_lacks(
     monkeypatch.setattr("stages.runtime.blocks.converters.onnx2torch.import_onnx2torch", missing)
     config = QuantizeConfig(onnx_path=tiny_model, output_path=tmp_path / "x", algo="rtn_dq", refine=True)
     assert preview(config).obstacles == ("onnx2torch isn't installed.",)
+
+
+def test_a_finished_package_is_evaluated_by_the_first_process_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another, made = Processes(SimpleNamespace(is_main_process=False)), SimpleNamespace(folder=tmp_path)
+    monkeypatch.setattr("stages.system.distributed.join_processes", lambda: another)
+    monkeypatch.setattr(Processes, "broadcast", lambda *_: made)
+    config = QuantizeConfig(
+        onnx_path=tiny_model, output_path=tmp_path / "int4", component="decoder,vision", evaluate=True
+    )
+    assert quantize.quantize(config) is None
+
+
+def test_each_of_several_components_has_an_evaluation_in_json(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = SimpleNamespace(folder=tmp_path, evaluations=(), outputs=())
+
+    def evaluate(*_: object) -> Generator[Section, None, object]:
+        yield Section(name="outputs", table="", record=None)
+        return made
+
+    def several(*_: object) -> Generator[Section, None, object]:
+        yield from ()
+        return made
+
+    monkeypatch.setattr("stages.quantize._run_several", several)
+    monkeypatch.setattr("stages.quantize._evaluate", evaluate)
+    monkeypatch.setattr("stages.quantize.add_to_card", lambda *_: None)
+    config = QuantizeConfig(
+        onnx_path=tiny_model, output_path=tmp_path / "int4", component="encoder,vision", evaluate=True
+    )
+    assert [section.name for section in quantize.run(config)] == ["encoder.outputs", "vision.outputs"]

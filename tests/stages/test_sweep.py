@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -9,6 +10,8 @@ import pytest
 import transformers
 from safetensors.numpy import load_file
 
+from stages.commands.evaluate_options import SweepConfig
+from stages.commands.output import Section
 from stages.evaluation.bench.runs import Record
 from stages.quantization.weights.store import open_store
 from stages.report.document import read_report
@@ -45,6 +48,7 @@ def test_points_are_compared_and_a_second_sweep_repeats_none(
         assert accuracy.mean_divergence > 0
         assert record.search is not None
         assert record.search.held_out_loss is None
+        assert record.search.seconds == open_store(output / f"{name}.weights").seconds()
         assert record.bytes == sum(file.stat().st_size for file in (output / name).glob("model.onnx*"))
         # The command itself, typed again, makes the same model.
         assert " ".join(("python", *record.command[1:])) in (output / "table.md").read_text().replace("'", "")
@@ -123,6 +127,44 @@ def test_calibrated_text_is_refused_before_anything_runs(
     assert code == 2
     assert "were calibrated on" in printed
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--text", "nosuch.txt"), "--text nosuch.txt"),
+        (("--windows", 0), "--windows must be at least 1"),
+        (("--options", "", "seed=1"), "all points of a sweep share one calibration"),
+        (("--options", "no_such_option"), "has no option --no_such_option"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_the_calibration(
+    options: tuple[object, ...], words: str, commands: Commands, tiny_model: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    code, printed = commands.sweep("--base", tiny_model, "--cache_dir", cache, "--output", tmp_path / "sweep", *options)
+    assert code == 2
+    assert words in printed
+    assert not cache.exists()
+
+
+def test_points_whose_options_need_statistics_share_one_calibration(
+    commands: Commands, tiny_model: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrate(config: SweepConfig) -> Section:
+        shutil.copytree(tiny_cache, config.cache_path)
+        return Section(name="calibration", table="calibrated once", record=None)
+
+    monkeypatch.setattr("stages.sweep._calibrate", calibrate)
+    arguments = ["--base", tiny_model, "--cache_dir", tmp_path / "cache", "--output", tmp_path / "sweep"]
+    arguments += ["--no_evaluation", "--algo", "rtn_dq", "--block_size", "None", "--options", "target=any target_bpw=6"]
+    code, printed = commands.sweep(*arguments)
+    assert code == 0, printed
+    assert "calibrated once" in printed
+    assert "1 model to make" in printed
+    code, printed = commands.sweep(*arguments)
+    assert code == 0, printed
+    assert "to make" not in printed
 
 
 def test_another_models_cache_is_refused(

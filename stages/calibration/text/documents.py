@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -161,7 +162,7 @@ def open_documents(dataset: str, seed: int, *, with_messages: bool = False) -> D
         return Documents(title=f"{ARITHMETIC}: {ARITHMETIC_TITLE}", texts=arithmetic_documents(seed))
     if dataset in _INSTALLED:
         title, documents = _INSTALLED[dataset]
-        return Documents(title=f"{dataset}: {title}", texts=_shuffled(documents(), seed))
+        return Documents(title=f"{dataset}: {title}", texts=_shuffled(documents, seed))
     path = Path(dataset)
     if path.is_dir() or path.suffix.lower() in (".npz", ".npy"):
         raise UserError(
@@ -176,7 +177,7 @@ def open_documents(dataset: str, seed: int, *, with_messages: bool = False) -> D
     if not path.is_file():
         raise UserError(f"--dataset {dataset} does not exist; pass the path of a .txt, .jsonl or .parquet file.")
     if path.suffix.lower() == ".txt":
-        return Documents(title=path.name, texts=_text_file(path, seed))
+        return Documents(title=path.name, texts=_shuffled(partial(_texts_of_file, path), seed))
     return Documents(title=path.name, texts=_table_file(path, seed, with_messages))
 
 
@@ -185,9 +186,10 @@ def _by_hub_name(dataset: str) -> HubSource | None:
     return next((s for s in HUB_SOURCES.values() if dataset in (s.path, s.path.rsplit("/", 1)[-1])), None)
 
 
-def _shuffled(texts: list[str], seed: int) -> Iterator[str]:
+def _shuffled(read: Callable[[], list[str]], seed: int) -> Iterator[str]:
+    texts = read()
     random.Random(seed).shuffle(texts)
-    return iter(texts)
+    yield from texts
 
 
 def read_text(path: Path) -> str:
@@ -211,7 +213,7 @@ def _encoding(first_bytes: bytes) -> str:
     return "utf-16" if first_bytes in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
-def _text_file(path: Path, seed: int) -> Iterator[str]:
+def _texts_of_file(path: Path) -> list[str]:
     """Return the documents of a file, which two or more blank lines separate; without any, paragraphs make them up."""
     try:
         text = read_text(path)
@@ -223,7 +225,7 @@ def _text_file(path: Path, seed: int) -> Iterator[str]:
     if len(texts) < 2:
         blocks = (piece for block in paragraphs(text) for piece in pieces(block, _LONGEST_DOCUMENT) if piece)
         texts = list(gather(blocks, DOCUMENT_CHARACTERS))
-    return _shuffled(texts, seed)
+    return texts
 
 
 def _hub_texts(name: str, source: HubSource, seed: int) -> Iterator[str]:

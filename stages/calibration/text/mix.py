@@ -37,6 +37,15 @@ def dataset_names(dataset: str) -> tuple[str, ...]:
     return tuple(_named(dataset))
 
 
+def dataset_parts(dataset: str) -> tuple[str, ...]:
+    """Return the data sets that ``--dataset`` names, with the parts of mix in its place.
+
+    Raises:
+        UserError: ``dataset`` isn't a list of names.
+    """
+    return tuple(_weights(_named(dataset)))
+
+
 def windows_by_dataset(dataset: str, windows: int, *, without: Collection[str] = ()) -> dict[str, int]:
     """Return how many windows each data set gives, as its weight says; mix is given as its parts.
 

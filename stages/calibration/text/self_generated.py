@@ -38,6 +38,8 @@ _WINDOW_OVER_QUESTION = 4
 _VERSION = 1
 """Of how text is written: another version writes other text with the same seed."""
 _DIGITS = 10
+OWN_TITLE = "the model's own "
+"""How the title of such text begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,7 @@ class GeneratedTextFile:
 
 def _title(written: Sequence[GeneratedWindow]) -> str:
     kinds = Counter(line.kind for line in written)
-    return "the model's own " + " + ".join(f"{kinds[kind]} {kind}s" for kind in get_args(ScriptKind) if kinds[kind])
+    return OWN_TITLE + " + ".join(f"{kinds[kind]} {kind}s" for kind in get_args(ScriptKind) if kinds[kind])
 
 
 def _uniforms(seed: int, batch: Sequence[int], seq_len: int) -> Float64[np.ndarray, "windows seq_len"]:

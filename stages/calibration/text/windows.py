@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,17 +18,25 @@ import numpy as np
 from jaxtyping import Int64
 
 from stages.calibration.text.chat import ChatTemplate, as_conversation, require_chat_template
-from stages.calibration.text.documents import HUB_SOURCES, ChosenText, TextDocument, choose_text, open_documents
+from stages.calibration.text.documents import (
+    HUB_SOURCES,
+    ChosenText,
+    Documents,
+    TextDocument,
+    choose_text,
+    open_documents,
+)
 from stages.calibration.text.mix import (
     LEAST_WINDOWS,
     MIX,
     RANDOM,
     SELF_GENERATED,
     dataset_names,
+    dataset_parts,
     held_out_windows,
     windows_by_dataset,
 )
-from stages.calibration.text.self_generated import GenerationRequest, TextGenerator
+from stages.calibration.text.self_generated import OWN_TITLE, GenerationRequest, TextGenerator
 from stages.calibration.text.tokenizer import FoundTokenizer, first_tokens, tokenizer_of
 from stages.commands.calibrate_options import CalibrateConfig, TextOptions
 from stages.errors import UserError
@@ -108,6 +117,19 @@ def window_count(config: TextOptions, dataset: str, channels: int) -> int:
     return max(least, ceil(tokens / config.seq_len))
 
 
+def window_counts(config: TextOptions, dataset: str, channels: int) -> tuple[int, int]:
+    """Return how many windows are calibrated on and how many are held out, where no part of mix is too short.
+
+    Args:
+        config: gives the number and length of windows.
+        dataset: the data sets, separated by commas.
+        channels: input channels of the widest MatMul.
+    """
+    windows = window_count(config, dataset, channels)
+    held_out = sum(held_out_windows(windows_by_dataset(dataset, windows)).values())
+    return windows - held_out, held_out
+
+
 def load_windows(
     config: CalibrateConfig,
     directory: ModelDirectory,
@@ -160,6 +182,27 @@ def load_windows(
     for part in parts.values():
         _check_vocabulary(part.windows, found, directory.vocab_size)
     return _split({name: parts[name] for name in shares}, tokenizer=found.title)
+
+
+def may_be_source(source: str, config: TextOptions, dataset: str) -> bool:
+    """Return whether ``load_windows`` may call its text ``source``, as far as that is known before it is read.
+
+    Args:
+        source: the origin in words.
+        config: how documents become text.
+        dataset: the data sets, separated by commas; parts of mix may be missing.
+
+    Raises:
+        UserError: a data set doesn't exist.
+    """
+    named, pattern = dataset_names(dataset), ""
+    for name in dataset_parts(dataset):
+        if name == SELF_GENERATED:
+            title = f"{OWN_TITLE}.+"
+        else:
+            title = re.escape(_RANDOM_TITLE if name == RANDOM else _title(open_documents(name, config.seed), config))
+        pattern += f"({title} \\+ ){'' if name in named else '?'}"
+    return re.fullmatch(pattern, f"{source} + ") is not None
 
 
 def beginning_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -231,7 +274,11 @@ def _part(
         )
     if left_out:
         _LOGGER.warning("--dataset %s is read without %s", dataset, left_out)
-    return _Part(title=f"{documents.title}, as chats" if chat else documents.title, windows=windows)
+    return _Part(title=_title(documents, config), windows=windows)
+
+
+def _title(documents: Documents, config: TextOptions) -> str:
+    return f"{documents.title}, as chats" if config.apply_chat_template else documents.title
 
 
 def _self_generated_part(

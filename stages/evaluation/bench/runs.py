@@ -287,10 +287,9 @@ def read_base_rows(folder: Path) -> dict[str, ModelRow]:
 
 def _read_search(weights: Path) -> Search:
     store = open_store(weights)
-    reports = store.reports()
-    losses = [report.held_out_loss for report in reports if report.held_out_loss is not None]
+    losses = [report.held_out_loss for report in store.reports() if report.held_out_loss is not None]
     return Search(
-        seconds=sum(report.seconds for report in reports),
+        seconds=store.seconds(),
         bits_per_weight=bits_per_weight(store),
         held_out_loss=mean(losses) if losses else None,
     )

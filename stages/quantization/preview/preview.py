@@ -10,15 +10,15 @@ import onnx_ir as ir
 
 from stages.calibration.cache import CalibrationCache, find_cache, open_cache
 from stages.calibration.capture import TextShape
-from stages.calibration.run import fit_to_graph
+from stages.calibration.run import another_calibration, fit_to_graph, foreseen_difference
 from stages.calibration.samples.load import takes_samples
 from stages.calibration.samples.samples import DEFAULT_SAMPLES, held_out_samples
 from stages.calibration.text.documents import DEFAULT_DATASET, ChosenText
-from stages.calibration.text.mix import RANDOM, SELF_GENERATED, held_out_windows, windows_by_dataset
-from stages.calibration.text.windows import choose_dataset, window_count
+from stages.calibration.text.mix import RANDOM, SELF_GENERATED, windows_by_dataset
+from stages.calibration.text.windows import choose_dataset, window_counts
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.quantize_options import QuantizeConfig, ScaleSearch
-from stages.errors import CacheMismatch, GraphError, UserError
+from stages.errors import UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, parse_graph, require_weights
 from stages.model.sites import find_groups, widest_input
@@ -53,7 +53,7 @@ class _Known:
     model: ir.Model
     has_weights: bool
     cache: CalibrationCache | None
-    """None where the algorithm needs none, or there is none that fits."""
+    """None where the algorithm needs none, or there is none that is used."""
     window: WindowShape
     """What the graph takes at a time."""
     dataset: str
@@ -124,9 +124,14 @@ def preview(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tup
     )
 
 
-def _about_calibration(config: QuantizeConfig, calibration: CalibrateConfig, text: ChosenText) -> Iterator[str]:
+def _about_calibration(
+    config: QuantizeConfig, calibration: CalibrateConfig, text: ChosenText, *, replaces: bool
+) -> Iterator[str]:
     what = f"text: {text.dataset}" if text.dataset else f"samples: {calibration.samples}"
-    yield f"there is no calibration in {config.cache_path} yet: it is part of the same run ({what})"
+    if replaces:
+        yield f"there is another calibration in {config.cache_path}, which the same run replaces ({what})"
+    else:
+        yield f"there is no calibration in {config.cache_path} yet: it is part of the same run ({what})"
     if text.note:
         yield text.note
 
@@ -146,13 +151,18 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         found.append(str(error))
     if config.needs_cache:
         try:
-            cache = _cache(config, directory, has_weights=has_weights)
+            cache = there = _cache(config, directory, has_weights=has_weights)
+            if not known_samples and (there is None or calibration.names_text):
+                window = require_text_inputs(model, directory)
+                text = ChosenText(dataset=RANDOM) if calibration.use_random_calib else choose_dataset(calibration)
+            if there is not None and calibration.names_text:
+                reason = foreseen_difference(calibration, there.manifest.key, model, directory, text.dataset)
+                if reason and not calibration.overwrite:
+                    raise another_calibration(config.cache_path, reason)
+                cache = None if reason else there
             if cache is None:
-                if not known_samples:
-                    window = require_text_inputs(model, directory)
-                    text = ChosenText(dataset=RANDOM) if calibration.use_random_calib else choose_dataset(calibration)
-                notes += _about_calibration(config, calibration, text)
-        except (CacheMismatch, GraphError) as error:
+                notes += _about_calibration(config, calibration, text, replaces=there is not None)
+        except UserError as error:
             found.append(str(error))
         if cache is not None and not has_weights:
             notes.append(f"{cache.folder} is taken to be this model's: without the weights that can't be checked")
@@ -162,7 +172,7 @@ def _look(config: QuantizeConfig, calibration: CalibrateConfig, obstacles: tuple
         has_weights=has_weights,
         cache=cache,
         window=window,
-        dataset=text.dataset,
+        dataset="" if cache is not None else text.dataset,
         runs_samples=known_samples,
         obstacles=tuple(found),
         notes=tuple(notes),
@@ -221,10 +231,9 @@ def _text_shape(known: _Known, calibration: CalibrateConfig, channels: int) -> T
         return TextShape(calibration_windows=samples - held_out, held_out_windows=held_out, seq_len=None, batch_size=1)
     if known.cache is None:
         dataset = known.dataset or DEFAULT_DATASET
-        windows = window_count(calibration, dataset, channels)
-        held_out = sum(held_out_windows(windows_by_dataset(dataset, windows)).values())
+        windows, held_out = window_counts(calibration, dataset, channels)
         return TextShape(
-            calibration_windows=windows - held_out,
+            calibration_windows=windows,
             held_out_windows=held_out,
             seq_len=calibration.seq_len,
             batch_size=calibration.batch_size,

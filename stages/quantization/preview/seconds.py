@@ -48,13 +48,13 @@ def search_seconds(
     small = set(small_groups(groups, device))
 
     def cost(group: ActivationGroup) -> float:
-        return _weights(group) if text is None else search_cost(group, config.algo)
+        return _weights(group) if text is None else search_cost(group, config.search_algorithm)
 
     def timed(group: ActivationGroup, together: int) -> float:
         solver = _random_solver(config, plan, group, text, device)
         return seconds_of(lambda: list(solve_groups(solver, [group] * together)), device) / together
 
-    timed(_shrunk(groups[0], config.algo, _WARM_UP), 1)
+    timed(_shrunk(groups[0], config.search_algorithm, _WARM_UP), 1)
     seconds: dict[tuple[object, ...], float] = {}
     found: dict[str, float] = {}
     for place, group in enumerate(groups):
@@ -65,7 +65,7 @@ def search_seconds(
             *((site.out_features, plan.sites.specs[site.name]) for site in group.sites),
         )
         if shape not in seconds:
-            smaller = _shrunk(group, config.algo, _TIMED)
+            smaller = _shrunk(group, config.search_algorithm, _TIMED)
             seconds[shape] = timed(smaller, together) * cost(group) / cost(smaller)
         channels = sum(site.out_features for site in group.sites)
         found |= {site.name: seconds[shape] * site.out_features / channels for site in group.sites}

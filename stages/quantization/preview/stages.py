@@ -122,7 +122,7 @@ class Stages:
         plan = self.plan
         sizes = [self.text.size(group, part) for group in plan.sites.groups for part in _PARTS] if self.text else []
         work = Work(
-            algorithm=self.config.algo,
+            algorithm=self.config.search_algorithm,
             calibration=self.passes,
             groups=plan.sites.groups,
             seconds=seconds,

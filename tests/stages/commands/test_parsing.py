@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
+from stages.commands.evaluate_options import SweepConfig
 from stages.commands.options import CommandOptions
 from stages.commands.parsing import Release, Target, name_bare_words, parse_options, parse_size, parse_target
 from stages.errors import OptionError
@@ -97,6 +98,11 @@ def test_help_names_no_empty_default(
     assert printed.startswith("usage: program [options] Do something. ")
     assert "A folder. Default: the model's folder, whose name (which may be long) is used." in printed
     assert re.findall(r"Default: \w+", printed) == ["Default: info", "Default: the", "Default: 3"]
+
+
+def test_none_is_a_word_of_options_that_take_several_values() -> None:
+    given = ["--base", "base", "--output", "sweep", "--lm_head", "None", "8"]
+    assert parse_options(SweepConfig, "sweep", given).lm_head == (None, "8")
 
 
 @pytest.mark.parametrize(

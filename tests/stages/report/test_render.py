@@ -122,6 +122,19 @@ def test_losses_are_drawn_for_every_site(page: Element) -> None:
     assert len(figure.all("svg")) == 2 + 3  # the legend's two, and a panel for each kind in the layers
 
 
+def test_errors_are_of_unseen_text_where_all_that_are_drawn_are() -> None:
+    known = sample.quantization()
+    first, *others = known.sites
+    unknown = dict.fromkeys(("loss_rtn", "loss", "held_out_loss_rtn", "held_out_loss"))
+    imported = replace(first, report=replace(first.report, **unknown))
+    for sites, where in (
+        ((imported, *others), "text that the search never saw"),
+        ((replace(first, report=replace(first.report, held_out_loss=None)), *others), "the calibration text"),
+    ):
+        page = parse(render(Report(quantization=replace(known, sites=sites))))
+        assert f"relative to the output, on {where}; lower" in page.by_id("sites").whole_text()
+
+
 def test_tables_of_sites_group_what_is_alike_and_hold_every_number(page: Element) -> None:
     known = sample.quantization().sites
     figure = page.by_id("sites")

@@ -20,7 +20,7 @@ from stages.calibration.text.arithmetic import ARITHMETIC_TITLE
 from stages.calibration.text.documents import ChosenText, Documents, HubSource, choose_text
 from stages.calibration.text.mix import MIX
 from stages.calibration.text.offline import CALIBRATION_TITLE, CODE_TITLE, LANGUAGES_TITLE
-from stages.calibration.text.windows import TokenWindows, load_windows, pack_windows, window_count
+from stages.calibration.text.windows import TokenWindows, load_windows, may_be_source, pack_windows, window_count
 from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
 from stages.model.directory import ModelDirectory
@@ -161,6 +161,31 @@ def test_several_data_sets_share_the_windows_alternately(config: CalibrateConfig
     np.testing.assert_array_equal(windows.calibration[54:], [alone[0].calibration[18], alone[1].calibration[18]])
     assert windows.fingerprint == load(config).fingerprint
     assert windows.fingerprint not in {part.fingerprint for part in alone}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "source", "may_be"),
+    [
+        ("cnn", "cnn_dailymail train", True),
+        ("offline", "cnn_dailymail train", False),
+        ("cnn,offline", "cnn_dailymail train", False),
+        ("cnn,offline", f"cnn_dailymail train + offline: {CALIBRATION_TITLE}", True),
+        ("mix", "cnn_dailymail train", False),
+        ("mix", f"the model's own 5 texts + 4 chats + offline: {CALIBRATION_TITLE} + random tokens", True),
+        ("mix", f"offline: {CALIBRATION_TITLE} + code: {CODE_TITLE}", True),
+        ("self", f"offline: {CALIBRATION_TITLE}", False),
+    ],
+)
+def test_what_a_text_may_be_called_is_known_before_it_is_read(
+    config: CalibrateConfig, dataset: str, source: str, *, may_be: bool
+) -> None:
+    assert may_be_source(source, config, dataset) == may_be
+
+
+def test_chats_are_other_text(config: CalibrateConfig) -> None:
+    chats = replace(config, apply_chat_template=True)
+    assert not may_be_source("cnn_dailymail train", chats, "cnn")
+    assert may_be_source("cnn_dailymail train, as chats", chats, "cnn")
 
 
 def test_fewer_windows_than_two_for_each_data_set_are_refused(config: CalibrateConfig) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,16 @@ import pytest
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import progress_bar
 from stages.errors import UserError
-from stages.evaluation.bench.runs import EvaluationText, OtherRuntime, Record, Run, RunFolder, measure, remove_model
+from stages.evaluation.bench.runs import (
+    EvaluationText,
+    OtherRuntime,
+    Record,
+    Run,
+    RunFolder,
+    Search,
+    measure,
+    remove_model,
+)
 from stages.evaluation.compare import prepare_base
 
 COPY = "import shutil, sys; open(sys.argv[3], 'a').write('x'); shutil.copytree(sys.argv[1], sys.argv[2])"
@@ -136,6 +146,19 @@ def test_others_go_on_and_are_told_of(run_folder: RunFolder, tiny_model_dml: Pat
     records = measure(run_folder, runs, [text], progress_bar(), tidy)
     assert [record.failure for record in records.values()] == ["no such method", None]
     assert told == [["first"], ["first", "second"]]
+
+
+def test_a_search_takes_the_seconds_that_its_run_took(
+    run_folder: RunFolder, tiny_model_dml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites that were searched at once, or tuned afterwards, have other seconds of their own."""
+    sites = [SimpleNamespace(seconds=3.0, held_out_loss=loss) for loss in (0.125, 0.375)]
+    store = SimpleNamespace(seconds=lambda: 4.0, reports=lambda: sites)
+    monkeypatch.setattr("stages.evaluation.bench.runs.open_store", lambda _: store)
+    monkeypatch.setattr("stages.evaluation.bench.runs.bits_per_weight", lambda _: 4.5)
+    run = made_by(COPY, run_folder, tiny_model_dml)
+    found = run_folder.make(replace(run, weights=run.model)).search
+    assert found == Search(seconds=4.0, bits_per_weight=4.5, held_out_loss=0.25)
 
 
 @pytest.mark.parametrize(("vocabulary", "failure"), [(300, None), (301, "has 301 tokens in its vocabulary")])

@@ -94,6 +94,29 @@ def test_the_text_is_that_of_the_run_and_what_the_model_writes_of_it_takes_time(
     assert "writes" not in notes
 
 
+def test_a_cache_of_other_text_is_an_obstacle_or_replaced(
+    tiny_model: Path, tiny_text: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    config = replace(
+        quantization(tiny_model, tmp_path, "awq_lite"),
+        cache_dir=tiny_cache,
+        dataset=str(tiny_text),
+        calib_size=20,
+        seq_len=32,
+    )
+    for overwrite in (False, True):
+        same = genai_quant.preview(replace(config, overwrite=overwrite))
+        assert (same.obstacles, same.disk.calibration) == ((), 0)
+    for option, value in (("dataset", "offline"), ("calib_size", 24), ("seq_len", 48), ("token_weights", "none")):
+        other = replace(config, **{option: value})
+        (obstacle,) = genai_quant.preview(other).obstacles
+        assert "holds another calibration: " in obstacle
+        replaced = genai_quant.preview(replace(other, overwrite=True))
+        assert replaced.obstacles == ()
+        assert replaced.disk.calibration > 0
+        assert "there is another calibration in " in " ".join(replaced.notes)
+
+
 @pytest.mark.parametrize(
     ("options", "places"),
     [

@@ -36,16 +36,16 @@ def test_seconds_are_of_the_order_of_the_search(algo: str, tiny_model: Path, tin
     assert {site.seconds > 0 for site in found.sites if site.bits is not None} == {True}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [TextShape(calibration_windows=1, held_out_windows=1, seq_len=32, batch_size=1), None],
-    ids=["statistics", "none"],
-)
+TEXT = TextShape(calibration_windows=1, held_out_windows=1, seq_len=32, batch_size=1)
+
+
+@pytest.mark.parametrize(("algo", "text"), [("awq_lite", TEXT), ("signround", TEXT), ("rtn_dq", None)])
 def test_a_large_group_takes_the_time_of_a_smaller_one_scaled(
-    text: TextShape | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algo: str, text: TextShape | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By ``search_cost``; where weights are only rounded, by their number."""
-    config, directory = quantization(tiny_model, tmp_path, "awq_lite" if text else "rtn_dq"), locate_model(tiny_model)
+    """By ``search_cost`` of what signround starts from; where weights are only rounded, by their number."""
+    config, directory = quantization(tiny_model, tmp_path, algo), locate_model(tiny_model)
+    searched = "awq_gptq" if algo == "signround" else algo
     plan = plan_model(config, parse_graph(directory), directory)
     large, small = (
         replace(random_layer(0, in_features=inputs, widths=(inputs,)).problem.group, activation=f"{inputs}")
@@ -57,12 +57,12 @@ def test_a_large_group_takes_the_time_of_a_smaller_one_scaled(
     ticks = count()
     for clock in ("perf_counter", "process_time"):  # all that is timed takes the same
         monkeypatch.setattr(time, clock, lambda: float(next(ticks)))
-    limit = search_cost(large, config.algo) / 8
+    limit = search_cost(large, searched) / 8
     monkeypatch.setattr(search_time, "_TIMED", limit)
-    cut = search_time._shrunk(large, config.algo, limit)
-    assert limit / 2 < search_cost(cut, config.algo) <= limit
+    cut = search_time._shrunk(large, searched, limit)
+    assert limit / 2 < search_cost(cut, searched) <= limit
     weights = cut.in_features * cut.sites[0].out_features
-    times = search_cost(large, config.algo) / search_cost(cut, config.algo) if text else 1024 * 1024 / weights
+    times = search_cost(large, searched) / search_cost(cut, searched) if text else 1024 * 1024 / weights
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     found = search_time.search_seconds(config, replace(plan, sites=sites), text, torch.device("cpu"))
     assert found[large.sites[0].name] == pytest.approx(times * found["small"])

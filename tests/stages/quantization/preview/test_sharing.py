@@ -12,6 +12,7 @@ import genai_quant
 from stages.calibration.capture import TextShape
 from stages.quantization.preview import sharing
 from stages.quantization.preview.sharing import Work, multiply_rate, pass_work, shared_run, writing_work
+from stages.quantization.preview.table import SharedRun
 from tests.stages.quantization.preview.configs import calibration, quantization
 from tests.stages.quantization.search.problems import random_layer
 
@@ -127,6 +128,21 @@ def test_every_process_reads_the_base_and_weights_are_read_once_by_the_search() 
     assert budget.read - searching.read == 40_600
     assert (alone.sent, both.sent, searching.sent) == (0, 2 * TOKENS * 2 * 64 * 4 // 2, 0)
     assert (alone.memory_others, both.memory_others, both.memory_first) == (None, 3, 5)
+
+
+def test_what_signround_starts_from_is_shared(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = list[str]()
+
+    def noted(work: Work, count: int, rate: float | None, first: int, others: int) -> SharedRun:
+        shared.append(work.algorithm)
+        return shared_run(work, count, rate, first, others)
+
+    monkeypatch.setattr("stages.quantization.preview.stages.shared_run", noted)
+    config = replace(quantization(tiny_model, tmp_path, "signround"), signround_start="gptq")
+    genai_quant.preview(config, calibration(tiny_model, tmp_path))
+    assert set(shared) == {"gptq"}
 
 
 def test_the_cache_is_as_large_as_foreseen(tiny_model: Path, tmp_path: Path) -> None:
