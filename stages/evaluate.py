@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stages.commands.evaluate_options import EvaluateConfig
+from stages.commands.options import require
 from stages.commands.output import Section
 from stages.commands.quantize_options import QuantizeConfig
 from stages.commands.run import run_command
@@ -90,39 +91,28 @@ def evaluate_outputs(config: EvaluateConfig) -> OutputEvaluation:
         UserError: an option, a model or the samples can't be used.
     """
     from stages.evaluation.judged_samples import samples_to_judge
-    from stages.report.document import read_report
 
     config.validate()
-    if config.report is not None:
-        read_report(config.report)  # a damaged one is an error before anything runs
-    found = _compare_outputs(config, samples_to_judge(config))
-    if config.results is not None:
-        from stages.evaluation.records import save_evaluation
+    require(
+        not config.asks_for_text,
+        f"--base {config.base} is an encoder, whose outputs are compared; --generate, --lm_eval_tasks and --speed go "
+        "with decoders.",
+    )
+    document = _report(config)
+    return _compare_outputs(config, samples_to_judge(config), document)
 
-        save_evaluation(found, config.results)
-    return found
 
-
-def _compare_outputs(config: EvaluateConfig, judged: JudgedSamples) -> OutputEvaluation:
-    """Compare the models on ``judged``, and keep what was found in the report."""
+def _compare_outputs(config: EvaluateConfig, judged: JudgedSamples, document: Report) -> OutputEvaluation:
+    """Compare the models on ``judged``, and keep what was found."""
     from stages.commands.progress import progress_bar
+    from stages.evaluation.compare import settings_of
     from stages.evaluation.outputs import compare_outputs
     from stages.model.directory import locate_model
-    from stages.report.document import read_report, write_report
-    from stages.report.render import render
-    from stages.runtime.providers import choose_providers
-    from stages.runtime.session import SessionSettings
 
     base, *models = (locate_model(path, config.component) for path in (config.base, *config.model))
-    settings = SessionSettings(
-        providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
-    )
     with progress_bar() as progress:
-        found = compare_outputs(base, models, judged, settings, progress)
-    if config.report is not None:
-        document = read_report(config.report)
-        title = document.title or ", ".join(path.absolute().name for path in config.model)
-        write_report(replace(document.with_outputs(found), title=title), render, config.report)
+        found = compare_outputs(base, models, judged, settings_of(config), progress)
+    _keep(config, found, document)
     return found
 
 
@@ -142,7 +132,7 @@ def evaluate_result_outputs(config: QuantizeConfig) -> OutputEvaluation | None:
     )
     try:
         judged = samples_of_run(config)
-        return None if judged is None else _compare_outputs(request, judged)
+        return None if judged is None else _compare_outputs(request, judged, _report(request))
     except UserError as error:
         _LOGGER.warning("the model is finished, but its outputs can't be compared with its base's: %s", error)
         return None
@@ -158,7 +148,7 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
     from stages.model.directory import locate_model
     from stages.quantization.weights.store import REPORT_FOLDER
     from stages.runtime.genai import why_not_genai
-    from stages.runtime.providers import SHORT_NAMES
+    from stages.runtime.providers import own_providers
 
     cache = find_cache(config.cache_path) if config.needs_cache else None
     base = locate_model(config.onnx_path)
@@ -168,7 +158,7 @@ def evaluate_result(config: QuantizeConfig) -> tuple[Evaluation, ...]:
         model=(config.output_path,),
         windows=_WINDOWS,
         seq_len=min(_SEQ_LEN, base.context_length or _SEQ_LEN),
-        eps=f"{base.provider},cpu" if base.provider in SHORT_NAMES.values() else "cpu",
+        eps=f"{base.provider},cpu" if own_providers(base.provider) else "cpu",
         report=config.weights_folder / REPORT_FOLDER,
         speed_rounds=_SPEED_ROUNDS,
     )
@@ -199,6 +189,8 @@ def _with_speed(request: EvaluateConfig, found: Evaluation) -> Evaluation:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Compare models with their base on the same text; a comparison that was kept is not run again.
 
+    Each part is kept as soon as it is there.
+
     Raises:
         UserError: an option, a model, a text or a task can't be used.
     """
@@ -206,31 +198,43 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     from stages.evaluation.compare import prepare
     from stages.evaluation.run import run_evaluation
     from stages.model.directory import locate_model
-    from stages.report.document import Report, read_report
 
     config.validate()
-    document = Report() if config.report is None else read_report(config.report)
+    document = _report(config)
     for path in (config.base, *config.model):
-        locate_model(path)  # what isn't there is said before anything is read
+        locate_model(path, config.component)  # what isn't there is said before anything is read
     with status("reading the models and the text"):
         prepared = prepare(config)
-    found = run_evaluation(config, prepared, _earlier(config, document, prepared))
-    _keep(config, found, document)
+    earlier = _earlier(config, document, prepared)
+    try:
+        for found in run_evaluation(config, prepared, earlier):
+            _keep(config, found, document)
+    except KeyboardInterrupt as stop:
+        if config.results is None and config.report is None:
+            stop.__notes__ = ["stopped; finished parts of an evaluation are kept with --results or --report only."]
+        raise
     return found
 
 
+def _report(config: EvaluateConfig) -> Report:
+    """Return the report of --report, an empty one where there is none."""
+    from stages.report.document import Report, read_report
+
+    return Report() if config.report is None else read_report(config.report)
+
+
 def _earlier(config: EvaluateConfig, document: Report, prepared: PreparedEvaluation) -> Evaluation | None:
-    """Return a kept evaluation of the same comparison, from --results or the report; None where there is none."""
+    """Return what --results and the report keep of the same comparison; None where neither has it."""
     from stages.evaluation.records import load_evaluation
 
     found = None if config.results is None else load_evaluation(config.results, prepared.comparison)
-    of_report = (one for one in document.evaluations if one.comparison == prepared.comparison)
-    return found or next(of_report, None)
+    of_report = next((one for one in document.evaluations if one.comparison == prepared.comparison), None)
+    return of_report if found is None else found.kept_from(of_report)
 
 
-def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
+def _keep(config: EvaluateConfig, found: Evaluation | OutputEvaluation, document: Report) -> None:
     """Write ``found`` to --results and into the report of --report."""
-    from stages.evaluation.records import save_evaluation
+    from stages.evaluation.records import Evaluation, save_evaluation
     from stages.model.directory import locate_model
     from stages.report.document import Report, write_report
     from stages.report.from_runs import origin_of
@@ -243,9 +247,10 @@ def _keep(config: EvaluateConfig, found: Evaluation, document: Report) -> None:
         title = document.title or ", ".join(path.absolute().name for path in config.model)
         origin = document.origin
         if document == Report():
-            origin = origin_of("genai-quant evaluate", config, locate_model(config.base).folder)
+            origin = origin_of("genai-quant evaluate", config, locate_model(config.base, config.component).folder)
         document = replace(document, title=title, machine=document.machine or describe_machine(), origin=origin)
-        write_report(document.with_evaluation(found), render, config.report)
+        added = document.with_evaluation(found) if isinstance(found, Evaluation) else document.with_outputs(found)
+        write_report(added, render, config.report)
 
 
 if __name__ == "__main__":

@@ -123,11 +123,16 @@ class EvaluateConfig(CommandOptions):
     speed_new_tokens: int = 64
     """Tokens to generate after the prompt."""
     results: Path | None = None
-    """JSON file to write the numbers to; the same comparison is then shown from there and not run again. Prompts, tasks
-    and speed that are asked for are always run."""
+    """JSON file to write the numbers to, each part as soon as it is there; the same comparison on text is then shown
+    from there and not run again. Prompts, tasks and speed that are asked for are always run."""
     report: Path | None = None
     """Folder of a report (report.json, report.html) to add all this to, such as stages.quantize leaves in its weights'
-    folder; created if missing. The same comparison is taken from there, too."""
+    folder; created if missing. The same comparison on text is taken from there, too."""
+
+    @property
+    def asks_for_text(self) -> bool:
+        """Return whether something is asked for that only models that write text can do."""
+        return bool(self.generate or self.lm_eval_tasks or self.speed)
 
     def validate(self) -> None:
         """Raise OptionError naming the first option that can't be used."""
@@ -139,9 +144,8 @@ class EvaluateConfig(CommandOptions):
         require(self.speed_rounds >= 1, "--speed_rounds must be at least 1.")
         require(self.speed_prompt_tokens >= 1, "--speed_prompt_tokens must be at least 1.")
         require(self.speed_new_tokens >= 2, "--speed_new_tokens must be at least 2: the first ends the prompt's time.")
-        asks_for_text = self.generate or self.lm_eval_tasks or self.speed
         require(
-            self.samples is None or not asks_for_text,
+            self.samples is None or not self.asks_for_text,
             "--samples compares outputs; --generate, --lm_eval_tasks and --speed go with text.",
         )
         tokens = self.windows * self.seq_len

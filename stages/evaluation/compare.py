@@ -23,7 +23,7 @@ from stages.calibration.text.tokenizer import first_tokens, load_tokenizer
 from stages.calibration.text.windows import beginning_token, pack_windows
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import Progress
-from stages.errors import UserError
+from stages.errors import OptionError, UserError
 from stages.evaluation.accuracy import (
     Accuracy,
     TokenScores,
@@ -37,7 +37,7 @@ from stages.evaluation.accuracy import (
 from stages.evaluation.records import Comparison, Evaluation, ModelRow
 from stages.evaluation.speed import describe_accuracy_level, with_shipped_level
 from stages.evaluation.texts import BUILT_IN
-from stages.model.directory import ModelDirectory, locate_model, logits_among
+from stages.model.directory import DECODER, ModelDirectory, has_logits, locate_model, logits_among
 from stages.model.load import fingerprint_model, read_graph
 from stages.model.sizes import model_bytes
 from stages.model.unquantized import is_quantized
@@ -47,7 +47,8 @@ from stages.runtime.cpu.upcast import must_upcast
 from stages.runtime.decoder import open_decoder
 from stages.runtime.graph_inputs import WindowShape, inputs_of_graph
 from stages.runtime.providers import choose_providers
-from stages.runtime.session import SessionSettings
+from stages.runtime.session import SessionSettings, loadable
+from stages.system.json_file import explained
 from stages.system.paths import from_here
 
 if TYPE_CHECKING:
@@ -101,18 +102,24 @@ def prepare_base(config: EvaluateConfig) -> PreparedBase:
         UserError: the base, its tokenizer or the text can't be read, or the text is too short.
     """
     config.validate()
-    directory = locate_model(config.base)
+    directory = locate_model(config.base, config.component)
     config = _fit_to_graph(config, directory)
     tokenizer = load_tokenizer(config.model_name or str(directory.folder))
     return PreparedBase(
         directory=directory,
         windows=_read_windows(config, tokenizer),
-        settings=SessionSettings(
-            providers=choose_providers(config.eps, "--eps").names, accuracy_level=config.accuracy_level
-        ),
+        settings=settings_of(config),
         worst=config.worst,
         decode=lambda tokens: str(tokenizer.decode(list(tokens))),
     )
+
+
+def settings_of(config: EvaluateConfig) -> SessionSettings:
+    """Return how sessions are opened: on those of --eps that load on this machine. A warning names the others."""
+    choice = loadable(choose_providers(config.eps, "--eps"))
+    for name, reason in choice.missing:
+        _LOGGER.warning("--eps %s isn't used: %s.", name, reason)
+    return SessionSettings(providers=choice.names, accuracy_level=config.accuracy_level)
 
 
 def _fit_to_graph(config: EvaluateConfig, directory: ModelDirectory) -> EvaluateConfig:
@@ -131,12 +138,13 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
     """Find the base and the models, and tokenize the text with the base's tokenizer.
 
     Raises:
-        UserError: a model, the tokenizer or the text can't be read, or the text is too short.
+        UserError: a model, the tokenizer or the text can't be read, a model gives no logits, or the text is too short.
     """
     if not config.model:
         raise UserError("--model names no model; pass one or more folders to compare with --base.")
-    directories = tuple(locate_model(path) for path in (config.base, *config.model))
+    directories = tuple(locate_model(path, config.component) for path in (config.base, *config.model))
     graph = read_graph(directories[0].onnx_file)
+    _require_text(directories[0], graph)
     vocabulary = _vocabulary(directories[0], graph)
     for directory in directories[1:]:
         _check_vocabulary(directory.folder, vocabulary, _vocabulary(directory, read_graph(directory.onnx_file)))
@@ -154,10 +162,20 @@ def prepare(config: EvaluateConfig) -> PreparedEvaluation:
         windows=config.windows,
         seq_len=base.windows.shape[1],
         accuracy_level=config.accuracy_level,
+        accuracy_levels=tuple(base.settings_of(directory).accuracy_level for directory in directories),
         providers=base.settings.providers,
         worst=config.worst,
     )
     return PreparedEvaluation(base=base, models=directories[1:], comparison=comparison)
+
+
+def _require_text(base: ModelDirectory, graph: ir.Model) -> None:
+    """Raise OptionError for another component than a decoder, which only samples can be run on."""
+    if base.component != DECODER and not has_logits((str(value.name) for value in graph.graph.outputs), base):
+        raise OptionError(
+            f"The component {base.component} ({base.onnx_file}) gives no logits that could be compared on text; pass "
+            "--samples with files that fill its inputs."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,18 +275,18 @@ def _record(logits: Iterator[Float32[np.ndarray, "L V"]], windows: int, file: Pa
     """Write logits to ``file`` as they come.
 
     They are too many for memory: 16 windows of 512 tokens fill 1.6 GB at 49,000 tokens of vocabulary.
+
+    Raises:
+        UserError: the disk is full.
     """
     first = next(logits)
-    try:
-        recorded = np.memmap(file, np.float32, "w+", shape=(windows, *first.shape))
-    except OSError as error:
-        raise UserError(
-            f"The base's logits can't be kept in {file.parent.parent} ({error.strerror}); free space there, lower "
-            "--windows, or set TMPDIR to another folder."
-        ) from error
-    for number, current in enumerate(chain([first], logits)):
-        recorded[number] = current
-    return recorded
+    fix = "free space there, lower --windows, or set TMPDIR to another folder"
+    with explained(f"The base's logits can't be kept in {file.parent.parent}", fix):
+        # A mapped file takes its place only when it is filled, and a full disk ends the process then.
+        with file.open("wb") as kept:
+            for current in chain([first], logits):
+                kept.write(np.ascontiguousarray(current).data)
+        return np.memmap(file, np.float32, "r", shape=(windows, *first.shape))
 
 
 def _score_model(

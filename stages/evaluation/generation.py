@@ -16,7 +16,9 @@ _OPTION = "--generate"
 def generate(
     folders: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress
 ) -> tuple[Generation, ...]:
-    """Return each model's greedy answers to each prompt; one model is open at a time.
+    """Return each model's greedy answers to the same tokens: each prompt as the base writes it.
+
+    One model is open at a time.
 
     Args:
         folders: the models' folders, the base first.
@@ -29,18 +31,21 @@ def generate(
     """
     task = progress.add_task("answers", total=len(folders) * len(prompts), unit="answers")
     answers: list[list[tuple[list[int], str]]] = []
+    asked: list[list[int]] = []
     templated = False
     for folder in folders:
         session = open_genai(folder, _OPTION)
-        templated = session.has_template
         answers.append([])
-        for prompt in prompts:
-            try:
-                tokens = list(session.generate(session.prompt_tokens(prompt), max_new_tokens))
-            except RuntimeError as error:
-                raise cannot_run(folder, _OPTION, error) from error
-            answers[-1].append((tokens, session.text(tokens)))
-            progress.advance(task)
+        try:
+            if not asked:
+                asked, templated = [session.prompt_tokens(prompt) for prompt in prompts], session.has_template
+            for prompt in asked:
+                tokens = list(session.generate(prompt, max_new_tokens))
+                answers[-1].append((tokens, session.text(tokens)))
+                progress.advance(task)
+        except RuntimeError as error:
+            raise cannot_run(folder, _OPTION, error) from error
+        del session  # the next one would open beside it
     progress.remove_task(task)
     names = [folder.name for folder in folders]
     return tuple(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from stages.calibration.cache import find_cache
+from stages.calibration.cache import CalibrationCache, find_cache
 from stages.calibration.samples.documents import encode_documents, reads_documents
 from stages.calibration.samples.load import load_samples, takes_samples
 from stages.calibration.samples.samples import sample_digest
@@ -31,16 +30,21 @@ _DOCUMENT_CHARACTERS = 800
 def samples_of_run(config: QuantizeConfig) -> JudgedSamples | None:
     """Return the samples that a run of ``config`` kept for the evaluation; None where its model isn't run on samples.
 
+    A cache that was there already may come from other options: what it calibrated is left out.
+
     Raises:
-        UserError: they can't be read.
+        UserError: they can't be read, or all of them were calibrated on.
     """
     directory = locate_model(config.onnx_path, config.component)
     model = read_graph(directory.onnx_file)
     if not takes_samples(config, model, directory):
         return None
     text = "" if config.samples_of(directory.component) is not None else choose_dataset(config).dataset
-    samples = load_samples(config, model, directory, text)
-    return JudgedSamples(samples=samples.unseen, source=samples.source)
+    found = load_samples(config, model, directory, text)
+    cache = find_cache(config.cache_path) if config.needs_cache else None
+    return JudgedSamples(
+        samples=_uncalibrated(found.unseen, cache, f"The samples of {found.source}"), source=found.source
+    )
 
 
 def judged_by_outputs(config: EvaluateConfig) -> bool:
@@ -61,11 +65,9 @@ def samples_to_judge(config: EvaluateConfig) -> JudgedSamples:
         return JudgedSamples(samples=_of_text(config, model, base), source=config.text)
     options = TextOptions(samples=str(config.samples), model_name=config.model_name, seq_len=config.seq_len)
     found = load_samples(options, model, base, "")
-    calibrated = _calibrated(config)
+    cache = find_cache(default_folder(config.base, cache_suffix(config.component)))
     every = (*found.unseen, *found.held_out, *found.calibration)
-    unseen = tuple(sample for sample in every if sample_digest(sample) not in calibrated)
-    if not unseen:
-        raise UserError(f"--samples {config.samples}: the model was calibrated on all of them; pass others.")
+    unseen = _uncalibrated(every, cache, f"--samples {config.samples}")
     return JudgedSamples(samples=unseen[: config.windows], source=found.source)
 
 
@@ -78,7 +80,14 @@ def _of_text(config: EvaluateConfig, model: ir.Model, base: ModelDirectory) -> t
     return tuple(samples)
 
 
-def _calibrated(config: EvaluateConfig) -> frozenset[str]:
-    folder: Path = default_folder(config.base, cache_suffix(config.component))
-    cache = find_cache(folder)
-    return frozenset(() if cache is None else cache.manifest.samples)
+def _uncalibrated(samples: Iterable[Sample], cache: CalibrationCache | None, source: str) -> tuple[Sample, ...]:
+    """Return the samples that neither statistics nor search saw by ``cache``; ``source`` names them in messages.
+
+    Raises:
+        UserError: there are none.
+    """
+    seen = frozenset(() if cache is None else cache.manifest.samples)
+    unseen = tuple(sample for sample in samples if sample_digest(sample) not in seen)
+    if not unseen:
+        raise UserError(f"{source}: the model was calibrated on all of them; pass others.")
+    return unseen

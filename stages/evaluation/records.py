@@ -24,6 +24,8 @@ class Comparison:
     seq_len: int
     accuracy_level: int | None
     """Of all models alike; None: of each model the one that its files set."""
+    accuracy_levels: tuple[int | None, ...] = ()
+    """With which each model's session is opened; empty in records of earlier versions, whose models are run again."""
     providers: tuple[str, ...]
     worst: int
     """How many of the predictions farthest from the base's are kept for each model."""
@@ -145,16 +147,16 @@ class Evaluation:
     def kept_from(self, earlier: Evaluation | None) -> Evaluation:
         """Return this evaluation with what an ``earlier`` one of the same comparison adds to it.
 
-        That is other prompts, other tasks, and the speed if it wasn't measured again.
+        That is other prompts, other tasks and tasks of other models, and the speed if it wasn't measured again.
         """
         if earlier is None or earlier.comparison != self.comparison:
             return self
-        prompts, tasks = {one.prompt for one in self.generations}, {one.task for one in self.tasks}
+        prompts, tasks = {one.prompt for one in self.generations}, {(one.model, one.task) for one in self.tasks}
         return replace(
             self,
             generations=(*(one for one in earlier.generations if one.prompt not in prompts), *self.generations),
             speed=self.speed or earlier.speed,
-            tasks=(*(one for one in earlier.tasks if one.task not in tasks), *self.tasks),
+            tasks=(*(one for one in earlier.tasks if (one.model, one.task) not in tasks), *self.tasks),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from stages.commands.evaluate_options import EvaluateConfig
@@ -16,8 +17,13 @@ from stages.runtime.genai import require_genai
 from stages.system.threads import usable_threads
 
 
-def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier: Evaluation | None) -> Evaluation:
+def run_evaluation(
+    config: EvaluateConfig, prepared: PreparedEvaluation, earlier: Evaluation | None
+) -> Iterator[Evaluation]:
     """Compare the models of ``prepared``, unless ``earlier`` did, and add what else ``config`` asks for.
+
+    Yields all that is known, ``earlier`` included, after each part: the comparison, the answers, the speed, and each
+    model's tasks.
 
     Args:
         config: valid options.
@@ -25,7 +31,7 @@ def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier
         earlier: what an equal comparison found.
 
     Raises:
-        UserError: a model, a prompt or a task can't be used; raised before anything is run.
+        UserError: a model, a prompt or a task can't be used. What can be known before anything is run is said then.
     """
     folders = [model.folder for model in prepared.all_models]
     for option, wanted in (("--generate", config.generate), ("--speed", config.speed)):
@@ -34,12 +40,17 @@ def run_evaluation(config: EvaluateConfig, prepared: PreparedEvaluation, earlier
     tasks = find_tasks(config.lm_eval_tasks, config.lm_eval_limit) if config.lm_eval_tasks else None
     with progress_bar() as progress:
         found = earlier or compare(prepared, progress)
-        return replace(
-            found,
-            generations=generate(folders, config.generate, config.max_new_tokens, progress) if config.generate else (),
-            speed=_speed(config, prepared, progress) if config.speed else None,
-            tasks=() if tasks is None else _tasks(config, tasks, prepared, progress),
-        ).kept_from(earlier)
+        yield found
+        if config.generate:
+            answers = generate(folders, config.generate, config.max_new_tokens, progress)
+            found = replace(found, generations=answers).kept_from(found)
+            yield found
+        if config.speed:
+            found = replace(found, speed=_speed(config, prepared, progress))
+            yield found
+        if tasks is not None:
+            for scores in _tasks(config, tasks, prepared, progress):
+                yield replace(found, tasks=scores).kept_from(found)
 
 
 def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progress) -> SpeedTest:
@@ -53,10 +64,9 @@ def _speed(config: EvaluateConfig, prepared: PreparedEvaluation, progress: Progr
 
 def _tasks(
     config: EvaluateConfig, request: TaskRequest, prepared: PreparedEvaluation, progress: Progress
-) -> tuple[TaskScore, ...]:
-    settings_of = prepared.base.settings_of
-    return tuple(
-        score
-        for model in prepared.all_models
-        for score in run_tasks(model, request, settings_of(model), progress, config.model_name)
-    )
+) -> Iterator[tuple[TaskScore, ...]]:
+    """Yield the scores so far after each model."""
+    scores: tuple[TaskScore, ...] = ()
+    for model in prepared.all_models:
+        scores += run_tasks(model, request, prepared.base.settings_of(model), progress, config.model_name)
+        yield scores

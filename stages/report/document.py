@@ -142,10 +142,9 @@ class Report:
     """Comparisons of what encoders give, oldest first."""
 
     def with_outputs(self, evaluation: OutputEvaluation) -> Report:
-        """Return this report with ``evaluation`` added, in place of one of the same component on the same samples."""
-        replaced = evaluation.component, evaluation.source
-        others = (one for one in self.outputs if (one.component, one.source) != replaced)
-        return replace(self, outputs=(*others, evaluation))
+        """Return this report with ``evaluation`` added, in place of one of the same models on the same samples."""
+        outputs = {_judged(one): one for one in self.outputs} | {_judged(evaluation): evaluation}
+        return replace(self, outputs=tuple(outputs.values()))
 
     def with_evaluation(self, evaluation: Evaluation) -> Report:
         """Return this report with ``evaluation`` added, in place of one of the same models on the same text."""
@@ -156,6 +155,10 @@ class Report:
 def _subject(evaluation: Evaluation) -> tuple[str, tuple[str, ...]]:
     comparison = evaluation.comparison
     return comparison.text, tuple(name for name, _ in comparison.models)
+
+
+def _judged(evaluation: OutputEvaluation) -> tuple[str, str, tuple[str, ...]]:
+    return evaluation.component, evaluation.source, tuple(row.name for row in evaluation.rows)
 
 
 _REPORTS = TypeAdapter(Report)

@@ -115,7 +115,7 @@ def _sections(report: Report) -> list[Section]:
 
 def _accuracy(report: Report) -> tuple[Figure, ...]:
     evaluations = report.evaluations
-    outputs = [output_tables(one) for one in report.outputs]
+    outputs = [output_tables(one, f"outputs-{index}") for index, one in enumerate(report.outputs)]
     if not evaluations:
         return _present(outputs) if outputs or report.quantization is None else (_UNMEASURED,)
     speeds = [evaluation.speed for evaluation in evaluations if evaluation.speed is not None]

@@ -75,7 +75,7 @@ def _accuracy_row(row: ModelRow, base: ModelRow) -> tuple[Cell, ...]:
     )
 
 
-def output_tables(evaluation: OutputEvaluation) -> Figure:
+def output_tables(evaluation: OutputEvaluation, name: str) -> Figure:
     """Return cosine similarity and relative error of every output of every model beside its base's."""
     headings = ("model", "output", "cosine", "worst cosine", "relative error", "vectors", "MB", "of the base")
     base = evaluation.rows[0]
@@ -95,7 +95,7 @@ def output_tables(evaluation: OutputEvaluation) -> Figure:
     ]
     levels = "; ".join(f"{row.name}: {row.accuracy_level}" for row in evaluation.rows[1:])
     return Figure(
-        name=f"outputs-{evaluation.component}",
+        name=name,
         heading="Outputs" if evaluation.component == DECODER else f"Outputs of {evaluation.component}",
         text=f"{counted(evaluation.samples, 'sample')} of {evaluation.source} that no calibration saw, beside "
         f"{base.name}. Cosine similarity of vectors along the last axis, mean and worst; relative error over all "
@@ -304,7 +304,7 @@ def tables_of(evaluation: Evaluation) -> Iterator[DataTable]:
 
 def tables_of_outputs(evaluation: OutputEvaluation) -> Iterator[DataTable]:
     """Yield the tables of a comparison of outputs for the terminal."""
-    yield from _terminal_tables(output_tables(evaluation))
+    yield from _terminal_tables(output_tables(evaluation, ""))
 
 
 def tables_of_worst(evaluation: Evaluation) -> Iterator[DataTable]:

@@ -42,12 +42,7 @@ class Conversation:
         """
         if not message.strip():
             raise UserError("The message is empty; write one.")
-        self._messages.append(_message("user", message))
-        try:
-            tokens = self._fitting_tokens()
-        except UserError:
-            self._messages.pop()
-            raise
+        tokens = self._take_in(message)
         pieces: list[str] = []
         try:
             for piece in self._pieces(tokens):
@@ -56,23 +51,27 @@ class Conversation:
         finally:
             self._messages.append(_message("assistant", "".join(pieces)))
 
-    def _fitting_tokens(self) -> list[int]:
-        """Return the messages' tokens; forget the oldest exchanges where the context has no room for an answer."""
+    def _take_in(self, message: str) -> list[int]:
+        """Add a message and return the tokens of all; forget the oldest exchanges where an answer would have no room.
+
+        A message that is refused changes nothing.
+        """
         context = self._session.context_length
-        tokens = self._session.conversation_tokens([*self._system, *self._messages])
-        forgotten = 0
-        while len(tokens) + min(self._limit, context // 2) > context and len(self._messages) > 1:
-            del self._messages[:2]
-            forgotten += 2
-            tokens = self._session.conversation_tokens([*self._system, *self._messages])
-        if forgotten:
-            _LOGGER.info(
-                "the model's context of %d tokens is full: the oldest %d messages are forgotten", context, forgotten
-            )
+        messages = [*self._messages, _message("user", message)]
+        tokens = self._session.conversation_tokens([*self._system, *messages])
+        while len(tokens) + min(self._limit, context // 2) > context and len(messages) > 1:
+            del messages[:2]
+            tokens = self._session.conversation_tokens([*self._system, *messages])
         if len(tokens) >= context:
             raise UserError(
                 f"The message has {len(tokens)} tokens, and the model's context only {context}; write a shorter one."
             )
+        forgotten = len(self._messages) + 1 - len(messages)
+        if forgotten:
+            _LOGGER.info(
+                "the model's context of %d tokens is full: the oldest %d messages are forgotten", context, forgotten
+            )
+        self._messages = messages
         return tokens
 
     def _pieces(self, tokens: list[int]) -> Iterator[str]:

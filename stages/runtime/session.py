@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 
 from stages.errors import GraphError
-from stages.runtime.providers import CPU, SHORT_NAMES, ProviderChoice
+from stages.runtime.providers import CPU, CPU_ONLY, SHORT_NAMES, ProviderChoice
 from stages.runtime.requirements import installed_runtime, lacks_of, too_old
 from stages.system.threads import granted_threads
 
@@ -28,6 +29,7 @@ _CAST = re.compile(
 NO_KERNEL = "no kernel"
 _PLACE_IN_SOURCE = re.compile(r"^\S*\.(cc|h|cpp|cu):\d+ .*?\)(?: const)? (?:\[with [^]]*\] )?(?=\S)")
 _AS_MANY_AS_CORES = 0
+_ONE_NODE = '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Identity(x) }'
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 """Session key: 1 computes MatMulNBits in float32; the runtime's default 4 rounds activations to int8."""
 
@@ -134,6 +136,14 @@ def open_first_session(open_with: SessionOpener, choice: ProviderChoice) -> Open
         if name not in loaded:
             choice = _without(choice, name, "ONNX Runtime could not load it; a driver or library is missing")
     return OpenedSession(session, choice)
+
+
+def loadable(choice: ProviderChoice) -> ProviderChoice:
+    """Return ``choice`` without the providers that turn out not to load here, found out with a graph of one node."""
+    if choice.names == CPU_ONLY:
+        return choice
+    model = onnx.parser.parse_model(_ONE_NODE).SerializeToString()
+    return open_first_session(lambda names: open_session(model, SessionSettings(providers=names)), choice).providers
 
 
 def _first_failing(open_with: SessionOpener, choice: ProviderChoice) -> tuple[str, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ from onnx import TensorProto
 from transformers import AutoTokenizer
 
 from stages.calibration.cache import find_cache
+from stages.calibration.samples.samples import sample_digest
+from stages.commands.quantize_options import QuantizeConfig
+from stages.evaluation.judged_samples import samples_of_run
+from stages.report.document import read_report
 from tests.support.commands import Commands
 from tests.support.encoders import (
     add_vision,
@@ -192,10 +197,14 @@ def test_evaluate_leaves_out_what_calibrated(vision: Path, images: Path, tmp_pat
     shutil.copytree(vision, base)
     code, printed = commands.quantize(base, tmp_path / "int4", "--samples", images, "--algo", "awq_lite")
     assert code == 0, printed
-    code, printed = commands.evaluate(base, tmp_path / "int4", "--samples", images, "--results", tmp_path / "r.json")
+    kept = ("--results", tmp_path / "r.json", "--report", tmp_path / "report")
+    code, printed = commands.evaluate(base, tmp_path / "int4", "--samples", images, *kept)
     assert code == 0, printed
     assert "2 samples of images in" in printed
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["samples"] == 2
+    report = read_report(tmp_path / "report")
+    assert ([one.samples for one in report.outputs], report.title, report.origin.base) == ([2], "int4", "base")
+    assert report.machine
     few = tmp_path / "few"
     few.mkdir()
     order = np.random.default_rng(0).permutation(20)
@@ -204,6 +213,34 @@ def test_evaluate_leaves_out_what_calibrated(vision: Path, images: Path, tmp_pat
     code, printed = commands.evaluate(base, tmp_path / "int4", "--samples", few)
     assert code == 2
     assert "was calibrated on all of them; pass others" in printed
+
+
+def test_a_run_is_not_judged_on_what_calibrated_its_cache(vision: Path, tmp_path: Path, commands: Commands) -> None:
+    """A cache that is there is used, whatever samples a run of these options would take."""
+    pixels = np.random.default_rng(6).standard_normal((40, 3, 16, 16)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", pixel_values=pixels)
+    samples = ("--samples", tmp_path / "x.npz", "--cache_dir", tmp_path / "cache")
+    code, printed = commands.calibrate(vision, *samples, "--seed", 1, "--calib_size", 20)
+    assert code == 0, printed
+    config = QuantizeConfig(
+        onnx_path=vision, output_path=tmp_path / "int4", samples=str(tmp_path / "x.npz"), algo="awq_lite"
+    )
+    everything, unseen = samples_of_run(config), samples_of_run(replace(config, cache_dir=tmp_path / "cache"))
+    cache = find_cache(tmp_path / "cache")
+    assert everything is not None
+    assert unseen is not None
+    assert cache is not None
+    expected = [digest for digest in map(sample_digest, everything.samples) if digest not in cache.manifest.samples]
+    assert [sample_digest(sample) for sample in unseen.samples] == expected
+    assert 0 < len(expected) < len(everything.samples)
+
+
+def test_what_an_encoder_cannot_do_is_refused(text_encoder: Path, commands: Commands) -> None:
+    code, printed = commands.evaluate(text_encoder, text_encoder, "--speed")
+    assert code == 2
+    assert "is an encoder, whose outputs are compared; --generate, --lm_eval_tasks and --speed go with decoders" in (
+        " ".join(printed.split())
+    )
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,14 @@ def test_a_full_context_forgets_the_oldest_messages(numbers: GenaiSession, caplo
     assert answer == greedy(numbers, "3 4 7 80 81", 8)
 
 
+def test_a_message_that_is_too_long_leaves_the_conversation_as_it_was(numbers: GenaiSession) -> None:
+    talk = conversation(replace(numbers, context_length=30), limit=4)
+    first = "".join(talk.answer("5 9 12"))
+    with pytest.raises(UserError, match=r"The message has 40 tokens, .* only 30; write a shorter one"):
+        list(talk.answer("7 " * 40))
+    assert "".join(talk.answer("33")) == greedy(numbers, f"5 9 12 {first} 33", 4)
+
+
 def test_an_answer_ends_where_the_context_does(numbers: GenaiSession) -> None:
     talk = conversation(replace(numbers, context_length=10), limit=50)
     assert "".join(talk.answer("5 9 12")) == greedy(numbers, "5 9 12", 7)

@@ -10,7 +10,10 @@ import pytest
 
 import stages.evaluation.run
 from stages.commands.quantize_options import QuantizeConfig
-from stages.evaluation.records import Evaluation
+from stages.errors import UserError
+from stages.evaluation.records import Evaluation, TaskScore
+from stages.evaluation.tasks.lm_tasks import TaskRequest
+from stages.model.directory import ModelDirectory
 from stages.quantize import quantize
 from stages.report.document import read_report
 from tests.stages.report.parsed import parse
@@ -112,6 +115,42 @@ def test_the_same_comparison_is_not_run_again(
     assert code == 0, more
     (found,) = read_report(tmp_path / "report").evaluations
     assert [one.prompt for one in found.generations] == ["The city", "A list"]
+    # What only the report knows stays there, too.
+    code, both = commands.evaluate(*arguments(folder), "--results", kept, *report)
+    assert code == 0, both
+    (found,) = read_report(tmp_path / "report").evaluations
+    assert {one.prompt for one in found.generations} == {"The city", "A list"}
+
+
+def test_finished_parts_are_kept_where_a_later_one_stops(
+    folder: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no answers today.")
+
+    def stop_at_twin(model: ModelDirectory, *_: object) -> tuple[TaskScore, ...]:
+        if model.folder.name == "twin":
+            raise KeyboardInterrupt
+        name = model.folder.name
+        return (TaskScore(model=name, task="t", metric="acc", filter="", value=0.5, stderr=None, samples=8),)
+
+    monkeypatch.setattr(stages.evaluation.run, "generate", fail)
+    request = TaskRequest(specs=(), limit=None, manager=None)
+    monkeypatch.setattr(stages.evaluation.run, "find_tasks", lambda *_: request)
+    monkeypatch.setattr(stages.evaluation.run, "run_tasks", stop_at_twin)
+    report = tmp_path / "report"
+    code, printed = commands.evaluate(*arguments(folder), "--generate", "The city", "--report", report)
+    assert (code, "no answers today" in printed) == (2, True), printed
+    (compared,) = read_report(report).evaluations
+    assert [row.name for row in compared.rows] == list(MODELS)
+    monkeypatch.setattr(stages.evaluation.run, "compare", lambda *_: compared)
+    code, printed = commands.evaluate(*arguments(folder), "--lm_eval_tasks", "t", "--report", report)
+    assert code == 130, printed
+    (found,) = read_report(report).evaluations
+    assert (found.rows, [score.model for score in found.tasks]) == (compared.rows, ["base", "coarse"])
+    code, printed = commands.evaluate(*arguments(folder), "--lm_eval_tasks", "t")
+    assert code == 130
+    assert "finished parts of an evaluation are kept with --results or --report only" in " ".join(printed.split())
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is an optional package")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.progress import progress_bar
 from stages.errors import UserError
-from stages.evaluation.compare import compare, prepare
+from stages.evaluation.compare import _record, compare, prepare
 from stages.evaluation.records import load_evaluation, save_evaluation
 from stages.model.directory import locate_model
 from stages.model.sizes import model_bytes
+from stages.runtime.providers import CPU, ProviderChoice
+from stages.runtime.session import ACCURACY_LEVEL
+from tests.support.encoders import add_vision
+from tests.support.full_disk import full_after
 
 
 @pytest.fixture
@@ -109,3 +116,49 @@ def test_too_short_a_text_states_both_numbers(config: EvaluateConfig, tmp_path: 
 def test_a_missing_text_is_named(config: EvaluateConfig) -> None:
     with pytest.raises(UserError, match=r"--text missing\.txt can't be read"):
         prepare(replace(config, text="missing.txt"))
+
+
+def test_another_level_in_its_files_makes_another_comparison(config: EvaluateConfig, tmp_path: Path) -> None:
+    model = shutil.copytree(config.base, tmp_path / "model")
+    one = replace(config, model=(model,), windows=1)
+    before = prepare(one).comparison
+    content = json.loads((model / "genai_config.json").read_text(encoding="utf-8"))
+    content["model"]["decoder"]["session_options"][ACCURACY_LEVEL] = "1"
+    (model / "genai_config.json").write_text(json.dumps(content), encoding="utf-8")
+    after = prepare(one).comparison
+    assert after != before
+    assert after.accuracy_levels == (None, 1)
+    assert prepare(replace(one, accuracy_level=4)).comparison.accuracy_levels == (4, 4)
+
+
+def test_logits_are_written_as_they_come_and_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """A mapped file that the disk has no room for would end the process without a word."""
+    file, windows = tmp_path / "scratch" / "logits", np.random.default_rng(0).random((3, 50, 300), np.float32)
+    file.parent.mkdir()
+
+    def come() -> Iterator[np.ndarray]:
+        for number, window in enumerate(windows):
+            assert number == 0 or file.stat().st_size <= number * window.nbytes
+            yield window
+
+    np.testing.assert_array_equal(_record(come(), 3, file), windows)
+    with full_after(2 * windows[0].nbytes), pytest.raises(UserError, match=r"logits can't be kept in .*; free space"):
+        _record(come(), 3, file)
+
+
+def test_a_component_that_gives_no_logits_is_not_compared_on_text(config: EvaluateConfig, tmp_path: Path) -> None:
+    package = shutil.copytree(config.base, tmp_path / "package")
+    add_vision(package)
+    one = replace(config, base=package, model=(package,), windows=1)
+    with pytest.raises(UserError, match=r"component vision \(.*vision\.onnx\) gives no logits .* pass --samples"):
+        prepare(replace(one, component="vision"))
+    assert prepare(replace(one, component="decoder")) is not None
+
+
+def test_providers_that_do_not_load_are_named(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = ProviderChoice(names=(CPU,), missing=(("cuda", "no driver"),))
+    monkeypatch.setattr("stages.evaluation.compare.loadable", lambda _: found)
+    assert prepare(replace(config, windows=1, eps="cuda,cpu")).comparison.providers == (CPU,)
+    assert "--eps cuda isn't used: no driver." in caplog.messages

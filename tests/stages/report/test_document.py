@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import UserError
+from stages.evaluation.records import OutputEvaluation, OutputRow
 from stages.report.document import Report, read_report, write_report
 from tests.stages.report import sample
 
@@ -54,3 +55,11 @@ def test_an_evaluation_replaces_that_of_its_text_and_models() -> None:
     report = Report().with_evaluation(first).with_evaluation(second).with_evaluation(changed)
     assert report.evaluations == (changed, second), "texts keep their order"
     assert report.with_evaluation(others).evaluations == (changed, second, others)
+
+
+def test_outputs_replace_those_of_their_samples_and_models() -> None:
+    rows = tuple(OutputRow(name=name, bytes=9, accuracy_level="4", scores=()) for name in ("base", "int4"))
+    int4 = OutputEvaluation(component="vision", source="images", samples=2, rows=rows)
+    int8, again = replace(int4, rows=(rows[0], replace(rows[1], name="int8"))), replace(int4, samples=3)
+    report = Report().with_outputs(int4).with_outputs(int8).with_outputs(again)
+    assert report.outputs == (again, int8)

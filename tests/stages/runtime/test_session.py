@@ -10,7 +10,14 @@ from onnx import TensorProto
 
 from stages.errors import GraphError
 from stages.runtime.providers import CPU, CUDA, NV_TENSORRT_RTX, ProviderChoice
-from stages.runtime.session import OpenedSession, SessionSettings, open_first_session, open_session, runtime_reason
+from stages.runtime.session import (
+    OpenedSession,
+    SessionSettings,
+    loadable,
+    open_first_session,
+    open_session,
+    runtime_reason,
+)
 from tests.support.graphs import TinyGraph
 
 
@@ -138,3 +145,12 @@ def test_a_provider_that_silently_does_not_load_is_named(monkeypatch: pytest.Mon
 def test_a_model_that_fails_everywhere_is_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GraphError, match="bad model"):
         _open(Machine({CUDA: "no device", CPU: "bad model"}), monkeypatch, CUDA, CPU)
+
+
+def test_providers_are_tried_before_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    OpenedSession(Session([]), alone := ProviderChoice(names=(CPU,), missing=()))
+    monkeypatch.setattr(ort, "InferenceSession", machine := Machine({NV_TENSORRT_RTX: "no driver"}, silent=(CUDA,)))
+    assert loadable(alone) == alone
+    assert not machine.asked
+    found = loadable(ProviderChoice(names=(NV_TENSORRT_RTX, CUDA, CPU), missing=()))
+    assert (found.names, [name for name, _ in found.missing]) == ((CPU,), ["NvTensorRtRtx", "cuda"])
