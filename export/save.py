@@ -35,6 +35,8 @@ _LARGEST_INSIDE = 256
 """Bytes of a tensor that is kept in the .onnx file."""
 # Writers that align tensors do it to pages of at least the first and at most the second number of bytes.
 _PAGE, _LARGEST_ALIGNMENT = 4096, 65536
+_GENAI_COMPONENTS = frozenset({DECODER, "encoder", "draft", "vision", "embedding", "speech", "joiner", "vad", "mtp"})
+"""Entries under model that onnxruntime-genai knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +238,10 @@ def patch_genai_config(folder: Path, onnx_name: str, session_options: Mapping[st
     """
     content = read_genai_config(folder)
     model: dict[str, Any] = content.setdefault("model", {})
-    entry, key = component_entries(content).get(component, (model.setdefault(component, {}), "filename"))
+    found = component_entries(content).get(component)
+    if found is None and component not in _GENAI_COMPONENTS:
+        return  # onnxruntime-genai refuses a file with an entry that it doesn't know
+    entry, key = found or (model.setdefault(component, {}), "filename")
     entry[key] = onnx_name
     if session_options:
         # A component without options of its own takes the decoder's.

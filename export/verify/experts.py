@@ -69,10 +69,11 @@ def measure_experts(folder: Path, node: ir.Node, experts: RewrittenExperts) -> E
     x = np.random.default_rng(0).standard_normal((layer.experts * _TOKENS, layer.hidden))
     x = x.astype(FLOAT_TYPES[layer.dtype].numpy)
     found = run_isolated(_isolated(node, experts), x, folder)
-    errors = []
+    saved, errors = (_Saved(node, experts.fc1), _Saved(node, experts.fc2)), []
     for index in range(layer.experts):
         tokens = slice(index * _TOKENS, (index + 1) * _TOKENS)
-        reference = _reference(node, experts, index, x[tokens].astype(np.float64))
+        weights = saved[0].weight(index), saved[1].weight(index)
+        reference = _reference(node, experts, index, weights, x[tokens].astype(np.float64))
         errors.append(relative_error(found[tokens], reference))
     worst = int(np.argmax(errors))
     tolerance = _TOLERANCE[layer.dtype] if spec.bits == 4 else _ROUNDED_ACTIVATIONS
@@ -108,10 +109,22 @@ def _isolated(node: ir.Node, experts: RewrittenExperts) -> ir.Model:
 
 
 def _reference(
-    node: ir.Node, experts: RewrittenExperts, index: int, x: Float64[np.ndarray, "T H"]
+    node: ir.Node,
+    experts: RewrittenExperts,
+    index: int,
+    weights: tuple[Tensor, Tensor],
+    x: Float64[np.ndarray, "T H"],
 ) -> Float64[np.ndarray, "T H"]:
-    """Return one expert's output from the file's own numbers."""
-    fc1, fc2 = (_Saved(node, table).weight(index) for table in (experts.fc1, experts.fc2))
+    """Return one expert's output.
+
+    Args:
+        node: the saved QMoE.
+        experts: what was written there.
+        index: which expert it is.
+        weights: its own two, from the file's numbers.
+        x: what it reads.
+    """
+    fc1, fc2 = weights
     hidden = torch.from_numpy(x) @ fc1.T + _bias(node, 4, index)
     output: np.ndarray = (activated(hidden, experts.layer.activation) @ fc2.T + _bias(node, 7, index)).numpy()
     return output

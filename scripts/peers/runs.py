@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 import onnxruntime
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from export.save import copy_side_files, patch_genai_config
@@ -19,10 +20,11 @@ from scripts.peers.checkpoints.runs import checkpoint_peers
 from scripts.peers.environment import ensure_environment, pinned_version, python_of
 from scripts.peers.llama_cpp.runs import llama_cpp_peers
 from scripts.peers.peer import Peer, PeerRequest, block_sizes, calibration_windows, empty, zero_points
+from stages.calibration.cache import open_cache
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Run
 from stages.model.directory import ModelDirectory, locate_model
-from stages.model.load import load_graph
+from stages.model.load import fingerprint_model, load_graph
 from stages.model.sites import find_groups
 from stages.quantization.plan.rules import all_sites
 from stages.records.quantities import counted
@@ -40,6 +42,8 @@ _BUILDER_OPTIONS: Mapping[BuilderMethod, str] = MappingProxyType(
 )
 """Those that aren't the name of an algo_config: the builder's own rounding, and the same with INT8 where
 k_quant_mixed has it."""
+_CALIBRATION = "calibration"
+"""What ModelOpt's file of inputs calls the digest of the calibration that they come from."""
 _SAME = 1e-2
 """Relative difference up to which weights are the same; those of a 16-bit base are rounded."""
 
@@ -135,8 +139,9 @@ def _modelopt(request: PeerRequest, base: ModelDirectory, exclude: list[str], co
 
     def prepare() -> None:
         ensure_environment(environment, MODELOPT_REQUIREMENTS)
-        if not feeds.is_file():
-            _write_feeds(base, config, feeds)
+        calibration = open_cache(config.cache_path, fingerprint_model(base)).manifest.key.digest()
+        if not _comes_from(feeds, calibration):
+            _write_feeds(base, config, feeds, calibration)
         empty(folder)
 
     run = Run(
@@ -187,8 +192,21 @@ def _require_same_checkpoint(base: ModelDirectory, folder: Path) -> None:
             )
 
 
-def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
+def _comes_from(feeds: Path, calibration: str) -> bool:
+    if not feeds.is_file():
+        return False
+    with safe_open(feeds, "np") as file:
+        return (file.metadata() or {}).get(_CALIBRATION) == calibration
+
+
+def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path, calibration: str) -> None:
     """Write the model's inputs for the first windows of our own calibration cache.
+
+    Args:
+        base: the model.
+        config: says where the cache lies, and how many windows are wanted.
+        file: where they go.
+        calibration: digest of the cache's key.
 
     Raises:
         UserError: there is no cache of this model, it holds fewer windows, or numpy can't hold an input's type.
@@ -209,4 +227,4 @@ def _write_feeds(base: ModelDirectory, config: PeerConfig, file: Path) -> None:
                 raise UserError(f"ModelOpt can't be given the bfloat16 input {name}; compare on an fp16 or fp32 base.")
             arrays[f"{index}:{name}"] = value
     with atomic_file(file) as partial:
-        save_file(arrays, partial)
+        save_file(arrays, partial, metadata={_CALIBRATION: calibration})

@@ -30,7 +30,7 @@ from stages.calibration.text.mix import dataset_names, dataset_parts
 from stages.calibration.text.windows import TokenWindows, choose_dataset, load_windows, may_be_source, window_counts
 from stages.calibration.trt_profile import ShapeProfile, decoder_sizes
 from stages.commands.calibrate_options import PART_OF_FREE_MEMORY, CalibrateConfig
-from stages.errors import CacheMismatch, GraphError, UserError
+from stages.errors import CacheMismatch, GraphError, OptionError, UserError
 from stages.model.directory import ModelDirectory, locate_model
 from stages.model.load import fingerprint_model, load_graph, parse_graph
 from stages.model.partition import Partition
@@ -175,9 +175,11 @@ def _what_is_done(capture: Capture, partitions: int, chain: Chain | None, reache
     """Return in words how far a calibration came that was stopped."""
     stopped = "going on with a calibration that was stopped after"
     if reached.partitions < partitions:
-        windows = counted(sum(reached.batches.values()) * capture.batch_size, "window")
+        batches = sum(reached.batches.values())
+        of_text = isinstance(capture.windows, TokenWindows)
+        done = counted(batches * capture.batch_size, "window") if of_text else counted(batches, "sample")
         part = f" of part {reached.partitions + 1} of {partitions}" if partitions > 1 else ""
-        return f"{stopped} about {windows}{part}"
+        return f"{stopped} about {done}{part}"
     links = 0 if chain is None else len(chain.links)
     return f"{stopped} all windows; tokens are weighed in {reached.links} of {links} layers"
 
@@ -204,7 +206,10 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
     groups = find_groups(model)
     windows: TokenWindows | Samples
     if takes_samples(config, model, directory):
+        if config.kv_scales != "none":
+            raise OptionError("--kv_scales is measured on text, and samples calibrate this graph; leave it out.")
         layers: tuple[ExpertLayer, ...] = ()
+        maxima = None
         with processes.main_process_first():
             windows = load_samples(config, model, directory, dataset)
     else:
@@ -213,6 +218,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
             config = fit_to_graph(config, window)
             _require_context(config.seq_len, directory)
         layers = kept_layers(config, model, directory)
+        maxima = _maxima(config, model)
         # Text that the model writes lies in a file, which other machines may see late.
         windows = processes.decided_by_first(
             lambda: load_windows(config, directory, dataset, choice.names, widest_input(groups))
@@ -230,7 +236,7 @@ def _prepare(config: CalibrateConfig, dataset: str, processes: Processes, scratc
         provider_options=_provider_options(config, directory, model, choice, processes),
         scratch=scratch,
         processes=processes,
-        maxima=_maxima(config, model) if isinstance(windows, TokenWindows) else None,
+        maxima=maxima,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.calibration.text.tokenizer import why_unreachable
-from stages.errors import UserError
+from stages.errors import UserError, with_class_name
 from stages.model.directory import ModelDirectory
 from stages.runtime.graph_inputs import GraphInput, InputShapes, TokenShape
 
@@ -134,7 +134,9 @@ def _hub_config(model_name: str, *, trust_remote_code: bool) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its hub client raise classes without a common base
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--model_name {model_name} has no configuration that can be read ({reason}).") from error
+        raise UserError(
+            f"--model_name {model_name} has no configuration that can be read ({with_class_name(error)}); put the "
+            f"model's {HF_CONFIG} into its folder, or leave NvTensorRtRtx out of --calibration_eps."
+        ) from error
     content: dict[str, Any] = config.to_dict()
     return content

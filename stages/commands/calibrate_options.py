@@ -95,10 +95,14 @@ class TextOptions(CommandOptions):
     @property
     def _named_samples(self) -> dict[str, Path]:
         """Return the paths in ``samples`` by component; that of no name in particular by nothing."""
+        return dict(self._samples_as_typed)
+
+    @property
+    def _samples_as_typed(self) -> list[tuple[str, Path]]:
         if self.samples is None or Path(self.samples).exists():
-            return {} if self.samples is None else {"": Path(self.samples)}
+            return [] if self.samples is None else [("", Path(self.samples))]
         entries = [entry.strip().partition("=") for entry in self.samples.split(",")]
-        return {name if path else "": Path(path or name) for name, _, path in entries}
+        return [(name if path else "", Path(path or name)) for name, _, path in entries]
 
     @property
     def text_options(self) -> dict[str, Any]:
@@ -115,6 +119,10 @@ class TextOptions(CommandOptions):
         require(
             self.samples is None or all(path.name for path in self._named_samples.values()),
             f"--samples {self.samples} has a comma or a name without a path; write NAME=PATH,NAME=PATH.",
+        )
+        require(
+            len(self._named_samples) == len(self._samples_as_typed),
+            f"--samples {self.samples} names files twice for a component; pass one folder for each, as NAME=PATH.",
         )
         if self.max_memory is not None:
             parse_size(self.max_memory, "--max_memory")

@@ -115,6 +115,16 @@ def _component_entries(model: Mapping[str, Any]) -> Iterator[tuple[str, tuple[di
             yield from _component_entries(stage if isinstance(stage, dict) else {})
 
 
+def end_tokens_of(content: Mapping[str, Any]) -> frozenset[int]:
+    """Return the tokens at which generation ends.
+
+    Args:
+        content: what ``read_genai_config`` returned.
+    """
+    tokens = content.get("model", {}).get("eos_token_id", [])
+    return frozenset(tokens if isinstance(tokens, list) else [tokens])
+
+
 def texts_in(content: object) -> Iterator[str]:
     """Yield every text that stands as a value in a JSON document, at any depth: names of files among them."""
     if isinstance(content, str):

@@ -105,6 +105,26 @@ def test_a_component_without_session_options_keeps_those_of_the_decoder(tmp_path
     }
 
 
+def test_a_part_within_another_entry_gets_no_entry_of_its_own(tmp_path: Path) -> None:
+    config = tmp_path / "genai_config.json"
+    stages = [{"context": {"filename": "context.onnx"}, "iterator": {"filename": "iterator.onnx"}}]
+    model = {"decoder": {"pipeline": stages}, "speech": {"adapter_filename": "adapter.onnx"}}
+    config.write_text(json.dumps({"model": model}))
+    patch_genai_config(tmp_path, "int4.onnx", {}, "context")
+    patch_genai_config(tmp_path, "adapter_int4.onnx", {}, "speech_adapter")
+    stages[0]["context"]["filename"] = "int4.onnx"
+    model["speech"]["adapter_filename"] = "adapter_int4.onnx"
+    assert json.loads(config.read_text())["model"] == model
+
+
+@pytest.mark.parametrize(("component", "entries"), [("embedding", {"decoder", "embedding"}), ("lm_head", {"decoder"})])
+def test_only_what_the_runtime_knows_becomes_an_entry(component: str, entries: set[str], tmp_path: Path) -> None:
+    config = tmp_path / "genai_config.json"
+    config.write_text(json.dumps({"model": {"decoder": {"filename": "model.onnx"}}}))
+    patch_genai_config(tmp_path, "part.onnx", {"level": "4"}, component)
+    assert set(json.loads(config.read_text())["model"]) == entries
+
+
 def test_no_output_goes_over_a_component_of_the_base(tmp_path: Path) -> None:
     for name in ("decoder", "vision"):
         (tmp_path / name).mkdir()

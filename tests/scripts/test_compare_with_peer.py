@@ -33,6 +33,7 @@ from scripts.peers.runs import (
     ort_requests,
     peers_of,
 )
+from stages.calibration.cache import CacheKey
 from stages.errors import UserError
 from stages.evaluation.bench.runs import Record
 from stages.system.measured_process import run_measured
@@ -118,6 +119,23 @@ def test_modelopt_is_asked_for_its_own_sites_and_without_its_crash(tiny_model: P
         "awqlite_fuse_nodes",
         "enable_fast_path_using_high_sysram",
     }
+
+
+def test_modelopt_reads_the_windows_of_the_present_calibration(
+    tiny_model: Path, tiny_cache: Path, fake_environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PeerConfig(
+        base=tiny_model, output=tmp_path, cache_dir=tiny_cache, ort=(), modelopt=("awq_lite",), modelopt_windows=2,
+        block_size=(32,), use_zero_point=(False,), modelopt_environment=fake_environment,
+    )  # fmt: skip
+    (peer,) = peers_of(config)
+    assert peer.run.before is not None
+    written = []
+    for digest in ("one", "one", "other"):
+        monkeypatch.setattr(CacheKey, "digest", lambda _, digest=digest: digest)
+        peer.run.before()
+        written.append((tmp_path / "modelopt-feeds-2.safetensors").stat().st_mtime_ns)
+    assert written[0] == written[1] != written[2]
 
 
 @pytest.mark.slow

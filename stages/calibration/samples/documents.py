@@ -53,6 +53,10 @@ def document_samples(
     Raises:
         UserError: the data or the tokenizer can't be read, or there are too few documents.
     """
+    if config.apply_chat_template:
+        raise UserError(
+            "--apply_chat_template is for models that write text, and this one encodes documents; leave it out."
+        )
     for name in dataset_names(dataset):
         if name in (SELF_GENERATED, RANDOM):
             raise UserError(f"--dataset {name} is for models that write text, and this one encodes it; pass another.")

@@ -21,7 +21,7 @@ from stages.calibration.text.tokenizer import tokenizer_of
 from stages.commands.calibrate_options import TextOptions
 from stages.errors import GraphError, UserError, in_one_line
 from stages.model.directory import ModelDirectory, locate_model
-from stages.model.genai_config import component_files, read_genai_config
+from stages.model.genai_config import component_files, end_tokens_of, read_genai_config
 from stages.model.load import read_graph
 from stages.runtime.cpu.runnable import open_file
 from stages.runtime.decoder import Decoder, open_decoder
@@ -170,15 +170,15 @@ class _Writer:
 
     @classmethod
     def of(cls, decoder: Decoder, config: TextOptions, directory: ModelDirectory) -> _Writer:
-        said = read_genai_config(directory.folder).get("model", {})
-        ends = said.get("eos_token_id", [])
+        content = read_genai_config(directory.folder)
+        said = content.get("model", {})
         start = said.get("decoder_start_token_id")
         if start is None:
             start = _start_of_tokenizer(config, directory, said.get("bos_token_id"))
         return cls(
             decoder=decoder,
             start=int(start),
-            end=frozenset(ends if isinstance(ends, list) else [ends]),
+            end=end_tokens_of(content),
             most=min(config.seq_len, directory.context_length or config.seq_len),
             config=config,
         )

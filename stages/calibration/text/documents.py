@@ -286,7 +286,7 @@ def _document(row: Row, with_messages: bool, where: str) -> TextDocument | None:
             return None
         raise UserError(
             f"{where} holds conversations (column {chats[0]}); pass --apply_chat_template to write them as the "
-            "tokenizer's chat template does."
+            f"tokenizer's chat template does, or for an encoder rows with a column {_FILE_COLUMNS[0]}."
         )
     return next(_column([row], _FILE_COLUMNS, where), None)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int64
 from stages.calibration.text.generation_script import GenerationScript, WindowWriter
 from stages.errors import UserError, with_class_name
 from stages.model.directory import ModelDirectory
-from stages.model.genai_config import GENAI_CONFIG, read_genai_config
+from stages.model.genai_config import GENAI_CONFIG, end_tokens_of, read_genai_config
 from stages.runtime.genai import import_genai, load_genai
 from stages.runtime.providers import SHORT_NAMES
 
@@ -164,8 +164,7 @@ def end_tokens(directory: ModelDirectory) -> frozenset[int]:
             f"--dataset self: {directory.folder} has no {GENAI_CONFIG}, without which onnxruntime-genai can't run the "
             f"model; put it there, or {_INSTEAD}."
         )
-    tokens = read_genai_config(directory.folder).get("model", {}).get("eos_token_id", [])
-    return frozenset(tokens if isinstance(tokens, list) else [tokens])
+    return end_tokens_of(read_genai_config(directory.folder))
 
 
 def sample(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.commands.progress import Progress
 from stages.errors import UserError
 from stages.evaluation.tasks.likelihood import Continuation, likelihoods
-from stages.model.genai_config import read_genai_config
+from stages.model.genai_config import end_tokens_of, read_genai_config
 from stages.runtime.decoder import Decoder
 
 _UNKNOWN_LENGTH = 2048
@@ -158,10 +158,8 @@ class OnnxRuntimeLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _end_tokens(self) -> set[int]:
         directory = self._decoder.directory
-        ends = (
-            read_genai_config(directory.folder)["model"].get("eos_token_id", []) if directory.has_genai_config else []
-        )
-        return {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        content = read_genai_config(directory.folder) if directory.has_genai_config else {}
+        return {self.eot_token_id, *end_tokens_of(content)}
 
     def _require_room(self, tokens: int) -> None:
         if tokens > self.max_length:

@@ -162,13 +162,22 @@ class QuantizedChain:
 
     def divergence(self, tokens: Int64[np.ndarray, "windows length"]) -> float:
         """Return the mean divergence over all tokens."""
-        losses = [self._at_head(batch, *self._towards_head(batch)[1:])[0] for batch in self.inputs(tokens)]
+        with torch.no_grad():
+            losses = [
+                divergence_and_gradient(expected, logits)[0]
+                for batch in self.inputs(tokens)
+                for _, expected, logits in self._answers(batch, *self._towards_head(batch)[1:])
+            ]
         return float(torch.cat(losses).mean())
 
     def take_gradients(self, batch: _Batch) -> None:
         """Set the gradient of every trained site's ``logs``, of the batch's mean divergence."""
         entered, exact, tuned = self._towards_head(batch)
-        _, gradient = self._at_head(batch, exact, tuned)
+        gradients: list[Tensor] = []
+        for entering, expected, logits in self._answers(batch, exact, tuned):
+            loss, of_logits = divergence_and_gradient(expected, logits.detach())
+            gradients += torch.autograd.grad(logits, entering, of_logits / (loss.numel() * len(exact)))
+        gradient = torch.cat(gradients)
         for link, stream in zip(reversed(self._layers), reversed(entered), strict=True):
             gradient = self._back(link, batch, stream, gradient)
 
@@ -187,25 +196,19 @@ class QuantizedChain:
             exact, tuned = run(exact, originals), run(tuned, self._quantized(originals))
         return entered, exact, tuned
 
-    def _at_head(self, batch: _Batch, exact: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
-        """Return every token's divergence, and the gradient of their mean by what enters the quantized head.
+    def _answers(self, batch: _Batch, exact: Tensor, tuned: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what enters the quantized head, and the logits of the float model and of the quantized one.
 
         Window by window: the logits of a whole batch may take gigabytes.
         """
         head = self.chain.links[-1]
         run, originals = self._runner(head, batch), self.chain.weights(head, self.device)
         quantized = self._quantized(originals)
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
         for wanted, found in zip(torch.split(exact, 1), torch.split(tuned, 1), strict=True):
             entering = found.detach().requires_grad_()
             with torch.no_grad():
                 expected = run(wanted, originals)
-            logits = run(entering, quantized)
-            loss, gradient = divergence_and_gradient(expected, logits.detach())
-            gradients += torch.autograd.grad(logits, entering, gradient / (loss.numel() * len(exact)))
-            losses.append(loss)
-        return torch.cat(losses), torch.cat(gradients)
+            yield entering, expected, run(entering, quantized)
 
     def _back(self, link: DecoderBlock, batch: _Batch, stream: Tensor, gradient: Tensor) -> Tensor:
         """Set the gradients of one layer's sites; return the gradient by what enters it.

@@ -117,8 +117,8 @@ def excludes_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> boo
 
 def names_lm_head(sites: Sequence[MatMulSite], config: QuantizeConfig) -> bool:
     """Return whether ``layers_8bit`` was given and matches lm_head."""
-    named = _matches(sites, config.layers_8bit, "--layers_8bit")
-    return any(site.is_lm_head and site.name in named for site in sites)
+    patterns = _patterns(config.layers_8bit)
+    return any(site.is_lm_head and _matches_site(pattern, site) for site in sites for pattern in patterns)
 
 
 def asked_by_name(sites: Sequence[MatMulSite], config: QuantizeConfig, choice: FormatChoice) -> dict[str, QuantSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -9,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import export.verify.experts
 from export.forms.qmoe import RewrittenExperts
 from export.rewrite import rewrite
-from export.save import save_model
+from export.save import read_initializer, save_model
 from export.verify.experts import check_stored_experts, measure_experts
 from stages.errors import GraphError
 from stages.records.formats import PerBlock, QuantSpec
@@ -35,10 +37,20 @@ def the_node(path: Path) -> ir.Node:
 
 
 @pytest.mark.parametrize("kind", ["gpt-oss", "relu over all"])
-def test_good_experts_pass_and_their_error_is_rounding(tmp_path: Path, kind: str) -> None:
+def test_good_experts_pass_and_their_error_is_rounding(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, experts = saved(tmp_path, kind=kind)
     check_stored_experts(the_node(path), experts)
+    read = Counter[str]()
+
+    def counted(node: ir.Node, name: str) -> np.ndarray:
+        read[name] += 1
+        return read_initializer(node, name)
+
+    monkeypatch.setattr(export.verify.experts, "read_initializer", counted)
     error = measure_experts(tmp_path, the_node(path), experts)
+    assert set(read.values()) == {1}
     assert error.experts == EXPERTS
     assert 0 < error.error < 2e-6
 

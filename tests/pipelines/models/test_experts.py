@@ -135,6 +135,26 @@ def test_a_router_is_stored_as_int8_where_it_is_named(gpt_oss: Path, tmp_path: P
     assert fused_sites(tmp_path / "out") == (12, 12)
 
 
+def test_experts_are_stored_as_int8_where_nothing_else_is_named(
+    gpt_oss: Path, tmp_path: Path, commands: Commands
+) -> None:
+    code, printed = commands.quantize(
+        "--onnx_path",
+        gpt_oss,
+        "--output_path",
+        tmp_path / "out",
+        "--algo",
+        "rtn_dq",
+        "--layers_8bit",
+        "experts",
+        "--target",
+        "cpu",
+    )
+    assert code == 0, printed
+    nodes = [node for node in ir.load(tmp_path / "out" / "model.onnx").graph if node.op_type == "QMoE"]
+    assert [node.attributes.get_int("expert_weight_bits") for node in nodes] == [8] * 4
+
+
 @pytest.mark.parametrize(
     "extra", [pytest.param((), marks=pytest.mark.thorough), ("moe_quant_type=int4",)], ids=["MoE", "QMoE"]
 )

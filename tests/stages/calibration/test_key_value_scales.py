@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import stages.calibration.run
 from stages.calibration.cache import find_cache
 from stages.calibration.key_value_scales import (
     SCALES,
@@ -24,11 +25,12 @@ from stages.calibration.key_value_scales import (
 )
 from stages.calibration.run import calibrate
 from stages.commands.calibrate_options import CalibrateConfig, KeyValueScales
-from stages.errors import CacheMismatch, GraphError
+from stages.errors import CacheMismatch, GraphError, OptionError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.runtime.providers import choose_providers
 from stages.runtime.tap import open_value_tap
+from tests.support.encoders import save_vision
 from tests.support.tiny_models import build_genai_model
 
 
@@ -195,3 +197,23 @@ def test_one_scale_a_layer_comes_from_the_same_cache(tiny_model: Path, tiny_text
     assert after is not None
     assert after.manifest.key.digest() == before.manifest.key.digest(), "searched weights stay valid"
     assert calibrate(config_of(tiny_model, tiny_text, folder, "none")).made is None
+
+
+def test_samples_have_no_caches_to_measure(tmp_path: Path) -> None:
+    save_vision(tmp_path / "model")
+    np.save(tmp_path / "x.npy", np.zeros((8, 4), np.float32))
+    config = config_of(tmp_path / "model", tmp_path, tmp_path / "cache", "per_tensor", samples=str(tmp_path / "x.npy"))
+    with pytest.raises(OptionError, match=r"--kv_scales is measured on text, .*; leave it out"):
+        calibrate(config)
+
+
+def test_a_model_without_such_caches_is_refused_before_text_is_read(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_: ir.Model) -> None:
+        raise GraphError("no caches")
+
+    monkeypatch.setattr(stages.calibration.run, "find_key_value_caches", none)
+    monkeypatch.setattr(stages.calibration.run, "load_windows", lambda *_: pytest.fail("text is read"))
+    with pytest.raises(GraphError, match="no caches"):
+        calibrate(config_of(tiny_model, tiny_text, tmp_path / "cache", "per_tensor"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.calibration import capture, run
@@ -19,6 +20,7 @@ from stages.commands.calibrate_options import CalibrateConfig
 from stages.errors import UserError
 from stages.runtime.blocks.stream import BlockRunner
 from stages.runtime.tap import ActivationTap
+from tests.support.encoders import CHANNELS, SIDE, save_vision
 from tests.support.written import contents
 
 STEPS = {"run": (ActivationTap, "run"), "complete": (BlockRunner, "over"), "back": (EndLossPass, "_batch_back")}
@@ -137,3 +139,18 @@ def test_a_damaged_sum_is_named(config: CalibrateConfig, tmp_path: Path) -> None
         UserError, match=r"0000\.safetensors, which a calibration that was stopped has left, is damaged"
     ):
         calibrate(config)
+
+
+def test_samples_are_counted_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_vision(tmp_path / "model")
+    images = np.random.default_rng(0).random((12, CHANNELS, SIDE, SIDE), np.float32)
+    np.savez(tmp_path / "images.npz", pixel_values=images)
+    config = CalibrateConfig(
+        onnx_path=tmp_path / "model", samples=str(tmp_path / "images.npz"), calibration_eps="cpu", batch_size=4,
+        cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    with counted("run", 2), pytest.raises(KeyboardInterrupt):
+        calibrate(config)
+    with caplog.at_level(logging.INFO):
+        calibrate(config)
+    assert "stopped after about 2 samples" in caplog.text

@@ -114,9 +114,19 @@ def test_a_hub_name_is_asked_last_and_its_failure_named(tmp_path: Path, monkeypa
     known = _directory(tmp_path, kv_heads=2, head_size=16, context_length=64)
     assert decoder_sizes(known, "owner/model", trust_remote_code=False).head_size == 16
     assert asked == []
-    with pytest.raises(UserError, match=r"--model_name owner/model has no configuration.*\(offline\)"):
+    with pytest.raises(UserError, match=r"owner/model has no configuration.*\(OSError: offline and more\); put"):
         decoder_sizes(_directory(tmp_path), "owner/model", trust_remote_code=False)
     assert asked == ["owner/model"]
+
+
+def test_a_failure_without_words_is_named_by_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wordless(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", wordless)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"\(TimeoutError\); put the model's config.json"):
+        decoder_sizes(_directory(tmp_path), "owner/model", trust_remote_code=False)
 
 
 def test_without_a_network_the_hub_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.commands.calibrate_options import CalibrateConfig
 from stages.commands.evaluate_options import EvaluateConfig
 from stages.commands.options import default_folder, given_options
 from stages.commands.parsing import parse_options
@@ -27,3 +28,10 @@ def test_options_that_were_given_are_written_as_they_are_typed(monkeypatch: pyte
     assert words == ["--base", "a base", "--model", "x", "y", "--windows", "3", "--speed"]
     monkeypatch.setattr("sys.argv", ["evaluate", *words])
     assert parse_options(EvaluateConfig, "evaluate") == given
+
+
+@pytest.mark.parametrize("samples", ["one,other", "vision=one,vision=other"])
+def test_samples_are_named_once_for_a_component(samples: str) -> None:
+    with pytest.raises(OptionError, match="names files twice for a component"):
+        CalibrateConfig(onnx_path=Path("model"), samples=samples).validate()
+    CalibrateConfig(onnx_path=Path("model"), samples="vision=one,speech=other").validate()

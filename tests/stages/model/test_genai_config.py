@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.errors import GraphError
-from stages.model.genai_config import component_files, read_genai_config, read_genai_model
+from stages.model.genai_config import component_files, end_tokens_of, read_genai_config, read_genai_model
 
 
 def written(folder: Path, content: object) -> Path:
@@ -62,3 +62,11 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -> No
     (tmp_path / "genai_config.json").write_bytes(content)
     with pytest.raises(GraphError, match=r"genai_config\.json can't be read as JSON"):
         read_genai_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"), [({}, []), ({"eos_token_id": 2}, [2]), ({"eos_token_id": [2, 5]}, [2, 5])]
+)
+def test_one_token_or_several_end_answers(model: dict[str, object], tokens: list[int]) -> None:
+    assert end_tokens_of({"model": model}) == set(tokens)
+    assert end_tokens_of({}) == set()

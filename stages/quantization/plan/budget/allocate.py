@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from stages.calibration.cache import CalibrationCache
 from stages.calibration.end_loss.sums import PROJECTIONS
 from stages.calibration.expert_statistics import search_statistics
 from stages.commands.progress import progress_bar
+from stages.errors import OptionError
 from stages.model.directory import ModelDirectory
 from stages.model.sites import find_groups
 from stages.model.unquantized import find_unquantized
@@ -22,7 +24,7 @@ from stages.quantization.plan.budget.candidates import SiteCandidates, best_allo
 from stages.quantization.plan.budget.forecast import Forecasts, GroupForecast, read_forecasts, write_forecasts
 from stages.quantization.plan.budget.left_open import OpenPlan
 from stages.quantization.plan.budget.lookups import LookupForecast
-from stages.quantization.plan.budget.sensitivity import SensitivityMeasure, unmeasured
+from stages.quantization.plan.budget.sensitivity import SensitivityMeasure, few_windows, unmeasured
 from stages.quantization.plan.embeddings import TableCandidates, following_heads, with_tables
 from stages.quantization.plan.plan import ModelPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
@@ -31,6 +33,9 @@ from stages.quantization.search.parallel import workers_on
 from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
 from stages.system.hardware import one_thread_each
+
+_ROWS = 512
+"""Of a table, as many as the text's few windows have tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,7 @@ def allocate_budget(
     Raises:
         CacheMismatch: the cache lacks statistics.
         GraphError: ``--sensitivity measured`` can't run the model.
+        OptionError: the budget is so large that nothing would be quantized.
         UserError: its results can't be written.
     """
     undecided = plan.left_open
@@ -89,9 +95,17 @@ def allocate_budget(
     allocation = best_allocation(undecided.candidates, undecided.budget, losses)
     labels = {name: candidate.key for name, candidate in allocation.chosen.items()}
     decided = _decided(plan, undecided, model, groups, labels)
+    if not decided.sites.groups:
+        raise OptionError(
+            f"{undecided.option} leaves every MatMul as it is: nothing would be quantized; pass a smaller one."
+        )
     summary = _summary(undecided, decided, allocation.loss, in_nats=in_nats)
     candidates = {each.name: each for each in undecided.candidates}
-    lines = {name: _planned(each, labels[name], losses[name]) for name, each in candidates.items()}
+    counted = {each.name for each in undecided.candidates if _counts(each, undecided)}
+    lines = {
+        name: _planned(each, labels[name], losses[name] if name in counted else None)
+        for name, each in candidates.items()
+    }
     notes = [summary, *(_about_table(each, labels[each.name], losses[each.name]) for each in undecided.tables)]
     return BudgetResult(plan=decided, file_text=plan_text(lines, notes), summary=summary)
 
@@ -125,9 +139,8 @@ def _with_lookups(
     def lookups(table: EmbeddingTable, formats: Mapping[str, QuantSpec]) -> dict[str, float]:
         kept = f"lookups of {table.weight} in {'nats' if in_nats else 'relative errors'}"
         if not set(formats) <= set(known.get(kept, {})):
-            forecast = LookupForecast(
-                model=model, directory=directory, windows=cache.read_tokens()[0], rule=search.rule
-            )
+            windows = _looked_up(cache, table)
+            forecast = LookupForecast(model=model, directory=directory, windows=windows, rule=search.rule)
             known[kept] = known.get(kept, {}) | forecast.losses(table, formats, in_nats=in_nats)
             write_forecasts(cache.folder, search, known)
         return known[kept]
@@ -138,6 +151,13 @@ def _with_lookups(
             lost = lookups(plan_of_table.table, specs[head])
             added[head] = {label: loss + lost[label] for label, loss in losses[head].items()}
     return added | {each.name: lookups(each.table, each.specs) for each in undecided.tables}
+
+
+def _looked_up(cache: CalibrationCache, table: EmbeddingTable) -> np.ndarray:
+    """Return token ids to look up, [windows, length]: some of the text, or of all where there is none."""
+    if cache.manifest.key.seq_len is not None:
+        return few_windows(cache.read_tokens()[0])
+    return np.linspace(0, table.vocabulary - 1, min(_ROWS, table.vocabulary)).astype(int)[None]
 
 
 def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:
@@ -210,6 +230,11 @@ def _unforecast(candidates: Sequence[SiteCandidates], known: Forecasts) -> list[
     return [each for each in candidates if not set(each.specs) <= set(known.get(each.name, {}))]
 
 
+def _counts(candidates: SiteCandidates, undecided: OpenPlan) -> bool:
+    """Return whether the sum of losses has those of a site: only of one with a choice a sensitivity is measured."""
+    return undecided.sensitivity != "measured" or len(candidates.formats) > 1
+
+
 def _open_groups(groups: Sequence[ActivationGroup], candidates: Sequence[SiteCandidates]) -> list[ActivationGroup]:
     """Return the groups with their sites that have a choice; others need no sensitivity."""
     undecided = {each.site.name for each in candidates if len(each.formats) > 1}
@@ -265,18 +290,21 @@ def _summary(undecided: OpenPlan, decided: ModelPlan, loss: float, *, in_nats: b
     total = size.total_bytes(sites, decided.sites.specs)
     expected = f"expected KL {loss:.2g} nats a token" if in_nats else f"relative errors of {loss:.4g} in sum"
     bits = size.bits_per_weight(decided.sites)
+    if not all(_counts(each, undecided) for each in undecided.candidates):
+        expected += " at the sites that had a choice"
     return (
         f"{undecided.option}: {bits:.3f} bits a weight, about {total / 1e6:,.1f} MB in all, "
         f"{expected} by --sensitivity {undecided.sensitivity}; {undecided.reachable.summary}."
     )
 
 
-def _planned(candidates: SiteCandidates, label: str, losses: Mapping[str, float]) -> PlannedSite:
-    """Return a line of the file: what was chosen, and what the other formats would have lost."""
-    others = [f"{other} {losses.get(other, 0.0):.2g}" for other in candidates.formats if other != label]
+def _planned(candidates: SiteCandidates, label: str, losses: Mapping[str, float] | None) -> PlannedSite:
+    """Return a line of the file: what was chosen, and what the other formats would have lost; None: it isn't known."""
+    known = losses or {}
+    others = [f"{other} {known.get(other, 0.0):.2g}" for other in candidates.formats if other != label]
     alternatives = f"others: {', '.join(others)}" if others else ""
     return PlannedSite(
         format=label,
-        loss=float(f"{losses.get(label, 0.0):.4g}"),
+        loss=None if losses is None else float(f"{known.get(label, 0.0):.4g}"),
         why="; ".join(filter(None, (candidates.fixed_because, alternatives))),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -81,6 +82,8 @@ class SizeBudget:
     cost: CandidateCost
     tables: tuple[TableCandidates, ...] = ()
     """Embeddings whose formats it chooses too."""
+    wider_tables: bool = False
+    """Whether --embedding 4 would make others smaller."""
 
 
 Budget = BitsBudget | SizeBudget
@@ -96,8 +99,16 @@ class BudgetRange:
 
     @property
     def summary(self) -> str:
-        unit, scale = ("MB", 1e6) if self.unit == "bytes" else (self.unit, 1.0)
-        return f"from {self.smallest / scale:,.4g} to {self.largest / scale:,.4g} {unit} can be reached"
+        return f"{self.words} can be reached"
+
+    @property
+    def words(self) -> str:
+        """Return both ends as a person can type them: rounded up, so that neither is refused."""
+        if self.unit == "bytes":
+            low, high = (f"{math.ceil(end / 1e5) / 10:.1f}MB" for end in (self.smallest, self.largest))
+            return f"from {low} to {high}"
+        low, high = (f"{math.ceil(end * 1000) / 1000:g}" for end in (self.smallest, self.largest))
+        return f"from {low} to {high} {self.unit}"
 
 
 def site_candidates(
@@ -226,24 +237,20 @@ def check_budget(candidates: Sequence[SiteCandidates], budget: Budget) -> Budget
     reachable = _budget_range(candidates, budget)
     match budget:
         case BitsBudget(bits_per_weight=bits) if bits < reachable.smallest:
-            raise OptionError(
-                f"--target_bpw {bits:g} can't be reached: these sites can have from {reachable.smallest:.4g} to "
-                f"{reachable.largest:.4g} bits a weight."
-            )
+            raise OptionError(f"--target_bpw {bits:g} can't be reached: these sites can have {reachable.words}.")
         case SizeBudget(typed=typed, num_bytes=size) if size < reachable.smallest:
             hints = list(_ways_to_less(candidates, budget))
             smaller = f" ({', '.join(hints)})" if hints else ""
             unit = "." if typed[-1].isalpha() else f"; a number without a unit counts bytes, did you mean {typed}MB?"
             raise OptionError(
-                f"--target_size {typed} can't be reached: this model can have from "
-                f"{reachable.smallest / 1e6:,.1f}MB to {reachable.largest / 1e6:,.1f}MB{smaller}{unit}"
+                f"--target_size {typed} can't be reached: this model can have {reachable.words}{smaller}{unit}"
             )
     return reachable
 
 
 def _ways_to_less(candidates: Sequence[SiteCandidates], budget: SizeBudget) -> Iterator[str]:
     """Yield options that make a model smaller than any choice that this budget has."""
-    if not budget.tables:
+    if budget.wider_tables:
         yield "--embedding 4 makes embeddings smaller"
     heads = [each for each in candidates if each.site.is_lm_head]
     if any(all(spec.bits != 4 for spec in each.specs.values()) for each in heads):

@@ -88,6 +88,10 @@ def open_plan(
             fixed_bytes=size.fixed_bytes([site for each in candidates for site in each.sites])
             - sum(table_bytes(each.table, None) for each in tables),
             tables=tables,
+            # A table that lm_head shares follows the head's format, or becomes a second one.
+            wider_tables=not tables
+            and config.requested_embedding != "4"
+            and all(each.shared_with is None for each in size.embeddings),
             cost=lambda each, label: sum(size.site_bytes(site, each.formats[label]) for site in each.sites),
         )
     return OpenPlan(

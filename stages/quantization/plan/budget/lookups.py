@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.model.directory import ModelDirectory
 from stages.model.weights import read_rows
-from stages.quantization.plan.budget.sensitivity import divergence, few_windows
+from stages.quantization.plan.budget.sensitivity import divergence
 from stages.quantization.search.affine import RangeRule, choose_parameters, join, round_trip, split
 from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.runtime.providers import choose_providers
@@ -27,7 +27,7 @@ from stages.runtime.weight_trials import open_row_trials
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupForecast:
-    """A base model, calibration windows that its table is looked up for, and how ranges become scales."""
+    """A base model, token ids that its table is looked up for, and how ranges become scales."""
 
     model: ir.Model
     directory: ModelDirectory
@@ -46,7 +46,7 @@ class LookupForecast:
         Raises:
             GraphError: ONNX Runtime can't run the base model.
         """
-        windows = few_windows(self.windows)
+        windows = self.windows
         known = _Rows.of(self.model, table, windows)
         stored = {key: known.rounded(spec, self.rule) for key, spec in specs.items()}
         if not in_nats:

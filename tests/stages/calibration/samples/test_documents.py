@@ -72,6 +72,17 @@ def test_long_ones_are_cut_and_short_ones_padded_where_the_graph_fixes_the_lengt
     np.testing.assert_array_equal(padded["input_ids"][:, :length], short["input_ids"])
 
 
+def test_chats_are_refused_without_advice_that_leads_back(encoder: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "x"}]}\n', encoding="utf-8")
+    directory = locate_model(encoder)
+    model = load_graph(directory)
+    with pytest.raises(UserError, match="for an encoder rows with a column text"):
+        document_samples(TextOptions(), model, directory, str(chats))
+    with pytest.raises(UserError, match=r"--apply_chat_template is for models that write text, .*; leave it out"):
+        document_samples(TextOptions(apply_chat_template=True), model, directory, str(chats))
+
+
 def test_text_that_only_decoders_write_is_refused(encoder: Path) -> None:
     directory = locate_model(encoder)
     with pytest.raises(UserError, match="--dataset self is for models that write text"):

@@ -95,6 +95,12 @@ def test_gradients_are_those_of_the_whole_model_at_once(tiny_model: Path) -> Non
         torch.testing.assert_close(scales.logs.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
+def test_judging_takes_no_gradient(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = _quantized_chain(tiny_model, batch_size=3)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("a gradient is taken"))
+    assert made.divergence(_TOKENS) > 0
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_it_begins_at_the_weight_and_stores_what_it_computes_with(symmetric: bool, scaled: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from stages.calibration.cache import CalibrationCache
 from stages.commands.quantize_options import QuantizeConfig
+from stages.errors import OptionError
 from stages.model.directory import locate_model
 from stages.model.load import load_graph
 from stages.model.sites import find_groups
@@ -213,6 +214,45 @@ def test_statistics_that_know_no_nats_spend_nothing(model: ir.Model, tiny_model:
     alike = replace(cache, manifest=replace(cache.manifest, key=key))
     assert _own(model, tiny_model, alike).target_size is None
     assert _own(model, tiny_model, None).target_size is None
+
+
+def test_a_budget_that_quantizes_nothing_is_refused(model: ir.Model, tiny_model: Path, cache: CalibrationCache) -> None:
+    plan = _plan(model, tiny_model, layers_8bit="", exclude="layers", target_size="20GB")
+    with pytest.raises(OptionError, match=r"--target_size 20GB leaves .*: nothing would be quantized; pass a smaller"):
+        _allocated(plan, model, tiny_model, cache)
+
+
+def test_what_was_not_measured_is_in_no_sum(model: ir.Model, tiny_model: Path, cache: CalibrationCache) -> None:
+    plan = _plan(model, tiny_model, target_bpw=7.0, sensitivity="measured")
+    result = _allocated(plan, model, tiny_model, cache)
+    assert "nats a token at the sites that had a choice by --sensitivity measured" in result.summary
+    lines = [line for line in result.file_text.splitlines() if "format = " in line and line.startswith('"')]
+    assert all(("loss = " in line) != ("layers.1/" in line) for line in lines)
+    assert any("layers.1/" in line for line in lines)
+
+
+@pytest.mark.parametrize(("embedding", "wider"), [(None, False), ("4", False), ("8", True), ("none", True)])
+def test_int4_makes_a_table_smaller_that_has_another_format(
+    embedding: str | None, wider: bool, model: ir.Model, tiny_model: Path
+) -> None:
+    config = QuantizeConfig(
+        onnx_path=tiny_model, output_path=tiny_model / "out", target="cpu@1.31", target_size="1GB", embedding=embedding
+    )
+    budget = _open(plan_model(config, model, locate_model(tiny_model))).budget
+    assert isinstance(budget, SizeBudget)
+    assert budget.wider_tables is wider
+
+
+def test_a_table_that_samples_calibrated_is_forecast_from_its_rows(
+    model: ir.Model, tiny_model: Path, cache: CalibrationCache
+) -> None:
+    key = replace(cache.manifest.key, seq_len=None, token_weights="none")
+    config = QuantizeConfig(onnx_path=tiny_model, output_path=tiny_model / "out", target="cpu@1.31", target_size="1GB")
+    plan = plan_model(config, model, locate_model(tiny_model))
+    _allocated(plan, model, tiny_model, replace(cache, manifest=replace(cache.manifest, key=key)))
+    losses = read_forecasts(cache.folder, _open(plan).search)
+    found = losses["lookups of model.embed_tokens.weight in relative errors"]
+    assert found["4b32"] > 20 * found["8b128"] > 0
 
 
 @pytest.mark.parametrize(

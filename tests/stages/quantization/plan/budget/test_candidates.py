@@ -1,12 +1,15 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from stages.commands.parsing import parse_size
 from stages.commands.quantize_options import QuantizeConfig
 from stages.errors import OptionError
 from stages.quantization.plan.budget.candidates import (
     BitsBudget,
+    BudgetRange,
     SiteCandidates,
     SizeBudget,
     best_allocation,
@@ -161,8 +164,33 @@ def test_a_budget_that_can_not_be_reached_says_what_can() -> None:
     reachable = check_budget(candidates, _bits(100.0))
     assert (reachable.smallest, reachable.largest) == (4.25, 8.25)
     assert reachable.summary == "from 4.25 to 8.25 bits a weight can be reached"
-    with pytest.raises(OptionError, match=r"--target_size 2000 can't .*from 0\.1MB to 0\.6MB .*did you mean 2000MB\?"):
+    with pytest.raises(OptionError, match=r"--target_size 2000 can't .*from 0\.1MB to 0\.6MB.*did you mean 2000MB\?"):
         check_budget(candidates, _size(2000, _candidates()))
+
+
+@pytest.mark.parametrize(
+    ("unit", "smallest", "largest", "words"),
+    [
+        ("bytes", 81_240_000.0, 1_081_160_000.0, "from 81.3MB to 1081.2MB"),
+        ("bytes", 15_770_000_000.0, 15_780_000_000.0, "from 15770.0MB to 15780.0MB"),
+        ("bits a weight", 4.2501, 8.25, "from 4.251 to 8.25 bits a weight"),
+    ],
+)
+def test_ends_of_a_range_can_be_typed(
+    unit: Literal["bytes", "bits a weight"], smallest: float, largest: float, words: str
+) -> None:
+    reachable = BudgetRange(smallest=smallest, largest=largest, unit=unit)
+    assert reachable.summary == f"{words} can be reached"
+    first = words.split()[1]
+    assert (parse_size(first, "--target_size") if unit == "bytes" else float(first)) >= smallest
+
+
+def test_a_smaller_embedding_is_advised_only_where_it_helps() -> None:
+    candidates, budget = _candidates(), _size(2000, _candidates())
+    for wider in (True, False):
+        with pytest.raises(OptionError) as raised:
+            check_budget(tuple(candidates.values()), replace(budget, wider_tables=wider))
+        assert ("--embedding 4 makes embeddings smaller" in str(raised.value)) is wider
 
 
 def test_excluding_everything_is_refused() -> None:
