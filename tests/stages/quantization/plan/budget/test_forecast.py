@@ -55,7 +55,7 @@ def test_a_few_channels_tell_the_loss_of_all_even_where_others_have_most_of_it(
 ) -> None:
     layer = random_layer(1, widths=(600,))
     counts = torch.rand(600, generator=torch.Generator().manual_seed(0)) + 0.1
-    counts[1::12] = 100.0  # not among those that are looked at
+    counts[1::15] = 100.0  # not among those that are looked at
     whole = _forecast(layer, _stats(layer, counts), search)
     relative = _forecast(layer, _stats(layer), search)
     monkeypatch.setattr("stages.quantization.plan.budget.forecast.MEASURED_CHANNELS", 150)
