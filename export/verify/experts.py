@@ -69,10 +69,11 @@ def measure_experts(folder: Path, node: ir.Node, experts: RewrittenExperts) -> E
     x = np.random.default_rng(0).standard_normal((layer.experts * _TOKENS, layer.hidden))
     x = x.astype(FLOAT_TYPES[layer.dtype].numpy)
     found = run_isolated(_isolated(node, experts), x, folder)
-    saved, errors = (_Saved(node, experts.fc1), _Saved(node, experts.fc2)), []
+    fc1, fc2 = _Saved(node, experts.fc1), _Saved(node, experts.fc2)
+    errors = []
     for index in range(layer.experts):
         tokens = slice(index * _TOKENS, (index + 1) * _TOKENS)
-        weights = saved[0].weight(index), saved[1].weight(index)
+        weights = fc1.weight(index), fc2.weight(index)
         reference = _reference(node, experts, index, weights, x[tokens].astype(np.float64))
         errors.append(relative_error(found[tokens], reference))
     worst = int(np.argmax(errors))

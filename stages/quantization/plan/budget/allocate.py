@@ -30,12 +30,13 @@ from stages.quantization.plan.plan import ModelPlan
 from stages.quantization.plan.plan_file import PlannedSite, plan_text
 from stages.quantization.search.objective import search_to_device
 from stages.quantization.search.parallel import workers_on
+from stages.quantization.search.problem import evenly_spaced
 from stages.records.formats import EmbeddingTable, QuantSpec
 from stages.records.sites import ActivationGroup, MatMulSite
 from stages.system.hardware import one_thread_each
 
 _ROWS = 512
-"""Of a table, as many as the text's few windows have tokens."""
+"""Of a table, at most as many as the text's few windows have tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +101,9 @@ def allocate_budget(
             f"{undecided.option} leaves every MatMul as it is: nothing would be quantized; pass a smaller one."
         )
     summary = _summary(undecided, decided, allocation.loss, in_nats=in_nats)
-    candidates = {each.name: each for each in undecided.candidates}
-    counted = {each.name for each in undecided.candidates if _counts(each, undecided)}
     lines = {
-        name: _planned(each, labels[name], losses[name] if name in counted else None)
-        for name, each in candidates.items()
+        each.name: _planned(each, labels[each.name], losses[each.name] if _counts(each, undecided) else None)
+        for each in undecided.candidates
     }
     notes = [summary, *(_about_table(each, labels[each.name], losses[each.name]) for each in undecided.tables)]
     return BudgetResult(plan=decided, file_text=plan_text(lines, notes), summary=summary)
@@ -157,7 +156,7 @@ def _looked_up(cache: CalibrationCache, table: EmbeddingTable) -> np.ndarray:
     """Return token ids to look up, [windows, length]: some of the text, or of all where there is none."""
     if cache.manifest.key.seq_len is not None:
         return few_windows(cache.read_tokens()[0])
-    return np.linspace(0, table.vocabulary - 1, min(_ROWS, table.vocabulary)).astype(int)[None]
+    return np.arange(table.vocabulary)[evenly_spaced(table.vocabulary, _ROWS)][None]
 
 
 def needs_weights(undecided: OpenPlan, cache: CalibrationCache) -> bool:

@@ -46,15 +46,14 @@ class LookupForecast:
         Raises:
             GraphError: ONNX Runtime can't run the base model.
         """
-        windows = self.windows
-        known = _Rows.of(self.model, table, windows)
+        known = _Rows.of(self.model, table, self.windows)
         stored = {key: known.rounded(spec, self.rule) for key, spec in specs.items()}
         if not in_nats:
             return {key: known.relative_error(each) for key, each in stored.items()}
         with open_row_trials(self.model, self.directory, table, choose_providers("cuda,cpu")) as trials:
-            base = trials.logits_of_rows(windows, dict.fromkeys(table.gathers, known.look_up))
+            base = trials.logits_of_rows(self.windows, dict.fromkeys(table.gathers, known.look_up))
             return {
-                key: divergence(base, trials.logits_of_rows(windows, dict.fromkeys(table.gathers, each.look_up)))
+                key: divergence(base, trials.logits_of_rows(self.windows, dict.fromkeys(table.gathers, each.look_up)))
                 for key, each in stored.items()
             }
 
